@@ -1,0 +1,122 @@
+"""A text classifier that sees the world through a discrete key-value bottleneck.
+
+Loads alone, once this module is imported:
+
+    from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+    model = BottleneckClassifier.from_pretrained("runs/NLP/keys_carried/student")
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from common.bottleneck import DiscreteKeyValueBottleneck
+from common.outputs import Outputs
+
+Pooling = Literal["mean", "cls", "tokens"]
+
+
+class BottleneckConfig(PreTrainedConfig):
+    """Configuration of an encoder and of the bottleneck behind it.
+
+    pooling: `mean` of the real positions or the first position (`cls`) go through the bottleneck as one vector;
+    `tokens`: every position goes through on its own and what is fetched is averaged.
+    bottleneck: arguments of `DiscreteKeyValueBottleneck` other than width and number of outputs.
+    """
+
+    model_type = "bottleneck_classifier"
+    sub_configs = {"encoder_config": AutoConfig}
+    encoder_config: Any = None
+    pooling: Pooling = "mean"
+    bottleneck: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.encoder_config, dict):
+            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
+        super().__post_init__(**kwargs)
+
+
+class BottleneckClassifier(PreTrainedModel):
+    """Frozen encoder -> pooling -> bottleneck -> logits.
+
+    The encoder is trained elsewhere (on labels, or to match a teacher) and frozen here: keys mean something only as
+    long as the embeddings stay put.
+    """
+
+    config_class = BottleneckConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        if hasattr(self.encoder, "pooler"):
+            self.encoder.pooler = None  # the bottleneck reads the hidden states; nothing would train or use a pooler
+        self.bottleneck = DiscreteKeyValueBottleneck(
+            config.encoder_config.hidden_size, config.num_labels, **(config.bottleneck or {})
+        )
+        self.post_init()
+
+    @classmethod
+    def around(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
+        """A new, empty bottleneck behind an encoder whose weights are copied. `labels` is id2label."""
+        config = BottleneckConfig(
+            encoder_config=encoder.config,
+            pooling=pooling,
+            bottleneck=bottleneck,
+            id2label=labels,
+            label2id={name: i for i, name in labels.items()},
+        )
+        model = cls(config)
+        weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith("pooler.")}
+        model.encoder.load_state_dict(weights)
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only for what a checkpoint lacks; the parts of a bottleneck stand or fall together."""
+        if isinstance(module, DiscreteKeyValueBottleneck):
+            if not any(getattr(p, "_is_hf_initialized", False) for p in [*module.parameters(), *module.buffers()]):
+                module.reset()
+
+    def train(self, mode: bool = True) -> "BottleneckClassifier":
+        """The frozen encoder stays in eval mode, or dropout would move the embeddings under the keys."""
+        super().train(mode)
+        self.encoder.eval().requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Embeddings (batch, hidden), or (batch, positions, hidden) with `tokens` pooling, in fp32."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
+        if self.config.pooling == "cls":
+            return hidden[:, 0]
+        if self.config.pooling == "tokens":
+            return hidden
+        weights = attention_mask.unsqueeze(-1).float()
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        codes: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Outputs:
+        """Logits (batch, labels) of texts, or of their cached codes (batch, codebooks) or (batch, positions,
+        codebooks), which skip the encoder and the search.
+        """
+        if codes is None:
+            if input_ids is None:
+                raise ValueError("BottleneckClassifier needs input_ids or codes")
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            codes = self.bottleneck.encode(self.embed(input_ids, attention_mask, **types))
+        mask = attention_mask if codes.dim() == 3 else None
+        return Outputs(logits=self.bottleneck.decode(codes, mask))
+
+
+AutoConfig.register(BottleneckConfig.model_type, BottleneckConfig)
+AutoModelForSequenceClassification.register(BottleneckConfig, BottleneckClassifier)

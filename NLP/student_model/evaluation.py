@@ -1,0 +1,62 @@
+"""What a text model is worth: metrics per split, computed the same way during training, at its end and afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel
+
+from common.inference import NOT_INPUTS, Collate, over_dataset
+from common.metrics.classification import agreement, classification_metrics
+from common.metrics.cost import cost
+from common.metrics.regression import regression_metrics
+from nlp.data.loading import TextData
+from nlp.data.scope import scope_metrics
+
+
+def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metrics of the task, out-of-scope figures included where the task has that class."""
+    if data.regression:
+        return regression_metrics(logits.reshape(-1), labels)
+    return classification_metrics(logits, labels) | scope_metrics(logits, labels, data.label_names)
+
+
+def trainer_metrics(data: TextData) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` of a transformers Trainer."""
+    return lambda prediction: text_metrics(data, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+
+def predict(model: PreTrainedModel, texts: Dataset, collate: Collate) -> np.ndarray:
+    """Logits (texts, classes) in the order of the dataset. Always fp32: what a user gets who just loads the model."""
+
+    def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": model(**batch).logits.float()}
+
+    return torch.stack(over_dataset(model, logits, texts, collate, description="evaluating")["logits"]).numpy()
+
+
+def evaluate(
+    name: str,
+    model: PreTrainedModel,
+    data: TextData,
+    splits: dict[str, Dataset],
+    collate: Collate,
+    teacher_logits: dict[str, np.ndarray] | None = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A model's entry in results.json, and its logits by split, with which a student's agreement is measured."""
+    logits = {split: predict(model, rows, collate) for split, rows in splits.items() if split != "train"}
+    metrics = {}
+    for split, said in logits.items():
+        metrics[split] = text_metrics(data, said, np.asarray(splits[split]["labels"]))
+        if teacher_logits is not None and not data.regression:
+            metrics[split]["agreement"] = agreement(said, teacher_logits[split])
+    return {"name": name, **cost(model, one_text(splits, collate)), "metrics": metrics}, logits
+
+
+def one_text(splits: dict[str, Dataset], collate: Collate) -> dict[str, torch.Tensor]:
+    """A validation text of median length: what latency and FLOPs are measured on."""
+    rows = next(rows for split, rows in splits.items() if split.startswith("validation"))
+    middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
+    return {name: value for name, value in collate([rows[middle]]).items() if name not in NOT_INPUTS}

@@ -1,0 +1,44 @@
+"""The layers of any text encoder: where they are, which student layer follows which teacher layer, and cutting."""
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from common.utils.errors import UserError
+
+
+def layer_paths(model: PreTrainedModel) -> list[str]:
+    """Paths of the transformer layers, first to last: `encoder.layer.0`, ... (BERT), `transformer.layer.0`, ..."""
+    number = model.config.num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return [f"{path}.{i}" for i in range(number)]
+    raise UserError(f"{type(model).__name__} has no list of {number} layers; distilling its layers is not supported")
+
+
+def uniform_map(student_layers: int, teacher_layers: int) -> list[int]:
+    """For each student layer the teacher layer (from 0) at the same relative depth: 3 of 6 gives 1, 3, 5."""
+    return [round((i + 1) * teacher_layers / student_layers) - 1 for i in range(student_layers)]
+
+
+def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A new model of the same class and weights with only `layers` evenly spaced layers, as DistilBERT was made."""
+    paths = layer_paths(model)
+    if not 1 <= layers <= len(paths):
+        raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    student = type(model)(config)
+    if getattr(model, "pooler", student) is None:
+        student.pooler = None
+    kept = {paths[old]: paths[new] for new, old in enumerate(uniform_map(layers, len(paths)))}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        layer = next((path for path in paths if name.startswith(f"{path}.")), None)
+        if layer is None:
+            weights[name] = tensor
+        elif layer in kept:
+            weights[kept[layer] + name[len(layer) :]] = tensor
+    student.load_state_dict(weights)
+    return student

@@ -1,0 +1,117 @@
+"""Where a text teacher comes from: the Hub, a folder, or the embedded tiny BERT, which starts from random weights."""
+
+from dataclasses import dataclass
+
+from tokenizers import BertWordPieceTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.utils.errors import UserError
+from nlp.data.loading import TextData
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # also registers it with AutoModel...
+
+TINY_BERT = "tiny-bert"
+
+
+@dataclass
+class Pretrained:
+    """A classifier for the data at hand and its tokenizer.
+
+    from_scratch: the weights are random; trained: it is a classifier of these very labels already.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    from_scratch: bool = False
+    trained: bool = False
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        return self.model.encoder if isinstance(self.model, BottleneckClassifier) else self.model.base_model
+
+
+def load_classifier(name: str, data: TextData) -> Pretrained:
+    """The model NAME (Hub name, folder, or `tiny-bert`) with a head for the labels of `data`.
+
+    Raises UserError where the model cannot be had, or has been trained for other labels or another label order.
+    """
+    if name == TINY_BERT:
+        return tiny_bert(data)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(unreachable(name, error)) from error
+    trained = is_trained(name, config, data)
+    labels = {} if trained else label_config(data)
+    model = AutoModelForSequenceClassification.from_pretrained(name, **labels)
+    return Pretrained(model, tokenizer, trained=trained)
+
+
+def label_config(data: TextData) -> dict:
+    """id2label, label2id and, for regression, the single unnamed output."""
+    if data.regression:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": dict(enumerate(data.label_names)),
+        "label2id": {label: i for i, label in enumerate(data.label_names)},
+    }
+
+
+def is_trained(name: str, config: BertConfig, data: TextData) -> bool:
+    """Whether a checkpoint is a classifier of the data's labels, in the data's order; one that is of others is refused."""
+    architecture = (config.architectures or [""])[0]
+    if "Classif" not in architecture:
+        return False
+    if data.regression or config.num_labels == 1:
+        if data.regression and config.num_labels == 1:
+            return True
+        raise UserError(f"teacher {name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
+    own = [config.id2label[i] for i in range(config.num_labels)]
+    same = [a.lower() for a in own] == [b.lower() for b in data.label_names]
+    if same:
+        return True
+    if sorted(map(str.lower, own)) == sorted(map(str.lower, data.label_names)):
+        first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a.lower() != b.lower())
+        raise UserError(
+            f"the label order of teacher {name} differs from that of {data.name}: label {first} is {own[first]!r} for the "
+            f"teacher and {data.label_names[first]!r} in the data; reorder id2label and the head, or the data's labels"
+        )
+    raise UserError(
+        f"teacher {name} classifies {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has "
+        f"{len(data.label_names)} ({', '.join(data.label_names[:3])}, ...): name a teacher of the same labels, or an "
+        "encoder without a head"
+    )
+
+
+def tiny_bert(data: TextData) -> Pretrained:
+    """A 4-layer BERT of width 128 with random weights, and a WordPiece vocabulary learned from the training texts."""
+    train = data.splits["train"]
+    texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
+    words = BertWordPieceTokenizer(lowercase=True)
+    words.train_from_iterator(texts, vocab_size=4000, min_frequency=2, show_progress=False)
+    tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, do_lower_case=True, model_max_length=512)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        **label_config(data),
+    )
+    return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)
+
+
+def unreachable(name: str, error: Exception) -> str:
+    return (
+        f"no model {name}: it is no folder with a config.json, and the Hugging Face Hub does not have it or cannot be "
+        f"reached; pass a local folder, or --teacher {TINY_BERT}, which needs no download ({type(error).__name__})"
+    )

@@ -1,0 +1,55 @@
+"""Arguments of a distillation run: all of transformers' TrainingArguments and what distillation adds."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from common.utils.precision import resolve_precision
+
+
+@dataclass
+class KDTrainingArguments(TrainingArguments):
+    """Everything about training that is not about one domain. Raises ValueError, one line, for what cannot be."""
+
+    alpha: float = field(
+        default=0.5, metadata={"help": "weight of the labels' loss; the teacher's soft targets get 1 - alpha"}
+    )
+    temperature: float = field(default=2.0, metadata={"help": "softens teacher's and student's logits alike"})
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of a bottleneck's values; --learning_rate unless given"}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})  # type: ignore[assignment]
+    logging_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})  # type: ignore[assignment]
+    save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})  # type: ignore[assignment]
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep of a running stage"})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "random, or group_by_length for little padding"}
+    )
+    warmup_steps: float = field(default=0.1, metadata={"help": "steps, or below 1 a share of all steps"})
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        default="auto", metadata={"help": "auto: bf16 where the hardware computes it natively, else fp32"}
+    )
+    no_control: bool = field(
+        default=False, metadata={"help": "skip the same student trained without the teacher (not recommended)"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
+    )
+    resume_from_checkpoint: bool = field(  # type: ignore[assignment]
+        default=False, metadata={"help": "continue the run in the output folder where it stopped"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"--alpha must be between 0 and 1, got {self.alpha}")
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature must be positive, got {self.temperature}")
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        self.precision = resolve_precision(self.precision, torch.device("cuda" if cuda else "cpu"))
+        self.bf16, self.use_cpu = self.precision == "bf16", not cuda
+        self.remove_unused_columns = False  # `sample_id` is no argument of any model
+        self.label_names = ["labels"]
+        self.logging_nan_inf_filter = False  # the trainer stops on a loss that is not finite instead of hiding it
+        super().__post_init__()

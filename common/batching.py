@@ -1,0 +1,35 @@
+"""Batches of similar length, in an order that depends on seed and epoch alone."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Yields indices such that each run of `batch_size` of them has similar lengths, so that padding is small.
+
+    Shuffles, sorts inside blocks of 50 batches, then shuffles the batches. The order is a function of (seed, epoch),
+    not of the global generator: a run that is resumed in mid-epoch sees the batches it would have seen.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = torch.as_tensor(lengths)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        blocks = torch.randperm(len(self.lengths), generator=generator).split(50 * self.batch_size)
+        by_length = [block[self.lengths[block].argsort(descending=True, stable=True)] for block in blocks]
+        batches = [batch for block in by_length for batch in block.split(self.batch_size)]
+        # A short batch may only come last, or every batch after it would straddle two groups.
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        order = torch.randperm(len(full), generator=generator)
+        for batch in [full[i] for i in order] + [batch for batch in batches if len(batch) < self.batch_size]:
+            yield from batch.tolist()

@@ -1,0 +1,67 @@
+"""Running a model over a whole dataset without gradients: once, in batches of similar length, on all processes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from common.utils.devices import best_device, process
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+
+@torch.no_grad()
+def over_dataset(
+    model: PreTrainedModel,
+    call: Callable[..., dict[str, Tensor]],
+    dataset: Any,
+    collate: Collate,
+    precision: str = "fp32",
+    batch_size: int = 64,
+    description: str = "",
+) -> dict[str, list[Tensor]]:
+    """What `call(**batch)` says about each sample: {name: one tensor per row of the dataset, on the CPU}.
+
+    The model is put on the device and in eval mode (and back in its mode); `call` is the model or a function of it.
+    Tensors (batch, positions, ...) of a batch with an attention mask lose their padding. Columns that the collator
+    yields but no model takes (labels, sample_id, length) are dropped.
+    """
+    rank, world = process()
+    device, was_training = best_device(), model.training
+    model.to(device).eval()  # type: ignore[arg-type]
+    rows_by_length = torch.as_tensor(dataset["length"]).argsort(stable=True)
+    batches = rows_by_length.split(batch_size)[rank::world]
+    pieces: list[tuple[int, dict[str, Tensor]]] = []
+    try:
+        for rows in tqdm(batches, desc=description, disable=not description or rank != 0, leave=False):
+            batch = {k: v.to(device) for k, v in collate(_rows(dataset, rows.tolist())).items() if k not in NOT_INPUTS}
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                said = call(**batch)
+            pieces += zip(rows.tolist(), _per_row(said, batch.get("attention_mask")), strict=True)
+    finally:
+        model.train(was_training)
+    if world > 1:
+        pieces = gather_object(pieces)
+    pieces.sort(key=lambda piece: piece[0])
+    return {name: [said[name] for _, said in pieces] for name in pieces[0][1]}
+
+
+NOT_INPUTS = ("labels", "sample_id", "length")
+
+
+def _rows(dataset: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
+    columns = dataset[rows]
+    return [{name: values[i] for name, values in columns.items()} for i in range(len(rows))]
+
+
+def _per_row(said: dict[str, Tensor], mask: Tensor | None) -> list[dict[str, Tensor]]:
+    said = {name: tensor.cpu() for name, tensor in said.items()}
+    lengths = mask.sum(1).tolist() if mask is not None else None
+    return [
+        {name: t[i, : lengths[i]].clone() if lengths and t.dim() > 2 else t[i].clone() for name, t in said.items()}
+        for i in range(len(next(iter(said.values()))))
+    ]

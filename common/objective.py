@@ -1,0 +1,99 @@
+"""What a student is trained for: a weighted sum of named terms.
+
+A method is a composition, written in the open in a script:
+
+    Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(temperature)))   # Hinton 2015
+    Objective(layer_1=(1.0, match("layer_1", feature_l2)))                                      # feature distillation
+
+A term maps (student outputs, teacher outputs or None, labels or None) to a scalar. A term with weights of its own, like
+`Hint`, is a module: the trainer optimizes, clips and checkpoints it with the student, but it never ships.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import losses
+from common.outputs import Outputs
+
+Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
+FeatureLoss = Callable[..., Tensor]
+
+
+class Objective(nn.Module):
+    """Weighted, named terms: `objective(student, teacher, labels)` gives {name: weighted loss}. Zero weights drop out."""
+
+    def __init__(self, **terms: tuple[float, Term]) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, (weight, _) in terms.items() if weight != 0}
+        if not self.weights:
+            raise ValueError("an objective needs at least one term with a weight other than zero")
+        self.terms = {name: terms[name][1] for name in self.weights}
+        self.modules_of_terms = nn.ModuleDict({n: t for n, t in self.terms.items() if isinstance(t, nn.Module)})
+
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
+        return {name: self.weights[name] * term(student, teacher, labels) for name, term in self.terms.items()}
+
+
+def task_loss(regression: bool = False) -> Term:
+    """Cross-entropy with the labels (batch,), or mean squared error for regression."""
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        logits, labels = _needed(student.logits, "student logits"), _needed(labels, "labels")
+        if regression:
+            return losses.regression_mse(logits, labels)
+        return F.cross_entropy(logits.float(), labels)
+
+    return term
+
+
+def soft_targets(temperature: float, regression: bool = False) -> Term:
+    """The teacher's logits at a temperature (Hinton 2015), or its predictions themselves for regression."""
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        own = _needed(student.logits, "student logits")
+        target = _needed(teacher.logits if teacher else None, "teacher logits")
+        if regression:
+            return losses.regression_mse(own, target)
+        return losses.soft_target_kl(own, target, temperature)
+
+    return term
+
+
+def match(name: str, loss: FeatureLoss, teacher_name: str | None = None) -> Term:
+    """A feature loss between the student's feature `name` and the teacher's (of the same name unless given)."""
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        own, target = _feature(student, name), _feature(teacher, teacher_name or name)
+        return loss(own, target) if student.mask is None else loss(own, target, student.mask)
+
+    return term
+
+
+class Hint(nn.Module):
+    """`match` through a linear regressor, for features of different width (FitNets, arXiv:1412.6550)."""
+
+    def __init__(
+        self, name: str, loss: FeatureLoss, width: int, teacher_width: int, teacher_name: str | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.term = name, match(name, loss, teacher_name)
+        self.regressor = nn.Linear(width, teacher_width)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        mapped = self.regressor(_feature(student, self.name).float())
+        return self.term(Outputs(features={self.name: mapped}, mask=student.mask), teacher, labels)
+
+
+def _feature(outputs: Outputs | None, name: str) -> Tensor:
+    features = (outputs.features if outputs else None) or {}
+    if name not in features:
+        raise ValueError(f"the objective needs feature {name!r}, the model gives {sorted(features) or 'none'}")
+    return features[name]
+
+
+def _needed(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"the objective needs {what}, and there are none in this batch")
+    return value

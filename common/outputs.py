@@ -1,0 +1,18 @@
+"""What every model of this project says, teacher or student, in any domain."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Outputs(ModelOutput):
+    """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are real.
+
+    A ModelOutput, because accelerate turns the bf16 tensors of an autocast forward back into fp32 only inside one.
+    """
+
+    logits: Tensor | None = None
+    features: dict[str, Tensor] | None = field(default=None)
+    mask: Tensor | None = None

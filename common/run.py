@@ -1,0 +1,134 @@
+"""One run's folder and its stages: what is finished stays finished, what was killed goes on where it stopped.
+
+A run is a chain of stages (train the teacher, align the student, ...), each of which ends in a model. A finished stage
+lies in `stages/NAME`, written whole or not at all; a running one keeps checkpoints in `checkpoints/NAME`. Every stage
+starts from the run's seed, so that it does not matter which process of how many finished the one before.
+"""
+
+import copy
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import yaml
+from accelerate import PartialState
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
+
+from common.arguments import KDTrainingArguments
+from common.cli import save_recipe
+from common.trainer import KDTrainer, last_checkpoint
+from common.utils.errors import UserError
+from common.utils.files import read_json, write_json, writing_folder
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+RECIPE, RESULTS, STAGE = "recipe.yaml", "results.json", "stage.json"
+MAY_CHANGE = {"resume_from_checkpoint", "overwrite_output_dir"}  # between the start of a run and its continuation
+
+
+class Run:
+    """Opens the output folder of `args` for a new run, or for the continuation of one.
+
+    `instances` are all argument objects of the script; they are saved as the run's recipe. Raises UserError where the
+    folder holds another run, or one that was started with other arguments.
+    """
+
+    def __init__(self, args: KDTrainingArguments, *instances: Any) -> None:
+        self.args, self.folder = args, Path(str(args.output_dir))
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        self.seconds: dict[str, float] = {}
+        self.started, self.seconds_before = time.perf_counter(), 0.0
+        transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
+        datasets.disable_progress_bars()
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                self._open((args, *instances))
+
+    def _open(self, instances: tuple[Any, ...]) -> None:
+        recipe = self.folder / RECIPE
+        if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
+            for name in ("stages", "checkpoints", "student", "teacher_outputs"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in (RESULTS, RECIPE):
+                (self.folder / name).unlink(missing_ok=True)
+        if not recipe.exists():
+            if self.args.resume_from_checkpoint:
+                logger.warning("nothing to continue in %s: starting from the beginning", self.folder)
+            save_recipe(recipe, *instances)
+            return
+        if not self.args.resume_from_checkpoint:
+            state = "a finished" if (self.folder / RESULTS).exists() else "an unfinished"
+            raise UserError(
+                f"{self.folder} holds {state} run: continue it with --resume_from_checkpoint, start over with "
+                "--overwrite_output_dir, or choose another --output_dir"
+            )
+        self._refuse_other_arguments(recipe, instances)
+
+    def _refuse_other_arguments(self, recipe: Path, instances: tuple[Any, ...]) -> None:
+        now = self.folder / "recipe.now.yaml"
+        save_recipe(now, *instances)
+        before, after = (yaml.safe_load(path.read_text()) or {} for path in (recipe, now))
+        now.unlink()
+        names = sorted((before.keys() | after.keys()) - MAY_CHANGE)
+        changed = [f"{n} (was {before.get(n)}, now {after.get(n)})" for n in names if before.get(n) != after.get(n)]
+        if changed:
+            raise UserError(f"cannot continue {self.folder} with other arguments: {', '.join(changed)}")
+
+    def stage(self, name: str, build: Callable[[], Model], load: Callable[[str], Model], tokenizer: Any) -> Model:
+        """The model of a stage: loaded if the stage is finished, else built, timed and saved with its tokenizer."""
+        folder = self.folder / "stages" / name
+        if (folder / STAGE).exists():
+            model, record = load(str(folder)), read_json(folder / STAGE)
+            self.seconds[name], self.history[name] = record["seconds"], record["history"]
+            self.seconds_before += record["seconds"]
+            return model
+        set_seed(self.args.seed)
+        with self.timed(name):
+            model = build()
+        if PartialState().is_main_process:
+            with writing_folder(folder) as partial:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                write_json(
+                    partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
+                )
+            shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
+        PartialState().wait_for_everyone()
+        return model
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to `seconds[name]`, less what blocks inside it count as theirs."""
+        started, others = time.perf_counter(), sum(self.seconds.values())
+        yield
+        inside = sum(self.seconds.values()) - others
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
+
+    @property
+    def total_seconds(self) -> float:
+        """Since the start of the run; of earlier processes of a resumed run only the stages that they finished."""
+        return time.perf_counter() - self.started + self.seconds_before
+
+    def train(self, name: str, model: Model, settings: dict[str, Any], **trainer: Any) -> Model:
+        """Trains a stage's model from its last checkpoint on. `settings` are the stage's own training arguments,
+        `trainer` the arguments of KDTrainer.
+        """
+        args = copy.copy(self.args)
+        args.output_dir = str(self.folder / "checkpoints" / name)
+        if trainer.get("eval_dataset") is None:
+            args.eval_strategy = "no"
+        for setting, value in settings.items():
+            setattr(args, setting, value)
+        loop = KDTrainer(model=model, args=args, **trainer)
+        logger.info("training %s", name)
+        loop.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)
+        loop.finish()
+        self.history[name] = loop.state.log_history
+        return model

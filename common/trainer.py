@@ -1,0 +1,221 @@
+"""The trainer of all supervised distillation: transformers' Trainer with an objective and a frozen teacher.
+
+It differs from its parent in what distillation needs: the loss is an `Objective` over named outputs; the teacher is
+frozen, in eval mode, outside optimizer and checkpoint, or only present as its cached outputs; parts of the loss are
+logged; a step's gradient is that of its samples as one batch, however they are cut into accumulation steps and
+processes; a loss that is not finite stops the run; a checkpoint counts only once it is complete.
+"""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from common.arguments import KDTrainingArguments
+from common.batching import LengthGroupedSampler
+from common.bottleneck import DiscreteKeyValueBottleneck
+from common.features import FeatureHooks
+from common.objective import Objective
+from common.outputs import Outputs
+from common.teacher_outputs import TeacherOutputs
+from common.utils.errors import UserError
+from common.utils.files import write_text
+
+OBJECTIVE_FILE = "objective.safetensors"
+COMPLETE_FILE = "complete"
+
+
+class KDTrainer(Trainer):
+    """Trains `model` for `objective`, with a live teacher, with cached teacher outputs, or with neither.
+
+    Args:
+        objective: what to minimise; its own parameters are optimized, clipped and checkpointed, and never ship.
+        teacher: a model run under no_grad on the same inputs.
+        teacher_outputs: what a teacher said about the training samples; batches must then hold `sample_id`.
+        features, teacher_features: {name: path of a submodule} recorded as named features of either model.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
+    args: KDTrainingArguments
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        teacher: nn.Module | None = None,
+        teacher_outputs: TeacherOutputs | None = None,
+        features: dict[str, str] | None = None,
+        teacher_features: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective.to(self.args.device)
+        self.objective_in_step: nn.Module = objective
+        if any(p.requires_grad for p in objective.parameters()):
+            self.objective_in_step = self.accelerator.prepare_model(objective)  # averages gradients over processes
+        self.teacher: nn.Module | None = None
+        self._teacher_hooks = FeatureHooks(teacher, teacher_features or {}) if teacher is not None else None
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.teacher_outputs = teacher_outputs
+        self._hooks = FeatureHooks(self.model, features or {})
+        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._parts_logged_at = 0
+
+    # ---- the loss of one micro-batch ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels, sample_ids = inputs.pop("labels", None), inputs.pop("sample_id", None)
+        size = len(next(iter(inputs.values())))
+        # The mean over the step's samples is what one big batch would give; data parallel averages over processes.
+        share = 1.0 if num_items_in_batch is None else size * self.args.world_size / float(num_items_in_batch)
+        student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
+        parts = self.objective_in_step(student, self._teacher_says(inputs, sample_ids), labels)
+        loss = torch.stack(list(parts.values())).sum() * share
+        self._refuse_non_finite(loss, parts)
+        for name, part in parts.items():
+            self._parts[name] += part.detach() * share
+        return (loss, {"logits": student.logits}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Number of samples in this optimizer step, over all micro-batches and processes."""
+        number = torch.tensor(sum(len(next(iter(batch.values()))) for batch in batch_samples), device=device)
+        return self.accelerator.gather(number).sum() if self.args.world_size > 1 else number
+
+    def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None) -> Outputs | None:
+        if self.teacher_outputs is not None:
+            if sample_ids is None:
+                raise ValueError("cached teacher outputs need a `sample_id` column in the training data")
+            mask = inputs.get("attention_mask")
+            return self.teacher_outputs.batch(sample_ids, None if mask is None else mask.shape[1], self.args.device)
+        if self.teacher is None or self._teacher_hooks is None:
+            return None
+        with torch.no_grad():
+            return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
+
+    def _refuse_non_finite(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        if not math.isfinite(loss.item()):
+            kept = last_checkpoint(self.args.output_dir)
+            values = ", ".join(f"{name} = {part.item()}" for name, part in parts.items())
+            raise UserError(
+                f"the loss is not finite at step {self.state.global_step + 1} ({values}); try a lower learning rate or "
+                f"--precision fp32; last good checkpoint: {kept or 'none yet'}"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            steps = max(1, self.state.global_step - self._parts_logged_at)
+            for name, total in self._parts.items():
+                mean = self.accelerator.reduce(total, "mean") if self.args.world_size > 1 else total
+                logs[f"loss_{name}"] = mean.item() / steps
+            self._parts.clear()
+            self._parts_logged_at = self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Logits and labels only: an evaluation loss would need the teacher on data that it is not asked about."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        inputs.pop("sample_id", None)
+        with torch.no_grad():
+            logits = _named_outputs(model(**inputs), self._hooks.take(), inputs).logits
+        return None, None if logits is None else logits.detach().float(), labels
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's, with the bottleneck's values in a group of their own and the objective's parameters added."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        values = [m.values for m in self.model.modules() if isinstance(m, DiscreteKeyValueBottleneck)]
+        if values and self.args.value_learning_rate is not None:
+            chosen = {id(v) for v in values}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            rate = self.args.value_learning_rate
+            # Decay would wear away the values of keys that are never chosen.
+            optimizer.add_param_group({"params": values, "lr": rate, "weight_decay": 0.0})
+        extra = [p for p in self.objective.parameters() if p.requires_grad]
+        if extra:
+            optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        extra = list(self.objective.parameters())
+        if not extra:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *extra], self.args.max_grad_norm)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(dataset[self.args.length_column_name], step, self.args.seed)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        state = self.objective.state_dict()
+        if state and self.args.should_save:
+            save_file(state, str(Path(output_dir or str(self.args.output_dir)) / OBJECTIVE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / OBJECTIVE_FILE
+        if path.exists():
+            self.objective.load_state_dict(load_file(str(path)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            write_text(folder / COMPLETE_FILE, "")
+
+    def finish(self) -> None:
+        """Hands the model back as it was: without hooks, autocast and data parallelism."""
+        self._hooks.remove()
+        if self._teacher_hooks is not None:
+            self._teacher_hooks.remove()
+        for model in filter(None, (self.model_wrapped, self.teacher)):
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+
+def last_checkpoint(folder: str | Path | None) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, or None."""
+    if folder is None:
+        return None
+    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:
+    """Any model's output under this project's names."""
+    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
+    features = (output.get("features") if hasattr(output, "get") else None) or {}
+    return Outputs(logits=logits, features={**features, **hooked}, mask=inputs.get("attention_mask"))

@@ -1,0 +1,41 @@
+"""What a result was computed with: versions, device, threads, precision and the code's commit."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def environment(precision: str, device: torch.device | str) -> dict[str, Any]:
+    """The `environment` part of results.json."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "git_commit": git_commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The model name of a GPU or of the CPU, else the device's type."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return device.type
+
+
+def git_commit() -> str | None:
+    """Short hash of the commit this package lies in, with `-dirty` if tracked files changed; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]  # no tag: always the hash
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

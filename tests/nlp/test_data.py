@@ -1,0 +1,367 @@
+"""Text data: the embedded generator, local folders in every format, labels, fingerprints, and errors of one line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow.csv
+import pytest
+
+from common.utils.errors import UserError
+from nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
+from nlp.data.loading import TextData, load_text_data
+from nlp.data.scope import scope_metrics
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+Columns = dict[str, list]
+
+
+def write(folder: Path, format: str = "parquet", **splits: Columns | datasets.Dataset) -> str:
+    """Writes one file per split and returns the folder's name as a flag would give it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, columns in splits.items():
+        rows = columns if isinstance(columns, datasets.Dataset) else datasets.Dataset.from_dict(columns)
+        path = folder / f"{split}.{format}"
+        if format == "parquet":
+            rows.to_parquet(path)
+        elif format == "csv":
+            pyarrow.csv.write_csv(rows.data.table, path)
+        elif format == "json":
+            path.write_text(json.dumps(rows.to_list()), encoding="utf-8")
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows.to_list()), encoding="utf-8")
+    return str(folder)
+
+
+def texts(count: int, start: int = 0) -> list[str]:
+    return [f'text {number}, "quoted"\nand broken' for number in range(start, start + count)]
+
+
+def small(labels: list, valid_labels: list | None = None, column: str = "label") -> dict[str, Any]:
+    valid = labels if valid_labels is None else valid_labels
+    return {
+        "train": {"text": texts(len(labels)), column: labels},
+        "validation": {"text": texts(len(valid), 1000), column: valid},
+    }
+
+
+def error_of(*arguments: object, **keywords: object) -> str:
+    with pytest.raises(UserError) as caught:
+        load_text_data(*arguments, **keywords)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# The embedded dataset
+
+
+def test_intents_are_the_same_for_the_same_seed_and_in_another_process() -> None:
+    command = "from nlp.data.loading import load_text_data; print(load_text_data('intents').fingerprint)"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    other = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert other.stdout.strip() == load_text_data("intents").fingerprint
+    assert load_intents(1)["train"]["text"][:] != load_intents(0)["train"]["text"][:]
+
+
+def test_no_intent_text_occurs_twice() -> None:
+    found = load_intents()
+    every = [text for split in found.values() for text in split["text"]]
+    assert len(every) == len(set(every)) == 9000
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 6000, "validation": 1500, "test": 1500}
+
+
+def test_intents_are_many_with_a_rare_tail_and_no_majority() -> None:
+    found = load_intents()
+    names = found["train"].features["intent"].names
+    assert names == [*INTENTS, "oos"] and len(names) == 41
+    assert "oos" in load_text_data("intents").label_names
+    train = Counter(found["train"]["intent"])
+    assert len(train) == 41 and sum(count < 80 for count in train.values()) == 10
+    assert max(Counter(found["validation"]["intent"]).values()) / 1500 < 0.15
+    assert len({word for text in found["train"]["text"] for word in text.split()}) < 3000
+
+
+def test_train_never_uses_what_is_held_out() -> None:
+    found = load_intents()
+    for words in ("lisbon", "risotto", "tyre", "square root"):
+        assert not any(words in text for text in found["train"]["text"])
+    assert any("lisbon" in text for text in found["validation"]["text"])
+    domains = [set(lines.split("|")) for lines in OUT_OF_SCOPE.values()]
+    assert not (domains[0] & domains[1] or domains[0] & domains[2] or domains[1] & domains[2])
+
+
+def test_intents_schema() -> None:
+    data = load_text_data("intents")
+    assert (data.name, data.primary_metric, data.regression, data.num_labels) == ("intents", "accuracy", False, 41)
+    for rows in data.splits.values():
+        assert rows.column_names == ["text", "label", "sample_id"]
+        assert rows["sample_id"][:] == list(range(len(rows)))
+
+
+# Local folders
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl", "json"])
+def test_every_format_is_the_same_data(tmp_path: Path, format: str) -> None:
+    splits = small(["pear", "apple", "fig", "apple"])
+    data = load_text_data(write(tmp_path / "one", format, **splits))
+    assert data.label_names == ["apple", "fig", "pear"]
+    assert data.splits["train"]["label"][:] == [2, 0, 1, 0]
+    assert data.splits["train"]["text"][:] == splits["train"]["text"]
+    assert data.name == "one" and list(data.splits) == ["train", "validation"]
+    assert data.fingerprint == load_text_data(write(tmp_path / "two", "parquet", **splits)).fingerprint
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+def test_scores_stay_floats_in_every_format(tmp_path: Path, format: str) -> None:
+    pairs = {"sentence1": texts(4), "sentence2": texts(4, 50), "label": [3.8, 0.0, 4.9999, 5.0]}
+    data = load_text_data(write(tmp_path / format, format, train=pairs, dev=pairs))
+    assert data.regression and data.num_labels == 1 and data.label_names == [] and data.primary_metric == "spearman"
+    assert data.splits["validation"]["label"][:] == pytest.approx([3.8, 0.0, 4.9999, 5.0])
+    assert data.splits["train"].column_names == ["text", "text_pair", "label", "sample_id"]
+    assert data.fingerprint == load_text_data(write(tmp_path / "p", train=pairs, validation=pairs)).fingerprint
+
+
+def test_one_changed_label_or_text_changes_the_fingerprint(tmp_path: Path) -> None:
+    def fingerprint(name: str, splits: dict[str, Any]) -> str:
+        return load_text_data(write(tmp_path / name, **splits)).fingerprint
+
+    splits = small(["a", "b", "a"])
+    first = fingerprint("first", splits)
+    assert first == fingerprint("again", splits)
+    assert first != fingerprint("label", small(["a", "b", "b"], ["a", "b", "a"]))
+    splits["validation"]["text"][1] += "!"
+    assert first != fingerprint("text", splits)
+
+
+def test_named_classes_keep_their_order(tmp_path: Path) -> None:
+    kind = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
+    rows = datasets.Dataset.from_dict({"text": texts(2), "label": [0, 1]}, features=kind)
+    swapped = kind | {"label": datasets.ClassLabel(names=["a", "z"])}
+    valid = datasets.Dataset.from_dict({"text": texts(2, 9), "label": [0, 1]}, features=datasets.Features(swapped))
+    data = load_text_data(write(tmp_path, train=rows, validation=valid))
+    assert data.label_names == ["z", "a"] and data.splits["train"]["label"][:] == [0, 1]
+    assert data.splits["validation"]["label"][:] == [1, 0]  # by name, not by number
+
+
+def test_a_known_task_keeps_its_label_order_and_metric_without_class_names(tmp_path: Path) -> None:
+    names = ["equivalent", "not_equivalent", "equivalent"]
+    pairs = {"sentence1": texts(3), "sentence2": texts(3, 50), "label": names}
+    mrpc = load_text_data(write(tmp_path / "mrpc", "csv", train=pairs, validation=pairs))
+    assert mrpc.primary_metric == "f1" and mrpc.label_names == ["not_equivalent", "equivalent"]
+    assert mrpc.splits["train"]["label"][:] == [1, 0, 1]
+    rte = pairs | {"label": ["entailment", "not_entailment", "entailment"]}
+    assert load_text_data(write(tmp_path / "rte", "csv", train=rte, validation=rte)).primary_metric == "accuracy"
+
+
+def test_integer_labels_are_named_by_number(tmp_path: Path) -> None:
+    data = load_text_data(write(tmp_path, "csv", **small([1, 0, 2])))
+    assert data.label_names == ["0", "1", "2"] and data.splits["train"]["label"][:] == [1, 0, 2]
+
+
+def test_columns_are_guessed_or_named(tmp_path: Path) -> None:
+    rows = {"id": [7, 8, 9], "title": texts(3), "body": texts(3, 9), "topic": ["b", "a", "b"]}
+    folder = write(tmp_path / "named", train=rows, validation=rows)
+    assert "--text_columns" in error_of(folder) and "title" in error_of(folder)
+    data = load_text_data(folder, ["body"], "topic")
+    assert data.splits["train"]["text"][:] == rows["body"] and data.label_names == ["a", "b"]
+    assert load_text_data(folder, ["title", "body"], "topic").splits["train"]["text_pair"][:] == rows["body"]
+    lone = {"body": texts(3), "score": [0.5, 1.5, 2.5]}
+    assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).regression
+
+
+def test_shards_are_joined_and_other_files_noted(tmp_path: Path) -> None:
+    part = small(["a", "b"])["train"]
+    splits: dict[str, Any] = {
+        "train-00000-of-00002": part,
+        "train-00001-of-00002": part,
+        "validation": part,
+        "extra": part,
+    }
+    data = load_text_data(write(tmp_path, **splits))
+    assert len(data.splits["train"]) == 4 and data.notes == ["split extra is not used"]
+
+
+@pytest.mark.parametrize("test", [{"text": texts(2), "label": [-1, -1]}, {"text": texts(2)}])
+def test_a_test_split_without_labels_is_left_out(tmp_path: Path, test: Columns) -> None:
+    data = load_text_data(write(tmp_path, **small([0, 1]), test=test))
+    assert "test" not in data.splits and "no labels" in data.notes[0]
+
+
+def test_validation_is_carved_from_train_by_class_and_never_from_test(tmp_path: Path) -> None:
+    train = {"text": texts(201), "label": ["a"] * 140 + ["b"] * 60 + ["lone"]}
+    test = {"text": texts(40, 1000), "label": ["a", "b"] * 20}
+    folder = write(tmp_path, train=train, test=test)
+    data = load_text_data(folder)
+    assert Counter(data.splits["validation"]["label"]) == {0: 14, 1: 6}
+    parts = [set(data.splits[name]["text"]) for name in ("train", "validation")]
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == set(train["text"])
+    assert data.splits["test"]["text"][:] == test["text"]
+    assert data.splits["validation"]["sample_id"][:] == list(range(20))
+    assert "seed 0" in data.notes[0]
+    assert load_text_data(folder).fingerprint == data.fingerprint != load_text_data(folder, seed=1).fingerprint
+
+
+# Errors
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    message = error_of("nonsense")
+    assert "intents" in message and "stsb" in message and "owner/name" in message
+    assert "unknown dataset" in error_of(str(tmp_path / "missing"))
+    assert "no parquet, CSV or JSON file" in error_of(str(tmp_path))
+
+
+def test_errors_of_splits(tmp_path: Path) -> None:
+    rows = small([0, 1])["train"]
+    assert "no train split" in error_of(write(tmp_path / "a", test=rows))
+    write(tmp_path / "b", train=rows)
+    assert "several files" in error_of(write(tmp_path / "b", "csv", train=rows))
+    assert "two validation" in error_of(write(tmp_path / "c", train=rows, dev=rows, valid=rows))
+    assert "set some aside" in error_of(write(tmp_path / "d", train=rows))
+    assert "empty" in error_of(
+        write(tmp_path / "e", train=rows, validation=datasets.Dataset.from_dict(rows).select([]))
+    )
+    assert "lacks column 'label'" in error_of(write(tmp_path / "f", train=rows, validation={"text": texts(2)}))
+    write(tmp_path / "g", train=rows)
+    (tmp_path / "g" / "validation.jsonl").write_text('{"text": \n')
+    assert "cannot read" in error_of(str(tmp_path / "g"))
+
+
+def test_errors_of_columns(tmp_path: Path) -> None:
+    folder = write(tmp_path, **small([0, 1]))
+    assert "no column 'body'" in error_of(folder, ["body"]) and "text, label" in error_of(folder, ["body"])
+    assert "no column 'topic'" in error_of(folder, None, "topic")
+    assert "does not hold texts" in error_of(folder, ["label"], "text")
+    lists = {"text": texts(2), "label": [[0], [1]]}
+    assert "holds no labels" in error_of(write(tmp_path / "lists", train=lists, validation=lists))
+
+
+@pytest.mark.parametrize("empty", [None, "", "  \n"])
+def test_an_empty_text_is_named_by_its_row(tmp_path: Path, empty: str | None) -> None:
+    splits = small([0, 1, 0])
+    splits["validation"]["text"][2] = empty
+    assert "row 2 of validation" in error_of(write(tmp_path, **splits))
+
+
+def test_errors_of_labels(tmp_path: Path) -> None:
+    assert "'c' never occurs in train" in error_of(write(tmp_path / "a", **small(["a", "b"], ["a", "c"])))
+    assert "row 1 of train: no label" in error_of(write(tmp_path / "b", **small([0, -1, 1])))
+    assert "row 0 of validation: no label" in error_of(write(tmp_path / "c", **small([0, 1], [-1, -1])))
+    assert "0 to n-1" in error_of(write(tmp_path / "d", **small([1, 2])))
+    assert "row 1 of train: nan" in error_of(write(tmp_path / "e", **small([0.5, float("nan")])))
+    assert "row 1 of train: no label" in error_of(write(tmp_path / "f", **small(["a", None])))
+
+
+@pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_an_unreachable_hub_is_one_quick_line(tmp_path: Path, setting: dict[str, str]) -> None:
+    command = "from nlp.data.loading import load_text_data; load_text_data('rte')"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env=kept | {"HF_HOME": str(tmp_path)} | setting,
+        capture_output=True,
+        text=True,
+    )
+    assert time.monotonic() - start < 20  # without the check datasets retries for half a minute
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UserError: rte" in last and "--dataset FOLDER" in last and "--dataset intents" in last
+
+
+@pytest.mark.parametrize("error", [datasets.exceptions.DatasetNotFoundError("gone"), ValueError("no\nsuch config")])
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(name: str, config: str | None) -> None:
+        assert (name, config, datasets.config.HF_HUB_OFFLINE) == ("owner/name", "small", True)
+        raise error
+
+    def no_route() -> None:
+        raise OSError("no route to host")
+
+    before = datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(huggingface_hub, "get_session", no_route)
+    assert "owner/name:small" in error_of("owner/name:small")
+    assert datasets.config.HF_HUB_OFFLINE == before
+
+
+def test_a_hub_dataset_and_a_folder_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"sentence": texts(3), "label": ["acceptable", "unacceptable", "acceptable"]}
+    loaded = {name: datasets.Dataset.from_dict(rows) for name in ("train", "validation", "test")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(loaded))
+    cola = load_text_data("cola")
+    folder = load_text_data(write(tmp_path, train=rows, validation=rows))
+    assert cola.fingerprint == folder.fingerprint and cola.primary_metric == folder.primary_metric == "matthews"
+    assert list(cola.splits) == ["train", "validation"] and cola.name == "cola"
+
+
+# Real data, where it is present
+
+
+def shared(name: str) -> TextData:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"no real data at ../shared/data/{name}")
+    return load_text_data(str(SHARED / name))
+
+
+def sizes(data: TextData) -> dict[str, int]:
+    return {name: len(rows) for name, rows in data.splits.items()}
+
+
+def test_clinc() -> None:
+    data = shared("clinc_oos_plus")
+    assert sizes(data) == {"train": 15250, "validation": 3100, "test": 5500}
+    assert data.num_labels == 151 and data.label_names[42] == "oos" and data.primary_metric == "accuracy"
+    assert Counter(data.splits["test"]["label"])[42] == 1000
+
+
+@pytest.mark.parametrize(
+    "name, rows, labels, metric",
+    [
+        ("glue_cola", {"train": 8551, "validation": 1043}, ["unacceptable", "acceptable"], "matthews"),
+        ("glue_sst2", {"train": 67349, "validation": 872}, ["negative", "positive"], "accuracy"),
+        ("glue_rte", {"train": 2490, "validation": 277}, ["entailment", "not_entailment"], "accuracy"),
+        ("glue_stsb", {"train": 5749, "validation": 1500}, [], "spearman"),
+        ("glue_mrpc", {"train": 3668, "validation": 408, "test": 1725}, ["not_equivalent", "equivalent"], "f1"),
+        (
+            "glue_mnli",
+            {"train": 1600, "validation_matched": 200, "validation_mismatched": 200},
+            ["entailment", "neutral", "contradiction"],
+            "accuracy",
+        ),
+    ],
+)
+def test_glue(name: str, rows: dict[str, int], labels: list[str], metric: str) -> None:
+    data = shared(name)
+    assert (sizes(data), data.label_names, data.primary_metric) == (rows, labels, metric)
+
+
+def test_stsb_keeps_its_fractions() -> None:
+    data = shared("glue_stsb")
+    labels = np.array(data.splits["train"]["label"][:])
+    assert data.regression and labels.min() == 0 and labels.max() == 5 and (labels % 1 != 0).mean() > 0.4
+    assert labels[1] == pytest.approx(3.8)
+
+
+# Out of scope
+
+
+def test_scope_metrics_by_hand() -> None:
+    logits = np.eye(3)[[0, 1, 2, 2, 0, 2]]
+    labels = np.array([0, 0, 1, 2, 2, 2])
+    # in scope: rows 0-2, one right; out of scope: rows 3-5, two found
+    found = scope_metrics(logits, labels, ["a", "b", "oos"])
+    assert found == {"accuracy_in_scope": pytest.approx(1 / 3), "oos_recall": pytest.approx(2 / 3)}
+    assert scope_metrics(logits, labels, ["a", "b", "c"]) == {}
+    assert scope_metrics(logits[:2], labels[:2], ["a", "b", "oos"]) == {"accuracy_in_scope": 0.5}
