@@ -1,4 +1,4 @@
-"""Gives every domain folder (any folder with scripts/) an importable name: image-classification -> image_classification."""
+"""Gives every domain folder, any with scripts/, an importable name: image-classification -> image_classification."""
 
 from pathlib import Path
 

@@ -20,9 +20,9 @@ class KDTrainingArguments(TrainingArguments):
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "learning rate of a bottleneck's values; --learning_rate unless given"}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})  # type: ignore[assignment]
-    logging_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})  # type: ignore[assignment]
-    save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})  # type: ignore[assignment]
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
+    logging_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
+    save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep of a running stage"})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "random, or group_by_length for little padding"}

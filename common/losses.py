@@ -19,7 +19,8 @@ def soft_target_kl(
     Logits are (batch, classes); summed over classes, averaged over the batch, with `sample_weights` (batch,) as a
     weighted mean (zero where all weights are zero). `teacher_temperature` defaults to `temperature`, `scale` to the
     product of the two, which keeps gradients comparable across temperatures. `direction="reverse"` is
-    KL(student || teacher). Raises ValueError for a temperature that is not positive and for shapes that differ.
+    KL(student || teacher). Raises ValueError for a temperature that is not positive, for another direction and for
+    shapes that differ.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     if temperature <= 0 or teacher_temperature <= 0:
@@ -32,61 +33,84 @@ def soft_target_kl(
     p, q = (target, own) if direction == "forward" else (own, target)
     divergence = _kl(p, q, dim=-1)  # (batch,)
     scale = temperature * teacher_temperature if scale is None else scale
-    if sample_weights is None:
-        return scale * divergence.mean()
-    weights = sample_weights.float()
-    return scale * (weights * divergence).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return scale * _mean(divergence, sample_weights)
 
 
 def cross_entropy_mix(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> Tensor:
-    """alpha * cross-entropy with the labels (batch,) + (1 - alpha) * soft_target_kl. Raises unless 0 <= alpha <= 1."""
+    """alpha * cross-entropy with the labels (batch,) + (1 - alpha) * soft_target_kl (arXiv:1503.02531).
+
+    Logits are (batch, classes); both terms are means over the batch. alpha weights the hard labels. Raises ValueError
+    unless 0 <= alpha <= 1, and as soft_target_kl does.
+    """
     _check_alpha(alpha)
     hard = F.cross_entropy(student_logits.float(), labels)
     return alpha * hard + (1 - alpha) * soft_target_kl(student_logits, teacher_logits, temperature)
 
 
 def feature_l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of features (..., channels), over the places that `mask` (...) keeps."""
+    """Mean squared difference over all elements of features of one shape (FitNets, arXiv:1412.6550).
+
+    `mask` has the leading dimensions of the features, such as (batch, positions) for (batch, positions, channels), and
+    restricts the mean to the places that it keeps; zero where it keeps none. Raises ValueError for shapes that differ.
+    """
     _same_shape(student, teacher)
     squared = (student.float() - teacher.detach().float()).square()
-    return squared.mean() if mask is None else _masked_mean(squared.flatten(mask.dim()).mean(-1), mask)
+    return squared.mean() if mask is None else _mean(squared.flatten(mask.dim()).mean(-1), mask)
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Mean of 1 - cosine similarity along `dim`, over the places that `mask` (the other dimensions) keeps."""
+    """Mean of 1 - cosine similarity along `dim` of features of one shape (DistilBERT, arXiv:1910.01108).
+
+    `mask` has the dimensions other than `dim` and restricts the mean as in feature_l2. A vector of zeros is at
+    distance 1 from everything. Raises ValueError for shapes that differ.
+    """
     _same_shape(student, teacher)
-    distance = 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=dim)
-    return distance.mean() if mask is None else _masked_mean(distance, mask)
+    return _mean(1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=dim), mask)
 
 
 def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 * KL between softmaxes over the channels of maps (batch, channels, height, width), mean over batch and places."""
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the softmax being over the channels of each place.
+
+    Maps are (batch, channels, height, width); summed over channels, averaged over batch and places. Never
+    negative, which KL on raw features can be. Raises ValueError for a temperature that is not positive and for shapes
+    that differ.
+    """
     _same_shape(student, teacher)
     return _softmax_kl(student, teacher, temperature, dim=1)
 
 
 def spatial_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 * KL between softmaxes over the places of each channel of maps (batch, channels, height, width), mean over
-    batch and channels (channel-wise distillation, arXiv:2011.13256).
+    """As channel_kl, but the softmax is over the places of each channel (channel-wise distillation, arXiv:2011.13256).
+
+    Summed over height and width, averaged over batch and channels.
     """
     _same_shape(student, teacher)
     return _softmax_kl(student.flatten(2), teacher.flatten(2), temperature, dim=-1)
 
 
 def regression_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of predictions (batch,) or (batch, 1); a (batch, 1) against (batch,) does not broadcast."""
-    return F.mse_loss(*_columns(prediction, target))
+    """Mean squared error over the batch; either side may be (batch,) or (batch, 1), which do not broadcast.
+
+    Raises ValueError for shapes that differ otherwise.
+    """
+    return F.mse_loss(*_aligned(prediction, target))
 
 
 def regression_huber(prediction: Tensor, target: Tensor, delta: float = 1.0) -> Tensor:
-    """Huber loss: squared below `delta`, linear above. Shapes as in regression_mse."""
-    return F.huber_loss(*_columns(prediction, target), delta=delta)
+    """Mean over the batch of e^2 / 2 where |e| <= delta, else delta * (|e| - delta / 2), e being the difference.
+
+    Shapes and errors as in regression_mse.
+    """
+    return F.huber_loss(*_aligned(prediction, target), delta=delta)
 
 
 def regression_mix(student_prediction: Tensor, teacher_prediction: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """alpha * MSE(labels) + (1 - alpha) * MSE(teacher), for tasks like STS-B. Raises unless 0 <= alpha <= 1."""
+    """alpha * MSE(labels) + (1 - alpha) * MSE(teacher), without softmax, for tasks like STS-B.
+
+    Shapes as in regression_mse. Raises ValueError unless 0 <= alpha <= 1, and as regression_mse does.
+    """
     _check_alpha(alpha)
     hard, soft = regression_mse(student_prediction, labels), regression_mse(student_prediction, teacher_prediction)
     return alpha * hard + (1 - alpha) * soft
@@ -105,21 +129,25 @@ def _softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) 
     return temperature**2 * _kl(target, own, dim).mean()
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean, weighted if there are weights (a mask is weights of 0 and 1); zero, with its graph, if all are zero."""
+    if weights is None:
+        return values.mean()
+    _same_shape(values, weights)
+    weights = weights.float()
+    # The weights are normalized first: dividing the loss by a sum near zero would make its gradient infinite.
+    return (values * (weights / weights.sum().clamp(min=torch.finfo(torch.float32).tiny))).sum()
 
 
-def _columns(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    prediction, target = prediction.float(), target.detach().float()
-    if prediction.numel() != target.numel():
-        raise ValueError(f"shapes differ: {tuple(prediction.shape)} and {tuple(target.shape)}")
-    return prediction.flatten(), target.flatten()
+def _aligned(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    prediction, target = (t.squeeze(-1) if t.dim() > 1 else t for t in (prediction, target))  # (batch,)
+    _same_shape(prediction, target)
+    return prediction.float(), target.detach().float()
 
 
-def _same_shape(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(f"student and teacher differ in shape: {tuple(student.shape)} and {tuple(teacher.shape)}")
+def _same_shape(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(second.shape)}")
 
 
 def _check_alpha(alpha: float) -> None:

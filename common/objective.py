@@ -5,8 +5,8 @@ A method is a composition, written in the open in a script:
     Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(temperature)))   # Hinton 2015
     Objective(layer_1=(1.0, match("layer_1", feature_l2)))                                      # feature distillation
 
-A term maps (student outputs, teacher outputs or None, labels or None) to a scalar. A term with weights of its own, like
-`Hint`, is a module: the trainer optimizes, clips and checkpoints it with the student, but it never ships.
+A term maps (student outputs, teacher outputs or None, labels or None) to a scalar. A term with weights of its own,
+like `Hint`, is a module: the trainer optimizes, clips and checkpoints it with the student, but it never ships.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,10 @@ FeatureLoss = Callable[..., Tensor]
 
 
 class Objective(nn.Module):
-    """Weighted, named terms: `objective(student, teacher, labels)` gives {name: weighted loss}. Zero weights drop out."""
+    """Weighted, named terms: `objective(student, teacher, labels)` gives {name: weighted loss}.
+
+    A term of weight zero drops out, so that it need not be computable.
+    """
 
     def __init__(self, **terms: tuple[float, Term]) -> None:
         super().__init__()

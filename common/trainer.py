@@ -43,6 +43,8 @@ class KDTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
     args: KDTrainingArguments
+    model: nn.Module
+    objective: Objective
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class KDTrainer(Trainer):
         self.teacher_outputs = teacher_outputs
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._parts_logged_at = 0
+        self._parts_weight = torch.zeros((), device=self.args.device)
 
     # ---- the loss of one micro-batch ----
 
@@ -88,6 +90,7 @@ class KDTrainer(Trainer):
         self._refuse_non_finite(loss, parts)
         for name, part in parts.items():
             self._parts[name] += part.detach() * share
+        self._parts_weight += share  # one per optimizer step
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
@@ -117,12 +120,12 @@ class KDTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            steps = max(1, self.state.global_step - self._parts_logged_at)
-            for name, total in self._parts.items():
-                mean = self.accelerator.reduce(total, "mean") if self.args.world_size > 1 else total
-                logs[f"loss_{name}"] = mean.item() / steps
+            totals = torch.stack([self._parts_weight, *self._parts.values()])
+            if self.args.world_size > 1:
+                totals = self.accelerator.reduce(totals, "mean")
+            logs |= {f"loss_{name}": (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
             self._parts.clear()
-            self._parts_logged_at = self.state.global_step
+            self._parts_weight.zero_()
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -160,6 +163,7 @@ class KDTrainer(Trainer):
         extra = [p for p in self.objective.parameters() if p.requires_grad]
         if extra:
             optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
+            optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
@@ -172,8 +176,9 @@ class KDTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
+        lengths = dataset[self.args.length_column_name]  # type: ignore[index]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(dataset[self.args.length_column_name], step, self.args.seed)
+        return LengthGroupedSampler(lengths, step, self.args.seed)
 
     # ---- checkpoints ----
 

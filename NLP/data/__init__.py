@@ -1,0 +1,1 @@
+"""Code that yields text datasets; no data files."""

@@ -6,11 +6,14 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from nlp.data.loading import TextData
 
 
-def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Dataset]:
-    """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping)."""
+def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+    """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping).
+
+    Longer texts are cut to the tokenizer's own `model_max_length`, which is saved with it.
+    """
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
+        encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
         return {
             **encoded,
             "labels": rows["label"],

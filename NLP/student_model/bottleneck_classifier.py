@@ -55,7 +55,7 @@ class BottleneckClassifier(PreTrainedModel):
         if hasattr(self.encoder, "pooler"):
             self.encoder.pooler = None  # the bottleneck reads the hidden states; nothing would train or use a pooler
         self.bottleneck = DiscreteKeyValueBottleneck(
-            config.encoder_config.hidden_size, config.num_labels, **(config.bottleneck or {})
+            config.encoder_config.hidden_size, config.num_labels or 1, **(config.bottleneck or {})
         )
         self.post_init()
 

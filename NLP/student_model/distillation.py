@@ -21,7 +21,7 @@ from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.evaluation import evaluate
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.pipeline import Pipeline, Texts
-from nlp.teacher_model.teacher import load_classifier
+from nlp.teacher_model.teacher import encoder_of, load_classifier
 
 USAGE = """from transformers import AutoTokenizer
 from {module} import {model}
@@ -41,9 +41,11 @@ class Distillation:
         self.run = Run(training, args)
         self.given = load_classifier(args.teacher, data)  # as it comes
         self.given_student = load_classifier(args.student, data) if args.student else None
-        self.texts = Texts.of(data, self.given.tokenizer, args.max_length)
         own = self.given_student
-        self.student_texts = Texts.of(data, own.tokenizer, args.max_length) if own else self.texts
+        for classifier in filter(None, (self.given, own)):
+            classifier.tokenizer.model_max_length = args.max_length  # saved with it, so that evaluation cuts alike
+        self.texts = Texts.of(data, self.given.tokenizer)
+        self.student_texts = Texts.of(data, own.tokenizer) if own else self.texts
         self._refuse_what_cannot_fit()
         self.pipeline = Pipeline(
             self.run, args.pooling, args.bottleneck_shape(), args.value_epochs, args.value_batch_size
@@ -106,10 +108,10 @@ class Distillation:
                     name, classifier, self.texts, epochs, self.rate, freeze_embeddings=not given.from_scratch
                 ),
             )
-        self.teacher_encoder = classifier if isinstance(classifier, BottleneckClassifier) else classifier.base_model
+        self.teacher_encoder = encoder_of(classifier)
         if self.args.bottleneck != "both" or isinstance(classifier, BottleneckClassifier):
             return classifier
-        return self._stage("teacher", lambda: self.pipeline.fill("teacher", classifier.base_model, self.texts, "new"))
+        return self._stage("teacher", lambda: self.pipeline.fill("teacher", self.teacher_encoder, self.texts, "new"))
 
     def control(self) -> PreTrainedModel:
         """The student without the teacher: the same cut of the encoder *as it came*, the same epochs, labels only."""
@@ -129,16 +131,16 @@ class Distillation:
         trained = self._stage(name, labels_only)
         if plain:
             return trained
-        return self._stage("control", lambda: self.pipeline.fill("control", trained.base_model, texts, "new"))
+        return self._stage("control", lambda: self.pipeline.fill("control", encoder_of(trained), texts, "new"))
 
     def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Aligned with the teacher's hidden states, then taught by its logits."""
         own, texts, plain = self.given_student, self.student_texts, self.args.bottleneck == "none"
         if own:
-            student = own.model if plain else own.encoder
+            student = own.model if plain else encoder_of(own.model)
         else:
             student = cut_layers(teacher if plain else self.teacher_encoder, self.student_layers)
-        encoder = student.base_model
+        encoder = encoder_of(student) if plain else student
         if self.args.align_epochs:
             name, epochs = "student_encoder", self.args.align_epochs
             encoder = self._stage(
@@ -172,7 +174,9 @@ class Distillation:
     def report(self, teacher: PreTrainedModel, control: PreTrainedModel | None, student: PreTrainedModel) -> None:
         """Measures all three, writes the report and the student's folder, prints the table."""
         models: dict[str, Any] = {}
-        models["teacher"], said = evaluate(self.args.teacher, teacher, self.data, self.texts.splits, self.texts.collate)
+        models["teacher"], said = evaluate(
+            self.args.teacher, teacher, self.data, self.texts.splits, self.texts.collate
+        )
         size = self.args.student or f"{self.student_layers} layers"
         for role, model in (("control", control), ("student", student)):
             splits, collate = self.student_texts.splits, self.student_texts.collate

@@ -52,11 +52,11 @@ def evaluate(
         metrics[split] = text_metrics(data, said, np.asarray(splits[split]["labels"]))
         if teacher_logits is not None and not data.regression:
             metrics[split]["agreement"] = agreement(said, teacher_logits[split])
-    return {"name": name, **cost(model, one_text(splits, collate)), "metrics": metrics}, logits
+    return {"name": name, **cost(model, one_text(splits, collate, model.device)), "metrics": metrics}, logits
 
 
-def one_text(splits: dict[str, Dataset], collate: Collate) -> dict[str, torch.Tensor]:
+def one_text(splits: dict[str, Dataset], collate: Collate, device: torch.device) -> dict[str, torch.Tensor]:
     """A validation text of median length: what latency and FLOPs are measured on."""
     rows = next(rows for split, rows in splits.items() if split.startswith("validation"))
     middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
-    return {name: value for name, value in collate([rows[middle]]).items() if name not in NOT_INPUTS}
+    return {name: value.to(device) for name, value in collate([rows[middle]]).items() if name not in NOT_INPUTS}

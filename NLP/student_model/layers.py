@@ -31,7 +31,7 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     config.num_hidden_layers = layers
     student = type(model)(config)
     if getattr(model, "pooler", student) is None:
-        student.pooler = None
+        student.pooler = None  # type: ignore[assignment]
     kept = {paths[old]: paths[new] for new, old in enumerate(uniform_map(layers, len(paths)))}
     weights = {}
     for name, tensor in model.state_dict().items():

@@ -32,8 +32,8 @@ class Texts:
     collate: Collator
 
     @classmethod
-    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Texts":
-        return cls(data, tokenize(data, tokenizer, max_length), Collator(tokenizer))
+    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
+        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
 
     @property
     def train(self) -> Dataset:
@@ -78,7 +78,7 @@ class Pipeline:
         freeze_embeddings: bool = True,
     ) -> PreTrainedModel:
         """Trains a classifier end to end, on labels alone or with a teacher's logits."""
-        model.base_model.get_input_embeddings().requires_grad_(not freeze_embeddings)
+        model.get_input_embeddings().requires_grad_(not freeze_embeddings)
         return self.run.train(
             name,
             model,

@@ -1,6 +1,7 @@
 """Where a text teacher comes from: the Hub, a folder, or the embedded tiny BERT, which starts from random weights."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
@@ -9,7 +10,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    BertTokenizerFast,
+    BertTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,7 +36,7 @@ class Pretrained:
 
     @property
     def encoder(self) -> PreTrainedModel:
-        return self.model.encoder if isinstance(self.model, BottleneckClassifier) else self.model.base_model
+        return encoder_of(self.model)
 
 
 def load_classifier(name: str, data: TextData) -> Pretrained:
@@ -56,6 +57,11 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     return Pretrained(model, tokenizer, trained=trained)
 
 
+def encoder_of(classifier: PreTrainedModel) -> Any:
+    """What stands before a classifier's head or bottleneck."""
+    return classifier.encoder if isinstance(classifier, BottleneckClassifier) else classifier.base_model
+
+
 def label_config(data: TextData) -> dict:
     """id2label, label2id and, for regression, the single unnamed output."""
     if data.regression:
@@ -66,8 +72,8 @@ def label_config(data: TextData) -> dict:
     }
 
 
-def is_trained(name: str, config: BertConfig, data: TextData) -> bool:
-    """Whether a checkpoint is a classifier of the data's labels, in the data's order; one that is of others is refused."""
+def is_trained(name: str, config: Any, data: TextData) -> bool:
+    """Whether a checkpoint is a classifier of the data's labels, in the data's order; other classifiers are refused."""
     architecture = (config.architectures or [""])[0]
     if "Classif" not in architecture:
         return False
@@ -82,8 +88,8 @@ def is_trained(name: str, config: BertConfig, data: TextData) -> bool:
     if sorted(map(str.lower, own)) == sorted(map(str.lower, data.label_names)):
         first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a.lower() != b.lower())
         raise UserError(
-            f"the label order of teacher {name} differs from that of {data.name}: label {first} is {own[first]!r} for the "
-            f"teacher and {data.label_names[first]!r} in the data; reorder id2label and the head, or the data's labels"
+            f"the label order of teacher {name} differs from that of {data.name}: label {first} is {own[first]!r} for "
+            f"the teacher and {data.label_names[first]!r} in the data; reorder the teacher's head or the data's labels"
         )
     raise UserError(
         f"teacher {name} classifies {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has "
@@ -98,7 +104,7 @@ def tiny_bert(data: TextData) -> Pretrained:
     texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
     words = BertWordPieceTokenizer(lowercase=True)
     words.train_from_iterator(texts, vocab_size=4000, min_frequency=2, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, do_lower_case=True, model_max_length=512)
+    tokenizer = BertTokenizer(tokenizer_object=words._tokenizer, do_lower_case=True, model_max_length=512)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -29,11 +29,13 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 
 def agreement(student_logits: np.ndarray, teacher_logits: np.ndarray) -> float:
     """Share of samples for which student and teacher choose the same class."""
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"shapes differ: {student_logits.shape} and {teacher_logits.shape}")
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"need two arrays of logits (samples, classes), got {student_logits.shape} and {teacher_logits.shape}"
+        )
     return float((student_logits.argmax(axis=1) == teacher_logits.argmax(axis=1)).mean())
 
 
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"need logits (samples, classes) and labels (samples,), got {logits.shape} and {labels.shape}")
+        raise ValueError(f"need logits (samples, classes), labels (samples,), got {logits.shape}, {labels.shape}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.utils.devices import synchronize
@@ -20,13 +21,14 @@ def parameters(model: nn.Module) -> int:
 
 def megabytes(model: nn.Module) -> float:
     """MiB (2^20 bytes) of what is saved: parameters and persistent buffers, shared ones once."""
-    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
+    tensors = set(model.state_dict(keep_vars=True).values())  # keep_vars: what is shared stays one object
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
 def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int | None:
-    """FLOPs of the matrix products of one forward pass (a multiply-add counts two); None if there are none."""
-    with _inference(model), FlopCounterMode(display=False) as counter:
+    """FLOPs of the matrix products of one forward pass (a multiply-add counts two); None if it counts none."""
+    # The counter knows no fused attention kernel of the CPU; the MATH backend is made of products that it counts.
+    with _evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return int(counter.get_total_flops()) or None
 
@@ -35,7 +37,7 @@ def latency(model: nn.Module, inputs: dict[str, Tensor], repeats: int = 30, warm
     """Milliseconds of a forward pass: {"batch": samples, "median": ms, "p90": ms}."""
     device = next(iter(inputs.values())).device
     seconds = []
-    with _inference(model):
+    with _evaluating(model), torch.inference_mode():
         for _ in range(warmup + repeats):
             synchronize(device)
             started = time.perf_counter()
@@ -61,11 +63,11 @@ def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]  # a frozen part may be in eval mode already
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

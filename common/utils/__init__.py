@@ -1,0 +1,1 @@
+"""Precision, devices, safe files, the torchvision shim."""

@@ -1,0 +1,48 @@
+"""Measures a saved student or teacher on every labelled split but train, exactly as the run that made it did.
+
+python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
+python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset intents --json metrics.json
+"""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from common.cli import Parser, run
+from common.utils.errors import UserError
+from common.utils.files import write_text
+from nlp.data.loading import load_text_data
+from nlp.student_model.evaluation import evaluate
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import load_classifier
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", help="folder or Hub name of a classifier")
+    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config] or local folder")
+    parser.add_argument("--text_columns", nargs="+")
+    parser.add_argument("--label_column")
+    parser.add_argument("--seed", type=int, default=0, help="carves a validation split where the data has none")
+    parser.add_argument("--json", help="also write the metrics to this file")
+    args = parser.parse_args()
+
+    data = load_text_data(args.dataset, args.text_columns, args.label_column, args.seed)
+    classifier = load_classifier(args.model, data)
+    if not classifier.trained:
+        raise UserError(f"{args.model} is no trained classifier: it has no head for the labels of {data.name}")
+    texts = Texts.of(data, classifier.tokenizer)
+    measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)
+
+    table = Table("split", "metric", "value", title=args.model)
+    for split, metrics in measured["metrics"].items():
+        for name, value in metrics.items():
+            table.add_row(split, name, f"{value:.6f}")
+    Console().print(table)
+    if args.json:
+        write_text(args.json, json.dumps(measured, indent=2))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Text students, what ships with them, and the steps of their distillation."""

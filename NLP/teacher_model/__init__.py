@@ -1,0 +1,1 @@
+"""Text teachers: what they are and where they come from."""

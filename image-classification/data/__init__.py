@@ -1,0 +1,1 @@
+"""Code that yields image datasets."""

@@ -1,0 +1,1 @@
+"""Image students, and what ships with them."""

@@ -1,0 +1,1 @@
+"""Image teachers: what they are and where they come from."""

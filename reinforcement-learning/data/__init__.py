@@ -1,0 +1,1 @@
+"""Code that collects observations and what the teacher says about them."""

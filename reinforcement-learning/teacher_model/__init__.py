@@ -1,0 +1,1 @@
+"""Teacher policies: what they are and where they come from."""

@@ -1,0 +1,73 @@
+"""A domain is a folder with scripts/; all of them look alike and are importable under their names."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+DOMAINS = sorted(scripts.parent for scripts in REPO.glob("*/scripts"))
+
+
+@pytest.mark.parametrize("folder", DOMAINS, ids=lambda folder: folder.name)
+def test_a_domain_is_importable_and_complete(folder: Path):
+    name = folder.name.lower().replace("-", "_")
+    package = importlib.import_module(name)
+    assert list(package.__path__) == [str(folder)], "run `pip install -r requirements.txt` once more"
+    for part in ("README.md", "__init__.py", "teacher_model", "student_model", "data", "scripts"):
+        assert (folder / part).exists(), f"{folder.name} lacks {part}"
+
+
+def test_the_three_domains_are_there():
+    assert {"NLP", "image-classification", "reinforcement-learning"} <= {folder.name for folder in DOMAINS}
+
+
+def test_domains_import_common_and_never_each_other():
+    names = {folder.name.lower().replace("-", "_"): folder for folder in [*DOMAINS, REPO / "common"]}
+    for own, folder in names.items():
+        for path in folder.rglob("*.py"):
+            imports = [line.split()[1].split(".")[0] for line in path.read_text().splitlines()
+                       if line.strip().startswith(("import ", "from "))]  # fmt: skip
+            foreign = set(imports) & (names.keys() - {own, "common"})
+            assert not foreign, f"{path.relative_to(REPO)} imports {foreign}"
+
+
+@pytest.mark.parametrize("script", sorted(REPO.glob("*/scripts/*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_name_a_recipe_and_can_be_run(script: Path):
+    assert os.access(script, os.X_OK)
+    recipes = [word.strip('"').removeprefix("$here/") for word in script.read_text().split() if ".yaml" in word]
+    assert recipes, "a .sh names a recipe"
+    assert all((script.parent / recipe).exists() for recipe in recipes)
+
+
+AFTER_IMPORT_COMMON = """
+import common
+import timm
+from transformers import Trainer
+from torchvision.transforms import InterpolationMode
+assert timm.create_model("resnet18", num_classes=2)
+"""
+
+
+def test_timm_and_the_trainer_load_after_common(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_IMPORT_COMMON], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_operators_are_declared_only_where_they_are_missing(tmp_path):
+    """A second call finds them declared; where torchvision's own library loads, nothing is declared at all."""
+    code = (
+        "from unittest import mock; from common.utils import torchvision_shim as shim\n"
+        "assert shim.declare_missing_operators() == [], 'declared twice'\n"
+        "with mock.patch.object(shim, '_operator_library_loads', lambda: True), "
+        "mock.patch.object(shim.torch.library, 'Library', side_effect=AssertionError):\n"
+        "    assert shim.declare_missing_operators() == []\n"
+        "import torch; assert torch.ops.torchvision.nms\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,67 @@
+"""The smallest things that KDTrainer can train: a two-layer classifier and rows of numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.arguments import KDTrainingArguments
+from common.objective import Objective, soft_targets, task_loss
+from common.outputs import Outputs
+
+
+class TinyClassifier(nn.Module):
+    """x (batch, 6) -> logits (batch, 3), with the hidden layer as a named feature and dropout to catch eval mode."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden, self.dropout, self.head = nn.Linear(6, width), nn.Dropout(dropout), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Outputs:
+        hidden = self.dropout(self.hidden(x).relu())
+        return Outputs(logits=self.head(hidden), features={"hidden": hidden})
+
+
+class Rows(torch.utils.data.Dataset):
+    """`n` samples whose class is the argmax of three of their numbers."""
+
+    def __init__(self, n: int = 24) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(n, 6, generator=generator)
+        self.labels = self.x[:, :3].argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"x": self.x[i], "labels": self.labels[i], "sample_id": torch.tensor(i)}
+
+
+def model(seed: int = 0, **kwargs: Any) -> TinyClassifier:
+    torch.manual_seed(seed)
+    return TinyClassifier(**kwargs)
+
+
+def arguments(folder: str | Path, **kwargs: Any) -> KDTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "precision": "fp32",
+        "use_cpu": True,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return KDTrainingArguments(**(defaults | kwargs))
+
+
+def kd(alpha: float = 0.5) -> Objective:
+    return Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(2.0)))
