@@ -84,17 +84,15 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Random keys (standard normal), fresh values: zeros where they are logits, standard normal otherwise."""
+        """Random keys (standard normal); values of zero, so that a key that was never chosen says nothing."""
         if self.projection is not None:
             self.projection.copy_(F.normalize(torch.randn_like(self.projection), dim=1))
         self.keys.normal_()
         self.key_sums.copy_(self.keys)
         self.key_counts.fill_(1.0)
         self.frozen.fill_(False)
-        if self.decoder is None:
-            self.values.zero_()
-        else:
-            self.values.normal_()
+        self.values.zero_()
+        if self.decoder is not None:
             self.decoder.reset_parameters()
 
     # ---- embeddings -> codes -> logits ----

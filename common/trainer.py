@@ -114,8 +114,8 @@ class KDTrainer(Trainer):
             kept = last_checkpoint(self.args.output_dir)
             values = ", ".join(f"{name} = {part.item()}" for name, part in parts.items())
             raise UserError(
-                f"the loss is not finite at step {self.state.global_step + 1} ({values}); try a lower learning rate or "
-                f"--precision fp32; last good checkpoint: {kept or 'none yet'}"
+                f"the loss is not finite at step {self.state.global_step + 1} ({values}); try a lower learning rate "
+                f"or --precision fp32; last good checkpoint: {kept or 'none yet'}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from common.batching import LengthGroupedSampler
 from common.losses import feature_l2, soft_target_kl
+from common.metrics.classification import classification_metrics
 from common.objective import Hint, Objective, task_loss
 from common.outputs import Outputs
 from common.teacher_outputs import TeacherOutputs
@@ -60,6 +61,7 @@ sys.path.insert(0, sys.argv[1])
 import common
 from tiny import Rows, arguments, kd, model
 from common.losses import feature_l2
+from common.metrics.classification import classification_metrics
 from common.objective import Hint, Objective, task_loss
 from common.trainer import KDTrainer
 batch = 8 // int(sys.argv[3])
@@ -70,7 +72,8 @@ trainer = KDTrainer(model=student, teacher=teacher, objective=objective, train_d
     args=arguments(sys.argv[2], per_device_train_batch_size=batch, num_train_epochs=2, logging_strategy="epoch"))
 trainer.train()
 if trainer.is_world_process_zero():
-    parts = [[entry[k] for k in ("loss", "loss_task", "loss_hint")] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    parts = [[entry[k] for k in ("loss", "loss_task", "loss_hint")] for entry in logged]
     torch.save({"student": trainer.accelerator.unwrap_model(student).state_dict(),
                 "hint": objective.state_dict(), "logged": torch.tensor(parts)}, sys.argv[2] + "/out.pt")
 """
@@ -191,7 +194,7 @@ def test_only_complete_checkpoints_count(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     calls = []
 
-    def explodes_on_the_fifth(student: Outputs, teacher, labels):
+    def explodes_on_the_fifth(student, teacher, labels):
         calls.append(1)
         return student.logits.mean() * (float("inf") if len(calls) == 5 else 1.0)
 
@@ -237,7 +240,7 @@ def test_evaluation_gives_logits_and_labels_without_the_teacher(tmp_path):
     teacher.register_forward_hook(refuse)
     trainer = KDTrainer(
         model=model(), args=arguments(tmp_path), objective=kd(), teacher=teacher, train_dataset=Rows(8),
-        eval_dataset=Rows(10), compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
+        eval_dataset=Rows(10), compute_metrics=lambda p: classification_metrics(p.predictions, p.label_ids),
     )  # fmt: skip
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
 

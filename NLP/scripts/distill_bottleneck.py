@@ -1,7 +1,7 @@
 """Distills a BERT teacher into a smaller student, with or without a discrete key-value bottleneck in either.
 
     python NLP/scripts/distill_bottleneck.py NLP/scripts/keys_carried.yaml
-    python NLP/scripts/distill_bottleneck.py NLP/scripts/keys_carried.yaml --dataset clinc_oos --teacher bert-base-uncased
+    python NLP/scripts/distill_bottleneck.py NLP/scripts/base.yaml --dataset clinc_oos --teacher bert-base-uncased
 
 The recipes keys_carried, new_keys, student_only and base are the four systems; `distill_*.sh` name them.
 """
@@ -34,6 +34,7 @@ class Arguments:
         default=None, metadata={"help": "encoder that the control is cut from, where --teacher is trained already"}
     )
     align_epochs: float = field(default=6, metadata={"help": "matching the teacher's hidden states; 0: none"})
+    align_learning_rate: float = field(default=5e-4, metadata={"help": "matching bears more than fine-tuning does"})
     scratch_epochs: float = field(default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"})
     scratch_learning_rate: float = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
 
@@ -46,7 +47,7 @@ class Arguments:
     decoder: Literal["linear", "mean"] = "linear"
     value_dim: int = field(default=16, metadata={"help": "width of a value for the linear decoder"})
     pooling: Literal["mean", "cls", "tokens"] = "mean"
-    value_epochs: float = field(default=20, metadata={"help": "epochs over the cached codes"})
+    value_epochs: float = field(default=10, metadata={"help": "epochs over the cached codes"})
     value_batch_size: int = 256
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class Arguments:
             raise ValueError(f"--keys {self.keys} needs a teacher with a bottleneck: --bottleneck both, or --keys new")
         if self.student and self.student_layers:
             raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
+        if self.bottleneck == "none" and self.pooling != "cls":
+            self.pooling = "cls"  # what the head of a plain BERT sees
         if self.freeze_teacher_encoder and self.bottleneck != "both":
             raise ValueError("--freeze_teacher_encoder leaves a plain teacher untrained: it needs --bottleneck both")
 

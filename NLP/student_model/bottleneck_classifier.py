@@ -18,6 +18,16 @@ from common.outputs import Outputs
 Pooling = Literal["mean", "cls", "tokens"]
 
 
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Hidden states (batch, positions, hidden) -> (batch, hidden), or as they are with `tokens`."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "tokens":
+        return hidden
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
 class BottleneckConfig(PreTrainedConfig):
     """Configuration of an encoder and of the bottleneck behind it.
 
@@ -89,13 +99,8 @@ class BottleneckClassifier(PreTrainedModel):
     @torch.no_grad()
     def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Embeddings (batch, hidden), or (batch, positions, hidden) with `tokens` pooling, in fp32."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
-        if self.config.pooling == "cls":
-            return hidden[:, 0]
-        if self.config.pooling == "tokens":
-            return hidden
-        weights = attention_mask.unsqueeze(-1).float()
-        return (hidden * weights).sum(1) / weights.sum(1)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        return pool(hidden.float(), attention_mask, self.config.pooling)
 
     def forward(
         self,

@@ -89,8 +89,8 @@ class Distillation:
             )
         if args.align_epochs and own.tokenizer.get_vocab() != self.given.tokenizer.get_vocab():
             raise UserError(
-                f"student {args.student} and teacher {args.teacher} have different vocabularies, so their hidden states "
-                "do not stand for the same tokens: pass --align_epochs 0, or a student with the teacher's vocabulary"
+                f"student {args.student} and teacher {args.teacher} have different vocabularies, so their hidden "
+                "states do not stand for the same tokens: pass --align_epochs 0, or a student with that vocabulary"
             )
 
     # ---- who is trained on what ----
@@ -142,10 +142,10 @@ class Distillation:
             student = cut_layers(teacher if plain else self.teacher_encoder, self.student_layers)
         encoder = encoder_of(student) if plain else student
         if self.args.align_epochs:
-            name, epochs = "student_encoder", self.args.align_epochs
+            name, epochs, rate = "student_encoder", self.args.align_epochs, self.args.align_learning_rate
             encoder = self._stage(
                 name,
-                lambda: self.pipeline.align(name, encoder, self.teacher_encoder, texts, epochs, self.rate),
+                lambda: self.pipeline.align(name, encoder, self.teacher_encoder, texts, epochs, rate),
                 type(encoder).from_pretrained,
             )
         logits = None if self.args.keys == "reused" else self.pipeline.listen(teacher, self.texts)
@@ -185,8 +185,8 @@ class Distillation:
         if not PartialState().is_main_process:
             return
         results = self._results(models)
-        keys = {role: m.config.key_statistics for role, m in (("teacher", teacher), ("control", control), ("student", student))
-                if isinstance(m, BottleneckClassifier)}  # fmt: skip
+        trained = {"teacher": teacher, "control": control, "student": student}
+        keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
         if keys:
             results["keys"] = keys
         folder = self._save_student(student, results)

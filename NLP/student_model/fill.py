@@ -11,12 +11,13 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from common.bottleneck import DiscreteKeyValueBottleneck
 from common.inference import Collate, over_dataset
 from common.utils.devices import process
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 
 Keys = Literal["carried", "new", "random", "reused"]
-FIT_TEXTS = 20_000  # with `tokens` pooling, keys are fitted on the positions of at most so many texts
+FIT_TEXTS = 20_000  # keys are fitted on the embeddings of at most so many texts
 
 
 class CodeDataset(torch.utils.data.Dataset):
@@ -40,56 +41,50 @@ class CodeDataset(torch.utils.data.Dataset):
             batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
         return batch
 
-    def select(self, rows: Tensor) -> "CodeDataset":
-        """A view of some rows."""
-        part = CodeDataset.__new__(CodeDataset)
-        part.codes, part.labels, part.sample_ids = self.codes[rows], self.labels[rows], self.sample_ids[rows]
-        part.lengths = None if self.lengths is None else self.lengths[rows]
-        return part
-
 
 def as_it_is(batch: Any) -> Any:
     """The collator of a dataset that yields whole batches."""
     return batch
 
 
-def prepare_keys(
-    model: BottleneckClassifier,
+def embed_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, precision: str) -> list[Tensor]:
+    """The frozen encoder's embedding of each text: (hidden,), or (positions, hidden) with `tokens` pooling."""
+
+    def embed(**batch: Tensor) -> dict[str, Tensor]:
+        return {"embedding": model.embed(**batch)}
+
+    return over_dataset(model, embed, texts, collate, precision, description="embedding")["embedding"]
+
+
+def encode_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, precision: str) -> list[Tensor]:
+    """The codes of each text, uint16, under the frozen encoder and keys."""
+
+    def encode(**batch: Tensor) -> dict[str, Tensor]:
+        return {"codes": model.bottleneck.encode(model.embed(**batch)).to(torch.uint16)}
+
+    return over_dataset(model, encode, texts, collate, precision, description="encoding")["codes"]
+
+
+def set_keys(
+    bottleneck: DiscreteKeyValueBottleneck,
     keys: Keys,
-    source: BottleneckClassifier | None,
-    texts: Dataset,
-    collate: Collate,
-    precision: str,
+    source: DiscreteKeyValueBottleneck | None,
+    embeddings: Tensor,
     seed: int,
 ) -> dict[str, float]:
-    """Gives the bottleneck its keys and freezes them; returns how well they cover the training texts.
+    """Gives a bottleneck its keys and freezes them; returns how well they cover the embeddings (rows, hidden).
 
-    carried: those of `source`; reused: its keys, values and decoder; new: fitted on this encoder's embeddings;
-    random: as initialised.
+    carried: those of `source`; reused: its values and decoder as well; new: fitted to the embeddings; random: as they
+    were initialised.
     """
     if keys in ("carried", "reused"):
         if source is None:
-            raise ValueError(f"{keys} keys need a model to take them from")
-        model.bottleneck.carry_keys(source.bottleneck)
+            raise ValueError(f"{keys} keys need a bottleneck to take them from")
+        bottleneck.carry_keys(source)
     if keys == "reused" and source is not None:
-        model.bottleneck.load_state_dict(source.bottleneck.state_dict())
-    if model.config.pooling == "tokens" and len(texts) > FIT_TEXTS:
-        texts = texts.shuffle(seed=seed).select(range(FIT_TEXTS))
-    said = over_dataset(
-        model, lambda **b: {"embedding": model.embed(**b)}, texts, collate, precision, description="embedding"
-    )["embedding"]
-    embeddings = torch.cat(said) if model.config.pooling == "tokens" else torch.stack(said)
+        bottleneck.load_state_dict(source.state_dict())
     if keys == "new":
         rank, world = process()
-        model.bottleneck.fit_keys(embeddings[rank::world].to(model.device), seed=seed)
-    model.bottleneck.freeze_keys()
-    return model.bottleneck.key_statistics(embeddings.to(model.device))
-
-
-def encode_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, precision: str) -> CodeDataset:
-    """The codes of all texts under the frozen encoder and keys."""
-
-    def codes(**batch: Tensor) -> dict[str, Tensor]:
-        return {"codes": model.bottleneck.encode(model.embed(**batch)).to(torch.uint16)}
-
-    return CodeDataset(over_dataset(model, codes, texts, collate, precision, description="encoding")["codes"], texts)
+        bottleneck.fit_keys(embeddings[rank::world], seed=seed)
+    bottleneck.freeze_keys()
+    return bottleneck.key_statistics(embeddings)

@@ -5,19 +5,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.inference import over_dataset
 from common.losses import feature_cosine, feature_l2
-from common.objective import Hint, Objective, Term, match, soft_targets, task_loss
+from common.objective import FeatureLoss, Hint, Objective, Term, match, soft_targets, task_loss
+from common.outputs import Outputs
 from common.run import Run
 from common.teacher_outputs import TeacherOutputs, outputs_key
-from common.utils.devices import process
+from common.utils.devices import best_device, process
 from nlp.data.loading import TextData
 from nlp.data.tokenized import Collator, tokenize
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling, pool
 from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.fill import Keys, as_it_is, encode_texts, prepare_keys
+from nlp.student_model.fill import FIT_TEXTS, CodeDataset, Keys, as_it_is, embed_texts, encode_texts, set_keys
 from nlp.student_model.layers import layer_paths, uniform_map
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
@@ -49,7 +51,7 @@ class Pipeline:
     """The steps, as stages of one run. `value_epochs` and `value_batch_size` are for the values of a bottleneck."""
 
     run: Run
-    pooling: Any
+    pooling: Pooling
     bottleneck: dict[str, Any]
     value_epochs: float
     value_batch_size: int
@@ -119,23 +121,15 @@ class Pipeline:
         self, name: str, encoder: PreTrainedModel, teacher: PreTrainedModel, texts: Texts, epochs: float, rate: float
     ) -> PreTrainedModel:
         """Trains a student encoder, on texts without labels, to have the hidden states of the teacher's layers at the
-        same relative depth: L2 + cosine, through linear regressors where the widths differ.
+        same relative depth. No dropout: it would only blur what is to be matched.
         """
         own, target = layer_paths(encoder), layer_paths(teacher)
         layers = uniform_map(len(own), len(target))
-        width, teacher_width = encoder.config.hidden_size, teacher.config.hidden_size
-        terms: dict[str, tuple[float, Term]] = {}
-        for i, layer in enumerate(layers):
-            for loss_name, loss in (("l2", feature_l2), ("cosine", feature_cosine)):
-                names = (f"student_{i}", f"layer_{layer}")
-                if width == teacher_width:
-                    terms[f"{loss_name}_{i}"] = (1 / len(layers), match(names[0], loss, names[1]))
-                else:
-                    hint = Hint(names[0], loss, width, teacher_width, names[1])
-                    terms[f"{loss_name}_{i}"] = (1 / len(layers), hint)
         encoder.get_input_embeddings().requires_grad_(False)
-        positions = sum(texts.train["length"])
-        if positions * len(layers) * teacher_width * 2 <= FEATURE_BYTES:
+        for dropout in [module for module in encoder.modules() if isinstance(module, nn.Dropout)]:
+            dropout.p = 0.0
+        width, teacher_width = encoder.config.hidden_size, teacher.config.hidden_size
+        if sum(texts.train["length"]) * len(layers) * teacher_width * 2 <= FEATURE_BYTES:
             source: dict[str, Any] = {"teacher_outputs": self.listen(teacher, texts, layers)}
         else:
             source = {"teacher": teacher, "teacher_features": {f"layer_{i}": target[i] for i in layers}}
@@ -143,7 +137,7 @@ class Pipeline:
             name,
             encoder,
             {"num_train_epochs": epochs, "learning_rate": rate},
-            objective=Objective(**terms),
+            objective=alignment(layers, width, teacher_width, self.pooling),
             features={f"student_{i}": path for i, path in enumerate(own)},
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
@@ -161,28 +155,71 @@ class Pipeline:
     ) -> BottleneckClassifier:
         """A bottleneck behind a frozen encoder: keys, then (but for `reused`) values on cached codes."""
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
-        model = BottleneckClassifier.around(encoder, labels, self.pooling, **self.bottleneck)
+        model = BottleneckClassifier.around(encoder, labels, self.pooling, **self.bottleneck).to(best_device())
         seed = self.run.args.seed
-        model.config.key_statistics = prepare_keys(
-            model, keys, source, texts.train, texts.collate, self.precision, seed
+        sample = (
+            texts.train.shuffle(seed=seed).select(range(FIT_TEXTS)) if len(texts.train) > FIT_TEXTS else texts.train
+        )
+        embeddings = embed_texts(model, sample, texts.collate, self.precision)
+        rows = torch.cat([e.view(-1, e.shape[-1]) for e in embeddings]).to(model.device)
+        model.config.key_statistics = set_keys(
+            model.bottleneck, keys, source.bottleneck if source else None, rows, seed
         )
         if keys == "reused":
             return model
-        codes = {split: encode_texts(model, rows, texts.collate, self.precision) for split, rows in
-                 (("train", texts.train), ("validation", texts.validation))}  # fmt: skip
+        if embeddings[0].dim() == 1 and len(embeddings) == len(texts.train):  # one vector a text, none left out
+            codes = list(model.bottleneck.encode(rows).to(torch.uint16).cpu())
+        else:
+            codes = encode_texts(model, texts.train, texts.collate, self.precision)
+        rate = self.run.args.value_learning_rate or self.run.args.learning_rate
+        validation_codes = encode_texts(model, texts.validation, texts.collate, self.precision)
         return self.run.train(
             name,
             model,
             {
                 "num_train_epochs": self.value_epochs,
-                "learning_rate": self.run.args.value_learning_rate or self.run.args.learning_rate,
+                "learning_rate": rate / 10,  # of the decoder, which every text moves; a value waits for its key
+                "value_learning_rate": rate,
                 "per_device_train_batch_size": self.value_batch_size,
                 "train_sampling_strategy": "random",
             },
             objective=self.objective(texts.data, teacher_outputs is not None),
             teacher_outputs=teacher_outputs,
-            train_dataset=codes["train"],
-            eval_dataset=codes["validation"],
+            train_dataset=CodeDataset(codes, texts.train),
+            eval_dataset=CodeDataset(validation_codes, texts.validation),
             data_collator=as_it_is,
             compute_metrics=trainer_metrics(texts.data),
         )
+
+
+def alignment(layers: list[int], width: int, teacher_width: int, pooling: Pooling) -> Objective:
+    """L2 + cosine between `student_i` and the teacher's `layer_{layers[i]}`, averaged over layers, and between what is
+    pooled from the last of them, which is what a bottleneck or a head sees. Through linear regressors, and without
+    the pooled terms, where the widths differ.
+    """
+    terms: dict[str, tuple[float, Term]] = {}
+    for loss_name, loss in (("l2", feature_l2), ("cosine", feature_cosine)):
+        for i, layer in enumerate(layers):
+            own, target = f"student_{i}", f"layer_{layer}"
+            same = width == teacher_width
+            term: Term = match(own, loss, target) if same else Hint(own, loss, width, teacher_width, target)
+            terms[f"{loss_name}_{i}"] = (1 / len(layers), term)
+        if width == teacher_width and pooling != "tokens":
+            last = len(layers) - 1
+            terms[f"{loss_name}_pooled"] = (
+                1.0,
+                match_pooled(f"student_{last}", f"layer_{layers[last]}", pooling, loss),
+            )
+    return Objective(**terms)
+
+
+def match_pooled(name: str, teacher_name: str, pooling: Pooling, loss: FeatureLoss) -> Term:
+    """A feature loss between pooled hidden states."""
+
+    def term(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
+        if teacher is None or not student.features or not teacher.features or student.mask is None:
+            raise ValueError("pooled hidden states need features of student and teacher, and an attention mask")
+        own, target = student.features[name].float(), teacher.features[teacher_name].float()
+        return loss(pool(own, student.mask, pooling), pool(target, student.mask, pooling))
+
+    return term

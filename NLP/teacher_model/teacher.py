@@ -73,7 +73,7 @@ def label_config(data: TextData) -> dict:
 
 
 def is_trained(name: str, config: Any, data: TextData) -> bool:
-    """Whether a checkpoint is a classifier of the data's labels, in the data's order; other classifiers are refused."""
+    """Whether a checkpoint is a classifier of the data's labels, in the data's order; others are refused."""
     architecture = (config.architectures or [""])[0]
     if "Classif" not in architecture:
         return False
