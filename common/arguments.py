@@ -20,6 +20,9 @@ class KDTrainingArguments(TrainingArguments):
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "learning rate of a bottleneck's values; --learning_rate unless given"}
     )
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "where curves go as they grow: tensorboard, none, wandb, ..."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
     logging_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
     save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})

@@ -7,6 +7,7 @@ starts from the run's seed, so that it does not matter which process of how many
 
 import copy
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ class Run:
     def _open(self, instances: tuple[Any, ...]) -> None:
         recipe = self.folder / RECIPE
         if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
-            for name in ("stages", "checkpoints", "student", "teacher_outputs"):
+            for name in ("stages", "checkpoints", "student", "teacher_outputs", "tensorboard"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in (RESULTS, RECIPE):
                 (self.folder / name).unlink(missing_ok=True)
@@ -126,6 +127,7 @@ class Run:
             args.eval_strategy = "no"
         for setting, value in settings.items():
             setattr(args, setting, value)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # what its callback reads
         loop = KDTrainer(model=model, args=args, **trainer)
         logger.info("training %s", name)
         loop.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)

@@ -9,7 +9,6 @@ deviation over the runs.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,21 +16,21 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from common.arguments import KDTrainingArguments
 from common.bottleneck import Decoder, DiscreteKeyValueBottleneck
 from common.cli import Parser, run
-from common.inference import over_dataset
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
 from common.teacher_outputs import TeacherOutputs
 from common.trainer import KDTrainer
 from common.utils.errors import UserError
 from common.utils.files import write_text
+from common.utils.precision import resolve_precision
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import CodeDataset, Keys, as_it_is, set_keys
+from nlp.student_model.fill import CodeDataset, Keys, as_it_is, embed_texts, set_keys
 from nlp.student_model.layers import cut_layers
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_classifier
@@ -86,13 +85,13 @@ class Embedded:
     validation: Tensor
 
 
-def embed(encoder: nn.Module, texts: Texts) -> Embedded:
-    classifier = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, pairs=1)
-    call: Callable[..., dict[str, Tensor]] = lambda **batch: {"embedding": classifier.embed(**batch)}  # noqa: E731
-    return Embedded(*(
-        torch.stack(over_dataset(classifier, call, split, texts.collate, "bf16", description="embedding")["embedding"])
-        for split in (texts.train, texts.validation)
-    ))  # fmt: skip
+def embed(encoder: PreTrainedModel, texts: Texts) -> Embedded:
+    model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, pairs=1)
+    precision = resolve_precision("auto")
+    train, validation = (
+        torch.stack(embed_texts(model, split, texts.collate, precision)) for split in (texts.train, texts.validation)
+    )
+    return Embedded(train, validation)
 
 
 class Study:

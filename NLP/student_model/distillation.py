@@ -1,19 +1,20 @@
 """One distillation from a text teacher to a text student: who is trained on what, and the report at the end."""
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from common.arguments import KDTrainingArguments
+from common.bottleneck import DiscreteKeyValueBottleneck
 from common.report import model_card, print_table, write_report
 from common.run import Run
 from common.utils.devices import best_device
-from common.utils.environment import environment
+from common.utils.environment import command, environment
 from common.utils.errors import UserError
 from common.utils.files import write_text, writing_folder
 from nlp.data.loading import TextData
@@ -38,7 +39,6 @@ class Distillation:
     def __init__(self, args: Any, training: KDTrainingArguments, data: TextData) -> None:
         self.args, self.data = args, data
         set_seed(training.seed)  # for the random heads of what is loaded here
-        self.run = Run(training, args)
         self.given = load_classifier(args.teacher, data)  # as it comes
         self.given_student = load_classifier(args.student, data) if args.student else None
         own = self.given_student
@@ -46,7 +46,8 @@ class Distillation:
             classifier.tokenizer.model_max_length = args.max_length  # saved with it, so that evaluation cuts alike
         self.texts = Texts.of(data, self.given.tokenizer)
         self.student_texts = Texts.of(data, own.tokenizer) if own else self.texts
-        self._refuse_what_cannot_fit()
+        self._refuse_what_cannot_fit(training.no_control)
+        self.run = Run(training, args)
         self.pipeline = Pipeline(
             self.run, args.pooling, args.bottleneck_shape(), args.value_epochs, args.value_batch_size
         )
@@ -66,16 +67,19 @@ class Distillation:
     def student_layers(self) -> int:
         return self.args.student_layers or max(1, len(layer_paths(self.given.encoder)) // 2)
 
-    def _refuse_what_cannot_fit(self) -> None:
-        """Before hours of training rather than after."""
+    def _refuse_what_cannot_fit(self, no_control: bool) -> None:
+        """Before anything is written, and before hours of training rather than after."""
         args, own = self.args, self.given_student
+        if args.bottleneck != "none":
+            for classifier in filter(None, (self.given, own)):
+                self._refuse_bottleneck_that_cannot_be(classifier.encoder.config.hidden_size)
         if not own:
             if not 1 <= self.student_layers <= len(layer_paths(self.given.encoder)):
                 raise UserError(
                     f"--student_layers must be between 1 and the teacher's {len(layer_paths(self.given.encoder))}, "
                     f"got {self.student_layers}"
                 )
-            if self.given.trained and not args.control_from and not self.run.args.no_control:
+            if self.given.trained and not args.control_from and not no_control:
                 raise UserError(
                     f"teacher {args.teacher} is trained already, so a control cut from it would have had a teacher: "
                     "name the encoder that it was made from with --control_from, or pass --no_control"
@@ -92,6 +96,13 @@ class Distillation:
                 f"student {args.student} and teacher {args.teacher} have different vocabularies, so their hidden "
                 "states do not stand for the same tokens: pass --align_epochs 0, or a student with that vocabulary"
             )
+
+    def _refuse_bottleneck_that_cannot_be(self, width: int) -> None:
+        try:
+            with torch.device("meta"):
+                DiscreteKeyValueBottleneck(width, 1, **self.args.bottleneck_shape())
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     # ---- who is trained on what ----
 
@@ -205,7 +216,7 @@ class Distillation:
             "task": self.data.name,
             "method": self.method,
             "seed": self.run.args.seed,
-            "command": ["python", *sys.argv],
+            "command": command(),
             "data": {
                 "train": sizes["train"],
                 "validation": sum(n for name, n in sizes.items() if name.startswith("validation")),

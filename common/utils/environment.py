@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def environment(precision: str, device: torch.device | str) -> dict[str, Any]:
         "precision": precision,
         "git_commit": git_commit(),
     }
+
+
+def command() -> list[str]:
+    """The command line of this program, paths below the working directory written relative to it."""
+    here = f"{Path.cwd()}/"
+    return ["python", *(word.removeprefix(here) for word in sys.argv)]
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,84 @@
+"""Training a bottleneck's values on cached codes against running encoder and search every step: samples per second.
+
+    python benchmarks/cached_codes.py --dataset clinc_oos --encoder sentence-transformers/all-MiniLM-L6-v2
+
+Same data, same model, same batch size, same KDTrainer; the only difference is what a batch holds: codes or token ids.
+The one pass that fills the cache is counted apart, and its break-even in epochs is given.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from common.arguments import KDTrainingArguments
+from common.objective import Objective, task_loss
+from common.trainer import KDTrainer
+from common.utils.precision import resolve_precision
+from nlp.data.loading import load_text_data
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.fill import CodeDataset, as_it_is, embed_texts, encode_texts, set_keys
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import load_classifier
+
+
+def train(
+    model: BottleneckClassifier, dataset: Any, collate: Any, steps: int, batch_size: int, precision: Any
+) -> float:
+    """Samples per second of so many steps, after a warm-up of as many as a twentieth of them."""
+
+    def run(number: int) -> float:
+        args = KDTrainingArguments(
+            output_dir="runs/benchmark", max_steps=number, per_device_train_batch_size=batch_size, precision=precision,
+            eval_strategy="no", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+            learning_rate=3e-3, value_learning_rate=3e-2,
+            train_sampling_strategy="random" if isinstance(dataset, CodeDataset) else "group_by_length",
+        )  # fmt: skip
+        trainer = KDTrainer(
+            model=model, args=args, objective=Objective(task=(1.0, task_loss())), train_dataset=dataset,
+            data_collator=collate,
+        )  # fmt: skip
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        trainer.finish()
+        return seconds
+
+    run(max(2, steps // 20))
+    return steps * batch_size / run(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="intents")
+    parser.add_argument("--encoder", default="tiny-bert")
+    parser.add_argument("--decoder", choices=["linear", "mean"], default="linear")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    args = parser.parse_args()
+    args.precision = resolve_precision(args.precision)
+
+    data = load_text_data(args.dataset)
+    given = load_classifier(args.encoder, data)
+    texts = Texts.of(data, given.tokenizer)
+    labels = dict(enumerate(data.label_names))
+    model = BottleneckClassifier.around(given.encoder, labels, "mean", decoder=args.decoder)
+    started = time.perf_counter()
+    embeddings = torch.stack(embed_texts(model, texts.train, texts.collate, args.precision))
+    set_keys(model.bottleneck, "new", None, embeddings, seed=0)
+    fitted = time.perf_counter()
+    codes = CodeDataset(encode_texts(model, texts.train, texts.collate, args.precision), texts.train)
+    pass_seconds = time.perf_counter() - fitted
+
+    online = train(model, texts.train, texts.collate, 30, args.batch_size, args.precision)
+    cached = train(model, codes, as_it_is, 1200, args.batch_size, args.precision)
+    print(f"{data.name}, {len(codes)} texts, {args.decoder} decoder, batch {args.batch_size}")
+    print(f"keys fitted in {fitted - started:.1f} s, codes cached in one pass of {pass_seconds:.1f} s")
+    print("| values trained on | samples per second |\n|---|---|")
+    print(f"| texts: encoder and search every step | {online:,.0f} |\n| cached codes | {cached:,.0f} |")
+    print(f"ratio {cached / online:.0f}; the cache pays from epoch {1 + pass_seconds * online / len(codes):.1f} on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""The NLP scripts from end to end on real, small input: every system, killing, evaluating, loading, and bad input."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from nlp.data.intents import load_intents
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+
+SCRIPTS = REPO / "NLP" / "scripts"
+SHORT = ["--scratch_epochs", "1", "--align_epochs", "1", "--value_epochs", "2", "--pairs", "16", "--report_to", "none"]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A folder with a few of the embedded intents."""
+    folder = tmp_path_factory.mktemp("data") / "few_intents"
+    for split, rows in load_intents().items():
+        labels = np.array(rows["intent"])
+        chosen = [i for c in range(41) for i in np.flatnonzero(labels == c)[: 10 if split == "train" else 3]]
+        rows.select(chosen).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def script(name: str, *words: object) -> None:
+    """Runs a script in this process, as `python NLP/scripts/NAME WORDS`."""
+    before, sys.argv = sys.argv, [str(SCRIPTS / name), *map(str, words)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def distill(recipe: str, *words: object) -> None:
+    script("distill_bottleneck.py", SCRIPTS / f"{recipe}.yaml", *SHORT, *words)
+
+
+@pytest.fixture(scope="session")
+def carried(small, tmp_path_factory) -> Path:
+    """A finished run of the main job."""
+    folder = tmp_path_factory.mktemp("runs") / "carried"
+    distill("keys_carried", "--dataset", small, "--output_dir", folder)
+    return folder
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---- the four systems ----
+
+
+def test_keys_carried_leaves_a_complete_run(carried, small):
+    found = results(carried)
+    assert found["method"] == "keys_carried"
+    assert found["data"]["train"] == 410
+    scores = {role: model["metrics"]["validation"]["accuracy"] for role, model in found["models"].items()}
+    assert found["retention"] == scores["student"] / scores["teacher"]
+    assert found["gain_over_control"] == scores["student"] - scores["control"]
+    assert found["models"]["student"]["parameters"] < found["models"]["teacher"]["parameters"]
+    for name in ("recipe.yaml", "report.md", "curves.png", "student/model.safetensors", "student/README.md"):
+        assert (carried / name).stat().st_size > 0
+    teacher, student = (load_file(carried / name / "model.safetensors") for name in ("stages/teacher", "student"))
+    assert torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"])
+    assert not torch.equal(teacher["bottleneck.values"], student["bottleneck.values"])
+    control = load_file(carried / "stages" / "control" / "model.safetensors")
+    assert not torch.equal(teacher["bottleneck.keys"], control["bottleneck.keys"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "method"),
+    [
+        ("new_keys", [], "keys_new"),
+        ("new_keys", "--keys random --decoder mean --split projection --pooling tokens".split(), "keys_random"),
+        ("keys_carried", ["--keys", "reused"], "keys_reused"),
+        ("student_only", ["--pooling", "cls"], "student_only"),
+        ("base", ["--num_train_epochs", "1"], "base"),
+    ],
+)  # fmt: skip
+def test_the_other_systems(small, tmp_path, recipe, words, method):
+    distill(recipe, "--dataset", small, "--output_dir", tmp_path / "run", "--no_control", *words)
+    found = results(tmp_path / "run")
+    assert found["method"] == method
+    assert found["models"]["control"] is None
+    teacher = load_file(tmp_path / "run" / "stages" / "teacher" / "model.safetensors")
+    student = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    parts = [name for name in student if name.startswith("bottleneck.")]
+    if method == "keys_reused":
+        assert all(torch.equal(teacher[name], student[name]) for name in parts)
+    elif method in ("keys_new", "keys_random"):
+        assert not torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"])
+    elif method == "base":
+        assert not parts
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
+        assert isinstance(model, BertForSequenceClassification)
+
+
+def test_a_teacher_of_these_labels_is_kept_as_it_is(carried, small, tmp_path):
+    teacher = carried / "stages" / "teacher"
+    distill("keys_carried", "--dataset", small, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "run")
+    student = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert torch.equal(load_file(teacher / "model.safetensors")["bottleneck.keys"], student["bottleneck.keys"])
+    assert not (tmp_path / "run" / "stages" / "teacher").exists()
+    assert (
+        results(tmp_path / "run")["models"]["teacher"]["metrics"] == results(carried)["models"]["teacher"]["metrics"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [("glue_sst2", ("sentence",)), ("glue_cola", ("sentence",)), ("glue_rte", ("sentence1", "sentence2")),
+     ("glue_stsb", ("sentence1", "sentence2"))],
+)  # fmt: skip
+def test_real_glue_tasks_run(shared, tmp_path, task, columns):
+    rows = datasets.load_dataset(str(shared / "data" / task), cache_dir=str(tmp_path / "cache"))
+    for split, n in (("train", 160), ("validation", 60)):
+        rows[split].select(range(n)).to_parquet(tmp_path / task / f"{split}.parquet")
+    distill("keys_carried", "--dataset", tmp_path / task, "--output_dir", tmp_path / "run", "--no_control")
+    found = results(tmp_path / "run")
+    expected = {"glue_sst2": "accuracy", "glue_cola": "matthews", "glue_rte": "accuracy", "glue_stsb": "spearman"}
+    assert found["primary_metric"]["name"] == expected[task]
+
+
+# ---- what is saved ----
+
+LOGITS_IN_A_NEW_PROCESS = """
+import sys, numpy
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = BottleneckClassifier.from_pretrained(sys.argv[1])
+numpy.save(sys.argv[2], model(**tokenizer(["set an alarm", "transfer some money to my savings"], padding=True,
+    return_tensors="pt")).logits.detach().numpy())
+"""
+
+
+def test_a_saved_student_gives_the_same_logits_in_a_new_process(carried, tmp_path):
+    student = str(carried / "student")
+    command = [sys.executable, "-c", LOGITS_IN_A_NEW_PROCESS, student, str(tmp_path / "logits.npy")]
+    subprocess.run(command, check=True, timeout=120)
+    model, tokenizer = BottleneckClassifier.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    texts = ["set an alarm", "transfer some money to my savings"]
+    here = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.detach().numpy()
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), here)
+    assert model.config.id2label[0] == load_intents()["train"].features["intent"].names[0]
+
+
+def test_a_saved_student_ignores_padding(carried):
+    model = BottleneckClassifier.from_pretrained(str(carried / "student"))
+    ids = torch.randint(5, 200, (3, 9))
+    padded = torch.nn.functional.pad(ids, (0, 7))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 7))
+    torch.testing.assert_close(model(padded, mask).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_evaluate_reproduces_the_reported_numbers(carried, small, tmp_path, role):
+    folder = carried / ("student" if role == "student" else "stages/teacher")
+    script("evaluate.py", folder, "--dataset", small, "--json", tmp_path / "metrics.json")
+    measured = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    reported = results(carried)["models"][role]["metrics"]
+    for split, metrics in measured.items():
+        assert metrics == {name: value for name, value in reported[split].items() if name != "agreement"}
+
+
+def test_cached_codes_train_like_texts(carried, small):
+    """Logits from codes are those from texts, so training on codes is training on texts."""
+    model = BottleneckClassifier.from_pretrained(str(carried / "student")).train()
+    assert not model.encoder.training
+    ids = torch.randint(5, 200, (6, 9))
+    codes = model.bottleneck.encode(model.embed(ids, torch.ones_like(ids)))
+    assert torch.equal(model(codes=codes.to(torch.uint16)).logits, model(ids).logits)
+    model(ids).logits.sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert model.bottleneck.values.grad is not None
+
+
+# ---- killing and continuing ----
+
+
+def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
+    """SIGKILL at four moments of one run, each in another stage; the end is that of the run that was never killed."""
+    run = tmp_path / "run"
+    words = [SCRIPTS / "keys_carried.yaml", *SHORT, "--dataset", small, "--output_dir", run]
+    command = [sys.executable, str(SCRIPTS / "distill_bottleneck.py"), *map(str, words)]
+    moments = [
+        "checkpoints/teacher_encoder/checkpoint-*/model.safetensors",
+        "stages/teacher_encoder/stage.json",
+        "checkpoints/student_encoder",
+        "checkpoints/student/checkpoint-*/trainer_state.json",
+    ]
+    for i, moment in enumerate(moments):
+        resume = ["--resume_from_checkpoint"] if i else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(run.glob(moment)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (run / "results.json").exists(), f"finished before {moment}"
+    distill("keys_carried", "--dataset", small, "--output_dir", run, "--resume_from_checkpoint")
+    whole, resumed = (
+        load_file(carried / "student" / "model.safetensors"),
+        load_file(run / "student" / "model.safetensors"),
+    )
+    assert whole.keys() == resumed.keys()
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+
+
+# ---- bad input: one line, exit code 2, nothing half-written ----
+
+
+@pytest.fixture
+def own_text(tmp_path) -> Path:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "train.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
+    return folder
+
+
+def plain_classifier(folder: Path, labels: list[str], **config: int) -> Path:
+    """A saved tiny classifier and the tokenizer of an earlier student."""
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
+    shape |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    BertForSequenceClassification(BertConfig(vocab_size=4000, **shape)).save_pretrained(folder)
+    return folder
+
+
+def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") -> str:
+    with pytest.raises(SystemExit) as stopped:
+        distill(recipe, "--output_dir", folder, *words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    assert not (folder / "results.json").exists()
+    assert not (folder / "student").exists()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--temperature", "-1"], "--temperature must be positive"),
+        (["--alpha", "1.5"], "--alpha must be between 0 and 1"),
+        (["--dataset", "nonsense"], "nonsense"),
+        (["--teacher", "no/such-model"], "--teacher tiny-bert"),
+        (["--keys", "carried", "--bottleneck", "student"], "--keys carried needs"),
+        (["--codebooks", "7"], "7 codebooks do not divide"),
+        (["--student_layers", "9"], "between 1 and the teacher's 4"),
+        (["--kays", "new"], "unknown flag --kays; did you mean --keys"),
+        (["--keys", "old"], "invalid choice"),
+    ],
+)
+def test_bad_flags(capsys, tmp_path, small, words, named):
+    dataset = [] if "--dataset" in words else ["--dataset", small]
+    assert named in refused(capsys, tmp_path / "run", *dataset, *words)
+
+
+def test_dataset_without_the_needed_columns(capsys, tmp_path, own_text):
+    assert "--text_columns" in refused(capsys, tmp_path / "run", "--dataset", own_text)
+
+
+def test_unreachable_hub_dataset(capsys, tmp_path):
+    assert "--dataset" in refused(capsys, tmp_path / "run", "--dataset", "some-owner/some-dataset")
+
+
+def test_unknown_recipe_key(capsys, tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("codebocks: 4\n")
+    with pytest.raises(SystemExit) as stopped:
+        script("distill_bottleneck.py", recipe)
+    assert stopped.value.code == 2
+    assert "unknown key codebocks; did you mean codebooks?" in capsys.readouterr().err
+
+
+def test_student_wider_than_the_carried_keys_fit(capsys, tmp_path, small, carried):
+    names = load_intents()["train"].features["intent"].names
+    student = plain_classifier(tmp_path / "wide", names, hidden_size=64)
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
+    error = refused(capsys, tmp_path / "run", "--dataset", small, "--student", student)
+    assert "64 wide" in error
+    assert "128" in error
+
+
+def test_label_order_that_differs_between_teacher_and_data(capsys, tmp_path, small, carried):
+    names = load_intents()["train"].features["intent"].names
+    teacher = plain_classifier(tmp_path / "reversed", names[::-1])
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(teacher)
+    assert "label order" in refused(capsys, tmp_path / "run", "--dataset", small, "--teacher", teacher, "--no_control")
+
+
+def test_finished_runs_are_not_overwritten_unless_asked(capsys, small, carried):
+    before = (carried / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        distill("keys_carried", "--dataset", small, "--output_dir", carried)
+    assert stopped.value.code == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert (carried / "results.json").read_bytes() == before
+
+
+def test_continuing_with_other_arguments_is_refused(capsys, small, carried):
+    with pytest.raises(SystemExit) as stopped:
+        distill(
+            "keys_carried", "--dataset", small, "--output_dir", carried, "--resume_from_checkpoint", "--alpha", 0.1
+        )
+    assert stopped.value.code == 2
+    assert "alpha (was 0.5, now 0.1)" in capsys.readouterr().err
+
+
+def test_shell_script_runs_from_any_directory(small, tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(SCRIPTS / "distill_keys_carried.sh"), *SHORT, "--dataset", str(small), "--no_control"]
+    done = subprocess.run(
+        [*command, "--output_dir", "here"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "student: here/student" in done.stdout
+    assert (tmp_path / "here" / "student" / "model.safetensors").exists()
