@@ -1,5 +1,6 @@
 """Where a text teacher comes from: the Hub, a folder, or the embedded tiny BERT, which starts from random weights."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,8 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     trained = is_trained(name, config, data)
     labels = {} if trained else label_config(data)
     model = AutoModelForSequenceClassification.from_pretrained(name, **labels)
+    accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
+    tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
     return Pretrained(model, tokenizer, trained=trained)
 
 

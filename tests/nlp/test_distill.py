@@ -16,7 +16,15 @@ import pytest
 import torch
 from conftest import REPO
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 from nlp.data.intents import load_intents
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
@@ -133,6 +141,47 @@ def test_real_glue_tasks_run(shared, tmp_path, task, columns):
     found = results(tmp_path / "run")
     expected = {"glue_sst2": "accuracy", "glue_cola": "matthews", "glue_rte": "accuracy", "glue_stsb": "spearman"}
     assert found["primary_metric"]["name"] == expected[task]
+
+
+@pytest.fixture(scope="session")
+def bert(carried, tmp_path_factory) -> Path:
+    """A BERT encoder without a head, as it would come from the Hub."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    BertModel(BertConfig(vocab_size=4000, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "new_keys"), (16, "base")])
+def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recipe):
+    """Of the same width, whose bottleneck takes the teacher's keys, and narrower, aligned through regressors."""
+    student = tmp_path / "distilbert"
+    config = DistilBertConfig(vocab_size=4000, dim=width, hidden_dim=32, n_layers=2, n_heads=2)
+    DistilBertModel(config).save_pretrained(student)
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
+    words = [
+        "--teacher",
+        bert,
+        "--teacher_epochs",
+        "1",
+        "--student",
+        student,
+        "--codebooks",
+        "8",
+        "--num_train_epochs",
+        "1",
+    ]
+    distill(recipe, "--dataset", small, "--output_dir", tmp_path / "run", *words)
+    saved = tmp_path / "run" / "student"
+    measured = results(tmp_path / "run")["models"]
+    assert measured["student"]["parameters"] < measured["teacher"]["parameters"]
+    assert not [name for name in load_file(saved / "model.safetensors") if "regressor" in name]
+    tokenizer, loaded = AutoTokenizer.from_pretrained(saved), AutoModelForSequenceClassification.from_pretrained(saved)
+    encoder = loaded.encoder if recipe != "base" else loaded.distilbert
+    assert isinstance(encoder, DistilBertModel)
+    assert loaded(**tokenizer("set an alarm", return_tensors="pt")).logits.shape == (1, 41)
 
 
 # ---- what is saved ----
