@@ -1,10 +1,13 @@
 """Where a text teacher comes from: the Hub, a folder, or the embedded tiny BERT, which starts from random weights."""
 
 import inspect
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import BertWordPieceTokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -102,12 +105,10 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
 
 
 def tiny_bert(data: TextData) -> Pretrained:
-    """A 4-layer BERT of width 128 with random weights, and a WordPiece vocabulary learned from the training texts."""
+    """A 4-layer BERT of width 128 with random weights, and a vocabulary from the training texts."""
     train = data.splits["train"]
     texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
-    words = BertWordPieceTokenizer(lowercase=True)
-    words.train_from_iterator(texts, vocab_size=4000, min_frequency=2, show_progress=False)
-    tokenizer = BertTokenizer(tokenizer_object=words._tokenizer, do_lower_case=True, model_max_length=512)
+    tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -117,6 +118,21 @@ def tiny_bert(data: TextData) -> Pretrained:
         **label_config(data),
     )
     return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)
+
+
+def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:
+    """WordPiece vocabulary of the most frequent words that occur twice, and of all letters for the rest.
+
+    Not learned with the tokenizers library: its result differs from process to process, and a run that is continued
+    must find the vocabulary that it started with.
+    """
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+    counts = Counter(word for t in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(t)))
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted((word for word, n in counts.items() if n > 1), key=lambda word: (-counts[word], word))[:most]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
+    return {piece: i for i, piece in enumerate(pieces)}
 
 
 def unreachable(name: str, error: Exception) -> str:
