@@ -1,29 +1,22 @@
-"""What a run has to show: results.json, report.md, curves.png, a table, a model card; and several runs side by side.
+"""What a run has to show: results.json, report.md, curves.png, a table, a model card.
 
     python -m common.report runs/NLP/seed0 runs/NLP/seed1 --markdown comparison.md --csv comparison.csv
 
-groups runs by domain, task and method and prints mean, standard deviation and number of seeds.
+puts several runs side by side (common/comparison.py).
 """
 
-import csv
-import io
 import json
 import shlex
-import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from common.cli import Parser, run
+from common.cli import run
 from common.plots import plot_curves
-from common.utils.errors import UserError
-from common.utils.files import read_json, write_json, write_text
+from common.tables import markdown, number, print_rich, si
+from common.utils.files import write_json, write_text
 
 Results = dict[str, Any]
 
@@ -118,7 +111,7 @@ def write_report(folder: str | Path, results: Results, history: dict[str, list[d
 
 def print_table(results: Results) -> None:
     """Prints what a run achieved: a table of the models, then retention and gain over the control."""
-    _print_rich(*_model_table(results), title=_title(results), below=_headline(results))
+    print_rich(*_model_table(results), title=_title(results), below=_headline(results))
 
 
 def model_card(results: Results, title: str, usage: str, license: str = "mit", **metadata: Any) -> str:
@@ -148,9 +141,9 @@ the method `{results["method"]}`. {_headline(results)}
 
 ## Results
 
-{_markdown(*_model_table(results))}
+{markdown(*_model_table(results))}
 
-{_markdown(*_metric_table(results))}
+{markdown(*_metric_table(results))}
 
 ## How it was trained
 
@@ -170,16 +163,16 @@ def _report(results: Results) -> str:
     sections = [
         f"# {_title(results)}",
         _headline(results),
-        _markdown(*_model_table(results)),
+        markdown(*_model_table(results)),
         "![Training loss and evaluation metric per epoch](curves.png)",
         "## All metrics",
-        _markdown(*_metric_table(results)),
+        markdown(*_metric_table(results)),
         *_extra_sections(results),
         "## How it was made",
         f"```\n{shlex.join(results['command'])}\n```",
         f"Seed {results['seed']}. {_data_sentence(results)} Data fingerprint `{results['data']['fingerprint']}`.",
-        _markdown(["stage", "seconds"], [[stage, _number(value)] for stage, value in results["seconds"].items()]),
-        _markdown(["environment", ""], [[key, _number(value)] for key, value in results["environment"].items()]),
+        markdown(["stage", "seconds"], [[stage, number(value)] for stage, value in results["seconds"].items()]),
+        markdown(["environment", ""], [[key, number(value)] for key, value in results["environment"].items()]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -191,7 +184,7 @@ def _title(results: Results) -> str:
     return f"{results['domain']}: {results['task']}, {results['method']}"
 
 
-def _primary(results: Results, stage: str) -> float | None:
+def primary_score(results: Results, stage: str) -> float | None:
     model, primary = results["models"][stage], results["primary_metric"]
     return model["metrics"][primary["split"]][primary["name"]] if model else None
 
@@ -201,19 +194,19 @@ def _headline(results: Results) -> str:
     student, teacher = models["student"], models["teacher"]
     if not student:
         return "No student was trained."
-    text = f"The student reaches a {primary['split']} {primary['name']} of {_number(_primary(results, 'student'))}"
+    text = f"The student reaches a {primary['split']} {primary['name']} of {number(primary_score(results, 'student'))}"
     if results["retention"] is not None:
         smaller = teacher["parameters"] / max(student["parameters"], 1)
         faster = teacher["latency_ms"]["median"] / max(student["latency_ms"]["median"], 1e-9)
         text += (
-            f", {results['retention']:.1%} of the teacher's {_number(_primary(results, 'teacher'))}. "
+            f", {results['retention']:.1%} of the teacher's {number(primary_score(results, 'teacher'))}. "
             f"It has 1/{smaller:.1f} of the teacher's parameters and runs {faster:.1f} times as fast"
         )
     if results["gain_over_control"] is not None:
         gain = results["gain_over_control"]
         text += (
-            f". The same student trained without the teacher reaches {_number(_primary(results, 'control'))}: "
-            f"the gain over this control is {'+' if gain > 0 else ''}{_number(gain)}"
+            f". The same student trained without the teacher reaches {number(primary_score(results, 'control'))}: "
+            f"the gain over this control is {'+' if gain > 0 else ''}{number(gain)}"
         )
     return text + "."
 
@@ -226,9 +219,9 @@ def _model_table(results: Results) -> tuple[list[str], list[list[str]]]:
     header += [f"latency in ms (batch {batches}), median", "90 %"]
     rows = []
     for stage, model in models.items():
-        latency = [_number(model["latency_ms"][key]) for key in ("median", "p90")]
-        size = [f"{model['parameters']:,}", _number(model["megabytes"]), _si(model["flops"])]
-        rows.append([stage, model["name"], _number(_primary(results, stage)), *size, *latency])
+        latency = [number(model["latency_ms"][key]) for key in ("median", "p90")]
+        size = [f"{model['parameters']:,}", number(model["megabytes"]), si(model["flops"])]
+        rows.append([stage, model["name"], number(primary_score(results, stage)), *size, *latency])
     return header, rows
 
 
@@ -238,7 +231,7 @@ def _metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
         (split, name) for splits in models.values() for split, values in splits.items() for name in values
     )
     rows = [
-        [split, name, *(_number(splits.get(split, {}).get(name)) for splits in models.values())]
+        [split, name, *(number(splits.get(split, {}).get(name)) for splits in models.values())]
         for split, name in places
     ]
     return ["split", "metric", *models], rows
@@ -252,19 +245,19 @@ def _extra_sections(results: Results) -> list[str]:
     sections |= {key: value for key, value in extra.items() if isinstance(value, dict)}
     texts = []
     for key, section in sections.items():
-        texts += [f"## {key.replace('_', ' ').capitalize()}", _markdown(*_section_table(section))]
+        texts += [f"## {key.replace('_', ' ').capitalize()}", markdown(*_section_table(section))]
     return texts
 
 
 def _section_table(section: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     if not all(isinstance(values, dict) for values in section.values()):
-        return ["", "value"], [[name, _number(value)] for name, value in section.items()]
+        return ["", "value"], [[name, number(value)] for name, value in section.items()]
     names = dict.fromkeys(name for values in section.values() for name in values)
-    return ["", *section], [[name, *(_number(values.get(name)) for values in section.values())] for name in names]
+    return ["", *section], [[name, *(number(values.get(name)) for values in section.values())] for name in names]
 
 
 def _data_sentence(results: Results) -> str:
-    sizes = [f"{split} {_number(results['data'][split])}" for split in ("train", "validation", "test")]
+    sizes = [f"{split} {number(results['data'][split])}" for split in ("train", "validation", "test")]
     return f"Samples: {', '.join(sizes)}."
 
 
@@ -272,7 +265,7 @@ def _environment_sentence(results: Results) -> str:
     environment = results["environment"]
     return (
         f"Computed in {environment['precision']} on {environment['device']} ({environment['threads']} threads) "
-        f"with torch {environment['torch']} in {_number(results['seconds']['total'])} seconds."
+        f"with torch {environment['torch']} in {number(results['seconds']['total'])} seconds."
     )
 
 
@@ -294,187 +287,11 @@ def _limitations(results: Results) -> list[str]:
     return [*lines, f"Latency was measured with batches of {batch} on {device}; other hardware differs."]
 
 
-def _number(value: Any) -> str:
-    """A figure as it is shown, or a dash for what is absent."""
-    if value is None:
-        return "–"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_number, value))}]"
-    if isinstance(value, float):
-        return f"{value:,.{_decimals(value)}f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _decimals(value: float) -> int:
-    """Four significant digits, or all before the point: 0.8100, 4.938, 1,234,567."""
-    return 4 if abs(value) < 1 else max(0, 4 - len(str(int(abs(value)))))
-
-
-def _si(value: float | None) -> str:
-    if value is None:
-        return "–"
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f}"
-
-
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _numeric_columns(header: list[str], rows: list[list[str]]) -> list[bool]:
-    """Columns of figures stand flush right."""
-    return [all(row[column][:1] in set("0123456789+-–") for row in rows) for column in range(len(header))]
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---:" if numeric else "---" for numeric in _numeric_columns(header, rows)]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [header, rule, *rows]
-    )
-
-
-def _print_rich(header: list[str], rows: list[list[str]], title: str, below: str = "") -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a log file has room
-    table = Table(title=title)
-    for name, numeric in zip(header, _numeric_columns(header, rows), strict=True):
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    if below:
-        console.print(below, highlight=False, markup=False)
-
-
-# ---------------------------------------------------------------- several runs
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (n - 1; None for a single value) of n values."""
-
-    mean: float
-    std: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread | None":
-        if not values:
-            return None
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-
-def _student(results: Results, figure: str) -> Any:
-    student = results["models"]["student"]
-    return student[figure] if student else None
-
-
-FIGURES: dict[str, Callable[[Results], float | None]] = {  # the columns that are averaged; sizes are the student's
-    "teacher": lambda results: _primary(results, "teacher"),
-    "control": lambda results: _primary(results, "control"),
-    "student": lambda results: _primary(results, "student"),
-    "retention": lambda results: results["retention"],
-    "gain": lambda results: results["gain_over_control"],
-    "parameters": lambda results: _student(results, "parameters"),
-    "megabytes": lambda results: _student(results, "megabytes"),
-    "latency_ms": lambda results: (_student(results, "latency_ms") or {}).get("median"),
-    "seconds": lambda results: results["seconds"]["total"],
-}
-GROUP = ["domain", "task", "method", "metric"]
-
-
-def read_runs(folders: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
-    """The results of finished runs, and one line for each folder that is unfinished, unreadable or a repetition."""
-    runs: dict[tuple[Any, ...], Results] = {}
-    problems = []
-    for folder in folders:
-        try:
-            results = read_json(Path(folder) / "results.json")
-            validate(results)
-        except (UserError, ValueError) as error:
-            problems.append(str(error) if isinstance(error, UserError) else f"{folder}/results.json: {error}")
-            continue
-        key = (*_group(results), results["seed"])
-        if key in runs:  # a seed counted twice would make the spread look smaller than it is
-            problems.append(f"{folder} repeats seed {results['seed']} of {', '.join(key[:3])}")
-        else:
-            runs[key] = results
-    return list(runs.values()), problems
-
-
-def comparison(run_folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """One row per (domain, task, method, primary metric) over seeds; every figure is a Spread, or None if absent."""
-    return _rows(read_runs(run_folders)[0])
-
-
-def _rows(runs: list[Results]) -> list[dict[str, Any]]:
-    rows = []
-    for group in dict.fromkeys(map(_group, runs)):
-        members = [results for results in runs if _group(results) == group]
-        row: dict[str, Any] = dict(zip(GROUP, group, strict=True)) | {"seeds": len(members)}
-        for figure, value_of in FIGURES.items():
-            values = [value for value in map(value_of, members) if value is not None]
-            row[figure] = Spread.of(values)
-        rows.append(row)
-    return rows
-
-
-def _group(results: Results) -> tuple[str, str, str, str]:
-    primary = results["primary_metric"]
-    return results["domain"], results["task"], results["method"], f"{primary['split']} {primary['name']}"
-
-
-def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["run", "metric", "seeds", *(figure.replace("_", " ") for figure in FIGURES)]
-    cells = []
-    for row in rows:
-        names = [", ".join(row[key] for key in GROUP[:3]), row["metric"], str(row["seeds"])]
-        cells.append([*names, *(_spread(row, figure) for figure in FIGURES)])
-    return header, cells
-
-
-def _spread(row: dict[str, Any], figure: str) -> str:
-    spread: Spread | None = row[figure]
-    if spread is None:
-        return "–"
-    std = "–" if spread.std is None else f"{spread.std:,.{_decimals(spread.mean)}f}"
-    partial = f" (n={spread.n})" if spread.n != row["seeds"] else ""
-    return f"{_number(spread.mean)} ± {std}{partial}"
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    """Unrounded, with two columns per figure: mean and standard deviation; empty where there is none."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*GROUP, "seeds", *(f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std"))])
-    for row in rows:
-        spreads = [[row[key].mean, row[key].std] if row[key] else [None, None] for key in FIGURES]
-        writer.writerow([row[key] for key in (*GROUP, "seeds")] + [value for pair in spreads for value in pair])
-    return table.getvalue()
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m common.report RUN... [--markdown FILE] [--csv FILE]`"""
-    parser = Parser(prog="python -m common.report", description="Mean and standard deviation over seeds.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which holds results.json")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded figures as CSV")
-    arguments = parser.parse_args(argv)
-    runs, problems = read_runs(arguments.runs)
-    if not runs:
-        raise UserError(f"no finished run: {'; '.join(problems)}")
-    rows = _rows(runs)
-    header, cells = _comparison_table(rows)
-    left_out = "\n".join(f"left out: {problem}" for problem in problems)
-    _print_rich(header, cells, title="mean ± standard deviation over seeds", below=left_out)
-    if arguments.markdown:
-        write_text(arguments.markdown, _markdown(header, cells) + "\n")
-    if arguments.csv:
-        write_text(arguments.csv, _csv(rows))
-
-
 if __name__ == "__main__":
+    from common.comparison import main
+
     run(main)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from common import cli, report
+from common import cli, comparison, report
 from common.utils.files import read_json, write_json
 
 
@@ -81,7 +81,7 @@ def write_runs(folder: Path, *runs: dict[str, Any]) -> list[str]:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: report.main(list(argv)))
+        cli.run(lambda: comparison.main(list(argv)))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     return error
@@ -195,7 +195,7 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
 
 def test_comparison_over_seeds(tmp_path: Path) -> None:
     runs = [results(0, 0.80, 0.78), results(1, 0.82, 0.78), results(2, 0.87, None), results(0, method="hint")]
-    soft, hint = report.comparison(write_runs(tmp_path, *runs))
+    soft, hint = comparison.comparison(write_runs(tmp_path, *runs))
     assert (soft["domain"], soft["task"], soft["method"]) == ("NLP", "clinc150", "soft_targets")
     assert (soft["metric"], soft["seeds"]) == ("validation accuracy", 3)
     # 0.80, 0.82, 0.87: mean 0.83, squared deviations 0.0009 + 0.0001 + 0.0016 = 0.0026, over n - 1 = 2
@@ -204,13 +204,13 @@ def test_comparison_over_seeds(tmp_path: Path) -> None:
     # gains 0.02 and 0.04: mean 0.03, squared deviations 2 * 0.0001, over n - 1 = 1
     assert (soft["gain"].mean, soft["gain"].std) == (pytest.approx(0.03), pytest.approx(0.0002**0.5))
     assert (soft["gain"].n, soft["control"].n, soft["control"].std) == (2, 2, 0)
-    assert hint["seeds"] == 1 and hint["student"] == report.Spread(0.81, None, 1)
+    assert hint["seeds"] == 1 and hint["student"] == comparison.Spread(0.81, None, 1)
 
 
 def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = write_runs(tmp_path, results(0), results(0, 0.5))
-    assert report.comparison(folders)[0]["student"] == report.Spread(0.81, None, 1)
-    report.main(folders)
+    assert comparison.comparison(folders)[0]["student"] == comparison.Spread(0.81, None, 1)
+    comparison.main(folders)
     assert f"left out: {folders[1]} repeats seed 0" in capsys.readouterr().out
 
 
@@ -220,7 +220,7 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
     write_json(tmp_path / "old" / "results.json", {"schema_version": 1})
     broken = [str(tmp_path / "unfinished"), str(tmp_path / "old")]
     markdown, table = tmp_path / "new" / "t.md", tmp_path / "t.csv"
-    report.main([*folders, *broken, "--markdown", str(markdown), "--csv", str(table)])
+    comparison.main([*folders, *broken, "--markdown", str(markdown), "--csv", str(table)])
     output = capsys.readouterr().out.replace("\n", " ")
     assert "0.8200 ± 0.0283" in output and "0.8100 ± –" in output
     assert f"left out: {broken[0]}/results.json does not exist" in output

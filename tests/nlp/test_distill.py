@@ -380,3 +380,15 @@ def test_shell_script_runs_from_any_directory(small, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "student: here/student" in done.stdout
     assert (tmp_path / "here" / "student" / "model.safetensors").exists()
+
+
+def test_study_of_keys_fills_its_table(carried, small, tmp_path, capsys):
+    script("study_keys.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md")
+    table = (tmp_path / "keys.md").read_text().splitlines()
+    assert table[0].endswith("| carried | new | random | reused |")
+    cells = [row.split("|")[2:-1] for row in table[2:] if row.startswith("|")]
+    assert len(cells) == 11
+    scores = [float(cell) for row in cells for cell in row if cell.strip() != "-"]
+    assert len(scores) > 33
+    assert all(0 <= score <= 1 for score in scores)
+    assert len(set(scores)) > 5
