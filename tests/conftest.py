@@ -1,7 +1,6 @@
 """Shared by all tests. `common` comes first: it lets torchvision, and so transformers' Trainer, load on a CPU."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
@@ -9,11 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 import common  # noqa: E402, F401, I001
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests: tiny.py
-
-REPO = Path(__file__).resolve().parent.parent
-SHARED = REPO.parent / "shared"  # real data and a real encoder, on development machines only
+from paths import SHARED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

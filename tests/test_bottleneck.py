@@ -227,7 +227,7 @@ def test_training_values_leaves_the_keys_bit_identical():
     bottleneck, x, y = make(), torch.randn(64, 12), torch.randint(5, (64,))
     bottleneck.fit_keys(x)
     before = {name: buffer.clone() for name, buffer in bottleneck.named_buffers()}
-    optimizer = torch.optim.SGD(bottleneck.parameters(), lr=0.5)
+    optimizer = torch.optim.AdamW(bottleneck.parameters(), lr=0.1)
     losses = []
     for _ in range(30):
         loss = F.cross_entropy(bottleneck(x), y)

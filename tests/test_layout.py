@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from paths import REPO
 
 DOMAINS = sorted(scripts.parent for scripts in REPO.glob("*/scripts"))
 

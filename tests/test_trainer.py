@@ -87,7 +87,14 @@ def test_two_processes_train_like_one(tmp_path):
         script = folder / "train.py"
         script.write_text(TRAIN_ON_TWO_PROCESSES)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, str(script), str(Path(__file__).parent), str(folder), str(processes)]
+        command = [
+            sys.executable,
+            *launcher,
+            str(script),
+            str(Path(__file__).parent / "helpers"),
+            str(folder),
+            str(processes),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(torch.load(folder / "out.pt", weights_only=True))

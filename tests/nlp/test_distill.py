@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from paths import REPO
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
