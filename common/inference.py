@@ -44,8 +44,9 @@ def over_dataset(
             pieces += zip(rows.tolist(), _per_row(said, batch.get("attention_mask")), strict=True)
     finally:
         model.train(was_training)
-    if world > 1:
-        pieces = gather_object(pieces)
+    if world > 1:  # as arrays, because tensors of uint16 do not survive the way
+        arrays = gather_object([(row, {name: t.numpy() for name, t in said.items()}) for row, said in pieces])
+        pieces = [(row, {name: torch.from_numpy(a) for name, a in said.items()}) for row, said in arrays]
     pieces.sort(key=lambda piece: piece[0])
     return {name: [said[name] for _, said in pieces] for name in pieces[0][1]}
 

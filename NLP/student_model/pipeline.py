@@ -79,7 +79,10 @@ class Pipeline:
         teacher_outputs: TeacherOutputs | None = None,
         freeze_embeddings: bool = True,
     ) -> PreTrainedModel:
-        """Trains a classifier end to end, on labels alone or with a teacher's logits."""
+        """Trains a classifier end to end, on labels alone or with a teacher's logits (then without dropout)."""
+        if teacher_outputs is not None:
+            switch_off_dropout(model)
+        model.requires_grad_(True)
         model.get_input_embeddings().requires_grad_(not freeze_embeddings)
         return self.run.train(
             name,
@@ -121,13 +124,14 @@ class Pipeline:
         self, name: str, encoder: PreTrainedModel, teacher: PreTrainedModel, texts: Texts, epochs: float, rate: float
     ) -> PreTrainedModel:
         """Trains a student encoder, on texts without labels, to have the hidden states of the teacher's layers at the
-        same relative depth. No dropout: it would only blur what is to be matched.
+        same relative depth, without dropout, which would only blur what is to be matched.
         """
         own, target = layer_paths(encoder), layer_paths(teacher)
         layers = uniform_map(len(own), len(target))
-        encoder.get_input_embeddings().requires_grad_(False)
-        for dropout in [module for module in encoder.modules() if isinstance(module, nn.Dropout)]:
-            dropout.p = 0.0
+        switch_off_dropout(encoder)
+        for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
+            if part is not None:
+                part.requires_grad_(False)  # copied from the teacher, or without a say in the hidden states
         width, teacher_width = encoder.config.hidden_size, teacher.config.hidden_size
         if sum(texts.train["length"]) * len(layers) * teacher_width * 2 <= FEATURE_BYTES:
             source: dict[str, Any] = {"teacher_outputs": self.listen(teacher, texts, layers)}
@@ -190,6 +194,12 @@ class Pipeline:
             data_collator=as_it_is,
             compute_metrics=trainer_metrics(texts.data),
         )
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def alignment(layers: list[int], width: int, teacher_width: int, pooling: Pooling) -> Objective:

@@ -392,3 +392,22 @@ def test_study_of_keys_fills_its_table(carried, small, tmp_path, capsys):
     assert len(scores) > 33
     assert all(0 <= score <= 1 for score in scores)
     assert len(set(scores)) > 5
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_main_job(small, tmp_path):
+    """Under torchrun on the CPU: one folder, one report, and about the student that one process makes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [SCRIPTS / "distill_bottleneck.py", SCRIPTS / "keys_carried.yaml", *SHORT, "--dataset", small]
+    words += ["--per_device_train_batch_size", 24, "--value_batch_size", 128, "--precision", "fp32"]
+    command = [*launcher, *words, "--output_dir", tmp_path / "two", "--no_control"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = ["--output_dir", tmp_path / "one", "--no_control", "--precision", "fp32"]
+    distill("keys_carried", "--dataset", small, *alone)
+    losses = []
+    for folder in ("one", "two"):
+        history = json.loads((tmp_path / folder / "stages" / "teacher_encoder" / "stage.json").read_text())["history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # dropout draws differ
+    assert results(tmp_path / "two")["models"]["student"]["parameters"] > 0
