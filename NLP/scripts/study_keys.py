@@ -16,7 +16,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModel, PreTrainedModel
 
 from common.arguments import KDTrainingArguments
 from common.bottleneck import Decoder, DiscreteKeyValueBottleneck
@@ -31,7 +30,7 @@ from common.utils.precision import resolve_precision
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.fill import CodeDataset, Keys, as_it_is, embed_texts, set_keys
-from nlp.student_model.layers import cut_layers
+from nlp.student_model.layers import cut_layers, load_encoder
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_classifier
 
@@ -85,7 +84,7 @@ class Embedded:
     validation: Tensor
 
 
-def embed(encoder: PreTrainedModel, texts: Texts) -> Embedded:
+def embed(encoder: Any, texts: Texts) -> Embedded:
     model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, pairs=1)
     precision = resolve_precision("auto")
     train, validation = (
@@ -104,7 +103,7 @@ class Study:
             raise UserError(f"{folder} is no finished run of distill_keys_carried.sh")
         classifier = load_classifier(str(stages / "teacher_encoder"), self.data)
         self.texts = Texts.of(self.data, classifier.tokenizer)
-        aligned = AutoModel.from_pretrained(str(stages / "student_encoder"))
+        aligned = load_encoder(stages / "student_encoder")
         unaligned = cut_layers(classifier.encoder, aligned.config.num_hidden_layers)
         self.teacher = embed(classifier.encoder, self.texts)
         self.student = {True: embed(aligned, self.texts), False: embed(unaligned, self.texts)}

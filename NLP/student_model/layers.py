@@ -1,11 +1,17 @@
 """The layers of any text encoder: where they are, which student layer follows which teacher layer, and cutting."""
 
 import copy
+from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from common.utils.errors import UserError
+
+
+def load_encoder(folder: str | Path) -> PreTrainedModel:
+    """An encoder without a head, such as the stage `student_encoder` of a run."""
+    return AutoModel.from_pretrained(str(folder))
 
 
 def layer_paths(model: PreTrainedModel) -> list[str]:
