@@ -65,7 +65,7 @@ def main() -> None:
     labels = dict(enumerate(data.label_names))
     model = BottleneckClassifier.around(given.encoder, labels, "mean", decoder=args.decoder)
     started = time.perf_counter()
-    embeddings = torch.stack(embed_texts(model, texts.train, texts.collate, args.precision))
+    embeddings = torch.stack(embed_texts(model, texts.train, texts.collate, args.precision)).to(model.device)
     set_keys(model.bottleneck, "new", None, embeddings, seed=0)
     fitted = time.perf_counter()
     codes = CodeDataset(encode_texts(model, texts.train, texts.collate, args.precision), texts.train)

@@ -86,7 +86,7 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
     if data.regression or config.num_labels == 1:
         if data.regression and config.num_labels == 1:
             return True
-        raise UserError(f"teacher {name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
+        raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
     own = [config.id2label[i] for i in range(config.num_labels)]
     same = [a.lower() for a in own] == [b.lower() for b in data.label_names]
     if same:
@@ -94,13 +94,13 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
     if sorted(map(str.lower, own)) == sorted(map(str.lower, data.label_names)):
         first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a.lower() != b.lower())
         raise UserError(
-            f"the label order of teacher {name} differs from that of {data.name}: label {first} is {own[first]!r} for "
-            f"the teacher and {data.label_names[first]!r} in the data; reorder the teacher's head or the data's labels"
+            f"the label order of {name} differs from that of {data.name}: label {first} is {own[first]!r} for "
+            f"this model and {data.label_names[first]!r} in the data; reorder its head or the data's labels"
         )
     raise UserError(
-        f"teacher {name} classifies {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has "
-        f"{len(data.label_names)} ({', '.join(data.label_names[:3])}, ...): name a teacher of the same labels, or an "
-        "encoder without a head"
+        f"{name} classifies {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has "
+        f"{len(data.label_names)} ({', '.join(data.label_names[:3])}, ...): name a classifier of the same labels, or "
+        "an encoder without a head"
     )
 
 
