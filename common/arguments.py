@@ -31,6 +31,12 @@ class KDTrainingArguments(TrainingArguments):
         default="group_by_length", metadata={"help": "random, or group_by_length for little padding"}
     )
     warmup_steps: float = field(default=0.1, metadata={"help": "steps, or below 1 a share of all steps"})
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "epochs after which the learning rate falls to a tenth, instead of a schedule"}
+    )
+    decay_everything: bool = field(
+        default=False, metadata={"help": "weight decay on biases and norms too, as older protocols have it"}
+    )
     precision: Literal["auto", "fp32", "bf16"] = field(
         default="auto", metadata={"help": "auto: bf16 where the hardware computes it natively, else fp32"}
     )

@@ -1,6 +1,6 @@
 """Running a model over a whole dataset without gradients: once, in batches of similar length, on all processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 
 from common.utils.devices import best_device, process
 
-Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+Collate = Callable[[Any], dict[str, Tensor]]
+NOT_INPUTS = ("labels", "sample_id", "view", "length")
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collator of a dataset whose `__getitems__` yields whole batches."""
+    return batch
 
 
 @torch.no_grad()
@@ -28,17 +34,21 @@ def over_dataset(
 
     The model is put on the device and in eval mode (and back in its mode); `call` is the model or a function of it.
     Tensors (batch, positions, ...) of a batch with an attention mask lose their padding. Columns that the collator
-    yields but no model takes (labels, sample_id, length) are dropped.
+    yields but no model takes (NOT_INPUTS) are dropped.
     """
     rank, world = process()
     device, was_training = best_device(), model.training
     model.to(device).eval()  # type: ignore[arg-type]
-    rows_by_length = torch.as_tensor(dataset["length"]).argsort(stable=True)
-    batches = rows_by_length.split(batch_size)[rank::world]
+    order = torch.arange(len(dataset))
+    if "length" in getattr(dataset, "column_names", ()):
+        order = torch.as_tensor(dataset["length"]).argsort(stable=True)
+    batches = order.split(batch_size)[rank::world]
     pieces: list[tuple[int, dict[str, Tensor]]] = []
     try:
         for rows in tqdm(batches, desc=description, disable=not description or rank != 0, leave=False):
-            batch = {k: v.to(device) for k, v in collate(_rows(dataset, rows.tolist())).items() if k not in NOT_INPUTS}
+            batch = {
+                k: v.to(device) for k, v in collate(dataset.__getitems__(rows.tolist())).items() if k not in NOT_INPUTS
+            }
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 said = call(**batch)
             pieces += zip(rows.tolist(), _per_row(said, batch.get("attention_mask")), strict=True)
@@ -49,14 +59,6 @@ def over_dataset(
         pieces = [(row, {name: torch.from_numpy(a) for name, a in said.items()}) for row, said in arrays]
     pieces.sort(key=lambda piece: piece[0])
     return {name: [said[name] for _, said in pieces] for name in pieces[0][1]}
-
-
-NOT_INPUTS = ("labels", "sample_id", "length")
-
-
-def _rows(dataset: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
-    columns = dataset[rows]
-    return [{name: values[i] for name, values in columns.items()} for i in range(len(rows))]
 
 
 def _per_row(said: dict[str, Tensor], mask: Tensor | None) -> list[dict[str, Tensor]]:

@@ -24,6 +24,8 @@ from transformers.utils import logging as transformers_logging
 from common.arguments import KDTrainingArguments
 from common.cli import save_recipe
 from common.trainer import KDTrainer, last_checkpoint
+from common.utils.devices import best_device
+from common.utils.environment import command, environment
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json, writing_folder
 
@@ -82,8 +84,10 @@ class Run:
         if changed:
             raise UserError(f"cannot continue {self.folder} with other arguments: {', '.join(changed)}")
 
-    def stage(self, name: str, build: Callable[[], Model], load: Callable[[str], Model], tokenizer: Any) -> Model:
-        """The model of a stage: loaded if the stage is finished, else built, timed and saved with its tokenizer."""
+    def stage(self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any) -> Model:
+        """The model of a stage: loaded if the stage is finished, else built, timed and saved with its `processor`, the
+        tokenizer or image processor that makes its inputs.
+        """
         folder = self.folder / "stages" / name
         if (folder / STAGE).exists():
             model, record = load(str(folder)), read_json(folder / STAGE)
@@ -96,7 +100,7 @@ class Run:
         if PartialState().is_main_process:
             with writing_folder(folder) as partial:
                 model.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
+                processor.save_pretrained(partial)
                 write_json(
                     partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
                 )
@@ -116,6 +120,41 @@ class Run:
     def total_seconds(self) -> float:
         """Since the start of the run; of earlier processes of a resumed run only the stages that they finished."""
         return time.perf_counter() - self.started + self.seconds_before
+
+    def results(
+        self,
+        domain: str,
+        task: str,
+        method: str,
+        data: dict[str, Any],
+        models: dict[str, Any],
+        split: str,
+        metric: str,
+        **extra: Any,
+    ) -> dict[str, Any]:
+        """The run's results.json: `models` are the entries of teacher, control and student (or None), `split` and
+        `metric` name the headline, `extra` is whatever else the report should say.
+        """
+        score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
+        student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
+        seconds = {role: sum(s for name, s in self.seconds.items() if name.removesuffix("_encoder") == role)
+                   for role in ("teacher", "teacher_outputs", "control", "student")}  # fmt: skip
+        return {
+            "schema_version": 1,
+            "domain": domain,
+            "task": task,
+            "method": method,
+            "seed": self.args.seed,
+            "command": command(),
+            "data": data,
+            "models": {role: models.get(role) for role in ("teacher", "control", "student")},
+            "primary_metric": {"split": split, "name": metric},
+            "retention": student / teacher if student is not None and teacher else None,
+            "gain_over_control": student - control if student is not None and control is not None else None,
+            "seconds": seconds | {"total": self.total_seconds},
+            "environment": environment(self.args.precision, best_device()),
+            **extra,
+        }
 
     def train(self, name: str, model: Model, settings: dict[str, Any], **trainer: Any) -> Model:
         """Trains a stage's model from its last checkpoint on. `settings` are the stage's own training arguments,

@@ -6,7 +6,6 @@ logged; a step's gradient is that of its samples as one batch, however they are 
 processes; a loss that is not finite stops the run; a checkpoint counts only once it is complete.
 """
 
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,7 @@ class KDTrainer(Trainer):
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_weight = torch.zeros((), device=self.args.device)
+        self._not_finite: dict[str, Tensor] = {}
 
     # ---- the loss of one micro-batch ----
 
@@ -80,14 +80,14 @@ class KDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        labels, sample_ids = inputs.pop("labels", None), inputs.pop("sample_id", None)
+        labels, sample_ids, views = (inputs.pop(name, None) for name in ("labels", "sample_id", "view"))
         size = len(next(iter(inputs.values())))
         # The mean over the step's samples is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / float(num_items_in_batch)
         student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
         parts = self.objective_in_step(student, self._teacher_says(inputs, sample_ids), labels)
         loss = torch.stack(list(parts.values())).sum() * share
-        self._refuse_non_finite(loss, parts)
+        self._note_non_finite(loss, parts)
         for name, part in parts.items():
             self._parts[name] += part.detach() * share
         self._parts_weight += share  # one per optimizer step
@@ -109,14 +109,33 @@ class KDTrainer(Trainer):
         with torch.no_grad():
             return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
 
-    def _refuse_non_finite(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
-        if not math.isfinite(loss.item()):
-            kept = last_checkpoint(self.args.output_dir)
-            values = ", ".join(f"{name} = {part.item()}" for name, part in parts.items())
-            raise UserError(
-                f"the loss is not finite at step {self.state.global_step + 1} ({values}); try a lower learning rate "
-                f"or --precision fp32; last good checkpoint: {kept or 'none yet'}"
-            )
+    def _note_non_finite(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        """Remembers the first step whose loss is not finite, on the device: to look at it would hold up a GPU."""
+        now = {name: part.detach().float() for name, part in parts.items()}
+        now["step"] = torch.full_like(loss, self.state.global_step + 1, dtype=torch.float32)
+        if not self._not_finite:
+            self._not_finite = {name: torch.zeros_like(value) for name, value in now.items()}
+        first = ~torch.isfinite(loss.detach()) & (self._not_finite["step"] == 0)
+        self._not_finite = {name: torch.where(first, value, self._not_finite[name]) for name, value in now.items()}
+        if loss.device.type == "cpu" or self.state.global_step % 100 == 0:
+            self._refuse_non_finite()
+
+    def _refuse_non_finite(self) -> None:
+        """Before anything is logged, evaluated or saved: no figure, no checkpoint comes from weights that are lost."""
+        if not self._not_finite or self._not_finite["step"].item() == 0:
+            return
+        values = {name: value.item() for name, value in self._not_finite.items()}
+        step = int(values.pop("step"))
+        kept = last_checkpoint(self.args.output_dir)
+        raise UserError(
+            f"the loss is not finite at step {step} ({', '.join(f'{n} = {v}' for n, v in values.items())}); try a "
+            f"lower learning rate or --precision fp32; last good checkpoint: {kept or 'none yet'}"
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._refuse_non_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
@@ -140,7 +159,8 @@ class KDTrainer(Trainer):
         """Logits and labels only: an evaluation loss would need the teacher on data that it is not asked about."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
-        inputs.pop("sample_id", None)
+        for name in ("sample_id", "view"):
+            inputs.pop(name, None)
         with torch.no_grad():
             logits = _named_outputs(model(**inputs), self._hooks.take(), inputs).logits
         return None, None if logits is None else logits.detach().float(), labels
@@ -166,6 +186,27 @@ class KDTrainer(Trainer):
             optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and convolutions; no biases, no norms of any kind, unless everything is to decay."""
+        if self.args.decay_everything:
+            return [name for name, _ in model.named_parameters()]
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The parent's, or a tenth of the learning rate after each of `lr_milestones` (in epochs)."""
+        if self.args.lr_milestones is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: 0.1 ** sum(step >= milestone for milestone in milestones)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         extra = list(self.objective.parameters())
         if not extra:
@@ -179,6 +220,20 @@ class KDTrainer(Trainer):
         lengths = dataset[self.args.length_column_name]  # type: ignore[index]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(lengths, step, self.args.seed)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """`dataloader_drop_last` keeps training batches of one size; evaluation is over all samples all the same."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self.train_dataset, "set_epoch"):  # accelerate forgets it on several processes and after resuming
+            self.train_dataset.set_epoch(epoch)  # type: ignore[union-attr]
+        return super()._run_epoch(model, epoch, *args, **kwargs)
 
     # ---- checkpoints ----
 

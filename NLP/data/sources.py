@@ -1,28 +1,13 @@
 """Where raw splits come from: the embedded generator, a local folder or the Hugging Face Hub."""
 
-import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
-import huggingface_hub
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-
+from common.sources import HUB_NAME, Splits, read_folder, read_hub, usual_names
 from common.utils.errors import UserError
 from nlp.data.intents import load_intents
 from nlp.data.tasks import TASKS
 
-SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
-SPLIT_NAMES |= {name: "validation" for name in ("valid", "dev", "val")}
-SHARD = re.compile(r"-\d+-of-\d+$")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 INSTEAD = "pass --dataset FOLDER with parquet, CSV or JSON files, or --dataset intents, which needs no download"
-
-Splits = dict[str, datasets.Dataset]
 
 
 def read_splits(dataset: str) -> tuple[Splits, list[str]]:
@@ -32,10 +17,10 @@ def read_splits(dataset: str) -> tuple[Splits, list[str]]:
     if dataset in TASKS:
         return _read_task(dataset)
     if Path(dataset).is_dir():
-        return _usual_names(_read_folder(Path(dataset)), dataset)
+        return usual_names(read_folder(Path(dataset)), dataset)
     if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
         name, _, config = dataset.partition(":")
-        return _usual_names(_read_hub(dataset, name, config or None), dataset)
+        return usual_names(read_hub(dataset, name, config or None, INSTEAD), dataset)
     raise UserError(
         f"unknown dataset {dataset!r}: give a known name ({', '.join(TASKS)}), "
         "a folder of parquet, CSV or JSON files, or a Hub name such as owner/name or owner/name:config"
@@ -44,95 +29,6 @@ def read_splits(dataset: str) -> tuple[Splits, list[str]]:
 
 def _read_task(name: str) -> tuple[Splits, list[str]]:
     task = TASKS[name]
-    splits = _read_hub(name, task.hub, task.config)
+    splits = read_hub(name, task.hub, task.config, INSTEAD)
     wanted = ["train", *task.validation, *([task.test] if task.test else [])]
     return {name: splits[name] for name in wanted}, []
-
-
-def _usual_names(found: Splits, dataset: str) -> tuple[Splits, list[str]]:
-    """Renames dev, valid, val to validation; a split with another name is not used, and a note says so."""
-    splits: Splits = {}
-    for name, rows in found.items():
-        usual = SPLIT_NAMES.get(name)
-        if usual in splits:
-            raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
-        if usual:
-            splits[usual] = rows
-    if "train" not in splits:
-        raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
-    ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
-    return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
-
-
-def _read_folder(folder: Path) -> Splits:
-    """One file per split, or shards such as train-00000-of-00002.parquet."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
-    if not files:
-        raise UserError(f"no parquet, CSV or JSON file in folder {folder}: put train.parquet (or .csv, .jsonl) there")
-    by_split: dict[str, list[Path]] = {}
-    for path in files:
-        by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
-    for name, paths in by_split.items():
-        if len(paths) > 1 and (len({p.suffix for p in paths}) > 1 or not all(SHARD.search(p.stem) for p in paths)):
-            raise UserError(
-                f"several files for split {name} in {folder} ({', '.join(p.name for p in paths)}): keep one"
-            )
-    return {name: _read(paths) for name, paths in by_split.items()}
-
-
-def _read(paths: list[Path]) -> datasets.Dataset:
-    try:
-        return datasets.concatenate_datasets([datasets.Dataset(READERS[path.suffix](path)) for path in paths])
-    except (pa.ArrowException, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot read {paths[0]} ({reason}): give {paths[0].suffix[1:]} rows of the same columns"
-        ) from None
-
-
-def _read_json(path: Path) -> pa.Table:
-    """Either one list of objects or one object per line."""
-    text = path.read_text(encoding="utf-8")
-    listed = text.lstrip().startswith("[")
-    return pa.Table.from_pylist(json.loads(text) if listed else [json.loads(x) for x in text.split("\n") if x.strip()])
-
-
-def _read_csv(path: Path) -> pa.Table:
-    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-
-
-# Read without datasets' own cache, which would copy every file to disk.
-READERS = {".parquet": pyarrow.parquet.read_table, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
-
-
-def _read_hub(wanted: str, name: str, config: str | None) -> Splits:
-    try:
-        with _no_retries_when_unreachable():
-            return dict(datasets.load_dataset(name, config))
-    except datasets.exceptions.DatasetNotFoundError:
-        raise UserError(
-            f"{wanted} is neither a folder here nor a dataset on the Hub that you may read: {INSTEAD}"
-        ) from None
-    except ConnectionError:
-        raise UserError(
-            f"{wanted} is no folder here, is not cached, and the Hub cannot be reached: {INSTEAD}"
-        ) from None
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot load {wanted} from the Hub ({reason}): check owner/name:config, or {INSTEAD}"
-        ) from None
-
-
-@contextmanager
-def _no_retries_when_unreachable() -> Iterator[None]:
-    """Asks the Hub once; where it does not answer, datasets goes to its cache at once, not half a minute later."""
-    before = datasets.config.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP client of the day raises: offline mode, no name, refused, timeout, proxy
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before

@@ -13,8 +13,6 @@ from common.arguments import KDTrainingArguments
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.report import model_card, print_table, write_report
 from common.run import Run
-from common.utils.devices import best_device
-from common.utils.environment import command, environment
 from common.utils.errors import UserError
 from common.utils.files import write_text, writing_folder
 from nlp.data.loading import TextData
@@ -207,35 +205,23 @@ class Distillation:
 
     def _results(self, models: dict[str, Any]) -> dict[str, Any]:
         split = next(name for name in self.texts.splits if name.startswith("validation"))
-        metric, seconds = self.data.primary_metric, self.run.seconds
-        score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         sizes = {name: len(rows) for name, rows in self.texts.splits.items()}
-        return {
-            "schema_version": 1,
-            "domain": "NLP",
-            "task": self.data.name,
-            "method": self.method,
-            "seed": self.run.args.seed,
-            "command": command(),
-            "data": {
+        return self.run.results(
+            domain="NLP",
+            task=self.data.name,
+            method=self.method,
+            data={
                 "train": sizes["train"],
                 "validation": sum(n for name, n in sizes.items() if name.startswith("validation")),
                 "test": sizes.get("test"),
                 "fingerprint": self.data.fingerprint,
             },
-            "selection": "last epoch of every stage; no split chose anything",
-            "data_notes": "; ".join(self.data.notes) or "none",
-            "models": models,
-            "primary_metric": {"split": split, "name": metric},
-            "retention": score["student"] / score["teacher"] if score["teacher"] else None,
-            "gain_over_control": score["student"] - score["control"] if "control" in score else None,
-            "seconds": {
-                role: sum(s for name, s in seconds.items() if name in (role, f"{role}_encoder"))
-                for role in ("teacher", "control", "student")
-            }
-            | {"teacher_outputs": seconds.get("teacher_outputs", 0.0), "total": self.run.total_seconds},
-            "environment": environment(self.run.args.precision, best_device()),
-        }
+            models=models,
+            split=split,
+            metric=self.data.primary_metric,
+            selection="last epoch of every stage; no split chose anything",
+            data_notes="; ".join(self.data.notes) or "none",
+        )
 
     def _save_student(self, student: PreTrainedModel, results: dict[str, Any]) -> Path:
         folder = self.run.folder / "student"

@@ -4,7 +4,7 @@ With encoder and keys frozen, the codes of a text are constants. They are comput
 values is an embedding bag: no encoder, no search.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -40,11 +40,6 @@ class CodeDataset(torch.utils.data.Dataset):
             batch["codes"] = batch["codes"][:, :longest]
             batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
         return batch
-
-
-def as_it_is(batch: Any) -> Any:
-    """The collator of a dataset that yields whole batches."""
-    return batch
 
 
 def embed_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, precision: str) -> list[Tensor]:

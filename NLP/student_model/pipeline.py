@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.inference import over_dataset
+from common.inference import as_it_is, over_dataset
 from common.losses import feature_cosine, feature_l2
 from common.objective import FeatureLoss, Hint, Objective, Term, match, soft_targets, task_loss
 from common.outputs import Outputs
@@ -19,7 +19,7 @@ from nlp.data.loading import TextData
 from nlp.data.tokenized import Collator, tokenize
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling, pool
 from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.fill import FIT_TEXTS, CodeDataset, Keys, as_it_is, embed_texts, encode_texts, set_keys
+from nlp.student_model.fill import FIT_TEXTS, CodeDataset, Keys, embed_texts, encode_texts, set_keys
 from nlp.student_model.layers import layer_paths, uniform_map
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached

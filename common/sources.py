@@ -1,0 +1,112 @@
+"""Raw splits from a local folder or the Hugging Face Hub, for every domain."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from common.utils.errors import UserError
+
+SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
+SPLIT_NAMES |= {name: "validation" for name in ("valid", "dev", "val")}
+SHARD = re.compile(r"-\d+-of-\d+$")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+Splits = dict[str, datasets.Dataset]
+
+
+def usual_names(found: Splits, dataset: str) -> tuple[Splits, list[str]]:
+    """Renames dev, valid, val to validation; a split with another name is not used, and a note says so."""
+    splits: Splits = {}
+    for name, rows in found.items():
+        usual = SPLIT_NAMES.get(name)
+        if usual in splits:
+            raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
+        if usual:
+            splits[usual] = rows
+    if "train" not in splits:
+        raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
+    ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
+    return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
+
+
+def read_folder(folder: Path) -> Splits:
+    """One file per split, or shards such as train-00000-of-00002.parquet."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
+    if not files:
+        raise UserError(f"no parquet, CSV or JSON file in folder {folder}: put train.parquet (or .csv, .jsonl) there")
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
+    for name, paths in by_split.items():
+        if len(paths) > 1 and (len({p.suffix for p in paths}) > 1 or not all(SHARD.search(p.stem) for p in paths)):
+            raise UserError(
+                f"several files for split {name} in {folder} ({', '.join(p.name for p in paths)}): keep one"
+            )
+    return {name: _read(paths) for name, paths in by_split.items()}
+
+
+def _read(paths: list[Path]) -> datasets.Dataset:
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset(READERS[path.suffix](path)) for path in paths])
+    except (pa.ArrowException, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot read {paths[0]} ({reason}): give {paths[0].suffix[1:]} rows of the same columns"
+        ) from None
+
+
+def _read_json(path: Path) -> pa.Table:
+    """Either one list of objects or one object per line."""
+    text = path.read_text(encoding="utf-8")
+    listed = text.lstrip().startswith("[")
+    return pa.Table.from_pylist(json.loads(text) if listed else [json.loads(x) for x in text.split("\n") if x.strip()])
+
+
+def _read_csv(path: Path) -> pa.Table:
+    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+
+
+# Read without datasets' own cache, which would copy every file to disk.
+READERS = {".parquet": pyarrow.parquet.read_table, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
+
+
+def read_hub(wanted: str, name: str, config: str | None, instead: str) -> Splits:
+    """All splits of a dataset on the Hub or in its local cache; `instead` tells what to pass where there is none."""
+    try:
+        with _no_retries_when_unreachable():
+            return dict(datasets.load_dataset(name, config))
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(
+            f"{wanted} is neither a folder here nor a dataset on the Hub that you may read: {instead}"
+        ) from None
+    except ConnectionError:
+        raise UserError(
+            f"{wanted} is no folder here, is not cached, and the Hub cannot be reached: {instead}"
+        ) from None
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot load {wanted} from the Hub ({reason}): check owner/name:config, or {instead}"
+        ) from None
+
+
+@contextmanager
+def _no_retries_when_unreachable() -> Iterator[None]:
+    """Asks the Hub once; where it does not answer, datasets goes to its cache at once, not half a minute later."""
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP client of the day raises: offline mode, no name, refused, timeout, proxy
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

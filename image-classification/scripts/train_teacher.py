@@ -1,0 +1,40 @@
+"""Trains an image classifier on labels alone, for use as a teacher.
+
+    python image-classification/scripts/train_teacher.py
+    python image-classification/scripts/train_teacher.py image-classification/scripts/paper.yaml \\
+        --dataset cifar100 --architecture resnet32x4 --output_dir runs/image-classification/teacher_cifar100
+
+The run's folder is what `--teacher` of the other scripts takes.
+"""
+
+from dataclasses import dataclass, field
+
+from common.cli import parse, run
+from common.objective import Objective, task_loss
+from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
+from image_classification.student_model.experiment import Experiment
+from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+
+
+@dataclass
+class Arguments:
+    """Which network."""
+
+    architecture: str = field(default="resnet32x4", metadata={"help": "resnet32x4, wrn_40_2, vgg13, timm:NAME, ..."})
+
+
+def main() -> None:
+    args, data_args, training = parse(Arguments, DataArguments, ImageTrainingArguments)
+    data = data_args.load()
+    experiment = Experiment("teacher", training, data, args, data_args)
+
+    def build() -> ImageClassifier:
+        return experiment.fit(
+            "teacher", new_classifier(args.architecture, data.config), Objective(task=(1.0, task_loss()))
+        )
+
+    experiment.report(teacher=(args.architecture, experiment.stage("teacher", build)))
+
+
+if __name__ == "__main__":
+    run(main)

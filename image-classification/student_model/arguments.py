@@ -1,0 +1,64 @@
+"""Arguments that all image scripts share."""
+
+from dataclasses import dataclass, field
+
+from common.arguments import KDTrainingArguments
+from image_classification.data.loading import ImageData, load_image_data
+
+
+@dataclass
+class DataArguments:
+    """Which images."""
+
+    dataset: str = field(
+        default="digits", metadata={"help": "digits, cifar10, cifar100, mnist, imagenet, a Hub name or a folder"}
+    )
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = field(default=None, metadata={"help": "resize to so many pixels; above 64 with cropping"})
+    validation_share: float = field(default=0.1, metadata={"help": "of train, set aside where there is no validation"})
+    train_samples: int | None = field(default=None, metadata={"help": "train on so many images, the same each time"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"--validation_share must be at least 0 and below 1, got {self.validation_share}")
+        for name in ("train_samples", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+
+    def load(self) -> ImageData:
+        return load_image_data(
+            self.dataset,
+            self.image_column,
+            self.label_column,
+            self.image_size,
+            self.validation_share,
+            self.train_samples,
+        )
+
+
+@dataclass
+class ImageTrainingArguments(KDTrainingArguments):
+    """Training as image classifiers are used to it: SGD with momentum, one cycle of the learning rate."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "default: runs/image-classification/METHOD"})
+    num_train_epochs: float = field(default=20, metadata={"help": "of the student, and of its control"})
+    per_device_train_batch_size: int = 128
+    per_device_eval_batch_size: int = 250
+    learning_rate: float = 0.1
+    optim: str = "sgd"
+    optim_args: str | None = "momentum=0.9,nesterov=true"
+    weight_decay: float = 5e-4
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to that norm; 0: not at all"})
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = field(default=0.2, metadata={"help": "steps, or below 1 a share of all steps"})
+    train_sampling_strategy: str = "random"
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "training batches of one size only"})
+    dataloader_pin_memory: bool = False  # small images lie on the device already
+    alpha: float = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
+    temperature: float = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
+
+    def __post_init__(self) -> None:
+        given = self.output_dir
+        super().__post_init__()
+        self.output_dir = given  # None: the script knows a better name than the parent's

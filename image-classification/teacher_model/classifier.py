@@ -1,0 +1,84 @@
+"""An image classifier, teacher or student: backbone, then (for SimKD students) a projector, then a head.
+
+Loads alone, in any process that has imported this module:
+
+    from image_classification.teacher_model.classifier import ImageClassifier
+    model = ImageClassifier.from_pretrained("runs/image-classification/simkd/student")
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from common.bottleneck import DiscreteKeyValueBottleneck
+from common.outputs import Outputs
+from image_classification.teacher_model.backbones import build_backbone
+from image_classification.teacher_model.projector import Projector
+
+
+class ImageClassifierConfig(PreTrainedConfig):
+    """Everything that decides the shape of an ImageClassifier.
+
+    architecture: name of a backbone (`resnet8x4`, `timm:resnet18`).
+    image_size, mean, std: what its inputs are: square, pixels between 0 and 1 less `mean`, divided by `std`.
+    projector: arguments of `Projector`, for a student that reuses its teacher's head.
+    bottleneck: arguments of `DiscreteKeyValueBottleneck` other than width and outputs, where the head is one.
+    """
+
+    model_type = "image_classifier"
+    architecture: str = "resnet8x4"
+    image_size: int = 32
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    projector: dict[str, Any] | None = None
+    bottleneck: dict[str, Any] | None = None
+
+
+class ImageClassifier(PreTrainedModel):
+    """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
+
+    Features: `last`, the backbone's last map; `projected`, what the projector makes of it; `pooled`, what the head
+    sees. What is trained is what is evaluated, saved and exported.
+    """
+
+    config_class = ImageClassifierConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: ImageClassifierConfig) -> None:
+        super().__init__(config)
+        self.backbone = build_backbone(config.architecture)
+        width = self.backbone.num_features
+        self.projector = None
+        if config.projector:
+            self.projector = Projector(width, **config.projector)
+            width = config.projector["out_channels"]
+        self.head: nn.Module
+        if config.bottleneck:
+            self.head = DiscreteKeyValueBottleneck(width, config.num_labels, **config.bottleneck)
+        else:
+            self.head = nn.Linear(width, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part comes initialized from its constructor, and every checkpoint is complete."""
+
+    def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> Outputs:
+        # In one memory format always: the kernels of another would round otherwise.
+        last = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))  # (batch, channels, h', w')
+        features = {"last": last}
+        if self.projector is not None:
+            last = features["projected"] = self.projector(last)
+        features["pooled"] = last.mean((2, 3))  # (batch, channels)
+        return Outputs(logits=self.head(features["pooled"]), features=features)
+
+
+def new_classifier(architecture: str, data_config: dict[str, Any], **parts: Any) -> ImageClassifier:
+    """A classifier with random weights for data that `data_config` (ImageData.config) describes."""
+    return ImageClassifier(ImageClassifierConfig(architecture=architecture, **data_config, **parts))
+
+
+AutoConfig.register(ImageClassifierConfig.model_type, ImageClassifierConfig)
+AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)

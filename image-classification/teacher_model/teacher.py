@@ -1,0 +1,55 @@
+"""Where a teacher comes from: an architecture to train, a folder, or timm's pretrained networks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from common.utils.errors import UserError
+from image_classification.data.loading import ImageData
+from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
+
+
+def trained_folder(name: str) -> Path | None:
+    """The folder of a trained classifier: NAME itself, or the teacher (else the student) of the run NAME."""
+    for folder in (Path(name), Path(name, "stages", "teacher"), Path(name, "student")):
+        if (folder / "config.json").exists():
+            return folder
+    if Path(name).is_dir():
+        raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py makes one")
+    return None
+
+
+def load_trained(folder: Path, data: ImageData) -> tuple[ImageClassifier, ImageData]:
+    """The classifier of a folder, and the data in the normalization that it was trained with.
+
+    Raises UserError for another kind of model, another label order, or another size of images.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
+    if not isinstance(config, ImageClassifierConfig):
+        raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
+    _refuse_other_labels(folder, [config.id2label[i] for i in range(config.num_labels)], data)
+    if config.image_size != data.size:
+        raise UserError(
+            f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
+            f"--image_size {config.image_size}"
+        )
+    return ImageClassifier.from_pretrained(folder), replace(data, mean=config.mean, std=config.std)
+
+
+def _refuse_other_labels(folder: Path, own: list[str], data: ImageData) -> None:
+    if own == data.label_names:
+        return
+    if sorted(own) == sorted(data.label_names):
+        first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a != b)
+        raise UserError(
+            f"the label order of {folder} differs from that of {data.name}: label {first} is {own[first]!r} for this "
+            f"model and {data.label_names[first]!r} in the data"
+        )
+    raise UserError(
+        f"{folder} knows {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has {len(data.label_names)} "
+        f"({', '.join(data.label_names[:3])}, ...): name a teacher of the same labels"
+    )
