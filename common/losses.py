@@ -56,38 +56,49 @@ def feature_l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     restricts the mean to the places that it keeps; zero where it keeps none. Raises ValueError for shapes that differ.
     """
     _same_shape(student, teacher)
-    squared = (student.float() - teacher.detach().float()).square()
-    return squared.mean() if mask is None else _mean(squared.flatten(mask.dim()).mean(-1), mask)
+    return _mean((student.float() - teacher.detach().float()).square(), mask)
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     """Mean of 1 - cosine similarity along `dim` of features of one shape (DistilBERT, arXiv:1910.01108).
 
-    `mask` has the dimensions other than `dim` and restricts the mean as in feature_l2. A vector of zeros is at
-    distance 1 from everything. Raises ValueError for shapes that differ.
+    `mask` has leading dimensions of what is left without `dim` and restricts the mean as in feature_l2. A vector of
+    zeros is at distance 1 from everything. Raises ValueError for shapes that differ.
     """
     _same_shape(student, teacher)
     return _mean(1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=dim), mask)
 
 
-def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def channel_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the softmax being over the channels of each place.
 
-    Maps are (batch, channels, height, width); summed over channels, averaged over batch and places. Never
-    negative, which KL on raw features can be. Raises ValueError for a temperature that is not positive and for shapes
-    that differ.
+    Maps are (batch, channels, height, width); summed over channels, averaged over batch and places. `mask` (batch,)
+    restricts the mean to the samples that it keeps. Never negative, which KL on raw features can be. Raises ValueError
+    for a temperature that is not positive and for shapes that differ.
     """
     _same_shape(student, teacher)
-    return _softmax_kl(student, teacher, temperature, dim=1)
+    return _mean(_softmax_kl(student, teacher, temperature, dim=1), mask)
 
 
-def spatial_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def spatial_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """As channel_kl, but the softmax is over the places of each channel (channel-wise distillation, arXiv:2011.13256).
 
     Summed over height and width, averaged over batch and channels.
     """
     _same_shape(student, teacher)
-    return _softmax_kl(student.flatten(2), teacher.flatten(2), temperature, dim=-1)
+    return _mean(_softmax_kl(student.flatten(2), teacher.flatten(2), temperature, dim=-1), mask)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of attention maps: the channels' mean square per place, as a unit vector over places.
+
+    Maps are (batch, channels, height, width), of one size but any number of channels; `mask` (batch,) restricts the
+    mean to the samples that it keeps. Zagoruyko and Komodakis, arXiv:1612.03928, with p = 2. Raises ValueError for
+    maps of different size.
+    """
+    own, target = (F.normalize(x.float().square().mean(1).flatten(1), dim=1) for x in (student, teacher.detach()))
+    _same_shape(own, target)
+    return _mean((own - target).square(), mask)
 
 
 def regression_mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -126,13 +137,18 @@ def _softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) 
         raise ValueError(f"the temperature must be positive, got {temperature}")
     own = F.log_softmax(student.float() / temperature, dim=dim)
     target = F.log_softmax(teacher.detach().float() / temperature, dim=dim)
-    return temperature**2 * _kl(target, own, dim).mean()
+    return temperature**2 * _kl(target, own, dim)
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean, weighted if there are weights (a mask is weights of 0 and 1); zero, with its graph, if all are zero."""
+    """Mean, weighted if there are weights (a mask is weights of 0 and 1); zero, with its graph, if all are zero.
+
+    Weights have the leading dimensions of the values.
+    """
     if weights is None:
         return values.mean()
+    if values.dim() > weights.dim():
+        values = values.flatten(weights.dim()).mean(-1)
     _same_shape(values, weights)
     weights = weights.float()
     # The weights are normalized first: dividing the loss by a sum near zero would make its gradient infinite.

@@ -11,6 +11,7 @@ like `Hint`, is a module: the trainer optimizes, clips and checkpoints it with t
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,11 +25,13 @@ FeatureLoss = Callable[..., Tensor]
 class Objective(nn.Module):
     """Weighted, named terms: `objective(student, teacher, labels)` gives {name: weighted loss}.
 
-    A term of weight zero drops out, so that it need not be computable.
+    A term of weight zero drops out, so that it need not be computable. What is `watched` is logged under its name and
+    never trained for.
     """
 
-    def __init__(self, **terms: tuple[float, Term]) -> None:
+    def __init__(self, watched: dict[str, Term] | None = None, **terms: tuple[float, Term]) -> None:
         super().__init__()
+        self.watched = watched or {}
         self.weights = {name: weight for name, (weight, _) in terms.items() if weight != 0}
         if not self.weights:
             raise ValueError("an objective needs at least one term with a weight other than zero")
@@ -37,6 +40,11 @@ class Objective(nn.Module):
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         return {name: self.weights[name] * term(student, teacher, labels) for name, term in self.terms.items()}
+
+    @torch.no_grad()
+    def watch(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """The means over the batch of what is watched."""
+        return {name: term(student, teacher, labels) for name, term in self.watched.items()}
 
 
 def task_loss(regression: bool = False) -> Term:

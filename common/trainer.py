@@ -85,11 +85,14 @@ class KDTrainer(Trainer):
         # The mean over the step's samples is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / float(num_items_in_batch)
         student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
-        parts = self.objective_in_step(student, self._teacher_says(inputs, sample_ids), labels)
+        teacher = self._teacher_says(inputs, sample_ids)
+        parts = self.objective_in_step(student, teacher, labels)
         loss = torch.stack(list(parts.values())).sum() * share
         self._note_non_finite(loss, parts)
-        for name, part in parts.items():
-            self._parts[name] += part.detach() * share
+        logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
+        logged |= self.objective.watch(student, teacher, labels)
+        for name, value in logged.items():
+            self._parts[name] += value * share
         self._parts_weight += share  # one per optimizer step
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
@@ -142,7 +145,7 @@ class KDTrainer(Trainer):
             totals = torch.stack([self._parts_weight, *self._parts.values()])
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, "mean")
-            logs |= {f"loss_{name}": (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
+            logs |= {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
             self._parts.clear()
             self._parts_weight.zero_()
         super().log(logs, start_time)
@@ -262,7 +265,10 @@ class KDTrainer(Trainer):
         if self._teacher_hooks is not None:
             self._teacher_hooks.remove()
         for model in filter(None, (self.model_wrapped, self.teacher)):
-            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            # What accelerate leaves behind: with the mark, the next trainer would not autocast it or its copies.
+            for leftover in ("_is_accelerate_prepared", "forward"):
+                vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
 
 

@@ -10,10 +10,9 @@ The run's folder is what `--teacher` of the other scripts takes.
 from dataclasses import dataclass, field
 
 from common.cli import parse, run
-from common.objective import Objective, task_loss
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
 from image_classification.student_model.experiment import Experiment
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from image_classification.teacher_model.classifier import new_classifier
 
 
 @dataclass
@@ -28,12 +27,8 @@ def main() -> None:
     data = data_args.load()
     experiment = Experiment("teacher", training, data, args, data_args)
 
-    def build() -> ImageClassifier:
-        return experiment.fit(
-            "teacher", new_classifier(args.architecture, data.config), Objective(task=(1.0, task_loss()))
-        )
-
-    experiment.report(teacher=(args.architecture, experiment.stage("teacher", build)))
+    teacher = experiment.labels_only("teacher", lambda: new_classifier(args.architecture, data.config))
+    experiment.report(teacher=(args.architecture, teacher))
 
 
 if __name__ == "__main__":

@@ -38,14 +38,25 @@ class DataArguments:
 
 
 @dataclass
+class PairArguments:
+    """Who teaches whom."""
+
+    teacher: str = field(
+        default="resnet32x4", metadata={"help": "folder of a trained classifier, or an architecture to train first"}
+    )
+    teacher_epochs: float | None = field(default=None, metadata={"help": "default: as many as the student's"})
+    student: str = field(default="resnet8x4", metadata={"help": "architecture: resnet8x4, vgg8, timm:NAME, ..."})
+
+
+@dataclass
 class ImageTrainingArguments(KDTrainingArguments):
     """Training as image classifiers are used to it: SGD with momentum, one cycle of the learning rate."""
 
     output_dir: str | None = field(default=None, metadata={"help": "default: runs/image-classification/METHOD"})
     num_train_epochs: float = field(default=20, metadata={"help": "of the student, and of its control"})
-    per_device_train_batch_size: int = 128
+    per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 250
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     optim: str = "sgd"
     optim_args: str | None = "momentum=0.9,nesterov=true"
     weight_decay: float = 5e-4

@@ -55,13 +55,12 @@ def parts(model: ImageClassifier, image: torch.Tensor) -> dict[str, dict[str, in
     """Parameters and FLOPs of backbone, projector and head, apart."""
     measured: dict[str, dict[str, int | None]] = {}
     with torch.no_grad():
-        seen = model.eval()(image).features
-    inputs = {"backbone": image, "projector": seen["last"], "head": seen["pooled"]}
+        last = model.eval().backbone(image)
+        inputs = {"backbone": image, "projector": last, "head": model(image).features["pooled"]}
     for name, value in inputs.items():
         part = getattr(model, name)
         if part is not None:
-            first = "pixel_values" if name == "backbone" else "x"
-            measured[name] = {"parameters": parameters(part), "flops": flops(_Called(part), {first: value})}
+            measured[name] = {"parameters": parameters(part), "flops": flops(_Called(part), {"x": value})}
     return measured
 
 

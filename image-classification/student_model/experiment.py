@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import ViTImageProcessor
 
 from common.inference import as_it_is
-from common.objective import Objective
+from common.objective import Objective, task_loss
 from common.report import model_card, print_table, write_report
 from common.run import Run
 from common.utils.devices import best_device
@@ -17,11 +17,16 @@ from common.utils.files import write_text, writing_folder
 from image_classification.data.loading import ImageData
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.evaluation import evaluate, trainer_metrics
-from image_classification.teacher_model.classifier import ImageClassifier
+from image_classification.student_model.matching import Method
+from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from image_classification.teacher_model.folding import frozen
+from image_classification.teacher_model.teacher import load_trained, trained_folder
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
-from image_classification.teacher_model.classifier import ImageClassifier
+from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from image_classification.teacher_model.folding import frozen
+from image_classification.teacher_model.teacher import load_trained, trained_folder
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = ImageClassifier.from_pretrained("{folder}").eval()
@@ -36,11 +41,10 @@ class Experiment:
         training.output_dir = training.output_dir or f"runs/image-classification/{method}"
         self.method, self.args, self.data = method, training, data
         self.run = Run(training, *instances)
-        self.processor = image_processor(data)
 
     def stage(self, name: str, build: Callable[[], ImageClassifier]) -> ImageClassifier:
         """The classifier of a stage: loaded if the stage is finished, else built and saved."""
-        return self.run.stage(name, build, ImageClassifier.from_pretrained, self.processor)
+        return self.run.stage(name, build, ImageClassifier.from_pretrained, image_processor(self.data))
 
     def fit(
         self, name: str, model: ImageClassifier, objective: Objective, epochs: float | None = None, **trainer: Any
@@ -58,6 +62,44 @@ class Experiment:
             compute_metrics=trainer_metrics,
             **trainer,
         )
+
+    def labels_only(
+        self, name: str, build: Callable[[], ImageClassifier], epochs: float | None = None
+    ) -> ImageClassifier:
+        """A stage without a teacher: a teacher to be, or a control."""
+        return self.stage(name, lambda: self.fit(name, build(), Objective(task=(1.0, task_loss())), epochs))
+
+    def distill(
+        self,
+        teacher: ImageClassifier,
+        build: Callable[[], ImageClassifier],
+        method: Callable[[ImageClassifier], Method],
+    ) -> ImageClassifier:
+        """The stage `student`: what `build` makes, trained by the method made for it."""
+
+        def build_and_fit() -> ImageClassifier:
+            student = build()
+            how = method(student)
+            return self.fit(
+                "student",
+                student,
+                how.objective,
+                features=how.features,
+                teacher=frozen(teacher, self.args.precision),
+                teacher_features=how.teacher_features,
+            )
+
+        return self.stage("student", build_and_fit)
+
+    def teacher(self, name: str, epochs: float | None) -> ImageClassifier:
+        """The trained classifier of a folder, in whose normalization the data are seen from here on, or a network of
+        that architecture, trained on the labels.
+        """
+        folder = trained_folder(name)
+        if folder is None:
+            return self.labels_only("teacher", lambda: new_classifier(name, self.data.config), epochs)
+        teacher, self.data = load_trained(folder, self.data)
+        return teacher
 
     def report(self, **models: tuple[str, ImageClassifier] | None) -> dict[str, Any]:
         """Measures `teacher`, `control` and `student` (name, model), writes report and student, prints the table."""
@@ -98,7 +140,7 @@ class Experiment:
         folder = self.run.folder / "student"
         with writing_folder(folder) as partial:
             student.save_pretrained(partial)
-            self.processor.save_pretrained(partial)
+            image_processor(self.data).save_pretrained(partial)
             card = model_card(results, f"{self.data.name}: {self.method}", USAGE.format(folder=folder))
             write_text(partial / "README.md", card)
         return folder

@@ -39,8 +39,8 @@ class ImageClassifierConfig(PreTrainedConfig):
 class ImageClassifier(PreTrainedModel):
     """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
 
-    Features: `last`, the backbone's last map; `projected`, what the projector makes of it; `pooled`, what the head
-    sees. What is trained is what is evaluated, saved and exported.
+    Features: `map`, the map whose average the head sees, and `pooled`, that average. What is trained is what is
+    evaluated, saved and exported.
     """
 
     config_class = ImageClassifierConfig
@@ -67,12 +67,11 @@ class ImageClassifier(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> Outputs:
         # In one memory format always: the kernels of another would round otherwise.
-        last = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))  # (batch, channels, h', w')
-        features = {"last": last}
+        features = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
         if self.projector is not None:
-            last = features["projected"] = self.projector(last)
-        features["pooled"] = last.mean((2, 3))  # (batch, channels)
-        return Outputs(logits=self.head(features["pooled"]), features=features)
+            features = self.projector(features)
+        pooled = features.mean((2, 3))  # (batch, channels)
+        return Outputs(logits=self.head(pooled), features={"map": features, "pooled": pooled})
 
 
 def new_classifier(architecture: str, data_config: dict[str, Any], **parts: Any) -> ImageClassifier:

@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -18,6 +19,12 @@ def folded(model: nn.Module) -> nn.Module:
         model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
         model.set_submodule(norm_path, nn.Identity())
     return model
+
+
+def frozen(model: nn.Module, precision: str) -> nn.Module:
+    """A folded copy that answers as fast as it can: channels_last, and in bf16 weights where that is the precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return folded(model).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:

@@ -1,0 +1,39 @@
+"""SimKD: distills a teacher into a student that reuses the teacher's classifier, with a control.
+
+    python image-classification/scripts/train_simkd.py
+    python image-classification/scripts/train_simkd.py --projector all-layer
+    python image-classification/scripts/train_simkd.py image-classification/scripts/paper.yaml --dataset cifar100 \\
+        --teacher runs/image-classification/teacher_cifar100 --student resnet8x4
+
+The control is the same network, projector included, trained on the labels alone.
+"""
+
+from common.cli import parse, run
+from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from image_classification.student_model.experiment import Experiment
+from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+
+
+def main() -> None:
+    pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
+    experiment = Experiment(f"simkd_{args.projector}", training, data_args.load(), pair, args, data_args)
+    teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
+    data, factor = experiment.data, args.projector_factor
+
+    control = None
+    if not training.no_control:
+        control = experiment.labels_only("control", lambda: simkd_student(pair.student, teacher, data, factor, False))
+    student = experiment.distill(
+        teacher,
+        lambda: simkd_student(pair.student, teacher, data, factor),
+        lambda student: simkd(student, teacher, data, args, training.temperature),
+    )
+    experiment.report(
+        teacher=(pair.teacher, teacher),
+        control=control and (f"{pair.student} + projector, labels only", control),
+        student=(f"{pair.student} + projector + teacher's head", student),
+    )
+
+
+if __name__ == "__main__":
+    run(main)

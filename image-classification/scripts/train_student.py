@@ -1,0 +1,54 @@
+"""Distills a teacher into a plain student by a method that leaves nothing behind in it, with a control.
+
+    python image-classification/scripts/train_student.py --method kd
+    python image-classification/scripts/train_student.py image-classification/scripts/paper.yaml --dataset cifar100 \\
+        --teacher runs/image-classification/teacher_cifar100 --method attention
+
+`--method none` trains the student on the labels alone: what the other methods have as their control.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.cli import parse, run
+from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from image_classification.student_model.baselines import METHODS
+from image_classification.student_model.experiment import Experiment
+from image_classification.teacher_model.classifier import new_classifier
+
+
+@dataclass
+class Arguments:
+    """How the teacher is listened to."""
+
+    method: Literal["none", "kd", "fitnet", "attention"] = field(
+        default="kd", metadata={"help": "nothing, soft targets, a hint at the middle stage, attention maps"}
+    )
+
+
+def main() -> None:
+    args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
+    experiment = Experiment(args.method, training, data_args.load(), args, pair, data_args)
+    if args.method == "none":
+        student = experiment.labels_only("student", lambda: new_classifier(pair.student, experiment.data.config))
+        experiment.report(student=(f"{pair.student}, labels only", student))
+        return
+    teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
+    data = experiment.data
+    control = None
+    if not training.no_control:
+        control = experiment.labels_only("control", lambda: new_classifier(pair.student, data.config))
+    student = experiment.distill(
+        teacher,
+        lambda: new_classifier(pair.student, data.config),
+        lambda student: METHODS[args.method](student, teacher, data, training.alpha, training.temperature),
+    )
+    experiment.report(
+        teacher=(pair.teacher, teacher),
+        control=control and (f"{pair.student}, labels only", control),
+        student=(f"{pair.student}, {args.method}", student),
+    )
+
+
+if __name__ == "__main__":
+    run(main)

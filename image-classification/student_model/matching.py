@@ -1,0 +1,136 @@
+"""Matching feature maps of a student to those of its teacher: which with which, through what, under which loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import losses
+from common.features import FeatureHooks
+from common.objective import Objective
+from common.outputs import Outputs
+from common.utils.errors import UserError
+from image_classification.data.loading import ImageData
+from image_classification.teacher_model.classifier import ImageClassifier
+
+FEATURE_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "l2": losses.feature_l2,
+    "kl-channel": losses.channel_kl,
+    "kl-spatial": losses.spatial_kl,
+    "cosine": partial(losses.feature_cosine, dim=1),
+}
+
+
+@dataclass
+class Method:
+    """What a student is trained for, and the submodules of either model whose outputs that needs, {name: path}."""
+
+    objective: Objective
+    features: dict[str, str] = field(default_factory=dict)
+    teacher_features: dict[str, str] = field(default_factory=dict)
+
+
+class FeatureMatch(nn.Module):
+    """A term of an objective: the loss between the student's feature `name` and the teacher's `teacher_name`.
+
+    Of two maps of different size the larger is averaged down to the smaller.
+
+    Args:
+        projector: what the student's map goes through first; it trains with the student and never ships.
+        only_where_right: the mean is over those samples alone for which the teacher is right.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        teacher_name: str,
+        loss: Callable[..., Tensor],
+        projector: nn.Module | None = None,
+        only_where_right: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.teacher_name, self.loss = name, teacher_name, loss
+        self.projector = projector
+        self.only_where_right = only_where_right
+
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        assert student.features and teacher and teacher.features, "feature matching needs a teacher's features"
+        own, target = student.features[self.name], teacher.features[self.teacher_name]
+        size = min(own.shape[-1], target.shape[-1])
+        own, target = (x if x.shape[-1] == size else F.adaptive_avg_pool2d(x, size) for x in (own, target))
+        if self.projector is not None:
+            own = self.projector(own)
+        return self.loss(own, target, teacher_is_right(teacher, labels) if self.only_where_right else None)
+
+
+def teacher_is_right(teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+    """Mask (batch,) of the samples whose label the teacher finds by itself."""
+    assert teacher is not None and teacher.logits is not None and labels is not None
+    return teacher.logits.argmax(1) == labels
+
+
+def share_masked(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+    """The share of samples left out where only those count for which the teacher is right."""
+    return 1 - teacher_is_right(teacher, labels).float().mean()
+
+
+# ---- which layers there are, and what their maps look like ----
+
+
+def stage_paths(model: ImageClassifier) -> list[str]:
+    return [f"backbone.{path}" for path in model.backbone.stages]
+
+
+def block_paths(model: ImageClassifier) -> list[str]:
+    """The blocks of all stages in order; a stage that is not made of blocks counts as one."""
+    paths = []
+    for path in stage_paths(model):
+        stage = model.get_submodule(path)
+        paths += (
+            [f"{path}.{name}" for name, _ in stage.named_children()] if isinstance(stage, nn.Sequential) else [path]
+        )
+    return paths
+
+
+def proportional_map(student_blocks: int, teacher_blocks: int) -> list[int]:
+    """For each block of the student that of the teacher at the same relative depth; the last belongs to the last."""
+    return [-(-(i + 1) * teacher_blocks // student_blocks) - 1 for i in range(student_blocks)]
+
+
+def some_images(data: ImageData) -> Tensor:
+    """A small batch to probe models with."""
+    views = data.views(data.selection_split, torch.device("cpu"))
+    return views.__getitems__(list(range(min(8, len(views)))))["pixel_values"]
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """channels, size in pixels, and whether all values are at least zero, as after a ReLU."""
+
+    channels: int
+    size: int
+    positive: bool
+
+
+@torch.no_grad()
+def probe(model: ImageClassifier, paths: list[str], images: Tensor) -> dict[str, MapShape]:
+    """The shapes of the maps that submodules yield, and of the one before the head (`map`), by looking at them.
+
+    Raises UserError for features that are no square maps.
+    """
+    was_training = model.training
+    hooks = FeatureHooks(model, {path: path for path in paths})
+    output = model.eval()(images.to(model.device))
+    maps = {"map": output.features["map"], **hooks.take()}
+    hooks.remove()
+    model.train(was_training)
+    for path, found in maps.items():
+        if found.dim() != 4 or found.shape[2] != found.shape[3]:
+            raise UserError(
+                f"{model.config.architecture} yields features of shape {tuple(found.shape[1:])} at {path}, not square "
+                "maps (channels, size, size): choose a convolutional network"
+            )
+    return {path: MapShape(m.shape[1], m.shape[2], bool(m.min() >= 0)) for path, m in maps.items()}
