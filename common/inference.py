@@ -46,9 +46,8 @@ def over_dataset(
     pieces: list[tuple[int, dict[str, Tensor]]] = []
     try:
         for rows in tqdm(batches, desc=description, disable=not description or rank != 0, leave=False):
-            batch = {
-                k: v.to(device) for k, v in collate(dataset.__getitems__(rows.tolist())).items() if k not in NOT_INPUTS
-            }
+            batch = collate(_fetch(dataset, rows.tolist()))
+            batch = {name: value.to(device) for name, value in batch.items() if name not in NOT_INPUTS}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 said = call(**batch)
             pieces += zip(rows.tolist(), _per_row(said, batch.get("attention_mask")), strict=True)
@@ -59,6 +58,11 @@ def over_dataset(
         pieces = [(row, {name: torch.from_numpy(a) for name, a in said.items()}) for row, said in arrays]
     pieces.sort(key=lambda piece: piece[0])
     return {name: [said[name] for _, said in pieces] for name in pieces[0][1]}
+
+
+def _fetch(dataset: Any, rows: list[int]) -> Any:
+    """As torch's data loader does it."""
+    return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
 def _per_row(said: dict[str, Tensor], mask: Tensor | None) -> list[dict[str, Tensor]]:

@@ -22,7 +22,9 @@ from common.bottleneck import DiscreteKeyValueBottleneck
 from common.features import FeatureHooks
 from common.objective import Objective
 from common.outputs import Outputs
+from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import TeacherOutputs
+from common.teacher_views import TeacherViews
 from common.utils.errors import UserError
 from common.utils.files import write_text
 
@@ -37,20 +39,22 @@ class KDTrainer(Trainer):
         objective: what to minimise; its own parameters are optimized, clipped and checkpointed, and never ship.
         teacher: a model run under no_grad on the same inputs.
         teacher_outputs: what a teacher said about the training samples; batches must then hold `sample_id`.
+        teacher_views: a table of what `teacher` says about each view; batches must then hold `sample_id` and `view`.
         features, teacher_features: {name: path of a submodule} recorded as named features of either model.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
     args: KDTrainingArguments
     model: nn.Module
-    objective: Objective
+    objective: Objective | SideBySideObjective
 
     def __init__(
         self,
         *args: Any,
-        objective: Objective,
+        objective: Objective | SideBySideObjective,
         teacher: nn.Module | None = None,
         teacher_outputs: TeacherOutputs | None = None,
+        teacher_views: TeacherViews | None = None,
         features: dict[str, str] | None = None,
         teacher_features: dict[str, str] | None = None,
         **kwargs: Any,
@@ -65,7 +69,7 @@ class KDTrainer(Trainer):
         if teacher is not None:
             teacher.eval().requires_grad_(False)
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self.teacher_outputs = teacher_outputs
+        self.teacher_outputs, self.teacher_views = teacher_outputs, teacher_views
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_weight = torch.zeros((), device=self.args.device)
@@ -85,7 +89,7 @@ class KDTrainer(Trainer):
         # The mean over the step's samples is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / float(num_items_in_batch)
         student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
-        teacher = self._teacher_says(inputs, sample_ids)
+        teacher = self._teacher_says(inputs, sample_ids, views)
         parts = self.objective_in_step(student, teacher, labels)
         loss = torch.stack(list(parts.values())).sum() * share
         self._note_non_finite(loss, parts)
@@ -101,16 +105,24 @@ class KDTrainer(Trainer):
         number = torch.tensor(sum(len(next(iter(batch.values()))) for batch in batch_samples), device=device)
         return self.accelerator.gather(number).sum() if self.args.world_size > 1 else number
 
-    def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None) -> Outputs | None:
+    def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None) -> Outputs | None:
         if self.teacher_outputs is not None:
             if sample_ids is None:
                 raise ValueError("cached teacher outputs need a `sample_id` column in the training data")
             mask = inputs.get("attention_mask")
             return self.teacher_outputs.batch(sample_ids, None if mask is None else mask.shape[1], self.args.device)
-        if self.teacher is None or self._teacher_hooks is None:
+        if self.teacher is None:
             return None
-        with torch.no_grad():
-            return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
+        if self.teacher_views is not None:
+            if sample_ids is None or views is None:
+                raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
+            return self.teacher_views.batch(sample_ids, views, lambda rows: self._ask(_rows(inputs, rows)).logits)
+        return self._ask(inputs)
+
+    @torch.no_grad()
+    def _ask(self, inputs: dict[str, Any]) -> Outputs:
+        assert self.teacher is not None and self._teacher_hooks is not None
+        return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
 
     def _note_non_finite(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
         """Remembers the first step whose loss is not finite, on the device: to look at it would hold up a GPU."""
@@ -278,6 +290,10 @@ def last_checkpoint(folder: str | Path | None) -> str | None:
         return None
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _rows(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in inputs.items()}
 
 
 def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:

@@ -285,7 +285,7 @@ def test_map_divergences_are_mean_entropies_of_scipy(loss, axis, temperature):
         return (rows / temperature).softmax(-1).flatten(0, 1).numpy()  # (distributions, outcomes)
 
     expected = temperature**2 * entropy(distributions(teacher), distributions(student), axis=1).mean()
-    assert loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(student, teacher, temperature=temperature).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_map_divergences_look_along_different_axes():
