@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from common.arguments import KDTrainingArguments
+from common.inference import as_it_is
 from common.objective import Objective, task_loss
 from common.trainer import KDTrainer
 from common.utils.precision import resolve_precision
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import CodeDataset, as_it_is, embed_texts, encode_texts, set_keys
+from nlp.student_model.fill import CodeDataset, embed_texts, encode_texts, set_keys
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_classifier
 

@@ -25,13 +25,12 @@ FeatureLoss = Callable[..., Tensor]
 class Objective(nn.Module):
     """Weighted, named terms: `objective(student, teacher, labels)` gives {name: weighted loss}.
 
-    A term of weight zero drops out, so that it need not be computable. What is `watched` is logged under its name and
-    never trained for.
+    A term of weight zero drops out, so that it need not be computable.
     """
 
-    def __init__(self, watched: dict[str, Term] | None = None, **terms: tuple[float, Term]) -> None:
+    def __init__(self, **terms: tuple[float, Term]) -> None:
         super().__init__()
-        self.watched = watched or {}
+        self.watched: dict[str, Term] = {}
         self.weights = {name: weight for name, (weight, _) in terms.items() if weight != 0}
         if not self.weights:
             raise ValueError("an objective needs at least one term with a weight other than zero")
@@ -40,6 +39,11 @@ class Objective(nn.Module):
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         return {name: self.weights[name] * term(student, teacher, labels) for name, term in self.terms.items()}
+
+    def watching(self, **terms: Term) -> "Objective":
+        """The same objective; what `terms` give is logged under their names and never trained for."""
+        self.watched |= terms
+        return self
 
     @torch.no_grad()
     def watch(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:

@@ -205,8 +205,8 @@ def _headline(results: Results) -> str:
     if results["gain_over_control"] is not None:
         gain = results["gain_over_control"]
         text += (
-            f". The same student trained without the teacher reaches {number(primary_score(results, 'control'))}: "
-            f"the gain over this control is {'+' if gain > 0 else ''}{number(gain)}"
+            f". The control ({models['control']['name']}) reaches {number(primary_score(results, 'control'))}: "
+            f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
         )
     return text + "."
 
@@ -280,9 +280,9 @@ def _limitations(results: Results) -> list[str]:
     if results["retention"] is not None and results["retention"] < 1:
         lines.append(f"It is {1 - results['retention']:.1%} behind its teacher.")
     if gain is None:
-        lines.append("No student was trained without the teacher, so how much the teacher helped is unknown.")
+        lines.append("There was no control, so how much the teacher helped is unknown.")
     elif gain <= 0:
-        lines.append("The same student trained without the teacher was as good or better.")
+        lines.append("The control was as good or better.")
     batch, device = student["latency_ms"]["batch"], results["environment"]["device"]
     return [*lines, f"Latency was measured with batches of {batch} on {device}; other hardware differs."]
 

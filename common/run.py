@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import datasets
 import yaml
 from accelerate import PartialState
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
@@ -30,7 +31,7 @@ from common.utils.errors import UserError
 from common.utils.files import read_json, write_json, writing_folder
 
 logger = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 RECIPE, RESULTS, STAGE = "recipe.yaml", "results.json", "stage.json"
 MAY_CHANGE = {"resume_from_checkpoint", "overwrite_output_dir"}  # between the start of a run and its continuation
@@ -86,7 +87,7 @@ class Run:
 
     def stage(self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any) -> Model:
         """The model of a stage: loaded if the stage is finished, else built, timed and saved with its `processor`, the
-        tokenizer or image processor that makes its inputs.
+        tokenizer or image processor that makes its inputs. Both have a `save_pretrained`.
         """
         folder = self.folder / "stages" / name
         if (folder / STAGE).exists():
@@ -99,7 +100,7 @@ class Run:
             model = build()
         if PartialState().is_main_process:
             with writing_folder(folder) as partial:
-                model.save_pretrained(partial)
+                model.save_pretrained(partial)  # type: ignore[operator]
                 processor.save_pretrained(partial)
                 write_json(
                     partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}

@@ -7,7 +7,7 @@ Students share neither weights nor gradients: each becomes what it would have be
 holds as long as the optimizer treats parameters one by one and gradients are not clipped by a norm over all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from common.outputs import Outputs
 class SideBySide(nn.Module):
     """Students by name. Its features are the students' outputs, {name: Outputs}."""
 
-    def __init__(self, students: dict[str, nn.Module]) -> None:
+    def __init__(self, students: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.students = nn.ModuleDict(students)
+        self.students = nn.ModuleDict(dict(students))
 
     def forward(self, **inputs: Tensor) -> Outputs:
         return Outputs(features={name: student(**inputs) for name, student in self.students.items()})

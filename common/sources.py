@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from common.hub import no_retries_when_unreachable
 from common.utils.errors import UserError
 
 SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
@@ -81,7 +79,7 @@ READERS = {".parquet": pyarrow.parquet.read_table, ".csv": _read_csv, ".json": _
 def read_hub(wanted: str, name: str, config: str | None, instead: str) -> Splits:
     """All splits of a dataset on the Hub or in its local cache; `instead` tells what to pass where there is none."""
     try:
-        with _no_retries_when_unreachable():
+        with no_retries_when_unreachable():
             return dict(datasets.load_dataset(name, config))
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
@@ -96,17 +94,3 @@ def read_hub(wanted: str, name: str, config: str | None, instead: str) -> Splits
         raise UserError(
             f"cannot load {wanted} from the Hub ({reason}): check owner/name:config, or {instead}"
         ) from None
-
-
-@contextmanager
-def _no_retries_when_unreachable() -> Iterator[None]:
-    """Asks the Hub once; where it does not answer, datasets goes to its cache at once, not half a minute later."""
-    before = datasets.config.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP client of the day raises: offline mode, no name, refused, timeout, proxy
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before

@@ -116,13 +116,18 @@ class KDTrainer(Trainer):
         if self.teacher_views is not None:
             if sample_ids is None or views is None:
                 raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
-            return self.teacher_views.batch(sample_ids, views, lambda rows: self._ask(_rows(inputs, rows)).logits)
+            return self.teacher_views.batch(sample_ids, views, lambda rows: self._logits_of(inputs, rows))
         return self._ask(inputs)
 
     @torch.no_grad()
     def _ask(self, inputs: dict[str, Any]) -> Outputs:
         assert self.teacher is not None and self._teacher_hooks is not None
         return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
+
+    def _logits_of(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+        logits = self._ask({name: value[rows] for name, value in inputs.items()}).logits
+        assert logits is not None
+        return logits
 
     def _note_non_finite(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
         """Remembers the first step whose loss is not finite, on the device: to look at it would hold up a GPU."""
@@ -216,8 +221,10 @@ class KDTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         steps_per_epoch = num_training_steps / self.args.num_train_epochs
         milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None, "the optimizer comes before its schedule"
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: 0.1 ** sum(step >= milestone for milestone in milestones)
+            optimizer, lambda step: 0.1 ** sum(step >= milestone for milestone in milestones)
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -236,12 +243,12 @@ class KDTrainer(Trainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(lengths, step, self.args.seed)
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """`dataloader_drop_last` keeps training batches of one size; evaluation is over all samples all the same."""
         drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
+        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(*args, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -253,7 +260,8 @@ class KDTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: weight.contiguous() for name, weight in weights.items()})  # not channels_last
         state = self.objective.state_dict()
         if state and self.args.should_save:
             save_file(state, str(Path(output_dir or str(self.args.output_dir)) / OBJECTIVE_FILE))
@@ -290,10 +298,6 @@ def last_checkpoint(folder: str | Path | None) -> str | None:
         return None
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def _rows(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    return {name: value[rows] for name, value in inputs.items()}
 
 
 def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:

@@ -99,7 +99,7 @@ def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
     report.write_report(tmp_path, results(), HISTORY)
     text = (tmp_path / "report.md").read_text()
     assert "validation accuracy of 0.8100, 90.0% of the teacher's 0.9000" in text
-    assert "without the teacher reaches 0.7800: the gain over this control is +0.0300" in text
+    assert "reaches 0.7800: the gain over it is +0.0300" in text
     assert "1/88.7 of the teacher's parameters and runs 8.0 times as fast" in text
     assert "| student | tiny | 0.8100 | 1,234,567 | 4.938 | 2.47 M | 2.500 | 3.750 |" in text
     assert "| teacher | bert-base | 0.9000 | 109,482,240 | 437.9 | 218.96 M | 20.00 | 30.00 |" in text
@@ -112,13 +112,13 @@ def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
 
 def test_a_loss_against_the_control_is_not_hidden(tmp_path: Path) -> None:
     report.write_report(tmp_path, results(student=0.75), {})
-    assert "the gain over this control is -0.0300" in (tmp_path / "report.md").read_text()
+    assert "the gain over it is -0.0300" in (tmp_path / "report.md").read_text()
 
 
 def test_report_without_control_or_history(tmp_path: Path) -> None:
     report.write_report(tmp_path, results(control=None), {})
     text = (tmp_path / "report.md").read_text()
-    assert "| control | tiny |" not in text and "without the teacher" not in text
+    assert "| control | tiny |" not in text and "The control" not in text
     assert "| split | metric | teacher | student |" in text
 
 
@@ -189,7 +189,7 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
     assert "knowledge-distillation" in header["tags"]
     assert "```python\nload('tiny')\n```" in body and "1,234,567" in body and "distill.py" in body
     assert "16.7% behind its teacher" in body
-    assert "without the teacher was as good or better" in body
+    assert "The control was as good or better" in body
     assert "how much the teacher helped is unknown" in report.model_card(results(control=None), "Tiny", "")
 
 

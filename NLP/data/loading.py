@@ -9,9 +9,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from common.sources import Splits
 from common.utils.errors import UserError
 from nlp.data.columns import Columns, choose_columns, class_names, is_float, recognise, scheme
-from nlp.data.sources import Splits, read_splits
+from nlp.data.sources import read_splits
 from nlp.data.tasks import TASKS
 
 CARVED = 10  # one row in ten, when there is no validation split

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.arguments import KDTrainingArguments
 from common.bottleneck import Decoder, DiscreteKeyValueBottleneck
 from common.cli import Parser, run
+from common.inference import as_it_is
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
 from common.teacher_outputs import TeacherOutputs
@@ -29,7 +30,7 @@ from common.utils.files import write_text
 from common.utils.precision import resolve_precision
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import CodeDataset, Keys, as_it_is, embed_texts, set_keys
+from nlp.student_model.fill import CodeDataset, Keys, embed_texts, set_keys
 from nlp.student_model.layers import cut_layers, load_encoder
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_classifier

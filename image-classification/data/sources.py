@@ -54,8 +54,7 @@ def _read_folder(folder: Path) -> Splits:
     """Parquet files named by split, or SPLIT/CLASS/picture.png."""
     if any(path.suffix == ".parquet" for path in folder.iterdir()):
         return read_folder(folder)
-    splits = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    pictures = {split.name: sorted(p for p in split.rglob("*") if p.suffix.lower() in PICTURES) for split in splits}
+    pictures = {split.name: _pictures(split) for split in sorted(folder.iterdir()) if split.is_dir()}
     pictures = {name: paths for name, paths in pictures.items() if paths}
     if not pictures:
         raise UserError(
@@ -65,12 +64,16 @@ def _read_folder(folder: Path) -> Splits:
     flat = [path for name, paths in pictures.items() for path in paths if path.parent == folder / name]
     if flat:
         raise UserError(f"{flat[0]} is in no class: pictures belong into SPLIT/CLASS/, such as train/cat/1.png")
-    classes = sorted({path.parent.name for paths in pictures.values() for path in paths})
+    labels = {name: [path.relative_to(folder / name).parts[0] for path in paths] for name, paths in pictures.items()}
+    classes = sorted({label for of_split in labels.values() for label in of_split})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
     return {
-        name: datasets.Dataset.from_dict(
-            {"image": [str(p) for p in paths], "label": [classes.index(p.parent.name) for p in paths]},
-            features=features,
-        )
+        name: datasets.Dataset.from_dict({"image": list(map(str, paths)), "label": labels[name]}, features=features)
         for name, paths in pictures.items()
     }
+
+
+def _pictures(split: Path) -> list[Path]:
+    """All pictures below a folder, but for what tools hide there (thumbnails, checkpoints, other systems' copies)."""
+    found = sorted(path for path in split.rglob("*") if path.suffix.lower() in PICTURES)
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(split.parent).parts)]

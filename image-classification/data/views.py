@@ -5,13 +5,13 @@ epoch is a function of (seed, epoch) alone, so teacher and student see the same 
 would have seen, and what a teacher says about a view can be looked up by its number.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from image_classification.data.dataset import ImageViews
 
-class Views(torch.utils.data.Dataset):
+
+class Views(ImageViews):
     """Images in one uint8 tensor, yielded a whole batch at a time; collate with `as_it_is`.
 
     Args:
@@ -39,9 +39,10 @@ class Views(torch.utils.data.Dataset):
         self.padding, self.flip, self.seed = padding, flip, seed
         self.size = images.shape[1:3]
         self.images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
-        self.labels, self.ids = labels.to(images.device), torch.arange(len(images), device=images.device)
+        self.labels = labels.to(images.device)
         self.mean = torch.tensor(mean, device=images.device) * 255
         self.scale = 1 / (torch.tensor(std, device=images.device) * 255)
+        self.views = torch.zeros(len(images), dtype=torch.long).share_memory_()  # with workers that outlive an epoch
         self.set_epoch(0)
 
     @property
@@ -49,17 +50,16 @@ class Views(torch.utils.data.Dataset):
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws a view for each image. Called by accelerate's data loader at the start of an epoch."""
+        """Draws a view for each image. Called by the trainer before it iterates over an epoch."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-        views = torch.randint(self.number_of_views, (len(self.images),), generator=generator)
-        self.views = views.to(self.images.device)
+        self.views.copy_(torch.randint(self.number_of_views, (len(self.images),), generator=generator))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, rows: list[int]) -> dict[str, Any]:
-        ids = torch.as_tensor(rows, device=self.images.device)
-        views = self.views[ids]
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        chosen = torch.as_tensor(rows)
+        ids, views = torch.stack([chosen, self.views[chosen]]).to(self.images.device)
         return {
             "pixel_values": self.crop(ids, views),
             "labels": self.labels[ids],
@@ -81,4 +81,5 @@ class Views(torch.utils.data.Dataset):
         down = torch.arange(height, device=views.device) + top.unsqueeze(1)  # (batch, height)
         pixels = self.images[ids[:, None, None], down[:, :, None], across[:, None, :]]  # (batch, height, width, c)
         pixels = (pixels.float() - self.mean) * self.scale
-        return pixels.expand(-1, -1, -1, 3).permute(0, 3, 1, 2)  # a view: channels_last without copying
+        pixels = pixels.expand(-1, -1, -1, 3).permute(0, 3, 1, 2)
+        return pixels.contiguous(memory_format=torch.channels_last)  # copies grey images only

@@ -12,11 +12,15 @@ from common.cli import parse, run
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.experiment import Experiment
 from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from image_classification.teacher_model.teacher import teacher_sketch
 
 
 def main() -> None:
     pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
-    experiment = Experiment(f"simkd_{args.projector}", training, data_args.load(), pair, args, data_args)
+    data = data_args.load()
+    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
+    simkd(simkd_student(pair.student, sketch, seen, args.projector_factor), sketch, seen, args, training.temperature)
+    experiment = Experiment(f"simkd_{args.projector}", training, data, pair, args, data_args)
     teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
     data, factor = experiment.data, args.projector_factor
 
@@ -30,7 +34,7 @@ def main() -> None:
     )
     experiment.report(
         teacher=(pair.teacher, teacher),
-        control=control and (f"{pair.student} + projector, labels only", control),
+        control=None if control is None else (f"{pair.student} + projector, labels only", control),
         student=(f"{pair.student} + projector + teacher's head", student),
     )
 

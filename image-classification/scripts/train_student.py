@@ -8,6 +8,7 @@
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from common.cli import parse, run
@@ -15,6 +16,7 @@ from image_classification.student_model.arguments import DataArguments, ImageTra
 from image_classification.student_model.baselines import METHODS
 from image_classification.student_model.experiment import Experiment
 from image_classification.teacher_model.classifier import new_classifier
+from image_classification.teacher_model.teacher import teacher_sketch
 
 
 @dataclass
@@ -24,11 +26,24 @@ class Arguments:
     method: Literal["none", "kd", "fitnet", "attention"] = field(
         default="kd", metadata={"help": "nothing, soft targets, a hint at the middle stage, attention maps"}
     )
+    teacher_views: Path | None = field(
+        default=None,
+        metadata={"help": "folder for a table of what the teacher says about each view (kd); later runs only read it"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher_views is not None and self.method != "kd":
+            raise ValueError(f"--teacher_views keeps logits, --method {self.method} needs more of the teacher")
 
 
 def main() -> None:
     args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
-    experiment = Experiment(args.method, training, data_args.load(), args, pair, data_args)
+    data = data_args.load()
+    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
+    student = new_classifier(pair.student, seen.config)
+    if args.method != "none":
+        METHODS[args.method](student, sketch, seen, training.alpha, training.temperature)
+    experiment = Experiment(args.method, training, data, args, pair, data_args)
     if args.method == "none":
         student = experiment.labels_only("student", lambda: new_classifier(pair.student, experiment.data.config))
         experiment.report(student=(f"{pair.student}, labels only", student))
@@ -42,10 +57,11 @@ def main() -> None:
         teacher,
         lambda: new_classifier(pair.student, data.config),
         lambda student: METHODS[args.method](student, teacher, data, training.alpha, training.temperature),
+        args.teacher_views,
     )
     experiment.report(
         teacher=(pair.teacher, teacher),
-        control=control and (f"{pair.student}, labels only", control),
+        control=None if control is None else (f"{pair.student}, labels only", control),
         student=(f"{pair.student}, {args.method}", student),
     )
 

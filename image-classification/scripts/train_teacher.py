@@ -25,6 +25,7 @@ class Arguments:
 def main() -> None:
     args, data_args, training = parse(Arguments, DataArguments, ImageTrainingArguments)
     data = data_args.load()
+    new_classifier(args.architecture, data.config)  # an unknown one is refused before anything is written
     experiment = Experiment("teacher", training, data, args, data_args)
 
     teacher = experiment.labels_only("teacher", lambda: new_classifier(args.architecture, data.config))

@@ -15,7 +15,9 @@ class DataArguments:
     )
     image_column: str | None = None
     label_column: str | None = None
-    image_size: int | None = field(default=None, metadata={"help": "resize to so many pixels; above 64 with cropping"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "resize to so many pixels; above 64 by random crops"}
+    )
     validation_share: float = field(default=0.1, metadata={"help": "of train, set aside where there is no validation"})
     train_samples: int | None = field(default=None, metadata={"help": "train on so many images, the same each time"})
 

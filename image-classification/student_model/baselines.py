@@ -22,7 +22,8 @@ def kd(
     student: ImageClassifier, teacher: ImageClassifier, data: ImageData, alpha: float, temperature: float
 ) -> Method:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL."""
-    return Method(Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(temperature))))
+    objective = Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(temperature)))
+    return Method(objective, logits_only=True)
 
 
 def fitnet(

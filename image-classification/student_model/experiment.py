@@ -2,31 +2,37 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import ViTImageProcessor
 
 from common.inference import as_it_is
 from common.objective import Objective, task_loss
 from common.report import model_card, print_table, write_report
 from common.run import Run
+from common.side_by_side import SideBySideObjective
+from common.teacher_outputs import outputs_key
+from common.teacher_views import TeacherViews
 from common.utils.devices import best_device
+from common.utils.errors import UserError
 from common.utils.files import write_text, writing_folder
 from image_classification.data.loading import ImageData
+from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.evaluation import evaluate, trainer_metrics
 from image_classification.student_model.matching import Method
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.folding import frozen
-from image_classification.teacher_model.teacher import load_trained, trained_folder
+from image_classification.teacher_model.teacher import given_teacher
+
+Model = TypeVar("Model", bound=nn.Module)
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import frozen
-from image_classification.teacher_model.teacher import load_trained, trained_folder
+from image_classification.teacher_model.classifier import ImageClassifier
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = ImageClassifier.from_pretrained("{folder}").eval()
@@ -42,14 +48,27 @@ class Experiment:
         self.method, self.args, self.data = method, training, data
         self.run = Run(training, *instances)
 
-    def stage(self, name: str, build: Callable[[], ImageClassifier]) -> ImageClassifier:
-        """The classifier of a stage: loaded if the stage is finished, else built and saved."""
-        return self.run.stage(name, build, ImageClassifier.from_pretrained, image_processor(self.data))
+    def stage(
+        self,
+        name: str,
+        build: Callable[[], Model],
+        load: Callable[[str], Any] = ImageClassifier.from_pretrained,
+    ) -> Model:
+        """The model of a stage: loaded if the stage is finished, else built and saved."""
+        return self.run.stage(name, build, load, image_processor(self.data))
 
     def fit(
-        self, name: str, model: ImageClassifier, objective: Objective, epochs: float | None = None, **trainer: Any
-    ) -> ImageClassifier:
-        """Trains a stage's model on augmented views; `trainer` are further arguments of KDTrainer."""
+        self,
+        name: str,
+        model: Model,
+        objective: Objective | SideBySideObjective,
+        epochs: float | None = None,
+        watch: bool = True,
+        **trainer: Any,
+    ) -> Model:
+        """Trains a stage's model on augmented views. `watch`: its accuracy on the validation images after each epoch
+        goes into the curves; `trainer`: further arguments of KDTrainer.
+        """
         device = best_device()
         return self.run.train(
             name,
@@ -57,7 +76,7 @@ class Experiment:
             {} if epochs is None else {"num_train_epochs": epochs},
             objective=objective,
             train_dataset=self.data.views("train", device, augment=True, seed=self.args.seed),
-            eval_dataset=self.data.views("validation", device) if "validation" in self.data.splits else None,
+            eval_dataset=self.data.views("validation", device) if watch and "validation" in self.data.splits else None,
             data_collator=as_it_is,
             compute_metrics=trainer_metrics,
             **trainer,
@@ -74,34 +93,47 @@ class Experiment:
         teacher: ImageClassifier,
         build: Callable[[], ImageClassifier],
         method: Callable[[ImageClassifier], Method],
+        views_folder: Path | None = None,
     ) -> ImageClassifier:
-        """The stage `student`: what `build` makes, trained by the method made for it."""
+        """The stage `student`: what `build` makes, trained by the method made for it. `views_folder`: where a table of
+        the teacher's logits per view is kept, for methods that need no more of it.
+        """
 
         def build_and_fit() -> ImageClassifier:
             student = build()
             how = method(student)
+            if views_folder is not None and not how.logits_only:
+                raise UserError("only methods that need nothing but the teacher's logits can read them from a table")
             return self.fit(
                 "student",
                 student,
                 how.objective,
                 features=how.features,
                 teacher=frozen(teacher, self.args.precision),
+                teacher_views=views_folder and self._teacher_views(teacher, views_folder),
                 teacher_features=how.teacher_features,
             )
 
         return self.stage("student", build_and_fit)
 
+    def _teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
+        views = self.data.views("train", torch.device("cpu"), augment=True)
+        if not isinstance(views, Views):
+            raise UserError("the views of large images cannot be counted, so what a teacher says of them is no table")
+        key = outputs_key(teacher, self.data.fingerprint, self.data.config, views.number_of_views, self.args.precision)
+        return TeacherViews(folder, key, len(views), views.number_of_views, len(self.data.label_names))
+
     def teacher(self, name: str, epochs: float | None) -> ImageClassifier:
-        """The trained classifier of a folder, in whose normalization the data are seen from here on, or a network of
-        that architecture, trained on the labels.
+        """A teacher that is given, in whose normalization the data are seen from here on, or a network of that
+        architecture, trained on the labels.
         """
-        folder = trained_folder(name)
-        if folder is None:
+        given = given_teacher(name, self.data)
+        if given is None:
             return self.labels_only("teacher", lambda: new_classifier(name, self.data.config), epochs)
-        teacher, self.data = load_trained(folder, self.data)
+        teacher, self.data = given
         return teacher
 
-    def report(self, **models: tuple[str, ImageClassifier] | None) -> dict[str, Any]:
+    def report(self, **models: tuple[str, ImageClassifier] | None) -> None:
         """Measures `teacher`, `control` and `student` (name, model), writes report and student, prints the table."""
         entries: dict[str, Any] = {}
         said = None
@@ -109,25 +141,39 @@ class Experiment:
             if given is not None:
                 entries[role], logits = evaluate(*given, self.data, said)
                 said = logits if role == "teacher" else said
-        results = self._results(entries)
+        student = models.get("student")
+        results = self.write(self.run.folder, self.method, entries, student and student[1], self.run.history)
         if PartialState().is_main_process:
-            if models.get("student"):
-                self._save_student(models["student"][1], results)  # type: ignore[index]
-            write_report(self.run.folder, results, self.run.history)
             print_table(results)
             print(f"report: {self.run.folder / 'report.md'}")
+
+    def write(
+        self,
+        folder: Path,
+        method: str,
+        entries: dict[str, Any],
+        student: ImageClassifier | None,
+        history: dict[str, Any],
+        **extra: Any,
+    ) -> dict[str, Any]:
+        """Writes the report of measured models (`entries`, by role) and the student into a folder."""
+        results = self._results(method, entries) | extra
+        if PartialState().is_main_process:
+            if student is not None:
+                self._save_student(folder / "student", student, results)
+            write_report(folder, results, history)
         return results
 
-    def _results(self, entries: dict[str, Any]) -> dict[str, Any]:
+    def _results(self, method: str, entries: dict[str, Any]) -> dict[str, Any]:
         split = self.data.selection_split
         sizes = {name: len(images) for name, images in self.data.splits.items()}
         return self.run.results(
             domain="image-classification",
             task=self.data.name,
-            method=self.method,
+            method=method,
             data={name: sizes.get(name) for name in ("train", "validation", "test")}
             | {"fingerprint": self.data.fingerprint},
-            models={role: {k: v for k, v in entry.items() if k != "parts"} for role, entry in entries.items()},
+            models={role: entry and _without_parts(entry) for role, entry in entries.items()},
             split=split,
             metric="accuracy",
             selection="last epoch; no split chose anything",
@@ -136,18 +182,24 @@ class Experiment:
             flops_of_parts=_of_parts(entries, "flops"),
         )
 
-    def _save_student(self, student: ImageClassifier, results: dict[str, Any]) -> Path:
-        folder = self.run.folder / "student"
+    def _save_student(self, folder: Path, student: ImageClassifier, results: dict[str, Any]) -> None:
         with writing_folder(folder) as partial:
             student.save_pretrained(partial)
             image_processor(self.data).save_pretrained(partial)
-            card = model_card(results, f"{self.data.name}: {self.method}", USAGE.format(folder=folder))
+            card = model_card(results, f"{self.data.name}: {results['method']}", USAGE.format(folder=folder))
             write_text(partial / "README.md", card)
-        return folder
+
+
+def _without_parts(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "parts"}
 
 
 def _of_parts(entries: dict[str, Any], figure: str) -> dict[str, dict[str, int | None]]:
-    return {role: {name: part[figure] for name, part in e["parts"].items()} for role, e in entries.items()}
+    return {
+        role: {name: part[figure] for name, part in entry["parts"].items()}
+        for role, entry in entries.items()
+        if entry and "parts" in entry
+    }
 
 
 def image_processor(data: ImageData) -> ViTImageProcessor:

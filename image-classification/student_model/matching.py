@@ -26,11 +26,15 @@ FEATURE_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass
 class Method:
-    """What a student is trained for, and the submodules of either model whose outputs that needs, {name: path}."""
+    """What a student is trained for, and the submodules of either model whose outputs that needs, {name: path}.
+
+    logits_only: the teacher's logits are all that is needed of it, so that they may come from a table.
+    """
 
     objective: Objective
     features: dict[str, str] = field(default_factory=dict)
     teacher_features: dict[str, str] = field(default_factory=dict)
+    logits_only: bool = False
 
 
 class FeatureMatch(nn.Module):

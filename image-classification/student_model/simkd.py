@@ -26,17 +26,16 @@ from image_classification.student_model.matching import (
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.projector import Projector
 
+Variant = Literal["single", "multi", "all-layer"]
+FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
+
 
 @dataclass
-class SimKDArguments:
-    """The variants of SimKD."""
+class SimKDWeights:
+    """What all variants of SimKD share."""
 
-    projector: Literal["single", "multi", "all-layer"] = field(
-        default="single", metadata={"help": "match the last map, also the stage before, or every pair of blocks"}
-    )
     projector_factor: int = field(default=2, metadata={"help": "reduction inside the projector: 1, 2, 4 or 8"})
-    projector_ratio: float = field(default=2 / 3, metadata={"help": "weight of the last map under --projector multi"})
-    feature_loss: Literal["l2", "kl-channel", "kl-spatial", "cosine"] = "l2"
+    projector_ratio: float = field(default=2 / 3, metadata={"help": "weight of the last map under multi"})
     use_labels: bool = field(default=False, metadata={"help": "match features only where the teacher is right"})
     feature_weight: float = 1.0
     cls_weight: float = field(default=0.0, metadata={"help": "weight of the labels' cross-entropy"})
@@ -50,6 +49,16 @@ class SimKDArguments:
         weights = (self.feature_weight, self.cls_weight, self.kl_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError("--feature_weight, --cls_weight and --kl_weight must not be negative, nor all zero")
+
+
+@dataclass
+class SimKDArguments(SimKDWeights):
+    """One variant of SimKD."""
+
+    projector: Variant = field(
+        default="single", metadata={"help": "match the last map, also the stage before, or every pair of blocks"}
+    )
+    feature_loss: FeatureLossName = "l2"
 
 
 def simkd_student(
@@ -74,8 +83,9 @@ def simkd(
     """The objective of a student from `simkd_student`, for one of the projector variants."""
     pairs = _pairs(student, teacher, args)
     images = some_images(data)
-    own = probe(student, [pair[0] for pair in pairs if pair[0] != "map"], images)
-    target = probe(teacher, [pair[1] for pair in pairs if pair[1] != "map"], images)
+    own_paths = [path for path, _, _ in pairs if path != "map"]
+    teacher_paths = [path for _, path, _ in pairs if path != "map"]
+    own, target = probe(student, own_paths, images), probe(teacher, teacher_paths, images)
     loss = FEATURE_LOSSES[args.feature_loss]
     terms: dict[str, tuple[float, Term]] = {}
     for number, (path, teacher_path, weight) in enumerate(pairs):
@@ -86,12 +96,11 @@ def simkd(
         match = FeatureMatch(path, teacher_path, loss, projector, args.use_labels)
         terms[f"feature_{number}"] = (args.feature_weight * weight, match)
     objective = Objective(
-        watched={"masked_share": share_masked} if args.use_labels else None,
-        task=(args.cls_weight, task_loss()),
-        soft_targets=(args.kl_weight, soft_targets(temperature)),
-        **terms,
+        task=(args.cls_weight, task_loss()), soft_targets=(args.kl_weight, soft_targets(temperature)), **terms
     )
-    return Method(objective, *({p: p for p in paths if p != "map"} for paths in list(zip(*pairs, strict=True))[:2]))
+    if args.use_labels:
+        objective.watching(masked_share=share_masked)
+    return Method(objective, {path: path for path in own_paths}, {path: path for path in teacher_paths})
 
 
 def _pairs(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments) -> list[tuple[str, str, float]]:

@@ -35,6 +35,12 @@ class ImageClassifierConfig(PreTrainedConfig):
     projector: dict[str, Any] | None = None
     bottleneck: dict[str, Any] | None = None
 
+    @property
+    def label_names(self) -> list[str]:
+        """By class id."""
+        names: dict[Any, str] = dict(self.id2label or {})
+        return [names[i] for i in sorted(names)]
+
 
 class ImageClassifier(PreTrainedModel):
     """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
@@ -50,16 +56,16 @@ class ImageClassifier(PreTrainedModel):
     def __init__(self, config: ImageClassifierConfig) -> None:
         super().__init__(config)
         self.backbone = build_backbone(config.architecture)
-        width = self.backbone.num_features
+        width, classes = self.backbone.num_features, len(config.id2label or {})
         self.projector = None
         if config.projector:
             self.projector = Projector(width, **config.projector)
             width = config.projector["out_channels"]
         self.head: nn.Module
         if config.bottleneck:
-            self.head = DiscreteKeyValueBottleneck(width, config.num_labels, **config.bottleneck)
+            self.head = DiscreteKeyValueBottleneck(width, classes, **config.bottleneck)
         else:
-            self.head = nn.Linear(width, config.num_labels)
+            self.head = nn.Linear(width, classes)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

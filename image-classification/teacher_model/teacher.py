@@ -7,7 +7,11 @@ from transformers import AutoConfig
 
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
-from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
+from image_classification.teacher_model.backbones import TIMM
+from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
+from image_classification.teacher_model.pretrained import pretrained_classifier
+
+IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
 
 
 def trained_folder(name: str) -> Path | None:
@@ -31,13 +35,33 @@ def load_trained(folder: Path, data: ImageData) -> tuple[ImageClassifier, ImageD
         raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
     if not isinstance(config, ImageClassifierConfig):
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
-    _refuse_other_labels(folder, [config.id2label[i] for i in range(config.num_labels)], data)
+    _refuse_other_labels(folder, config.label_names, data)
     if config.image_size != data.size:
         raise UserError(
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
             f"--image_size {config.image_size}"
         )
-    return ImageClassifier.from_pretrained(folder), replace(data, mean=config.mean, std=config.std)
+    return ImageClassifier.from_pretrained(folder), replace(data, mean=config.mean or [], std=config.std or [])
+
+
+def given_teacher(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData] | None:
+    """A classifier that is trained already, and the data in the normalization that it was trained with: that of a
+    folder, or timm's pretrained one where the data have ImageNet's classes. None for an architecture still to train.
+    """
+    folder = trained_folder(name)
+    if folder:
+        return load_trained(folder, data)
+    if name.startswith(TIMM) and len(data.label_names) == IMAGENET_CLASSES:
+        model = pretrained_classifier(name.removeprefix(TIMM), label_names=data.label_names, image_size=data.size)
+        return model, replace(data, mean=model.config.mean, std=model.config.std)
+    return None
+
+
+def teacher_sketch(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData]:
+    """The given teacher, or an untrained one of that architecture: enough to refuse what cannot fit before anything is
+    written or trained.
+    """
+    return given_teacher(name, data) or (new_classifier(name, data.config), data)
 
 
 def _refuse_other_labels(folder: Path, own: list[str], data: ImageData) -> None:

@@ -34,8 +34,10 @@ class ResNet(Backbone):
 
     def __init__(self, depth: int, width: int = 1) -> None:
         super().__init__()
-        if (depth - 2) % 6:
-            raise ValueError(f"the depth of a ResNet for small images is 6n + 2, got {depth}")
+        if (depth - 2) % 6 or depth < 8:
+            raise ValueError(f"the depth of a ResNet for small images is 6n + 2, at least 8, got {depth}")
+        if width < 1:
+            raise ValueError(f"the width of a ResNet is at least 1, got {width}")
         stem = 32 if width > 1 else 16
         channels = [16 * width, 32 * width, 64 * width]
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)

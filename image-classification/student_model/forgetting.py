@@ -1,0 +1,102 @@
+"""What a class-incremental run has to show: results, and how much of the earlier classes is left after each task."""
+
+import io
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from common.metrics.cost import cost
+from common.plots import OTHER_STYLES, STYLES
+from common.run import Run
+from common.utils.files import write_bytes
+from image_classification.data.loading import ImageData
+from image_classification.student_model.bottleneck_probe import BottleneckProbe
+from image_classification.student_model.evaluation import image_metrics, predict
+from image_classification.student_model.incremental import HeadTraining, History, accuracy, key_statistics
+
+Scores = dict[str, float]  # number of classes seen (a word: it becomes a key of a JSON object) -> accuracy
+
+
+def incremental_results(
+    run: Run, method: str, data: ImageData, heads: dict[str, HeadTraining], models: dict[str, BottleneckProbe]
+) -> dict[str, Any]:
+    """results.json of trained heads: `student`, `teacher`, `control` and others, the student class by class.
+
+    Beyond the schema: the accuracy of all heads side by side, after each task on the classes seen so far (for heads
+    trained i.i.d.: on the same classes) and on all classes.
+    """
+    student = heads["student"]
+    entries = {stage: _entry(heads[stage].name, model, data) for stage, model in models.items()}
+    sizes = {name: len(images) for name, images in data.splits.items()}
+    one_by_one = {stage: head for stage, head in heads.items() if head.tasks == student.tasks}
+    seen = {head.name: _after_each_task(run.history[stage], "classes seen") for stage, head in one_by_one.items()}
+    seen |= {
+        head.name: _on_the_same_classes(models[stage], head, student)
+        for stage, head in heads.items()
+        if stage not in one_by_one
+    }
+    return run.results(
+        domain="image-classification",
+        task=data.name,
+        method=method,
+        data={name: sizes.get(name) for name in ("train", "validation", "test")} | {"fingerprint": data.fingerprint},
+        models={role: entries[role] for role in ("teacher", "control", "student")},
+        split=data.selection_split,
+        metric="accuracy",
+        selection="last pass; no split chose anything",
+        data_notes="; ".join(data.notes) or "none",
+        order_of_classes=", ".join(data.label_names[c] for task in student.tasks for c in task),
+        split_measured_after_each_task=student.samples.report,
+        accuracy={e["name"]: {split: m["accuracy"] for split, m in e["metrics"].items()} for e in entries.values()},
+        accuracy_of_classes_seen={head.name: seen[head.name] for head in heads.values()},
+        accuracy_of_all_classes={
+            head.name: _after_each_task(run.history[stage], "all classes") for stage, head in one_by_one.items()
+        },
+        keys=key_statistics(student.empty, heads["control"].samples.inputs["train"]),
+        seconds_of_stages=dict(run.seconds),
+    )
+
+
+def _entry(name: str, model: BottleneckProbe, data: ImageData) -> dict[str, Any]:
+    """A model's entry in results.json, measured as it will be used: on images, not on cached codes."""
+    metrics = {
+        split: image_metrics(predict(model, data, split), images.labels.numpy())  # type: ignore[arg-type]
+        for split, images in data.splits.items()
+        if split != "train"
+    }
+    image = data.views(data.selection_split, model.device).__getitems__([0])["pixel_values"]
+    return {"name": name, **cost(model, {"pixel_values": image}), "metrics": metrics}
+
+
+def _after_each_task(history: History, of: str) -> Scores:
+    return {str(entry["classes_seen"]): entry[of] for entry in history if of in entry}
+
+
+def _on_the_same_classes(model: BottleneckProbe, head: HeadTraining, student: HeadTraining) -> Scores:
+    split = head.samples.report
+    return {str(len(seen)): accuracy(model, head.samples, split, seen) for seen in accumulate(student.tasks)}
+
+
+def plot_forgetting(path: Path, results: dict[str, Any]) -> None:
+    """Accuracy of the classes seen so far against their number, a line per head, in the colours of curves.png."""
+    styles = [*(STYLES[role] for role in ("student", "teacher", "control")), *OTHER_STYLES]
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(5.2, 3.4), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        for (name, scores), style in zip(results["accuracy_of_classes_seen"].items(), styles, strict=False):
+            colour, line, marker = style
+            classes = [int(number) for number in scores]
+            axes.plot(classes, list(scores.values()), line, color=colour, marker=marker, ms=4, lw=1.4, label=name)
+        axes.set_xlabel(f"Classes of {results['task']} seen so far")
+        axes.set_ylabel(f"{results['split_measured_after_each_task'].capitalize()} accuracy of these classes")
+        axes.set_ylim(0, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,100 @@
+"""What came of a sweep: one table and one plot, mean and standard deviation over the seeds."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from common.comparison import Spread
+from common.plots import OTHER_STYLES, STYLES
+from common.tables import markdown, number, print_rich
+from common.utils.files import read_json, write_bytes, write_text
+from image_classification.student_model.sweep import Cell
+
+Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
+
+
+def results_file(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / cell.name / "results.json"
+
+
+def show(folder: Path, cells: list[Cell]) -> None:
+    """Writes sweep.md and sweep.png into the sweep's folder and prints the table."""
+    found = {cell: read_json(results_file(folder, cell)) for cell in cells}
+    header, rows = table(found)
+    write_text(folder / "sweep.md", markdown(header, rows) + "\n")
+    write_bytes(folder / "sweep.png", plot(found))
+    below = f"{folder / 'sweep.md'}\n{folder / 'sweep.png'}"
+    print_rich(header, rows, title="mean ± standard deviation over seeds", below=below)
+
+
+def table(found: Found) -> tuple[list[str], list[list[str]]]:
+    """One row per method, projector, loss and learning rate."""
+    first = next(iter(found.values()))
+    splits = list(first["models"]["student"]["metrics"])
+    header = ["student", "learning rate", "seeds", *(f"{split} accuracy" for split in splits), "gain over control"]
+    header += ["parameters", "seconds of its group"]
+    rows = []
+    for label, rate in dict.fromkeys((cell.label, cell.learning_rate) for cell in found):
+        runs = [results for cell, results in found.items() if (cell.label, cell.learning_rate) == (label, rate)]
+        students = [run["models"]["student"] for run in runs]
+        cells = [label, f"{rate:g}", str(len(runs))]
+        cells += [_spread([student["metrics"][split]["accuracy"] for student in students]) for split in splits]
+        cells.append(_spread([r["gain_over_control"] for r in runs if r["gain_over_control"] is not None]))
+        cells += [number(students[0]["parameters"]), _spread([run["seconds"]["student"] for run in runs])]
+        rows.append(cells)
+    return header, rows
+
+
+def _spread(values: list[float]) -> str:
+    spread = Spread.of(values)
+    if spread is None:
+        return "–"
+    return number(spread.mean) + (f" ± {number(spread.std)}" if spread.std is not None else "")
+
+
+def plot(found: Found) -> bytes:
+    """Accuracy over the learning rate, one line per kind of student, bars of one standard deviation; PNG."""
+    first = next(iter(found.values()))
+    split = first["primary_metric"]["split"]
+    styles = [*STYLES.values(), *OTHER_STYLES]
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(5.6, 3.4), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        for number_, label in enumerate(dict.fromkeys(cell.label for cell in found)):
+            colour, line, marker = styles[number_ % len(styles)]
+            points = []
+            for rate in sorted({cell.learning_rate for cell in found if cell.label == label}):
+                values = [
+                    results["models"]["student"]["metrics"][split]["accuracy"]
+                    for cell, results in found.items()
+                    if (cell.label, cell.learning_rate) == (label, rate)
+                ]
+                spread = Spread.of(values)
+                if spread is not None:
+                    points.append((rate, spread.mean, spread.std or 0.0))
+            rates, means, deviations = zip(*points, strict=True)
+            axes.errorbar(
+                rates,
+                means,
+                deviations,
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+                label=label,
+            )
+        teacher = first["models"]["teacher"]
+        if teacher:
+            level = teacher["metrics"][split]["accuracy"]
+            axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2, label="teacher")
+        axes.set_xscale("log")
+        axes.set_xlabel("Learning rate")
+        axes.set_ylabel(f"{split.capitalize()} accuracy")
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()

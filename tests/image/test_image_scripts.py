@@ -1,0 +1,272 @@
+"""The image scripts from end to end on real, small input: every method, killing, evaluating, loading, bad input."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import REPO
+from safetensors.torch import load_file
+
+from common.report import validate
+
+SCRIPTS = REPO / "image-classification" / "scripts"
+SHORT = ["--train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]
+PAIR = ["--student", "resnet8"]
+
+
+def script(name: str, *words: object) -> None:
+    """Runs a script in this process, as `python image-classification/scripts/NAME WORDS`."""
+    before, sys.argv = sys.argv, [str(SCRIPTS / name), *map(str, words)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "results.json").read_text())
+    validate(results)
+    return results
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """The run of a teacher trained on the embedded digits."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    script("train_teacher.py", "--architecture", "resnet14x2", "--num_train_epochs", 4, "--report_to", "none",
+           "--output_dir", folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simkd(teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("simkd") / "run"
+    script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--output_dir", folder)
+    return folder
+
+
+def test_a_teacher_learns_and_its_run_is_reported(teacher):
+    results = results_of(teacher)
+    assert results["models"]["teacher"]["metrics"]["validation"]["accuracy"] > 0.9
+    assert results["models"]["student"] is None and results["retention"] is None
+    assert results["data"] == {"train": 1294, "validation": 144, "test": 359, **results["data"]}
+    for name in ("report.md", "curves.png", "recipe.yaml", "stages/teacher/model.safetensors"):
+        assert (teacher / name).exists()
+
+
+def test_simkd_trains_student_and_control_and_reports(simkd, teacher):
+    results = results_of(simkd)
+    models = results["models"]
+    assert models["teacher"]["parameters"] > 3 * models["student"]["parameters"]
+    assert models["control"]["parameters"] == models["student"]["parameters"]
+    assert results["retention"] == pytest.approx(
+        models["student"]["metrics"]["validation"]["accuracy"] / models["teacher"]["metrics"]["validation"]["accuracy"]
+    )
+    parts = results["parameters_of_parts"]["student"]
+    assert parts["backbone"] + parts["projector"] + parts["head"] == models["student"]["parameters"]
+    assert "agreement" in models["student"]["metrics"]["test"]
+    own, other = weights(simkd), load_file(teacher / "stages" / "teacher" / "model.safetensors")
+    assert torch.equal(own["head.weight"], other["head.weight"]), "the teacher's head, as it was"
+    assert "projector" in (simkd / "report.md").read_text()
+
+
+LOAD = """
+import sys, json, torch, common
+from PIL import Image
+from transformers import AutoImageProcessor
+from image_classification.teacher_model.classifier import ImageClassifier
+from image_classification.data.loading import load_image_data
+from image_classification.student_model.evaluation import predict
+model = ImageClassifier.from_pretrained(sys.argv[1]).eval()
+data = load_image_data("digits")
+torch.save(torch.from_numpy(predict(model, data, "test")), sys.argv[2])
+picture = Image.fromarray(data.splits["test"].pixels[0, :, :, 0].numpy()).convert("RGB")
+pixels = AutoImageProcessor.from_pretrained(sys.argv[1])(picture, return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    torch.save(model(pixels).logits, sys.argv[3])
+"""
+
+
+def test_a_student_loads_in_a_new_process_and_says_what_it_said_in_training(simkd, tmp_path):
+    """Logits bit for bit; the saved image processor makes of a picture what training saw."""
+    from image_classification.data.loading import load_image_data
+    from image_classification.student_model.evaluation import predict
+    from image_classification.teacher_model.classifier import ImageClassifier
+
+    outputs = tmp_path / "all.pt", tmp_path / "one.pt"
+    command = [sys.executable, "-c", LOAD, str(simkd / "student"), *map(str, outputs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    here = torch.from_numpy(
+        predict(ImageClassifier.from_pretrained(simkd / "student"), load_image_data("digits"), "test")
+    )
+    there, one = (torch.load(path, weights_only=True) for path in outputs)
+    assert torch.equal(here, there)
+    torch.testing.assert_close(one[0], there[0], rtol=1e-3, atol=1e-3)
+    labels = load_image_data("digits").splits["test"].labels
+    reported = results_of(simkd)["models"]["student"]["metrics"]["test"]["accuracy"]
+    assert (there.argmax(1) == labels).double().mean().item() == pytest.approx(reported, abs=1e-12)
+
+
+def test_evaluate_reproduces_the_reported_metrics(simkd, tmp_path, capsys):
+    script("evaluate.py", simkd / "student", "--dataset", "digits", "--json", tmp_path / "metrics.json")
+    again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]["test"]
+    reported = results_of(simkd)["models"]["student"]["metrics"]["test"]
+    assert again == {name: value for name, value in reported.items() if name != "agreement"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--projector", "multi", "--feature_loss", "kl-channel", "--use_labels"],
+        ["--projector", "all-layer", "--feature_loss", "cosine", "--cls_weight", 1, "--kl_weight", 1],
+    ],
+)
+def test_variants_of_simkd_train(words, teacher, tmp_path):
+    script(
+        "train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "r", *words
+    )
+    results = results_of(tmp_path / "r")
+    assert results["method"] == f"simkd_{words[1]}" and results["models"]["control"] is None
+    logged = json.loads((tmp_path / "r" / "stages" / "student" / "stage.json").read_text())["history"][0]
+    assert logged["loss"] == pytest.approx(sum(v for k, v in logged.items() if k.startswith("loss_")), rel=1e-3)
+    assert ("masked_share" in logged) == ("--use_labels" in words)
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "fitnet", "attention"])
+def test_plain_methods_train(method, teacher, tmp_path):
+    words = ["--teacher_views", tmp_path / "views"] if method == "kd" else []
+    script("train_student.py", *SHORT, *PAIR, "--method", method, "--teacher", teacher, "--output_dir", tmp_path / "r",
+           *words)  # fmt: skip
+    results = results_of(tmp_path / "r")
+    assert results["method"] == method
+    assert (results["gain_over_control"] is None) == (method == "none")
+    assert (tmp_path / "views").exists() == (method == "kd")
+
+
+def test_the_same_seed_gives_the_same_student_and_another_seed_another(teacher, simkd, tmp_path):
+    for name, seed in (("same", 42), ("other", 7)):
+        script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--seed", seed,
+               "--output_dir", tmp_path / name)  # fmt: skip
+    same, other = weights(tmp_path / "same"), weights(tmp_path / "other")
+    assert all(torch.equal(value, same[key]) for key, value in weights(simkd).items())
+    assert not torch.equal(other["backbone.conv1.weight"], same["backbone.conv1.weight"])
+
+
+def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
+    """SIGKILL in the middle of the student's training, after some checkpoints."""
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--no_control", "--projector", "all-layer", "--num_train_epochs", 8]
+    script("train_simkd.py", *words, "--output_dir", tmp_path / "whole")
+    command = [sys.executable, SCRIPTS / "train_simkd.py", *words, "--output_dir", tmp_path / "killed"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    checkpoints = tmp_path / "killed" / "checkpoints" / "student"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/complete")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it was killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    script("train_simkd.py", *words, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint")
+    resumed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
+
+
+def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
+    words = [
+        *SHORT,
+        *PAIR,
+        "--teacher",
+        teacher,
+        "--projectors",
+        "single",
+        "all-layer",
+        "--output_dir",
+        tmp_path / "s",
+    ]
+    script("sweep.py", *words, "--learning_rates", 0.05)
+    cells = tmp_path / "s" / "cells"
+    before = {path: path.stat().st_mtime_ns for path in cells.glob("*/results.json")}
+    assert len(before) == 3
+    script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
+    assert "3 of 10 cells are finished already" in capsys.readouterr().out
+    assert len(list(cells.glob("*/results.json"))) == 10
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    results = results_of(cells / "simkd_single_l2_lr0.05_seed0")
+    control = results_of(cells / "control_lr0.05_seed0")["models"]["student"]["metrics"]["validation"]["accuracy"]
+    student = results["models"]["student"]["metrics"]["validation"]["accuracy"]
+    assert results["gain_over_control"] == pytest.approx(student - control)
+    assert (tmp_path / "s" / "sweep.md").read_text().count("\n") == 12 and (tmp_path / "s" / "sweep.png").exists()
+
+
+def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
+    common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2]
+    script("sweep.py", *common, "--projectors", "multi", "single", "--learning_rates", 0.05, "--seeds", 3,
+           "--output_dir", tmp_path / "s")  # fmt: skip
+    script("train_simkd.py", *common, "--projector", "multi", "--learning_rate", 0.05, "--seed", 3,
+           "--output_dir", tmp_path / "alone")  # fmt: skip
+    together, alone = weights(tmp_path / "s" / "cells" / "simkd_multi_l2_lr0.05_seed3"), weights(tmp_path / "alone")
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "complaint"),
+    [
+        ("train_simkd.py", ["--teacher", "resnet33"], "unknown architecture 'resnet33'"),
+        ("train_simkd.py", ["--student", "nonsense"], "unknown architecture 'nonsense'"),
+        ("train_simkd.py", ["--projector", "double"], "invalid choice: 'double'"),
+        ("train_simkd.py", ["--projector_factor", "3"], "does not divide the teacher's"),
+        ("train_simkd.py", ["--feature_weight", "0"], "nor all zero"),
+        ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
+        ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs more of the teacher"),
+        ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
+        ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
+        ("sweep.py", ["--methods", "dkd"], "--methods knows no 'dkd'"),
+        ("sweep.py", ["--max_grad_norm", "1"], "--max_grad_norm must be 0"),
+        ("train_teacher.py", ["--lerning_rate", "1"], "did you mean --learning_rate?"),
+        ("evaluate.py", ["nowhere"], "no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(name, words, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [] if name == "evaluate.py" else ["--num_train_epochs", 1, "--train_samples", 64, "--report_to", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        script(name, *words, *own)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and said.startswith("error:") and complaint in said
+    assert not list(tmp_path.rglob("*.*")), "nothing half-written"
+
+
+def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path, capsys):
+    copy = tmp_path / "teacher"
+    copy.mkdir()
+    for path in (teacher / "stages" / "teacher").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    cases = {
+        "the label order of": {"id2label": {str(i): str(9 - i) for i in range(10)}},
+        "knows 10 labels": {"id2label": {str(i): f"c{i}" for i in range(10)}},
+        "pass --image_size 16": {"image_size": 16},
+    }
+    for complaint, change in cases.items():
+        (copy / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(SystemExit) as stopped:
+            script("train_simkd.py", *SHORT, *PAIR, "--teacher", copy, "--output_dir", tmp_path / "run",
+                   "--overwrite_output_dir")  # fmt: skip
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""The script that prepares a local folder: the same data, nothing lost, errors of one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import REPO
+from pictures import in_colour, large, photos_in, sizes, small
+from PIL import Image
+
+from common.cli import run
+from image_classification.scripts import prepare_data
+
+
+@pytest.fixture
+def colour(tmp_path: Path) -> str:
+    return in_colour(tmp_path / "colour")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    return photos_in(tmp_path / "photos")
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, flags)])
+    run(prepare_data.main)
+
+
+def test_a_prepared_folder_is_the_same_data(
+    tmp_path: Path, colour: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, flags, keywords in (
+        ("digits", [], {}),
+        (colour, ["--validation_share", 0.25], {"validation_share": 0.25}),
+        (colour, ["--image_size", 6, "--train_samples", 20], {"image_size": 6, "train_samples": 20}),
+    ):
+        folder = tmp_path / f"prepared{len(flags)}"
+        prepare(monkeypatch, "--dataset", name, "--output", folder, *flags)
+        said = capsys.readouterr().out
+        before, after = small(name, **keywords), small(folder)
+        assert after.fingerprint == before.fingerprint and sizes(after) == sizes(before)
+        assert after.config == before.config and after.flip == before.flip and after.notes == []
+        assert before.fingerprint in said and f"--dataset {folder}\n" in said
+        written = {path.name for path in folder.iterdir()}
+        assert written == {"train.parquet", "validation.parquet", "test.parquet", "views.png"}
+        assert Image.open(folder / "views.png").width > 500
+
+
+def test_large_images_are_prepared_as_they_are(
+    tmp_path: Path, photos: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "prepared"
+    flags = ["--image_size", 72, "--validation_share", 0.2]
+    prepare(monkeypatch, "--dataset", photos, "--output", folder, *flags)
+    assert "--image_size 72" in capsys.readouterr().out
+    before, after = large(photos), large(str(folder))
+    assert after.fingerprint == before.fingerprint and sizes(after) == sizes(before)
+    assert after.splits["validation"].encoded(2) == before.splits["validation"].encoded(2)
+
+
+def test_without_output_there_is_only_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(monkeypatch)
+    said = capsys.readouterr().out
+    assert "1,294" in said and "14 to 15" in said and "8x8" in said and "10 classes: 0, 1" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare_refuses_what_would_be_lost(
+    tmp_path: Path, colour: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(*flags: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            prepare(monkeypatch, *flags)
+        captured = capsys.readouterr()
+        assert caught.value.code == 2 and len(captured.err.splitlines()) == 1 and captured.err.startswith("error: ")
+        return captured.err
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    prepare(monkeypatch, "--output", folder)  # an empty folder is free
+    capsys.readouterr()
+    assert "--overwrite" in refused("--dataset", colour, "--output", folder)
+    assert small(folder).fingerprint == small("digits").fingerprint
+    prepare(monkeypatch, "--dataset", colour, "--output", folder, "--overwrite")
+    capsys.readouterr()
+    assert small(folder).fingerprint == small(colour).fingerprint
+    (folder / "thesis.txt").write_text("")
+    assert "thesis.txt" in refused("--output", folder, "--overwrite") and (folder / "thesis.txt").exists()
+    assert "is a file" in refused("--output", folder / "thesis.txt")
+    assert "cannot write" in refused("--output", folder / "thesis.txt" / "below")
+    assert "--validation_share" in refused("--validation_share", 1.5)
+    assert "unknown dataset" in refused("--dataset", "nonsense", "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
+    script = REPO / "image-classification" / "scripts" / "prepare_data.py"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, str(script), "--dataset", "cifar100", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "out").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert "cifar100" in line and "--dataset FOLDER" in line and "--dataset digits" in line

@@ -1,0 +1,132 @@
+"""Several students on one teacher pass become what each becomes alone; a table of views says what the teacher says."""
+
+import numpy as np
+import torch
+from tiny import Rows, TinyClassifier, arguments, kd, model
+
+from common.losses import feature_l2
+from common.objective import Hint, Objective, match, task_loss
+from common.outputs import Outputs
+from common.side_by_side import SideBySide, SideBySideObjective
+from common.teacher_views import TeacherViews
+from common.trainer import KDTrainer
+
+
+class CountingTeacher(TinyClassifier):
+    """Counts the samples that it is asked about."""
+
+    asked = 0
+
+    def forward(self, x):
+        self.asked += x.shape[0]
+        return super().forward(x)
+
+
+def teacher() -> CountingTeacher:
+    torch.manual_seed(9)
+    return CountingTeacher()
+
+
+def batch_size(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
+    assert labels is not None
+    return torch.tensor(float(len(labels)))
+
+
+def objectives() -> dict[str, Objective]:
+    torch.manual_seed(3)
+    return {
+        "kd": kd(),
+        "hint": Objective(task=(1.0, task_loss()), hint=(0.5, Hint("inner", feature_l2, 8, 8, "hidden"))).watching(
+            size=batch_size
+        ),
+        "match": Objective(hidden=(1.0, match("hidden", feature_l2))),
+    }
+
+
+def test_students_side_by_side_become_what_each_becomes_alone(tmp_path):
+    settings = {"num_train_epochs": 3, "max_grad_norm": 0.0, "logging_strategy": "epoch", "optim_args": "momentum=0.9"}
+    alone, logged = {}, {}
+    for number, (name, objective) in enumerate(objectives().items()):
+        alone[name] = model(number)
+        trainer = KDTrainer(
+            model=alone[name],
+            args=arguments(tmp_path / name, **settings),
+            objective=objective,
+            teacher=teacher(),
+            features={"inner": "hidden"} if name == "hint" else {},
+            train_dataset=Rows(),
+        )
+        trainer.train()
+        logged[name] = trainer.state.log_history[0]
+    together = SideBySide({name: model(number) for number, name in enumerate(alone)})
+    one_teacher = teacher()
+    trainer = KDTrainer(
+        model=together,
+        args=arguments(tmp_path / "together", **settings),
+        objective=SideBySideObjective(objectives()),
+        teacher=one_teacher,
+        features=SideBySide.paths({"hint": {"inner": "hidden"}}),
+        train_dataset=Rows(),
+    )
+    trainer.train()
+    assert one_teacher.asked == 3 * len(Rows()), "one pass of the teacher for all of them"
+    for name, student in alone.items():
+        for key, weight in student.state_dict().items():
+            torch.testing.assert_close(together.students[name].state_dict()[key], weight, msg=f"{name} {key}")
+        for part, value in logged[name].items():
+            if part.startswith("loss_"):
+                assert np.isclose(trainer.state.log_history[0][f"loss_{name}/{part.removeprefix('loss_')}"], value)
+    assert trainer.state.log_history[0]["hint/size"] == 8  # watched, not trained for
+
+
+class ViewRows(Rows):
+    """Three views of each sample: as it is, negated, doubled; which one is drawn anew each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.views = torch.randint(3, (len(self),), generator=torch.Generator().manual_seed(epoch))
+
+    def __getitem__(self, i):
+        factor = torch.tensor([1.0, -1.0, 2.0])[self.views[i]]
+        return super().__getitem__(i) | {"x": self.x[i] * factor, "view": self.views[i]}
+
+
+def train_on_views(folder, views, asked: CountingTeacher, **settings) -> TinyClassifier:
+    student = model(1)
+    args = arguments(folder, num_train_epochs=6, train_sampling_strategy="random", **settings)
+    KDTrainer(
+        model=student, args=args, objective=kd(0.0), teacher=asked, teacher_views=views, train_dataset=ViewRows()
+    ).train()
+    return student
+
+
+def test_a_table_of_views_gives_what_the_teacher_says_and_asks_once(tmp_path):
+    live, first, second = teacher(), teacher(), teacher()
+    plain = train_on_views(tmp_path / "live", None, live)
+    tables = [TeacherViews(tmp_path / "views", "key", samples=24, views=3, classes=3) for _ in range(2)]
+    filled = train_on_views(tmp_path / "first", tables[0], first)
+    read = train_on_views(tmp_path / "second", tables[1], second)
+    for one, two in ((filled, read), (plain, filled)):
+        tolerance = 0 if one is filled else 1e-3  # logits in fp16
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert live.asked == 6 * 24
+    assert first.asked == round(tables[0].share_filled * 24 * 3) < live.asked
+    assert second.asked == 0, "the second run finds everything said"
+
+
+def test_rows_of_the_table_are_the_teachers_answers_to_those_views(tmp_path):
+    rows, said = ViewRows(), teacher().eval()
+    table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
+    train_on_views(tmp_path / "run", table, said)
+    for sample in range(24):
+        for view, factor in enumerate((1.0, -1.0, 2.0)):
+            stored = torch.from_numpy(table.logits[sample * 3 + view].astype(np.float32))
+            if table.filled[sample * 3 + view]:
+                expected = said(rows.x[sample : sample + 1] * factor).logits[0].detach().half().float()
+                torch.testing.assert_close(stored, expected, rtol=1e-3, atol=1e-3)
+            else:
+                assert not stored.any()
