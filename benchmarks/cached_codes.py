@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from common.arguments import KDTrainingArguments
+from common.filling import CodeDataset, set_keys
 from common.inference import as_it_is
 from common.objective import Objective, task_loss
 from common.trainer import KDTrainer
 from common.utils.precision import resolve_precision
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import CodeDataset, embed_texts, encode_texts, set_keys
+from nlp.student_model.fill import code_dataset, embed_texts, encode_texts
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_classifier
 
@@ -69,7 +70,7 @@ def main() -> None:
     embeddings = torch.stack(embed_texts(model, texts.train, texts.collate, args.precision)).to(model.device)
     set_keys(model.bottleneck, "new", None, embeddings, seed=0)
     fitted = time.perf_counter()
-    codes = CodeDataset(encode_texts(model, texts.train, texts.collate, args.precision), texts.train)
+    codes = code_dataset(encode_texts(model, texts.train, texts.collate, args.precision), texts.train)
     pass_seconds = time.perf_counter() - fitted
 
     online = train(model, texts.train, texts.collate, 30, args.batch_size, args.precision)

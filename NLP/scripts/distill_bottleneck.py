@@ -11,9 +11,9 @@ from typing import Literal
 
 from common.arguments import KDTrainingArguments
 from common.cli import parse, run
+from common.filling import Keys
 from nlp.data.loading import load_text_data
 from nlp.student_model.distillation import Distillation
-from nlp.student_model.fill import Keys
 
 
 @dataclass

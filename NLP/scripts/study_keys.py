@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.arguments import KDTrainingArguments
 from common.bottleneck import Decoder, DiscreteKeyValueBottleneck
 from common.cli import Parser, run
+from common.filling import Keys, set_keys
 from common.inference import as_it_is
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
@@ -30,7 +31,7 @@ from common.utils.files import write_text
 from common.utils.precision import resolve_precision
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import CodeDataset, Keys, embed_texts, set_keys
+from nlp.student_model.fill import code_dataset, embed_texts
 from nlp.student_model.layers import cut_layers, load_encoder
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_classifier
@@ -179,7 +180,7 @@ class Study:
         args.num_train_epochs = 10 * max(1, len(codes) // len(rows) // 4) if optimizer != "sgd" else 10
         KDTrainer(
             model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=said,
-            train_dataset=CodeDataset(list(codes[rows]), tokens), data_collator=as_it_is,
+            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=as_it_is,
         ).train()  # fmt: skip
 
     def labelled(self, per_class: int | None) -> Tensor:

@@ -1,45 +1,18 @@
-"""Filling a bottleneck: its keys, once and without labels, then its values, on codes instead of texts.
-
-With encoder and keys frozen, the codes of a text are constants. They are computed once; from then on training the
-values is an embedding bag: no encoder, no search.
-"""
-
-from typing import Literal
+"""What a frozen text encoder makes of texts: embeddings, and codes under a bottleneck's keys."""
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from common.bottleneck import DiscreteKeyValueBottleneck
+from common.filling import CodeDataset
 from common.inference import Collate, over_dataset
-from common.utils.devices import process
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 
-Keys = Literal["carried", "new", "random", "reused"]
 FIT_TEXTS = 20_000  # keys are fitted on the embeddings of at most so many texts
 
 
-class CodeDataset(torch.utils.data.Dataset):
-    """Codes, labels and sample ids as tensors, fetched a batch at a time; collate with `as_it_is`."""
-
-    def __init__(self, codes: list[Tensor], tokens: Dataset) -> None:
-        self.codes = pad_sequence(codes, batch_first=True) if codes[0].dim() > 1 else torch.stack(codes)
-        self.lengths = torch.tensor([len(c) for c in codes]) if codes[0].dim() > 1 else None
-        self.labels, self.sample_ids = torch.tensor(tokens["labels"]), torch.tensor(tokens["sample_id"])
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        index = torch.as_tensor(rows)
-        batch = {"codes": self.codes[index], "labels": self.labels[index], "sample_id": self.sample_ids[index]}
-        if self.lengths is not None:
-            lengths = self.lengths[index]
-            longest = int(lengths.max())
-            batch["codes"] = batch["codes"][:, :longest]
-            batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).long()
-        return batch
+def code_dataset(codes: list[Tensor], tokens: Dataset) -> CodeDataset:
+    return CodeDataset(codes, torch.tensor(tokens["labels"]), torch.tensor(tokens["sample_id"]))
 
 
 def embed_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, precision: str) -> list[Tensor]:
@@ -58,28 +31,3 @@ def encode_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, 
         return {"codes": model.bottleneck.encode(model.embed(**batch)).to(torch.uint16)}
 
     return over_dataset(model, encode, texts, collate, precision, description="encoding")["codes"]
-
-
-def set_keys(
-    bottleneck: DiscreteKeyValueBottleneck,
-    keys: Keys,
-    source: DiscreteKeyValueBottleneck | None,
-    embeddings: Tensor,
-    seed: int,
-) -> dict[str, float]:
-    """Gives a bottleneck its keys and freezes them; returns how well they cover the embeddings (rows, hidden).
-
-    carried: those of `source`; reused: its values and decoder as well; new: fitted to the embeddings; random: as they
-    were initialised.
-    """
-    if keys in ("carried", "reused"):
-        if source is None:
-            raise ValueError(f"{keys} keys need a bottleneck to take them from")
-        bottleneck.carry_keys(source)
-    if keys == "reused" and source is not None:
-        bottleneck.load_state_dict(source.state_dict())
-    if keys == "new":
-        rank, world = process()
-        bottleneck.fit_keys(embeddings[rank::world], seed=seed)
-    bottleneck.freeze_keys()
-    return bottleneck.key_statistics(embeddings)

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.filling import Keys, set_keys
 from common.inference import as_it_is, over_dataset
 from common.losses import feature_cosine, feature_l2
 from common.objective import FeatureLoss, Hint, Objective, Term, match, soft_targets, task_loss
@@ -19,7 +20,7 @@ from nlp.data.loading import TextData
 from nlp.data.tokenized import Collator, tokenize
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling, pool
 from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.fill import FIT_TEXTS, CodeDataset, Keys, embed_texts, encode_texts, set_keys
+from nlp.student_model.fill import FIT_TEXTS, code_dataset, embed_texts, encode_texts
 from nlp.student_model.layers import layer_paths, uniform_map
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
@@ -189,8 +190,8 @@ class Pipeline:
             },
             objective=self.objective(texts.data, teacher_outputs is not None),
             teacher_outputs=teacher_outputs,
-            train_dataset=CodeDataset(codes, texts.train),
-            eval_dataset=CodeDataset(validation_codes, texts.validation),
+            train_dataset=code_dataset(codes, texts.train),
+            eval_dataset=code_dataset(validation_codes, texts.validation),
             data_collator=as_it_is,
             compute_metrics=trainer_metrics(texts.data),
         )

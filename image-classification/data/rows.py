@@ -19,6 +19,13 @@ SPLIT_SEED = 0  # of the validation split: not the run's seed, or a teacher of a
 LABELS = ("label", "fine_label", "labels", "class", "target")
 
 
+class PictureError(UserError):
+    """A picture that cannot be used. One line also from a worker process, which adds its traceback in front."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 @dataclass(frozen=True)
 class Rows:
     """Pictures as they are stored: those at `places` (images,) of a raw split, with labels (images,) int64."""
@@ -34,20 +41,26 @@ class Rows:
     def __getitem__(self, chosen: Tensor) -> "Rows":
         return Rows(self.split, self.source, self.places[chosen], self.labels[chosen])
 
+    def stored(self, row: int) -> dict[str, Any]:
+        """What the dataset has of a picture: the `bytes` of its file, or the `path` to it."""
+        return self.source[int(self.places[row])]["image"] or {}
+
     def where(self, row: int) -> str:
-        return f"image {int(self.places[row])} of {self.split}"
+        stored = self.stored(row)
+        by_number = f"image {int(self.places[row])} of {self.split}"
+        return by_number if stored.get("bytes") is not None else stored.get("path") or by_number
 
     def encoded(self, row: int) -> bytes:
         """The file of a picture, PNG or JPEG as it may be."""
-        stored = self.source[int(self.places[row])]["image"] or {}
+        stored = self.stored(row)
         if stored.get("bytes") is not None:
             return stored["bytes"]
         if not stored.get("path"):
-            raise UserError(f"{self.where(row)} is missing: remove the row or give it a picture")
+            raise PictureError(f"{self.where(row)} is missing: remove the row or give it a picture")
         try:
             return Path(stored["path"]).read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {stored['path']} ({error.strerror}): replace or remove it") from None
+            raise PictureError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
 
     def picture(self, row: int) -> Image.Image:
         """Grey (mode L) or in colour (RGB), turned upright."""
@@ -58,7 +71,7 @@ class Rows:
             reason = "it is no picture"
         except Exception as error:  # damaged bytes: OSError, SyntaxError, zlib.error, whatever the decoder raises
             reason = " ".join(str(error).split())
-        raise UserError(f"{self.where(row)} cannot be read ({reason}): replace or remove it")
+        raise PictureError(f"{self.where(row)} cannot be read ({reason}): replace or remove it")
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

@@ -94,9 +94,10 @@ class Experiment:
         build: Callable[[], ImageClassifier],
         method: Callable[[ImageClassifier], Method],
         views_folder: Path | None = None,
+        stage: str = "student",
     ) -> ImageClassifier:
-        """The stage `student`: what `build` makes, trained by the method made for it. `views_folder`: where a table of
-        the teacher's logits per view is kept, for methods that need no more of it.
+        """A stage with a teacher: what `build` makes, trained by the method made for it. `views_folder`: where a table
+        of the teacher's logits per view is kept, for methods that need no more of it.
         """
 
         def build_and_fit() -> ImageClassifier:
@@ -105,7 +106,7 @@ class Experiment:
             if views_folder is not None and not how.logits_only:
                 raise UserError("only methods that need nothing but the teacher's logits can read them from a table")
             return self.fit(
-                "student",
+                stage,
                 student,
                 how.objective,
                 features=how.features,
@@ -114,7 +115,7 @@ class Experiment:
                 teacher_features=how.teacher_features,
             )
 
-        return self.stage("student", build_and_fit)
+        return self.stage(stage, build_and_fit)
 
     def _teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
         views = self.data.views("train", torch.device("cpu"), augment=True)
@@ -123,13 +124,13 @@ class Experiment:
         key = outputs_key(teacher, self.data.fingerprint, self.data.config, views.number_of_views, self.args.precision)
         return TeacherViews(folder, key, len(views), views.number_of_views, len(self.data.label_names))
 
-    def teacher(self, name: str, epochs: float | None) -> ImageClassifier:
+    def teacher(self, name: str, epochs: float | None, stage: str = "teacher") -> ImageClassifier:
         """A teacher that is given, in whose normalization the data are seen from here on, or a network of that
         architecture, trained on the labels.
         """
         given = given_teacher(name, self.data)
         if given is None:
-            return self.labels_only("teacher", lambda: new_classifier(name, self.data.config), epochs)
+            return self.labels_only(stage, lambda: new_classifier(name, self.data.config), epochs)
         teacher, self.data = given
         return teacher
 

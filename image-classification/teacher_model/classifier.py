@@ -71,7 +71,15 @@ class ImageClassifier(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part comes initialized from its constructor, and every checkpoint is complete."""
 
-    def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> Outputs:
+    def forward(
+        self, pixel_values: Tensor | None = None, codes: Tensor | None = None, return_dict: bool | None = None
+    ) -> Outputs:
+        """Logits of images, or of the codes (batch, codebooks) that a bottleneck made of them."""
+        if codes is not None:
+            assert isinstance(self.head, DiscreteKeyValueBottleneck), "only a bottleneck makes logits of codes"
+            return Outputs(logits=self.head.decode(codes), features={})
+        if pixel_values is None:
+            raise ValueError("ImageClassifier needs pixel_values, or codes for its bottleneck")
         # In one memory format always: the kernels of another would round otherwise.
         features = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
         if self.projector is not None:

@@ -6,9 +6,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from image_classification.teacher_model.classifier import ImageClassifier
+
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy of a model for evaluation alone, whose batch norms are folded into the convolutions that they follow.
+    """A copy of a network for evaluation alone, whose batch norms are folded into the convolutions that they follow.
 
     Its submodules keep their paths. What cannot be traced is left as it is.
     """
@@ -21,10 +23,15 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def frozen(model: nn.Module, precision: str) -> nn.Module:
+def frozen(classifier: ImageClassifier, precision: str) -> ImageClassifier:
     """A folded copy that answers as fast as it can: channels_last, and in bf16 weights where that is the precision."""
+    answering = copy.deepcopy(classifier).eval().requires_grad_(False)
+    answering.backbone = folded(answering.backbone)
+    answering.projector = answering.projector and folded(answering.projector)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return folded(model).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in filter(None, (answering.backbone, answering.projector)):
+        part.to(dtype=dtype, memory_format=torch.channels_last)
+    return answering
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:

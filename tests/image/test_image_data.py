@@ -276,7 +276,7 @@ def test_errors_of_pictures(tmp_path: Path) -> None:
     assert "is missing" in message("none", None)
     draw(tmp_path / "gone" / "train" / "a" / "1.png", pixels(1, 8, 8)[0])
     (tmp_path / "gone" / "train" / "a" / "2.png").symlink_to("nowhere")
-    assert "2.png (No such file" in error_of(tmp_path / "gone", validation_share=0.5)
+    assert "2.png cannot be read (No such file" in error_of(tmp_path / "gone", validation_share=0.5)
 
 
 def test_errors_of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

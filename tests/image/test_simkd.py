@@ -24,7 +24,7 @@ from image_classification.student_model.matching import (
 )
 from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import folded
+from image_classification.teacher_model.folding import frozen
 from image_classification.teacher_model.projector import Projector
 
 PAIRS = [
@@ -102,9 +102,9 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     student = simkd_student(student_name, teacher, data, factor=2).train()
     method = simkd(student, teacher, data, SimKDArguments(projector=projector), temperature=4.0)
     images, labels = some_images(data), data.splits["validation"].labels[:8]
-    frozen = folded(teacher)
+    answering = frozen(teacher, "fp32")
     with torch.no_grad():
-        said = run(frozen, method.teacher_features, images)
+        said = run(answering, method.teacher_features, images)
     parts = method.objective(run(student, method.features, images), said, labels)
     sum(parts.values()).backward()
     expected = {"single": 1, "multi": 2, "all-layer": len(block_paths(student))}[projector]
@@ -112,7 +112,7 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     without = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, "every part of the student learns"
     assert all(p.grad is not None for p in method.objective.parameters())
-    assert all(p.grad is None for p in frozen.parameters())
+    assert all(p.grad is None for p in answering.parameters())
     assert not any("objective" in name for name in student.state_dict())  # what only trains never ships
 
 

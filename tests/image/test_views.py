@@ -10,10 +10,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from common.inference import as_it_is, over_dataset
+from common.utils.errors import UserError
 from common.utils.files import read_json
 from image_classification.data import rows
 from image_classification.data.dataset import ImageViews
-from image_classification.data.large import MEAN, STD
+from image_classification.data.large import MEAN, STD, LargeViews
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.experiment import Experiment
@@ -174,6 +175,21 @@ def test_views_of_large_images_are_the_same_in_worker_processes(photos: str) -> 
     assert not torch.equal(other, epochs[0][0])
     views.set_epoch(0)
     torch.testing.assert_close(views.__getitems__([5, 2])["pixel_values"], epochs[0][[5, 2]])  # in any batch
+
+
+def test_each_large_image_has_a_view_of_its_own(photos: str) -> None:
+    copies = large(photos).splits["train"][torch.zeros(4, dtype=torch.long)]
+    views = LargeViews(copies, 72, MEAN, STD, CPU, augment=True).__getitems__([0, 1, 2, 3])["pixel_values"]
+    assert len({view.numpy().tobytes() for view in views}) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_one_line_also_from_a_worker_process(tmp_path: Path, workers: int) -> None:
+    views = large(photos_in(tmp_path)).views("train", CPU)
+    (tmp_path / "train" / "a" / "04.png").write_bytes(b"garbage")
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(views, 5, collate_fn=as_it_is, num_workers=workers))
+    assert str(caught.value) == f"{tmp_path}/train/a/04.png cannot be read (it is no picture): replace or remove it"
 
 
 def test_views_leave_the_generators_of_others_alone(photos: str) -> None:

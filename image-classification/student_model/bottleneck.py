@@ -1,0 +1,144 @@
+"""A discrete key-value bottleneck in place of a classifier's head: its keys, then its values, on cached codes."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common.bottleneck import DiscreteKeyValueBottleneck
+from common.filling import CodeDataset, Keys, set_keys
+from common.inference import as_it_is, over_dataset
+from common.objective import Objective, soft_targets, task_loss
+from common.teacher_outputs import TeacherOutputs
+from common.utils.devices import best_device
+from common.utils.errors import UserError
+from image_classification.student_model.evaluation import trainer_metrics
+from image_classification.student_model.experiment import Experiment
+from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
+
+
+@dataclass
+class BottleneckShape:
+    """Arguments of the bottleneck."""
+
+    codebooks: int = 32
+    pairs: int = field(default=256, metadata={"help": "key-value pairs in a codebook"})
+    split: Literal["segment", "projection"] = "segment"
+    key_dim: int | None = field(default=None, metadata={"help": "width of a key under the projection split"})
+    decoder: Literal["linear", "mean"] = "linear"
+    value_dim: int = field(default=16, metadata={"help": "width of a value for the linear decoder"})
+
+    def check(self, width: int) -> None:
+        """Raises UserError for a shape that embeddings of that width cannot have."""
+        try:
+            with torch.device("meta"):
+                DiscreteKeyValueBottleneck(width, 1, **asdict(self))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+@dataclass
+class ValueArguments:
+    """How values are trained."""
+
+    value_epochs: float = field(default=20, metadata={"help": "epochs over the cached codes"})
+    value_batch_size: int = 256
+
+    def settings(self, rate: float) -> dict[str, Any]:
+        """The stage's training arguments: AdamW, whatever the convolutions were trained with."""
+        return {
+            "num_train_epochs": self.value_epochs,
+            "per_device_train_batch_size": self.value_batch_size,
+            "dataloader_drop_last": False,
+            "optim": "adamw_torch",
+            "optim_args": None,
+            "weight_decay": 0.0,
+            "lr_milestones": None,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+            "learning_rate": rate / 10,  # of the decoder, which every image moves; a value waits for its key
+            "value_learning_rate": rate,
+        }
+
+
+VALUE_LEARNING_RATE = 3e-2
+
+
+def with_bottleneck(encoder: ImageClassifier, shape: BottleneckShape) -> ImageClassifier:
+    """The same backbone and projector, copied, with an empty bottleneck in place of the head."""
+    config = ImageClassifierConfig(**{**encoder.config.to_dict(), "bottleneck": asdict(shape)})
+    model = ImageClassifier(config)
+    weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith("head.")}
+    model.load_state_dict({**model.state_dict(), **weights})
+    return model
+
+
+def fill(
+    experiment: Experiment,
+    name: str,
+    encoder: ImageClassifier,
+    shape: BottleneckShape,
+    values: ValueArguments,
+    keys: Keys,
+    source: ImageClassifier | None = None,
+    teacher_outputs: TeacherOutputs | None = None,
+) -> ImageClassifier:
+    """A bottleneck behind a frozen encoder: keys without labels, then (but for `reused`) values on labels, and on a
+    teacher's soft targets where there are any.
+    """
+    data, args = experiment.data, experiment.args
+    model = with_bottleneck(encoder, shape).to(best_device())  # type: ignore[arg-type]
+    embeddings = {split: embed(model, experiment, split) for split in ("train", "validation") if split in data.splits}
+    head = model.head
+    assert isinstance(head, DiscreteKeyValueBottleneck)
+    before = source.head if source is not None else None
+    assert before is None or isinstance(before, DiscreteKeyValueBottleneck)
+    model.config.key_statistics = set_keys(head, keys, before, embeddings["train"], args.seed)
+    if keys == "reused":
+        return model
+    codes = {
+        split: CodeDataset(head.encode(rows).cpu(), data.splits[split].labels, torch.arange(len(rows)))
+        for split, rows in embeddings.items()
+    }
+    objective = Objective(task=(1.0, task_loss()))
+    if teacher_outputs is not None:
+        objective = Objective(
+            task=(args.alpha, task_loss()), soft_targets=(1 - args.alpha, soft_targets(args.temperature))
+        )
+    return experiment.run.train(
+        name,
+        model,
+        values.settings(args.value_learning_rate or VALUE_LEARNING_RATE),
+        objective=objective,
+        teacher_outputs=teacher_outputs,
+        train_dataset=codes["train"],
+        eval_dataset=codes.get("validation"),
+        data_collator=as_it_is,
+        compute_metrics=trainer_metrics,
+    )
+
+
+def embed(model: ImageClassifier, experiment: Experiment, split: str) -> Tensor:
+    """What the head sees of each image of a split (images, width), on the device."""
+
+    def pooled(**batch: Tensor) -> dict[str, Tensor]:
+        features = model.backbone(batch["pixel_values"])
+        features = features if model.projector is None else model.projector(features)
+        return {"pooled": features.mean((2, 3)).float()}
+
+    views, precision = experiment.data.views(split, best_device()), experiment.args.precision
+    said = over_dataset(model, pooled, views, as_it_is, precision, batch_size=250, description=f"embedding {split}")
+    return torch.stack(said["pooled"]).to(best_device())
+
+
+def listen(teacher: ImageClassifier, experiment: Experiment) -> TeacherOutputs:
+    """The teacher's logits of the training images as they are."""
+
+    def logits(**batch: Tensor) -> dict[str, Tensor]:
+        return {"logits": teacher(**batch).logits.float()}
+
+    views, precision = experiment.data.views("train", best_device()), experiment.args.precision
+    with experiment.run.timed("teacher_outputs"):
+        said = over_dataset(teacher, logits, views, as_it_is, precision, batch_size=250, description="teacher")
+    return TeacherOutputs(torch.arange(len(views)), torch.stack(said["logits"]))
