@@ -65,28 +65,37 @@ def load_image_data(
     train_samples: keep that many training images, the same ones every time, the classes in proportion.
     """
     splits, label_names, notes = read_rows(dataset, image_column, label_column)
-    if dataset == "digits":  # one file without splits
-        splits = dict(zip(("train", "test"), split_off(splits["train"], 0.2), strict=True))
-    if "validation" not in splits and validation_share > 0:
-        splits["train"], splits["validation"] = split_off(splits["train"], validation_share)
-        notes.append(f"no validation split: a stratified {validation_share:.0%} of train was set aside")
-        if not len(splits["validation"]):
-            raise UserError(
-                f"{dataset} has too few training images to set {validation_share:.0%} of them aside: add validation "
-                "images, or pass another --validation_share"
-            )
-    if not {"validation", "test"} & splits.keys():
-        raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
-    if train_samples is not None and train_samples < len(splits["train"]):
-        splits["train"] = split_off(splits["train"], train_samples / len(splits["train"]))[1]
-        notes.append(f"{len(splits['train'])} of the training images were used")
-    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    splits = _divide(dataset, splits, validation_share, train_samples, notes)
     name = Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
     if dataset == "imagenet":
         return large_images(name, splits, label_names, image_size or IMAGENET_SIZE, notes)
     if image_size is not None and (image_size > LARGEST_IN_MEMORY or not _fit_in_memory(splits, image_size, notes)):
         return large_images(name, splits, label_names, image_size, notes)
     return _small_images(name, splits, label_names, image_size, notes)
+
+
+def _divide(
+    dataset: str, splits: dict[str, Rows], validation_share: float, train_samples: int | None, notes: list[str]
+) -> dict[str, Rows]:
+    """The splits with a validation split, where there is to be one, and with so many training images."""
+    if dataset == "digits":  # one file without splits
+        splits = dict(zip(("train", "test"), split_off(splits["train"], 0.2), strict=True))
+    if "validation" not in splits and validation_share > 0:
+        train, validation = split_off(splits["train"], validation_share)
+        if not len(validation):
+            raise UserError(
+                f"{dataset} has too few training images to set {validation_share:.0%} of them aside: add validation "
+                "images, or pass another --validation_share"
+            )
+        splits = splits | {"train": train, "validation": validation}
+        notes.append(f"no validation split: a stratified {validation_share:.0%} of train was set aside")
+    if not {"validation", "test"} & splits.keys():
+        raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
+    if train_samples is not None and train_samples < len(splits["train"]):
+        kept = split_off(splits["train"], train_samples / len(splits["train"]))[1]
+        splits = splits | {"train": kept}
+        notes.append(f"{len(kept)} of the training images were used")
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 
 def _small_images(

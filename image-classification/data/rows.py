@@ -90,12 +90,7 @@ def read_rows(
     image, label = _columns(raw["train"], image_column, label_column)
     _drop_unlabelled_test(raw, label, notes)
     for split, rows in raw.items():
-        if not len(rows):
-            raise UserError(f"the {split} split is empty: it needs at least one image")
-        if missing := {image, label} - set(rows.column_names):
-            raise UserError(
-                f"the {split} split lacks column {missing.pop()!r} that train has: its columns are {rows.column_names}"
-            )
+        _check(split, rows, image, label)
     names = _class_names(raw["train"], label)
     labels = {"train": _class_ids("train", raw["train"], label, names, range(len(names)))}
     seen = set(labels["train"])
@@ -107,6 +102,16 @@ def read_rows(
         for split, rows in raw.items()
     }
     return splits, names, notes
+
+
+def _check(split: str, rows: datasets.Dataset, image: str, label: str) -> None:
+    if not len(rows):
+        raise UserError(f"the {split} split is empty: it needs at least one image")
+    for column in (image, label):
+        if column not in rows.features:
+            raise UserError(
+                f"the {split} split lacks column {column!r} that train has: its columns are {rows.column_names}"
+            )
 
 
 def split_off(rows: Rows, share: float) -> tuple[Rows, Rows]:

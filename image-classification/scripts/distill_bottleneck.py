@@ -11,6 +11,7 @@ is the same network trained on the labels alone, with a bottleneck of its own.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.cli import parse, run
 from common.filling import Keys
@@ -47,8 +48,8 @@ def main() -> None:
     encoder = experiment.teacher(pair.teacher, pair.teacher_epochs, stage="teacher_encoder")
     data = experiment.data
 
-    def filled(name: str, behind: ImageClassifier, keys: Keys, *teachers: object) -> ImageClassifier:
-        return experiment.stage(name, lambda: fill(experiment, name, behind, shape, values, keys, *teachers))
+    def filled(name: str, behind: ImageClassifier, keys: Keys, **source: Any) -> ImageClassifier:
+        return experiment.stage(name, lambda: fill(experiment, name, behind, shape, values, keys, **source))
 
     teacher = filled("teacher", encoder, "new")
     control = None
@@ -63,7 +64,7 @@ def main() -> None:
         lambda student: simkd(student, encoder, data, matching, training.temperature),
         stage="student_encoder",
     )
-    student = filled("student", aligned, args.keys, teacher, listen(teacher, experiment))
+    student = filled("student", aligned, args.keys, source=teacher, teacher_outputs=listen(teacher, experiment))
     experiment.report(
         teacher=(f"{pair.teacher} + bottleneck", teacher),
         control=None if control is None else (f"{pair.student} + projector + bottleneck, labels only", control),

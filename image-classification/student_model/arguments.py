@@ -55,7 +55,7 @@ class ImageTrainingArguments(KDTrainingArguments):
     """Training as image classifiers are used to it: SGD with momentum, one cycle of the learning rate."""
 
     output_dir: str | None = field(default=None, metadata={"help": "default: runs/image-classification/METHOD"})
-    num_train_epochs: float = field(default=20, metadata={"help": "of the student, and of its control"})
+    num_train_epochs: float = field(default=50, metadata={"help": "of the student, and of its control"})
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 250
     learning_rate: float = 0.05

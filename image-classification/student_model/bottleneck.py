@@ -98,7 +98,7 @@ def fill(
     if keys == "reused":
         return model
     codes = {
-        split: CodeDataset(head.encode(rows).cpu(), data.splits[split].labels, torch.arange(len(rows)))
+        split: CodeDataset(list(head.encode(rows).cpu()), data.splits[split].labels, torch.arange(len(rows)))
         for split, rows in embeddings.items()
     }
     objective = Objective(task=(1.0, task_loss()))

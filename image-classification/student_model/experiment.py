@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import nn
-from transformers import ViTImageProcessor
+from transformers import BaseImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
 from common.inference import as_it_is
 from common.objective import Objective, task_loss
@@ -19,6 +20,7 @@ from common.teacher_views import TeacherViews
 from common.utils.devices import best_device
 from common.utils.errors import UserError
 from common.utils.files import write_text, writing_folder
+from image_classification.data.large import LargeImageData, shorter_side
 from image_classification.data.loading import ImageData
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
@@ -44,6 +46,8 @@ class Experiment:
     """The stages of one run of `method` on `data`; `instances` are the script's other arguments, for the recipe."""
 
     def __init__(self, method: str, training: ImageTrainingArguments, data: ImageData, *instances: Any) -> None:
+        if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
+            raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
         training.output_dir = training.output_dir or f"runs/image-classification/{method}"
         self.method, self.args, self.data = method, training, data
         self.run = Run(training, *instances)
@@ -203,11 +207,11 @@ def _of_parts(entries: dict[str, Any], figure: str) -> dict[str, dict[str, int |
     }
 
 
-def image_processor(data: ImageData) -> ViTImageProcessor:
-    """Makes pictures into what a classifier of `data` takes: resized, between 0 and 1, normalized."""
-    grey = len(data.mean) == 1
-    return ViTImageProcessor(
-        size={"height": data.size, "width": data.size},
-        image_mean=data.mean * 3 if grey else data.mean,
-        image_std=data.std * 3 if grey else data.std,
-    )
+def image_processor(data: ImageData) -> BaseImageProcessor:
+    """Makes pictures into what a classifier of `data` takes: resized, cut out where evaluation does, normalized."""
+    size: dict[str, Any] = {"height": data.size, "width": data.size}
+    channels: dict[str, Any] = {"image_mean": (data.mean * 3)[:3], "image_std": (data.std * 3)[:3]}  # one where grey
+    if isinstance(data, LargeImageData):
+        shorter = {"shortest_edge": shorter_side(data.size)}
+        return CLIPImageProcessor(size=shorter, crop_size=size, resample=Image.Resampling.BILINEAR, **channels)
+    return ViTImageProcessor(size=size, resample=Image.Resampling.BILINEAR, **channels)
