@@ -114,6 +114,18 @@ def print_table(results: Results) -> None:
     print_rich(*_model_table(results), title=_title(results), below=_headline(results))
 
 
+def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
+    """Prints the metrics of a model's entry in results.json; writes the entry to `path` if there is one."""
+    rows = [
+        [split, metric, f"{value:.6f}"]
+        for split, values in entry["metrics"].items()
+        for metric, value in values.items()
+    ]
+    print_rich(["split", "metric", "value"], rows, title=name)
+    if path:
+        write_json(path, entry)
+
+
 def model_card(results: Results, title: str, usage: str, license: str = "mit", **metadata: Any) -> str:
     """README.md of a student for the Hugging Face Hub.
 

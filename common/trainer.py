@@ -20,12 +20,12 @@ from common.arguments import KDTrainingArguments
 from common.batching import LengthGroupedSampler
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.features import FeatureHooks
+from common.finite import NonFiniteLoss
 from common.objective import Objective
 from common.outputs import Outputs
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import TeacherOutputs
 from common.teacher_views import TeacherViews
-from common.utils.errors import UserError
 from common.utils.files import write_text
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -73,7 +73,7 @@ class KDTrainer(Trainer):
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_weight = torch.zeros((), device=self.args.device)
-        self._not_finite: dict[str, Tensor] = {}
+        self._non_finite = NonFiniteLoss()
 
     # ---- the loss of one micro-batch ----
 
@@ -92,7 +92,9 @@ class KDTrainer(Trainer):
         teacher = self._teacher_says(inputs, sample_ids, views)
         parts = self.objective_in_step(student, teacher, labels)
         loss = torch.stack(list(parts.values())).sum() * share
-        self._note_non_finite(loss, parts)
+        self._non_finite.note(self.state.global_step + 1, loss, parts)
+        if self._non_finite.is_time_to_look(self.state.global_step):
+            self._non_finite.refuse(last_checkpoint(self.args.output_dir))
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)
         for name, value in logged.items():
@@ -129,32 +131,9 @@ class KDTrainer(Trainer):
         assert logits is not None
         return logits
 
-    def _note_non_finite(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
-        """Remembers the first step whose loss is not finite, on the device: to look at it would hold up a GPU."""
-        now = {name: part.detach().float() for name, part in parts.items()}
-        now["step"] = torch.full_like(loss, self.state.global_step + 1, dtype=torch.float32)
-        if not self._not_finite:
-            self._not_finite = {name: torch.zeros_like(value) for name, value in now.items()}
-        first = ~torch.isfinite(loss.detach()) & (self._not_finite["step"] == 0)
-        self._not_finite = {name: torch.where(first, value, self._not_finite[name]) for name, value in now.items()}
-        if loss.device.type == "cpu" or self.state.global_step % 100 == 0:
-            self._refuse_non_finite()
-
-    def _refuse_non_finite(self) -> None:
-        """Before anything is logged, evaluated or saved: no figure, no checkpoint comes from weights that are lost."""
-        if not self._not_finite or self._not_finite["step"].item() == 0:
-            return
-        values = {name: value.item() for name, value in self._not_finite.items()}
-        step = int(values.pop("step"))
-        kept = last_checkpoint(self.args.output_dir)
-        raise UserError(
-            f"the loss is not finite at step {step} ({', '.join(f'{n} = {v}' for n, v in values.items())}); try a "
-            f"lower learning rate or --precision fp32; last good checkpoint: {kept or 'none yet'}"
-        )
-
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._refuse_non_finite()
+            self._non_finite.refuse(last_checkpoint(self.args.output_dir))  # no figure, no file from lost weights
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -284,7 +263,7 @@ class KDTrainer(Trainer):
         self._hooks.remove()
         if self._teacher_hooks is not None:
             self._teacher_hooks.remove()
-        for model in filter(None, (self.model_wrapped, self.teacher)):
+        for model in (m for m in (self.model_wrapped, self.teacher) if m is not None):  # a compiled one has no truth
             unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             # What accelerate leaves behind: with the mark, the next trainer would not autocast it or its copies.
             for leftover in ("_is_accelerate_prepared", "forward"):

@@ -4,14 +4,9 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset intents --json metrics.json
 """
 
-import json
-
-from rich.console import Console
-from rich.table import Table
-
 from common.cli import Parser, run
+from common.report import show_metrics
 from common.utils.errors import UserError
-from common.utils.files import write_text
 from nlp.data.loading import load_text_data
 from nlp.student_model.evaluation import evaluate
 from nlp.student_model.pipeline import Texts
@@ -34,14 +29,7 @@ def main() -> None:
         raise UserError(f"{args.model} is no trained classifier: it has no head for the labels of {data.name}")
     texts = Texts.of(data, classifier.tokenizer)
     measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)
-
-    table = Table("split", "metric", "value", title=args.model)
-    for split, metrics in measured["metrics"].items():
-        for name, value in metrics.items():
-            table.add_row(split, name, f"{value:.6f}")
-    Console().print(table)
-    if args.json:
-        write_text(args.json, json.dumps(measured, indent=2))
+    show_metrics(args.model, measured, args.json)
 
 
 if __name__ == "__main__":

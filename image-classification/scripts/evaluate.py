@@ -6,14 +6,9 @@ python image-classification/scripts/evaluate.py runs/image-classification/teache
 The data are named by the flags of train_teacher.py: --dataset, --image_size, --validation_share, ...
 """
 
-import json
-
-from rich.console import Console
-from rich.table import Table
-
 from common.cli import Parser, parse, run
+from common.report import show_metrics
 from common.utils.errors import UserError
-from common.utils.files import write_text
 from image_classification.student_model.arguments import DataArguments
 from image_classification.student_model.evaluation import evaluate
 from image_classification.teacher_model.teacher import load_trained, trained_folder
@@ -31,14 +26,7 @@ def main() -> None:
         raise UserError(f"no folder {args.model}: give that of a classifier, or of a run")
     model, data = load_trained(folder, data_args.load())
     measured, _ = evaluate(str(folder), model, data)
-
-    table = Table("split", "metric", "value", title=str(folder))
-    for split, metrics in measured["metrics"].items():
-        for name, value in metrics.items():
-            table.add_row(split, name, f"{value:.6f}")
-    Console().print(table)
-    if args.json:
-        write_text(args.json, json.dumps(measured, indent=2))
+    show_metrics(str(folder), measured, args.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.utils.errors import UserError
 from image_classification.teacher_model.backbones import COMMON, build_backbone
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import folded
+from image_classification.teacher_model.folding import frozen
 from image_classification.teacher_model.pretrained import pretrained_classifier
 
 # name: parameters with a head for 100 classes, channels of the last map, its size for images of 32 and of 8 pixels,
@@ -131,7 +131,7 @@ def test_what_hooks_record_stays_as_it_is(name: str) -> None:
 )
 def test_folding_changes_nothing_but_the_number_of_layers(name: str, left: int) -> None:
     model = classifier(name)
-    fast = folded(model)
+    fast = frozen(model, "fp32")
     assert norms(fast) == left < norms(model)
     with torch.no_grad():
         x = images()
@@ -163,7 +163,7 @@ def test_every_parameter_learns(name: str) -> None:
     [
         ("wrn40_2", r"unknown architecture 'wrn40_2': choose one such as .*; did you mean wrn_40_2 or wrn_40_1\?"),
         ("ShuffleV2", "did you mean shufflenetv2 or"),
-        ("resnet18", r"depth of a ResNet .* 6n \+ 2, got 18; did you mean timm:resnet18\?"),
+        ("resnet18", r"depth of a ResNet .* 6n \+ 2, at least 8, got 18; did you mean timm:resnet18\?"),
         ("convnext_atto", r"did you mean timm:convnext_atto\?"),
         ("wrn_4_2", r"depth 6n \+ 4 and width 1 or more, got 4 and 2"),
         ("wrn_16_0", "got 16 and 0"),
