@@ -87,7 +87,7 @@ class KDTrainer(Trainer):
         labels, sample_ids, views = (inputs.pop(name, None) for name in ("labels", "sample_id", "view"))
         size = len(next(iter(inputs.values())))
         # The mean over the step's samples is what one big batch would give; data parallel averages over processes.
-        share = 1.0 if num_items_in_batch is None else size * self.args.world_size / float(num_items_in_batch)
+        share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
         student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
         teacher = self._teacher_says(inputs, sample_ids, views)
         parts = self.objective_in_step(student, teacher, labels)
@@ -102,10 +102,12 @@ class KDTrainer(Trainer):
         self._parts_weight += share  # one per optimizer step
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int:
         """Number of samples in this optimizer step, over all micro-batches and processes."""
-        number = torch.tensor(sum(len(next(iter(batch.values()))) for batch in batch_samples), device=device)
-        return self.accelerator.gather(number).sum() if self.args.world_size > 1 else number
+        number = sum(len(next(iter(batch.values()))) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return number  # on the host: a copy to a GPU would wait for it
+        return self.accelerator.gather(torch.tensor(number, device=device)).sum()
 
     def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None) -> Outputs | None:
         if self.teacher_outputs is not None:

@@ -1,5 +1,6 @@
 """KDTrainer: gradients, the teacher's innocence, objective parameters, resuming, and stopping on bad losses."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -276,3 +277,60 @@ def test_length_groups_depend_on_seed_and_epoch_alone():
     assert orders(0) == orders(0)
     assert orders(0)[0] != orders(0)[1]
     assert orders(0)[0] != orders(1)[0]
+
+
+def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
+    args = arguments(tmp_path, num_train_epochs=4, lr_milestones=[1, 3], logging_strategy="steps", logging_steps=1)
+    trainer = KDTrainer(model=model(), args=args, objective=Objective(task=(1.0, task_loss())), train_dataset=Rows(24))
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.05] * 3 + [0.005] * 6 + [0.0005] * 3)  # three steps an epoch
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everything, tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    args = arguments(tmp_path, weight_decay=0.1, decay_everything=everything)
+    trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss())))
+    decayed = {
+        id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
+    }
+    names = {name for name, parameter in network.named_parameters() if id(parameter) in decayed}
+    everyone = {name for name, _ in network.named_parameters()}
+    assert names == (everyone if everything else {"0.weight", "2.weight"})
+
+
+def test_batches_of_one_size_in_training_and_every_sample_in_evaluation(tmp_path):
+    args = arguments(
+        tmp_path, per_device_train_batch_size=10, per_device_eval_batch_size=10, dataloader_drop_last=True
+    )
+    trainer = KDTrainer(model=model(), args=args, objective=Objective(task=(1.0, task_loss())), train_dataset=Rows(24))
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [10, 10]
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader(Rows(24))) == 24
+
+
+def test_a_model_trained_before_is_trained_in_the_same_precision_again(tmp_path):
+    """accelerate marks what it has prepared, copies of it too; a marked model would silently train in fp32."""
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return self.inner(x)
+
+    network = Watched()
+    for _ in range(2):
+        args = arguments(tmp_path, precision="bf16")
+        trainer = KDTrainer(
+            model=network, args=args, objective=Objective(task=(1.0, task_loss())), train_dataset=Rows(24)
+        )
+        trainer.train()
+        trainer.finish()
+        network = copy.deepcopy(network)
+    assert len(seen) == 6 and all(seen)
+    network(Rows(4).x)
+    assert not seen[-1], "handed back as it was"

@@ -59,7 +59,10 @@ class Views(ImageViews):
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         chosen = torch.as_tensor(rows)
-        ids, views = torch.stack([chosen, self.views[chosen]]).to(self.images.device)
+        numbers = torch.stack([chosen, self.views[chosen]])
+        if self.images.is_cuda:
+            numbers = numbers.pin_memory()  # or the copy would wait for all that the GPU has yet to do
+        ids, views = numbers.to(self.images.device, non_blocking=True)
         return {
             "pixel_values": self.crop(ids, views),
             "labels": self.labels[ids],

@@ -156,6 +156,38 @@ def test_plain_methods_train(method, teacher, tmp_path):
     assert (tmp_path / "views").exists() == (method == "kd")
 
 
+@pytest.mark.parametrize("keys", ["carried", "new", "reused"])
+def test_a_teacher_with_a_bottleneck_is_distilled_into_a_student_with_one(keys, teacher, tmp_path):
+    script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--pairs", 16,
+           "--codebooks", 16, "--value_epochs", 2, "--no_control", "--output_dir", tmp_path)  # fmt: skip
+    results = results_of(tmp_path)
+    assert results["method"] == f"keys_{keys}" and results["parameters_of_parts"]["student"]["head"] > 0
+    own = weights(tmp_path)
+    given = load_file(tmp_path / "stages" / "teacher" / "model.safetensors")
+    aligned = load_file(tmp_path / "stages" / "student_encoder" / "model.safetensors")
+    assert torch.equal(own["head.keys"], given["head.keys"]) == (keys != "new")
+    assert torch.equal(own["head.values"], given["head.values"]) == (keys == "reused")
+    for name in aligned:  # behind a frozen backbone, batch norms included
+        assert name.startswith("head.") or torch.equal(own[name], aligned[name]), name
+
+
+def test_a_bottleneck_that_cannot_be_is_refused_before_anything_is_trained(teacher, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--codebooks", 7, "--output_dir",
+               tmp_path / "run")  # fmt: skip
+    assert stopped.value.code == 2 and "7 codebooks do not divide" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(teacher, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [SCRIPTS / "train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--output_dir", tmp_path / "run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert results_of(tmp_path / "run")["models"]["student"]["metrics"]["test"]["accuracy"] > 0
+
+
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(teacher, simkd, tmp_path):
     for name, seed in (("same", 42), ("other", 7)):
         script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--seed", seed,
