@@ -1,6 +1,7 @@
 """What came of a sweep: one table and one plot, mean and standard deviation over the seeds."""
 
 import io
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,63 +39,57 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
     header += ["parameters", "seconds of its group"]
     rows = []
     for label, rate in dict.fromkeys((cell.label, cell.learning_rate) for cell in found):
-        runs = [results for cell, results in found.items() if (cell.label, cell.learning_rate) == (label, rate)]
-        students = [run["models"]["student"] for run in runs]
-        cells = [label, f"{rate:g}", str(len(runs))]
-        cells += [_spread([student["metrics"][split]["accuracy"] for student in students]) for split in splits]
-        cells.append(_spread([r["gain_over_control"] for r in runs if r["gain_over_control"] is not None]))
-        cells += [number(students[0]["parameters"]), _spread([run["seconds"]["student"] for run in runs])]
+        runs = _runs(found, label, rate)
+        cells = [label, f"{rate:g}", str(len(runs)), *(_shown(_accuracy(runs, split)) for split in splits)]
+        cells.append(_shown(Spread.of([r["gain_over_control"] for r in runs if r["gain_over_control"] is not None])))
+        cells.append(number(runs[0]["models"]["student"]["parameters"]))
+        cells.append(_shown(Spread.of([run["seconds"]["student"] for run in runs])))
         rows.append(cells)
     return header, rows
-
-
-def _spread(values: list[float]) -> str:
-    spread = Spread.of(values)
-    if spread is None:
-        return "–"
-    return number(spread.mean) + (f" ± {number(spread.std)}" if spread.std is not None else "")
 
 
 def plot(found: Found) -> bytes:
     """Accuracy over the learning rate, one line per kind of student, bars of one standard deviation; PNG."""
     first = next(iter(found.values()))
-    split = first["primary_metric"]["split"]
-    styles = [*STYLES.values(), *OTHER_STYLES]
+    split, teacher = first["primary_metric"]["split"], first["models"]["teacher"]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.6, 3.4), dpi=200, layout="constrained")
         axes = figure.subplots()
-        for number_, label in enumerate(dict.fromkeys(cell.label for cell in found)):
-            colour, line, marker = styles[number_ % len(styles)]
-            points = []
-            for rate in sorted({cell.learning_rate for cell in found if cell.label == label}):
-                values = [
-                    results["models"]["student"]["metrics"][split]["accuracy"]
-                    for cell, results in found.items()
-                    if (cell.label, cell.learning_rate) == (label, rate)
-                ]
-                spread = Spread.of(values)
-                if spread is not None:
-                    points.append((rate, spread.mean, spread.std or 0.0))
-            rates, means, deviations = zip(*points, strict=True)
+        labels = list(dict.fromkeys(cell.label for cell in found))
+        for label, (colour, line, marker) in zip(labels, cycle([*STYLES.values(), *OTHER_STYLES]), strict=False):
+            rates = sorted({cell.learning_rate for cell in found if cell.label == label})
+            spreads = [_accuracy(_runs(found, label, rate), split) for rate in rates]
+            means, deviations = [spread.mean for spread in spreads], [spread.std or 0.0 for spread in spreads]
             axes.errorbar(
-                rates,
-                means,
-                deviations,
-                color=colour,
-                linestyle=line,
-                marker=marker,
-                markersize=4,
-                capsize=2,
-                label=label,
+                rates, means, deviations, color=colour, linestyle=line, marker=marker, ms=4, capsize=2, label=label
             )
-        teacher = first["models"]["teacher"]
         if teacher:
             level = teacher["metrics"][split]["accuracy"]
             axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2, label="teacher")
+        everywhere = sorted({cell.learning_rate for cell in found})
         axes.set_xscale("log")
+        axes.set_xticks(everywhere, [f"{rate:g}" for rate in everywhere])
+        axes.minorticks_off()
         axes.set_xlabel("Learning rate")
         axes.set_ylabel(f"{split.capitalize()} accuracy")
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _runs(found: Found, label: str, rate: float) -> list[dict[str, Any]]:
+    """The results of one kind of student at one learning rate, over the seeds."""
+    return [results for cell, results in found.items() if (cell.label, cell.learning_rate) == (label, rate)]
+
+
+def _accuracy(runs: list[dict[str, Any]], split: str) -> Spread:
+    spread = Spread.of([run["models"]["student"]["metrics"][split]["accuracy"] for run in runs])
+    assert spread is not None, "a sweep shows finished runs"
+    return spread
+
+
+def _shown(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    return number(spread.mean) + (f" ± {number(spread.std)}" if spread.std is not None else "")
