@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -29,28 +30,30 @@ def over_dataset(
     precision: str = "fp32",
     batch_size: int = 64,
     description: str = "",
+    workers: int = 0,
 ) -> dict[str, list[Tensor]]:
     """What `call(**batch)` says about each sample: {name: one tensor per row of the dataset, on the CPU}.
 
     The model is put on the device and in eval mode (and back in its mode); `call` is the model or a function of it.
     Tensors (batch, positions, ...) of a batch with an attention mask lose their padding. Columns that the collator
-    yields but no model takes (NOT_INPUTS) are dropped.
+    yields but no model takes (NOT_INPUTS) are dropped. `workers`: processes that fetch batches ahead.
     """
     rank, world = process()
     device, was_training = best_device(), model.training
-    model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device).eval()
     order = torch.arange(len(dataset))
     if "length" in getattr(dataset, "column_names", ()):
         order = torch.as_tensor(dataset["length"]).argsort(stable=True)
-    batches = order.split(batch_size)[rank::world]
+    batches = [rows.tolist() for rows in order.split(batch_size)[rank::world]]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    shown = tqdm(loader, desc=description, disable=not description or rank != 0, leave=False)
     pieces: list[tuple[int, dict[str, Tensor]]] = []
     try:
-        for rows in tqdm(batches, desc=description, disable=not description or rank != 0, leave=False):
-            batch = collate(_fetch(dataset, rows.tolist()))
+        for rows, batch in zip(batches, shown, strict=True):
             batch = {name: value.to(device) for name, value in batch.items() if name not in NOT_INPUTS}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 said = call(**batch)
-            pieces += zip(rows.tolist(), _per_row(said, batch.get("attention_mask")), strict=True)
+            pieces += zip(rows, _per_row(said, batch.get("attention_mask")), strict=True)
     finally:
         model.train(was_training)
     if world > 1:  # as arrays, because tensors of uint16 do not survive the way
@@ -58,11 +61,6 @@ def over_dataset(
         pieces = [(row, {name: torch.from_numpy(a) for name, a in said.items()}) for row, said in arrays]
     pieces.sort(key=lambda piece: piece[0])
     return {name: [said[name] for _, said in pieces] for name in pieces[0][1]}
-
-
-def _fetch(dataset: Any, rows: list[int]) -> Any:
-    """As torch's data loader does it."""
-    return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
 def _per_row(said: dict[str, Tensor], mask: Tensor | None) -> list[dict[str, Tensor]]:

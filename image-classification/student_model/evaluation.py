@@ -25,22 +25,30 @@ def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return image_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-def predict(model: ImageClassifier, data: ImageData, split: str) -> np.ndarray:
+def predict(model: ImageClassifier, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
     """Logits (images, classes) of a split in its order. Always fp32: what a user gets who just loads the model."""
 
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
 
     views = data.views(split, model.device)
-    said = over_dataset(model, logits, views, as_it_is, batch_size=250, description=f"evaluating {split}")
+    said = over_dataset(
+        model, logits, views, as_it_is, batch_size=250, description=f"evaluating {split}", workers=workers
+    )
     return torch.stack(said["logits"]).numpy()
 
 
 def evaluate(
-    name: str, model: ImageClassifier, data: ImageData, teacher_logits: dict[str, np.ndarray] | None = None
+    name: str,
+    model: ImageClassifier,
+    data: ImageData,
+    teacher_logits: dict[str, np.ndarray] | None = None,
+    workers: int = 0,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A model's entry in results.json, and its logits by split, with which a student's agreement is measured."""
-    logits = {split: predict(model, data, split) for split in data.splits if split != "train"}
+    """A model's entry in results.json, and its logits by split, with which a student's agreement is measured.
+    `workers`: processes that decode large images.
+    """
+    logits = {split: predict(model, data, split, workers) for split in data.splits if split != "train"}
     metrics = {}
     for split, said in logits.items():
         metrics[split] = image_metrics(said, data.splits[split].labels.numpy())

@@ -144,7 +144,7 @@ class Experiment:
         said = None
         for role, given in models.items():
             if given is not None:
-                entries[role], logits = evaluate(*given, self.data, said)
+                entries[role], logits = evaluate(*given, self.data, said, self.args.dataloader_num_workers)
                 said = logits if role == "teacher" else said
         student = models.get("student")
         results = self.write(self.run.folder, self.method, entries, student and student[1], self.run.history)
