@@ -40,7 +40,7 @@ def over_dataset(
     """
     rank, world = process()
     device, was_training = best_device(), model.training
-    model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]
     order = torch.arange(len(dataset))
     if "length" in getattr(dataset, "column_names", ()):
         order = torch.as_tensor(dataset["length"]).argsort(stable=True)
