@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, on models too small for several threads
 
 import common  # noqa: E402, F401, I001
 import pytest  # noqa: E402

@@ -292,10 +292,11 @@ def plain_classifier(folder: Path, labels: list[str], **config: int) -> Path:
 def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") -> str:
     with pytest.raises(SystemExit) as stopped:
         distill(recipe, "--output_dir", folder, *words)
-    error = capsys.readouterr().err
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "examples/s" not in line]
+    error = "\n".join(filter(None, lines))  # a tokenizer's progress bar may come before
     assert stopped.value.code == 2, error
     assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
+    assert error.count("\n") == 0, error
     assert not (folder / "results.json").exists()
     assert not (folder / "student").exists()
     return error
