@@ -15,6 +15,7 @@ from typing import Any
 
 from common.cli import parse, run
 from common.filling import Keys
+from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill, listen
 from image_classification.student_model.experiment import Experiment
@@ -43,6 +44,8 @@ def main() -> None:
     data, factor = data_args.load(), matching.projector_factor
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
     simkd(simkd_student(pair.student, sketch, seen, factor), sketch, seen, matching, training.temperature)
+    if sketch.config.bottleneck:
+        raise UserError(f"teacher {pair.teacher} has a bottleneck already: name one with a linear head")
     shape.check(sketch.head.in_features)
     experiment = Experiment(f"keys_{args.keys}", training, data, args, shape, values, pair, matching, data_args)
     encoder = experiment.teacher(pair.teacher, pair.teacher_epochs, stage="teacher_encoder")

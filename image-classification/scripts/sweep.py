@@ -43,7 +43,7 @@ def main() -> None:
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     cells, teacher_name = list(cells_of(axes)), pair.teacher
     sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
-    for cell in cells:
+    for cell in {cell.key: cell for cell in cells}.values():
         student_of(cell, pair.student, sketch, seen, training, weights)
     if given_teacher(teacher_name, data) is None:
         args = copy.copy(training)

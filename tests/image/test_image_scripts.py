@@ -167,6 +167,10 @@ def test_a_teacher_with_a_bottleneck_is_distilled_into_a_student_with_one(keys, 
     aligned = load_file(tmp_path / "stages" / "student_encoder" / "model.safetensors")
     assert torch.equal(own["head.keys"], given["head.keys"]) == (keys != "new")
     assert torch.equal(own["head.values"], given["head.values"]) == (keys == "reused")
+    with pytest.raises(SystemExit) as stopped:
+        script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", tmp_path / "stages" / "teacher", "--output_dir",
+               tmp_path / "again")  # fmt: skip
+    assert stopped.value.code == 2
     for name in aligned:  # behind a frozen backbone, batch norms included
         assert name.startswith("head.") or torch.equal(own[name], aligned[name]), name
 
