@@ -4,7 +4,6 @@ Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240), 
 and values that are logits and are averaged over the codebooks.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from common.bottleneck import DiscreteKeyValueBottleneck
 from common.outputs import Outputs
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
-from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
-from image_classification.teacher_model.teacher import trained_folder
+from image_classification.teacher_model.classifier import ImageClassifier
+from image_classification.teacher_model.teacher import load_trained, trained_folder
 
 PIXELS = "pixels"  # the encoder that does nothing
 
@@ -141,16 +140,4 @@ def load_encoder(name: str, data: ImageData) -> tuple[ImageClassifier | None, Im
     folder = trained_folder(name)
     if folder is None:
         raise UserError(f"unknown encoder {name!r}: give {PIXELS}, or the folder of a trained image classifier")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
-    if not isinstance(config, ImageClassifierConfig):
-        raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
-    if config.image_size != data.size:
-        raise UserError(
-            f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
-            f"--image_size {config.image_size}"
-        )
-    data = replace(data, mean=config.mean or data.mean, std=config.std or data.std)
-    return ImageClassifier.from_pretrained(folder), data
+    return load_trained(folder, data, any_labels=True)

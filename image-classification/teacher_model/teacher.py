@@ -24,10 +24,10 @@ def trained_folder(name: str) -> Path | None:
     return None
 
 
-def load_trained(folder: Path, data: ImageData) -> tuple[ImageClassifier, ImageData]:
+def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tuple[ImageClassifier, ImageData]:
     """The classifier of a folder, and the data in the normalization that it was trained with.
 
-    Raises UserError for another kind of model, another label order, or another size of images.
+    Raises UserError for another kind of model, another size of images and, unless `any_labels`, another label order.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -35,7 +35,8 @@ def load_trained(folder: Path, data: ImageData) -> tuple[ImageClassifier, ImageD
         raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
     if not isinstance(config, ImageClassifierConfig):
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
-    _refuse_other_labels(folder, config.label_names, data)
+    if not any_labels:
+        _refuse_other_labels(folder, config.label_names, data)
     if config.image_size != data.size:
         raise UserError(
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 from paths import REPO
 from safetensors.torch import load_file
+from scripts import run_script
 
 from common.report import validate
 
@@ -23,12 +23,7 @@ PAIR = ["--student", "resnet8"]
 
 
 def script(name: str, *words: object) -> None:
-    """Runs a script in this process, as `python image-classification/scripts/NAME WORDS`."""
-    before, sys.argv = sys.argv, [str(SCRIPTS / name), *map(str, words)]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.argv = before
+    run_script(f"image-classification/scripts/{name}", *words)
 
 
 def results_of(folder: Path) -> dict[str, Any]:

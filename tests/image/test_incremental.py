@@ -1,7 +1,6 @@
 """Classes one after another, from end to end on the embedded digits: what is kept, what is lost, what may move."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from paths import REPO
 from safetensors.torch import load_file
+from scripts import run_script
 from transformers import BertConfig
 
 from common.bottleneck import DiscreteKeyValueBottleneck
@@ -36,13 +35,7 @@ SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", v
 
 
 def script(*words: object) -> None:
-    """Runs the script in this process, as `python image-classification/scripts/train_bottleneck.py WORDS`."""
-    path = str(REPO / "image-classification" / "scripts" / "train_bottleneck.py")
-    before, sys.argv = sys.argv, [path, *map(str, words)]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    finally:
-        sys.argv = before
+    run_script("image-classification/scripts/train_bottleneck.py", *words)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from paths import REPO
 from safetensors.torch import load_file
+from scripts import run_script
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -45,12 +46,7 @@ def small(tmp_path_factory) -> Path:
 
 
 def script(name: str, *words: object) -> None:
-    """Runs a script in this process, as `python NLP/scripts/NAME WORDS`."""
-    before, sys.argv = sys.argv, [str(SCRIPTS / name), *map(str, words)]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.argv = before
+    run_script(f"NLP/scripts/{name}", *words)
 
 
 def distill(recipe: str, *words: object) -> None:
