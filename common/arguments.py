@@ -55,6 +55,8 @@ class KDTrainingArguments(TrainingArguments):
             raise ValueError(f"--alpha must be between 0 and 1, got {self.alpha}")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be positive, got {self.temperature}")
+        if self.lr_milestones is not None and self.max_steps > 0:
+            raise ValueError("--lr_milestones are epochs: give --num_train_epochs, not --max_steps")
         cuda = torch.cuda.is_available() and not self.use_cpu
         self.precision = resolve_precision(self.precision, torch.device("cuda" if cuda else "cpu"))
         self.bf16, self.use_cpu = self.precision == "bf16", not cuda

@@ -51,6 +51,13 @@ class Objective(nn.Module):
         return {name: term(student, teacher, labels) for name, term in self.watched.items()}
 
 
+def labels_and_soft_targets(alpha: float, temperature: float, regression: bool = False) -> Objective:
+    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
+    return Objective(
+        task=(alpha, task_loss(regression)), soft_targets=(1 - alpha, soft_targets(temperature, regression))
+    )
+
+
 def task_loss(regression: bool = False) -> Term:
     """Cross-entropy with the labels (batch,), or mean squared error for regression."""
 

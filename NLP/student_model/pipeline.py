@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.filling import Keys, set_keys
 from common.inference import as_it_is, over_dataset
 from common.losses import feature_cosine, feature_l2
-from common.objective import FeatureLoss, Hint, Objective, Term, match, soft_targets, task_loss
+from common.objective import FeatureLoss, Hint, Objective, Term, labels_and_soft_targets, match, task_loss
 from common.outputs import Outputs
 from common.run import Run
 from common.teacher_outputs import TeacherOutputs, outputs_key
@@ -64,11 +64,9 @@ class Pipeline:
     def objective(self, data: TextData, with_teacher: bool) -> Objective:
         """alpha * labels + (1 - alpha) * soft targets, or the labels alone."""
         args = self.run.args
-        task = task_loss(data.regression)
         if not with_teacher:
-            return Objective(task=(1.0, task))
-        soft = soft_targets(args.temperature, data.regression)
-        return Objective(task=(args.alpha, task), soft_targets=(1 - args.alpha, soft))
+            return Objective(task=(1.0, task_loss(data.regression)))
+        return labels_and_soft_targets(args.alpha, args.temperature, data.regression)
 
     def finetune(
         self,

@@ -11,13 +11,12 @@ is the same network trained on the labels alone, with a bottleneck of its own.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from common.cli import parse, run
 from common.filling import Keys
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill, listen
+from image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill
 from image_classification.student_model.experiment import Experiment
 from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
 from image_classification.teacher_model.classifier import ImageClassifier
@@ -51,8 +50,10 @@ def main() -> None:
     encoder = experiment.teacher(pair.teacher, pair.teacher_epochs, stage="teacher_encoder")
     data = experiment.data
 
-    def filled(name: str, behind: ImageClassifier, keys: Keys, **source: Any) -> ImageClassifier:
-        return experiment.stage(name, lambda: fill(experiment, name, behind, shape, values, keys, **source))
+    def filled(
+        name: str, behind: ImageClassifier, keys: Keys, teacher: ImageClassifier | None = None
+    ) -> ImageClassifier:
+        return experiment.stage(name, lambda: fill(experiment, name, behind, shape, values, keys, teacher))
 
     teacher = filled("teacher", encoder, "new")
     control = None
@@ -67,7 +68,7 @@ def main() -> None:
         lambda student: simkd(student, encoder, data, matching, training.temperature),
         stage="student_encoder",
     )
-    student = filled("student", aligned, args.keys, source=teacher, teacher_outputs=listen(teacher, experiment))
+    student = filled("student", aligned, args.keys, teacher)
     experiment.report(
         teacher=(f"{pair.teacher} + bottleneck", teacher),
         control=None if control is None else (f"{pair.student} + projector + bottleneck, labels only", control),

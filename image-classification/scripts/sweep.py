@@ -51,18 +51,20 @@ def main() -> None:
         args.resume_from_checkpoint = (folder / "teacher" / RECIPE).exists()
         Experiment("teacher", args, data, pair, data_args).teacher(pair.teacher, pair.teacher_epochs)
 
+    given = given_teacher(teacher_name, data)
+    assert given is not None, "it has just been trained"
+    teacher, data = given
     missing = [cell for cell in cells if not results_file(folder, cell).exists()]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
+    measured, said = evaluate(pair.teacher, teacher, data) if missing else ({}, {})
     for _, members in groupby(missing, lambda cell: (cell.learning_rate, cell.seed)):
         group = list(members)
         experiment = Experiment("sweep", group_arguments(training, folder, group), data, pair, weights, data_args)
-        teacher = experiment.teacher(teacher_name, None)
         students = train_side_by_side(experiment, group, pair.student, teacher, weights)
-        measured, said = evaluate(pair.teacher, teacher, experiment.data)
         for cell in group:
             student = students[cell.key]
             entries = {"teacher": measured, "control": _control(folder, cell)}
-            entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, experiment.data, said)
+            entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, data, said)
             experiment.write(
                 results_file(folder, cell).parent,
                 cell.label,

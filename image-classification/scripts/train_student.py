@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import parse, run
+from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.baselines import METHODS
 from image_classification.student_model.experiment import Experiment
@@ -31,23 +32,22 @@ class Arguments:
         metadata={"help": "folder for a table of what the teacher says about each view (kd); later runs only read it"},
     )
 
-    def __post_init__(self) -> None:
-        if self.teacher_views is not None and self.method != "kd":
-            raise ValueError(f"--teacher_views keeps logits, --method {self.method} needs more of the teacher")
-
 
 def main() -> None:
     args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
     data = data_args.load()
-    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    student = new_classifier(pair.student, seen.config)
-    if args.method != "none":
-        METHODS[args.method](student, sketch, seen, training.alpha, training.temperature)
-    experiment = Experiment(args.method, training, data, args, pair, data_args)
     if args.method == "none":
-        student = experiment.labels_only("student", lambda: new_classifier(pair.student, experiment.data.config))
+        new_classifier(pair.student, data.config)  # an unknown one is refused before anything is written
+        experiment = Experiment(args.method, training, data, args, pair, data_args)
+        student = experiment.labels_only("student", lambda: new_classifier(pair.student, data.config))
         experiment.report(student=(f"{pair.student}, labels only", student))
         return
+    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
+    method = METHODS[args.method]
+    how = method(new_classifier(pair.student, seen.config), sketch, seen, training.alpha, training.temperature)
+    if args.teacher_views is not None and not how.logits_only:
+        raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
+    experiment = Experiment(args.method, training, data, args, pair, data_args)
     teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
     data = experiment.data
     control = None
@@ -56,7 +56,7 @@ def main() -> None:
     student = experiment.distill(
         teacher,
         lambda: new_classifier(pair.student, data.config),
-        lambda student: METHODS[args.method](student, teacher, data, training.alpha, training.temperature),
+        lambda student: method(student, teacher, data, training.alpha, training.temperature),
         args.teacher_views,
     )
     experiment.report(

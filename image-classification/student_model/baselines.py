@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from common.losses import attention_transfer, feature_l2
-from common.objective import Objective, Term, soft_targets, task_loss
+from common.objective import Objective, Term, labels_and_soft_targets, task_loss
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
 from image_classification.student_model.matching import FeatureMatch, Method, probe, some_images, stage_paths
@@ -22,8 +22,7 @@ def kd(
     student: ImageClassifier, teacher: ImageClassifier, data: ImageData, alpha: float, temperature: float
 ) -> Method:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL."""
-    objective = Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(temperature)))
-    return Method(objective, logits_only=True)
+    return Method(labels_and_soft_targets(alpha, temperature), logits_only=True)
 
 
 def fitnet(

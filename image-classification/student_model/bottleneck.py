@@ -9,7 +9,7 @@ from torch import Tensor
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.filling import CodeDataset, Keys, set_keys
 from common.inference import as_it_is, over_dataset
-from common.objective import Objective, soft_targets, task_loss
+from common.objective import Objective, labels_and_soft_targets, task_loss
 from common.teacher_outputs import TeacherOutputs
 from common.utils.devices import best_device
 from common.utils.errors import UserError
@@ -81,18 +81,17 @@ def fill(
     shape: BottleneckShape,
     values: ValueArguments,
     keys: Keys,
-    source: ImageClassifier | None = None,
-    teacher_outputs: TeacherOutputs | None = None,
+    teacher: ImageClassifier | None = None,
 ) -> ImageClassifier:
-    """A bottleneck behind a frozen encoder: keys without labels, then (but for `reused`) values on labels, and on a
-    teacher's soft targets where there are any.
+    """A bottleneck behind a frozen encoder: keys without labels, then (but for `reused`) values on labels, and on the
+    soft targets of a teacher, whose bottleneck may give the keys.
     """
     data, args = experiment.data, experiment.args
     model = with_bottleneck(encoder, shape).to(best_device())  # type: ignore[arg-type]
     embeddings = {split: embed(model, experiment, split) for split in ("train", "validation") if split in data.splits}
     head = model.head
     assert isinstance(head, DiscreteKeyValueBottleneck)
-    before = source.head if source is not None else None
+    before = teacher.head if teacher is not None else None
     assert before is None or isinstance(before, DiscreteKeyValueBottleneck)
     model.config.key_statistics = set_keys(head, keys, before, embeddings["train"], args.seed)
     if keys == "reused":
@@ -102,16 +101,14 @@ def fill(
         for split, rows in embeddings.items()
     }
     objective = Objective(task=(1.0, task_loss()))
-    if teacher_outputs is not None:
-        objective = Objective(
-            task=(args.alpha, task_loss()), soft_targets=(1 - args.alpha, soft_targets(args.temperature))
-        )
+    if teacher is not None:
+        objective = labels_and_soft_targets(args.alpha, args.temperature)
     return experiment.run.train(
         name,
         model,
         values.settings(args.value_learning_rate or VALUE_LEARNING_RATE),
         objective=objective,
-        teacher_outputs=teacher_outputs,
+        teacher_outputs=None if teacher is None else listen(teacher, experiment),
         train_dataset=codes["train"],
         eval_dataset=codes.get("validation"),
         data_collator=as_it_is,
@@ -123,9 +120,7 @@ def embed(model: ImageClassifier, experiment: Experiment, split: str) -> Tensor:
     """What the head sees of each image of a split (images, width), on the device."""
 
     def pooled(**batch: Tensor) -> dict[str, Tensor]:
-        features = model.backbone(batch["pixel_values"])
-        features = features if model.projector is None else model.projector(features)
-        return {"pooled": features.mean((2, 3)).float()}
+        return {"pooled": model.last_map(**batch).mean((2, 3)).float()}
 
     views, precision = experiment.data.views(split, best_device()), experiment.args.precision
     said = over_dataset(model, pooled, views, as_it_is, precision, batch_size=250, description=f"embedding {split}")

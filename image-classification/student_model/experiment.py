@@ -107,8 +107,6 @@ class Experiment:
         def build_and_fit() -> ImageClassifier:
             student = build()
             how = method(student)
-            if views_folder is not None and not how.logits_only:
-                raise UserError("only methods that need nothing but the teacher's logits can read them from a table")
             return self.fit(
                 stage,
                 student,
@@ -147,7 +145,9 @@ class Experiment:
                 entries[role], logits = evaluate(*given, self.data, said, self.args.dataloader_num_workers)
                 said = logits if role == "teacher" else said
         student = models.get("student")
-        results = self.write(self.run.folder, self.method, entries, student and student[1], self.run.history)
+        keys = {role: getattr(given[1].config, "key_statistics", None) for role, given in models.items() if given}
+        extra = {"keys": {role: found for role, found in keys.items() if found}} if any(keys.values()) else {}
+        results = self.write(self.run.folder, self.method, entries, student and student[1], self.run.history, **extra)
         if PartialState().is_main_process:
             print_table(results)
             print(f"report: {self.run.folder / 'report.md'}")

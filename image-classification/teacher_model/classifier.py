@@ -80,12 +80,15 @@ class ImageClassifier(PreTrainedModel):
             return Outputs(logits=self.head.decode(codes), features={})
         if pixel_values is None:
             raise ValueError("ImageClassifier needs pixel_values, or codes for its bottleneck")
-        # In one memory format always: the kernels of another would round otherwise.
-        features = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
-        if self.projector is not None:
-            features = self.projector(features)
+        features = self.last_map(pixel_values)
         pooled = features.mean((2, 3))  # (batch, channels)
         return Outputs(logits=self.head(pooled), features={"map": features, "pooled": pooled})
+
+    def last_map(self, pixel_values: Tensor) -> Tensor:
+        """The map (batch, channels, h', w') whose average the head sees."""
+        # In one memory format always: the kernels of another would round otherwise.
+        features = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
+        return features if self.projector is None else self.projector(features)
 
 
 def new_classifier(architecture: str, data_config: dict[str, Any], **parts: Any) -> ImageClassifier:

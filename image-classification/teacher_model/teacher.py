@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from common.utils.errors import UserError
@@ -42,7 +43,11 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
             f"--image_size {config.image_size}"
         )
-    return ImageClassifier.from_pretrained(folder), replace(data, mean=config.mean or [], std=config.std or [])
+    try:
+        model = ImageClassifier.from_pretrained(folder)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} cannot be read ({error}): train it again or copy it anew") from error
+    return model, replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 
 def given_teacher(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData] | None:

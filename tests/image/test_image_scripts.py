@@ -266,6 +266,7 @@ def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
         ("train_simkd.py", ["--feature_weight", "0"], "nor all zero"),
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs more of the teacher"),
+        ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
         ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
         ("sweep.py", ["--methods", "dkd"], "--methods knows no 'dkd'"),
@@ -282,6 +283,18 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, words, complaint, tm
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and said.startswith("error:") and complaint in said
     assert not list(tmp_path.rglob("*.*")), "nothing half-written"
+
+
+def test_a_damaged_teacher_is_one_line(teacher, tmp_path, capsys):
+    stage = teacher / "stages" / "teacher"
+    (tmp_path / "config.json").write_bytes((stage / "config.json").read_bytes())
+    for content in (None, (stage / "model.safetensors").read_bytes()[:1000]):
+        if content is not None:
+            (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(SystemExit) as stopped:
+            script("evaluate.py", tmp_path)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and error.startswith(f"error: the weights in {tmp_path} cannot be read")
 
 
 def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path, capsys):

@@ -16,6 +16,11 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def through_stages(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        return x
+
 
 def initialize(backbone: nn.Module) -> None:
     """He's normal initialization (fan out) of convolutions; batch norms start as the identity."""

@@ -65,7 +65,4 @@ class MobileNetV2(Backbone):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in self.stages:
-            x = self.get_submodule(stage)(x)
-        return self.last(x)
+        return self.last(self.through_stages(self.stem(x)))

@@ -51,7 +51,4 @@ class ResNet(Backbone):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        for stage in self.stages:
-            x = self.get_submodule(stage)(x)
-        return x
+        return self.through_stages(self.bn1(self.conv1(x)).relu())

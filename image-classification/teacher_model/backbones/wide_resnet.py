@@ -47,7 +47,4 @@ class WideResNet(Backbone):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        for stage in self.stages:
-            x = self.get_submodule(stage)(x)
-        return self.bn(x).relu()
+        return self.bn(self.through_stages(self.conv1(x))).relu()
