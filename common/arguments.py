@@ -1,12 +1,29 @@
 """Arguments of a distillation run: all of transformers' TrainingArguments and what distillation adds."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from common.utils.precision import resolve_precision
+
+
+@dataclass
+class RunArguments:
+    """What every run must know, for those that transformers' Trainer does not train."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "where the run's folder is made (default: runs/<domain>/<name>)"}
+    )
+    seed: int = field(default=0, metadata={"help": "of everything random in the run"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
+    )
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "continue the run in the output folder where it stopped"}
+    )
+    precision: ClassVar[Literal["fp32"]] = "fp32"
 
 
 @dataclass

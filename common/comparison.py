@@ -131,14 +131,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded figures as CSV")
     arguments = parser.parse_args(argv)
-    runs, problems = read_runs(arguments.runs)
+    compare(arguments.runs, arguments.markdown, arguments.csv)
+
+
+def compare(folders: Iterable[str | Path], markdown_file: Path | None = None, csv_file: Path | None = None) -> None:
+    """Prints the comparison of the runs in `folders`, and writes it where files are given. Raises UserError without
+    any finished run.
+    """
+    runs, problems = read_runs(folders)
     if not runs:
         raise UserError(f"no finished run: {'; '.join(problems)}")
     rows = _rows(runs)
     header, cells = _comparison_table(rows)
     left_out = "\n".join(f"left out: {problem}" for problem in problems)
     print_rich(header, cells, title="mean ± standard deviation over seeds", below=left_out)
-    if arguments.markdown:
-        write_text(arguments.markdown, markdown(header, cells) + "\n")
-    if arguments.csv:
-        write_text(arguments.csv, _csv(rows))
+    if markdown_file:
+        write_text(markdown_file, markdown(header, cells) + "\n")
+    if csv_file:
+        write_text(csv_file, _csv(rows))

@@ -25,8 +25,7 @@ def soft_target_kl(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     if temperature <= 0 or teacher_temperature <= 0:
         raise ValueError(f"temperatures must be positive, got {temperature} and {teacher_temperature}")
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+    _check_direction(direction)
     _same_shape(student_logits, teacher_logits)
     own = F.log_softmax(student_logits.float() / temperature, dim=-1)
     target = F.log_softmax(teacher_logits.detach().float() / teacher_temperature, dim=-1)
@@ -47,6 +46,50 @@ def cross_entropy_mix(
     _check_alpha(alpha)
     hard = F.cross_entropy(student_logits.float(), labels)
     return alpha * hard + (1 - alpha) * soft_target_kl(student_logits, teacher_logits, temperature)
+
+
+def hard_targets(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy with the class that the teacher chooses: -log softmax(student)[argmax(teacher)].
+
+    Logits are (batch, classes); averaged over the batch. The NLL of policy distillation (arXiv:1511.06295), which
+    takes teachers whose outputs are no probabilities, such as Q-values. Raises ValueError for shapes that differ.
+    """
+    _same_shape(student_logits, teacher_logits)
+    return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
+
+
+def gaussian_kl(
+    student_mean: Tensor,
+    student_log_std: Tensor,
+    teacher_mean: Tensor,
+    teacher_log_std: Tensor,
+    direction: str = "forward",
+    sample_weights: Tensor | None = None,
+) -> Tensor:
+    """KL(teacher || student) of Gaussian policies with diagonal covariance, as distilled in PPD (arXiv:2407.15134).
+
+    KL(p || q) = log(s_q / s_p) + (s_p^2 + (m_p - m_q)^2) / (2 s_q^2) - 1/2, m and s being mean and standard deviation.
+    Means are (batch, actions), log_std anything that expands to them, such as (actions,). Summed over actions,
+    averaged over the batch, with `sample_weights` as in soft_target_kl. `direction="reverse"` is
+    KL(student || teacher).
+
+    Invariant under a tanh that both sides share, so for squashed policies it takes what goes into the tanh. From any
+    distribution to a Gaussian student, the forward KL has its minimum at the means and variances of the distribution.
+    Overflows for log_std far outside of what policies clip it to (SAC: -20 to 2). Raises ValueError for another
+    direction, for means that are not (batch, actions) and for shapes that differ.
+    """
+    _check_direction(direction)
+    _same_shape(student_mean, teacher_mean)
+    if student_mean.dim() != 2:
+        raise ValueError(f"means must be (batch, actions), got {tuple(student_mean.shape)}")
+    own = student_mean.float(), _expanded(student_log_std, student_mean)
+    target = teacher_mean.detach().float(), _expanded(teacher_log_std.detach(), teacher_mean)
+    (p_mean, p_log_std), (q_mean, q_log_std) = (target, own) if direction == "forward" else (own, target)
+    log_ratio = 2 * (p_log_std - q_log_std)  # of the variances
+    distance = (p_mean - q_mean) * (-q_log_std).exp()
+    # exp(x) - 1 - x cancels near zero: expm1 keeps the digits.
+    divergence = (torch.expm1(log_ratio) - log_ratio + distance.square()).sum(dim=-1).clamp(min=0) / 2  # (batch,)
+    return _mean(divergence, sample_weights)
 
 
 def feature_l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -161,6 +204,13 @@ def _aligned(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return prediction.float(), target.detach().float()
 
 
+def _expanded(log_std: Tensor, mean: Tensor) -> Tensor:
+    try:
+        return log_std.float().expand_as(mean)
+    except RuntimeError as error:
+        raise ValueError(f"log_std {tuple(log_std.shape)} does not expand to means {tuple(mean.shape)}") from error
+
+
 def _same_shape(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape:
         raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(second.shape)}")
@@ -169,3 +219,8 @@ def _same_shape(first: Tensor, second: Tensor) -> None:
 def _check_alpha(alpha: float) -> None:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+
+
+def _check_direction(direction: str) -> None:
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")

@@ -19,11 +19,14 @@ STYLES = {  # colour, line, marker: each alone tells the stages apart
 OTHER_STYLES = [("#CC79A7", "-.", "D"), ("#E69F00", ":", "v"), ("#56B4E9", "--", "P"), ("#000000", "-", "X")]
 
 
-def plot_curves(path: str | Path, history: dict[str, list[dict[str, Any]]], results: dict[str, Any]) -> None:
-    """Training loss (left) and primary metric on evaluation data (right) over epochs, one line per stage.
+def plot_curves(
+    path: str | Path, history: dict[str, list[dict[str, Any]]], results: dict[str, Any], progress: str = "epoch"
+) -> None:
+    """Training loss (left) and primary metric on evaluation data (right) over `progress`, one line per stage.
 
-    `history` maps a stage to the log dictionaries of transformers.Trainer (`state.log_history`). A model without
-    evaluations during training, such as a teacher that was downloaded, shows its final metric as a level line.
+    `history` maps a stage to its log dictionaries, as in the `state.log_history` of transformers.Trainer: `progress`
+    (such as "epoch") with "loss" or with "eval_" + the primary metric. A model without evaluations during training,
+    such as a teacher that was downloaded, shows its final metric as a level line.
     """
     primary = results["primary_metric"]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
@@ -31,15 +34,16 @@ def plot_curves(path: str | Path, history: dict[str, list[dict[str, Any]]], resu
         losses, metrics = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
         for stage, style in _styles(history, results).items():
             log = history.get(stage, [])
-            _draw(losses, stage, style, _points(log, "loss"))
-            points = _points(log, f"eval_{primary['name']}")
+            _draw(losses, stage, style, _points(log, progress, "loss"))
+            points = _points(log, progress, f"eval_{primary['name']}")
             _draw(metrics, stage, style, points)
             model = results["models"].get(stage)
             if not points and model:
                 level = model["metrics"][primary["split"]][primary["name"]]
                 metrics.axhline(level, color=style[0], linestyle=":", linewidth=1.2, label=f"{stage} (final)")
-        _finish(losses, "Training loss (weighted sum)")
-        _finish(metrics, f"{primary['split'].capitalize()} {primary['name'].replace('_', ' ')}")
+        _finish(losses, progress, "Training loss (weighted sum)")
+        quantity = primary["name"] if primary["split"] == "test" else f"{primary['split']} {primary['name']}"
+        _finish(metrics, progress, quantity.replace("_", " ").capitalize())  # no curve is of the test split
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())
@@ -51,8 +55,8 @@ def _styles(history: dict[str, Any], results: dict[str, Any]) -> dict[str, tuple
     return STYLES | {stage: OTHER_STYLES[i % len(OTHER_STYLES)] for i, stage in enumerate(others)}
 
 
-def _points(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(entry["epoch"], entry[key]) for entry in log if key in entry and "epoch" in entry]
+def _points(log: list[dict[str, Any]], progress: str, key: str) -> list[tuple[float, float]]:
+    return [(entry[progress], entry[key]) for entry in log if key in entry and progress in entry]
 
 
 def _draw(axes: Axes, stage: str, style: tuple[str, str, str], points: list[tuple[float, float]]) -> None:
@@ -60,12 +64,12 @@ def _draw(axes: Axes, stage: str, style: tuple[str, str, str], points: list[tupl
         return
     colour, line, marker = style
     every = max(1, len(points) // 12)
-    epochs, values = zip(*points, strict=True)
-    axes.plot(epochs, values, line, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.3, label=stage)
+    places, values = zip(*points, strict=True)
+    axes.plot(places, values, line, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.3, label=stage)
 
 
-def _finish(axes: Axes, quantity: str) -> None:
-    axes.set_xlabel("Epoch")
+def _finish(axes: Axes, progress: str, quantity: str) -> None:
+    axes.set_xlabel(progress.replace("_", " ").capitalize())
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_ylabel(quantity)

@@ -97,14 +97,16 @@ def _check(value: Any, schema: Any, where: str) -> None:
             _check(value[name], part, f"{where}.{name}")
 
 
-def write_report(folder: str | Path, results: Results, history: dict[str, list[dict[str, Any]]]) -> None:
+def write_report(
+    folder: str | Path, results: Results, history: dict[str, list[dict[str, Any]]], progress: str = "epoch"
+) -> None:
     """Writes curves.png, report.md and, last, results.json: a run that has it is finished.
 
-    `history` maps a stage (teacher, control, student) to the `state.log_history` of its transformers.Trainer.
+    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`.
     """
     validate(results)
     folder = Path(folder)
-    plot_curves(folder / "curves.png", history, results)
+    plot_curves(folder / "curves.png", history, results, progress)
     write_text(folder / "report.md", _report(results))
     write_json(folder / "results.json", results)
 
@@ -176,7 +178,7 @@ def _report(results: Results) -> str:
         f"# {_title(results)}",
         _headline(results),
         markdown(*_model_table(results)),
-        "![Training loss and evaluation metric per epoch](curves.png)",
+        "![Training loss and evaluation metric](curves.png)",
         "## All metrics",
         markdown(*_metric_table(results)),
         *_extra_sections(results),

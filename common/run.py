@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import datasets
 import yaml
@@ -31,10 +31,23 @@ from common.utils.errors import UserError
 from common.utils.files import read_json, write_json, writing_folder
 
 logger = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
+Network = TypeVar("Network", bound=nn.Module)
 
 RECIPE, RESULTS, STAGE = "recipe.yaml", "results.json", "stage.json"
 MAY_CHANGE = {"resume_from_checkpoint", "overwrite_output_dir"}  # between the start of a run and its continuation
+
+
+class RunSettings(Protocol):
+    """What a run must know, whatever trains in it."""
+
+    output_dir: str | None
+    seed: int
+    overwrite_output_dir: bool
+    resume_from_checkpoint: bool
+
+    @property
+    def precision(self) -> Literal["auto", "fp32", "bf16"]: ...
 
 
 class Run:
@@ -44,7 +57,7 @@ class Run:
     folder holds another run, or one that was started with other arguments.
     """
 
-    def __init__(self, args: KDTrainingArguments, *instances: Any) -> None:
+    def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.folder = args, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
@@ -85,9 +98,11 @@ class Run:
         if changed:
             raise UserError(f"cannot continue {self.folder} with other arguments: {', '.join(changed)}")
 
-    def stage(self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any) -> Model:
+    def stage(
+        self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any = None
+    ) -> Model:
         """The model of a stage: loaded if the stage is finished, else built, timed and saved with its `processor`, the
-        tokenizer or image processor that makes its inputs. Both have a `save_pretrained`.
+        tokenizer or image processor that makes its inputs, if it needs one. Both have a `save_pretrained`.
         """
         folder = self.folder / "stages" / name
         if (folder / STAGE).exists():
@@ -100,8 +115,9 @@ class Run:
             model = build()
         if PartialState().is_main_process:
             with writing_folder(folder) as partial:
-                model.save_pretrained(partial)  # type: ignore[operator]
-                processor.save_pretrained(partial)
+                model.save_pretrained(partial)  # type: ignore[attr-defined]
+                if processor is not None:
+                    processor.save_pretrained(partial)
                 write_json(
                     partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
                 )
@@ -131,10 +147,12 @@ class Run:
         models: dict[str, Any],
         split: str,
         metric: str,
+        floor: float = 0.0,
         **extra: Any,
     ) -> dict[str, Any]:
-        """The run's results.json: `models` are the entries of teacher, control and student (or None), `split` and
-        `metric` name the headline, `extra` is whatever else the report should say.
+        """The run's results.json: `models` are the entries of teacher, control, student (or None) and any others,
+        `split` and `metric` name the headline, `floor` is the metric's value for no skill at all (retention counts
+        from there), `extra` is whatever else the report should say.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
@@ -148,16 +166,22 @@ class Run:
             "seed": self.args.seed,
             "command": command(),
             "data": data,
-            "models": {role: models.get(role) for role in ("teacher", "control", "student")},
+            "models": {role: models.get(role) for role in ("teacher", "control", "student")} | models,
             "primary_metric": {"split": split, "name": metric},
-            "retention": student / teacher if student is not None and teacher else None,
+            "retention": _retention(student, teacher, floor),
             "gain_over_control": student - control if student is not None and control is not None else None,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),
             **extra,
         }
 
-    def train(self, name: str, model: Model, settings: dict[str, Any], **trainer: Any) -> Model:
+
+class TrainerRun(Run):
+    """A run whose stages are trained by KDTrainer."""
+
+    args: KDTrainingArguments
+
+    def train(self, name: str, model: Network, settings: dict[str, Any], **trainer: Any) -> Network:
         """Trains a stage's model from its last checkpoint on. `settings` are the stage's own training arguments,
         `trainer` the arguments of KDTrainer.
         """
@@ -174,3 +198,10 @@ class Run:
         loop.finish()
         self.history[name] = loop.state.log_history
         return model
+
+
+def _retention(student: float | None, teacher: float | None, floor: float) -> float | None:
+    """The share of the teacher's skill, counted from `floor`, that the student has; None where there is none."""
+    if student is None or teacher is None or teacher <= floor:
+        return None
+    return (student - floor) / (teacher - floor)

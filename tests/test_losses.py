@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import entropy
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 from common import losses
 
@@ -25,11 +26,26 @@ def reverse_kl(student, teacher):
     return losses.soft_target_kl(student, teacher, direction="reverse")
 
 
+def gaussian_means(student, teacher):
+    return losses.gaussian_kl(student, torch.tensor(-0.5), teacher, torch.tensor(-0.5))
+
+
+def gaussian_stds(student, teacher):
+    return losses.gaussian_kl(torch.zeros(student.shape), student, torch.zeros(teacher.shape), teacher)
+
+
+def reverse_gaussian_stds(student, teacher):
+    mean = torch.zeros(student.shape)
+    return losses.gaussian_kl(mean, student, mean, teacher, direction="reverse")
+
+
 # Every loss of a student and a teacher tensor, with a shape that it takes.
 LOSSES = {
     "soft_target_kl": (losses.soft_target_kl, (4, 3)),
     "reverse_kl": (reverse_kl, (4, 3)),
     "cross_entropy_mix": (mix, (4, 3)),
+    "hard_targets": (losses.hard_targets, (4, 3)),
+    "gaussian_means": (gaussian_means, (4, 3)),
     "feature_l2": (losses.feature_l2, (4, 5, 3)),
     "feature_cosine": (losses.feature_cosine, (4, 5, 3)),
     "channel_kl": (losses.channel_kl, MAPS),
@@ -38,7 +54,8 @@ LOSSES = {
     "regression_huber": (losses.regression_huber, (4,)),
     "regression_mix": (regression_mix, (4,)),
 }
-DIVERGENCES = {name: case for name, case in LOSSES.items() if "mix" not in name}  # zero where both sides are equal
+LABELLED = ("cross_entropy_mix", "regression_mix", "hard_targets")
+DIVERGENCES = {name: case for name, case in LOSSES.items() if name not in LABELLED}  # zero where both sides are equal
 
 
 def cases(which):
@@ -79,9 +96,12 @@ def test_zero_at_equality_and_above_zero_elsewhere(loss, shape):
         assert loss(*pair(shape, seed)) > 1e-3
 
 
-@pytest.mark.parametrize("loss", [losses.channel_kl, losses.spatial_kl, losses.soft_target_kl, reverse_kl])
+@pytest.mark.parametrize(
+    "loss",
+    [losses.channel_kl, losses.spatial_kl, losses.soft_target_kl, reverse_kl, gaussian_stds, reverse_gaussian_stds],
+)
 def test_rounding_never_makes_a_divergence_negative(loss):
-    shape = (8, 50) if loss in (losses.soft_target_kl, reverse_kl) else (2, 10, 4, 4)
+    shape = (2, 10, 4, 4) if loss in (losses.channel_kl, losses.spatial_kl) else (8, 50)
     for seed in range(20):
         student, teacher = pair(shape, seed)
         assert loss(student, student + 1e-6 * teacher) >= 0
@@ -205,6 +225,129 @@ def test_weights_all_zero_give_zero_loss_and_zero_gradient(temperature):
 def test_soft_target_kl_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         losses.soft_target_kl(torch.zeros(3, 5), torch.zeros(3, 5), **options)
+
+
+def test_hard_targets_by_hand():
+    student = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    teacher = torch.tensor([[-50.0, -40.0], [0.1, 0.2]])  # Q-values: only the place of the largest counts
+    assert losses.hard_targets(student, teacher).item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+    assert losses.hard_targets(student, 100 * teacher + 7).item() == losses.hard_targets(student, teacher).item()
+
+
+def gaussians(shape=(16, 3)):
+    """Mean of student and teacher, log_std of student and teacher."""
+    return *pair(shape, 0), *pair(shape, 1)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("log_std_shape", [(16, 3), (16, 1), (3,), (1,), ()])
+def test_gaussian_kl_is_that_of_torch(direction, log_std_shape):
+    (student_mean, teacher_mean), (student_log_std, teacher_log_std) = pair((16, 3)), pair(log_std_shape, 1)
+    student = Independent(Normal(student_mean, student_log_std.exp()), 1)
+    teacher = Independent(Normal(teacher_mean, teacher_log_std.exp()), 1)
+    expected = kl_divergence(teacher, student) if direction == "forward" else kl_divergence(student, teacher)
+    loss = losses.gaussian_kl(student_mean, student_log_std, teacher_mean, teacher_log_std, direction)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_gaussian_kl_by_hand():
+    # Student N(0, 1), teacher N(3, 2^2) in both of two actions.
+    zero, log_std = torch.zeros(1, 2), torch.tensor([math.log(2)])
+    forward = losses.gaussian_kl(zero, torch.zeros(2), zero + 3, log_std)
+    assert forward.item() == pytest.approx(2 * (-math.log(2) + (4 + 9) / 2 - 1 / 2))
+    reverse = losses.gaussian_kl(zero, torch.zeros(2), zero + 3, log_std, direction="reverse")
+    assert reverse.item() == pytest.approx(2 * (math.log(2) + (1 + 9) / 8 - 1 / 2))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gaussian_kl_is_zero_at_equality_and_above_zero_where_mean_or_std_differ(direction):
+    mean, other_mean, log_std, other_log_std = gaussians()
+    assert losses.gaussian_kl(mean, log_std, mean, log_std, direction).item() == 0
+    assert losses.gaussian_kl(mean, log_std, other_mean, log_std, direction) > 1e-3
+    assert losses.gaussian_kl(mean, log_std, mean, other_log_std, direction) > 1e-3
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gaussian_kl_keeps_its_digits_near_equality(direction):
+    mean, step = torch.zeros(1, 1), 3e-4
+    value = losses.gaussian_kl(mean, torch.tensor(step), mean, torch.tensor(0.0), direction)
+    assert value.item() == pytest.approx(step**2, rel=2e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gaussian_kl_trains_mean_and_std_of_the_student_and_nothing_of_the_teacher(direction):
+    student_mean, teacher_mean, student_log_std, teacher_log_std = gaussians()
+    losses.gaussian_kl(student_mean, student_log_std, teacher_mean, teacher_log_std, direction).backward()
+    assert student_mean.grad.abs().sum() > 0
+    assert student_log_std.grad.abs().sum() > 0
+    assert teacher_mean.grad is None
+    assert teacher_log_std.grad is None
+
+
+def test_gaussian_kl_does_not_depend_on_the_batch_size_and_weights_are_a_weighted_mean():
+    student_mean, teacher_mean, student_log_std, teacher_log_std = gaussians((3, 2))
+    ordered = (student_mean, student_log_std, teacher_mean, teacher_log_std)
+    each = [losses.gaussian_kl(*(t[i : i + 1] for t in ordered)).item() for i in range(3)]
+    assert losses.gaussian_kl(*ordered).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert losses.gaussian_kl(*(t.repeat(4, 1) for t in ordered)).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    weighted = losses.gaussian_kl(*ordered, sample_weights=torch.tensor([1.0, 0.0, 3.0]))
+    assert weighted.item() == pytest.approx((each[0] + 3 * each[2]) / 4, rel=1e-5)
+    nothing = losses.gaussian_kl(*ordered, sample_weights=torch.zeros(3))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert student_log_std.grad.abs().sum() == 0
+
+
+def test_gaussian_kl_is_invariant_under_tanh():
+    student, teacher = torch.tensor([0.2, -0.7]), torch.tensor([-0.4, -0.3])  # mean, log_std
+    actions = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]
+    log_q, log_p = (
+        TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()).log_prob(actions)
+        for mean, log_std in (student.double(), teacher.double())
+    )
+    integral = torch.trapezoid(log_p.exp() * (log_p - log_q), actions)
+    loss = losses.gaussian_kl(*student.view(2, 1, 1), *teacher.view(2, 1, 1))
+    assert loss.item() == pytest.approx(integral.item(), rel=1e-4)
+
+
+def test_forward_gaussian_kl_has_its_minimum_at_the_moments_of_the_teacher():
+    # A teacher that is N(-1, 1) or N(3, 1) with equal chance has mean 1 and variance 1 + 4.
+    mean, log_std = torch.tensor([[1.0]], requires_grad=True), torch.tensor([math.log(5) / 2], requires_grad=True)
+    loss = losses.gaussian_kl(mean.expand(2, 1), log_std, torch.tensor([[-1.0], [3.0]]), torch.zeros(1))
+    loss.backward()
+    assert mean.grad.item() == pytest.approx(0, abs=1e-6)
+    assert log_std.grad.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gaussian_kl_is_finite_where_policies_clip_the_std(direction, dtype):
+    for own, target in [(-20.0, 2.0), (2.0, -20.0)]:
+        log_std = torch.full((2, 3), own, dtype=dtype, requires_grad=True)
+        mean, teacher_log_std = torch.zeros(2, 3, dtype=dtype), torch.tensor(target, dtype=dtype)
+        loss = losses.gaussian_kl(mean, log_std, mean + 1, teacher_log_std, direction)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        assert log_std.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"direction": "backward"}, "'backward'"),
+        ({"student_mean": torch.zeros(4, 1)}, r"\(4, 1\) and \(4, 3\)"),
+        ({"student_mean": torch.zeros(4), "teacher_mean": torch.zeros(4)}, r"\(batch, actions\), got \(4,\)"),
+        ({"student_log_std": torch.zeros(4)}, r"\(4,\) does not expand to means \(4, 3\)"),
+        ({"teacher_log_std": torch.zeros(2, 4, 3)}, r"\(2, 4, 3\) does not expand to means \(4, 3\)"),
+        ({"sample_weights": torch.ones(4, 1)}, r"\(4,\) and \(4, 1\)"),
+    ],
+)
+def test_gaussian_kl_refuses(changes, message):
+    mean, log_std = torch.zeros(4, 3), torch.zeros(3)
+    usual = {"student_mean": mean, "student_log_std": log_std, "teacher_mean": mean, "teacher_log_std": log_std}
+    with pytest.raises(ValueError, match=message):
+        losses.gaussian_kl(**(usual | changes))
 
 
 @pytest.mark.parametrize("loss", [losses.channel_kl, losses.spatial_kl])

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 from common.arguments import KDTrainingArguments
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.report import model_card, print_table, write_report
-from common.run import Run
+from common.run import TrainerRun
 from common.utils.errors import UserError
 from common.utils.files import write_text, writing_folder
 from nlp.data.loading import TextData
@@ -45,7 +45,7 @@ class Distillation:
         self.texts = Texts.of(data, self.given.tokenizer)
         self.student_texts = Texts.of(data, own.tokenizer) if own else self.texts
         self._refuse_what_cannot_fit(training.no_control)
-        self.run = Run(training, args)
+        self.run = TrainerRun(training, args)
         self.pipeline = Pipeline(
             self.run, args.pooling, args.bottleneck_shape(), args.value_epochs, args.value_batch_size
         )

@@ -13,7 +13,7 @@ from common.inference import as_it_is, over_dataset
 from common.losses import feature_cosine, feature_l2
 from common.objective import FeatureLoss, Hint, Objective, Term, labels_and_soft_targets, match, task_loss
 from common.outputs import Outputs
-from common.run import Run
+from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import best_device, process
 from nlp.data.loading import TextData
@@ -51,7 +51,7 @@ class Texts:
 class Pipeline:
     """The steps, as stages of one run. `value_epochs` and `value_batch_size` are for the values of a bottleneck."""
 
-    run: Run
+    run: TrainerRun
     pooling: Pooling
     bottleneck: dict[str, Any]
     value_epochs: float

@@ -10,12 +10,11 @@ train_teacher.py, on other data: one on these has seen the labels of all classes
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
 
 from accelerate import PartialState
 
+from common.arguments import RunArguments
 from common.cli import parse, run
 from common.report import print_table, write_report
 from common.run import Run
@@ -40,23 +39,9 @@ from image_classification.teacher_model.classifier import ImageClassifier
 METHOD = "bottleneck_class_incremental"
 
 
-@dataclass
-class RunArguments:
-    """What a Run wants to know, without the flags of transformers' Trainer, which trains nothing here."""
-
-    output_dir: str = f"runs/image-classification/{METHOD}"
-    seed: int = field(default=0, metadata={"help": "of projections, keys, order of the classes and of the images"})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
-    )
-    resume_from_checkpoint: bool = field(
-        default=False, metadata={"help": "continue the run in the output folder after its last finished stage"}
-    )
-    precision: ClassVar[str] = "fp32"
-
-
 def main() -> None:
     args, data_args, run_args = parse(IncrementalArguments, DataArguments, RunArguments)
+    run_args.output_dir = run_args.output_dir or f"runs/image-classification/{METHOD}"
     encoder, data = load_encoder(args.encoder, data_args.load())
     tasks = arrival(data, args.classes_per_task, run_args.seed if args.order_seed is None else args.order_seed)
     this = Run(run_args, args, data_args)

@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, CLIPImageProcessor, ViTImageProcess
 from common.inference import as_it_is
 from common.objective import Objective, task_loss
 from common.report import model_card, print_table, write_report
-from common.run import Run
+from common.run import TrainerRun
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import outputs_key
 from common.teacher_views import TeacherViews
@@ -50,7 +50,7 @@ class Experiment:
             raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
         training.output_dir = training.output_dir or f"runs/image-classification/{method}"
         self.method, self.args, self.data = method, training, data
-        self.run = Run(training, *instances)
+        self.run = TrainerRun(training, *instances)
 
     def stage(
         self,

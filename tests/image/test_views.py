@@ -15,6 +15,7 @@ from common.utils.files import read_json
 from image_classification.data import rows
 from image_classification.data.dataset import ImageViews
 from image_classification.data.large import MEAN, STD, LargeViews
+from image_classification.data.sources import read_splits
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.experiment import Experiment
@@ -140,7 +141,7 @@ def test_large_and_small_images_are_split_alike(photos: str) -> None:
 
 
 def test_imagenet_is_large(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rows.read_splits(photos)
+    found = read_splits(photos)
     monkeypatch.setattr(rows, "read_splits", lambda _: found)
     data = large("imagenet", image_size=None)
     assert data.size == 224 and data.name == "imagenet"

@@ -1,0 +1,79 @@
+"""Distills a Stable-Baselines3 teacher into a small PPO student, with a control and a behaviour-cloning baseline.
+
+    python reinforcement-learning/scripts/distill_policy.py
+    python reinforcement-learning/scripts/distill_policy.py --student 7 --student_value --seeds 0 1 2 3 4
+    python reinforcement-learning/scripts/distill_policy.py --environment LunarLander-v3 --teacher lander.zip
+    python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
+
+The control is the same student trained by PPO from reward alone, with as many environment steps. Of several
+environments one body is distilled with a head for each; each environment gets a report and an ordinary student.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from common.cli import parse, run
+from common.comparison import compare
+from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
+from reinforcement_learning.student_model.distillation import Distillation, Subject
+from reinforcement_learning.student_model.distiller import DistillArguments
+from reinforcement_learning.student_model.evaluation import evaluate
+from reinforcement_learning.student_model.experiment import Experiment, folder_name
+from reinforcement_learning.student_model.matching import check_loss
+from reinforcement_learning.student_model.teachers import soft_network, teacher_of
+from reinforcement_learning.teacher_model.recipes import training_recipe
+
+
+def main() -> None:
+    args, student, distill, training = parse(ExperimentArguments, StudentArguments, DistillArguments, TeacherTraining)
+    subjects = [
+        subject_of(*pair, args, student, training) for pair in zip(args.environment, args.teacher, strict=True)
+    ]
+    for subject in subjects:
+        check_loss(distill.loss, subject.teacher.policy.action_space, subject.deterministic)
+    if args.output_dir is None:
+        names = "+".join(map(folder_name, args.environment))
+        args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
+    seeds = args.seeds or [args.seed]
+    folders = []
+    for seed in seeds:
+        folder = Path(args.output_dir, f"seed{seed}") if args.seeds else Path(args.output_dir)
+        folders += run_seed(replace(args, seed=seed, output_dir=str(folder)), subjects, student, distill, training)
+    if len(seeds) > 1:
+        compare(folders)
+
+
+def subject_of(
+    environment: str, name: str, args: ExperimentArguments, student: StudentArguments, training: TeacherTraining
+) -> Subject:
+    teacher = teacher_of(environment, name, training, args.trust_pickle)
+    network = soft_network(teacher, environment, args.teacher_temperature, args.teacher_entropy)
+    return Subject(environment, teacher, network, training_recipe("ppo", environment), student)
+
+
+def run_seed(
+    args: ExperimentArguments,
+    subjects: list[Subject],
+    student: StudentArguments,
+    distill: DistillArguments,
+    training: TeacherTraining,
+) -> list[Path]:
+    """One seed's run; the folders of its reports."""
+    experiment = Experiment(args.method, args, args.watch_episodes, student, distill, training)
+    stages = Distillation(experiment, subjects, distill)
+    agents = {"student": stages.proximal(args.teacher_weight) if args.method == "ppd" else stages.distilled()}
+    if not args.no_control:
+        agents |= {"control": stages.from_reward(), "behaviour_cloning": stages.behaviour_cloning()}
+    folders = []
+    for subject in subjects:
+        name, several = subject.environment, len(subjects) > 1
+        folders.append(experiment.run.folder / folder_name(name) if several else experiment.run.folder)
+        models = {"teacher": subject.entry(args.episodes)}
+        models |= {role: evaluate(of[name], name, args.episodes, subject.network) for role, of in agents.items()}
+        work = stages.work("student")
+        experiment.report(name, models, subject.random_return(args.episodes), "student", folders[-1], work)
+    return folders
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,26 @@
+"""Trains a Stable-Baselines3 teacher from reward, with tuned hyper-parameters for its environment.
+
+    python reinforcement-learning/scripts/train_teacher.py
+    python reinforcement-learning/scripts/train_teacher.py --environment Pendulum-v1 --algorithm sac
+    python reinforcement-learning/scripts/train_teacher.py --environment ALE/Pong-v5 --teacher_steps 100000
+
+The run's folder is what `--teacher` of distill_policy.py takes; without one that script looks where this puts it.
+"""
+
+from common.arguments import RunArguments
+from common.cli import parse, run
+from reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
+from reinforcement_learning.student_model.evaluation import evaluate, random_return
+from reinforcement_learning.student_model.teachers import trained_teacher
+
+
+def main() -> None:
+    task, training, args = parse(TeacherTask, TeacherTraining, RunArguments)
+    experiment, teacher = trained_teacher(task, training, args)
+    entry = evaluate(teacher, task.environment, task.episodes)
+    random = random_return(task.environment, teacher.policy.action_space, task.episodes)
+    experiment.report(task.environment, {"teacher": entry}, random)
+
+
+if __name__ == "__main__":
+    run(main)

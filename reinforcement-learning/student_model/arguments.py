@@ -1,0 +1,117 @@
+"""Arguments of the reinforcement-learning scripts."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from common.arguments import RunArguments
+from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
+
+Algorithm = Literal["ppo", "dqn", "sac"]
+
+
+@dataclass
+class TeacherTraining:
+    """How a teacher is trained here. Raises ValueError, one line, for what cannot be."""
+
+    algorithm: Algorithm = field(default="ppo", metadata={"help": "of a teacher that is trained here"})
+    teacher_steps: int | None = field(
+        default=None, metadata={"help": "environment steps of its training, instead of those of hyperparameters.yaml"}
+    )
+    hyperparameters: str | None = field(
+        default=None, metadata={"help": "JSON on top of hyperparameters.yaml, such as '{\"gamma\": 0.99}'"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher_steps is not None and self.teacher_steps < 1:
+            raise ValueError(f"--teacher_steps must be at least 1, got {self.teacher_steps}")
+        self.recipe("CartPole-v1")  # refuses now what is malformed
+
+    def recipe(self, environment: str) -> TrainingRecipe:
+        changes: dict[str, Any] = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
+        if self.teacher_steps is not None:
+            changes["steps"] = self.teacher_steps
+        return training_recipe(self.algorithm, environment, changes)
+
+
+@dataclass
+class TeacherTask:
+    """Where a teacher is trained."""
+
+    environment: str = field(default="CartPole-v1", metadata={"help": "Gymnasium's id"})
+    episodes: int = field(default=100, metadata={"help": "of evaluation at the end"})
+    watch_episodes: int = field(default=10, metadata={"help": "of each evaluation for the curves"})
+
+
+@dataclass
+class StudentArguments:
+    """What the student is: always a PPO of Stable-Baselines3."""
+
+    student: list[int] = field(
+        default_factory=lambda: [16, 16],
+        metadata={"help": "widths of its hidden layers; of frames, first that of the layer behind the convolutions"},
+    )
+    student_value: list[int] | None = field(
+        default=None, metadata={"help": "of its value network (default: the same); nothing for one linear layer"}
+    )
+    channels: list[int] = field(
+        default_factory=lambda: [16, 16, 16], metadata={"help": "of its three convolutions, where it sees frames"}
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != 3:
+            raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
+        if any(width < 1 for width in [*self.student, *(self.student_value or []), *self.channels]):
+            raise ValueError("widths of layers must be at least 1")
+
+
+@dataclass
+class ExperimentArguments(RunArguments):
+    """What is distilled, how often, and how it is judged."""
+
+    environment: list[str] = field(
+        default_factory=lambda: ["CartPole-v1"],
+        metadata={"help": "Gymnasium's ids; of several, one student body with a head for each is distilled"},
+    )
+    teacher: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={
+            "help": "per environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or `train`: "
+            "trained here unless it was before"
+        },
+    )
+    seeds: list[int] | None = field(default=None, metadata={"help": "one run for each, instead of --seed"})
+    teacher_temperature: float | None = field(
+        default=None, metadata={"help": "of the teacher's logits; below 1 sharpens (default: 1, of a DQN by entropy)"}
+    )
+    teacher_entropy: float = field(
+        default=0.1, metadata={"help": "of a DQN's soft actions, as a share of the greatest possible"}
+    )
+    episodes: int = field(default=100, metadata={"help": "of evaluation at the end"})
+    watch_episodes: int = field(default=10, metadata={"help": "of each evaluation for the curves"})
+    method: Literal["distill", "ppd"] = field(
+        default="distill", metadata={"help": "ppd: proximal policy distillation, for teachers that can be passed"}
+    )
+    teacher_weight: float = field(default=1.0, metadata={"help": "of the teacher in proximal policy distillation"})
+    no_control: bool = field(
+        default=False, metadata={"help": "skip the same student from reward alone and the behaviour cloning"}
+    )
+    trust_pickle: bool = field(
+        default=False, metadata={"help": "let Stable-Baselines3 unpickle the teacher, which can run any code"}
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.teacher) == 1:
+            self.teacher = self.teacher * len(self.environment)
+        if not self.environment or len(self.teacher) != len(self.environment):
+            raise ValueError(f"give one --teacher per --environment, got {len(self.teacher)}")
+        if len(set(self.environment)) != len(self.environment):
+            raise ValueError("each --environment once")
+        if self.episodes < 1 or self.watch_episodes < 1:
+            raise ValueError("--episodes and --watch_episodes must be at least 1")
+        if self.method == "ppd" and len(self.environment) > 1:
+            raise ValueError("--method ppd distills one --environment at a time")
+        if self.teacher_temperature is not None and self.teacher_temperature <= 0:
+            raise ValueError(f"--teacher_temperature must be positive, got {self.teacher_temperature}")
+        if not 0 < self.teacher_entropy < 1:
+            raise ValueError(f"--teacher_entropy must be between 0 and 1, got {self.teacher_entropy}")

@@ -1,0 +1,137 @@
+"""A run on environments: agents as stages that are kept, and the report at the end."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from common.arguments import RunArguments
+from common.metrics.returns import normalized_return
+from common.report import model_card, print_table, write_report
+from common.run import Run
+from common.utils.files import write_text, writing_folder
+from reinforcement_learning.data.playing import greedy
+from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
+from reinforcement_learning.teacher_model.agent import MODEL, Agent
+from reinforcement_learning.teacher_model.training import train
+
+USAGE = """import gymnasium
+from stable_baselines3 import PPO
+
+model = PPO.load("{folder}/student.zip")
+observation, _ = gymnasium.make("{environment}").reset(seed=0)
+action, _ = model.predict(observation, deterministic=True)"""
+
+
+class Agents(dict[str, Agent]):
+    """Agents by environment, saved in a folder each."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        for environment, agent in self.items():
+            own = Path(folder, folder_name(environment))
+            own.mkdir()
+            agent.save_pretrained(own)
+
+
+class Experiment:
+    """The stages of one run of `method`; `instances` are the script's other arguments, for the recipe."""
+
+    def __init__(self, method: str, args: RunArguments, watch_episodes: int, *instances: Any) -> None:
+        self.method, self.watch_episodes = method, watch_episodes
+        self.run = Run(args, *instances)
+        self.seed = args.seed
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.run.folder / "checkpoints" / stage
+
+    def watched(self, networks: dict[str, nn.Module]) -> dict[str, float]:
+        """Mean greedy returns, for curves; the time that it takes is not the stage's."""
+        with self.run.timed("evaluation"):
+            return {
+                curve(environment): float(
+                    returns_of(greedy(network), environment, self.watch_episodes, VALIDATION_SEED)[0].mean()
+                )
+                for environment, network in networks.items()
+            }
+
+    def from_reward(self, stage: str, environment: str, model: BaseAlgorithm, steps: int) -> None:
+        """Trains a model by its own algorithm, inside a stage."""
+
+        def watch(model: BaseAlgorithm) -> dict[str, float]:
+            return self.watched({environment: Agent.trained(stage, model).network()})
+
+        folder = self.checkpoints(stage) / folder_name(environment)
+        log = train(model, steps, folder, self.seed, watch, description=f"{stage} {environment}")
+        self.run.history[stage] = self.run.history.get(stage, []) + log
+
+    def report(
+        self,
+        environment: str,
+        models: dict[str, dict[str, Any]],
+        random: float,
+        student_stage: str | None = None,
+        folder: Path | None = None,
+        work: dict[str, float] | None = None,
+    ) -> None:
+        """Writes the report of measured models on one environment, the student in a folder of its own, and prints the
+        table. `random` is the mean return of actions at random, `student_stage` the stage of the student to save,
+        `work` what its training took.
+        """
+        folder, work = folder or self.run.folder, work or {}
+        measured = {role: entry["metrics"]["test"] for role, entry in models.items()}
+        best = measured["teacher"]["return_mean"]
+        for metrics in measured.values():
+            metrics["normalized_return"] = normalized_return(metrics["return_mean"], random, best)
+        results = self.run.results(
+            domain="reinforcement-learning",
+            task=environment,
+            method=self.method,
+            data={
+                "train": work.get("observations"),
+                "validation": None,
+                "test": measured["teacher"]["episodes"],
+                "fingerprint": fingerprint(environment),
+            },
+            models=models,
+            split="test",
+            metric="return_mean",
+            floor=random,
+            return_of_random_actions=random,
+            selection="the policy after the last update; no evaluation chose anything",
+            **({"work_of_the_student": work} if work else {}),
+        )
+        if student_stage:
+            self._save_student(student_stage, folder, environment, results)
+        history = {stage: _of(environment, log) for stage, log in self.run.history.items()}
+        write_report(folder, results, history, progress="environment_steps")
+        print_table(results)
+        print(f"report: {folder / 'report.md'}")
+
+    def _save_student(self, stage: str, folder: Path, environment: str, results: dict[str, Any]) -> None:
+        with writing_folder(folder / "student") as partial:
+            shutil.copy(self.run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
+            usage = USAGE.format(folder=folder / "student", environment=environment)
+            write_text(partial / "README.md", model_card(results, f"{environment}: {self.method}", usage))
+
+
+def folder_name(environment: str) -> str:
+    return environment.replace("/", "-").replace(":", "-")
+
+
+def curve(environment: str) -> str:
+    return f"eval_return_mean {environment}"
+
+
+def _of(environment: str, log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log of one environment, under the names that are plotted."""
+    return [entry | {"eval_return_mean": entry[curve(environment)]} for entry in log if curve(environment) in entry]
+
+
+def fingerprint(environment: str) -> str:
+    """Of what is played: the environment's specification and Gymnasium's version."""
+    spec = f"{gymnasium.__version__} {gymnasium.spec(environment)}"
+    return hashlib.sha256(spec.encode()).hexdigest()[:12]

@@ -1,0 +1,102 @@
+"""Proximal policy distillation (Spigler 2025, arXiv:2407.15134): PPO whose student also stays close to the teacher.
+
+    loss = PPO's loss + weight * E[max(r, clip(r, 1 - eps, 1 + eps)) * KL(teacher || student)]
+
+r is the ratio of the student's present and collecting probabilities of the action, eps PPO's clip range. The student
+drives and earns rewards, so it can pass an imperfect teacher; the teacher speaks once about each observation.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Normal, kl_divergence
+
+from common.outputs import Outputs
+from reinforcement_learning.data.observations import outputs_of, tell
+
+
+class TaughtSamples(NamedTuple):
+    """A minibatch of Stable-Baselines3's rollout buffer, and what the teacher says about its observations."""
+
+    observations: Tensor
+    actions: Tensor
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    teacher: Outputs
+
+
+class TaughtRollouts(RolloutBuffer):
+    """A rollout buffer that asks the teacher once per rollout."""
+
+    teacher: nn.Module
+
+    def reset(self) -> None:
+        super().reset()
+        self.said: dict[str, Tensor] = {}
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> TaughtSamples:
+        if not self.said:  # observations are flat by now: (steps * environments, ...)
+            self.said = tell(self.teacher, torch.as_tensor(self.observations))
+        said = outputs_of({name: values[batch_inds].to(self.device) for name, values in self.said.items()})
+        return TaughtSamples(*super()._get_samples(batch_inds, env), said)
+
+
+class PPD(PPO):
+    """PPO with a teacher. `teacher` takes observations as the environment gives them; it is not saved."""
+
+    def __init__(self, *args: Any, teacher: nn.Module, teacher_weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **({"rollout_buffer_class": TaughtRollouts} | kwargs))
+        self.teacher_weight = teacher_weight
+        assert isinstance(self.rollout_buffer, TaughtRollouts)
+        self.rollout_buffer.teacher = teacher
+
+    def train(self) -> None:
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        clip: float = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        for _ in range(self.n_epochs):
+            for samples in self.rollout_buffer.get(self.batch_size):
+                loss = self._loss(samples, clip)  # type: ignore[arg-type]
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+        self._n_updates += self.n_epochs
+
+    def _loss(self, samples: TaughtSamples, clip: float) -> Tensor:
+        discrete = isinstance(self.action_space, spaces.Discrete)
+        distribution = self.policy.get_distribution(samples.observations)
+        actions = samples.actions.long().flatten() if discrete else samples.actions
+        ratio = (distribution.log_prob(actions) - samples.old_log_prob).exp()  # (batch,)
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+
+        advantages = samples.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        reward = torch.min(ratio * advantages, clipped * advantages).mean()
+        value = F.mse_loss(self.policy.predict_values(samples.observations).flatten(), samples.returns)
+        divergence = kl_divergence(_distribution(samples.teacher), distribution.distribution)  # type: ignore[arg-type]
+        divergence = divergence if discrete else divergence.sum(-1)  # (batch,)
+        distillation = (torch.max(ratio, clipped) * divergence).mean()
+        entropy = distribution.entropy()
+        assert entropy is not None  # categorical and Gaussian distributions have one
+        terms = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
+        return terms + self.teacher_weight * distillation
+
+
+def _distribution(said: Outputs) -> Distribution:
+    if said.logits is not None:
+        return Categorical(logits=said.logits, validate_args=False)
+    features = said.features or {}
+    return Normal(features["mean"], features["log_std"].exp(), validate_args=False)

@@ -1,0 +1,151 @@
+"""Students: ordinary Stable-Baselines3 PPO models of any size, and how they see while they learn.
+
+A student learns on standardized observations and values, which is easier; afterwards both standardizations are folded
+into its first and last layers, so that `PPO.load("student.zip")` works on raw observations without this project.
+"""
+
+import copy
+from typing import Any
+
+import cloudpickle
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from common.outputs import Outputs
+from reinforcement_learning.student_model.arguments import StudentArguments
+from reinforcement_learning.teacher_model import frames
+from reinforcement_learning.teacher_model.policies import ActorCritic
+from reinforcement_learning.teacher_model.recipes import TrainingRecipe
+from reinforcement_learning.teacher_model.statistics import ObservationStatistics
+
+cloudpickle.register_pickle_by_value(frames)  # so that a zip holds the class itself and loads where we are not
+
+
+def new_student(
+    environments: VecEnv,
+    args: StudentArguments,
+    recipe: TrainingRecipe,
+    seed: int,
+    algorithm: type[PPO] = PPO,
+    **more: Any,
+) -> PPO:
+    """An untrained PPO with the hyper-parameters of `recipe` and networks of the widths in `args`.
+
+    Where it sees frames, everything behind the convolutions' last layer belongs to policy and value alike.
+    """
+    keywords = recipe.keywords | more
+    policy: dict[str, Any] = dict(keywords.pop("policy_kwargs", {}))
+    value = args.student if args.student_value is None else args.student_value
+    images = is_image_space(environments.observation_space)
+    if images:
+        features = {"features_dim": args.student[0], "channels": tuple(args.channels)}
+        policy |= {"features_extractor_class": frames.FrameFeatures, "features_extractor_kwargs": features}
+    policy["net_arch"] = {"pi": args.student[images:], "vf": args.student[1:] if images else value}
+    kind, device = ("CnnPolicy", "auto") if images else ("MlpPolicy", "cpu")  # small networks are faster there
+    return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
+
+
+class StudentNetwork(nn.Module):
+    """The student as it learns: (observation - mean) / std in, value * value_std + value_mean out.
+
+    Unlike VecNormalize it does not clip, because a clipped input could not be folded away.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
+        super().__init__()
+        self.network = ActorCritic(policy)
+        shape = policy.observation_space.shape if statistics is not None else ()
+        self.register_buffer("mean", torch.zeros(shape or ()))
+        self.register_buffer("std", torch.ones(shape or ()))
+        self.register_buffer("value_mean", torch.zeros(()))
+        self.register_buffer("value_std", torch.ones(()))
+        self.standardizes = statistics is not None
+        if statistics is not None:
+            self.mean.copy_(torch.as_tensor(statistics.mean))
+            self.std.copy_(torch.as_tensor(statistics.std))
+
+    mean: Tensor
+    std: Tensor
+    value_mean: Tensor
+    value_std: Tensor
+
+    @property
+    def policy(self) -> ActorCriticPolicy:
+        return self.network.policy
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_mean.device
+
+    @torch.no_grad()
+    def set_value_scale(self, values: Tensor, preserve: bool) -> None:
+        """Takes mean and standard deviation of values (rows,) as those that the value network need not learn. With
+        `preserve` it says what it said before (van Hasselt et al., arXiv:1602.07714).
+        """
+        mean, std = values.mean().to(self.device), values.std(correction=0).clamp(min=1e-6).to(self.device)
+        if preserve:
+            fold_output(self.policy.value_net, (self.value_mean - mean) / std, self.value_std / std)
+        self.value_mean.copy_(mean)
+        self.value_std.copy_(std)
+
+    def forward(self, observations: Tensor, value: bool = True) -> Outputs:
+        if self.standardizes:
+            observations = (observations - self.mean) / self.std
+        said: Outputs = self.network(observations, value=value)
+        if said.features and "value" in said.features:
+            said.features["value"] = said.features["value"] * self.value_std + self.value_mean
+        return said
+
+    def folded_policy(self) -> ActorCriticPolicy:
+        """A copy of the policy that gives the same outputs on raw observations."""
+        policy = copy.deepcopy(self.policy)
+        if self.standardizes:
+            fold_input(policy, self.mean, self.std)
+        fold_output(policy.value_net, self.value_mean, self.value_std)
+        return policy
+
+
+@torch.no_grad()
+def fold_input(policy: ActorCriticPolicy, mean: Tensor, std: Tensor) -> None:
+    """Changes the layers that see observations so that they standardize them: W (o - mean) / std + b."""
+    paths = [(policy.mlp_extractor.policy_net, policy.action_net), (policy.mlp_extractor.value_net, policy.value_net)]
+    for body, head in paths:
+        layer = next((layer for layer in body if isinstance(layer, nn.Linear)), head)
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.double() / std.double()  # (width, observation)
+        layer.bias.copy_(layer.bias.double() - weight @ mean.double())
+        layer.weight.copy_(weight)
+
+
+@torch.no_grad()
+def fold_output(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    """Changes a last layer so that it gives its output * std + mean."""
+    layer.weight.mul_(std)
+    layer.bias.mul_(std).add_(mean)
+
+
+def share_bodies(students: list[ActorCriticPolicy]) -> None:
+    """Makes all students use the first one's layers wherever theirs have the same place and shape, but the heads.
+
+    What differs, such as the first layer of observations of another width, stays their own.
+    """
+    first = students[0]
+    for other in students[1:]:
+        for part in ("features_extractor", "mlp_extractor"):
+            _share(getattr(first, part), getattr(other, part))
+
+
+def _share(first: nn.Module, other: nn.Module) -> None:
+    for name, module in list(other.named_children()):
+        twin = getattr(first, name, None)
+        if twin is None:
+            continue
+        shapes = [[tuple(p.shape) for p in m.parameters()] for m in (module, twin)]
+        if shapes[0] and shapes[0] == shapes[1]:
+            setattr(other, name, twin)
+        elif type(module) is type(twin):
+            _share(twin, module)

@@ -1,0 +1,91 @@
+"""The teachers of a run: found, or trained here once and kept for every run that wants them."""
+
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+
+from common.arguments import RunArguments
+from common.run import RECIPE, STAGE
+from common.utils.errors import UserError
+from reinforcement_learning.data.playing import greedy
+from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
+from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
+from reinforcement_learning.student_model.experiment import Experiment, folder_name
+from reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
+from reinforcement_learning.teacher_model.policies import QValues, temperature_for_entropy
+from reinforcement_learning.teacher_model.sources import find_teacher
+from reinforcement_learning.teacher_model.teacher import new_teacher
+
+CALIBRATION_EPISODES = 8
+logger = logging.getLogger(__name__)
+
+
+def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArguments) -> tuple[Experiment, Agent]:
+    """A teacher trained in a run of its own, `args.output_dir` or that of its environment and algorithm."""
+    recipe = training.recipe(task.environment)
+    args.output_dir = args.output_dir or str(default_folder(task.environment, training))
+    Environments(task.environment, 1).close()  # refuses now what would fail after the folder is made
+    experiment = Experiment(f"{recipe.algorithm} teacher", args, task.watch_episodes, task, training)
+
+    def build() -> Agent:
+        model = new_teacher(task.environment, recipe, args.seed)
+        experiment.from_reward("teacher", task.environment, model, recipe.steps)
+        return Agent.trained(recipe.algorithm, model)
+
+    return experiment, experiment.run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))
+
+
+def teacher_of(environment: str, name: str, training: TeacherTraining, trust_pickle: bool) -> Agent:
+    """The teacher that `name` says, or for `train` the one of the environment's own folder, trained if it is absent.
+
+    Raises UserError where that one was trained with other arguments.
+    """
+    if name != "train":
+        return load_agent(name, environment, trust_pickle)
+    folder = default_folder(environment, training)
+    if not (folder / "stages" / "teacher" / STAGE).exists():
+        args = RunArguments(output_dir=str(folder), resume_from_checkpoint=True)
+        return trained_teacher(TeacherTask(environment), training, args)[1]
+    _refuse_other_training(folder, training)
+    return load_agent(str(folder), environment)
+
+
+def load_agent(name: str, environment: str, trust_pickle: bool = False) -> Agent:
+    """Whatever `find_teacher` finds, for the spaces of an environment."""
+    files = find_teacher(name, environment)
+    assert files is not None, "`train` is no name of files"
+    one = Environments(environment, 1)
+    one.close()
+    return Agent.load(files, one.observation_space, one.action_space, trust_pickle)
+
+
+def soft_network(teacher: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:
+    """The teacher's network at a temperature: the one given or, of a DQN, that at which its actions have `entropy`, a
+    share of the greatest possible, on states of its own.
+    """
+    network = teacher.network()
+    if temperature is not None:
+        network.temperature = temperature
+    elif isinstance(network.network, QValues):
+        _, states = returns_of(greedy(network), environment, CALIBRATION_EPISODES, VALIDATION_SEED)
+        with torch.no_grad():
+            q_values = network(states.to(network.device)).logits
+        network.temperature = temperature_for_entropy(q_values, entropy)
+    return network
+
+
+def default_folder(environment: str, training: TeacherTraining) -> Path:
+    return Path("runs/reinforcement-learning", f"teacher_{folder_name(environment)}_{training.algorithm}")
+
+
+def _refuse_other_training(folder: Path, training: TeacherTraining) -> None:
+    before = yaml.safe_load((folder / RECIPE).read_text())
+    for name, value in vars(training).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: name it with "
+                "--teacher, or train another with train_teacher.py and --overwrite_output_dir"
+            )

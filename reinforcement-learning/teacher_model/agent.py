@@ -1,0 +1,93 @@
+"""A policy with what it needs to act: a Stable-Baselines3 model and the statistics of its observations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor, nn
+
+from common.outputs import Outputs
+from common.utils.devices import best_device
+from reinforcement_learning.teacher_model.policies import network_of
+from reinforcement_learning.teacher_model.saved_policy import load_policy
+from reinforcement_learning.teacher_model.sources import TeacherFiles
+from reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
+
+MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
+
+
+class PolicyNetwork(nn.Module):
+    """Raw observations (batch, ...) -> Outputs, as in policies.py; logits are divided by `temperature`."""
+
+    def __init__(self, policy: BasePolicy, statistics: ObservationStatistics | None = None) -> None:
+        super().__init__()
+        self.network, self.temperature = network_of(policy), 1.0
+        self.clip = float("inf") if statistics is None else statistics.clip
+        for name in ("mean", "std"):
+            value = None if statistics is None else torch.as_tensor(getattr(statistics, name), dtype=torch.float32)
+            self.register_buffer(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def forward(self, observations: Tensor, value: bool = True) -> Outputs:
+        if self.mean is not None and self.std is not None:
+            observations = ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
+        said: Outputs = self.network(observations, value=value)
+        return said if said.logits is None else Outputs(logits=said.logits / self.temperature, features=said.features)
+
+
+@dataclass
+class Agent:
+    """A teacher, control or student. `model` is the algorithm behind the policy, None where only that was loaded."""
+
+    name: str
+    policy: BasePolicy
+    statistics: ObservationStatistics | None = None
+    model: BaseAlgorithm | None = None
+
+    @classmethod
+    def load(
+        cls,
+        files: TeacherFiles,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        trust_pickle: bool = False,
+    ) -> "Agent":
+        """Raises UserError for files that are damaged or do not fit the spaces."""
+        algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
+        statistics = read_statistics(files.statistics) if files.statistics else None
+        if statistics is not None and files.statistics is not None:
+            statistics.check(observation_space, files.statistics)
+        return cls(f"{algorithm} {files.policy.stem}", policy, statistics)
+
+    @classmethod
+    def trained(cls, name: str, model: BaseAlgorithm) -> "Agent":
+        """The agent of a model that was trained here, with the statistics of its VecNormalize if it has one."""
+        normalizer = model.get_vec_normalize_env()
+        statistics = None
+        if normalizer is not None and normalizer.norm_obs:
+            means: Any = normalizer.obs_rms
+            statistics = ObservationStatistics(means.mean, means.var, normalizer.epsilon, normalizer.clip_obs)
+        return cls(name, model.policy, statistics, model)
+
+    def network(self) -> PolicyNetwork:
+        """On the GPU if there is one, in eval mode, sharing the policy's weights."""
+        return PolicyNetwork(self.policy, self.statistics).to(best_device()).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """model.zip, as Stable-Baselines3 saves it, and the statistics beside it."""
+        assert self.model is not None, "only a whole model can be saved"
+        self.model.save(Path(folder, MODEL))
+        if self.statistics is not None:
+            normalizer = self.model.get_vec_normalize_env()
+            assert normalizer is not None
+            normalizer.save(str(Path(folder, STATISTICS)))

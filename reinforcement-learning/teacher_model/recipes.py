@@ -1,0 +1,59 @@
+"""How each algorithm is trained on each environment: rows of hyperparameters.yaml as constructor keywords."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+TABLE = Path(__file__).with_name("hyperparameters.yaml")
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """`steps` of all `environments` together; `normalize`: observations and rewards, by VecNormalize."""
+
+    algorithm: str
+    steps: int
+    environments: int
+    normalize: bool
+    keywords: dict[str, Any]
+
+
+def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
+    """The row of an environment (that of ALE for every Atari game, else the default), with `changes` on top.
+
+    Raises ValueError for an activation function that torch.nn has not and for a malformed linear schedule.
+    """
+    rows = yaml.safe_load(TABLE.read_text())[algorithm]
+    family = "ALE" if environment.startswith("ALE/") else "default"
+    row = dict(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
+    steps, count, normalize = int(row.pop("steps")), int(row.pop("environments")), bool(row.pop("normalize", False))
+    return TrainingRecipe(
+        algorithm, steps, count, normalize, {name: _value(name, value) for name, value in row.items()}
+    )
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("linear_"):
+        return linear(float(value.removeprefix("linear_")))
+    if name == "policy_kwargs" and isinstance(value.get("activation_fn"), str):
+        activation = getattr(torch.nn, value["activation_fn"], None)
+        if activation is None:
+            raise ValueError(f"torch.nn has no activation function {value['activation_fn']}")
+        return value | {"activation_fn": activation}
+    return value
+
+
+def linear(start: float) -> Callable[[float], float]:
+    """A schedule of the share of training that remains: from `start` to 0."""
+
+    def schedule(remaining: float) -> float:
+        return start * remaining
+
+    return schedule

@@ -1,0 +1,111 @@
+"""The statistics of observations in a file of VecNormalize, read without running anything that the file names.
+
+A pickle is a program: it may name any function of any module and have it called. Here every name in it stands for an
+`_Inert`, which keeps what it is given and does nothing; arrays are put together from their bytes afterwards. So a file
+needs neither the packages it was saved with (gym or gymnasium, numpy 1 or 2) nor trust.
+"""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gymnasium import spaces
+
+from common.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class ObservationStatistics:
+    """What VecNormalize knows about observations: (o - mean) / sqrt(var + epsilon), clipped to +-clip."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    epsilon: float
+    clip: float
+
+    @property
+    def std(self) -> np.ndarray:
+        """What observations are divided by."""
+        return np.sqrt(self.var + self.epsilon)
+
+    def check(self, observation_space: spaces.Space, path: Path) -> None:
+        """Raises UserError where the statistics, read from `path`, are of other observations."""
+        if self.mean.shape != observation_space.shape:
+            raise UserError(
+                f"{path} has statistics of observations of shape {self.mean.shape}, the environment's are "
+                f"{observation_space.shape}: give the statistics that were saved with this teacher"
+            )
+
+
+def read_statistics(path: Path) -> ObservationStatistics | None:
+    """The statistics in a file that VecNormalize.save wrote, or None where it left observations as they are."""
+    try:
+        with open(path, "rb") as file:
+            saved = _InertUnpickler(file).load().state
+        if not saved["norm_obs"]:
+            return None
+        if isinstance(saved["obs_rms"], dict):
+            raise UserError(f"{path} normalizes Dict observations, which are not supported: flatten them to one Box")
+        moments = saved["obs_rms"].state
+        mean, var = _array(moments["mean"]), _array(moments["var"])
+        if mean.shape != var.shape:
+            raise ValueError("mean and variance differ in shape")
+        return ObservationStatistics(mean, var, float(_array(saved["epsilon"])), float(_array(saved["clip_obs"])))
+    except UserError:
+        raise
+    except Exception as error:  # damaged or hostile bytes raise whatever they happen to hit
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read as VecNormalize statistics ({type(error).__name__}: {reason}): "
+            "give the file that VecNormalize.save wrote"
+        ) from None
+
+
+class _Inert:
+    """Stands for any class or function that a pickle names, called or not: keeps what it is given."""
+
+    name = ""
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any, **_: Any) -> "_Inert":
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """An entry of some kind of dict, which no statistics are in."""
+
+    def extend(self, items: Any) -> None:
+        """Items of some kind of list, which no statistics are in."""
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type[_Inert]:
+        return type("_Inert", (_Inert,), {"name": f"{module}.{name}"})
+
+
+def _array(value: Any) -> np.ndarray:
+    """A number, or the array of floats that numpy wrote in one of its three ways, as float64."""
+    if isinstance(value, int | float):
+        return np.array(value, np.float64)
+    order: Literal["C", "F"] = "C"
+    match value.name.removeprefix("numpy.").removeprefix("_").removeprefix("core."):
+        case "multiarray._reconstruct":
+            _, shape, dtype, fortran, raw = value.state
+            order = "F" if fortran else "C"
+        case "numeric._frombuffer":  # pickle protocol 5
+            raw, dtype, shape, order = value.arguments
+        case "multiarray.scalar":
+            (dtype, raw), shape = value.arguments, ()
+        case name:
+            raise ValueError(f"{name} where numbers should be")
+    if dtype.arguments[0] not in ("f4", "f8"):
+        raise ValueError(f"numbers of type {dtype.arguments[0]}")
+    flat = np.frombuffer(raw, dtype.state[1] + dtype.arguments[0])
+    return flat.astype(np.float64).reshape(shape, order=order)
