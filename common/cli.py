@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from common.utils.devices import end_processes
 from common.utils.errors import UserError
 from common.utils.files import write_text
 
@@ -85,6 +86,7 @@ def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a UserError is one line and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
+        end_processes()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:

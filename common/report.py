@@ -119,7 +119,7 @@ def print_table(results: Results) -> None:
 def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
     """Prints the metrics of a model's entry in results.json; writes the entry to `path` if there is one."""
     rows = [
-        [split, metric, f"{value:.6f}"]
+        [split, metric, f"{value:.6f}" if isinstance(value, float) else number(value)]
         for split, values in entry["metrics"].items()
         for metric, value in values.items()
     ]

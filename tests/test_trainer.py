@@ -65,6 +65,7 @@ from common.losses import feature_l2
 from common.metrics.classification import classification_metrics
 from common.objective import Hint, Objective, task_loss
 from common.trainer import KDTrainer
+from common.utils.devices import end_processes
 batch = 8 // int(sys.argv[3])
 student, teacher = model(width=4), model(9)
 torch.manual_seed(1)
@@ -77,6 +78,7 @@ if trainer.is_world_process_zero():
     parts = [[entry[k] for k in ("loss", "loss_task", "loss_hint")] for entry in logged]
     torch.save({"student": trainer.accelerator.unwrap_model(student).state_dict(),
                 "hint": objective.state_dict(), "logged": torch.tensor(parts)}, sys.argv[2] + "/out.pt")
+end_processes()
 """
 
 

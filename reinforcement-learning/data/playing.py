@@ -16,12 +16,22 @@ Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 
 def greedy(network: nn.Module) -> Act:
     """The likeliest action."""
-    return lambda observations: greedy_actions(_say(network, observations))
+
+    @torch.inference_mode()
+    def act(observations: Tensor) -> Tensor:
+        return greedy_actions(_say(network, observations))
+
+    return act
 
 
 def sampling(network: nn.Module, generator: torch.Generator) -> Act:
     """An action drawn from the policy's distribution."""
-    return lambda observations: sampled_actions(_say(network, observations), generator)
+
+    @torch.inference_mode()
+    def act(observations: Tensor) -> Tensor:
+        return sampled_actions(_say(network, observations), generator)
+
+    return act
 
 
 def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -> Act:
@@ -87,7 +97,6 @@ def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarra
     return np.array(finished), torch.cat(rows)
 
 
-@torch.inference_mode()
 def _say(network: nn.Module, observations: Tensor) -> Outputs:
     said: Outputs = network(observations.to(next(network.parameters()).device), value=False)
     return said

@@ -57,10 +57,19 @@ class StudentArguments:
     channels: list[int] = field(
         default_factory=lambda: [16, 16, 16], metadata={"help": "of its three convolutions, where it sees frames"}
     )
+    codebooks: int = field(
+        default=0, metadata={"help": "of a key-value bottleneck that its layers are put behind; 0 for none"}
+    )
+    pairs: int = field(default=64, metadata={"help": "of key and value in each codebook"})
+    key_dim: int | None = field(
+        default=None, metadata={"help": "width of a key (default: that of an observation divided by --codebooks)"}
+    )
 
     def __post_init__(self) -> None:
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
+        if self.codebooks < 0 or not 1 <= self.pairs <= 2**16 or (self.key_dim is not None and self.key_dim < 1):
+            raise ValueError("--codebooks must not be negative, --pairs be 1 to 65536, --key_dim at least 1")
         if any(width < 1 for width in [*self.student, *(self.student_value or []), *self.channels]):
             raise ValueError("widths of layers must be at least 1")
 

@@ -9,13 +9,15 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
+from common.utils.errors import UserError
 from reinforcement_learning.data.observations import Observations
-from reinforcement_learning.data.playing import Recorder
+from reinforcement_learning.data.playing import Recorder, sampling
 from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import StudentArguments
@@ -39,6 +41,24 @@ class Subject:
     network: PolicyNetwork  # the teacher's, at its temperature
     recipe: TrainingRecipe
     student: StudentArguments
+
+    def __post_init__(self) -> None:
+        space = self.teacher.policy.observation_space
+        shape = space.shape or ()
+        if is_image_space(space) and not self.student.student:
+            raise UserError(
+                f"{self.environment} shows frames: give --student the width of the layer behind convolutions"
+            )
+        if self.student.codebooks and len(shape) != 1:
+            raise UserError(
+                f"a key-value bottleneck looks up vectors, and {self.environment} shows observations of shape "
+                f"{shape}: leave out --codebooks"
+            )
+
+    @property
+    def raw(self) -> bool:
+        """Whether students always see observations as they are: a bottleneck standardizes them itself."""
+        return self.student.codebooks > 0
 
     @property
     def deterministic(self) -> bool:
@@ -89,8 +109,10 @@ class Distillation:
         def build() -> Agents:
             agents = Agents()
             for subject in self.subjects:
-                environments = recipe_environments(subject.environment, subject.recipe, self.seed)
-                model = subject.new_student(self.seed, environments)
+                environments = recipe_environments(
+                    subject.environment, subject.recipe, self.seed, norm_obs=not subject.raw
+                )
+                model = self._prepared(subject, subject.new_student(self.seed, environments))
                 self.experiment.from_reward("control", subject.environment, model, self.steps)
                 agents[subject.environment] = subject.plain_student(name, model, self.seed)
             return agents
@@ -103,12 +125,15 @@ class Distillation:
 
         def build() -> Agents:
             (subject,) = self.subjects
-            teacher = PolicyNetwork(subject.teacher.policy).to(subject.network.device).eval()  # sees what the student
-            teacher.temperature = subject.network.temperature  # sees: normalized by its own statistics if it has any
+            teacher = subject.network
+            if not subject.raw:  # it sees what the student sees: normalized by its own statistics if it has any
+                teacher = PolicyNetwork(subject.teacher.policy).to(subject.network.device).eval()
+                teacher.temperature = subject.network.temperature
             environments = _taught_environments(subject, self.seed)
             model = subject.new_student(
                 self.seed, environments, algorithm=PPD, teacher=teacher, teacher_weight=teacher_weight
             )
+            model = self._prepared(subject, model)
             self.experiment.from_reward("student", subject.environment, model, self.steps)
             return Agents({subject.environment: subject.plain_student(name, model, self.seed)})
 
@@ -139,6 +164,18 @@ class Distillation:
             return agents
 
         return self.experiment.run.stage(stage, build, load)
+
+    def _prepared(self, subject: Subject, model: PPO) -> PPO:
+        """A student that is to be trained from reward, with the bottleneck that a distilled one has: its keys are
+        fitted to what the teacher meets in the steps of a distillation's first round, unlabelled.
+        """
+        if subject.student.codebooks:
+            environments = Environments(subject.environment, self.args.num_envs, self.seed)
+            driver = sampling(subject.network, torch.Generator().manual_seed(self.seed))
+            observations = Recorder(environments).collect(driver, self.steps // self.args.rounds)
+            environments.close()
+            StudentNetwork(model.policy, None).prepare(observations)
+        return model
 
     def _distill(self, stage: str, name: str, args: DistillArguments) -> Agents:
         models = [subject.new_student(self.seed) for subject in self.subjects]
@@ -186,7 +223,7 @@ class _Frozen(RunningMeanStd):
 def _taught_environments(subject: Subject, seed: int) -> VecEnv:
     """For proximal distillation: observations as the teacher is used to see them, rewards as the recipe has them."""
     environments: VecEnv = training_environments(subject.environment, subject.recipe.environments, seed)
-    statistics = subject.teacher.statistics
+    statistics = None if subject.raw else subject.teacher.statistics
     if statistics is None and not subject.recipe.normalize:
         return environments
     normalizer = VecNormalize(

@@ -76,7 +76,7 @@ class Distiller:
         self.tasks, self.args, self.file = tasks, args, folder / "state.pt"
         self.generator = torch.Generator().manual_seed(seed)
         self.students = nn.ModuleList(task.student for task in tasks)
-        self.optimizer = torch.optim.Adam(self.students.parameters(), lr=args.learning_rate)
+        self.optimizer = torch.optim.Adam(self.students.parameters(), lr=args.learning_rate, fused=True)
         self.done_rounds, self.cpu_seconds, self.history = 0, 0.0, list[dict[str, Any]]()
 
     def learn(self, watch: Watch, description: str = "") -> list[dict[str, Any]]:
@@ -101,7 +101,10 @@ class Distiller:
 
     def _collect(self, task: Task, number: int) -> None:
         steps = (self._steps(number + 1) - self._steps(number)) // len(self.tasks)
-        task.buffer.append(task.recorder.collect(self._driver(task, number), steps), task.teacher)
+        observations = task.recorder.collect(self._driver(task, number), steps)
+        if number == 0:
+            task.student.prepare(observations)
+        task.buffer.append(observations, task.teacher)
         task.marks.append(len(task.recorder.actions))
         values = task.buffer.values()
         if values is not None:

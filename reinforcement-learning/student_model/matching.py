@@ -29,9 +29,7 @@ def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bo
     if loss == "nll" and not isinstance(action_space, spaces.Discrete):
         raise UserError("--loss nll needs discrete actions: pass --loss kl, mse or huber for these continuous ones")
     if loss == "kl" and deterministic_teacher:
-        raise UserError(
-            "this teacher is deterministic and has no distribution for --loss kl: pass --loss mse or huber"
-        )
+        raise UserError("a deterministic teacher has no distribution for --loss kl: pass --loss mse or huber")
 
 
 def _kl(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Students: ordinary Stable-Baselines3 PPO models of any size, and how they see while they learn.
 
 A student learns on standardized observations and values, which is easier; afterwards both standardizations are folded
-into its first and last layers, so that `PPO.load("student.zip")` works on raw observations without this project.
+into its first and last layers, so that `PPO.load("student.zip")` works on raw observations without this project. One
+with a key-value bottleneck standardizes observations itself, and needs the project.
 """
 
 import copy
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from common.outputs import Outputs
 from reinforcement_learning.student_model.arguments import StudentArguments
+from reinforcement_learning.student_model.bottleneck import BottleneckFeatures
 from reinforcement_learning.teacher_model import frames
 from reinforcement_learning.teacher_model.policies import ActorCritic
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe
 from reinforcement_learning.teacher_model.statistics import ObservationStatistics
+
+FEATURES = 16  # width of what a bottleneck gives
 
 cloudpickle.register_pickle_by_value(frames)  # so that a zip holds the class itself and loads where we are not
 
@@ -35,15 +39,21 @@ def new_student(
 ) -> PPO:
     """An untrained PPO with the hyper-parameters of `recipe` and networks of the widths in `args`.
 
-    Where it sees frames, everything behind the convolutions' last layer belongs to policy and value alike.
+    Where it sees frames, everything behind the convolutions' last layer belongs to policy and value alike; where it
+    has a bottleneck, what is looked up does.
     """
     keywords = recipe.keywords | more
     policy: dict[str, Any] = dict(keywords.pop("policy_kwargs", {}))
     value = args.student if args.student_value is None else args.student_value
     images = is_image_space(environments.observation_space)
+    features: dict[str, Any]
     if images:
         features = {"features_dim": args.student[0], "channels": tuple(args.channels)}
         policy |= {"features_extractor_class": frames.FrameFeatures, "features_extractor_kwargs": features}
+    elif args.codebooks:
+        features = {"features_dim": FEATURES, "codebooks": args.codebooks}
+        features |= {"pairs": args.pairs, "key_dim": args.key_dim}
+        policy |= {"features_extractor_class": BottleneckFeatures, "features_extractor_kwargs": features}
     policy["net_arch"] = {"pi": args.student[images:], "vf": args.student[1:] if images else value}
     kind, device = ("CnnPolicy", "auto") if images else ("MlpPolicy", "cpu")  # small networks are faster there
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
@@ -58,6 +68,8 @@ class StudentNetwork(nn.Module):
     def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
         super().__init__()
         self.network = ActorCritic(policy)
+        if isinstance(policy.features_extractor, BottleneckFeatures):
+            statistics = None  # it standardizes what it sees by itself
         shape = policy.observation_space.shape if statistics is not None else ()
         self.register_buffer("mean", torch.zeros(shape or ()))
         self.register_buffer("std", torch.ones(shape or ()))
@@ -80,6 +92,11 @@ class StudentNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.value_mean.device
+
+    def prepare(self, observations: Tensor) -> None:
+        """Fits what needs no teacher to the first observations (rows, ...) that are shown: a bottleneck's keys."""
+        if isinstance(self.policy.features_extractor, BottleneckFeatures):
+            self.policy.features_extractor.fit(observations.to(self.device))
 
     @torch.no_grad()
     def set_value_scale(self, values: Tensor, preserve: bool) -> None:
@@ -131,12 +148,14 @@ def fold_output(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
 def share_bodies(students: list[ActorCriticPolicy]) -> None:
     """Makes all students use the first one's layers wherever theirs have the same place and shape, but the heads.
 
-    What differs, such as the first layer of observations of another width, stays their own.
+    What differs, such as the first layer of observations of another width, stays their own; so does a bottleneck,
+    whose keys are those of one environment.
     """
     first = students[0]
     for other in students[1:]:
-        for part in ("features_extractor", "mlp_extractor"):
-            _share(getattr(first, part), getattr(other, part))
+        if not isinstance(first.features_extractor, BottleneckFeatures):
+            _share(first.features_extractor, other.features_extractor)
+        _share(first.mlp_extractor, other.mlp_extractor)
 
 
 def _share(first: nn.Module, other: nn.Module) -> None:

@@ -43,7 +43,7 @@ class ActorCritic(nn.Module):
             features["value"] = policy.value_net(policy.mlp_extractor.forward_critic(critic)).squeeze(-1)
         if isinstance(policy.action_space, spaces.Discrete):
             return Outputs(logits=said, features=features)
-        return Outputs(features=features | {"mean": said, "log_std": policy.log_std.expand_as(said)})
+        return Outputs(features=features | {"mean": said, "log_std": policy.log_std + torch.zeros_like(said)})
 
 
 class QValues(nn.Module):

@@ -1,7 +1,9 @@
 """How each algorithm is trained on each environment: rows of hyperparameters.yaml as constructor keywords."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,23 @@ class TrainingRecipe:
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
     """The row of an environment (that of ALE for every Atari game, else the default), with `changes` on top.
 
-    Raises ValueError for an activation function that torch.nn has not and for a malformed linear schedule.
+    Raises ValueError for what the algorithm does not take and for an activation function that torch.nn does not have.
     """
     rows = yaml.safe_load(TABLE.read_text())[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
     row = dict(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
+    _refuse_unknown(algorithm, row)
     steps, count, normalize = int(row.pop("steps")), int(row.pop("environments")), bool(row.pop("normalize", False))
     return TrainingRecipe(
         algorithm, steps, count, normalize, {name: _value(name, value) for name, value in row.items()}
     )
+
+
+def _refuse_unknown(algorithm: str, row: dict[str, Any]) -> None:
+    known = [*inspect.signature(ALGORITHMS[algorithm]).parameters, "steps", "environments", "normalize"]
+    for name in row.keys() - set(known):
+        near = get_close_matches(name, known, n=1)
+        raise ValueError(f"{algorithm} has no hyper-parameter {name}{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _value(name: str, value: Any) -> Any:

@@ -9,11 +9,7 @@ What fits no standard policy needs its pickles, and so the user's trust.
 import io
 import json
 import re
-import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +18,15 @@ from gymnasium import spaces
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from common.utils.errors import UserError
+from reinforcement_learning.student_model.bottleneck import BottleneckFeatures
+from reinforcement_learning.teacher_model.frames import FrameFeatures
+from reinforcement_learning.teacher_model.unpickling import SAVED, no_learning, unpickled_policy
 
 
 class _Layout(NamedTuple):
@@ -56,7 +54,7 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
     "td3": (TD3, DETERMINISTIC, "target_policy_noise"),
     "ddpg": (DDPG, DETERMINISTIC, "target_policy_noise"),
 }
-SAVED = "give the zip that Stable-Baselines3 wrote with model.save"
+OURS = {str(FrameFeatures), str(BottleneckFeatures)}
 
 Weights = dict[str, Tensor]
 
@@ -75,7 +73,7 @@ def load_policy(
     _check_space(path, "observations", _words(data, "observation_space"), observation_space)
     _check_space(path, "actions", _words(data, "action_space"), action_space)
     if trust_pickle:
-        policy = _unpickled(path, name, observation_space, action_space)
+        policy = unpickled_policy(path, ALGORITHMS[name][0], observation_space, action_space)
     else:
         policy = _built(path, name, data, weights, observation_space, action_space)
     policy.set_training_mode(False)
@@ -144,7 +142,7 @@ def _check_space(path: Path, what: str, words: dict[str, Any], space: spaces.Spa
 def _built(path: Path, name: str, data: dict[str, Any], weights: Weights, *both_spaces: spaces.Space) -> BasePolicy:
     layout = ALGORITHMS[name][1]
     try:
-        policy = layout.policy(*both_spaces, lr_schedule=_no_learning, **_arguments(layout, data, weights))
+        policy = layout.policy(*both_spaces, lr_schedule=no_learning, **_arguments(layout, data, weights))
         policy.load_state_dict(_with_both_extractors(weights) if layout is ACTOR_CRITIC else weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise UserError(
@@ -155,23 +153,38 @@ def _built(path: Path, name: str, data: dict[str, Any], weights: Weights, *both_
 
 
 def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """What to build the policy with. Raises where a class is not Stable-Baselines3's or torch's own: weights of the
-    same shapes may be put to another use.
+    """What to build the policy with. Raises where a class is not Stable-Baselines3's, torch's or our own: weights of
+    the same shapes may be put to another use.
     """
     chosen = _words(data, "policy_kwargs")
     extractor = str(chosen.get("features_extractor_class", "stable_baselines3."))
-    if not all("stable_baselines3." in name for name in (_words(data, "policy_class")["__module__"], extractor)):
+    classes = _words(data, "policy_class")["__module__"], extractor
+    if not all("stable_baselines3." in name or name in OURS for name in classes):
         raise ValueError("a custom class")
     activation = layout.activation
     if "activation_fn" in chosen:
         written = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", str(chosen["activation_fn"]))
         activation = getattr(nn, written[1] if written else "")
     arguments = {"activation_fn": activation, "normalize_images": chosen.get("normalize_images", True)}
-    last = weights.get(f"{layout.extractor}.linear.0.weight")
-    if last is not None:
-        features = {"features_dim": last.shape[0]}
-        arguments |= {"features_extractor_class": NatureCNN, "features_extractor_kwargs": features}
-    return arguments | _networks(layout, weights)
+    return arguments | _extractor(layout, weights) | _networks(layout, weights)
+
+
+def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
+    """For frames or a bottleneck; Stable-Baselines3's NatureCNN has the layers of our FrameFeatures. Vectors that are
+    taken as they are need none.
+    """
+    place = f"{layout.extractor}."
+    own = {name.removeprefix(place): weight for name, weight in weights.items() if name.startswith(place)}
+    if "bottleneck.keys" in own:
+        codebooks, pairs, key_dim = own["bottleneck.keys"].shape
+        sizes = {"features_dim": len(own["bottleneck.decoder.weight"]), "key_dim": key_dim}
+        sizes |= {"codebooks": codebooks, "pairs": pairs}
+        return {"features_extractor_class": BottleneckFeatures, "features_extractor_kwargs": sizes}
+    if "linear.0.weight" in own:
+        channels = [len(weight) for name, weight in own.items() if re.fullmatch(r"cnn\.\d+\.weight", name)]
+        widths = {"features_dim": len(own["linear.0.weight"]), "channels": tuple(channels)}
+        return {"features_extractor_class": FrameFeatures, "features_extractor_kwargs": widths}
+    return {}
 
 
 def _networks(layout: _Layout, weights: Weights) -> dict[str, Any]:
@@ -196,36 +209,3 @@ def _with_both_extractors(weights: Weights) -> Weights:
     """Before 1.7 an actor-critic policy had one extractor under one name; now it has three names."""
     own = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
     return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in own.items()} | weights
-
-
-def _unpickled(path: Path, name: str, observation_space: spaces.Space, action_space: spaces.Space) -> BasePolicy:
-    given = {"observation_space": observation_space, "action_space": action_space, "learning_rate": 0.0}
-    given |= dict.fromkeys(("lr_schedule", "clip_range", "exploration_schedule"), _no_learning)  # bytecode, maybe old
-    given |= {"buffer_size": 1, "n_steps": 1, "seed": None}  # no room for data; the seed would be set in this process
-    try:
-        with legacy_gym():
-            return ALGORITHMS[name][0].load(path, device="cpu", custom_objects=given).policy
-    except Exception as error:  # what is unpickled runs, and may raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"Stable-Baselines3 cannot unpickle {path} ({type(error).__name__}: {reason}): {SAVED}"
-        ) from None
-
-
-def _no_learning(_: float) -> float:
-    return 0.0
-
-
-@contextmanager
-def legacy_gym() -> Iterator[None]:
-    """Lets pickles find gymnasium under its old name `gym` inside the block, unless a real gym is installed."""
-    if "gym" in sys.modules or find_spec("gym"):
-        yield
-        return
-    loaded = [name for name in sys.modules if name.partition(".")[0] == "gymnasium"]
-    sys.modules.update({name.replace("gymnasium", "gym", 1): sys.modules[name] for name in loaded})
-    try:
-        yield
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "gym"]:
-            del sys.modules[name]

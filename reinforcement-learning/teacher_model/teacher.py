@@ -10,11 +10,13 @@ from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe
 
 
-def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int) -> VecEnv:
-    """The environments of a training from reward, behind VecNormalize where the recipe says so."""
+def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int, norm_obs: bool = True) -> VecEnv:
+    """The environments of a training from reward, behind VecNormalize where the recipe says so; without `norm_obs`
+    that normalizes rewards only.
+    """
     environments: VecEnv = training_environments(environment, recipe.environments, seed)
     if recipe.normalize:
-        return VecNormalize(environments, gamma=recipe.keywords.get("gamma", 0.99))
+        return VecNormalize(environments, norm_obs=norm_obs, gamma=recipe.keywords.get("gamma", 0.99))
     return environments
 
 

@@ -48,9 +48,11 @@ class Segments(BaseCallback):
         super().__init__()
         self.length, self.folder, self.seed, self.watch = max(1, -(-steps // SEGMENTS)), folder, seed, watch
         self.steps, self.description = steps, description
-        self.begun, self.history = -1, History()
+        self.begun, self.history, self.arrays = -1, History(), dict[str, np.ndarray]()
 
     def _on_training_start(self) -> None:
+        if self.arrays:
+            _put_arrays(self.model, self.arrays)  # only now, since `learn` has begun with a reset, which counts
         self.bar = tqdm(total=self.steps, desc=self.description, unit="step", unit_scale=True, leave=False)
 
     def _on_step(self) -> bool:
@@ -101,14 +103,16 @@ class Segments(BaseCallback):
         for name, value in state["counters"].items():
             setattr(model, name, value)
         with np.load(self.folder / "arrays.npz") as arrays:
-            _put_arrays(model, arrays)
+            self.arrays = dict(arrays)
         self.history = state["history"]
         return int(state["counters"]["num_timesteps"])
 
 
 def _running_means(model: BaseAlgorithm) -> dict[str, Any]:
     environment = model.get_vec_normalize_env()
-    return {} if environment is None else {"observations": environment.obs_rms, "returns": environment.ret_rms}
+    if environment is None:
+        return {}
+    return {"returns": environment.ret_rms} | ({"observations": environment.obs_rms} if environment.norm_obs else {})
 
 
 def _replay(model: BaseAlgorithm) -> ReplayBuffer | None:
@@ -128,7 +132,7 @@ def _arrays(model: BaseAlgorithm) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _put_arrays(model: BaseAlgorithm, arrays: Any) -> None:
+def _put_arrays(model: BaseAlgorithm, arrays: dict[str, np.ndarray]) -> None:
     for name, means in _running_means(model).items():
         means.mean, means.var = arrays[f"{name}_mean"], arrays[f"{name}_var"]
         means.count = float(arrays[f"{name}_count"])

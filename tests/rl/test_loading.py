@@ -25,9 +25,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from common.utils.errors import UserError
-from reinforcement_learning.teacher_model.saved_policy import legacy_gym, load_policy
+from reinforcement_learning.teacher_model.frames import FrameFeatures
+from reinforcement_learning.teacher_model.saved_policy import load_policy
 from reinforcement_learning.teacher_model.sources import TeacherFiles, find_teacher
 from reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
+from reinforcement_learning.teacher_model.unpickling import legacy_gym
 
 
 class Pictures(gym.Env[np.ndarray, Any]):
@@ -113,6 +115,7 @@ def error_of(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
 # Policies
 
 LEVER = spaces.Box(-2, 2, (1,), np.float32)
+SMALL_FRAMES = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 24, "channels": (4, 6, 8)}}
 ROUND_TRIPS: dict[str, tuple[type[BaseAlgorithm], Any, dict[str, Any]]] = {
     "ppo": (PPO, "CartPole-v1", {}),
     "ppo separate ReLU": (
@@ -136,6 +139,11 @@ ROUND_TRIPS: dict[str, tuple[type[BaseAlgorithm], Any, dict[str, Any]]] = {
         PPO,
         Pictures(),
         {"policy": "CnnPolicy", "policy_kwargs": {"normalize_images": False, "net_arch": [16]}},
+    ),
+    "ppo our pictures": (
+        PPO,
+        Pictures(),
+        {"policy": "CnnPolicy", "policy_kwargs": {"features_extractor_class": FrameFeatures, **SMALL_FRAMES}},
     ),
     "a2c": (A2C, "CartPole-v1", {}),
     "a2c TF": (A2C, "Pendulum-v1", {"use_rms_prop": False, "policy_kwargs": {"activation_fn": nn.ELU}}),

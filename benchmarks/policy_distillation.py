@@ -1,0 +1,252 @@
+"""Distilling a CartPole-v1 policy: this project against `imitation` (BC and DAgger) and Stable-Baselines3's own ways.
+
+    python benchmarks/policy_distillation.py --imitation_python imitation-venv/bin/python --json figures.json
+
+Processor time until a 16-16 student's mean greedy return over 20 episodes is at least 475, judged after every round
+(BC: every pass) at no charge: making environments and student, collecting and fitting count. Then how fast a student's
+steps are collected with what the teacher says about each. Same teacher, one thread, all ways taking turns within one
+run, each warmed up before. `imitation` needs older packages, so imitation_worker.py runs it in an environment of its
+own; without --imitation_python its rows are left out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+
+from common.cli import run
+from common.tables import number, print_rich
+from common.utils.errors import UserError
+from reinforcement_learning.data.observations import Observations
+from reinforcement_learning.data.playing import Recorder, greedy, sampling
+from reinforcement_learning.environments.sb3 import training_environments
+from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.student_model.arguments import StudentArguments, TeacherTraining
+from reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
+from reinforcement_learning.student_model.student import StudentNetwork, new_student
+from reinforcement_learning.student_model.teachers import teacher_of
+from reinforcement_learning.teacher_model.agent import PolicyNetwork
+from reinforcement_learning.teacher_model.recipes import training_recipe
+from reinforcement_learning.teacher_model.teacher import new_teacher
+
+CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
+EPISODES = 20
+RECIPES = {id: training_recipe("ppo", id) for id in (CARTPOLE, LANDER)}
+HOW_TO = (
+    "without imitation; for it `python3.11 -m venv imitation-venv && imitation-venv/bin/pip install -r "
+    "benchmarks/imitation_requirements.txt`, then --imitation_python imitation-venv/bin/python"
+)
+
+Figures = dict[str, Any]
+Distill = Callable[..., Figures]  # (seed, goal) -> seconds, return, observations
+Collect = Callable[..., float]  # (repetition, steps) -> steps per second
+
+
+def untrained_student(id: str, seed: int) -> ActorCriticPolicy:
+    recipe = RECIPES[id]
+    environments = training_environments(id, recipe.environments, seed)
+    policy = new_student(environments, StudentArguments(), recipe, seed).policy
+    environments.close()
+    return policy
+
+
+class Reached(Exception):
+    """The student is good enough."""
+
+
+class Ours:
+    """The Distiller with its default settings, but for the number of environments."""
+
+    def __init__(self, teacher: ActorCriticPolicy, num_envs: int) -> None:
+        self.teacher, self.args = PolicyNetwork(teacher).eval(), DistillArguments(num_envs=num_envs)
+
+    def __call__(self, seed: int, goal: float) -> Figures:
+        figures, since = {"seconds": 0.0, "return": 0.0, "observations": 0}, time.process_time()
+        self.student = untrained_student(CARTPOLE, seed)
+        network = StudentNetwork(self.student, None)
+        environments = Environments(CARTPOLE, self.args.num_envs, seed)
+        rows = self.args.steps + self.args.num_envs * self.args.rounds
+        buffer = Observations(rows, environments.observation_space.shape or (), torch.float32)
+
+        def watch() -> dict[str, float]:
+            nonlocal since
+            figures["seconds"] += time.process_time() - since
+            returns, _ = returns_of(greedy(network), CARTPOLE, EPISODES, VALIDATION_SEED)
+            figures.update({"return": float(returns.mean()), "observations": buffer.seen})
+            if figures["return"] >= goal:
+                raise Reached
+            since = time.process_time()
+            return {}
+
+        task = Task(Recorder(environments), self.teacher, network, buffer)
+        with tempfile.TemporaryDirectory() as folder, suppress(Reached):
+            Distiller([task], self.args, Path(folder), seed).learn(watch)
+        environments.close()
+        return figures
+
+
+class Imitation:
+    """imitation_worker.py under another interpreter, with this teacher's weights."""
+
+    def __init__(self, python: str, teacher: ActorCriticPolicy) -> None:
+        arrays: dict[str, Any] = {name: weight.numpy() for name, weight in teacher.state_dict().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            np.savez(Path(folder, "teacher.npz"), **arrays)
+            command = [python, str(Path(__file__).with_name("imitation_worker.py")), "--environment", CARTPOLE]
+            self.process = subprocess.Popen(
+                [*command, "--teacher", str(Path(folder, "teacher.npz"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+            )  # fmt: skip
+            self.about = self._answer()  # it has read the teacher
+
+    def __call__(self, seed: int, goal: float, method: str, settings: Figures | None) -> Figures:
+        assert self.process.stdin is not None
+        order = {"seed": seed, "goal": goal, "method": method, "settings": settings}
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Figures:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError("imitation_worker.py has stopped: see above")
+        answer: Figures = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self.process.communicate()  # its stdin ends
+
+
+def our_collection(id: str, count: int, teacher: ActorCriticPolicy, student: ActorCriticPolicy) -> Collect:
+    """All that the teacher says: logits and value."""
+    networks = PolicyNetwork(teacher).eval(), PolicyNetwork(student).eval()
+    environments = Environments(id, count)
+    recorder, act = Recorder(environments), sampling(networks[1], torch.Generator().manual_seed(0))
+
+    def collect(_: int, steps: int) -> float:
+        buffer = Observations(steps + count, environments.observation_space.shape or (), torch.float32)
+        started = time.process_time()
+        buffer.append(recorder.collect(act, steps), networks[0])
+        return buffer.seen / (time.process_time() - started)
+
+    return collect
+
+
+def plain_collection(id: str, teacher: BasePolicy, student: BasePolicy, **env_kwargs: Any) -> Collect:
+    """The teacher's action."""
+    environments = make_vec_env(id, 8, seed=0, env_kwargs=env_kwargs)
+
+    def collect(_: int, steps: int) -> float:
+        kept, started = [], time.process_time()
+        observations: Any = environments.reset()
+        for _ in range(steps // 8):
+            actions, _ = student.predict(observations)
+            kept.append((observations, teacher.predict(observations, deterministic=True)[0]))
+            observations = environments.step(actions)[0]
+        return len(kept) * 8 / (time.process_time() - started)
+
+    return collect
+
+
+def in_turns(ways: dict[str, Callable[..., Any]], repetitions: int, **given: Any) -> dict[str, list[Any]]:
+    measured: dict[str, list[Any]] = {name: [] for name in ways}
+    for repetition in range(repetitions):
+        for name, way in ways.items():
+            measured[name].append(way(repetition, **given))
+    return measured
+
+
+def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
+    """The ratio is to the first way."""
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    first = next(iter(medians.values()))
+    return [
+        [measure, name, *map(number, (medians[name], min(values), max(values))), f"{medians[name] / first:.2f}"]
+        for name, values in figures.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="train", help="zip or folder of a PPO (default: trained here, once)")
+    parser.add_argument("--imitation_python", help="an interpreter that has imitation_requirements.txt")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--goal", type=float, default=475.0)
+    parser.add_argument("--steps", type=int, default=20_000, help="of each collection")
+    parser.add_argument("--json", help="file for all figures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    agent = teacher_of(CARTPOLE, args.teacher, TeacherTraining(), trust_pickle=False)
+    teacher = agent.policy
+    if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
+        raise UserError("the teacher must be a PPO that takes observations as they are")
+    returns, _ = returns_of(greedy(PolicyNetwork(teacher).eval()), CARTPOLE, EPISODES, VALIDATION_SEED)
+    versions = {name: version(name) for name in ("stable-baselines3", "gymnasium", "torch", "numpy")}
+    figures: Figures = {"about": {"teacher": float(returns.mean()), "versions": versions}}
+
+    ours = Ours(teacher, 8)
+    distill: dict[str, Distill] = {"this project": ours, "this project, 64 environments": Ours(teacher, 64)}
+    peer = Imitation(args.imitation_python, teacher) if args.imitation_python else None
+    if peer is not None:
+        figures["about_imitation"] = peer.about
+        own = {name: getattr(ours.args, name) for name in ("updates", "batch_size", "learning_rate")}
+        own["steps"] = ours.args.steps // ours.args.rounds
+        for method in ("DAgger", "BC"):
+            for label, settings in (("its defaults", None), ("these settings", own)):
+                distill[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), settings=settings)
+    in_turns(distill, 1, goal=float("-inf"))  # a warm-up of one round
+    distilled = in_turns(distill, args.repetitions, goal=args.goal)
+    if peer is not None:
+        peer.close()
+
+    cartpole = teacher, ours.student
+    lander = new_teacher(LANDER, RECIPES[LANDER], seed=0).policy, untrained_student(LANDER, 0)  # as slow as trained
+    collect: dict[str, dict[str, Collect]] = {
+        CARTPOLE: {
+            "predict twice, make_vec_env, 8 environments": plain_collection(CARTPOLE, *cartpole),
+            "this project, 8 environments": our_collection(CARTPOLE, 8, *cartpole),
+            "this project, 64 environments": our_collection(CARTPOLE, 64, *cartpole),
+        },
+        LANDER: {
+            "predict twice, make_vec_env, 8 environments": plain_collection(LANDER, *lander),
+            "the same with render_mode=None": plain_collection(LANDER, *lander, render_mode=None),
+            "this project, 8 environments": our_collection(LANDER, 8, *lander),
+        },
+    }
+    for ways in collect.values():
+        in_turns(ways, 1, steps=args.steps // 10)
+    collected = {id: in_turns(ways, args.repetitions, steps=args.steps) for id, ways in collect.items()}
+
+    rows = rows_of(
+        f"CPU-s to {args.goal:.0f}", {name: [run["seconds"] for run in runs] for name, runs in distilled.items()}
+    )
+    for row, runs in zip(rows, distilled.values(), strict=True):
+        reached = sum(run["return"] >= args.goal for run in runs)
+        row += [f"{reached} of {len(runs)}", number(statistics.median(run["observations"] for run in runs))]
+    for id, rates in collected.items():
+        rows += [[*row, "", ""] for row in rows_of(f"steps per CPU-s, {id}", rates)]
+    header = ["measured", "way", "median", "lowest", "highest", "ratio", "reached", "observations"]
+    below = "\n".join(f"{name}: {json.dumps(about)}" for name, about in figures.items())
+    print_rich(header, rows, "Policy distillation, one thread", below if peer is not None else f"{below}\n{HOW_TO}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures | {"distilled": distilled, "collected": collected}, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)

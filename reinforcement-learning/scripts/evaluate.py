@@ -1,0 +1,54 @@
+"""Measures a policy in its environment: mean, IQM and 95 % interval of its returns, cost, likeness to a teacher.
+
+    python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1
+    python reinforcement-learning/scripts/evaluate.py student.zip --environment CartPole-v1 --teacher teacher.zip
+    python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1 --video cart.mp4
+
+MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baselines3, a folder, owner/name on the Hub.
+"""
+
+from pathlib import Path
+
+from common.cli import Parser, run
+from common.report import show_metrics
+from common.utils.errors import UserError
+from common.utils.files import read_json
+from reinforcement_learning.data.playing import greedy
+from reinforcement_learning.environments.video import check_video, write_video
+from reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
+from reinforcement_learning.student_model.teachers import load_agent
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", help="a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub")
+    parser.add_argument("--environment", help="Gymnasium's id; of one of this project's runs it is known")
+    parser.add_argument("--teacher", help="also compare with this policy, on the states that the model meets")
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--video", metavar="FILE", help="also write an episode to an .mp4 or .gif")
+    parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
+    parser.add_argument("--trust_pickle", action="store_true", help="let Stable-Baselines3 unpickle the model")
+    args = parser.parse_args()
+    if args.episodes < 1:
+        raise UserError(f"--episodes must be at least 1, got {args.episodes}")
+    if args.video:
+        check_video(args.video)
+
+    environment = args.environment or environment_of(Path(args.model))
+    agent = load_agent(args.model, environment, args.trust_pickle)
+    teacher = load_agent(args.teacher, environment, args.trust_pickle).network() if args.teacher else None
+    show_metrics(args.model, evaluate(agent, environment, args.episodes, teacher), args.json)
+    if args.video:
+        print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
+
+
+def environment_of(folder: Path) -> str:
+    """What a run of this project was about."""
+    for place in (folder, folder.parent):
+        if (place / "results.json").exists():
+            return str(read_json(place / "results.json")["task"])
+    raise UserError(f"which environment is {folder} for? pass --environment, such as --environment CartPole-v1")
+
+
+if __name__ == "__main__":
+    run(main)

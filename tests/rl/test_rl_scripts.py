@@ -1,0 +1,262 @@
+"""The scripts of reinforcement learning, run as a user runs them, on little."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from paths import REPO
+from PIL import Image
+from scripts import run_script
+from stable_baselines3 import PPO, TD3
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from common.utils.files import read_json
+from reinforcement_learning.environments import video
+from reinforcement_learning.student_model import distiller
+
+SCRIPTS = "reinforcement-learning/scripts"
+RUNS = Path("runs/reinforcement-learning")
+LITTLE = "--steps 400 --rounds 2 --updates 20 --episodes 4 --watch_episodes 2 --num_envs 4".split()
+TEACHER = ["--teacher_steps", "600", "--hyperparameters", '{"environments": 4}']
+
+
+@pytest.fixture(autouse=True)
+def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+@pytest.fixture(scope="module")
+def cart_pole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A zip of a briefly trained teacher that Stable-Baselines3 itself saved."""
+    folder = tmp_path_factory.mktemp("teacher")
+    PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, seed=0, device="cpu").learn(256).save(folder / "t.zip")
+    return str(folder / "t.zip")
+
+
+def distill(*words: object) -> None:
+    run_script(f"{SCRIPTS}/distill_policy.py", *LITTLE, *words)
+
+
+def line_of(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
+    """The one line with which a script refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(f"{SCRIPTS}/{script}", *words)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def same_policy(first: Path, second: Path) -> bool:
+    states = [PPO.load(path, device="cpu").policy.state_dict() for path in (first, second)]
+    return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines_loads():
+    distill(*TEACHER)
+    run = RUNS / "distill_CartPole-v1"
+    results = read_json(run / "results.json")
+    models: dict[str, Any] = results["models"]
+    assert list(models) == ["teacher", "control", "student", "behaviour_cloning"]
+    assert models["student"]["parameters"] == models["control"]["parameters"] == 755
+    test = models["student"]["metrics"]["test"]
+    assert test["episodes"] == 4 and 0 <= test["agreement"] <= 1 and test["kl"] >= 0
+    assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
+    assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
+    teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
+    if teacher > random:
+        assert results["retention"] == pytest.approx((test["return_mean"] - random) / (teacher - random))
+    assert Image.open(run / "curves.png").width > 500
+
+    student = PPO.load(run / "student" / "student.zip", device="cpu")
+    mean, _ = evaluate_policy(student, gym.make("CartPole-v1"), 3)
+    assert 5 < mean <= 500
+    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 4, "--json", "again.json")
+    assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
+    assert "PPO.load" in (run / "student" / "README.md").read_text()
+
+    words = ["--no_control", "--output_dir", "second", "--student", 7, "--student_value"]
+    distill(*TEACHER, *words)  # the teacher stays
+    assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
+
+
+def test_several_seeds_in_one_command_and_the_same_seed_again(cart_pole, capsys):
+    distill("--teacher", cart_pole, "--no_control", "--seeds", 0, 1, "--output_dir", "runs")
+    assert "mean ± standard deviation" in capsys.readouterr().out
+    distill("--teacher", cart_pole, "--no_control", "--seed", 1, "--output_dir", "alone")
+    assert same_policy(Path("runs/seed1/student/student.zip"), Path("alone/student/student.zip"))
+    assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
+
+
+def test_a_killed_run_goes_on_to_the_same_student(cart_pole, monkeypatch):
+    words = ["--teacher", cart_pole, "--output_dir"]
+    distill(*words, "whole")
+    original, rounds = distiller.Distiller._fit, 0
+
+    def dies(self: distiller.Distiller, number: int) -> dict[str, float]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 2:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    monkeypatch.setattr(distiller.Distiller, "_fit", dies)
+    with pytest.raises(SystemExit) as stop:
+        distill(*words, "killed")
+    assert stop.value.code == 130
+    monkeypatch.setattr(distiller.Distiller, "_fit", original)
+    distill(*words, "killed", "--resume_from_checkpoint")
+    assert same_policy(Path("whole/student/student.zip"), Path("killed/student/student.zip"))
+    whole, killed = (read_json(f"{name}/results.json")["models"] for name in ("whole", "killed"))
+    for role in whole:
+        assert whole[role]["metrics"] == killed[role]["metrics"], role
+
+
+def test_proximal_policy_distillation(cart_pole):
+    distill("--teacher", cart_pole, "--method", "ppd", "--no_control")
+    results = read_json(RUNS / "ppd_CartPole-v1" / "results.json")
+    assert results["method"] == "ppd" and results["models"]["student"]["parameters"] == 755
+    PPO.load(RUNS / "ppd_CartPole-v1" / "student" / "student.zip", device="cpu")
+
+
+def test_a_normalized_continuous_teacher_and_a_student_without_its_statistics():
+    """Trained behind VecNormalize; the student takes observations as they are."""
+    hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600]
+    distill(*hopper, "--student", 8, "--steps", 300)
+    stage = RUNS / "teacher_Hopper-v5_ppo" / "stages" / "teacher"
+    assert (stage / "vecnormalize.pkl").exists()
+    results = read_json(RUNS / "distill_Hopper-v5" / "results.json")
+    assert results["models"]["student"]["metrics"]["test"]["agreement"] > 0.5
+    distill(*hopper, "--student", 8, "--method", "ppd", "--no_control")
+
+    moved = Path(shutil.copytree(stage, "moved"))
+    (moved / "vecnormalize.pkl").unlink()
+    distill(*hopper[:2], "--teacher", "moved", "--no_control", "--output_dir", "raw")  # nothing says it was normalized
+    assert read_json("raw/results.json")["models"]["teacher"]["metrics"] != results["models"]["teacher"]["metrics"]
+
+
+@pytest.mark.parametrize(("algorithm", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1")])
+def test_other_algorithms_teach(algorithm, environment):
+    run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
+               "--teacher_steps", 150, "--hyperparameters", '{"buffer_size": 500, "learning_starts": 50}',
+               "--episodes", 2, "--watch_episodes", 1)  # fmt: skip
+    folder = RUNS / f"teacher_{environment}_{algorithm}"
+    assert read_json(folder / "results.json")["models"]["student"] is None
+    distill("--environment", environment, "--teacher", folder, "--no_control")
+    results = read_json(RUNS / f"distill_{environment}" / "results.json")
+    assert results["models"]["teacher"]["name"].startswith(algorithm)
+    if environment == "Pendulum-v1":  # returns are negative: retention counts from the random policy
+        student = results["models"]["student"]["metrics"]["test"]
+        assert student["return_mean"] < 0 and results["retention"] in (None, student["normalized_return"])
+
+
+def test_several_environments_share_one_body():
+    teachers = []
+    for name in ("CartPole-v1", "Acrobot-v1"):
+        PPO("MlpPolicy", name, n_steps=32, batch_size=32, device="cpu").learn(64).save(f"{name}.zip")
+        teachers.append(f"{name}.zip")
+    distill("--environment", "CartPole-v1", "Acrobot-v1", "--teacher", *teachers, "--output_dir", "both")
+    names = ("CartPole-v1", "Acrobot-v1")
+    students = [PPO.load(f"both/{name}/student/student.zip", device="cpu").policy for name in names]
+    cart, acrobot = (student.mlp_extractor.policy_net for student in students)
+    assert torch.equal(cart[2].weight, acrobot[2].weight) and cart[0].weight.shape != acrobot[0].weight.shape
+    assert [student.action_net.out_features for student in students] == [2, 3]
+    for name in names:
+        assert read_json(f"both/{name}/results.json")["task"] == name
+
+
+def test_videos(cart_pole):
+    words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
+    run_script(f"{SCRIPTS}/evaluate.py", *words, "cart.gif")
+    run_script(f"{SCRIPTS}/evaluate.py", *words, "cart.mp4")
+    assert Image.open("cart.gif").size == (600, 400) and Image.open("cart.gif").n_frames > 3
+    assert Path("cart.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
+    write = video.imageio.v3.imwrite
+
+    def without_ffmpeg(path: Path, *rest: Any, **more: Any) -> Any:
+        if more.get("plugin") == "FFMPEG":
+            raise OSError("no ffmpeg")
+        return write(path, *rest, **more)
+
+    monkeypatch.setattr(video.imageio.v3, "imwrite", without_ffmpeg)
+    words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video", "c.mp4"]
+    run_script(f"{SCRIPTS}/evaluate.py", *words)
+    assert Path("c.gif").exists() and not Path("c.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--environment", "CartPol-v1"], "did you mean CartPole-v"),
+        (["--environment", "LunarLander-v2"], "LunarLander-v3"),
+        (["--teacher", "nowhere.zip"], "there is no teacher at nowhere.zip"),
+        (["--teacher", "sb3/ppo-CartPole-v1"], "the Hub cannot be reached"),
+        (["--environment", "Pendulum-v1", "--teacher", "{cart_pole}"], "was trained for observations Box [4]"),
+        (["--environment", "CartPole-v1", "Acrobot-v1", "--method", "ppd"], "one --environment at a time"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--hyperparameters", "{gamma"], "is not valid JSON"),
+        (["--hyperparameters", '{"gama": 0.9}', "--teacher", "train"], "gama"),
+        (["--channels", "8"], "three convolutions"),
+        (["--teacher_temperature", "0"], "--teacher_temperature must be positive"),
+    ],
+)
+def test_bad_input_is_one_line(words, expected, cart_pole, capsys):
+    assert expected in line_of(capsys, *[word.replace("{cart_pole}", cart_pole) for word in words])
+    assert not (RUNS / "distill_CartPole-v1").exists()
+
+
+def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_written(capsys):
+    TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
+    words = ["--environment", "Pendulum-v1", "--teacher", "td3.zip"]
+    assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
+    assert "needs discrete actions" in line_of(capsys, *words, "--loss", "nll")
+    assert not RUNS.exists()
+    distill(*words, "--loss", "huber", "--no_control")
+
+
+def test_another_teacher_than_the_one_that_is_there_is_not_taken_silently(capsys):
+    folder = RUNS / "teacher_CartPole-v1_ppo"
+    run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--watch_episodes", 1)
+    assert (folder / "results.json").exists()
+    capsys.readouterr()
+    assert "teacher_steps 600, not 700" in line_of(capsys, "--teacher_steps", 700, *TEACHER[2:])
+
+
+def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
+    line = line_of(capsys, cart_pole, script="evaluate.py")
+    assert "pass --environment" in line
+    assert "--video writes an mp4 or a gif" in line_of(
+        capsys, cart_pole, "--environment", "CartPole-v1", "--video", "cart.txt", script="evaluate.py"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["25", "7", "4"])
+def test_pong_from_frames_to_a_small_student(size):
+    recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
+    words = ["--teacher_steps", 1024, "--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32]
+    run_script(f"{SCRIPTS}/distill_policy.py", recipe, *words, "--episodes", 1, "--watch_episodes", 1)
+    folder = RUNS / f"pong_{size}_percent"
+    frames = np.zeros((1, 4, 84, 84), np.uint8)
+    assert PPO.load(folder / "student" / "student.zip", device="cpu").predict(frames)[0].shape == (1,)
+
+
+@pytest.mark.slow
+def test_the_default_command_in_a_process_of_its_own():
+    command = [sys.executable, str(REPO / SCRIPTS / "distill_policy.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((RUNS / "distill_CartPole-v1" / "results.json").read_text())
+    assert results["models"]["student"]["metrics"]["test"]["return_mean"] >= 475
