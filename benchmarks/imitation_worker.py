@@ -6,6 +6,7 @@
 teacher reaches here and what is installed; then answers each line on stdin,
 `{"method": "dagger" or "bc", "seed": 0, "goal": 475, "settings": null or {"steps": 2000, "updates": 200, ...}}`,
 with the processor time until a student's mean greedy return was at least the goal. No settings: imitation's defaults.
+DAgger is judged after each round, BC, on whole episodes of the teacher of 2,000 steps or more, after each pass.
 """
 
 import argparse

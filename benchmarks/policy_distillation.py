@@ -132,13 +132,13 @@ class Imitation:
         self.process.communicate()  # its stdin ends
 
 
-def our_collection(id: str, count: int, teacher: ActorCriticPolicy, student: ActorCriticPolicy) -> Collect:
+def our_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy) -> Collect:
     """All that the teacher says: logits and value."""
     networks = PolicyNetwork(teacher).eval(), PolicyNetwork(student).eval()
     environments = Environments(id, count)
     recorder, act = Recorder(environments), sampling(networks[1], torch.Generator().manual_seed(0))
 
-    def collect(_: int, steps: int) -> float:
+    def collect(repetition: int, steps: int) -> float:
         buffer = Observations(steps + count, environments.observation_space.shape or (), torch.float32)
         started = time.process_time()
         buffer.append(recorder.collect(act, steps), networks[0])
@@ -151,7 +151,7 @@ def plain_collection(id: str, teacher: BasePolicy, student: BasePolicy, **env_kw
     """The teacher's action."""
     environments = make_vec_env(id, 8, seed=0, env_kwargs=env_kwargs)
 
-    def collect(_: int, steps: int) -> float:
+    def collect(repetition: int, steps: int) -> float:
         kept, started = [], time.process_time()
         observations: Any = environments.reset()
         for _ in range(steps // 8):
@@ -199,17 +199,18 @@ def main() -> None:
     returns, _ = returns_of(greedy(PolicyNetwork(teacher).eval()), CARTPOLE, EPISODES, VALIDATION_SEED)
     versions = {name: version(name) for name in ("stable-baselines3", "gymnasium", "torch", "numpy")}
     figures: Figures = {"about": {"teacher": float(returns.mean()), "versions": versions}}
-
     ours = Ours(teacher, 8)
     distill: dict[str, Distill] = {"this project": ours, "this project, 64 environments": Ours(teacher, 64)}
     peer = Imitation(args.imitation_python, teacher) if args.imitation_python else None
     if peer is not None:
-        figures["about_imitation"] = peer.about
+        figures["about imitation"] = peer.about
         own = {name: getattr(ours.args, name) for name in ("updates", "batch_size", "learning_rate")}
         own["steps"] = ours.args.steps // ours.args.rounds
         for method in ("DAgger", "BC"):
             for label, settings in (("its defaults", None), ("these settings", own)):
                 distill[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), settings=settings)
+    if min(about["teacher"] for about in figures.values()) < args.goal:
+        raise UserError(f"the teacher itself does not reach {args.goal:.0f}: {figures}")
     in_turns(distill, 1, goal=float("-inf"))  # a warm-up of one round
     distilled = in_turns(distill, args.repetitions, goal=args.goal)
     if peer is not None:

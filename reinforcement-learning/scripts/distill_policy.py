@@ -15,11 +15,12 @@ from pathlib import Path
 from common.cli import parse, run
 from common.comparison import compare
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
-from reinforcement_learning.student_model.distillation import Distillation, Subject
+from reinforcement_learning.student_model.distillation import Distillation
 from reinforcement_learning.student_model.distiller import DistillArguments
 from reinforcement_learning.student_model.evaluation import evaluate
 from reinforcement_learning.student_model.experiment import Experiment, folder_name
 from reinforcement_learning.student_model.matching import check_loss
+from reinforcement_learning.student_model.subject import Subject
 from reinforcement_learning.student_model.teachers import soft_network, teacher_of
 from reinforcement_learning.teacher_model.recipes import training_recipe
 
@@ -46,7 +47,7 @@ def main() -> None:
 def subject_of(
     environment: str, name: str, args: ExperimentArguments, student: StudentArguments, training: TeacherTraining
 ) -> Subject:
-    teacher = teacher_of(environment, name, training, args.trust_pickle)
+    teacher = teacher_of(environment, name, training, args)
     network = soft_network(teacher, environment, args.teacher_temperature, args.teacher_entropy)
     return Subject(environment, teacher, network, training_recipe("ppo", environment), student)
 

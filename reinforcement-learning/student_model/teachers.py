@@ -11,7 +11,7 @@ from common.run import RECIPE, STAGE
 from common.utils.errors import UserError
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
+from reinforcement_learning.student_model.arguments import ExperimentArguments, TeacherTask, TeacherTraining
 from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
 from reinforcement_learning.student_model.experiment import Experiment, folder_name
 from reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
@@ -38,17 +38,17 @@ def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArgum
     return experiment, experiment.run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))
 
 
-def teacher_of(environment: str, name: str, training: TeacherTraining, trust_pickle: bool) -> Agent:
+def teacher_of(environment: str, name: str, training: TeacherTraining, args: ExperimentArguments) -> Agent:
     """The teacher that `name` says, or for `train` the one of the environment's own folder, trained if it is absent.
 
     Raises UserError where that one was trained with other arguments.
     """
     if name != "train":
-        return load_agent(name, environment, trust_pickle)
+        return load_agent(name, environment, args.trust_pickle)
     folder = default_folder(environment, training)
     if not (folder / "stages" / "teacher" / STAGE).exists():
-        args = RunArguments(output_dir=str(folder), resume_from_checkpoint=True)
-        return trained_teacher(TeacherTask(environment), training, args)[1]
+        task = TeacherTask(environment, args.episodes, args.watch_episodes)
+        return trained_teacher(task, training, RunArguments(output_dir=str(folder), resume_from_checkpoint=True))[1]
     _refuse_other_training(folder, training)
     return load_agent(str(folder), environment)
 

@@ -1,7 +1,7 @@
 """Students with a key-value bottleneck: keys fitted once, values learned, the same student however it is trained."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.arguments import RunArguments
 from common.metrics.cost import parameters
@@ -20,11 +20,12 @@ from reinforcement_learning.environments.sb3 import SB3Environments
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import StudentArguments
 from reinforcement_learning.student_model.bottleneck import BottleneckFeatures
-from reinforcement_learning.student_model.distillation import Distillation, Subject
+from reinforcement_learning.student_model.distillation import Distillation
 from reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from reinforcement_learning.student_model.evaluation import returns_of
 from reinforcement_learning.student_model.experiment import Experiment
 from reinforcement_learning.student_model.student import StudentNetwork, new_student, share_bodies
+from reinforcement_learning.student_model.subject import Subject
 from reinforcement_learning.teacher_model.agent import Agent
 from reinforcement_learning.teacher_model.recipes import training_recipe
 from reinforcement_learning.teacher_model.saved_policy import load_policy
@@ -49,7 +50,7 @@ def subject(args: StudentArguments = LOOKED_UP) -> Subject:
     """Its teacher knows the answers; it is used to observations that are normalized, by 5 and 2."""
     teacher = student(args=StudentArguments(student=[]))
     with torch.no_grad():
-        teacher.policy.action_net.weight.copy_(6 * torch.eye(4))
+        cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
     agent = Agent("teacher", teacher.policy, ObservationStatistics(np.full(4, 5.0), np.full(4, 4.0), 0.0, 10.0))
     return Subject(QUESTIONS, agent, agent.network().cpu(), RECIPE, args)
 

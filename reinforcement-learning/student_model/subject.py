@@ -1,0 +1,123 @@
+"""An environment with its teacher, and how students of that teacher are made."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from common.utils.errors import UserError
+from reinforcement_learning.data.playing import Recorder, sampling
+from reinforcement_learning.environments.sb3 import training_environments
+from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.student_model.arguments import StudentArguments
+from reinforcement_learning.student_model.evaluation import evaluate, random_return
+from reinforcement_learning.student_model.student import StudentNetwork, fold_input, new_student
+from reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
+from reinforcement_learning.teacher_model.policies import Deterministic
+from reinforcement_learning.teacher_model.recipes import TrainingRecipe
+
+
+@dataclass(eq=False)
+class Subject:
+    """An environment, who teaches on it, and how students of it are made: with PPO's `recipe`, as is the control."""
+
+    environment: str
+    teacher: Agent
+    network: PolicyNetwork  # the teacher's, at its temperature
+    recipe: TrainingRecipe
+    student: StudentArguments
+
+    def __post_init__(self) -> None:
+        space = self.teacher.policy.observation_space
+        shape = space.shape or ()
+        if is_image_space(space) and not self.student.student:
+            raise UserError(
+                f"{self.environment} shows frames: give --student the width of the layer behind convolutions"
+            )
+        if self.student.codebooks and len(shape) != 1:
+            raise UserError(
+                f"a key-value bottleneck looks up vectors, and {self.environment} shows observations of shape "
+                f"{shape}: leave out --codebooks"
+            )
+
+    @property
+    def raw(self) -> bool:
+        """Whether students always see observations as they are: a bottleneck standardizes them itself."""
+        return self.student.codebooks > 0
+
+    @property
+    def deterministic(self) -> bool:
+        return isinstance(self.network.network, Deterministic)
+
+    @cache  # noqa: B019 - the few subjects live as long as the program
+    def entry(self, episodes: int) -> dict[str, Any]:
+        """The teacher's part of results.json, the same for every seed of the students."""
+        return evaluate(self.teacher, self.environment, episodes)
+
+    @cache  # noqa: B019
+    def random_return(self, episodes: int) -> float:
+        return random_return(self.environment, self.teacher.policy.action_space, episodes)
+
+    def new_student(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
+        """Untrained; of one seed always the same. In its recipe's environments unless others are given."""
+        environments = environments or training_environments(self.environment, self.recipe.environments, seed)
+        return new_student(environments, self.student, self.recipe, seed, **keywords)
+
+    def load_student(self, name: str, folder: Path, seed: int) -> Agent:
+        """The student that a stage has saved."""
+        model = self.new_student(seed)
+        _, parameters, _ = load_from_zip_file(folder / MODEL, device=model.device, load_data=False)
+        model.policy.load_state_dict(dict(parameters["policy"]))
+        return Agent(name, model.policy, model=model)
+
+    def plain_student(self, name: str, trained: PPO, seed: int) -> Agent:
+        """What was trained behind VecNormalize, as a student that takes observations as they are."""
+        model = self.new_student(seed)
+        model.policy.load_state_dict(trained.policy.state_dict())
+        statistics = Agent.trained(name, trained).statistics
+        if statistics is not None:
+            fold_input(model.policy, torch.as_tensor(statistics.mean), torch.as_tensor(statistics.std))
+        return Agent(name, model.policy, model=model)
+
+    def prepare(self, model: PPO, num_envs: int, steps: int, seed: int) -> None:
+        """Gives a student that is to be trained from reward the bottleneck that a distilled one has: its keys are
+        fitted to what the teacher meets in so many steps, unlabelled.
+        """
+        if self.student.codebooks:
+            environments = Environments(self.environment, num_envs, seed)
+            driver = sampling(self.network, torch.Generator().manual_seed(seed))
+            observations = Recorder(environments).collect(driver, steps)
+            environments.close()
+            StudentNetwork(model.policy, None).prepare(observations)
+
+    def shared_view(self, seed: int) -> tuple[VecEnv, PolicyNetwork]:
+        """For proximal distillation: environments whose observations are normalized by the teacher's statistics, if it
+        has any and the student takes them, with the recipe's rewards; and the teacher's network for what they show.
+        """
+        environments: VecEnv = training_environments(self.environment, self.recipe.environments, seed)
+        statistics, network = self.teacher.statistics, self.network
+        normalizes = statistics is not None and not self.raw
+        if not normalizes and not self.recipe.normalize:
+            return environments, network
+        gamma = self.recipe.keywords.get("gamma", 0.99)
+        normalizer = VecNormalize(environments, norm_obs=normalizes, norm_reward=self.recipe.normalize, gamma=gamma)
+        if normalizes and statistics is not None:
+            moments = _Frozen(shape=statistics.mean.shape)
+            moments.mean, moments.var = statistics.mean, statistics.var
+            normalizer.obs_rms = moments  # type: ignore[assignment]
+            normalizer.epsilon, normalizer.clip_obs = statistics.epsilon, statistics.clip
+            network = PolicyNetwork(self.teacher.policy).to(self.network.device).eval()
+            network.temperature = self.network.temperature
+        return normalizer, network
+
+
+class _Frozen(RunningMeanStd):
+    def update(self, arr: Any) -> None:
+        """Stays what it is."""
