@@ -56,7 +56,8 @@ def teacher_of(environment: str, name: str, training: TeacherTraining, args: Exp
 def load_agent(name: str, environment: str, trust_pickle: bool = False) -> Agent:
     """Whatever `find_teacher` finds, for the spaces of an environment."""
     files = find_teacher(name, environment)
-    assert files is not None, "`train` is no name of files"
+    if files is None:
+        raise UserError(f"{name} stands for a teacher that distill_policy.py trains: name a file or folder here")
     one = Environments(environment, 1)
     one.close()
     return Agent.load(files, one.observation_space, one.action_space, trust_pickle)

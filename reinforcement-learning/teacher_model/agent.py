@@ -8,6 +8,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from torch import Tensor, nn
 
 from common.outputs import Outputs
@@ -64,6 +65,8 @@ class Agent:
     ) -> "Agent":
         """Raises UserError for files that are damaged or do not fit the spaces."""
         algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
+        if is_image_space(observation_space):
+            policy.to(best_device())  # networks for anything smaller are faster on the CPU
         statistics = read_statistics(files.statistics) if files.statistics else None
         if statistics is not None and files.statistics is not None:
             statistics.check(observation_space, files.statistics)
@@ -80,8 +83,8 @@ class Agent:
         return cls(name, model.policy, statistics, model)
 
     def network(self) -> PolicyNetwork:
-        """On the GPU if there is one, in eval mode, sharing the policy's weights."""
-        return PolicyNetwork(self.policy, self.statistics).to(best_device()).eval()
+        """Where the policy is, in eval mode, sharing its weights."""
+        return PolicyNetwork(self.policy, self.statistics).to(self.policy.device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """model.zip, as Stable-Baselines3 saves it, and the statistics beside it."""
