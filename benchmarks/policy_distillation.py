@@ -35,7 +35,7 @@ from reinforcement_learning.data.observations import Observations
 from reinforcement_learning.data.playing import Recorder, greedy, sampling
 from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.student_model.arguments import StudentArguments, TeacherTraining
+from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
 from reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
 from reinforcement_learning.student_model.student import StudentNetwork, new_student
@@ -192,7 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    agent = teacher_of(CARTPOLE, args.teacher, TeacherTraining(), trust_pickle=False)
+    agent = teacher_of(CARTPOLE, args.teacher, TeacherTraining(), ExperimentArguments())
     teacher = agent.policy
     if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
         raise UserError("the teacher must be a PPO that takes observations as they are")
@@ -207,7 +207,7 @@ def main() -> None:
         own = {name: getattr(ours.args, name) for name in ("updates", "batch_size", "learning_rate")}
         own["steps"] = ours.args.steps // ours.args.rounds
         for method in ("DAgger", "BC"):
-            for label, settings in (("its defaults", None), ("these settings", own)):
+            for label, settings in (("its defaults", None), ("this project's settings", own)):
                 distill[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), settings=settings)
     if min(about["teacher"] for about in figures.values()) < args.goal:
         raise UserError(f"the teacher itself does not reach {args.goal:.0f}: {figures}")
@@ -242,7 +242,7 @@ def main() -> None:
         row += [f"{reached} of {len(runs)}", number(statistics.median(run["observations"] for run in runs))]
     for id, rates in collected.items():
         rows += [[*row, "", ""] for row in rows_of(f"steps per CPU-s, {id}", rates)]
-    header = ["measured", "way", "median", "lowest", "highest", "ratio", "reached", "observations"]
+    header = ["measured", "way", "median", "lowest", "highest", "ratio to first", "reached", "observations"]
     below = "\n".join(f"{name}: {json.dumps(about)}" for name, about in figures.items())
     print_rich(header, rows, "Policy distillation, one thread", below if peer is not None else f"{below}\n{HOW_TO}")
     if args.json:

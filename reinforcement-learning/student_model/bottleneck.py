@@ -10,6 +10,8 @@ from torch import Tensor
 
 from common.bottleneck import DiscreteKeyValueBottleneck
 
+VALUE_DIM = 4  # wider values say little more: a codebook's key tells a few numbers of an observation apart, or one
+
 
 class BottleneckFeatures(BaseFeaturesExtractor):
     """Observations (batch, width) -> features (batch, features_dim): standardized, looked up, decoded.
@@ -25,7 +27,9 @@ class BottleneckFeatures(BaseFeaturesExtractor):
         (width,) = observation_space.shape
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
-        self.bottleneck = DiscreteKeyValueBottleneck(width, features_dim, codebooks, pairs, "projection", key_dim)
+        self.bottleneck = DiscreteKeyValueBottleneck(
+            width, features_dim, codebooks, pairs, "projection", key_dim, value_dim=VALUE_DIM
+        )
 
     mean: Tensor
     std: Tensor

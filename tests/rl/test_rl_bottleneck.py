@@ -97,7 +97,7 @@ def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path
 
 def test_a_distilled_student_with_a_bottleneck_knows_most_answers(tmp_path):
     one = task(subject())
-    Distiller([one], arguments(steps=4000, updates=300, learning_rate=0.02), tmp_path, 0).learn(dict)
+    Distiller([one], arguments(steps=1800, updates=80, learning_rate=0.03), tmp_path, 0).learn(dict)
     returns, _ = returns_of(greedy(StudentNetwork(one.student.folded_policy(), None)), QUESTIONS, 50, seed=9)
     assert returns.mean() > 8  # at random 2.5, the teacher 10
 
@@ -167,8 +167,8 @@ def test_what_is_saved_acts_as_before(tmp_path):
 
 
 def test_sizes():
-    """A table of 16 features for each pair, then linear heads to 4 actions and a value."""
-    assert parameters(student().policy) == 16 * 32 * 16 + (16 * 4 + 4) + (16 + 1)
+    """16 codebooks of 32 values of 4 numbers, decoded to 16 features; then linear heads to 4 actions and a value."""
+    assert parameters(student().policy) == 16 * 32 * 4 + (16 * 4 * 16 + 16) + (16 * 4 + 4) + (16 + 1)
 
 
 def test_students_of_several_environments_share_what_is_behind_their_bottlenecks():
@@ -183,7 +183,7 @@ def test_frames_have_no_bottleneck():
     frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     teacher = Agent("teacher", ActorCriticCnnPolicy(frames, gym.spaces.Discrete(3), lambda _: 0.0))
     with pytest.raises(UserError, match=r"shape \(4, 84, 84\): leave out --codebooks"):
-        Subject("Pictures-v0", teacher, teacher.network(), RECIPE, LOOKED_UP)
+        Subject("Pictures-v0", teacher, teacher.network(), RECIPE, StudentArguments(codebooks=16))
 
 
 @pytest.mark.parametrize("wrong", [{"codebooks": -1}, {"pairs": 0}, {"pairs": 2**16 + 1}, {"key_dim": 0}])
