@@ -101,7 +101,10 @@ class ExperimentArguments(RunArguments):
     method: Literal["distill", "ppd"] = field(
         default="distill", metadata={"help": "ppd: proximal policy distillation, for teachers that can be passed"}
     )
-    teacher_weight: float = field(default=1.0, metadata={"help": "of the teacher in proximal policy distillation"})
+    teacher_weight: float = field(
+        default=1.0,
+        metadata={"help": "of the teacher at the start of proximal policy distillation; it falls linearly to 0"},
+    )
     no_control: bool = field(
         default=False, metadata={"help": "skip the same student from reward alone and the behaviour cloning"}
     )

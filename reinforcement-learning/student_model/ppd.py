@@ -3,7 +3,9 @@
     loss = PPO's loss + weight * E[max(r, clip(r, 1 - eps, 1 + eps)) * KL(teacher || student)]
 
 r is the ratio of the student's present and collecting probabilities of the action, eps PPO's clip range. The student
-drives and earns rewards, so it can pass an imperfect teacher; the teacher speaks once about each observation.
+drives and earns rewards, so it can pass an imperfect teacher; the teacher speaks once about each observation. Unlike the
+paper's, the weight falls linearly to 0 over the training, as in kickstarting (arXiv:1803.03835): held, it holds the
+student back at a teacher that it could leave behind.
 """
 
 from typing import Any, NamedTuple
@@ -92,7 +94,8 @@ class PPD(PPO):
         entropy = distribution.entropy()
         assert entropy is not None  # categorical and Gaussian distributions have one
         terms = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
-        return terms + self.teacher_weight * distillation
+        weight = self.teacher_weight * self._current_progress_remaining
+        return terms + weight * distillation
 
 
 def _distribution(said: Outputs) -> Distribution:
