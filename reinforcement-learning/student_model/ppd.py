@@ -3,9 +3,9 @@
     loss = PPO's loss + weight * E[max(r, clip(r, 1 - eps, 1 + eps)) * KL(teacher || student)]
 
 r is the ratio of the student's present and collecting probabilities of the action, eps PPO's clip range. The student
-drives and earns rewards, so it can pass an imperfect teacher; the teacher speaks once about each observation. Unlike the
-paper's, the weight falls linearly to 0 over the training, as in kickstarting (arXiv:1803.03835): held, it holds the
-student back at a teacher that it could leave behind.
+drives and earns rewards, so it can pass an imperfect teacher; the teacher speaks once about each observation. Unlike
+the paper's, the weight falls linearly to 0 over the training, as in kickstarting (arXiv:1803.03835): held, it holds
+the student back at a teacher that it could leave behind.
 """
 
 from typing import Any, NamedTuple
