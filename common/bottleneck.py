@@ -152,6 +152,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         K-means on a sample, then `epochs` passes of moving averages. Labels play no part. In a distributed run every
         process passes its own rows; all end with the same keys.
         """
+        self._refuse_frozen()
         rows = embeddings[mask.bool()] if mask is not None else embeddings.flatten(0, -2)
         generator = torch.Generator().manual_seed(seed)
         self._kmeans(self.heads(_take(rows, max(8192, 16 * self.pairs), generator)), batch_size, generator)
@@ -174,8 +175,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         below `expiry` times an even share of the batch is dead: it restarts at a random head of the batch, in all
         three buffers, else the next step would take the restart back.
         """
-        if self.frozen:
-            raise RuntimeError("the keys are frozen; reset() the bottleneck before fitting them again")
+        self._refuse_frozen()
         counts, sums = self._assign(heads.float())
         self.key_counts.lerp_(counts, 1 - decay)
         self.key_sums.lerp_(sums, 1 - decay)
@@ -233,6 +233,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
             "perplexity": perplexity.mean().item(),
             "quantisation_error": errors,
         }
+
+    def _refuse_frozen(self) -> None:
+        if self.frozen:
+            raise RuntimeError("the keys are frozen; reset() the bottleneck before fitting them again")
 
     def _kmeans(self, heads: Tensor, batch_size: int, generator: torch.Generator, iterations: int = 10) -> None:
         """Lloyd's algorithm from random heads (rows, codebooks, key_dim); an empty cluster keeps its place."""

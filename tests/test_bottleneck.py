@@ -142,6 +142,15 @@ def test_statistics_by_hand():
     assert found["quantisation_error"] == pytest.approx((1 + 1 + 1 + 4) / 4)
 
 
+def test_frozen_keys_stay_when_they_are_to_be_fitted_again():
+    fitted = DiscreteKeyValueBottleneck(4, 2, codebooks=2, pairs=3)
+    fitted.fit_keys(torch.randn(50, 4))
+    keys = fitted.keys.clone()
+    with pytest.raises(RuntimeError, match="frozen"):
+        fitted.fit_keys(torch.randn(50, 4))
+    assert torch.equal(fitted.keys, keys)
+
+
 def test_frozen_keys_cannot_be_fitted():
     bottleneck = make()
     bottleneck.fit_keys(torch.randn(50, 12))
