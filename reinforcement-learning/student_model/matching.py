@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from gymnasium import spaces
 from torch import Tensor
 
@@ -48,16 +49,12 @@ def _nll(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Te
 
 
 def _mse(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    assert teacher is not None
-    return sum((losses.feature_l2(own, target) for own, target in _parameters(student, teacher)), Tensor([0.0]).sum())
+    return torch.stack([losses.feature_l2(own, target) for own, target in _parameters(student, teacher)]).sum()
 
 
 def _huber(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    assert teacher is not None
-    return sum(
-        (losses.regression_huber(own.flatten(), target.flatten()) for own, target in _parameters(student, teacher)),
-        Tensor([0.0]).sum(),
-    )
+    pairs = _parameters(student, teacher)
+    return torch.stack([losses.regression_huber(own.flatten(), target.flatten()) for own, target in pairs]).sum()
 
 
 def _value(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
@@ -71,8 +68,9 @@ def _agreement(student: Outputs, teacher: Outputs | None, labels: Tensor | None)
     return (greedy_actions(student) == greedy_actions(teacher)).float().mean()
 
 
-def _parameters(student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+def _parameters(student: Outputs, teacher: Outputs | None) -> list[tuple[Tensor, Tensor]]:
     """What a regression matches: logits, or means and, of a teacher that has them, standard deviations (their log)."""
+    assert teacher is not None
     if student.logits is not None:
         assert teacher.logits is not None
         return [(student.logits, teacher.logits)]
