@@ -71,7 +71,7 @@ def _draw(axes: Axes, stage: str, style: tuple[str, str, str], points: list[tupl
 def _finish(axes: Axes, progress: str, quantity: str) -> None:
     axes.set_xlabel(progress.replace("_", " ").capitalize())
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     axes.set_ylabel(quantity)
     axes.grid(alpha=0.25, linewidth=0.6)
     if axes.lines:
