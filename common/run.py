@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
 from common.cli import save_recipe
+from common.metrics.returns import normalized_return
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
@@ -168,7 +169,7 @@ class Run:
             "data": data,
             "models": {role: models.get(role) for role in ("teacher", "control", "student")} | models,
             "primary_metric": {"split": split, "name": metric},
-            "retention": _retention(student, teacher, floor),
+            "retention": None if student is None or teacher is None else normalized_return(student, floor, teacher),
             "gain_over_control": student - control if student is not None and control is not None else None,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),
@@ -198,10 +199,3 @@ class TrainerRun(Run):
         loop.finish()
         self.history[name] = loop.state.log_history
         return model
-
-
-def _retention(student: float | None, teacher: float | None, floor: float) -> float | None:
-    """The share of the teacher's skill, counted from `floor`, that the student has; None where there is none."""
-    if student is None or teacher is None or teacher <= floor:
-        return None
-    return (student - floor) / (teacher - floor)

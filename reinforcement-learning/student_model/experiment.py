@@ -133,5 +133,6 @@ def _of(environment: str, log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def fingerprint(environment: str) -> str:
     """Of what is played: the environment's specification and Gymnasium's version."""
-    spec = f"{gymnasium.__version__} {gymnasium.spec(environment)}"
+    registered = environment.rpartition(":")[2]  # `module:id` names the module that registers the id
+    spec = f"{gymnasium.__version__} {gymnasium.spec(registered)}"
     return hashlib.sha256(spec.encode()).hexdigest()[:12]

@@ -1,6 +1,5 @@
 """The teachers of a run: found, or trained here once and kept for every run that wants them."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from reinforcement_learning.teacher_model.sources import find_teacher
 from reinforcement_learning.teacher_model.teacher import new_teacher
 
 CALIBRATION_EPISODES = 8
-logger = logging.getLogger(__name__)
 
 
 def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArguments) -> tuple[Experiment, Agent]:
