@@ -1,5 +1,7 @@
 """Distillation losses: pure functions, tensors in, scalar out, computed in fp32. Teacher tensors are never trained."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +18,11 @@ def soft_target_kl(
 ) -> Tensor:
     """Hinton's soft targets (arXiv:1503.02531): scale * KL(softmax(teacher / T_t) || softmax(student / T)).
 
-    Logits are (batch, classes); summed over classes, averaged over the batch, with `sample_weights` (batch,) as a
-    weighted mean (zero where all weights are zero). `teacher_temperature` defaults to `temperature`, `scale` to the
-    product of the two, which keeps gradients comparable across temperatures. `direction="reverse"` is
-    KL(student || teacher). Raises ValueError for a temperature that is not positive, for another direction and for
-    shapes that differ.
+    Logits are (batch, classes), or (batch, positions, vocabulary) for what predicts tokens; summed over classes,
+    averaged over all the rest, with `sample_weights`, such as a mask (batch, positions), as a weighted mean (zero
+    where all weights are zero). `teacher_temperature` defaults to `temperature`, `scale` to the product of the two,
+    which keeps gradients comparable across temperatures. `direction="reverse"` is KL(student || teacher). Raises
+    ValueError for a temperature that is not positive, for another direction and for shapes that differ.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     if temperature <= 0 or teacher_temperature <= 0:
@@ -30,9 +32,32 @@ def soft_target_kl(
     own = F.log_softmax(student_logits.float() / temperature, dim=-1)
     target = F.log_softmax(teacher_logits.detach().float() / teacher_temperature, dim=-1)
     p, q = (target, own) if direction == "forward" else (own, target)
-    divergence = _kl(p, q, dim=-1)  # (batch,)
+    divergence = _kl(p, q, dim=-1)  # (batch,) or (batch, positions)
     scale = temperature * teacher_temperature if scale is None else scale
     return scale * _mean(divergence, sample_weights)
+
+
+def jensen_shannon(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence (arXiv:2306.13649, eq. 3): beta KL(p || m) + (1 - beta) KL(q || m).
+
+    p is the teacher's distribution and q the student's, both at `temperature`, m = beta p + (1 - beta) q; times
+    temperature^2 as in soft_target_kl, whose shapes and means these are. Symmetric for beta = 1/2, and then at most
+    temperature^2 * log 2. Raises ValueError unless 0 < beta < 1, and as soft_target_kl does.
+    """
+    if temperature <= 0 or not 0 < beta < 1:
+        raise ValueError(f"need a positive temperature and 0 < beta < 1, got {temperature} and {beta}")
+    _same_shape(student_logits, teacher_logits)
+    own = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    mixture = torch.logaddexp(target + math.log(beta), own + math.log(1 - beta))
+    divergence = beta * _kl(target, mixture, dim=-1) + (1 - beta) * _kl(own, mixture, dim=-1)
+    return temperature**2 * _mean(divergence, sample_weights)
 
 
 def cross_entropy_mix(

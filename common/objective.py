@@ -20,6 +20,8 @@ from common.outputs import Outputs
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
 FeatureLoss = Callable[..., Tensor]
+Divergence = Callable[[Tensor, Tensor], Tensor]
+IGNORED = -100  # the label of a position that counts for nothing: padding, or the end of a sequence
 
 
 class Objective(nn.Module):
@@ -59,13 +61,32 @@ def labels_and_soft_targets(alpha: float, temperature: float, regression: bool =
 
 
 def task_loss(regression: bool = False) -> Term:
-    """Cross-entropy with the labels (batch,), or mean squared error for regression."""
+    """Cross-entropy with the labels (batch,) or (batch, positions), less those that are IGNORED, or mean squared error
+    for regression.
+    """
 
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         logits, labels = _needed(student.logits, "student logits"), _needed(labels, "labels")
         if regression:
             return losses.regression_mse(logits, labels)
-        return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+    return term
+
+
+def token_targets(divergence: Divergence) -> Term:
+    """A divergence between the next-token distributions of student and teacher, where the label is not IGNORED.
+
+    `divergence` takes two logits (tokens, vocabulary), student's first, as `losses.soft_target_kl` does.
+    """
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        own, labels = _needed(student.logits, "student logits"), _needed(labels, "labels")
+        target = _needed(teacher.logits if teacher else None, "teacher logits")
+        counts = labels != IGNORED
+        if not counts.any():
+            return own.sum() * 0.0
+        return divergence(own[counts], target[counts])  # (tokens, vocabulary)
 
     return term
 

@@ -44,8 +44,8 @@ SCHEMA = {  # results.json, version 1; more keys are allowed everywhere, and `st
     "data": {"train": int | None, "validation": int | None, "test": int | None, "fingerprint": str},  # samples
     "models": {"teacher": Nullable(MODEL), "control": Nullable(MODEL), "student": Nullable(MODEL)},
     "primary_metric": {"split": str, "name": str},
-    "retention": NUMBER | None,  # student / teacher, of the primary metric
-    "gain_over_control": NUMBER | None,  # student - control
+    "retention": NUMBER | None,  # student / teacher of the primary metric, the inverse where lower is better
+    "gain_over_control": NUMBER | None,  # student - control, the inverse likewise: more is better
     "seconds": {
         "teacher": NUMBER | None,
         "teacher_outputs": NUMBER | None,

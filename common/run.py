@@ -149,14 +149,21 @@ class Run:
         split: str,
         metric: str,
         floor: float = 0.0,
+        lower_is_better: bool = False,
         **extra: Any,
     ) -> dict[str, Any]:
         """The run's results.json: `models` are the entries of teacher, control, student (or None) and any others,
         `split` and `metric` name the headline, `floor` is the metric's value for no skill at all (retention counts
-        from there), `extra` is whatever else the report should say.
+        from there), `extra` is whatever else the report should say. Where `lower_is_better`, as of a perplexity,
+        retention is teacher / student and the gain control - student, so that more is better of both.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
+        retention = gain = None
+        if student is not None and teacher is not None:
+            retention = teacher / student if lower_is_better else normalized_return(student, floor, teacher)
+        if student is not None and control is not None:
+            gain = control - student if lower_is_better else student - control
         seconds = {role: sum(s for name, s in self.seconds.items() if name.removesuffix("_encoder") == role)
                    for role in ("teacher", "teacher_outputs", "control", "student")}  # fmt: skip
         return {
@@ -169,8 +176,8 @@ class Run:
             "data": data,
             "models": {role: models.get(role) for role in ("teacher", "control", "student")} | models,
             "primary_metric": {"split": split, "name": metric},
-            "retention": None if student is None or teacher is None else normalized_return(student, floor, teacher),
-            "gain_over_control": student - control if student is not None and control is not None else None,
+            "retention": retention,
+            "gain_over_control": gain,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),
             **extra,

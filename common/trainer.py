@@ -21,7 +21,7 @@ from common.batching import LengthGroupedSampler
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.features import FeatureHooks
 from common.finite import NonFiniteLoss
-from common.objective import Objective
+from common.objective import IGNORED, Objective
 from common.outputs import Outputs
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import TeacherOutputs
@@ -85,8 +85,8 @@ class KDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels, sample_ids, views = (inputs.pop(name, None) for name in ("labels", "sample_id", "view"))
-        size = len(next(iter(inputs.values())))
-        # The mean over the step's samples is what one big batch would give; data parallel averages over processes.
+        size = _items(inputs, labels)
+        # The mean over the step's items is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
         student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
         teacher = self._teacher_says(inputs, sample_ids, views)
@@ -103,8 +103,8 @@ class KDTrainer(Trainer):
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int:
-        """Number of samples in this optimizer step, over all micro-batches and processes."""
-        number = sum(len(next(iter(batch.values()))) for batch in batch_samples)
+        """Number of samples, or of tokens that count, in this optimizer step over all micro-batches and processes."""
+        number = sum(_items(batch, batch.get("labels")) for batch in batch_samples)
         if self.args.world_size == 1:
             return number  # on the host: a copy to a GPU would wait for it
         return self.accelerator.gather(torch.tensor(number, device=device)).sum()
@@ -279,6 +279,13 @@ def last_checkpoint(folder: str | Path | None) -> str | None:
         return None
     complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
+    """What a micro-batch's mean is taken over: its samples, or with labels for each position those that count."""
+    if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
+        return int((labels != IGNORED).sum())
+    return len(next(iter(batch.values())))
 
 
 def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -465,3 +466,37 @@ def test_regression_of_one_sample_and_of_integer_labels(loss):
 def test_regression_refuses_as_many_numbers_in_another_shape():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
         losses.regression_mse(torch.zeros(2, 3), torch.zeros(3, 2))
+
+
+# ---- tokens ----
+
+
+def test_jensen_shannon_is_that_of_scipy_symmetric_and_bounded():
+    from scipy.spatial.distance import jensenshannon
+
+    student, teacher = torch.randn(6, 11), torch.randn(6, 11)
+    p, q = (F.softmax(logits / 2, -1).numpy() for logits in (teacher, student))
+    expected = 4 * np.mean([jensenshannon(a, b) ** 2 for a, b in zip(p, q, strict=True)])
+    assert losses.jensen_shannon(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.jensen_shannon(teacher, student, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.jensen_shannon(student, student).item() == pytest.approx(0, abs=1e-7)
+    apart = torch.eye(2) * 1000
+    assert losses.jensen_shannon(apart, apart.flip(0)).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_generalised_jensen_shannon_by_hand(beta):
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.1, 0.1, 0.8]])
+    m = beta * p + (1 - beta) * q
+    expected = beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
+    assert losses.jensen_shannon(q.log(), p.log(), beta=beta).item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="beta"):
+        losses.jensen_shannon(q, p, beta=1.0)
+
+
+def test_soft_targets_of_tokens_are_those_of_the_places_that_count():
+    student, teacher = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    flat = mask.bool().flatten()
+    expected = losses.soft_target_kl(student.flatten(0, 1)[flat], teacher.flatten(0, 1)[flat], 3.0)
+    assert losses.soft_target_kl(student, teacher, 3.0, sample_weights=mask).item() == pytest.approx(expected.item())

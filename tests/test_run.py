@@ -33,11 +33,11 @@ def entry(score: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def results(folder: Path, floor: float, **scores: float) -> dict[str, Any]:
+def results(folder: Path, floor: float, lower_is_better: bool = False, **scores: float) -> dict[str, Any]:
     run = Run(RunArguments(output_dir=str(folder)))
     data = {"train": None, "validation": None, "test": 4, "fingerprint": "f"}
     models = {role: entry(score) for role, score in scores.items()}
-    found = run.results("d", "t", "m", data, models, "test", "score", floor)
+    found = run.results("d", "t", "m", data, models, "test", "score", floor, lower_is_better)
     report.validate(found)
     return found
 
@@ -49,6 +49,11 @@ def results(folder: Path, floor: float, **scores: float) -> dict[str, Any]:
 def test_retention_counts_from_no_skill_at_all(tmp_path, floor, teacher, student, retention):
     found = results(tmp_path, floor, teacher=teacher, student=student)
     assert found["retention"] == (None if retention is None else pytest.approx(retention))
+
+
+def test_more_is_better_of_retention_and_gain_also_where_less_is_better_of_the_metric(tmp_path):
+    found = results(tmp_path, 0.0, True, teacher=20.0, control=30.0, student=25.0)
+    assert (found["retention"], found["gain_over_control"]) == (0.8, 5.0)
 
 
 def test_other_models_follow_teacher_control_and_student(tmp_path):

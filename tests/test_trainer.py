@@ -14,7 +14,7 @@ from torch import nn
 from common.batching import LengthGroupedSampler
 from common.losses import feature_l2, soft_target_kl
 from common.metrics.classification import classification_metrics
-from common.objective import Hint, Objective, task_loss
+from common.objective import IGNORED, Hint, Objective, task_loss, token_targets
 from common.outputs import Outputs
 from common.teacher_outputs import TeacherOutputs
 from common.trainer import KDTrainer, last_checkpoint
@@ -53,6 +53,39 @@ def test_accumulated_gradient_is_that_of_one_big_batch(tmp_path, batch, accumula
         tmp_path, student, teacher=teacher, n=8, per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, learning_rate=1.0, max_grad_norm=0.0, max_steps=1,
     )  # fmt: skip
+    torch.testing.assert_close(before - weights(student), expected)
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Eight rows of five positions, of which very different numbers count."""
+
+    def __init__(self) -> None:
+        self.x, self.labels = torch.randn(8, 5, 6), torch.randint(3, (8, 5))
+        self.labels[torch.arange(5) >= torch.tensor([1, 1, 1, 1, 5, 5, 5, 4]).unsqueeze(1)] = IGNORED
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[i], "labels": self.labels[i]}
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (3, 3)])
+def test_each_token_counts_alike_however_a_step_is_cut(tmp_path, batch, accumulation):
+    student, teacher, rows = model(), model(9), Sequences()
+    counts = rows.labels != IGNORED
+    own, target = student(rows.x).logits[counts], teacher(rows.x).logits[counts]
+    loss = 0.5 * F.cross_entropy(own, rows.labels[counts]) + 0.5 * soft_target_kl(own, target, 2.0)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
+    before = weights(student)
+    KDTrainer(
+        model=student, teacher=teacher, train_dataset=rows,
+        objective=Objective(
+            task=(0.5, task_loss()), soft=(0.5, token_targets(lambda own, target: soft_target_kl(own, target, 2.0)))
+        ),
+        args=arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+                       learning_rate=1.0, max_grad_norm=0.0, max_steps=1),
+    ).train()  # fmt: skip
     torch.testing.assert_close(before - weights(student), expected)
 
 
