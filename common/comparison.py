@@ -100,16 +100,16 @@ def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[
     cells = []
     for row in rows:
         names = [", ".join(row[key] for key in GROUP[:3]), row["metric"], str(row["seeds"])]
-        cells.append([*names, *(_spread(row, figure) for figure in FIGURES)])
+        cells.append([*names, *(show_spread(row[figure], row["seeds"]) for figure in FIGURES)])
     return header, cells
 
 
-def _spread(row: dict[str, Any], figure: str) -> str:
-    spread: Spread | None = row[figure]
+def show_spread(spread: Spread | None, seeds: int | None = None) -> str:
+    """mean ± standard deviation, with the number of values where it is not that of the seeds."""
     if spread is None:
         return "–"
     std = "–" if spread.std is None else f"{spread.std:,.{decimals(spread.mean)}f}"
-    partial = f" (n={spread.n})" if spread.n != row["seeds"] else ""
+    partial = f" (n={spread.n})" if seeds not in (None, spread.n) else ""
     return f"{number(spread.mean)} ± {std}{partial}"
 
 

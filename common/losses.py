@@ -137,6 +137,27 @@ def feature_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None,
     return _mean(1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=dim), mask)
 
 
+def attention_kl(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """KL(teacher || student) of self-attention distributions, from queries and keys (MiniLM, arXiv:2002.10957).
+
+    Queries and keys are (batch, positions, width), of any two widths: `heads` equal parts of either are its heads
+    (MiniLMv2, arXiv:2012.15828). Averaged over batch, heads and positions; what `mask` (batch, positions) does not
+    keep neither asks nor is looked at. Raises ValueError for a width that `heads` does not divide, and for other
+    shapes.
+    """
+    own = _attention(student_query, student_key, heads, mask)  # (batch, heads, positions, positions)
+    target = _attention(teacher_query.detach(), teacher_key.detach(), heads, mask)
+    _same_shape(own, target)
+    return _mean(_kl(target, own, dim=-1).transpose(1, 2), mask)  # of (batch, positions, heads)
+
+
 def channel_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the softmax being over the channels of each place.
 
@@ -193,6 +214,18 @@ def regression_mix(student_prediction: Tensor, teacher_prediction: Tensor, label
     _check_alpha(alpha)
     hard, soft = regression_mse(student_prediction, labels), regression_mse(student_prediction, teacher_prediction)
     return alpha * hard + (1 - alpha) * soft
+
+
+def _attention(query: Tensor, key: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Log-probabilities (batch, heads, positions, positions) of what each position looks at."""
+    _same_shape(query, key)
+    if query.shape[-1] % heads:
+        raise ValueError(f"a width of {query.shape[-1]} does not split into {heads} heads")
+    query, key = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(mask[:, None, None] == 0, torch.finfo(scores.dtype).min)
+    return F.log_softmax(scores, dim=-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:

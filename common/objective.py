@@ -53,10 +53,12 @@ class Objective(nn.Module):
         return {name: term(student, teacher, labels) for name, term in self.watched.items()}
 
 
-def labels_and_soft_targets(alpha: float, temperature: float, regression: bool = False) -> Objective:
-    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
+def labels_and_soft_targets(
+    alpha: float, temperature: float, regression: bool = False, **others: tuple[float, Term]
+) -> Objective:
+    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531), and any other weighted terms."""
     return Objective(
-        task=(alpha, task_loss(regression)), soft_targets=(1 - alpha, soft_targets(temperature, regression))
+        task=(alpha, task_loss(regression)), soft_targets=(1 - alpha, soft_targets(temperature, regression)), **others
     )
 
 

@@ -87,25 +87,21 @@ class Run:
                 f"{self.folder} holds {state} run: continue it with --resume_from_checkpoint, start over with "
                 "--overwrite_output_dir, or choose another --output_dir"
             )
-        self._refuse_other_arguments(recipe, instances)
-
-    def _refuse_other_arguments(self, recipe: Path, instances: tuple[Any, ...]) -> None:
-        now = self.folder / "recipe.now.yaml"
-        save_recipe(now, *instances)
-        before, after = (yaml.safe_load(path.read_text()) or {} for path in (recipe, now))
-        now.unlink()
-        names = sorted((before.keys() | after.keys()) - MAY_CHANGE)
-        changed = [f"{n} (was {before.get(n)}, now {after.get(n)})" for n in names if before.get(n) != after.get(n)]
-        if changed:
-            raise UserError(f"cannot continue {self.folder} with other arguments: {', '.join(changed)}")
+        refuse_other_arguments(self.folder, instances)
 
     def stage(
-        self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any = None
+        self,
+        name: str,
+        build: Callable[[], Model],
+        load: Callable[[str], Model],
+        processor: Any = None,
+        shared: Path | None = None,
     ) -> Model:
         """The model of a stage: loaded if the stage is finished, else built, timed and saved with its `processor`, the
-        tokenizer or image processor that makes its inputs, if it needs one. Both have a `save_pretrained`.
+        tokenizer or image processor that makes its inputs, if it needs one. Both have a `save_pretrained`. In a
+        `shared` folder other runs find it too; that they ask for the same is their caller's business.
         """
-        folder = self.folder / "stages" / name
+        folder = (shared or self.folder) / "stages" / name
         if (folder / STAGE).exists():
             model, record = load(str(folder)), read_json(folder / STAGE)
             self.seconds[name], self.history[name] = record["seconds"], record["history"]
@@ -182,6 +178,18 @@ class Run:
             "environment": environment(self.args.precision, best_device()),
             **extra,
         }
+
+
+def refuse_other_arguments(folder: Path, instances: tuple[Any, ...]) -> None:
+    """Raises UserError where the run in a folder was started with other arguments."""
+    now = folder / "recipe.now.yaml"
+    save_recipe(now, *instances)
+    before, after = (yaml.safe_load(path.read_text()) or {} for path in (folder / RECIPE, now))
+    now.unlink()
+    names = sorted((before.keys() | after.keys()) - MAY_CHANGE)
+    changed = [f"{n} (was {before.get(n)}, now {after.get(n)})" for n in names if before.get(n) != after.get(n)]
+    if changed:
+        raise UserError(f"cannot continue {folder} with other arguments: {', '.join(changed)}")
 
 
 class TrainerRun(Run):

@@ -7,6 +7,7 @@ processes; a loss that is not finite stops the run; a checkpoint counts only onc
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class KDTrainer(Trainer):
         teacher_outputs: what a teacher said about the training samples; batches must then hold `sample_id`.
         teacher_views: a table of what `teacher` says about each view; batches must then hold `sample_id` and `view`.
         features, teacher_features: {name: path of a submodule} recorded as named features of either model.
+        not_for_student: inputs that only the teacher takes.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
@@ -57,6 +59,7 @@ class KDTrainer(Trainer):
         teacher_views: TeacherViews | None = None,
         features: dict[str, str] | None = None,
         teacher_features: dict[str, str] | None = None,
+        not_for_student: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -70,6 +73,7 @@ class KDTrainer(Trainer):
             teacher.eval().requires_grad_(False)
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self.teacher_outputs, self.teacher_views = teacher_outputs, teacher_views
+        self.not_for_student = frozenset(not_for_student)
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_weight = torch.zeros((), device=self.args.device)
@@ -88,7 +92,7 @@ class KDTrainer(Trainer):
         size = _items(inputs, labels)
         # The mean over the step's items is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
-        student = _named_outputs(model(**inputs), self._hooks.take(), inputs)
+        student = self._student_says(model, inputs)
         teacher = self._teacher_says(inputs, sample_ids, views)
         parts = self.objective_in_step(student, teacher, labels)
         loss = torch.stack(list(parts.values())).sum() * share
@@ -108,6 +112,10 @@ class KDTrainer(Trainer):
         if self.args.world_size == 1:
             return number  # on the host: a copy to a GPU would wait for it
         return self.accelerator.gather(torch.tensor(number, device=device)).sum()
+
+    def _student_says(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
+        own = {name: value for name, value in inputs.items() if name not in self.not_for_student}
+        return _named_outputs(model(**own), self._hooks.take(), inputs)
 
     def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None) -> Outputs | None:
         if self.teacher_outputs is not None:
@@ -163,7 +171,7 @@ class KDTrainer(Trainer):
         for name in ("sample_id", "view"):
             inputs.pop(name, None)
         with torch.no_grad():
-            logits = _named_outputs(model(**inputs), self._hooks.take(), inputs).logits
+            logits = self._student_says(model, inputs).logits
         return None, None if logits is None else logits.detach().float(), labels
 
     # ---- optimizer ----

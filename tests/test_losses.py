@@ -500,3 +500,36 @@ def test_soft_targets_of_tokens_are_those_of_the_places_that_count():
     flat = mask.bool().flatten()
     expected = losses.soft_target_kl(student.flatten(0, 1)[flat], teacher.flatten(0, 1)[flat], 3.0)
     assert losses.soft_target_kl(student, teacher, 3.0, sample_weights=mask).item() == pytest.approx(expected.item())
+
+
+# ---- attention ----
+
+
+def test_attention_kl_is_that_of_the_probabilities_of_a_bert_layer():
+    """Against the attention probabilities that BERT itself reports, of padded texts."""
+    from transformers import BertConfig, BertModel
+
+    shape = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
+    models = [BertModel(BertConfig(hidden_size=16, **shape), attn_implementation="eager").eval() for _ in range(2)]
+    ids, mask = torch.randint(50, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    probabilities, parts = [], []
+    for bert in models:
+        attention = bert.encoder.layer[0].attention.self
+        probabilities.append(bert(ids, mask, output_attentions=True).attentions[0])
+        embedded = bert.embeddings(ids)
+        parts += [attention.query(embedded), attention.key(embedded)]
+    student, teacher = probabilities
+    divergence = (teacher * (teacher.clamp(min=1e-30).log() - student.clamp(min=1e-30).log())).sum(-1)
+    expected = divergence.mean(1)[mask.bool()].mean()
+    assert losses.attention_kl(*parts, 4, mask).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_attention_kl_ignores_padding_and_takes_other_widths():
+    own, target = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
+    mask = torch.ones(2, 3)
+    loss = losses.attention_kl(own, own, target, target, 4, mask)
+    padded = [F.pad(x, (0, 0, 0, 2), value=7.0) for x in (own, own, target, target)]
+    assert losses.attention_kl(*padded, 4, F.pad(mask, (0, 2))).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert losses.attention_kl(own, own, own, own, 2, mask).item() == pytest.approx(0, abs=1e-7)
+    with pytest.raises(ValueError, match="3 heads"):
+        losses.attention_kl(own, own, target, target, 3)

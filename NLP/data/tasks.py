@@ -43,3 +43,4 @@ TASKS: dict[str, Task] = {
     "rte": Task(GLUE, "rte", ("sentence1", "sentence2"), "label", "accuracy", ENTAILMENT),
     "stsb": Task(GLUE, "stsb", ("sentence1", "sentence2"), "label", "spearman", regression=True),
 }
+GLUE_TASKS = [name for name, task in TASKS.items() if task.hub == GLUE]

@@ -1,6 +1,9 @@
 """The steps that every text distillation is made of: fine-tune, listen to the teacher, align, fill a bottleneck."""
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,20 +11,16 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.filling import Keys, set_keys
-from common.inference import as_it_is, over_dataset
-from common.losses import feature_cosine, feature_l2
-from common.objective import FeatureLoss, Hint, Objective, Term, labels_and_soft_targets, match, task_loss
-from common.outputs import Outputs
+from common.inference import over_dataset
+from common.objective import Objective, labels_and_soft_targets, task_loss
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
-from common.utils.devices import best_device, process
+from common.utils.devices import process
 from nlp.data.loading import TextData
 from nlp.data.tokenized import Collator, tokenize
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling, pool
+from nlp.student_model.bottleneck_classifier import Pooling
 from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.fill import FIT_TEXTS, code_dataset, embed_texts, encode_texts
-from nlp.student_model.layers import layer_paths, uniform_map
+from nlp.student_model.matching import Matching, hidden_states, width
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
 
@@ -38,6 +37,11 @@ class Texts:
     def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
         return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
 
+    def not_for(self, model: PreTrainedModel) -> list[str]:
+        """What the tokenizer gives and a model does not take: DistilBERT knows no token types, its teacher does."""
+        accepted = inspect.signature(model.forward).parameters
+        return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]
+
     @property
     def train(self) -> Dataset:
         return self.splits["train"]
@@ -49,24 +53,23 @@ class Texts:
 
 @dataclass
 class Pipeline:
-    """The steps, as stages of one run. `value_epochs` and `value_batch_size` are for the values of a bottleneck."""
+    """The steps, as stages of one run. What teachers say is cached in `outputs_folder`."""
 
     run: TrainerRun
     pooling: Pooling
-    bottleneck: dict[str, Any]
-    value_epochs: float
-    value_batch_size: int
+    outputs_folder: Path
 
     @property
     def precision(self) -> str:
         return self.run.args.precision
 
-    def objective(self, data: TextData, with_teacher: bool) -> Objective:
-        """alpha * labels + (1 - alpha) * soft targets, or the labels alone."""
+    def objective(self, data: TextData, with_teacher: bool, matching: Matching | None = None) -> Objective:
+        """alpha * labels + (1 - alpha) * soft targets + what is to match inside, or the labels alone."""
         args = self.run.args
         if not with_teacher:
             return Objective(task=(1.0, task_loss(data.regression)))
-        return labels_and_soft_targets(args.alpha, args.temperature, data.regression)
+        others = {} if matching is None else matching.terms
+        return labels_and_soft_targets(args.alpha, args.temperature, data.regression, **others)
 
     def finetune(
         self,
@@ -75,11 +78,14 @@ class Pipeline:
         texts: Texts,
         epochs: float,
         rate: float,
-        teacher_outputs: TeacherOutputs | None = None,
+        teacher: dict[str, Any] | None = None,
+        matching: Matching | None = None,
         freeze_embeddings: bool = True,
     ) -> PreTrainedModel:
-        """Trains a classifier end to end, on labels alone or with a teacher's logits (then without dropout)."""
-        if teacher_outputs is not None:
+        """Trains a classifier end to end, on labels alone or with a teacher (what `listen` or `hear` gave), then
+        without dropout.
+        """
+        if teacher is not None:
             switch_off_dropout(model)
         model.requires_grad_(True)
         model.get_input_embeddings().requires_grad_(not freeze_embeddings)
@@ -87,37 +93,53 @@ class Pipeline:
             name,
             model,
             {"num_train_epochs": epochs, "learning_rate": rate},
-            objective=self.objective(texts.data, teacher_outputs is not None),
-            teacher_outputs=teacher_outputs,
+            objective=self.objective(texts.data, teacher is not None, matching),
+            features={} if matching is None else matching.features,
             train_dataset=texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
+            not_for_student=texts.not_for(model),
             compute_metrics=trainer_metrics(texts.data),
+            **(teacher or {}),
         )
 
-    def listen(self, teacher: PreTrainedModel, texts: Texts, layers: list[int] | None = None) -> TeacherOutputs:
-        """The teacher's logits for the training texts, or the hidden states of some of its layers (from 0)."""
+    def listen(
+        self, teacher: PreTrainedModel, texts: Texts, layers: Sequence[int] = (), logits: bool = True
+    ) -> TeacherOutputs:
+        """What a teacher says of the training texts, cached: its logits, the hidden states of some of its layers (from
+        0; EMBEDDINGS, -1, is what goes into the first).
+        """
 
-        def logits(**batch: Any) -> dict[str, torch.Tensor]:
-            return {"logits": teacher(**batch).logits.float()}
-
-        def hidden(**batch: Any) -> dict[str, torch.Tensor]:
-            states = teacher(**batch, output_hidden_states=True).hidden_states  # embeddings first
-            return {f"layer_{i}": states[i + 1].half() for i in layers or []}
+        def say(**batch: Any) -> dict[str, torch.Tensor]:
+            said = teacher(**batch, output_hidden_states=True) if layers else teacher(**batch)
+            features = {f"layer_{i}": said.hidden_states[i + 1].half() for i in layers}
+            return features | ({"logits": said.logits.float()} if logits else {})
 
         def compute() -> TeacherOutputs:
-            call = logits if layers is None else hidden
-            said = over_dataset(teacher, call, texts.train, texts.collate, self.precision, description="teacher")
+            said = over_dataset(teacher, say, texts.train, texts.collate, self.precision, description="teacher")
             ids = torch.tensor(texts.train["sample_id"])
-            if layers is None:
-                return TeacherOutputs(ids, torch.stack(said["logits"]))
-            lengths = torch.tensor([len(states) for states in next(iter(said.values()))])
-            return TeacherOutputs(ids, features={n: torch.cat(s) for n, s in said.items()}, lengths=lengths)
+            own = torch.stack(said.pop("logits")) if logits else None
+            lengths = torch.tensor([len(states) for states in next(iter(said.values()))]) if said else None
+            return TeacherOutputs(ids, own, {name: torch.cat(states) for name, states in said.items()}, lengths)
 
-        key = outputs_key(teacher, texts.data.fingerprint, texts.train["input_ids"], self.precision, layers)
-        folder = self.run.folder / "teacher_outputs"
+        key = outputs_key(teacher, texts.data.fingerprint, texts.train["input_ids"], self.precision, [*layers], logits)
         with self.run.timed("teacher_outputs"):
-            return TeacherOutputs.load_or_compute(folder, key, compute, write=process()[0] == 0)
+            return TeacherOutputs.load_or_compute(self.outputs_folder, key, compute, write=process()[0] == 0)
+
+    def hear(
+        self, teacher: PreTrainedModel, texts: Texts, matching: Matching, logits: TeacherOutputs | None = None
+    ) -> dict[str, Any]:
+        """A teacher as the trainer takes it: cached where the terms of `matching` allow and its hidden states are not
+        too many, else live. `logits` are those to learn from; None: none.
+        """
+        layers = matching.layers
+        if layers is not None and sum(texts.train["length"]) * len(layers) * width(teacher) * 2 <= FEATURE_BYTES:
+            if not layers:
+                return {"teacher_outputs": logits}
+            said = self.listen(teacher, texts, layers, logits=False)
+            soft = None if logits is None else logits.batch(said.sample_ids).logits
+            return {"teacher_outputs": TeacherOutputs(said.sample_ids, soft, said.features, said.lengths)}
+        return {"teacher": teacher, "teacher_features": matching.teacher_features}
 
     def align(
         self, name: str, encoder: PreTrainedModel, teacher: PreTrainedModel, texts: Texts, epochs: float, rate: float
@@ -125,73 +147,21 @@ class Pipeline:
         """Trains a student encoder, on texts without labels, to have the hidden states of the teacher's layers at the
         same relative depth, without dropout, which would only blur what is to be matched.
         """
-        own, target = layer_paths(encoder), layer_paths(teacher)
-        layers = uniform_map(len(own), len(target))
         switch_off_dropout(encoder)
         for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
             if part is not None:
                 part.requires_grad_(False)  # copied from the teacher, or without a say in the hidden states
-        width, teacher_width = encoder.config.hidden_size, teacher.config.hidden_size
-        if sum(texts.train["length"]) * len(layers) * teacher_width * 2 <= FEATURE_BYTES:
-            source: dict[str, Any] = {"teacher_outputs": self.listen(teacher, texts, layers)}
-        else:
-            source = {"teacher": teacher, "teacher_features": {f"layer_{i}": target[i] for i in layers}}
+        matching = hidden_states(encoder, teacher, 1.0, pooling=self.pooling)
         return self.run.train(
             name,
             encoder,
             {"num_train_epochs": epochs, "learning_rate": rate},
-            objective=alignment(layers, width, teacher_width, self.pooling),
-            features={f"student_{i}": path for i, path in enumerate(own)},
+            objective=Objective(**matching.terms),
+            features=matching.features,
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
-            **source,
-        )
-
-    def fill(
-        self,
-        name: str,
-        encoder: PreTrainedModel,
-        texts: Texts,
-        keys: Keys,
-        source: BottleneckClassifier | None = None,
-        teacher_outputs: TeacherOutputs | None = None,
-    ) -> BottleneckClassifier:
-        """A bottleneck behind a frozen encoder: keys, then (but for `reused`) values on cached codes."""
-        labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
-        model = BottleneckClassifier.around(encoder, labels, self.pooling, **self.bottleneck).to(best_device())
-        seed = self.run.args.seed
-        sample = (
-            texts.train.shuffle(seed=seed).select(range(FIT_TEXTS)) if len(texts.train) > FIT_TEXTS else texts.train
-        )
-        embeddings = embed_texts(model, sample, texts.collate, self.precision)
-        rows = torch.cat([e.view(-1, e.shape[-1]) for e in embeddings]).to(model.device)
-        model.config.key_statistics = set_keys(
-            model.bottleneck, keys, source.bottleneck if source else None, rows, seed
-        )
-        if keys == "reused":
-            return model
-        if embeddings[0].dim() == 1 and len(embeddings) == len(texts.train):  # one vector a text, none left out
-            codes = list(model.bottleneck.encode(rows).to(torch.uint16).cpu())
-        else:
-            codes = encode_texts(model, texts.train, texts.collate, self.precision)
-        rate = self.run.args.value_learning_rate or self.run.args.learning_rate
-        validation_codes = encode_texts(model, texts.validation, texts.collate, self.precision)
-        return self.run.train(
-            name,
-            model,
-            {
-                "num_train_epochs": self.value_epochs,
-                "learning_rate": rate / 10,  # of the decoder, which every text moves; a value waits for its key
-                "value_learning_rate": rate,
-                "per_device_train_batch_size": self.value_batch_size,
-                "train_sampling_strategy": "random",
-            },
-            objective=self.objective(texts.data, teacher_outputs is not None),
-            teacher_outputs=teacher_outputs,
-            train_dataset=code_dataset(codes, texts.train),
-            eval_dataset=code_dataset(validation_codes, texts.validation),
-            data_collator=as_it_is,
-            compute_metrics=trainer_metrics(texts.data),
+            not_for_student=texts.not_for(encoder),
+            **self.hear(teacher, texts, matching),
         )
 
 
@@ -199,36 +169,3 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def alignment(layers: list[int], width: int, teacher_width: int, pooling: Pooling) -> Objective:
-    """L2 + cosine between `student_i` and the teacher's `layer_{layers[i]}`, averaged over layers, and between what is
-    pooled from the last of them, which is what a bottleneck or a head sees. Through linear regressors, and without
-    the pooled terms, where the widths differ.
-    """
-    terms: dict[str, tuple[float, Term]] = {}
-    for loss_name, loss in (("l2", feature_l2), ("cosine", feature_cosine)):
-        for i, layer in enumerate(layers):
-            own, target = f"student_{i}", f"layer_{layer}"
-            same = width == teacher_width
-            term: Term = match(own, loss, target) if same else Hint(own, loss, width, teacher_width, target)
-            terms[f"{loss_name}_{i}"] = (1 / len(layers), term)
-        if width == teacher_width and pooling != "tokens":
-            last = len(layers) - 1
-            terms[f"{loss_name}_pooled"] = (
-                1.0,
-                match_pooled(f"student_{last}", f"layer_{layers[last]}", pooling, loss),
-            )
-    return Objective(**terms)
-
-
-def match_pooled(name: str, teacher_name: str, pooling: Pooling, loss: FeatureLoss) -> Term:
-    """A feature loss between pooled hidden states."""
-
-    def term(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
-        if teacher is None or not student.features or not teacher.features or student.mask is None:
-            raise ValueError("pooled hidden states need features of student and teacher, and an attention mask")
-        own, target = student.features[name].float(), teacher.features[teacher_name].float()
-        return loss(pool(own, student.mask, pooling), pool(target, student.mask, pooling))
-
-    return term

@@ -86,6 +86,7 @@ class Experiment:
         best = measured["teacher"]["return_mean"]
         for metrics in measured.values():
             metrics["normalized_return"] = normalized_return(metrics["return_mean"], random, best)
+        extra: dict[str, Any] = {"work_of_the_student": work} if work else {}
         results = self.run.results(
             domain="reinforcement-learning",
             task=environment,
@@ -102,7 +103,7 @@ class Experiment:
             floor=random,
             return_of_random_actions=random,
             selection="the policy after the last update; no evaluation chose anything",
-            **({"work_of_the_student": work} if work else {}),
+            **extra,
         )
         if student_stage:
             self._save_student(student_stage, folder, environment, results)

@@ -1,0 +1,27 @@
+"""Distills a text classifier into a smaller one: soft targets, and whatever inside is to be matched.
+
+    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml
+    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml --dataset sst2 --teacher bert-base-uncased \\
+        --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --alpha 0.1 --temperature 4
+
+The recipes base, clinc and sentiment have `distill_*.sh` of their names.
+"""
+
+from common.arguments import KDTrainingArguments
+from common.cli import parse, run
+from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from nlp.student_model.classifier_distillation import ClassifierDistillation
+
+
+def main() -> None:
+    text, pair, matching, training = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments)
+    data = text.load(training.seed)
+    distillation = ClassifierDistillation(text, pair, matching, training, data)
+    teacher = distillation.teacher()
+    control = None if training.no_control else distillation.control()
+    student = distillation.student(teacher)
+    distillation.report(teacher, control, student)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""Distills GLUE tasks by every system, over seeds, into one table.
+
+    bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc cola stsb --seeds 0 1 2
+    bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base keys_carried
+
+A task's teacher is fine-tuned once per seed and shared by all systems, as are its cached logits, the control and the
+aligned student. The same command again, also with more tasks, systems or seeds, trains only what is missing; a run
+that was killed goes on where it stopped.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from common.arguments import KDTrainingArguments
+from common.cli import parse, run
+from common.run import RECIPE, RESULTS, refuse_other_arguments
+from common.utils.errors import UserError
+from nlp.data.loading import TextData
+from nlp.data.tasks import GLUE_TASKS
+from nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
+from nlp.student_model.bottleneck_distillation import BottleneckDistillation
+from nlp.student_model.classifier_distillation import ClassifierDistillation
+from nlp.student_model.glue_report import SYSTEMS, show
+
+
+@dataclass
+class GlueArguments:
+    """Which tasks, systems and seeds."""
+
+    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": ", ".join(GLUE_TASKS)})
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": ", ".join(SYSTEMS)})
+    seeds: list[int] = field(default_factory=lambda: [0])
+    glue_folder: Path | None = field(
+        default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
+    )
+    samples_per_stage: int = field(
+        default=200_000, metadata={"help": "no stage sees more texts, so large tasks get fewer epochs"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", list(GLUE_TASKS)), ("systems", list(SYSTEMS))):
+            words = getattr(self, name)
+            if not words or set(words) - set(known):
+                raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
+        if self.samples_per_stage < 1:
+            raise ValueError(f"--samples_per_stage must be positive, got {self.samples_per_stage}")
+
+    def source(self, task: str) -> str:
+        """What --dataset would be."""
+        if self.glue_folder is None:
+            return task
+        found = [self.glue_folder / name for name in (task, f"glue_{task}") if (self.glue_folder / name).is_dir()]
+        if not found:
+            raise UserError(f"--glue_folder {self.glue_folder} holds neither {task} nor glue_{task}")
+        return str(found[0])
+
+
+def main() -> None:
+    glue, text, pair, bottleneck, matching, training = parse(
+        GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
+    )
+    folder = Path(training.output_dir or "runs/NLP/glue")
+    sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
+    for task, seed in product(glue.tasks, glue.seeds):
+        text.dataset, training.seed = sources[task], seed
+        data = text.load(seed)
+        epochs = glue.samples_per_stage / len(data.splits["train"])
+        for system in glue.systems:
+            own = matching if system == "base" else of_system(bottleneck, system)
+            distill(own, text, *at_most(epochs, pair, training), data, folder / task / f"seed{seed}", system)
+    show(folder, glue.tasks)
+
+
+def distill(
+    own: MatchingArguments | BottleneckArguments,
+    text: TextArguments,
+    pair: PairArguments,
+    training: KDTrainingArguments,
+    data: TextData,
+    shared: Path,
+    system: str,
+) -> None:
+    folder = shared / system
+    training.output_dir, training.resume_from_checkpoint = str(folder), (folder / RECIPE).exists()
+    if (folder / RESULTS).exists():
+        refuse_other_arguments(folder, (training, text, pair, own))
+        print(f"{folder} is finished")
+        return
+    distillation: ClassifierDistillation | BottleneckDistillation
+    if isinstance(own, MatchingArguments):
+        distillation = ClassifierDistillation(text, pair, own, training, data, shared=shared)
+    else:
+        distillation = BottleneckDistillation(text, pair, own, training, data, shared=shared)
+    teacher = distillation.teacher()
+    control = None if training.no_control else distillation.control()
+    student = distillation.student(teacher)
+    distillation.report(teacher, control, student)
+
+
+def of_system(bottleneck: BottleneckArguments, system: str) -> BottleneckArguments:
+    own = copy.copy(bottleneck)
+    own.bottleneck = "student" if system == "student_only" else "both"
+    own.keys = "carried" if system == "keys_carried" else "new"
+    return own
+
+
+def at_most(
+    epochs: float, pair: PairArguments, training: KDTrainingArguments
+) -> tuple[PairArguments, KDTrainingArguments]:
+    """Copies with no stage longer than `epochs`."""
+    pair, training = copy.copy(pair), copy.copy(training)
+    training.num_train_epochs = min(training.num_train_epochs, epochs)
+    for name in ("teacher_epochs", "align_epochs", "scratch_epochs"):
+        setattr(pair, name, min(getattr(pair, name), epochs))
+    return pair, training
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Arguments that the scripts for text classifiers share."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from common.filling import Keys
+from nlp.data.loading import TextData, load_text_data
+from nlp.student_model.matching import HiddenLoss, LayerMap
+
+
+@dataclass
+class TextArguments:
+    """Which texts."""
+
+    dataset: str = field(default="intents", metadata={"help": "embedded name, Hub name[:config] or local folder"})
+    text_columns: list[str] | None = field(default=None, metadata={"help": "one column, or two for pairs"})
+    label_column: str | None = None
+    max_length: int = field(default=128, metadata={"help": "longer texts are cut, in tokens"})
+
+    def load(self, seed: int) -> TextData:
+        return load_text_data(self.dataset, self.text_columns, self.label_column, seed)
+
+
+@dataclass
+class PairArguments:
+    """Who teaches whom."""
+
+    teacher: str = field(default="tiny-bert", metadata={"help": "Hub name, local folder, or the embedded tiny-bert"})
+    teacher_epochs: float = field(default=6, metadata={"help": "fine-tuning; a teacher of these labels is kept as is"})
+    student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
+    student_layers: int | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
+    control_from: str | None = field(
+        default=None, metadata={"help": "encoder that the control is cut from, where --teacher is trained already"}
+    )
+    scratch_epochs: float = field(default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"})
+    scratch_learning_rate: float = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
+    align_epochs: float = field(default=6, metadata={"help": "matching the teacher's hidden states; 0: none"})
+    align_learning_rate: float = field(default=5e-4, metadata={"help": "matching bears more than fine-tuning does"})
+
+    def __post_init__(self) -> None:
+        if self.student and self.student_layers:
+            raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
+
+
+@dataclass
+class BottleneckArguments:
+    """Who has a bottleneck, and its shape."""
+
+    bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "who has one"})
+    keys: Keys = field(default="carried", metadata={"help": "where the student's keys come from"})
+    freeze_teacher_encoder: bool = field(default=False, metadata={"help": "train only the teacher's bottleneck"})
+    codebooks: int = 32
+    pairs: int = field(default=512, metadata={"help": "key-value pairs in a codebook"})
+    split: Literal["segment", "projection"] = "segment"
+    key_dim: int | None = field(default=None, metadata={"help": "width of a key under the projection split"})
+    decoder: Literal["linear", "mean"] = "linear"
+    value_dim: int = field(default=16, metadata={"help": "width of a value for the linear decoder"})
+    pooling: Literal["mean", "cls", "tokens"] = "mean"
+    value_epochs: float = field(default=10, metadata={"help": "epochs over the cached codes"})
+    value_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.keys in ("carried", "reused") and self.bottleneck == "student":
+            raise ValueError(f"--keys {self.keys} needs a teacher with a bottleneck: --bottleneck both, or --keys new")
+        if self.freeze_teacher_encoder and self.bottleneck != "both":
+            raise ValueError("--freeze_teacher_encoder leaves a plain teacher untrained: it needs --bottleneck both")
+
+    @property
+    def system(self) -> str:
+        return f"keys_{self.keys}" if self.bottleneck == "both" else "student_only"
+
+    def shape(self) -> dict[str, Any]:
+        names = ("codebooks", "pairs", "split", "key_dim", "decoder", "value_dim")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class MatchingArguments:
+    """What a plain student learns besides labels and soft targets, and from whom."""
+
+    more_teachers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
+    )
+    student_from: Literal["teacher", "pretrained"] = field(
+        default="teacher", metadata={"help": "the student is cut from the fine-tuned teacher, or from what it was"}
+    )
+    student_learning_rate: float | None = field(
+        default=None, metadata={"help": "of a student that learns from a teacher; --learning_rate unless given"}
+    )
+    hidden_weight: float = field(default=0.0, metadata={"help": "weight of matching hidden states while fine-tuning"})
+    hidden_loss: HiddenLoss = field(default="both", metadata={"help": "l2, cosine, or the sum of both"})
+    embedding_weight: float = field(default=0.0, metadata={"help": "weight of matching the embeddings' output"})
+    attention_weight: float = field(default=0.0, metadata={"help": "weight of matching attention distributions"})
+    layer_map: LayerMap = field(
+        default="uniform", metadata={"help": "layers at the same relative depth, or PKD's last or skip"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_weight", "embedding_weight", "attention_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")

@@ -1,0 +1,149 @@
+"""Distillation of plain classifiers: alignment, soft targets of one or several teachers, and terms on the inside."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from common.arguments import KDTrainingArguments
+from common.teacher_outputs import TeacherOutputs
+from common.utils.errors import UserError
+from nlp.data.loading import TextData
+from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.distillation import Distillation, Logits
+from nlp.student_model.evaluation import evaluate, text_metrics
+from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import Pretrained, encoder_of, load_classifier
+
+
+class ClassifierDistillation(Distillation):
+    """Fine-tunes the teacher, aligns the student's encoder, fine-tunes the student on labels and what teachers say."""
+
+    method = "kd"
+
+    def __init__(
+        self,
+        text: TextArguments,
+        pair: PairArguments,
+        matching: MatchingArguments,
+        training: KDTrainingArguments,
+        data: TextData,
+        **kwargs: Any,
+    ) -> None:
+        self.wanted = matching
+        self.others = [_trained(name, data) for name in matching.more_teachers]
+        super().__init__(text, pair, training, data, "cls", matching, **kwargs)
+
+    def refuse_what_cannot_be(self, training: KDTrainingArguments) -> None:
+        super().refuse_what_cannot_be(training)
+        wanted, pair = self.wanted, self.pair
+        inside = wanted.hidden_weight or wanted.embedding_weight or wanted.attention_weight
+        if inside and not self.same_tokens:
+            raise UserError(
+                f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so nothing inside "
+                "can be matched: leave --hidden_weight, --embedding_weight and --attention_weight at 0"
+            )
+        if wanted.attention_weight and self.others:
+            raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
+        student = self.given_student
+        layers = len(layer_paths(student.encoder)) if student else self.student_layers
+        layer_pairs(wanted.layer_map, layers, len(layer_paths(self.given.encoder)))
+        if wanted.student_from == "pretrained" and (self.given.trained or student):
+            raise UserError(
+                "--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it"
+            )
+
+    def _stage_of(self, role: str) -> str:
+        return f"{role}_encoder" if self.shared else role
+
+    def teacher(self) -> PreTrainedModel:
+        return self.fine_tuned_teacher(self._stage_of("teacher"))
+
+    def control(self) -> PreTrainedModel:
+        """As many epochs as the student has, of alignment and of fine-tuning."""
+        epochs = self.pair.align_epochs + self.run.args.num_train_epochs
+        return self.plain_control(self._stage_of("control"), epochs)
+
+    def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        if self.given_student:
+            student: PreTrainedModel = self.given_student.model
+        else:
+            source = teacher if self.wanted.student_from == "teacher" else self.given.model
+            student = cut_layers(source, self.student_layers)
+        encoder = self.aligned_encoder(encoder_of(student), teacher)
+        encoder_of(student).load_state_dict(encoder.state_dict())
+
+        def fine_tune() -> PreTrainedModel:
+            matching = self._matching(student, teacher)
+            heard = self.pipeline.hear(teacher, self.texts, matching, self._logits(teacher))
+            if "teacher" in heard and self.others:
+                raise UserError("the hidden states are too many to cache, which several teachers need: name one")
+            texts = self.texts if self.same_tokens else self.student_texts
+            rate = self.wanted.student_learning_rate or self.rate
+            epochs = self.run.args.num_train_epochs
+            return self.pipeline.finetune("student", student, texts, epochs, rate, heard, matching)
+
+        return self.stage("student", fine_tune)
+
+    def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Matching:
+        wanted, found = self.wanted, Matching()
+        if wanted.hidden_weight:
+            found += hidden_states(
+                student, teacher, wanted.hidden_weight, wanted.hidden_loss, wanted.layer_map, self.pooling
+            )
+        if wanted.embedding_weight:
+            found += embeddings(student, teacher, wanted.embedding_weight, wanted.hidden_loss)
+        if wanted.attention_weight:
+            found += attentions(student, teacher, wanted.attention_weight, wanted.layer_map)
+        return found
+
+    def _logits(self, teacher: PreTrainedModel) -> TeacherOutputs:
+        """The mean of the teachers' logits: the geometric mean of their distributions (arXiv:1503.02531)."""
+        said = self.pipeline.listen(teacher, self.texts)
+        if not self.others:
+            return said
+        each = [said, *(self.pipeline.listen(o.model, Texts.of(self.data, o.tokenizer)) for o in self.others)]
+        logits = [outputs.batch(said.sample_ids).logits for outputs in each]
+        return TeacherOutputs(said.sample_ids, torch.stack([x for x in logits if x is not None]).mean(0))
+
+    def measure_teacher(self, teacher: PreTrainedModel) -> tuple[dict[str, Any], Logits]:
+        """Several teachers are worth what their mean logits are worth, and cost what they cost together."""
+        entry, said = super().measure_teacher(teacher)
+        if not self.others:
+            return entry, said
+        entries, spoken = [entry], [said]
+        for name, other in zip(self.wanted.more_teachers, self.others, strict=True):
+            texts = Texts.of(self.data, other.tokenizer)
+            one, logits = evaluate(name, other.model, self.data, texts.splits, texts.collate)
+            entries.append(one)
+            spoken.append(logits)
+        mean = {split: np.mean([logits[split] for logits in spoken], axis=0) for split in said}
+        return _together(entries) | {
+            "metrics": {
+                split: text_metrics(self.data, logits, np.asarray(self.texts.splits[split]["labels"]))
+                for split, logits in mean.items()
+            }
+        }, mean
+
+
+def _trained(name: str, data: TextData) -> Pretrained:
+    classifier = load_classifier(name, data)
+    if not classifier.trained or isinstance(classifier.model, BottleneckClassifier):
+        raise UserError(f"{name} is no plain classifier of the labels of {data.name}, which --more_teachers need")
+    return classifier
+
+
+def _together(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The costs of models that all have to answer."""
+    latencies = [entry["latency_ms"] for entry in entries]
+    return {
+        "name": " + ".join(entry["name"] for entry in entries),
+        "parameters": sum(entry["parameters"] for entry in entries),
+        "megabytes": sum(entry["megabytes"] for entry in entries),
+        "flops": sum(entry["flops"] or 0 for entry in entries) or None,
+        "latency_ms": latencies[0] | {key: sum(one[key] for one in latencies) for key in ("median", "p90")},
+    }

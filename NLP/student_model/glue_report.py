@@ -1,0 +1,93 @@
+"""One table of GLUE: tasks by teacher, control and systems, mean and standard deviation over seeds."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common.comparison import Spread, show_spread
+from common.report import validate
+from common.run import RESULTS
+from common.tables import markdown, print_rich
+from common.utils.errors import UserError
+from common.utils.files import read_json, write_text
+
+SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
+OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary one
+    "cola": ["matthews"],
+    "sst2": ["accuracy"],
+    "mrpc": ["f1", "accuracy"],
+    "qqp": ["f1", "accuracy"],
+    "mnli": ["accuracy"],
+    "qnli": ["accuracy"],
+    "rte": ["accuracy"],
+    "stsb": ["spearman", "pearson"],
+}
+FOR_ALL = ["accuracy", "f1_macro", "matthews"]  # what every classification task is measured by as well
+Runs = dict[str, list[dict[str, Any]]]  # by system, the results of all seeds
+
+
+def show(folder: Path, tasks: list[str]) -> None:
+    """Prints the table of the finished runs `folder/TASK/seedN/SYSTEM`; writes glue.md with all metrics."""
+    found = {task: read_systems(folder / task) for task in tasks}
+    found = {task: runs for task, runs in found.items() if any(runs.values())}
+    if not found:
+        raise UserError(f"no finished run in {folder}")
+    header = ["task", "metric", "seeds", "teacher", "control", *SYSTEMS.values(), "retention of KD"]
+    rows = [row for task, runs in found.items() for row in task_rows(task, runs, OFFICIAL[task])]
+    others = [row for task, runs in found.items() if task != "stsb" for row in task_rows(task, runs, FOR_ALL)]
+    print_rich(header, rows, title="GLUE, mean ± standard deviation over seeds", below=_average(found))
+    sections = ["# GLUE", markdown(header, rows), _average(found), "## Every classification task, by the same metrics"]
+    write_text(folder / "glue.md", "\n\n".join([*sections, markdown(header, others)]) + "\n")
+
+
+def read_systems(folder: Path) -> Runs:
+    runs: Runs = {}
+    for system in SYSTEMS:
+        runs[system] = [read_json(path) for path in sorted(folder.glob(f"seed*/{system}/{RESULTS}"))]
+        for results in runs[system]:
+            validate(results)
+    return runs
+
+
+def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:
+    """A row per validation split and metric. Teacher and control are those of KD where it was run, else of the first
+    system that was; the control of a system with a bottleneck has one too.
+    """
+    first = next(results for results in runs.values() if results)
+    splits = [split for split in first[0]["models"]["student"]["metrics"] if split.startswith("validation")]
+    rows = []
+    for split in splits:
+        for metric in metrics:
+            values = {
+                "teacher": scores(first, "teacher", split, metric),
+                "control": scores(first, "control", split, metric),
+            } | {system: scores(results, "student", split, metric) for system, results in runs.items()}
+            kept = retentions(runs["base"], split, metric)
+            cells = [show_spread(Spread.of(found)) for found in [*values.values(), kept]]
+            name = metric.replace("_", " ") + split.removeprefix("validation").replace("_", ", ")
+            rows.append([task, name, str(len(first)), *cells])
+    return rows
+
+
+def scores(runs: list[dict[str, Any]], role: str, split: str, metric: str) -> list[float]:
+    return [model["metrics"][split][metric] for results in runs if (model := results["models"][role])]
+
+
+def retentions(runs: list[dict[str, Any]], split: str, metric: str) -> list[float]:
+    """Student / teacher, seed by seed, where the teacher has learned anything."""
+    pairs = zip(scores(runs, "student", split, metric), scores(runs, "teacher", split, metric), strict=True)
+    return [student / teacher for student, teacher in pairs if teacher > 0]
+
+
+def _average(found: dict[str, Runs]) -> str:
+    """The mean over tasks of KD's retention of the primary metric."""
+    of_tasks = {
+        task: fmean(kept)
+        for task, runs in found.items()
+        if runs["base"]
+        and (kept := retentions(runs["base"], runs["base"][0]["primary_metric"]["split"], OFFICIAL[task][0]))
+    }
+    if not of_tasks:
+        return "KD was not run, so nothing is known of what it retains."
+    return f"KD retains {fmean(of_tasks.values()):.4f} of its teachers, averaged over {', '.join(of_tasks)}."

@@ -1,0 +1,283 @@
+"""Distillation of plain classifiers: what is matched inside, several teachers, the script, and bad input."""
+
+import functools
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from paths import REPO
+from safetensors.torch import load_file
+from scripts import run_script
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    pipeline,
+)
+
+from common.features import FeatureHooks
+from common.losses import attention_kl, feature_cosine, feature_l2
+from common.objective import Objective
+from common.outputs import Outputs
+from common.utils.errors import UserError
+from nlp.data.loading import load_text_data
+from nlp.student_model import pipeline as steps
+from nlp.student_model.evaluation import predict, text_metrics
+from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import tiny_bert
+
+BRIEF = ["--align_epochs", "0", "--report_to", "none", "--per_device_train_batch_size", "48"]
+
+
+def distill(small: Path, *words: object) -> None:
+    run_script("NLP/scripts/distill_classifier.py", "--dataset", small, *BRIEF, *words)
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def teachers(small, tmp_path_factory) -> list[Path]:
+    """Two classifiers of the intents with random weights: nothing here needs good ones, only different ones."""
+    folders, data = [], load_text_data(str(small))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made = tiny_bert(data)
+        folder = tmp_path_factory.mktemp("models") / f"teacher{seed}"
+        with torch.no_grad():
+            for weight in made.model.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(4)  # random weights as small as usual say the same of every text
+        made.model.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+# ---- what is matched ----
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "expected"),
+    [("uniform", [(0, 1), (1, 3), (2, 5)]), ("skip", [(0, 1), (1, 3)]), ("last", [(0, 3), (1, 4)])],
+)
+def test_layer_maps_of_three_layers_and_six(layer_map, expected):
+    assert layer_pairs(layer_map, 3, 6) == expected
+
+
+def test_layer_maps_of_pkd_as_its_paper_has_them():
+    """BERT of 12 layers -> 6: skip takes layers 2, 4, 6, 8, 10, last takes 7 to 11 (counted from 1)."""
+    assert [j + 1 for _, j in layer_pairs("skip", 6, 12)] == [2, 4, 6, 8, 10]
+    assert [j + 1 for _, j in layer_pairs("last", 6, 12)] == [7, 8, 9, 10, 11]
+    with pytest.raises(UserError, match="choose uniform"):
+        layer_pairs("last", 1, 12)
+
+
+def bert(width: int = 16, layers: int = 4, heads: int = 4) -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=8,
+        attn_implementation="eager",
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+IDS = torch.randint(5, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+
+
+def parts(matching: Matching, student, teacher) -> dict[str, float]:
+    """The terms' values for one batch, with the features that the hooks of a trainer would record."""
+    recorders = [FeatureHooks(student, matching.features), FeatureHooks(teacher, matching.teacher_features)]
+    outputs = []
+    for model, recorder in zip((student, teacher), recorders, strict=True):
+        logits = model(input_ids=IDS, attention_mask=MASK).logits
+        outputs.append(Outputs(logits=logits, features=recorder.take(), mask=MASK))
+    return {name: value.item() for name, value in Objective(**matching.terms)(*outputs, None).items()}
+
+
+def test_hidden_states_by_hand():
+    student, teacher = bert(layers=2), bert()
+    found = parts(hidden_states(student, teacher, 3.0, "both", pooling="cls"), student, teacher)
+    own, target = (m(IDS, MASK, output_hidden_states=True).hidden_states for m in (student, teacher))
+    for i, j in ((0, 1), (1, 3)):
+        expected = feature_l2(own[i + 1], target[j + 1], MASK) + feature_cosine(own[i + 1], target[j + 1], MASK)
+        assert found[f"hidden_{i}"] == pytest.approx(3 / 2 * expected.item(), rel=1e-5)
+    a, b = own[2][:, 0], target[4][:, 0]
+    assert found["hidden_pooled"] == pytest.approx(3 * (feature_l2(a, b) + feature_cosine(a, b)).item(), rel=1e-5)
+
+
+def test_other_widths_go_through_one_regressor_a_layer_that_never_ships():
+    student, teacher = bert(8, 2, 4), bert()
+    matching = hidden_states(student, teacher, 1.0, "both", pooling="cls")
+    assert list(matching.terms) == ["hidden_0", "hidden_1"]
+    shapes = [tuple(p.shape) for p in Objective(**matching.terms).parameters()]
+    assert shapes == [(16, 8), (16,)] * 2
+
+
+def test_embeddings_and_attentions_by_hand():
+    student, teacher = bert(8, 2, 2), bert()
+    found = parts(attentions(student, teacher, 2.0, "uniform"), student, teacher)
+    for i, j in ((0, 1), (1, 3)):
+        projected = []
+        for model, layer in ((student, i), (teacher, j)):
+            state = model(IDS, MASK, output_hidden_states=True).hidden_states[layer]
+            attention = model.bert.encoder.layer[layer].attention.self
+            projected += [attention.query(state), attention.key(state)]
+        assert found[f"attention_{i}"] == pytest.approx(attention_kl(*projected, 4, MASK).item(), rel=1e-4)
+    same = bert()
+    expected = feature_l2(same.bert.embeddings(IDS), teacher.bert.embeddings(IDS), MASK).item()
+    assert parts(embeddings(same, teacher, 1.0, "l2"), same, teacher)["embeddings"] == pytest.approx(expected)
+
+
+def test_a_distilbert_is_matched_as_a_bert_is():
+    teacher = bert()
+    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=8, n_layers=2, n_heads=2)
+    student = DistilBertForSequenceClassification(config).eval()
+    matching = hidden_states(student, teacher, 1.0) + embeddings(student, teacher, 1.0, "cosine")
+    matching += attentions(student, teacher, 1.0, "skip")
+    assert matching.layers is None
+    found = parts(matching, student, teacher)
+    assert found.keys() == {"hidden_0", "hidden_1", "embeddings", "attention_0"}
+    assert all(value > 0 for value in found.values())
+    assert parts(hidden_states(teacher, teacher, 1.0), teacher, teacher) == pytest.approx(dict.fromkeys(
+        [f"hidden_{i}" for i in range(4)], 0.0), abs=1e-6)  # fmt: skip
+
+
+# ---- the script ----
+
+
+def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tmp_path, monkeypatch):
+    """Cached hidden states are those of the live teacher, but for fp16; the student works in a pipeline."""
+    words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
+    words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
+    distill(small, *words, "--output_dir", tmp_path / "cached")
+    monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
+    distill(small, *words, "--output_dir", tmp_path / "live")
+    logs = []
+    for name in ("cached", "live"):
+        history = json.loads((tmp_path / name / "stages" / "student" / "stage.json").read_text())["history"]
+        logs.append([entry for entry in history if "loss" in entry])
+        assert {"loss_task", "loss_soft_targets", "loss_hidden_0", "loss_hidden_pooled"} <= logs[-1][0].keys()
+    for cached, live in zip(*logs, strict=True):
+        assert cached["loss"] == pytest.approx(live["loss"], rel=2e-3)
+    found = pipeline("text-classification", model=str(tmp_path / "live" / "student"))("wake me at seven")
+    assert found[0]["label"] in AutoModelForSequenceClassification.from_pretrained(teachers[0]).config.label2id
+
+
+def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
+    """A DistilBERT takes no token types; its BERT teacher must see them all the same, live or cached."""
+    rows = datasets.Dataset.from_dict(
+        {
+            "sentence1": [f"the {w} is red" for w in ("cat", "dog", "hat", "car")] * 6,
+            "sentence2": [f"a {w} has a colour" for w in ("cat", "dog", "tree", "star")] * 6,
+            "label": ["yes", "yes", "no", "no"] * 6,
+        }
+    )
+    folder = tmp_path / "pairs"
+    for split in ("train", "validation"):
+        rows.to_parquet(folder / f"{split}.parquet")
+    data = load_text_data(str(folder))
+    made = tiny_bert(data)
+    texts = Texts.of(data, made.tokenizer)
+    size = len(made.tokenizer)
+    student = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
+    )
+    assert texts.not_for(student) == ["token_type_ids"] and texts.not_for(made.model) == []
+    for name, model in (("bert", made.model), ("distil", student)):
+        model.save_pretrained(tmp_path / name)
+        made.tokenizer.save_pretrained(tmp_path / name)
+    words = ["--teacher", tmp_path / "bert", "--no_control", "--max_steps", 2, "--attention_weight", 1]
+    base = DistilBertForSequenceClassification.from_pretrained(tmp_path / "distil").distilbert
+    base.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    seen = []
+    original = BertModel.forward
+
+    @functools.wraps(original)
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs.get("token_type_ids"))
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BertModel, "forward", spy)
+        distill(folder, *words, "--student", tmp_path / "base", "--output_dir", tmp_path / "run")
+    assert seen and all(types is not None and int(types.max()) == 1 for types in seen)
+
+
+def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
+    words = ["--teacher", teachers[0], "--more_teachers", teachers[1], "--no_control", "--max_steps", 1]
+    distill(small, *words, "--output_dir", tmp_path / "run")
+    found = results(tmp_path / "run")["models"]["teacher"]
+    data = load_text_data(str(small))
+    logits = []
+    for folder in teachers:
+        model, tokenizer = (
+            AutoModelForSequenceClassification.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
+        texts = Texts.of(data, tokenizer)
+        logits.append(predict(model, texts.splits["validation"], texts.collate))
+    expected = text_metrics(data, np.mean(logits, axis=0), np.asarray(texts.splits["validation"]["labels"]))
+    assert {name: found["metrics"]["validation"][name] for name in expected} == pytest.approx(expected)
+    assert expected != text_metrics(data, logits[0], np.asarray(texts.splits["validation"]["labels"]))
+    assert found["parameters"] == 2 * model.num_parameters()
+
+
+def test_a_student_cut_from_what_the_teacher_was(small, tmp_path):
+    words = ["--scratch_epochs", 1, "--scratch_learning_rate", 1e-2, "--no_control", "--num_train_epochs", 1]
+    weights = []
+    for source in ("teacher", "pretrained"):
+        folder = tmp_path / source
+        distill(small, *words, "--student_from", source, "--learning_rate", 0, "--scratch_learning_rate", 0,
+                "--output_dir", folder)  # fmt: skip
+        weights.append(load_file(folder / "student" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # nothing was learned
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--hidden_weight", "-1"], "--hidden_weight must not be negative"),
+        (["--layer_map", "skip", "--student_layers", "1"], "choose uniform"),
+        (["--more_teachers", "{untrained}"], "--more_teachers need"),
+        (["--more_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
+        (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
+        (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),
+        (["--student", "distilbert-base-uncased", "--max_steps", "5"], "cannot be reached"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, small, teachers, tmp_path, words, named):
+    untrained = tmp_path / "untrained"
+    BertModel(BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        untrained
+    )
+    AutoTokenizer.from_pretrained(teachers[0]).save_pretrained(untrained)
+    words = [word.format(untrained=untrained, teacher=teachers[1]) for word in words]
+    with pytest.raises(SystemExit) as stopped:
+        distill(small, *words, "--no_control", "--output_dir", tmp_path / "run")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: ") and named in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_read(small):
+    for recipe in ("clinc", "sentiment"):
+        assert (REPO / "NLP" / "scripts" / f"{recipe}.yaml").exists()
+        assert (REPO / "NLP" / "scripts" / f"distill_{recipe}.sh").exists()
