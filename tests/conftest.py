@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, on models too small for several threads
 
 import common  # noqa: E402, F401, I001
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from paths import SHARED  # noqa: E402
@@ -15,6 +16,19 @@ from paths import SHARED  # noqa: E402
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few of the embedded intents."""
+    from nlp.data.intents import load_intents
+
+    folder = tmp_path_factory.mktemp("data") / "few_intents"
+    for split, rows in load_intents().items():
+        labels = np.array(rows["intent"])
+        chosen = [i for c in range(41) for i in np.flatnonzero(labels == c)[: 10 if split == "train" else 3]]
+        rows.select(chosen).to_parquet(folder / f"{split}.parquet")
+    return folder
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
 """Arguments that the scripts for text classifiers share."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.filling import Keys
 from nlp.data.loading import TextData, load_text_data
 from nlp.student_model.matching import HiddenLoss, LayerMap
+
+Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
+SEARCHABLE = ("alpha", "temperature", "learning_rate")
 
 
 @dataclass
@@ -100,3 +104,56 @@ class MatchingArguments:
         for name in ("hidden_weight", "embedding_weight", "attention_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass
+class SearchArguments:
+    """What is distilled into what, and what is searched where."""
+
+    teacher: str = field(metadata={"help": "folder or Hub name of a trained classifier of these labels"})
+    student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
+    student_layers: int | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
+    trials: int = field(default=20, metadata={"help": "finished trials at the end, pruned ones included"})
+    search: list[str] = field(
+        default_factory=lambda: list(SEARCHABLE), metadata={"help": "any of alpha, temperature, learning_rate"}
+    )
+    alpha_range: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "from, to"})
+    temperature_range: list[float] = field(default_factory=lambda: [1.0, 20.0], metadata={"help": "from, to"})
+    learning_rate_range: list[float] = field(
+        default_factory=lambda: [1e-5, 1e-3], metadata={"help": "from, to; searched on a logarithmic scale"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.student and self.student_layers:
+            raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
+        if self.trials < 1:
+            raise ValueError(f"--trials must be at least 1, got {self.trials}")
+        unknown = [name for name in self.search if name not in SEARCHABLE]
+        if unknown or not self.search:
+            raise ValueError(
+                f"--search takes one or more of {', '.join(SEARCHABLE)}, got {' '.join(unknown) or 'none'}"
+            )
+        for name in self.search:
+            self._check_range(name, getattr(self, f"{name}_range"))
+
+    def _check_range(self, name: str, limits: list[float]) -> None:
+        shown = " ".join(map(str, limits))
+        if len(limits) != 2 or not limits[0] < limits[1] or not all(map(math.isfinite, limits)):
+            raise ValueError(f"--{name}_range takes two numbers, the lower one first, got {shown}")
+        if name == "alpha" and not 0 <= limits[0] < limits[1] <= 1:
+            raise ValueError(f"--alpha_range must lie between 0 and 1, got {shown}")
+        if name != "alpha" and limits[0] <= 0:
+            raise ValueError(f"--{name}_range must be above 0, got {shown}")
+
+    @property
+    def ranges(self) -> Ranges:
+        return {name: tuple(getattr(self, f"{name}_range")) for name in SEARCHABLE if name in self.search}
+
+    @property
+    def ranges_of_the_control(self) -> Ranges:
+        """Labels alone, at the middle of the learning rates: a single point."""
+        ranges = {"alpha": (1.0, 1.0)}
+        if "learning_rate" in self.search:
+            rate = math.sqrt(math.prod(self.learning_rate_range))
+            ranges["learning_rate"] = (rate, rate)
+        return ranges

@@ -13,7 +13,7 @@ from nlp.data.loading import TextData
 from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.distillation import Distillation, Logits
-from nlp.student_model.evaluation import evaluate, text_metrics
+from nlp.student_model.evaluation import evaluate, metrics_by_split
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from nlp.student_model.pipeline import Texts
@@ -122,12 +122,7 @@ class ClassifierDistillation(Distillation):
             entries.append(one)
             spoken.append(logits)
         mean = {split: np.mean([logits[split] for logits in spoken], axis=0) for split in said}
-        return _together(entries) | {
-            "metrics": {
-                split: text_metrics(self.data, logits, np.asarray(self.texts.splits[split]["labels"]))
-                for split, logits in mean.items()
-            }
-        }, mean
+        return _together(entries) | {"metrics": metrics_by_split(self.data, mean, self.texts.splits)}, mean
 
 
 def _trained(name: str, data: TextData) -> Pretrained:

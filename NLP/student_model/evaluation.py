@@ -13,7 +13,7 @@ from common.metrics.classification import agreement, classification_metrics
 from common.metrics.cost import cost
 from common.metrics.regression import regression_metrics
 from nlp.data.loading import TextData
-from nlp.data.scope import scope_metrics
+from nlp.data.scope import choose_threshold, scope_metrics, threshold_metrics
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -47,12 +47,29 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A model's entry in results.json, and its logits by split, with which a student's agreement is measured."""
     logits = {split: predict(model, rows, collate) for split, rows in splits.items() if split != "train"}
-    metrics = {}
+    metrics = metrics_by_split(data, logits, splits, teacher_logits)
+    return {"name": name, **cost(model, one_text(splits, collate, model.device)), "metrics": metrics}, logits
+
+
+def metrics_by_split(
+    data: TextData,
+    logits: dict[str, np.ndarray],
+    splits: dict[str, Dataset],
+    teacher_logits: dict[str, np.ndarray] | None = None,
+) -> dict[str, dict[str, float]]:
+    """The metrics of logits by split. Where there are out-of-scope texts, also those with a threshold on the
+    confidence: the (first) validation split chooses it, the others have no say. With `teacher_logits` the agreement.
+    """
+    labels = {split: np.asarray(splits[split]["labels"]) for split in logits}
+    chooses = next(split for split in logits if split.startswith("validation"))
+    threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names)
+    metrics = {split: text_metrics(data, said, labels[split]) for split, said in logits.items()}
     for split, said in logits.items():
-        metrics[split] = text_metrics(data, said, np.asarray(splits[split]["labels"]))
+        if threshold is not None:
+            metrics[split] |= threshold_metrics(said, labels[split], data.label_names, threshold)
         if teacher_logits is not None and not data.regression:
             metrics[split]["agreement"] = agreement(said, teacher_logits[split])
-    return {"name": name, **cost(model, one_text(splits, collate, model.device)), "metrics": metrics}, logits
+    return metrics
 
 
 def one_text(splits: dict[str, Dataset], collate: Collate, device: torch.device) -> dict[str, torch.Tensor]:

@@ -33,12 +33,15 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     paths = layer_paths(model)
     if not 1 <= layers <= len(paths):
         raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
+    chosen = uniform_map(layers, len(paths))
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):  # of attention, by layer, as Qwen and Gemma have it
+        config.layer_types = [config.layer_types[old] for old in chosen]
     student = type(model)(config)
     if getattr(model, "pooler", student) is None:
         student.pooler = None  # type: ignore[assignment]
-    kept = {paths[old]: paths[new] for new, old in enumerate(uniform_map(layers, len(paths)))}
+    kept = {paths[old]: paths[new] for new, old in enumerate(chosen)}
     weights = {}
     for name, tensor in model.state_dict().items():
         layer = next((path for path in paths if name.startswith(f"{path}.")), None)

@@ -89,7 +89,6 @@ def bert(width: int = 16, layers: int = 4, heads: int = 4) -> BertForSequenceCla
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=8,
-        attn_implementation="eager",
     )
     return BertForSequenceClassification(config).eval()
 

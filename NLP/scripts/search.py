@@ -1,0 +1,70 @@
+"""Searches the weight of the labels, the temperature and the learning rate with which a classifier is best distilled.
+
+    python NLP/scripts/search.py NLP/scripts/search.yaml --dataset intents --teacher runs/NLP/base/stages/teacher
+
+Optuna suggests, transformers' Trainer trains, the validation split decides; the test split is not read. The teacher is
+a trained classifier (here that of a run of distill_base.sh) and speaks once for all trials. A trial on labels alone,
+at the middle of the learning rates, shows what the search found. Leaves search.json, search.md, search.png, best.yaml.
+"""
+
+from dataclasses import replace
+
+from transformers import set_seed
+
+from common.arguments import KDTrainingArguments
+from common.cli import parse, run
+from common.utils.errors import UserError
+from nlp.data.loading import TextData
+from nlp.student_model.arguments import SearchArguments, TextArguments
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.pipeline import Pipeline, Texts
+from nlp.student_model.search import Search, SearchRun
+from nlp.student_model.search_report import Report
+from nlp.teacher_model.teacher import Pretrained, load_classifier
+
+
+def main() -> None:
+    text, args, training = parse(TextArguments, SearchArguments, KDTrainingArguments)
+    if training.world_size > 1:
+        raise UserError("a search runs in one process: call this script without torchrun or accelerate launch")
+    data = text.load(training.seed)
+    data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
+    if data.regression and "temperature" in args.search:
+        raise UserError(f"{data.name} is a regression, whose loss has no temperature: --search alpha learning_rate")
+    set_seed(training.seed)  # for the random head of a student that comes without one
+    teacher = trained_teacher(args.teacher, data)
+    student = plain_student(args, data, teacher)
+    for classifier in (teacher, student):
+        classifier.tokenizer.model_max_length = text.max_length
+    texts = Texts.of(data, student.tokenizer)
+    texts_of_teacher = Texts.of(data, teacher.tokenizer) if args.student else texts
+
+    search_run = SearchRun(training, text, args)
+    said = Pipeline(search_run, "cls", search_run.folder / "teacher_outputs").listen(teacher.model, texts_of_teacher)
+    search = Search(search_run, student.model, texts, said)
+    control = None if training.no_control else search.trials("control", args.ranges_of_the_control, 1)[0]
+    trials = search.trials("trials", args.ranges, args.trials)
+    Report(text, args, search, trials, control).write()
+
+
+def trained_teacher(name: str, data: TextData) -> Pretrained:
+    teacher = load_classifier(name, data)
+    if not teacher.trained:
+        raise UserError(f"{name} is no trained classifier: it has no head for the labels of {data.name}")
+    return teacher
+
+
+def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:
+    """The student that every trial starts with: named, or cut from the teacher."""
+    given = load_classifier(args.student, data) if args.student else teacher
+    if isinstance(given.model, BottleneckClassifier):
+        raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")
+    if args.student:
+        return given
+    layers = args.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
+    return Pretrained(cut_layers(teacher.model, layers), teacher.tokenizer)
+
+
+if __name__ == "__main__":
+    run(main)
