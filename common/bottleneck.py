@@ -279,6 +279,8 @@ def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
     """
     half_norms = keys.square().sum(-1).unsqueeze(1) / 2  # (codebooks, 1, pairs)
     block = max(1, SEARCH_BYTES // (4 * keys.shape[0] * keys.shape[1]))
+    if torch.compiler.is_exporting():  # a graph cannot have as many blocks as its batches will need
+        return torch.baddbmm(half_norms, heads.transpose(0, 1), keys.transpose(1, 2), alpha=-1).argmin(-1).T
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -293,6 +295,8 @@ def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
 
 def weighted_bag(rows: Tensor, table: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums (bags, width) of the rows (bags, n) of a table; the gradient reaches only those rows."""
+    if torch.compiler.is_exporting():  # ONNX has no embedding bag, only a loop over its bags
+        return (F.embedding(rows, table) * weights.unsqueeze(-1)).sum(1)
     return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
 
 

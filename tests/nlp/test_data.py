@@ -18,7 +18,8 @@ import pytest
 from common.utils.errors import UserError
 from nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
 from nlp.data.loading import TextData, load_text_data
-from nlp.data.scope import scope_metrics
+from nlp.data.scope import choose_threshold, confidence, scope_metrics, threshold_metrics
+from nlp.student_model.evaluation import metrics_by_split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 Columns = dict[str, list]
@@ -365,3 +366,69 @@ def test_scope_metrics_by_hand() -> None:
     assert found == {"accuracy_in_scope": pytest.approx(1 / 3), "oos_recall": pytest.approx(2 / 3)}
     assert scope_metrics(logits, labels, ["a", "b", "c"]) == {}
     assert scope_metrics(logits[:2], labels[:2], ["a", "b", "oos"]) == {"accuracy_in_scope": 0.5}
+
+
+SCOPED = ["a", "b", "oos"]
+
+
+def scoped(rows: list[tuple[float, float, float, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of rows (probability of a, of b, of oos, label)."""
+    return np.log(np.array([row[:3] for row in rows])), np.array([row[3] for row in rows])
+
+
+def test_threshold_by_hand() -> None:
+    validation = scoped(
+        [
+            (0.90, 0.05, 0.05, 0),
+            (0.60, 0.30, 0.10, 2),
+            (0.50, 0.30, 0.20, 0),
+            (0.35, 0.40, 0.25, 2),
+            (0.20, 0.10, 0.70, 2),
+        ]
+    )
+    # Right without a threshold: 3 of 5. Refusing below 0.4: 3, 0.5: 4, 0.6: 3, 0.9: 4. The lowest of the best is 0.5.
+    threshold = choose_threshold(*validation, SCOPED)
+    assert threshold is not None and threshold == pytest.approx(0.5)
+    test = scoped([(0.45, 0.35, 0.20, 0), (0.20, 0.70, 0.10, 1), (0.48, 0.02, 0.50, 2), (0.30, 0.44, 0.26, 2)])
+    assert threshold_metrics(*test, SCOPED, threshold) == {
+        "oos_threshold": threshold,
+        "accuracy_threshold": 0.75,  # the first row is refused although it is an "a"
+        "accuracy_in_scope_threshold": 0.5,
+        "oos_recall_threshold": 1.0,  # one by its logits, one for lack of confidence
+    }
+    assert choose_threshold(*validation, ["a", "b", "c"]) is None
+    assert choose_threshold(validation[0], np.zeros(5, int), SCOPED) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_threshold_is_the_best_of_all_that_can_be(seed: int) -> None:
+    """Against trying every one. Confidences that occur twice are refused together or not at all."""
+    generator = np.random.default_rng(seed)
+    logits = generator.integers(-2, 3, size=(40, 4)).astype(np.float32)
+    labels = np.append(generator.integers(0, 4, size=39), 1)
+    names = ["a", "oos", "b", "c"]
+    accuracies = {
+        value: threshold_metrics(logits, labels, names, value)["accuracy_threshold"] for value in confidence(logits, 1)
+    }
+    best = max(accuracies.values())
+    assert choose_threshold(logits, labels, names) == min(v for v in accuracies if accuracies[v] == best)
+
+
+def test_only_validation_chooses_the_threshold() -> None:
+    generator = np.random.default_rng(0)
+    labels = {split: generator.integers(0, 3, size=60) for split in ("test", "validation")}
+    logits = {split: generator.normal(size=(60, 3)) for split in labels}
+    splits = {split: datasets.Dataset.from_dict({"labels": values}) for split, values in labels.items()}
+    data = TextData("scoped", splits, SCOPED, False, "accuracy", "")
+    first = metrics_by_split(data, logits, splits)
+    assert first["test"]["oos_threshold"] == first["validation"]["oos_threshold"] > 0
+    assert first["validation"]["accuracy_threshold"] >= first["validation"]["accuracy"]
+    for other in (10 * logits["test"], np.eye(3)[labels["test"]], -logits["test"]):
+        again = metrics_by_split(data, logits | {"test": other}, splits)
+        assert again["validation"] == first["validation"]
+        assert again["test"]["oos_threshold"] == first["test"]["oos_threshold"]
+        assert again["test"] != first["test"]
+    flipped = metrics_by_split(data, logits | {"validation": np.eye(3)[labels["validation"]]}, splits)
+    assert flipped["test"]["oos_threshold"] != first["test"]["oos_threshold"]
+    inside = {"validation": datasets.Dataset.from_dict({"labels": labels["validation"] % 2})}
+    assert "oos_threshold" not in metrics_by_split(data, {"validation": logits["validation"]}, inside)["validation"]

@@ -1,0 +1,145 @@
+"""Takes a trained classifier away: ONNX and int8 versions that need no torch, or less memory, and what each is worth.
+
+    python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos
+    python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos --formats onnx-int8 \\
+        --teacher runs/NLP/clinc/stages/teacher_encoder --output_dir exported
+
+Writes model.onnx, model_int8.onnx and model_int8.safetensors (the int8 weights of torch), the tokenizer, the labels
+(config.json), the figures (export.json) and one table with the code that loads the files (export.md). The ONNX graph
+in fp32 must say what the student says on every labelled validation and test text, or nothing is written; what int8
+costs is measured. All of it runs on the CPU.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import onnxruntime
+from accelerate import PartialState
+from safetensors.torch import save_model
+from transformers.utils import logging as transformers_logging
+
+from common.cli import Parser, run
+from common.export import OnnxModel, load_int8, quantize_dynamic, quantize_onnx, to_onnx
+from common.inference import NOT_INPUTS
+from common.tables import print_rich
+from common.utils.environment import command, environment
+from common.utils.errors import UserError
+from common.utils.files import write_json, write_text, writing_folder
+from nlp.data.loading import TextData, load_text_data
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.evaluation import predict
+from nlp.student_model.export_report import FILES, measured, report, table
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import load_classifier
+
+TOLERANCE = 1e-3  # of a logit, so a prediction may only change where the two largest are closer than twice that
+TIES = 1e-3  # share of texts beyond it under a bottleneck: where two keys are equally near, rounding chooses
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("student", help="folder or Hub name of a classifier")
+    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config] or local folder")
+    parser.add_argument("--text_columns", nargs="+")
+    parser.add_argument("--label_column")
+    parser.add_argument("--seed", type=int, default=0, help="carves a validation split where the data has none")
+    parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES))
+    parser.add_argument("--teacher", help="folder or Hub name of a classifier to compare with")
+    parser.add_argument("--output_dir", help="default: export, beside the student's folder")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
+    args = parser.parse_args()
+
+    folder = output_folder(args)
+    PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    data = load_text_data(args.dataset, args.text_columns, args.label_column, args.seed)
+    student, texts = trained(args.student, data)
+    models = {"teacher": trained(args.teacher, data)} if args.teacher else {}
+    models["student"] = student, texts
+    with writing_folder(folder) as partial:
+        models |= {name: (model, texts) for name, model in exported(student, texts, args.formats, partial).items()}
+        logits = {name: said_by(model, texts) for name, (model, texts) in models.items()}
+        if "onnx" in models:
+            tied = TIES if isinstance(student, BottleneckClassifier) else 0.0
+            refuse_other_logits(args.student, logits["student"], logits["onnx"], tied)
+        if "onnx" not in args.formats:
+            models.pop("onnx", None)
+            (partial / FILES["onnx"]).unlink(missing_ok=True)
+        student.config.save_pretrained(partial)
+        texts.collate.tokenizer.save_pretrained(partial)
+        results = {
+            "student": args.student,
+            "teacher": args.teacher,
+            "task": data.name,
+            "data": {"fingerprint": data.fingerprint},
+            "primary_metric": data.primary_metric,
+            "models": measured(models, logits, data, partial),
+            "command": command(),
+            "environment": environment("fp32", "cpu") | {"onnxruntime": onnxruntime.__version__},
+        }
+        write_json(partial / "export.json", results)
+        write_text(partial / "export.md", report(results, folder))
+    print_rich(*table(results), title=f"{args.student}, exported", below=f"export: {folder}")
+
+
+def output_folder(args: Namespace) -> Path:
+    """Where the export goes, once it is certain that nothing else is lost there."""
+    if not args.output_dir and not Path(args.student).is_dir():
+        raise UserError(f"{args.student} is no folder: name a student's folder, or --output_dir for one of the Hub")
+    folder = Path(args.output_dir or Path(args.student).resolve().parent / "export")
+    if folder.exists() and not (folder / "export.json").exists():
+        raise UserError(f"{folder} holds something else than an export: choose another --output_dir")
+    if folder.exists() and not args.overwrite_output_dir:
+        raise UserError(f"{folder} holds an export: replace it with --overwrite_output_dir, or choose --output_dir")
+    return folder
+
+
+def trained(name: str, data: TextData) -> tuple[Any, Texts]:
+    """A classifier of the data's labels in fp32, and the data in its tokens."""
+    given = load_classifier(name, data)
+    if not given.trained:
+        raise UserError(f"{name} is no trained classifier: it has no head for the labels of {data.name}")
+    return given.model.float().eval(), Texts.of(data, given.tokenizer)
+
+
+def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:
+    """Writes the files of the formats, and that of `onnx` for `onnx-int8`; returns what is loaded from them."""
+    paths = {name: folder / file for name, file in FILES.items()}
+    models: dict[str, Any] = {}
+    if "torch-int8" in formats:
+        save_model(quantize_dynamic(student), str(paths["torch-int8"]))
+        models["torch-int8"] = load_int8(student, paths["torch-int8"])
+    if "onnx" in formats or "onnx-int8" in formats:
+        batch = texts.collate([texts.validation[0]] * 2)
+        inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+        to_onnx(student, inputs, paths["onnx"], {0: "batch", 1: "position"})
+        models["onnx"] = OnnxModel(paths["onnx"])
+    if "onnx-int8" in formats:
+        quantize_onnx(paths["onnx"], paths["onnx-int8"])
+        models["onnx-int8"] = OnnxModel(paths["onnx-int8"])
+    return models
+
+
+def said_by(model: Any, texts: Texts) -> dict[str, np.ndarray]:
+    """Logits by split, of every labelled split but train."""
+    return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
+
+
+def refuse_other_logits(name: str, student: dict[str, np.ndarray], onnx: dict[str, np.ndarray], tied: float) -> None:
+    """Raises UserError unless all logits agree within TOLERANCE, but for a share `tied` of the texts."""
+    for split, said in student.items():
+        apart = np.abs(said - onnx[split]).max(axis=-1)
+        wrong = ~(apart <= TOLERANCE)  # NaN is wrong too
+        if wrong.mean() > tied:
+            raise UserError(
+                f"the ONNX graph of {name} does not say what the model says: on {wrong.sum()} of {len(said)} texts of "
+                f"{split} logits differ by more than {TOLERANCE:g}, at most by {apart.max():.3g}; nothing is written"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

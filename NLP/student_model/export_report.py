@@ -1,0 +1,96 @@
+"""What an exported classifier is worth beside the one it was made of: size, speed, metrics, and how to load it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.export import interleaved_latency
+from common.metrics.cost import megabytes
+from common.tables import markdown, number
+from nlp.data.loading import TextData
+from nlp.student_model.evaluation import metrics_by_split, one_text
+from nlp.student_model.pipeline import Texts
+
+FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
+TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
+          "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
+
+ONNX_USAGE = """import json
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = "{folder}"
+tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
+session = onnxruntime.InferenceSession(f"{{folder}}/{file}")
+labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
+
+text = tokenizer.encode("move fifty dollars to my savings")  # of a pair: encode(first, second)
+columns = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}}
+inputs = {{i.name: np.array([columns[i.name]], dtype=np.int64) for i in session.get_inputs()}}
+(logits,) = session.run(["logits"], inputs)
+print(labels[str(logits.argmax())])"""
+
+INT8_USAGE = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from common.export import load_int8
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # only for a student with a bottleneck
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+architecture = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+model = load_int8(architecture, f"{{folder}}/{file}")
+logits = model(**tokenizer("move fifty dollars to my savings", return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])"""
+
+
+def measured(
+    models: dict[str, tuple[Any, Texts]], logits: dict[str, dict[str, np.ndarray]], data: TextData, folder: Path
+) -> dict[str, Any]:
+    """For each model its MiB on disk, latency of one text of median length, speed-up and metrics."""
+    cpu = torch.device("cpu")
+    inputs = {name: (model, one_text(texts.splits, texts.collate, cpu)) for name, (model, texts) in models.items()}
+    latencies = interleaved_latency(inputs)
+    return {
+        name: {
+            "megabytes": (folder / FILES[name]).stat().st_size / 2**20 if name in FILES else megabytes(model),
+            "latency_ms": latencies[name],
+            "speedup": latencies["student"]["median"] / latencies[name]["median"],
+            "metrics": metrics_by_split(data, logits[name], texts.splits, logits["student"]),
+        }
+        for name, (model, texts) in models.items()
+    }
+
+
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    metric = results["primary_metric"]
+    splits = list(results["models"]["student"]["metrics"])
+    header = ["model", "MB", "latency in ms, median", "90 %", "speed-up", *(f"{split} {metric}" for split in splits)]
+    rows = []
+    for name, entry in results["models"].items():
+        figures = [entry["megabytes"], entry["latency_ms"]["median"], entry["latency_ms"]["p90"], entry["speedup"]]
+        figures += [entry["metrics"][split][metric] for split in splits]
+        figures += [entry["metrics"][split].get("agreement") for split in splits]
+        rows.append([TITLES[name], *map(number, figures)])
+    return header + [f"{split} agreement" for split in splits], rows
+
+
+def report(results: dict[str, Any], folder: Path) -> str:
+    environment, models = results["environment"], results["models"]
+    onnx = next((FILES[name] for name in ("onnx-int8", "onnx") if name in models), None)
+    usages = [ONNX_USAGE.format(folder=folder, file=onnx)] if onnx else []
+    if "torch-int8" in models:
+        usages.append(INT8_USAGE.format(folder=folder, file=FILES["torch-int8"]))
+    sections = [
+        f"# {results['student']}, exported",
+        markdown(*table(results)),
+        f"Task {results['task']}. Latency: one text of median length, measured in turns on {environment['device']} "
+        f"(threads: {environment['threads']}) with torch {environment['torch']} and ONNX Runtime "
+        f"{environment['onnxruntime']}. Agreement: the share of predictions that are those of the student in torch "
+        "fp32.",
+        "## Load it",
+        *(f"```python\n{usage}\n```" for usage in usages),
+    ]
+    return "\n\n".join(sections) + "\n"
