@@ -23,6 +23,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
+from common.attention import quick_attention
 from common.cli import save_recipe
 from common.metrics.returns import normalized_return
 from common.trainer import KDTrainer, last_checkpoint
@@ -210,7 +211,9 @@ class TrainerRun(Run):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # what its callback reads
         loop = KDTrainer(model=model, args=args, **trainer)
         logger.info("training %s", name)
-        loop.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)
+        start = last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None
+        with quick_attention(model, trainer["train_dataset"], args.precision, best_device().type):
+            loop.train(resume_from_checkpoint=start)
         loop.finish()
         self.history[name] = loop.state.log_history
         return model

@@ -156,8 +156,12 @@ class Distillation:
     def measure_teacher(self, teacher: PreTrainedModel) -> tuple[dict[str, Any], Logits]:
         return evaluate(self.pair.teacher, teacher, self.data, self.texts.splits, self.texts.collate)
 
-    def report(self, teacher: PreTrainedModel, control: PreTrainedModel | None, student: PreTrainedModel) -> None:
-        """Measures all three, writes the report and the student's folder, prints the table."""
+    def report(
+        self, teacher: PreTrainedModel, control: PreTrainedModel | None, student: PreTrainedModel
+    ) -> dict[str, Any] | None:
+        """Measures all three, writes the report and the student's folder, prints the table. Returns the results, in
+        the main process.
+        """
         models: dict[str, Any] = {}
         models["teacher"], said = self.measure_teacher(teacher)
         size = self.pair.student or f"{self.student_layers} layers"
@@ -166,7 +170,7 @@ class Distillation:
             name = f"{size}, {'labels only' if role == 'control' else self.method}"
             models[role] = model and evaluate(name, model, self.data, splits, collate, said)[0]
         if not PartialState().is_main_process:
-            return
+            return None
         trained = {role: m for role, m in (("teacher", teacher), ("control", control), ("student", student)) if m}
         keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
         results = self._results(models, **({"keys": keys} if keys else {}))
@@ -174,6 +178,7 @@ class Distillation:
         write_report(self.run.folder, results, self.run.history)
         print_table(results)
         print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+        return results
 
     def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
         split = next(name for name in self.texts.splits if name.startswith("validation"))
