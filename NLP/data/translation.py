@@ -1,0 +1,120 @@
+"""One door to every translation dataset: embedded, local folder or Hub name, and its sentences as token ids."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from common.sources import HUB_NAME, Splits, read_folder, read_hub, usual_names
+from common.utils.errors import UserError
+from nlp.data.number_words import load_number_words
+
+NUMBER_WORDS = "number_words"
+INSTEAD = (
+    f"pass --dataset FOLDER with parquet, CSV or JSON files, or --dataset {NUMBER_WORDS}, which needs no download"
+)
+MOST_CARVED = 1000  # validation sentences, where there is no validation split
+
+
+@dataclass(frozen=True)
+class TranslationData:
+    """Every split has the columns source, target (texts) and sample_id."""
+
+    name: str
+    languages: tuple[str, str]  # the columns that source and target came from
+    splits: Splits
+    fingerprint: str  # of the contents, the same wherever they were loaded from
+    notes: list[str] = field(default_factory=list)
+
+
+def load_translation_data(dataset: str, source: str, target: str, seed: int = 0) -> TranslationData:
+    """Loads `dataset` (number_words, a folder, or owner/name[:config]), in which `source` and `target` are columns of
+    texts or keys of a column `translation`; `seed` only carves a missing validation split.
+
+    Raises UserError where there is no such dataset, column or text.
+    """
+    raw, notes = _read(dataset)
+    if source == target:
+        raise UserError(f"--source and --target are both {source!r}: name two columns")
+    splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
+    if "validation" not in splits:
+        carved = splits["train"].train_test_split(min(MOST_CARVED, max(1, len(splits["train"]) // 10)), seed=seed)
+        splits |= {"train": carved["train"].flatten_indices(), "validation": carved["test"].flatten_indices()}
+        notes.append(f"no validation split: {len(splits['validation'])} rows of train were set aside (seed {seed})")
+    texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
+    return TranslationData(
+        name=Path(dataset).resolve().name if Path(dataset).is_dir() else dataset,
+        languages=(source, target),
+        splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
+        fingerprint=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        notes=notes,
+    )
+
+
+def _read(dataset: str) -> tuple[Splits, list[str]]:
+    if dataset == NUMBER_WORDS:
+        return dict(load_number_words()), []
+    if Path(dataset).is_dir():
+        return usual_names(read_folder(Path(dataset)), dataset)
+    if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
+        name, _, config = dataset.partition(":")
+        return usual_names(read_hub(dataset, name, config or None, INSTEAD), dataset)
+    raise UserError(
+        f"unknown dataset {dataset!r}: give {NUMBER_WORDS}, a folder of parquet, CSV or JSON files, or a Hub name "
+        "such as owner/name or owner/name:config"
+    )
+
+
+def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> datasets.Dataset:
+    """The columns source and target, and nothing else."""
+    if not len(rows):
+        raise UserError(f"the {split} split is empty: it needs at least one row")
+    if "translation" in rows.column_names:  # the Hub's layout: {"en": ..., "de": ...} in one column
+        rows = datasets.Dataset.from_list(rows["translation"][:])
+    columns = {}
+    for side, name in (("source", source), ("target", target)):
+        if name not in rows.column_names:
+            raise UserError(
+                f"the {split} split has no {name!r}, only {', '.join(rows.column_names)}: name the columns of the two "
+                "languages with --source and --target"
+            )
+        columns[side] = rows[name][:]
+        for row, text in enumerate(columns[side]):
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"row {row} of {split}: no text in column {name!r}; remove the row or fill it in")
+    return datasets.Dataset.from_dict(columns)
+
+
+def tokenize_pairs(data: TranslationData, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Splits:
+    """Every split with input_ids, attention_mask, labels (the target's tokens), sample_id and length, which is that of
+    both sides. Longer sentences are cut to the tokenizer's `model_max_length`. `prefix` goes before every source, as
+    T5's "translate English to German: ".
+    """
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        sources = tokenizer([prefix + text for text in rows["source"]], truncation=True)
+        labels = tokenizer(text_target=rows["target"], truncation=True)["input_ids"]
+        return {
+            "input_ids": sources["input_ids"],
+            "attention_mask": sources["attention_mask"],
+            "labels": labels,
+            "sample_id": rows["sample_id"],
+            "length": [len(x) + len(y) for x, y in zip(sources["input_ids"], labels, strict=True)],
+        }
+
+    return {
+        split: rows.map(encode, batched=True, remove_columns=rows.column_names) for split, rows in data.splits.items()
+    }
+
+
+class PairCollator(DataCollatorForSeq2Seq):
+    """Pads both sides to the longest of the batch, labels with IGNORED, and makes the decoder's inputs of the labels;
+    leaves out the column that only served to group.
+    """
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))

@@ -1,0 +1,359 @@
+"""One distillation from a translation teacher to a student: who is trained on what, and the report at the end.
+
+Word-level: the teacher's distribution over each next token; sequence-level: the teacher's own translations as targets
+(Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947).
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.arguments import KDTrainingArguments
+from common.inference import NOT_INPUTS, over_dataset
+from common.losses import soft_target_kl
+from common.metrics.cost import cost
+from common.metrics.generation import token_counts, token_metrics, translation_metrics
+from common.objective import IGNORED, Objective, Term, token_targets
+from common.outputs import Outputs
+from common.plots import plot_curves
+from common.report import model_card, print_table, write_report
+from common.run import TrainerRun
+from common.teacher_outputs import TeacherOutputs, outputs_key
+from common.utils.devices import process
+from common.utils.errors import UserError
+from common.utils.files import write_text, writing_folder
+from nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
+from nlp.teacher_model.seq2seq import (
+    SCRATCH,
+    Translator,
+    cut_layers,
+    joint_bpe,
+    load_translator,
+    marian,
+    number_of_layers,
+    special_ids_of,
+    translate,
+)
+
+CUT = "cut"
+CHUNK = 5000  # sentences that the teacher translates before they are saved
+TIMED = 20  # sentences that are translated one by one to see how long that takes
+USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{folder}").eval()
+ids = model.generate(**tokenizer({sentence}, return_tensors="pt"))  # greedy, unless num_beams is more than 1
+print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
+
+
+class TranslationDistillation:
+    """Teacher, control and student of one run. `args` are those of scripts/distill_translation.py."""
+
+    def __init__(self, args: Any, training: KDTrainingArguments, data: TranslationData) -> None:
+        self.args, self.data = args, data
+        self.given = None if args.teacher == SCRATCH else load_translator(args.teacher, args.max_length)
+        by_name = args.student not in (SCRATCH, CUT)
+        self.given_student = load_translator(args.student, args.max_length) if by_name else None
+        self._refuse_what_cannot_fit()
+        self.run = TrainerRun(training, args)
+        self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
+        self.splits = tokenize_pairs(data, self.tokenizer, args.source_prefix)
+
+    def _refuse_what_cannot_fit(self) -> None:
+        """Before anything is written, and before hours of training rather than after."""
+        args, given, own = self.args, self.given, self.given_student
+        if args.student == CUT:
+            layers = number_of_layers(given.model) if given else (args.teacher_layers, args.teacher_layers)
+            for side, kept, number in zip(("encoder", "decoder"), self._student_layers, layers, strict=True):
+                if kept > number:
+                    raise UserError(f"--student_{side}_layers {kept} cannot be cut from the teacher's {number}")
+        if own and (given is None or not _same_vocabulary(own, given)):
+            raise UserError(
+                f"student {args.student} and teacher {args.teacher} have different vocabularies: pass --student "
+                f"{SCRATCH} or {CUT}, or a student with the teacher's tokenizer"
+            )
+
+    def _learn_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A stage, so that a run that is continued has the vocabulary that it started with."""
+        train = self.data.splits["train"]
+        texts = [*train["source"], *train["target"]]
+        return self.run.stage(
+            "tokenizer",
+            lambda: joint_bpe(texts, self.args.vocabulary_size, self.args.max_length),
+            AutoTokenizer.from_pretrained,
+        )
+
+    @property
+    def _student_layers(self) -> tuple[int, int]:
+        return self.args.student_encoder_layers, self.args.student_decoder_layers
+
+    # ---- who is trained on what ----
+
+    def teacher(self) -> PreTrainedModel:
+        """Trained on the data: from random weights, or from what was given, which may also stay as it is."""
+        args = self.args
+        if self.given and args.teacher_epochs == 0:
+            return self.given.model
+
+        def build() -> PreTrainedModel:
+            model = self._as_it_came()
+            rate = args.teacher_learning_rate or self.run.args.learning_rate
+            return self._train("teacher", model, self.splits["train"], num_train_epochs=args.teacher_epochs,
+                               learning_rate=rate)  # fmt: skip
+
+        return self._stage("teacher", build)
+
+    def control(self) -> PreTrainedModel:
+        """The student without the teacher: cut from the model *as it came* (or as random, or as named, as the student
+        is), the same number of updates, labels only.
+        """
+        return self._stage(
+            "control",
+            lambda: self._train("control", self._new_student(self._as_it_came()), self.splits["train"]),
+        )
+
+    def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """Trained on the teacher's distributions (word), its translations (sequence), or both."""
+        method = self.args.method
+
+        def build() -> PreTrainedModel:
+            model = self._new_student(teacher)
+            train = self.splits["train"] if method == "word" else self._translated_by(teacher)
+            return self._train("student", model, train, None if method == "sequence" else teacher)
+
+        return self._stage("student", build)
+
+    def _stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        return self.run.stage(name, build, AutoModelForSeq2SeqLM.from_pretrained, self.tokenizer)
+
+    def _as_it_came(self) -> PreTrainedModel:
+        """The teacher before it was trained here."""
+        if self.given:
+            return copy.deepcopy(self.given.model)
+        args, tokenizer = self.args, self.tokenizer
+        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
+        ids["decoder_start_token_id"] = ids["pad_token_id"]
+        layers = args.teacher_layers
+        return marian(len(tokenizer), ids, args.teacher_width, layers, layers, args.dropout, args.max_length)
+
+    def _new_student(self, source: PreTrainedModel) -> PreTrainedModel:
+        """What a student is before it learns; a cut is made of `source`."""
+        args = self.args
+        if self.given_student:
+            return copy.deepcopy(self.given_student.model)
+        if args.student == CUT:
+            return cut_layers(source, *self._student_layers)
+        vocabulary, ids = source.config.vocab_size, special_ids_of(source)
+        return marian(vocabulary, ids, args.student_width, *self._student_layers, args.dropout, args.max_length)
+
+    def _train(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        train: Dataset,
+        teacher: PreTrainedModel | None = None,
+        **settings: Any,
+    ) -> PreTrainedModel:
+        """On the labels of `train`, and with a teacher on its distributions over them too."""
+        args = self.run.args
+        return self.run.train(
+            name,
+            model,
+            settings,
+            objective=word_level(
+                1.0 if teacher is None else args.alpha, args.temperature, args.label_smoothing_factor
+            ),
+            teacher=teacher,
+            train_dataset=train,
+            eval_dataset=self.splits["validation"],
+            data_collator=PairCollator(self.tokenizer, model),
+            preprocess_logits_for_metrics=token_counts,  # (batch, positions, vocabulary) are too many to gather
+            compute_metrics=lambda prediction: token_metrics(np.asarray(prediction.predictions)),
+        )
+
+    # ---- what the teacher writes ----
+
+    def _translated_by(self, teacher: PreTrainedModel) -> Dataset:
+        """The training split with the teacher's translations as labels, each found by its sample id."""
+        train, said = self.splits["train"], dict[int, list[int]]()
+        with self.run.timed("teacher_outputs"):
+            for start in range(0, len(train), CHUNK):
+                said |= self._translations(teacher, train.select(range(start, min(start + CHUNK, len(train)))))
+        labels = [said[sample] for sample in train["sample_id"]]
+        lengths = [len(source) + len(target) for source, target in zip(train["input_ids"], labels, strict=True)]
+        train = train.remove_columns(["labels", "length"])
+        return train.add_column("labels", labels).add_column("length", lengths)
+
+    def _translations(self, teacher: PreTrainedModel, rows: Dataset) -> dict[int, list[int]]:
+        """{sample id: tokens}, by beam search, computed once for this teacher and these sentences."""
+        beams, precision = self.args.beams, self.run.args.precision
+
+        def compute() -> TeacherOutputs:
+            tokens = translate(Translator(teacher, self.tokenizer), rows, beams, precision, description="translating")
+            return TeacherOutputs(
+                torch.tensor(rows["sample_id"]),
+                features={"tokens": torch.tensor([token for row in tokens for token in row]).unsqueeze(1)},
+                lengths=torch.tensor([len(row) for row in tokens]),
+            )
+
+        ids = [rows["sample_id"][:], rows["input_ids"][:]]
+        key = outputs_key(teacher, self.data.fingerprint, ids, beams, self.args.max_length, precision)
+        folder = self.run.folder / "teacher_outputs"
+        found = TeacherOutputs.load_or_compute(folder, key, compute, write=process()[0] == 0)
+        tokens = found.features["tokens"].squeeze(1).split(found.lengths.tolist())
+        return dict(zip(found.sample_ids.tolist(), [row.tolist() for row in tokens], strict=True))
+
+    # ---- what it was worth ----
+
+    def report(self, teacher: PreTrainedModel, control: PreTrainedModel | None, student: PreTrainedModel) -> None:
+        """Measures all three on every split but train and writes what the run has to show."""
+        models: dict[str, Any] = {}
+        decoding: dict[str, Any] = {}
+        signature: dict[str, str] = {}
+        for role, model in (("teacher", teacher), ("control", control), ("student", student)):
+            if model is not None:
+                translator = Translator(model, self.tokenizer)
+                models[role], decoding[role], signature = evaluate(
+                    self._name(role, model), translator, self.data, self.splits, self.args.beams
+                )
+        if not PartialState().is_main_process:
+            return
+        results = self._results(models, decoding=decoding, sacrebleu=signature)
+        folder = self._save_student(student, results)
+        write_report(self.run.folder, results, self.run.history)
+        curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
+        plot_curves(self.run.folder / "curves.png", self.run.history, curve)  # BLEU has none: it is of the end only
+        print_table(results)
+        print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+
+    def _name(self, role: str, model: PreTrainedModel) -> str:
+        if role == "teacher" and self.given:
+            return str(self.args.teacher)
+        layers = "+".join(map(str, number_of_layers(model)))
+        return f"{model.config.model_type} of {layers} layers, width {model.config.hidden_size}"
+
+    def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
+        sizes = {split: len(self.splits[split]) if split in self.splits else None
+                 for split in ("train", "validation", "test")}  # fmt: skip
+        return self.run.results(
+            domain="NLP",
+            task=f"{self.data.name} {'-'.join(self.data.languages)}",
+            method=self.args.method,
+            data={**sizes, "fingerprint": self.data.fingerprint},
+            models=models,
+            split="validation",
+            metric="bleu",  # greedy: a student is made to be fast, and that is the fast way to decode
+            selection="last epoch of every stage; no split chose anything",
+            data_notes="; ".join(self.data.notes) or "none",
+            **extra,
+        )
+
+    def _save_student(self, student: PreTrainedModel, results: dict[str, Any]) -> Path:
+        folder = self.run.folder / "student"
+        sentence = json.dumps(
+            self.args.source_prefix + self.data.splits["validation"]["source"][0], ensure_ascii=False
+        )
+        card = model_card(
+            results,
+            f"{results['task']}: {self.args.method}",
+            USAGE.format(folder=folder, sentence=sentence),
+            library_name="transformers",
+            pipeline_tag="translation",
+        )
+        with writing_folder(folder) as partial_folder:
+            student.save_pretrained(partial_folder)
+            self.tokenizer.save_pretrained(partial_folder)
+            write_text(partial_folder / "README.md", card)
+        return folder
+
+
+def _same_vocabulary(first: Translator, second: Translator) -> bool:
+    return (
+        first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+        and first.model.config.vocab_size == second.model.config.vocab_size
+        and special_ids_of(first.model) == special_ids_of(second.model)
+    )
+
+
+def word_level(alpha: float, temperature: float, smoothing: float) -> Objective:
+    """alpha * labels + (1 - alpha) * the teacher's distributions over next tokens, both means over the tokens."""
+    words = token_targets(partial(soft_target_kl, temperature=temperature))
+    return Objective(task=(alpha, smoothed_labels(smoothing)), words=(1 - alpha, words))
+
+
+def smoothed_labels(smoothing: float) -> Term:
+    """Cross-entropy with the labels (batch, positions) that count, smoothed by a share of the uniform distribution
+    (arXiv:1512.00567).
+    """
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        if student.logits is None or labels is None:
+            raise ValueError("the objective needs student logits and labels, and there are none in this batch")
+        logits = student.logits.float().flatten(0, 1)  # (batch * positions, vocabulary)
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
+
+    return term
+
+
+def evaluate(
+    name: str, translator: Translator, data: TranslationData, splits: dict[str, Dataset], beams: int
+) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
+    """A model's entry in results.json, the seconds that 100 sentences take one by one, and sacreBLEU's signatures. All
+    in fp32: what a user gets who just loads the model.
+    """
+    model, tokenizer = translator
+    metrics: dict[str, dict[str, float]] = {}
+    signatures: dict[str, str] = {}
+    for split in (split for split in splits if split != "train"):
+        metrics[split] = teacher_forced_metrics(translator, splits[split])
+        for suffix, number in (("", 1), ("_beam", beams)):
+            ids = translate(translator, splits[split], number, description="evaluating")
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            scores, signatures = translation_metrics(texts, data.splits[split]["target"][:])
+            metrics[split] |= {metric + suffix: score for metric, score in scores.items()}
+    seconds = {f"seconds_per_100_{way}": seconds_per_100(translator, splits["validation"], number)
+               for way, number in (("greedy", 1), ("beam", beams))}  # fmt: skip
+    one = one_pair(translator, splits["validation"])
+    return {"name": name, **cost(model, one), "metrics": metrics}, seconds, signatures
+
+
+def teacher_forced_metrics(translator: Translator, rows: Dataset) -> dict[str, float]:
+    """token_accuracy and perplexity of the reference's tokens, each given those before it."""
+    model, collate = translator.model, PairCollator(translator.tokenizer, translator.model)
+
+    def with_targets(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(features)
+        return batch | {"targets": batch["labels"]}  # labels themselves are kept from models
+
+    def call(targets: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        return {"counts": token_counts(model(**batch).logits, targets)}
+
+    counts = over_dataset(model, call, rows, with_targets, description="evaluating")["counts"]
+    return token_metrics(torch.stack(counts).numpy())
+
+
+def seconds_per_100(translator: Translator, rows: Dataset, beams: int) -> float:
+    """What a user waits for 100 sentences that come one at a time, from a few of the rows."""
+    few = rows.select(range(0, len(rows), -(-len(rows) // TIMED)))
+    started = time.perf_counter()
+    translate(translator, few, beams, batch_size=1)
+    return 100 * (time.perf_counter() - started) / len(few)
+
+
+def one_pair(translator: Translator, rows: Dataset) -> dict[str, Tensor]:
+    """A pair of median length: what latency and FLOPs of one forward pass are measured on."""
+    middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
+    batch = PairCollator(translator.tokenizer, translator.model)([rows[middle]])
+    return {name: value.to(translator.model.device) for name, value in batch.items() if name not in NOT_INPUTS}
