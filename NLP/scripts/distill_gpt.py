@@ -1,0 +1,96 @@
+"""Distills a causal language model into a smaller one, with a control.
+
+    python NLP/scripts/distill_gpt.py
+    python NLP/scripts/distill_gpt.py --divergence reverse --student scratch --student_width 64
+    python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
+
+The student learns the teacher's distribution over each next token of the corpus: by forward KL (arXiv:1503.02531),
+reverse KL (arXiv:2306.08543) or generalised Jensen-Shannon divergence (arXiv:2306.13649), all on the corpus' own text.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.arguments import KDTrainingArguments
+from common.cli import parse, run
+from nlp.data.corpora import EMBEDDED, load_corpus
+from nlp.student_model.language_model import LanguageDistillation
+from nlp.teacher_model.causal import HEAD_WIDTH, SMALLEST_VOCABULARY
+
+
+@dataclass
+class Arguments:
+    """What is distilled from what, and by which divergence."""
+
+    dataset: str = field(
+        default=EMBEDDED, metadata={"help": "python (embedded), Hub name[:config], or folder with .txt, parquet, ..."}
+    )
+    text_column: str | None = None
+    block_size: int = field(default=128, metadata={"help": "tokens of a training sequence"})
+
+    teacher: str = field(default="scratch", metadata={"help": "Hub name or folder; scratch: GPT-2, random weights"})
+    teacher_epochs: float = field(default=6, metadata={"help": "0: a teacher that was named is taken as it comes"})
+    teacher_layers: int = field(default=4, metadata={"help": "of a teacher from scratch"})
+    teacher_width: int = field(default=128, metadata={"help": "of a teacher from scratch"})
+    vocabulary_size: int = field(default=2048, metadata={"help": "byte-level BPE of a teacher from scratch"})
+
+    student: str = field(
+        default="cut", metadata={"help": "cut: evenly spaced layers of the teacher; scratch; Hub name or folder"}
+    )
+    student_layers: int = field(default=1, metadata={"help": "of a student that is cut or from scratch"})
+    student_width: int = field(default=64, metadata={"help": "of a student from scratch"})
+    dropout: float = field(default=0.1, metadata={"help": "of models from scratch, while they have no teacher"})
+    scratch_learning_rate: float = field(default=2e-3, metadata={"help": "--learning_rate for random weights"})
+
+    divergence: Literal["forward", "reverse", "js"] = field(
+        default="forward", metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon"}
+    )
+    js_beta: float = field(default=0.5, metadata={"help": "weight of the teacher's side of --divergence js"})
+    hidden_weight: float = field(default=0.0, metadata={"help": "weight of matching hidden states, L2 and cosine"})
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_width", "student_width"):
+            if getattr(self, name) < HEAD_WIDTH or getattr(self, name) % HEAD_WIDTH:
+                raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
+        for name, least in (("teacher_layers", 1), ("student_layers", 1), ("block_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.vocabulary_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"--vocabulary_size must be at least {SMALLEST_VOCABULARY}, the bytes and the end of text, got "
+                f"{self.vocabulary_size}"
+            )
+        if not 0 < self.js_beta < 1:
+            raise ValueError(f"--js_beta must be between 0 and 1, got {self.js_beta}")
+        if self.hidden_weight < 0:
+            raise ValueError(f"--hidden_weight must not be negative, got {self.hidden_weight}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.teacher == "scratch" and self.teacher_epochs == 0:
+            raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
+
+
+@dataclass
+class LanguageTrainingArguments(KDTrainingArguments):
+    """Training as small GPTs are used to it."""
+
+    output_dir: str | None = "runs/NLP/gpt"
+    num_train_epochs: float = field(default=2, metadata={"help": "of the student, and of its control"})
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 16
+    learning_rate: float = field(default=1e-4, metadata={"help": "of models that were pretrained"})
+    weight_decay: float = 0.1
+
+
+def main() -> None:
+    args, training = parse(Arguments, LanguageTrainingArguments)
+    corpus = load_corpus(args.dataset, args.text_column)
+    distillation = LanguageDistillation(args, training, corpus)
+    teacher = distillation.teacher()
+    control = None if training.no_control else distillation.control()
+    student = distillation.student(teacher)
+    distillation.report(teacher, control, student)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,297 @@
+"""Distillation of a causal language model into a smaller one: who is trained on what, and the report at the end."""
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.arguments import KDTrainingArguments
+from common.inference import over_dataset
+from common.losses import jensen_shannon, soft_target_kl
+from common.metrics.cost import cost
+from common.metrics.generation import token_counts
+from common.metrics.language import language_metrics, token_agreement
+from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
+from common.report import model_card, print_table, write_report
+from common.run import TrainerRun
+from common.utils.errors import UserError
+from common.utils.files import write_text, writing_folder
+from nlp.data.corpora import Corpus, pack, stack
+from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.matching import Matching, hidden_states, width
+from nlp.student_model.pipeline import switch_off_dropout
+from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, load_model, random_gpt2
+
+CUT = "cut"
+METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}
+PROMPT, CONTINUATION = 12, 30  # tokens of the sample in the report
+USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}").eval()
+ids = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens={new}, do_sample=False)
+print(tokenizer.decode(ids[0]))"""
+
+
+class LanguageDistillation:
+    """Teacher, control and student of one run. `args` are those of scripts/distill_gpt.py."""
+
+    def __init__(self, args: Any, training: KDTrainingArguments, corpus: Corpus) -> None:
+        self.args, self.corpus = args, corpus
+        self.given = None if args.teacher == SCRATCH else load_language_model(args.teacher, args.block_size)
+        by_name = args.student not in (SCRATCH, CUT)
+        self.given_student = load_language_model(args.student, args.block_size) if by_name else None
+        self._refuse_what_cannot_fit()
+        self.run = TrainerRun(training, args)
+        self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
+        self.blocks = {split: pack(texts, self.tokenizer, args.block_size) for split, texts in corpus.splits.items()}
+
+    def _refuse_what_cannot_fit(self) -> None:
+        """Before anything is written, and before hours of training rather than after."""
+        args, given, own = self.args, self.given, self.given_student
+        if own and (given is None or not own.speaks_like(given)):
+            raise UserError(
+                f"student {args.student} and teacher {args.teacher} have different vocabularies: pass --student "
+                f"{SCRATCH} or {CUT}, or a student with the teacher's tokenizer"
+            )
+        layers = len(layer_paths(given.model)) if given else args.teacher_layers
+        if args.student == CUT and args.student_layers > layers:
+            raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
+
+    def _learn_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A stage, so that a run that is continued has the vocabulary that it started with."""
+        train, size, positions = self.corpus.splits["train"], self.args.vocabulary_size, self.args.block_size
+        return self.run.stage(
+            "tokenizer", lambda: byte_level_bpe(train, size, positions), AutoTokenizer.from_pretrained
+        )
+
+    # ---- who is trained on what ----
+
+    def teacher(self) -> PreTrainedModel:
+        """Trained on the corpus: from random weights, or from what was given, which may also stay as it is."""
+        args = self.args
+        if self.given and args.teacher_epochs == 0:
+            return self.given.model
+
+        def build() -> PreTrainedModel:
+            if self.given:
+                model = copy.deepcopy(self.given.model)  # the control is cut from what was given
+            else:
+                model = self._random(args.teacher_layers, args.teacher_width)
+            rate = self._rate(from_scratch=self.given is None)
+            return self._train("teacher", model, rate, num_train_epochs=args.teacher_epochs)
+
+        return self._stage("teacher", build)
+
+    def control(self) -> PreTrainedModel:
+        """The student without the teacher: cut from the model *as it came* (or as random, or as named, as the student
+        is), the same number of updates, labels only.
+        """
+        source = self.given.model if self.given else None
+        return self._stage("control", lambda: self._train("control", self._start(source), self._student_rate))
+
+    def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """Cut from the trained teacher (or random, or named) and taught by its distributions over next tokens."""
+        return self._stage(
+            "student", lambda: self._train("student", self._start(teacher), self._student_rate, teacher=teacher)
+        )
+
+    def _start(self, source: PreTrainedModel | None) -> PreTrainedModel:
+        """What a student is before it learns; `source` is what a cut is made of, None what has only random weights."""
+        args = self.args
+        if self.given_student:
+            return copy.deepcopy(self.given_student.model)
+        if args.student == CUT and source is not None:
+            student = cut_layers(source, args.student_layers)
+            student.generation_config = copy.deepcopy(source.generation_config)
+            return student
+        return self._random(args.student_layers, args.teacher_width if args.student == CUT else args.student_width)
+
+    def _random(self, layers: int, width: int) -> PreTrainedModel:
+        args = self.args
+        vocabulary = self.given.model.config.vocab_size if self.given else len(self.tokenizer)
+        return random_gpt2(vocabulary, self.tokenizer.eos_token_id, layers, width, args.block_size, args.dropout)
+
+    def _rate(self, from_scratch: bool) -> float:
+        return self.args.scratch_learning_rate if from_scratch else self.run.args.learning_rate
+
+    @property
+    def _student_rate(self) -> float:
+        return self._rate(self.args.student == SCRATCH or (self.args.student == CUT and self.given is None))
+
+    def _stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        return self.run.stage(name, build, load_model, self.tokenizer)
+
+    def _train(
+        self, name: str, model: PreTrainedModel, rate: float, teacher: PreTrainedModel | None = None, **settings: Any
+    ) -> PreTrainedModel:
+        """On the tokens of train, and with a teacher (then without dropout) on its distributions over them too."""
+        args, validation = self.run.args, self.blocks["validation"]
+        inside = Matching()
+        if teacher is not None:
+            switch_off_dropout(model)
+            if self.args.hidden_weight:
+                inside = hidden_states(model, teacher, self.args.hidden_weight)
+        divergence = divergence_of(self.args.divergence, args.temperature, self.args.js_beta)
+        return self.run.train(
+            name,
+            model,
+            {"learning_rate": rate, "train_sampling_strategy": "random"} | settings,
+            objective=objective(1.0 if teacher is None else args.alpha, divergence, inside),
+            features=inside.features,
+            teacher=teacher,
+            teacher_features=inside.teacher_features,
+            train_dataset=self.blocks["train"],
+            eval_dataset=validation,
+            data_collator=stack,
+            preprocess_logits_for_metrics=token_counts,  # (batch, positions, vocabulary) are too many to gather
+            compute_metrics=trainer_metrics(self.corpus.size("validation")),
+        )
+
+    # ---- what it was worth ----
+
+    def report(self, teacher: PreTrainedModel, control: PreTrainedModel | None, student: PreTrainedModel) -> None:
+        """Measures all three on every split but train and writes what the run has to show."""
+        models, choices, samples = {}, None, {}
+        prompt = self._prompt()
+        for role, model in (("teacher", teacher), ("control", control), ("student", student)):
+            if model is not None:
+                models[role], said = self._evaluate(self._name(role, model), model, choices)
+                choices = choices or said  # the teacher's, with which the others are compared
+                samples[role] = self._continue(model, prompt)
+        if not PartialState().is_main_process:
+            return
+        results = self._results(models, sample={"prompt": one_line(prompt)} | samples)
+        folder = self._save_student(student, results, prompt)
+        write_report(self.run.folder, results, self.run.history)
+        print_table(results)
+        print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+
+    def _evaluate(
+        self, name: str, model: PreTrainedModel, teacher_choices: dict[str, np.ndarray] | None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A model's entry in results.json, and its most probable next tokens by split."""
+        metrics, choices = {}, {}
+        for split in (split for split in self.blocks if split != "train"):
+            blocks = self.blocks[split]
+            counts, choices[split] = predict(model, blocks, self.run.args.per_device_eval_batch_size)
+            metrics[split] = language_metrics(counts, self.corpus.size(split))
+            if teacher_choices is not None:
+                metrics[split]["agreement"] = token_agreement(
+                    choices[split], teacher_choices[split], labels_of(blocks)
+                )
+        block = {"input_ids": self.blocks["validation"][:1]["input_ids"].to(model.device)}
+        return {"name": name, **cost(model, block), "metrics": metrics}, choices
+
+    def _name(self, role: str, model: PreTrainedModel) -> str:
+        if role == "teacher" and self.given:
+            return str(self.args.teacher)
+        shape = f"{model.config.model_type} {len(layer_paths(model))}x{width(model)}"
+        return f"{shape}, labels only" if role == "control" else shape
+
+    def _prompt(self) -> str:
+        """The first words of a document, or line, that no model was trained on."""
+        documents = self.corpus.splits.get("test", self.corpus.splits["validation"])
+        document = next((text for text in documents if len(text.split()) >= PROMPT), documents[0])
+        length = min(PROMPT, self.args.block_size // 2)
+        ids = self.tokenizer(document, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
+        return str(self.tokenizer.decode(ids)).rsplit(maxsplit=1)[0]  # the last word may be cut
+
+    @property
+    def _continuation(self) -> int:
+        """Tokens that a model is asked to write after the prompt, which it must still see."""
+        return min(CONTINUATION, self.args.block_size // 2)
+
+    def _continue(self, model: PreTrainedModel, prompt: str) -> str:
+        """What a model writes after the prompt, greedily, in one line."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        end = self.tokenizer.eos_token_id
+        ids = model.eval().generate(**inputs, max_new_tokens=self._continuation, do_sample=False, pad_token_id=end)
+        return one_line(str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])))
+
+    def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
+        sizes = {split: len(self.blocks[split]) if split in self.blocks else None
+                 for split in ("train", "validation", "test")}  # fmt: skip
+        tokens = {split: int((labels_of(blocks) != IGNORED).sum()) for split, blocks in self.blocks.items()}
+        return self.run.results(
+            domain="NLP",
+            task=self.corpus.name,
+            method=METHODS[self.args.divergence] + ("_hidden" if self.args.hidden_weight else ""),
+            data={**sizes, "fingerprint": self.corpus.fingerprint},
+            models=models,
+            split="validation",
+            metric="perplexity",
+            lower_is_better=True,
+            selection="last epoch of every stage; no split chose anything",
+            data_notes="; ".join(self.corpus.notes) or "none",
+            corpus={"tokens": tokens, "bytes": {split: self.corpus.size(split) for split in self.blocks}},
+            **extra,
+        )
+
+    def _save_student(self, student: PreTrainedModel, results: dict[str, Any], prompt: str) -> Path:
+        folder = self.run.folder / "student"
+        card = model_card(
+            results,
+            f"{results['task']}: {results['method']}",
+            USAGE.format(folder=folder, prompt=json.dumps(prompt, ensure_ascii=False), new=self._continuation),
+            library_name="transformers",
+            pipeline_tag="text-generation",
+        )
+        with writing_folder(folder) as partial_folder:
+            student.save_pretrained(partial_folder)
+            self.tokenizer.save_pretrained(partial_folder)
+            write_text(partial_folder / "README.md", card)
+        return folder
+
+
+def divergence_of(name: str, temperature: float, js_beta: float) -> Divergence:
+    """Between the distributions of student and teacher over one next token: forward or reverse KL, or generalised
+    Jensen-Shannon.
+    """
+    if name == "js":
+        return partial(jensen_shannon, temperature=temperature, beta=js_beta)
+    return partial(soft_target_kl, temperature=temperature, direction=name)
+
+
+def objective(alpha: float, divergence: Divergence, inside: Matching) -> Objective:
+    """alpha * labels + (1 - alpha) * the teacher's distributions, both means over the tokens, + what is to match
+    inside, a mean over all positions.
+    """
+    return Objective(task=(alpha, task_loss()), tokens=(1 - alpha, token_targets(divergence)), **inside.terms)
+
+
+def trainer_metrics(size: int) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` of a transformers Trainer, from `token_counts` of a text of `size` bytes."""
+    return lambda prediction: language_metrics(np.asarray(prediction.predictions), size)
+
+
+def predict(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`token_counts` (blocks, 3) and the most probable next tokens (blocks, positions). Always fp32: what a user gets
+    who just loads the model.
+    """
+
+    def call(input_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        logits = model(input_ids).logits
+        return {"counts": token_counts(logits, targets), "choices": logits.argmax(-1)}
+
+    targets = blocks.rename_column("labels", "targets")  # labels themselves are kept from models
+    said = over_dataset(model, call, targets, stack, batch_size=batch_size, description="evaluating")
+    return torch.stack(said["counts"]).numpy(), torch.stack(said["choices"]).numpy()
+
+
+def labels_of(blocks: Dataset) -> np.ndarray:
+    """(blocks, positions)"""
+    return np.asarray(blocks.with_format("numpy")[:]["labels"])
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
