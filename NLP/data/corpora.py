@@ -88,7 +88,7 @@ def python_texts() -> dict[str, str]:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError:
         topics = {}
-    docstrings = _docstrings(Path(sysconfig.get_path("stdlib")))
+    docstrings = _docstrings(Path(sysconfig.get_path("stdlib"))) if topics else {}
     if not topics or not docstrings:
         raise UserError(
             "this Python lacks pydoc_data.topics or the sources of its library, the embedded corpus: install all of "
