@@ -510,10 +510,11 @@ def test_attention_kl_is_that_of_the_probabilities_of_a_bert_layer():
     from transformers import BertConfig, BertModel
 
     shape = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
-    models = [BertModel(BertConfig(hidden_size=16, **shape), attn_implementation="eager").eval() for _ in range(2)]
+    models = [BertModel(BertConfig(hidden_size=16, **shape)).eval() for _ in range(2)]
     ids, mask = torch.randint(50, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     probabilities, parts = [], []
     for bert in models:
+        bert.set_attn_implementation("eager")
         attention = bert.encoder.layer[0].attention.self
         probabilities.append(bert(ids, mask, output_attentions=True).attentions[0])
         embedded = bert.embeddings(ids)

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from paths import REPO
 from safetensors.torch import load_file
 from scripts import run_script
@@ -22,6 +23,8 @@ from transformers import (
     pipeline,
 )
 
+from common.arguments import KDTrainingArguments
+from common.cli import parse
 from common.features import FeatureHooks
 from common.losses import attention_kl, feature_cosine, feature_l2
 from common.objective import Objective
@@ -29,6 +32,7 @@ from common.outputs import Outputs
 from common.utils.errors import UserError
 from nlp.data.loading import load_text_data
 from nlp.student_model import pipeline as steps
+from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from nlp.student_model.evaluation import predict, text_metrics
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from nlp.student_model.pipeline import Texts
@@ -276,7 +280,11 @@ def test_bad_input_is_one_line(capsys, small, teachers, tmp_path, words, named):
     assert not (tmp_path / "run").exists()
 
 
-def test_recipes_are_read(small):
-    for recipe in ("clinc", "sentiment"):
-        assert (REPO / "NLP" / "scripts" / f"{recipe}.yaml").exists()
-        assert (REPO / "NLP" / "scripts" / f"distill_{recipe}.sh").exists()
+@pytest.mark.parametrize("recipe", ["base", "clinc", "sentiment"])
+def test_recipes_give_their_flags(recipe):
+    path = REPO / "NLP" / "scripts" / f"{recipe}.yaml"
+    written = yaml.safe_load(path.read_text())
+    instances = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments, argv=[str(path)])
+    read = {name: value for instance in instances for name, value in vars(instance).items()}
+    assert {name: read[name] for name in written} == {name: type(read[name])(v) for name, v in written.items()}
+    assert (path.parent / f"distill_{recipe}.sh").exists()
