@@ -516,6 +516,8 @@ def test_attention_kl_is_that_of_the_probabilities_of_a_bert_layer():
     for bert in models:
         bert.set_attn_implementation("eager")
         attention = bert.encoder.layer[0].attention.self
+        for projection in (attention.query, attention.key):
+            torch.nn.init.normal_(projection.weight)  # as it comes, everything is attended to alike
         probabilities.append(bert(ids, mask, output_attentions=True).attentions[0])
         embedded = bert.embeddings(ids)
         parts += [attention.query(embedded), attention.key(embedded)]
