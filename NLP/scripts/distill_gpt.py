@@ -1,7 +1,7 @@
 """Distills a causal language model into a smaller one, with a control.
 
     python NLP/scripts/distill_gpt.py
-    python NLP/scripts/distill_gpt.py --divergence reverse --student scratch --student_width 64
+    python NLP/scripts/distill_gpt.py --divergence reverse --student scratch --student_layers 2
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus: by forward KL (arXiv:1503.02531),

@@ -83,7 +83,7 @@ class ClassifierDistillation(Distillation):
             if "teacher" in heard and self.others:
                 raise UserError("the hidden states are too many to cache, which several teachers need: name one")
             texts = self.texts if self.same_tokens else self.student_texts
-            rate = self.wanted.student_learning_rate or self.rate
+            rate = self.rate if self.wanted.student_learning_rate is None else self.wanted.student_learning_rate
             epochs = self.run.args.num_train_epochs
             return self.pipeline.finetune("student", student, texts, epochs, rate, heard, matching)
 

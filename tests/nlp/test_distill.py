@@ -143,7 +143,7 @@ def bert(carried, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "new_keys"), (16, "base")])
+@pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "base")])
 def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recipe):
     """Of the same width, whose bottleneck takes the teacher's keys, and narrower, aligned through regressors."""
     student = tmp_path / "distilbert"
@@ -360,6 +360,7 @@ def test_continuing_with_other_arguments_is_refused(capsys, small, carried):
     assert "alpha (was 0.5, now 0.1)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shell_script_runs_from_any_directory(small, tmp_path):
     environment = os.environ | {"PYTHON": sys.executable}
     command = ["bash", str(SCRIPTS / "distill_keys_carried.sh"), *SHORT, "--dataset", str(small), "--no_control"]

@@ -224,6 +224,7 @@ def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkey
 # ---- killing and continuing ----
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_trials(few, teacher, finished, tmp_path):
     """SIGKILL in the course of the third of four trials."""
     run = tmp_path / "run"
