@@ -99,6 +99,11 @@ def save_recipe(path: str | Path, *instances: Any) -> None:
 
     Left out: None, what no flag can set (objects given in code), and secrets (`*_token`).
     """
+    write_text(path, yaml.safe_dump(recipe_of(*instances), sort_keys=False, allow_unicode=True))
+
+
+def recipe_of(*instances: Any) -> dict[str, Any]:
+    """What `save_recipe` writes, as plain YAML values."""
     parser = Parser([type(instance) for instance in instances])
     recipe = {}
     for instance in instances:
@@ -106,7 +111,7 @@ def save_recipe(path: str | Path, *instances: Any) -> None:
             value = _flag_value(name, getattr(instance, name))
             if value is not None and _settable(parser.flag(name), value):
                 recipe[name] = value
-    write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    return recipe
 
 
 def _recipe_flags(path: Path, parser: Parser) -> list[str]:

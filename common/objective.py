@@ -62,16 +62,17 @@ def labels_and_soft_targets(
     )
 
 
-def task_loss(regression: bool = False) -> Term:
+def task_loss(regression: bool = False, smoothing: float = 0.0) -> Term:
     """Cross-entropy with the labels (batch,) or (batch, positions), less those that are IGNORED, or mean squared error
-    for regression.
+    for regression. `smoothing` is the share of the uniform distribution in the labels' (arXiv:1512.00567).
     """
 
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         logits, labels = _needed(student.logits, "student logits"), _needed(labels, "labels")
         if regression:
             return losses.regression_mse(logits, labels)
-        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        rows = logits.float().flatten(0, -2)  # (samples or tokens, classes)
+        return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 
     return term
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
 from common.attention import quick_attention
-from common.cli import save_recipe
+from common.cli import recipe_of, save_recipe
 from common.metrics.returns import normalized_return
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
@@ -183,10 +183,8 @@ class Run:
 
 def refuse_other_arguments(folder: Path, instances: tuple[Any, ...]) -> None:
     """Raises UserError where the run in a folder was started with other arguments."""
-    now = folder / "recipe.now.yaml"
-    save_recipe(now, *instances)
-    before, after = (yaml.safe_load(path.read_text()) or {} for path in (folder / RECIPE, now))
-    now.unlink()
+    before = yaml.safe_load((folder / RECIPE).read_text()) or {}
+    after = yaml.safe_load(yaml.safe_dump(recipe_of(*instances))) or {}
     names = sorted((before.keys() | after.keys()) - MAY_CHANGE)
     changed = [f"{n} (was {before.get(n)}, now {after.get(n)})" for n in names if before.get(n) != after.get(n)]
     if changed:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -74,6 +75,22 @@ def _read_csv(path: Path) -> pa.Table:
 
 # Read without datasets' own cache, which would copy every file to disk.
 READERS = {".parquet": pyarrow.parquet.read_table, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
+
+
+def read_named(
+    dataset: str, others: str, instead: str, read: Callable[[Path], Splits] = read_folder
+) -> tuple[Splits, list[str]]:
+    """The splits of a local folder, by `read`, or of a Hub name owner/name[:config], by their usual names, and notes
+    on what was left out. `others` is what else a user may name, `instead` what to pass where the Hub has none.
+    """
+    if Path(dataset).is_dir():
+        return usual_names(read(Path(dataset)), dataset)
+    if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
+        name, _, config = dataset.partition(":")
+        return usual_names(read_hub(dataset, name, config or None, instead), dataset)
+    raise UserError(
+        f"unknown dataset {dataset!r}: give {others}, or a Hub name such as owner/name or owner/name:config"
+    )
 
 
 def read_hub(wanted: str, name: str, config: str | None, instead: str) -> Splits:

@@ -7,7 +7,8 @@ import pytest
 import sacrebleu
 import torch
 
-from common.metrics.generation import token_counts, token_metrics, translation_metrics
+from common.metrics.generation import translation_metrics
+from common.metrics.language import token_counts, token_metrics
 from common.objective import IGNORED
 
 HYPOTHESES = ["Ein Hund läuft über die Wiese.", "Zwei Männer, die reden", "Das Haus"]

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.metrics.generation import token_counts
-from common.metrics.language import language_metrics, token_agreement
+from common.metrics.language import language_metrics, token_agreement, token_counts
 from common.objective import IGNORED
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.objective import IGNORED
-from common.sources import HUB_NAME, READERS, SPLIT_NAMES, Splits, read_folder, read_hub, usual_names
+from common.sources import READERS, SPLIT_NAMES, Splits, read_folder, read_named
 from common.utils.errors import UserError
 from nlp.data.columns import is_text
 
@@ -66,7 +66,8 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     if dataset == EMBEDDED:
         note = f"reference and docstrings of Python {platform.python_version()}, PSF License"
         return Corpus(dataset, split_by_name(python_texts()), [note])
-    raw, notes = _read(dataset)
+    others = f"{EMBEDDED}, a folder of .txt, parquet, CSV or JSON files"
+    raw, notes = read_named(dataset, others, INSTEAD, _read_folder)
     splits = {
         split: _texts(split, rows, text_column)
         for split, rows in raw.items()
@@ -135,20 +136,12 @@ def split_by_name(documents: dict[str, str]) -> Documents:
     return splits
 
 
-def _read(dataset: str) -> tuple[Splits, list[str]]:
-    folder = Path(dataset)
-    if folder.is_dir():
-        plain = [path for path in sorted(folder.glob("*.txt")) if path.stem in SPLIT_NAMES]
-        if plain and not any(path.suffix in READERS for path in folder.iterdir()):
-            return usual_names({path.stem: _lines(path) for path in plain}, dataset)
-        return usual_names(read_folder(folder), dataset)
-    if HUB_NAME.fullmatch(dataset) and not folder.exists():
-        name, _, config = dataset.partition(":")
-        return usual_names(read_hub(dataset, name, config or None, INSTEAD), dataset)
-    raise UserError(
-        f"unknown dataset {dataset!r}: give {EMBEDDED}, a folder of .txt, parquet, CSV or JSON files, or a Hub name "
-        "such as Salesforce/wikitext:wikitext-2-raw-v1"
-    )
+def _read_folder(folder: Path) -> Splits:
+    """Plain text, SPLIT.txt, where there is nothing else."""
+    plain = [path for path in sorted(folder.glob("*.txt")) if path.stem in SPLIT_NAMES]
+    if plain and not any(path.suffix in READERS for path in folder.iterdir()):
+        return {path.stem: _lines(path) for path in plain}
+    return read_folder(folder)
 
 
 def _lines(path: Path) -> datasets.Dataset:

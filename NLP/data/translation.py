@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from common.sources import HUB_NAME, Splits, read_folder, read_hub, usual_names
+from common.sources import Splits, read_named
 from common.utils.errors import UserError
 from nlp.data.number_words import load_number_words
 
@@ -37,7 +37,8 @@ def load_translation_data(dataset: str, source: str, target: str, seed: int = 0)
 
     Raises UserError where there is no such dataset, column or text.
     """
-    raw, notes = _read(dataset)
+    others = f"{NUMBER_WORDS}, a folder of parquet, CSV or JSON files"
+    raw, notes = (dict(load_number_words()), []) if dataset == NUMBER_WORDS else read_named(dataset, others, INSTEAD)
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
@@ -52,20 +53,6 @@ def load_translation_data(dataset: str, source: str, target: str, seed: int = 0)
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
         fingerprint=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         notes=notes,
-    )
-
-
-def _read(dataset: str) -> tuple[Splits, list[str]]:
-    if dataset == NUMBER_WORDS:
-        return dict(load_number_words()), []
-    if Path(dataset).is_dir():
-        return usual_names(read_folder(Path(dataset)), dataset)
-    if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
-        name, _, config = dataset.partition(":")
-        return usual_names(read_hub(dataset, name, config or None, INSTEAD), dataset)
-    raise UserError(
-        f"unknown dataset {dataset!r}: give {NUMBER_WORDS}, a folder of parquet, CSV or JSON files, or a Hub name "
-        "such as owner/name or owner/name:config"
     )
 
 

@@ -88,7 +88,7 @@ def main() -> None:
     data = load_translation_data(args.dataset, args.source, args.target, training.seed)
     distillation = TranslationDistillation(args, training, data)
     teacher = distillation.teacher()
-    control = None if training.no_control else distillation.control()
+    control = None if training.no_control else distillation.control(teacher)
     student = distillation.student(teacher)
     distillation.report(teacher, control, student)
 

@@ -6,11 +6,10 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset in
 
 from common.cli import Parser, run
 from common.report import show_metrics
-from common.utils.errors import UserError
 from nlp.data.loading import load_text_data
 from nlp.student_model.evaluation import evaluate
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_classifier
+from nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:
@@ -24,9 +23,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = load_text_data(args.dataset, args.text_columns, args.label_column, args.seed)
-    classifier = load_classifier(args.model, data)
-    if not classifier.trained:
-        raise UserError(f"{args.model} is no trained classifier: it has no head for the labels of {data.name}")
+    classifier = load_trained(args.model, data)
     texts = Texts.of(data, classifier.tokenizer)
     measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)
     show_metrics(args.model, measured, args.json)

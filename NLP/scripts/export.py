@@ -33,7 +33,7 @@ from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.evaluation import predict
 from nlp.student_model.export_report import FILES, measured, report, table
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_classifier
+from nlp.teacher_model.teacher import load_trained
 
 TOLERANCE = 1e-3  # of a logit, so a prediction may only change where the two largest are closer than twice that
 TIES = 1e-3  # share of texts beyond it under a bottleneck: where two keys are equally near, rounding chooses
@@ -100,9 +100,7 @@ def output_folder(args: Namespace) -> Path:
 
 def trained(name: str, data: TextData) -> tuple[Any, Texts]:
     """A classifier of the data's labels in fp32, and the data in its tokens."""
-    given = load_classifier(name, data)
-    if not given.trained:
-        raise UserError(f"{name} is no trained classifier: it has no head for the labels of {data.name}")
+    given = load_trained(name, data)
     return given.model.float().eval(), Texts.of(data, given.tokenizer)
 
 

@@ -21,7 +21,7 @@ from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.pipeline import Pipeline, Texts
 from nlp.student_model.search import Search, SearchRun
 from nlp.student_model.search_report import Report
-from nlp.teacher_model.teacher import Pretrained, load_classifier
+from nlp.teacher_model.teacher import Pretrained, load_classifier, load_trained
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     if data.regression and "temperature" in args.search:
         raise UserError(f"{data.name} is a regression, whose loss has no temperature: --search alpha learning_rate")
     set_seed(training.seed)  # for the random head of a student that comes without one
-    teacher = trained_teacher(args.teacher, data)
+    teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
     for classifier in (teacher, student):
         classifier.tokenizer.model_max_length = text.max_length
@@ -46,13 +46,6 @@ def main() -> None:
     control = None if training.no_control else search.trials("control", args.ranges_of_the_control, 1)[0]
     trials = search.trials("trials", args.ranges, args.trials)
     Report(text, args, search, trials, control).write()
-
-
-def trained_teacher(name: str, data: TextData) -> Pretrained:
-    teacher = load_classifier(name, data)
-    if not teacher.trained:
-        raise UserError(f"{name} is no trained classifier: it has no head for the labels of {data.name}")
-    return teacher
 
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:

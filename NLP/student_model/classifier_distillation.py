@@ -17,7 +17,7 @@ from nlp.student_model.evaluation import evaluate, metrics_by_split
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import Pretrained, encoder_of, load_classifier
+from nlp.teacher_model.teacher import encoder_of, load_trained
 
 
 class ClassifierDistillation(Distillation):
@@ -35,7 +35,7 @@ class ClassifierDistillation(Distillation):
         **kwargs: Any,
     ) -> None:
         self.wanted = matching
-        self.others = [_trained(name, data) for name in matching.more_teachers]
+        self.others = [load_trained(name, data) for name in matching.more_teachers]
         super().__init__(text, pair, training, data, "cls", matching, **kwargs)
 
     def refuse_what_cannot_be(self, training: KDTrainingArguments) -> None:
@@ -52,6 +52,10 @@ class ClassifierDistillation(Distillation):
         student = self.given_student
         layers = len(layer_paths(student.encoder)) if student else self.student_layers
         layer_pairs(wanted.layer_map, layers, len(layer_paths(self.given.encoder)))
+        if isinstance(self.given.model, BottleneckClassifier) and not student:
+            raise UserError(
+                f"teacher {pair.teacher} has a bottleneck, and no plain student can be cut from it: name one"
+            )
         if wanted.student_from == "pretrained" and (self.given.trained or student):
             raise UserError(
                 "--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it"
@@ -79,7 +83,7 @@ class ClassifierDistillation(Distillation):
 
         def fine_tune() -> PreTrainedModel:
             matching = self._matching(student, teacher)
-            heard = self.pipeline.hear(teacher, self.texts, matching, self._logits(teacher))
+            heard = self.pipeline.hear(teacher, self.texts, matching, lambda: self._logits(teacher))
             if "teacher" in heard and self.others:
                 raise UserError("the hidden states are too many to cache, which several teachers need: name one")
             texts = self.texts if self.same_tokens else self.student_texts
@@ -123,13 +127,6 @@ class ClassifierDistillation(Distillation):
             spoken.append(logits)
         mean = {split: np.mean([logits[split] for logits in spoken], axis=0) for split in said}
         return _together(entries) | {"metrics": metrics_by_split(self.data, mean, self.texts.splits)}, mean
-
-
-def _trained(name: str, data: TextData) -> Pretrained:
-    classifier = load_classifier(name, data)
-    if not classifier.trained or isinstance(classifier.model, BottleneckClassifier):
-        raise UserError(f"{name} is no plain classifier of the labels of {data.name}, which --more_teachers need")
-    return classifier
 
 
 def _together(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from common.arguments import KDTrainingArguments
 from common.inference import over_dataset
 from common.losses import jensen_shannon, soft_target_kl
 from common.metrics.cost import cost
-from common.metrics.generation import token_counts
-from common.metrics.language import language_metrics, token_agreement
+from common.metrics.language import language_metrics, token_agreement, token_counts
 from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
 from common.report import model_card, print_table, write_report
 from common.run import TrainerRun

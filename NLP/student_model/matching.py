@@ -85,8 +85,8 @@ def embeddings(student: PreTrainedModel, teacher: PreTrainedModel, weight: float
     names = "student_embeddings", f"layer_{EMBEDDINGS}"
     return Matching(
         {"embeddings": (weight, _match(*names, LOSSES[loss_name], student, teacher))},
-        {names[0]: _last_named(student, ("embeddings",))},
-        {names[1]: _last_named(teacher, ("embeddings",))},
+        {names[0]: _first_named(student, ("embeddings",))},
+        {names[1]: _first_named(teacher, ("embeddings",))},
         [EMBEDDINGS],
     )
 
@@ -112,8 +112,8 @@ def attentions(student: PreTrainedModel, teacher: PreTrainedModel, weight: float
             (f"student_{i}", student, own[i], found.features),
             (f"layer_{j}", teacher, target[j], found.teacher_features),
         ):
-            features[f"{names}_query"] = _last_named(model, QUERIES, path)
-            features[f"{names}_key"] = _last_named(model, KEYS, path)
+            features[f"{names}_query"] = _first_named(model, QUERIES, path)
+            features[f"{names}_key"] = _first_named(model, KEYS, path)
     return found
 
 
@@ -159,7 +159,7 @@ def _match(name: str, target: str, loss: FeatureLoss, student: PreTrainedModel, 
     return Hint(name, loss, width(student), width(teacher), target)
 
 
-def _last_named(model: PreTrainedModel, names: tuple[str, ...], below: str = "") -> str:
+def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = "") -> str:
     """The path of the submodule with one of these names, under the path `below`."""
     for path, _ in model.named_modules():
         if path.startswith(f"{below}." if below else "") and path.split(".")[-1] in names:

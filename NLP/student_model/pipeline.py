@@ -1,7 +1,7 @@
-"""The steps that every text distillation is made of: fine-tune, listen to the teacher, align, fill a bottleneck."""
+"""The steps that every text distillation is made of: fine-tune, listen to the teacher, align."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,21 @@ class Pipeline:
             return TeacherOutputs.load_or_compute(self.outputs_folder, key, compute, write=process()[0] == 0)
 
     def hear(
-        self, teacher: PreTrainedModel, texts: Texts, matching: Matching, logits: TeacherOutputs | None = None
+        self,
+        teacher: PreTrainedModel,
+        texts: Texts,
+        matching: Matching,
+        logits: Callable[[], TeacherOutputs] | None = None,
     ) -> dict[str, Any]:
         """A teacher as the trainer takes it: cached where the terms of `matching` allow and its hidden states are not
-        too many, else live. `logits` are those to learn from; None: none.
+        too many, else live. `logits` gives those to learn from where they are cached; None: none are wanted.
         """
         layers = matching.layers
         if layers is not None and sum(texts.train["length"]) * len(layers) * width(teacher) * 2 <= FEATURE_BYTES:
             if not layers:
-                return {"teacher_outputs": logits}
+                return {"teacher_outputs": logits and logits()}
             said = self.listen(teacher, texts, layers, logits=False)
-            soft = None if logits is None else logits.batch(said.sample_ids).logits
+            soft = None if logits is None else logits().batch(said.sample_ids).logits
             return {"teacher_outputs": TeacherOutputs(said.sample_ids, soft, said.features, said.lengths)}
         return {"teacher": teacher, "teacher_features": matching.teacher_features}
 

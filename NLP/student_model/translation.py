@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import KDTrainingArguments
 from common.losses import soft_target_kl
-from common.metrics.generation import token_counts, token_metrics
-from common.objective import IGNORED, Objective, Term, token_targets
-from common.outputs import Outputs
+from common.metrics.language import token_counts, token_metrics
+from common.objective import Objective, task_loss, token_targets
 from common.plots import plot_curves
 from common.report import model_card, print_table, write_report
 from common.run import TrainerRun
@@ -112,14 +109,16 @@ class TranslationDistillation:
 
         return self._stage("teacher", build)
 
-    def control(self) -> PreTrainedModel:
-        """The student without the teacher: cut from the model *as it came* (or as random, or as named, as the student
-        is), the same number of updates, labels only.
+    def control(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The student without the teacher: the same start, but for a cut, which is one of the model *as it came*; the
+        same number of updates, labels only.
         """
-        return self._stage(
-            "control",
-            lambda: self._train("control", self._new_student(self._as_it_came()), self.splits["train"]),
-        )
+
+        def build() -> PreTrainedModel:
+            source = self._as_it_came() if self.args.student == CUT else teacher
+            return self._train("control", self._new_student(source), self.splits["train"])
+
+        return self._stage("control", build)
 
     def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Trained on the teacher's distributions (word), its translations (sequence), or both."""
@@ -287,18 +286,4 @@ def _same_vocabulary(first: Translator, second: Translator) -> bool:
 def word_level(alpha: float, temperature: float, smoothing: float) -> Objective:
     """alpha * labels + (1 - alpha) * the teacher's distributions over next tokens, both means over the tokens."""
     words = token_targets(partial(soft_target_kl, temperature=temperature))
-    return Objective(task=(alpha, smoothed_labels(smoothing)), words=(1 - alpha, words))
-
-
-def smoothed_labels(smoothing: float) -> Term:
-    """Cross-entropy with the labels (batch, positions) that count, smoothed by a share of the uniform distribution
-    (arXiv:1512.00567).
-    """
-
-    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        if student.logits is None or labels is None:
-            raise ValueError("the objective needs student logits and labels, and there are none in this batch")
-        logits = student.logits.float().flatten(0, 1)  # (batch * positions, vocabulary)
-        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
-
-    return term
+    return Objective(task=(alpha, task_loss(smoothing=smoothing)), words=(1 - alpha, words))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from common.inference import NOT_INPUTS, over_dataset
 from common.metrics.cost import cost
-from common.metrics.generation import token_counts, token_metrics, translation_metrics
+from common.metrics.generation import translation_metrics
+from common.metrics.language import token_counts, token_metrics
 from nlp.data.translation import PairCollator, TranslationData
 from nlp.teacher_model.seq2seq import Translator, translate
 

@@ -63,6 +63,14 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     return Pretrained(model, tokenizer, trained=trained)
 
 
+def load_trained(name: str, data: TextData) -> Pretrained:
+    """The classifier NAME, which must have been trained for the labels of `data`. Raises UserError else."""
+    classifier = load_classifier(name, data)
+    if not classifier.trained:
+        raise UserError(f"{name} is no trained classifier: it has no head for the labels of {data.name}")
+    return classifier
+
+
 def encoder_of(classifier: PreTrainedModel) -> Any:
     """What stands before a classifier's head or bottleneck."""
     return classifier.encoder if isinstance(classifier, BottleneckClassifier) else classifier.base_model

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from common.sources import HUB_NAME, Splits, read_folder, read_hub, usual_names
+from common.sources import Splits, read_folder, read_hub, read_named, usual_names
 from common.utils.errors import UserError
 
 HUB = {  # short name -> name on the Hub
@@ -29,15 +29,8 @@ def read_splits(dataset: str) -> tuple[Splits, list[str]]:
         return {"train": embedded_digits()}, []
     if dataset in HUB:
         return usual_names(read_hub(dataset, HUB[dataset], None, INSTEAD), dataset)
-    if Path(dataset).is_dir():
-        return usual_names(_read_folder(Path(dataset)), dataset)
-    if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
-        name, _, config = dataset.partition(":")
-        return usual_names(read_hub(dataset, name, config or None, INSTEAD), dataset)
-    raise UserError(
-        f"unknown dataset {dataset!r}: give a known name (digits, {', '.join(HUB)}), a folder of parquet files or of "
-        "images, or a Hub name such as owner/name"
-    )
+    others = f"a known name (digits, {', '.join(HUB)}), a folder of parquet files or of images"
+    return read_named(dataset, others, INSTEAD, _read_folder)
 
 
 def embedded_digits() -> datasets.Dataset:

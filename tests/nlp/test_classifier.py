@@ -259,7 +259,7 @@ def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tm
     [
         (["--hidden_weight", "-1"], "--hidden_weight must not be negative"),
         (["--layer_map", "skip", "--student_layers", "1"], "choose uniform"),
-        (["--more_teachers", "{untrained}"], "--more_teachers need"),
+        (["--more_teachers", "{untrained}"], "is no trained classifier"),
         (["--more_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
         (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
         (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),

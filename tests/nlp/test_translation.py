@@ -292,6 +292,20 @@ def test_a_run_leaves_all_that_it_promises(finished):
         assert (finished / name).stat().st_size > 0
 
 
+@pytest.mark.parametrize("student", ["scratch", "cut"])
+def test_the_control_starts_as_the_student_does_but_has_nothing_of_the_teacher(small, tmp_path, student):
+    """Students that learn nothing show what they started from."""
+    words = ["--student", student, "--method", "word", "--learning_rate", 0, "--teacher_learning_rate", 1e-2]
+    distill("--dataset", small, "--output_dir", tmp_path, *words)
+    start, control, teacher = (
+        load_file(tmp_path / "stages" / role / "model.safetensors") for role in ("student", "control", "teacher")
+    )
+    same = all(torch.equal(start[name], control[name]) for name in start)
+    assert same == (student == "scratch")
+    name = "model.encoder.layers.0.fc1.weight"
+    assert (start[name].shape == teacher[name].shape and torch.equal(start[name], teacher[name])) == (student == "cut")
+
+
 @pytest.mark.parametrize("method", ["word", "sequence"])
 def test_the_other_methods_train_other_students(finished, small, tmp_path, method):
     words = ["--teacher", finished / "stages" / "teacher", "--teacher_epochs", 0, "--no_control", "--method", method]
