@@ -1,8 +1,9 @@
 """Several runs side by side: mean and standard deviation over seeds.
 
-    python -m common.report runs/NLP/seed0 runs/NLP/seed1 --markdown comparison.md --csv comparison.csv
+    python -m common.report runs/** --markdown comparison.md --csv comparison.csv --plot comparison.png
 
-groups runs by domain, task and method.
+finds the runs in and below the folders it is given, of any mix of domains, and groups them by domain, task, method,
+metric and the student's size.
 """
 
 import csv
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Parser
-from common.report import Results, primary_score, validate
+from common.plots import CONTROL, Point, plot_quality
+from common.report import RECIPE, RESULTS, Results, primary_score, validate
 from common.tables import decimals, markdown, number, print_rich
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_text
@@ -51,38 +53,59 @@ FIGURES: dict[str, Callable[[Results], float | None]] = {  # the columns that ar
     "latency_ms": lambda results: (_student(results, "latency_ms") or {}).get("median"),
     "seconds": lambda results: results["seconds"]["total"],
 }
+SIZES = {"parameters", "megabytes"}  # the same for every seed, but for rounding
 GROUP = ["domain", "task", "method", "metric"]
 
 
-def read_runs(folders: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
-    """The results of finished runs, and one line for each folder that is unfinished, unreadable or a repetition."""
-    runs: dict[tuple[Any, ...], Results] = {}
-    problems = []
+def find_runs(places: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
+    """The folders of runs, finished or not, in and below `places`, and one line for each place without any.
+
+    A shell's `**` names files and the insides of runs too: they are passed over.
+    """
+    named = [Path(place) for place in places]
+    runs = sorted({mark.parent for place in named for name in (RESULTS, RECIPE) for mark in place.rglob(name)})
+    outermost = [place for place in named if not set(place.parents) & set(named)]
+    without = [p for p in outermost if not p.is_file() and not any(run.is_relative_to(p) for run in runs)]
+    return runs, [f"{place} {'holds no run' if place.exists() else 'does not exist'}" for place in without]
+
+
+def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
+    """The results of finished runs in and below `places`, and one line for each that is unfinished, unreadable or a
+    repetition.
+    """
+    runs: dict[tuple[Any, ...], tuple[Path, Results]] = {}
+    folders, problems = find_runs(places)
     for folder in folders:
+        if not (folder / RESULTS).exists():
+            problems.append(f"{folder} has no {RESULTS}: it is unfinished, or part of another run")
+            continue
         try:
-            results = read_json(Path(folder) / "results.json")
+            results = read_json(folder / RESULTS)
             validate(results)
         except (UserError, ValueError) as error:
-            problems.append(str(error) if isinstance(error, UserError) else f"{folder}/results.json: {error}")
+            problems.append(str(error) if isinstance(error, UserError) else f"{folder / RESULTS}: {error}")
             continue
         key = (*_group(results), results["seed"])
         if key in runs:  # a seed counted twice would make the spread look smaller than it is
-            problems.append(f"{folder} repeats seed {results['seed']} of {', '.join(key[:3])}")
+            others = ", ".join(key[:3])
+            problems.append(f"{folder} repeats seed {results['seed']} of {others}, as {runs[key][0]} has it")
         else:
-            runs[key] = results
-    return list(runs.values()), problems
+            runs[key] = folder, results
+    return [results for _, results in runs.values()], problems
 
 
-def comparison(run_folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """One row per (domain, task, method, primary metric) over seeds; every figure is a Spread, or None if absent."""
-    return _rows(read_runs(run_folders)[0])
+def comparison(places: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """One row per (domain, task, method, primary metric, student's size) over the seeds of the runs in and below
+    `places`, sorted; every figure is a Spread, or None if absent.
+    """
+    return _rows(read_runs(places)[0])
 
 
 def _rows(runs: list[Results]) -> list[dict[str, Any]]:
     rows = []
-    for group in dict.fromkeys(map(_group, runs)):
+    for group in sorted(set(map(_group, runs))):
         members = [results for results in runs if _group(results) == group]
-        row: dict[str, Any] = dict(zip(GROUP, group, strict=True)) | {"seeds": len(members)}
+        row: dict[str, Any] = dict(zip(GROUP, group, strict=False)) | {"seeds": len(members)}
         for figure, value_of in FIGURES.items():
             values = [value for value in map(value_of, members) if value is not None]
             row[figure] = Spread.of(values)
@@ -90,9 +113,10 @@ def _rows(runs: list[Results]) -> list[dict[str, Any]]:
     return rows
 
 
-def _group(results: Results) -> tuple[str, str, str, str]:
-    primary = results["primary_metric"]
-    return results["domain"], results["task"], results["method"], f"{primary['split']} {primary['name']}"
+def _group(results: Results) -> tuple[str, str, str, str, int]:
+    """What runs share that differ in their seed only: the parts of GROUP, and the student's size."""
+    primary, size = results["primary_metric"], _student(results, "parameters") or 0
+    return results["domain"], results["task"], results["method"], f"{primary['split']} {primary['name']}", size
 
 
 def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -100,7 +124,11 @@ def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[
     cells = []
     for row in rows:
         names = [", ".join(row[key] for key in GROUP[:3]), row["metric"], str(row["seeds"])]
-        cells.append([*names, *(show_spread(row[figure], row["seeds"]) for figure in FIGURES)])
+        figures = [
+            number(row[figure] and row[figure].mean) if figure in SIZES else show_spread(row[figure], row["seeds"])
+            for figure in FIGURES
+        ]
+        cells.append([*names, *figures])
     return header, cells
 
 
@@ -127,18 +155,24 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """`python -m common.report RUN... [--markdown FILE] [--csv FILE]`"""
     parser = Parser(prog="python -m common.report", description="Mean and standard deviation over seeds.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which holds results.json")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of many")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded figures as CSV")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw quality against size")
     arguments = parser.parse_args(argv)
-    compare(arguments.runs, arguments.markdown, arguments.csv)
+    compare(arguments.runs, arguments.markdown, arguments.csv, arguments.plot)
 
 
-def compare(folders: Iterable[str | Path], markdown_file: Path | None = None, csv_file: Path | None = None) -> None:
-    """Prints the comparison of the runs in `folders`, and writes it where files are given. Raises UserError without
-    any finished run.
+def compare(
+    places: Iterable[str | Path],
+    markdown_file: Path | None = None,
+    csv_file: Path | None = None,
+    plot_file: Path | None = None,
+) -> None:
+    """Prints the comparison of the runs in and below `places`, and writes it where files are given. Raises UserError
+    without any finished run.
     """
-    runs, problems = read_runs(folders)
+    runs, problems = read_runs(places)
     if not runs:
         raise UserError(f"no finished run: {'; '.join(problems)}")
     rows = _rows(runs)
@@ -149,3 +183,21 @@ def compare(folders: Iterable[str | Path], markdown_file: Path | None = None, cs
         write_text(markdown_file, markdown(header, cells) + "\n")
     if csv_file:
         write_text(csv_file, _csv(rows))
+    if plot_file:
+        plot_quality(plot_file, _panels(runs))
+
+
+def _panels(runs: list[Results]) -> dict[str, dict[str, list[Point]]]:
+    """What plot_quality draws: task and metric -> model -> its points, one per method and size."""
+    scores: dict[tuple[str, str, str, int], list[float]] = {}
+    for results in runs:
+        _, task, method, metric, _ = _group(results)
+        for role, name in (("teacher", "teacher"), ("control", CONTROL + method), ("student", method)):
+            model, score = results["models"][role], primary_score(results, role)
+            if model and score is not None:
+                scores.setdefault((f"{task}\n{metric}", name, method, model["parameters"]), []).append(score)
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for (panel, name, _, size), values in sorted(scores.items()):
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        panels.setdefault(panel, {}).setdefault(name, []).append((size, statistics.fmean(values), std))
+    return panels

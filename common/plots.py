@@ -1,13 +1,18 @@
-"""curves.png: how teacher, control and student trained, in Okabe and Ito's colours (safe for the colour-blind)."""
+"""Pictures: how teacher, control and student trained (curves.png), and quality against size over many runs.
+
+In Okabe and Ito's colours, which the colour-blind can tell apart.
+"""
 
 import io
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from common.utils.files import write_bytes
 
@@ -17,6 +22,14 @@ STYLES = {  # colour, line, marker: each alone tells the stages apart
     "student": ("#009E73", "-", "^"),
 }
 OTHER_STYLES = [("#CC79A7", "-.", "D"), ("#E69F00", ":", "v"), ("#56B4E9", "--", "P"), ("#000000", "-", "X")]
+
+COLOURS, _, MARKERS = zip(STYLES["student"], STYLES["control"], *OTHER_STYLES, strict=True)
+METHOD_STYLES = [
+    (COLOURS[i], MARKERS[(i + turn) % len(MARKERS)]) for turn in range(len(MARKERS)) for i in range(len(COLOURS))
+]
+CONTROL = "control of "
+PAPER: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+Point = tuple[int, float, float]  # parameters, mean and standard deviation of a metric
 
 
 def plot_curves(
@@ -29,7 +42,7 @@ def plot_curves(
     such as a teacher that was downloaded, shows its final metric as a level line.
     """
     primary = results["primary_metric"]
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(7.2, 2.9), dpi=200, layout="constrained")
         losses, metrics = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
         for stage, style in _styles(history, results).items():
@@ -44,8 +57,55 @@ def plot_curves(
         _finish(losses, progress, "Training loss (weighted sum)")
         quantity = primary["name"] if primary["split"] == "test" else f"{primary['split']} {primary['name']}"
         _finish(metrics, progress, quantity.replace("_", " ").capitalize())  # no curve is of the test split
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
+        _save(figure, path)
+
+
+def plot_quality(path: str | Path, panels: dict[str, dict[str, list[Point]]]) -> None:
+    """Quality against size: a panel for each task and metric (`panels` by "task\\nmetric"), a marker for each model.
+
+    Models are "teacher", "control of METHOD" and "METHOD"; a control has its method's marker, but hollow. Bars are
+    standard deviations over seeds.
+    """
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(3.6 * columns, 3.6 * rows), dpi=200, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for (title, models), axes in zip(panels.items(), grid, strict=False):
+            task, metric = title.split("\n")
+            axes.set(title=task, xscale="log", xlabel="Parameters", ylabel=metric.replace("_", " ").capitalize())
+            axes.grid(alpha=0.25, linewidth=0.6)
+            _draw_models(axes, models)
+        for axes in grid:
+            axes.set_visible(False)
+        _save(figure, path)
+
+
+def _draw_models(axes: Axes, models: dict[str, list[Point]]) -> None:
+    methods = [name for name in models if name != "teacher" and not name.startswith(CONTROL)]
+    styles = dict(zip(methods, itertools.cycle(METHOD_STYLES), strict=False)) | {"teacher": STYLES["teacher"][::2]}
+    for name, points in models.items():
+        colour, marker = styles[name.removeprefix(CONTROL)]
+        sizes, means, deviations = zip(*points, strict=True)
+        hollow = name.startswith(CONTROL)
+        face, label = ("none", None) if hollow else (colour, name)
+        axes.errorbar(sizes, means, deviations, fmt="none", color=colour, elinewidth=1, capsize=2)
+        axes.plot(sizes, means, marker, color=colour, markerfacecolor=face, ms=5.5, label=label)
+    every_size = [size for points in models.values() for size, _, _ in points]
+    smallest, largest = min(every_size) / 1.5, max(every_size) * 1.5
+    axes.set_xlim(smallest, largest)
+    marks = LogLocator(subs=(1, 2, 5) if largest < 30 * smallest else (1,))
+    axes.xaxis.set_major_locator(marks if largest > 4 * smallest else MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(models) > len(styles):
+        axes.plot([], [], "o", color="0.4", markerfacecolor="none", label="hollow: its control")
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())
 
 

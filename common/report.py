@@ -1,6 +1,6 @@
 """What a run has to show: results.json, report.md, curves.png, a table, a model card.
 
-    python -m common.report runs/NLP/seed0 runs/NLP/seed1 --markdown comparison.md --csv comparison.csv
+    python -m common.report runs/** --markdown comparison.md --csv comparison.csv --plot comparison.png
 
 puts several runs side by side (common/comparison.py).
 """
@@ -19,6 +19,7 @@ from common.tables import markdown, number, print_rich, si
 from common.utils.files import write_json, write_text
 
 Results = dict[str, Any]
+RECIPE, RESULTS = "recipe.yaml", "results.json"  # a run has its recipe from its start on, its results at its end
 
 
 class Nullable(dict[Any, Any]):
@@ -108,7 +109,7 @@ def write_report(
     folder = Path(folder)
     plot_curves(folder / "curves.png", history, results, progress)
     write_text(folder / "report.md", _report(results))
-    write_json(folder / "results.json", results)
+    write_json(folder / RESULTS, results)
 
 
 def print_table(results: Results) -> None:

@@ -26,6 +26,7 @@ from common.arguments import KDTrainingArguments
 from common.attention import quick_attention
 from common.cli import recipe_of, save_recipe
 from common.metrics.returns import normalized_return
+from common.report import RECIPE, RESULTS
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
 
-RECIPE, RESULTS, STAGE = "recipe.yaml", "results.json", "stage.json"
+STAGE = "stage.json"
 MAY_CHANGE = {"resume_from_checkpoint", "overwrite_output_dir"}  # between the start of a run and its continuation
 
 

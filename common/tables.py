@@ -47,7 +47,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def print_rich(header: list[str], rows: list[list[str]], title: str, below: str = "") -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a log file has room
+        console = Console(width=1000)  # a log file has room
     table = Table(title=title)
     for name, numeric in zip(header, _numeric_columns(header, rows), strict=True):
         table.add_column(name, justify="right" if numeric else "left")

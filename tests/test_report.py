@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from common import cli, comparison, report
-from common.utils.files import read_json, write_json
+from common.utils.files import read_json, write_json, write_text
 
 
 def model(name: str, accuracy: float, parameters: int, milliseconds: float) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
 
 def test_comparison_over_seeds(tmp_path: Path) -> None:
     runs = [results(0, 0.80, 0.78), results(1, 0.82, 0.78), results(2, 0.87, None), results(0, method="hint")]
-    soft, hint = comparison.comparison(write_runs(tmp_path, *runs))
+    hint, soft = comparison.comparison(write_runs(tmp_path, *runs))
     assert (soft["domain"], soft["task"], soft["method"]) == ("NLP", "clinc150", "soft_targets")
     assert (soft["metric"], soft["seeds"]) == ("validation accuracy", 3)
     # 0.80, 0.82, 0.87: mean 0.83, squared deviations 0.0009 + 0.0001 + 0.0016 = 0.0026, over n - 1 = 2
@@ -211,25 +211,59 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     folders = write_runs(tmp_path, results(0), results(0, 0.5))
     assert comparison.comparison(folders)[0]["student"] == comparison.Spread(0.81, None, 1)
     comparison.main(folders)
-    assert f"left out: {folders[1]} repeats seed 0" in capsys.readouterr().out
+    assert f"left out: {folders[1]} repeats seed 0 of NLP, clinc150, soft_targets, as {folders[0]} has it" in (
+        capsys.readouterr().out
+    )
+
+
+def test_students_of_two_sizes_are_two_rows(tmp_path: Path) -> None:
+    small = results(1, 0.7)
+    small["models"]["student"]["parameters"] = 1000
+    rows = comparison.comparison(write_runs(tmp_path, results(0), small))
+    assert [row["parameters"].mean for row in rows] == [1000, 1_234_567]
+    assert [row["seeds"] for row in rows] == [1, 1]
+
+
+def test_runs_are_found_below_a_folder_as_under_a_shell_s_stars(tmp_path: Path) -> None:
+    write_runs(tmp_path / "a" / "b", results(0), results(1))
+    (tmp_path / "a" / "b" / "1" / "student").mkdir()
+    (tmp_path / "a" / "notes.md").touch()
+    everything = [tmp_path, *tmp_path.rglob("*")]
+    for places in ([tmp_path], [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"], everything):
+        folders, problems = comparison.find_runs(places)
+        assert folders == [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"] and not problems
 
 
 def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = write_runs(tmp_path, results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint"))
-    (tmp_path / "unfinished").mkdir()
+    write_text(tmp_path / "unfinished" / "recipe.yaml", "seed: 3\n")
     write_json(tmp_path / "old" / "results.json", {"schema_version": 1})
-    broken = [str(tmp_path / "unfinished"), str(tmp_path / "old")]
-    markdown, table = tmp_path / "new" / "t.md", tmp_path / "t.csv"
-    comparison.main([*folders, *broken, "--markdown", str(markdown), "--csv", str(table)])
+    broken = [str(tmp_path / "unfinished"), str(tmp_path / "old"), str(tmp_path / "absent")]
+    markdown, table, plot = tmp_path / "new" / "t.md", tmp_path / "t.csv", tmp_path / "t.png"
+    files = ["--markdown", str(markdown), "--csv", str(table), "--plot", str(plot)]
+    comparison.main([*folders, *broken, *files])
     output = capsys.readouterr().out.replace("\n", " ")
     assert "0.8200 ± 0.0283" in output and "0.8100 ± –" in output
-    assert f"left out: {broken[0]}/results.json does not exist" in output
+    assert f"left out: {broken[0]} has no results.json: it is unfinished" in output
+    assert f"left out: {broken[2]} does not exist" in output
     assert f"left out: {broken[1]}/results.json: missing key results.domain" in output
     assert "| NLP, clinc150, soft_targets | validation accuracy | 2 | 0.9000 ± 0.0000 |" in markdown.read_text()
-    soft, hint = csv.DictReader(table.read_text().splitlines())
+    hint, soft = csv.DictReader(table.read_text().splitlines())
     assert float(soft["student_mean"]) == pytest.approx(0.82)
     assert float(soft["student_std"]) == pytest.approx(0.02 * 2**0.5)
     assert hint["student_std"] == hint["control_mean"] == "" and hint["seeds"] == "1"
+    with Image.open(plot) as image:
+        assert image.format == "PNG" and len(set(image.convert("RGB").getdata())) > 50
+
+
+def test_the_plot_has_a_point_for_each_model_and_size() -> None:
+    runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
+    (panel,) = comparison._panels(runs).items()
+    assert panel[0] == "clinc150\nvalidation accuracy"
+    assert panel[1]["teacher"] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
+    assert panel[1]["soft_targets"] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]
+    assert panel[1]["hint"] == [(1_234_567, 0.81, 0.0)]
+    assert panel[1].keys() == {"teacher", "control of soft_targets", "soft_targets", "hint"}
 
 
 def test_command_without_a_readable_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
