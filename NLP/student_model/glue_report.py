@@ -6,8 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from common.comparison import Spread, show_spread
-from common.report import validate
-from common.report import RESULTS
+from common.report import RESULTS, validate
 from common.tables import markdown, print_rich
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_text

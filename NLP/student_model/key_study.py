@@ -1,0 +1,188 @@
+"""Bottlenecks behind finished encoders, under every kind of keys: what the table of study_keys.py is made of.
+
+Encoders, aligned or not, embed the texts once; then a cell of the table trains only values, in seconds.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from common.arguments import KDTrainingArguments
+from common.bottleneck import Decoder, DiscreteKeyValueBottleneck
+from common.filling import Keys, set_keys
+from common.inference import as_it_is
+from common.objective import Objective, soft_targets, task_loss
+from common.outputs import Outputs
+from common.teacher_outputs import TeacherOutputs
+from common.trainer import KDTrainer
+from common.utils.errors import UserError
+from common.utils.precision import resolve_precision
+from nlp.data.loading import load_text_data
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.fill import code_dataset, embed_texts
+from nlp.student_model.layers import cut_layers, load_encoder
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import load_classifier
+
+KEYS = get_args(Keys)
+GROUPS = 10  # of classes that arrive one after another
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table. `labels`: texts per class that the values may learn from (None: all)."""
+
+    title: str
+    decoder: Decoder = "linear"
+    pairs: int = 512
+    labels: int | None = None
+    aligned: bool = True
+    one_after_another: bool = False
+
+
+SETTINGS = [
+    Setting("all labels, linear decoder, K = 512"),
+    Setting("all labels, mean decoder, K = 512", "mean"),
+    Setting("linear decoder, K = 64", pairs=64),
+    Setting("linear decoder, K = 16", pairs=16),
+    Setting("mean decoder, K = 16", "mean", pairs=16),
+    Setting("20 labels per class, linear decoder", labels=20),
+    Setting("5 labels per class, linear decoder", labels=5),
+    Setting("5 labels per class, mean decoder", "mean", labels=5),
+    Setting("no alignment, linear decoder", aligned=False),
+    Setting("no alignment, 5 labels per class, mean decoder", "mean", labels=5, aligned=False),
+    Setting("classes in 10 groups, one after another, mean decoder", "mean", one_after_another=True),
+]
+
+
+class OnCodes(nn.Module):
+    """A bottleneck as a model of cached codes."""
+
+    def __init__(self, bottleneck: DiscreteKeyValueBottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def forward(self, codes: Tensor) -> Outputs:
+        return Outputs(logits=self.bottleneck.decode(codes))
+
+
+@dataclass
+class Embedded:
+    """One encoder's embeddings of the training and validation texts."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def embed(encoder: Any, texts: Texts) -> Embedded:
+    model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, pairs=1)
+    precision = resolve_precision("auto")
+    train, validation = (
+        torch.stack(embed_texts(model, split, texts.collate, precision)) for split in (texts.train, texts.validation)
+    )
+    return Embedded(train, validation)
+
+
+class KeyStudy:
+    """One run's encoders and everything that is trained behind them."""
+
+    def __init__(self, folder: Path, dataset: str, scratch: Path) -> None:
+        self.data = load_text_data(dataset)
+        stages = folder / "stages"
+        if not (folder / "results.json").exists():
+            raise UserError(f"{folder} is no finished run of distill_keys_carried.sh")
+        classifier = load_classifier(str(stages / "teacher_encoder"), self.data)
+        self.texts = Texts.of(self.data, classifier.tokenizer)
+        aligned = load_encoder(stages / "student_encoder")
+        unaligned = cut_layers(classifier.encoder, aligned.config.num_hidden_layers)
+        self.teacher = embed(classifier.encoder, self.texts)
+        self.student = {True: embed(aligned, self.texts), False: embed(unaligned, self.texts)}
+        self.labels = torch.tensor(self.texts.train["labels"])
+        self.teachers: dict[tuple[Decoder, int], tuple[DiscreteKeyValueBottleneck, TeacherOutputs]] = {}
+        self.args = KDTrainingArguments(
+            output_dir=str(scratch), eval_strategy="no", save_strategy="no", logging_strategy="no", report_to="none",
+            disable_tqdm=True, precision="fp32", train_sampling_strategy="random", per_device_train_batch_size=256,
+            num_train_epochs=10, learning_rate=3e-3, value_learning_rate=3e-2,
+        )  # fmt: skip
+
+    def accuracy(self, setting: Setting, keys: Keys) -> float:
+        teacher, said = self.teacher_bottleneck(setting.decoder, setting.pairs)
+        embedded = self.student[setting.aligned]
+        student = self.fresh(setting.decoder, setting.pairs)
+        set_keys(student, keys, teacher, embedded.train, seed=0)
+        if keys != "reused":
+            codes = student.encode(embedded.train)
+            if setting.one_after_another:
+                for classes in torch.arange(self.data.num_labels).tensor_split(GROUPS):
+                    self.fit_values(student, codes, torch.isin(self.labels, classes).nonzero().flatten(), None, "sgd")
+            else:
+                self.fit_values(student, codes, self.labelled(setting.labels), said)
+        return self.score(student, embedded.validation)
+
+    def linear_probe_one_after_another(self) -> float:
+        """The same classes in the same order for a linear layer on the embedding: how much forgetting there is."""
+        torch.manual_seed(0)
+        probe = nn.Linear(self.teacher.train.shape[1], self.data.num_labels)
+        for classes in torch.arange(self.data.num_labels).tensor_split(GROUPS):
+            optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
+            rows = torch.isin(self.labels, classes).nonzero().flatten()
+            for _ in range(10):
+                for batch in rows[torch.randperm(len(rows))].split(64):
+                    loss = nn.functional.cross_entropy(probe(self.student[True].train[batch]), self.labels[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        return self._share_right(probe(self.student[True].validation))
+
+    def fresh(self, decoder: Decoder, pairs: int) -> DiscreteKeyValueBottleneck:
+        torch.manual_seed(0)
+        width = self.teacher.train.shape[1]
+        return DiscreteKeyValueBottleneck(width, self.data.num_labels, pairs=pairs, decoder=decoder)
+
+    def teacher_bottleneck(self, decoder: Decoder, pairs: int) -> tuple[DiscreteKeyValueBottleneck, TeacherOutputs]:
+        if (decoder, pairs) not in self.teachers:
+            teacher = self.fresh(decoder, pairs)
+            set_keys(teacher, "new", None, self.teacher.train, seed=0)
+            codes = teacher.encode(self.teacher.train)
+            self.fit_values(teacher, codes, torch.arange(len(codes)), None)
+            with torch.no_grad():
+                said = TeacherOutputs(torch.arange(len(codes)), teacher.decode(codes))
+            self.teachers[decoder, pairs] = teacher, said
+        return self.teachers[decoder, pairs]
+
+    def fit_values(
+        self,
+        bottleneck: DiscreteKeyValueBottleneck,
+        codes: Tensor,
+        rows: Tensor,
+        said: TeacherOutputs | None,
+        optimizer: str = "adamw_torch",
+    ) -> None:
+        """Trains values (and decoder) on some rows, with labels and, if given, the teacher's logits."""
+        terms: dict[str, Any] = {"task": (1.0, task_loss())}
+        if said is not None:
+            terms = {"task": (0.5, task_loss()), "soft_targets": (0.5, soft_targets(2.0))}
+        tokens = {"labels": self.labels[rows].tolist(), "sample_id": rows.tolist()}
+        args = self.args
+        args.optim, args.value_learning_rate = optimizer, 30.0 if optimizer == "sgd" else 3e-2
+        args.num_train_epochs = 10 * max(1, len(codes) // len(rows) // 4) if optimizer != "sgd" else 10
+        KDTrainer(
+            model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=said,
+            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=as_it_is,
+        ).train()  # fmt: skip
+
+    def labelled(self, per_class: int | None) -> Tensor:
+        rows = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))
+        if per_class is None:
+            return rows
+        return torch.cat([rows[self.labels[rows] == c][:per_class] for c in range(self.data.num_labels)])
+
+    @torch.no_grad()
+    def score(self, bottleneck: DiscreteKeyValueBottleneck, embeddings: Tensor) -> float:
+        return self._share_right(bottleneck(embeddings))
+
+    def _share_right(self, logits: Tensor) -> float:
+        return (logits.argmax(1) == torch.tensor(self.texts.validation["labels"])).float().mean().item()
