@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import datasets
 import yaml
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -208,11 +209,19 @@ class TrainerRun(Run):
         for setting, value in settings.items():
             setattr(args, setting, value)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # what its callback reads
-        loop = KDTrainer(model=model, args=args, **trainer)
+        trained = copy.deepcopy(model) if args.fsdp else model  # FSDP leaves a model in shards, for good
+        loop = KDTrainer(model=trained, args=args, **trainer)
         logger.info("training %s", name)
         start = last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None
-        with quick_attention(model, trainer["train_dataset"], args.precision, best_device().type):
+        with quick_attention(trained, trainer["train_dataset"], args.precision, best_device().type):
             loop.train(resume_from_checkpoint=start)
         loop.finish()
+        if args.fsdp:
+            model.load_state_dict(full_state(trained))
         self.history[name] = loop.state.log_history
         return model
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model whose shards may lie in several processes, whole in each of them."""
+    return {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in model.state_dict().items()}

@@ -27,6 +27,7 @@ from common.outputs import Outputs
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import TeacherOutputs
 from common.teacher_views import TeacherViews
+from common.utils.errors import UserError
 from common.utils.files import write_text
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -66,6 +67,8 @@ class KDTrainer(Trainer):
         self.objective = objective.to(self.args.device)
         self.objective_in_step: nn.Module = objective
         if any(p.requires_grad for p in objective.parameters()):
+            if self.is_fsdp_enabled:
+                raise UserError("--fsdp takes no method that trains weights beside the student's: leave it out")
             self.objective_in_step = self.accelerator.prepare_model(objective)  # averages gradients over processes
         self.teacher: nn.Module | None = None
         self._teacher_hooks = FeatureHooks(teacher, teacher_features or {}) if teacher is not None else None

@@ -1,9 +1,13 @@
-"""A run without transformers' Trainer: its stages, and what its results say."""
+"""A run: its stages, what its results say, and training in shards."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from paths import REPO
 
 from common import report
 from common.arguments import RunArguments
@@ -83,3 +87,51 @@ def test_show_metrics_prints_intervals(capsys):
     report.show_metrics("model", {"metrics": {"test": {"mean": 0.5, "interval": [0.25, 0.75], "episodes": 4}}}, None)
     shown = capsys.readouterr().out
     assert "0.500000" in shown and "[0.2500, 0.7500]" in shown
+
+
+TRAIN_SHARDED = """
+import shutil, sys, torch
+sys.path.insert(0, sys.argv[1])
+import common
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from tiny import Rows, arguments, kd, model
+from common.run import TrainerRun
+from common.utils.devices import end_processes
+folder, sharded = sys.argv[2:]
+args = arguments(folder, per_device_train_batch_size=4, num_train_epochs=2, save_strategy="epoch", optim="adamw_torch",
+    fsdp=sharded == "sharded", fsdp_config={"fsdp_version": 2, "min_num_params": 10} if sharded == "sharded" else None)
+if sharded == "sharded":
+    args.device
+    PartialState().distributed_type = DistributedType.MULTI_GPU  # accelerate leaves FSDP out on CPUs
+students = []
+for resume in (False, True):
+    args.resume_from_checkpoint = resume
+    students.append(model())
+    TrainerRun(args).train("student", students[-1], {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
+    if PartialState().is_main_process:
+        shutil.rmtree(folder + "/checkpoints/student/checkpoint-6")
+    PartialState().wait_for_everyone()
+if PartialState().is_main_process:
+    torch.save([student.state_dict() for student in students], folder + "/students.pt")
+end_processes()
+"""
+
+
+@pytest.mark.slow
+def test_shards_in_two_processes_train_and_resume_to_whole_weights_of_one_student(tmp_path):
+    """FSDP over gloo; the control is plain data parallelism."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_SHARDED)
+    for name in ("whole", "sharded"):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, script, REPO / "tests" / "helpers", tmp_path / name, name]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-6000:]
+    students = [
+        student
+        for name in ("whole", "sharded")
+        for student in torch.load(tmp_path / name / "students.pt", weights_only=True)
+    ]
+    for student in students[1:]:
+        torch.testing.assert_close(student, students[0])
