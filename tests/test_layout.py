@@ -43,15 +43,6 @@ def test_shell_scripts_name_a_recipe_and_can_be_run(script: Path):
     assert all((script.parent / recipe).exists() for recipe in recipes)
 
 
-@pytest.mark.parametrize("script", sorted(REPO.glob("*/scripts/[!_]*.py")), ids=lambda path: path.name)
-def test_scripts_start_in_a_process_of_their_own(script: Path, tmp_path):
-    """Where nothing has imported `common` before them."""
-    command = [sys.executable, str(script), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "usage:" in done.stdout
-
-
 AFTER_IMPORT_COMMON = """
 import common
 import timm

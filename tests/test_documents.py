@@ -1,0 +1,83 @@
+"""What the documents say is there: links, files, flags, and code that runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import REPO
+
+DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("*/README.md")})
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+FILE = re.compile(
+    r"(?<![\w/.-])(?:NLP|image-classification|reinforcement-learning|benchmarks|common|tests)/[\w./-]+\.\w+"
+)
+SCRIPTS = sorted(path for path in REPO.glob("*/scripts/[!_]*.py"))
+
+
+def anchors(document: Path) -> set[str]:
+    """The names under which the headings of a Markdown file can be linked, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", document.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_links_and_files_exist(document: Path):
+    text = document.read_text()
+    for link in LINK.findall(text):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        place, _, anchor = link.partition("#")
+        target = document.parent / place if place else document
+        assert target.exists(), f"{document.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
+    for file in FILE.findall(text):
+        assert (REPO / file).exists(), f"{document.name} speaks of {file}"
+
+
+def documented_flags(script: Path) -> set[str]:
+    """The flags that documents and the script's own docstring give it, in commands that may go over several lines."""
+    texts = [path.read_text() for path in [*DOCUMENTS, script]]
+    name = re.escape(str(script.relative_to(REPO)))
+    commands = [found for text in texts for found in re.findall(rf"python {name}((?:[^\n`]*\\\n)*[^\n`]*)", text)]
+    return {flag for command in commands for flag in re.findall(r"(?<!\S)--[\w-]+", command.split("#")[0])}
+
+
+START = """
+import os, runpy, sys
+import accelerate, datasets, matplotlib.figure, pandas, scipy.optimize, sklearn.metrics, stable_baselines3
+import torch._dynamo, torch.distributed.tensor, transformers
+assert not {"common", "torchvision"} & sys.modules.keys()
+failed = []
+for number, script in enumerate(sys.argv[1:]):
+    child = os.fork()  # spares each script the imports above
+    if not child:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+    if os.waitpid(child, 0)[1]:
+        failed.append(script)
+sys.exit(" ".join(failed) or 0)
+"""
+
+
+def test_scripts_start_where_nothing_has_imported_common_and_have_the_flags_that_are_documented(tmp_path: Path):
+    command = [sys.executable, "-c", START, *map(str, SCRIPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for number, script in enumerate(SCRIPTS):
+        usage = (tmp_path / f"{number}.txt").read_text()
+        assert "usage:" in usage, usage[-2000:]
+        missing = {flag for flag in documented_flags(script) if not re.search(rf"{flag}\b", usage)}
+        assert not missing, f"{script.name} has no {missing}"
+
+
+def test_the_example_of_common_distills(tmp_path: Path):
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "common" / "README.md").read_text(), re.S)
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = dict(re.findall(r"^(teacher|control|student) ([\d.]+)$", done.stdout, re.M))
+    assert 0.4 < float(said["control"]) < float(said["student"]) < float(said["teacher"])
