@@ -61,6 +61,8 @@ class Run:
     folder holds another run, or one that was started with other arguments.
     """
 
+    last_file = RESULTS  # what is written when everything else is there
+
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.folder = args, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
@@ -85,7 +87,7 @@ class Run:
             save_recipe(recipe, *instances)
             return
         if not self.args.resume_from_checkpoint:
-            state = "a finished" if (self.folder / RESULTS).exists() else "an unfinished"
+            state = "a finished" if (self.folder / self.last_file).exists() else "an unfinished"
             raise UserError(
                 f"{self.folder} holds {state} run: continue it with --resume_from_checkpoint, start over with "
                 "--overwrite_output_dir, or choose another --output_dir"

@@ -38,6 +38,9 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):  # of attention, by layer, as Qwen and Gemma have it
         config.layer_types = [config.layer_types[old] for old in chosen]
+    if getattr(config, "attention_types", None):  # the same as GPT-Neo has it, by groups of layers
+        config.attention_layers = [config.attention_layers[old] for old in chosen]
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     student = type(model)(config)
     if getattr(model, "pooler", student) is None:
         student.pooler = None  # type: ignore[assignment]

@@ -57,6 +57,8 @@ class Trial:
 class SearchRun(TrainerRun):
     """A run whose outputs are those of a search."""
 
+    last_file = "search.json"
+
     def _open(self, instances: tuple[Any, ...]) -> None:
         if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
             for name in OUTPUTS:

@@ -19,7 +19,7 @@ from paths import REPO
 from safetensors.torch import load_file
 from scripts import run_script
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from common.objective import IGNORED
 from common.outputs import Outputs
@@ -184,6 +184,27 @@ def test_cutting_keeps_evenly_spaced_layers():
     whole = cut_layers(teacher, 4).eval()
     ids = torch.randint(0, 50, (2, 8))
     assert torch.equal(whole(ids).logits, teacher.eval()(ids).logits)
+
+
+def test_a_cut_keeps_each_layer_s_kind_of_attention(tmp_path):
+    """GPT-Neo's layers differ: global and local ones take turns."""
+    config = GPTNeoConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_layers=4,
+        num_heads=2,
+        max_position_embeddings=8,
+        attention_types=[[["global", "local"], 2]],
+        window_size=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    teacher = GPTNeoForCausalLM(config)
+    student = cut_layers(teacher, 2).eval()
+    assert [block.attn.attention_type for block in student.transformer.h] == ["local", "local"]  # its 2nd and 4th
+    student.save_pretrained(tmp_path)
+    ids = torch.randint(0, 50, (2, 8))
+    assert torch.equal(GPTNeoForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, student(ids).logits)
 
 
 # ---- the script ----

@@ -224,6 +224,12 @@ def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkey
 # ---- killing and continuing ----
 
 
+def test_a_finished_search_is_called_finished(finished, few, teacher, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        search("--dataset", few, "--teacher", teacher, "--output_dir", finished)
+    assert stopped.value.code == 2 and f"{finished} holds a finished run" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_trials(few, teacher, finished, tmp_path):
     """SIGKILL in the course of the third of four trials."""
