@@ -1,15 +1,13 @@
-"""Models that leave this project: as ONNX graphs and with int8 weights, for a CPU.
+"""Models that leave this project: as ONNX graphs and as programs of torch.export.
 
-ONNX comes from torch.export (`dynamo=True`), the exporter that is maintained: the older one follows one example, and
-writes the sizes that this example happened to have into the graph of a bottleneck.
+    python -m common.export runs/NLP/base --format onnx
+    python -m common.export runs/reinforcement-learning/distill_CartPole-v1 --format torch.export
 
-Dynamic quantisation keeps weights in int8 and scales activations as they come, so it needs no calibration data. In
-torch it is written out below, on `torch._int_mm`: torch.ao.quantization is deprecated, its weights are no safetensors,
-and its successor torchao does the same arithmetic through tensor subclasses, which without a compiler are slower than
-fp32. ONNX Runtime has its own.
+takes a student of any domain away (common/take_away.py). Both formats come from torch.export, ONNX by `dynamo=True`,
+the exporter that is maintained: the older one follows one example, and writes the sizes that this example happened to
+have into the graph of a bottleneck. int8 weights of an ONNX graph are those of ONNX Runtime's dynamic quantisation.
 """
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -21,22 +19,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import torch.nn.functional as F
 from onnxruntime import quantization
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from common.cli import run
 from common.metrics.cost import latency
 from common.outputs import Outputs
 
 # Convolutions stay fp32: on a CPU they gain from static quantisation only, which needs calibration data.
 QUANTIZED = ("MatMul", "Gemm", "Gather")
 
+Axes = dict[int, str]  # {0: "batch", 1: "position"}: the axes whose size may change
 
-# ---------------------------------------------------------------- ONNX
+
+# ---------------------------------------------------------------- a graph, in either format
 
 
-class _Logits(nn.Module):
+class _Graph(nn.Module):
     """A model as a graph sees it: inputs by position, one tensor out."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
@@ -44,31 +43,64 @@ class _Logits(nn.Module):
         self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return answer_of(self.model(**dict(zip(self.names, inputs, strict=True))))
 
 
-def to_onnx(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, dynamic: dict[int, str]) -> None:
-    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `logits`.
+def answer_of(said: Any) -> Tensor:
+    """The tensor that a model answers with, or its logits."""
+    return said if isinstance(said, Tensor) else said.logits
 
-    `inputs` are an example on the model's device; `dynamic` names those of their axes whose size may change, of every
-    input alike: {0: "batch", 1: "position"}. Raises ValueError where the example has size 1 there, because that would
-    be taken for a constant.
+
+def to_onnx(
+    model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes], output: str = "logits"
+) -> None:
+    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `output`, which is
+    what `answer_of` finds.
+
+    `inputs` are an example on the model's device; `axes` names those of their axes whose size may change, of every
+    input alike or by input. Raises ValueError where the example has size 1 there, because that would be taken for a
+    constant.
     """
-    fixed = [name for name, value in inputs.items() if any(value.shape[axis] < 2 for axis in dynamic)]
-    if fixed:
-        raise ValueError(f"the example of {', '.join(fixed)} must have at least 2 along the axes {list(dynamic)}")
+    shapes = tuple(axes_by_input(inputs, axes).values())
     with _quiet(), torch.no_grad():
         torch.onnx.export(
-            _Logits(model, list(inputs)).eval(),
+            _Graph(model, list(inputs)).eval(),
             tuple(inputs.values()),
             path,
             input_names=list(inputs),
-            output_names=["logits"],
-            dynamic_shapes=(tuple(dynamic for _ in inputs),),
+            output_names=[output],
+            dynamic_shapes=(shapes,),
             dynamo=True,
             external_data=False,
             verbose=False,
         )
+
+
+def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes]) -> None:
+    """Writes `model`, in eval mode, as a program of torch.export: inputs by position, in the order of `inputs`.
+    Arguments as of `to_onnx`.
+    """
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = tuple(dict.fromkeys(own, dynamic) for own in axes_by_input(inputs, axes).values())
+    with _quiet(), torch.no_grad():
+        graph = _Graph(model, list(inputs)).eval()
+        program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=(shapes,))
+        torch.export.save(program, path)
+
+
+def load_program(path: str | Path) -> nn.Module:
+    """What `to_program` wrote; it takes its inputs by position."""
+    with _quiet():
+        return torch.export.load(path).module()
+
+
+def axes_by_input(inputs: dict[str, Tensor], axes: Axes | dict[str, Axes]) -> dict[str, Axes]:
+    """`axes`, given of every input alike or by input, by input. Raises ValueError as `to_onnx` does."""
+    by_input: Any = axes if axes.keys() == inputs.keys() else dict.fromkeys(inputs, axes)
+    fixed = [name for name, value in inputs.items() if any(value.shape[axis] < 2 for axis in by_input[name])]
+    if fixed:
+        raise ValueError(f"the example of {', '.join(fixed)} must have at least 2 along the axes {axes}")
+    return by_input
 
 
 def quantize_onnx(path: str | Path, path_int8: str | Path) -> None:
@@ -101,9 +133,13 @@ class OnnxModel(nn.Module):
         options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
+    def answer(self, **inputs: Tensor) -> Tensor:
+        """The graph's output, whatever its name."""
+        (said,) = self.session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
+        return torch.from_numpy(said)
+
     def forward(self, **inputs: Tensor) -> Outputs:
-        (logits,) = self.session.run(["logits"], {name: value.cpu().numpy() for name, value in inputs.items()})
-        return Outputs(logits=torch.from_numpy(logits))
+        return Outputs(logits=self.answer(**inputs))
 
 
 @contextmanager
@@ -117,80 +153,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-# ---------------------------------------------------------------- int8 in torch
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, one scale per output, and int8 activations, one scale per row; sums in int32.
-
-    Symmetric, with scales max|x| / 127 (Q8BERT, arXiv:1910.06188). For inference on a CPU.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight, scale = _to_int8(linear.weight.detach())
-        self.register_buffer("weight", weight)  # (out, in)
-        self.register_buffer("scale", scale.squeeze(-1))  # (out,)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, row_scale = _to_int8(x.reshape(-1, x.shape[-1]))
-        y = torch._int_mm(rows, self.weight.t()) * row_scale * self.scale
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
-
-
-class Int8Embedding(nn.Module):
-    """An embedding table with int8 weights and one scale per row."""
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        weight, scale = _to_int8(embedding.weight.detach())
-        self.register_buffer("weight", weight)  # (rows, width)
-        self.register_buffer("scale", scale)  # (rows, 1)
-
-    weight: Tensor
-    scale: Tensor
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight) * F.embedding(ids, self.scale)
-
-
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (rows, width) as int8 and their scales (rows, 1)."""
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
-    return (x / scale).round().to(torch.int8), scale
-
-
-INT8: dict[type[nn.Module], Any] = {nn.Linear: Int8Linear, nn.Embedding: Int8Embedding}
-
-
-def quantize_dynamic(model: nn.Module) -> Any:
-    """A copy of `model`, for inference on a CPU, with all its linear layers and embeddings in int8.
-
-    Subclasses of the two are left alone: who uses them may read their weights. Its `state_dict` holds plain tensors.
-    """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) in INT8:
-                setattr(module, name, INT8[type(child)](child))
-    return model
-
-
-def load_int8(model: nn.Module, path: str | Path) -> Any:
-    """What `safetensors.torch.save_model` made of a quantised model, in the architecture of `model`, whose own weights
-    do not matter.
-    """
-    quantized = quantize_dynamic(model)
-    load_model(quantized, path)
-    return quantized
 
 
 # ---------------------------------------------------------------- what it gains
@@ -211,3 +173,9 @@ def interleaved_latency(
             "p90": float(np.quantile(milliseconds, 0.9)),
         }
     return found
+
+
+if __name__ == "__main__":
+    from common.take_away import main
+
+    run(main)

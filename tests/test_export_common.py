@@ -1,26 +1,27 @@
-"""ONNX graphs and int8 weights of any model: the same logits at any size, int8 computed by hand, reloading."""
+"""What leaves this project, of any model: the same answers at any size, int8 computed by hand, reloading, refusals."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from exports import run_readme
 from safetensors.torch import load_file, save_model
+from scripts import run_script
 from tiny import model as tiny_model
 from torch import Tensor, nn
 
-from common.export import (
-    Int8Embedding,
-    Int8Linear,
-    OnnxModel,
-    interleaved_latency,
-    load_int8,
-    quantize_dynamic,
-    quantize_onnx,
-    to_onnx,
-)
+from common.bottleneck import DiscreteKeyValueBottleneck
+from common.export import OnnxModel, interleaved_latency, load_program, quantize_onnx, to_onnx, to_program
+from common.exportable import Exportable, apart, refuse_other_answers
+from common.int8 import Int8Embedding, Int8Linear, load_int8, quantize_dynamic
 from common.outputs import Outputs
+from common.take_away import take_away
+from common.utils.errors import UserError
 
 
 class Mixed(nn.Module):
@@ -108,6 +109,34 @@ def test_an_example_of_size_one_is_refused(mixed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@torch.no_grad()
+def test_a_program_gives_the_same_logits_at_any_size(mixed, tmp_path):
+    to_program(mixed, batch(2, 4), tmp_path / "model.pt2", {0: "batch", 1: "position"})
+    program = load_program(tmp_path / "model.pt2")
+    for size in ((2, 4), (1, 1), (1, 9), (33, 2)):
+        inputs = batch(*size)
+        torch.testing.assert_close(program(*inputs.values()), mixed(**inputs).logits)
+
+
+class Pointwise(nn.Module):
+    """Rows (batch, left) and (batch, right) -> their products (batch, left, right)."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left.unsqueeze(2) * right.unsqueeze(1)
+
+
+def test_each_input_may_have_axes_of_its_own(tmp_path):
+    axes = {"left": {0: "batch", 1: "left"}, "right": {0: "batch", 1: "right"}}
+    example = {"left": torch.rand(2, 3), "right": torch.rand(2, 4)}
+    to_onnx(Pointwise(), example, tmp_path / "model.onnx", axes, "products")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert graph.output[0].name == "products"
+    assert [d.dim_param for d in graph.output[0].type.tensor_type.shape.dim] == ["batch", "left", "right"]
+    left, right = torch.rand(5, 1), torch.rand(5, 7)
+    torch.testing.assert_close(OnnxModel(tmp_path / "model.onnx").answer(left=left, right=right),
+                               torch.einsum("bl,br->blr", left, right))  # fmt: skip
+
+
 # ---- int8 in torch ----
 
 
@@ -161,6 +190,134 @@ def test_int8_weights_load_into_another_model_of_the_same_shape(mixed, tmp_path:
     inputs = batch(3, 4)
     loaded = load_int8(Mixed(), tmp_path / "int8.safetensors")
     assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
+
+
+# ---- taking a student away ----
+
+USAGE = """import numpy as np
+
+x = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6)
+print(model({"x": x}).argmax(1))"""
+
+
+def tiny_exportable(**changes: Any) -> Exportable:
+    x = torch.randn(9, 6)
+    given: dict[str, Any] = {
+        "model": tiny_model(dropout=0.5).eval(),
+        "inputs": {"x": x[:2]},
+        "others": [{"x": x[:1]}, {"x": x}],
+    }
+    return Exportable(**(given | {"axes": {0: "batch"}, "usage": USAGE} | changes))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+def test_a_student_is_taken_away(tmp_path, capsys, format):
+    def write(folder: Path) -> None:
+        (folder / "labels.txt").write_text("cat")
+
+    student = tiny_exportable(beside=write)
+    take_away("tiny", student, format, tmp_path / "export")
+    folder = tmp_path / "export"
+    file = {"onnx": "model.onnx", "torch.export": "model.pt2"}[format]
+    assert {path.name for path in folder.iterdir()} == {file, "labels.txt", "README.md", "export.json"}
+    checks = json.loads((folder / "export.json").read_text())["checks"]
+    assert [(check["inputs"], check["answer"]) for check in checks] == [
+        ({"x": [1, 6]}, [1, 3]),
+        ({"x": [9, 6]}, [9, 3]),
+    ]
+    assert max(check["difference"] for check in checks) < 1e-5
+    assert str(folder) in capsys.readouterr().out
+    found = run_readme(folder, *(["torch"] if format == "onnx" else []))
+    expected = student.answer({"x": torch.from_numpy(found["x"])})
+    np.testing.assert_allclose(found["model"]({"x": found["x"]}), expected.numpy(), atol=1e-6)
+    assert capsys.readouterr().out.strip() == str(expected.argmax(1).numpy())
+
+
+def slightly_wrong(x: Tensor) -> Tensor:
+    return tiny_exportable().model(x).logits + torch.tensor([0.0, 0.01, 0.0])
+
+
+class Branching(nn.Module):
+    """Computes one thing or another, as the numbers have it: no exporter can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"original": slightly_wrong}, "on 10 of 10 rows it differs by more than 0.001, at most by 0.01; nothing"),
+        ({"original": lambda x: x}, "differs by more than 0.001, at most by inf"),
+        ({"model": Branching()}, "student cannot be exported as"),
+    ],
+)
+def test_an_export_that_says_something_else_leaves_nothing(tmp_path, format, changes, complaint):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.onnx").write_text("an earlier one")
+    with pytest.raises(UserError, match=complaint):
+        take_away("student", tiny_exportable(**changes), format, tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["an earlier one"]
+
+
+def test_every_dynamic_axis_must_be_tried_at_another_size():
+    x = torch.randn(9, 6)
+    with pytest.raises(ValueError, match="no other size of x's batch is tried"):
+        tiny_exportable(others=[{"x": x[:2]}, {"x": x[4:6]}])
+
+
+def test_what_is_the_same_answer():
+    said = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
+    close = said + np.array([[1e-4, 0], [0, 0], [0, 5e-4]])  # the tie turns
+    np.testing.assert_allclose(apart(said, close), [1e-4, 0, 5e-4])
+    refuse_other_answers("student", apart(said, close), "texts")
+    for wrong in (0.1, float("nan")):
+        other = said + np.array([[0, 0], [0, wrong], [0, 0]])
+        with pytest.raises(UserError, match="on 1 of 3 texts"):
+            refuse_other_answers("student", apart(said, other), "texts")
+        refuse_other_answers("student", apart(said, other), "texts", tied=0.001)  # one row at least
+    assert apart(np.zeros((2, 3)), np.zeros((2, 1))).tolist() == [np.inf, np.inf]
+    assert apart(np.array([1, 3]), np.array([1, 2])).tolist() == [0, 1]
+
+
+def test_only_a_bottleneck_may_have_ties():
+    x = torch.randn(4, 6)
+    with_keys = nn.Sequential(nn.Linear(6, 4), DiscreteKeyValueBottleneck(4, 3, codebooks=2, pairs=4))
+    example: dict[str, Any] = {"inputs": {"input": x[:2]}, "others": [{"input": x}]}
+    assert tiny_exportable(model=with_keys, **example).tied > 0
+    assert tiny_exportable().tied == 0
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_script("common/export.py", *words)
+        (error,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2
+        return error
+
+    return run
+
+
+def test_bad_input_is_one_line(refused, tmp_path):
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    assert "pass --domain, one of NLP, image-classification, reinforcement-learning" in refused(student)
+    assert "there is no domain speech" in refused(student, "--domain", "speech")
+    assert "invalid choice: 'onxn'" in refused(student, "--format", "onxn")
+    assert "no folder or file" in refused(tmp_path / "missing")
+    (tmp_path / "run" / "export").mkdir()
+    assert "something else than an export" in refused(tmp_path / "run")
+    (tmp_path / "run" / "export" / "export.json").write_text("{}")
+    assert "--overwrite_output_dir" in refused(student)
+    (tmp_path / "run" / "results.json").write_text("no JSON")
+    assert "not valid JSON" in refused(student, "--output_dir", tmp_path / "new")
+    (tmp_path / "run" / "results.json").write_text('{"domain": "image-classification", "task": "digits"}')
+    assert "holds no image classifier" in refused(student, "--output_dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # ---- what it gains ----

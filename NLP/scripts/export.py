@@ -10,7 +10,6 @@ in fp32 must say what the student says on every labelled validation and test tex
 costs is measured. All of it runs on the CPU.
 """
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,19 @@ from safetensors.torch import save_model
 from transformers.utils import logging as transformers_logging
 
 from common.cli import Parser, run
-from common.export import OnnxModel, load_int8, quantize_dynamic, quantize_onnx, to_onnx
+from common.export import OnnxModel, quantize_onnx, to_onnx
+from common.exportable import apart, refuse_other_answers, share_of_ties
 from common.inference import NOT_INPUTS
+from common.int8 import load_int8, quantize_dynamic
 from common.tables import print_rich
+from common.take_away import RECORD, output_folder
 from common.utils.environment import command, environment
-from common.utils.errors import UserError
 from common.utils.files import write_json, write_text, writing_folder
 from nlp.data.loading import TextData, load_text_data
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.evaluation import predict
 from nlp.student_model.export_report import FILES, measured, report, table
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import load_trained
-
-TOLERANCE = 1e-3  # of a logit, so a prediction may only change where the two largest are closer than twice that
-TIES = 1e-3  # share of texts beyond it under a bottleneck: where two keys are equally near, rounding chooses
 
 
 def main() -> None:
@@ -52,7 +49,7 @@ def main() -> None:
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
 
-    folder = output_folder(args)
+    folder = output_folder(args.student, args.output_dir, args.overwrite_output_dir)
     PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -64,8 +61,9 @@ def main() -> None:
         models |= {name: (model, texts) for name, model in exported(student, texts, args.formats, partial).items()}
         logits = {name: said_by(model, texts) for name, (model, texts) in models.items()}
         if "onnx" in models:
-            tied = TIES if isinstance(student, BottleneckClassifier) else 0.0
-            refuse_other_logits(args.student, logits["student"], logits["onnx"], tied)
+            for split, said in logits["student"].items():
+                distances = apart(said, logits["onnx"][split])
+                refuse_other_answers(args.student, distances, f"texts of {split}", tied=share_of_ties(student))
         if "onnx" not in args.formats:
             models.pop("onnx", None)
             (partial / FILES["onnx"]).unlink(missing_ok=True)
@@ -81,21 +79,9 @@ def main() -> None:
             "command": command(),
             "environment": environment("fp32", "cpu") | {"onnxruntime": onnxruntime.__version__},
         }
-        write_json(partial / "export.json", results)
-        write_text(partial / "export.md", report(results, folder))
+        write_json(partial / RECORD, results)
+        write_text(partial / "export.md", report(results, student, texts.collate.tokenizer, folder))
     print_rich(*table(results), title=f"{args.student}, exported", below=f"export: {folder}")
-
-
-def output_folder(args: Namespace) -> Path:
-    """Where the export goes, once it is certain that nothing else is lost there."""
-    if not args.output_dir and not Path(args.student).is_dir():
-        raise UserError(f"{args.student} is no folder: name a student's folder, or --output_dir for one of the Hub")
-    folder = Path(args.output_dir or Path(args.student).resolve().parent / "export")
-    if folder.exists() and not (folder / "export.json").exists():
-        raise UserError(f"{folder} holds something else than an export: choose another --output_dir")
-    if folder.exists() and not args.overwrite_output_dir:
-        raise UserError(f"{folder} holds an export: replace it with --overwrite_output_dir, or choose --output_dir")
-    return folder
 
 
 def trained(name: str, data: TextData) -> tuple[Any, Texts]:
@@ -125,18 +111,6 @@ def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> di
 def said_by(model: Any, texts: Texts) -> dict[str, np.ndarray]:
     """Logits by split, of every labelled split but train."""
     return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
-
-
-def refuse_other_logits(name: str, student: dict[str, np.ndarray], onnx: dict[str, np.ndarray], tied: float) -> None:
-    """Raises UserError unless all logits agree within TOLERANCE, but for a share `tied` of the texts."""
-    for split, said in student.items():
-        apart = np.abs(said - onnx[split]).max(axis=-1)
-        wrong = ~(apart <= TOLERANCE)  # NaN is wrong too
-        if wrong.mean() > tied:
-            raise UserError(
-                f"the ONNX graph of {name} does not say what the model says: on {wrong.sum()} of {len(said)} texts of "
-                f"{split} logits differ by more than {TOLERANCE:g}, at most by {apart.max():.3g}; nothing is written"
-            )
 
 
 if __name__ == "__main__":

@@ -5,37 +5,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.export import interleaved_latency
 from common.metrics.cost import megabytes
 from common.tables import markdown, number
+from common.take_away import LOAD_ONNX
 from nlp.data.loading import TextData
 from nlp.student_model.evaluation import metrics_by_split, one_text
+from nlp.student_model.exportable import classifier_usage
 from nlp.student_model.pipeline import Texts
 
 FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
           "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
 
-ONNX_USAGE = """import json
-
-import numpy as np
-import onnxruntime
-from tokenizers import Tokenizer
-
-folder = "{folder}"
-tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
-session = onnxruntime.InferenceSession(f"{{folder}}/{file}")
-labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
-
-text = tokenizer.encode("move fifty dollars to my savings")  # of a pair: encode(first, second)
-columns = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}}
-inputs = {{i.name: np.array([columns[i.name]], dtype=np.int64) for i in session.get_inputs()}}
-(logits,) = session.run(["logits"], inputs)
-print(labels[str(logits.argmax())])"""
-
 INT8_USAGE = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from common.export import load_int8
+from common.int8 import load_int8
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # only for a student with a bottleneck
 
 folder = "{folder}"
@@ -77,10 +63,13 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header + [f"{split} agreement" for split in splits], rows
 
 
-def report(results: dict[str, Any], folder: Path) -> str:
+def report(results: dict[str, Any], student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     environment, models = results["environment"], results["models"]
     onnx = next((FILES[name] for name in ("onnx-int8", "onnx") if name in models), None)
-    usages = [ONNX_USAGE.format(folder=folder, file=onnx)] if onnx else []
+    usages = []
+    if onnx:
+        loading = LOAD_ONNX.format(folder=folder, file=onnx)
+        usages.append(f"{loading}\n\n\n{classifier_usage(student, tokenizer)}")
     if "torch-int8" in models:
         usages.append(INT8_USAGE.format(folder=folder, file=FILES["torch-int8"]))
     sections = [

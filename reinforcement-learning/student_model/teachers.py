@@ -6,8 +6,8 @@ import torch
 import yaml
 
 from common.arguments import RunArguments
-from common.run import STAGE
 from common.report import RECIPE
+from common.run import STAGE
 from common.utils.errors import UserError
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.vector import Environments

@@ -24,11 +24,10 @@ from transformers import (
 )
 
 import common.export
-from common.export import OnnxModel, load_int8
+from common.export import OnnxModel
 from common.filling import set_keys
-from common.utils.errors import UserError
+from common.int8 import load_int8
 from nlp.data.loading import load_text_data
-from nlp.scripts.export import refuse_other_logits
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.teacher_model.teacher import label_config, tiny_bert
 
@@ -202,17 +201,6 @@ def test_one_format_and_another_in_its_place(scoped, tmp_path):
 
 
 # ---- what is refused ----
-
-
-def test_a_graph_must_say_what_the_student_says():
-    said = {"test": np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 3.0]])}
-    close = {"test": said["test"] + np.array([[1e-4, 0], [0, 0], [0, 5e-4]])}  # the tie turns
-    refuse_other_logits("student", said, close, tied=0.0)
-    for wrong in (0.1, float("nan")):
-        other = {"test": said["test"] + np.array([[0, 0], [0, wrong], [0, 0]])}
-        with pytest.raises(UserError, match="on 1 of 3 texts of test"):
-            refuse_other_logits("student", said, other, tied=0.0)
-        refuse_other_logits("student", said, other, tied=0.4)
 
 
 def refused(capsys, student: Path, scoped: Path, *words: object) -> str:

@@ -1,0 +1,181 @@
+"""Text students as `python -m common.export` takes them away: classifiers, language models, translators.
+
+Their exports are checked on the embedded intents.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from common.exportable import Exportable
+from common.utils.errors import UserError
+from nlp.data.intents import load_intents
+from nlp.teacher_model.teacher import encoder_of  # registers the classifier with a bottleneck, too
+
+CLASSIFY = """import json
+
+import numpy as np
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
+labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
+
+text = tokenizer.encode("move fifty dollars to my savings")  # of a pair: encode(first, second)
+columns = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}}
+inputs = {{name: np.array([columns[name]], dtype=np.int64) for name in {names}}}
+logits = model(inputs)
+print({said})"""
+
+CONTINUE = """import numpy as np
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+ids = tokenizer.encode("The").ids
+for _ in range(10):  # greedy; shorter texts of a batch may be padded on the right, whatever with
+    logits = model({"input_ids": np.array([ids], dtype=np.int64)})
+    ids.append(int(logits[0, -1].argmax()))
+print(tokenizer.decode(ids))"""
+
+TRANSLATE = """import numpy as np
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+source = tokenizer(["{sentence}"], return_tensors="np")
+ids = [{start}]
+while len(ids) < 100 and (len(ids) == 1 or ids[-1] != tokenizer.eos_token_id):  # greedy
+    target = np.array([ids], dtype=np.int64)
+    logits = model({{"input_ids": source["input_ids"], "attention_mask": source["attention_mask"],
+                    "decoder_input_ids": target}})
+    ids.append(int(logits[0, -1].argmax()))
+print(tokenizer.decode(ids, skip_special_tokens=True))"""
+
+
+def load(name: str, task: str | None) -> Exportable:
+    """The student in a folder, or of that name on the Hub; what its task is called does not matter. Raises UserError
+    where there is none.
+    """
+    try:
+        kind, describe = _kind(name, AutoConfig.from_pretrained(name))
+        model, tokenizer = kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no text model {name}: it is no folder with a model and a tokenizer, and the Hugging Face Hub does not "
+            f"have it or cannot be reached ({type(error).__name__})"
+        ) from error
+    return describe(model.float().eval(), tokenizer)
+
+
+def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTrainedTokenizerBase], Exportable]]:
+    """What loads a student, and what tells how it is used."""
+    architecture = (config.architectures or [""])[0]
+    if "Classif" in architecture:
+        return AutoModelForSequenceClassification, _classifier
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM, _translator
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return AutoModelForCausalLM, _language_model
+    raise UserError(
+        f"{name} holds a {architecture or config.model_type}: name a classifier, a translator or a language model"
+    )
+
+
+def classifier_usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The code that classifies a text, given `folder` and `model(inputs)`."""
+    one_number = model.config.num_labels == 1
+    said = "logits[0, 0]" if one_number else "labels[str(logits.argmax())]"
+    return CLASSIFY.format(names=json.dumps(_inputs_of(model, tokenizer)), said=said)
+
+
+def _classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
+    names = _inputs_of(model, tokenizer)
+
+    def encode(texts: list[str]) -> dict[str, Tensor]:
+        encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return {key: encoded[key] for key in names}
+
+    texts = _texts()
+    return Exportable(
+        model,
+        inputs=encode(texts[40:42]),
+        others=[encode(texts[:1]), encode(texts[-1:]), encode(texts)],
+        axes={0: "batch", 1: "position"},
+        usage=classifier_usage(model, tokenizer),
+        beside=_files(model, tokenizer),
+    )
+
+
+def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
+    """Its logits at a position do not depend on what comes later, so that it needs no attention mask."""
+    ids = torch.tensor([id for text in _texts() for id in tokenizer(text)["input_ids"]])
+
+    def blocks(rows: int, positions: int) -> dict[str, Tensor]:
+        return {"input_ids": ids[: rows * positions].view(rows, positions)}
+
+    model.config.use_cache = False
+    return Exportable(
+        model,
+        inputs=blocks(2, 8),
+        others=[blocks(1, 1), blocks(1, 16), blocks(20, 11)],
+        axes={0: "batch", 1: "position"},
+        usage=CONTINUE,
+        beside=_files(model, tokenizer),
+    )
+
+
+def _translator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
+    start, texts = model.config.decoder_start_token_id, _texts()
+
+    def pairs(sources: list[str], targets: list[str]) -> dict[str, Tensor]:
+        source = tokenizer(sources, padding=True, truncation=True, return_tensors="pt")
+        target = tokenizer(text_target=targets, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+        started = torch.cat([torch.full((len(target), 1), start), target[:, :-1]], dim=1)
+        columns = {key: source[key] for key in ("input_ids", "attention_mask")}
+        return columns | {"decoder_input_ids": started}
+
+    model.config.use_cache = False
+    source_axes, target_axes = {0: "batch", 1: "source position"}, {0: "batch", 1: "target position"}
+    return Exportable(
+        model,
+        inputs=pairs(texts[10:12], texts[40:42]),
+        others=[pairs(texts[:1], texts[-1:]), pairs(texts[-1:], texts[:1]), pairs(texts, texts[::-1])],
+        axes={"input_ids": source_axes, "attention_mask": source_axes, "decoder_input_ids": target_axes},
+        usage=TRANSLATE.format(sentence=texts[40], start=start),
+        beside=_files(model, tokenizer),
+    )
+
+
+@cache
+def _texts() -> list[str]:
+    """Texts of growing lengths."""
+    return sorted(load_intents()["validation"]["text"][:100], key=len)
+
+
+def _inputs_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    accepted: Any = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
+    return [name for name in tokenizer.model_input_names if name in accepted]
+
+
+def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+    """What writes tokenizer.json, which cuts as the tokenizer does, and config.json with the labels."""
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+
+    return write

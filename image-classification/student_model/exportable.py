@@ -1,0 +1,62 @@
+"""Image students as `python -m common.export` takes them away: whatever answers to `pixel_values` with logits."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from common.exportable import Exportable
+from common.utils.errors import UserError
+from image_classification.student_model import bottleneck_probe  # noqa: F401  registers it with AutoModel...
+
+USAGE = """import json
+
+import numpy as np
+from PIL import Image
+
+labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
+processor = json.load(open(f"{{folder}}/preprocessor_config.json"))
+picture = Image.open("picture.png").convert("RGB")
+{fit}
+pixels = np.asarray(picture) / 255  # (height, width, 3)
+pixels = (pixels - processor["image_mean"]) / processor["image_std"]
+inputs = {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}
+logits = model(inputs)
+print(labels[str(logits.argmax())])"""
+RESIZE = """picture = picture.resize(({size}, {size}), Image.Resampling.BILINEAR)"""
+CUT_OUT = """size = [{shorter} * side // min(picture.size) for side in picture.size]
+left, top = (round((side - {size}) / 2) for side in size)
+picture = picture.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + {size}, top + {size}))"""
+
+
+def load(name: str, task: str | None) -> Exportable:
+    """The student in a folder; what its task is called does not matter. Raises UserError where there is none."""
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name).float().eval()
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} holds no image classifier and its image processor ({reason})") from error
+    size = model.config.image_size
+    images = torch.randn(20, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def write(folder: Path) -> None:
+        model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return Exportable(
+        model,
+        inputs={"pixel_values": images[:2]},
+        others=[{"pixel_values": images[:1]}, {"pixel_values": images}],
+        axes={0: "batch"},
+        usage=USAGE.format(fit=_fit(processor, size)),
+        beside=write,
+    )
+
+
+def _fit(processor: Any, size: int) -> str:
+    """The lines that bring a picture to the size of the images that the student was trained on."""
+    shorter = processor.size.get("shortest_edge")
+    return RESIZE.format(size=size) if shorter is None else CUT_OUT.format(size=size, shorter=shorter)

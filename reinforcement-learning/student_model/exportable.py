@@ -1,0 +1,82 @@
+"""Policies as `python -m common.export` takes them away: raw observations -> the actions to take.
+
+Compared with Stable-Baselines3's own `predict`, on observations of the environment.
+"""
+
+from contextlib import closing
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor, nn
+
+from common.exportable import Exportable
+from common.utils.errors import UserError
+from reinforcement_learning.data.playing import Recorder, greedy
+from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.student_model.evaluation import VALIDATION_SEED
+from reinforcement_learning.student_model.teachers import load_agent
+from reinforcement_learning.teacher_model.agent import PolicyNetwork
+from reinforcement_learning.teacher_model.policies import greedy_actions
+from reinforcement_learning.teacher_model.statistics import ObservationStatistics
+
+TOLERANCE = 1e-4  # in the units of the actions; those of Discrete are equal or not
+USAGE = """{register}import gymnasium
+
+environments = gymnasium.make_vec("{environment}", num_envs=2)
+observations, _ = environments.reset(seed=0)
+for _ in range(10):
+    actions = model({{"observations": observations}})
+    observations, rewards, *_ = environments.step(actions)
+print(actions)"""
+ALE = "import ale_py  # registers the games\n"
+
+
+class GreedyPolicy(nn.Module):
+    """Observations (batch, ...), as the environment shows them -> actions, as it takes them: the likeliest of
+    Discrete ones (batch,), the mean within the bounds of a Box (batch, actions).
+    """
+
+    def __init__(self, network: PolicyNetwork, space: spaces.Space) -> None:
+        super().__init__()
+        self.network = network
+        bounds = (space.low, space.high) if isinstance(space, spaces.Box) else (None, None)
+        for name, bound in zip(("low", "high"), bounds, strict=True):
+            self.register_buffer(name, None if bound is None else torch.as_tensor(bound))
+
+    low: Tensor | None
+    high: Tensor | None
+
+    def forward(self, observations: Tensor) -> Tensor:
+        actions = greedy_actions(self.network(observations, value=False))
+        return actions if self.low is None else actions.clamp(self.low, self.high)
+
+
+def load(name: str, task: str | None) -> Exportable:
+    """The policy in a zip or a folder, for the environment `task`. Raises UserError where there is none."""
+    if task is None:
+        raise UserError(f"which environment is {name} for? pass --task, such as --task CartPole-v1")
+    agent = load_agent(name, task)
+    policy = agent.policy.cpu()
+    network = agent.network()
+    with closing(Environments(task, 4, VALIDATION_SEED)) as environments:
+        seen = Recorder(environments).collect(greedy(network), 200)  # (200, ...)
+    return Exportable(
+        GreedyPolicy(network, policy.action_space).eval(),
+        inputs={"observations": seen[:2]},
+        others=[{"observations": seen[:1]}, {"observations": seen}],
+        axes={0: "batch"},
+        usage=USAGE.format(environment=task, register=ALE if task.startswith("ALE/") else ""),
+        output="actions",
+        original=lambda observations: torch.as_tensor(predicted(policy, agent.statistics, observations.numpy())),
+        tolerance=TOLERANCE,
+    )
+
+
+def predicted(policy: BasePolicy, statistics: ObservationStatistics | None, observations: np.ndarray) -> np.ndarray:
+    """What Stable-Baselines3 does with observations, which it normalizes as VecNormalize."""
+    if statistics is not None:
+        normalized = (observations - statistics.mean) / statistics.std
+        observations = np.clip(normalized, -statistics.clip, statistics.clip).astype(np.float32)
+    return policy.predict(observations, deterministic=True)[0]
