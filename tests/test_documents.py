@@ -36,6 +36,11 @@ def test_links_and_files_exist(document: Path):
         assert (REPO / file).exists(), f"{document.name} speaks of {file}"
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, *sorted(REPO.glob("*/scripts/*.sh"))], ids=lambda path: path.name)
+def test_every_script_is_in_the_readme_of_its_domain(script: Path):
+    assert script.name in (script.parent.parent / "README.md").read_text()
+
+
 def documented_flags(script: Path) -> set[str]:
     """The flags that documents and the script's own docstring give it, in commands that may go over several lines."""
     texts = [path.read_text() for path in [*DOCUMENTS, script]]
