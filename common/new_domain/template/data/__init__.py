@@ -1,0 +1,1 @@
+"""Code that yields labelled signals; no data files."""

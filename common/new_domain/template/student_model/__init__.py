@@ -1,0 +1,1 @@
+"""Students: how they are trained, and what they are worth."""

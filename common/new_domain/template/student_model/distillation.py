@@ -1,0 +1,93 @@
+"""The steps that a distillation is made of, as stages of one run that can be resumed, and the report at the end."""
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import default_data_collator
+
+from common.arguments import KDTrainingArguments
+from common.objective import Objective
+from common.report import model_card, print_table, write_report
+from common.run import TrainerRun
+from common.teacher_outputs import TeacherOutputs, outputs_key
+from common.utils.devices import process
+from common.utils.files import write_text, writing_folder
+from example_domain.data.loading import LabelledData
+from example_domain.student_model.evaluation import evaluate, predict, trainer_metrics
+from example_domain.teacher_model.classifier import Classifier, new_classifier
+
+USAGE = """import torch
+from example_domain.teacher_model.classifier import Classifier
+
+model = Classifier.from_pretrained("{folder}").eval()
+logits = model(torch.zeros(1, {length})).logits  # signals (batch, length)
+print(model.config.id2label[logits.argmax().item()])"""
+
+
+class Distillation:
+    """One run on `data`; `others` are the script's other arguments, for its recipe."""
+
+    def __init__(self, data: LabelledData, training: KDTrainingArguments, *others: object) -> None:
+        self.data, self.run = data, TrainerRun(training, *others)
+
+    def trained(self, stage: str, width: int, objective: Objective, **teacher: Any) -> Classifier:
+        """A stage: a classifier trained for `objective`. `teacher`: what KDTrainer is to know of one, as
+        `teacher_outputs=...` or, for objectives that need more of it than logits, `teacher=...`.
+        """
+
+        def build() -> Classifier:
+            return self.run.train(
+                stage,
+                new_classifier(self.data.label_names, width),
+                {},
+                objective=objective,
+                train_dataset=self.data.splits["train"],
+                eval_dataset=self.data.splits["validation"],
+                data_collator=default_data_collator,
+                compute_metrics=trainer_metrics,
+                **teacher,
+            )
+
+        return self.run.stage(stage, build, Classifier.from_pretrained)
+
+    def listen(self, teacher: Classifier) -> TeacherOutputs:
+        """The logits of a frozen teacher for the training samples: it speaks once, not every epoch."""
+        rows = self.data.splits["train"]
+
+        def compute() -> TeacherOutputs:
+            return TeacherOutputs(rows["sample_id"][:], torch.from_numpy(predict(teacher, rows)))
+
+        folder, key = self.run.folder / "teacher_outputs", outputs_key(teacher, self.data.fingerprint)
+        with self.run.timed("teacher_outputs"):
+            return TeacherOutputs.load_or_compute(folder, key, compute, write=process()[0] == 0)
+
+    def report(self, method: str, teacher: Classifier, control: Classifier | None, student: Classifier) -> None:
+        """Measures all three, writes the report and the student's folder, prints the table."""
+        data = self.data
+        sizes: dict[str, int | None] = {"test": None} | {split: len(rows) for split, rows in data.splits.items()}
+        entries = {
+            "teacher": evaluate(f"width {teacher.config.width}", teacher, data),
+            "control": control and evaluate(f"width {control.config.width}, labels only", control, data, teacher),
+            "student": evaluate(f"width {student.config.width}, {method}", student, data, teacher),
+        }
+        results = self.run.results(
+            domain="example-domain",
+            task=data.name,
+            method=method,
+            data=sizes | {"fingerprint": data.fingerprint},
+            models=entries,
+            split="validation",
+            metric="accuracy",
+            selection="last epoch; no split chose anything",
+            data_notes="; ".join(data.notes) or "none",
+        )
+        if PartialState().is_main_process:
+            folder = self.run.folder / "student"
+            usage = USAGE.format(folder=folder, length=len(data.splits["train"][0]["values"]))
+            with writing_folder(folder) as partial:
+                student.save_pretrained(partial)
+                write_text(partial / "README.md", model_card(results, f"{data.name}: {method}", usage))
+            write_report(self.run.folder, results, self.run.history)
+            print_table(results)
+            print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")

@@ -1,0 +1,33 @@
+"""Students as `python -m common.export` takes them away: signals in, logits out."""
+
+import torch
+
+from common.exportable import Exportable
+from common.utils.errors import UserError
+from example_domain.data.tones import LENGTH
+from example_domain.teacher_model.classifier import Classifier
+
+USAGE = f"""import json
+
+import numpy as np
+
+labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
+logits = model({{"values": np.zeros((1, {LENGTH}), dtype=np.float32)}})  # one signal
+print(labels[str(logits.argmax())])"""
+
+
+def load(name: str, task: str | None) -> Exportable:
+    """The student in a folder; what its task is called does not matter. Raises UserError where there is none."""
+    try:
+        model = Classifier.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} holds no classifier of this domain ({type(error).__name__})") from error
+    signals = torch.randn(20, LENGTH, generator=torch.Generator().manual_seed(0))
+    return Exportable(
+        model,
+        inputs={"values": signals[:2]},
+        others=[{"values": signals[:1, LENGTH // 2 :]}, {"values": signals}],
+        axes={0: "batch", 1: "length"},
+        usage=USAGE,
+        beside=model.config.save_pretrained,
+    )

@@ -1,0 +1,1 @@
+"""What a teacher is and where it comes from."""

@@ -1,0 +1,153 @@
+"""`python -m common.new_domain` in a copy of the repository: what it lays out is installed, tested and run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from paths import REPO
+from scripts import run_script
+
+from common.report import validate
+
+NEEDED = ("common", "typings", "tests/helpers", "tests/conftest.py", "tests/test_layout.py", "tests/test_documents.py",
+          "setup.py", "pyproject.toml", "requirements.txt", "README.md", "CONTRIBUTING.md")  # fmt: skip
+LAYOUT = ("a_domain_is_importable_and_complete", "domains_import_common_and_never_each_other",
+          "shell_scripts_name_a_recipe_and_can_be_run")  # fmt: skip
+
+
+def copy_into(root: Path) -> Path:
+    """A repository without its domains."""
+    for name in NEEDED:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if (REPO / name).is_dir():
+            shutil.copytree(REPO / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(REPO / name, root / name)
+    return root
+
+
+def new_domain(root: Path, name: str) -> None:
+    run_script(str(root / "common" / "new_domain" / "__main__.py"), name)
+
+
+def call(root: Path, *words: object) -> str:
+    """The output of a command that must succeed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, words)), cwd=root, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+def installed(root: Path, environment: Path) -> Path:
+    """The Python of a new virtual environment with the repository at `root`, beside the packages of this one."""
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    own = call(root, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    Path(own, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-index"]
+    call(root, python, "-m", "pip", "install", *flags, "--editable", root)
+    return python
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A repository with the domain bird-songs, and a Python in which it is installed."""
+    folder = tmp_path_factory.mktemp("birds")
+    root = copy_into(folder / "repository")
+    said = call(root, sys.executable, "-m", "common.new_domain", "bird-songs")
+    assert "python bird-songs/scripts/distill.py" in said
+    return root, installed(root, folder / "environment")
+
+
+def test_a_new_domain_passes_its_own_test_and_that_of_the_layout(birds):
+    root, python = birds
+    layout = [f"tests/test_layout.py::test_{name}" for name in LAYOUT]
+    said = call(root, python, "-m", "pytest", "-q", "-n", "0", "-rA", "tests/bird_songs", *layout)
+    for name in (*LAYOUT, "evaluate_reproduces_the_reported_metrics"):
+        assert f"test_{name}" in said
+    assert "skipped" not in said
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_new_domain_run(birds):
+    root, python = birds
+    call(root, python, "bird-songs/scripts/distill.py")
+    results = json.loads((root / "runs" / "bird-songs" / "distill" / "results.json").read_text())
+    validate(results)
+    assert results["models"]["teacher"]["metrics"]["test"]["accuracy"] > 0.7
+    assert results["models"]["student"]["metrics"]["test"]["accuracy"] > 0.6
+    call(root, python, "-m", "common.export", "runs/bird-songs/distill")
+    assert (root / "runs" / "bird-songs" / "distill" / "export" / "model.onnx").exists()
+    call(root, "env", f"PYTHON={python}", "bird-songs/scripts/distill_soft.sh", "--max_steps", 2, "--no_control")
+    assert (root / "runs" / "bird-songs" / "soft" / "report.md").exists()
+    call(root, python, "-m", "pytest", "-q", "-n", "0", "tests/test_documents.py", "-k", "scripts_start or bird-songs")
+    call(root, python, "-m", "mypy", "typings/bird_songs", "tests/bird_songs")
+
+
+@pytest.mark.parametrize(("folder", "name"), [("Audio", "audio"), ("environmental-sounds", "environmental_sounds")])
+def test_all_names_are_replaced_and_the_code_stays_as_ruff_wants_it(tmp_path, folder, name):
+    """Also where the name comes before `common` in the alphabet, and where it makes lines longer."""
+    root = copy_into(tmp_path / "repository")
+    new_domain(root, folder)
+    files = [path for place in (root / folder, root / "tests" / name) for path in place.rglob("*") if path.is_file()]
+    template = [path for path in (root / "common" / "new_domain" / "template").rglob("*") if path.is_file()]
+    assert len(files) == len(template)
+    for path in files:
+        assert "example" not in path.name and "example-domain" not in path.read_text(), path
+        assert "example_domain" not in path.read_text(), path
+    assert os.readlink(root / "typings" / name) == f"../{folder}" and (root / "typings" / name / "README.md").exists()
+    for words in (["check"], ["format", "--check"]):
+        call(root, sys.executable, "-m", "ruff", *words, folder, f"tests/{name}")
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_into(tmp_path_factory.mktemp("untouched") / "repository")
+
+
+def refused(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a name is refused; nothing is written."""
+    before = sorted(root.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        new_domain(root, name)
+    assert ended.value.code == 2
+    assert sorted(root.rglob("*")) == before
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bird songs", "no import name"), ("3d", "no import name"), ("class", "no import name"),
+        ("../speech", "no import name"), ("vögel", "no import name"), ("", "no import name"),
+        ("common", "taken, by common"), ("Tests", "taken, by tests"), ("helpers", "taken, by tests/helpers"),
+        ("tiny", "taken, by tests/helpers/tiny.py"), ("setup", "taken, by setup.py"),
+        ("example-domain", "taken, by typings/example_domain"), ("evaluate", "scripts/evaluate.py"),
+        ("json", "taken, by the package json"), ("NumPy", "taken, by the package numpy"),
+    ],
+)  # fmt: skip
+def test_bad_names_are_refused_in_one_line(untouched, capsys, name, message):
+    assert message in refused(untouched, name, capsys)
+
+
+def test_a_domain_that_exists_stays_as_it_is_however_its_name_is_spelt(tmp_path, capsys):
+    root = copy_into(tmp_path / "repository")
+    new_domain(root, "bird-songs")
+    (root / "bird-songs" / "README.md").write_text("mine")
+    capsys.readouterr()
+    assert "taken, by bird-songs" in refused(root, "Bird_Songs", capsys)
+    assert (root / "bird-songs" / "README.md").read_text() == "mine"
+
+
+def test_nothing_is_left_of_a_domain_that_could_not_be_laid_out(tmp_path, capsys):
+    root = copy_into(tmp_path / "repository")
+    (root / "common" / "new_domain" / "template" / "scripts" / "broken.py").write_text("def")
+    assert "ruff" in refused(root, "speech", capsys)
