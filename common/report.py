@@ -1,4 +1,4 @@
-"""What a run has to show: results.json, report.md, curves.png, a table, a model card.
+"""What a run has to show: results.json, report.md, curves.png, a table.
 
     python -m common.report runs/** --markdown comparison.md --csv comparison.csv --plot comparison.png
 
@@ -7,11 +7,8 @@ puts several runs side by side (common/comparison.py).
 
 import json
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from common.cli import run
 from common.plots import plot_curves
@@ -114,7 +111,7 @@ def write_report(
 
 def print_table(results: Results) -> None:
     """Prints what a run achieved: a table of the models, then retention and gain over the control."""
-    print_rich(*_model_table(results), title=_title(results), below=_headline(results))
+    print_rich(*model_table(results), title=title(results), below=headline(results))
 
 
 def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
@@ -129,63 +126,18 @@ def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
         write_json(path, entry)
 
 
-def model_card(results: Results, title: str, usage: str, license: str = "mit", **metadata: Any) -> str:
-    """README.md of a student for the Hugging Face Hub.
-
-    `usage` is the Python code that loads and calls the student; `metadata` are more entries of the YAML header
-    (library_name, pipeline_tag, base_model, datasets).
-    """
-    metrics = [results["primary_metric"]["name"]]
-    front = {"license": license, "tags": ["knowledge-distillation"], "metrics": metrics} | metadata
-    student = results["models"]["student"]
-    teacher = results["models"]["teacher"]
-    origin = f" from the teacher `{teacher['name']}`" if teacher else ""
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
-
-# {title}
-
-`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, distilled{origin} with
-the method `{results["method"]}`. {_headline(results)}
-
-## Load it
-
-```python
-{usage.strip()}
-```
-
-## Results
-
-{markdown(*_model_table(results))}
-
-{markdown(*_metric_table(results))}
-
-## How it was trained
-
-```
-{shlex.join(results["command"])}
-```
-
-{_data_sentence(results)} {_environment_sentence(results)}
-
-## Limitations
-
-{_bullets(_limitations(results))}
-"""
-
-
 def _report(results: Results) -> str:
     sections = [
-        f"# {_title(results)}",
-        _headline(results),
-        markdown(*_model_table(results)),
+        f"# {title(results)}",
+        headline(results),
+        markdown(*model_table(results)),
         "![Training loss and evaluation metric](curves.png)",
         "## All metrics",
-        markdown(*_metric_table(results)),
+        markdown(*metric_table(results)),
         *_extra_sections(results),
         "## How it was made",
         f"```\n{shlex.join(results['command'])}\n```",
-        f"Seed {results['seed']}. {_data_sentence(results)} Data fingerprint `{results['data']['fingerprint']}`.",
+        f"Seed {results['seed']}. {data_sentence(results)} Data fingerprint `{results['data']['fingerprint']}`.",
         markdown(["stage", "seconds"], [[stage, number(value)] for stage, value in results["seconds"].items()]),
         markdown(["environment", ""], [[key, number(value)] for key, value in results["environment"].items()]),
     ]
@@ -195,7 +147,7 @@ def _report(results: Results) -> str:
 # ---------------------------------------------------------------- words and tables
 
 
-def _title(results: Results) -> str:
+def title(results: Results) -> str:
     return f"{results['domain']}: {results['task']}, {results['method']}"
 
 
@@ -204,7 +156,7 @@ def primary_score(results: Results, stage: str) -> float | None:
     return model["metrics"][primary["split"]][primary["name"]] if model else None
 
 
-def _headline(results: Results) -> str:
+def headline(results: Results) -> str:
     primary, models = results["primary_metric"], results["models"]
     student, teacher = models["student"], models["teacher"]
     if not student:
@@ -226,7 +178,7 @@ def _headline(results: Results) -> str:
     return text + "."
 
 
-def _model_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def model_table(results: Results) -> tuple[list[str], list[list[str]]]:
     primary = results["primary_metric"]
     models = {stage: model for stage, model in results["models"].items() if model}
     batches = ", ".join(str(batch) for batch in sorted({model["latency_ms"]["batch"] for model in models.values()}))
@@ -240,7 +192,7 @@ def _model_table(results: Results) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
     models = {stage: model["metrics"] for stage, model in results["models"].items() if model}
     places = dict.fromkeys(
         (split, name) for splits in models.values() for split, values in splits.items() for name in values
@@ -271,39 +223,17 @@ def _section_table(section: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return ["", *section], [[name, *(number(values.get(name)) for values in section.values())] for name in names]
 
 
-def _data_sentence(results: Results) -> str:
+def data_sentence(results: Results) -> str:
     sizes = [f"{split} {number(results['data'][split])}" for split in ("train", "validation", "test")]
     return f"Samples: {', '.join(sizes)}."
 
 
-def _environment_sentence(results: Results) -> str:
+def environment_sentence(results: Results) -> str:
     environment = results["environment"]
     return (
         f"Computed in {environment['precision']} on {environment['device']} ({environment['threads']} threads) "
         f"with torch {environment['torch']} in {number(results['seconds']['total'])} seconds."
     )
-
-
-def _limitations(results: Results) -> list[str]:
-    split, gain = results["primary_metric"]["split"], results["gain_over_control"]
-    student = results["models"]["student"]
-    lines = [f"One run, seed {results['seed']}: the spread over seeds is not in these figures."]
-    if results["data"][split] is not None:
-        lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
-    if "test" not in student["metrics"]:
-        lines.append("It was not evaluated on a test split.")
-    if results["retention"] is not None and results["retention"] < 1:
-        lines.append(f"It is {1 - results['retention']:.1%} behind its teacher.")
-    if gain is None:
-        lines.append("There was no control, so how much the teacher helped is unknown.")
-    elif gain <= 0:
-        lines.append("The control was as good or better.")
-    batch, device = student["latency_ms"]["batch"], results["environment"]["device"]
-    return [*lines, f"Latency was measured with batches of {batch} on {device}; other hardware differs."]
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 if __name__ == "__main__":

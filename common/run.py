@@ -27,7 +27,8 @@ from common.arguments import KDTrainingArguments
 from common.attention import quick_attention
 from common.cli import recipe_of, save_recipe
 from common.metrics.returns import normalized_return
-from common.report import RECIPE, RESULTS
+from common.model_card import Savable, save_student
+from common.report import RECIPE, RESULTS, print_table, write_report
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
@@ -183,6 +184,18 @@ class Run:
             "environment": environment(self.args.precision, best_device()),
             **extra,
         }
+
+    def finish(
+        self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
+    ) -> None:
+        """In the main process: writes the student's folder and the report, and prints the table. Arguments are those
+        of `model_card.save_student`.
+        """
+        if PartialState().is_main_process:
+            save_student(self.folder / "student", student, results, usage, processor, **metadata)
+            write_report(self.folder, results, self.history)
+            print_table(results)
+            print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
 
 
 def refuse_other_arguments(folder: Path, instances: tuple[Any, ...]) -> None:

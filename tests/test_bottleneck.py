@@ -291,6 +291,7 @@ torch.testing.assert_close(half.key_counts, whole.key_counts)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fit_the_keys_of_one(tmp_path):
     script = tmp_path / "ema.py"
     script.write_text(EMA_ON_TWO_PROCESSES)

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from common import cli, comparison, report
+from common.model_card import model_card
 from common.utils.files import read_json, write_json, write_text
 
 
@@ -182,7 +183,7 @@ def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_model_card_states_what_is_known(tmp_path: Path) -> None:
-    card = report.model_card(results(student=0.75), "Tiny", "load('tiny')", license="apache-2.0", library_name="x")
+    card = model_card(results(student=0.75), "load('tiny')", license="apache-2.0", library_name="x")
     _, front, body = card.split("---\n", 2)
     header = yaml.safe_load(front)
     assert header["license"] == "apache-2.0" and header["library_name"] == "x" and header["metrics"] == ["accuracy"]
@@ -190,7 +191,7 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
     assert "```python\nload('tiny')\n```" in body and "1,234,567" in body and "distill.py" in body
     assert "16.7% behind its teacher" in body
     assert "The control was as good or better" in body
-    assert "how much the teacher helped is unknown" in report.model_card(results(control=None), "Tiny", "")
+    assert "how much the teacher helped is unknown" in model_card(results(control=None), "")
 
 
 def test_comparison_over_seeds(tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ from accelerate import PartialState
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from common.arguments import KDTrainingArguments
-from common.report import model_card, print_table, write_report
 from common.run import TrainerRun
 from common.utils.errors import UserError
-from common.utils.files import write_text, writing_folder
 from nlp.data.loading import TextData
 from nlp.student_model.arguments import PairArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
@@ -174,10 +172,13 @@ class Distillation:
         trained = {role: m for role, m in (("teacher", teacher), ("control", control), ("student", student)) if m}
         keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
         results = self._results(models, **({"keys": keys} if keys else {}))
-        folder = self._save_student(student, results)
-        write_report(self.run.folder, results, self.run.history)
-        print_table(results)
-        print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+        bottleneck = isinstance(student, BottleneckClassifier)
+        usage = USAGE.format(
+            module="nlp.student_model.bottleneck_classifier" if bottleneck else "transformers",
+            model="BottleneckClassifier" if bottleneck else "AutoModelForSequenceClassification",
+            folder=self.run.folder / "student",
+        )
+        self.run.finish(results, student, usage, self.student_texts.collate.tokenizer)
         return results
 
     def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
@@ -200,17 +201,3 @@ class Distillation:
             data_notes="; ".join(self.data.notes) or "none",
             **extra,
         )
-
-    def _save_student(self, student: PreTrainedModel, results: dict[str, Any]) -> Path:
-        folder = self.run.folder / "student"
-        bottleneck = isinstance(student, BottleneckClassifier)
-        usage = USAGE.format(
-            module="nlp.student_model.bottleneck_classifier" if bottleneck else "transformers",
-            model="BottleneckClassifier" if bottleneck else "AutoModelForSequenceClassification",
-            folder=folder,
-        )
-        with writing_folder(folder) as partial:
-            student.save_pretrained(partial)
-            self.student_texts.collate.tokenizer.save_pretrained(partial)
-            write_text(partial / "README.md", model_card(results, f"{self.data.name}: {self.method}", usage))
-        return folder

@@ -4,12 +4,10 @@ import copy
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,10 +18,8 @@ from common.losses import jensen_shannon, soft_target_kl
 from common.metrics.cost import cost
 from common.metrics.language import language_metrics, token_agreement, token_counts
 from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
-from common.report import model_card, print_table, write_report
 from common.run import TrainerRun
 from common.utils.errors import UserError
-from common.utils.files import write_text, writing_folder
 from nlp.data.corpora import Corpus, pack, stack
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, hidden_states, width
@@ -167,13 +163,11 @@ class LanguageDistillation:
                 models[role], said = self._evaluate(self._name(role, model), model, choices)
                 choices = choices or said  # the teacher's, with which the others are compared
                 samples[role] = self._continue(model, prompt)
-        if not PartialState().is_main_process:
-            return
         results = self._results(models, sample={"prompt": one_line(prompt)} | samples)
-        folder = self._save_student(student, results, prompt)
-        write_report(self.run.folder, results, self.run.history)
-        print_table(results)
-        print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+        quoted = json.dumps(prompt, ensure_ascii=False)
+        usage = USAGE.format(folder=self.run.folder / "student", prompt=quoted, new=self._continuation)
+        card = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        self.run.finish(results, student, usage, self.tokenizer, **card)
 
     def _evaluate(
         self, name: str, model: PreTrainedModel, teacher_choices: dict[str, np.ndarray] | None
@@ -235,21 +229,6 @@ class LanguageDistillation:
             corpus={"tokens": tokens, "bytes": {split: self.corpus.size(split) for split in self.blocks}},
             **extra,
         )
-
-    def _save_student(self, student: PreTrainedModel, results: dict[str, Any], prompt: str) -> Path:
-        folder = self.run.folder / "student"
-        card = model_card(
-            results,
-            f"{results['task']}: {results['method']}",
-            USAGE.format(folder=folder, prompt=json.dumps(prompt, ensure_ascii=False), new=self._continuation),
-            library_name="transformers",
-            pipeline_tag="text-generation",
-        )
-        with writing_folder(folder) as partial_folder:
-            student.save_pretrained(partial_folder)
-            self.tokenizer.save_pretrained(partial_folder)
-            write_text(partial_folder / "README.md", card)
-        return folder
 
 
 def divergence_of(name: str, temperature: float, js_beta: float) -> Divergence:

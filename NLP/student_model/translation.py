@@ -8,7 +8,6 @@ import copy
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,10 @@ from common.losses import soft_target_kl
 from common.metrics.language import token_counts, token_metrics
 from common.objective import Objective, task_loss, token_targets
 from common.plots import plot_curves
-from common.report import model_card, print_table, write_report
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
 from common.utils.errors import UserError
-from common.utils.files import write_text, writing_folder
 from nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
 from nlp.student_model.translation_evaluation import evaluate
 from nlp.teacher_model.seq2seq import (
@@ -224,15 +221,14 @@ class TranslationDistillation:
                 models[role], decoding[role], signature = evaluate(
                     self._name(role, model), translator, self.data, self.splits, self.args.beams
                 )
-        if not PartialState().is_main_process:
-            return
         results = self._results(models, decoding=decoding, sacrebleu=signature)
-        folder = self._save_student(student, results)
-        write_report(self.run.folder, results, self.run.history)
-        curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
-        plot_curves(self.run.folder / "curves.png", self.run.history, curve)  # BLEU has none: it is of the end only
-        print_table(results)
-        print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+        example = self.args.source_prefix + self.data.splits["validation"]["source"][0]
+        usage = USAGE.format(folder=self.run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
+        card = {"library_name": "transformers", "pipeline_tag": "translation"}
+        self.run.finish(results, student, usage, self.tokenizer, **card)
+        if PartialState().is_main_process:  # over the curve of BLEU, which there is none of: it is of the end only
+            curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
+            plot_curves(self.run.folder / "curves.png", self.run.history, curve)
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.given:
@@ -255,24 +251,6 @@ class TranslationDistillation:
             data_notes="; ".join(self.data.notes) or "none",
             **extra,
         )
-
-    def _save_student(self, student: PreTrainedModel, results: dict[str, Any]) -> Path:
-        folder = self.run.folder / "student"
-        sentence = json.dumps(
-            self.args.source_prefix + self.data.splits["validation"]["source"][0], ensure_ascii=False
-        )
-        card = model_card(
-            results,
-            f"{results['task']}: {self.args.method}",
-            USAGE.format(folder=folder, sentence=sentence),
-            library_name="transformers",
-            pipeline_tag="translation",
-        )
-        with writing_folder(folder) as partial_folder:
-            student.save_pretrained(partial_folder)
-            self.tokenizer.save_pretrained(partial_folder)
-            write_text(partial_folder / "README.md", card)
-        return folder
 
 
 def _same_vocabulary(first: Translator, second: Translator) -> bool:

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import BaseImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
 from common.inference import as_it_is
+from common.model_card import save_student
 from common.objective import Objective, task_loss
-from common.report import model_card, print_table, write_report
+from common.report import print_table, write_report
 from common.run import TrainerRun
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import outputs_key
 from common.teacher_views import TeacherViews
 from common.utils.devices import best_device
 from common.utils.errors import UserError
-from common.utils.files import write_text, writing_folder
 from image_classification.data.large import LargeImageData, shorter_side
 from image_classification.data.loading import ImageData
 from image_classification.data.views import Views
@@ -165,7 +165,8 @@ class Experiment:
         results = self._results(method, entries) | extra
         if PartialState().is_main_process:
             if student is not None:
-                self._save_student(folder / "student", student, results)
+                place, processor = folder / "student", image_processor(self.data)
+                save_student(place, student, results, USAGE.format(folder=place), processor)
             write_report(folder, results, history)
         return results
 
@@ -186,13 +187,6 @@ class Experiment:
             parameters_of_parts=_of_parts(entries, "parameters"),
             flops_of_parts=_of_parts(entries, "flops"),
         )
-
-    def _save_student(self, folder: Path, student: ImageClassifier, results: dict[str, Any]) -> None:
-        with writing_folder(folder) as partial:
-            student.save_pretrained(partial)
-            image_processor(self.data).save_pretrained(partial)
-            card = model_card(results, f"{self.data.name}: {results['method']}", USAGE.format(folder=folder))
-            write_text(partial / "README.md", card)
 
 
 def _without_parts(entry: dict[str, Any]) -> dict[str, Any]:

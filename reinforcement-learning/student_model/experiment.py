@@ -11,7 +11,8 @@ from torch import nn
 
 from common.arguments import RunArguments
 from common.metrics.returns import normalized_return
-from common.report import model_card, print_table, write_report
+from common.model_card import model_card
+from common.report import print_table, write_report
 from common.run import Run
 from common.utils.files import write_text, writing_folder
 from reinforcement_learning.data.playing import greedy
@@ -116,7 +117,7 @@ class Experiment:
         with writing_folder(folder / "student") as partial:
             shutil.copy(self.run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
             usage = USAGE.format(folder=folder / "student", environment=environment)
-            write_text(partial / "README.md", model_card(results, f"{environment}: {self.method}", usage))
+            write_text(partial / "README.md", model_card(results, usage))
 
 
 def folder_name(environment: str) -> str:

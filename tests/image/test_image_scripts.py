@@ -196,6 +196,7 @@ def test_the_same_seed_gives_the_same_student_and_another_seed_another(teacher, 
     assert not torch.equal(other["backbone.conv1.weight"], same["backbone.conv1.weight"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
     """SIGKILL in the middle of the student's training, after some checkpoints."""
     words = [*SHORT, *PAIR, "--teacher", teacher, "--no_control", "--projector", "all-layer", "--num_train_epochs", 8]

@@ -372,6 +372,7 @@ def test_shell_script_runs_from_any_directory(small, tmp_path):
     assert (tmp_path / "here" / "student" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_study_of_keys_fills_its_table(carried, small, tmp_path, monkeypatch):
     monkeypatch.setattr(study_keys, "SETTINGS", [study_keys.SETTINGS[0], study_keys.SETTINGS[-1]])
     words = ["study_keys.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md"]

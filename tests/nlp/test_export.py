@@ -188,6 +188,7 @@ def test_a_student_with_a_bottleneck(scoped, tmp_path):
         torch.testing.assert_close(OnnxModel(folder / "model.onnx")(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_format_and_another_in_its_place(scoped, tmp_path):
     """A DistilBERT, which takes no token types."""
     student, folder = saved("distilbert", scoped, tmp_path / "student"), tmp_path / "elsewhere"

@@ -105,7 +105,7 @@ def test_a_language_model_goes_on_as_transformers_generate(texts, tmp_path, caps
     assert capsys.readouterr().out.strip() == tokenizer.decode(expected[0]).strip()
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch.export"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
 def test_a_translator_says_what_transformers_generate(texts, tmp_path, format):
     tokenizer = joint_bpe(texts, 200, 32)
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}

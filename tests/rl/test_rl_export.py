@@ -54,7 +54,7 @@ def observations(environment: str, steps: int = 30) -> np.ndarray:
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("environment", ["CartPole-v1", "Pendulum-v1"])
 def test_a_policy_acts_as_predict_says(tmp_path, environment, format):
     model = new_student(
@@ -81,7 +81,7 @@ def test_squashed_actions_are_in_the_units_of_the_environment(tmp_path):
     np.testing.assert_allclose(act(rows), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
 def test_what_vecnormalize_knows_is_inside(tmp_path, format):
     """Clipping included: the export takes observations as they are."""
     normalizer = VecNormalize(SB3Environments("Pendulum-v1", 3, seed=3), clip_obs=1.2)

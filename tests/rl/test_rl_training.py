@@ -34,6 +34,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SMALL)
 def test_a_killed_training_ends_as_if_never_killed(algorithm, tmp_path):
     environment, changes = SMALL[algorithm]

@@ -3,16 +3,13 @@
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import default_data_collator
 
 from common.arguments import KDTrainingArguments
 from common.objective import Objective
-from common.report import model_card, print_table, write_report
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
-from common.utils.files import write_text, writing_folder
 from example_domain.data.loading import LabelledData
 from example_domain.student_model.evaluation import evaluate, predict, trainer_metrics
 from example_domain.teacher_model.classifier import Classifier, new_classifier
@@ -82,12 +79,5 @@ class Distillation:
             selection="last epoch; no split chose anything",
             data_notes="; ".join(data.notes) or "none",
         )
-        if PartialState().is_main_process:
-            folder = self.run.folder / "student"
-            usage = USAGE.format(folder=folder, length=len(data.splits["train"][0]["values"]))
-            with writing_folder(folder) as partial:
-                student.save_pretrained(partial)
-                write_text(partial / "README.md", model_card(results, f"{data.name}: {method}", usage))
-            write_report(self.run.folder, results, self.run.history)
-            print_table(results)
-            print(f"student: {folder}\nreport:  {self.run.folder / 'report.md'}")
+        length = len(data.splits["train"][0]["values"])
+        self.run.finish(results, student, USAGE.format(folder=self.run.folder / "student", length=length))
