@@ -20,7 +20,7 @@ import yaml
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
@@ -28,6 +28,7 @@ from common.attention import quick_attention
 from common.cli import recipe_of, save_recipe
 from common.metrics.returns import normalized_return
 from common.model_card import Savable, save_student
+from common.progress import StageProgress
 from common.report import RECIPE, RESULTS, print_table, write_report
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
@@ -226,7 +227,8 @@ class TrainerRun(Run):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # what its callback reads
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP leaves a model in shards, for good
         loop = KDTrainer(model=trained, args=args, **trainer)
-        logger.info("training %s", name)
+        if loop.pop_callback(ProgressCallback):  # not in notebooks, which have one of their own
+            loop.add_callback(StageProgress(name.replace("_", " ")))
         start = last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None
         with quick_attention(trained, trainer["train_dataset"], args.precision, best_device().type):
             loop.train(resume_from_checkpoint=start)

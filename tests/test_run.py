@@ -1,5 +1,6 @@
 """A run: its stages, what its results say, and training in shards."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from paths import REPO
+from tiny import Rows, arguments, kd, model
 
 from common import report
 from common.arguments import RunArguments
-from common.run import Run
+from common.progress import log_line
+from common.run import Run, TrainerRun
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
 
@@ -87,6 +90,20 @@ def test_show_metrics_prints_intervals(capsys):
     report.show_metrics("model", {"metrics": {"test": {"mean": 0.5, "interval": [0.25, 0.75], "episodes": 4}}}, None)
     shown = capsys.readouterr().out
     assert "0.500000" in shown and "[0.2500, 0.7500]" in shown
+
+
+def test_progress_names_the_stage_and_reads_like_a_sentence(tmp_path, capsys):
+    args = arguments(tmp_path, disable_tqdm=False, logging_strategy="epoch")
+    TrainerRun(args).train("student", model(), {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
+    out, err = capsys.readouterr()
+    assert re.search(r"^student, epoch 1: loss [\d.]+ \(task [\d.]+, soft targets [\d.]+\)$", out, re.M)
+    assert re.search(r"^student, \d+ s, \d+ samples a second$", out, re.M)
+    assert "student: 100%" in err and "{" not in out
+
+
+def test_an_evaluation_as_a_line():
+    logs = {"eval_accuracy": 0.49274, "eval_oos_recall": 0.5, "eval_runtime": 1.2, "epoch": 2.0, "eval_none": None}
+    assert log_line(logs) == "epoch 2: evaluation accuracy 0.4927, oos recall 0.5"
 
 
 TRAIN_SHARDED = """
