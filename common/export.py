@@ -1,181 +1,202 @@
-"""Models that leave this project: as ONNX graphs and as programs of torch.export.
+"""Takes a student of any domain away: one file that needs nothing of this project, and the code that loads it.
 
     python -m common.export runs/NLP/base --format onnx
-    python -m common.export runs/reinforcement-learning/distill_CartPole-v1 --format torch.export
+    python -m common.export runs/reinforcement-learning/distill_CartPole-v1 --format torch.export --output_dir cart
 
-takes a student of any domain away (common/take_away.py). Both formats come from torch.export, ONNX by `dynamo=True`,
-the exporter that is maintained: the older one follows one example, and writes the sizes that this example happened to
-have into the graph of a bottleneck. int8 weights of an ONNX graph are those of ONNX Runtime's dynamic quantisation.
+The folder (default: `export` in the run's) holds model.onnx or model.pt2, what its use needs (tokenizer, labels), the
+code in README.md and what was checked in export.json. The file is loaded again and has to answer as the student does,
+to inputs of other sizes than those that it was made with, or nothing is written. All of it runs on the CPU.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import onnx
 import onnxruntime
-import torch
-from onnxruntime import quantization
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
-from common.cli import run
-from common.metrics.cost import latency
-from common.outputs import Outputs
+from common.cli import Parser, run
+from common.exportable import Check, Exportable, check_table, checks, sizes
+from common.graphs import OnnxModel, axes_by_input, load_program, to_onnx, to_program
+from common.results import RESULTS
+from common.tables import markdown, print_rich
+from common.utils.environment import command, environment
+from common.utils.errors import UserError
+from common.utils.files import read_json, write_json, write_text, writing_folder
 
-# Convolutions stay fp32: on a CPU they gain from static quantisation only, which needs calibration data.
-QUANTIZED = ("MatMul", "Gemm", "Gather")
+RECORD = "export.json"  # every export has it, and nothing else
+LOAD_ONNX = """import onnxruntime
 
-Axes = dict[int, str]  # {0: "batch", 1: "position"}: the axes whose size may change
-
-
-# ---------------------------------------------------------------- a graph, in either format
-
-
-class _Graph(nn.Module):
-    """A model as a graph sees it: inputs by position, one tensor out."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return answer_of(self.model(**dict(zip(self.names, inputs, strict=True))))
+folder = "{folder}"  # where this lies
+session = onnxruntime.InferenceSession(f"{{folder}}/{file}")
 
 
-def answer_of(said: Any) -> Tensor:
-    """The tensor that a model answers with, or its logits."""
-    return said if isinstance(said, Tensor) else said.logits
+def model(inputs):
+    return session.run(None, inputs)[0]"""
+LOAD_PROGRAM = """import torch
+
+folder = "{folder}"  # where this lies
+program = torch.export.load(f"{{folder}}/{file}").module()
 
 
-def to_onnx(
-    model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes], output: str = "logits"
-) -> None:
-    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `output`, which is
-    what `answer_of` finds.
+def model(inputs):  # in the order of the table above
+    with torch.inference_mode():
+        return program(*map(torch.from_numpy, inputs.values())).numpy()"""
 
-    `inputs` are an example on the model's device; `axes` names those of their axes whose size may change, of every
-    input alike or by input. Raises ValueError where the example has size 1 there, because that would be taken for a
-    constant.
+
+def load_torch(path: Path) -> Callable[..., Tensor]:
+    program = load_program(path)
+    return lambda **inputs: program(*inputs.values())
+
+
+class Format(NamedTuple):
+    """How a student is written and loaded again, here and by the reader of README.md."""
+
+    file: str
+    write: Callable[[Exportable, Path], None]
+    load: Callable[[Path], Callable[..., Tensor]]
+    code: str
+    note: str
+
+
+FORMATS = {
+    "onnx": Format(
+        "model.onnx",
+        lambda student, path: to_onnx(student.model, student.inputs, path, student.axes, student.output),
+        lambda path: OnnxModel(path).answer,
+        LOAD_ONNX,
+        "It was checked with ONNX Runtime {onnxruntime}",
+    ),
+    "torch.export": Format(
+        "model.pt2",
+        lambda student, path: to_program(student.model, student.inputs, path, student.axes),
+        load_torch,
+        LOAD_PROGRAM,
+        "torch {torch} wrote it, and other versions may not read it",
+    ),
+}
+
+
+def main() -> None:
+    parser = Parser(prog="python -m common.export", description=__doc__)
+    parser.add_argument("student", help="folder of a student or of its run, or a zip of Stable-Baselines3")
+    parser.add_argument("--format", choices=list(FORMATS), default="onnx")
+    parser.add_argument("--domain", help="whose student it is, where no results.json of its run says so")
+    parser.add_argument("--task", help="what it is for, likewise; of a policy, the environment")
+    parser.add_argument("--output_dir", help="default: export, in the folder of the run or beside the student")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
+    args = parser.parse_args()
+
+    path = Path(args.student, "student")
+    name = str(path) if path.is_dir() else args.student
+    folder = output_folder(name, args.output_dir, args.overwrite_output_dir)
+    run = run_of(name)
+    results = read_json(run / RESULTS) if run else {}
+    load = loader(name, args.domain or results.get("domain"))
+    transformers_logging.disable_progress_bar()
+    take_away(name, load(name, args.task or results.get("task")), args.format, folder)
+
+
+def take_away(name: str, student: Exportable, format: str, folder: Path) -> None:
+    """Writes `student`, called `name`, into a folder, and prints what was checked. Raises UserError where it cannot be
+    exported, or its export answers otherwise.
     """
-    shapes = tuple(axes_by_input(inputs, axes).values())
-    with _quiet(), torch.no_grad():
-        torch.onnx.export(
-            _Graph(model, list(inputs)).eval(),
-            tuple(inputs.values()),
-            path,
-            input_names=list(inputs),
-            output_names=[output],
-            dynamic_shapes=(shapes,),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-
-
-def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes]) -> None:
-    """Writes `model`, in eval mode, as a program of torch.export: inputs by position, in the order of `inputs`.
-    Arguments as of `to_onnx`.
-    """
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = tuple(dict.fromkeys(own, dynamic) for own in axes_by_input(inputs, axes).values())
-    with _quiet(), torch.no_grad():
-        graph = _Graph(model, list(inputs)).eval()
-        program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=(shapes,))
-        torch.export.save(program, path)
-
-
-def load_program(path: str | Path) -> nn.Module:
-    """What `to_program` wrote; it takes its inputs by position."""
-    with _quiet():
-        return torch.export.load(path).module()
-
-
-def axes_by_input(inputs: dict[str, Tensor], axes: Axes | dict[str, Axes]) -> dict[str, Axes]:
-    """`axes`, given of every input alike or by input, by input. Raises ValueError as `to_onnx` does."""
-    by_input: Any = axes if axes.keys() == inputs.keys() else dict.fromkeys(inputs, axes)
-    fixed = [name for name, value in inputs.items() if any(value.shape[axis] < 2 for axis in by_input[name])]
-    if fixed:
-        raise ValueError(f"the example of {', '.join(fixed)} must have at least 2 along the axes {axes}")
-    return by_input
-
-
-def quantize_onnx(path: str | Path, path_int8: str | Path) -> None:
-    """Writes the ONNX graph `path` with int8 weights of matrix products and lookups.
-
-    One scale per output, and 7 of 8 bits (`reduce_range`), without which sums saturate on CPUs that have no VNNI.
-    Products with a stack of matrices, such as the keys of a bottleneck, stay fp32: there is no int8 kernel for them.
-    """
-    model = onnx.load(path)
-    model.graph.ClearField("value_info")  # shapes of weights that quantisation transposes; it infers them itself
-    stacks = {weight.name for weight in model.graph.initializer if len(weight.dims) > 2}
-    with _quiet():
-        quantization.quantize_dynamic(
-            model,
-            Path(path_int8),
-            op_types_to_quantize=list(QUANTIZED),
-            nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input)],
-            per_channel=True,
-            reduce_range=True,
-        )
-
-
-class OnnxModel(nn.Module):
-    """An ONNX file behind the call of the model that it was made from, on the CPU with torch's number of threads."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def answer(self, **inputs: Tensor) -> Tensor:
-        """The graph's output, whatever its name."""
-        (said,) = self.session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
-        return torch.from_numpy(said)
-
-    def forward(self, **inputs: Tensor) -> Outputs:
-        return Outputs(logits=self.answer(**inputs))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-# ---------------------------------------------------------------- what it gains
-
-
-def interleaved_latency(
-    models: dict[str, tuple[nn.Module, dict[str, Tensor]]], repeats: int = 100
-) -> dict[str, dict[str, Any]]:
-    """`common.metrics.cost.latency` of several models and their inputs, in turns: whatever else the machine does hits
-    all of them alike. Each turn has a warm-up, because the one before leaves other weights in the cache.
-    """
-    turns = [{n: latency(model, inputs, 1, 1) for n, (model, inputs) in models.items()} for _ in range(repeats)]
-    found = {}
-    for name in models:
-        milliseconds = [turn[name]["median"] for turn in turns]
-        found[name] = turns[0][name] | {
-            "median": float(np.median(milliseconds)),
-            "p90": float(np.quantile(milliseconds, 0.9)),
+    kind = FORMATS[format]
+    with writing_folder(folder) as partial:
+        try:
+            kind.write(student, partial / kind.file)
+        except Exception as error:  # whatever the exporters raise about a model that they cannot follow
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{name} cannot be exported as {format} ({type(error).__name__}: {reason})") from error
+        found = checks(name, student, kind.load(partial / kind.file))
+        student.beside(partial)
+        record = {
+            "student": name,
+            "format": format,
+            "tolerance": student.tolerance,
+            "checks": [asdict(check) for check in found],
+            "command": ["python", "-m", "common.export", *command()[2:]],
+            "environment": environment("fp32", "cpu") | {"onnxruntime": onnxruntime.__version__},
         }
-    return found
+        write_json(partial / RECORD, record)
+        write_text(partial / "README.md", readme(record, student, found, folder))
+    print_rich(*check_table(found, student.output), title=f"{name}, exported", below=f"export: {folder}")
+
+
+# ---------------------------------------------------------------- where from, where to
+
+
+def run_of(student: str) -> Path | None:
+    """The folder of the run that a student, or a zip in its folder, belongs to."""
+    path = Path(student).resolve()
+    return next((folder for folder in (path, *path.parents[:2]) if (folder / RESULTS).is_file()), None)
+
+
+def loader(student: str, domain: str | None) -> Callable[[str, str | None], Exportable]:
+    """The function of a domain that loads its students. Raises UserError where there is none."""
+    folders = [path.parts[-3] for path in Path(__file__).parent.parent.glob("*/student_model/exportable.py")]
+    known = f"--domain, one of {', '.join(sorted(folders))}"
+    if domain is None:
+        raise UserError(f"no {RESULTS} beside {student} says whose it is: pass {known}")
+    package = import_name(domain)
+    if package not in map(import_name, folders):
+        raise UserError(f"there is no domain {domain} that students can be taken from: pass {known}")
+    return import_module(f"{package}.student_model.exportable").load
+
+
+def import_name(domain: str) -> str:
+    """What a domain's folder is imported as."""
+    return domain.lower().replace("-", "_")
+
+
+def output_folder(student: str, output_dir: str | None, overwrite: bool) -> Path:
+    """Where an export goes, once it is certain that nothing else is lost there."""
+    path = Path(student).resolve()
+    if not output_dir and not path.exists():
+        raise UserError(f"{student} is no folder or file: name a student's, or pass --output_dir for one of the Hub")
+    folder = Path(output_dir or (run_of(student) or path.parent) / "export")
+    if folder.exists() and not (folder / RECORD).exists():
+        raise UserError(f"{folder} holds something else than an export: choose another --output_dir")
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} holds an export: replace it with --overwrite_output_dir, or choose --output_dir")
+    return folder
+
+
+# ---------------------------------------------------------------- what is told of it
+
+
+def readme(record: dict[str, Any], student: Exportable, found: list[Check], folder: Path) -> str:
+    kind, axes = FORMATS[record["format"]], axes_by_input(student.inputs, student.axes)
+    inputs = [
+        [
+            name,
+            str(value.dtype).removeprefix("torch."),
+            sizes([axes[name].get(i, n) for i, n in enumerate(value.shape)]),
+        ]
+        for name, value in student.inputs.items()
+    ]
+    ties = f", but for {student.tied:.1%} of the rows, where two keys are equally near" if student.tied else ""
+    sections = [
+        f"# {record['student']}, exported",
+        f"`{kind.file}` takes, in this order,",
+        markdown(["input", "type", "size"], inputs),
+        f"and answers with `{student.output}`. It was loaded and compared with the student on inputs of these sizes; "
+        f"the tolerance is {student.tolerance:g}{ties}.",
+        markdown(*check_table(found, student.output)),
+        "## Load it",
+        f"```python\n{kind.code.format(folder=folder, file=kind.file)}\n```",
+        f"This needs no code of the project that made it. {kind.note.format(**record['environment'])}.",
+        "## Use it",
+        f"```python\n{student.usage.strip()}\n```",
+        "## How it was made",
+        f"```\n{shlex.join(record['command'])}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":
-    from common.take_away import main
-
     run(main)

@@ -1,7 +1,7 @@
 """A student that is to be taken away, as its domain describes it, and whether an export answers as the student does.
 
 A domain has one function for it, `load(name, task) -> Exportable` in its `student_model/exportable.py`; the rest is
-common/take_away.py.
+common/export.py.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.bottleneck import DiscreteKeyValueBottleneck
-from common.export import Axes, answer_of, axes_by_input
+from common.graphs import Axes, answer_of, axes_by_input
 from common.utils.errors import UserError
 
 TOLERANCE = 1e-3  # of a logit, so a prediction may only change where the two largest are closer than twice that
@@ -32,7 +32,7 @@ class Exportable:
     model: in eval mode on the CPU; `model(**inputs)` answers with a tensor (batch, ...), or with logits.
     inputs: the example that is followed, by name, each (batch, ...), with 2 or more along `axes`.
     others: what the export is checked on: inputs of other sizes than the example along all of `axes`.
-    axes: which may change their size, as of `common.export.to_onnx`.
+    axes: which may change their size, as of `common.graphs.to_onnx`.
     usage: Python that goes on from `folder` and `model(inputs)`, from arrays by name to one array; needs nothing of
         this project.
     output: what the answer is called.

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from common.report import (
+from common.results import (
     Results,
     data_sentence,
     environment_sentence,

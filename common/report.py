@@ -1,242 +1,207 @@
-"""What a run has to show: results.json, report.md, curves.png, a table.
+"""Several runs side by side: mean and standard deviation over seeds.
 
     python -m common.report runs/** --markdown comparison.md --csv comparison.csv --plot comparison.png
 
-puts several runs side by side (common/comparison.py).
+finds the runs in and below the folders it is given, of any mix of domains, and groups them by domain, task, method,
+metric and the student's size.
 """
 
-import json
-import shlex
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import run
-from common.plots import plot_curves
-from common.tables import markdown, number, print_rich, si
-from common.utils.files import write_json, write_text
-
-Results = dict[str, Any]
-RECIPE, RESULTS = "recipe.yaml", "results.json"  # a run has its recipe from its start on, its results at its end
-
-
-class Nullable(dict[Any, Any]):
-    """A part of the schema whose value may be null as a whole."""
+from common.cli import Parser, run
+from common.plots import CONTROL, Point, plot_quality
+from common.results import RECIPE, RESULTS, Results, primary_score, validate
+from common.tables import decimals, markdown, number, print_rich
+from common.utils.errors import UserError
+from common.utils.files import read_json, write_text
 
 
-NUMBER = int | float
-MODEL = {
-    "name": str,
-    "parameters": int,
-    "megabytes": NUMBER,  # of the weights
-    "flops": NUMBER | None,  # of one forward pass of one sample
-    "latency_ms": {"batch": int, "median": NUMBER, "p90": NUMBER},
-    "metrics": {str: {str: NUMBER | list | None}},  # split -> metric -> value, or several values (an interval)
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1; None for a single value) of n values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread | None":
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def _student(results: Results, figure: str) -> Any:
+    student = results["models"]["student"]
+    return student[figure] if student else None
+
+
+FIGURES: dict[str, Callable[[Results], float | None]] = {  # the columns that are averaged; sizes are the student's
+    "teacher": lambda results: primary_score(results, "teacher"),
+    "control": lambda results: primary_score(results, "control"),
+    "student": lambda results: primary_score(results, "student"),
+    "retention": lambda results: results["retention"],
+    "gain": lambda results: results["gain_over_control"],
+    "parameters": lambda results: _student(results, "parameters"),
+    "megabytes": lambda results: _student(results, "megabytes"),
+    "latency_ms": lambda results: (_student(results, "latency_ms") or {}).get("median"),
+    "seconds": lambda results: results["seconds"]["total"],
 }
-SCHEMA = {  # results.json, version 1; more keys are allowed everywhere, and `str` as a key stands for any name
-    "schema_version": int,
-    "domain": str,
-    "task": str,
-    "method": str,
-    "seed": int,
-    "command": list,
-    "data": {"train": int | None, "validation": int | None, "test": int | None, "fingerprint": str},  # samples
-    "models": {"teacher": Nullable(MODEL), "control": Nullable(MODEL), "student": Nullable(MODEL)},
-    "primary_metric": {"split": str, "name": str},
-    "retention": NUMBER | None,  # student / teacher of the primary metric, the inverse where lower is better
-    "gain_over_control": NUMBER | None,  # student - control, the inverse likewise: more is better
-    "seconds": {
-        "teacher": NUMBER | None,
-        "teacher_outputs": NUMBER | None,
-        "control": NUMBER | None,
-        "student": NUMBER | None,
-        "total": NUMBER,
-    },
-    "environment": {
-        "python": str,
-        "torch": str,
-        "device": str,
-        "threads": int,
-        "precision": str,
-        "git_commit": str | None,
-    },
-}
+SIZES = {"parameters", "megabytes"}  # the same for every seed, but for rounding
+GROUP = ["domain", "task", "method", "metric"]
 
 
-# ---------------------------------------------------------------- one run
+def find_runs(places: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
+    """The folders of runs, finished or not, in and below `places`, and one line for each place without any.
 
-
-def validate(results: Results) -> None:
-    """Raises ValueError, naming the place, unless `results` follows SCHEMA and is finite."""
-    _check(results, SCHEMA, "results")
-    if results["schema_version"] != 1:
-        raise ValueError(f"results.schema_version is {results['schema_version']}, this is version 1")
-    split, name = results["primary_metric"]["split"], results["primary_metric"]["name"]
-    for stage, model in results["models"].items():
-        _check(model, Nullable(MODEL | {"metrics": {split: {name: NUMBER}}}), f"results.models.{stage}")
-    for figure, others in (("retention", ("teacher", "student")), ("gain_over_control", ("control", "student"))):
-        if results[figure] is not None and any(results["models"][stage] is None for stage in others):
-            raise ValueError(f"results.{figure} must be null where models.{' or models.'.join(others)} is")
-    json.dumps(results, allow_nan=False)
-
-
-def _check(value: Any, schema: Any, where: str) -> None:
-    if isinstance(schema, Nullable) and value is None:
-        return
-    if not isinstance(schema, dict):
-        if not isinstance(value, schema):
-            raise ValueError(f"{where} is {value!r}, must be {getattr(schema, '__name__', schema)}")
-        return
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}, must be a dictionary")
-    for key, part in schema.items():
-        for name in value if key is str else [key]:
-            if name not in value:
-                raise ValueError(f"missing key {where}.{name}")
-            _check(value[name], part, f"{where}.{name}")
-
-
-def write_report(
-    folder: str | Path, results: Results, history: dict[str, list[dict[str, Any]]], progress: str = "epoch"
-) -> None:
-    """Writes curves.png, report.md and, last, results.json: a run that has it is finished.
-
-    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`.
+    A shell's `**` names files and the insides of runs too: they are passed over.
     """
-    validate(results)
-    folder = Path(folder)
-    plot_curves(folder / "curves.png", history, results, progress)
-    write_text(folder / "report.md", _report(results))
-    write_json(folder / RESULTS, results)
+    named = [Path(place) for place in places]
+    runs = sorted({mark.parent for place in named for name in (RESULTS, RECIPE) for mark in place.rglob(name)})
+    outermost = [place for place in named if not set(place.parents) & set(named)]
+    without = [p for p in outermost if not p.is_file() and not any(run.is_relative_to(p) for run in runs)]
+    return runs, [f"{place} {'holds no run' if place.exists() else 'does not exist'}" for place in without]
 
 
-def print_table(results: Results) -> None:
-    """Prints what a run achieved: a table of the models, then retention and gain over the control."""
-    print_rich(*model_table(results), title=title(results), below=headline(results))
+def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
+    """The results of finished runs in and below `places`, and one line for each that is unfinished, unreadable or a
+    repetition.
+    """
+    runs: dict[tuple[Any, ...], tuple[Path, Results]] = {}
+    folders, problems = find_runs(places)
+    for folder in folders:
+        if not (folder / RESULTS).exists():
+            problems.append(f"{folder} has no {RESULTS}: it is unfinished, or part of another run")
+            continue
+        try:
+            results = read_json(folder / RESULTS)
+            validate(results)
+        except (UserError, ValueError) as error:
+            problems.append(str(error) if isinstance(error, UserError) else f"{folder / RESULTS}: {error}")
+            continue
+        key = (*_group(results), results["seed"])
+        if key in runs:  # a seed counted twice would make the spread look smaller than it is
+            others = ", ".join(key[:3])
+            problems.append(f"{folder} repeats seed {results['seed']} of {others}, as {runs[key][0]} has it")
+        else:
+            runs[key] = folder, results
+    return [results for _, results in runs.values()], problems
 
 
-def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
-    """Prints the metrics of a model's entry in results.json; writes the entry to `path` if there is one."""
-    rows = [
-        [split, metric, f"{value:.6f}" if isinstance(value, float) else number(value)]
-        for split, values in entry["metrics"].items()
-        for metric, value in values.items()
-    ]
-    print_rich(["split", "metric", "value"], rows, title=name)
-    if path:
-        write_json(path, entry)
+def comparison(places: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """One row per (domain, task, method, primary metric, student's size) over the seeds of the runs in and below
+    `places`, sorted; every figure is a Spread, or None if absent.
+    """
+    return _rows(read_runs(places)[0])
 
 
-def _report(results: Results) -> str:
-    sections = [
-        f"# {title(results)}",
-        headline(results),
-        markdown(*model_table(results)),
-        "![Training loss and evaluation metric](curves.png)",
-        "## All metrics",
-        markdown(*metric_table(results)),
-        *_extra_sections(results),
-        "## How it was made",
-        f"```\n{shlex.join(results['command'])}\n```",
-        f"Seed {results['seed']}. {data_sentence(results)} Data fingerprint `{results['data']['fingerprint']}`.",
-        markdown(["stage", "seconds"], [[stage, number(value)] for stage, value in results["seconds"].items()]),
-        markdown(["environment", ""], [[key, number(value)] for key, value in results["environment"].items()]),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-# ---------------------------------------------------------------- words and tables
-
-
-def title(results: Results) -> str:
-    return f"{results['domain']}: {results['task']}, {results['method']}"
-
-
-def primary_score(results: Results, stage: str) -> float | None:
-    model, primary = results["models"][stage], results["primary_metric"]
-    return model["metrics"][primary["split"]][primary["name"]] if model else None
-
-
-def headline(results: Results) -> str:
-    primary, models = results["primary_metric"], results["models"]
-    student, teacher = models["student"], models["teacher"]
-    if not student:
-        return "No student was trained."
-    text = f"The student reaches a {primary['split']} {primary['name']} of {number(primary_score(results, 'student'))}"
-    if results["retention"] is not None:
-        smaller = teacher["parameters"] / max(student["parameters"], 1)
-        faster = teacher["latency_ms"]["median"] / max(student["latency_ms"]["median"], 1e-9)
-        text += (
-            f", {results['retention']:.1%} of the teacher's {number(primary_score(results, 'teacher'))}. "
-            f"It has 1/{smaller:.1f} of the teacher's parameters and runs {faster:.1f} times as fast"
-        )
-    if results["gain_over_control"] is not None:
-        gain = results["gain_over_control"]
-        text += (
-            f". The control ({models['control']['name']}) reaches {number(primary_score(results, 'control'))}: "
-            f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
-        )
-    return text + "."
-
-
-def model_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    primary = results["primary_metric"]
-    models = {stage: model for stage, model in results["models"].items() if model}
-    batches = ", ".join(str(batch) for batch in sorted({model["latency_ms"]["batch"] for model in models.values()}))
-    header = ["model", "name", f"{primary['split']} {primary['name']}", "parameters", "MB", "FLOPs"]
-    header += [f"latency in ms (batch {batches}), median", "90 %"]
+def _rows(runs: list[Results]) -> list[dict[str, Any]]:
     rows = []
-    for stage, model in models.items():
-        latency = [number(model["latency_ms"][key]) for key in ("median", "p90")]
-        size = [f"{model['parameters']:,}", number(model["megabytes"]), si(model["flops"])]
-        rows.append([stage, model["name"], number(primary_score(results, stage)), *size, *latency])
-    return header, rows
+    for group in sorted(set(map(_group, runs))):
+        members = [results for results in runs if _group(results) == group]
+        row: dict[str, Any] = dict(zip(GROUP, group, strict=False)) | {"seeds": len(members)}
+        for figure, value_of in FIGURES.items():
+            values = [value for value in map(value_of, members) if value is not None]
+            row[figure] = Spread.of(values)
+        rows.append(row)
+    return rows
 
 
-def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    models = {stage: model["metrics"] for stage, model in results["models"].items() if model}
-    places = dict.fromkeys(
-        (split, name) for splits in models.values() for split, values in splits.items() for name in values
-    )
-    rows = [
-        [split, name, *(number(splits.get(split, {}).get(name)) for splits in models.values())]
-        for split, name in places
-    ]
-    return ["split", "metric", *models], rows
+def _group(results: Results) -> tuple[str, str, str, str, int]:
+    """What runs share that differ in their seed only: the parts of GROUP, and the student's size."""
+    primary, size = results["primary_metric"], _student(results, "parameters") or 0
+    return results["domain"], results["task"], results["method"], f"{primary['split']} {primary['name']}", size
 
 
-def _extra_sections(results: Results) -> list[str]:
-    """What a script adds beyond the schema: plain values, or sections {name: value} or {model: {name: value}}."""
-    extra = {key: value for key, value in results.items() if key not in SCHEMA}
-    plain = {key: value for key, value in extra.items() if not isinstance(value, dict)}
-    sections = {"Notes": plain} if plain else {}
-    sections |= {key: value for key, value in extra.items() if isinstance(value, dict)}
-    texts = []
-    for key, section in sections.items():
-        texts += [f"## {key.replace('_', ' ').capitalize()}", markdown(*_section_table(section))]
-    return texts
+def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["run", "metric", "seeds", *(figure.replace("_", " ") for figure in FIGURES)]
+    cells = []
+    for row in rows:
+        names = [", ".join(row[key] for key in GROUP[:3]), row["metric"], str(row["seeds"])]
+        figures = [
+            number(row[figure] and row[figure].mean) if figure in SIZES else show_spread(row[figure], row["seeds"])
+            for figure in FIGURES
+        ]
+        cells.append([*names, *figures])
+    return header, cells
 
 
-def _section_table(section: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    if not all(isinstance(values, dict) for values in section.values()):
-        return ["", "value"], [[name, number(value)] for name, value in section.items()]
-    names = dict.fromkeys(name for values in section.values() for name in values)
-    return ["", *section], [[name, *(number(values.get(name)) for values in section.values())] for name in names]
+def show_spread(spread: Spread | None, seeds: int | None = None) -> str:
+    """mean ± standard deviation, with the number of values where it is not that of the seeds."""
+    if spread is None:
+        return "–"
+    std = "–" if spread.std is None else f"{spread.std:,.{decimals(spread.mean)}f}"
+    partial = f" (n={spread.n})" if seeds not in (None, spread.n) else ""
+    return f"{number(spread.mean)} ± {std}{partial}"
 
 
-def data_sentence(results: Results) -> str:
-    sizes = [f"{split} {number(results['data'][split])}" for split in ("train", "validation", "test")]
-    return f"Samples: {', '.join(sizes)}."
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """Unrounded, with two columns per figure: mean and standard deviation; empty where there is none."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*GROUP, "seeds", *(f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std"))])
+    for row in rows:
+        spreads = [[row[key].mean, row[key].std] if row[key] else [None, None] for key in FIGURES]
+        writer.writerow([row[key] for key in (*GROUP, "seeds")] + [value for pair in spreads for value in pair])
+    return table.getvalue()
 
 
-def environment_sentence(results: Results) -> str:
-    environment = results["environment"]
-    return (
-        f"Computed in {environment['precision']} on {environment['device']} ({environment['threads']} threads) "
-        f"with torch {environment['torch']} in {number(results['seconds']['total'])} seconds."
-    )
+def main(argv: list[str] | None = None) -> None:
+    """`python -m common.report RUN... [--markdown FILE] [--csv FILE]`"""
+    parser = Parser(prog="python -m common.report", description="Mean and standard deviation over seeds.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of many")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded figures as CSV")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw quality against size")
+    arguments = parser.parse_args(argv)
+    compare(arguments.runs, arguments.markdown, arguments.csv, arguments.plot)
+
+
+def compare(
+    places: Iterable[str | Path],
+    markdown_file: Path | None = None,
+    csv_file: Path | None = None,
+    plot_file: Path | None = None,
+) -> None:
+    """Prints the comparison of the runs in and below `places`, and writes it where files are given. Raises UserError
+    without any finished run.
+    """
+    runs, problems = read_runs(places)
+    if not runs:
+        raise UserError(f"no finished run: {'; '.join(problems)}")
+    rows = _rows(runs)
+    header, cells = _comparison_table(rows)
+    left_out = "\n".join(f"left out: {problem}" for problem in problems)
+    print_rich(header, cells, title="mean ± standard deviation over seeds", below=left_out)
+    if markdown_file:
+        write_text(markdown_file, markdown(header, cells) + "\n")
+    if csv_file:
+        write_text(csv_file, _csv(rows))
+    if plot_file:
+        plot_quality(plot_file, _panels(runs))
+
+
+def _panels(runs: list[Results]) -> dict[str, dict[str, list[Point]]]:
+    """What plot_quality draws: task and metric -> model -> its points, one per method and size."""
+    scores: dict[tuple[str, str, str, int], list[float]] = {}
+    for results in runs:
+        _, task, method, metric, _ = _group(results)
+        for role, name in (("teacher", "teacher"), ("control", CONTROL + method), ("student", method)):
+            model, score = results["models"][role], primary_score(results, role)
+            if model and score is not None:
+                scores.setdefault((f"{task}\n{metric}", name, method, model["parameters"]), []).append(score)
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for (panel, name, _, size), values in sorted(scores.items()):
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        panels.setdefault(panel, {}).setdefault(name, []).append((size, statistics.fmean(values), std))
+    return panels
 
 
 if __name__ == "__main__":
-    from common.comparison import main
-
     run(main)

@@ -29,7 +29,7 @@ from common.cli import recipe_of, save_recipe
 from common.metrics.returns import normalized_return
 from common.model_card import Savable, save_student
 from common.progress import StageProgress
-from common.report import RECIPE, RESULTS, print_table, write_report
+from common.results import RECIPE, RESULTS, print_table, write_report
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
 from common.utils.environment import command, environment

@@ -16,11 +16,11 @@ from tiny import model as tiny_model
 from torch import Tensor, nn
 
 from common.bottleneck import DiscreteKeyValueBottleneck
-from common.export import OnnxModel, interleaved_latency, load_program, quantize_onnx, to_onnx, to_program
+from common.export import take_away
 from common.exportable import Exportable, apart, refuse_other_answers
+from common.graphs import OnnxModel, interleaved_latency, load_program, quantize_onnx, to_onnx, to_program
 from common.int8 import Int8Embedding, Int8Linear, load_int8, quantize_dynamic
 from common.outputs import Outputs
-from common.take_away import take_away
 from common.utils.errors import UserError
 
 

@@ -13,7 +13,7 @@ import pytest
 from paths import REPO
 from scripts import run_script
 
-from common.report import validate
+from common.results import validate
 
 NEEDED = ("common", "typings", "tests/helpers", "tests/conftest.py", "tests/test_layout.py", "tests/test_documents.py",
           "setup.py", "pyproject.toml", "requirements.txt", "README.md", "CONTRIBUTING.md")  # fmt: skip

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from common import cli, comparison, report
+from common import cli, report
 from common.model_card import model_card
+from common.results import print_table, write_report
 from common.utils.files import read_json, write_json, write_text
 
 
@@ -82,14 +83,14 @@ def write_runs(folder: Path, *runs: dict[str, Any]) -> list[str]:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: comparison.main(list(argv)))
+        cli.run(lambda: report.main(list(argv)))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     return error
 
 
 def test_write_report_writes_three_whole_files(tmp_path: Path) -> None:
-    report.write_report(tmp_path / "run", results(), HISTORY)
+    write_report(tmp_path / "run", results(), HISTORY)
     assert sorted(os.listdir(tmp_path / "run")) == ["curves.png", "report.md", "results.json"]
     assert read_json(tmp_path / "run" / "results.json") == results()
     with Image.open(tmp_path / "run" / "curves.png") as image:
@@ -97,7 +98,7 @@ def test_write_report_writes_three_whole_files(tmp_path: Path) -> None:
 
 
 def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
-    report.write_report(tmp_path, results(), HISTORY)
+    write_report(tmp_path, results(), HISTORY)
     text = (tmp_path / "report.md").read_text()
     assert "validation accuracy of 0.8100, 90.0% of the teacher's 0.9000" in text
     assert "reaches 0.7800: the gain over it is +0.0300" in text
@@ -112,12 +113,12 @@ def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
 
 
 def test_a_loss_against_the_control_is_not_hidden(tmp_path: Path) -> None:
-    report.write_report(tmp_path, results(student=0.75), {})
+    write_report(tmp_path, results(student=0.75), {})
     assert "the gain over it is -0.0300" in (tmp_path / "report.md").read_text()
 
 
 def test_report_without_control_or_history(tmp_path: Path) -> None:
-    report.write_report(tmp_path, results(control=None), {})
+    write_report(tmp_path, results(control=None), {})
     text = (tmp_path / "report.md").read_text()
     assert "| control | tiny |" not in text and "The control" not in text
     assert "| split | metric | teacher | student |" in text
@@ -126,7 +127,7 @@ def test_report_without_control_or_history(tmp_path: Path) -> None:
 def test_extra_sections_are_shown(tmp_path: Path) -> None:
     bottleneck = {"control": {"codes_used": 10}, "student": {"codes_used": 1200, "perplexity": 3.25}}
     extra = {"bottleneck": bottleneck, "cache": {"hits": 7}, "selection": "last epoch"}
-    report.write_report(tmp_path, results() | extra, HISTORY)
+    write_report(tmp_path, results() | extra, HISTORY)
     text = (tmp_path / "report.md").read_text()
     assert "## Bottleneck\n\n|  | control | student |\n| --- | ---: | ---: |\n| codes_used | 10 | 1,200 |" in text
     assert "| perplexity | – | 3.250 |" in text
@@ -154,7 +155,7 @@ def test_a_missing_key_is_named_and_nothing_is_written(tmp_path: Path, path: str
         part = part[parent]
     del part[last]
     with pytest.raises(ValueError, match=message):
-        report.write_report(tmp_path / "run", broken, HISTORY)
+        write_report(tmp_path / "run", broken, HISTORY)
     assert not (tmp_path / "run").exists()
 
 
@@ -171,12 +172,12 @@ def test_a_missing_key_is_named_and_nothing_is_written(tmp_path: Path, path: str
 )
 def test_a_wrong_value_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        report.write_report(tmp_path / "run", results(**changes), HISTORY)
+        write_report(tmp_path / "run", results(**changes), HISTORY)
     assert not (tmp_path / "run").exists()
 
 
 def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_table(results())
+    print_table(results())
     output = capsys.readouterr().out
     for figure in ("0.8100", "1,234,567", "4.938", "2.500", "90.0%", "+0.0300"):
         assert figure in output
@@ -196,7 +197,7 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
 
 def test_comparison_over_seeds(tmp_path: Path) -> None:
     runs = [results(0, 0.80, 0.78), results(1, 0.82, 0.78), results(2, 0.87, None), results(0, method="hint")]
-    hint, soft = comparison.comparison(write_runs(tmp_path, *runs))
+    hint, soft = report.comparison(write_runs(tmp_path, *runs))
     assert (soft["domain"], soft["task"], soft["method"]) == ("NLP", "clinc150", "soft_targets")
     assert (soft["metric"], soft["seeds"]) == ("validation accuracy", 3)
     # 0.80, 0.82, 0.87: mean 0.83, squared deviations 0.0009 + 0.0001 + 0.0016 = 0.0026, over n - 1 = 2
@@ -205,13 +206,13 @@ def test_comparison_over_seeds(tmp_path: Path) -> None:
     # gains 0.02 and 0.04: mean 0.03, squared deviations 2 * 0.0001, over n - 1 = 1
     assert (soft["gain"].mean, soft["gain"].std) == (pytest.approx(0.03), pytest.approx(0.0002**0.5))
     assert (soft["gain"].n, soft["control"].n, soft["control"].std) == (2, 2, 0)
-    assert hint["seeds"] == 1 and hint["student"] == comparison.Spread(0.81, None, 1)
+    assert hint["seeds"] == 1 and hint["student"] == report.Spread(0.81, None, 1)
 
 
 def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = write_runs(tmp_path, results(0), results(0, 0.5))
-    assert comparison.comparison(folders)[0]["student"] == comparison.Spread(0.81, None, 1)
-    comparison.main(folders)
+    assert report.comparison(folders)[0]["student"] == report.Spread(0.81, None, 1)
+    report.main(folders)
     assert f"left out: {folders[1]} repeats seed 0 of NLP, clinc150, soft_targets, as {folders[0]} has it" in (
         capsys.readouterr().out
     )
@@ -220,7 +221,7 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_students_of_two_sizes_are_two_rows(tmp_path: Path) -> None:
     small = results(1, 0.7)
     small["models"]["student"]["parameters"] = 1000
-    rows = comparison.comparison(write_runs(tmp_path, results(0), small))
+    rows = report.comparison(write_runs(tmp_path, results(0), small))
     assert [row["parameters"].mean for row in rows] == [1000, 1_234_567]
     assert [row["seeds"] for row in rows] == [1, 1]
 
@@ -231,7 +232,7 @@ def test_runs_are_found_below_a_folder_as_under_a_shell_s_stars(tmp_path: Path) 
     (tmp_path / "a" / "notes.md").touch()
     everything = [tmp_path, *tmp_path.rglob("*")]
     for places in ([tmp_path], [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"], everything):
-        folders, problems = comparison.find_runs(places)
+        folders, problems = report.find_runs(places)
         assert folders == [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"] and not problems
 
 
@@ -242,7 +243,7 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
     broken = [str(tmp_path / "unfinished"), str(tmp_path / "old"), str(tmp_path / "absent")]
     markdown, table, plot = tmp_path / "new" / "t.md", tmp_path / "t.csv", tmp_path / "t.png"
     files = ["--markdown", str(markdown), "--csv", str(table), "--plot", str(plot)]
-    comparison.main([*folders, *broken, *files])
+    report.main([*folders, *broken, *files])
     output = capsys.readouterr().out.replace("\n", " ")
     assert "0.8200 ± 0.0283" in output and "0.8100 ± –" in output
     assert f"left out: {broken[0]} has no results.json: it is unfinished" in output
@@ -259,7 +260,7 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_plot_has_a_point_for_each_model_and_size() -> None:
     runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
-    (panel,) = comparison._panels(runs).items()
+    (panel,) = report._panels(runs).items()
     assert panel[0] == "clinc150\nvalidation accuracy"
     assert panel[1]["teacher"] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
     assert panel[1]["soft_targets"] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]

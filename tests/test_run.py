@@ -11,9 +11,9 @@ import torch
 from paths import REPO
 from tiny import Rows, arguments, kd, model
 
-from common import report
 from common.arguments import RunArguments
 from common.progress import log_line
+from common.results import show_metrics, validate, write_report
 from common.run import Run, TrainerRun
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
@@ -45,7 +45,7 @@ def results(folder: Path, floor: float, lower_is_better: bool = False, **scores:
     data = {"train": None, "validation": None, "test": 4, "fingerprint": "f"}
     models = {role: entry(score) for role, score in scores.items()}
     found = run.results("d", "t", "m", data, models, "test", "score", floor, lower_is_better)
-    report.validate(found)
+    validate(found)
     return found
 
 
@@ -67,7 +67,7 @@ def test_other_models_follow_teacher_control_and_student(tmp_path):
     found = results(tmp_path, 0.0, student=3.0, baseline=2.0, control=1.0)
     assert list(found["models"]) == ["teacher", "control", "student", "baseline"]
     assert found["models"]["teacher"] is None and found["retention"] is None and found["gain_over_control"] == 2.0
-    report.write_report(tmp_path, found, {"student": [{"steps": 5, "loss": 1.0, "eval_score": 2.0}]}, progress="steps")
+    write_report(tmp_path, found, {"student": [{"steps": 5, "loss": 1.0, "eval_score": 2.0}]}, progress="steps")
     assert "baseline" in (tmp_path / "report.md").read_text()
 
 
@@ -87,7 +87,7 @@ def test_a_finished_stage_is_loaded_and_a_run_is_not_overwritten(tmp_path):
 
 
 def test_show_metrics_prints_intervals(capsys):
-    report.show_metrics("model", {"metrics": {"test": {"mean": 0.5, "interval": [0.25, 0.75], "episodes": 4}}}, None)
+    show_metrics("model", {"metrics": {"test": {"mean": 0.5, "interval": [0.25, 0.75], "episodes": 4}}}, None)
     shown = capsys.readouterr().out
     assert "0.500000" in shown and "[0.2500, 0.7500]" in shown
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.arguments import KDTrainingArguments
 from common.cli import parse, run
-from common.report import RECIPE, RESULTS
+from common.results import RECIPE, RESULTS
 from common.run import refuse_other_arguments
 from common.utils.errors import UserError
 from nlp.data.loading import TextData

@@ -5,7 +5,7 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset in
 """
 
 from common.cli import Parser, run
-from common.report import show_metrics
+from common.results import show_metrics
 from nlp.data.loading import load_text_data
 from nlp.student_model.evaluation import evaluate
 from nlp.student_model.pipeline import Texts

@@ -21,12 +21,12 @@ from safetensors.torch import save_model
 from transformers.utils import logging as transformers_logging
 
 from common.cli import Parser, run
-from common.export import OnnxModel, quantize_onnx, to_onnx
+from common.export import RECORD, output_folder
 from common.exportable import apart, refuse_other_answers, share_of_ties
+from common.graphs import OnnxModel, quantize_onnx, to_onnx
 from common.inference import NOT_INPUTS
 from common.int8 import load_int8, quantize_dynamic
 from common.tables import print_rich
-from common.take_away import RECORD, output_folder
 from common.utils.environment import command, environment
 from common.utils.files import write_json, write_text, writing_folder
 from nlp.data.loading import TextData, load_text_data

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.export import interleaved_latency
+from common.export import LOAD_ONNX
+from common.graphs import interleaved_latency
 from common.metrics.cost import megabytes
 from common.tables import markdown, number
-from common.take_away import LOAD_ONNX
 from nlp.data.loading import TextData
 from nlp.student_model.evaluation import metrics_by_split, one_text
 from nlp.student_model.exportable import classifier_usage

@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common.comparison import Spread, show_spread
-from common.report import RESULTS, validate
+from common.report import Spread, show_spread
+from common.results import RESULTS, validate
 from common.tables import markdown, print_rich
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_text

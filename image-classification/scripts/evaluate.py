@@ -7,7 +7,7 @@ The data are named by the flags of train_teacher.py: --dataset, --image_size, --
 """
 
 from common.cli import Parser, parse, run
-from common.report import show_metrics
+from common.results import show_metrics
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments
 from image_classification.student_model.evaluation import evaluate

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import parse, run
-from common.report import RECIPE
+from common.results import RECIPE
 from common.utils.errors import UserError
 from common.utils.files import read_json
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments

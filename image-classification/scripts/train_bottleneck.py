@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from common.arguments import RunArguments
 from common.cli import parse, run
-from common.report import print_table, write_report
+from common.results import print_table, write_report
 from common.run import Run
 from common.utils.files import writing_folder
 from image_classification.data.loading import ImageData

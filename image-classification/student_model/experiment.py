@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, CLIPImageProcessor, ViTImageProcess
 from common.inference import as_it_is
 from common.model_card import save_student
 from common.objective import Objective, task_loss
-from common.report import print_table, write_report
+from common.results import print_table, write_report
 from common.run import TrainerRun
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import outputs_key

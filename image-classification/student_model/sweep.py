@@ -15,7 +15,7 @@ from typing import Any, get_args
 from transformers import set_seed
 
 from common.objective import Objective, task_loss
-from common.report import RECIPE
+from common.results import RECIPE
 from common.side_by_side import SideBySide, SideBySideObjective
 from image_classification.data.loading import ImageData
 from image_classification.student_model.arguments import ImageTrainingArguments

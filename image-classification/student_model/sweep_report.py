@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from common.comparison import Spread
 from common.plots import OTHER_STYLES, STYLES
+from common.report import Spread
 from common.tables import markdown, number, print_rich
 from common.utils.files import read_json, write_bytes, write_text
 from image_classification.student_model.sweep import Cell

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cli import parse, run
-from common.comparison import compare
+from common.report import compare
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
 from reinforcement_learning.student_model.distillation import Distillation
 from reinforcement_learning.student_model.distiller import DistillArguments

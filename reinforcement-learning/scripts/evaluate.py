@@ -10,7 +10,7 @@ MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baseline
 from pathlib import Path
 
 from common.cli import Parser, run
-from common.report import show_metrics
+from common.results import show_metrics
 from common.utils.errors import UserError
 from common.utils.files import read_json
 from reinforcement_learning.data.playing import greedy

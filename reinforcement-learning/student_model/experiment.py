@@ -12,7 +12,7 @@ from torch import nn
 from common.arguments import RunArguments
 from common.metrics.returns import normalized_return
 from common.model_card import model_card
-from common.report import print_table, write_report
+from common.results import print_table, write_report
 from common.run import Run
 from common.utils.files import write_text, writing_folder
 from reinforcement_learning.data.playing import greedy

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from common.arguments import RunArguments
-from common.report import RECIPE
+from common.results import RECIPE
 from common.run import STAGE
 from common.utils.errors import UserError
 from reinforcement_learning.data.playing import greedy

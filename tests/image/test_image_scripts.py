@@ -15,7 +15,7 @@ from paths import REPO
 from safetensors.torch import load_file
 from scripts import run_script
 
-from common.report import validate
+from common.results import validate
 
 SCRIPTS = REPO / "image-classification" / "scripts"
 SHORT = ["--train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]

@@ -15,7 +15,7 @@ from scripts import run_script
 from transformers import BertConfig
 
 from common.bottleneck import DiscreteKeyValueBottleneck
-from common.report import validate
+from common.results import validate
 from image_classification.data.loading import Images, SmallImageData, load_image_data
 from image_classification.student_model.bottleneck_probe import BottleneckProbe
 from image_classification.student_model.evaluation import predict

@@ -23,9 +23,9 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-import common.export
-from common.export import OnnxModel
+import common.graphs
 from common.filling import set_keys
+from common.graphs import OnnxModel
 from common.int8 import load_int8
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
@@ -216,13 +216,13 @@ def refused(capsys, student: Path, scoped: Path, *words: object) -> str:
 def test_a_wrong_graph_leaves_nothing(capsys, scoped, tmp_path, monkeypatch):
     student = saved("distilbert", scoped, tmp_path / "student")
 
-    def wrong(model: Any, *others: Any, to_onnx: Any = common.export.to_onnx) -> None:
+    def wrong(model: Any, *others: Any, to_onnx: Any = common.graphs.to_onnx) -> None:
         with torch.no_grad():
             model.classifier.bias += 0.01
             to_onnx(model, *others)
             model.classifier.bias -= 0.01
 
-    monkeypatch.setattr(common.export, "to_onnx", wrong)
+    monkeypatch.setattr(common.graphs, "to_onnx", wrong)
     error = refused(capsys, student, scoped, "--formats", "onnx")
     assert "on 90 of 90 texts of validation" in error
     assert [path.name for path in tmp_path.iterdir()] == ["student"]

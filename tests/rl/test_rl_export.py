@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from common.export import OnnxModel, load_program
+from common.graphs import OnnxModel, load_program
 from common.utils.errors import UserError
 from reinforcement_learning.environments.sb3 import SB3Environments
 from reinforcement_learning.student_model.arguments import StudentArguments

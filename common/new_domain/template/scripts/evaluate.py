@@ -7,7 +7,7 @@ A run with another --dataset is evaluated with that flag too; --json FILE keeps 
 """
 
 from common.cli import Parser, run
-from common.report import show_metrics
+from common.results import show_metrics
 from example_domain.data.loading import load_data
 from example_domain.student_model.evaluation import evaluate
 from example_domain.teacher_model.teacher import load_trained

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripts import run_script
 
-from common.report import validate
+from common.results import validate
 from common.utils.errors import UserError
 from example_domain.data.loading import load_data
 from example_domain.data.tones import OVERTONES, tones
