@@ -1,7 +1,7 @@
 """Models that leave this project: as ONNX graphs and as programs of torch.export.
 
 Both formats come from torch.export, ONNX by `dynamo=True`, the exporter that is maintained: the older one follows one
-example, and writes the sizes that this example happened to have into the graph of a bottleneck. int8 weights of a graph
+example, and writes the sizes that it happened to have into the graph of a bottleneck. int8 weights of a graph
 are those of ONNX Runtime's dynamic quantisation.
 """
 
