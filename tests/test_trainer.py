@@ -115,6 +115,7 @@ end_processes()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     results = []
     for processes in (1, 2):

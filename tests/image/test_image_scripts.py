@@ -246,6 +246,7 @@ def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
     assert (tmp_path / "s" / "sweep.md").read_text().count("\n") == 12 and (tmp_path / "s" / "sweep.png").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
     common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2]
     script("sweep.py", *common, "--projectors", "multi", "single", "--learning_rates", 0.05, "--seeds", 3,

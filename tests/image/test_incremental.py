@@ -202,6 +202,7 @@ numpy.save(sys.argv[3], model(images).logits.detach().numpy())
 """
 
 
+@pytest.mark.slow
 def test_a_saved_student_gives_the_same_logits_in_a_new_process(finished, digits, tmp_path):
     images = digits.views("test", torch.device("cpu")).__getitems__(list(range(100)))["pixel_values"]
     np.save(tmp_path / "images.npy", images.numpy())

@@ -202,6 +202,7 @@ def test_views_leave_the_generators_of_others_alone(photos: str) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_path: Path) -> None:
     data = large(photos)
     training = ImageTrainingArguments(

@@ -143,6 +143,7 @@ def bert(carried, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "base")])
 def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recipe):
     """Of the same width, whose bottleneck takes the teacher's keys, and narrower, aligned through regressors."""
@@ -229,6 +230,7 @@ def test_cached_codes_train_like_texts(carried, small):
 # ---- killing and continuing ----
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
     """SIGKILL at four moments of one run, each in another stage; the end is that of the run that was never killed."""
     run = tmp_path / "run"

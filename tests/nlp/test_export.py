@@ -175,6 +175,7 @@ def test_the_printed_code_loads_the_int8_weights_of_torch(exported, capsys):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_student_with_a_bottleneck(scoped, tmp_path):
     student = saved("bottleneck", scoped, tmp_path / "student")
     export(student, scoped)
