@@ -87,7 +87,6 @@ def test_the_commands_of_a_new_domain_run(birds):
     call(root, "env", f"PYTHON={python}", "bird-songs/scripts/distill_soft.sh", "--max_steps", 2, "--no_control")
     assert (root / "runs" / "bird-songs" / "soft" / "report.md").exists()
     call(root, python, "-m", "pytest", "-q", "-n", "0", "tests/test_documents.py", "-k", "scripts_start or bird-songs")
-    call(root, python, "-m", "mypy", "typings/bird_songs", "tests/bird_songs")
 
 
 @pytest.mark.parametrize(("folder", "name"), [("Audio", "audio"), ("environmental-sounds", "environmental_sounds")])
