@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
 from onnxruntime import quantization
 from torch import Tensor, nn
 
-from common.metrics.cost import latency
 from common.outputs import Outputs
 
 # Convolutions stay fp32: on a CPU they gain from static quantisation only, which needs calibration data.
@@ -149,23 +147,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-# ---------------------------------------------------------------- what it gains
-
-
-def interleaved_latency(
-    models: dict[str, tuple[nn.Module, dict[str, Tensor]]], repeats: int = 100
-) -> dict[str, dict[str, Any]]:
-    """`common.metrics.cost.latency` of several models and their inputs, in turns: whatever else the machine does hits
-    all of them alike. Each turn has a warm-up, because the one before leaves other weights in the cache.
-    """
-    turns = [{n: latency(model, inputs, 1, 1) for n, (model, inputs) in models.items()} for _ in range(repeats)]
-    found = {}
-    for name in models:
-        milliseconds = [turn[name]["median"] for turn in turns]
-        found[name] = turns[0][name] | {
-            "median": float(np.median(milliseconds)),
-            "p90": float(np.quantile(milliseconds, 0.9)),
-        }
-    return found

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.export import take_away
 from common.exportable import Exportable, apart, refuse_other_answers
-from common.graphs import OnnxModel, interleaved_latency, load_program, quantize_onnx, to_onnx, to_program
+from common.graphs import OnnxModel, load_program, quantize_onnx, to_onnx, to_program
 from common.int8 import Int8Embedding, Int8Linear, load_int8, quantize_dynamic
+from common.metrics.cost import interleaved_latency
 from common.outputs import Outputs
 from common.utils.errors import UserError
 

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.export import LOAD_ONNX
-from common.graphs import interleaved_latency
-from common.metrics.cost import megabytes
+from common.metrics.cost import interleaved_latency, megabytes
 from common.tables import markdown, number
 from nlp.data.loading import TextData
 from nlp.student_model.evaluation import metrics_by_split, one_text

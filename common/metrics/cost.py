@@ -52,6 +52,23 @@ def latency(model: nn.Module, inputs: dict[str, Tensor], repeats: int = 30, warm
     }
 
 
+def interleaved_latency(
+    models: dict[str, tuple[nn.Module, dict[str, Tensor]]], repeats: int = 100
+) -> dict[str, dict[str, Any]]:
+    """`latency` of several models and their inputs, in turns: whatever else the machine does hits
+    all of them alike. Each turn has a warm-up, because the one before leaves other weights in the cache.
+    """
+    turns = [{n: latency(model, inputs, 1, 1) for n, (model, inputs) in models.items()} for _ in range(repeats)]
+    found = {}
+    for name in models:
+        milliseconds = [turn[name]["median"] for turn in turns]
+        found[name] = turns[0][name] | {
+            "median": float(np.median(milliseconds)),
+            "p90": float(np.quantile(milliseconds, 0.9)),
+        }
+    return found
+
+
 def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """All of it, as it stands in results.json; latency and FLOPs are those of `inputs`."""
     return {
