@@ -24,6 +24,7 @@ from common.exportable import Check, Exportable, check_table, checks, sizes
 from common.graphs import OnnxModel, axes_by_input, load_program, to_onnx, to_program
 from common.results import RESULTS
 from common.tables import markdown, print_rich
+from common.utils.domains import import_name
 from common.utils.environment import command, environment
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json, write_text, writing_folder
@@ -94,8 +95,8 @@ def main() -> None:
     path = Path(args.student, "student")
     name = str(path) if path.is_dir() else args.student
     folder = output_folder(name, args.output_dir, args.overwrite_output_dir)
-    run = run_of(name)
-    results = read_json(run / RESULTS) if run else {}
+    origin = run_of(name)
+    results = read_json(origin / RESULTS) if origin else {}
     load = loader(name, args.domain or results.get("domain"))
     transformers_logging.disable_progress_bar()
     take_away(name, load(name, args.task or results.get("task")), args.format, folder)
@@ -146,11 +147,6 @@ def loader(student: str, domain: str | None) -> Callable[[str, str | None], Expo
     if package not in map(import_name, folders):
         raise UserError(f"there is no domain {domain} that students can be taken from: pass {known}")
     return import_module(f"{package}.student_model.exportable").load
-
-
-def import_name(domain: str) -> str:
-    """What a domain's folder is imported as."""
-    return domain.lower().replace("-", "_")
 
 
 def output_folder(student: str, output_dir: str | None, overwrite: bool) -> Path:

@@ -27,9 +27,10 @@ COLOURS, _, MARKERS = zip(STYLES["student"], STYLES["control"], *OTHER_STYLES, s
 METHOD_STYLES = [
     (COLOURS[i], MARKERS[(i + turn) % len(MARKERS)]) for turn in range(len(MARKERS)) for i in range(len(COLOURS))
 ]
-CONTROL = "control of "
 PAPER: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 Point = tuple[int, float, float]  # parameters, mean and standard deviation of a metric
+TEACHER = "teacher"
+Models = dict[tuple[str, bool], list[Point]]  # TEACHER or a method, and whether it is its control
 
 
 def plot_curves(
@@ -60,19 +61,16 @@ def plot_curves(
         _save(figure, path)
 
 
-def plot_quality(path: str | Path, panels: dict[str, dict[str, list[Point]]]) -> None:
-    """Quality against size: a panel for each task and metric (`panels` by "task\\nmetric"), a marker for each model.
-
-    Models are "teacher", "control of METHOD" and "METHOD"; a control has its method's marker, but hollow. Bars are
-    standard deviations over seeds.
+def plot_quality(path: str | Path, panels: dict[tuple[str, str], Models]) -> None:
+    """Quality against size: a panel for each (task, metric), a marker for each model; a control has its method's, but
+    hollow. Bars are standard deviations over seeds.
     """
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(3.6 * columns, 3.6 * rows), dpi=200, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flat
-        for (title, models), axes in zip(panels.items(), grid, strict=False):
-            task, metric = title.split("\n")
+        for ((task, metric), models), axes in zip(panels.items(), grid, strict=False):
             axes.set(title=task, xscale="log", xlabel="Parameters", ylabel=metric.replace("_", " ").capitalize())
             axes.grid(alpha=0.25, linewidth=0.6)
             _draw_models(axes, models)
@@ -81,14 +79,13 @@ def plot_quality(path: str | Path, panels: dict[str, dict[str, list[Point]]]) ->
         _save(figure, path)
 
 
-def _draw_models(axes: Axes, models: dict[str, list[Point]]) -> None:
-    methods = [name for name in models if name != "teacher" and not name.startswith(CONTROL)]
-    styles = dict(zip(methods, itertools.cycle(METHOD_STYLES), strict=False)) | {"teacher": STYLES["teacher"][::2]}
-    for name, points in models.items():
-        colour, marker = styles[name.removeprefix(CONTROL)]
+def _draw_models(axes: Axes, models: Models) -> None:
+    methods = dict.fromkeys(name for name, _ in models if name != TEACHER)
+    styles = dict(zip(methods, itertools.cycle(METHOD_STYLES), strict=False)) | {TEACHER: STYLES["teacher"][::2]}
+    for (name, is_control), points in models.items():
+        colour, marker = styles[name]
         sizes, means, deviations = zip(*points, strict=True)
-        hollow = name.startswith(CONTROL)
-        face, label = ("none", None) if hollow else (colour, name)
+        face, label = ("none", None) if is_control else (colour, name)
         axes.errorbar(sizes, means, deviations, fmt="none", color=colour, elinewidth=1, capsize=2)
         axes.plot(sizes, means, marker, color=colour, markerfacecolor=face, ms=5.5, label=label)
     every_size = [size for points in models.values() for size, _, _ in points]
@@ -98,7 +95,7 @@ def _draw_models(axes: Axes, models: dict[str, list[Point]]) -> None:
     axes.xaxis.set_major_locator(marks if largest > 4 * smallest else MaxNLocator(4))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_locator(NullLocator())
-    if len(models) > len(styles):
+    if any(is_control for _, is_control in models):
         axes.plot([], [], "o", color="0.4", markerfacecolor="none", label="hollow: its control")
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 

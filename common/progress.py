@@ -32,10 +32,12 @@ def log_line(logs: dict[str, Any]) -> str:
     """
     if "train_runtime" in logs:
         return f"{logs['train_runtime']:.0f} s, {logs['train_samples_per_second']:.0f} samples a second"
-    evaluated = _figures(logs, "eval_", TIMES)
-    said = f"evaluation {evaluated}" if evaluated else f"loss {logs.get('loss', float('nan')):.4g}"
-    parts = _figures(logs, "loss_")
-    return f"epoch {logs.get('epoch', 0):.3g}: {said}" + (f" ({parts})" if parts else "")
+    if "loss" in logs:
+        parts = _figures(logs, "loss_")
+        said = f"loss {logs['loss']:.4g}" + (f" ({parts})" if parts else "")
+    else:
+        said = f"evaluation {_figures(logs, 'eval_', TIMES)}"
+    return f"epoch {logs.get('epoch', 0):.3g}: {said}"
 
 
 def _figures(logs: dict[str, Any], prefix: str, without: frozenset[str] = frozenset()) -> str:

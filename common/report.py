@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Parser, run
-from common.plots import CONTROL, Point, plot_quality
+from common.plots import TEACHER, Models, plot_quality
 from common.results import RECIPE, RESULTS, Results, primary_score, validate
 from common.tables import decimals, markdown, number, print_rich
 from common.utils.errors import UserError
@@ -187,19 +187,21 @@ def compare(
         plot_quality(plot_file, _panels(runs))
 
 
-def _panels(runs: list[Results]) -> dict[str, dict[str, list[Point]]]:
-    """What plot_quality draws: task and metric -> model -> its points, one per method and size."""
-    scores: dict[tuple[str, str, str, int], list[float]] = {}
+def _panels(runs: list[Results]) -> dict[tuple[str, str], Models]:
+    """What plot_quality draws; a model has a point for each method and size."""
+    scores: dict[tuple[str, str, str, int, str], list[float]] = {}
     for results in runs:
         _, task, method, metric, _ = _group(results)
-        for role, name in (("teacher", "teacher"), ("control", CONTROL + method), ("student", method)):
-            model, score = results["models"][role], primary_score(results, role)
-            if model and score is not None:
-                scores.setdefault((f"{task}\n{metric}", name, method, model["parameters"]), []).append(score)
-    panels: dict[str, dict[str, list[Point]]] = {}
-    for (panel, name, _, size), values in sorted(scores.items()):
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        panels.setdefault(panel, {}).setdefault(name, []).append((size, statistics.fmean(values), std))
+        for role, model in results["models"].items():
+            score = primary_score(results, role)
+            if role in ("teacher", "control", "student") and model and score is not None:
+                scores.setdefault((task, metric, method, model["parameters"], role), []).append(score)
+    panels: dict[tuple[str, str], Models] = {}
+    for (task, metric, method, size, role), values in sorted(scores.items()):
+        spread = Spread.of(values)
+        assert spread is not None, "each has at least one value"
+        name = (TEACHER if role == "teacher" else method, role == "control")
+        panels.setdefault((task, metric), {}).setdefault(name, []).append((size, spread.mean, spread.std or 0.0))
     return panels
 
 

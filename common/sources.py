@@ -77,6 +77,11 @@ def _read_csv(path: Path) -> pa.Table:
 READERS = {".parquet": pyarrow.parquet.read_table, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
 
 
+def short_name(dataset: str) -> str:
+    """What a report calls a dataset: the last part of a folder's path, or the name itself."""
+    return Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
+
+
 def read_named(
     dataset: str, others: str, instead: str, read: Callable[[Path], Splits] = read_folder
 ) -> tuple[Splits, list[str]]:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from paths import REPO
 
+from common.utils.domains import import_name
+
 DOMAINS = sorted(scripts.parent for scripts in REPO.glob("*/scripts"))
 
 
 @pytest.mark.parametrize("folder", DOMAINS, ids=lambda folder: folder.name)
 def test_a_domain_is_importable_and_complete(folder: Path):
-    name = folder.name.lower().replace("-", "_")
+    name = import_name(folder.name)
     package = importlib.import_module(name)
     assert list(package.__path__) == [str(folder)], "run `pip install -r requirements.txt` once more"
     for part in ("README.md", "__init__.py", "teacher_model", "student_model", "data", "scripts"):
@@ -26,7 +28,7 @@ def test_the_three_domains_are_there():
 
 
 def test_domains_import_common_and_never_each_other():
-    names = {folder.name.lower().replace("-", "_"): folder for folder in [*DOMAINS, REPO / "common"]}
+    names = {import_name(folder.name): folder for folder in [*DOMAINS, REPO / "common"]}
     for own, folder in names.items():
         for path in folder.rglob("*.py"):
             imports = [line.split()[1].split(".")[0] for line in path.read_text().splitlines()

@@ -261,11 +261,11 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
 def test_the_plot_has_a_point_for_each_model_and_size() -> None:
     runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
     (panel,) = report._panels(runs).items()
-    assert panel[0] == "clinc150\nvalidation accuracy"
-    assert panel[1]["teacher"] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
-    assert panel[1]["soft_targets"] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]
-    assert panel[1]["hint"] == [(1_234_567, 0.81, 0.0)]
-    assert panel[1].keys() == {"teacher", "control of soft_targets", "soft_targets", "hint"}
+    assert panel[0] == ("clinc150", "validation accuracy")
+    assert panel[1]["teacher", False] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
+    assert panel[1]["soft_targets", False] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]
+    assert panel[1]["hint", False] == [(1_234_567, 0.81, 0.0)]
+    assert panel[1].keys() == {("teacher", False), ("soft_targets", True), ("soft_targets", False), ("hint", False)}
 
 
 def test_command_without_a_readable_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

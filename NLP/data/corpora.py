@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.objective import IGNORED
-from common.sources import READERS, SPLIT_NAMES, Splits, read_folder, read_named
+from common.sources import READERS, SPLIT_NAMES, Splits, read_folder, read_named, short_name
 from common.utils.errors import UserError
 from nlp.data.columns import is_text
 
@@ -76,7 +76,7 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     if "validation" not in splits:
         splits = _carve(splits)
         notes.append("no validation split: the last tenth of train's documents was set aside")
-    name = Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
+    name = short_name(dataset)
     return Corpus(name, splits, notes)
 
 

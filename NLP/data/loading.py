@@ -4,12 +4,11 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import numpy as np
 
-from common.sources import Splits
+from common.sources import Splits, short_name
 from common.utils.errors import UserError
 from nlp.data.columns import Columns, choose_columns, class_names, is_float, recognise, scheme
 from nlp.data.sources import read_splits
@@ -54,7 +53,7 @@ def load_text_data(
         splits = _carve(splits, regression, seed)
         notes.append(f"no validation split: a stratified tenth of train was set aside (seed {seed})")
     return TextData(
-        name=dataset if dataset in TASKS or not Path(dataset).is_dir() else Path(dataset).resolve().name,
+        name=dataset if dataset in TASKS else short_name(dataset),
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
         label_names=label_names,
         regression=regression,

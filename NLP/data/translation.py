@@ -3,13 +3,12 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from common.sources import Splits, read_named
+from common.sources import Splits, read_named, short_name
 from common.utils.errors import UserError
 from nlp.data.number_words import load_number_words
 
@@ -48,7 +47,7 @@ def load_translation_data(dataset: str, source: str, target: str, seed: int = 0)
         notes.append(f"no validation split: {len(splits['validation'])} rows of train were set aside (seed {seed})")
     texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
     return TranslationData(
-        name=Path(dataset).resolve().name if Path(dataset).is_dir() else dataset,
+        name=short_name(dataset),
         languages=(source, target),
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
         fingerprint=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from common.cli import Parser, run
+from common.utils.domains import import_name
 from common.utils.errors import UserError
 from common.utils.files import writing_folder
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser = Parser(prog="python -m common.new_domain", description=__doc__)
     parser.add_argument("folder", help="letters, digits, - and _, such as bird-songs")
     folder = parser.parse_args().folder
-    name = import_name(folder)
+    name = checked_import_name(folder)
     refuse_taken(folder, name)
     try:
         lay_out(folder, name)
@@ -45,9 +46,9 @@ def main() -> None:
     print(NEXT.format(folder=folder, name=name, root=ROOT))
 
 
-def import_name(folder: str) -> str:
-    """What setup.py makes of a domain's folder. Raises UserError where that cannot be imported."""
-    name = _spelt(folder)
+def checked_import_name(folder: str) -> str:
+    """What a domain's folder is imported as. Raises UserError where that cannot be imported."""
+    name = import_name(folder)
     if not re.fullmatch(r"[a-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
         raise UserError(f"{folder!r} gives no import name: take letters, digits, - and _, such as bird-songs")
     return name
@@ -57,7 +58,7 @@ def refuse_taken(folder: str, name: str) -> None:
     """Raises UserError where something else is, or would be, found under that name."""
     for place in (ROOT, ROOT / "typings", ROOT / "tests", ROOT / "tests" / "helpers", TEMPLATE / "scripts"):
         for path in place.iterdir():
-            if _spelt(path.stem) == name:
+            if import_name(path.stem) == name:
                 raise UserError(f"the name {folder} is taken, by {path.relative_to(ROOT)}: choose another")
     if importlib.util.find_spec(name) is not None:
         raise UserError(f"the name {folder} is taken, by the package {name} that is installed here: choose another")
@@ -80,10 +81,6 @@ def lay_out(folder: str, name: str) -> None:
             shutil.copymode(source, target)  # a .sh can be run
         _tidy(name, domain, tests)
         (ROOT / "typings" / name).symlink_to(f"../{folder}", target_is_directory=True)
-
-
-def _spelt(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 def _tidy(name: str, *folders: Path) -> None:

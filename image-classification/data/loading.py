@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from common.sources import short_name
 from common.utils.errors import UserError
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import large_images
@@ -66,7 +66,7 @@ def load_image_data(
     """
     splits, label_names, notes = read_rows(dataset, image_column, label_column)
     splits = _divide(dataset, splits, validation_share, train_samples, notes)
-    name = Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
+    name = short_name(dataset)
     if dataset == "imagenet":
         return large_images(name, splits, label_names, image_size or IMAGENET_SIZE, notes)
     if image_size is not None and (image_size > LARGEST_IN_MEMORY or not _fit_in_memory(splits, image_size, notes)):

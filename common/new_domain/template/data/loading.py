@@ -6,13 +6,12 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from common.sources import Splits, read_named
+from common.sources import Splits, read_named, short_name
 from common.utils.errors import UserError
 from example_domain.data.tones import tones
 
@@ -46,7 +45,7 @@ def load_data(dataset: str) -> LabelledData:
         parts = splits["train"].train_test_split(max(1, len(splits["train"]) // 10), seed=0)
         splits |= {"train": parts["train"], "validation": parts["test"]}
         notes = [*notes, "no validation split: a tenth of train was set aside"]
-    name = Path(dataset).resolve().name if Path(dataset).is_dir() else dataset
+    name = short_name(dataset)
     return LabelledData(name, splits, names, digest.hexdigest(), notes)
 
 
