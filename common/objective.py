@@ -6,7 +6,8 @@ A method is a composition, written in the open in a script:
     Objective(layer_1=(1.0, match("layer_1", feature_l2)))                                      # feature distillation
 
 A term maps (student outputs, teacher outputs or None, labels or None) to a scalar. A term with weights of its own,
-like `Hint`, is a module: the trainer optimizes, clips and checkpoints it with the student, but it never ships.
+like `Hint`, is a module: the trainer optimizes, clips and checkpoints it with the student, but it never ships. The
+weight of a term is a number, or a function of how much of the training is done, such as `warm_up(1.0, 0.1)`.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from common import losses
 from common.outputs import Outputs
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
+Weight = float | Callable[[float], float]  # or of the progress of the training, from 0 to 1
+Terms = dict[str, tuple[Weight, Term]]
 FeatureLoss = Callable[..., Tensor]
 Divergence = Callable[[Tensor, Tensor], Tensor]
 IGNORED = -100  # the label of a position that counts for nothing: padding, or the end of a sequence
@@ -30,9 +33,10 @@ class Objective(nn.Module):
     A term of weight zero drops out, so that it need not be computable.
     """
 
-    def __init__(self, **terms: tuple[float, Term]) -> None:
+    def __init__(self, **terms: tuple[Weight, Term]) -> None:
         super().__init__()
         self.watched: dict[str, Term] = {}
+        self.progress = 0.0
         self.weights = {name: weight for name, (weight, _) in terms.items() if weight != 0}
         if not self.weights:
             raise ValueError("an objective needs at least one term with a weight other than zero")
@@ -40,7 +44,19 @@ class Objective(nn.Module):
         self.modules_of_terms = nn.ModuleDict({n: t for n, t in self.terms.items() if isinstance(t, nn.Module)})
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
-        return {name: self.weights[name] * term(student, teacher, labels) for name, term in self.terms.items()}
+        return {name: self.weight(name) * term(student, teacher, labels) for name, term in self.terms.items()}
+
+    def weight(self, name: str) -> float:
+        """A term's weight now."""
+        weight = self.weights[name]
+        return weight(self.progress) if callable(weight) else weight
+
+    def set_progress(self, progress: float) -> None:
+        """Tells weights and terms that change in the course of a training how much of it is done, from 0 to 1."""
+        self.progress = progress
+        for term in self.terms.values():
+            if isinstance(term, Scheduled):
+                term.progress = progress
 
     def watching(self, **terms: Term) -> "Objective":
         """The same objective; what `terms` give is logged under their names and never trained for."""
@@ -53,8 +69,23 @@ class Objective(nn.Module):
         return {name: term(student, teacher, labels) for name, term in self.watched.items()}
 
 
+class Scheduled(nn.Module):
+    """A term that changes in the course of a training, of which `progress` (0 to 1) is done."""
+
+    progress: float = 0.0
+
+
+def warm_up(weight: float, share: float) -> Weight:
+    """A weight that rises linearly from 0 over the first `share` of a training. Raises ValueError unless
+    0 <= share <= 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a warm-up is a share of the training, between 0 and 1, got {share}")
+    return weight if share == 0 else lambda progress: weight * min(progress / share, 1.0)
+
+
 def labels_and_soft_targets(
-    alpha: float, temperature: float, regression: bool = False, **others: tuple[float, Term]
+    alpha: float, temperature: float, regression: bool = False, **others: tuple[Weight, Term]
 ) -> Objective:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531), and any other weighted terms."""
     return Objective(

@@ -8,7 +8,8 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class Outputs(ModelOutput):
-    """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are real.
+    """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are real,
+    sample_id (batch,): which training samples these are, for terms that remember them.
 
     A ModelOutput, because accelerate turns the bf16 tensors of an autocast forward back into fp32 only inside one.
     """
@@ -16,3 +17,4 @@ class Outputs(ModelOutput):
     logits: Tensor | None = None
     features: dict[str, Tensor] | None = field(default=None)
     mask: Tensor | None = None
+    sample_id: Tensor | None = None

@@ -59,6 +59,10 @@ class SideBySideObjective(nn.Module):
     def watch(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         return self._each("watch", student, teacher, labels)
 
+    def set_progress(self, progress: float) -> None:
+        for objective in self.objectives.values():
+            objective.set_progress(progress)  # type: ignore[operator]
+
     def _each(self, method: str, student: Outputs, *others: Any) -> dict[str, Tensor]:
         return {
             f"{name}/{part}": value
@@ -72,4 +76,4 @@ def _of(name: str, all_students: Outputs) -> Outputs:
     features: dict[str, Any] = all_students.features or {}
     hooked = {key.removeprefix(f"{name}/"): value for key, value in features.items() if key.startswith(f"{name}/")}
     own = features[name]
-    return Outputs(logits=own["logits"], features={**own["features"], **hooked})
+    return Outputs(logits=own["logits"], features={**own["features"], **hooked}, sample_id=all_students.sample_id)

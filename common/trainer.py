@@ -96,7 +96,9 @@ class KDTrainer(Trainer):
         # The mean over the step's items is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
         student = self._student_says(model, inputs)
+        student.sample_id = sample_ids
         teacher = self._teacher_says(inputs, sample_ids, views)
+        self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
         parts = self.objective_in_step(student, teacher, labels)
         loss = torch.stack(list(parts.values())).sum() * share
         self._non_finite.note(self.state.global_step + 1, loss, parts)

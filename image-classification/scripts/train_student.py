@@ -1,21 +1,26 @@
 """Distills a teacher into a plain student by a method that leaves nothing behind in it, with a control.
 
     python image-classification/scripts/train_student.py --method kd
+    python image-classification/scripts/train_student.py --method dkd:beta=2:warmup=0
+    python image-classification/scripts/train_student.py --methods kd,dkd,dist --seeds 0,1,2
     python image-classification/scripts/train_student.py image-classification/scripts/paper.yaml --dataset cifar100 \\
         --teacher runs/image-classification/teacher_cifar100 --method attention
 
-`--method none` trains the student on the labels alone: what the other methods have as their control.
+`--method none` trains the student on the labels alone: what the other methods have as their control. Several
+`--methods` are trained side by side on the same batches, from one pass of the teacher, into one table.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from common.cli import parse, run
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.baselines import METHODS
+from image_classification.student_model.cells import PLAIN, SweepArguments
 from image_classification.student_model.experiment import Experiment
+from image_classification.student_model.methods import METHODS, Pair
+from image_classification.student_model.simkd import SimKDWeights
+from image_classification.student_model.sweep import method_of, sweep
 from image_classification.teacher_model.classifier import new_classifier
 from image_classification.teacher_model.teacher import teacher_sketch
 
@@ -24,27 +29,50 @@ from image_classification.teacher_model.teacher import teacher_sketch
 class Arguments:
     """How the teacher is listened to."""
 
-    method: Literal["none", "kd", "fitnet", "attention"] = field(
-        default="kd", metadata={"help": "nothing, soft targets, a hint at the middle stage, attention maps"}
+    method: str = field(
+        default="kd",
+        metadata={"help": f"NAME or NAME:setting=value:...; {PLAIN} (labels only), {', '.join(METHODS)}"},
     )
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
+    )
+    seeds: list[str] = field(default_factory=lambda: ["0"], metadata={"help": "of several --methods"})
     teacher_views: Path | None = field(
         default=None,
-        metadata={"help": "folder for a table of what the teacher says about each view (kd); later runs only read it"},
+        metadata={
+            "help": "folder for a table of the teacher's logits of each view, for methods that need no more of it; "
+            "later runs only read it"
+        },
     )
+
+    def axes(self, training: ImageTrainingArguments) -> SweepArguments:
+        """Of the sweep that several methods are. Raises UserError for seeds that are no numbers."""
+        methods = ",".join(self.methods).split(",")
+        controls = [] if training.no_control or PLAIN in methods else [PLAIN]
+        try:
+            seeds = [int(seed) for seed in ",".join(self.seeds).split(",")]
+            return SweepArguments(
+                [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate], seeds=seeds
+            )
+        except ValueError as error:
+            raise UserError(f"--methods and --seeds: {error}") from error
 
 
 def main() -> None:
     args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
+    if args.methods:
+        sweep(args.axes(training), pair, SimKDWeights(), data_args, training, args.teacher_views)
+        return
     data = data_args.load()
-    if args.method == "none":
+    if args.method == PLAIN:
         new_classifier(pair.student, data.config)  # an unknown one is refused before anything is written
         experiment = Experiment(args.method, training, data, args, pair, data_args)
         student = experiment.labels_only("student", lambda: new_classifier(pair.student, data.config))
         experiment.report(student=(f"{pair.student}, labels only", student))
         return
+    method = method_of(args.method, training)
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    method = METHODS[args.method]
-    how = method(new_classifier(pair.student, seen.config), sketch, seen, training.alpha, training.temperature)
+    how = method(Pair(new_classifier(pair.student, seen.config), sketch, seen))
     if args.teacher_views is not None and not how.logits_only:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
     experiment = Experiment(args.method, training, data, args, pair, data_args)
@@ -56,7 +84,7 @@ def main() -> None:
     student = experiment.distill(
         teacher,
         lambda: new_classifier(pair.student, data.config),
-        lambda student: method(student, teacher, data, training.alpha, training.temperature),
+        lambda student: method(Pair(student, teacher, data)),
         args.teacher_views,
     )
     experiment.report(

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BaseImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
 from common.inference import as_it_is
+from common.methods import Method
 from common.model_card import save_student
 from common.objective import Objective, task_loss
 from common.results import print_table, write_report
@@ -25,7 +26,6 @@ from image_classification.data.loading import ImageData
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.evaluation import evaluate, trainer_metrics
-from image_classification.student_model.matching import Method
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.folding import frozen
 from image_classification.teacher_model.teacher import given_teacher
@@ -113,13 +113,16 @@ class Experiment:
                 how.objective,
                 features=how.features,
                 teacher=frozen(teacher, self.args.precision),
-                teacher_views=views_folder and self._teacher_views(teacher, views_folder),
+                teacher_views=views_folder and self.teacher_views(teacher, views_folder),
                 teacher_features=how.teacher_features,
             )
 
         return self.stage(stage, build_and_fit)
 
-    def _teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
+    def teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
+        """The table of what a teacher says about each view of the training images. Raises UserError for images whose
+        views cannot be counted.
+        """
         views = self.data.views("train", torch.device("cpu"), augment=True)
         if not isinstance(views, Views):
             raise UserError("the views of large images cannot be counted, so what a teacher says of them is no table")

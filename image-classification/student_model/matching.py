@@ -1,7 +1,7 @@
 """Matching feature maps of a student to those of its teacher: which with which, through what, under which loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from common import losses
 from common.features import FeatureHooks
-from common.objective import Objective
 from common.outputs import Outputs
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
@@ -22,19 +21,6 @@ FEATURE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl-spatial": losses.spatial_kl,
     "cosine": partial(losses.feature_cosine, dim=1),
 }
-
-
-@dataclass
-class Method:
-    """What a student is trained for, and the submodules of either model whose outputs that needs, {name: path}.
-
-    logits_only: the teacher's logits are all that is needed of it, so that they may come from a table.
-    """
-
-    objective: Objective
-    features: dict[str, str] = field(default_factory=dict)
-    teacher_features: dict[str, str] = field(default_factory=dict)
-    logits_only: bool = False
 
 
 class FeatureMatch(nn.Module):

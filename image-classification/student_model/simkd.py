@@ -8,14 +8,14 @@ are trained, evaluated, saved and deployed with it.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.objective import Objective, Term, soft_targets, task_loss
+from common.methods import Method
+from common.objective import Objective, Terms, soft_targets, task_loss
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
 from image_classification.student_model.matching import (
     FEATURE_LOSSES,
     FeatureMatch,
     MapShape,
-    Method,
     block_paths,
     probe,
     proportional_map,
@@ -87,7 +87,7 @@ def simkd(
     teacher_paths = [path for _, path, _ in pairs if path != "map"]
     own, target = probe(student, own_paths, images), probe(teacher, teacher_paths, images)
     loss = FEATURE_LOSSES[args.feature_loss]
-    terms: dict[str, tuple[float, Term]] = {}
+    terms: Terms = {}
     for number, (path, teacher_path, weight) in enumerate(pairs):
         projector = None
         if path != "map":  # the student's own projector leads to the last map already

@@ -1,134 +1,132 @@
-"""A sweep: students of one teacher under every method, loss, learning rate and seed asked for.
+"""Sweeps: many students of one teacher, those of one learning rate and seed side by side.
 
-Cells of one learning rate and seed are trained side by side, on the same batches, from one pass of the teacher. Each
-cell ends in a folder of its own with results.json and student/; a cell that has one is not trained again.
+They are trained on the same batches, from one pass of the teacher. Each ends in a folder of its own with results.json
+and student/; one that is there is not trained again.
 """
 
 import copy
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from transformers import set_seed
 
+from common.methods import Method, chosen
 from common.objective import Objective, task_loss
 from common.results import RECIPE
 from common.side_by_side import SideBySide, SideBySideObjective
+from common.utils.errors import UserError
+from common.utils.files import read_json
 from image_classification.data.loading import ImageData
-from image_classification.student_model.arguments import ImageTrainingArguments
-from image_classification.student_model.baselines import METHODS
-from image_classification.student_model.experiment import Experiment
-from image_classification.student_model.matching import Method
-from image_classification.student_model.simkd import (
-    FeatureLossName,
-    SimKDArguments,
-    SimKDWeights,
-    Variant,
-    simkd,
-    simkd_student,
+from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from image_classification.student_model.cells import (
+    CONTROL,
+    PLAIN,
+    SIMKD,
+    Cell,
+    SweepArguments,
+    cells_of,
+    control_of,
+    results_file,
 )
+from image_classification.student_model.evaluation import evaluate
+from image_classification.student_model.experiment import Experiment
+from image_classification.student_model.methods import METHODS, Pair
+from image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
+from image_classification.student_model.sweep_report import show
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.folding import frozen
-
-PLAIN, CONTROL, SIMKD = "none", "control", "simkd"
-
-
-@dataclass
-class SweepArguments:
-    """The axes of a sweep."""
-
-    methods: list[str] = field(
-        default_factory=lambda: [CONTROL, SIMKD],
-        metadata={"help": "none (labels only), control (labels only, with a projector), kd, fitnet, attention, simkd"},
-    )
-    projectors: list[str] = field(default_factory=lambda: ["single", "multi", "all-layer"])
-    feature_losses: list[str] = field(
-        default_factory=lambda: ["l2"], metadata={"help": "l2, kl-channel, kl-spatial, cosine"}
-    )
-    learning_rates: list[float] = field(default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1])
-    seeds: list[int] = field(default_factory=lambda: [0])
-
-    def __post_init__(self) -> None:
-        known = {
-            "methods": (PLAIN, CONTROL, *METHODS, SIMKD),
-            "projectors": get_args(Variant),
-            "feature_losses": get_args(FeatureLossName),
-        }
-        for name in ("methods", "projectors", "feature_losses", "learning_rates", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"--{name} must name at least one value, and none twice, got {values}")
-            wrong = [value for value in values if name in known and value not in known[name]]
-            if wrong:
-                raise ValueError(f"--{name} knows no {wrong[0]!r}: choose from {', '.join(known[name])}")
+from image_classification.teacher_model.teacher import given_teacher, teacher_sketch
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One student of a sweep."""
+def sweep(
+    axes: SweepArguments,
+    pair: PairArguments,
+    weights: SimKDWeights,
+    data_args: DataArguments,
+    training: ImageTrainingArguments,
+    teacher_views: Path | None = None,
+) -> None:
+    """Trains what is missing of a sweep, and shows all of it. `teacher_views`: where a table of the teacher's logits
+    per view is kept, which serves groups of students that need no more of it.
+    """
+    if training.max_grad_norm:
+        raise UserError("students side by side would be coupled by clipping: --max_grad_norm must be 0")
+    folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
+    cells, teacher_name = list(cells_of(axes)), pair.teacher
+    sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
+    for cell in {cell.key: cell for cell in cells}.values():
+        student_of(cell, pair.student, sketch, seen, training, weights)
+    if given_teacher(teacher_name, data) is None:
+        args = copy.copy(training)
+        args.output_dir = teacher_name = str(folder / "teacher")
+        args.resume_from_checkpoint = (folder / "teacher" / RECIPE).exists()
+        Experiment("teacher", args, data, pair, data_args).teacher(pair.teacher, pair.teacher_epochs)
 
-    method: str
-    projector: str | None
-    feature_loss: str | None
-    learning_rate: float
-    seed: int
-
-    @property
-    def label(self) -> str:
-        return " ".join(filter(None, (self.method, self.projector, self.feature_loss)))
-
-    @property
-    def key(self) -> str:
-        """Tells the cells of one learning rate and seed apart."""
-        return self.label.replace(" ", "_")
-
-    @property
-    def name(self) -> str:
-        return f"{self.key}_lr{self.learning_rate:g}_seed{self.seed}"
-
-
-def cells_of(args: SweepArguments) -> Iterator[Cell]:
-    """Those of one learning rate and seed one after the other, controls first."""
-    first = sorted(args.methods, key=lambda method: method not in (PLAIN, CONTROL))
-    for rate, seed, method in product(args.learning_rates, args.seeds, first):
-        if method != SIMKD:
-            yield Cell(method, None, None, rate, seed)
-            continue
-        for projector, loss in product(args.projectors, args.feature_losses):
-            yield Cell(method, projector, loss, rate, seed)
+    given = given_teacher(teacher_name, data)
+    assert given is not None, "it has just been trained"
+    teacher, data = given
+    missing = [cell for cell in cells if not results_file(folder, cell).exists()]
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
+    measured, said = evaluate(pair.teacher, teacher, data) if missing else ({}, {})
+    for _, members in groupby(missing, lambda cell: (cell.learning_rate, cell.seed)):
+        group = list(members)
+        experiment = Experiment("sweep", group_arguments(training, folder, group), data, pair, weights, data_args)
+        students = train_side_by_side(experiment, group, pair.student, teacher, weights, teacher_views)
+        for cell in group:
+            student = students[cell.key]
+            entries = {"teacher": measured, "control": _control(folder, cell)}
+            entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, data, said)
+            experiment.write(
+                results_file(folder, cell).parent,
+                cell.label,
+                entries,
+                student,
+                {"student": losses_of(cell, experiment.run.history["student"])},
+                side_by_side_with=", ".join(other.label for other in group if other != cell) or "none",
+            )
+    show(folder, cells)
 
 
-def control_of(cell: Cell) -> Cell | None:
-    """The cell that trains the same network on the labels alone."""
-    if cell.method in (PLAIN, CONTROL):
+def _control(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The finished control of a cell, where the sweep has one."""
+    control = control_of(cell)
+    if control is None or not results_file(folder, control).exists():
         return None
-    method = CONTROL if cell.method == SIMKD else PLAIN
-    return replace(cell, method=method, projector=None, feature_loss=None)
+    return read_json(results_file(folder, control))["models"]["student"]
 
 
 def train_side_by_side(
-    experiment: Experiment, cells: list[Cell], architecture: str, teacher: ImageClassifier, weights: SimKDWeights
+    experiment: Experiment,
+    cells: list[Cell],
+    architecture: str,
+    teacher: ImageClassifier,
+    weights: SimKDWeights,
+    teacher_views: Path | None = None,
 ) -> dict[str, ImageClassifier]:
     """The students of cells of one learning rate and seed, by the cells' keys."""
 
     def build() -> SideBySide:
-        students, methods = {}, {}
+        students: dict[str, ImageClassifier] = {}
+        methods: dict[str, Method] = {}
         for cell in cells:
             set_seed(cell.seed)  # each begins as it would alone
             students[cell.key], methods[cell.key] = student_of(
                 cell, architecture, teacher, experiment.data, experiment.args, weights
             )
-        listens = any(cell.method not in (PLAIN, CONTROL) for cell in cells)
+        listening = [methods[cell.key] for cell in cells if cell.method not in (PLAIN, CONTROL)]
+        views = teacher_views if listening and all(method.logits_only for method in listening) else None
         return experiment.fit(
             "student",
             SideBySide(students),
             SideBySideObjective({name: method.objective for name, method in methods.items()}),
             watch=False,
             features=SideBySide.paths({name: method.features for name, method in methods.items()}),
-            teacher=frozen(teacher, experiment.args.precision) if listens else None,
+            teacher=frozen(teacher, experiment.args.precision) if listening else None,
+            teacher_views=views and experiment.teacher_views(teacher, views),
             teacher_features={name: path for m in methods.values() for name, path in m.teacher_features.items()},
         )
 
@@ -156,9 +154,15 @@ def student_of(
         student = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
         student = new_classifier(architecture, data.config)
-    if cell.method in METHODS:
-        return student, METHODS[cell.method](student, teacher, data, args.alpha, args.temperature)
-    return student, Method(Objective(task=(1.0, task_loss())))
+    if cell.method in (PLAIN, CONTROL):
+        return student, Method(Objective(task=(1.0, task_loss())))
+    return student, method_of(cell.method, args)(Pair(student, teacher, data))
+
+
+def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Method]:
+    """The method NAME[:setting=value]...; --alpha and --temperature are those of `kd`."""
+    flags = {"alpha": args.alpha, "temperature": args.temperature} if spec.split(":")[0] == "kd" else {}
+    return chosen(spec, METHODS, **flags)
 
 
 def group_arguments(training: ImageTrainingArguments, folder: Path, cells: list[Cell]) -> ImageTrainingArguments:

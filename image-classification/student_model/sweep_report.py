@@ -12,13 +12,9 @@ from common.plots import OTHER_STYLES, STYLES
 from common.report import Spread
 from common.tables import markdown, number, print_rich
 from common.utils.files import read_json, write_bytes, write_text
-from image_classification.student_model.sweep import Cell
+from image_classification.student_model.cells import Cell, results_file
 
 Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
-
-
-def results_file(folder: Path, cell: Cell) -> Path:
-    return folder / "cells" / cell.name / "results.json"
 
 
 def show(folder: Path, cells: list[Cell]) -> None:

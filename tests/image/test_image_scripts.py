@@ -271,7 +271,7 @@ def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
         ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
-        ("sweep.py", ["--methods", "dkd"], "--methods knows no 'dkd'"),
+        ("sweep.py", ["--methods", "kdd"], "there is no method 'kdd'"),
         ("sweep.py", ["--max_grad_norm", "1"], "--max_grad_norm must be 0"),
         ("train_teacher.py", ["--lerning_rate", "1"], "did you mean --learning_rate?"),
         ("evaluate.py", ["nowhere"], "no folder nowhere"),

@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from image_pairs import as_in_training, noise
 from torch import nn
 
 from common import losses
-from common.features import FeatureHooks
 from common.outputs import Outputs
 from common.utils.errors import UserError
-from image_classification.data.loading import Images, SmallImageData
-from image_classification.student_model.baselines import METHODS
 from image_classification.student_model.matching import (
     FEATURE_LOSSES,
     FeatureMatch,
@@ -33,32 +30,6 @@ PAIRS = [
     ("resnet8", "resnet20"),
     ("resnet8x4", "timm:resnet10t"),
 ]
-
-
-def noise(size: int = 16, classes: int = 5) -> SmallImageData:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (40, size, size, 3), generator=generator, dtype=torch.uint8)
-    images = Images(pixels, torch.arange(40) % classes)
-    return SmallImageData(
-        name="noise",
-        splits={"train": images, "validation": images},
-        label_names=[f"class{i}" for i in range(classes)],
-        mean=[0.5] * 3,
-        std=[0.3] * 3,
-        size=size,
-        flip=True,
-        fingerprint="noise",
-        notes=[],
-    )
-
-
-def run(model: nn.Module, method_paths: dict[str, str], images: torch.Tensor) -> Outputs:
-    """A forward pass as the trainer does it: named features of the model, and of its hooked submodules."""
-    hooks = FeatureHooks(model, method_paths)
-    output = model(images)
-    features = {**output.features, **hooks.take()}
-    hooks.remove()
-    return Outputs(logits=output.logits, features=features)
 
 
 @pytest.mark.parametrize(("factor", "parameters"), [(1, 722_432), (2, 214_016), (4, 70_400), (8, 26_240)])
@@ -87,7 +58,10 @@ def test_a_student_with_the_teachers_weights_has_no_loss_and_its_logits(loss):
     method = simkd(student, teacher, data, SimKDArguments(feature_loss=loss), temperature=4.0)
     images = some_images(data)
     with torch.no_grad():
-        own, said = run(student, method.features, images), run(teacher, method.teacher_features, images)
+        own, said = (
+            as_in_training(student, method.features, images),
+            as_in_training(teacher, method.teacher_features, images),
+        )
     parts = method.objective(own, said, None)
     assert set(parts) == {"feature_0"}
     assert parts["feature_0"].item() == pytest.approx(0, abs=1e-6)
@@ -104,8 +78,8 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     images, labels = some_images(data), data.splits["validation"].labels[:8]
     answering = frozen(teacher, "fp32")
     with torch.no_grad():
-        said = run(answering, method.teacher_features, images)
-    parts = method.objective(run(student, method.features, images), said, labels)
+        said = as_in_training(answering, method.teacher_features, images)
+    parts = method.objective(as_in_training(student, method.features, images), said, labels)
     sum(parts.values()).backward()
     expected = {"single": 1, "multi": 2, "all-layer": len(block_paths(student))}[projector]
     assert len(parts) == expected and all(part.item() > 0 for part in parts.values())
@@ -191,24 +165,6 @@ def test_attention_transfer_by_hand():
         expected += np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)).mean() / 2
     assert losses.attention_transfer(own, target).item() == pytest.approx(expected, rel=1e-5)
     assert losses.attention_transfer(own, 3 * own).item() == pytest.approx(0, abs=1e-10)  # a scale says nothing
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_baselines_leave_nothing_behind_in_the_student(name):
-    data = noise()
-    teacher, student = new_classifier("resnet14x2", data.config), new_classifier("resnet8", data.config).train()
-    method = METHODS[name](student, teacher, data, alpha=0.1, temperature=4.0)
-    images, labels = some_images(data), data.splits["validation"].labels[:8]
-    with torch.no_grad():
-        said = run(teacher.eval(), method.teacher_features, images)
-    own = run(student, method.features, images)
-    parts = method.objective(own, said, labels)
-    weight = {"kd": 0.1}.get(name, 1.0)
-    assert parts["task"].item() == pytest.approx(weight * F.cross_entropy(own.logits, labels).item(), rel=1e-5)
-    sum(parts.values()).backward()
-    assert student.backbone.conv1.weight.grad.abs().sum() > 0
-    assert set(student.state_dict()) == set(new_classifier("resnet8", data.config).state_dict())
-    assert (len(list(method.objective.parameters())) > 0) == (name == "fitnet")
 
 
 def test_stages_and_blocks_have_names():

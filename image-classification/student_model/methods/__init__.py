@@ -1,0 +1,36 @@
+"""Methods of distilling an image classifier that leave nothing behind in the student, by name.
+
+Each is a function (pair, *, settings) -> Method. To add one: write it in a file here, name it in METHODS, give it a
+recipe in scripts/methods/ and a test.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from common.logit_methods import LOGIT_METHODS
+from common.methods import Method
+from common.objective import Objective, Terms
+from common.relation_methods import RELATION_METHODS
+from image_classification.student_model.methods.pair import Pair
+from image_classification.student_model.methods.stages import attention, fitnet
+
+
+def for_images(method: Callable[..., Terms], logits_only: bool) -> Callable[..., Method]:
+    """A method of every domain, of a pair of image classifiers."""
+
+    @wraps(method)  # which shows its settings
+    def build(pair: Pair, **settings: Any) -> Method:
+        return Method(Objective(**method(pair.task, **settings)), logits_only=logits_only)
+
+    return build
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    **{name: for_images(method, logits_only=True) for name, method in LOGIT_METHODS.items()},
+    **{name: for_images(method, logits_only=False) for name, method in RELATION_METHODS.items()},
+    "fitnet": fitnet,
+    "attention": attention,
+}
+
+__all__ = ["METHODS", "Pair"]

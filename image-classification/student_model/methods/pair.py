@@ -1,0 +1,76 @@
+"""A student and its teacher, as methods see them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from common.methods import Task
+from common.objective import FeatureLoss, Term
+from common.outputs import Outputs
+from common.utils.errors import UserError
+from image_classification.data.loading import ImageData
+from image_classification.student_model.matching import MapShape, probe, some_images, stage_paths
+from image_classification.teacher_model.classifier import ImageClassifier
+
+PER_CLASS = 50  # training images of each class that stand for it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher before training, and the images that both will see."""
+
+    student: ImageClassifier
+    teacher: ImageClassifier
+    data: ImageData
+
+    @cached_property
+    def images(self) -> Tensor:
+        return some_images(self.data)
+
+    def shapes(self, own: list[str], target: list[str]) -> tuple[dict[str, MapShape], dict[str, MapShape]]:
+        """{path: shape} of the student's and the teacher's maps at these submodules, with their last ones (`map`)."""
+        return probe(self.student, own, self.images), probe(self.teacher, target, self.images)
+
+    def stages(self) -> tuple[list[str], list[str]]:
+        """The paths of both networks' stages, of which there have to be as many."""
+        own, target = stage_paths(self.student), stage_paths(self.teacher)
+        if len(own) != len(target):
+            raise UserError(
+                f"this method pairs stages one by one, but {self.student.config.architecture} has {len(own)} and "
+                f"{self.teacher.config.architecture} {len(target)}: choose networks with as many stages"
+            )
+        return own, target
+
+    @cached_property
+    def task(self) -> Task:
+        own, target = self.shapes([], [])
+        return Task(
+            classes=len(self.data.label_names),
+            student_width=own["map"].channels,
+            teacher_width=target["map"].channels,
+            pooled=lambda loss: match_flat("pooled", loss),
+            last=lambda loss: match_flat("map", loss),
+            teacher_features=self._teacher_features,
+        )
+
+    @torch.no_grad()
+    def _teacher_features(self) -> tuple[Tensor, Tensor]:
+        """Of PER_CLASS training images of each class, as they are."""
+        labels = self.data.splits["train"].labels
+        rows = torch.cat([(labels == c).nonzero().flatten()[:PER_CLASS] for c in range(len(self.data.label_names))])
+        views = self.data.views("train", self.teacher.device)
+        batches = [views.__getitems__(part.tolist())["pixel_values"] for part in rows.split(250)]
+        pooled = torch.cat([self.teacher(batch).features["pooled"].float() for batch in batches])
+        return pooled, labels[rows].to(pooled.device)
+
+
+def match_flat(name: str, loss: FeatureLoss) -> Term:
+    """A loss between a feature of student and teacher, flattened to (batch, anything)."""
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        assert student.features and teacher and teacher.features, "feature matching needs a teacher's features"
+        return loss(student.features[name].flatten(1), teacher.features[name].flatten(1))
+
+    return term

@@ -1,0 +1,120 @@
+"""What every method of distilling an image classifier has to keep to."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from image_pairs import both_say, noise
+from paths import REPO
+
+from common.methods import chosen, settings_of
+from common.objective import Scheduled
+from common.utils.errors import UserError
+from image_classification.student_model.methods import METHODS, Pair
+from image_classification.teacher_model.classifier import new_classifier
+
+NAMES = sorted(METHODS)
+WITH_WEIGHTS = {"fitnet"}  # what trains beside the student, and never ships
+NO_LABELS_ALONE = set[str]()  # methods whose `task` is not the plain cross-entropy
+
+
+def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", classes: int = 5) -> Pair:
+    torch.manual_seed(0)
+    data = noise(classes=classes)
+    return Pair(new_classifier(student, data.config), new_classifier(teacher, data.config), data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(name):
+    pair = new_pair()
+    pair.teacher.requires_grad_(False)
+    before = copy.deepcopy(pair.teacher.state_dict())
+    method = METHODS[name](pair)
+    method.objective.set_progress(0.5)
+    own, said = both_say(method, pair, pair.images)
+    parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
+    sum(parts.values()).backward()
+    assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
+    extra = list(method.objective.parameters())
+    assert bool(extra) == (name in WITH_WEIGHTS)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in extra), "or it would never learn"
+    assert {id(p) for p in extra}.isdisjoint(id(p) for p in [*pair.student.parameters(), *pair.teacher.parameters()])
+    assert all(torch.equal(value, before[key]) for key, value in pair.teacher.state_dict().items())
+    assert set(pair.student.state_dict()) == set(new_classifier("resnet8", pair.data.config).state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_task_is_the_cross_entropy_with_the_labels(name):
+    pair = new_pair()
+    method = METHODS[name](pair)
+    own, said = both_say(method, pair, pair.images)
+    labels = pair.data.splits["validation"].labels[: len(pair.images)]
+    parts = method.objective(own, said, labels)
+    weight = method.objective.weight("task")
+    assert parts["task"].item() == pytest.approx(weight * F.cross_entropy(own.logits, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_finite_with_confident_logits_and_in_bf16(name):
+    pair = new_pair()
+    method = METHODS[name](pair)
+    method.objective.set_progress(1.0)
+    own, said = both_say(method, pair, pair.images)
+    for logits in (said, own):
+        logits["logits"] = 200 * logits.logits
+        logits["features"] = {key: value.bfloat16() for key, value in logits.features.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
+    assert all(part.isfinite() and part.dtype == torch.float32 for part in parts.values()), parts
+    sum(parts.values()).backward()
+    assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_weights_and_memories_are_checkpointed(name):
+    """What a new objective of the same method needs to go on is in the state of the old one."""
+    pair = new_pair()
+    labels = pair.data.splits["validation"].labels[: len(pair.images)]
+    method = METHODS[name](pair)
+    own, said = both_say(method, pair, pair.images)
+    method.objective(own, said, labels)  # batch norms, memories and the like have seen a batch
+    torch.manual_seed(1)
+    other = METHODS[name](pair)
+    other.objective.load_state_dict(method.objective.state_dict())
+    first, second = (m.objective.train()(own, said, labels) for m in (method, other))
+    assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_has_a_docstring_with_its_paper_and_a_recipe(name):
+    assert "arXiv:" in METHODS[name].__doc__ or "20" in METHODS[name].__doc__
+    recipe = yaml.safe_load(Path(REPO, "image-classification", "scripts", "methods", f"{name}.yaml").read_text())
+    chosen(recipe["method"], METHODS)
+    assert recipe["method"].split(":")[0] == name
+
+
+def test_settings_are_checked():
+    assert settings_of(METHODS["kd"]) == {"alpha": float, "temperature": float}
+    assert chosen("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
+    assert chosen("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
+        "alpha": 0.3,
+        "temperature": 1.5,
+    }
+    for spec, complaint in (
+        ("kdd", "did you mean kd?"),
+        ("kd:alhpa=1", "no setting 'alhpa'; did you mean alpha?"),
+        ("kd:alpha=much", "kd: alpha=much is none"),
+        ("kd:alpha", "kd: alpha= is none"),
+    ):
+        with pytest.raises(UserError, match=complaint.replace("?", r"\?")):
+            chosen(spec, METHODS)
+
+
+def test_what_changes_in_the_course_of_a_training_is_told_how_much_of_it_is_done():
+    for name in NAMES:
+        objective = METHODS[name](new_pair()).objective
+        objective.set_progress(0.25)
+        assert all(term.progress == 0.25 for term in objective.terms.values() if isinstance(term, Scheduled))
