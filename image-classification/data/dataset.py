@@ -61,6 +61,10 @@ class ImageData:
             "label2id": {name: i for i, name in enumerate(self.label_names)},
         }
 
-    def views(self, split: str, device: torch.device, augment: bool = False, seed: int = 0) -> ImageViews:
-        """The images of a split, each always the same, or (`augment`) another view of it in every epoch."""
+    def views(
+        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
+    ) -> ImageViews:
+        """The images of a split, each always the same, or (`augment`) another view of it in every epoch, or (`strong`)
+        two. Raises UserError for `strong` where there are no such views.
+        """
         raise NotImplementedError

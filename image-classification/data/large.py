@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
+from common.utils.errors import UserError
 from image_classification.data.dataset import ImageData, ImageViews
 from image_classification.data.rows import Rows
 
@@ -26,8 +27,12 @@ class LargeImageData(ImageData):
 
     splits: dict[str, Rows]
 
-    def views(self, split: str, device: torch.device, augment: bool = False, seed: int = 0) -> "LargeViews":
+    def views(
+        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
+    ) -> "LargeViews":
         """The centre of each image, or (`augment`) a random part of it, mirrored half of the time."""
+        if strong:
+            raise UserError("--strong_views are made of images of 64 pixels or less: leave it out")
         return LargeViews(self.splits[split], self.size, self.mean, self.std, device, augment, seed)
 
 

@@ -16,6 +16,7 @@ from common.utils.errors import UserError
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import large_images
 from image_classification.data.rows import Rows, read_rows, split_off
+from image_classification.data.strong_views import StrongViews
 from image_classification.data.views import Views
 
 __all__ = ["ImageData", "SmallImageData", "load_image_data"]
@@ -43,11 +44,14 @@ class SmallImageData(ImageData):
     splits: dict[str, Images]
     flip: bool  # whether an image and its mirror image show the same
 
-    def views(self, split: str, device: torch.device, augment: bool = False, seed: int = 0) -> Views:
+    def views(
+        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
+    ) -> Views:
         """The images of a split as they are, or with random crops (and flips, where they mean the same)."""
         images = self.splits[split]
         padding, flip = (max(1, self.size // 8), self.flip) if augment else (0, False)
-        return Views(images.pixels.to(device), images.labels, self.mean, self.std, padding, flip, seed)
+        kind = StrongViews if strong else Views
+        return kind(images.pixels.to(device), images.labels, self.mean, self.std, padding, flip, seed)
 
 
 def load_image_data(

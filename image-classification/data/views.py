@@ -64,14 +64,14 @@ class Views(ImageViews):
             numbers = numbers.pin_memory()  # or the copy would wait for all that the GPU has yet to do
         ids, views = numbers.to(self.images.device, non_blocking=True)
         return {
-            "pixel_values": self.crop(ids, views),
+            "pixel_values": self.normalized(self.crop(ids, views)),
             "labels": self.labels[ids],
             "sample_id": ids,
             "view": views,
         }
 
     def crop(self, ids: Tensor, views: Tensor) -> Tensor:
-        """Normalized pixels (batch, 3, height, width) of view number `views` (batch,) of images `ids` (batch,).
+        """Pixels (batch, height, width, channels) uint8 of view number `views` (batch,) of images `ids` (batch,).
 
         view = 2 * place + mirrored where there are mirrored views, else place; place = (2 * padding + 1) * top + left.
         """
@@ -82,7 +82,10 @@ class Views(ImageViews):
         across = torch.arange(width, device=views.device).expand(len(views), width)
         across = torch.where(mirrored.unsqueeze(1), width - 1 - across, across) + left.unsqueeze(1)  # (batch, width)
         down = torch.arange(height, device=views.device) + top.unsqueeze(1)  # (batch, height)
-        pixels = self.images[ids[:, None, None], down[:, :, None], across[:, None, :]]  # (batch, height, width, c)
+        return self.images[ids[:, None, None], down[:, :, None], across[:, None, :]]
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """What a model sees (batch, 3, height, width) of pixels (batch, height, width, channels) uint8."""
         pixels = (pixels.float() - self.mean) * self.scale
         pixels = pixels.expand(-1, -1, -1, 3).permute(0, 3, 1, 2)
         return pixels.contiguous(memory_format=torch.channels_last)  # copies grey images only

@@ -60,6 +60,8 @@ class Arguments:
 
 def main() -> None:
     args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
+    if args.teacher_views and training.strong_views:
+        raise UserError("--strong_views cannot be counted, so there is no table of them: leave out --teacher_views")
     if args.methods:
         sweep(args.axes(training), pair, SimKDWeights(), data_args, training, args.teacher_views)
         return

@@ -68,6 +68,9 @@ class ImageTrainingArguments(KDTrainingArguments):
     train_sampling_strategy: str = "random"
     dataloader_drop_last: bool = field(default=True, metadata={"help": "training batches of one size only"})
     dataloader_pin_memory: bool = False  # small images lie on the device already
+    strong_views: bool = field(
+        default=False, metadata={"help": "show each image of a batch a second time, under RandAugment and cutout"}
+    )
     alpha: float = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
     temperature: float = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
 

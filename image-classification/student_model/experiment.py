@@ -21,8 +21,10 @@ from common.teacher_outputs import outputs_key
 from common.teacher_views import TeacherViews
 from common.utils.devices import best_device
 from common.utils.errors import UserError
+from image_classification.data.dataset import ImageViews
 from image_classification.data.large import LargeImageData, shorter_side
 from image_classification.data.loading import ImageData
+from image_classification.data.strong_views import StrongViews
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.evaluation import evaluate, trainer_metrics
@@ -48,6 +50,9 @@ class Experiment:
     def __init__(self, method: str, training: ImageTrainingArguments, data: ImageData, *instances: Any) -> None:
         if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
             raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
+        data.views(
+            "train", torch.device("cpu"), augment=True, strong=training.strong_views
+        )  # refuses what is not there
         training.output_dir = training.output_dir or f"runs/image-classification/{method}"
         self.method, self.args, self.data = method, training, data
         self.run = TrainerRun(training, *instances)
@@ -79,12 +84,15 @@ class Experiment:
             model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             {} if epochs is None else {"num_train_epochs": epochs},
             objective=objective,
-            train_dataset=self.data.views("train", device, augment=True, seed=self.args.seed),
+            train_dataset=self._training_views(device),
             eval_dataset=self.data.views("validation", device) if watch and "validation" in self.data.splits else None,
             data_collator=as_it_is,
             compute_metrics=trainer_metrics,
             **trainer,
         )
+
+    def _training_views(self, device: torch.device) -> ImageViews:
+        return self.data.views("train", device, augment=True, seed=self.args.seed, strong=self.args.strong_views)
 
     def labels_only(
         self, name: str, build: Callable[[], ImageClassifier], epochs: float | None = None
@@ -123,8 +131,8 @@ class Experiment:
         """The table of what a teacher says about each view of the training images. Raises UserError for images whose
         views cannot be counted.
         """
-        views = self.data.views("train", torch.device("cpu"), augment=True)
-        if not isinstance(views, Views):
+        views = self._training_views(torch.device("cpu"))
+        if not isinstance(views, Views) or isinstance(views, StrongViews):
             raise UserError("the views of large images cannot be counted, so what a teacher says of them is no table")
         key = outputs_key(teacher, self.data.fingerprint, self.data.config, views.number_of_views, self.args.precision)
         return TeacherViews(folder, key, len(views), views.number_of_views, len(self.data.label_names))

@@ -51,7 +51,7 @@ def test_every_view_is_what_its_number_says(channels: int, flip: bool) -> None:
     assert views.number_of_views == (162 if flip else 81)
     numbers = torch.arange(views.number_of_views)
     for image in range(3):
-        found = views.crop(torch.full_like(numbers, image), numbers)
+        found = views.normalized(views.crop(torch.full_like(numbers, image), numbers))
         padded = np.pad(images[image], ((4, 4), (4, 4), (0, 0)))
         for number in range(views.number_of_views):
             mirrored, place = (number % 2, number // 2) if flip else (0, number)
@@ -69,7 +69,7 @@ def test_a_batch_of_views() -> None:
         assert batch["pixel_values"].shape == (3, 3, 8, 8) and batch["pixel_values"].dtype == torch.float32
         assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
         assert batch["labels"].tolist() == batch["sample_id"].tolist() == [7, 3, 11]
-        assert torch.equal(batch["pixel_values"], views.crop(batch["sample_id"], batch["view"]))
+        assert torch.equal(batch["pixel_values"], views.normalized(views.crop(batch["sample_id"], batch["view"])))
 
 
 def test_evaluation_sees_the_image_itself(colour: str) -> None:
