@@ -50,9 +50,8 @@ class Experiment:
     def __init__(self, method: str, training: ImageTrainingArguments, data: ImageData, *instances: Any) -> None:
         if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
             raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
-        data.views(
-            "train", torch.device("cpu"), augment=True, strong=training.strong_views
-        )  # refuses what is not there
+        if training.strong_views:
+            data.views("train", torch.device("cpu"), augment=True, strong=True)  # refuses what is not there
         training.output_dir = training.output_dir or f"runs/image-classification/{method}"
         self.method, self.args, self.data = method, training, data
         self.run = TrainerRun(training, *instances)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import large, pixels
+from pictures import large, photos_in, pixels
 from scripts import run_script
 
 from common.utils.errors import UserError
@@ -72,10 +72,10 @@ def test_a_student_and_its_control_are_trained_on_both(script, words, tmp_path: 
 
 def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path, capsys):
     with pytest.raises(UserError, match="64 pixels or less"):
-        large(tmp_path).views("train", CPU, augment=True, strong=True)
+        large(photos_in(tmp_path / "photos")).views("train", CPU, augment=True, strong=True)
+    words = ["--strong_views", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
-        run_script("image-classification/scripts/train_student.py", "--strong_views", "--teacher_views", tmp_path / "v",
-                   "--output_dir", tmp_path / "run")  # fmt: skip
+        run_script("image-classification/scripts/train_student.py", *words)
     assert stopped.value.code == 2 and "there is no table of them" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert isinstance(load_image_data("digits").views("train", CPU, augment=True, strong=True), StrongViews)
