@@ -36,6 +36,11 @@ class Method:
     teacher_features: dict[str, str] = field(default_factory=dict)
     logits_only: bool = False
 
+    @property
+    def parameters_beside(self) -> int:
+        """What trains beside the student, and does not ship."""
+        return sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+
 
 @dataclass(frozen=True)
 class Task:

@@ -19,7 +19,8 @@ def main() -> None:
     pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
     data = data_args.load()
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    simkd(simkd_student(pair.student, sketch, seen, args.projector_factor), sketch, seen, args, training.temperature)
+    student = simkd_student(pair.student, sketch, seen, args.projector_factor)
+    how = simkd(student, sketch, seen, args, training.temperature)
     experiment = Experiment(f"simkd_{args.projector}", training, data, pair, args, data_args)
     teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
     data, factor = experiment.data, args.projector_factor
@@ -33,6 +34,7 @@ def main() -> None:
         lambda student: simkd(student, teacher, data, args, training.temperature),
     )
     experiment.report(
+        parameters_beside=how.parameters_beside,
         teacher=(pair.teacher, teacher),
         control=None if control is None else (f"{pair.student} + projector, labels only", control),
         student=(f"{pair.student} + projector + teacher's head", student),

@@ -90,6 +90,7 @@ def main() -> None:
         args.teacher_views,
     )
     experiment.report(
+        parameters_beside=how.parameters_beside,
         teacher=(pair.teacher, teacher),
         control=None if control is None else (f"{pair.student}, labels only", control),
         student=(f"{pair.student}, {args.method}", student),

@@ -146,7 +146,7 @@ class Experiment:
         teacher, self.data = given
         return teacher
 
-    def report(self, **models: tuple[str, ImageClassifier] | None) -> None:
+    def report(self, parameters_beside: int = 0, **models: tuple[str, ImageClassifier] | None) -> None:
         """Measures `teacher`, `control` and `student` (name, model), writes report and student, prints the table."""
         entries: dict[str, Any] = {}
         said = None
@@ -157,7 +157,15 @@ class Experiment:
         student = models.get("student")
         keys = {role: getattr(given[1].config, "key_statistics", None) for role, given in models.items() if given}
         extra = {"keys": {role: found for role, found in keys.items() if found}} if any(keys.values()) else {}
-        results = self.write(self.run.folder, self.method, entries, student and student[1], self.run.history, **extra)
+        results = self.write(
+            self.run.folder,
+            self.method,
+            entries,
+            student and student[1],
+            self.run.history,
+            parameters_trained_beside=parameters_beside,
+            **extra,
+        )
         if PartialState().is_main_process:
             print_table(results)
             print(f"report: {self.run.folder / 'report.md'}")

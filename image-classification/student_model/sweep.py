@@ -58,8 +58,10 @@ def sweep(
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     cells, teacher_name = list(cells_of(axes)), pair.teacher
     sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
-    for cell in {cell.key: cell for cell in cells}.values():
-        student_of(cell, pair.student, sketch, seen, training, weights)
+    beside = {
+        cell.key: student_of(cell, pair.student, sketch, seen, training, weights)[1].parameters_beside
+        for cell in {cell.key: cell for cell in cells}.values()
+    }
     if given_teacher(teacher_name, data) is None:
         args = copy.copy(training)
         args.output_dir = teacher_name = str(folder / "teacher")
@@ -86,6 +88,7 @@ def sweep(
                 entries,
                 student,
                 {"student": losses_of(cell, experiment.run.history["student"])},
+                parameters_trained_beside=beside[cell.key],
                 side_by_side_with=", ".join(other.label for other in group if other != cell) or "none",
             )
     show(folder, cells)

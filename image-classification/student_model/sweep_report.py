@@ -32,13 +32,14 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
     first = next(iter(found.values()))
     splits = list(first["models"]["student"]["metrics"])
     header = ["student", "learning rate", "seeds", *(f"{split} accuracy" for split in splits), "gain over control"]
-    header += ["parameters", "seconds of its group"]
+    header += ["parameters", "trained beside", "seconds of its group"]
     rows = []
     for label, rate in dict.fromkeys((cell.label, cell.learning_rate) for cell in found):
         runs = _runs(found, label, rate)
         cells = [label, f"{rate:g}", str(len(runs)), *(_shown(_accuracy(runs, split)) for split in splits)]
         cells.append(_shown(Spread.of([r["gain_over_control"] for r in runs if r["gain_over_control"] is not None])))
         cells.append(number(runs[0]["models"]["student"]["parameters"]))
+        cells.append(number(runs[0]["parameters_trained_beside"]))
         cells.append(_shown(Spread.of([run["seconds"]["student"] for run in runs])))
         rows.append(cells)
     return header, rows
