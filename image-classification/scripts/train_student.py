@@ -16,7 +16,7 @@ from pathlib import Path
 from common.cli import parse, run
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.cells import PLAIN, SweepArguments
+from image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
 from image_classification.student_model.experiment import Experiment
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDWeights
@@ -48,7 +48,8 @@ class Arguments:
     def axes(self, training: ImageTrainingArguments) -> SweepArguments:
         """Of the sweep that several methods are. Raises UserError for seeds that are no numbers."""
         methods = ",".join(self.methods).split(",")
-        controls = [] if training.no_control or PLAIN in methods else [PLAIN]
+        wanted = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
+        controls = [] if training.no_control else [name for name in wanted if name not in methods]
         try:
             seeds = [int(seed) for seed in ",".join(self.seeds).split(",")]
             return SweepArguments(

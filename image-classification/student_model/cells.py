@@ -12,6 +12,7 @@ from image_classification.student_model.methods import METHODS
 from image_classification.student_model.simkd import FeatureLossName, Variant
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"
+CONTROLS = (PLAIN, CONTROL)  # see labels only
 
 
 @dataclass
@@ -45,7 +46,7 @@ class SweepArguments:
             if wrong:
                 raise ValueError(f"--{name} knows no {wrong[0]!r}: choose from {', '.join(known[name])}")
         for method in self.methods:
-            if method not in (PLAIN, CONTROL, SIMKD):
+            if method not in (*CONTROLS, SIMKD):
                 chosen(method, METHODS)
 
 
@@ -75,7 +76,7 @@ class Cell:
 
 def cells_of(args: SweepArguments) -> Iterator[Cell]:
     """Those of one learning rate and seed one after the other, controls first."""
-    first = sorted(args.methods, key=lambda method: method not in (PLAIN, CONTROL))
+    first = sorted(args.methods, key=lambda method: method not in CONTROLS)
     for rate, seed, method in product(args.learning_rates, args.seeds, first):
         if method != SIMKD:
             yield Cell(method, None, None, rate, seed)
@@ -86,7 +87,7 @@ def cells_of(args: SweepArguments) -> Iterator[Cell]:
 
 def control_of(cell: Cell) -> Cell | None:
     """The cell that trains the same network on the labels alone."""
-    if cell.method in (PLAIN, CONTROL):
+    if cell.method in CONTROLS:
         return None
     method = CONTROL if cell.method == SIMKD else PLAIN
     return replace(cell, method=method, projector=None, feature_loss=None)

@@ -24,7 +24,7 @@ from image_classification.data.loading import ImageData
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import (
     CONTROL,
-    PLAIN,
+    CONTROLS,
     SIMKD,
     Cell,
     SweepArguments,
@@ -120,7 +120,7 @@ def train_side_by_side(
             students[cell.key], methods[cell.key] = student_of(
                 cell, architecture, teacher, experiment.data, experiment.args, weights
             )
-        listening = [methods[cell.key] for cell in cells if cell.method not in (PLAIN, CONTROL)]
+        listening = [methods[cell.key] for cell in cells if cell.method not in CONTROLS]
         views = teacher_views if listening and all(method.logits_only for method in listening) else None
         return experiment.fit(
             "student",
@@ -157,7 +157,7 @@ def student_of(
         student = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
         student = new_classifier(architecture, data.config)
-    if cell.method in (PLAIN, CONTROL):
+    if cell.method in CONTROLS:
         return student, Method(Objective(task=(1.0, task_loss())))
     return student, method_of(cell.method, args)(Pair(student, teacher, data))
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.plots import OTHER_STYLES, STYLES
+from common.plots import OTHER_STYLES, PAPER, STYLES
 from common.report import Spread
 from common.tables import markdown, number, print_rich
 from common.utils.files import read_json, write_bytes, write_text
-from image_classification.student_model.cells import Cell, results_file
+from image_classification.student_model.cells import CONTROLS, Cell, results_file
 
 Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
 
@@ -46,33 +47,61 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
 
 
 def plot(found: Found) -> bytes:
-    """Accuracy over the learning rate, one line per kind of student, bars of one standard deviation; PNG."""
+    """Accuracy over the learning rate, or where there is only one, of each kind of student; PNG. Bars are standard
+    deviations.
+    """
     first = next(iter(found.values()))
     split, teacher = first["primary_metric"]["split"], first["models"]["teacher"]
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(5.6, 3.4), dpi=200, layout="constrained")
+    level = teacher and teacher["metrics"][split]["accuracy"]
+    labels = list(dict.fromkeys(cell.label for cell in found))
+    one_rate = len({cell.learning_rate for cell in found}) == 1
+    with matplotlib.rc_context(PAPER):
+        size = (5.6, 1.2 + 0.22 * len(labels)) if one_rate else (5.6, 3.4)
+        figure = Figure(figsize=size, dpi=200, layout="constrained")
         axes = figure.subplots()
-        labels = list(dict.fromkeys(cell.label for cell in found))
-        for label, (colour, line, marker) in zip(labels, cycle([*STYLES.values(), *OTHER_STYLES]), strict=False):
-            rates = sorted({cell.learning_rate for cell in found if cell.label == label})
-            spreads = [_accuracy(_runs(found, label, rate), split) for rate in rates]
-            means, deviations = [spread.mean for spread in spreads], [spread.std or 0.0 for spread in spreads]
-            axes.errorbar(
-                rates, means, deviations, color=colour, linestyle=line, marker=marker, ms=4, capsize=2, label=label
-            )
-        if teacher:
-            level = teacher["metrics"][split]["accuracy"]
-            axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2, label="teacher")
-        everywhere = sorted({cell.learning_rate for cell in found})
-        axes.set_xscale("log")
-        axes.set_xticks(everywhere, [f"{rate:g}" for rate in everywhere])
-        axes.minorticks_off()
-        axes.set_xlabel("Learning rate")
-        axes.set_ylabel(f"{split.capitalize()} accuracy")
+        (_draw_students if one_rate else _draw_rates)(axes, found, labels, split)
+        if level is not None:
+            line = axes.axvline if one_rate else axes.axhline
+            line(level, color="#555555", linestyle=":", linewidth=1.2, label="teacher")
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _draw_rates(axes: Axes, found: Found, labels: list[str], split: str) -> None:
+    """One line per kind of student."""
+    for label, (colour, line, marker) in zip(labels, cycle([*STYLES.values(), *OTHER_STYLES]), strict=False):
+        rates = sorted({cell.learning_rate for cell in found if cell.label == label})
+        spreads = [_accuracy(_runs(found, label, rate), split) for rate in rates]
+        means, deviations = [spread.mean for spread in spreads], [spread.std or 0.0 for spread in spreads]
+        style = {"color": colour, "linestyle": line, "marker": marker, "label": label}
+        axes.errorbar(rates, means, deviations, ms=4, capsize=2, **style)
+    everywhere = sorted({cell.learning_rate for cell in found})
+    axes.set_xscale("log")
+    axes.set_xticks(everywhere, [f"{rate:g}" for rate in everywhere])
+    axes.minorticks_off()
+    axes.set_xlabel("Learning rate")
+    axes.set_ylabel(f"{split.capitalize()} accuracy")
+
+
+def _draw_students(axes: Axes, found: Found, labels: list[str], split: str) -> None:
+    """One row per kind of student, the best at the top; controls are squares, with their deviation as a band."""
+    (rate,) = {cell.learning_rate for cell in found}
+    spreads = {label: _accuracy(_runs(found, label, rate), split) for label in labels}
+    ordered = sorted(labels, key=lambda label: spreads[label].mean)
+    for role, of_role in (("student", set(labels) - set(CONTROLS)), ("control", set(labels) & set(CONTROLS))):
+        rows = [row for row, label in enumerate(ordered) if label in of_role]
+        shown = [spreads[ordered[row]] for row in rows]
+        colour, _, marker = STYLES[role]
+        style = {"color": colour, "marker": marker, "linestyle": "none", "label": role if rows else None}
+        axes.errorbar([s.mean for s in shown], rows, xerr=[s.std or 0.0 for s in shown], ms=4, capsize=2, **style)
+    for label in of_role:
+        mean, deviation = spreads[label].mean, spreads[label].std or 0.0
+        axes.axvspan(mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
+    axes.set_yticks(range(len(ordered)), ordered, fontsize=8)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.set_xlabel(f"{split.capitalize()} accuracy")
 
 
 def _runs(found: Found, label: str, rate: float) -> list[dict[str, Any]]:
