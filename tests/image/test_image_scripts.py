@@ -258,6 +258,28 @@ def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
+def test_methods_side_by_side_are_what_each_is_alone(teacher, tmp_path):
+    """Also those that train weights of their own or remember samples; and the second seed finds the table of views."""
+    common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2, "--no_control"]
+    names = ["vid", "ctkd", "crd", "semckd"]
+    script("train_student.py", *common, "--methods", ",".join(names), "--seeds", "3", "--output_dir", tmp_path / "s")
+    for name in names:
+        script("train_student.py", *common, "--method", name, "--seed", 3, "--output_dir", tmp_path / name)
+        together, alone = weights(tmp_path / "s" / "cells" / f"{name}_lr0.05_seed3"), weights(tmp_path / name)
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
+
+
+def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tmp_path, capsys):
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--methods", "kd,kd:temperature=2", "--seeds", "0,1"]
+    script("train_student.py", *words, "--teacher_views", tmp_path / "views", "--output_dir", tmp_path / "s")
+    cells = {path.parent.name for path in (tmp_path / "s" / "cells").glob("*/results.json")}
+    assert cells == {f"{name}_lr0.05_seed{s}" for name in ("none", "kd", "kd_temperature_2") for s in (0, 1)}
+    assert list((tmp_path / "views").rglob("logits.f16")) and (tmp_path / "s" / "sweep.png").exists()
+    assert results_of(tmp_path / "s" / "cells" / "kd_lr0.05_seed1")["gain_over_control"] is not None
+
+
 @pytest.mark.parametrize(
     ("name", "words", "complaint"),
     [
@@ -269,6 +291,9 @@ def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs more of the teacher"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
+        ("train_student.py", ["--method", "fitnet:wait=2"], "did you mean weight?"),
+        ("train_student.py", ["--methods", "kd,kdd"], "there is no method 'kdd'"),
+        ("train_student.py", ["--methods", "kd", "--seeds", "one"], "--methods and --seeds"),
         ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
         ("sweep.py", ["--methods", "kdd"], "there is no method 'kdd'"),
