@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from common.arguments import KDTrainingArguments
 from common.objective import FeatureLoss, Objective, Term
 from common.utils.errors import UserError
 
@@ -80,6 +81,11 @@ def chosen(spec: str, methods: Mapping[str, Callable[..., Any]], **defaults: Any
             )
         given[key] = _converted(name, key, value, settings[key])
     return partial(method, **given)
+
+
+def flags_of(spec: str, args: KDTrainingArguments) -> dict[str, float]:
+    """--alpha and --temperature are those of `kd`; in other methods the words stand for other things."""
+    return {"alpha": args.alpha, "temperature": args.temperature} if spec.split(":")[0] == "kd" else {}
 
 
 def settings_of(method: Callable[..., Any]) -> dict[str, Any]:

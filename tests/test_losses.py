@@ -40,6 +40,10 @@ def reverse_gaussian_stds(student, teacher):
     return losses.gaussian_kl(mean, student, mean, teacher, direction="reverse")
 
 
+def partial_l2(student, teacher):
+    return losses.partial_l2(student, teacher, torch.tensor([-0.1, -0.5, -2.0]))
+
+
 # Every loss of a student and a teacher tensor, with a shape that it takes.
 LOSSES = {
     "soft_target_kl": (losses.soft_target_kl, (4, 3)),
@@ -51,6 +55,8 @@ LOSSES = {
     "feature_cosine": (losses.feature_cosine, (4, 5, 3)),
     "channel_kl": (losses.channel_kl, MAPS),
     "spatial_kl": (losses.spatial_kl, MAPS),
+    "hierarchical_l2": (losses.hierarchical_l2, MAPS),
+    "partial_l2": (partial_l2, MAPS),
     "regression_mse": (losses.regression_mse, (4,)),
     "regression_huber": (losses.regression_huber, (4,)),
     "regression_mix": (regression_mix, (4,)),

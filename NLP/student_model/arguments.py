@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.filling import Keys
+from common.logit_methods import LOGIT_METHODS
+from common.relation_methods import RELATION_METHODS
 from nlp.data.loading import TextData, load_text_data
 from nlp.student_model.matching import HiddenLoss, LayerMap
 
@@ -85,6 +87,10 @@ class MatchingArguments:
     more_teachers: list[str] = field(
         default_factory=list,
         metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
+    )
+    method: str = field(
+        default="kd",
+        metadata={"help": f"NAME or NAME:setting=value:...; {', '.join(LOGIT_METHODS | RELATION_METHODS)}"},
     )
     student_from: Literal["teacher", "pretrained"] = field(
         default="teacher", metadata={"help": "the student is cut from the fine-tuned teacher, or from what it was"}

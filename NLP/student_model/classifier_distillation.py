@@ -16,14 +16,13 @@ from nlp.student_model.distillation import Distillation, Logits
 from nlp.student_model.evaluation import evaluate, metrics_by_split
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from nlp.student_model.methods import PLAIN, looks_inside, method_terms
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import encoder_of, load_trained
 
 
 class ClassifierDistillation(Distillation):
     """Fine-tunes the teacher, aligns the student's encoder, fine-tunes the student on labels and what teachers say."""
-
-    method = "kd"
 
     def __init__(
         self,
@@ -34,7 +33,7 @@ class ClassifierDistillation(Distillation):
         data: TextData,
         **kwargs: Any,
     ) -> None:
-        self.wanted = matching
+        self.wanted, self.method = matching, matching.method
         self.others = [load_trained(name, data) for name in matching.more_teachers]
         super().__init__(text, pair, training, data, "cls", matching, **kwargs)
 
@@ -42,11 +41,17 @@ class ClassifierDistillation(Distillation):
         super().refuse_what_cannot_be(training)
         wanted, pair = self.wanted, self.pair
         inside = wanted.hidden_weight or wanted.embedding_weight or wanted.attention_weight
-        if inside and not self.same_tokens:
+        if (inside or looks_inside(wanted.method)) and not self.same_tokens:
             raise UserError(
                 f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so nothing inside "
-                "can be matched: leave --hidden_weight, --embedding_weight and --attention_weight at 0"
+                "can be matched: leave --hidden_weight, --embedding_weight and --attention_weight at 0, and choose a "
+                "--method of logits"
             )
+        if looks_inside(wanted.method) and self.others:
+            raise UserError(f"--method {wanted.method} needs a single teacher: leave out --more_teachers")
+        if wanted.method != PLAIN:
+            own = self.given_student or self.given
+            method_terms(wanted.method, training, own.model, self.given.model, self.texts, self.pooling)
         if wanted.attention_weight and self.others:
             raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
         student = self.given_student
@@ -95,6 +100,8 @@ class ClassifierDistillation(Distillation):
 
     def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Matching:
         wanted, found = self.wanted, Matching()
+        if wanted.method != PLAIN:
+            found += method_terms(wanted.method, self.run.args, student, teacher, self.texts, self.pooling)
         if wanted.hidden_weight:
             found += hidden_states(
                 student, teacher, wanted.hidden_weight, wanted.hidden_loss, wanted.layer_map, self.pooling

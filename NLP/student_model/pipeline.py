@@ -64,11 +64,15 @@ class Pipeline:
         return self.run.args.precision
 
     def objective(self, data: TextData, with_teacher: bool, matching: Matching | None = None) -> Objective:
-        """alpha * labels + (1 - alpha) * soft targets + what is to match inside, or the labels alone."""
+        """alpha * labels + (1 - alpha) * soft targets, unless `matching` has a method's own terms for these, and what
+        is to match inside; or the labels alone.
+        """
         args = self.run.args
         if not with_teacher:
             return Objective(task=(1.0, task_loss(data.regression)))
         others = {} if matching is None else matching.terms
+        if "task" in others:
+            return Objective(**others)
         return labels_and_soft_targets(args.alpha, args.temperature, data.regression, **others)
 
     def finetune(

@@ -12,9 +12,9 @@ from common.losses.shared import check_direction, kl, same_shape, weighted_mean
 def soft_target_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
     direction: str = "forward",
     sample_weights: Tensor | None = None,
 ) -> Tensor:

@@ -24,6 +24,18 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return (values * (weights / weights.sum().clamp(min=torch.finfo(torch.float32).tiny))).sum()
 
 
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """first @ second in fp32, also under autocast, which would have it in less."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first.float() @ second.float()
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors (..., width) over their lengths; those of length zero stay zero, without a gradient."""
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(lengths > 0, vectors / lengths.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+
+
 def same_shape(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape:
         raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(second.shape)}")

@@ -1,8 +1,9 @@
 """Matching feature maps of a student to those of its teacher: which with which, through what, under which loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,11 @@ from common.features import FeatureHooks
 from common.outputs import Outputs
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
+from image_classification.teacher_model.backbones.base import PreActivation
 from image_classification.teacher_model.classifier import ImageClassifier
 
+First = TypeVar("First")
+Second = TypeVar("Second")
 FEATURE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "l2": losses.feature_l2,
     "kl-channel": losses.channel_kl,
@@ -72,6 +76,28 @@ def share_masked(student: Outputs, teacher: Outputs | None, labels: Tensor | Non
 
 def stage_paths(model: ImageClassifier) -> list[str]:
     return [f"backbone.{path}" for path in model.backbone.stages]
+
+
+def pre_activations(model: ImageClassifier) -> list[PreActivation]:
+    """Of each stage. Raises UserError for a family whose stages do not show what their last ReLU sees."""
+    found = model.backbone.pre_activations
+    if not found:
+        raise UserError(
+            f"{model.config.architecture} shows no maps before the last ReLU of its stages, as this "
+            "method needs of a teacher: choose a resnet, wrn or vgg"
+        )
+    return [PreActivation(f"backbone.{path}", f"backbone.{norm}") for path, norm in found]
+
+
+def maps_before_relu(model: ImageClassifier) -> list[str]:
+    """The paths of each stage's map before its last ReLU, or of the stage in families that do not show that."""
+    return [path for path, _ in pre_activations(model)] if model.backbone.pre_activations else stage_paths(model)
+
+
+def deepest_pairs(own: Sequence[First], target: Sequence[Second]) -> list[tuple[First, Second]]:
+    """The last with the last, and so on as far as both reach."""
+    number = min(len(own), len(target))
+    return list(zip(own[-number:], target[-number:], strict=True))
 
 
 def block_paths(model: ImageClassifier) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from common.methods import Method, chosen
+from common.methods import Method, chosen, flags_of
 from common.objective import Objective, task_loss
 from common.results import RECIPE
 from common.side_by_side import SideBySide, SideBySideObjective
@@ -163,9 +163,9 @@ def student_of(
 
 
 def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Method]:
-    """The method NAME[:setting=value]...; --alpha and --temperature are those of `kd`."""
-    flags = {"alpha": args.alpha, "temperature": args.temperature} if spec.split(":")[0] == "kd" else {}
-    return chosen(spec, METHODS, **flags)
+    """The method NAME[:setting=value]...; what depends on the batch is given its size."""
+    batch = args.per_device_train_batch_size * (2 if args.strong_views else 1)
+    return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
 
 
 def group_arguments(training: ImageTrainingArguments, folder: Path, cells: list[Cell]) -> ImageTrainingArguments:

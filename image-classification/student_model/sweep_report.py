@@ -75,7 +75,7 @@ def _draw_rates(axes: Axes, found: Found, labels: list[str], split: str) -> None
         rates = sorted({cell.learning_rate for cell in found if cell.label == label})
         spreads = [_accuracy(_runs(found, label, rate), split) for rate in rates]
         means, deviations = [spread.mean for spread in spreads], [spread.std or 0.0 for spread in spreads]
-        style = {"color": colour, "linestyle": line, "marker": marker, "label": label}
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker, "label": label}
         axes.errorbar(rates, means, deviations, ms=4, capsize=2, **style)
     everywhere = sorted({cell.learning_rate for cell in found})
     axes.set_xscale("log")
@@ -94,7 +94,8 @@ def _draw_students(axes: Axes, found: Found, labels: list[str], split: str) -> N
         rows = [row for row, label in enumerate(ordered) if label in of_role]
         shown = [spreads[ordered[row]] for row in rows]
         colour, _, marker = STYLES[role]
-        style = {"color": colour, "marker": marker, "linestyle": "none", "label": role if rows else None}
+        label = role if rows else None
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "label": label}
         axes.errorbar([s.mean for s in shown], rows, xerr=[s.std or 0.0 for s in shown], ms=4, capsize=2, **style)
     for label in of_role:
         mean, deviation = spreads[label].mean, spreads[label].std or 0.0

@@ -17,7 +17,9 @@ from image_classification.student_model.methods import METHODS, Pair
 from image_classification.teacher_model.classifier import new_classifier
 
 NAMES = sorted(METHODS)
-WITH_WEIGHTS = {"fitnet"}  # what trains beside the student, and never ships
+WITH_WEIGHTS = {  # what trains beside the student, and never ships
+    *("cc", "crd", "ctkd", "fitnet", "norm", "ofd", "reviewkd", "semckd", "srrl", "vid"),
+}
 NO_LABELS_ALONE = set[str]()  # methods whose `task` is not the plain cross-entropy
 
 

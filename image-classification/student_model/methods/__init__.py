@@ -12,8 +12,14 @@ from common.logit_methods import LOGIT_METHODS
 from common.methods import Method
 from common.objective import Objective, Terms
 from common.relation_methods import RELATION_METHODS
+from image_classification.student_model.methods.crd import crd
+from image_classification.student_model.methods.heads import catkd, srrl
+from image_classification.student_model.methods.many_to_one import norm
+from image_classification.student_model.methods.ofd import ofd
 from image_classification.student_model.methods.pair import Pair
-from image_classification.student_model.methods.stages import attention, fitnet
+from image_classification.student_model.methods.reviewkd import reviewkd
+from image_classification.student_model.methods.semckd import semckd
+from image_classification.student_model.methods.stages import attention, fitnet, nst, vid
 
 
 def for_images(method: Callable[..., Terms], logits_only: bool) -> Callable[..., Method]:
@@ -31,6 +37,15 @@ METHODS: dict[str, Callable[..., Method]] = {
     **{name: for_images(method, logits_only=False) for name, method in RELATION_METHODS.items()},
     "fitnet": fitnet,
     "attention": attention,
+    "nst": nst,
+    "vid": vid,
+    "srrl": srrl,
+    "catkd": catkd,
+    "norm": norm,
+    "ofd": ofd,
+    "reviewkd": reviewkd,
+    "semckd": semckd,
+    "crd": crd,
 }
 
 __all__ = ["METHODS", "Pair"]

@@ -3,32 +3,67 @@
 The defaults are the papers' for CIFAR-100, as the common toolboxes run them: beside a cross-entropy of weight 1.
 """
 
-from torch import nn
+import math
+from collections.abc import Callable
 
-from common.losses import attention_transfer, feature_l2
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import losses
 from common.methods import Method
 from common.objective import Objective, Terms, task_loss
 from image_classification.student_model.matching import FeatureMatch, MapShape, stage_paths
 from image_classification.student_model.methods.pair import Pair
 from image_classification.teacher_model.backbones.base import initialize
 
+FIRST_VARIANCE, LEAST_VARIANCE = 5.0, 1e-5  # of VID
+
 
 def fitnet(pair: Pair, *, weight: float = 100.0) -> Method:
     """A hint at the middle stage, through a regressor (Romero et al., arXiv:1412.6550), beside the labels."""
     own, target = _middle(stage_paths(pair.student)), _middle(stage_paths(pair.teacher))
     own_shapes, shapes = pair.shapes([own], [target])
-    hint = FeatureMatch(own, target, feature_l2, regressor(own_shapes[own].channels, shapes[target]))
+    hint = FeatureMatch(own, target, losses.feature_l2, regressor(own_shapes[own].channels, shapes[target]))
     return Method(Objective(task=(1.0, task_loss()), hint=(weight, hint)), {own: own}, {target: target})
 
 
 def attention(pair: Pair, *, weight: float = 1000.0) -> Method:
     """Attention maps of every stage (Zagoruyko and Komodakis, arXiv:1612.03928), beside the labels."""
-    own, target = pair.stages()
-    terms: Terms = {
-        f"attention_{number}": (weight, FeatureMatch(a, b, attention_transfer))
-        for number, (a, b) in enumerate(zip(own, target, strict=True))
-    }
-    return Method(Objective(task=(1.0, task_loss()), **terms), {path: path for path in own}, {p: p for p in target})
+    return _every_stage(
+        pair, "attention", weight, lambda own, target: FeatureMatch(own, target, losses.attention_transfer)
+    )
+
+
+def nst(pair: Pair, *, weight: float = 50.0) -> Method:
+    """What the neurons of every stage select (Huang and Wang, arXiv:1707.01219), beside the labels."""
+    return _every_stage(pair, "selectivity", weight, lambda own, target: FeatureMatch(own, target, losses.nst))
+
+
+def vid(pair: Pair, *, weight: float = 1.0) -> Method:
+    """Information on the teacher's maps in the student's, at every stage (Ahn et al., arXiv:1904.05835), beside the
+    labels: the teacher's likelihood under Gaussians whose means and variances are learnt with the student.
+    """
+    own_shapes, shapes = pair.shapes(*pair.stages())
+
+    def match(own: str, target: str) -> FeatureMatch:
+        channels = shapes[target].channels
+        means = _three_convolutions(own_shapes[own].channels, channels)
+        return FeatureMatch(own, target, LearntVariance(channels), means)
+
+    return _every_stage(pair, "information", weight, match)
+
+
+class LearntVariance(nn.Module):
+    """`losses.variational` with a learnt variance for each channel, softplus(parameter) + LEAST_VARIANCE."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        before_softplus = math.log(math.expm1(FIRST_VARIANCE - LEAST_VARIANCE))
+        self.variance = nn.Parameter(torch.full((channels,), before_softplus))
+
+    def forward(self, means: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return losses.variational(means, teacher, F.softplus(self.variance) + LEAST_VARIANCE, mask)
 
 
 def regressor(channels: int, wanted: MapShape) -> nn.Module:
@@ -40,6 +75,24 @@ def regressor(channels: int, wanted: MapShape) -> nn.Module:
     )
     initialize(layers)
     return layers
+
+
+def _three_convolutions(channels: int, wanted: int) -> nn.Module:
+    """1x1 all of them, with a ReLU in between; what they end in may be negative."""
+    return nn.Sequential(
+        nn.Conv2d(channels, wanted, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(wanted, wanted, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(wanted, wanted, 1, bias=False),
+    )
+
+
+def _every_stage(pair: Pair, name: str, weight: float, match: Callable[[str, str], FeatureMatch]) -> Method:
+    """The labels, and a term `name`_i for each pair of stages, made by `match` of their paths."""
+    own, target = pair.stages()
+    terms: Terms = {f"{name}_{i}": (weight, match(*paths)) for i, paths in enumerate(zip(own, target, strict=True))}
+    return Method(Objective(task=(1.0, task_loss()), **terms), {path: path for path in own}, {p: p for p in target})
 
 
 def _middle(stages: list[str]) -> str:

@@ -1,17 +1,29 @@
 """What every backbone for small images has in common."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor, nn
+
+
+class PreActivation(NamedTuple):
+    """path: of the submodule that yields what the ReLU at the end of a stage sees; norm: of the batch norm in it."""
+
+    path: str
+    norm: str
 
 
 class Backbone(nn.Module):
     """Images (batch, 3, h, w) -> last map (batch, num_features, h', w').
 
     `stages` are the paths of the submodules at whose ends the resolution is about to change; a stage that is a
-    Sequential is made of blocks.
+    Sequential is made of blocks. `pre_activations` has one for each stage, and none where stages do not end in a ReLU
+    of what a submodule yields.
     """
 
     num_features: int
     stages: list[str]
+    pre_activations: Sequence[PreActivation] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -6,7 +6,7 @@
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, initialize
+from image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
 
 
 class BasicBlock(nn.Module):
@@ -18,6 +18,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.before_relu = nn.Identity()  # where hooks find the sum
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out_channels:
             self.shortcut = nn.Sequential(
@@ -26,7 +27,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x)).relu()
-        return (self.bn2(self.conv2(out)) + self.shortcut(x)).relu()
+        return self.before_relu(self.bn2(self.conv2(out)) + self.shortcut(x)).relu()
 
 
 class ResNet(Backbone):
@@ -40,13 +41,16 @@ class ResNet(Backbone):
             raise ValueError(f"the width of a ResNet is at least 1, got {width}")
         stem = 32 if width > 1 else 16
         channels = [16 * width, 32 * width, 64 * width]
+        blocks_per_stage = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         for number, (before, after) in enumerate(zip([stem, *channels], channels, strict=False), start=1):
             blocks = [BasicBlock(before, after, stride=1 if number == 1 else 2)]
-            blocks += [BasicBlock(after, after, stride=1) for _ in range((depth - 2) // 6 - 1)]
+            blocks += [BasicBlock(after, after, stride=1) for _ in range(blocks_per_stage - 1)]
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
         self.stages = ["layer1", "layer2", "layer3"]
+        last = [f"{stage}.{blocks_per_stage - 1}" for stage in self.stages]
+        self.pre_activations = [PreActivation(f"{block}.before_relu", f"{block}.bn2") for block in last]
         self.num_features = channels[-1]
         initialize(self)
 

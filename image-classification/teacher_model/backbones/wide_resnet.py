@@ -5,7 +5,7 @@ Depth 6n + 4 has n blocks of two convolutions in each of three stages.
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, initialize
+from image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
 
 
 class PreActivationBlock(nn.Module):
@@ -43,6 +43,8 @@ class WideResNet(Backbone):
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
         self.bn = nn.BatchNorm2d(widths[-1])
         self.stages = ["layer1", "layer2", "layer3"]
+        norms = ["layer2.0.bn1", "layer3.0.bn1", "bn"]  # a stage's last ReLU is the first one behind it
+        self.pre_activations = [PreActivation(norm, norm) for norm in norms]
         self.num_features = widths[-1]
         initialize(self)
 

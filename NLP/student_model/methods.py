@@ -1,0 +1,90 @@
+"""Methods of distilling a text classifier, by name: those of every domain, as they see a student and its teacher."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.arguments import KDTrainingArguments
+from common.inference import over_dataset
+from common.logit_methods import LOGIT_METHODS
+from common.methods import Task, chosen, flags_of
+from common.objective import Terms
+from common.relation_methods import RELATION_METHODS
+from common.utils.errors import UserError
+from nlp.student_model.bottleneck_classifier import Pooling, pool
+from nlp.student_model.layers import layer_paths
+from nlp.student_model.matching import Matching, match_pooled, width
+from nlp.student_model.pipeline import Texts
+from nlp.teacher_model.teacher import encoder_of
+
+METHODS: dict[str, Callable[..., Terms]] = LOGIT_METHODS | RELATION_METHODS
+PLAIN = "kd"
+PER_CLASS = 50  # training texts of each class that stand for it
+
+
+def looks_inside(spec: str) -> bool:
+    """Whether a method needs more of a teacher than its logits."""
+    return spec.split(":")[0] in RELATION_METHODS
+
+
+def method_terms(
+    spec: str,
+    training: KDTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+    pooling: Pooling,
+) -> Matching:
+    """The terms of the method NAME[:setting=value]..., and the features that they need. Raises UserError for what is
+    no method, and for one that these data are not for.
+    """
+    if texts.data.regression:
+        raise UserError(f"--method {spec} is for classes, and {texts.data.name} has numbers: pass --method {PLAIN}")
+    method = chosen(spec, METHODS, **flags_of(spec, training))
+    own, target = (len(layer_paths(model)) - 1 for model in (student, teacher))
+    names = f"student_{own}", f"layer_{target}"
+    terms = method(task_of(names, student, teacher, texts, pooling, training.precision))
+    if not looks_inside(spec):
+        return Matching(terms)
+    paths = layer_paths(student)[own], layer_paths(teacher)[target]
+    return Matching(terms, {names[0]: paths[0]}, {names[1]: paths[1]}, [target])
+
+
+def task_of(
+    names: tuple[str, str],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+    pooling: Pooling,
+    precision: str,
+) -> Task:
+    """What methods need to know; `names` are those of the last hidden states, which are the heads' features pooled."""
+    pooled = partial(match_pooled, *names, pooling)
+    return Task(
+        classes=texts.data.num_labels,
+        student_width=width(student),
+        teacher_width=width(teacher),
+        pooled=pooled,
+        last=pooled,  # before they are pooled they are of another size for each batch
+        teacher_features=partial(teacher_features, teacher, texts, pooling, precision),
+    )
+
+
+def teacher_features(
+    teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Pooled last hidden states (texts, width) of PER_CLASS training texts of each class, and their labels."""
+    labels = torch.tensor(texts.train["labels"])
+    rows = torch.cat([(labels == c).nonzero().flatten()[:PER_CLASS] for c in range(texts.data.num_labels)])
+    encoder = encoder_of(teacher)
+
+    def say(**batch: Any) -> dict[str, Tensor]:
+        hidden = encoder(**batch).last_hidden_state
+        return {"pooled": pool(hidden.float(), batch["attention_mask"], pooling)}
+
+    said = over_dataset(encoder, say, texts.train.select(rows.tolist()), texts.collate, precision)
+    return torch.stack(said["pooled"]), labels[rows]

@@ -1,0 +1,159 @@
+"""Losses between the logits of classifiers beyond Hinton's: decoupled, standardized, of relations, of transport.
+
+Logits are (batch, classes), labels (batch,).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.losses.shared import kl, product, same_shape, unit
+
+NEVER = -1e9  # the logarithm of a probability that is to be zero; minus infinity would have no gradient
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """(logits - mean) / (standard deviation + 1e-7) of each sample, as LSKD has it (arXiv:2403.01427), in fp32.
+
+    The deviation is the unbiased one. A shift of all logits of a sample, and their scale, say nothing any more.
+    """
+    logits = logits.float()
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+
+
+def decoupled_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    """DKD (arXiv:2203.08679): T^2 [alpha KL(b_t || b_s) + beta KL(q_t || q_s)], averaged over the batch.
+
+    b = (p_label, 1 - p_label) of the softmax p at T, q the softmax at T over the other classes. With alpha = 1 and
+    beta = 1 - p_label of the teacher it is Hinton's KL. Computed with logarithms throughout. Raises ValueError for
+    fewer than three classes, of which the others are no distribution, and for shapes that differ.
+    """
+    same_shape(student_logits, teacher_logits)
+    if student_logits.shape[1] < 3:
+        raise ValueError(f"decoupled KD needs at least 3 classes, got {student_logits.shape[1]}")
+    own = F.log_softmax(student_logits.float() / temperature, dim=1)
+    target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    (own_binary, own_others), (binary, others) = _decoupled(own, labels), _decoupled(target, labels)
+    divergence = alpha * kl(binary, own_binary, dim=1) + beta * kl(others, own_others, dim=1)  # (batch,)
+    return temperature**2 * divergence.mean()
+
+
+def correlation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 4.0
+) -> Tensor:
+    """DIST (arXiv:2205.10536): T^2 [beta (1 - mean_i r(p_i^s, p_i^t)) + gamma (1 - mean_c r(p_c^s, p_c^t))].
+
+    r is Pearson's correlation, p the softmax at T: over the classes of each sample (rows p_i), and over the samples of
+    the batch for each class (columns p_c). What is constant has no correlation, and counts as 0. Raises ValueError for
+    shapes that differ.
+    """
+    same_shape(student_logits, teacher_logits)
+    own = F.softmax(student_logits.float() / temperature, dim=1)
+    target = F.softmax(teacher_logits.detach().float() / temperature, dim=1)
+    between = 1 - _correlations(own, target).mean()
+    within = 1 - _correlations(own.T, target.T).mean()
+    return temperature**2 * (beta * between + gamma * within)
+
+
+def class_relations(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """||P_t^T P_t - P_s^T P_s||_F^2 / classes, P (batch, classes) being the softmax at T (MLKD, CVPR 2023).
+
+    Raises ValueError for shapes that differ.
+    """
+    same_shape(student_logits, teacher_logits)
+    own, target = _probabilities(student_logits, teacher_logits, temperature)
+    return (product(target.T, target) - product(own.T, own)).square().sum() / own.shape[1]
+
+
+def sample_relations(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """||P_t P_t^T - P_s P_s^T||_F^2 / batch, otherwise as `class_relations` (MLKD, CVPR 2023)."""
+    same_shape(student_logits, teacher_logits)
+    own, target = _probabilities(student_logits, teacher_logits, temperature)
+    return (product(target, target.T) - product(own, own.T)).square().sum() / own.shape[0]
+
+
+def label_probability(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """-p_t log p_s of the label, at temperature 1, averaged over the batch: the label's share in WKD-L
+    (arXiv:2412.08139). Raises ValueError for shapes that differ.
+    """
+    same_shape(student_logits, teacher_logits)
+    weight = F.softmax(teacher_logits.detach().float(), dim=1).gather(1, labels[:, None]).squeeze(1)  # (batch,)
+    return (weight * F.cross_entropy(student_logits.float(), labels, reduction="none")).mean()
+
+
+def transport(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    cost: Tensor,
+    temperature: float = 8.0,
+    regularization: float = 0.05,
+    iterations: int = 10,
+) -> Tensor:
+    """What it costs to move the student's distribution over the classes other than the label to the teacher's.
+
+    WKD-L (arXiv:2412.08139): both are softmaxes at T without the label; `cost` (classes, classes) is that of moving
+    probability from one class to another. The plan is that of entropic optimal transport, by Sinkhorn's `iterations`,
+    here with logarithms, so that it is finite for any logits. Averaged over the batch; needs batch * classes^2 floats
+    an iteration. Not zero at equality: the entropy spreads the plan. Raises ValueError for fewer than three classes
+    and for shapes that differ.
+    """
+    same_shape(student_logits, teacher_logits)
+    if student_logits.shape[1] < 3:
+        raise ValueError(
+            f"transport between the other classes needs at least 3 classes, got {student_logits.shape[1]}"
+        )
+    is_label = F.one_hot(labels, student_logits.shape[1]).bool()
+    own, target = (
+        F.log_softmax((x.float() / temperature).masked_fill(is_label, NEVER), dim=1)
+        for x in (student_logits, teacher_logits.detach())
+    )
+    kernel = -cost.float() / regularization  # (classes, classes)
+    rows = torch.full_like(own, -math.log(own.shape[1] - 1))  # the published start
+    for _ in range(iterations):
+        columns = target - torch.logsumexp(kernel + rows[:, :, None], dim=1)  # (batch, classes)
+        rows = own - torch.logsumexp(kernel + columns[:, None, :], dim=2)
+    plan = (rows[:, :, None] + kernel + columns[:, None, :]).exp()  # (batch, classes, classes)
+    return (plan * cost.float()).sum((1, 2)).mean()
+
+
+def class_similarity(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How alike the features (samples, width) of any two classes are: (classes, classes), from 0 to 1 for equals.
+
+    Linear centred kernel alignment (arXiv:1905.00414) of the classes' second moments about the common mean of all
+    samples: tr(G_i G_j) / sqrt(tr(G_i^2) tr(G_j^2)), G = X^T X (width, width). Kernels between features rather than
+    between samples, as samples of two classes are no pairs. A class without samples is like itself alone.
+    """
+    features = features.float() - features.float().mean(0)
+    moments = torch.stack([product(of.T, of) for of in (features[labels == c] for c in range(classes))])
+    directions = unit(moments.flatten(1))  # (classes, width * width)
+    similarity = product(directions, directions.T).clamp(0, 1)
+    return similarity.fill_diagonal_(1.0)
+
+
+def _decoupled(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of (p_label, 1 - p_label) (batch, 2), and of the softmax over the others (batch, classes - 1)."""
+    is_label = F.one_hot(labels, log_p.shape[1]).bool()
+    others = log_p[~is_label].unflatten(0, (len(log_p), -1))
+    no_label = torch.logsumexp(others, dim=1)  # (batch,)
+    return torch.stack([log_p[is_label], no_label], dim=1), others - no_label[:, None]
+
+
+def _correlations(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's correlation of each row; 0 where one of them is constant."""
+    first, second = (unit(x - x.mean(1, keepdim=True)) for x in (first, second))
+    return (first * second).sum(1)
+
+
+def _probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    own = F.softmax(student_logits.float() / temperature, dim=1)
+    return own, F.softmax(teacher_logits.detach().float() / temperature, dim=1)

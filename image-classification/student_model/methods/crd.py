@@ -1,0 +1,145 @@
+"""Contrastive representation distillation: what two networks see in one image belongs together, in two it does not."""
+
+import math
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor, nn
+
+from common.losses import noise_contrastive
+from common.losses.shared import product, unit
+from common.methods import Method
+from common.objective import Objective, task_loss
+from common.outputs import Outputs
+from common.utils.devices import process
+from common.utils.errors import UserError
+from image_classification.student_model.methods.pair import Pair
+
+FIRST_DRAW = 2**30  # the first draw has a number below this; a CPU's generator looks at 32 bits of its seed
+
+
+def crd(
+    pair: Pair,
+    *,
+    weight: float = 0.8,
+    negatives: int = 16384,
+    width: int = 128,
+    temperature: float = 0.07,
+    momentum: float = 0.5,
+) -> Method:
+    """Contrastive representation distillation (CRD, Tian et al., arXiv:1910.10699), beside the labels.
+
+    Embeddings of both networks' pooled features, learnt with the student, are to be alike for one image and unlike for
+    `negatives` images of other classes (or as many as there are). Those are remembered from earlier batches: two
+    memories of `width` numbers for each training image, which are checkpointed and never ship.
+    """
+    if negatives < 1 or width < 1 or temperature <= 0 or not 0 <= momentum < 1:
+        raise UserError("crd needs positive negatives, width and temperature, and 0 <= momentum < 1")
+    widths = pair.task.student_width, pair.task.teacher_width
+    contrast = Contrast(widths, pair.data.splits["train"].labels, negatives, width, temperature, momentum)
+    return Method(Objective(task=(1.0, task_loss()), contrast=(weight, contrast)))
+
+
+class Contrast(nn.Module):
+    """A term: `losses.noise_contrastive` of the student's embeddings among the teacher's remembered ones, plus that of
+    the teacher's among the student's.
+
+    P = exp(cosine / temperature) / Z, where Z, one for each of the two, is what makes P one over the number of samples
+    on average in the first batch, and stays.
+
+    On several processes each draws negatives of its own, and all of them remember what all have seen. As with any
+    buffers, data parallelism sends those of the first process to the others with every step.
+
+    Args:
+        widths: of the student's and the teacher's pooled features.
+        labels: (samples,) the class of each training image, by its `sample_id`.
+        negatives: for each image; at most as many as there are of other classes, whatever its own.
+        width: of the embeddings.
+        momentum: the share of what is remembered that stays when an image is seen again.
+    """
+
+    student_memory: Tensor
+    teacher_memory: Tensor
+    log_z: Tensor
+    labels: Tensor
+
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        labels: Tensor,
+        negatives: int,
+        width: int,
+        temperature: float,
+        momentum: float,
+    ) -> None:
+        super().__init__()
+        most = len(labels) - int(labels.bincount().max())
+        if not most:
+            raise UserError("crd tells images of different classes apart, and all training images are of one")
+        self.negatives, self.temperature, self.momentum = min(negatives, most), temperature, momentum
+        self.student_embedding, self.teacher_embedding = (nn.Linear(before, width) for before in widths)
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, unit(torch.randn(len(labels), width)))
+        self.register_buffer("log_z", torch.full((2,), math.nan))  # until the first batch
+        self.register_buffer("labels", labels, persistent=False)
+        self.draw = int(torch.randint(FIRST_DRAW, ()))
+
+    def get_extra_state(self) -> Tensor:
+        """The number of the next draw, which as a buffer would lie on the GPU: reading it would wait for all else."""
+        return torch.tensor(self.draw)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.draw = int(state)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        assert student.features and teacher and teacher.features, "contrast needs a teacher's features"
+        ids = student.sample_id
+        if ids is None:
+            raise ValueError("crd needs a `sample_id` column in the training data")
+        own = embedded(self.student_embedding, student.features["pooled"])
+        target = embedded(self.teacher_embedding, teacher.features["pooled"])
+        rows = torch.cat([ids[:, None], self.draw_negatives(ids)], dim=1)  # (batch, 1 + negatives)
+        loss = self._among(own, self.teacher_memory, rows, 0) + self._among(target, self.student_memory, rows, 1)
+        remember(self.student_memory, ids, own, self.momentum)
+        remember(self.teacher_memory, ids, target, self.momentum)
+        return loss
+
+    def draw_negatives(self, ids: Tensor) -> Tensor:
+        """Samples of other classes (batch, negatives) for each of `ids` (batch,), none of them twice in a row.
+
+        Which they are depends on the number of the draw alone, so that a resumed training goes on as it would have.
+        """
+        rank, processes = process()
+        generator = torch.Generator(ids.device).manual_seed(self.draw * processes + rank)
+        self.draw += 1
+        order = torch.rand(len(ids), len(self.labels), device=ids.device, generator=generator)
+        order.masked_fill_(self.labels == self.labels[ids, None], -1.0)
+        return order.topk(self.negatives, dim=1, sorted=False).indices
+
+    def _among(self, embeddings: Tensor, memory: Tensor, rows: Tensor, direction: int) -> Tensor:
+        """The loss of embeddings (batch, width) where the memory's `rows` (batch, 1 + negatives) are asked for."""
+        memory = memory.clone()  # the backward pass needs it as it is now
+        # The product with all of it is much faster than fetching each image's rows.
+        scores = product(embeddings, memory.T).gather(1, rows) / self.temperature
+        log_mean = scores.detach().logsumexp((0, 1)) - math.log(scores.numel())
+        known = self.log_z[direction]
+        self.log_z[direction] = torch.where(known.isnan(), log_mean + math.log(len(memory)), known)
+        return noise_contrastive(scores - self.log_z[direction], len(memory))
+
+
+def embedded(linear: nn.Module, features: Tensor) -> Tensor:
+    """Unit vectors (batch, width) of features (batch, channels), in fp32."""
+    with torch.autocast(features.device.type, enabled=False):
+        return unit(linear(features.float()))
+
+
+@torch.no_grad()
+def remember(memory: Tensor, ids: Tensor, embeddings: Tensor, momentum: float) -> None:
+    """Moves rows `ids` (batch,) of a memory towards embeddings (batch, width), in place, and back to length 1.
+
+    What all processes have seen is remembered. Of an image that is there twice, its first embedding is.
+    """
+    ids, embeddings = gather(ids), gather(embeddings.detach())
+    moved = unit(momentum * memory[ids] + (1 - momentum) * embeddings)
+    first = (ids == ids[:, None]).int().argmax(1)
+    memory[ids] = moved[first]

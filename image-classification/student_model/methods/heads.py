@@ -1,0 +1,102 @@
+"""Methods that use the classifiers' linear heads in what they match, each a function (pair, *, settings) -> Method.
+
+A head is part of its network and not of the objective: the teacher's is frozen and not saved with what trains, the
+student's is trained and ships as ever.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.losses import feature_l2
+from common.losses.shared import product
+from common.methods import Method
+from common.objective import Objective, task_loss
+from common.outputs import Outputs
+from common.utils.errors import UserError
+from image_classification.student_model.matching import FeatureMatch
+from image_classification.student_model.methods.pair import Pair
+from image_classification.student_model.methods.stages import regressor
+from image_classification.teacher_model.classifier import ImageClassifier
+
+
+def srrl(pair: Pair, *, weight: float = 1.0) -> Method:
+    """Pooled features, and what the teacher's head makes of them (Yang et al., Knowledge distillation via softmax
+    regression representation learning, ICLR 2021), beside the labels. The teacher needs a linear head.
+    """
+    own, target = pair.shapes([], [])
+    term = SoftmaxRegression(regressor(own["map"].channels, target["map"]), linear_head(pair.teacher))
+    return Method(Objective(task=(1.0, task_loss()), regression=(weight, term)))
+
+
+def catkd(pair: Pair, *, weight: float = 15.0, size: int = 2) -> Method:
+    """Class activation maps, averaged down to `size` pixels and not normalized (CAT-KD, Guo et al., arXiv:2304.12777),
+    beside the labels. The published weight is that of ResNet32x4 -> ResNet8x4: the loss grows with the networks'
+    logits. Both networks need linear heads; the authors' have no bias.
+    """
+    maps = ClassActivations(linear_head(pair.student), linear_head(pair.teacher), size)
+    return Method(Objective(task=(1.0, task_loss()), class_maps=(weight, FeatureMatch("map", "map", maps))))
+
+
+def linear_head(model: ImageClassifier) -> nn.Linear:
+    """Raises UserError for a head that is none."""
+    if not isinstance(model.head, nn.Linear):
+        raise UserError(
+            f"this method needs a linear head, but {model.config.architecture} has a {type(model.head).__name__}: "
+            "choose another teacher"
+        )
+    return model.head
+
+
+class SoftmaxRegression(nn.Module):
+    """MSE(g(h_s), h_t) + MSE(teacher's head of g(h_s), teacher's logits), h being pooled features (batch, channels).
+
+    Args:
+        regressor: g, from maps of the student's channels to maps of the teacher's.
+        head: the teacher's, of which copies are kept that are neither trained nor saved.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, regressor: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.regressor = regressor
+        self.register_buffer("weight", head.weight.detach().clone(), persistent=False)
+        self.register_buffer("bias", head.bias.detach().clone(), persistent=False)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        assert student.features and teacher and teacher.features and teacher.logits is not None
+        mapped = self.regressor(student.features["pooled"][:, :, None, None]).flatten(1)  # (batch, teacher's channels)
+        logits = F.linear(mapped, self.weight, self.bias)
+        return feature_l2(mapped, teacher.features["pooled"]) + feature_l2(logits, teacher.logits)
+
+
+class ClassActivations(nn.Module):
+    """Mean squared difference of class activation maps: of each place of the last map, what it adds to the logits.
+
+    Args:
+        student_head: trained where it is, in the student; the loss reaches it.
+        teacher_head: of whose weight a copy is kept that is neither trained nor saved.
+        size: to which the maps are averaged down, where they are larger.
+    """
+
+    teacher_weight: Tensor
+
+    def __init__(self, student_head: nn.Linear, teacher_head: nn.Linear, size: int) -> None:
+        super().__init__()
+        self.of_student = (student_head,)  # in a tuple it is no submodule, so that it stays the student's alone
+        self.register_buffer("teacher_weight", teacher_head.weight.detach().clone(), persistent=False)
+        self.size = size
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        size = min(self.size, student.shape[-1])
+        own = class_maps(student, self.of_student[0].weight, size)
+        return feature_l2(own, class_maps(teacher, self.teacher_weight, size), mask)
+
+
+def class_maps(features: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Class activation maps (batch, classes, size * size) of last maps (batch, channels, height, width) under a head's
+    weight (classes, channels). Their mean over all places is the logits without the head's bias.
+    """
+    places = F.adaptive_avg_pool2d(features.float(), size).flatten(2)  # (batch, channels, size * size)
+    return product(weight, places)

@@ -1,0 +1,50 @@
+"""NORM: many representations of the student's matched to one of the teacher's."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from common.losses import feature_l2
+from common.methods import Method
+from common.objective import Objective, Weight, task_loss
+from common.utils.errors import UserError
+from image_classification.student_model.matching import FeatureMatch
+from image_classification.student_model.methods.pair import Pair
+from image_classification.student_model.methods.stages import regressor
+
+PHASES = ((10 / 240, 0.1), (20 / 240, 0.5), (180 / 240, 1.0), (210 / 240, 0.5), (1.0, 0.1))  # (until, share of weight)
+
+
+def norm(pair: Pair, *, copies: int = 8, alpha: float = 0.1, weight: float = 1.0) -> Method:
+    """N-to-one representations (NORM, Liu et al., arXiv:2305.13803): alpha * labels + weight * n_to_one, the weight in
+    the phases of the authors' code.
+
+    A linear layer, a 1x1 convolution with batch norm, expands the student's last map to `copies` times the teacher's
+    channels, each of which is to be the teacher's map. In the paper a second one contracts what came out, and the sum
+    of the two maps goes to the student's head, into which both layers are folded in the end. That contraction is left
+    out here: what is trained is what ships, so the labels train the plain student, and the expansion is a regressor.
+    Nor are logits standardized under the labels' loss, as they are in the authors' code.
+    """
+    if copies < 1:
+        raise UserError(f"norm:copies={copies}: there is at least one copy")
+    own, target = pair.shapes([], [])
+    expanded = replace(target["map"], channels=copies * target["map"].channels, positive=False)
+    match = FeatureMatch("map", "map", n_to_one, regressor(own["map"].channels, expanded))
+    return Method(Objective(task=(alpha, task_loss()), representations=(in_phases(weight), match)))
+
+
+def n_to_one(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum over the N parts of the student's map (batch, N * channels, height, width), one after the other along the
+    channels, of their mean squared differences from the teacher's (batch, channels, height, width).
+
+    `mask` (batch,) restricts the means to the samples that it keeps.
+    """
+    copies = student.shape[1] // teacher.shape[1]
+    return copies * feature_l2(student, teacher.repeat(1, copies, 1, 1), mask)
+
+
+def in_phases(weight: float) -> Weight:
+    """A weight that is a share of itself in each of PHASES; zero stays zero."""
+    if weight == 0:
+        return 0.0
+    return lambda progress: weight * next((share for until, share in PHASES if progress < until), PHASES[-1][1])
