@@ -107,7 +107,7 @@ def test_settings_are_checked():
     }
     for spec, complaint in (
         ("kdd", "did you mean kd?"),
-        ("kd:alhpa=1", "no setting 'alhpa'; did you mean alpha?"),
+        ("kd:alphas=1", "no setting 'alphas'; did you mean alpha?"),
         ("kd:alpha=much", "kd: alpha=much is none"),
         ("kd:alpha", "kd: alpha= is none"),
     ):
