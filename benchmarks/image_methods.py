@@ -12,6 +12,7 @@ import tempfile
 
 import torch
 from simkd_step import Clock, random_data
+from transformers import PrinterCallback
 from transformers.utils import logging
 
 from common.inference import as_it_is
@@ -38,8 +39,9 @@ def seconds_per_step(
         args = ImageTrainingArguments(
             output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, precision=precision,  # type: ignore[arg-type]
             save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+            learning_rate=1e-9,  # an untrained teacher's maps are large, and the published weights made for small ones
         )  # fmt: skip
-        KDTrainer(
+        trainer = KDTrainer(
             model=SideBySide(students).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             args=args,
             objective=SideBySideObjective({name: method.objective for name, method in methods.items()}),
@@ -51,7 +53,9 @@ def seconds_per_step(
             ),
             data_collator=as_it_is,
             callbacks=[clock],
-        ).train()
+        )
+        trainer.pop_callback(PrinterCallback)
+        trainer.train()
     return clock.seconds_per_step
 
 
