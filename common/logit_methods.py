@@ -23,6 +23,7 @@ LARGEST_RISE = 20.0  # of a learnt temperature, above 1
 
 def kd(task: Task, *, alpha: float = 0.1, temperature: float = 4.0) -> Terms:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL(teacher || student)."""
+    _needs_a_share("kd", alpha)
     return {"task": (alpha, task_loss()), "soft_targets": (1 - alpha, soft_targets(temperature))}
 
 
@@ -67,7 +68,8 @@ def mlkd(task: Task, *, alpha: float = 0.1, weight: float = 0.9, temperature: fl
 
     Of whatever views the batch holds: the paper's weak and strong ones are `--strong_views`. Its code means to leave
     out the half of samples and classes that the teacher is surest of, but multiplies whole sums by the means of these
-    masks, which is a factor of about a half; there are no masks here.
+    masks, which is a factor of about a half; there are no masks here. Its other losses are sums over the two views
+    where these are means, which twice its learning rate makes up for, and its relations are those of weak views.
     """
     return _multi_level(alpha, weight, temperature, standardize=False)
 
@@ -81,6 +83,7 @@ def ctkd(task: Task, *, alpha: float = 0.1, curriculum: float = 10 / 240) -> Ter
     """Soft targets at a temperature that is learnt against the student (Li et al., arXiv:2211.16231), beside
     alpha * labels. `curriculum`: the share of the training over which the adversary gains its strength.
     """
+    _needs_a_share("ctkd", alpha)
     return {"task": (alpha, task_loss()), "soft_targets": (1 - alpha, AdversarialTemperature(curriculum))}
 
 
@@ -181,6 +184,11 @@ def _over(loss: Callable[..., Tensor], temperatures: tuple[float, ...], own: Ten
 def _needs_three(task: Task, name: str) -> None:
     if task.classes < 3:
         raise UserError(f"method {name} needs at least 3 classes, and there are {task.classes}: choose another method")
+
+
+def _needs_a_share(name: str, alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise UserError(f"method {name}: alpha={alpha:g} is no share, as 1 - alpha is the soft targets': 0 to 1")
 
 
 LOGIT_METHODS: dict[str, Callable[..., Terms]] = {

@@ -5,6 +5,7 @@ there are. What it returns is up to the domain: terms of an objective, or a whol
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -23,6 +24,8 @@ CONVERT: dict[Any, Callable[[str], Any]] = {
     str: str,
     bool: lambda word: {"true": True, "false": False}[word.lower()],
 }
+POSITIVE = {"temperature"}  # settings, by their names in every method
+SHARES = {"warmup", "curriculum", "decay_from", "momentum"}
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Task:
 
 def chosen(spec: str, methods: Mapping[str, Callable[..., Any]], **defaults: Any) -> Callable[..., Any]:
     """The method that `spec` names, with its settings; of `defaults`, those that the method knows and `spec` leaves
-    open. Raises UserError for a method or setting that there is not, and for a value of another kind.
+    open. Raises UserError for a method or setting that there is not, and for a value of another kind or out of range.
     """
     name, *words = spec.split(":")
     if name not in methods:
@@ -96,10 +99,24 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
 
 def _converted(name: str, key: str, value: str, kind: Any) -> Any:
     try:
-        return CONVERT[kind](value)
+        converted = CONVERT[kind](value)
     except (KeyError, ValueError):
         expected = "true or false" if kind is bool else f"a value such as {key}={kind(2)}"
         raise UserError(f"method {name}: {key}={value} is none, give {expected}") from None
+    if kind in (int, float):
+        _refuse_outside(f"method {name}: {key}={value}", key, kind, converted)
+    return converted
+
+
+def _refuse_outside(given: str, key: str, kind: Any, value: float) -> None:
+    if key in SHARES:
+        inside, expected = 0 <= value <= 1, "a share between 0 and 1"
+    elif kind is int or key in POSITIVE:
+        inside, expected = 0 < value < math.inf, "a number above 0"
+    else:
+        inside, expected = 0 <= value < math.inf, "a number from 0 on"
+    if not inside:
+        raise UserError(f"{given} is out of range, give {expected}")
 
 
 def _guess(word: str, known: Mapping[str, Any]) -> str:

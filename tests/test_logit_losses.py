@@ -125,6 +125,12 @@ def test_two_classes_leave_no_others_to_decouple():
             LOGIT_METHODS[name](task_of(2))
 
 
+@pytest.mark.parametrize("name", ["kd", "ctkd"])
+def test_what_is_left_for_the_soft_targets_is_not_negative(name):
+    with pytest.raises(UserError, match=f"method {name}: alpha=7 is no share"):
+        LOGIT_METHODS[name](task_of(CLASSES), alpha=7.0)
+
+
 def test_dist_is_made_of_pearsons_correlations_and_falls_as_they_rise():
     student, teacher = (t.detach() for t in pair())
     own, target = softmax(student.numpy() / 4, 1), softmax(teacher.numpy() / 4, 1)
@@ -183,16 +189,22 @@ def test_the_labels_probability_by_hand():
     assert losses.label_probability(student, teacher, LABELS).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_classes_that_share_their_features_are_alike():
+def test_classes_that_vary_alike_are_alike():
     labels = torch.arange(40) % 4
-    centres = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]])
-    features = centres[labels] + 0.1 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    spread = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]])
+    noise = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    features = labels[:, None] + spread[labels] * noise[:, 3:] + 0.1 * noise[:, :3]
     similarity = losses.class_similarity(features, labels, 5)
     assert similarity.shape == (5, 5) and torch.equal(similarity.diagonal(), torch.ones(5))
     assert similarity[0, 1] > 0.95 > 0.6 > similarity[0, 2] and torch.allclose(similarity, similarity.T)
     assert similarity[4, :4].eq(0).all(), "a class without samples is like itself alone"
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(losses.class_similarity(features[order], labels[order], 5), similarity)
+    for i in range(4):
+        for j in range(4):
+            x, y = (np.cov(features[labels == c].numpy().T) for c in (i, j))
+            expected = np.trace(x @ y) / math.sqrt(np.trace(x @ x) * np.trace(y @ y))
+            assert similarity[i, j].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_learnt_temperature_works_against_the_student():

@@ -127,25 +127,33 @@ def transport(
 
 
 def class_similarity(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """How alike the features (samples, width) of any two classes are: (classes, classes), from 0 to 1 for equals.
+    """How alike the features (samples, width) of any two classes vary: (classes, classes), from 0 to 1 for equals.
 
-    Linear centred kernel alignment (arXiv:1905.00414) of the classes' second moments about the common mean of all
-    samples: tr(G_i G_j) / sqrt(tr(G_i^2) tr(G_j^2)), G = X^T X (width, width). Kernels between features rather than
-    between samples, as samples of two classes are no pairs. A class without samples is like itself alone.
+    Linear centred kernel alignment (arXiv:1905.00414): tr(G_i G_j) / sqrt(tr(G_i^2) tr(G_j^2)), G = X^T X (width,
+    width) of a class's features less their mean. Kernels between features rather than between samples, as samples of
+    two classes are no pairs. A class without two samples is like itself alone.
     """
-    features = features.float() - features.float().mean(0)
-    moments = torch.stack([product(of.T, of) for of in (features[labels == c] for c in range(classes))])
-    directions = unit(moments.flatten(1))  # (classes, width * width)
-    similarity = product(directions, directions.T).clamp(0, 1)
-    return similarity.fill_diagonal_(1.0)
+    features = features.float()
+    sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    centred = features - (sums / labels.bincount(minlength=classes).clamp(min=1)[:, None])[labels]
+    of_none = features.new_zeros(classes)
+    alignment = torch.stack(  # (classes, classes); tr(G_i G_j) is the sum of the squares of X_i X_j^T
+        [
+            of_none.index_add(0, labels, product(centred[labels == c], centred.T).square().sum(0))
+            for c in range(classes)
+        ]
+    )
+    lengths = alignment.diagonal().sqrt()
+    similarity = alignment / (lengths[:, None] * lengths).clamp(min=torch.finfo(torch.float32).tiny)
+    return similarity.clamp(max=1).fill_diagonal_(1.0)
 
 
 def _decoupled(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of (p_label, 1 - p_label) (batch, 2), and of the softmax over the others (batch, classes - 1)."""
-    is_label = F.one_hot(labels, log_p.shape[1]).bool()
-    others = log_p[~is_label].unflatten(0, (len(log_p), -1))
-    no_label = torch.logsumexp(others, dim=1)  # (batch,)
-    return torch.stack([log_p[is_label], no_label], dim=1), others - no_label[:, None]
+    before = torch.arange(log_p.shape[1] - 1, device=log_p.device)
+    others = log_p.gather(1, before + (before >= labels[:, None]))  # all but the label
+    no_label = torch.logsumexp(others, dim=1, keepdim=True)
+    return torch.cat([log_p.gather(1, labels[:, None]), no_label], dim=1), others - no_label
 
 
 def _correlations(first: Tensor, second: Tensor) -> Tensor:

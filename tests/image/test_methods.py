@@ -110,6 +110,12 @@ def test_settings_are_checked():
         ("kd:alphas=1", "no setting 'alphas'; did you mean alpha?"),
         ("kd:alpha=much", "kd: alpha=much is none"),
         ("kd:alpha", "kd: alpha= is none"),
+        ("dkd:warmup=2", "dkd: warmup=2 is out of range, give a share between 0 and 1"),
+        ("dist:temperature=0", "dist: temperature=0 is out of range, give a number above 0"),
+        ("norm:copies=0", "norm: copies=0 is out of range, give a number above 0"),
+        ("sp:weight=-1", "sp: weight=-1 is out of range, give a number from 0 on"),
+        ("sp:weight=nan", "sp: weight=nan is out of range"),
+        ("pkt:weight=inf", "pkt: weight=inf is out of range"),
     ):
         with pytest.raises(UserError, match=complaint.replace("?", r"\?")):
             chosen(spec, METHODS)
