@@ -12,18 +12,14 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common.arguments import KDTrainingArguments
 from common.objective import FeatureLoss, Objective, Term
 from common.utils.errors import UserError
 
-CONVERT: dict[Any, Callable[[str], Any]] = {
-    float: float,
-    int: int,
-    str: str,
-    bool: lambda word: {"true": True, "false": False}[word.lower()],
-}
+PER_CLASS = 50  # training samples of each class that stand for it
 POSITIVE = {"temperature"}  # settings, by their names in every method
 SHARES = {"warmup", "curriculum", "decay_from", "momentum"}
 
@@ -66,6 +62,11 @@ class Task:
     teacher_features: Callable[[], tuple[Tensor, Tensor]]
 
 
+def some_of_each_class(labels: Tensor, classes: int) -> Tensor:
+    """The rows of the first PER_CLASS samples of each class, of labels (samples,)."""
+    return torch.cat([(labels == c).nonzero().flatten()[:PER_CLASS] for c in range(classes)])
+
+
 def chosen(spec: str, methods: Mapping[str, Callable[..., Any]], **defaults: Any) -> Callable[..., Any]:
     """The method that `spec` names, with its settings; of `defaults`, those that the method knows and `spec` leaves
     open. Raises UserError for a method or setting that there is not, and for a value of another kind or out of range.
@@ -92,31 +93,25 @@ def flags_of(spec: str, args: KDTrainingArguments) -> dict[str, float]:
 
 
 def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
-    """{setting: its type}, in the order of the signature."""
+    """{setting: its type, int or float}, in the order of the signature."""
     parameters = inspect.signature(method, eval_str=True).parameters.values()
     return {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _converted(name: str, key: str, value: str, kind: Any) -> Any:
     try:
-        converted = CONVERT[kind](value)
-    except (KeyError, ValueError):
-        expected = "true or false" if kind is bool else f"a value such as {key}={kind(2)}"
-        raise UserError(f"method {name}: {key}={value} is none, give {expected}") from None
-    if kind in (int, float):
-        _refuse_outside(f"method {name}: {key}={value}", key, kind, converted)
-    return converted
-
-
-def _refuse_outside(given: str, key: str, kind: Any, value: float) -> None:
+        number = kind(value)
+    except ValueError:
+        raise UserError(f"method {name}: {key}={value} is none, give a value such as {key}={kind(2)}") from None
     if key in SHARES:
-        inside, expected = 0 <= value <= 1, "a share between 0 and 1"
+        inside, expected = 0 <= number <= 1, "a share between 0 and 1"
     elif kind is int or key in POSITIVE:
-        inside, expected = 0 < value < math.inf, "a number above 0"
+        inside, expected = 0 < number < math.inf, "a number above 0"
     else:
-        inside, expected = 0 <= value < math.inf, "a number from 0 on"
+        inside, expected = 0 <= number < math.inf, "a number from 0 on"
     if not inside:
-        raise UserError(f"{given} is out of range, give {expected}")
+        raise UserError(f"method {name}: {key}={value} is out of range, give {expected}")
+    return number
 
 
 def _guess(word: str, known: Mapping[str, Any]) -> str:

@@ -19,11 +19,12 @@ from common.results import RECIPE, RESULTS
 from common.run import refuse_other_arguments
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
-from nlp.data.tasks import GLUE_TASKS
+from nlp.data.tasks import GLUE_TASKS, TASKS
 from nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
 from nlp.student_model.bottleneck_distillation import BottleneckDistillation
 from nlp.student_model.classifier_distillation import ClassifierDistillation
 from nlp.student_model.glue_report import SYSTEMS, show
+from nlp.student_model.methods import refuse_unfit
 
 
 @dataclass
@@ -64,6 +65,9 @@ def main() -> None:
     )
     folder = Path(training.output_dir or "runs/NLP/glue")
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
+    if "base" in glue.systems:
+        for task in glue.tasks:  # likewise
+            refuse_unfit(matching.method, training, task, len(TASKS[task].label_names) or 1)
     for task, seed in product(glue.tasks, glue.seeds):
         text.dataset, training.seed = sources[task], seed
         data = text.load(seed)

@@ -16,7 +16,7 @@ from nlp.student_model.distillation import Distillation, Logits
 from nlp.student_model.evaluation import evaluate, metrics_by_split
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
-from nlp.student_model.methods import PLAIN, looks_inside, method_terms
+from nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import encoder_of, load_trained
 
@@ -49,11 +49,14 @@ class ClassifierDistillation(Distillation):
             )
         if looks_inside(wanted.method) and self.others:
             raise UserError(f"--method {wanted.method} needs a single teacher: leave out --more_teachers")
-        if wanted.method != PLAIN:
-            own = self.given_student or self.given
-            method_terms(wanted.method, training, own.model, self.given.model, self.texts, self.pooling)
+        refuse_unfit(wanted.method, training, self.data.name, self.data.num_labels)
         if wanted.attention_weight and self.others:
             raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
+        if (inside or looks_inside(wanted.method)) and isinstance(self.given.model, BottleneckClassifier):
+            raise UserError(
+                f"teacher {pair.teacher} has a bottleneck, and shows nothing of its inside here: leave "
+                "--hidden_weight, --embedding_weight and --attention_weight at 0, and choose a --method of logits"
+            )
         student = self.given_student
         layers = len(layer_paths(student.encoder)) if student else self.student_layers
         layer_pairs(wanted.layer_map, layers, len(layer_paths(self.given.encoder)))

@@ -12,6 +12,7 @@ from common.outputs import Outputs
 from common.utils.errors import UserError
 from nlp.student_model.bottleneck_classifier import Pooling, pool
 from nlp.student_model.layers import layer_paths, uniform_map
+from nlp.teacher_model.teacher import encoder_of
 
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
@@ -150,7 +151,7 @@ LOSSES: dict[str, FeatureLoss] = {"l2": feature_l2, "cosine": feature_cosine, "b
 
 
 def width(model: PreTrainedModel) -> int:
-    return int(model.config.hidden_size)
+    return int(encoder_of(model).config.hidden_size)
 
 
 def _match(name: str, target: str, loss: FeatureLoss, student: PreTrainedModel, teacher: PreTrainedModel) -> Term:

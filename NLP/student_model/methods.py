@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from common.arguments import KDTrainingArguments
 from common.inference import over_dataset
 from common.logit_methods import LOGIT_METHODS
-from common.methods import Task, chosen, flags_of
+from common.methods import Task, chosen, flags_of, some_of_each_class
 from common.objective import Terms
 from common.relation_methods import RELATION_METHODS
 from common.utils.errors import UserError
@@ -23,12 +23,21 @@ from nlp.teacher_model.teacher import encoder_of
 
 METHODS: dict[str, Callable[..., Terms]] = LOGIT_METHODS | RELATION_METHODS
 PLAIN = "kd"
-PER_CLASS = 50  # training texts of each class that stand for it
 
 
 def looks_inside(spec: str) -> bool:
     """Whether a method needs more of a teacher than its logits."""
     return spec.split(":")[0] in RELATION_METHODS
+
+
+def refuse_unfit(spec: str, training: KDTrainingArguments, dataset: str, classes: int) -> None:
+    """Raises UserError for what is no method, and for one that data of so many classes (1: numbers) are not for."""
+    if classes == 1 and spec != PLAIN:
+        raise UserError(f"--method {spec} is for classes, and {dataset} has numbers: pass --method {PLAIN}")
+    if classes > 1:
+        anything = partial(match_pooled, "", "", "cls")
+        method = chosen(spec, METHODS, **flags_of(spec, training))
+        method(Task(classes, 1, 1, anything, anything, lambda: (torch.empty(0, 1), torch.empty(0))))
 
 
 def method_terms(
@@ -39,13 +48,9 @@ def method_terms(
     texts: Texts,
     pooling: Pooling,
 ) -> Matching:
-    """The terms of the method NAME[:setting=value]..., and the features that they need. Raises UserError for what is
-    no method, and for one that these data are not for.
-    """
-    if texts.data.regression:
-        raise UserError(f"--method {spec} is for classes, and {texts.data.name} has numbers: pass --method {PLAIN}")
+    """The terms of the method NAME[:setting=value]..., and the features that they need. Errors as of refuse_unfit."""
     method = chosen(spec, METHODS, **flags_of(spec, training))
-    own, target = (len(layer_paths(model)) - 1 for model in (student, teacher))
+    own, target = (encoder_of(model).config.num_hidden_layers - 1 for model in (student, teacher))
     names = f"student_{own}", f"layer_{target}"
     terms = method(task_of(names, student, teacher, texts, pooling, training.precision))
     if not looks_inside(spec):
@@ -77,9 +82,9 @@ def task_of(
 def teacher_features(
     teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Pooled last hidden states (texts, width) of PER_CLASS training texts of each class, and their labels."""
+    """Pooled last hidden states (texts, width) of some training texts of each class, and their labels (texts,)."""
     labels = torch.tensor(texts.train["labels"])
-    rows = torch.cat([(labels == c).nonzero().flatten()[:PER_CLASS] for c in range(texts.data.num_labels)])
+    rows = some_of_each_class(labels, texts.data.num_labels)
     encoder = encoder_of(teacher)
 
     def say(**batch: Any) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ def soft_target_kl(
     ValueError for a temperature that is not positive, for another direction and for shapes that differ.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    if temperature <= 0 or teacher_temperature <= 0:
+    given = [t for t in (temperature, teacher_temperature) if not isinstance(t, Tensor)]  # a look at one would wait
+    if any(t <= 0 for t in given):
         raise ValueError(f"temperatures must be positive, got {temperature} and {teacher_temperature}")
     check_direction(direction)
     same_shape(student_logits, teacher_logits)

@@ -36,7 +36,7 @@ class Arguments:
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
     )
-    seeds: list[str] = field(default_factory=lambda: ["0"], metadata={"help": "of several --methods"})
+    seeds: list[str] = field(default_factory=list, metadata={"help": "of several --methods (default: 0)"})
     teacher_views: Path | None = field(
         default=None,
         metadata={
@@ -51,7 +51,7 @@ class Arguments:
         wanted = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
         controls = [] if training.no_control else [name for name in wanted if name not in methods]
         try:
-            seeds = [int(seed) for seed in ",".join(self.seeds).split(",")]
+            seeds = [int(seed) for seed in ",".join(self.seeds or ["0"]).split(",")]
             return SweepArguments(
                 [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate], seeds=seeds
             )
@@ -63,6 +63,8 @@ def main() -> None:
     args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
     if args.teacher_views and training.strong_views:
         raise UserError("--strong_views cannot be counted, so there is no table of them: leave out --teacher_views")
+    if args.seeds and not args.methods:
+        raise UserError("--seeds are those of several --methods: pass --seed for one --method")
     if args.methods:
         sweep(args.axes(training), pair, SimKDWeights(), data_args, training, args.teacher_views)
         return

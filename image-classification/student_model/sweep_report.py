@@ -40,7 +40,8 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
         cells = [label, f"{rate:g}", str(len(runs)), *(_shown(_accuracy(runs, split)) for split in splits)]
         cells.append(_shown(Spread.of([r["gain_over_control"] for r in runs if r["gain_over_control"] is not None])))
         cells.append(number(runs[0]["models"]["student"]["parameters"]))
-        cells.append(number(runs[0]["parameters_trained_beside"]))
+        beside = runs[0].get("parameters_trained_beside")  # which older runs do not know
+        cells.append("–" if beside is None else number(beside))
         cells.append(_shown(Spread.of([run["seconds"]["student"] for run in runs])))
         rows.append(cells)
     return header, rows

@@ -15,8 +15,9 @@ from common.outputs import Outputs
 from common.relation_methods import RELATION_METHODS
 from common.utils.errors import UserError
 from nlp.data.loading import load_text_data
+from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.layers import cut_layers
-from nlp.student_model.methods import METHODS, looks_inside, method_terms, teacher_features
+from nlp.student_model.methods import METHODS, looks_inside, method_terms, refuse_unfit, teacher_features
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import tiny_bert
 
@@ -121,7 +122,38 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(words, complaint, sma
     assert not (tmp_path / "r").exists()
 
 
-def test_numbers_have_no_method_but_one(teacher, texts):
-    object.__setattr__(texts.data, "regression", True)
-    with pytest.raises(UserError, match="pass --method kd"):
-        method_terms("dkd", KDTrainingArguments(output_dir="unused"), teacher, teacher, texts, "cls")
+def test_numbers_have_no_method_but_one_and_two_classes_not_all():
+    training = KDTrainingArguments(output_dir="unused")
+    with pytest.raises(UserError, match="numbers: pass --method kd"):
+        refuse_unfit("dist", training, "stsb", 1)
+    with pytest.raises(UserError, match="at least 3 classes"):
+        refuse_unfit("dkd", training, "rte", 2)
+    refuse_unfit("kd", training, "stsb", 1)
+    for name in METHODS:
+        refuse_unfit(name, training, "mnli", 3)
+
+
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_glue_refuses_a_method_before_any_task_is_trained(task, tmp_path, capsys):
+    (tmp_path / "mnli").mkdir()
+    (tmp_path / task).mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        words = ["--tasks", "mnli", task, "--method", "dkd", "--output_dir", tmp_path / "r"]
+        run_script("NLP/scripts/distill_glue.py", "--glue_folder", tmp_path, *words)
+    assert stopped.value.code == 2 and "method dkd" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_teacher_with_a_bottleneck_teaches_a_plain_student_by_its_logits(small, folder, tmp_path, capsys):
+    data = load_text_data(str(small))
+    encoder = AutoModelForSequenceClassification.from_pretrained(folder).base_model
+    made = BottleneckClassifier.around(encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, pairs=8)
+    made.config.key_statistics = {}  # of keys that are fitted, as a run leaves them
+    made.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "teacher")
+    words = ["--student", folder, "--no_control"]
+    distill(small, tmp_path / "teacher", *words, "--method", "dist", "--output_dir", tmp_path / "r")
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["method"] == "dist"
+    with pytest.raises(SystemExit) as stopped:
+        distill(small, tmp_path / "teacher", *words, "--method", "rkd", "--output_dir", tmp_path / "other")
+    assert stopped.value.code == 2 and "has a bottleneck" in capsys.readouterr().err

@@ -5,16 +5,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
-from common.methods import Task
+from common.inference import as_it_is, over_dataset
+from common.methods import Task, some_of_each_class
 from common.objective import FeatureLoss, Term
 from common.outputs import Outputs
+from common.utils.devices import best_device
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
 from image_classification.student_model.matching import MapShape, probe, some_images, stage_paths
 from image_classification.teacher_model.classifier import ImageClassifier
-
-PER_CLASS = 50  # training images of each class that stand for it
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,17 @@ class Pair:
             teacher_features=self._teacher_features,
         )
 
-    @torch.no_grad()
     def _teacher_features(self) -> tuple[Tensor, Tensor]:
-        """Of PER_CLASS training images of each class, as they are."""
+        """Of some training images of each class, as they are."""
         labels = self.data.splits["train"].labels
-        rows = torch.cat([(labels == c).nonzero().flatten()[:PER_CLASS] for c in range(len(self.data.label_names))])
-        views = self.data.views("train", self.teacher.device)
-        batches = [views.__getitems__(part.tolist())["pixel_values"] for part in rows.split(250)]
-        pooled = torch.cat([self.teacher(batch).features["pooled"].float() for batch in batches])
-        return pooled, labels[rows].to(pooled.device)
+        rows = some_of_each_class(labels, len(self.data.label_names))
+
+        def pooled(**batch: Tensor) -> dict[str, Tensor]:
+            return {"pooled": self.teacher(**batch).features["pooled"].float()}
+
+        images = Subset(self.data.views("train", best_device()), rows.tolist())
+        said = over_dataset(self.teacher, pooled, images, as_it_is, batch_size=250)
+        return torch.stack(said["pooled"]), labels[rows]
 
 
 def match_flat(name: str, loss: FeatureLoss) -> Term:
