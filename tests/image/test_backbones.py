@@ -23,6 +23,9 @@ NETWORKS: dict[str, tuple[int, int, int, int, list[tuple[int, int]]]] = {
     "resnet32": (472_756, 64, 8, 2, [(16, 32), (32, 16), (64, 8)]),
     "resnet56": (861_620, 64, 8, 2, [(16, 32), (32, 16), (64, 8)]),
     "resnet110": (1_736_564, 64, 8, 2, [(16, 32), (32, 16), (64, 8)]),
+    "resnet18": (11_220_132, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4)]),
+    "resnet34": (21_328_292, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4)]),
+    "resnet50": (23_705_252, 2048, 4, 1, [(256, 32), (512, 16), (1024, 8), (2048, 4)]),
     "resnet8x4": (1_233_540, 256, 8, 2, [(64, 32), (128, 16), (256, 8)]),
     "resnet32x4": (7_433_860, 256, 8, 2, [(64, 32), (128, 16), (256, 8)]),
     "wrn_16_2": (703_284, 128, 8, 2, [(32, 32), (64, 16), (128, 8)]),
@@ -36,13 +39,14 @@ NETWORKS: dict[str, tuple[int, int, int, int, list[tuple[int, int]]]] = {
     "vgg19": (20_086_692, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
     "mobilenetv2": (812_836, 1280, 2, 1, [(12, 16), (16, 8), (48, 4), (160, 2)]),
     "mobilenetv2x1.0": (2_353_060, 1280, 2, 1, [(24, 16), (32, 8), (96, 4), (320, 2)]),
+    "shufflenetv1": (949_258, 960, 4, 1, [(240, 16), (480, 8), (960, 4)]),
     "shufflenetv2x0.5": (443_716, 1024, 4, 1, [(48, 16), (96, 8), (192, 4)]),
     "shufflenetv2": (1_355_528, 1024, 4, 1, [(116, 16), (232, 8), (464, 4)]),
     "shufflenetv2x1.5": (2_580_548, 1024, 4, 1, [(176, 16), (352, 8), (704, 4)]),
     "shufflenetv2x2.0": (5_549_320, 2048, 4, 1, [(244, 16), (488, 8), (976, 4)]),
 }
 # one of every family, and of timm's one with buffers that timm does not save and one whose head widens the last map
-ONE_OF_EACH = ["resnet20", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv2"]
+ONE_OF_EACH = ["resnet20", "resnet50", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
 FROM_TIMM = ["timm:resnet18", "timm:resnetblur18", "timm:mobilenetv3_small_050"]
 
 
@@ -66,6 +70,11 @@ def randomize_norms(model: nn.Module) -> None:
 
 def norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def assert_alike(found: Tensor, expected: Tensor) -> None:
+    """Up to rounding, which in a deep network of random norms is that of its largest values."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(10, expected.abs().max().item()))
 
 
 def images(size: int = 32) -> Tensor:
@@ -121,10 +130,12 @@ def test_what_hooks_record_stays_as_it_is(name: str) -> None:
     ("name", "left"),
     [
         ("resnet20", 0),
+        ("resnet50", 0),
         ("wrn_16_2", 6),  # those that read a sum, or not alone: bn1 of all blocks but the first, and the last one
         ("wrn_16_1", 7),  # bn1 of the first block, too: its shortcut also reads the stem
         ("vgg8", 0),
         ("mobilenetv2", 0),
+        ("shufflenetv1", 0),
         ("shufflenetv2", 0),
         ("timm:resnet18", 0),
     ],
@@ -137,8 +148,8 @@ def test_folding_changes_nothing_but_the_number_of_layers(name: str, left: int) 
         x = images()
         expected = model(x)
         found = fast(x)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.features["map"], expected.features["map"], rtol=1e-4, atol=1e-4)
+    assert_alike(found.logits, expected.logits)
+    assert_alike(found.features["map"], expected.features["map"])
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *FROM_TIMM])
@@ -163,7 +174,7 @@ def test_every_parameter_learns(name: str) -> None:
     [
         ("wrn40_2", r"unknown architecture 'wrn40_2': choose one such as .*; did you mean wrn_40_2 or wrn_40_1\?"),
         ("ShuffleV2", "did you mean shufflenetv2 or"),
-        ("resnet18", r"depth of a ResNet .* 6n \+ 2, at least 8, got 18; did you mean timm:resnet18\?"),
+        ("resnet101", r"depth of a ResNet .* 6n \+ 2, at least 8, got 101; did you mean timm:resnet101\?"),
         ("convnext_atto", r"did you mean timm:convnext_atto\?"),
         ("wrn_4_2", r"depth 6n \+ 4 and width 1 or more, got 4 and 2"),
         ("wrn_16_0", "got 16 and 0"),

@@ -40,7 +40,7 @@ def test_every_pair_of_the_tables_runs(pair, cifar100_shaped, tmp_path):
     teacher, student = pair.split("_", 1) if not pair.startswith("wrn") else (pair[:8], pair[9:])
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (recipe["teacher"], recipe["student"]) == (teacher, student)
-    assert recipe["learning_rate"] == (0.01 if student.startswith("shufflenet") else 0.05)
+    assert recipe["learning_rate"] == (0.01 if student.startswith(("shufflenet", "mobilenet")) else 0.05)
     assert recipe["lr_milestones"] == [150, 180, 210] and recipe["weight_decay"] == 5e-4
 
 

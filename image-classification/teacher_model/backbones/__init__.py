@@ -10,23 +10,26 @@ from common.utils.errors import UserError
 from image_classification.teacher_model.backbones.base import Backbone
 from image_classification.teacher_model.backbones.from_timm import TimmBackbone
 from image_classification.teacher_model.backbones.mobilenet import MobileNetV2
-from image_classification.teacher_model.backbones.resnet import ResNet
-from image_classification.teacher_model.backbones.shufflenet import ShuffleNetV2
+from image_classification.teacher_model.backbones.resnet import four_stage_resnet, three_stage_resnet
+from image_classification.teacher_model.backbones.shufflenetv1 import ShuffleNetV1
+from image_classification.teacher_model.backbones.shufflenetv2 import ShuffleNetV2
 from image_classification.teacher_model.backbones.vgg import VGG
 from image_classification.teacher_model.backbones.wide_resnet import WideResNet
 
 TIMM = "timm:"
 FAMILIES: dict[str, Callable[..., Backbone]] = {  # the groups of a pattern are numbers, and the arguments
-    r"resnet(\d+)(?:x(\d+))?": ResNet,
+    r"resnet(18|34|50)": four_stage_resnet,
+    r"resnet(\d+)(?:x(\d+))?": three_stage_resnet,
     r"wrn_(\d+)_(\d+)": WideResNet,
     r"vgg(\d+)": VGG,
     r"mobilenetv2(?:x(\d+(?:\.\d+)?))?": MobileNetV2,
+    r"shufflenetv1": ShuffleNetV1,
     r"shufflenetv2(?:x(\d+(?:\.\d+)?))?": ShuffleNetV2,
 }
 COMMON = (  # what the distillation literature compares
-    *("resnet8x4", "resnet32x4", "resnet20", "resnet32", "resnet56", "resnet110"),
+    *("resnet8x4", "resnet32x4", "resnet20", "resnet32", "resnet56", "resnet110", "resnet18", "resnet50"),
     *("wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg13"),
-    *("mobilenetv2", "mobilenetv2x1.0", "shufflenetv2", "shufflenetv2x1.5"),
+    *("mobilenetv2", "mobilenetv2x1.0", "shufflenetv1", "shufflenetv2", "shufflenetv2x1.5"),
 )
 EXAMPLES = "resnet8x4, resnet32x4, resnet56, wrn_40_2, vgg8, mobilenetv2, shufflenetv2, timm:resnet18"
 

@@ -1,8 +1,14 @@
-"""Residual networks for small images (He et al., arXiv:1512.03385, section 4.2), as the distillation papers use them.
+"""Residual networks for small images (He et al., arXiv:1512.03385), as the distillation papers use them.
 
-`resnet20` has stages of 16, 32 and 64 channels; `resnet32x4` and `resnet8x4` are four times as wide (stem 32, stages
-64, 128 and 256), `resnet38x2` twice. The depth counts the stem, two convolutions a block, and the classifier.
+Of three stages (the paper's section 4.2), by a depth of 6n + 2 that counts the stem, two convolutions a block and the
+classifier: `resnet20` has stages of 16, 32 and 64 channels; `resnet32x4` and `resnet8x4` are four times as wide (stem
+32, stages 64, 128 and 256), `resnet38x2` twice.
+
+Of four stages (its table 1): `resnet18`, `resnet34` and `resnet50` are those for ImageNet but for the stem, a 3x3
+convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper's ResNet50 has three stages.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -12,47 +18,98 @@ from image_classification.teacher_model.backbones.base import Backbone, PreActiv
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; what it returns is after the ReLU."""
 
-    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+    expansion = 1
+    last_norm = "bn2"
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.before_relu = nn.Identity()  # where hooks find the sum
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x)).relu()
         return self.before_relu(self.bn2(self.conv2(out)) + self.shortcut(x)).relu()
 
 
-class ResNet(Backbone):
-    """Images (batch, 3, h, w) -> last map (batch, 64 * width, h / 4, w / 4), after the ReLU."""
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last to four times `channels`, and a shortcut; what it returns is
+    after the ReLU."""
 
-    def __init__(self, depth: int, width: int = 1) -> None:
+    expansion = 4
+    last_norm = "bn3"
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        if (depth - 2) % 6 or depth < 8:
-            raise ValueError(f"the depth of a ResNet for small images is 6n + 2, at least 8, got {depth}")
-        if width < 1:
-            raise ValueError(f"the width of a ResNet is at least 1, got {width}")
-        stem = 32 if width > 1 else 16
-        channels = [16 * width, 32 * width, 64 * width]
-        blocks_per_stage = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.before_relu = nn.Identity()  # where hooks find the sum
+        self.shortcut = _shortcut(in_channels, channels * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x)).relu()
+        out = self.bn2(self.conv2(out)).relu()
+        return self.before_relu(self.bn3(self.conv3(out)) + self.shortcut(x)).relu()
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+class ResNet(Backbone):
+    """Images (batch, 3, h, w) -> last map, after the ReLU; every stage but the first halves the size.
+
+    Args:
+        block: what stages are made of.
+        stem: channels of the first convolution.
+        channels: of each stage's blocks; the map has `block.expansion` times those of the last stage.
+        blocks: in each stage.
+    """
+
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], stem: int, channels: Sequence[int], blocks: Sequence[int]
+    ) -> None:
+        super().__init__()
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        for number, (before, after) in enumerate(zip([stem, *channels], channels, strict=False), start=1):
-            blocks = [BasicBlock(before, after, stride=1 if number == 1 else 2)]
-            blocks += [BasicBlock(after, after, stride=1) for _ in range(blocks_per_stage - 1)]
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
-        self.stages = ["layer1", "layer2", "layer3"]
-        last = [f"{stage}.{blocks_per_stage - 1}" for stage in self.stages]
-        self.pre_activations = [PreActivation(f"{block}.before_relu", f"{block}.bn2") for block in last]
-        self.num_features = channels[-1]
+        self.stages = []
+        before = stem
+        for number, (inside, count) in enumerate(zip(channels, blocks, strict=True), start=1):
+            after = inside * block.expansion
+            stage = [block(before, inside, stride=1 if number == 1 else 2)]
+            stage += [block(after, inside, stride=1) for _ in range(count - 1)]
+            setattr(self, f"layer{number}", nn.Sequential(*stage))
+            self.stages.append(f"layer{number}")
+            before = after
+        last = [f"{stage}.{count - 1}" for stage, count in zip(self.stages, blocks, strict=True)]
+        self.pre_activations = [PreActivation(f"{path}.before_relu", f"{path}.{block.last_norm}") for path in last]
+        self.num_features = before
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.through_stages(self.bn1(self.conv1(x)).relu())
+
+
+def three_stage_resnet(depth: int, width: int = 1) -> ResNet:
+    """Images (batch, 3, h, w) -> last map (batch, 64 * width, h / 4, w / 4)."""
+    if (depth - 2) % 6 or depth < 8:
+        raise ValueError(f"the depth of a ResNet for small images is 18, 34, 50 or 6n + 2, at least 8, got {depth}")
+    if width < 1:
+        raise ValueError(f"the width of a ResNet is at least 1, got {width}")
+    channels = [16 * width, 32 * width, 64 * width]
+    return ResNet(BasicBlock, 32 if width > 1 else 16, channels, [(depth - 2) // 6] * 3)
+
+
+def four_stage_resnet(depth: int) -> ResNet:
+    """Images (batch, 3, h, w) -> last map (batch, 512, h / 8, w / 8), of depth 50 with 2048 channels."""
+    block = Bottleneck if depth == 50 else BasicBlock
+    return ResNet(block, 64, (64, 128, 256, 512), (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3))
