@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import datasets
-import yaml
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,11 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
 from common.attention import quick_attention
-from common.cli import recipe_of, save_recipe
+from common.cli import save_recipe
 from common.metrics.returns import normalized_return
 from common.model_card import Savable, save_student
 from common.progress import StageProgress
 from common.results import RECIPE, RESULTS, print_table, write_report
+from common.run_folder import RunSettings, refuse_other_arguments, remove, starts_over
 from common.trainer import KDTrainer, last_checkpoint
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
@@ -41,19 +41,6 @@ Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
 
 STAGE = "stage.json"
-MAY_CHANGE = {"resume_from_checkpoint", "overwrite_output_dir"}  # between the start of a run and its continuation
-
-
-class RunSettings(Protocol):
-    """What a run must know, whatever trains in it."""
-
-    output_dir: str | None
-    seed: int
-    overwrite_output_dir: bool
-    resume_from_checkpoint: bool
-
-    @property
-    def precision(self) -> Literal["auto", "fp32", "bf16"]: ...
 
 
 class Run:
@@ -64,6 +51,7 @@ class Run:
     """
 
     last_file = RESULTS  # what is written when everything else is there
+    written: tuple[str, ...] = ("stages", "checkpoints", "student", "teacher_outputs", "tensorboard", RESULTS, RECIPE)
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.folder = args, Path(str(args.output_dir))
@@ -78,11 +66,8 @@ class Run:
 
     def _open(self, instances: tuple[Any, ...]) -> None:
         recipe = self.folder / RECIPE
-        if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
-            for name in ("stages", "checkpoints", "student", "teacher_outputs", "tensorboard"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in (RESULTS, RECIPE):
-                (self.folder / name).unlink(missing_ok=True)
+        if starts_over(self.args):
+            remove(self.folder, self.written, instances)
         if not recipe.exists():
             if self.args.resume_from_checkpoint:
                 logger.warning("nothing to continue in %s: starting from the beginning", self.folder)
@@ -197,16 +182,6 @@ class Run:
             write_report(self.folder, results, self.history)
             print_table(results)
             print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
-
-
-def refuse_other_arguments(folder: Path, instances: tuple[Any, ...]) -> None:
-    """Raises UserError where the run in a folder was started with other arguments."""
-    before = yaml.safe_load((folder / RECIPE).read_text()) or {}
-    after = yaml.safe_load(yaml.safe_dump(recipe_of(*instances))) or {}
-    names = sorted((before.keys() | after.keys()) - MAY_CHANGE)
-    changed = [f"{n} (was {before.get(n)}, now {after.get(n)})" for n in names if before.get(n) != after.get(n)]
-    if changed:
-        raise UserError(f"cannot continue {folder} with other arguments: {', '.join(changed)}")
 
 
 class TrainerRun(Run):

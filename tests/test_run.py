@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,34 @@ def test_a_finished_stage_is_loaded_and_a_run_is_not_overwritten(tmp_path):
     assert Run(again).stage("student", never, Number.load).value == 7
     with pytest.raises(UserError, match=r"other arguments: seed \(was 0, now 1\)"):
         Run(RunArguments(output_dir=args.output_dir, resume_from_checkpoint=True, seed=1))
+
+
+@dataclass
+class Inputs:
+    teacher: str = "resnet56"
+    more: list[str] = field(default_factory=list)
+
+
+def test_starting_over_removes_the_runs_own_files_and_no_others(tmp_path):
+    Run(RunArguments(output_dir=str(tmp_path)), Inputs()).stage("teacher", lambda: Number(7), Number.load)
+    for path in (tmp_path / "thesis.txt", tmp_path / "student" / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    Run(RunArguments(output_dir=str(tmp_path), overwrite_output_dir=True), Inputs("resnet20"))
+    assert {path.name for path in tmp_path.rglob("*")} == {"thesis.txt", "recipe.yaml"}
+    assert "resnet20" in (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["teacher", "more"])
+def test_a_run_does_not_start_over_by_removing_what_it_is_to_read(tmp_path, name):
+    run = Run(RunArguments(output_dir=str(tmp_path)), Inputs())
+    run.stage("teacher", lambda: Number(7), Number.load)
+    teacher = str(tmp_path / "stages" / "teacher")
+    inputs = Inputs(teacher) if name == "teacher" else Inputs(more=["elsewhere", teacher])
+    again = RunArguments(output_dir=str(tmp_path), overwrite_output_dir=True)
+    with pytest.raises(UserError, match=f"would remove {re.escape(teacher)}, which is --{name}"):
+        Run(again, inputs)
+    assert run.stage("teacher", lambda: Number(8), Number.load).value == 7
 
 
 def test_show_metrics_prints_intervals(capsys):

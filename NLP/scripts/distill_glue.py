@@ -16,7 +16,7 @@ from pathlib import Path
 from common.arguments import KDTrainingArguments
 from common.cli import parse, run
 from common.results import RECIPE, RESULTS
-from common.run import refuse_other_arguments
+from common.run_folder import refuse_other_arguments, remove, starts_over
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.data.tasks import GLUE_TASKS, TASKS
@@ -70,6 +70,8 @@ def main() -> None:
             refuse_unfit(matching.method, training, task, len(TASKS[task].label_names) or 1)
     for task, seed in product(glue.tasks, glue.seeds):
         text.dataset, training.seed = sources[task], seed
+        if starts_over(training):
+            remove(folder / task, [f"seed{seed}"], (training, text, pair, bottleneck, matching))
         data = text.load(seed)
         epochs = glue.samples_per_stage / len(data.splits["train"])
         for system in glue.systems:

@@ -31,7 +31,6 @@ from nlp.student_model.pipeline import Texts, switch_off_dropout
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-OUTPUTS = ("search.json", "search.md", "search.png", "best.yaml")
 
 optuna.logging.set_verbosity(logging.WARNING)  # a line per trial would break the progress bar
 
@@ -58,12 +57,7 @@ class SearchRun(TrainerRun):
     """A run whose outputs are those of a search."""
 
     last_file = "search.json"
-
-    def _open(self, instances: tuple[Any, ...]) -> None:
-        if self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
-            for name in OUTPUTS:
-                (self.folder / name).unlink(missing_ok=True)
-        super()._open(instances)
+    written = (*TrainerRun.written, "search.json", "search.md", "search.png", "best.yaml")
 
 
 class TrialTrainer(KDTrainer):

@@ -1,7 +1,7 @@
 """Sweeps: many students of one teacher, those of one learning rate and seed side by side.
 
 They are trained on the same batches, from one pass of the teacher. Each ends in a folder of its own with results.json
-and student/; one that is there is not trained again.
+and student/; one that is there is not trained again, so all of a folder must have been asked for with the same flags.
 """
 
 import copy
@@ -12,11 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import set_seed
 
+from common.cli import save_recipe
 from common.methods import Method, chosen, flags_of
 from common.objective import Objective, task_loss
 from common.results import RECIPE
+from common.run_folder import refuse_other_arguments, remove, starts_over
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.utils.errors import UserError
 from common.utils.files import read_json
@@ -62,6 +65,7 @@ def sweep(
         cell.key: student_of(cell, pair.student, sketch, seen, training, weights)[1].parameters_beside
         for cell in {cell.key: cell for cell in cells}.values()
     }
+    open_folder(folder, training, pair, weights, data_args)
     if given_teacher(teacher_name, data) is None:
         args = copy.copy(training)
         args.output_dir = teacher_name = str(folder / "teacher")
@@ -92,6 +96,19 @@ def sweep(
                 side_by_side_with=", ".join(other.label for other in group if other != cell) or "none",
             )
     show(folder, cells)
+
+
+def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) -> None:
+    """Empties it where it is to be overwritten. Raises UserError where its cells were trained with other flags."""
+    with PartialState().main_process_first():
+        if not PartialState().is_main_process:
+            return
+        if starts_over(training):
+            remove(folder, ("cells", "groups", "teacher", RECIPE), (training, *others))
+        if (folder / RECIPE).exists():
+            refuse_other_arguments(folder, (training, *others), may_change=("learning_rate", "seed"))  # axes
+        else:
+            save_recipe(folder / RECIPE, training, *others)
 
 
 def _control(folder: Path, cell: Cell) -> dict[str, Any] | None:

@@ -244,6 +244,12 @@ def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
     student = results["models"]["student"]["metrics"]["validation"]["accuracy"]
     assert results["gain_over_control"] == pytest.approx(student - control)
     assert (tmp_path / "s" / "sweep.md").read_text().count("\n") == 12 and (tmp_path / "s" / "sweep.png").exists()
+    with pytest.raises(SystemExit) as stopped:
+        script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
+    assert stopped.value.code == 2 and "projector_factor (was 2, now 4)" in capsys.readouterr().err
+    over = ["--projector_factor", 4, "--methods", "none", "--overwrite_output_dir"]
+    script("sweep.py", *words, "--learning_rates", 0.05, *over)
+    assert [path.parent.name for path in cells.glob("*/results.json")] == ["none_lr0.05_seed0"]
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         distill(glue, *words, "--alpha", 0.9)
     assert stopped.value.code == 2 and "alpha (was 0.5, now 0.9)" in capsys.readouterr().err
+    distill(glue, *words[:1], "rte", "--systems", "base", *words[-2:], "--alpha", 0.9, "--overwrite_output_dir")
+    assert "alpha: 0.9" in (cell / "base" / "recipe.yaml").read_text() and not (cell / "keys_carried").exists()
 
 
 def test_large_tasks_get_fewer_epochs(glue, tmp_path):
