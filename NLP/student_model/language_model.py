@@ -7,20 +7,23 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset
-from torch import Tensor
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import KDTrainingArguments
-from common.inference import over_dataset
 from common.losses import jensen_shannon, soft_target_kl
-from common.metrics.cost import cost
-from common.metrics.language import language_metrics, token_agreement, token_counts
+from common.metrics.language import language_metrics, token_counts
 from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.corpora import Corpus, pack, stack
+from nlp.student_model.language_evaluation import (
+    continuation,
+    continuation_length,
+    evaluate,
+    first_words,
+    labels_of,
+    one_line,
+)
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, hidden_states, width
 from nlp.student_model.pipeline import switch_off_dropout
@@ -28,7 +31,6 @@ from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_mode
 
 CUT = "cut"
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}
-PROMPT, CONTINUATION = 12, 30  # tokens of the sample in the report
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
@@ -149,7 +151,9 @@ class LanguageDistillation:
             eval_dataset=validation,
             data_collator=stack,
             preprocess_logits_for_metrics=token_counts,  # (batch, positions, vocabulary) are too many to gather
-            compute_metrics=trainer_metrics(self.corpus.size("validation")),
+            compute_metrics=lambda prediction: language_metrics(
+                np.asarray(prediction.predictions), self.corpus.size("validation")
+            ),
         )
 
     # ---- what it was worth ----
@@ -157,59 +161,26 @@ class LanguageDistillation:
     def report(self, teacher: PreTrainedModel, control: PreTrainedModel | None, student: PreTrainedModel) -> None:
         """Measures all three on every split but train and writes what the run has to show."""
         models, choices, samples = {}, None, {}
-        prompt = self._prompt()
+        prompt = first_words(self.corpus, self.tokenizer, self.args.block_size)
+        new = continuation_length(self.args.block_size)
+        batch_size = self.run.args.per_device_eval_batch_size
         for role, model in (("teacher", teacher), ("control", control), ("student", student)):
             if model is not None:
-                models[role], said = self._evaluate(self._name(role, model), model, choices)
+                name = self._name(role, model)
+                models[role], said = evaluate(name, model, self.corpus, self.blocks, batch_size, choices)
                 choices = choices or said  # the teacher's, with which the others are compared
-                samples[role] = self._continue(model, prompt)
+                samples[role] = continuation(model, self.tokenizer, prompt, new)
         results = self._results(models, sample={"prompt": one_line(prompt)} | samples)
         quoted = json.dumps(prompt, ensure_ascii=False)
-        usage = USAGE.format(folder=self.run.folder / "student", prompt=quoted, new=self._continuation)
+        usage = USAGE.format(folder=self.run.folder / "student", prompt=quoted, new=new)
         card = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         self.run.finish(results, student, usage, self.tokenizer, **card)
-
-    def _evaluate(
-        self, name: str, model: PreTrainedModel, teacher_choices: dict[str, np.ndarray] | None
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """A model's entry in results.json, and its most probable next tokens by split."""
-        metrics, choices = {}, {}
-        for split in (split for split in self.blocks if split != "train"):
-            blocks = self.blocks[split]
-            counts, choices[split] = predict(model, blocks, self.run.args.per_device_eval_batch_size)
-            metrics[split] = language_metrics(counts, self.corpus.size(split))
-            if teacher_choices is not None:
-                metrics[split]["agreement"] = token_agreement(
-                    choices[split], teacher_choices[split], labels_of(blocks)
-                )
-        block = {"input_ids": self.blocks["validation"][:1]["input_ids"].to(model.device)}
-        return {"name": name, **cost(model, block), "metrics": metrics}, choices
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.given:
             return str(self.args.teacher)
         shape = f"{model.config.model_type} {len(layer_paths(model))}x{width(model)}"
         return f"{shape}, labels only" if role == "control" else shape
-
-    def _prompt(self) -> str:
-        """The first words of a document, or line, that no model was trained on."""
-        documents = self.corpus.splits.get("test", self.corpus.splits["validation"])
-        document = next((text for text in documents if len(text.split()) >= PROMPT), documents[0])
-        length = min(PROMPT, self.args.block_size // 2)
-        ids = self.tokenizer(document, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
-        return str(self.tokenizer.decode(ids)).rsplit(maxsplit=1)[0]  # the last word may be cut
-
-    @property
-    def _continuation(self) -> int:
-        """Tokens that a model is asked to write after the prompt, which it must still see."""
-        return min(CONTINUATION, self.args.block_size // 2)
-
-    def _continue(self, model: PreTrainedModel, prompt: str) -> str:
-        """What a model writes after the prompt, greedily, in one line."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
-        end = self.tokenizer.eos_token_id
-        ids = model.eval().generate(**inputs, max_new_tokens=self._continuation, do_sample=False, pad_token_id=end)
-        return one_line(str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])))
 
     def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
         sizes = {split: len(self.blocks[split]) if split in self.blocks else None
@@ -245,31 +216,3 @@ def objective(alpha: float, divergence: Divergence, inside: Matching) -> Objecti
     inside, a mean over all positions.
     """
     return Objective(task=(alpha, task_loss()), tokens=(1 - alpha, token_targets(divergence)), **inside.terms)
-
-
-def trainer_metrics(size: int) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of a transformers Trainer, from `token_counts` of a text of `size` bytes."""
-    return lambda prediction: language_metrics(np.asarray(prediction.predictions), size)
-
-
-def predict(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`token_counts` (blocks, 3) and the most probable next tokens (blocks, positions). Always fp32: what a user gets
-    who just loads the model.
-    """
-
-    def call(input_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        logits = model(input_ids).logits
-        return {"counts": token_counts(logits, targets), "choices": logits.argmax(-1)}
-
-    targets = blocks.rename_column("labels", "targets")  # labels themselves are kept from models
-    said = over_dataset(model, call, targets, stack, batch_size=batch_size, description="evaluating")
-    return torch.stack(said["counts"]).numpy(), torch.stack(said["choices"]).numpy()
-
-
-def labels_of(blocks: Dataset) -> np.ndarray:
-    """(blocks, positions)"""
-    return np.asarray(blocks.with_format("numpy")[:]["labels"])
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
