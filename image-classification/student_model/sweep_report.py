@@ -3,6 +3,7 @@
 import io
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -22,9 +23,9 @@ def show(folder: Path, cells: list[Cell]) -> None:
     """Writes sweep.md and sweep.png into the sweep's folder and prints the table."""
     found = {cell: read_json(results_file(folder, cell)) for cell in cells}
     header, rows = table(found)
-    write_text(folder / "sweep.md", markdown(header, rows) + "\n")
+    write_text(folder / "sweep.md", "\n\n".join([markdown(header, rows), *noise(found)]) + "\n")
     write_bytes(folder / "sweep.png", plot(found))
-    below = f"{folder / 'sweep.md'}\n{folder / 'sweep.png'}"
+    below = "\n".join([*noise(found), str(folder / "sweep.md"), str(folder / "sweep.png")])
     print_rich(header, rows, title="mean ± standard deviation over seeds", below=below)
 
 
@@ -45,6 +46,42 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
         cells.append(_shown(Spread.of([run["seconds"]["student"] for run in runs])))
         rows.append(cells)
     return header, rows
+
+
+def noise(found: Found) -> list[str]:
+    """Sentences that say which students are no better than their control, and which no worse than the best, by two
+    standard deviations of the difference, which is taken seed by seed.
+    """
+    split = next(iter(found.values()))["primary_metric"]["split"]
+    students: dict[str, dict[int, dict[str, Any]]] = {}  # name -> seed -> results
+    for cell, results in found.items():
+        if cell.method not in CONTROLS:
+            students.setdefault(f"{cell.label} at {cell.learning_rate:g}", {})[cell.seed] = results
+    if not students:
+        return []
+    if min(map(len, students.values())) < 2:
+        return ["One seed tells nothing about noise."]
+    scores = {
+        name: {seed: results["models"]["student"]["metrics"][split]["accuracy"] for seed, results in runs.items()}
+        for name, runs in students.items()
+    }
+    best = max(scores, key=lambda name: fmean(scores[name].values()))
+    like_control, like_best = [], []
+    for name, runs in students.items():
+        gains = [results["gain_over_control"] for results in runs.values()]
+        if None not in gains and not _stands_out(gains):
+            like_control.append(name)
+        if name != best and not _stands_out([scores[best][seed] - score for seed, score in scores[name].items()]):
+            like_best.append(name)
+    rule = f"by two standard deviations of the difference in {split} accuracy, seed by seed"
+    return [
+        f"Not ahead of their control {rule}: {', '.join(like_control) or 'none'}.",
+        f"Not behind the best, {best}, {rule}: {', '.join(like_best) or 'none'}.",
+    ]
+
+
+def _stands_out(differences: list[float]) -> bool:
+    return fmean(differences) > 2 * stdev(differences)
 
 
 def plot(found: Found) -> bytes:
