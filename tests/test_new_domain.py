@@ -65,6 +65,7 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root, installed(root, folder / "environment")
 
 
+@pytest.mark.slow
 def test_a_new_domain_passes_its_own_test_and_that_of_the_layout(birds):
     root, python = birds
     layout = [f"tests/test_layout.py::test_{name}" for name in LAYOUT]
