@@ -60,13 +60,20 @@ class Arguments:
 
 
 def main() -> None:
-    args, pair, data_args, training = parse(Arguments, PairArguments, DataArguments, ImageTrainingArguments)
+    args, pair, weights, data_args, training = parse(
+        Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+    )
     if args.teacher_views and training.strong_views:
         raise UserError("--strong_views cannot be counted, so there is no table of them: leave out --teacher_views")
     if args.seeds and not args.methods:
         raise UserError("--seeds are those of several --methods: pass --seed for one --method")
+    if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):
+        raise UserError(
+            "the weights and the projector of features are those of simkd, which is none of the methods: "
+            "name it in --methods, or give a method its own settings, as in fitnet:weight=10"
+        )
     if args.methods:
-        sweep(args.axes(training), pair, SimKDWeights(), data_args, training, args.teacher_views)
+        sweep(args.axes(training), pair, weights, data_args, training, args.teacher_views)
         return
     data = data_args.load()
     if args.method == PLAIN:

@@ -327,6 +327,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_student.py", ["--methods", "kd,kdd"], "there is no method 'kdd'"),
         ("train_student.py", ["--methods", "kd", "--seeds", "one"], "--methods and --seeds"),
         ("train_student.py", ["--method", "kd", "--seeds", "0,1"], "pass --seed for one --method"),
+        ("train_student.py", ["--method", "fitnet", "--feature_weight", "10"], "fitnet:weight=10"),
         ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
         ("sweep.py", ["--methods", "kdd"], "there is no method 'kdd'"),
