@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+from accelerate import PartialState
+
 from common.arguments import KDTrainingArguments
 from common.cli import parse, run
 from common.results import RECIPE, RESULTS
@@ -68,10 +70,12 @@ def main() -> None:
     if "base" in glue.systems:
         for task in glue.tasks:  # likewise
             refuse_unfit(matching.method, training, task, len(TASKS[task].label_names) or 1)
+    with PartialState().main_process_first():
+        if starts_over(training) and PartialState().is_main_process:
+            cells = [f"{task}/seed{seed}" for task, seed in product(glue.tasks, glue.seeds)]
+            remove(folder, cells, (training, text, pair, bottleneck, matching))
     for task, seed in product(glue.tasks, glue.seeds):
         text.dataset, training.seed = sources[task], seed
-        if starts_over(training):
-            remove(folder / task, [f"seed{seed}"], (training, text, pair, bottleneck, matching))
         data = text.load(seed)
         epochs = glue.samples_per_stage / len(data.splits["train"])
         for system in glue.systems:
