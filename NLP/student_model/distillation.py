@@ -188,7 +188,8 @@ class Distillation:
             domain="NLP",
             task=self.data.name,
             method=self.method,
-            data={
+            data=sizes  # also of the two validation splits of MNLI
+            | {
                 "train": sizes["train"],
                 "validation": sum(n for name, n in sizes.items() if name.startswith("validation")),
                 "test": sizes.get("test"),

@@ -7,17 +7,19 @@ import datasets
 import pytest
 from scripts import run_script
 
+from common.results import validate
 from nlp.data.tasks import GLUE_TASKS, TASKS
 from nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
 
 BRIEF = "--teacher tiny-bert --scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
 BRIEF += " --pairs 8 --report_to none --per_device_train_batch_size 16"
+SPLITS = ("train", "validation")
 COLOURS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree", "lamp")
 
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory) -> Path:
-    """RTE, whose labels are classes, and STS-B, whose labels are numbers."""
+    """RTE, whose labels are classes, STS-B, whose labels are numbers, and MNLI, which is validated twice."""
     folder = tmp_path_factory.mktemp("glue")
     pairs = [(a, b) for a in COLOURS for b in THINGS]
     texts = {"sentence1": [f"the {b} is {a}" for a, b in pairs], "sentence2": [f"a {a} {b}" for a, b in pairs]}
@@ -25,8 +27,11 @@ def glue(tmp_path_factory) -> Path:
     entailment = datasets.Features({name: datasets.Value("string") for name in texts} | {"label": label})
     rte = datasets.Dataset.from_dict(texts | {"label": [i % 2 for i in range(20)]}, features=entailment)
     stsb = datasets.Dataset.from_dict(texts | {"label": [i % 6 * 0.9 for i in range(20)]})
-    for task, rows in (("glue_rte", rte), ("stsb", stsb)):
-        for split in ("train", "validation"):
+    mnli = datasets.Dataset.from_dict({"premise": texts["sentence1"], "hypothesis": texts["sentence2"],
+                                       "label": [i % 3 for i in range(20)]})  # fmt: skip
+    mnli = mnli.cast_column("label", datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]))
+    for task, rows in (("glue_rte", rte), ("stsb", stsb), ("mnli", mnli)):
+        for split in ("train", "validation_matched", "validation_mismatched") if task == "mnli" else SPLITS:
             rows.to_parquet(folder / task / f"{split}.parquet")
     return folder
 
@@ -78,6 +83,19 @@ def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
     distill(glue, "--tasks", "rte", "--systems", "base", "--samples_per_stage", 10, "--no_control", "--output_dir",
             tmp_path / "glue", "--overwrite_output_dir")  # fmt: skip
     assert (seed / "base" / "results.json").exists() and not (seed / "keys_carried").exists()
+
+
+def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
+    folder = tmp_path / "glue"
+    distill(glue, "--tasks", "mnli", "--systems", "base", "--samples_per_stage", 20, "--no_control",
+            "--output_dir", folder)  # fmt: skip
+    found = results(folder / "mnli" / "seed0" / "base")
+    validate(found)
+    assert found["data"]["validation"] == 40 and found["data"]["validation_mismatched"] == 20
+    card = (folder / "mnli" / "seed0" / "base" / "student" / "README.md").read_text()
+    assert "measured on 20 samples of the validation_matched split" in card
+    table = (folder / "glue.md").read_text()
+    assert "| mnli | accuracy, matched | 1 |" in table and "| mnli | accuracy, mismatched | 1 |" in table
 
 
 def test_the_table_by_hand():
