@@ -188,11 +188,10 @@ class Distillation:
             domain="NLP",
             task=self.data.name,
             method=self.method,
-            data=sizes  # also of the two validation splits of MNLI
-            | {
-                "train": sizes["train"],
+            data={
+                "test": None,
+                **sizes,  # MNLI has two validation splits, which are named here as well
                 "validation": sum(n for name, n in sizes.items() if name.startswith("validation")),
-                "test": sizes.get("test"),
                 "fingerprint": self.data.fingerprint,
             },
             models=models,

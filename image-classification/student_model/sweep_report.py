@@ -22,10 +22,10 @@ Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
 def show(folder: Path, cells: list[Cell]) -> None:
     """Writes sweep.md and sweep.png into the sweep's folder and prints the table."""
     found = {cell: read_json(results_file(folder, cell)) for cell in cells}
-    header, rows = table(found)
-    write_text(folder / "sweep.md", "\n\n".join([markdown(header, rows), *noise(found)]) + "\n")
+    (header, rows), verdicts = table(found), noise(found)
+    write_text(folder / "sweep.md", "\n\n".join([markdown(header, rows), *verdicts]) + "\n")
     write_bytes(folder / "sweep.png", plot(found))
-    below = "\n".join([*noise(found), str(folder / "sweep.md"), str(folder / "sweep.png")])
+    below = "\n".join([*verdicts, str(folder / "sweep.md"), str(folder / "sweep.png")])
     print_rich(header, rows, title="mean ± standard deviation over seeds", below=below)
 
 

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from image_networks import assert_alike, randomize_norms
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -57,24 +58,8 @@ def classifier(architecture: str, num_labels: int = 100) -> ImageClassifier:
     return model.eval()
 
 
-def randomize_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.running_var):
-                assert tensor is not None
-                nn.init.uniform_(tensor, 0.5, 1.5)
-            for tensor in (module.bias, module.running_mean):
-                assert tensor is not None
-                nn.init.uniform_(tensor, -0.5, 0.5)
-
-
 def norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
-def assert_alike(found: Tensor, expected: Tensor) -> None:
-    """Up to rounding, which in a deep network of random norms is that of its largest values."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(10, expected.abs().max().item()))
 
 
 def images(size: int = 32) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_networks import assert_alike, randomize_norms
 from image_pairs import as_in_training, both_say, noise
 from image_training import train
 from scipy.special import softmax
@@ -29,16 +30,7 @@ HIDING = ["mobilenetv2", "shufflenetv2x0.5", "timm:resnet10t"]
 def network(name: str, size: int = 16) -> ImageClassifier:
     """With batch norms as after training."""
     model = new_classifier(name, noise(size).config)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 0.5, 1.5),
-                (module.running_var, 0.5, 1.5),
-                (module.bias, -0.5, 0.5),
-                (module.running_mean, -0.5, 0.5),
-            ):
-                assert tensor is not None
-                nn.init.uniform_(tensor, low, high)
+    randomize_norms(model)
     return model.eval()
 
 
@@ -86,8 +78,7 @@ def test_a_folded_teacher_shows_the_same_maps(name):
     images, paths = torch.randn(2, 3, 16, 16), [path for path, _ in pre_activations(model)]
     whole, fast = recorded(model, paths, images), recorded(frozen(model, "fp32"), paths, images)
     for path in paths:
-        rounding = 1e-5 * max(10, whole[path].abs().max().item())
-        torch.testing.assert_close(fast[path], whole[path], rtol=1e-4, atol=rounding)
+        assert_alike(fast[path], whole[path])
 
 
 @pytest.mark.parametrize("name", HIDING)

@@ -13,7 +13,6 @@ from nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
 
 BRIEF = "--teacher tiny-bert --scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
 BRIEF += " --pairs 8 --report_to none --per_device_train_batch_size 16"
-SPLITS = ("train", "validation")
 COLOURS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree", "lamp")
 
 
@@ -30,8 +29,9 @@ def glue(tmp_path_factory) -> Path:
     mnli = datasets.Dataset.from_dict({"premise": texts["sentence1"], "hypothesis": texts["sentence2"],
                                        "label": [i % 3 for i in range(20)]})  # fmt: skip
     mnli = mnli.cast_column("label", datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]))
-    for task, rows in (("glue_rte", rte), ("stsb", stsb), ("mnli", mnli)):
-        for split in ("train", "validation_matched", "validation_mismatched") if task == "mnli" else SPLITS:
+    validated = {"mnli": ("validation_matched", "validation_mismatched")}
+    for task, rows in {"glue_rte": rte, "stsb": stsb, "mnli": mnli}.items():
+        for split in ("train", *validated.get(task, ["validation"])):
             rows.to_parquet(folder / task / f"{split}.parquet")
     return folder
 

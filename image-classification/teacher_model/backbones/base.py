@@ -22,11 +22,21 @@ class Backbone(nn.Module):
     """
 
     num_features: int
-    stages: list[str]
     pre_activations: Sequence[PreActivation] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[str] = []
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def add_stage(self, *blocks: nn.Module) -> str:
+        """Appends `layer1`, `layer2`, ..., a Sequential of the blocks; returns the path of the last of them."""
+        path = f"layer{len(self.stages) + 1}"
+        self.add_module(path, nn.Sequential(*blocks))
+        self.stages.append(path)
+        return f"{path}.{len(blocks) - 1}"
 
     def through_stages(self, x: Tensor) -> Tensor:
         for stage in self.stages:

@@ -50,16 +50,14 @@ class MobileNetV2(Backbone):
         if int(16 * width) < 1:
             raise ValueError(f"the width of a MobileNetV2 is at least 0.0625, got {width}")
         self.stem = conv_norm(3, channels, stride=2)
-        self.stages = []
-        for number, rows in enumerate(STAGES, start=1):
+        for rows in STAGES:
             blocks = []
             for expansion, channels_at_1, repeats, first_stride in rows:
                 out_channels = int(channels_at_1 * width)
                 for i in range(repeats):
                     blocks.append(InvertedResidual(channels, out_channels, first_stride if i == 0 else 1, expansion))
                     channels = out_channels
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
-            self.stages.append(f"layer{number}")
+            self.add_stage(*blocks)
         self.num_features = int(1280 * max(1.0, width))
         self.last = conv_norm(channels, self.num_features, kernel=1)
         initialize(self)

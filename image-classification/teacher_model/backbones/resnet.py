@@ -36,8 +36,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last to four times `channels`, and a shortcut; what it returns is
-    after the ReLU."""
+    """1x1, 3x3 and 1x1 convolutions, the last to `4 * channels`, and a shortcut; what it returns is after the ReLU."""
 
     expansion = 4
     last_norm = "bn3"
@@ -81,16 +80,12 @@ class ResNet(Backbone):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.stages = []
-        before = stem
-        for number, (inside, count) in enumerate(zip(channels, blocks, strict=True), start=1):
+        before, last = stem, []
+        for inside, count in zip(channels, blocks, strict=True):
             after = inside * block.expansion
-            stage = [block(before, inside, stride=1 if number == 1 else 2)]
-            stage += [block(after, inside, stride=1) for _ in range(count - 1)]
-            setattr(self, f"layer{number}", nn.Sequential(*stage))
-            self.stages.append(f"layer{number}")
+            first = block(before, inside, stride=2 if self.stages else 1)
+            last.append(self.add_stage(first, *(block(after, inside, stride=1) for _ in range(count - 1))))
             before = after
-        last = [f"{stage}.{count - 1}" for stage, count in zip(self.stages, blocks, strict=True)]
         self.pre_activations = [PreActivation(f"{path}.before_relu", f"{path}.{block.last_norm}") for path in last]
         self.num_features = before
         initialize(self)

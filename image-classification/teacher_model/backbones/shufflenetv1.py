@@ -47,17 +47,12 @@ class ShuffleNetV1(Backbone):
     def __init__(self) -> None:
         super().__init__()
         self.stem = conv_norm(3, STEM, kernel=1)
-        self.stages = []
-        before = STEM
-        for number, (after, blocks) in enumerate(zip(CHANNELS, BLOCKS, strict=True), start=1):
-            stage = [ShuffleBlock(before, after, stride=2)]
-            stage += [ShuffleBlock(after, after, stride=1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{number}", nn.Sequential(*stage))
-            self.stages.append(f"layer{number}")
-            before = after
-        last = [f"{stage}.{blocks - 1}" for stage, blocks in zip(self.stages, BLOCKS, strict=True)]
+        last = []
+        for before, after, blocks in zip((STEM, *CHANNELS), CHANNELS, BLOCKS, strict=False):
+            first = ShuffleBlock(before, after, stride=2)
+            last.append(self.add_stage(first, *(ShuffleBlock(after, after, stride=1) for _ in range(blocks - 1))))
         self.pre_activations = [PreActivation(f"{block}.before_relu", f"{block}.expand.1") for block in last]
-        self.num_features = before
+        self.num_features = CHANNELS[-1]
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

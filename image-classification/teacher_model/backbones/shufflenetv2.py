@@ -70,11 +70,8 @@ class ShuffleNetV2(Backbone):
             raise ValueError(f"the width of a ShuffleNetV2 is one of {', '.join(map(str, CHANNELS))}, got {width}")
         *widths, self.num_features = CHANNELS[width]
         self.stem = conv_norm(3, STEM, kernel=1)
-        self.stages = []
-        for number, (before, after, blocks) in enumerate(zip([STEM, *widths], widths, BLOCKS, strict=False), start=1):
-            stage = nn.Sequential(DownsamplingBlock(before, after), *(Block(after) for _ in range(blocks - 1)))
-            setattr(self, f"layer{number}", stage)
-            self.stages.append(f"layer{number}")
+        for before, after, blocks in zip([STEM, *widths], widths, BLOCKS, strict=False):
+            self.add_stage(DownsamplingBlock(before, after), *(Block(after) for _ in range(blocks - 1)))
         self.last = conv_norm(widths[-1], self.num_features, kernel=1)
         initialize(self)
 

@@ -6,7 +6,7 @@ classifier takes the place of three.
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
 from image_classification.teacher_model.backbones.layers import conv_norm
@@ -29,14 +29,11 @@ class VGG(Backbone):
         super().__init__()
         if depth not in CONVOLUTIONS:
             raise ValueError(f"the depth of a VGG is one of {', '.join(map(str, CONVOLUTIONS))}, got {depth}")
-        self.stages = []
         norms: list[str] = []
         channels = 3
-        for number, (width, convolutions) in enumerate(zip(WIDTHS, CONVOLUTIONS[depth], strict=True), start=1):
+        for width, convolutions in zip(WIDTHS, CONVOLUTIONS[depth], strict=True):
             blocks = [conv_norm(channels if i == 0 else width, width, bias=True) for i in range(convolutions)]
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
-            self.stages.append(f"layer{number}")
-            norms.append(f"layer{number}.{convolutions - 1}.1")
+            norms.append(f"{self.add_stage(*blocks)}.1")
             channels = width
         self.pre_activations = [PreActivation(norm, norm) for norm in norms]
         self.num_features = channels

@@ -37,12 +37,10 @@ class WideResNet(Backbone):
             raise ValueError(f"a wide ResNet has depth 6n + 4 and width 1 or more, got {depth} and {width}")
         widths = [16, 16 * width, 32 * width, 64 * width]
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=1):
-            blocks = [PreActivationBlock(before, after, stride=1 if number == 1 else 2)]
-            blocks += [PreActivationBlock(after, after, stride=1) for _ in range(blocks_per_stage - 1)]
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+        for before, after in zip(widths, widths[1:], strict=False):
+            first = PreActivationBlock(before, after, stride=2 if self.stages else 1)
+            self.add_stage(first, *(PreActivationBlock(after, after, stride=1) for _ in range(blocks_per_stage - 1)))
         self.bn = nn.BatchNorm2d(widths[-1])
-        self.stages = ["layer1", "layer2", "layer3"]
         norms = ["layer2.0.bn1", "layer3.0.bn1", "bn"]  # a stage's last ReLU is the first one behind it
         self.pre_activations = [PreActivation(norm, norm) for norm in norms]
         self.num_features = widths[-1]
