@@ -3,15 +3,16 @@
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc cola stsb --seeds 0 1 2
     bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base keys_carried
 
-A task's teacher is fine-tuned once per seed and shared by all systems, as are its cached logits, the control and the
-aligned student. The same command again, also with more tasks, systems or seeds, trains only what is missing; a run
-that was killed goes on where it stopped.
+A task's teacher is fine-tuned once per seed and shared by all systems, as are its bottleneck, its cached logits, the
+controls and the aligned student. The same command again, also with more tasks, systems or seeds, trains only what is
+missing; a run that was killed goes on where it stopped.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -27,6 +28,13 @@ from nlp.student_model.bottleneck_distillation import BottleneckDistillation
 from nlp.student_model.classifier_distillation import ClassifierDistillation
 from nlp.student_model.glue_report import SYSTEMS, show
 from nlp.student_model.methods import refuse_unfit
+
+OF_A_SYSTEM = {
+    "output_dir",
+    "bottleneck",
+    "keys",
+}  # arguments that differ from one system with a bottleneck to another
+OF_A_KIND = {argument.name for kind in (MatchingArguments, BottleneckArguments) for argument in fields(kind)}
 
 
 @dataclass
@@ -95,8 +103,8 @@ def distill(
 ) -> None:
     folder = shared / system
     training.output_dir, training.resume_from_checkpoint = str(folder), (folder / RECIPE).exists()
+    refuse_mixing(shared, system, (training, text, pair, own))
     if (folder / RESULTS).exists():
-        refuse_other_arguments(folder, (training, text, pair, own))
         print(f"{folder} is finished")
         return
     distillation: ClassifierDistillation | BottleneckDistillation
@@ -108,6 +116,13 @@ def distill(
     control = None if training.no_control else distillation.control()
     student = distillation.student(teacher)
     distillation.report(teacher, control, student)
+
+
+def refuse_mixing(shared: Path, system: str, instances: tuple[Any, ...]) -> None:
+    """Raises UserError where systems of this cell, which share stages, were run with other arguments than these."""
+    for recipe in sorted(shared.glob(f"*/{RECIPE}")):
+        same_kind = (recipe.parent.name == "base") == (system == "base")
+        refuse_other_arguments(recipe.parent, instances, OF_A_SYSTEM if same_kind else OF_A_SYSTEM | OF_A_KIND)
 
 
 def of_system(bottleneck: BottleneckArguments, system: str) -> BottleneckArguments:

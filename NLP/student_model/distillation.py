@@ -31,8 +31,8 @@ Logits = dict[str, np.ndarray]  # by split
 
 
 class Distillation:
-    """The trunk of a run; `others` are the script's further arguments, for its recipe. Finished stages that others
-    build on (`*_encoder`) are kept in `shared`, if given, where other runs of the same teacher find them.
+    """The trunk of a run; `others` are the script's further arguments, for its recipe. All stages but the student are
+    kept in `shared`, if given, where runs of other systems with the same teacher find them.
     """
 
     method: str
@@ -144,7 +144,7 @@ class Distillation:
         load: Callable[[str], PreTrainedModel] = AutoModelForSequenceClassification.from_pretrained,
     ) -> PreTrainedModel:
         texts = self.student_texts if name.startswith(("student", "control")) else self.texts
-        folder = self.shared if self.shared and name.endswith("_encoder") else None
+        folder = None if name == "student" else self.shared
         if folder and name == "student_encoder":
             folder = folder / self.pooling  # what is pooled is aligned too
         return self.run.stage(name, build, load, texts.collate.tokenizer, folder)

@@ -48,7 +48,8 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     words = ["--tasks", "rte", "stsb", "--systems", "base", "keys_carried", "--output_dir", tmp_path / "glue"]
     distill(glue, *words)
     cell = tmp_path / "glue" / "rte" / "seed0"
-    assert {path.name for path in (cell / "stages").iterdir()} == {"teacher_encoder", "control_encoder"}
+    assert {path.name for path in (cell / "stages").iterdir()} == {
+        "teacher_encoder", "teacher", "control_encoder", "control"}  # fmt: skip
     assert not (cell / "keys_carried" / "stages" / "teacher_encoder").exists()
     kd, carried = results(cell / "base"), results(cell / "keys_carried")
     assert kd["seconds"]["teacher"] > 0 and carried["seconds"]["teacher"] > 0
@@ -59,10 +60,19 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "glue").rglob("model.safetensors")}
     capsys.readouterr()
-    distill(glue, *words[:1], "rte", *words[3:-2], "student_only", *words[-2:])
-    assert capsys.readouterr().out.count("is finished") == 2
-    assert (cell / "student_only" / "results.json").exists()
+    more = [*words[:1], "rte", "--systems", "student_only", "new_keys", *words[-2:]]
+    with pytest.raises(SystemExit) as stopped:  # what the systems share was made with 8 codebooks
+        distill(glue, *more, "--codebooks", 4)
+    assert stopped.value.code == 2 and "codebooks (was 8, now 4)" in capsys.readouterr().err
+    assert not (cell / "student_only").exists()
+    distill(glue, *more)
+    assert not list(cell.glob("*/stages/teacher")) and not list(cell.glob("*/stages/control"))
+    new, only = results(cell / "new_keys"), results(cell / "student_only")
+    assert new["models"]["teacher"]["metrics"] == carried["models"]["teacher"]["metrics"]
+    assert only["seconds"]["control"] == carried["seconds"]["control"] == new["seconds"]["control"]  # of one training
     assert all(path.stat().st_mtime_ns == before for path, before in written.items())
+    distill(glue, *words)
+    assert capsys.readouterr().out.count("is finished") == 4
     with pytest.raises(SystemExit) as stopped:
         distill(glue, *words, "--alpha", 0.9)
     assert stopped.value.code == 2 and "alpha (was 0.5, now 0.9)" in capsys.readouterr().err
