@@ -86,8 +86,7 @@ class ClassifierDistillation(Distillation):
         else:
             source = teacher if self.wanted.student_from == "teacher" else self.given.model
             student = cut_layers(source, self.student_layers)
-        encoder = self.aligned_encoder(encoder_of(student), teacher)
-        encoder_of(student).load_state_dict(encoder.state_dict())
+        self.aligned_encoder(encoder_of(student), teacher)
 
         def fine_tune() -> PreTrainedModel:
             matching = self._matching(student, teacher)

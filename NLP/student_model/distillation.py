@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.arguments import KDTrainingArguments
 from common.run import TrainerRun
@@ -125,16 +127,25 @@ class Distillation:
         return self.stage(stage, labels_only)
 
     def aligned_encoder(self, encoder: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
-        """The student's encoder with the hidden states of the teacher's, if there are epochs for that."""
+        """The student's encoder, the same object, given the hidden states of the teacher's if there are epochs for
+        that. A pooler stays its own: alignment leaves it alone, and not every system that shares the stage has one.
+        """
         pair, stage = self.pair, "student_encoder"
         if not pair.align_epochs:
             return encoder
+
+        def load(folder: str) -> PreTrainedModel:
+            aligned = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+            kept = {name: weight for name, weight in aligned.items() if not name.startswith("pooler.")}
+            encoder.load_state_dict(encoder.state_dict() | kept)
+            return encoder
+
         return self.stage(
             stage,
             lambda: self.pipeline.align(
                 stage, encoder, encoder_of(teacher), self.texts, pair.align_epochs, pair.align_learning_rate
             ),
-            type(encoder).from_pretrained,
+            load,
         )
 
     def stage(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from safetensors.torch import load_file
 from scripts import run_script
 
 from common.results import validate
@@ -76,6 +78,19 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         distill(glue, *words, "--alpha", 0.9)
     assert stopped.value.code == 2 and "alpha (was 0.5, now 0.9)" in capsys.readouterr().err
+
+
+def test_a_student_is_the_same_whichever_system_aligned_its_encoder(glue, tmp_path):
+    """A bottleneck has no pooler to align, but a plain student has one, cut from its teacher."""
+    students = []
+    for systems in (["base", "keys_carried"], ["keys_carried", "base"]):
+        folder = tmp_path / systems[0]
+        distill(glue, "--tasks", "rte", "--systems", *systems, "--pooling", "cls", "--no_control",
+                "--output_dir", folder)  # fmt: skip
+        assert (folder / "rte" / "seed0" / "cls" / "stages" / "student_encoder").exists()
+        students.append(load_file(folder / "rte" / "seed0" / "base" / "student" / "model.safetensors"))
+    assert students[0].keys() == students[1].keys()
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
 
 
 def test_large_tasks_get_fewer_epochs(glue, tmp_path):
