@@ -29,11 +29,8 @@ from nlp.student_model.classifier_distillation import ClassifierDistillation
 from nlp.student_model.glue_report import SYSTEMS, show
 from nlp.student_model.methods import refuse_unfit
 
-OF_A_SYSTEM = {
-    "output_dir",
-    "bottleneck",
-    "keys",
-}  # arguments that differ from one system with a bottleneck to another
+# Arguments that differ between two systems with a bottleneck, and those between one with and one without.
+OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
 OF_A_KIND = {argument.name for kind in (MatchingArguments, BottleneckArguments) for argument in fields(kind)}
 
 
