@@ -243,14 +243,14 @@ def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "words"), [("25", []), ("7", ["--no_control"]), ("4", ["--no_control"])])
-def test_pong_from_frames_to_a_small_student(size, words):
-    recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
-    words = [*words, "--teacher_steps", 1024, "--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32]
-    run_script(f"{SCRIPTS}/distill_policy.py", recipe, *words, "--episodes", 1, "--watch_episodes", 1)
-    folder = RUNS / f"pong_{size}_percent"
-    frames = np.zeros((1, 4, 84, 84), np.uint8)
-    assert PPO.load(folder / "student" / "student.zip", device="cpu").predict(frames)[0].shape == (1,)
+def test_pong_from_frames_to_small_students_of_one_teacher():
+    short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--watch_episodes", 1]
+    for size, words in ((25, []), (7, ["--no_control"]), (4, ["--no_control"])):
+        recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
+        run_script(f"{SCRIPTS}/distill_policy.py", recipe, "--teacher_steps", 1024, *short, *words)
+        folder = RUNS / f"pong_{size}_percent"
+        frames = np.zeros((1, 4, 84, 84), np.uint8)
+        assert PPO.load(folder / "student" / "student.zip", device="cpu").predict(frames)[0].shape == (1,)
 
 
 @pytest.mark.slow
