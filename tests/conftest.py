@@ -21,7 +21,9 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _what_stays_is_not_garbage() -> None:
-    """Each training collects garbage twice; to walk through all that is imported takes a fifth of the tests' time."""
+    """Each training collects garbage twice, which would walk through all that is imported: 22 of 97 CPU-seconds in
+    test_classifier.py and test_image_scripts.py.
+    """
     gc.collect()
     gc.freeze()
 

@@ -245,12 +245,14 @@ def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
 @pytest.mark.slow
 def test_pong_from_frames_to_small_students_of_one_teacher():
     short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--watch_episodes", 1]
+    frames, written = np.zeros((1, 4, 84, 84), np.uint8), set()
     for size, words in ((25, []), (7, ["--no_control"]), (4, ["--no_control"])):
         recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
         run_script(f"{SCRIPTS}/distill_policy.py", recipe, "--teacher_steps", 1024, *short, *words)
-        folder = RUNS / f"pong_{size}_percent"
-        frames = np.zeros((1, 4, 84, 84), np.uint8)
-        assert PPO.load(folder / "student" / "student.zip", device="cpu").predict(frames)[0].shape == (1,)
+        student = RUNS / f"pong_{size}_percent" / "student" / "student.zip"
+        assert PPO.load(student, device="cpu").predict(frames)[0].shape == (1,)
+        written |= {zipped.stat().st_mtime_ns for zipped in RUNS.glob("teacher_*/stages/teacher/*.zip")}
+    assert len(written) == 1
 
 
 @pytest.mark.slow
