@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from common.arguments import KDTrainingArguments
+from common.cli import run
 from common.filling import CodeDataset, set_keys
 from common.inference import as_it_is
 from common.objective import Objective, task_loss
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

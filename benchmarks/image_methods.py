@@ -15,10 +15,12 @@ from simkd_step import Clock, random_data
 from transformers import PrinterCallback
 from transformers.utils import logging
 
+from common.cli import run
 from common.inference import as_it_is
 from common.methods import Method
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.trainer import KDTrainer
+from common.utils.errors import UserError
 from image_classification.data.loading import SmallImageData
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.methods import METHODS, Pair
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     args = parser.parse_args()
+    if args.steps < 2 or args.blocks < 1:
+        raise UserError("--steps must be at least 2, as the first is not counted, and --blocks at least 1")
     logging.disable_progress_bar()
     torch.manual_seed(0)
     data = random_data(args.batch_size * args.steps)
@@ -90,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
+from common.cli import run
 from common.inference import as_it_is
 from common.trainer import KDTrainer
+from common.utils.errors import UserError
 from common.utils.precision import resolve_precision
 from image_classification.data.loading import Images, SmallImageData
 from image_classification.student_model.arguments import ImageTrainingArguments
@@ -156,6 +158,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--torch_compile", action="store_true", help="compile this project's student")
     args = parser.parse_args()
+    if args.steps < 2 or args.blocks < 1:
+        raise UserError("--steps must be at least 2, as the first is not counted, and --blocks at least 1")
 
     torch.manual_seed(0)
     data = random_data(args.batch_size * args.steps)
@@ -182,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

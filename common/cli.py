@@ -83,12 +83,18 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError is one line and exit code 2, Ctrl-C one line and 130."""
+    """Calls a script's main; a UserError or a path that cannot be written is one line and exit code 2, Ctrl-C one line
+    and 130.
+    """
     try:
         main()
         end_processes()
     except UserError as error:
         fail(str(error))
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume_from_checkpoint continues the run", file=sys.stderr)
         sys.exit(130)

@@ -13,6 +13,7 @@ from common.results import (
     headline,
     metric_table,
     model_table,
+    retained,
 )
 from common.tables import markdown
 from common.utils.files import write_text, writing_folder
@@ -92,7 +93,7 @@ def _limitations(results: Results) -> str:
     if "test" not in student["metrics"]:
         lines.append("It was not evaluated on a test split.")
     if results["retention"] is not None and results["retention"] < 1:
-        lines.append(f"It is {1 - results['retention']:.1%} behind its teacher.")
+        lines.append(f"It is behind its teacher: it reaches {retained(results)}.")
     if gain is None:
         lines.append("There was no control, so how much the teacher helped is unknown.")
     elif gain <= 0:

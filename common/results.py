@@ -36,7 +36,8 @@ SCHEMA = {  # results.json, version 1; more keys are allowed everywhere, and `st
     "data": {"train": int | None, "validation": int | None, "test": int | None, "fingerprint": str},  # samples
     "models": {"teacher": Nullable(MODEL), "control": Nullable(MODEL), "student": Nullable(MODEL)},
     "primary_metric": {"split": str, "name": str},
-    "retention": NUMBER | None,  # student / teacher of the primary metric, the inverse where lower is better
+    # (student - floor) / (teacher - floor) of the primary metric, teacher / student where lower is better
+    "retention": NUMBER | None,
     "gain_over_control": NUMBER | None,  # student - control, the inverse likewise: more is better
     "seconds": {
         "teacher": NUMBER | None,
@@ -160,7 +161,7 @@ def headline(results: Results) -> str:
         smaller = teacher["parameters"] / max(student["parameters"], 1)
         faster = teacher["latency_ms"]["median"] / max(student["latency_ms"]["median"], 1e-9)
         text += (
-            f", {results['retention']:.1%} of the teacher's {number(primary_score(results, 'teacher'))}. "
+            f", {retained(results)}. "
             f"It has 1/{smaller:.1f} of the teacher's parameters and runs {faster:.1f} times as fast"
         )
     if results["gain_over_control"] is not None:
@@ -170,6 +171,15 @@ def headline(results: Results) -> str:
             f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
         )
     return text + "."
+
+
+def retained(results: Results) -> str:
+    """The retention in words: a share of the teacher's score or, where no skill at all does not score 0, of the way
+    there.
+    """
+    floor = results.get("floor", 0.0)
+    whole = f"the way from {number(floor)}, no skill at all, to the teacher's" if floor else "the teacher's"
+    return f"{results['retention']:.1%} of {whole} {number(primary_score(results, 'teacher'))}"
 
 
 def model_table(results: Results) -> tuple[list[str], list[list[str]]]:

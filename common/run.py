@@ -55,6 +55,8 @@ class Run:
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.folder = args, Path(str(args.output_dir))
+        if not 0 <= args.seed < 2**32:
+            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
         self.started, self.seconds_before = time.perf_counter(), 0.0
@@ -165,6 +167,7 @@ class Run:
             "models": {role: models.get(role) for role in ("teacher", "control", "student")} | models,
             "primary_metric": {"split": split, "name": metric},
             "retention": retention,
+            "floor": floor,
             "gain_over_control": gain,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),

@@ -14,6 +14,7 @@ FILE = re.compile(
     r"(?<![\w/.-])(?:NLP|image-classification|reinforcement-learning|benchmarks|common|tests)/[\w./-]+\.\w+"
 )
 SCRIPTS = sorted(path for path in REPO.glob("*/scripts/[!_]*.py"))
+BENCHMARKS = sorted(path for path in REPO.glob("benchmarks/*.py") if not path.stem.startswith("imitation"))
 
 
 def anchors(document: Path) -> set[str]:
@@ -42,10 +43,14 @@ def test_every_script_is_in_the_readme_of_its_domain(script: Path):
 
 
 def documented_flags(script: Path) -> set[str]:
-    """The flags that documents and the script's own docstring give it, in commands that may go over several lines."""
+    """The flags that documents and the script's own docstring give it, or a .sh that names a recipe of it, in commands
+    that may go over several lines.
+    """
     texts = [path.read_text() for path in [*DOCUMENTS, script]]
-    name = re.escape(str(script.relative_to(REPO)))
-    commands = [found for text in texts for found in re.findall(rf"python {name}((?:[^\n`]*\\\n)*[^\n`]*)", text)]
+    shells = [path for path in script.parent.glob("*.sh") if f"/{script.name}" in path.read_text()]
+    names = "|".join(re.escape(str(path.relative_to(REPO))) for path in [script, *shells])
+    command = rf"(?:python|bash) (?:{names})((?:[^\n`]*\\\n)*[^\n`]*)"
+    commands = [found for text in texts for found in re.findall(command, text)]
     return {flag for command in commands for flag in re.findall(r"(?<!\S)--[\w-]+", command.split("#")[0])}
 
 
@@ -78,10 +83,11 @@ AFTER_COMMON = "import common.run, timm"  # what takes most of the time
 def test_scripts_start_also_where_nothing_has_imported_common_and_have_the_flags_that_are_documented(
     tmp_path: Path, before: str
 ):
-    command = [sys.executable, "-c", START.format(before=before), *map(str, SCRIPTS)]
+    scripts = [*SCRIPTS, *BENCHMARKS]
+    command = [sys.executable, "-c", START.format(before=before), *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stderr[-2000:]
-    for number, script in enumerate(SCRIPTS):
+    for number, script in enumerate(scripts):
         usage = (tmp_path / f"{number}.txt").read_text()
         assert "usage:" in usage, usage[-2000:]
         missing = {flag for flag in documented_flags(script) if not re.search(rf"{flag}\b", usage)}

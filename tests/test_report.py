@@ -13,7 +13,7 @@ from PIL import Image
 
 from common import cli, report
 from common.model_card import model_card
-from common.results import print_table, write_report
+from common.results import headline, print_table, write_report
 from common.utils.files import read_json, write_json, write_text
 
 
@@ -190,9 +190,15 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
     assert header["license"] == "apache-2.0" and header["library_name"] == "x" and header["metrics"] == ["accuracy"]
     assert "knowledge-distillation" in header["tags"]
     assert "```python\nload('tiny')\n```" in body and "1,234,567" in body and "distill.py" in body
-    assert "16.7% behind its teacher" in body
+    assert "It is behind its teacher: it reaches 83.3% of the teacher's 0.9000." in body
     assert "The control was as good or better" in body
     assert "how much the teacher helped is unknown" in model_card(results(control=None), "")
+
+
+def test_retention_says_where_it_counts_from() -> None:
+    assert "of 0.8100, 90.0% of the teacher's 0.9000." in headline(results())
+    returns = results() | {"floor": -3.0, "retention": 0.977}
+    assert "97.7% of the way from -3.000, no skill at all, to the teacher's 0.9000." in headline(returns)
 
 
 def test_comparison_over_seeds(tmp_path: Path) -> None:

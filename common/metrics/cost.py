@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +25,7 @@ def megabytes(model: nn.Module) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int | None:
+def flops(model: nn.Module, inputs: dict[str, Any]) -> int | None:
     """FLOPs of the matrix products of one forward pass (a multiply-add counts two); None if it counts none."""
     # The counter knows no fused attention kernel of the CPU; the MATH backend is made of products that it counts.
     with _evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -33,8 +33,8 @@ def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int | None:
     return int(counter.get_total_flops()) or None
 
 
-def latency(model: nn.Module, inputs: dict[str, Tensor], repeats: int = 30, warmup: int = 5) -> dict[str, Any]:
-    """Milliseconds of a forward pass: {"batch": samples, "median": ms, "p90": ms}."""
+def latency(model: nn.Module, inputs: dict[str, Any], repeats: int = 30, warmup: int = 5) -> dict[str, Any]:
+    """Milliseconds of a forward pass: {"batch": samples, "median": ms, "p90": ms}. The first input is a batch."""
     device = next(iter(inputs.values())).device
     seconds = []
     with _evaluating(model), torch.inference_mode():
@@ -53,7 +53,7 @@ def latency(model: nn.Module, inputs: dict[str, Tensor], repeats: int = 30, warm
 
 
 def interleaved_latency(
-    models: dict[str, tuple[nn.Module, dict[str, Tensor]]], repeats: int = 100
+    models: dict[str, tuple[nn.Module, dict[str, Any]]], repeats: int = 100
 ) -> dict[str, dict[str, Any]]:
     """`latency` of several models and their inputs, in turns: whatever else the machine does hits
     all of them alike. Each turn has a warm-up, because the one before leaves other weights in the cache.
@@ -69,7 +69,7 @@ def interleaved_latency(
     return found
 
 
-def cost(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def cost(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """All of it, as it stands in results.json; latency and FLOPs are those of `inputs`."""
     return {
         "parameters": parameters(model),

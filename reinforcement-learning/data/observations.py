@@ -26,7 +26,7 @@ class Observations:
 
     def append(self, rows: Tensor, teacher: nn.Module) -> None:
         """Adds observations (rows, ...) and asks the teacher about them."""
-        for chunk in rows.to(self.observations.dtype).split(CHUNK):
+        for chunk in rows.to(self.observations.dtype).split(min(CHUNK, self.capacity)):
             self._write(chunk, tell(teacher, chunk))
 
     def _write(self, rows: Tensor, said: dict[str, Tensor]) -> None:

@@ -58,9 +58,11 @@ class Recorder:
         self.environments, self.actions = environments, list[np.ndarray]()
 
     def collect(self, act: Act, steps: int) -> Tensor:
-        """At least `steps` steps of all environments together; the observations that were acted on (rows, ...)."""
+        """At least `steps` steps of all environments together, and at least one; the observations that were acted on
+        (rows, ...).
+        """
         rows, count = [], 0
-        while count < steps:
+        while count < max(steps, 1):
             actions = act(torch.as_tensor(self.environments.observations))
             rows.append(self._step(environment_actions(actions, self.environments.action_space)))
             count += len(rows[-1])

@@ -18,12 +18,16 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 from common.utils.errors import UserError
 
 # Modules that register their environments when they are imported, by what the ids of these start with.
 MODULES = {"ALE/": "ale_py", "KnownAnswer": f"{__package__}.known_answer"}
-SUPPORTED = "supported are Box observations, and Discrete (from 0) or bounded one-dimensional Box actions"
+SUPPORTED = (
+    "supported are Box observations, of frames with their channels first, and Discrete (from 0) or bounded "
+    "one-dimensional Box actions"
+)
 
 
 @dataclass
@@ -96,10 +100,20 @@ class Environments:
         self.vector.close()
 
 
+def registering(id: str) -> str:
+    """The line of code that makes Gymnasium know an id which it does not know by itself, or nothing."""
+    module = _registers(id)
+    return f"import {module}  # registers the environment\n" if module else ""
+
+
+def _registers(id: str) -> str:
+    return next((module for start, module in MODULES.items() if id.startswith(start)), "")
+
+
 def _find(id: str) -> EnvSpec:
     """The registered environment; `module:id` imports the module first, as in gym.make."""
     module, _, name = id.rpartition(":")
-    module = module or next((module for start, module in MODULES.items() if name.startswith(start)), "")
+    module = module or _registers(name)
     try:
         if module:
             import_module(module)
@@ -162,6 +176,8 @@ def _unsupported(observation_space: gym.Space, action_space: gym.Space) -> str:
     """What is wrong with the spaces, or nothing."""
     if not isinstance(observation_space, Box):
         return f"{type(observation_space).__name__} observations"
+    if is_image_space(observation_space) and not is_image_space_channels_first(observation_space):
+        return f"frames of shape {observation_space.shape}, whose channels come last"
     if isinstance(action_space, Discrete):
         return "" if action_space.start == 0 else f"Discrete actions from {action_space.start}"
     if not isinstance(action_space, Box):

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def check_video(path: str) -> None:
     """Raises UserError for a file name that says neither mp4 nor gif."""
     if Path(path).suffix not in (".mp4", ".gif"):
-        raise UserError(f"--video writes an mp4 or a gif: give {Path(path).with_suffix('.mp4')}, not {path}")
+        raise UserError(f"--video writes an mp4 or a gif: give {Path(path).stem or 'episode'}.mp4, not {path}")
 
 
 def write_video(act: Act, environment: str, path: str, seed: int) -> Path:

@@ -5,21 +5,24 @@
     python reinforcement-learning/scripts/distill_policy.py --environment LunarLander-v3 --teacher lander.zip
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
-The control is the same student trained by PPO from reward alone, with as many environment steps. Of several
-environments one body is distilled with a head for each; each environment gets a report and an ordinary student.
+The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
+rollouts. Of several environments one body is distilled with a head for each; each environment gets a report and an
+ordinary student.
 """
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from common.cli import parse, run
 from common.report import compare
+from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
 from reinforcement_learning.student_model.distillation import Distillation
 from reinforcement_learning.student_model.distiller import DistillArguments
 from reinforcement_learning.student_model.evaluation import evaluate
 from reinforcement_learning.student_model.experiment import Experiment, folder_name
-from reinforcement_learning.student_model.matching import check_loss
+from reinforcement_learning.student_model.matching import Loss, check_loss
 from reinforcement_learning.student_model.subject import Subject
 from reinforcement_learning.student_model.teachers import soft_network, teacher_of
 from reinforcement_learning.teacher_model.recipes import training_recipe
@@ -27,11 +30,16 @@ from reinforcement_learning.teacher_model.recipes import training_recipe
 
 def main() -> None:
     args, student, distill, training = parse(ExperimentArguments, StudentArguments, DistillArguments, TeacherTraining)
+    loss: Loss = "kl" if args.method == "ppd" else distill.loss
+    for environment in args.environment:  # before a teacher is trained
+        with closing(Environments(environment, 1)) as shown:
+            student.check(environment, shown.observation_space)
+            check_loss(loss, shown.action_space)
     subjects = [
         subject_of(*pair, args, student, training) for pair in zip(args.environment, args.teacher, strict=True)
     ]
     for subject in subjects:
-        check_loss(distill.loss, subject.teacher.policy.action_space, subject.deterministic)
+        check_loss(loss, subject.teacher.policy.action_space, subject.deterministic)
     if args.output_dir is None:
         names = "+".join(map(folder_name, args.environment))
         args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
@@ -39,7 +47,8 @@ def main() -> None:
     folders = []
     for seed in seeds:
         folder = Path(args.output_dir, f"seed{seed}") if args.seeds else Path(args.output_dir)
-        folders += run_seed(replace(args, seed=seed, output_dir=str(folder)), subjects, student, distill, training)
+        own = replace(args, seed=seed, seeds=None, output_dir=str(folder))
+        folders += run_seed(own, subjects, student, distill, training)
     if len(seeds) > 1:
         compare(folders)
 
@@ -60,15 +69,16 @@ def run_seed(
     training: TeacherTraining,
 ) -> list[Path]:
     """One seed's run; the folders of its reports."""
-    experiment = Experiment(args.method, args, args.watch_episodes, student, distill, training)
+    names = [folder_name(subject.environment) for subject in subjects] if len(subjects) > 1 else []
+    experiment = Experiment(args.method, args, args.watch_episodes, student, distill, training, folders=names)
     stages = Distillation(experiment, subjects, distill)
     agents = {"student": stages.proximal(args.teacher_weight) if args.method == "ppd" else stages.distilled()}
     if not args.no_control:
         agents |= {"control": stages.from_reward(), "behaviour_cloning": stages.behaviour_cloning()}
     folders = []
     for subject in subjects:
-        name, several = subject.environment, len(subjects) > 1
-        folders.append(experiment.run.folder / folder_name(name) if several else experiment.run.folder)
+        name = subject.environment
+        folders.append(experiment.run.folder / folder_name(name) if names else experiment.run.folder)
         models = {"teacher": subject.entry(args.episodes)}
         models |= {role: evaluate(of[name], name, args.episodes, subject.network) for role, of in agents.items()}
         work = stages.work("student")

@@ -4,7 +4,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
 from common.arguments import RunArguments
+from common.utils.errors import UserError
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 
 Algorithm = Literal["ppo", "dqn", "sac"]
@@ -28,7 +32,9 @@ class TeacherTraining:
         self.recipe("CartPole-v1")  # refuses now what is malformed
 
     def recipe(self, environment: str) -> TrainingRecipe:
-        changes: dict[str, Any] = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
+        changes: Any = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
+        if not isinstance(changes, dict):
+            raise ValueError(f"--hyperparameters must be a JSON object, such as '{{\"gamma\": 0.99}}', got {changes}")
         if self.teacher_steps is not None:
             changes["steps"] = self.teacher_steps
         return training_recipe(self.algorithm, environment, changes)
@@ -41,6 +47,10 @@ class TeacherTask:
     environment: str = field(default="CartPole-v1", metadata={"help": "Gymnasium's id"})
     episodes: int = field(default=100, metadata={"help": "of evaluation at the end"})
     watch_episodes: int = field(default=10, metadata={"help": "of each evaluation for the curves"})
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.watch_episodes < 1:
+            raise ValueError("--episodes and --watch_episodes must be at least 1")
 
 
 @dataclass
@@ -73,6 +83,16 @@ class StudentArguments:
         if any(width < 1 for width in [*self.student, *(self.student_value or []), *self.channels]):
             raise ValueError("widths of layers must be at least 1")
 
+    def check(self, environment: str, observations: spaces.Space) -> None:
+        """Raises UserError where such a student cannot see what an environment shows."""
+        if is_image_space(observations) and not self.student:
+            raise UserError(f"{environment} shows frames: give --student the width of the layer behind convolutions")
+        if self.codebooks and len(observations.shape or ()) != 1:
+            raise UserError(
+                f"a key-value bottleneck looks up vectors, and {environment} shows observations of shape "
+                f"{observations.shape}: leave out --codebooks"
+            )
+
 
 @dataclass
 class ExperimentArguments(RunArguments):
@@ -99,7 +119,11 @@ class ExperimentArguments(RunArguments):
     episodes: int = field(default=100, metadata={"help": "of evaluation at the end"})
     watch_episodes: int = field(default=10, metadata={"help": "of each evaluation for the curves"})
     method: Literal["distill", "ppd"] = field(
-        default="distill", metadata={"help": "ppd: proximal policy distillation, for teachers that can be passed"}
+        default="distill",
+        metadata={
+            "help": "ppd: proximal policy distillation, for teachers that can be passed; of the flags of distilling "
+            "it takes --steps alone"
+        },
     )
     teacher_weight: float = field(
         default=1.0,
@@ -123,6 +147,10 @@ class ExperimentArguments(RunArguments):
             raise ValueError("--episodes and --watch_episodes must be at least 1")
         if self.method == "ppd" and len(self.environment) > 1:
             raise ValueError("--method ppd distills one --environment at a time")
+        if self.teacher_weight < 0:
+            raise ValueError(f"--teacher_weight must not be negative, got {self.teacher_weight}")
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds must name each seed once, got {self.seeds}")
         if self.teacher_temperature is not None and self.teacher_temperature <= 0:
             raise ValueError(f"--teacher_temperature must be positive, got {self.teacher_temperature}")
         if not 0 < self.teacher_entropy < 1:

@@ -29,7 +29,9 @@ class Distillation:
         self.steps = args.steps // len(subjects)  # of each environment
 
     def from_reward(self) -> Agents:
-        """The control: the same student, trained by PPO from reward alone, with as many environment steps."""
+        """The control: the same student, trained by PPO from reward alone, with as many environment steps (rounded up
+        to whole rollouts).
+        """
         name = "PPO from reward"
 
         def build() -> Agents:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.objective import Objective
 from common.utils.errors import UserError
 from common.utils.files import write_bytes
 from reinforcement_learning.data.observations import Observations
@@ -128,10 +129,7 @@ class Distiller:
         streams = [
             task.buffer.batches(self.args.batch_size, updates, self.generator, task.student.device) for task in tasks
         ]
-        objectives = [
-            policy_and_value(self.args.loss, self.args.value_weight if task.buffer.values() is not None else 0.0,
-                             task.student.value_std.item()) for task in tasks
-        ]  # fmt: skip
+        objectives = [self._objective(task) for task in tasks]
         sums: dict[str, Tensor] = {}
         for update in range(updates):
             share_done = (number * updates + update) / (updates * self.args.rounds)
@@ -149,6 +147,11 @@ class Distiller:
         if not math.isfinite(means["loss"]):
             raise UserError(f"the loss is not finite in round {number + 1} ({means}): try a lower --learning_rate")
         return means
+
+    def _objective(self, task: Task) -> Objective:
+        value_weight = self.args.value_weight if task.buffer.values() is not None else 0.0
+        student = task.student
+        return policy_and_value(self.args.loss, value_weight, student.value_std.item(), student.policy.action_space)
 
     def _save(self) -> None:
         state = {

@@ -37,7 +37,7 @@ def random_return(environment: str, action_space: spaces.Space, episodes: int) -
 
 def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module | None = None) -> dict[str, Any]:
     """An agent's entry in results.json: greedy returns, the mean return of sampled actions, its likeness to a teacher
-    on the states that it meets itself, and its cost.
+    on the states that it meets itself, and what it costs to act.
     """
     network = agent.network()
     returns, met = returns_of(greedy(network), environment, episodes, TEST_SEED)
@@ -48,7 +48,8 @@ def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module |
         states = met[torch.randperm(len(met), generator=generator)[:STATES]]
         metrics |= likeness(tell(network, states), tell(teacher, states), agent.policy.action_space)
     batch = met[:1].to(next(network.parameters()).device)
-    return {"name": agent.name} | cost(network, {"observations": batch}) | {"metrics": {"test": metrics}}
+    acting = cost(network, {"observations": batch, "value": False})
+    return {"name": agent.name} | acting | {"metrics": {"test": metrics}}
 
 
 def likeness(own: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:

@@ -12,20 +12,22 @@ from torch import nn
 from common.arguments import RunArguments
 from common.metrics.returns import normalized_return
 from common.model_card import model_card
-from common.results import print_table, write_report
+from common.results import RESULTS, print_table, write_report
 from common.run import Run
 from common.utils.files import write_text, writing_folder
 from reinforcement_learning.data.playing import greedy
+from reinforcement_learning.environments.vector import registering
 from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
 from reinforcement_learning.teacher_model.agent import MODEL, Agent
 from reinforcement_learning.teacher_model.training import train
 
-USAGE = """import gymnasium
+USAGE = """{register}import gymnasium
 from stable_baselines3 import PPO
 
-model = PPO.load("{folder}/student.zip")
-observation, _ = gymnasium.make("{environment}").reset(seed=0)
-action, _ = model.predict(observation, deterministic=True)"""
+model = PPO.load("{folder}/student.zip")  # one with a bottleneck needs this project
+environments = gymnasium.make_vec("{environment}", num_envs=1)
+observations, _ = environments.reset(seed=0)
+actions, _ = model.predict(observations, deterministic=True)"""
 
 
 class Agents(dict[str, Agent]):
@@ -38,12 +40,25 @@ class Agents(dict[str, Agent]):
             agent.save_pretrained(own)
 
 
-class Experiment:
-    """The stages of one run of `method`; `instances` are the script's other arguments, for the recipe."""
+class SeveralReports(Run):
+    """A run that reports on each of several environments, in a folder of its own inside the run's."""
 
-    def __init__(self, method: str, args: RunArguments, watch_episodes: int, *instances: Any) -> None:
+    def __init__(self, folders: list[str], args: RunArguments, *instances: Any) -> None:
+        self.last_file = f"{folders[-1]}/{RESULTS}"
+        self.written = (*Run.written, *folders)
+        super().__init__(args, *instances)
+
+
+class Experiment:
+    """The stages of one run of `method`; `instances` are the script's other arguments, for the recipe, `folders` those
+    of its reports, where it is about several environments.
+    """
+
+    def __init__(
+        self, method: str, args: RunArguments, watch_episodes: int, *instances: Any, folders: list[str] | None = None
+    ) -> None:
         self.method, self.watch_episodes = method, watch_episodes
-        self.run = Run(args, *instances)
+        self.run = SeveralReports(folders, args, *instances) if folders else Run(args, *instances)
         self.seed = args.seed
 
     def checkpoints(self, stage: str) -> Path:
@@ -116,7 +131,7 @@ class Experiment:
     def _save_student(self, stage: str, folder: Path, environment: str, results: dict[str, Any]) -> None:
         with writing_folder(folder / "student") as partial:
             shutil.copy(self.run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
-            usage = USAGE.format(folder=folder / "student", environment=environment)
+            usage = USAGE.format(register=registering(environment), folder=folder / "student", environment=environment)
             write_text(partial / "README.md", model_card(results, usage))
 
 

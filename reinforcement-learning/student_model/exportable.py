@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.exportable import Exportable
 from common.utils.errors import UserError
 from reinforcement_learning.data.playing import Recorder, greedy
-from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.environments.vector import Environments, registering
 from reinforcement_learning.student_model.evaluation import VALIDATION_SEED
 from reinforcement_learning.student_model.teachers import load_agent
 from reinforcement_learning.teacher_model.agent import PolicyNetwork
@@ -30,7 +30,6 @@ for _ in range(10):
     actions = model({{"observations": observations}})
     observations, rewards, *_ = environments.step(actions)
 print(actions)"""
-ALE = "import ale_py  # registers the games\n"
 
 
 class GreedyPolicy(nn.Module):
@@ -67,7 +66,7 @@ def load(name: str, task: str | None) -> Exportable:
         inputs={"observations": seen[:2]},
         others=[{"observations": seen[:1]}, {"observations": seen}],
         axes={0: "batch"},
-        usage=USAGE.format(environment=task, register=ALE if task.startswith("ALE/") else ""),
+        usage=USAGE.format(environment=task, register=registering(task)),
         output="actions",
         original=lambda observations: torch.as_tensor(predicted(policy, agent.statistics, observations.numpy())),
         tolerance=TOLERANCE,

@@ -15,22 +15,24 @@ from reinforcement_learning.teacher_model.policies import greedy_actions
 Loss = Literal["kl", "nll", "mse", "huber"]
 
 
-def policy_and_value(loss: Loss, value_weight: float, value_std: float) -> Objective:
-    """The policy's loss and, in units of the teacher's standard deviation, the value's squared error.
+def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Objective:
+    """The policy's loss and, in units of the teacher's standard deviation, the value's squared error. Of discrete
+    actions the agreement is watched.
 
     The value's weight is zero for a teacher without values.
     """
-    return Objective(policy=(1.0, TERMS[loss]), value=(value_weight / value_std**2, _value)).watching(
-        agreement=_agreement
-    )
+    objective = Objective(policy=(1.0, TERMS[loss]), value=(value_weight / value_std**2, _value))
+    return objective.watching(agreement=_agreement) if isinstance(action_space, spaces.Discrete) else objective
 
 
-def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bool) -> None:
+def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bool = False) -> None:
     """Raises UserError for a loss that these actions or this teacher do not have."""
     if loss == "nll" and not isinstance(action_space, spaces.Discrete):
         raise UserError("--loss nll needs discrete actions: pass --loss kl, mse or huber for these continuous ones")
     if loss == "kl" and deterministic_teacher:
-        raise UserError("a deterministic teacher has no distribution for --loss kl: pass --loss mse or huber")
+        raise UserError(
+            "a deterministic teacher has no distribution for --loss kl or --method ppd: pass --loss mse or huber"
+        )
 
 
 def _kl(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:

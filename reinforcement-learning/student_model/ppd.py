@@ -94,8 +94,8 @@ class PPD(PPO):
         entropy = distribution.entropy()
         assert entropy is not None  # categorical and Gaussian distributions have one
         terms = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
-        weight = self.teacher_weight * self._current_progress_remaining
-        return terms + weight * distillation
+        remaining = max(0.0, self._current_progress_remaining)  # the last rollout ends beyond the steps asked for
+        return terms + self.teacher_weight * remaining * distillation
 
 
 def _distribution(said: Outputs) -> Distribution:

@@ -133,8 +133,8 @@ def fold_input(policy: ActorCriticPolicy, mean: Tensor, std: Tensor) -> None:
     for body, head in paths:
         layer = next((layer for layer in body if isinstance(layer, nn.Linear)), head)
         assert isinstance(layer, nn.Linear)
-        weight = layer.weight.double() / std.double()  # (width, observation)
-        layer.bias.copy_(layer.bias.double() - weight @ mean.double())
+        weight = layer.weight.double() / std.double().flatten()  # (width, observation)
+        layer.bias.copy_(layer.bias.double() - weight @ mean.double().flatten())
         layer.weight.copy_(weight)
 
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from common.utils.errors import UserError
 from reinforcement_learning.data.playing import Recorder, sampling
 from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.environments.vector import Environments
@@ -33,19 +31,6 @@ class Subject:
     network: PolicyNetwork  # the teacher's, at its temperature
     recipe: TrainingRecipe
     student: StudentArguments
-
-    def __post_init__(self) -> None:
-        space = self.teacher.policy.observation_space
-        shape = space.shape or ()
-        if is_image_space(space) and not self.student.student:
-            raise UserError(
-                f"{self.environment} shows frames: give --student the width of the layer behind convolutions"
-            )
-        if self.student.codebooks and len(shape) != 1:
-            raise UserError(
-                f"a key-value bottleneck looks up vectors, and {self.environment} shows observations of shape "
-                f"{shape}: leave out --codebooks"
-            )
 
     @property
     def raw(self) -> bool:

@@ -26,7 +26,9 @@ def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArgum
     """A teacher trained in a run of its own, `args.output_dir` or that of its environment and algorithm."""
     recipe = training.recipe(task.environment)
     args.output_dir = args.output_dir or str(default_folder(task.environment, training))
-    Environments(task.environment, 1).close()  # refuses now what would fail after the folder is made
+    untrained = new_teacher(task.environment, recipe, args.seed)  # refuses now what would fail in a folder
+    if environments := untrained.get_env():
+        environments.close()
     experiment = Experiment(f"{recipe.algorithm} teacher", args, task.watch_episodes, task, training)
 
     def build() -> Agent:

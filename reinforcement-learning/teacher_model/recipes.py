@@ -47,6 +47,10 @@ def _refuse_unknown(algorithm: str, row: dict[str, Any]) -> None:
     for name in row.keys() - set(known):
         near = get_close_matches(name, known, n=1)
         raise ValueError(f"{algorithm} has no hyper-parameter {name}{f'; did you mean {near[0]}?' if near else ''}")
+    if row.get("use_sde"):
+        raise ValueError("state-dependent exploration (use_sde) is not supported: leave it out")
+    if not isinstance(row.get("policy_kwargs", {}), dict):
+        raise ValueError(f"policy_kwargs must be an object of keywords, got {row['policy_kwargs']!r}")
 
 
 def _value(name: str, value: Any) -> Any:
@@ -61,9 +65,11 @@ def _value(name: str, value: Any) -> Any:
 
 
 def linear(start: float) -> Callable[[float], float]:
-    """A schedule of the share of training that remains: from `start` to 0."""
+    """A schedule of the share of training that remains: from `start` to 0, and 0 beyond, as the last rollout ends
+    after the steps that were asked for.
+    """
 
     def schedule(remaining: float) -> float:
-        return start * remaining
+        return start * max(0.0, remaining)
 
     return schedule

@@ -6,6 +6,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from common.utils.errors import UserError
 from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe
 
@@ -21,11 +22,17 @@ def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int, nor
 
 
 def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgorithm:
-    """An untrained teacher in its environments, with the networks of its algorithm."""
+    """An untrained teacher in its environments, with the networks of its algorithm. Raises UserError for
+    hyper-parameters that the algorithm refuses.
+    """
     environments = recipe_environments(environment, recipe, seed)
     frames = is_image_space(environments.observation_space)
     algorithm: Any = ALGORITHMS[recipe.algorithm]
     device = "cpu" if recipe.algorithm == "ppo" and not frames else "auto"  # networks so small are faster there
     policy = "CnnPolicy" if frames else "MlpPolicy"
-    model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
+    try:
+        model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
+    except (ArithmeticError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        environments.close()
+        raise UserError(f"{recipe.algorithm} refuses these hyper-parameters: {error}") from error
     return model

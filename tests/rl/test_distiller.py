@@ -85,7 +85,7 @@ def test_an_identical_student_is_at_zero_and_an_equal_network_gets_there(tmp_pat
     twin = model("CartPole-v1", [8], seed=2)
     twin.policy.load_state_dict(teacher.policy.state_dict())
     rows = torch.randn(500, 4)
-    objective = policy_and_value("kl", 0.5, 1.0)
+    objective = policy_and_value("kl", 0.5, 1.0, teacher.action_space)
     with torch.no_grad():
         parts = objective(StudentNetwork(twin.policy, None)(rows), network(rows), None)
     assert {name: part.item() for name, part in parts.items()} == {"policy": 0.0, "value": 0.0}
@@ -94,6 +94,13 @@ def test_an_identical_student_is_at_zero_and_an_equal_network_gets_there(tmp_pat
     history = Distiller([one], arguments(updates=500, learning_rate=0.01), tmp_path, 0).learn(nothing)
     assert history[-1]["policy"] < 1e-3
     assert history[-1]["agreement"] > 0.97
+
+
+def test_more_rounds_than_steps_collect_something_in_each(tmp_path):
+    teacher = PolicyNetwork(model("CartPole-v1", [8]).policy)
+    one = task("CartPole-v1", teacher, model("CartPole-v1", []))
+    history = Distiller([one], arguments(steps=1, rounds=3, updates=1), tmp_path, 0).learn(nothing)
+    assert len(history) == 3 and len(set(one.marks)) == 4
 
 
 def test_only_what_was_acted_on_is_a_row():
@@ -202,6 +209,15 @@ def test_the_buffer_overwrites_its_oldest_rows_and_keeps_rows_and_answers_togeth
     assert {tuple(row) for row in observations.tolist()} == {tuple(row) for row in rows[-10:].tolist()}
 
 
+def test_more_rows_at_once_than_the_buffer_holds_are_the_last_of_them():
+    buffer = Observations(10, (4,), torch.float32)
+    rows = torch.randn(35, 4)
+    buffer.append(rows, Knowing(True))
+    (observations, said), *_ = buffer.batches(10, 1, torch.Generator(), torch.device("cpu"))
+    assert torch.equal(said.logits, 3 * observations)
+    assert {tuple(row) for row in observations.tolist()} == {tuple(row) for row in rows[-10:].tolist()}
+
+
 def test_batches_pass_over_all_rows_before_any_comes_again():
     buffer = Observations(64, (4,), torch.float32)
     buffer.append(torch.randn(64, 4), Knowing(True))
@@ -235,10 +251,10 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
 def test_losses_that_do_not_fit_are_refused():
     discrete, box = (Environments(name, 1).action_space for name in ("CartPole-v1", "Pendulum-v1"))
     with pytest.raises(UserError, match="--loss nll needs discrete actions"):
-        check_loss("nll", box, deterministic_teacher=False)
+        check_loss("nll", box)
     with pytest.raises(UserError, match="--loss mse or huber"):
         check_loss("kl", box, deterministic_teacher=True)
-    check_loss("nll", discrete, deterministic_teacher=False)
+    check_loss("nll", discrete)
     check_loss("mse", box, deterministic_teacher=True)
 
 

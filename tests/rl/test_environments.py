@@ -15,10 +15,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from common.utils.errors import UserError
+from reinforcement_learning.data import playing
 from reinforcement_learning.environments import known_answer, vector
 from reinforcement_learning.environments.known_answer import KnownAnswer, KnownAnswerBox
 from reinforcement_learning.environments.sb3 import SB3Environments, training_environments
-from reinforcement_learning.environments.vector import Environments, Step
+from reinforcement_learning.environments.vector import Environments, Step, registering
+from reinforcement_learning.teacher_model.agent import Agent
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 
@@ -167,6 +169,11 @@ def test_a_package_registers_its_environments_as_in_gym_make(tmp_path, monkeypat
     assert Environments("my_environments:Mine-v0", 2).observations.shape == (2, 4)
 
 
+def test_code_for_others_registers_what_gymnasium_does_not_know_by_itself():
+    assert registering("CartPole-v1") == "" and registering("my_package:Mine-v0") == ""
+    assert registering("ALE/Pong-v5") == "import ale_py  # registers the environment\n"
+
+
 def test_known_answers_can_be_registered_twice():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -234,7 +241,8 @@ def test_sb3_learns_and_evaluates(algorithm, id, kwargs):
     assert len(model.ep_info_buffer) >= 4
     assert {episode["l"] for episode in model.ep_info_buffer} == {10}
     mean, _ = evaluate_policy(model, SB3Environments(id, 2), n_eval_episodes=4, warn=False)
-    assert -10 <= mean <= 10
+    returns, _ = playing.play(playing.greedy(Agent.trained("", model).network()), Environments(id, 2), 4)
+    assert mean == pytest.approx(returns.mean(), abs=1e-4)
 
 
 def test_vec_normalize_goes_around_it():
@@ -384,6 +392,11 @@ def test_arguments_that_the_environment_does_not_take():
 def test_observations_that_are_no_box(id, fault):
     message = complaint(id, 2)
     assert message == f"environment {id} has {fault} observations; {vector.SUPPORTED}"
+
+
+def test_frames_whose_channels_come_last(monkeypatch):
+    monkeypatch.setattr(KnownAnswer, "observation_space", Box(0, 255, (96, 96, 3), np.uint8))
+    assert "has frames of shape (96, 96, 3), whose channels come last; supported are" in complaint("KnownAnswer-v0", 2)
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,13 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
     assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
     assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
     teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
-    if teacher > random:
-        assert results["retention"] == pytest.approx((test["return_mean"] - random) / (teacher - random))
+    way = (test["return_mean"] - random) / (teacher - random)
+    assert results["retention"] == (pytest.approx(way) if teacher > random else None)
     assert Image.open(run / "curves.png").width > 500
 
     student = PPO.load(run / "student" / "student.zip", device="cpu")
-    mean, _ = evaluate_policy(student, gym.make("CartPole-v1"), 3)
-    assert 5 < mean <= 500
+    returns, _ = evaluate_policy(student, gym.make("CartPole-v1"), 3, return_episode_rewards=True)
+    assert all(reward >= 1 for reward in returns)
     run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 4, "--json", "again.json")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
     assert "PPO.load" in (run / "student" / "README.md").read_text()
@@ -90,7 +90,9 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
 
 
 def test_several_seeds_in_one_command_and_the_same_seed_again(cart_pole, capsys):
-    distill("--teacher", cart_pole, "--no_control", "--seeds", 0, 1, "--output_dir", "runs")
+    words = ["--teacher", cart_pole, "--no_control", "--output_dir", "runs"]
+    distill(*words, "--seeds", 0)
+    distill(*words, "--seeds", 0, 1, "--resume_from_checkpoint")
     assert "mean ± standard deviation" in capsys.readouterr().out
     distill("--teacher", cart_pole, "--no_control", "--seed", 1, "--output_dir", "alone")
     assert same_policy(Path("runs/seed1/student/student.zip"), Path("alone/student/student.zip"))
@@ -159,7 +161,7 @@ def test_other_algorithms_teach(algorithm, environment):
         assert student["return_mean"] < 0 and results["retention"] in (None, student["normalized_return"])
 
 
-def test_several_environments_share_one_body():
+def test_several_environments_share_one_body(capsys):
     teachers = []
     for name in ("CartPole-v1", "Acrobot-v1"):
         PPO("MlpPolicy", name, n_steps=32, batch_size=32, device="cpu").learn(64).save(f"{name}.zip")
@@ -172,6 +174,9 @@ def test_several_environments_share_one_body():
     assert [student.action_net.out_features for student in students] == [2, 3]
     for name in names:
         assert read_json(f"both/{name}/results.json")["task"] == name
+    capsys.readouterr()
+    words = ["--environment", "CartPole-v1", "Acrobot-v1", "--output_dir", "both"]
+    assert "holds a finished run" in line_of(capsys, *words, "--teacher", *teachers)
 
 
 def test_videos(cart_pole):
@@ -208,20 +213,30 @@ def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
         (["--steps", "0"], "--steps must be at least 1"),
         (["--hyperparameters", "{gamma"], "is not valid JSON"),
         (["--hyperparameters", '{"gama": 0.9}', "--teacher", "train"], "gama"),
+        (["--hyperparameters", "[1]"], "must be a JSON object"),
+        (["--hyperparameters", '{"policy_kwargs": 3}'], "policy_kwargs must be an object"),
+        (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
+        (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
+        (["--environment", "Pendulum-v1", "--loss", "nll"], "needs discrete actions"),  # before a teacher is trained
+        (["--environment", "CartPole-v1", "CartPol-v1"], "did you mean CartPole-v"),
+        (["--seed", "-1", "--teacher", "{cart_pole}"], "--seed must be from 0"),
+        (["--seeds", "0", "0"], "each seed once"),
+        (["--teacher_weight", "-1"], "--teacher_weight must not be negative"),
+        (["--teacher", "{cart_pole}", "--output_dir", "{cart_pole}/run"], "Not a directory"),
         (["--channels", "8"], "three convolutions"),
         (["--teacher_temperature", "0"], "--teacher_temperature must be positive"),
     ],
 )
 def test_bad_input_is_one_line(words, expected, cart_pole, capsys):
     assert expected in line_of(capsys, *[word.replace("{cart_pole}", cart_pole) for word in words])
-    assert not (RUNS / "distill_CartPole-v1").exists()
+    assert not RUNS.exists()
 
 
 def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_written(capsys):
     TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
     words = ["--environment", "Pendulum-v1", "--teacher", "td3.zip"]
     assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
-    assert "needs discrete actions" in line_of(capsys, *words, "--loss", "nll")
+    assert "a deterministic teacher has no distribution" in line_of(capsys, *words, "--method", "ppd", "--loss", "mse")
     assert not RUNS.exists()
     distill(*words, "--loss", "huber", "--no_control")
 

@@ -1,5 +1,6 @@
 """Training from reward, and with a teacher beside the reward."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from common.outputs import Outputs
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.student_model.evaluation import returns_of
-from reinforcement_learning.student_model.ppd import PPD
+from reinforcement_learning.student_model.ppd import PPD, TaughtSamples
 from reinforcement_learning.teacher_model.agent import Agent
-from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, training_recipe
+from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, linear, training_recipe
 from reinforcement_learning.teacher_model.teacher import new_teacher
 from reinforcement_learning.teacher_model.training import train
 
@@ -141,19 +142,25 @@ def test_a_teacher_helps_ppo():
     assert taught > alone + 0.5, (alone, taught)
 
 
-def test_the_distillation_term_by_hand():
-    """KL(teacher || student) where the ratio is 1, since the collecting policy is the present one."""
-    model, teacher = proximal(1.0, Right(), vf_coef=0.0, ent_coef=0.0, n_epochs=1), Right()
-    model.learn(0)
+@pytest.mark.parametrize(("ratio", "factor"), [(0.5, 0.8), (0.9, 0.9), (1.0, 1.0), (1.1, 1.1), (2.0, 2.0)])
+@pytest.mark.parametrize(("remaining", "weight"), [(1.0, 3.0), (0.5, 1.5), (-0.2, 0.0)])
+def test_the_distillation_term_by_hand(ratio, factor, remaining, weight):
+    """3 * remaining * max(r, clip(r, 0.8, 1.2)) * KL(teacher || student), where r is the ratio of the present and the
+    collecting policy's probabilities; never negative, as the last rollout ends beyond the steps asked for.
+    """
+    model, teacher = proximal(3.0, Right(), vf_coef=0.0, ent_coef=0.0, n_epochs=1), Right()
+    model._current_progress_remaining = remaining
     rows = torch.randn(64, 4)
     distribution = model.policy.get_distribution(rows)
     actions = distribution.sample()
-    from reinforcement_learning.student_model.ppd import TaughtSamples
-
-    samples = TaughtSamples(
-        rows, actions.float().unsqueeze(1), torch.zeros(64), distribution.log_prob(actions).detach(),
-        torch.zeros(64), torch.zeros(64), teacher(rows),
-    )  # fmt: skip
+    collecting = distribution.log_prob(actions).detach() - math.log(ratio)
+    none = torch.zeros(64)
+    samples = TaughtSamples(rows, actions[:, None].float(), none, collecting, none, none, teacher(rows))
     p, q = teacher(rows).logits.softmax(-1), distribution.distribution.probs
-    expected = (p * (p / q).log()).sum(-1).mean()
-    assert model._loss(samples, clip=0.2).item() == pytest.approx(expected.item(), rel=1e-4)
+    expected = weight * factor * (p * (p / q).log()).sum(-1).mean()
+    assert model._loss(samples, clip=0.2).item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+
+
+def test_a_linear_schedule_ends_at_zero():
+    schedule = linear(0.1)
+    assert [schedule(remaining) for remaining in (1.0, 0.5, 0.0, -0.6)] == [0.1, 0.05, 0.0, 0.0]
