@@ -50,13 +50,16 @@ def model_card(results: Results, usage: str, license: str = "mit", **metadata: A
     student = results["models"]["student"]
     teacher = results["models"]["teacher"]
     origin = f" from the teacher `{teacher['name']}`" if teacher else ""
+    how = f"distilled{origin} with\nthe method `{results['method']}`"
+    if results.get("labels_only"):
+        how = "trained on the labels alone, as what a\ndistilled student is compared with"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # {results["task"]}: {results["method"]}
 
-`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, distilled{origin} with
-the method `{results["method"]}`. {headline(results)}
+`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, {how}.
+{headline(results)}
 
 ## Load it
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common import losses
 from common.outputs import Outputs
+from common.utils.errors import UserError
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
 Weight = float | Callable[[float], float]  # or of the progress of the training, from 0 to 1
@@ -39,7 +40,7 @@ class Objective(nn.Module):
         self.progress = 0.0
         self.weights = {name: weight for name, (weight, _) in terms.items() if weight != 0}
         if not self.weights:
-            raise ValueError("an objective needs at least one term with a weight other than zero")
+            raise UserError("an objective needs at least one term with a weight other than zero: raise a weight")
         self.terms = {name: terms[name][1] for name in self.weights}
         self.modules_of_terms = nn.ModuleDict({n: t for n, t in self.terms.items() if isinstance(t, nn.Module)})
 

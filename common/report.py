@@ -114,9 +114,12 @@ def _rows(runs: list[Results]) -> list[dict[str, Any]]:
 
 
 def _group(results: Results) -> tuple[str, str, str, str, int]:
-    """What runs share that differ in their seed only: the parts of GROUP, and the student's size."""
+    """What runs share that differ in their seed only: the parts of GROUP, and the student's size. The students of a
+    sweep differ in their learning rates too.
+    """
     primary, size = results["primary_metric"], _student(results, "parameters") or 0
-    return results["domain"], results["task"], results["method"], f"{primary['split']} {primary['name']}", size
+    method = results["method"] + (f" at {results['learning_rate']:g}" if "learning_rate" in results else "")
+    return results["domain"], results["task"], method, f"{primary['split']} {primary['name']}", size
 
 
 def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

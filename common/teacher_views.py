@@ -6,6 +6,7 @@ run pays for a view twice. The file is sparse and memory-mapped: 50,000 images x
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,12 +30,17 @@ class TeacherViews:
         self.views = views
         path = Path(folder) / key[:20]
         path.mkdir(parents=True, exist_ok=True)
-        shape = {"samples": samples, "views": views, "classes": classes, "key": key}
+        description = {"samples": samples, "views": views, "classes": classes, "key": key}
         if not (path / "shape.json").exists():
-            write_text(path / "shape.json", json.dumps(shape))
+            write_text(path / "shape.json", json.dumps(description))
         rows = samples * views
-        self.logits = _mapped(path / "logits.f16", np.dtype(np.float16), (rows, classes))
-        self.filled = _mapped(path / "filled.u8", np.dtype(np.uint8), (rows,))
+        logits = path / "logits.f16", np.dtype(np.float16), (rows, classes)
+        filled = path / "filled.u8", np.dtype(np.uint8), (rows,)
+        if not (_is_whole(*logits) and _is_whole(*filled)):  # what is left of the one says nothing without the other
+            for file, dtype, shape in (logits, filled):
+                with file.open("wb") as empty:
+                    empty.truncate(_bytes(dtype, shape))  # sparse: zeros that take no space
+        self.logits, self.filled = (np.memmap(f, dtype, mode="r+", shape=s) for f, dtype, s in (logits, filled))
 
     def batch(self, sample_ids: Tensor, views: Tensor, ask: Callable[[Tensor], Tensor]) -> Outputs:
         """Logits (batch, classes) of views (batch,) of samples (batch,); `ask(rows)` gives the teacher's logits of
@@ -53,9 +59,9 @@ class TeacherViews:
         return float(self.filled.mean())
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    size = int(np.prod(shape)) * dtype.itemsize
-    if not path.exists() or path.stat().st_size != size:
-        with path.open("wb") as file:
-            file.truncate(size)  # sparse: zeros that take no space
-    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _is_whole(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
+    return path.exists() and path.stat().st_size == _bytes(dtype, shape)

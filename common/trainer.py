@@ -66,9 +66,13 @@ class KDTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective = objective.to(self.args.device)
         self.objective_in_step: nn.Module = objective
-        if any(p.requires_grad for p in objective.parameters()):
-            if self.is_fsdp_enabled:
-                raise UserError("--fsdp takes no method that trains weights beside the student's: leave it out")
+        trains_beside = any(p.requires_grad for p in objective.parameters())
+        reads_student = any(getattr(module, "reads_student", False) for module in objective.modules())
+        if self.is_fsdp_enabled and (trains_beside or reads_student):
+            raise UserError(
+                "--fsdp takes no method that trains weights beside the student's, or reads its weights: leave it out"
+            )
+        if trains_beside:
             self.objective_in_step = self.accelerator.prepare_model(objective)  # averages gradients over processes
         self.teacher: nn.Module | None = None
         self._teacher_hooks = FeatureHooks(teacher, teacher_features or {}) if teacher is not None else None
@@ -196,7 +200,8 @@ class KDTrainer(Trainer):
             optimizer.add_param_group({"params": values, "lr": rate, "weight_decay": 0.0})
         extra = [p for p in self.objective.parameters() if p.requires_grad]
         if extra:
-            optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
+            decay = self.args.weight_decay if self.args.decay_everything else 0.0
+            optimizer.add_param_group({"params": extra, "weight_decay": decay})
             optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 

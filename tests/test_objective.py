@@ -11,6 +11,7 @@ from common.inference import over_dataset
 from common.losses import cross_entropy_mix, feature_cosine, feature_l2
 from common.objective import Hint, Objective, match, soft_targets, task_loss
 from common.outputs import Outputs
+from common.utils.errors import UserError
 
 
 def pair() -> tuple[Outputs, Outputs, torch.Tensor]:
@@ -34,7 +35,7 @@ def test_a_term_of_weight_zero_asks_for_nothing():
     assert set(Objective(task=(1.0, task_loss()), soft_targets=(0.0, soft_targets(2.0)))(student, None, labels)) == {
         "task"
     }
-    with pytest.raises(ValueError, match="at least one term"):
+    with pytest.raises(UserError, match="at least one term"):
         Objective(task=(0.0, task_loss()))
 
 

@@ -195,6 +195,12 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
     assert "how much the teacher helped is unknown" in model_card(results(control=None), "")
 
 
+def test_learning_rates_of_a_sweep_are_rows_of_their_own(tmp_path: Path) -> None:
+    runs = [results(seed, 0.8) | {"learning_rate": rate} for seed in (0, 1) for rate in (0.1, 0.01)]
+    rows = report.comparison(write_runs(tmp_path, *runs))
+    assert [(row["method"], row["seeds"]) for row in rows] == [("soft_targets at 0.01", 2), ("soft_targets at 0.1", 2)]
+
+
 def test_retention_says_where_it_counts_from() -> None:
     assert "of 0.8100, 90.0% of the teacher's 0.9000." in headline(results())
     returns = results() | {"floor": -3.0, "retention": 0.977}

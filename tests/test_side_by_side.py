@@ -1,6 +1,7 @@
 """Several students on one teacher pass become what each becomes alone; a table of views says what the teacher says."""
 
 import numpy as np
+import pytest
 import torch
 from tiny import Rows, TinyClassifier, arguments, kd, model
 
@@ -116,6 +117,19 @@ def test_a_table_of_views_gives_what_the_teacher_says_and_asks_once(tmp_path):
     assert live.asked == 6 * 24
     assert first.asked == round(tables[0].share_filled * 24 * 3) < live.asked
     assert second.asked == 0, "the second run finds everything said"
+
+
+@pytest.mark.parametrize("lost", ["logits.f16", "filled.u8"])
+def test_a_table_of_which_a_file_is_cut_off_is_filled_anew(lost, tmp_path):
+    def said(rows: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(rows), 3)
+
+    samples, views = torch.arange(4), torch.zeros(4, dtype=torch.long)
+    TeacherViews(tmp_path, "key", samples=24, views=3, classes=3).batch(samples, views, said)
+    (file,) = tmp_path.rglob(lost)
+    file.write_bytes(file.read_bytes()[:-1])
+    table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
+    assert table.share_filled == 0 and table.batch(samples, views, said).logits.eq(1).all()
 
 
 def test_rows_of_the_table_are_the_teachers_answers_to_those_views(tmp_path):

@@ -327,10 +327,12 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
 def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everything, tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
     args = arguments(tmp_path, weight_decay=0.1, decay_everything=everything)
-    trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss())))
+    hint = Hint("hidden", feature_l2, 2, 3)  # its weights train beside the student
+    trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss()), hint=(1.0, hint)))
     decayed = {
         id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
     }
+    assert {id(p) in decayed for p in hint.parameters()} == {everything}
     names = {name for name, parameter in network.named_parameters() if id(parameter) in decayed}
     everyone = {name for name, _ in network.named_parameters()}
     assert names == (everyone if everything else {"0.weight", "2.weight"})

@@ -86,7 +86,7 @@ def _divide(
         splits = dict(zip(("train", "test"), split_off(splits["train"], 0.2), strict=True))
     if "validation" not in splits and validation_share > 0:
         train, validation = split_off(splits["train"], validation_share)
-        if not len(validation):
+        if not len(validation) or not len(train):
             raise UserError(
                 f"{dataset} has too few training images to set {validation_share:.0%} of them aside: add validation "
                 "images, or pass another --validation_share"

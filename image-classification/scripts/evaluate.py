@@ -16,12 +16,14 @@ from image_classification.teacher_model.teacher import load_trained, trained_fol
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("model", help="folder of a classifier, or of the run that trained it")
+    parser.add_argument(
+        "model", help="folder of a classifier, or of a run, of which it is the student or else the teacher"
+    )
     parser.add_argument("--json", help="also write the metrics to this file")
     args, words = parser.parse_known_args()
     (data_args,) = parse(DataArguments, argv=words)
 
-    folder = trained_folder(args.model)
+    folder = trained_folder(args.model, student_first=True)
     if folder is None:
         raise UserError(f"no folder {args.model}: give that of a classifier, or of a run")
     model, data = load_trained(folder, data_args.load())

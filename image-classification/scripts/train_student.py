@@ -17,10 +17,10 @@ from common.cli import parse, run
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
-from image_classification.student_model.experiment import Experiment
+from image_classification.student_model.experiment import Experiment, refuse_uncounted
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDWeights
-from image_classification.student_model.sweep import method_of, sweep
+from image_classification.student_model.sweep import method_of, refuse_unheard_flags, sweep
 from image_classification.teacher_model.classifier import new_classifier
 from image_classification.teacher_model.teacher import teacher_sketch
 
@@ -63,8 +63,6 @@ def main() -> None:
     args, pair, weights, data_args, training = parse(
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    if args.teacher_views and training.strong_views:
-        raise UserError("--strong_views cannot be counted, so there is no table of them: leave out --teacher_views")
     if args.seeds and not args.methods:
         raise UserError("--seeds are those of several --methods: pass --seed for one --method")
     if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):
@@ -75,12 +73,17 @@ def main() -> None:
     if args.methods:
         sweep(args.axes(training), pair, weights, data_args, training, args.teacher_views)
         return
+    if args.method == SIMKD:
+        raise UserError("simkd alone is train_simkd.py; here it is one of several --methods")
+    refuse_unheard_flags([args.method], training)
     data = data_args.load()
+    if args.teacher_views:
+        refuse_uncounted(data, training)
     if args.method == PLAIN:
         new_classifier(pair.student, data.config)  # an unknown one is refused before anything is written
         experiment = Experiment(args.method, training, data, args, pair, data_args)
         student = experiment.labels_only("student", lambda: new_classifier(pair.student, data.config))
-        experiment.report(student=(f"{pair.student}, labels only", student))
+        experiment.report(student=(f"{pair.student}, labels only", student), labels_only=True)
         return
     method = method_of(args.method, training)
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training

@@ -1,5 +1,6 @@
 """One run on images: who is trained on what, as stages that can be resumed, and the report at the end."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,6 @@ from common.utils.errors import UserError
 from image_classification.data.dataset import ImageViews
 from image_classification.data.large import LargeImageData, shorter_side
 from image_classification.data.loading import ImageData
-from image_classification.data.strong_views import StrongViews
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.evaluation import evaluate, trainer_metrics
@@ -52,7 +52,14 @@ class Experiment:
             raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
         if training.strong_views:
             data.views("train", torch.device("cpu"), augment=True, strong=True)  # refuses what is not there
-        training.output_dir = training.output_dir or f"runs/image-classification/{method}"
+        batch, images = training.per_device_train_batch_size * PartialState().num_processes, len(data.splits["train"])
+        if training.dataloader_drop_last and images < batch:
+            raise UserError(
+                f"{images} training images do not fill a batch of {batch}: pass a smaller "
+                "--per_device_train_batch_size, or --dataloader_drop_last false"
+            )
+        name = re.sub(r"[^\w-]+", "_", method)  # a method's settings have colons
+        training.output_dir = training.output_dir or f"runs/image-classification/{name}"
         self.method, self.args, self.data = method, training, data
         self.run = TrainerRun(training, *instances)
 
@@ -127,12 +134,10 @@ class Experiment:
         return self.stage(stage, build_and_fit)
 
     def teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
-        """The table of what a teacher says about each view of the training images. Raises UserError for images whose
-        views cannot be counted.
-        """
+        """The table of what a teacher says about each view of the training images."""
+        refuse_uncounted(self.data, self.args)
         views = self._training_views(torch.device("cpu"))
-        if not isinstance(views, Views) or isinstance(views, StrongViews):
-            raise UserError("the views of large images cannot be counted, so what a teacher says of them is no table")
+        assert isinstance(views, Views), "images whose views can be counted have these"
         key = outputs_key(teacher, self.data.fingerprint, self.data.config, views.number_of_views, self.args.precision)
         return TeacherViews(folder, key, len(views), views.number_of_views, len(self.data.label_names))
 
@@ -146,8 +151,12 @@ class Experiment:
         teacher, self.data = given
         return teacher
 
-    def report(self, parameters_beside: int = 0, **models: tuple[str, ImageClassifier] | None) -> None:
-        """Measures `teacher`, `control` and `student` (name, model), writes report and student, prints the table."""
+    def report(
+        self, parameters_beside: int = 0, labels_only: bool = False, **models: tuple[str, ImageClassifier] | None
+    ) -> None:
+        """Measures `teacher`, `control` and `student` (name, model), writes report and student, prints the table.
+        `labels_only`: nobody taught the student.
+        """
         entries: dict[str, Any] = {}
         said = None
         for role, given in models.items():
@@ -164,6 +173,7 @@ class Experiment:
             student and student[1],
             self.run.history,
             parameters_trained_beside=parameters_beside,
+            labels_only=labels_only,
             **extra,
         )
         if PartialState().is_main_process:
@@ -204,6 +214,15 @@ class Experiment:
             data_notes="; ".join(self.data.notes) or "none",
             parameters_of_parts=_of_parts(entries, "parameters"),
             flops_of_parts=_of_parts(entries, "flops"),
+        )
+
+
+def refuse_uncounted(data: ImageData, training: ImageTrainingArguments) -> None:
+    """Raises UserError where views cannot be counted, so that a teacher's logits of them are no table."""
+    if isinstance(data, LargeImageData) or training.strong_views:
+        raise UserError(
+            "views of large images and those of --strong_views cannot be counted, so there is no table of them: leave "
+            "out --teacher_views"
         )
 
 

@@ -135,11 +135,15 @@ class MapShape:
 def probe(model: ImageClassifier, paths: list[str], images: Tensor) -> dict[str, MapShape]:
     """The shapes of the maps that submodules yield, and of the one before the head (`map`), by looking at them.
 
-    Raises UserError for features that are no square maps.
+    Raises UserError for images that are too small and for features that are no square maps.
     """
     was_training = model.training
     hooks = FeatureHooks(model, {path: path for path in paths})
-    output = model.eval()(images.to(model.device))
+    try:
+        output = model.eval()(images.to(model.device))
+    except RuntimeError as error:
+        size = images.shape[-1]
+        raise UserError(f"{model.config.architecture} cannot see images of {size} pixels: {error}") from error
     maps = {"map": output.features["map"], **hooks.take()}
     hooks.remove()
     model.train(was_training)

@@ -36,7 +36,7 @@ from image_classification.student_model.cells import (
     results_file,
 )
 from image_classification.student_model.evaluation import evaluate
-from image_classification.student_model.experiment import Experiment
+from image_classification.student_model.experiment import Experiment, refuse_uncounted
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from image_classification.student_model.sweep_report import show
@@ -58,7 +58,12 @@ def sweep(
     """
     if training.max_grad_norm:
         raise UserError("students side by side would be coupled by clipping: --max_grad_norm must be 0")
+    if training.load_best_model_at_end:
+        raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
+    refuse_unheard_flags(axes.methods, training)
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
+    if teacher_views:
+        refuse_uncounted(data, training)
     cells, teacher_name = list(cells_of(axes)), pair.teacher
     sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
     beside = {
@@ -76,7 +81,9 @@ def sweep(
     assert given is not None, "it has just been trained"
     teacher, data = given
     missing = [cell for cell in cells if not results_file(folder, cell).exists()]
-    print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
+    main_process = PartialState().is_main_process
+    if main_process:
+        print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
     measured, said = evaluate(pair.teacher, teacher, data) if missing else ({}, {})
     for _, members in groupby(missing, lambda cell: (cell.learning_rate, cell.seed)):
         group = list(members)
@@ -92,10 +99,14 @@ def sweep(
                 entries,
                 student,
                 {"student": losses_of(cell, experiment.run.history["student"])},
+                learning_rate=cell.learning_rate,
+                labels_only=cell.method in CONTROLS,
                 parameters_trained_beside=beside[cell.key],
                 side_by_side_with=", ".join(other.label for other in group if other != cell) or "none",
             )
-    show(folder, cells)
+    PartialState().wait_for_everyone()
+    if main_process:
+        show(folder, cells)
 
 
 def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) -> None:
@@ -185,14 +196,32 @@ def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Metho
     return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
 
 
+def refuse_unheard_flags(methods: list[str], args: ImageTrainingArguments) -> None:
+    """Raises UserError for an --alpha or --temperature that none of the methods takes."""
+    heard = {"temperature"} if SIMKD in methods else set()  # of its --kl_weight
+    for spec in methods:
+        heard |= {flag for flag in flags_of(spec, args) if f":{flag}=" not in spec}
+    for flag in {"alpha", "temperature"} - heard:
+        if getattr(args, flag) != getattr(ImageTrainingArguments, flag):
+            raise UserError(f"--{flag} is that of a plain kd: give a method its own, as in {methods[-1]}:{flag}=...")
+
+
 def group_arguments(training: ImageTrainingArguments, folder: Path, cells: list[Cell]) -> ImageTrainingArguments:
-    """The training arguments of a group of cells, which continues by itself where it was interrupted."""
+    """The training arguments of a group of cells, which continues by itself where it was interrupted, also between the
+    writing of one cell and the next.
+    """
     args = copy.copy(training)
     args.learning_rate, args.seed = cells[0].learning_rate, cells[0].seed
     names = hashlib.sha256(" ".join(cell.name for cell in cells).encode()).hexdigest()[:8]
-    group = folder / "groups" / f"lr{args.learning_rate:g}_seed{args.seed}_{names}"
+    groups, prefix = folder / "groups", f"lr{args.learning_rate:g}_seed{args.seed}_"
+    trained = (group for group in sorted(groups.glob(f"{prefix}*")) if _has_trained(group, cells))
+    group = next(trained, groups / f"{prefix}{names}")
     args.output_dir, args.resume_from_checkpoint = str(group), (group / RECIPE).exists()
     return args
+
+
+def _has_trained(group: Path, cells: list[Cell]) -> bool:
+    return all((group / "stages" / "student" / cell.key).is_dir() for cell in cells)
 
 
 def losses_of(cell: Cell, history: list[dict[str, Any]]) -> list[dict[str, Any]]:

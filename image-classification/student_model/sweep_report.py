@@ -66,18 +66,20 @@ def noise(found: Found) -> list[str]:
         for name, runs in students.items()
     }
     best = max(scores, key=lambda name: fmean(scores[name].values()))
-    like_control, like_best = [], []
+    alone, like_control, like_best = [], [], []
     for name, runs in students.items():
         gains = [results["gain_over_control"] for results in runs.values()]
-        if None not in gains and not _stands_out(gains):
+        if None in gains:
+            alone.append(name)
+        elif not _stands_out(gains):
             like_control.append(name)
         if name != best and not _stands_out([scores[best][seed] - score for seed, score in scores[name].items()]):
             like_best.append(name)
     rule = f"by two standard deviations of the difference in {split} accuracy, seed by seed"
-    return [
-        f"Not ahead of their control {rule}: {', '.join(like_control) or 'none'}.",
-        f"Not behind the best, {best}, {rule}: {', '.join(like_best) or 'none'}.",
-    ]
+    sentences = [f"Not behind the best, {best}, {rule}: {', '.join(like_best) or 'none'}."]
+    if len(alone) < len(students):
+        sentences.insert(0, f"Not ahead of their control {rule}: {', '.join(like_control) or 'none'}.")
+    return sentences + ([f"Without a control: {', '.join(alone)}."] if alone else [])
 
 
 def _stands_out(differences: list[float]) -> bool:

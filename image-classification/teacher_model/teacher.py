@@ -15,13 +15,18 @@ from image_classification.teacher_model.pretrained import pretrained_classifier
 IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
 
 
-def trained_folder(name: str) -> Path | None:
-    """The folder of a trained classifier: NAME itself, or the teacher (else the student) of the run NAME."""
-    for folder in (Path(name), Path(name, "stages", "teacher"), Path(name, "student")):
+def trained_folder(name: str, student_first: bool = False) -> Path | None:
+    """The folder of a trained classifier: NAME itself, or the teacher (else the student) of the run NAME, or the other
+    way round.
+    """
+    of_run = [Path(name, "stages", "teacher"), Path(name, "student")]
+    for folder in (Path(name), *(reversed(of_run) if student_first else of_run)):
         if (folder / "config.json").exists():
             return folder
     if Path(name).is_dir():
         raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py makes one")
+    if "/" in name and not name.startswith(TIMM):
+        raise UserError(f"there is no folder {name}: train_teacher.py --output_dir {name} makes one")
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,6 +242,12 @@ def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
     assert "3 of 10 cells are finished already" in capsys.readouterr().out
     assert len(list(cells.glob("*/results.json"))) == 10
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    groups = set((tmp_path / "s" / "groups").iterdir())
+    shutil.rmtree(cells / "kd_lr0.05_seed0")  # as if killed between the writing of two cells
+    script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
+    assert set((tmp_path / "s" / "groups").iterdir()) == groups and (cells / "kd_lr0.05_seed0").exists()
+    card = (cells / "none_lr0.05_seed0" / "student" / "README.md").read_text()
+    assert "trained on the labels alone" in card and "distilled from" not in card
     results = results_of(cells / "simkd_single_l2_lr0.05_seed0")
     control = results_of(cells / "control_lr0.05_seed0")["models"]["student"]["metrics"]["validation"]["accuracy"]
     student = results["models"]["student"]["metrics"]["validation"]["accuracy"]
@@ -275,6 +282,11 @@ def test_what_is_within_noise_by_hand():
     assert noise(found) == [
         f"Not ahead of their control {rule}: fitnet at 0.1.",
         f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
+    ]
+    taught = {cell: results | {"gain_over_control": None} for cell, results in found.items() if cell.method != "none"}
+    assert noise(taught) == [
+        f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
+        "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
     ]
 
 
@@ -323,6 +335,16 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs more of the teacher"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
+        ("train_simkd.py", ["--teacher", "runs/nowhere"], "there is no folder runs/nowhere"),
+        ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),
+        ("train_simkd.py", ["--validation_share", "0.9999"], "too few training images"),
+        ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 cannot see images of 4 pixels"),
+        ("train_student.py", ["--seed", "-1"], "--seed must be from 0"),
+        ("train_student.py", ["--method", "simkd"], "train_simkd.py"),
+        ("train_student.py", ["--method", "dkd", "--temperature", "2"], "--temperature is that of a plain kd"),
+        ("train_student.py", ["--method", "kd:alpha=0.5", "--alpha", "0.2"], "--alpha is that of a plain kd"),
+        ("train_student.py", ["--method", "lskd:alpha=0:weight=0"], "at least one term"),
+        ("sweep.py", ["--load_best_model_at_end", "true"], "leave out --load_best_model_at_end"),
         ("train_student.py", ["--method", "fitnet:wait=2"], "did you mean weight?"),
         ("train_student.py", ["--methods", "kd,kdd"], "there is no method 'kdd'"),
         ("train_student.py", ["--methods", "kd", "--seeds", "one"], "--methods and --seeds"),

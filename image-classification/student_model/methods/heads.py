@@ -81,6 +81,7 @@ class ClassActivations(nn.Module):
     """
 
     teacher_weight: Tensor
+    reads_student = True  # its weights, which under --fsdp are another copy's
 
     def __init__(self, student_head: nn.Linear, teacher_head: nn.Linear, size: int) -> None:
         super().__init__()
