@@ -81,3 +81,16 @@ class KDTrainingArguments(TrainingArguments):
         self.label_names = ["labels"]
         self.logging_nan_inf_filter = False  # the trainer stops on a loss that is not finite instead of hiding it
         super().__post_init__()
+        if self.load_best_model_at_end and str(self.metric_for_best_model).endswith("loss"):
+            raise ValueError(
+                "--load_best_model_at_end needs --metric_for_best_model with a metric of the report (and, where less "
+                "of it is better, --greater_is_better false): there is no loss on validation"
+            )
+
+    @property
+    def selection(self) -> str:
+        """What a report says of which epoch of its stages was kept, and what chose it."""
+        if not self.load_best_model_at_end:
+            return "last epoch of every stage; no split chose anything"
+        metric = str(self.metric_for_best_model).removeprefix("eval_")
+        return f"best checkpoint by {metric} of every stage that is validated; validation chose, so is flattered"

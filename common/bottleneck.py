@@ -192,20 +192,33 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def freeze_keys(self) -> None:
         self.frozen.fill_(True)
 
+    def refuse_unfit(self, source: "DiscreteKeyValueBottleneck", values: bool = False) -> None:
+        """Raises ValueError where the keys of another bottleneck, or with `values` all of it, do not fit in here."""
+        own, other = self._shape(values), source._shape(values)
+        differ = [f"{name} {own[name]} here, {other[name]} carried" for name in own if own[name] != other[name]]
+        if differ:
+            raise ValueError(f"the carried keys do not fit: {'; '.join(differ)}")
+
+    def _shape(self, values: bool) -> dict[str, int | str]:
+        """What keys depend on, and with `values` what values and decoder depend on too."""
+        shape: dict[str, int | str] = {
+            "codebooks": self.codebooks,
+            "pairs": self.pairs,
+            "key width": self.key_dim,
+            "embedding width": self.dim,
+            "split": "segment" if self.projection is None else "projection",
+        }
+        if values:
+            shape |= {"decoder": "mean" if self.decoder is None else "linear", "value width": self.value_dim}
+        return shape
+
     @torch.no_grad()
     def carry_keys(self, source: "DiscreteKeyValueBottleneck") -> None:
         """Takes over the keys (and the projection that they live under) of another bottleneck and freezes them.
 
         Raises ValueError where the two do not fit: another number of codebooks or pairs, another width or split.
         """
-        own, other = (
-            (b.codebooks, b.pairs, b.key_dim, b.dim, "segment" if b.projection is None else "projection")
-            for b in (self, source)
-        )
-        if own != other:
-            names = ("codebooks", "pairs", "key width", "embedding width", "split")
-            differ = [f"{n} {b} here, {a} carried" for n, a, b in zip(names, other, own, strict=True) if a != b]
-            raise ValueError(f"the carried keys do not fit: {'; '.join(differ)}")
+        self.refuse_unfit(source)
         for name in ("keys", "key_sums", "key_counts", "projection"):
             if getattr(self, name) is not None:
                 getattr(self, name).copy_(getattr(source, name))

@@ -51,14 +51,15 @@ def set_keys(
     """Gives a bottleneck its keys and freezes them; returns how well they cover the embeddings (rows, hidden).
 
     carried: those of `source`; reused: its values and decoder as well; new: fitted to the embeddings; random: as they
-    were initialised.
+    were initialised. Raises ValueError where there is nothing to take over, or what there is does not fit.
     """
     if keys in ("carried", "reused"):
         if source is None:
             raise ValueError(f"{keys} keys need a bottleneck to take them from")
+        bottleneck.refuse_unfit(source, values=keys == "reused")
         bottleneck.carry_keys(source)
-    if keys == "reused" and source is not None:
-        bottleneck.load_state_dict(source.state_dict())
+        if keys == "reused":
+            bottleneck.load_state_dict(source.state_dict())
     if keys == "new":
         rank, world = process()
         bottleneck.fit_keys(embeddings[rank::world], seed=seed)

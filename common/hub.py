@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -9,8 +10,13 @@ import huggingface_hub
 
 
 @contextmanager
-def no_retries_when_unreachable() -> Iterator[None]:
-    """Asks the Hub once; where it does not answer, its clients go to the cache at once, not a minute later."""
+def no_retries_when_unreachable(name: str = "") -> Iterator[None]:
+    """Asks the Hub once; where it does not answer, its clients go to the cache at once, not a minute later. Where
+    `name` is a local folder it is not asked.
+    """
+    if name and Path(name).is_dir():
+        yield
+        return
     constants: Any = huggingface_hub.constants
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     try:

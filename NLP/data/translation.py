@@ -10,6 +10,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from common.sources import Splits, read_named, short_name
 from common.utils.errors import UserError
+from nlp.data.loading import CARVING_SEED
 from nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
@@ -30,9 +31,9 @@ class TranslationData:
     notes: list[str] = field(default_factory=list)
 
 
-def load_translation_data(dataset: str, source: str, target: str, seed: int = 0) -> TranslationData:
+def load_translation_data(dataset: str, source: str, target: str) -> TranslationData:
     """Loads `dataset` (number_words, a folder, or owner/name[:config]), in which `source` and `target` are columns of
-    texts or keys of a column `translation`; `seed` only carves a missing validation split.
+    texts or keys of a column `translation`. A missing validation split is carved from train, the same each time.
 
     Raises UserError where there is no such dataset, column or text.
     """
@@ -42,9 +43,10 @@ def load_translation_data(dataset: str, source: str, target: str, seed: int = 0)
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
     if "validation" not in splits:
-        carved = splits["train"].train_test_split(min(MOST_CARVED, max(1, len(splits["train"]) // 10)), seed=seed)
+        number = min(MOST_CARVED, max(1, len(splits["train"]) // 10))
+        carved = splits["train"].train_test_split(number, seed=CARVING_SEED)
         splits |= {"train": carved["train"].flatten_indices(), "validation": carved["test"].flatten_indices()}
-        notes.append(f"no validation split: {len(splits['validation'])} rows of train were set aside (seed {seed})")
+        notes.append(f"no validation split: {number} rows of train were set aside, the same whatever the seed")
     texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
     return TranslationData(
         name=short_name(dataset),
@@ -59,7 +61,8 @@ def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> data
     """The columns source and target, and nothing else."""
     if not len(rows):
         raise UserError(f"the {split} split is empty: it needs at least one row")
-    if "translation" in rows.column_names:  # the Hub's layout: {"en": ..., "de": ...} in one column
+    nested = rows.features.get("translation")  # the Hub's layout: {"en": ..., "de": ...} in one column
+    if isinstance(nested, dict | datasets.Translation) and not {source, target} & set(rows.column_names):
         rows = datasets.Dataset.from_list(rows["translation"][:])
     columns = {}
     for side, name in (("source", source), ("target", target)):

@@ -15,7 +15,7 @@ from nlp.student_model.bottleneck_distillation import BottleneckDistillation
 
 def main() -> None:
     text, pair, bottleneck, training = parse(TextArguments, PairArguments, BottleneckArguments, KDTrainingArguments)
-    data = text.load(training.seed)
+    data = text.load()
     distillation = BottleneckDistillation(text, pair, bottleneck, training, data)
     teacher = distillation.teacher()
     control = None if training.no_control else distillation.control()

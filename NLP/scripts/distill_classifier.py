@@ -15,7 +15,7 @@ from nlp.student_model.classifier_distillation import ClassifierDistillation
 
 def main() -> None:
     text, pair, matching, training = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments)
-    data = text.load(training.seed)
+    data = text.load()
     distillation = ClassifierDistillation(text, pair, matching, training, data)
     teacher = distillation.teacher()
     control = None if training.no_control else distillation.control()

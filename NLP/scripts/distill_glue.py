@@ -27,7 +27,7 @@ from nlp.student_model.arguments import BottleneckArguments, MatchingArguments, 
 from nlp.student_model.bottleneck_distillation import BottleneckDistillation
 from nlp.student_model.classifier_distillation import ClassifierDistillation
 from nlp.student_model.glue_report import SYSTEMS, show
-from nlp.student_model.methods import refuse_unfit
+from nlp.student_model.methods import refuse_smoothing, refuse_unfit
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
@@ -45,7 +45,8 @@ class GlueArguments:
         default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
     )
     samples_per_stage: int = field(
-        default=200_000, metadata={"help": "no stage sees more texts, so large tasks get fewer epochs"}
+        default=200_000,
+        metadata={"help": "texts that fine-tuning and alignment see at most, each, so large tasks get fewer epochs"},
     )
 
     def __post_init__(self) -> None:
@@ -72,16 +73,18 @@ def main() -> None:
     )
     folder = Path(training.output_dir or "runs/NLP/glue")
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
-    if "base" in glue.systems:
-        for task in glue.tasks:  # likewise
-            refuse_unfit(matching.method, training, task, len(TASKS[task].label_names) or 1)
+    for task in glue.tasks:  # likewise
+        classes = len(TASKS[task].label_names) or 1
+        refuse_smoothing(training, task, classes)
+        if "base" in glue.systems:
+            refuse_unfit(matching.method, training, task, classes)
     with PartialState().main_process_first():
         if starts_over(training) and PartialState().is_main_process:
             cells = [f"{task}/seed{seed}" for task, seed in product(glue.tasks, glue.seeds)]
             remove(folder, cells, (training, text, pair, bottleneck, matching))
     for task, seed in product(glue.tasks, glue.seeds):
         text.dataset, training.seed = sources[task], seed
-        data = text.load(seed)
+        data = text.load()
         epochs = glue.samples_per_stage / len(data.splits["train"])
         for system in glue.systems:
             own = matching if system == "base" else of_system(bottleneck, system)
@@ -132,7 +135,9 @@ def of_system(bottleneck: BottleneckArguments, system: str) -> BottleneckArgumen
 def at_most(
     epochs: float, pair: PairArguments, training: KDTrainingArguments
 ) -> tuple[PairArguments, KDTrainingArguments]:
-    """Copies with no stage longer than `epochs`."""
+    """Copies in which teacher's fine-tuning, alignment and student's fine-tuning take at most `epochs` each. The
+    control takes those of the latter two; values, which train on cached codes, keep theirs.
+    """
     pair, training = copy.copy(pair), copy.copy(training)
     training.num_train_epochs = min(training.num_train_epochs, epochs)
     for name in ("teacher_epochs", "align_epochs", "scratch_epochs"):

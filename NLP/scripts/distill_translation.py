@@ -85,7 +85,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, TranslationTrainingArguments)
-    data = load_translation_data(args.dataset, args.source, args.target, training.seed)
+    data = load_translation_data(args.dataset, args.source, args.target)
     distillation = TranslationDistillation(args, training, data)
     teacher = distillation.teacher()
     control = None if training.no_control else distillation.control(teacher)

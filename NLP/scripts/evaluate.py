@@ -18,11 +18,10 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config] or local folder")
     parser.add_argument("--text_columns", nargs="+")
     parser.add_argument("--label_column")
-    parser.add_argument("--seed", type=int, default=0, help="carves a validation split where the data has none")
     parser.add_argument("--json", help="also write the metrics to this file")
     args = parser.parse_args()
 
-    data = load_text_data(args.dataset, args.text_columns, args.label_column, args.seed)
+    data = load_text_data(args.dataset, args.text_columns, args.label_column)
     classifier = load_trained(args.model, data)
     texts = Texts.of(data, classifier.tokenizer)
     measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)

@@ -42,7 +42,6 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config] or local folder")
     parser.add_argument("--text_columns", nargs="+")
     parser.add_argument("--label_column")
-    parser.add_argument("--seed", type=int, default=0, help="carves a validation split where the data has none")
     parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--teacher", help="folder or Hub name of a classifier to compare with")
     parser.add_argument("--output_dir", help="default: export, beside the student's folder")
@@ -53,7 +52,7 @@ def main() -> None:
     PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    data = load_text_data(args.dataset, args.text_columns, args.label_column, args.seed)
+    data = load_text_data(args.dataset, args.text_columns, args.label_column)
     student, texts = trained(args.student, data)
     models = {"teacher": trained(args.teacher, data)} if args.teacher else {}
     models["student"] = student, texts

@@ -18,6 +18,7 @@ from nlp.data.loading import TextData
 from nlp.student_model.arguments import SearchArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
 from nlp.student_model.search import Search, SearchRun
 from nlp.student_model.search_report import Report
@@ -28,15 +29,16 @@ def main() -> None:
     text, args, training = parse(TextArguments, SearchArguments, KDTrainingArguments)
     if training.world_size > 1:
         raise UserError("a search runs in one process: call this script without torchrun or accelerate launch")
-    data = text.load(training.seed)
+    data = text.load()
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
     if data.regression and "temperature" in args.search:
         raise UserError(f"{data.name} is a regression, whose loss has no temperature: --search alpha learning_rate")
+    refuse_smoothing(training, data.name, data.num_labels)
     set_seed(training.seed)  # for the random head of a student that comes without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
     for classifier in (teacher, student):
-        classifier.tokenizer.model_max_length = text.max_length
+        classifier.cut_texts(text.max_length)
     texts = Texts.of(data, student.tokenizer)
     texts_of_teacher = Texts.of(data, teacher.tokenizer) if args.student else texts
 

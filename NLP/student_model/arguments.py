@@ -12,6 +12,7 @@ from nlp.student_model.matching import HiddenLoss, LayerMap
 
 Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
+SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest is to say something
 
 
 @dataclass
@@ -23,8 +24,12 @@ class TextArguments:
     label_column: str | None = None
     max_length: int = field(default=128, metadata={"help": "longer texts are cut, in tokens"})
 
-    def load(self, seed: int) -> TextData:
-        return load_text_data(self.dataset, self.text_columns, self.label_column, seed)
+    def __post_init__(self) -> None:
+        if self.max_length < SHORTEST:
+            raise ValueError(f"--max_length must be at least {SHORTEST}, got {self.max_length}")
+
+    def load(self) -> TextData:
+        return load_text_data(self.dataset, self.text_columns, self.label_column)
 
 
 @dataclass

@@ -37,8 +37,12 @@ class BottleneckDistillation(Distillation):
         super().refuse_what_cannot_be(training)
         own = self.given_student
         for classifier in filter(None, (self.given, own)):
-            self._refuse_shape(classifier.encoder.config.hidden_size)
-        if own is None or self.bottleneck.keys not in ("carried", "reused"):
+            self._of_shape(classifier.encoder.config.hidden_size)
+        if self.bottleneck.keys not in ("carried", "reused"):
+            return
+        if isinstance(self.given.model, BottleneckClassifier):
+            self._refuse_unfit(self.given.model)
+        if own is None:
             return
         widths = own.encoder.config.hidden_size, self.given.encoder.config.hidden_size
         if widths[0] != widths[1]:
@@ -47,12 +51,27 @@ class BottleneckDistillation(Distillation):
                 "choose a student of that width, --student_layers, or --keys new"
             )
 
-    def _refuse_shape(self, width: int) -> None:
+    def _of_shape(self, width: int) -> DiscreteKeyValueBottleneck:
+        """A bottleneck of the shape that is asked for, without its weights. Raises UserError where there is none."""
         try:
             with torch.device("meta"):
-                DiscreteKeyValueBottleneck(width, 1, **self.bottleneck.shape())
+                return DiscreteKeyValueBottleneck(width, self.data.num_labels, **self.bottleneck.shape())
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def _refuse_unfit(self, teacher: BottleneckClassifier) -> None:
+        """Raises UserError where a teacher comes with a bottleneck that the student's cannot take over from."""
+        name, pooling = self.pair.teacher, teacher.config.pooling
+        if pooling != self.bottleneck.pooling:
+            raise UserError(
+                f"the keys of teacher {name} are for --pooling {pooling}, not {self.bottleneck.pooling}: pass that, "
+                "or --keys new"
+            )
+        try:
+            own = self._of_shape(self.given.encoder.config.hidden_size)
+            own.refuse_unfit(teacher.bottleneck, values=self.bottleneck.keys == "reused")
+        except ValueError as error:
+            raise UserError(f"{error}; give the bottleneck the shape of that of {name}, or pass --keys new") from error
 
     def teacher(self) -> PreTrainedModel:
         """A fine-tuned classifier, whose head a bottleneck replaces where the system gives the teacher one."""

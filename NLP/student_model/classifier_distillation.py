@@ -59,7 +59,8 @@ class ClassifierDistillation(Distillation):
             )
         student = self.given_student
         layers = len(layer_paths(student.encoder)) if student else self.student_layers
-        layer_pairs(wanted.layer_map, layers, len(layer_paths(self.given.encoder)))
+        if wanted.hidden_weight or wanted.attention_weight:
+            layer_pairs(wanted.layer_map, layers, len(layer_paths(self.given.encoder)))
         if isinstance(self.given.model, BottleneckClassifier) and not student:
             raise UserError(
                 f"teacher {pair.teacher} has a bottleneck, and no plain student can be cut from it: name one"
@@ -94,7 +95,9 @@ class ClassifierDistillation(Distillation):
             if "teacher" in heard and self.others:
                 raise UserError("the hidden states are too many to cache, which several teachers need: name one")
             texts = self.texts if self.same_tokens else self.student_texts
-            rate = self.rate if self.wanted.student_learning_rate is None else self.wanted.student_learning_rate
+            rate = self.wanted.student_learning_rate
+            if rate is None:
+                rate = self.rate(self.given_student or self.given)
             epochs = self.run.args.num_train_epochs
             return self.pipeline.finetune("student", student, texts, epochs, rate, heard, matching)
 

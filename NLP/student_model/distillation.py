@@ -19,8 +19,10 @@ from nlp.student_model.arguments import PairArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from nlp.student_model.evaluation import evaluate
 from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.matching import layer_pairs
+from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
-from nlp.teacher_model.teacher import encoder_of, load_classifier
+from nlp.teacher_model.teacher import Pretrained, encoder_of, load_classifier
 
 USAGE = """from transformers import AutoTokenizer
 from {module} import {model}
@@ -53,9 +55,11 @@ class Distillation:
         set_seed(training.seed)  # for the random heads of what is loaded here
         self.given = load_classifier(pair.teacher, data)  # as it comes
         self.given_student = load_classifier(pair.student, data) if pair.student else None
+        cut_elsewhere = pair.control_from and not (pair.student or training.no_control)
+        self.control_from = load_classifier(str(pair.control_from), data) if cut_elsewhere else None
         own = self.given_student
-        for classifier in filter(None, (self.given, own)):
-            classifier.tokenizer.model_max_length = text.max_length  # saved with it, so that evaluation cuts alike
+        for classifier in filter(None, (self.given, own, self.control_from)):
+            classifier.cut_texts(text.max_length)
         self.texts = Texts.of(data, self.given.tokenizer)
         self.student_texts = Texts.of(data, own.tokenizer) if own else self.texts
         self.same_tokens = not own or own.tokenizer.get_vocab() == self.given.tokenizer.get_vocab()
@@ -63,10 +67,9 @@ class Distillation:
         self.run = TrainerRun(training, text, pair, *others)
         self.pipeline = Pipeline(self.run, pooling, (shared or self.run.folder) / "teacher_outputs")
 
-    @property
-    def rate(self) -> float:
-        training = self.run.args
-        return self.pair.scratch_learning_rate if self.given.from_scratch else training.learning_rate
+    def rate(self, start: Pretrained) -> float:
+        """The learning rate of fine-tuning that starts from these weights, or from a cut of them."""
+        return self.pair.scratch_learning_rate if start.from_scratch else self.run.args.learning_rate
 
     @property
     def student_layers(self) -> int:
@@ -75,6 +78,7 @@ class Distillation:
     def refuse_what_cannot_be(self, training: KDTrainingArguments) -> None:
         """Before anything is written, and before hours of training rather than after."""
         pair, layers = self.pair, len(layer_paths(self.given.encoder))
+        refuse_smoothing(training, self.data.name, self.data.num_labels)
         if self.given_student is None:
             if not 1 <= self.student_layers <= layers:
                 raise UserError(
@@ -85,11 +89,33 @@ class Distillation:
                     f"teacher {pair.teacher} is trained already, so a control cut from it would have had a teacher: "
                     "name the encoder that it was made from with --control_from, or pass --no_control"
                 )
-        elif pair.align_epochs and not self.same_tokens:
+            cut_layers(self.given.encoder, self.student_layers)  # raises UserError where that cannot be done
+            if self.control_from:
+                self._refuse_origin(self.control_from)
+        elif pair.align_epochs:
+            if not self.same_tokens:
+                raise UserError(
+                    f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so their hidden "
+                    "states do not stand for the same tokens: pass --align_epochs 0, or a student with that vocabulary"
+                )
+            layer_pairs("uniform", len(layer_paths(self.given_student.encoder)), layers)
+
+    def _refuse_origin(self, origin: Pretrained) -> None:
+        """Raises UserError where no control can be cut from what --control_from names."""
+        name, teacher = self.pair.control_from, self.pair.teacher
+        if origin.trained:
+            raise UserError(f"--control_from {name} is trained already: name the encoder that {teacher} was made from")
+        if origin.tokenizer.get_vocab() != self.given.tokenizer.get_vocab():
             raise UserError(
-                f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so their hidden "
-                "states do not stand for the same tokens: pass --align_epochs 0, or a student with that vocabulary"
+                f"--control_from {name} and teacher {teacher} have different vocabularies: name the encoder that the "
+                "teacher was made from"
             )
+        if (layers := len(layer_paths(origin.encoder))) < self.student_layers:
+            raise UserError(
+                f"--control_from {name} has fewer layers ({layers}) than the control needs ({self.student_layers}): "
+                "name the encoder that the teacher was made from, or pass --student_layers"
+            )
+        cut_layers(origin.encoder, self.student_layers)
 
     # ---- stages ----
 
@@ -103,15 +129,13 @@ class Distillation:
         return self.stage(
             stage,
             lambda: self.pipeline.finetune(
-                stage, model, self.texts, epochs, self.rate, freeze_embeddings=not given.from_scratch
+                stage, model, self.texts, epochs, self.rate(given), freeze_embeddings=not given.from_scratch
             ),
         )
 
     def plain_control(self, stage: str, epochs: float) -> PreTrainedModel:
         """The student without the teacher: the same cut of the encoder *as it came*, as many epochs, labels only."""
-        source = self.given_student or (
-            load_classifier(self.pair.control_from, self.data) if self.pair.control_from else self.given
-        )
+        source = self.given_student or self.control_from or self.given
 
         def labels_only() -> PreTrainedModel:
             model = source.model if self.given_student else cut_layers(source.model, self.student_layers)
@@ -120,7 +144,7 @@ class Distillation:
                 copy.deepcopy(model),
                 self.student_texts,
                 epochs,
-                self.rate,
+                self.rate(source),
                 freeze_embeddings=not source.from_scratch,
             )
 
@@ -208,7 +232,7 @@ class Distillation:
             models=models,
             split=split,
             metric=self.data.primary_metric,
-            selection="last epoch of every stage; no split chose anything",
+            selection=self.run.args.selection,
             data_notes="; ".join(self.data.notes) or "none",
             **extra,
         )

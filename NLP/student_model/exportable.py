@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.exportable import Exportable
+from common.hub import no_retries_when_unreachable
 from common.utils.errors import UserError
 from nlp.data.intents import load_intents
 from nlp.teacher_model.teacher import encoder_of  # registers the classifier with a bottleneck, too
@@ -71,8 +72,9 @@ def load(name: str, task: str | None) -> Exportable:
     where there is none.
     """
     try:
-        kind, describe = _kind(name, AutoConfig.from_pretrained(name))
-        model, tokenizer = kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        with no_retries_when_unreachable(name):
+            kind, describe = _kind(name, AutoConfig.from_pretrained(name))
+            model, tokenizer = kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no text model {name}: it is no folder with a model and a tokenizer, and the Hugging Face Hub does not "

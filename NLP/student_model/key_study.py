@@ -94,6 +94,8 @@ class KeyStudy:
         stages = folder / "stages"
         if not (folder / "results.json").exists():
             raise UserError(f"{folder} is no finished run of distill_keys_carried.sh")
+        if not (stages / "student_encoder").is_dir():
+            raise UserError(f"{folder} has no aligned student: make a run with --align_epochs above 0")
         classifier = load_classifier(str(stages / "teacher_encoder"), self.data)
         self.texts = Texts.of(self.data, classifier.tokenizer)
         aligned = load_encoder(stages / "student_encoder")

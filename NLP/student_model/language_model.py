@@ -25,7 +25,7 @@ from nlp.student_model.language_evaluation import (
     one_line,
 )
 from nlp.student_model.layers import cut_layers, layer_paths
-from nlp.student_model.matching import Matching, hidden_states, width
+from nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
 from nlp.student_model.pipeline import switch_off_dropout
 from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, load_model, random_gpt2
 
@@ -63,6 +63,10 @@ class LanguageDistillation:
         layers = len(layer_paths(given.model)) if given else args.teacher_layers
         if args.student == CUT and args.student_layers > layers:
             raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
+        if args.student == CUT and given:
+            cut_layers(given.model, args.student_layers)  # raises UserError where that cannot be done
+        if args.hidden_weight:
+            layer_pairs("uniform", len(layer_paths(own.model)) if own else args.student_layers, layers)
 
     def _learn_tokenizer(self) -> PreTrainedTokenizerBase:
         """A stage, so that a run that is continued has the vocabulary that it started with."""
@@ -143,7 +147,9 @@ class LanguageDistillation:
             name,
             model,
             {"learning_rate": rate, "train_sampling_strategy": "random"} | settings,
-            objective=objective(1.0 if teacher is None else args.alpha, divergence, inside),
+            objective=objective(
+                1.0 if teacher is None else args.alpha, divergence, inside, args.label_smoothing_factor
+            ),
             features=inside.features,
             teacher=teacher,
             teacher_features=inside.teacher_features,
@@ -195,7 +201,7 @@ class LanguageDistillation:
             split="validation",
             metric="perplexity",
             lower_is_better=True,
-            selection="last epoch of every stage; no split chose anything",
+            selection=self.run.args.selection,
             data_notes="; ".join(self.corpus.notes) or "none",
             corpus={"tokens": tokens, "bytes": {split: self.corpus.size(split) for split in self.blocks}},
             **extra,
@@ -211,8 +217,9 @@ def divergence_of(name: str, temperature: float, js_beta: float) -> Divergence:
     return partial(soft_target_kl, temperature=temperature, direction=name)
 
 
-def objective(alpha: float, divergence: Divergence, inside: Matching) -> Objective:
-    """alpha * labels + (1 - alpha) * the teacher's distributions, both means over the tokens, + what is to match
-    inside, a mean over all positions.
+def objective(alpha: float, divergence: Divergence, inside: Matching, smoothing: float = 0.0) -> Objective:
+    """alpha * labels, smoothed, + (1 - alpha) * the teacher's distributions, both means over the tokens, + what is to
+    match inside, a mean over all positions.
     """
-    return Objective(task=(alpha, task_loss()), tokens=(1 - alpha, token_targets(divergence)), **inside.terms)
+    task = task_loss(smoothing=smoothing)
+    return Objective(task=(alpha, task), tokens=(1 - alpha, token_targets(divergence)), **inside.terms)

@@ -29,7 +29,10 @@ def uniform_map(student_layers: int, teacher_layers: int) -> list[int]:
 
 
 def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A new model of the same class and weights with only `layers` evenly spaced layers, as DistilBERT was made."""
+    """A new model of the same class and weights with only `layers` evenly spaced layers, as DistilBERT was made.
+
+    Raises UserError where there are not as many, or where the layers are not built alike.
+    """
     paths = layer_paths(model)
     if not 1 <= layers <= len(paths):
         raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
@@ -52,5 +55,11 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
             weights[name] = tensor
         elif layer in kept:
             weights[kept[layer] + name[len(layer) :]] = tensor
-    student.load_state_dict(weights)
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the layers of {type(model).__name__} are not built alike, so {layers} of {len(paths)} make no model: "
+            "name a student with --student"
+        ) from error
     return student

@@ -45,8 +45,13 @@ class Matching:
 def layer_pairs(layer_map: LayerMap, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     """(student layer, teacher layer), from 0. `uniform`: the same relative depth. `skip` and `last` are those of PKD
     (arXiv:1908.09355): the uniform ones, or the teacher's last ones, without the last layer, which the head sees.
-    Raises UserError where that leaves none.
+    Raises UserError where that leaves none, and where the student has more layers than the teacher.
     """
+    if student_layers > teacher_layers:
+        raise UserError(
+            f"the student has {student_layers} layers to match, its teacher only {teacher_layers}: choose a student "
+            "of no more, or match no layers (--align_epochs 0, weights of 0)"
+        )
     uniform = list(enumerate(uniform_map(student_layers, teacher_layers)))
     last = [(i, teacher_layers - student_layers + i) for i in range(student_layers)]
     pairs = {"uniform": uniform, "skip": uniform[:-1], "last": last[:-1]}[layer_map]

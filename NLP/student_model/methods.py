@@ -34,10 +34,18 @@ def refuse_unfit(spec: str, training: KDTrainingArguments, dataset: str, classes
     """Raises UserError for what is no method, and for one that data of so many classes (1: numbers) are not for."""
     if classes == 1 and spec != PLAIN:
         raise UserError(f"--method {spec} is for classes, and {dataset} has numbers: pass --method {PLAIN}")
+    if training.label_smoothing_factor and spec != PLAIN:
+        raise UserError(f"--method {spec} takes labels as they are: leave --label_smoothing_factor at 0")
     if classes > 1:
         anything = partial(match_pooled, "", "", "cls")
         method = chosen(spec, METHODS, **flags_of(spec, training))
         method(Task(classes, 1, 1, anything, anything, lambda: (torch.empty(0, 1), torch.empty(0))))
+
+
+def refuse_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -> None:
+    """Raises UserError for smoothed labels of data that have numbers (1 class) instead."""
+    if training.label_smoothing_factor and classes == 1:
+        raise UserError(f"--label_smoothing_factor is for classes, and {dataset} has numbers: leave it at 0")
 
 
 def method_terms(

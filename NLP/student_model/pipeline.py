@@ -11,8 +11,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.arguments import KDTrainingArguments
 from common.inference import over_dataset
-from common.objective import Objective, labels_and_soft_targets, task_loss
+from common.objective import Objective, Term, Weight, soft_targets, task_loss
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -69,11 +70,9 @@ class Pipeline:
         """
         args = self.run.args
         if not with_teacher:
-            return Objective(task=(1.0, task_loss(data.regression)))
+            return Objective(task=(1.0, task_loss(data.regression, args.label_smoothing_factor)))
         others = {} if matching is None else matching.terms
-        if "task" in others:
-            return Objective(**others)
-        return labels_and_soft_targets(args.alpha, args.temperature, data.regression, **others)
+        return Objective(**others) if "task" in others else labels_and_logits(args, data.regression, **others)
 
     def finetune(
         self,
@@ -126,7 +125,8 @@ class Pipeline:
             lengths = torch.tensor([len(states) for states in next(iter(said.values()))]) if said else None
             return TeacherOutputs(ids, own, {name: torch.cat(states) for name, states in said.items()}, lengths)
 
-        key = outputs_key(teacher, texts.data.fingerprint, texts.train["input_ids"], self.precision, [*layers], logits)
+        tokens = texts.train["input_ids"][:]
+        key = outputs_key(teacher, texts.data.fingerprint, tokens, self.precision, [*layers], logits)
         with self.run.timed("teacher_outputs"):
             return TeacherOutputs.load_or_compute(self.outputs_folder, key, compute, write=process()[0] == 0)
 
@@ -171,6 +171,15 @@ class Pipeline:
             not_for_student=texts.not_for(encoder),
             **self.hear(teacher, texts, matching),
         )
+
+
+def labels_and_logits(args: KDTrainingArguments, regression: bool, **others: tuple[Weight, Term]) -> Objective:
+    """alpha * labels, smoothed, + (1 - alpha) * soft targets, and any other weighted terms."""
+    return Objective(
+        task=(args.alpha, task_loss(regression, args.label_smoothing_factor)),
+        soft_targets=(1 - args.alpha, soft_targets(args.temperature, regression)),
+        **others,
+    )
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -247,7 +247,7 @@ class TranslationDistillation:
             models=models,
             split="validation",
             metric="bleu",  # greedy: a student is made to be fast, and that is the fast way to decode
-            selection="last epoch of every stage; no split chose anything",
+            selection=self.run.args.selection,
             data_notes="; ".join(self.data.notes) or "none",
             **extra,
         )

@@ -39,7 +39,7 @@ class LanguageModel(NamedTuple):
 def load_language_model(name: str, block_size: int) -> LanguageModel:
     """The causal model NAME (Hub name or folder). Raises UserError where it cannot be had, or is too short-sighted."""
     try:
-        with no_retries_when_unreachable():
+        with no_retries_when_unreachable(name):
             model, tokenizer = load_model(name), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(

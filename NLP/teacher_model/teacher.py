@@ -1,6 +1,7 @@
 """Where a text teacher comes from: the Hub, a folder, or the embedded tiny BERT, which starts from random weights."""
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.hub import no_retries_when_unreachable
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # also registers it with AutoModel...
@@ -42,6 +45,14 @@ class Pretrained:
     def encoder(self) -> PreTrainedModel:
         return encoder_of(self.model)
 
+    def cut_texts(self, max_length: int) -> None:
+        """Has the tokenizer cut texts to `max_length` tokens, also once it is saved, so that evaluation cuts alike.
+        Raises UserError where the encoder cannot see as many.
+        """
+        if max_length > (most := positions(self.encoder)):
+            raise UserError(f"--max_length {max_length}: the {type(self.model).__name__} sees at most {most} tokens")
+        self.tokenizer.model_max_length = max_length
+
 
 def load_classifier(name: str, data: TextData) -> Pretrained:
     """The model NAME (Hub name, folder, or `tiny-bert`) with a head for the labels of `data`.
@@ -51,13 +62,14 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     if name == TINY_BERT:
         return tiny_bert(data)
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with no_retries_when_unreachable(name):
+            config = AutoConfig.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            trained = is_trained(name, config, data)
+            labels = {} if trained else label_config(data)
+            model = AutoModelForSequenceClassification.from_pretrained(name, **labels)
     except (OSError, ValueError) as error:
         raise UserError(unreachable(name, error)) from error
-    trained = is_trained(name, config, data)
-    labels = {} if trained else label_config(data)
-    model = AutoModelForSequenceClassification.from_pretrained(name, **labels)
     accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
     tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
     return Pretrained(model, tokenizer, trained=trained)
@@ -74,6 +86,16 @@ def load_trained(name: str, data: TextData) -> Pretrained:
 def encoder_of(classifier: PreTrainedModel) -> Any:
     """What stands before a classifier's head or bottleneck."""
     return classifier.encoder if isinstance(classifier, BottleneckClassifier) else classifier.base_model
+
+
+def positions(encoder: nn.Module) -> float:
+    """How many tokens an encoder can see: the rows of its table of positions, less those that RoBERTa has for padding;
+    infinite where there is no such table.
+    """
+    for path, module in encoder.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return math.inf
 
 
 def label_config(data: TextData) -> dict:
@@ -145,6 +167,7 @@ def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:
 
 def unreachable(name: str, error: Exception) -> str:
     return (
-        f"no model {name}: it is no folder with a config.json, and the Hugging Face Hub does not have it or cannot be "
-        f"reached; pass a local folder, or --teacher {TINY_BERT}, which needs no download ({type(error).__name__})"
+        f"no model {name}: it is no folder with config.json, tokenizer and weights of a text encoder, and the Hugging "
+        f"Face Hub has no such model or cannot be reached; pass a local folder, or --teacher {TINY_BERT}, which needs "
+        f"no download ({type(error).__name__})"
     )

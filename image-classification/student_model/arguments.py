@@ -75,6 +75,8 @@ class ImageTrainingArguments(KDTrainingArguments):
     temperature: float = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
 
     def __post_init__(self) -> None:
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor is not heard by image classifiers: leave it at 0")
         given = self.output_dir
         super().__post_init__()
         self.output_dir = given  # None: the script knows a better name than the parent's

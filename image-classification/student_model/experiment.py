@@ -210,7 +210,7 @@ class Experiment:
             models={role: entry and _without_parts(entry) for role, entry in entries.items()},
             split=split,
             metric="accuracy",
-            selection="last epoch; no split chose anything",
+            selection=self.args.selection,
             data_notes="; ".join(self.data.notes) or "none",
             parameters_of_parts=_of_parts(entries, "parameters"),
             flops_of_parts=_of_parts(entries, "flops"),

@@ -2,7 +2,12 @@
 
 import functools
 import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,8 +23,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    BertTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaModel,
     pipeline,
 )
 
@@ -29,14 +41,16 @@ from common.features import FeatureHooks
 from common.losses import attention_kl, feature_cosine, feature_l2
 from common.objective import Objective
 from common.outputs import Outputs
+from common.teacher_outputs import TeacherOutputs
 from common.utils.errors import UserError
-from nlp.data.loading import load_text_data
+from nlp.data.loading import TextData, load_text_data
 from nlp.student_model import pipeline as steps
 from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from nlp.student_model.classifier_distillation import ClassifierDistillation
 from nlp.student_model.evaluation import predict, text_metrics
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import tiny_bert
+from nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 
 BRIEF = ["--align_epochs", "0", "--report_to", "none", "--per_device_train_batch_size", "48"]
 
@@ -84,6 +98,8 @@ def test_layer_maps_of_pkd_as_its_paper_has_them():
     assert [j + 1 for _, j in layer_pairs("last", 6, 12)] == [7, 8, 9, 10, 11]
     with pytest.raises(UserError, match="choose uniform"):
         layer_pairs("last", 1, 12)
+    with pytest.raises(UserError, match="has 4 layers to match, its teacher only 3"):
+        layer_pairs("uniform", 4, 3)
 
 
 def bert(width: int = 16, layers: int = 4, heads: int = 4) -> BertForSequenceClassification:
@@ -251,14 +267,70 @@ def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tm
     assert torch.equal(student[name.format(1)], teacher[name.format(3)]) == (source == "teacher")
 
 
+def distillation(folder: Path, small: Path, **pair: Any) -> ClassifierDistillation:
+    training = KDTrainingArguments(output_dir=str(folder), learning_rate=1e-4, report_to="none")
+    arguments = TextArguments(dataset=str(small)), PairArguments(align_epochs=0, student_layers=2, **pair)
+    return ClassifierDistillation(*arguments, MatchingArguments(), training, load_text_data(str(small)))
+
+
+def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_path, monkeypatch):
+    """At its learning rate, and with the head that the seed gives it, whatever was drawn since the run began."""
+    monkeypatch.setattr(steps.Pipeline, "finetune", lambda _, name, model, texts, epochs, rate, **__: (model, rate))
+    monkeypatch.setattr(ClassifierDistillation, "stage", lambda _, name, build: build())
+    heads = []
+    for drawn in range(2):
+        run = distillation(tmp_path / str(drawn), small, teacher=str(teachers[0]), control_from="tiny-bert")
+        torch.rand(drawn)
+        control, rate = run.control()
+        assert rate == run.pair.scratch_learning_rate != run.rate(run.given)
+        heads.append(control.classifier.weight)
+    assert torch.equal(*heads)
+
+
+def test_smoothed_labels_with_a_teacher_and_without(tmp_path):
+    args = KDTrainingArguments(output_dir=str(tmp_path), alpha=0.3, label_smoothing_factor=0.2)
+    run: Any = SimpleNamespace(args=args)
+    data = TextData("three", {}, ["a", "b", "c"], False, "accuracy", "")
+    said, labels = Outputs(logits=torch.randn(4, 3)), torch.tensor([0, 2, 1, 0])
+    expected = torch.nn.functional.cross_entropy(said.logits, labels, label_smoothing=0.2).item()
+    for with_teacher, alpha in ((True, 0.3), (False, 1.0)):
+        objective = steps.Pipeline(run, "cls", tmp_path).objective(data, with_teacher)
+        assert objective(said, said, labels)["task"].item() == pytest.approx(alpha * expected)
+
+
+def test_other_tokens_of_any_text_are_other_teacher_outputs(small, teachers, tmp_path, monkeypatch):
+    keys: list[str] = []
+    monkeypatch.setattr(TeacherOutputs, "load_or_compute", lambda folder, key, *_, **__: keys.append(key))
+    run: Any = SimpleNamespace(args=SimpleNamespace(precision="fp32"), timed=lambda name: nullcontext())
+    model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
+    texts = Texts.of(load_text_data(str(small)), AutoTokenizer.from_pretrained(teachers[0]))
+    ids = texts.train["input_ids"][:]
+    cut = texts.train.remove_columns("input_ids").add_column("input_ids", [*ids[:-1], ids[-1][:3]])
+    for rows in (texts.train, texts.train, cut):
+        steps.Pipeline(run, "cls", tmp_path).listen(model, replace(texts, splits=texts.splits | {"train": rows}))
+    assert keys[0] == keys[1] != keys[2]
+
+
 # ---- bad input ----
+
+
+def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (["--hidden_weight", "-1"], "--hidden_weight must not be negative"),
-        (["--layer_map", "skip", "--student_layers", "1"], "choose uniform"),
+        (["--layer_map", "skip", "--student_layers", "1", "--hidden_weight", "1"], "choose uniform"),
+        (["--student", "{deep}", "--align_epochs", "1"], "has 5 layers to match, its teacher only 4"),
+        (["--teacher", "{uneven}"], "the layers of ModernBertModel are not built alike"),
+        (["--max_length", "4"], "--max_length must be at least 8"),
+        (["--max_length", "513"], "sees at most 512 tokens"),
+        (["--load_best_model_at_end"], "needs --metric_for_best_model"),
+        (["--label_smoothing_factor", "0.1", "--method", "dist"], "leave --label_smoothing_factor at 0"),
         (["--more_teachers", "{untrained}"], "is no trained classifier"),
         (["--more_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
         (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
@@ -267,17 +339,43 @@ def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tm
     ],
 )
 def test_bad_input_is_one_line(capsys, small, teachers, tmp_path, words, named):
-    untrained = tmp_path / "untrained"
-    BertModel(BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        untrained
-    )
-    AutoTokenizer.from_pretrained(teachers[0]).save_pretrained(untrained)
-    words = [word.format(untrained=untrained, teacher=teachers[1]) for word in words]
+    tokenizer = AutoTokenizer.from_pretrained(teachers[0])
+    shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    models = {
+        "untrained": BertModel(BertConfig(num_hidden_layers=1, **shape)),
+        "deep": BertModel(BertConfig(num_hidden_layers=5, **shape)),
+        "uneven": ModernBertModel(ModernBertConfig(num_hidden_layers=4, pad_token_id=0, **shape)),
+    }
+    folders = {name: saved(tmp_path / name, model, tokenizer) for name, model in models.items()}
+    words = [word.format(teacher=teachers[1], **folders) for word in words]
     with pytest.raises(SystemExit) as stopped:
         distill(small, *words, "--no_control", "--output_dir", tmp_path / "run")
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith("error: ") and named in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(teachers[0])
+    shape: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    shallow = BertModel(BertConfig(vocab_size=50, num_hidden_layers=1, **shape))
+    deep = BertModel(BertConfig(vocab_size=50, num_hidden_layers=2, **shape))
+    foreign = BertTokenizer(vocab=vocabulary(["a few other words"]))
+    for origin, named in (
+        (saved(tmp_path / "shallow", shallow, tokenizer), "has fewer layers"),
+        (saved(tmp_path / "foreign", deep, foreign), "different vocabularies"),
+        (teachers[1], "is trained already"),
+    ):
+        with pytest.raises(UserError, match=named):
+            distillation(tmp_path / "run", small, teacher=str(teachers[0]), control_from=str(origin))
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_much_an_encoder_sees():
+    shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    assert positions(BertModel(BertConfig(max_position_embeddings=20, **shape))) == 20
+    assert positions(RobertaModel(RobertaConfig(max_position_embeddings=20, **shape))) == 18
+    assert positions(ModernBertModel(ModernBertConfig(pad_token_id=0, **shape))) == math.inf
 
 
 @pytest.mark.parametrize("recipe", ["base", "clinc", "sentiment"])

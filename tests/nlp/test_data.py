@@ -210,8 +210,9 @@ def test_validation_is_carved_from_train_by_class_and_never_from_test(tmp_path: 
     assert not parts[0] & parts[1] and parts[0] | parts[1] == set(train["text"])
     assert data.splits["test"]["text"][:] == test["text"]
     assert data.splits["validation"]["sample_id"][:] == list(range(20))
-    assert "seed 0" in data.notes[0]
-    assert load_text_data(folder).fingerprint == data.fingerprint != load_text_data(folder, seed=1).fingerprint
+    assert "set aside, the same whatever the seed" in data.notes[0]
+    np.random.seed(1)
+    assert load_text_data(folder).fingerprint == data.fingerprint
 
 
 # Errors
@@ -263,6 +264,7 @@ def test_errors_of_labels(tmp_path: Path) -> None:
     assert "0 to n-1" in error_of(write(tmp_path / "d", **small([1, 2])))
     assert "row 1 of train: nan" in error_of(write(tmp_path / "e", **small([0.5, float("nan")])))
     assert "row 1 of train: no label" in error_of(write(tmp_path / "f", **small(["a", None])))
+    assert "every label in column 'label' is 'a'" in error_of(write(tmp_path / "g", **small(["a", "a"])))
 
 
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])

@@ -26,9 +26,13 @@ from transformers import (
     DistilBertModel,
 )
 
+from common.bottleneck import DiscreteKeyValueBottleneck
+from common.filling import set_keys
+from common.utils.errors import UserError
 from nlp.data.intents import load_intents
 from nlp.scripts import study_keys
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.key_study import KeyStudy
 
 SCRIPTS = REPO / "NLP" / "scripts"
 BRIEF = ["--scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
@@ -335,6 +339,27 @@ def test_student_wider_than_the_carried_keys_fit(capsys, tmp_path, small, carrie
     assert "128" in error
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--codebooks", "16"], "codebooks 16 here, 32 carried"),
+        (["--pooling", "cls"], "are for --pooling mean, not cls"),
+        (["--keys", "reused", "--decoder", "mean"], "decoder mean here, linear carried"),
+    ],
+)
+def test_a_teachers_bottleneck_of_another_shape(capsys, tmp_path, small, carried, words, named):
+    given = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--no_control"]
+    assert named in refused(capsys, tmp_path / "run", *given, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bottleneck_with_another_decoder_is_not_reused():
+    own, source = (DiscreteKeyValueBottleneck(8, 3, 2, 4, decoder=kind) for kind in ("linear", "mean"))
+    with pytest.raises(ValueError, match="decoder linear here, mean carried"):
+        set_keys(own, "reused", source, torch.randn(10, 8), seed=0)
+    set_keys(own, "carried", source, torch.randn(10, 8), seed=0)
+
+
 def test_label_order_that_differs_between_teacher_and_data(capsys, tmp_path, small, carried):
     names = load_intents()["train"].features["intent"].names
     teacher = plain_classifier(tmp_path / "reversed", names[::-1])
@@ -370,6 +395,13 @@ def test_shell_script_runs_from_any_directory(small, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "student: here/student" in done.stdout
     assert (tmp_path / "here" / "student" / "model.safetensors").exists()
+
+
+def test_a_study_of_keys_needs_an_aligned_student(tmp_path, small):
+    (tmp_path / "stages" / "teacher_encoder").mkdir(parents=True)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="has no aligned student"):
+        KeyStudy(tmp_path, str(small), tmp_path / "study_keys")
 
 
 @pytest.mark.slow

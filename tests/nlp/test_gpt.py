@@ -163,11 +163,12 @@ def test_gradient_of_the_objective(kind):
     logits, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
     labels = torch.randint(0, 9, (2, 4))
     labels[1, 2:] = IGNORED
-    loss = objective(0.3, divergence_of(kind, 2.0, 0.7), Matching())
+    loss = objective(0.3, divergence_of(kind, 2.0, 0.7), Matching(), smoothing=0.1)
     parts = loss(Outputs(logits=logits), Outputs(logits=teacher), labels)
     (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), logits)
     own, target = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]
-    expected = 0.3 * F.cross_entropy(own, labels.flatten()[:6]) + 0.7 * plain(kind, own, target, 2.0, 0.7)
+    task = F.cross_entropy(own, labels.flatten()[:6], label_smoothing=0.1)
+    expected = 0.3 * task + 0.7 * plain(kind, own, target, 2.0, 0.7)
     (gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(found, gradient)
     assert not found[1, 2:].any()
@@ -265,7 +266,8 @@ def test_the_saved_student_loads_alone_and_its_card_says_how(finished, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--divergence", "reverse", "--hidden_weight", "1", "--alpha", "0"],
+        ["--divergence", "reverse", "--hidden_weight", "1", "--alpha", "0", "--load_best_model_at_end",
+         "--metric_for_best_model", "perplexity", "--greater_is_better", "false"],
         ["--divergence", "js", "--js_beta", "0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
          "0.5", "--gradient_accumulation_steps", "2"],
     ],
@@ -273,6 +275,7 @@ def test_the_saved_student_loads_alone_and_its_card_says_how(finished, capsys):
 def test_the_other_objectives(texts, tmp_path, words):
     found = distill(tmp_path / "run", texts, "--no_control", *words)
     assert found["models"]["control"] is None
+    assert found["selection"].startswith("best checkpoint by perplexity") == ("--load_best_model_at_end" in words)
     student = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert not [name for name in student if "regressor" in name]
     assert found["models"]["student"]["metrics"]["validation"]["perplexity"] < 300  # the vocabulary's size
@@ -364,6 +367,8 @@ def test_a_named_teacher_may_stay_as_it_is_and_teach_a_named_student(texts, gpt2
         (["--divergence", "js", "--js_beta", "1"], "--js_beta"),
         (["--teacher_epochs", "0"], "untrained"),
         (["--divergence", "sideways"], "invalid choice"),
+        (["--student", "scratch", "--student_layers", "4", "--hidden_weight", "1"], "has 4 layers to match"),
+        (["--load_best_model_at_end"], "needs --metric_for_best_model"),
     ],
 )
 def test_bad_input_is_one_line(capsys, texts, gpt2, tmp_path, words, named):

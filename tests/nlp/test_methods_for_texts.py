@@ -17,7 +17,14 @@ from common.utils.errors import UserError
 from nlp.data.loading import load_text_data
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.layers import cut_layers
-from nlp.student_model.methods import METHODS, looks_inside, method_terms, refuse_unfit, teacher_features
+from nlp.student_model.methods import (
+    METHODS,
+    looks_inside,
+    method_terms,
+    refuse_smoothing,
+    refuse_unfit,
+    teacher_features,
+)
 from nlp.student_model.pipeline import Texts
 from nlp.teacher_model.teacher import tiny_bert
 
@@ -129,6 +136,12 @@ def test_numbers_have_no_method_but_one_and_two_classes_not_all():
     with pytest.raises(UserError, match="at least 3 classes"):
         refuse_unfit("dkd", training, "rte", 2)
     refuse_unfit("kd", training, "stsb", 1)
+    smoothed = KDTrainingArguments(output_dir="unused", label_smoothing_factor=0.1)
+    with pytest.raises(UserError, match="--label_smoothing_factor is for classes"):
+        refuse_smoothing(smoothed, "stsb", 1)
+    with pytest.raises(UserError, match="leave --label_smoothing_factor at 0"):
+        refuse_unfit("dist", smoothed, "mnli", 3)
+    refuse_smoothing(smoothed, "mnli", 3)
     for name in METHODS:
         refuse_unfit(name, training, "mnli", 3)
 

@@ -306,6 +306,7 @@ def test_a_finished_search_is_not_overwritten_unless_asked(few, teacher, finishe
         (["--student", "x", "--student_layers", "1"], "choose one"),
         (["--teacher", "tiny-bert"], "no trained classifier"),
         (["--teacher", "no/such-model"], "no model no/such-model"),
+        (["--max_length", "513"], "--max_length 513: the BertForSequenceClassification sees at most 512 tokens"),
     ],
 )
 def test_bad_flags(few, teacher, tmp_path, capsys, words, named):
@@ -323,8 +324,9 @@ def test_a_regression_has_no_temperature(tmp_path, capsys):
     teacher = classifier(tmp_path / "teacher", load_text_data(str(tmp_path)))
     words = ["--dataset", tmp_path, "--teacher", teacher, "--output_dir", tmp_path / "run"]
     assert "--search alpha learning_rate" in refused(capsys, tmp_path / "run", *words)
-    search(*words, "--search", "alpha", "--trials", 1)
+    search(*words, "--search", "alpha", "--trials", 1, "--seed", 5)
     assert found(tmp_path / "run")["metric"] == "spearman"
+    assert found(tmp_path / "run")["fingerprint"] == load_text_data(str(tmp_path)).fingerprint  # carved alike
 
 
 def refused(capsys, folder: Path, *words: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -144,13 +145,25 @@ def test_the_layout_of_the_hub_and_plain_columns_are_the_same_data(tmp_path):
     assert first.fingerprint != load_translation_data(str(plain), "en", "de").fingerprint
 
 
+def test_a_column_of_texts_may_be_called_translation(tmp_path):
+    rows = [{"text": pair["en"], "translation": pair["de"]} for pair in PAIRS]
+    for split in ("train", "validation"):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
+    data = load_translation_data(str(tmp_path), "text", "translation")
+    assert data.splits["train"]["target"][:] == ["der Hund", "die Katze", "das Haus"]
+    with pytest.raises(UserError, match="no 'en', only text, translation"):
+        load_translation_data(str(tmp_path), "en", "de")
+
+
 def test_a_missing_validation_split_is_set_aside(tmp_path):
     lines = [f"word {i},Wort {i}" for i in range(40)]
     (tmp_path / "train.csv").write_text("\n".join(["english,german", *lines]))
-    data = load_translation_data(str(tmp_path), "english", "german", seed=3)
+    data = load_translation_data(str(tmp_path), "english", "german")
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 36, "validation": 4}
     assert not set(data.splits["train"]["source"][:]) & set(data.splits["validation"]["source"][:])
     assert "4 rows of train" in data.notes[0]
+    np.random.seed(1)
+    assert load_translation_data(str(tmp_path), "english", "german").fingerprint == data.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -426,6 +439,7 @@ def test_a_t5_teaches(small, t5, tmp_path, student, kind):
         (["--student_width", "40"], "multiple of 32"),
         (["--student", "cut", "--student_decoder_layers", "3"], "--student_decoder_layers 3"),
         (["--student", "T5"], "different vocabularies"),
+        (["--load_best_model_at_end"], "needs --metric_for_best_model"),
         (["--methid", "word"], "did you mean --method"),
     ],
 )

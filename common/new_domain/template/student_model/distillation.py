@@ -76,7 +76,7 @@ class Distillation:
             models=entries,
             split="validation",
             metric="accuracy",
-            selection="last epoch; no split chose anything",
+            selection=self.run.args.selection,
             data_notes="; ".join(data.notes) or "none",
         )
         length = len(data.splits["train"][0]["values"])
