@@ -11,7 +11,7 @@ import statistics
 import tempfile
 
 import torch
-from simkd_step import Clock, random_data
+from simkd_step import Clock, check_counts, random_data
 from transformers import PrinterCallback
 from transformers.utils import logging
 
@@ -20,7 +20,6 @@ from common.inference import as_it_is
 from common.methods import Method
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.trainer import KDTrainer
-from common.utils.errors import UserError
 from image_classification.data.loading import SmallImageData
 from image_classification.student_model.arguments import ImageTrainingArguments
 from image_classification.student_model.methods import METHODS, Pair
@@ -72,8 +71,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     args = parser.parse_args()
-    if args.steps < 2 or args.blocks < 1:
-        raise UserError("--steps must be at least 2, as the first is not counted, and --blocks at least 1")
+    check_counts(args.steps, args.blocks)
     logging.disable_progress_bar()
     torch.manual_seed(0)
     data = random_data(args.batch_size * args.steps)

@@ -49,6 +49,11 @@ class Clock(TrainerCallback):
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
+def check_counts(steps: int, blocks: int) -> None:
+    if steps < 2 or blocks < 1:
+        raise UserError("--steps must be at least 2, as the first is not counted, and --blocks at least 1")
+
+
 def random_data(samples: int) -> SmallImageData:
     pixels = torch.randint(0, 256, (samples, SIZE, SIZE, 3), dtype=torch.uint8)
     images = Images(pixels, torch.randint(CLASSES, (samples,)))
@@ -158,8 +163,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--torch_compile", action="store_true", help="compile this project's student")
     args = parser.parse_args()
-    if args.steps < 2 or args.blocks < 1:
-        raise UserError("--steps must be at least 2, as the first is not counted, and --blocks at least 1")
+    check_counts(args.steps, args.blocks)
 
     torch.manual_seed(0)
     data = random_data(args.batch_size * args.steps)

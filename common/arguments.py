@@ -9,6 +9,12 @@ from transformers import TrainingArguments
 from common.utils.precision import resolve_precision
 
 
+def check_seeds(flag: str, *seeds: int) -> None:
+    """Raises ValueError for seeds that numpy does not take, and for one that is named twice."""
+    if not all(0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{flag} must be from 0 to {2**32 - 1}, each named once, got {', '.join(map(str, seeds))}")
+
+
 @dataclass
 class RunArguments:
     """What every run must know, for those that transformers' Trainer does not train."""
@@ -24,6 +30,9 @@ class RunArguments:
         default=False, metadata={"help": "continue the run in the output folder where it stopped"}
     )
     precision: ClassVar[Literal["fp32"]] = "fp32"
+
+    def __post_init__(self) -> None:
+        check_seeds("--seed", self.seed)
 
 
 @dataclass
@@ -68,6 +77,7 @@ class KDTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_seeds("--seed", self.seed)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"--alpha must be between 0 and 1, got {self.alpha}")
         if self.temperature <= 0:
@@ -93,4 +103,6 @@ class KDTrainingArguments(TrainingArguments):
         if not self.load_best_model_at_end:
             return "last epoch of every stage; no split chose anything"
         metric = str(self.metric_for_best_model).removeprefix("eval_")
-        return f"best checkpoint by {metric} of every stage that is validated; validation chose, so is flattered"
+        return (
+            f"best checkpoint by {metric} of every stage that is validated; validation chose, so its figures flatter"
+        )

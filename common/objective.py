@@ -86,11 +86,13 @@ def warm_up(weight: float, share: float) -> Weight:
 
 
 def labels_and_soft_targets(
-    alpha: float, temperature: float, regression: bool = False, **others: tuple[Weight, Term]
+    alpha: float, temperature: float, regression: bool = False, smoothing: float = 0.0, **others: tuple[Weight, Term]
 ) -> Objective:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531), and any other weighted terms."""
     return Objective(
-        task=(alpha, task_loss(regression)), soft_targets=(1 - alpha, soft_targets(temperature, regression)), **others
+        task=(alpha, task_loss(regression, smoothing)),
+        soft_targets=(1 - alpha, soft_targets(temperature, regression)),
+        **others,
     )
 
 

@@ -55,8 +55,6 @@ class Run:
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.folder = args, Path(str(args.output_dir))
-        if not 0 <= args.seed < 2**32:
-            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
         self.started, self.seconds_before = time.perf_counter(), 0.0

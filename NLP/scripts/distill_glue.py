@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from common.arguments import KDTrainingArguments
+from common.arguments import KDTrainingArguments, check_seeds
 from common.cli import parse, run
 from common.results import RECIPE, RESULTS
 from common.run_folder import refuse_other_arguments, remove, starts_over
@@ -54,6 +54,7 @@ class GlueArguments:
             words = getattr(self, name)
             if not words or set(words) - set(known):
                 raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
+        check_seeds("--seeds", *self.seeds)
         if self.samples_per_stage < 1:
             raise ValueError(f"--samples_per_stage must be positive, got {self.samples_per_stage}")
 

@@ -18,7 +18,7 @@ from nlp.data.loading import TextData
 from nlp.student_model.arguments import PairArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from nlp.student_model.evaluation import evaluate
-from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import layer_pairs
 from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
@@ -89,7 +89,7 @@ class Distillation:
                     f"teacher {pair.teacher} is trained already, so a control cut from it would have had a teacher: "
                     "name the encoder that it was made from with --control_from, or pass --no_control"
                 )
-            cut_layers(self.given.encoder, self.student_layers)  # raises UserError where that cannot be done
+            check_cut(self.given.encoder, self.student_layers)
             if self.control_from:
                 self._refuse_origin(self.control_from)
         elif pair.align_epochs:
@@ -115,7 +115,7 @@ class Distillation:
                 f"--control_from {name} has fewer layers ({layers}) than the control needs ({self.student_layers}): "
                 "name the encoder that the teacher was made from, or pass --student_layers"
             )
-        cut_layers(origin.encoder, self.student_layers)
+        check_cut(origin.encoder, self.student_layers)
 
     # ---- stages ----
 

@@ -24,7 +24,7 @@ from nlp.student_model.language_evaluation import (
     labels_of,
     one_line,
 )
-from nlp.student_model.layers import cut_layers, layer_paths
+from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
 from nlp.student_model.pipeline import switch_off_dropout
 from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, load_model, random_gpt2
@@ -64,7 +64,7 @@ class LanguageDistillation:
         if args.student == CUT and args.student_layers > layers:
             raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
         if args.student == CUT and given:
-            cut_layers(given.model, args.student_layers)  # raises UserError where that cannot be done
+            check_cut(given.model, args.student_layers)
         if args.hidden_weight:
             layer_pairs("uniform", len(layer_paths(own.model)) if own else args.student_layers, layers)
 

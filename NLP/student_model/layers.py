@@ -28,14 +28,28 @@ def uniform_map(student_layers: int, teacher_layers: int) -> list[int]:
     return [round((i + 1) * teacher_layers / student_layers) - 1 for i in range(student_layers)]
 
 
-def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A new model of the same class and weights with only `layers` evenly spaced layers, as DistilBERT was made.
-
-    Raises UserError where there are not as many, or where the layers are not built alike.
+def check_cut(model: PreTrainedModel, layers: int) -> None:
+    """Raises UserError where a model has not as many layers, or where those that would be kept are built otherwise
+    than those whose places they would take.
     """
     paths = layer_paths(model)
     if not 1 <= layers <= len(paths):
         raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
+    built = [{n: w.shape for n, w in model.get_submodule(path).state_dict().items()} for path in paths]
+    if any(built[new] != built[old] for new, old in enumerate(uniform_map(layers, len(paths)))):
+        raise UserError(
+            f"the layers of {type(model).__name__} are not built alike, so {layers} of {len(paths)} make no model: "
+            "name a student with --student"
+        )
+
+
+def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A new model of the same class and weights with only `layers` evenly spaced layers, as DistilBERT was made.
+
+    Raises UserError as `check_cut` does.
+    """
+    check_cut(model, layers)
+    paths = layer_paths(model)
     chosen = uniform_map(layers, len(paths))
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
@@ -55,11 +69,5 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
             weights[name] = tensor
         elif layer in kept:
             weights[kept[layer] + name[len(layer) :]] = tensor
-    try:
-        student.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the layers of {type(model).__name__} are not built alike, so {layers} of {len(paths)} make no model: "
-            "name a student with --student"
-        ) from error
+    student.load_state_dict(weights)
     return student

@@ -11,9 +11,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import KDTrainingArguments
 from common.inference import over_dataset
-from common.objective import Objective, Term, Weight, soft_targets, task_loss
+from common.objective import Objective, labels_and_soft_targets, task_loss
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -68,11 +67,13 @@ class Pipeline:
         """alpha * labels + (1 - alpha) * soft targets, unless `matching` has a method's own terms for these, and what
         is to match inside; or the labels alone.
         """
-        args = self.run.args
+        args, smoothing = self.run.args, self.run.args.label_smoothing_factor
         if not with_teacher:
-            return Objective(task=(1.0, task_loss(data.regression, args.label_smoothing_factor)))
+            return Objective(task=(1.0, task_loss(data.regression, smoothing)))
         others = {} if matching is None else matching.terms
-        return Objective(**others) if "task" in others else labels_and_logits(args, data.regression, **others)
+        if "task" in others:
+            return Objective(**others)
+        return labels_and_soft_targets(args.alpha, args.temperature, data.regression, smoothing, **others)
 
     def finetune(
         self,
@@ -171,15 +172,6 @@ class Pipeline:
             not_for_student=texts.not_for(encoder),
             **self.hear(teacher, texts, matching),
         )
-
-
-def labels_and_logits(args: KDTrainingArguments, regression: bool, **others: tuple[Weight, Term]) -> Objective:
-    """alpha * labels, smoothed, + (1 - alpha) * soft targets, and any other weighted terms."""
-    return Objective(
-        task=(args.alpha, task_loss(regression, args.label_smoothing_factor)),
-        soft_targets=(1 - args.alpha, soft_targets(args.temperature, regression)),
-        **others,
-    )
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback
 
 from common.arguments import KDTrainingArguments
-from common.objective import Objective
+from common.objective import Objective, labels_and_soft_targets
 from common.run import TrainerRun
 from common.tables import number
 from common.teacher_outputs import TeacherOutputs
@@ -27,7 +27,7 @@ from common.trainer import KDTrainer
 from common.utils.errors import UserError
 from nlp.student_model.arguments import Ranges
 from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.pipeline import Texts, labels_and_logits, switch_off_dropout
+from nlp.student_model.pipeline import Texts, switch_off_dropout
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -156,7 +156,9 @@ class Search:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard" / name)
         trainer = TrialTrainer(
             args,
-            lambda tried: labels_and_logits(tried, data.regression),
+            lambda tried: labels_and_soft_targets(
+                tried.alpha, tried.temperature, data.regression, tried.label_smoothing_factor
+            ),
             model_init=lambda: copy.deepcopy(self.student),
             teacher_outputs=self.said,
             train_dataset=self.texts.train,

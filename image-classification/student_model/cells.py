@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from common.arguments import check_seeds
 from common.methods import chosen
 from image_classification.student_model.methods import METHODS
 from image_classification.student_model.simkd import FeatureLossName, Variant
@@ -45,6 +46,7 @@ class SweepArguments:
             wrong = [value for value in values if name in known and value not in known[name]]
             if wrong:
                 raise ValueError(f"--{name} knows no {wrong[0]!r}: choose from {', '.join(known[name])}")
+        check_seeds("--seeds", *self.seeds)
         for method in self.methods:
             if method not in (*CONTROLS, SIMKD):
                 chosen(method, METHODS)

@@ -134,8 +134,7 @@ class Experiment:
         return self.stage(stage, build_and_fit)
 
     def teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
-        """The table of what a teacher says about each view of the training images."""
-        refuse_uncounted(self.data, self.args)
+        """The table of what a teacher says about each view of training images that `refuse_uncounted` let pass."""
         views = self._training_views(torch.device("cpu"))
         assert isinstance(views, Views), "images whose views can be counted have these"
         key = outputs_key(teacher, self.data.fingerprint, self.data.config, views.number_of_views, self.args.precision)

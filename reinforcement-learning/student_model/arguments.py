@@ -7,7 +7,7 @@ from typing import Any, Literal
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from common.arguments import RunArguments
+from common.arguments import RunArguments, check_seeds
 from common.utils.errors import UserError
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 
@@ -137,6 +137,8 @@ class ExperimentArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seeds("--seeds", *(self.seeds or []))
         if len(self.teacher) == 1:
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
@@ -149,8 +151,6 @@ class ExperimentArguments(RunArguments):
             raise ValueError("--method ppd distills one --environment at a time")
         if self.teacher_weight < 0:
             raise ValueError(f"--teacher_weight must not be negative, got {self.teacher_weight}")
-        if self.seeds and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds must name each seed once, got {self.seeds}")
         if self.teacher_temperature is not None and self.teacher_temperature <= 0:
             raise ValueError(f"--teacher_temperature must be positive, got {self.teacher_temperature}")
         if not 0 < self.teacher_entropy < 1:

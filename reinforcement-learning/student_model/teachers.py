@@ -26,13 +26,10 @@ def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArgum
     """A teacher trained in a run of its own, `args.output_dir` or that of its environment and algorithm."""
     recipe = training.recipe(task.environment)
     args.output_dir = args.output_dir or str(default_folder(task.environment, training))
-    untrained = new_teacher(task.environment, recipe, args.seed)  # refuses now what would fail in a folder
-    if environments := untrained.get_env():
-        environments.close()
+    model = new_teacher(task.environment, recipe, args.seed)  # refuses what cannot be before the folder is made
     experiment = Experiment(f"{recipe.algorithm} teacher", args, task.watch_episodes, task, training)
 
     def build() -> Agent:
-        model = new_teacher(task.environment, recipe, args.seed)
         experiment.from_reward("teacher", task.environment, model, recipe.steps)
         return Agent.trained(recipe.algorithm, model)
 

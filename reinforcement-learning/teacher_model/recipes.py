@@ -30,19 +30,20 @@ class TrainingRecipe:
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
     """The row of an environment (that of ALE for every Atari game, else the default), with `changes` on top.
 
-    Raises ValueError for what the algorithm does not take and for an activation function that torch.nn does not have.
+    Raises ValueError for what the algorithm does not take or a student could not match, and for an activation function
+    that torch.nn does not have.
     """
     rows = yaml.safe_load(TABLE.read_text())[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
     row = dict(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
-    _refuse_unknown(algorithm, row)
+    _check(algorithm, row)
     steps, count, normalize = int(row.pop("steps")), int(row.pop("environments")), bool(row.pop("normalize", False))
     return TrainingRecipe(
         algorithm, steps, count, normalize, {name: _value(name, value) for name, value in row.items()}
     )
 
 
-def _refuse_unknown(algorithm: str, row: dict[str, Any]) -> None:
+def _check(algorithm: str, row: dict[str, Any]) -> None:
     known = [*inspect.signature(ALGORITHMS[algorithm]).parameters, "steps", "environments", "normalize"]
     for name in row.keys() - set(known):
         near = get_close_matches(name, known, n=1)
