@@ -1,5 +1,7 @@
 """A loss that is not finite stops the run, without a look at every step's loss, which would hold up a GPU."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,14 @@ class NonFiniteLoss:
         return bool(self._first) and (self._first["step"].device.type == "cpu" or step % LOOK_EVERY == 0)
 
     def refuse(self, last_checkpoint: str | None) -> None:
-        """Raises UserError, naming the step, if there was such a loss."""
+        """Raises UserError, naming the step and the parts that were not finite, if there was such a loss."""
         if not self._first or self._first["step"].item() == 0:
             return
         values = {name: value.item() for name, value in self._first.items()}
         step = int(values.pop("step"))
+        # All of them where each is finite and only their sum is not.
+        culprits = {name: value for name, value in values.items() if not math.isfinite(value)} or values
         raise UserError(
-            f"the loss is not finite at step {step} ({', '.join(f'{n} = {v}' for n, v in values.items())}); try a "
+            f"the loss is not finite at step {step} ({', '.join(f'{n} = {v:g}' for n, v in culprits.items())}); try a "
             f"lower learning rate or --precision fp32; last good checkpoint: {last_checkpoint or 'none yet'}"
         )
