@@ -1,42 +1,82 @@
-"""A loss that is not finite stops the run, without a look at every step's loss, which would hold up a GPU."""
+"""The watch over losses that are not finite, without a look at every step's loss, which would hold up a GPU.
 
+Such a loss stops a run. Of several students side by side, which share no weights, it loses one, and the others go on.
+"""
+
+import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from common.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
 LOOK_EVERY = 100  # steps, on a GPU; on a CPU looking costs nothing
 
 
 class NonFiniteLoss:
-    """Remembers, on the device, the first step whose loss is not finite."""
+    """Remembers, on the device, the first step whose loss is not finite.
 
-    def __init__(self) -> None:
-        self._first: dict[str, Tensor] = {}  # the parts of that loss, and its step; step 0: none so far
+    `students`: the names of several side by side; the parts of their losses are called NAME/PART.
+    """
 
-    def note(self, step: int, loss: Tensor, parts: dict[str, Tensor]) -> None:
-        """Takes the loss of an optimizer step (from 1) and its named parts, all scalars."""
+    def __init__(self, students: Sequence[str] = ()) -> None:
+        self._prefixes = [f"{name}/" for name in students] or [""]
+        self._alone = not students
+        self._first: dict[str, dict[str, Tensor]] = {}  # by prefix: the parts of that loss, and its step or 0 for none
+        self._told: set[str] = set()
+
+    def without_lost(self, step: int, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of an optimizer step (from 1), which is the sum of its named parts (scalars), and these parts: nan
+        where they are of a student that is lost, and left out of the sum.
+
+        The gradient of a lost student is nan, hence its weights, and so it stays lost, also in a continued run.
+        """
+        kept: dict[str, Tensor] = {}
+        for prefix in self._prefixes:
+            own = {name: part for name, part in parts.items() if name.startswith(prefix)}
+            loss = torch.stack(list(own.values())).sum()
+            self._note(prefix, step, loss, own)
+            if self._alone:
+                return loss, own
+            # A factor and no mask: the gradient through a mask is 0 times infinity for some losses, and 0 for others.
+            factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+            kept |= {name: part * factor for name, part in own.items()}
+        return torch.stack(list(kept.values())).nansum(), kept
+
+    def _note(self, prefix: str, step: int, loss: Tensor, parts: dict[str, Tensor]) -> None:
         now = {name: part.detach().float() for name, part in parts.items()}
         now["step"] = torch.full_like(loss, step, dtype=torch.float32)
-        if not self._first:
-            self._first = {name: torch.zeros_like(value) for name, value in now.items()}
-        first = ~torch.isfinite(loss.detach()) & (self._first["step"] == 0)
-        self._first = {name: torch.where(first, value, self._first[name]) for name, value in now.items()}
+        before = self._first.get(prefix) or {name: torch.zeros_like(value) for name, value in now.items()}
+        first = ~torch.isfinite(loss.detach()) & (before["step"] == 0)
+        self._first[prefix] = {name: torch.where(first, value, before[name]) for name, value in now.items()}
 
     def is_time_to_look(self, step: int) -> bool:
-        return bool(self._first) and (self._first["step"].device.type == "cpu" or step % LOOK_EVERY == 0)
+        devices = {first["step"].device.type for first in self._first.values()}
+        return devices == {"cpu"} or (bool(devices) and step % LOOK_EVERY == 0)
 
-    def refuse(self, last_checkpoint: str | None) -> None:
-        """Raises UserError, naming the step and the parts that were not finite, if there was such a loss."""
-        if not self._first or self._first["step"].item() == 0:
-            return
-        values = {name: value.item() for name, value in self._first.items()}
-        step = int(values.pop("step"))
-        # All of them where each is finite and only their sum is not.
-        culprits = {name: value for name, value in values.items() if not math.isfinite(value)} or values
-        raise UserError(
-            f"the loss is not finite at step {step} ({', '.join(f'{n} = {v:g}' for n, v in culprits.items())}); try a "
-            f"lower learning rate or --precision fp32; last good checkpoint: {last_checkpoint or 'none yet'}"
-        )
+    def look(self, last_checkpoint: str | None) -> bool:
+        """Whether there is anything left to train. Names the step and the parts of a loss that was not finite: of a
+        student among others once, in a warning; alone it is a UserError.
+        """
+        lost = {prefix: told for prefix, first in self._first.items() if (told := _told(first))}
+        if lost and self._alone:
+            raise UserError(
+                f"the loss is not finite at {lost['']}; try a lower learning rate or --precision fp32; last good "
+                f"checkpoint: {last_checkpoint or 'none yet'}"
+            )
+        for prefix in [prefix for prefix in lost if prefix not in self._told]:
+            logger.warning("%s is lost: its loss is not finite at %s", prefix.removesuffix("/"), lost[prefix])
+        self._told |= lost.keys()
+        return not lost or len(lost) < len(self._prefixes)
+
+
+def _told(first: dict[str, Tensor]) -> str | None:
+    """What is remembered of a loss that was not finite, in words, or None."""
+    values = {name: value.item() for name, value in first.items()}
+    step = int(values.pop("step"))
+    # All of them where each is finite and only their sum is not.
+    culprits = {name: value for name, value in values.items() if not math.isfinite(value)} or values
+    return f"step {step} ({', '.join(f'{n} = {v:g}' for n, v in culprits.items())})" if step else None

@@ -3,9 +3,11 @@
 It differs from its parent in what distillation needs: the loss is an `Objective` over named outputs; the teacher is
 frozen, in eval mode, outside optimizer and checkpoint, or only present as its cached outputs; parts of the loss are
 logged; a step's gradient is that of its samples as one batch, however they are cut into accumulation steps and
-processes; a loss that is not finite stops the run; a checkpoint counts only once it is complete.
+processes; a loss that is not finite stops the run, or loses one of several students; a checkpoint counts only once it
+is complete.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +86,9 @@ class KDTrainer(Trainer):
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_weight = torch.zeros((), device=self.args.device)
-        self._non_finite = NonFiniteLoss()
+        self._non_finite = NonFiniteLoss(
+            list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
+        )
 
     # ---- the loss of one micro-batch ----
 
@@ -104,10 +108,10 @@ class KDTrainer(Trainer):
         teacher = self._teacher_says(inputs, sample_ids, views)
         self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
         parts = self.objective_in_step(student, teacher, labels)
-        loss = torch.stack(list(parts.values())).sum() * share
-        self._non_finite.note(self.state.global_step + 1, loss, parts)
+        loss, parts = self._non_finite.without_lost(self.state.global_step + 1, parts)
+        loss = loss * share
         if self._non_finite.is_time_to_look(self.state.global_step):
-            self._non_finite.refuse(last_checkpoint(self.args.output_dir))
+            self._look_for_lost()
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)
         for name, value in logged.items():
@@ -150,9 +154,14 @@ class KDTrainer(Trainer):
         assert logits is not None
         return logits
 
+    def _look_for_lost(self) -> None:
+        something_left = self._non_finite.look(last_checkpoint(self.args.output_dir))
+        if not something_left and self.args.world_size == 1:  # several processes would not see it at the same step
+            self.control.should_training_stop = True
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._non_finite.refuse(last_checkpoint(self.args.output_dir))  # no figure, no file from lost weights
+            self._look_for_lost()  # no figure, no file from lost weights
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -163,7 +172,8 @@ class KDTrainer(Trainer):
             logs |= {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
             self._parts.clear()
             self._parts_weight.zero_()
-        super().log(logs, start_time)
+        # A student that is lost among others has no figures.
+        super().log({name: value for name, value in logs.items() if math.isfinite(value)}, start_time)
 
     # ---- evaluation ----
 
@@ -233,6 +243,14 @@ class KDTrainer(Trainer):
         if not extra:
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_([*model.parameters(), *extra], self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """None for students side by side: the norm of all of them is none's. The parent measures it by scaling with
+        infinity / norm, at most 1, which one lost student would make nan for all.
+        """
+        if isinstance(self.objective, SideBySideObjective):
+            return grad_norm
+        return super()._get_grad_norm(model, grad_norm)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -1,5 +1,7 @@
 """Several students on one teacher pass become what each becomes alone; a table of views says what the teacher says."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,68 @@ def test_students_side_by_side_become_what_each_becomes_alone(tmp_path):
             if part.startswith("loss_"):
                 assert np.isclose(trainer.state.log_history[0][f"loss_{name}/{part.removeprefix('loss_')}"], value)
     assert trainer.state.log_history[0]["hint/size"] == 8  # watched, not trained for
+
+
+def exploding(loud: bool) -> Objective:
+    """A loss that is infinite at its fifth step: also its gradient, where it is loud."""
+    steps = []
+
+    def infinite_once(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
+        steps.append(1)
+        assert student.logits is not None
+        factor = float("inf") if len(steps) == 5 else 1.0
+        return student.logits.square().mean() * factor if loud else student.logits.mean() + (factor - 1.0)
+
+    return Objective(task=(1.0, task_loss()), bad=(1.0, infinite_once))
+
+
+def train_beside(folder, students: dict[str, Objective], **settings) -> KDTrainer:
+    together = SideBySide({name: model(number) for number, name in enumerate(students)})
+    common = {
+        "max_grad_norm": 0.0,
+        "logging_strategy": "epoch",
+        "save_strategy": "epoch",
+        "optim_args": "momentum=0.9",
+    }
+    args = arguments(folder, **common, **settings)
+    objective = SideBySideObjective(students)
+    trainer = KDTrainer(model=together, args=args, objective=objective, teacher=teacher(), train_dataset=Rows())
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    return trainer
+
+
+def test_a_student_whose_loss_is_not_finite_is_lost_alone_and_stays_lost(tmp_path, caplog):
+    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=4).model.students["kd"].state_dict()
+    students = {"kd": kd(), "loud": exploding(True), "quiet": exploding(False)}
+    caplog.clear()
+    trainer = train_beside(tmp_path / "lost", students, num_train_epochs=4)
+    steps = len(Rows()) // 8
+    assert steps < 5 < 2 * steps, "in the second epoch"
+    told = [record.getMessage() for record in caplog.records if "is lost" in record.getMessage()]
+    assert told[0] == "loud is lost: its loss is not finite at step 5 (loud/bad = inf)"
+    assert told[1].startswith("quiet is lost: its loss is not finite at step 5 (quiet/bad = ") and len(told) == 2
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    json.dumps(trainer.state.log_history, allow_nan=False)
+    assert [{key for key in entry if "/" in key} for entry in losses[1:]] == [
+        {"loss_kd/task", "loss_kd/soft_targets"}
+    ] * 3
+    assert "loss_quiet/bad" in losses[0]
+    resumed = train_beside(
+        tmp_path / "lost",
+        {"kd": kd(), "loud": kd(), "quiet": kd()},  # which would be finite again
+        num_train_epochs=4,
+        resume_from_checkpoint=str(tmp_path / "lost" / f"checkpoint-{3 * steps}"),
+    )
+    for trained in (trainer.model.students, resumed.model.students):
+        for key, weight in trained["kd"].state_dict().items():
+            assert torch.equal(weight, spared[key]), "the others become what they become without it"
+        assert not any(weight.isfinite().all() for name in ("loud", "quiet") for weight in trained[name].parameters())
+
+
+def test_a_group_of_which_all_are_lost_stops(tmp_path):
+    trainer = train_beside(tmp_path, {"one": exploding(True), "other": exploding(False)}, num_train_epochs=4)
+    assert trainer.state.global_step == 5
+    json.dumps(trainer.state.log_history, allow_nan=False)
 
 
 class ViewRows(Rows):

@@ -97,3 +97,12 @@ def control_of(cell: Cell) -> Cell | None:
 
 def results_file(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / cell.name / "results.json"
+
+
+def lost_file(folder: Path, cell: Cell) -> Path:
+    """Stands in the place of results where a student's loss was not finite, and says in which epoch that was."""
+    return results_file(folder, cell).with_name("lost.json")
+
+
+def is_finished(folder: Path, cell: Cell) -> bool:
+    return results_file(folder, cell).exists() or lost_file(folder, cell).exists()

@@ -1,17 +1,20 @@
 """Sweeps: many students of one teacher, those of one learning rate and seed side by side.
 
 They are trained on the same batches, from one pass of the teacher. Each ends in a folder of its own with results.json
-and student/; one that is there is not trained again, so all of a folder must have been asked for with the same flags.
+and student/, or with lost.json where its loss was not finite, which does not hold up the others; one that is there is
+not trained again, so all of a folder must have been asked for with the same flags.
 """
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import set_seed
 
@@ -22,7 +25,7 @@ from common.results import RECIPE
 from common.run_folder import refuse_other_arguments, remove, starts_over
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.utils.errors import UserError
-from common.utils.files import read_json
+from common.utils.files import read_json, write_json
 from image_classification.data.loading import ImageData
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import (
@@ -33,6 +36,8 @@ from image_classification.student_model.cells import (
     SweepArguments,
     cells_of,
     control_of,
+    is_finished,
+    lost_file,
     results_file,
 )
 from image_classification.student_model.evaluation import evaluate
@@ -80,7 +85,7 @@ def sweep(
     given = given_teacher(teacher_name, data)
     assert given is not None, "it has just been trained"
     teacher, data = given
-    missing = [cell for cell in cells if not results_file(folder, cell).exists()]
+    missing = [cell for cell in cells if not is_finished(folder, cell)]
     main_process = PartialState().is_main_process
     if main_process:
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
@@ -89,8 +94,12 @@ def sweep(
         group = list(members)
         experiment = Experiment("sweep", group_arguments(training, folder, group), data, pair, weights, data_args)
         students = train_side_by_side(experiment, group, pair.student, teacher, weights, teacher_views)
+        history = experiment.run.history["student"]
         for cell in group:
             student = students[cell.key]
+            if not all(torch.isfinite(weight).all() for weight in student.parameters()):
+                _write_lost(lost_file(folder, cell), cell, history)
+                continue
             entries = {"teacher": measured, "control": _control(folder, cell)}
             entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, data, said)
             experiment.write(
@@ -98,7 +107,7 @@ def sweep(
                 cell.label,
                 entries,
                 student,
-                {"student": losses_of(cell, experiment.run.history["student"])},
+                {"student": losses_of(cell, history)},
                 learning_rate=cell.learning_rate,
                 labels_only=cell.method in CONTROLS,
                 parameters_trained_beside=beside[cell.key],
@@ -225,10 +234,17 @@ def _has_trained(group: Path, cells: list[Cell]) -> bool:
 
 
 def losses_of(cell: Cell, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A cell's own share of the losses logged for its group."""
+    """A cell's own share of the losses logged for its group, as long as it was finite."""
+    shares = [(entry["epoch"], _share(cell, entry)) for entry in history if "loss" in entry]
+    return [{"epoch": epoch, "loss": sum(share)} for epoch, share in shares if share]
+
+
+def _write_lost(path: Path, cell: Cell, history: list[dict[str, Any]]) -> None:
+    if PartialState().is_main_process:
+        logged = [entry["epoch"] for entry in history if "loss" in entry and not _share(cell, entry)]
+        write_json(path, {"epoch": math.ceil([*logged, history[-1]["epoch"]][0])})
+
+
+def _share(cell: Cell, entry: dict[str, Any]) -> list[float]:
     prefix = f"loss_{cell.key}/"
-    return [
-        {"epoch": entry["epoch"], "loss": sum(value for key, value in entry.items() if key.startswith(prefix))}
-        for entry in history
-        if "loss" in entry
-    ]
+    return [value for key, value in entry.items() if key.startswith(prefix)]

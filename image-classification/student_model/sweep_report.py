@@ -13,20 +13,39 @@ from matplotlib.figure import Figure
 from common.plots import OTHER_STYLES, PAPER, STYLES
 from common.report import Spread
 from common.tables import markdown, number, print_rich
+from common.utils.errors import UserError
 from common.utils.files import read_json, write_bytes, write_text
-from image_classification.student_model.cells import CONTROLS, Cell, results_file
+from image_classification.student_model.cells import CONTROLS, Cell, lost_file, results_file
 
 Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
 
 
 def show(folder: Path, cells: list[Cell]) -> None:
-    """Writes sweep.md and sweep.png into the sweep's folder and prints the table."""
-    found = {cell: read_json(results_file(folder, cell)) for cell in cells}
+    """Writes sweep.md and sweep.png into the sweep's folder and prints the table. A kind of student of which a seed is
+    lost has no row, which would be of the seeds that went well. Raises UserError where that leaves none.
+    """
+    lost = _lost(folder, cells)
+    told = "; ".join(f"{label} at {rate:g} ({', '.join(when)})" for (label, rate), when in lost.items())
+    found = {cell: read_json(results_file(folder, cell)) for cell in cells if _kind(cell) not in lost}
+    if not found:
+        raise UserError(f"the loss of each student is not finite: {told}; try a lower learning rate")
     (header, rows), verdicts = table(found), noise(found)
+    if lost:
+        verdicts.append(f"Lost, with a loss that is not finite, and left out: {told}.")
     write_text(folder / "sweep.md", "\n\n".join([markdown(header, rows), *verdicts]) + "\n")
     write_bytes(folder / "sweep.png", plot(found))
     below = "\n".join([*verdicts, str(folder / "sweep.md"), str(folder / "sweep.png")])
     print_rich(header, rows, title="mean ± standard deviation over seeds", below=below)
+
+
+def _lost(folder: Path, cells: list[Cell]) -> dict[tuple[str, float], list[str]]:
+    """The kinds of students of which some are lost, and when in the training of which seeds that was."""
+    lost: dict[tuple[str, float], list[str]] = {}
+    for cell in cells:
+        if lost_file(folder, cell).exists():
+            epoch = read_json(lost_file(folder, cell))["epoch"]
+            lost.setdefault(_kind(cell), []).append(f"seed {cell.seed} in epoch {epoch}")
+    return lost
 
 
 def table(found: Found) -> tuple[list[str], list[list[str]]]:
@@ -36,7 +55,7 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
     header = ["student", "learning rate", "seeds", *(f"{split} accuracy" for split in splits), "gain over control"]
     header += ["parameters", "trained beside", "seconds of its group"]
     rows = []
-    for label, rate in dict.fromkeys((cell.label, cell.learning_rate) for cell in found):
+    for label, rate in dict.fromkeys(map(_kind, found)):
         runs = _runs(found, label, rate)
         cells = [label, f"{rate:g}", str(len(runs)), *(_shown(_accuracy(runs, split)) for split in splits)]
         cells.append(_shown(Spread.of([r["gain_over_control"] for r in runs if r["gain_over_control"] is not None])))
@@ -145,9 +164,13 @@ def _draw_students(axes: Axes, found: Found, labels: list[str], split: str) -> N
     axes.set_xlabel(f"{split.capitalize()} accuracy")
 
 
+def _kind(cell: Cell) -> tuple[str, float]:
+    return cell.label, cell.learning_rate
+
+
 def _runs(found: Found, label: str, rate: float) -> list[dict[str, Any]]:
     """The results of one kind of student at one learning rate, over the seeds."""
-    return [results for cell, results in found.items() if (cell.label, cell.learning_rate) == (label, rate)]
+    return [results for cell, results in found.items() if _kind(cell) == (label, rate)]
 
 
 def _accuracy(runs: list[dict[str, Any]], split: str) -> Spread:

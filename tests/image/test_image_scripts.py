@@ -263,6 +263,35 @@ def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
     assert [path.parent.name for path in cells.glob("*/results.json")] == ["none_lr0.05_seed0"]
 
 
+def test_a_student_whose_loss_is_not_finite_is_told_of_and_holds_up_no_other(teacher, tmp_path, capsys):
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", "0,1"]
+    methods, infinite = "kd,kd:temperature=2", "fitnet:weight=1e39"  # a number that single precision does not have
+    script("train_student.py", *words, "--methods", methods, "--output_dir", tmp_path / "spared")
+    lost = [*words, "--methods", f"{methods},{infinite}", "--output_dir", tmp_path / "lost"]
+    script("train_student.py", *lost)
+    capsys.readouterr()
+    script("train_student.py", *lost)
+    assert "8 of 8 cells are finished already" in capsys.readouterr().out, "a lost one is not tried again"
+    for cell in (tmp_path / "spared" / "cells").iterdir():
+        for name, weight in weights(cell).items():
+            assert torch.equal(weights(tmp_path / "lost" / "cells" / cell.name)[name], weight)
+    assert {path.parent.name: path.read_text() for path in (tmp_path / "lost").rglob("lost.json")} == {
+        f"fitnet_weight_1e39_lr0.05_seed{seed}": '{\n  "epoch": 1\n}\n' for seed in (0, 1)
+    }
+    assert not list((tmp_path / "lost" / "cells").glob("fitnet*/student"))
+    spared, told = ((tmp_path / run / "sweep.md").read_text() for run in ("spared", "lost"))
+    seeds = "seed 0 in epoch 1, seed 1 in epoch 1"
+    said = f"Lost, with a loss that is not finite, and left out: {infinite} at 0.05 ({seeds})."
+    assert [line.rsplit("|", 2)[0] for line in told.splitlines()] == [
+        line.rsplit("|", 2)[0] for line in [*spared.splitlines(), "", said]
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        script("sweep.py", *SHORT, *PAIR, "--teacher", teacher, "--methods", infinite, "--learning_rates", 0.05,
+               "--output_dir", tmp_path / "all")  # fmt: skip
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: the loss of each student is not finite: fitnet")
+
+
 def test_what_is_within_noise_by_hand():
     """Of three seeds: kd gains 3, 4 and 5 points over the control, dkd 4, 3.5 and 4, fitnet -1, 1 and 3."""
     found = {}
