@@ -62,7 +62,15 @@ def dkd_ls(
     return {"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), term)}
 
 
-def mlkd(task: Task, *, alpha: float = 0.1, weight: float = 0.9, temperature: float = 4.0) -> Terms:
+def mlkd(
+    task: Task,
+    *,
+    alpha: float = 0.1,
+    weight: float = 0.9,
+    temperature: float = 4.0,
+    class_relations: float = 1.0,
+    sample_relations: float = 1.0,
+) -> Terms:
     """Multi-level logit distillation (Jin et al., CVPR 2023), beside alpha * labels: soft targets, relations of
     classes and relations of samples, each summed over the temperature and MORE_TEMPERATURES.
 
@@ -70,13 +78,25 @@ def mlkd(task: Task, *, alpha: float = 0.1, weight: float = 0.9, temperature: fl
     out the half of samples and classes that the teacher is surest of, but multiplies whole sums by the means of these
     masks, which is a factor of about a half; there are no masks here. Its other losses are sums over the two views
     where these are means, which twice its learning rate makes up for, and its relations are those of weak views.
+
+    The last two settings are factors of the relations. Between sure predictions those of classes go with
+    (batch / classes)^2 and those of samples with batch / classes, and the paper's is 64 / 100: for 10 classes in
+    batches of 128 factors of 0.0025 and 0.05 keep them as large as they are there.
     """
-    return _multi_level(alpha, weight, temperature, standardize=False)
+    return _multi_level(alpha, weight, temperature, class_relations, sample_relations, standardize=False)
 
 
-def mlkd_ls(task: Task, *, alpha: float = 0.1, weight: float = 9.0, temperature: float = 2.0) -> Terms:
+def mlkd_ls(
+    task: Task,
+    *,
+    alpha: float = 0.1,
+    weight: float = 9.0,
+    temperature: float = 2.0,
+    class_relations: float = 1.0,
+    sample_relations: float = 1.0,
+) -> Terms:
     """`mlkd` with standardized logits in its soft targets (Sun et al., arXiv:2403.01427); its relations stay."""
-    return _multi_level(alpha, weight, temperature, standardize=True)
+    return _multi_level(alpha, weight, temperature, class_relations, sample_relations, standardize=True)
 
 
 def ctkd(task: Task, *, alpha: float = 0.1, curriculum: float = 10 / 240) -> Terms:
@@ -164,16 +184,23 @@ def cosine_decay(weight: float, start: float) -> Weight:
     return weight if weight == 0 else falling
 
 
-def _multi_level(alpha: float, weight: float, temperature: float, standardize: bool) -> Terms:
+def _multi_level(
+    alpha: float,
+    weight: float,
+    temperature: float,
+    class_relations: float,
+    sample_relations: float,
+    standardize: bool,
+) -> Terms:
     temperatures = (temperature, *MORE_TEMPERATURES)
     levels = {
-        "soft_targets": (losses.soft_target_kl, standardize),
-        "class_relations": (losses.class_relations, False),
-        "sample_relations": (losses.sample_relations, False),
+        "soft_targets": (1.0, losses.soft_target_kl, standardize),
+        "class_relations": (class_relations, losses.class_relations, False),
+        "sample_relations": (sample_relations, losses.sample_relations, False),
     }
     terms: Terms = {"task": (alpha, task_loss())}
-    for name, (loss, standard) in levels.items():
-        terms[name] = (weight, logit_term(partial(_over, loss, temperatures), standardize=standard))
+    for name, (factor, loss, standard) in levels.items():
+        terms[name] = (weight * factor, logit_term(partial(_over, loss, temperatures), standardize=standard))
     return terms
 
 

@@ -235,6 +235,31 @@ def over_temperatures(loss, student, teacher, first):
     return sum(loss(student, teacher, temperature=t) for t in (first, 2.0, 3.0, 5.0, 6.0))
 
 
+@pytest.mark.parametrize(("batch", "classes"), [(20, 10), (40, 10), (30, 3)])
+def test_relations_of_sure_predictions_grow_with_the_images_of_a_class(batch, classes):
+    """By hand, a sure teacher of as many images of each class against a student that knows nothing: the Gram matrix of
+    classes is batch / classes on its diagonal against batch / classes^2 everywhere, that of samples 1 between images
+    of one class against 1 / classes everywhere.
+    """
+    teacher = 100 * F.one_hot(torch.arange(batch) % classes, classes).float()
+    of_a_class, unlike = batch / classes, 1 - 1 / classes
+    for loss, size in ((losses.class_relations, of_a_class**2), (losses.sample_relations, of_a_class)):
+        assert loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(size * unlike, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlkd", "mlkd_ls"])
+def test_relations_have_factors_and_drop_out_at_zero(name):
+    def parts_of(**factors):
+        student, teacher = (t.detach() for t in pair())
+        objective = Objective(**LOGIT_METHODS[name](task_of(CLASSES), **factors))
+        return objective(Outputs(logits=student), Outputs(logits=teacher), LABELS)
+
+    plain, less = parts_of(), parts_of(class_relations=0.5, sample_relations=0.25)
+    factors = {"task": 1.0, "soft_targets": 1.0, "class_relations": 0.5, "sample_relations": 0.25}
+    assert {part: (less[part] / value).item() for part, value in plain.items()} == pytest.approx(factors)
+    assert parts_of(class_relations=0, sample_relations=0).keys() == {"task", "soft_targets"}
+
+
 @pytest.mark.parametrize("name", LOGIT_METHODS)
 def test_a_method_is_its_losses_at_its_weights(name):
     student, teacher = (t.detach() for t in pair())
