@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from common.utils.errors import UserError
@@ -68,7 +69,8 @@ class NonFiniteLoss:
                 f"checkpoint: {last_checkpoint or 'none yet'}"
             )
         for prefix in [prefix for prefix in lost if prefix not in self._told]:
-            logger.warning("%s is lost: its loss is not finite at %s", prefix.removesuffix("/"), lost[prefix])
+            if PartialState().is_main_process:
+                logger.warning("%s is lost: its loss is not finite at %s", prefix.removesuffix("/"), lost[prefix])
         self._told |= lost.keys()
         return not lost or len(lost) < len(self._prefixes)
 
