@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from common.cli import run
 from common.inference import as_it_is
-from common.methods import Method
+from common.methods import Method, chosen
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.trainer import KDTrainer
 from image_classification.data.loading import SmallImageData
@@ -34,7 +34,9 @@ def seconds_per_step(
 ) -> float:
     """Of students by these methods, trained side by side; the first step is not counted."""
     students = {name: new_classifier(architecture, data.config) for name in names}
-    methods: dict[str, Method] = {name: METHODS[name](Pair(s, teacher, data)) for name, s in students.items()}
+    methods: dict[str, Method] = {
+        name: chosen(name, METHODS, batch=batch)(Pair(student, teacher, data)) for name, student in students.items()
+    }
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = ImageTrainingArguments(
@@ -84,7 +86,8 @@ def main() -> None:
     print(f"{'method':12} {'ms a step':>10} {'to kd':>7} {'trained beside':>15}")
     for name in alone[0]:
         ratio = statistics.median(block[name] / block[PLAIN] for block in alone)
-        beside = METHODS[name](Pair(new_classifier(args.student, data.config), teacher, data)).parameters_beside
+        method = chosen(name, METHODS, batch=args.batch_size)
+        beside = method(Pair(new_classifier(args.student, data.config), teacher, data)).parameters_beside
         print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {beside:15,}")
     pairs = [(sum(measure([name]) for name in args.together), measure(args.together)) for _ in range(args.blocks)]
     saved = statistics.median(1 - together / apart for apart, together in pairs)
