@@ -5,7 +5,7 @@ Such a loss stops a run. Of several students side by side, which share no weight
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import PartialState
@@ -55,10 +55,10 @@ class NonFiniteLoss:
         self._first[prefix] = {name: torch.where(first, value, before[name]) for name, value in now.items()}
 
     def is_time_to_look(self, step: int) -> bool:
-        devices = {first["step"].device.type for first in self._first.values()}
-        return devices == {"cpu"} or (bool(devices) and step % LOOK_EVERY == 0)
+        device = next(iter(self._first.values()))["step"].device.type
+        return device == "cpu" or step % LOOK_EVERY == 0
 
-    def look(self, last_checkpoint: str | None) -> bool:
+    def look(self, last_checkpoint: Callable[[], str | None]) -> bool:
         """Whether there is anything left to train. Names the step and the parts of a loss that was not finite: of a
         student among others once, in a warning; alone it is a UserError.
         """
@@ -66,19 +66,21 @@ class NonFiniteLoss:
         if lost and self._alone:
             raise UserError(
                 f"the loss is not finite at {lost['']}; try a lower learning rate or --precision fp32; last good "
-                f"checkpoint: {last_checkpoint or 'none yet'}"
+                f"checkpoint: {last_checkpoint() or 'none yet'}"
             )
-        for prefix in [prefix for prefix in lost if prefix not in self._told]:
-            if PartialState().is_main_process:
-                logger.warning("%s is lost: its loss is not finite at %s", prefix.removesuffix("/"), lost[prefix])
+        for prefix, told in lost.items():
+            if prefix not in self._told and PartialState().is_main_process:
+                logger.warning("%s is lost: its loss is not finite at %s", prefix.removesuffix("/"), told)
         self._told |= lost.keys()
-        return not lost or len(lost) < len(self._prefixes)
+        return len(lost) < len(self._prefixes)
 
 
 def _told(first: dict[str, Tensor]) -> str | None:
     """What is remembered of a loss that was not finite, in words, or None."""
-    values = {name: value.item() for name, value in first.items()}
-    step = int(values.pop("step"))
+    step = int(first["step"].item())
+    if not step:
+        return None
+    values = {name: value.item() for name, value in first.items() if name != "step"}
     # All of them where each is finite and only their sum is not.
     culprits = {name: value for name, value in values.items() if not math.isfinite(value)} or values
-    return f"step {step} ({', '.join(f'{n} = {v:g}' for n, v in culprits.items())})" if step else None
+    return f"step {step} ({', '.join(f'{n} = {v:g}' for n, v in culprits.items())})"

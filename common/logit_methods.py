@@ -83,7 +83,12 @@ def mlkd(
     (batch / classes)^2 and those of samples with batch / classes, and the paper's is 64 / 100: for 10 classes in
     batches of 128 factors of 0.0025 and 0.05 keep them as large as they are there.
     """
-    return _multi_level(alpha, weight, temperature, class_relations, sample_relations, standardize=False)
+    return {
+        "task": (alpha, task_loss()),
+        "soft_targets": (weight, _at_all(losses.soft_target_kl, temperature)),
+        "class_relations": (weight * class_relations, _at_all(losses.class_relations, temperature)),
+        "sample_relations": (weight * sample_relations, _at_all(losses.sample_relations, temperature)),
+    }
 
 
 def mlkd_ls(
@@ -96,7 +101,15 @@ def mlkd_ls(
     sample_relations: float = 1.0,
 ) -> Terms:
     """`mlkd` with standardized logits in its soft targets (Sun et al., arXiv:2403.01427); its relations stay."""
-    return _multi_level(alpha, weight, temperature, class_relations, sample_relations, standardize=True)
+    terms = mlkd(
+        task,
+        alpha=alpha,
+        weight=weight,
+        temperature=temperature,
+        class_relations=class_relations,
+        sample_relations=sample_relations,
+    )
+    return terms | {"soft_targets": (weight, _at_all(losses.soft_target_kl, temperature, standardize=True))}
 
 
 def ctkd(task: Task, *, alpha: float = 0.1, curriculum: float = 10 / 240) -> Terms:
@@ -184,28 +197,13 @@ def cosine_decay(weight: float, start: float) -> Weight:
     return weight if weight == 0 else falling
 
 
-def _multi_level(
-    alpha: float,
-    weight: float,
-    temperature: float,
-    class_relations: float,
-    sample_relations: float,
-    standardize: bool,
-) -> Terms:
-    temperatures = (temperature, *MORE_TEMPERATURES)
-    levels = {
-        "soft_targets": (1.0, losses.soft_target_kl, standardize),
-        "class_relations": (class_relations, losses.class_relations, False),
-        "sample_relations": (sample_relations, losses.sample_relations, False),
-    }
-    terms: Terms = {"task": (alpha, task_loss())}
-    for name, (factor, loss, standard) in levels.items():
-        terms[name] = (weight * factor, logit_term(partial(_over, loss, temperatures), standardize=standard))
-    return terms
+def _at_all(loss: Callable[..., Tensor], temperature: float, standardize: bool = False) -> Term:
+    """A term of the sum of a loss of logits over the temperature and MORE_TEMPERATURES."""
 
+    def summed(own: Tensor, target: Tensor) -> Tensor:
+        return torch.stack([loss(own, target, temperature=t) for t in (temperature, *MORE_TEMPERATURES)]).sum()
 
-def _over(loss: Callable[..., Tensor], temperatures: tuple[float, ...], own: Tensor, target: Tensor) -> Tensor:
-    return torch.stack([loss(own, target, temperature=t) for t in temperatures]).sum()
+    return logit_term(summed, standardize=standardize)
 
 
 def _needs_three(task: Task, name: str) -> None:

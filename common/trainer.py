@@ -155,7 +155,7 @@ class KDTrainer(Trainer):
         return logits
 
     def _look_for_lost(self) -> None:
-        something_left = self._non_finite.look(last_checkpoint(self.args.output_dir))
+        something_left = self._non_finite.look(lambda: last_checkpoint(self.args.output_dir))
         if not something_left and self.args.world_size == 1:  # several processes would not see it at the same step
             self.control.should_training_stop = True
 
@@ -169,11 +169,11 @@ class KDTrainer(Trainer):
             totals = torch.stack([self._parts_weight, *self._parts.values()])
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, "mean")
-            logs |= {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
+            means = {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
+            logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of students not lost
             self._parts.clear()
             self._parts_weight.zero_()
-        # A student that is lost among others has no figures.
-        super().log({name: value for name, value in logs.items() if math.isfinite(value)}, start_time)
+        super().log(logs, start_time)
 
     # ---- evaluation ----
 
@@ -245,8 +245,8 @@ class KDTrainer(Trainer):
         return self.accelerator.clip_grad_norm_([*model.parameters(), *extra], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """None for students side by side: the norm of all of them is none's. The parent measures it by scaling with
-        infinity / norm, at most 1, which one lost student would make nan for all.
+        """Not measured of students side by side: the norm of all of them is none's. The parent measures it by scaling
+        with infinity / norm, at most 1, which one lost student would make nan for all.
         """
         if isinstance(self.objective, SideBySideObjective):
             return grad_norm

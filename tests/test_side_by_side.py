@@ -97,13 +97,8 @@ def exploding(loud: bool) -> Objective:
 
 def train_beside(folder, students: dict[str, Objective], **settings) -> KDTrainer:
     together = SideBySide({name: model(number) for number, name in enumerate(students)})
-    common = {
-        "max_grad_norm": 0.0,
-        "logging_strategy": "epoch",
-        "save_strategy": "epoch",
-        "optim_args": "momentum=0.9",
-    }
-    args = arguments(folder, **common, **settings)
+    each_epoch = {"logging_strategy": "epoch", "save_strategy": "epoch"}
+    args = arguments(folder, max_grad_norm=0.0, optim_args="momentum=0.9", **each_epoch, **settings)
     objective = SideBySideObjective(students)
     trainer = KDTrainer(model=together, args=args, objective=objective, teacher=teacher(), train_dataset=Rows())
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
