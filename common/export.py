@@ -27,7 +27,8 @@ from common.tables import markdown, print_rich
 from common.utils.domains import import_name
 from common.utils.environment import command, environment
 from common.utils.errors import UserError
-from common.utils.files import read_json, write_json, write_text, writing_folder
+from common.utils.files import read_json, write_json, write_text
+from common.utils.folders import writing_folder
 
 RECORD = "export.json"  # every export has it, and nothing else
 LOAD_ONNX = """import onnxruntime

@@ -16,7 +16,8 @@ from common.results import (
     retained,
 )
 from common.tables import markdown
-from common.utils.files import write_text, writing_folder
+from common.utils.files import write_text
+from common.utils.folders import writing_folder
 
 
 class Savable(Protocol):

@@ -6,9 +6,7 @@ starts from the run's seed, so that it does not matter which process of how many
 """
 
 import copy
-import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,19 +22,20 @@ from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
 from common.attention import quick_attention
-from common.cli import save_recipe
 from common.metrics.returns import normalized_return
 from common.model_card import Savable, save_student
 from common.progress import StageProgress
-from common.results import RECIPE, RESULTS, print_table, write_report
-from common.run_folder import RunSettings, refuse_other_arguments, remove, starts_over
+from common.results import RESULTS, print_table, write_report
+from common.run_folder import RUN_FILES, RunFolder, RunSettings
+from common.teacher_outputs import outputs_key
 from common.trainer import KDTrainer, last_checkpoint
+from common.utils.checksums import CHECKSUMS, find_damage
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
 from common.utils.errors import UserError
-from common.utils.files import read_json, write_json, writing_folder
+from common.utils.files import read_json, write_json
+from common.utils.folders import writing_folder
 
-logger = logging.getLogger(__name__)
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -50,8 +49,8 @@ class Run:
     folder holds another run, or one that was started with other arguments.
     """
 
-    last_file = RESULTS  # what is written when everything else is there
-    written: tuple[str, ...] = ("stages", "checkpoints", "student", "teacher_outputs", "tensorboard", RESULTS, RECIPE)
+    last_file = RESULTS  # written when everything else is there
+    files: tuple[str, ...] = RUN_FILES  # patterns of what it writes outside of stages/ and student/
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.folder = args, Path(str(args.output_dir))
@@ -60,26 +59,21 @@ class Run:
         self.started, self.seconds_before = time.perf_counter(), 0.0
         transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
         datasets.disable_progress_bars()
+        self._marked: RunFolder | None = None  # in the main process alone, which writes
         with PartialState().main_process_first():
             if PartialState().is_main_process:
-                self._open((args, *instances))
+                self._marked = RunFolder(self.folder, self.files)
+                self._marked.begin(args, (args, *instances), self.last_file)
 
-    def _open(self, instances: tuple[Any, ...]) -> None:
-        recipe = self.folder / RECIPE
-        if starts_over(self.args):
-            remove(self.folder, self.written, instances)
-        if not recipe.exists():
-            if self.args.resume_from_checkpoint:
-                logger.warning("nothing to continue in %s: starting from the beginning", self.folder)
-            save_recipe(recipe, *instances)
-            return
-        if not self.args.resume_from_checkpoint:
-            state = "a finished" if (self.folder / self.last_file).exists() else "an unfinished"
-            raise UserError(
-                f"{self.folder} holds {state} run: continue it with --resume_from_checkpoint, start over with "
-                "--overwrite_output_dir, or choose another --output_dir"
-            )
-        refuse_other_arguments(self.folder, instances)
+    def check_inputs(self, data: str, **models: nn.Module | None) -> None:
+        """Stores the fingerprints of what the run began with: of its data, and of the models that it was given, by
+        their roles. None stands for a model that the run trains itself.
+
+        Raises UserError where a run that is continued began with others.
+        """
+        if self._marked is not None:
+            weights = {role: outputs_key(model) for role, model in models.items() if model is not None}
+            self._marked.check_inputs(data=data, **weights)
 
     def stage(
         self,
@@ -94,7 +88,8 @@ class Run:
         `shared` folder other runs find it too; that they ask for the same is their caller's business.
         """
         folder = (shared or self.folder) / "stages" / name
-        if (folder / STAGE).exists():
+        if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
+            self._finish_stage(name, folder)
             model, record = load(str(folder)), read_json(folder / STAGE)
             self.seconds[name], self.history[name] = record["seconds"], record["history"]
             self.seconds_before += record["seconds"]
@@ -110,9 +105,16 @@ class Run:
                 write_json(
                     partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
                 )
-            shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
+            self._finish_stage(name, folder)
         PartialState().wait_for_everyone()
         return model
+
+    def _finish_stage(self, name: str, folder: Path) -> None:
+        """Checks a stage's files, and removes the checkpoints that led to it."""
+        if damage := find_damage(folder):
+            raise UserError(f"{damage}: remove {folder}, then --resume_from_checkpoint trains that stage again")
+        if self._marked is not None:
+            self._marked.remove_below(f"checkpoints/{name}")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

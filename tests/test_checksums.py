@@ -27,7 +27,8 @@ def test_a_whole_folder(folder: Path) -> None:
 def test_sha256sum_reads_the_file(folder: Path) -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("needs sha256sum")
-    assert subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=folder, capture_output=True).returncode == 0
+    command = ["sha256sum", "--strict", "-c", CHECKSUMS]
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
 def test_a_flipped_bit(folder: Path) -> None:
@@ -40,6 +41,15 @@ def test_a_flipped_bit(folder: Path) -> None:
 def test_a_missing_file(folder: Path) -> None:
     (folder / "sub" / "state").unlink()
     assert find_damage(folder) == f"{folder / 'sub' / 'state'} is missing"
+
+
+def test_every_flipped_byte_of_the_list_and_every_cut(folder: Path) -> None:
+    content = (folder / CHECKSUMS).read_bytes()
+    for place in range(len(content)):
+        (folder / CHECKSUMS).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        assert find_damage(folder) == f"{folder / CHECKSUMS} is damaged", place
+        (folder / CHECKSUMS).write_bytes(content[:place])
+        assert find_damage(folder) == f"{folder / CHECKSUMS} is damaged", place
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"one word"])

@@ -14,7 +14,8 @@ from common.utils import environment as environment_module
 from common.utils import precision
 from common.utils.environment import environment, git_commit
 from common.utils.errors import UserError
-from common.utils.files import read_json, write_json, write_text, writing_folder
+from common.utils.files import read_json, write_json, write_text
+from common.utils.folders import writing_folder
 
 
 def test_json_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -62,7 +63,54 @@ def test_writing_folder_replaces_the_older_folder(tmp_path: Path) -> None:
             assert list(folder.iterdir()) == []
             (folder / content).write_text(content)
     assert os.listdir(tmp_path) == ["model"]
-    assert os.listdir(tmp_path / "model") == ["two"]
+    assert sorted(os.listdir(tmp_path / "model")) == ["SHA256SUMS", "two"]
+
+
+@pytest.mark.parametrize("kill", ["never", "before the files moved", "while the files moved"])
+def test_files_that_were_added_to_the_older_folder_stay(tmp_path: Path, kill: str) -> None:
+    with writing_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("old")
+    (tmp_path / "model" / "notes").mkdir()
+    (tmp_path / "model" / "notes" / "thesis.tex").write_text("mine")
+    (tmp_path / "model" / "plan.txt").write_text("mine")
+    if kill == "never":
+        with writing_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_text("new")
+    else:
+        aside = tmp_path / f".model.old.{dead_process_id()}"
+        (tmp_path / "model").rename(aside)
+        with writing_folder(tmp_path / "other") as folder:
+            (folder / "weights").write_text("new")
+        (tmp_path / "other").rename(tmp_path / "model")
+        if kill == "while the files moved":
+            (aside / "plan.txt").rename(tmp_path / "model" / "plan.txt")
+        with writing_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_text("new")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert (tmp_path / "model" / "notes" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "model" / "plan.txt").read_text() == "mine"
+
+
+def test_an_added_file_is_never_replaced(tmp_path: Path) -> None:
+    with writing_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("old")
+    (tmp_path / "model" / "card.md").write_text("mine")
+    with pytest.raises(UserError, match="card.md was not written by this project"):
+        with writing_folder(tmp_path / "model") as folder:
+            (folder / "card.md").write_text("ours")
+    assert (tmp_path / "model" / "card.md").read_text() == "mine"
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_nothing_is_replaced_through_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.tex").write_text("mine")
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="symbolic link"):
+        with writing_folder(tmp_path / "model"):
+            pass
+    assert (tmp_path / "elsewhere" / "thesis.tex").read_text() == "mine"
 
 
 def test_writing_folder_keeps_the_older_folder_when_the_block_fails(tmp_path: Path) -> None:
@@ -77,7 +125,7 @@ def test_writing_folder_keeps_the_older_folder_when_the_block_fails(tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-from common.utils.files import writing_folder
+from common.utils.folders import writing_folder
 with writing_folder(sys.argv[1]) as folder:
     (folder / "weights").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

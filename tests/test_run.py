@@ -93,16 +93,6 @@ class Inputs:
     more: list[str] = field(default_factory=list)
 
 
-def test_starting_over_removes_the_runs_own_files_and_no_others(tmp_path):
-    Run(RunArguments(output_dir=str(tmp_path)), Inputs()).stage("teacher", lambda: Number(7), Number.load)
-    for path in (tmp_path / "thesis.txt", tmp_path / "student" / "model.safetensors"):
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    Run(RunArguments(output_dir=str(tmp_path), overwrite_output_dir=True), Inputs("resnet20"))
-    assert {path.name for path in tmp_path.rglob("*")} == {"thesis.txt", "recipe.yaml"}
-    assert "resnet20" in (tmp_path / "recipe.yaml").read_text()
-
-
 @pytest.mark.parametrize("name", ["teacher", "more"])
 def test_a_run_does_not_start_over_by_removing_what_it_is_to_read(tmp_path, name):
     run = Run(RunArguments(output_dir=str(tmp_path)), Inputs())

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from common.arguments import KDTrainingArguments, check_seeds
 from common.cli import parse, run
 from common.results import RECIPE, RESULTS
-from common.run_folder import refuse_other_arguments, remove, starts_over
+from common.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.data.tasks import GLUE_TASKS, TASKS
@@ -31,6 +31,7 @@ from nlp.student_model.methods import refuse_smoothing, refuse_unfit
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
+SHARED_FILES = ("teacher_outputs/*.safetensors", "teacher_outputs/*.partial")  # besides stages
 OF_A_KIND = {argument.name for kind in (MatchingArguments, BottleneckArguments) for argument in fields(kind)}
 
 
@@ -79,10 +80,7 @@ def main() -> None:
         refuse_smoothing(training, task, classes)
         if "base" in glue.systems:
             refuse_unfit(matching.method, training, task, classes)
-    with PartialState().main_process_first():
-        if starts_over(training) and PartialState().is_main_process:
-            cells = [f"{task}/seed{seed}" for task, seed in product(glue.tasks, glue.seeds)]
-            remove(folder, cells, (training, text, pair, bottleneck, matching))
+    held = open_folders(folder, glue, training, (training, text, pair, bottleneck, matching))
     for task, seed in product(glue.tasks, glue.seeds):
         text.dataset, training.seed = sources[task], seed
         data = text.load()
@@ -91,6 +89,22 @@ def main() -> None:
             own = matching if system == "base" else of_system(bottleneck, system)
             distill(own, text, *at_most(epochs, pair, training), data, folder / task / f"seed{seed}", system)
     show(folder, glue.tasks)
+    del held  # until now no other process works in the folder
+
+
+def open_folders(
+    folder: Path, glue: GlueArguments, training: KDTrainingArguments, instances: tuple[Any, ...]
+) -> list[RunFolder]:
+    """In the main process: the table's folder and those of its cells, locked, and the latter emptied to start over."""
+    with PartialState().main_process_first():
+        if not PartialState().is_main_process:
+            return []
+        root = RunFolder(folder, ["glue.md"])
+        cells = [RunFolder(folder / t / f"seed{s}", SHARED_FILES) for t, s in product(glue.tasks, glue.seeds)]
+        if starts_over(training):
+            for cell in cells:
+                cell.remove(instances)
+        return [root, *cells]
 
 
 def distill(
@@ -113,6 +127,7 @@ def distill(
         distillation = ClassifierDistillation(text, pair, own, training, data, shared=shared)
     else:
         distillation = BottleneckDistillation(text, pair, own, training, data, shared=shared)
+    refuse_other_inputs(shared, system)
     teacher = distillation.teacher()
     control = None if training.no_control else distillation.control()
     student = distillation.student(teacher)
@@ -124,6 +139,19 @@ def refuse_mixing(shared: Path, system: str, instances: tuple[Any, ...]) -> None
     for recipe in sorted(shared.glob(f"*/{RECIPE}")):
         same_kind = (recipe.parent.name == "base") == (system == "base")
         refuse_other_arguments(recipe.parent, instances, OF_A_SYSTEM if same_kind else OF_A_SYSTEM | OF_A_KIND)
+
+
+def refuse_other_inputs(shared: Path, system: str) -> None:
+    """Raises UserError where systems of this cell, which share stages, began with other data or models."""
+    mine = read_mark(shared / system)["fingerprints"]
+    for mark in sorted(shared.glob(f"*/{MARK}")):
+        theirs = read_mark(mark.parent)["fingerprints"]
+        changed = [name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]]
+        if changed:
+            raise UserError(
+                f"{shared / system} cannot share stages with {mark.parent}: {' and '.join(sorted(changed))} changed "
+                "since that run began; restore it, or choose another --output_dir"
+            )
 
 
 def of_system(bottleneck: BottleneckArguments, system: str) -> BottleneckArguments:

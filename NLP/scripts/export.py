@@ -28,7 +28,8 @@ from common.inference import NOT_INPUTS
 from common.int8 import load_int8, quantize_dynamic
 from common.tables import print_rich
 from common.utils.environment import command, environment
-from common.utils.files import write_json, write_text, writing_folder
+from common.utils.files import write_json, write_text
+from common.utils.folders import writing_folder
 from nlp.data.loading import TextData, load_text_data
 from nlp.student_model.evaluation import predict
 from nlp.student_model.export_report import FILES, measured, report, table

@@ -43,6 +43,7 @@ def main() -> None:
     texts_of_teacher = Texts.of(data, teacher.tokenizer) if args.student else texts
 
     search_run = SearchRun(training, text, args)
+    search_run.check_inputs(data.fingerprint, teacher=teacher.model, student=student.model)
     said = Pipeline(search_run, "cls", search_run.folder / "teacher_outputs").listen(teacher.model, texts_of_teacher)
     search = Search(search_run, student.model, texts, said)
     control = None if training.no_control else search.trials("control", args.ranges_of_the_control, 1)[0]

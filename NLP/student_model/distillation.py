@@ -65,6 +65,8 @@ class Distillation:
         self.same_tokens = not own or own.tokenizer.get_vocab() == self.given.tokenizer.get_vocab()
         self.refuse_what_cannot_be(training)
         self.run = TrainerRun(training, text, pair, *others)
+        starts = {"teacher": self.given, "student": own, "control_from": self.control_from}
+        self.run.check_inputs(data.fingerprint, **{role: start and start.model for role, start in starts.items()})
         self.pipeline = Pipeline(self.run, pooling, (shared or self.run.folder) / "teacher_outputs")
 
     def rate(self, start: Pretrained) -> float:

@@ -49,6 +49,8 @@ class LanguageDistillation:
         self.given_student = load_language_model(args.student, args.block_size) if by_name else None
         self._refuse_what_cannot_fit()
         self.run = TrainerRun(training, args)
+        starts = {"teacher": self.given, "student": self.given_student}
+        self.run.check_inputs(corpus.fingerprint, **{role: start and start.model for role, start in starts.items()})
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
         self.blocks = {split: pack(texts, self.tokenizer, args.block_size) for split, texts in corpus.splits.items()}
 

@@ -57,7 +57,7 @@ class SearchRun(TrainerRun):
     """A run whose outputs are those of a search."""
 
     last_file = "search.json"
-    written = (*TrainerRun.written, "search.json", "search.md", "search.png", "best.yaml")
+    files = (*TrainerRun.files, "search.json", "search.md", "search.png", "best.yaml", "checkpoints/search.db*")
 
 
 class TrialTrainer(KDTrainer):

@@ -59,6 +59,8 @@ class TranslationDistillation:
         self.given_student = load_translator(args.student, args.max_length) if by_name else None
         self._refuse_what_cannot_fit()
         self.run = TrainerRun(training, args)
+        starts = {"teacher": self.given, "student": self.given_student}
+        self.run.check_inputs(data.fingerprint, **{role: start and start.model for role, start in starts.items()})
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
         self.splits = tokenize_pairs(data, self.tokenizer, args.source_prefix)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from common.cli import Parser, run
 from common.utils.domains import import_name
 from common.utils.errors import UserError
-from common.utils.files import writing_folder
+from common.utils.folders import writing_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "template"
@@ -70,7 +70,10 @@ def lay_out(folder: str, name: str) -> None:
     def renamed(text: str) -> str:
         return PLACEHOLDER.sub(lambda found: folder if found[1] == "-" else name, text)
 
-    with writing_folder(ROOT / folder) as domain, writing_folder(ROOT / "tests" / name) as tests:
+    with (
+        writing_folder(ROOT / folder, checksums=False) as domain,
+        writing_folder(ROOT / "tests" / name, checksums=False) as tests,
+    ):
         for source in TEMPLATE.rglob("*"):
             place = source.relative_to(TEMPLATE)
             if source.is_dir() or any(part.startswith((".", "__pycache__")) for part in place.parts):

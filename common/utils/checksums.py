@@ -1,6 +1,7 @@
 """Checksums of a folder's files, in the format of `sha256sum`, so that damage is noticed when the folder is read back.
 
-`sha256sum -c SHA256SUMS` inside the folder checks it without this project.
+`sha256sum -c SHA256SUMS` inside the folder checks it without this project. The last line, a comment to that command,
+is the checksum of the lines above.
 """
 
 import hashlib
@@ -15,23 +16,26 @@ CHECKSUMS = "SHA256SUMS"
 def write_checksums(folder: str | Path) -> None:
     """Writes SHA256SUMS for all files below a folder. Call it last: its presence marks the folder as complete."""
     folder = Path(folder)
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
-    write_text(folder / CHECKSUMS, "".join(lines))
+    lines = "".join(f"{_sha256(folder / name)}  {name}\n" for name in _files(folder))
+    write_text(folder / CHECKSUMS, f"{lines}# {_digest(lines)}\n")
 
 
 def read_checksums(folder: str | Path) -> dict[str, str]:
     """{path relative to the folder: SHA-256} of the files that were there when the folder was completed.
 
-    Raises UserError where SHA256SUMS is missing or unreadable.
+    Raises UserError where SHA256SUMS is missing or damaged.
     """
     path = Path(folder) / CHECKSUMS
     try:
-        pairs = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {name: digest for digest, name in pairs}
+        text = path.read_bytes().decode()
     except FileNotFoundError:
         raise UserError(f"{folder} is incomplete: it has no {CHECKSUMS}") from None
-    except ValueError:  # a line of another format, or bytes that are not UTF-8
+    except UnicodeDecodeError:
         raise UserError(f"{path} is damaged") from None
+    lines, _, digest = text.rpartition("# ")
+    if digest != f"{_digest(lines)}\n":
+        raise UserError(f"{path} is damaged")
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines.split("\n")[:-1])}
 
 
 def find_damage(folder: str | Path) -> str | None:
@@ -55,6 +59,10 @@ def find_damage(folder: str | Path) -> str | None:
 def _files(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
     return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

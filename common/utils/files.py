@@ -1,10 +1,7 @@
-"""Files and folders that are whole or absent: written under a temporary name beside the target, then renamed."""
+"""Files that are whole or absent: written under a temporary name next to the target, then renamed."""
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,56 +43,3 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-@contextmanager
-def writing_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `path` and renames it to `path` when the block succeeds.
-
-    Until then an older folder at `path` stays as it was. What killed processes left behind is cleared on the next use.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(path)
-    temporary = path.with_name(f".{path.name}.writing.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """A full folder cannot be renamed over, so the old one steps aside first."""
-    old = path.with_name(f".{path.name}.old.{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _clear_leftovers(path: Path) -> None:
-    for old in path.parent.glob(f".{path.name}.old.*"):
-        if not path.exists() and not _in_use(old):  # killed between the two renames of _replace_folder
-            old.rename(path)
-    for kind in ("writing", "old"):
-        for folder in path.parent.glob(f".{path.name}.{kind}.*"):
-            if not _in_use(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _in_use(folder: Path) -> bool:
-    """Whether another living process writes this temporary folder; its name ends with the process id."""
-    pid = int(folder.suffix[1:])
-    if pid == os.getpid():
-        return False
-    if os.name != "posix":
-        return True  # elsewhere signal 0 is not a mere question
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

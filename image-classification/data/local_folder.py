@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common.utils.files import writing_folder
+from common.utils.folders import writing_folder
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData
@@ -25,7 +25,7 @@ CLASSES_SHOWN, VIEWS_SHOWN = 6, 6
 
 def write_data(data: ImageData, folder: Path) -> None:
     """Small images are written as PNG, without loss; large ones as the files they are."""
-    with writing_folder(folder) as partial:
+    with writing_folder(folder, checksums=False) as partial:
         for split in data.splits:
             write_split(data, split, partial / f"{split}.parquet")
         draw_views(data).savefig(partial / PICTURE)

@@ -18,7 +18,7 @@ from common.arguments import RunArguments
 from common.cli import parse, run
 from common.results import print_table, write_report
 from common.run import Run
-from common.utils.files import writing_folder
+from common.utils.folders import writing_folder
 from image_classification.data.loading import ImageData
 from image_classification.student_model.arguments import DataArguments
 from image_classification.student_model.bottleneck_probe import BottleneckProbe, load_encoder
@@ -39,12 +39,19 @@ from image_classification.teacher_model.classifier import ImageClassifier
 METHOD = "bottleneck_class_incremental"
 
 
+class ForgettingRun(Run):
+    """A run with one plot more."""
+
+    files = (*Run.files, "forgetting.png")
+
+
 def main() -> None:
     args, data_args, run_args = parse(IncrementalArguments, DataArguments, RunArguments)
     run_args.output_dir = run_args.output_dir or f"runs/image-classification/{METHOD}"
     encoder, data = load_encoder(args.encoder, data_args.load())
     tasks = arrival(data, args.classes_per_task, run_args.seed if args.order_seed is None else args.order_seed)
-    this = Run(run_args, args, data_args)
+    this = ForgettingRun(run_args, args, data_args)
+    this.check_inputs(data.fingerprint, encoder=encoder)
     processor = image_processor(data)
     stage = partial(this.stage, load=BottleneckProbe.from_pretrained, processor=processor)
 

@@ -62,6 +62,7 @@ class Experiment:
         training.output_dir = training.output_dir or f"runs/image-classification/{name}"
         self.method, self.args, self.data = method, training, data
         self.run = TrainerRun(training, *instances)
+        self.run.check_inputs(data.fingerprint)
 
     def stage(
         self,
@@ -148,6 +149,7 @@ class Experiment:
         if given is None:
             return self.labels_only(stage, lambda: new_classifier(name, self.data.config), epochs)
         teacher, self.data = given
+        self.run.check_inputs(self.data.fingerprint, teacher=teacher)
         return teacher
 
     def report(

@@ -22,8 +22,9 @@ from common.cli import save_recipe
 from common.methods import Method, chosen, flags_of
 from common.objective import Objective, task_loss
 from common.results import RECIPE
-from common.run_folder import refuse_other_arguments, remove, starts_over
+from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, refuse_other_arguments, starts_over
 from common.side_by_side import SideBySide, SideBySideObjective
+from common.teacher_outputs import outputs_key
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
 from image_classification.data.loading import ImageData
@@ -48,6 +49,8 @@ from image_classification.student_model.sweep_report import show
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.folding import frozen
 from image_classification.teacher_model.teacher import given_teacher, teacher_sketch
+
+SWEEP_FILES = (*RUN_FILES, "sweep.md", "sweep.png", *(f"cells/*/{name}" for name in (*REPORT_FILES, "lost.json")))
 
 
 def sweep(
@@ -75,8 +78,11 @@ def sweep(
         cell.key: student_of(cell, pair.student, sketch, seen, training, weights)[1].parameters_beside
         for cell in {cell.key: cell for cell in cells}.values()
     }
-    open_folder(folder, training, pair, weights, data_args)
-    if given_teacher(teacher_name, data) is None:
+    given = given_teacher(teacher_name, data)
+    opened = open_folder(folder, training, pair, weights, data_args)
+    if opened is not None:
+        opened.check_inputs(data=data.fingerprint, **({"teacher": outputs_key(given[0])} if given else {}))
+    if given is None:
         args = copy.copy(training)
         args.output_dir = teacher_name = str(folder / "teacher")
         args.resume_from_checkpoint = (folder / "teacher" / RECIPE).exists()
@@ -118,17 +124,22 @@ def sweep(
         show(folder, cells)
 
 
-def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) -> None:
-    """Empties it where it is to be overwritten. Raises UserError where its cells were trained with other flags."""
+def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) -> RunFolder | None:
+    """In the main process: the folder of a sweep, emptied where it is to be overwritten.
+
+    Raises UserError where its cells were trained with other flags.
+    """
     with PartialState().main_process_first():
         if not PartialState().is_main_process:
-            return
+            return None
+        opened = RunFolder(folder, SWEEP_FILES)
         if starts_over(training):
-            remove(folder, ("cells", "groups", "teacher", RECIPE), (training, *others))
+            opened.remove((training, *others))
         if (folder / RECIPE).exists():
             refuse_other_arguments(folder, (training, *others), may_change=("learning_rate", "seed"))  # axes
         else:
             save_recipe(folder / RECIPE, training, *others)
+        return opened
 
 
 def _control(folder: Path, cell: Cell) -> dict[str, Any] | None:

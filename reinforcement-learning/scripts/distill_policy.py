@@ -16,12 +16,13 @@ from pathlib import Path
 
 from common.cli import parse, run
 from common.report import compare
+from common.run_folder import RunFolder
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
 from reinforcement_learning.student_model.distillation import Distillation
 from reinforcement_learning.student_model.distiller import DistillArguments
 from reinforcement_learning.student_model.evaluation import evaluate
-from reinforcement_learning.student_model.experiment import Experiment, folder_name
+from reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
 from reinforcement_learning.student_model.matching import Loss, check_loss
 from reinforcement_learning.student_model.subject import Subject
 from reinforcement_learning.student_model.teachers import soft_network, teacher_of
@@ -44,6 +45,7 @@ def main() -> None:
         names = "+".join(map(folder_name, args.environment))
         args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
     seeds = args.seeds or [args.seed]
+    held = RunFolder(Path(args.output_dir)) if args.seeds else None
     folders = []
     for seed in seeds:
         folder = Path(args.output_dir, f"seed{seed}") if args.seeds else Path(args.output_dir)
@@ -51,6 +53,7 @@ def main() -> None:
         folders += run_seed(own, subjects, student, distill, training)
     if len(seeds) > 1:
         compare(folders)
+    del held  # until now no other process works in the folder of the seeds
 
 
 def subject_of(
@@ -71,6 +74,8 @@ def run_seed(
     """One seed's run; the folders of its reports."""
     names = [folder_name(subject.environment) for subject in subjects] if len(subjects) > 1 else []
     experiment = Experiment(args.method, args, args.watch_episodes, student, distill, training, folders=names)
+    played = ", ".join(fingerprint(subject.environment) for subject in subjects)
+    experiment.run.check_inputs(played, **{f"teacher of {s.environment}": s.network for s in subjects})
     stages = Distillation(experiment, subjects, distill)
     agents = {"student": stages.proximal(args.teacher_weight) if args.method == "ppd" else stages.distilled()}
     if not args.no_control:

@@ -14,7 +14,9 @@ from common.metrics.returns import normalized_return
 from common.model_card import model_card
 from common.results import RESULTS, print_table, write_report
 from common.run import Run
-from common.utils.files import write_text, writing_folder
+from common.run_folder import REPORT_FILES
+from common.utils.files import write_text
+from common.utils.folders import writing_folder
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.vector import registering
 from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
@@ -45,7 +47,7 @@ class SeveralReports(Run):
 
     def __init__(self, folders: list[str], args: RunArguments, *instances: Any) -> None:
         self.last_file = f"{folders[-1]}/{RESULTS}"
-        self.written = (*Run.written, *folders)
+        self.files = (*Run.files, *(f"{folder}/{name}" for folder in folders for name in REPORT_FILES))
         super().__init__(args, *instances)
 
 

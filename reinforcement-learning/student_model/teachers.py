@@ -3,17 +3,16 @@
 from pathlib import Path
 
 import torch
-import yaml
 
 from common.arguments import RunArguments
-from common.results import RECIPE
 from common.run import STAGE
+from common.run_folder import read_recipe
 from common.utils.errors import UserError
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import ExperimentArguments, TeacherTask, TeacherTraining
 from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
-from reinforcement_learning.student_model.experiment import Experiment, folder_name
+from reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
 from reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from reinforcement_learning.teacher_model.policies import QValues, temperature_for_entropy
 from reinforcement_learning.teacher_model.sources import find_teacher
@@ -28,6 +27,7 @@ def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArgum
     args.output_dir = args.output_dir or str(default_folder(task.environment, training))
     model = new_teacher(task.environment, recipe, args.seed)  # refuses what cannot be before the folder is made
     experiment = Experiment(f"{recipe.algorithm} teacher", args, task.watch_episodes, task, training)
+    experiment.run.check_inputs(fingerprint(task.environment))
 
     def build() -> Agent:
         experiment.from_reward("teacher", task.environment, model, recipe.steps)
@@ -81,7 +81,7 @@ def default_folder(environment: str, training: TeacherTraining) -> Path:
 
 
 def _refuse_other_training(folder: Path, training: TeacherTraining) -> None:
-    before = yaml.safe_load((folder / RECIPE).read_text())
+    before = read_recipe(folder)
     for name, value in vars(training).items():
         if before.get(name) != value:
             raise UserError(

@@ -19,7 +19,8 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm.auto import tqdm
 
-from common.utils.files import read_json, write_json, writing_folder
+from common.utils.files import read_json, write_json
+from common.utils.folders import writing_folder
 
 SEGMENTS = 10
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")

@@ -44,7 +44,7 @@ def main() -> None:
     data = load_data(args.dataset)
     given = load_trained(args.teacher, data) if args.teacher else None
     labels_only = Objective(task=(1.0, task_loss()))
-    distillation = Distillation(data, training, args)
+    distillation = Distillation(data, given, training, args)
     teacher = given or distillation.trained("teacher", args.teacher_width, labels_only)
     control = None if training.no_control else distillation.trained("control", args.student_width, labels_only)
     objective = labels_and_soft_targets(training.alpha, training.temperature)

@@ -23,10 +23,15 @@ print(model.config.id2label[logits.argmax().item()])"""
 
 
 class Distillation:
-    """One run on `data`; `others` are the script's other arguments, for its recipe."""
+    """One run on `data`, with a trained teacher if one is `given`; `others` are the script's other arguments, for the
+    recipe.
+    """
 
-    def __init__(self, data: LabelledData, training: KDTrainingArguments, *others: object) -> None:
+    def __init__(
+        self, data: LabelledData, given: Classifier | None, training: KDTrainingArguments, *others: object
+    ) -> None:
         self.data, self.run = data, TrainerRun(training, *others)
+        self.run.check_inputs(data.fingerprint, teacher=given)
 
     def trained(self, stage: str, width: int, objective: Objective, **teacher: Any) -> Classifier:
         """A stage: a classifier trained for `objective`. `teacher`: what KDTrainer is to know of one, as
