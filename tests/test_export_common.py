@@ -220,7 +220,7 @@ def test_a_student_is_taken_away(tmp_path, capsys, format):
     take_away("tiny", student, format, tmp_path / "export")
     folder = tmp_path / "export"
     file = {"onnx": "model.onnx", "torch.export": "model.pt2"}[format]
-    assert {path.name for path in folder.iterdir()} == {file, "labels.txt", "README.md", "export.json"}
+    assert {path.name for path in folder.iterdir()} == {file, "labels.txt", "README.md", "export.json", "SHA256SUMS"}
     checks = json.loads((folder / "export.json").read_text())["checks"]
     assert [(check["inputs"], check["answer"]) for check in checks] == [
         ({"x": [1, 6]}, [1, 3]),

@@ -184,9 +184,7 @@ def test_a_run_that_stopped_continues_to_the_same_end(small, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small, run)
     (run / "results.json").unlink()
-    (run / "stages" / "student" / "stage.json").unlink()
-    recipe = (run / "recipe.yaml").read_text().replace(str(small), str(run))
-    (run / "recipe.yaml").write_text(recipe)
+    shutil.rmtree(run / "stages" / "student")
     script(*SMALL_FLAGS, "--output_dir", run, "--resume_from_checkpoint")
     assert torch.equal(weights(small / "student")["head.values"], weights(run / "student")["head.values"])
     for section in ("accuracy", "accuracy_of_classes_seen", "accuracy_of_all_classes", "keys"):

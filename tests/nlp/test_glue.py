@@ -1,6 +1,7 @@
 """GLUE tasks x systems x seeds on a few made-up rows: one table, nothing trained twice."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -103,11 +104,27 @@ def test_large_tasks_get_fewer_epochs(glue, tmp_path):
 
 def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
     seed = tmp_path / "glue" / "rte" / "seed0"
-    (seed / "stages" / "teacher_encoder").mkdir(parents=True)  # would fail to load
-    (seed / "keys_carried").mkdir()
-    distill(glue, "--tasks", "rte", "--systems", "base", "--samples_per_stage", 10, "--no_control", "--output_dir",
-            tmp_path / "glue", "--overwrite_output_dir")  # fmt: skip
-    assert (seed / "base" / "results.json").exists() and not (seed / "keys_carried").exists()
+    words = ["--tasks", "rte", "--samples_per_stage", 10, "--no_control", "--output_dir", tmp_path / "glue"]
+    distill(glue, *words, "--systems", "keys_carried")
+    teacher = seed / "stages" / "teacher_encoder" / "model.safetensors"
+    first = teacher.stat().st_mtime_ns
+    (seed / "thesis.tex").write_text("mine")
+    distill(glue, *words, "--systems", "base", "--overwrite_output_dir")
+    assert (seed / "base" / "results.json").exists() and (seed / "thesis.tex").exists()
+    assert not (seed / "keys_carried" / "results.json").exists() and not (seed / "stages" / "teacher").exists()
+    assert teacher.stat().st_mtime_ns > first  # trained anew
+
+
+def test_systems_with_changed_data_share_no_stages(glue, tmp_path, capsys):
+    data, words = tmp_path / "data", ["--tasks", "rte", "--no_control", "--output_dir", tmp_path / "glue"]
+    shutil.copytree(glue, data)
+    distill(data, *words, "--systems", "base")
+    rows = datasets.Dataset.from_parquet(str(data / "glue_rte" / "train.parquet"), keep_in_memory=True)
+    rows.select(range(18)).to_parquet(data / "glue_rte" / "train.parquet")
+    with pytest.raises(SystemExit) as stopped:
+        distill(data, *words, "--systems", "keys_carried")
+    assert stopped.value.code == 2
+    assert "cannot share stages" in (error := capsys.readouterr().err) and "data changed" in error
 
 
 def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):

@@ -202,12 +202,22 @@ def test_the_test_split_has_no_say(few, teacher, finished, tmp_path):
 def test_a_named_student_with_words_of_its_own(few, teacher, tmp_path):
     data = load_text_data(str(few))
     student = classifier(tmp_path / "student", data, hidden_size=16, num_hidden_layers=1)
-    words = ["--dataset", few, "--teacher", teacher, "--student", student, "--no_control", "--output_dir", tmp_path]
+    words = [
+        "--dataset",
+        few,
+        "--teacher",
+        teacher,
+        "--student",
+        student,
+        "--no_control",
+        "--output_dir",
+        tmp_path / "s",
+    ]
     search(*words, "--trials", 1, "--search", "alpha", "--alpha_range", 0.2, 0.3)
-    (trial,) = found(tmp_path)["trials"]
+    (trial,) = found(tmp_path / "s")["trials"]
     assert trial["parameters"].keys() == {"alpha"}
     assert 0.2 <= trial["parameters"]["alpha"] <= 0.3
-    assert "--student" in found(tmp_path)["best_command"]
+    assert "--student" in found(tmp_path / "s")["best_command"]
 
 
 def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkeypatch):
@@ -251,8 +261,8 @@ def test_a_killed_search_continues_to_the_same_trials(few, teacher, finished, tm
 def test_what_follows_from_earlier_trials_follows_after_resuming_too(few, teacher, finished, tmp_path):
     """The search without its last trial, the second that is not random, as a process killed before it had left it."""
     (tmp_path / "checkpoints").mkdir()
-    recipe = (finished / "recipe.yaml").read_text()
-    (tmp_path / "recipe.yaml").write_text(recipe.replace(str(finished), str(tmp_path)))
+    for name in ("recipe.yaml", "run.json"):
+        shutil.copy(finished / name, tmp_path)
     for name, count in (("control", 1), ("trials", TRIALS - 1)):
         before, after = (f"sqlite:///{folder / 'checkpoints' / 'search.db'}" for folder in (finished, tmp_path))
         study = optuna.create_study(study_name=name, storage=after, direction="maximize")
