@@ -58,7 +58,8 @@ class RunFolder:
         path: made if it does not exist.
         files: patterns of the files that are written into it and listed in no SHA256SUMS.
 
-    Raises UserError where the path is no folder, holds something other than a run, or is held by another process.
+    Raises UserError where the path is no folder, holds something other than a run, or is held by another process, and
+    where a symbolic link stands for a folder inside it or for a file that the run writes.
     """
 
     lock: FolderLock
@@ -72,6 +73,8 @@ class RunFolder:
             raise UserError(
                 f"{path} is not empty and holds no run ({found}): choose a new or empty folder as --output_dir"
             )
+        if marked:
+            list(_written(path, self.files))  # refuses symbolic links
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
         mark = read_mark(path) if marked else self._write_mark()
@@ -128,7 +131,7 @@ class RunFolder:
         """Removes the files that runs wrote into this folder. Everything else stays, and is named in a warning.
 
         Raises UserError where an argument in `instances`, such as the teacher, names one of these files or a folder
-        with one, and where there is a symbolic link among the run's files or folders.
+        with one.
         """
         files = list(_written(self.path, self.files))
         self._refuse_needed(files, instances)
@@ -244,8 +247,8 @@ def _names_in(folder: Path) -> Collection[str]:
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
-            f"{path} is a symbolic link, and nothing is removed through one: remove the link or choose another "
-            "--output_dir"
+            f"{path} is a symbolic link, and a run removes nothing through one: put what it points to in its place, or "
+            "choose another --output_dir"
         )
 
 

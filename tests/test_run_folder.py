@@ -114,15 +114,16 @@ def test_a_run_inside_a_run_is_removed_with_it(tmp_path: Path) -> None:
     assert files(tmp_path / "table") == {".lock", MARK, "seed0/.lock", "seed0/thesis.tex"}
 
 
-@pytest.mark.parametrize("name", ["stages", "checkpoints", "student", "report.md", "tensorboard"])
-def test_nothing_is_removed_through_a_symbolic_link(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["stages", "checkpoints", "student", "report.md", "tensorboard", "stages/teacher"])
+def test_nothing_is_removed_through_a_symbolic_link(tmp_path: Path, name: str, resume: bool) -> None:
     finished(tmp_path / "run")
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "run" / name).rename(elsewhere)
     (tmp_path / "run" / name).symlink_to(elsewhere)
     before = files(tmp_path)
     with pytest.raises(UserError, match=rf"{name} is a symbolic link"):
-        Run(arguments(tmp_path / "run", overwrite=True), Inputs())
+        Run(arguments(tmp_path / "run", resume, overwrite=not resume), Inputs())
     assert files(tmp_path) == before
 
 
@@ -195,7 +196,7 @@ def test_forked_workers_do_not_keep_a_dead_run_locked(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
     run = Run(arguments(tmp_path), Inputs())
-    check = [sys.executable, "-c", HOLDER, tmp_path]
+    check = [sys.executable, "-c", HOLDER, str(tmp_path)]
     assert subprocess.run(check, input="", capture_output=True, text=True).returncode == 1
     del run
     assert subprocess.run(check, input="", capture_output=True, text=True).returncode == 0

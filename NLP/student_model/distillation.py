@@ -66,7 +66,7 @@ class Distillation:
         self.refuse_what_cannot_be(training)
         self.run = TrainerRun(training, text, pair, *others)
         starts = {"teacher": self.given, "student": own, "control_from": self.control_from}
-        self.run.check_inputs(data.fingerprint, **{role: start and start.model for role, start in starts.items()})
+        self.run.check_inputs(data.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
         self.pipeline = Pipeline(self.run, pooling, (shared or self.run.folder) / "teacher_outputs")
 
     def rate(self, start: Pretrained) -> float:

@@ -50,7 +50,7 @@ class LanguageDistillation:
         self._refuse_what_cannot_fit()
         self.run = TrainerRun(training, args)
         starts = {"teacher": self.given, "student": self.given_student}
-        self.run.check_inputs(corpus.fingerprint, **{role: start and start.model for role, start in starts.items()})
+        self.run.check_inputs(corpus.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
         self.blocks = {split: pack(texts, self.tokenizer, args.block_size) for split, texts in corpus.splits.items()}
 

@@ -60,7 +60,7 @@ class TranslationDistillation:
         self._refuse_what_cannot_fit()
         self.run = TrainerRun(training, args)
         starts = {"teacher": self.given, "student": self.given_student}
-        self.run.check_inputs(data.fingerprint, **{role: start and start.model for role, start in starts.items()})
+        self.run.check_inputs(data.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
         self.splits = tokenize_pairs(data, self.tokenizer, args.source_prefix)
 
