@@ -247,8 +247,8 @@ def _names_in(folder: Path) -> Collection[str]:
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
-            f"{path} is a symbolic link, and a run removes nothing through one: put what it points to in its place, or "
-            "choose another --output_dir"
+            f"{path} is a symbolic link, and a run removes nothing through one: put what it points to in its place, "
+            "or choose another --output_dir"
         )
 
 
