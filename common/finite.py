@@ -1,6 +1,8 @@
-"""The watch over losses that are not finite, without a look at every step's loss, which would hold up a GPU.
+"""The watch over losses and weights that are not finite.
 
-Such a loss stops a run. Of several students side by side, which share no weights, it loses one, and the others go on.
+A loss that is not finite stops a run; it is noticed without a look at every step's loss, which would hold up a GPU. Of
+several students side by side, which share no weights, it loses one, and the others go on. Weights are checked before
+they are saved, measured or returned: the last step can break them after a loss that was finite.
 """
 
 import logging
@@ -9,12 +11,38 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY = 100  # steps, on a GPU; on a CPU looking costs nothing
+REMEDY = "try a lower learning rate, other optimizer settings or fp32"
+
+
+def check_finite_weights(*modules: nn.Module, when: str) -> None:
+    """Raises UserError, which names the tensor and `when` (such as `after step 12`), unless all weights are finite."""
+    if (name := non_finite_tensor(*modules)) is not None:
+        raise UserError(f"training diverged: {name} is not finite {when}; {REMEDY}")
+
+
+def non_finite_tensor(*modules: nn.Module) -> str | None:
+    """The name of the first parameter or saved buffer that is not finite, or None.
+
+    A buffer may hold minus infinity, as attention masks do. Of sharded weights only the shards of this process count.
+    """
+    names, finite = [], []
+    for module in modules:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                ok = local.isfinite() if isinstance(tensor, nn.Parameter) else local < math.inf  # false for nan
+                names.append(name)
+                finite.append(ok.all())
+    if not finite or bool(torch.stack([value.to(finite[0].device) for value in finite]).all()):  # one wait for a GPU
+        return None
+    return next(name for name, value in zip(names, finite, strict=True) if not value)
 
 
 class NonFiniteLoss:
