@@ -30,7 +30,7 @@ from common.model_card import Savable, save_student
 from common.progress import StageProgress
 from common.results import RECIPE, RESULTS, print_table, write_report
 from common.run_folder import RunSettings, refuse_other_arguments, remove, starts_over
-from common.trainer import KDTrainer, last_checkpoint
+from common.trainer import KDTrainer
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
 from common.utils.errors import UserError
@@ -205,9 +205,8 @@ class TrainerRun(Run):
         loop = KDTrainer(model=trained, args=args, **trainer)
         if loop.pop_callback(ProgressCallback):  # not in notebooks, which have one of their own
             loop.add_callback(StageProgress(name.replace("_", " ")))
-        start = last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None
         with quick_attention(trained, trainer["train_dataset"], args.precision, best_device().type):
-            loop.train(resume_from_checkpoint=start)
+            loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         loop.finish()
         if args.fsdp:
             model.load_state_dict(full_state(trained))

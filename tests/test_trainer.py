@@ -12,12 +12,13 @@ from tiny import Rows, TinyClassifier, arguments, kd, model
 from torch import nn
 
 from common.batching import LengthGroupedSampler
+from common.checkpoints import last_checkpoint
 from common.losses import feature_l2, soft_target_kl
 from common.metrics.classification import classification_metrics
 from common.objective import IGNORED, Hint, Objective, task_loss, token_targets
 from common.outputs import Outputs
 from common.teacher_outputs import TeacherOutputs
-from common.trainer import KDTrainer, last_checkpoint
+from common.trainer import KDTrainer
 from common.utils.errors import UserError
 
 
@@ -224,15 +225,6 @@ def test_objective_parameters_resume_too(tmp_path):
     trained(tmp_path, model(width=4), whole, **settings)
     trained(tmp_path, model(3, width=4), resumed, resume=str(tmp_path / "checkpoint-3"), **settings)
     assert torch.equal(weights(resumed), weights(whole))
-
-
-def test_only_complete_checkpoints_count(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, complete in ((3, True), (12, True), (20, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
