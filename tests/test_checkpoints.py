@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import fork
 from tiny import Rows, arguments, model
 from transformers.trainer_utils import EvalPrediction
 
@@ -74,7 +75,7 @@ def killed_at(point: int, folder: Path, **settings) -> bool:
     """Trains in another process, which SIGKILL ends right before its operation number `point` on a checkpoint's files;
     False where it ended before.
     """
-    if pid := os.fork():
+    if pid := fork():
         return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     points = iter(range(10_000))
 
