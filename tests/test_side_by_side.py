@@ -140,6 +140,22 @@ def test_a_group_of_which_all_are_lost_stops(tmp_path):
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
+def test_a_student_that_the_last_step_broke_diverged_alone(tmp_path, caplog):
+    def no_gradient_on_the_last_step(student, teacher, labels):
+        loss = (student.logits * 0.0).sum()
+        steps.append(1)
+        return loss.sqrt() if len(steps) == 3 else loss  # 0, and its derivative infinite
+
+    steps: list[int] = []
+    broken = Objective(task=(1.0, task_loss()), bad=(1.0, no_gradient_on_the_last_step))
+    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=1).model.students["kd"].state_dict()
+    trainer = train_beside(tmp_path / "run", {"kd": kd(), "broken": broken}, num_train_epochs=1)
+    assert [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()] == [
+        "broken diverged: hidden.weight is not finite after step 3"
+    ]
+    assert all(torch.equal(value, spared[key]) for key, value in trainer.model.students["kd"].state_dict().items())
+
+
 class ViewRows(Rows):
     """Three views of each sample: as it is, negated, doubled; which one is drawn anew each epoch."""
 
