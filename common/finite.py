@@ -1,20 +1,49 @@
-"""The watch over losses that are not finite, without a look at every step's loss, which would hold up a GPU.
+"""The watch over losses and weights that are not finite.
 
-Such a loss stops a run. Of several students side by side, which share no weights, it loses one, and the others go on.
+A loss that is not finite stops a run; it is noticed without a look at every step's loss, which would hold up a GPU. Of
+several students side by side, which share no weights, one diverges, and the others go on. Weights are checked before
+they are saved, measured or returned: the last step can break them after a loss that was finite.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY = 100  # steps, on a GPU; on a CPU looking costs nothing
+REMEDY = "try a lower learning rate, other optimizer settings or fp32"
+
+
+def check_finite_weights(*modules: nn.Module, when: str) -> None:
+    """Raises UserError, which names the tensor and `when` (such as `after step 12`), unless all weights are finite."""
+    if (name := non_finite_tensor(*modules)) is not None:
+        raise UserError(_diverged(name, when))
+
+
+def non_finite_tensor(*modules: nn.Module) -> str | None:
+    """The name of the first parameter or saved buffer that is not finite, or None.
+
+    A buffer may hold minus infinity, as attention masks do. Of sharded weights only the shards of this process count.
+    """
+    names, finite = [], []
+    for module in modules:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                ok = local.isfinite() if isinstance(tensor, nn.Parameter) else local < math.inf  # false for nan
+                names.append(name)
+                finite.append(ok.all())
+    if not finite or bool(torch.stack([value.to(finite[0].device) for value in finite]).all()):  # one wait for a GPU
+        return None
+    return next(name for name, value in zip(names, finite, strict=True) if not value)
 
 
 class NonFiniteLoss:
@@ -69,10 +98,29 @@ class NonFiniteLoss:
                 f"checkpoint: {last_checkpoint() or 'none yet'}"
             )
         for prefix, told in lost.items():
-            if prefix not in self._told and PartialState().is_main_process:
-                logger.warning("%s is lost: its loss is not finite at %s", prefix.removesuffix("/"), told)
-        self._told |= lost.keys()
-        return len(lost) < len(self._prefixes)
+            self._tell(prefix, f"its loss is not finite at {told}")
+        return len(self._told) < len(self._prefixes)
+
+    def look_at_weights(self, step: int, modules: Mapping[str, Sequence[nn.Module]]) -> bool:
+        """The same of the weights after a step, in all processes at once: `modules` by student, or those of one alone
+        under any name.
+        """
+        mine = [{name: non_finite_tensor(*own) for name, own in modules.items()}]
+        found = {name: tensor for of_process in gather_object(mine) for name, tensor in of_process.items() if tensor}
+        if found and self._alone:
+            raise UserError(_diverged(*found.values(), when=f"after step {step}"))
+        for name, tensor in found.items():
+            self._tell(f"{name}/", f"{tensor} is not finite after step {step}")
+        return len(self._told) < len(self._prefixes)
+
+    def _tell(self, prefix: str, what: str) -> None:
+        if prefix not in self._told and PartialState().is_main_process:
+            logger.warning("%s diverged: %s", prefix.removesuffix("/"), what)
+        self._told.add(prefix)
+
+
+def _diverged(tensor: str, when: str) -> str:
+    return f"training diverged: {tensor} is not finite {when}; {REMEDY}"
 
 
 def _told(first: dict[str, Tensor]) -> str | None:

@@ -28,7 +28,7 @@ from common.progress import StageProgress
 from common.results import RESULTS, print_table, write_report
 from common.run_folder import RUN_FILES, RunFolder, RunSettings
 from common.teacher_outputs import outputs_key
-from common.trainer import KDTrainer, last_checkpoint
+from common.trainer import KDTrainer
 from common.utils.checksums import CHECKSUMS, find_damage
 from common.utils.devices import best_device
 from common.utils.environment import command, environment
@@ -207,9 +207,8 @@ class TrainerRun(Run):
         loop = KDTrainer(model=trained, args=args, **trainer)
         if loop.pop_callback(ProgressCallback):  # not in notebooks, which have one of their own
             loop.add_callback(StageProgress(name.replace("_", " ")))
-        start = last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None
         with quick_attention(trained, trainer["train_dataset"], args.precision, best_device().type):
-            loop.train(resume_from_checkpoint=start)
+            loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         loop.finish()
         if args.fsdp:
             model.load_state_dict(full_state(trained))

@@ -8,6 +8,7 @@ file that is damaged or belongs to something else is rebuilt.
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -105,9 +106,12 @@ class TeacherOutputs:
             tensors["logits"] = self.logits
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, str(partial), metadata={"key": key, "checksum": _checksum(tensors.items())})
-        partial.replace(path)
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # several runs may write to one folder
+        try:
+            save_file(tensors, str(partial), metadata={"key": key, "checksum": _checksum(tensors.items())})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def outputs_key(teacher: nn.Module, *parts: object) -> str:

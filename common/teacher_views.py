@@ -1,12 +1,16 @@
-"""What a frozen teacher says about every view of every sample, filled in as views come up.
+"""A frozen teacher's logits of every view of every sample, filled in as views come up.
 
 Where the views of a sample can be counted (81 crops x 2 mirrorings of a small image), a teacher's logits are a table:
 rows sample_id * views + view. The first run fills it, every later one (another student, another seed) reads it, and no
 run pays for a view twice. The file is sparse and memory-mapped: 50,000 images x 162 views x 100 classes are 1.6 GB.
+Each row has a checksum, 0 while it is empty: a row that does not match is computed again, whether it was damaged, cut
+off, or never filled. Several processes may fill a table at once, since all of them write the same values.
 """
 
 import json
+import logging
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,10 @@ import torch
 from torch import Tensor
 
 from common.outputs import Outputs
+from common.utils.errors import UserError
 from common.utils.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 class TeacherViews:
@@ -30,38 +37,59 @@ class TeacherViews:
         self.views = views
         path = Path(folder) / key[:20]
         path.mkdir(parents=True, exist_ok=True)
-        description = {"samples": samples, "views": views, "classes": classes, "key": key}
-        if not (path / "shape.json").exists():
-            write_text(path / "shape.json", json.dumps(description))
-        rows = samples * views
-        logits = path / "logits.f16", np.dtype(np.float16), (rows, classes)
-        filled = path / "filled.u8", np.dtype(np.uint8), (rows,)
-        if not (_is_whole(*logits) and _is_whole(*filled)):  # what is left of the one says nothing without the other
-            for file, dtype, shape in (logits, filled):
-                with file.open("wb") as empty:
-                    empty.truncate(_bytes(dtype, shape))  # sparse: zeros that take no space
-        self.logits, self.filled = (np.memmap(f, dtype, mode="r+", shape=s) for f, dtype, s in (logits, filled))
+        description = json.dumps({"samples": samples, "views": views, "classes": classes, "key": key})
+        shape = path / "shape.json"  # for readers of the folder
+        if not shape.exists() or shape.read_bytes() != description.encode():
+            write_text(shape, description)
+        self._start = zlib.crc32(description.encode())  # rows of a table of another shape do not match
+        self.logits = _table(path / "logits.f16", np.dtype(np.float16), (samples * views, classes))
+        self.checksums = _table(path / "checksums.u32", np.dtype(np.uint32), (samples * views,))
+        self._damage_told = False
 
     def batch(self, sample_ids: Tensor, views: Tensor, ask: Callable[[Tensor], Tensor]) -> Outputs:
         """Logits (batch, classes) of views (batch,) of samples (batch,); `ask(rows)` gives the teacher's logits of
-        those rows of the batch that are not in the table yet.
+        those rows of the batch that are not in the table.
         """
         rows = (sample_ids * self.views + views).cpu().numpy()
-        missing = np.flatnonzero(self.filled[rows] == 0)
+        logits, checksums = self.logits[rows], self.checksums[rows]
+        missing = np.flatnonzero(self._checksums_of(rows, logits) != checksums)
         if len(missing):
-            said = ask(torch.from_numpy(missing).to(sample_ids.device))
-            self.logits[rows[missing]] = said.float().cpu().numpy()
-            self.filled[rows[missing]] = 1  # after the logits: a killed run leaves no row that is marked but empty
-        return Outputs(logits=torch.from_numpy(self.logits[rows]).float().to(sample_ids.device))
+            self._warn_of_damage(checksums[missing])
+            logits[missing] = ask(torch.from_numpy(missing).to(sample_ids.device)).float().cpu().numpy()
+            self._write(rows[missing], logits[missing])
+        return Outputs(logits=torch.from_numpy(logits).float().to(sample_ids.device))
 
     @property
     def share_filled(self) -> float:
-        return float(self.filled.mean())
+        return float((self.checksums != 0).mean())
+
+    def _checksums_of(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """Of each row's logits and number, so that a row in another's place does not match; never 0."""
+        starts = (int(row + self._start) % 2**32 for row in rows)
+        found = (zlib.crc32(values, start) or 1 for values, start in zip(logits, starts, strict=True))
+        return np.fromiter(found, np.uint32, len(rows))
+
+    def _write(self, rows: np.ndarray, logits: np.ndarray) -> None:
+        """By ordinary writing, since a full disk would kill a process that writes to mapped memory. Checksums come
+        last: a killed run leaves no row that is marked but empty.
+        """
+        for table, values in ((self.logits, logits), (self.checksums, self._checksums_of(rows, logits))):
+            try:
+                with open(str(table.filename), "r+b") as file:
+                    for row, value in zip(rows, values, strict=True):
+                        file.seek(int(row) * value.nbytes)
+                        file.write(value.tobytes())
+            except OSError as error:
+                raise UserError(f"cannot write {table.filename}: {error.strerror}") from None
+
+    def _warn_of_damage(self, checksums: np.ndarray) -> None:
+        if checksums.any() and not self._damage_told:
+            logger.warning("%s is damaged: what does not match its checksum is computed again", self.logits.filename)
+            self._damage_told = True
 
 
-def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _is_whole(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
-    return path.exists() and path.stat().st_size == _bytes(dtype, shape)
+def _table(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A file as an array. What it lacks becomes zeros that take no space; the rest stays, for it may be in use."""
+    with path.open("ab") as file:
+        file.truncate(math.prod(shape) * dtype.itemsize)
+    return np.memmap(path, dtype, mode="r", shape=shape)

@@ -3,13 +3,15 @@
 It differs from its parent in what distillation needs: the loss is an `Objective` over named outputs; the teacher is
 frozen, in eval mode, outside optimizer and checkpoint, or only present as its cached outputs; parts of the loss are
 logged; a step's gradient is that of its samples as one batch, however they are cut into accumulation steps and
-processes; a loss that is not finite stops the run, or loses one of several students; a checkpoint counts only once it
-is complete.
+processes; a loss or a weight that is not finite stops the run, or excludes one of several students; a checkpoint
+counts only while it is whole.
 """
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +19,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers.trainer_utils import TrainOutput, has_length
 
 from common.arguments import KDTrainingArguments
+from common.batch_norm import TOO_SMALL, refusing_single_values, release_batch_norms, synchronize_batch_norms
 from common.batching import LengthGroupedSampler
 from common.bottleneck import DiscreteKeyValueBottleneck
+from common.checkpoints import CheckpointTrainer, last_checkpoint
 from common.features import FeatureHooks
 from common.finite import NonFiniteLoss
+from common.interrupts import raise_if, remembering_interrupts
 from common.objective import IGNORED, Objective
 from common.outputs import Outputs
 from common.side_by_side import SideBySideObjective
 from common.teacher_outputs import TeacherOutputs
 from common.teacher_views import TeacherViews
 from common.utils.errors import UserError
-from common.utils.files import write_text
 
 OBJECTIVE_FILE = "objective.safetensors"
-COMPLETE_FILE = "complete"
 
 
-class KDTrainer(Trainer):
+class KDTrainer(CheckpointTrainer):
     """Trains `model` for `objective`, with a live teacher, with cached teacher outputs, or with neither.
 
     Args:
@@ -89,6 +92,39 @@ class KDTrainer(Trainer):
         self._non_finite = NonFiniteLoss(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
+        self._interrupted = threading.Event()
+        if self.args.world_size > 1:
+            synchronize_batch_norms(self.model, objective)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        with remembering_interrupts() as self._interrupted:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- one step ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise_if(self._interrupted)
+        try:
+            with self._watching_for_single_values():
+                return super().training_step(*args, **kwargs)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # of torch's batch norm
+                raise UserError(TOO_SMALL) from None
+            raise
+
+    def _watching_for_single_values(self) -> AbstractContextManager[None]:
+        """In the first step, where the last batch of an epoch will be one sample: refused now and not after an epoch.
+        Of several processes accelerate fills up the last batches.
+        """
+        batch, is_first = self._train_batch_size, self.state.global_step == self._initial_global_step
+        if not is_first or self.args.world_size > 1 or not has_length(self.train_dataset):
+            return nullcontext()
+        samples = len(self.train_dataset)  # type: ignore[arg-type]
+        batches = math.ceil(samples / batch)
+        ends_with_one = samples - (batches - 1) * batch == 1 and not self.args.dataloader_drop_last
+        if not ends_with_one or batches > self.state.max_steps * self.args.gradient_accumulation_steps:
+            return nullcontext()
+        return refusing_single_values(min(batch, samples), self.model, self.objective)
 
     # ---- the loss of one micro-batch ----
 
@@ -154,15 +190,28 @@ class KDTrainer(Trainer):
         assert logits is not None
         return logits
 
-    def _look_for_lost(self) -> None:
+    def _look_for_lost(self, in_weights: bool = False) -> None:
         something_left = self._non_finite.look(lambda: last_checkpoint(self.args.output_dir))
+        if something_left and in_weights:
+            something_left = self._non_finite.look_at_weights(self.state.global_step, self._modules_by_student())
         if not something_left and self.args.world_size == 1:  # several processes would not see it at the same step
             self.control.should_training_stop = True
 
+    def _modules_by_student(self) -> dict[str, tuple[nn.Module, ...]]:
+        if not isinstance(self.objective, SideBySideObjective):
+            return {"": (self.model, self.objective)}
+        students: nn.ModuleDict = self.model.students  # type: ignore[assignment]
+        return {name: (students[name], own) for name, own in self.objective.objectives.items()}
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._look_for_lost()  # no figure, no file from lost weights
+        measured_or_saved = self.control.should_evaluate or self.control.should_save
+        if self.control.should_log or measured_or_saved:
+            self._look_for_lost(in_weights=measured_or_saved)  # no figure, no file from weights that diverged
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._look_for_lost(in_weights=True)
+        return super()._finalize_training(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
@@ -289,15 +338,9 @@ class KDTrainer(Trainer):
         if path.exists():
             self.objective.load_state_dict(load_file(str(path)))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            write_text(folder / COMPLETE_FILE, "")
-
     def finish(self) -> None:
         """Hands the model back as it was: without hooks, autocast and data parallelism."""
+        release_batch_norms(self.model, self.objective)
         self._hooks.remove()
         if self._teacher_hooks is not None:
             self._teacher_hooks.remove()
@@ -307,14 +350,6 @@ class KDTrainer(Trainer):
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
-
-
-def last_checkpoint(folder: str | Path | None) -> str | None:
-    """The newest checkpoint in a folder that was written to its end, or None."""
-    if folder is None:
-        return None
-    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def _items(batch: dict[str, Any], labels: Tensor | None) -> int:

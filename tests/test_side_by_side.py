@@ -13,6 +13,7 @@ from common.outputs import Outputs
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.teacher_views import TeacherViews
 from common.trainer import KDTrainer
+from common.utils.errors import UserError
 
 
 class CountingTeacher(TinyClassifier):
@@ -112,9 +113,9 @@ def test_a_student_whose_loss_is_not_finite_is_lost_alone_and_stays_lost(tmp_pat
     trainer = train_beside(tmp_path / "lost", students, num_train_epochs=4)
     steps = len(Rows()) // 8
     assert steps < 5 < 2 * steps, "in the second epoch"
-    told = [record.getMessage() for record in caplog.records if "is lost" in record.getMessage()]
-    assert told[0] == "loud is lost: its loss is not finite at step 5 (loud/bad = inf)"
-    assert told[1].startswith("quiet is lost: its loss is not finite at step 5 (quiet/bad = ") and len(told) == 2
+    told = [record.getMessage() for record in caplog.records if " diverged: " in record.getMessage()]
+    assert told[0] == "loud diverged: its loss is not finite at step 5 (loud/bad = inf)"
+    assert told[1].startswith("quiet diverged: its loss is not finite at step 5 (quiet/bad = ") and len(told) == 2
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     json.dumps(trainer.state.log_history, allow_nan=False)
     assert [{key for key in entry if "/" in key} for entry in losses[1:]] == [
@@ -137,6 +138,22 @@ def test_a_group_of_which_all_are_lost_stops(tmp_path):
     trainer = train_beside(tmp_path, {"one": exploding(True), "other": exploding(False)}, num_train_epochs=4)
     assert trainer.state.global_step == 5
     json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_a_student_that_the_last_step_broke_diverged_alone(tmp_path, caplog):
+    def no_gradient_on_the_last_step(student, teacher, labels):
+        loss = (student.logits * 0.0).sum()
+        steps.append(1)
+        return loss.sqrt() if len(steps) == 3 else loss  # 0, and its derivative infinite
+
+    steps: list[int] = []
+    broken = Objective(task=(1.0, task_loss()), bad=(1.0, no_gradient_on_the_last_step))
+    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=1).model.students["kd"].state_dict()
+    trainer = train_beside(tmp_path / "run", {"kd": kd(), "broken": broken}, num_train_epochs=1)
+    assert [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()] == [
+        "broken diverged: hidden.weight is not finite after step 3"
+    ]
+    assert all(torch.equal(value, spared[key]) for key, value in trainer.model.students["kd"].state_dict().items())
 
 
 class ViewRows(Rows):
@@ -178,17 +195,98 @@ def test_a_table_of_views_gives_what_the_teacher_says_and_asks_once(tmp_path):
     assert second.asked == 0, "the second run finds everything said"
 
 
-@pytest.mark.parametrize("lost", ["logits.f16", "filled.u8"])
-def test_a_table_of_which_a_file_is_cut_off_is_filled_anew(lost, tmp_path):
-    def said(rows: torch.Tensor) -> torch.Tensor:
-        return torch.ones(len(rows), 3)
+class CountedAnswers:
+    """Logits that follow from sample and view; counts for how many rows it is asked."""
 
-    samples, views = torch.arange(4), torch.zeros(4, dtype=torch.long)
-    TeacherViews(tmp_path, "key", samples=24, views=3, classes=3).batch(samples, views, said)
-    (file,) = tmp_path.rglob(lost)
-    file.write_bytes(file.read_bytes()[:-1])
+    def __init__(self) -> None:
+        self.samples, self.views = torch.arange(72) // 3, torch.arange(72) % 3
+        self.logits = torch.randn(72, 3).half().float()
+        self.asked = 0
+
+    def read(self, folder) -> torch.Tensor:
+        """All rows of the table in a folder, in the batches of a shuffled epoch."""
+        table = TeacherViews(folder, "key", samples=24, views=3, classes=3)
+        found = torch.full((72, 3), torch.nan)
+        for batch in torch.randperm(72).split(10):
+            found[batch] = table.batch(
+                self.samples[batch], self.views[batch], lambda r, b=batch: self.ask(b[r])
+            ).logits
+        return found
+
+    def ask(self, rows: torch.Tensor) -> torch.Tensor:
+        self.asked += len(rows)
+        return self.logits[rows]
+
+
+def cut_off(content: bytearray) -> bytes:
+    return bytes(content[: len(content) // 2])
+
+
+def zeroed(content: bytearray) -> bytes:
+    third = len(content) // 3
+    return bytes(content[:third]) + bytes(third) + bytes(content[2 * third :])
+
+
+def flipped(content: bytearray) -> bytes:
+    content[len(content) // 2] ^= 1
+    return bytes(content)
+
+
+def swapped(content: bytearray) -> bytes:
+    half = len(content) // 2
+    return bytes(content[half:] + content[:half])
+
+
+@pytest.mark.parametrize("damage", [cut_off, zeroed, flipped, swapped, lambda content: b""])
+@pytest.mark.parametrize("name", ["logits.f16", "checksums.u32", "shape.json"])
+def test_rows_of_a_damaged_table_are_computed_again(name, damage, tmp_path, caplog):
+    answers = CountedAnswers()
+    for _ in range(2):
+        assert torch.equal(answers.read(tmp_path), answers.logits) and answers.asked == 72
+    (file,) = tmp_path.rglob(name)
+    whole = file.read_bytes()
+    file.write_bytes(damage(bytearray(whole)))
+    for _ in range(2):
+        assert torch.equal(answers.read(tmp_path), answers.logits)
+    lost = {cut_off: 36, zeroed: 24, flipped: 1, swapped: 72}.get(damage, 72) if name != "shape.json" else 0
+    assert answers.asked == 72 + lost, "once more for what was damaged, and never again"
+    assert file.read_bytes() == whole
+    empty = name == "checksums.u32" and damage not in (flipped, swapped)  # looks as if never filled
+    assert ("is damaged" in caplog.text) == (lost > 0 and not empty)
+
+
+def test_rows_of_a_table_of_another_shape_do_not_match(tmp_path):
+    answers = CountedAnswers()
+    answers.read(tmp_path)
+    other = TeacherViews(tmp_path, "key", samples=36, views=2, classes=3)
+    said = other.batch(
+        torch.arange(36), torch.ones(36, dtype=torch.long), lambda rows: torch.full((len(rows), 3), 7.0)
+    )
+    assert said.logits.eq(7).all()
+
+
+def test_two_processes_that_fill_a_table_at_once_do_not_disturb_each_other(tmp_path):
+    first, second = (TeacherViews(tmp_path, "key", samples=24, views=3, classes=3) for _ in range(2))
+    logits, samples, views = torch.randn(24, 3).half().float(), torch.arange(24), torch.ones(24, dtype=torch.long)
+
+    def ask_the_other_too(rows: torch.Tensor) -> torch.Tensor:
+        second.batch(samples[rows], views[rows], lambda inner: logits[rows][inner])
+        return logits[rows]
+
+    def never(rows: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("filled already")
+
+    assert torch.equal(first.batch(samples, views, ask_the_other_too).logits, logits)
+    assert torch.equal(second.batch(samples, views, never).logits, logits)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
-    assert table.share_filled == 0 and table.batch(samples, views, said).logits.eq(1).all()
+    table.logits.filename.unlink()
+    table.logits.filename.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*logits\.f16: No space left on device"):
+        table.batch(torch.arange(4), torch.zeros(4, dtype=torch.long), lambda rows: torch.ones(len(rows), 3))
+    assert table.share_filled == 0
 
 
 def test_rows_of_the_table_are_the_teachers_answers_to_those_views(tmp_path):
@@ -198,7 +296,7 @@ def test_rows_of_the_table_are_the_teachers_answers_to_those_views(tmp_path):
     for sample in range(24):
         for view, factor in enumerate((1.0, -1.0, 2.0)):
             stored = torch.from_numpy(table.logits[sample * 3 + view].astype(np.float32))
-            if table.filled[sample * 3 + view]:
+            if table.checksums[sample * 3 + view]:
                 expected = said(rows.x[sample : sample + 1] * factor).logits[0].detach().half().float()
                 torch.testing.assert_close(stored, expected, rtol=1e-3, atol=1e-3)
             else:

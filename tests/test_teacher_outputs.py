@@ -76,7 +76,22 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [flip_a_bit, truncate, make_foreign, empty])
+def keep_the_header(path):
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    path.write_bytes(path.read_bytes()[: 8 + length])
+
+
+def zero_a_third(path):
+    content = path.read_bytes()
+    third = len(content) // 3
+    path.write_bytes(content[:third] + bytes(third) + content[2 * third :])
+
+
+def garbage(path):
+    path.write_bytes(bytes(range(256)) * 10)
+
+
+@pytest.mark.parametrize("spoil", [flip_a_bit, truncate, keep_the_header, zero_a_third, garbage, make_foreign, empty])
 def test_a_damaged_or_foreign_file_is_rebuilt(tmp_path, caplog, spoil):
     calls: list[int] = []
     TeacherOutputs.load_or_compute(tmp_path, "a" * 64, counting(calls))
@@ -88,6 +103,17 @@ def test_a_damaged_or_foreign_file_is_rebuilt(tmp_path, caplog, spoil):
     assert "anew" in caplog.text
     TeacherOutputs.load_or_compute(tmp_path, "a" * 64, counting(calls))
     assert len(calls) == 2
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+    calls: list[int] = []
+    TeacherOutputs.load_or_compute(tmp_path, "a" * 64, counting(calls))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        TeacherOutputs.load_or_compute(tmp_path, "a" * 64, counting(calls), write=False)
+    assert len(calls) == 1 + len(range(0, len(whole), 7))
 
 
 def test_the_key_follows_weights_and_data():

@@ -1,6 +1,8 @@
 """KDTrainer: gradients, the teacher's innocence, objective parameters, resuming, and stopping on bad losses."""
 
 import copy
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,13 @@ from tiny import Rows, TinyClassifier, arguments, kd, model
 from torch import nn
 
 from common.batching import LengthGroupedSampler
+from common.checkpoints import last_checkpoint
 from common.losses import feature_l2, soft_target_kl
 from common.metrics.classification import classification_metrics
 from common.objective import IGNORED, Hint, Objective, task_loss, token_targets
 from common.outputs import Outputs
 from common.teacher_outputs import TeacherOutputs
-from common.trainer import KDTrainer, last_checkpoint
+from common.trainer import KDTrainer
 from common.utils.errors import UserError
 
 
@@ -226,15 +229,6 @@ def test_objective_parameters_resume_too(tmp_path):
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_only_complete_checkpoints_count(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, complete in ((3, True), (12, True), (20, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     calls = []
 
@@ -370,3 +364,99 @@ def test_a_model_trained_before_is_trained_in_the_same_precision_again(tmp_path)
     assert len(seen) == 6 and all(seen)
     network(Rows(4).x)
     assert not seen[-1], "handed back as it was"
+
+
+# ---- weights that diverge after the last loss that was seen ----
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 2}, {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}])
+def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(settings, tmp_path):
+    with pytest.raises(UserError, match=r"hidden\.weight is not finite after step 2; try a lower") as stopped:
+        trained(tmp_path, model(), optim_args="momentum=nan", **settings)  # from the second step on
+    assert "\n" not in str(stopped.value)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_weights_of_the_objective_that_diverge_stop_the_run_too(tmp_path):
+    objective = Objective(task=(1.0, task_loss()), hint=(1.0, Hint("hidden", feature_l2, 8, 8)))
+    with torch.no_grad():
+        objective.register_buffer("memory", torch.zeros(2))
+        objective.memory[0] = torch.nan
+    with pytest.raises(UserError, match="memory is not finite after step 3"):
+        trained(tmp_path, model(), objective, save_strategy="epoch")
+
+
+# ---- batches of one before batch norm ----
+
+
+class Normed(TinyClassifier):
+    def __init__(self, length: int = 1) -> None:
+        super().__init__()
+        self.norm, self.length = nn.BatchNorm1d(6), length
+
+    def forward(self, x):
+        return super().forward(self.norm(x.unsqueeze(-1).repeat(1, 1, self.length)).mean(-1))
+
+
+@pytest.mark.parametrize(("samples", "batch", "accumulation"), [(25, 8, 1), (25, 4, 2), (24, 1, 1), (1, 8, 1)])
+def test_a_batch_of_one_before_batch_norm_is_refused_before_the_first_step(samples, batch, accumulation, tmp_path):
+    student = Normed()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(UserError, match="--dataloader_drop_last, or another --per_device_train_batch_size") as line:
+        trained(
+            tmp_path, student, n=samples, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
+    assert "\n" not in str(line.value)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("student", "settings"),
+    [
+        (Normed(), {"dataloader_drop_last": True}),
+        (Normed(), {"max_steps": 3}),  # ends before that batch
+        (Normed(length=2), {}),  # two values per channel
+        (model(), {}),
+    ],
+)
+def test_a_last_batch_of_one_that_is_no_problem_is_trained_on(student, settings, tmp_path):
+    trainer = trained(tmp_path, student, n=25, **settings)
+    assert trainer.state.global_step == (3 if settings else 4)
+
+
+# ---- Ctrl-C ----
+
+
+class Finalized:
+    """Presses Ctrl-C where Python drops exceptions."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("step", [5, 12])
+def test_ctrl_c_ends_training_even_where_python_drops_it_and_the_run_goes_on(lost, step, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings = {"num_train_epochs": 4, "save_strategy": "epoch", "optim": "adamw_torch"}
+    whole, stopped, resumed = model(dropout=0.3), model(dropout=0.3), model(7, dropout=0.3)
+    trained(tmp_path / "whole", whole, **settings)
+    calls = []
+
+    def press(*_) -> None:
+        calls.append(1)
+        if len(calls) == step:
+            Finalized() if lost else os.kill(os.getpid(), signal.SIGINT)
+
+    handle = stopped.register_forward_hook(press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "run", stopped, **settings)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(calls) == step, "not one step more"
+    handle.remove()
+    trained(tmp_path / "run", resumed, resume=True, **settings)
+    assert torch.equal(weights(resumed), weights(whole))
