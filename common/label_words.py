@@ -121,7 +121,7 @@ def meaning_of(
         return meaning, []
     by_label = {split: count_labels(found, meaning) for split, found in counts.items()}
     if not _minus_one_is_no_label(by_label, column, kind, known):
-        return meaning, [f"-1 in column {column!r} is a label as the others are"]
+        return meaning, [f"-1 in column {column!r} is a label like the others"]
     return meaning | dict.fromkeys(minus), [f"-1 in column {column!r} stands for no label"]
 
 

@@ -62,7 +62,10 @@ def read_labels(raw: Splits, column: str, kind: Kind | None = None, known: list[
     fixed = declared is not None or known is not None
     names: list[str] = []
     table: dict[str, Any]
-    if (kind or ("classification" if fixed else _guess_kind(labels, column))) == "regression":
+    decided = kind or ("classification" if fixed else _guess_kind(labels, column))
+    if decided == "classification" and not (kind or fixed) and all(map(is_number, labels)):
+        notes.append("whole numbers are taken as classes: pass --task regression if they are scores")
+    if decided == "regression":
         table = {label: number_of(label) for label in labels}
         _refuse_words(written, {word for word, label in meaning.items() if label and table[label] is None}, column)
     else:
@@ -92,7 +95,7 @@ def _guess_kind(labels: set[str], column: str) -> Kind:
         return "classification"
     if fraction is not None:
         return "regression"
-    if {str(number) for number in range(len(labels))} == labels:
+    if labels in ({str(number) for number in range(len(labels))}, {"-1", "0", "1"}):
         return "classification"
     raise UserError(
         f"column {column!r} holds the whole numbers {_some(_in_order(labels))}, which are not 0 to n-1: pass --task "
@@ -143,7 +146,10 @@ def _never_trained(counts: Counts, column: str) -> list[str]:
                 f"no label of {split} ({_some(missing)}) occurs in train ({_some(_in_order(train or ()))}): give both "
                 f"the same labels in column {column!r}, or name another with --label_column"
             )
-        notes += [f"label {name!r} never occurs in train, and in {_rows(found[name])} of {split}" for name in missing]
+        notes += [
+            f"label {name!r} ({_rows(found[name])} of {split}) never occurs in train: a class without training rows"
+            for name in missing
+        ]
     return notes
 
 

@@ -51,9 +51,12 @@ def contents_of(raw: Splits) -> dict[str, Content]:
 
 
 def _content(name: str, splits: list[datasets.Dataset]) -> Content:
+    found = _content_of_values(name, splits)
+    return "other" if UNNAMED.fullmatch(name) and found != "index" else found
+
+
+def _content_of_values(name: str, splits: list[datasets.Dataset]) -> Content:
     features = [rows.features[name] for rows in splits]
-    if UNNAMED.fullmatch(name):
-        return "index"
     if not all(isinstance(feature, datasets.Value | datasets.ClassLabel) for feature in features):
         return "other"
     if any(isinstance(feature, datasets.ClassLabel) or feature.dtype == "bool" for feature in features):

@@ -1,4 +1,4 @@
-"""The data on which a saved classifier is measured: in the labels of the classifier, and without need of a train split."""
+"""Data on which a saved classifier is measured: in its labels, and without need of a train split."""
 
 from argparse import ArgumentParser, Namespace
 
