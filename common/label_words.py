@@ -31,9 +31,7 @@ def as_strings(split: str, rows: datasets.Dataset, column: str, declared: list[s
     if feature is None:
         return pa.nulls(len(rows), pa.string())
     if not isinstance(feature, datasets.Value | datasets.ClassLabel):
-        raise UserError(
-            f"column {column!r} holds no labels (names, numbers) but {feature}: name another with --label_column"
-        )
+        raise UserError(f"column {column!r} holds no labels (names, numbers) but {feature}")
     values = rows.select_columns([column]).with_format("arrow")[:][column]
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if isinstance(feature, datasets.ClassLabel):
@@ -45,9 +43,7 @@ def as_strings(split: str, rows: datasets.Dataset, column: str, declared: list[s
     try:
         return values.cast(pa.string())
     except pa.ArrowException:
-        raise UserError(
-            f"column {column!r} holds {values.type}, no labels (names, numbers): name another with --label_column"
-        ) from None
+        raise UserError(f"column {column!r} holds {values.type}, no labels (names, numbers)") from None
 
 
 def _whole_numbers(values: pa.Array) -> pa.Array | None:

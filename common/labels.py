@@ -57,7 +57,7 @@ def read_labels(raw: Splits, column: str, kind: Kind | None = None, known: list[
     counts = {split: count_labels(found, meaning) for split, found in words.items()}
     labels = {label for found in counts.values() for label in found}
     if not labels:
-        raise UserError(f"column {column!r} holds no labels: name another with --label_column")
+        raise UserError(f"column {column!r} holds no labels")
     notes += _without_labels(raw, counts, column)
     fixed = declared is not None or known is not None
     names: list[str] = []
@@ -98,7 +98,7 @@ def _guess_kind(labels: set[str], column: str) -> Kind:
     if labels in ({str(number) for number in range(len(labels))}, {"-1", "0", "1"}):
         return "classification"
     raise UserError(
-        f"column {column!r} holds the whole numbers {_some(_in_order(labels))}, which are not 0 to n-1: pass --task "
+        f"column {column!r} holds the whole numbers {some(_in_order(labels))}, which are not 0 to n-1: pass --task "
         "classification if they are classes, --task regression if they are scores"
     )
 
@@ -126,13 +126,13 @@ def _check_classes(counts: Counts, names: list[str], column: str, chosen: bool) 
         if unknown := sorted(found.keys() - set(names)):
             raise UserError(
                 f"label {unknown[0]!r} of {split} ({_rows(found[unknown[0]])}) is not among the classes of column "
-                f"{column!r}, {_some(names)}: correct or remove it"
+                f"{column!r}, {some(names)}: correct or remove it"
             )
     train = counts.get("train", Counter())
     if not chosen and train.total() >= FEW_ROWS and len(train) > train.total() / 2:
         raise UserError(
-            f"column {column!r} has {len(train)} different values in {_rows(train.total())} of train: name the column "
-            "of the labels with --label_column, or pass --task classification or regression if it is this one"
+            f"column {column!r} has {len(train)} different values in {_rows(train.total())} of train: if it holds "
+            "the labels, pass --task classification or --task regression"
         )
 
 
@@ -143,8 +143,8 @@ def _never_trained(counts: Counts, column: str) -> list[str]:
         missing = sorted(found.keys() - set(train or ()))
         if missing and len(missing) == len(found):
             raise UserError(
-                f"no label of {split} ({_some(missing)}) occurs in train ({_some(_in_order(train or ()))}): give both "
-                f"the same labels in column {column!r}, or name another with --label_column"
+                f"no label of {split} ({some(missing)}) occurs in train ({some(_in_order(train or ()))}): give both "
+                f"the same labels in column {column!r}"
             )
         notes += [
             f"label {name!r} ({_rows(found[name])} of {split}) never occurs in train: a class without training rows"
@@ -177,12 +177,13 @@ def _without_labels(raw: Splits, counts: Counts, column: str) -> list[str]:
 
 def _describe(names: list[str], values: dict[str, np.ndarray]) -> str:
     if names:
-        return f"labels: {len(names)} classes ({_some(names)})"
+        return f"labels: {len(names)} classes ({some(names)})"
     scores = np.concatenate(list(values.values()))
     return f"labels: scores from {scores.min():g} to {scores.max():g}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of many names, for a message."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common.label_words import Kind
-from common.labels import read_labels
+from common.labels import read_labels, some
 from common.sources import Splits, short_name
 from common.utils.errors import UserError
 from nlp.data.columns import FLAGS, Columns, choose_columns, recognise
@@ -62,7 +62,10 @@ def load_text_data(
     columns, chosen = choose_columns(raw, text_columns, label_column)
     if dataset in TASKS:
         task = "regression" if TASKS[dataset].regression else "classification"
-    labels = read_labels(raw, columns.label, task, known_labels)
+    try:
+        labels = read_labels(raw, columns.label, task, known_labels)
+    except UserError as error:
+        raise UserError(f"{error} (--label_column names another column)") from None
     label_names, regression = labels.names, not labels.names
     known_task = recognise(columns, known_labels or label_names, regression)
     splits = {split: _columns(split, raw[split], columns, rows) for split, rows in labels.rows.items()}
@@ -109,8 +112,8 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
         if (unknown := np.flatnonzero(labels < 0)).size:
             name = data.label_names[table["label"][int(unknown[0])].as_py()]
             raise UserError(
-                f"{data.name} has the label {name!r} (row {unknown[0]} of {split}), which is not among the labels "
-                f"{', '.join(names)}: rename or remove it, or name another column with --label_column"
+                f"{data.name} has the label {name!r} (row {unknown[0]} of {split}), which is not among {some(names)}: "
+                "rename or remove it, or name another column with --label_column"
             )
         labels = pa.array(labels, pa.int64())
         splits[split] = datasets.Dataset(table.set_column(table.column_names.index("label"), "label", labels))

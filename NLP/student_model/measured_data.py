@@ -25,11 +25,7 @@ def load(model: str, args: Namespace) -> TextData:
     Raises UserError where the data have other labels.
     """
     kind, labels = labels_of(model)
-    try:
-        data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, train=False)
-    except UserError as error:
-        known = f"{model} classifies {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}: " if labels else ""
-        raise UserError(f"{known}{error}") from None
+    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, train=False)
     print_notes(data.name, data.notes)
     return data
 

@@ -164,7 +164,7 @@ def test_labels_are_put_in_the_order_of_other_names(tmp_path: Path) -> None:
     assert other.fingerprint != data.fingerprint  # what was computed for one order is not used for the other
     assert with_label_order(data, ["c", "b", "a"]).splits["validation"]["label"][:] == [2, 1, 0, 2]
     assert with_label_order(with_label_order(data, ["c", "b", "a"]), ["a", "b", "c"]).fingerprint == data.fingerprint
-    with pytest.raises(UserError, match=r"the label 'c' \(row 2 of train\), which is not among the labels a, b"):
+    with pytest.raises(UserError, match=r"the label 'c' \(row 2 of train\), which is not among a, b"):
         with_label_order(data, ["a", "b"])
 
 
