@@ -1,14 +1,31 @@
-"""Which columns hold texts and labels, and what the labels are called."""
+"""Which columns hold texts and labels, judged by what stands in them over all splits."""
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 import datasets
+import pyarrow as pa
 
+from common.label_words import is_number
+from common.sources import Splits
 from common.utils.errors import UserError
 from nlp.data.tasks import TASKS, Task
 
-LABEL_COLUMNS = ("label", "labels", "intent", "target", "class")
+LABEL_COLUMNS = (  # the first of these groups that has a column in the data gives the label
+    ("label", "labels", "intent", "target", "class"),
+    ("sentiment", "category", "topic", "emotion", "rating", "stars", "score"),
+)
+TEXT_COLUMNS = {name for task in TASKS.values() for name in task.text_columns}
+UNNAMED = re.compile(
+    r"(Unnamed: \d+|__index_level_\d+__)?"
+)  # the index of pandas, or what stood behind the last comma
+INDEX = re.compile(r"(.*[ _-])?(id|idx|index|row)", re.IGNORECASE)
+PAIR = re.compile(r"(.+?)[ _-]?(1|2|a|b|A|B)")
 FLAGS = "name them with --text_columns and --label_column"
+
+# What a column holds: texts, words or numbers that repeat (classes), other numbers (scores), or the numbers of rows.
+Content = Literal["texts", "classes", "numbers", "index", "other"]
 
 
 @dataclass(frozen=True)
@@ -21,56 +38,122 @@ def is_text(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def is_float(feature: object) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("float", "double"))
+def texts_of(raw: Splits) -> list[str]:
+    """The columns of strings: in one split, since another may hold digits alone and have been written as numbers."""
+    names = dict.fromkeys(name for rows in raw.values() for name in rows.features)
+    return [name for name in names if any(is_text(rows.features.get(name)) for rows in raw.values())]
 
 
-def _is_label(feature: object) -> bool:
-    """True for what can only be a label: a class, a number or a truth value."""
-    numeric = isinstance(feature, datasets.Value) and feature.dtype.startswith(
-        ("int", "uint", "float", "double", "bool")
-    )
-    return isinstance(feature, datasets.ClassLabel) or numeric
+def contents_of(raw: Splits) -> dict[str, Content]:
+    """What each column of the first split holds, decided by all of them."""
+    first = next(iter(raw.values()))
+    return {name: _content(name, [rows for rows in raw.values() if name in rows.features]) for name in first.features}
 
 
-def choose_columns(features: datasets.Features, text: list[str] | None, label: str | None) -> Columns:
-    """The columns named by flags, else those of a known task, else a guess where only one is possible."""
-    listed = ", ".join(features)
+def _content(name: str, splits: list[datasets.Dataset]) -> Content:
+    found = _content_of_values(name, splits)
+    return "other" if UNNAMED.fullmatch(name) and found != "index" else found
+
+
+def _content_of_values(name: str, splits: list[datasets.Dataset]) -> Content:
+    features = [rows.features[name] for rows in splits]
+    if not all(isinstance(feature, datasets.Value | datasets.ClassLabel) for feature in features):
+        return "other"
+    if any(isinstance(feature, datasets.ClassLabel) or feature.dtype == "bool" for feature in features):
+        return "classes"
+    values = [rows.select_columns([name]).with_format("arrow")[:][name] for rows in splits]
+    try:
+        words = [(part.cast(pa.string()), len(part)) for part in values]
+    except pa.ArrowException:
+        return "other"
+    found = [(part.unique().drop_null().to_pylist(), size) for part, size in words]
+    filled = [word for part, _ in found for word in part if word.strip()]
+    if not filled:
+        return "other"
+    distinct = all(len(part) == size for part, size in found)
+    repeating = all(2 * len(part) <= size for part, size in found)
+    if not all(map(is_number, filled)):
+        return "classes" if repeating else "texts"
+    if distinct and (INDEX.fullmatch(name) or all(float(word).is_integer() for word in filled)):
+        return "index"
+    return "classes" if repeating else "numbers"
+
+
+def choose_columns(raw: Splits, text: list[str] | None, label: str | None) -> tuple[Columns, str]:
+    """The columns named by flags, else those of a known task, else those that can be told from names and contents
+    without doubt; and a note on what was chosen.
+    """
+    names = list(next(iter(raw.values())).features)
     for name in [*(text or []), *([label] if label else [])]:
-        if name not in features:
-            raise UserError(f"no column {name!r}: the columns are {listed}; {FLAGS}")
-    if not text and not label and (known := _known_columns(features)):
-        return known
-    label = label or _guess_label(features, text or [])
-    text = text or [name for name, feature in features.items() if is_text(feature) and name != label]
-    if label is None or not 1 <= len(text) <= 2:
-        raise UserError(f"cannot tell the one or two text columns and the label column among {listed}: {FLAGS}")
-    for name in text:
-        if not is_text(features[name]) or name == label:
+        if name not in names:
+            raise UserError(f"no column {name!r}: the columns are {', '.join(names)}; {FLAGS}")
+    strings, contents = texts_of(raw), contents_of(raw)
+    columns = None if text or label else _known_columns(names, strings)
+    if columns is None:
+        label = label or _guess_label(contents, text or [])
+        chosen = text or _guess_texts(contents, strings, label)
+        if label is None or not chosen:
+            raise _cannot_tell(contents, strings, label)
+        columns = Columns(tuple(chosen), label)
+    for name in columns.text:
+        if name not in strings or name == columns.label:
             raise UserError(
-                f"column {name!r} does not hold texts (or is the label); the columns are {listed}; {FLAGS}"
+                f"column {name!r} does not hold texts (or is the label); the columns are {', '.join(names)}; {FLAGS}"
             )
-    if not (is_text(features[label]) or _is_label(features[label])):
-        raise UserError(f"column {label!r} holds no labels (names, numbers); the columns are {listed}; {FLAGS}")
-    return Columns(tuple(text), label)
+    if len(columns.text) > 2:
+        raise UserError(f"--text_columns takes one or two columns, not {', '.join(columns.text)}")
+    return columns, _note(columns, contents)
 
 
-def _known_columns(features: datasets.Features) -> Columns | None:
+def _known_columns(names: list[str], strings: list[str]) -> Columns | None:
     """The columns of the known task that uses most of them."""
     rows = [Columns(task.text_columns, task.label_column) for task in TASKS.values()]
-    fitting = [
-        row
-        for row in rows
-        if features.keys() >= {*row.text, row.label} and all(is_text(features[t]) for t in row.text)
-    ]
+    fitting = [row for row in rows if row.label in names and set(row.text) <= set(strings)]
     return max(fitting, key=lambda row: len(row.text), default=None)
 
 
-def _guess_label(features: datasets.Features, text: list[str]) -> str | None:
-    rest = {name: feature for name, feature in features.items() if name not in text}
-    named = [name for name in rest if name in LABEL_COLUMNS]
-    candidates = named or [name for name, feature in rest.items() if _is_label(feature)]
+def _guess_label(contents: dict[str, Content], text: list[str]) -> str | None:
+    rest = {name: content for name, content in contents.items() if name not in text}
+    for group in LABEL_COLUMNS:
+        if named := [name for name in rest if name.lower() in group]:
+            return named[0] if len(named) == 1 else None
+    candidates = [name for name, content in rest.items() if content in ("classes", "numbers")]
     return candidates[0] if len(candidates) == 1 else None
+
+
+def _guess_texts(contents: dict[str, Content], strings: list[str], label: str | None) -> list[str]:
+    """One column of texts or a pair of them such as sentence1 and sentence2; nothing where others could be meant."""
+    others = [name for name in strings if name != label]
+    texts = [name for name in others if contents.get(name) == "texts"]
+    alike = [name for name in others if contents.get(name) == "classes" or name in TEXT_COLUMNS]
+    for found in (texts, alike):  # a lone column may hold texts that repeat, one called text digits alone
+        if len(found) == 1 or (len(found) == 2 and _is_pair(*found)):
+            return found
+    return []
+
+
+def _is_pair(first: str, second: str) -> bool:
+    names = PAIR.fullmatch(first), PAIR.fullmatch(second)
+    return names[0] is not None and names[1] is not None and names[0][1] == names[1][1]
+
+
+def _cannot_tell(contents: dict[str, Content], strings: list[str], label: str | None) -> UserError:
+    labels = [name for name, content in contents.items() if content in ("classes", "numbers")]
+    asked = [] if label else [f"the label column ({', '.join(labels) or 'none looks like one'})"]
+    texts = [name for name in strings if contents.get(name) == "texts" and name != label]
+    if len(texts) != 1:
+        asked.insert(0, f"the one or two text columns ({', '.join(texts) or 'none looks like one'})")
+    header = "" if not any(map(is_number, contents)) else "; a CSV file begins with a line of column names"
+    return UserError(f"cannot tell {' and '.join(asked)} among {', '.join(map(repr, contents))}: {FLAGS}{header}")
+
+
+def _note(columns: Columns, contents: dict[str, Content]) -> str:
+    used = {*columns.text, columns.label}
+    numbers = [repr(name) for name, content in contents.items() if content == "index" and name not in used]
+    others = [repr(name) for name, content in contents.items() if content != "index" and name not in used]
+    note = f"columns: {' and '.join(map(repr, columns.text))} as text, {columns.label!r} as label"
+    note += f"; {', '.join(numbers)} not used (row numbers)" if numbers else ""
+    return note + (f"; {', '.join(others)} not used" if others else "")
 
 
 def recognise(columns: Columns, label_names: list[str], regression: bool) -> Task | None:
@@ -80,28 +163,3 @@ def recognise(columns: Columns, label_names: list[str], regression: bool) -> Tas
         if task.text_columns == columns.text and task.regression == regression and same_labels:
             return task
     return None
-
-
-def class_names(rows: datasets.Dataset, column: str) -> list[str | None]:
-    """The label of every row as a name; None where there is none (-1 or null)."""
-    feature = rows.features[column]
-    values = rows.select_columns([column])[:][column]
-    if isinstance(feature, datasets.ClassLabel):
-        return [None if value in (None, -1) else feature.names[value] for value in values]
-    return [None if value in (None, -1) else str(value) for value in values]
-
-
-def scheme(train: datasets.Dataset, column: str) -> list[str]:
-    """The label names in the order of their ids."""
-    feature = train.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    names = sorted({name for name in class_names(train, column) if name is not None})
-    if feature.dtype.startswith(("int", "uint")):
-        count = len(names)
-        if set(names) != {str(number) for number in range(count)}:
-            raise UserError(
-                f"integer labels in column {column!r} must be 0 to n-1 without gaps: renumber, or use names"
-            )
-        return [str(number) for number in range(count)]
-    return names

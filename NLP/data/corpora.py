@@ -8,6 +8,7 @@ the next.
 
 import ast
 import hashlib
+import io
 import json
 import platform
 import re
@@ -24,9 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.objective import IGNORED
-from common.sources import READERS, SPLIT_NAMES, Splits, read_folder, read_named, short_name
+from common.readers import READERS, read_text
+from common.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_named, short_name
 from common.utils.errors import UserError
-from nlp.data.columns import is_text
+from nlp.data.columns import contents_of, is_text, texts_of
 
 EMBEDDED = "python"
 INSTEAD = f"pass --dataset FOLDER with train.txt or parquet, CSV or JSON files, or --dataset {EMBEDDED}"
@@ -68,11 +70,10 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
         return Corpus(dataset, split_by_name(python_texts()), [note])
     others = f"{EMBEDDED}, a folder of .txt, parquet, CSV or JSON files"
     raw, notes = read_named(dataset, others, INSTEAD, _read_folder)
-    splits = {
-        split: _texts(split, rows, text_column)
-        for split, rows in raw.items()
-        if split in ("train", "validation", "test")
-    }
+    raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
+    column = _text_column(raw, text_column)
+    notes.append(f"column {column!r} holds the texts")
+    splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
         splits = _carve(splits)
         notes.append("no validation split: the last tenth of train's documents was set aside")
@@ -138,32 +139,40 @@ def split_by_name(documents: dict[str, str]) -> Documents:
 
 def _read_folder(folder: Path) -> Splits:
     """Plain text, SPLIT.txt, where there is nothing else."""
-    plain = [path for path in sorted(folder.glob("*.txt")) if path.stem in SPLIT_NAMES]
-    if plain and not any(path.suffix in READERS for path in folder.iterdir()):
+    inside = list_folder(folder)
+    plain = [path for path in inside if path.suffix == ".txt" and path.stem in SPLIT_NAMES]
+    if plain and not any(path.suffix.lower() in READERS for path in inside):
         return {path.stem: _lines(path) for path in plain}
     return read_folder(folder)
 
 
 def _lines(path: Path) -> datasets.Dataset:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return datasets.Dataset.from_dict({"text": list(file)})
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+    """Every line with its newline, whichever way of breaking lines the file has."""
+    return datasets.Dataset.from_dict({"text": list(io.StringIO(read_text(path), newline=None))})
 
 
-def _texts(split: str, rows: datasets.Dataset, column: str | None) -> list[str]:
-    """The documents of a split; empty rows are left out."""
-    columns = [name for name, feature in rows.features.items() if is_text(feature)]
-    chosen = column or ("text" if "text" in columns else columns[0] if len(columns) == 1 else None)
-    if chosen not in columns:
+def _text_column(raw: Splits, column: str | None) -> str:
+    """The column that is named, else `text`, else the only one of texts in all splits."""
+    strings, contents = texts_of(raw), contents_of(raw)
+    texts = [name for name in strings if contents.get(name) in ("texts", "classes")]
+    chosen = column or ("text" if "text" in strings else texts[0] if len(texts) == 1 else None)
+    if chosen is None or chosen not in strings:
         raise UserError(
-            f"cannot tell the text column of {split} among {', '.join(rows.column_names)}"
+            f"cannot tell the text column among {', '.join(contents)}"
             f"{f': {column!r} holds no texts' if column else ''}; name one with --text_column"
         )
-    texts = [text for text in rows[:][chosen] if text]
+    return chosen
+
+
+def _texts(split: str, rows: datasets.Dataset, column: str, notes: list[str]) -> list[str]:
+    """The documents of a split; rows without text are left out."""
+    if column not in rows.features or not is_text(rows.features[column]):
+        raise UserError(f"the {split} split has no column {column!r} of texts; name one with --text_column")
+    texts = [text for text in rows[:][column] if text]
     if not "".join(texts).strip():
-        raise UserError(f"the {split} split holds no text in column {chosen!r}: it needs at least one document")
+        raise UserError(f"the {split} split holds no text in column {column!r}: it needs at least one document")
+    if len(texts) < len(rows):
+        notes.append(f"{len(rows) - len(texts):,} of {len(rows):,} rows of {split} hold no text and are left out")
     return texts
 
 

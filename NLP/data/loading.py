@@ -2,18 +2,23 @@
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from common.label_words import Kind
+from common.labels import read_labels, some
 from common.sources import Splits, short_name
 from common.utils.errors import UserError
-from nlp.data.columns import Columns, choose_columns, class_names, is_float, recognise, scheme
+from nlp.data.columns import FLAGS, Columns, choose_columns, recognise
 from nlp.data.sources import read_splits
 from nlp.data.tasks import TASKS
 
+# Texts of digits alone may have been written as whole numbers, and a column of nothing as null.
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
 CARVED = 10  # one row in ten, when there is no validation split
 CARVING_SEED = 0  # not that of a run, or what measures its student later would do so on texts that it learned from
 
@@ -35,128 +40,133 @@ class TextData:
         return 1 if self.regression else len(self.label_names)
 
 
-def load_text_data(dataset: str, text_columns: list[str] | None = None, label_column: str | None = None) -> TextData:
-    """Loads `dataset` (a name in TASKS, a folder, or owner/name[:config]). A missing validation split is carved from
-    train, the same each time.
+def load_text_data(
+    dataset: str,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    task: Kind | None = None,
+    known_labels: list[str] | None = None,
+    train: bool = True,
+) -> TextData:
+    """Loads `dataset` (a name in TASKS, a folder or file, or owner/name[:config]). Rows without a label are left out,
+    a missing validation split is carved from train, the same each time; the notes report it, and what was inferred.
 
-    Raises UserError where there is no such dataset, column, text or label.
+    `task` decides where labels could be classes as well as scores. To measure a saved classifier, `known_labels` are
+    its labels, in their order, and no `train` split is needed. Raises UserError where there is no such dataset,
+    column, text or label.
     """
-    raw, notes = read_splits(dataset)
-    columns = choose_columns(raw["train"].features, text_columns, label_column)
-    _drop_unlabelled_test(raw, columns, notes)
+    raw, notes = read_splits(dataset, train)
     for split, rows in raw.items():
-        _check(split, rows, columns)
-    regression = is_float(raw["train"].features[columns.label])
-    label_names = [] if regression else scheme(raw["train"], columns.label)
-    task = recognise(columns, label_names, regression)
-    if task and task.label_names:
-        label_names = list(task.label_names)  # F1 is that of class 1, also where a CSV file has lost the order
-    splits = _encode(raw, columns, label_names)
-    if len(label_names) == 1:
+        if not len(rows):
+            raise UserError(f"the {split} split is empty: it needs at least one row")
+    columns, chosen = choose_columns(raw, text_columns, label_column)
+    if dataset in TASKS:
+        task = "regression" if TASKS[dataset].regression else "classification"
+    try:
+        labels = read_labels(raw, columns.label, task, known_labels)
+    except UserError as error:
+        raise UserError(f"{error} (--label_column names another column)") from None
+    label_names, regression = labels.names, not labels.names
+    known_task = recognise(columns, known_labels or label_names, regression)
+    splits = {split: _columns(split, raw[split], columns, rows) for split, rows in labels.rows.items()}
+    splits = {split: _with_labels(rows, labels.values[split]) for split, rows in splits.items()}
+    if len(label_names) == 1 and not known_labels:
         raise UserError(
             f"every label in column {columns.label!r} is {label_names[0]!r}, so there is nothing to tell apart: add "
             "rows of another class, or name another column with --label_column"
         )
-    if not any(split.startswith("validation") for split in splits):
-        splits = _carve(splits, regression)
-        notes.append("no validation split: a stratified tenth of train was set aside, the same whatever the seed")
-    return TextData(
+    data = TextData(
         name=dataset if dataset in TASKS else short_name(dataset),
-        splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
+        splits=splits,
         label_names=label_names,
         regression=regression,
-        primary_metric=task.metric if task else "spearman" if regression else "accuracy",
-        fingerprint=_fingerprint(splits, label_names),
-        notes=notes,
+        primary_metric=known_task.metric if known_task else "spearman" if regression else "accuracy",
+        fingerprint="",
+        notes=[*notes, chosen, *labels.notes],
     )
+    if known_task and known_task.label_names and not known_labels:
+        data = with_label_order(data, list(known_task.label_names))  # F1 is that of class 1, also for a CSV file
+    if "train" in splits and not any(split.startswith("validation") for split in splits):
+        data = _carve(data)
+    numbered = {split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in data.splits.items()}
+    data = replace(data, splits=numbered, fingerprint=_fingerprint(numbered, data.label_names))
+    return with_label_order(data, known_labels) if known_labels else data
 
 
-def _drop_unlabelled_test(raw: Splits, columns: Columns, notes: list[str]) -> None:
-    if "test" in raw and (
-        columns.label not in raw["test"].features or set(_labels(raw["test"], columns)) <= {None, -1}
-    ):
-        del raw["test"]
-        notes.append("the test split has no labels and is not used")
+def with_label_order(data: TextData, names: list[str]) -> TextData:
+    """The same rows with label ids that are places in `names`, as a model's `id2label` has them. Names are compared
+    without regard to case where that is unambiguous; `names` may hold more labels than the data.
+
+    Raises UserError where a label of the data is not among `names`.
+    """
+    if data.regression:
+        raise UserError(f"{data.name} has scores, not classes: its labels have no order of names")
+    distinct = all(len({name.lower() for name in some}) == len(some) for some in (names, data.label_names))
+    key = str.lower if distinct else str
+    places = {key(name): number for number, name in enumerate(names)}
+    ids = np.array([places.get(key(name), -1) for name in data.label_names])
+    splits = {}
+    for split, rows in data.splits.items():
+        table = rows.with_format("arrow")[:]
+        labels = ids[table["label"].to_numpy()]
+        if (unknown := np.flatnonzero(labels < 0)).size:
+            name = data.label_names[table["label"][int(unknown[0])].as_py()]
+            raise UserError(
+                f"{data.name} has the label {name!r} (row {unknown[0]} of {split}), which is not among {some(names)}: "
+                "rename or remove it, or name another column with --label_column"
+            )
+        labels = pa.array(labels, pa.int64())
+        splits[split] = datasets.Dataset(table.set_column(table.column_names.index("label"), "label", labels))
+    return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
 
 
-def _labels(rows: datasets.Dataset, columns: Columns) -> list:
-    return rows.select_columns([columns.label])[:][columns.label]
-
-
-def _check(split: str, rows: datasets.Dataset, columns: Columns) -> None:
-    if not len(rows):
-        raise UserError(f"the {split} split is empty: it needs at least one row")
-    for name in (*columns.text, columns.label):
+def _columns(split: str, rows: datasets.Dataset, columns: Columns, kept: np.ndarray) -> dict[str, pa.Array]:
+    """The texts of the rows that are kept."""
+    found = {}
+    for new, name in zip(("text", "text_pair"), columns.text, strict=False):
         if name not in rows.features:
             raise UserError(
                 f"the {split} split lacks column {name!r} that train has: its columns are {rows.column_names}"
             )
-    for name in columns.text:
-        for row, text in enumerate(rows.select_columns([name])[:][name]):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"row {row} of {split}: no text in column {name!r}; remove the row or fill it in")
+        texts = rows.select_columns([name]).with_format("arrow")[:][name]
+        if not any(fits(texts.type) for fits in TEXT_TYPES):
+            raise UserError(f"column {name!r} of the {split} split holds {texts.type}, not texts: {FLAGS}")
+        texts = texts.cast(pa.large_string())
+        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy()
+        if (empty := kept[blank[kept]]).size:
+            raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
+        found[new] = texts.take(pa.array(kept))
+    return found
 
 
-def _encode(raw: Splits, columns: Columns, label_names: list[str]) -> Splits:
-    """Renames the texts and turns labels into class ids, or floats where there are no names."""
-    texts = dict(zip(("text", "text_pair"), columns.text, strict=False))
-    kinds = {new: datasets.Value("string") for new in texts} | {
-        "label": datasets.Value("int64" if label_names else "float32")
-    }
-    seen = set(class_names(raw["train"], columns.label)) if label_names else set()
-    splits = {}
-    for split, rows in raw.items():
-        values = {new: rows.select_columns([old])[:][old] for new, old in texts.items()}
-        labels = _class_ids(split, rows, columns, label_names, seen) if label_names else _floats(split, rows, columns)
-        splits[split] = datasets.Dataset.from_dict(values | {"label": labels}, features=datasets.Features(kinds))
-    return splits
+def _with_labels(texts: dict[str, pa.Array], labels: np.ndarray) -> datasets.Dataset:
+    kinds = {name: datasets.Value("string") for name in texts} | {"label": datasets.Value(str(labels.dtype))}
+    features = datasets.Features(kinds)
+    return datasets.Dataset(pa.table({**texts, "label": labels}).cast(features.arrow_schema))
 
 
-def _class_ids(
-    split: str, rows: datasets.Dataset, columns: Columns, label_names: list[str], seen: set[str | None]
-) -> list[int]:
-    ids = {name: number for number, name in enumerate(label_names)}
-    names = class_names(rows, columns.label)
-    for row, name in enumerate(names):
-        if name is None:
-            raise UserError(f"row {row} of {split}: no label in column {columns.label!r}; every row needs one")
-        if name not in seen:
-            raise UserError(
-                f"row {row} of {split}: label {name!r} never occurs in train; remove it or add training rows"
-            )
-    return [ids[name] for name in names if name is not None]
-
-
-def _floats(split: str, rows: datasets.Dataset, columns: Columns) -> list[float]:
-    values = _labels(rows, columns)
-    for row, value in enumerate(values):
-        if not isinstance(value, float | int) or not math.isfinite(value):
-            raise UserError(
-                f"row {row} of {split}: {value!r} in column {columns.label!r} is no number; give a finite one"
-            )
-    return [float(value) for value in values]
-
-
-def _carve(splits: Splits, regression: bool) -> Splits:
+def _carve(data: TextData) -> TextData:
     """Sets aside every tenth row of train in the order of the labels: each class gives its share, none gives all."""
-    train = splits["train"]
+    train = data.splits["train"]
     labels = np.asarray(train["label"][:])
     order = np.lexsort((np.random.default_rng(CARVING_SEED).random(len(labels)), labels))
-    if not regression:
+    if not data.regression:
         order = order[np.bincount(labels)[labels[order]] > 1]
     chosen = np.sort(order[CARVED // 2 :: CARVED])
     if not len(chosen):
         raise UserError("no validation split, and too few rows in train to set some aside: add a file validation.*")
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
-    return splits | {
+    parts = {
         "train": train.select(rest).flatten_indices(),
         "validation": train.select(chosen).flatten_indices(),
     }
+    note = "no validation split: a stratified tenth of train was set aside, the same whatever the seed"
+    return replace(data, splits=data.splits | parts, notes=[*data.notes, note])
 
 
 def _fingerprint(splits: Splits, label_names: list[str]) -> str:
     digest = hashlib.sha256(json.dumps(label_names).encode())
     for split in sorted(splits):
-        for column in splits[split].column_names:
+        for column in (name for name in splits[split].column_names if name != "sample_id"):
             digest.update(json.dumps([split, column, splits[split][:][column]]).encode())
     return digest.hexdigest()

@@ -43,6 +43,8 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
     if "validation" not in splits:
+        if len(splits["train"]) < 2:
+            raise UserError("no validation split, and a single row in train to set aside: add a file validation.*")
         number = min(MOST_CARVED, max(1, len(splits["train"]) // 10))
         carved = splits["train"].train_test_split(number, seed=CARVING_SEED)
         splits |= {"train": carved["train"].flatten_indices(), "validation": carved["test"].flatten_indices()}
@@ -63,7 +65,9 @@ def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> data
         raise UserError(f"the {split} split is empty: it needs at least one row")
     nested = rows.features.get("translation")  # the Hub's layout: {"en": ..., "de": ...} in one column
     if isinstance(nested, dict | datasets.Translation) and not {source, target} & set(rows.column_names):
-        rows = datasets.Dataset.from_list(rows["translation"][:])
+        pairs = [pair or {} for pair in rows["translation"][:]]
+        names = dict.fromkeys(name for pair in pairs for name in pair)
+        rows = datasets.Dataset.from_dict({name: [pair.get(name) for pair in pairs] for name in names})
     columns = {}
     for side, name in (("source", source), ("target", target)):
         if name not in rows.column_names:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from common.arguments import KDTrainingArguments
 from common.cli import parse, run
+from common.sources import print_notes
 from nlp.data.corpora import EMBEDDED, load_corpus
 from nlp.student_model.language_model import LanguageDistillation
 from nlp.teacher_model.causal import HEAD_WIDTH, SMALLEST_VOCABULARY
@@ -85,6 +86,7 @@ class LanguageTrainingArguments(KDTrainingArguments):
 def main() -> None:
     args, training = parse(Arguments, LanguageTrainingArguments)
     corpus = load_corpus(args.dataset, args.text_column)
+    print_notes(corpus.name, corpus.notes)
     distillation = LanguageDistillation(args, training, corpus)
     teacher = distillation.teacher()
     control = None if training.no_control else distillation.control()

@@ -15,6 +15,7 @@ from typing import Literal
 
 from common.arguments import KDTrainingArguments
 from common.cli import parse, run
+from common.sources import print_notes
 from nlp.data.translation import NUMBER_WORDS, load_translation_data
 from nlp.student_model.translation import TranslationDistillation
 from nlp.teacher_model.seq2seq import HEAD_WIDTH, SCRATCH
@@ -86,6 +87,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
 def main() -> None:
     args, training = parse(Arguments, TranslationTrainingArguments)
     data = load_translation_data(args.dataset, args.source, args.target)
+    print_notes(data.name, data.notes)
     distillation = TranslationDistillation(args, training, data)
     teacher = distillation.teacher()
     control = None if training.no_control else distillation.control(teacher)

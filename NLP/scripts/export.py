@@ -30,7 +30,8 @@ from common.tables import print_rich
 from common.utils.environment import command, environment
 from common.utils.files import write_json, write_text
 from common.utils.folders import writing_folder
-from nlp.data.loading import TextData, load_text_data
+from nlp.data.loading import TextData
+from nlp.student_model import measured_data
 from nlp.student_model.evaluation import predict
 from nlp.student_model.export_report import FILES, measured, report, table
 from nlp.student_model.pipeline import Texts
@@ -40,9 +41,7 @@ from nlp.teacher_model.teacher import load_trained
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("student", help="folder or Hub name of a classifier")
-    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config] or local folder")
-    parser.add_argument("--text_columns", nargs="+")
-    parser.add_argument("--label_column")
+    measured_data.add_data_flags(parser)
     parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--teacher", help="folder or Hub name of a classifier to compare with")
     parser.add_argument("--output_dir", help="default: export, beside the student's folder")
@@ -53,7 +52,7 @@ def main() -> None:
     PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    data = load_text_data(args.dataset, args.text_columns, args.label_column)
+    data = measured_data.load(args.student, args)
     student, texts = trained(args.student, data)
     models = {"teacher": trained(args.teacher, data)} if args.teacher else {}
     models["student"] = student, texts
@@ -98,7 +97,7 @@ def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> di
         save_model(quantize_dynamic(student), str(paths["torch-int8"]))
         models["torch-int8"] = load_int8(student, paths["torch-int8"])
     if "onnx" in formats or "onnx-int8" in formats:
-        batch = texts.collate([texts.validation[0]] * 2)
+        batch = texts.collate([next(iter(texts.splits.values()))[0]] * 2)
         inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
         to_onnx(student, inputs, paths["onnx"], {0: "batch", 1: "position"})
         models["onnx"] = OnnxModel(paths["onnx"])

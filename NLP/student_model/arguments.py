@@ -7,6 +7,7 @@ from typing import Any, Literal
 from common.filling import Keys
 from common.logit_methods import LOGIT_METHODS
 from common.relation_methods import RELATION_METHODS
+from common.sources import print_notes
 from nlp.data.loading import TextData, load_text_data
 from nlp.student_model.matching import HiddenLoss, LayerMap
 
@@ -22,6 +23,9 @@ class TextArguments:
     dataset: str = field(default="intents", metadata={"help": "embedded name, Hub name[:config] or local folder"})
     text_columns: list[str] | None = field(default=None, metadata={"help": "one column, or two for pairs"})
     label_column: str | None = None
+    task: Literal["classification", "regression"] | None = field(
+        default=None, metadata={"help": "what the labels are, where they could be classes as well as scores"}
+    )
     max_length: int = field(default=128, metadata={"help": "longer texts are cut, in tokens"})
 
     def __post_init__(self) -> None:
@@ -29,7 +33,10 @@ class TextArguments:
             raise ValueError(f"--max_length must be at least {SHORTEST}, got {self.max_length}")
 
     def load(self) -> TextData:
-        return load_text_data(self.dataset, self.text_columns, self.label_column)
+        """The data; prints what was inferred of them."""
+        data = load_text_data(self.dataset, self.text_columns, self.label_column, self.task)
+        print_notes(data.name, data.notes)
+        return data
 
 
 @dataclass

@@ -58,11 +58,12 @@ def metrics_by_split(
     teacher_logits: dict[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, float]]:
     """The metrics of logits by split. Where there are out-of-scope texts, also those with a threshold on the
-    confidence: the (first) validation split chooses it, the others have no say. With `teacher_logits` the agreement.
+    confidence: the (first) validation split chooses it, and without one there is no threshold. With `teacher_logits`
+    the agreement.
     """
     labels = {split: np.asarray(splits[split]["labels"]) for split in logits}
-    chooses = next(split for split in logits if split.startswith("validation"))
-    threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names)
+    chooses = next((split for split in logits if split.startswith("validation")), None)
+    threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names) if chooses else None
     metrics = {split: text_metrics(data, said, labels[split]) for split, said in logits.items()}
     for split, said in logits.items():
         if threshold is not None:
@@ -73,7 +74,9 @@ def metrics_by_split(
 
 
 def one_text(splits: dict[str, Dataset], collate: Collate, device: torch.device) -> dict[str, torch.Tensor]:
-    """A validation text of median length: what latency and FLOPs are measured on."""
-    rows = next(rows for split, rows in splits.items() if split.startswith("validation"))
+    """A text of median length of the validation split, or of the one split there is: what latency and FLOPs are
+    measured on.
+    """
+    rows = next((rows for split, rows in splits.items() if split.startswith("validation")), [*splits.values()][-1])
     middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
     return {name: value.to(device) for name, value in collate([rows[middle]]).items() if name not in NOT_INPUTS}

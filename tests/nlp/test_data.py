@@ -17,7 +17,7 @@ import pytest
 
 from common.utils.errors import UserError
 from nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
-from nlp.data.loading import TextData, load_text_data
+from nlp.data.loading import TextData, load_text_data, with_label_order
 from nlp.data.scope import choose_threshold, confidence, scope_metrics, threshold_metrics
 from nlp.student_model.evaluation import metrics_by_split
 
@@ -156,6 +156,18 @@ def test_named_classes_keep_their_order(tmp_path: Path) -> None:
     assert data.splits["validation"]["label"][:] == [1, 0]  # by name, not by number
 
 
+def test_labels_are_put_in_the_order_of_other_names(tmp_path: Path) -> None:
+    data = load_text_data(write(tmp_path, **small(["a", "b", "c", "a"])))
+    other = with_label_order(data, ["C", "more", "A", "B"])
+    assert other.label_names == ["C", "more", "A", "B"] and other.splits["train"]["label"][:] == [2, 3, 0, 2]
+    assert other.splits["train"]["text"][:] == data.splits["train"]["text"][:]
+    assert other.fingerprint != data.fingerprint  # what was computed for one order is not used for the other
+    assert with_label_order(data, ["c", "b", "a"]).splits["validation"]["label"][:] == [2, 1, 0, 2]
+    assert with_label_order(with_label_order(data, ["c", "b", "a"]), ["a", "b", "c"]).fingerprint == data.fingerprint
+    with pytest.raises(UserError, match=r"the label 'c' \(row 2 of train\), which is not among a, b"):
+        with_label_order(data, ["a", "b"])
+
+
 def test_a_known_task_keeps_its_label_order_and_metric_without_class_names(tmp_path: Path) -> None:
     names = ["equivalent", "not_equivalent", "equivalent"]
     pairs = {"sentence1": texts(3), "sentence2": texts(3, 50), "label": names}
@@ -191,13 +203,15 @@ def test_shards_are_joined_and_other_files_noted(tmp_path: Path) -> None:
         "extra": part,
     }
     data = load_text_data(write(tmp_path, **splits))
-    assert len(data.splits["train"]) == 4 and data.notes == ["split extra is not used"]
+    assert len(data.splits["train"]) == 4 and "split extra is not used" in data.notes
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    assert "has 1 of the 2 files of split train" in error_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("test", [{"text": texts(2), "label": [-1, -1]}, {"text": texts(2)}])
 def test_a_test_split_without_labels_is_left_out(tmp_path: Path, test: Columns) -> None:
     data = load_text_data(write(tmp_path, **small([0, 1]), test=test))
-    assert "test" not in data.splits and "no labels" in data.notes[0]
+    assert "test" not in data.splits and "the test split has no labels and is not used" in data.notes
 
 
 def test_validation_is_carved_from_train_by_class_and_never_from_test(tmp_path: Path) -> None:
@@ -210,7 +224,7 @@ def test_validation_is_carved_from_train_by_class_and_never_from_test(tmp_path: 
     assert not parts[0] & parts[1] and parts[0] | parts[1] == set(train["text"])
     assert data.splits["test"]["text"][:] == test["text"]
     assert data.splits["validation"]["sample_id"][:] == list(range(20))
-    assert "set aside, the same whatever the seed" in data.notes[0]
+    assert "set aside, the same whatever the seed" in data.notes[-1]
     np.random.seed(1)
     assert load_text_data(folder).fingerprint == data.fingerprint
 
@@ -258,12 +272,12 @@ def test_an_empty_text_is_named_by_its_row(tmp_path: Path, empty: str | None) ->
 
 
 def test_errors_of_labels(tmp_path: Path) -> None:
-    assert "'c' never occurs in train" in error_of(write(tmp_path / "a", **small(["a", "b"], ["a", "c"])))
-    assert "row 1 of train: no label" in error_of(write(tmp_path / "b", **small([0, -1, 1])))
-    assert "row 0 of validation: no label" in error_of(write(tmp_path / "c", **small([0, 1], [-1, -1])))
-    assert "0 to n-1" in error_of(write(tmp_path / "d", **small([1, 2])))
-    assert "row 1 of train: nan" in error_of(write(tmp_path / "e", **small([0.5, float("nan")])))
-    assert "row 1 of train: no label" in error_of(write(tmp_path / "f", **small(["a", None])))
+    assert "no label of validation (c) occurs in train (a, b)" in error_of(
+        write(tmp_path / "a", **small(["a", "b"], ["c", "c"]))
+    )
+    assert "the validation split has no labels" in error_of(write(tmp_path / "c", **small([0, 1], [-1, -1])))
+    assert "1, 2, which are not 0 to n-1" in (message := error_of(write(tmp_path / "d", **small([1, 2]))))
+    assert "--task classification" in message and "--task regression" in message
     assert "every label in column 'label' is 'a'" in error_of(write(tmp_path / "g", **small(["a", "a"])))
 
 

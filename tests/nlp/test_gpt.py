@@ -94,7 +94,8 @@ def test_rows_of_a_column_and_the_end_of_train_as_validation(tmp_path):
     corpus = load_corpus(str(tmp_path), "body")
     assert corpus.splits["validation"] == ["text 18", "text 19"]
     assert corpus.splits["train"] == [f"text {i}" for i in range(18)]
-    assert "set aside" in corpus.notes[0]
+    assert "set aside" in corpus.notes[-1]
+    assert "1 of 21 rows of train hold no text and are left out" in corpus.notes
 
 
 # ---- packing ----

@@ -1,0 +1,47 @@
+"""Data on which a saved classifier is measured: in its labels, and without need of a train split."""
+
+from argparse import ArgumentParser, Namespace
+
+from transformers import AutoConfig
+
+from common.hub import no_retries_when_unreachable
+from common.label_words import Kind
+from common.sources import print_notes
+from common.utils.errors import UserError
+from nlp.data.loading import TextData, load_text_data
+from nlp.teacher_model.teacher import unreachable  # registers the classifier with a bottleneck, too
+
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    """The flags that `load` reads."""
+    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config], local folder or file")
+    parser.add_argument("--text_columns", nargs="+", help="one column, or two for pairs")
+    parser.add_argument("--label_column")
+
+
+def load(model: str, args: Namespace) -> TextData:
+    """The data of the flags in the labels of `model`, a folder or Hub name; prints what was inferred of them.
+
+    Raises UserError where the data have other labels.
+    """
+    kind, labels = labels_of(model)
+    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, train=False)
+    print_notes(data.name, data.notes)
+    return data
+
+
+def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
+    """What a classifier predicts: classes with their names, in the order of its outputs, or scores. Of what is no
+    classifier, or names its outputs LABEL_0 and so on, nothing is known.
+    """
+    try:
+        with no_retries_when_unreachable(model):
+            config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(unreachable(model, error)) from error
+    if "Classif" not in (config.architectures or [""])[0]:
+        return None, None
+    if config.num_labels == 1:
+        return "regression", None
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    return "classification", None if names == [f"LABEL_{n}" for n in range(len(names))] else names
