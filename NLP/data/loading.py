@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from common.sources import Splits, short_name
 from common.utils.errors import UserError
@@ -69,6 +70,28 @@ def load_text_data(dataset: str, text_columns: list[str] | None = None, label_co
         fingerprint=_fingerprint(splits, label_names),
         notes=notes,
     )
+
+
+def with_label_order(data: TextData, names: list[str]) -> TextData:
+    """The same rows with label ids that are places in `names`, as a model's `id2label` has them. Names are compared
+    without regard to case where that is unambiguous; `names` may hold more labels than the data.
+
+    Raises UserError where a label of the data is not among `names`.
+    """
+    if data.regression:
+        raise UserError(f"{data.name} has scores, not classes: its labels have no order of names")
+    distinct = all(len({name.lower() for name in some}) == len(some) for some in (names, data.label_names))
+    key = str.lower if distinct else str
+    places = {key(name): number for number, name in enumerate(names)}
+    if unknown := [name for name in data.label_names if key(name) not in places]:
+        raise UserError(f"{data.name} has the label {unknown[0]!r}, which is not among {', '.join(names)}")
+    ids = np.array([places[key(name)] for name in data.label_names])
+    splits = {}
+    for split, rows in data.splits.items():
+        table = rows.with_format("arrow")[:]
+        labels = pa.array(ids[table["label"].to_numpy()], pa.int64())
+        splits[split] = datasets.Dataset(table.set_column(table.column_names.index("label"), "label", labels))
+    return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
 
 
 def _drop_unlabelled_test(raw: Splits, columns: Columns, notes: list[str]) -> None:
@@ -157,6 +180,6 @@ def _carve(splits: Splits, regression: bool) -> Splits:
 def _fingerprint(splits: Splits, label_names: list[str]) -> str:
     digest = hashlib.sha256(json.dumps(label_names).encode())
     for split in sorted(splits):
-        for column in splits[split].column_names:
+        for column in (name for name in splits[split].column_names if name != "sample_id"):
             digest.update(json.dumps([split, column, splits[split][:][column]]).encode())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ import pytest
 
 from common.utils.errors import UserError
 from nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
-from nlp.data.loading import TextData, load_text_data
+from nlp.data.loading import TextData, load_text_data, with_label_order
 from nlp.data.scope import choose_threshold, confidence, scope_metrics, threshold_metrics
 from nlp.student_model.evaluation import metrics_by_split
 
@@ -154,6 +154,18 @@ def test_named_classes_keep_their_order(tmp_path: Path) -> None:
     data = load_text_data(write(tmp_path, train=rows, validation=valid))
     assert data.label_names == ["z", "a"] and data.splits["train"]["label"][:] == [0, 1]
     assert data.splits["validation"]["label"][:] == [1, 0]  # by name, not by number
+
+
+def test_labels_are_put_in_the_order_of_other_names(tmp_path: Path) -> None:
+    data = load_text_data(write(tmp_path, **small(["a", "b", "c", "a"])))
+    other = with_label_order(data, ["C", "more", "A", "B"])
+    assert other.label_names == ["C", "more", "A", "B"] and other.splits["train"]["label"][:] == [2, 3, 0, 2]
+    assert other.splits["train"]["text"][:] == data.splits["train"]["text"][:]
+    assert other.fingerprint != data.fingerprint  # what was computed for one order is not used for the other
+    assert with_label_order(data, ["c", "b", "a"]).splits["validation"]["label"][:] == [2, 1, 0, 2]
+    assert with_label_order(with_label_order(data, ["c", "b", "a"]), ["a", "b", "c"]).fingerprint == data.fingerprint
+    with pytest.raises(UserError, match="the label 'c', which is not among a, b"):
+        with_label_order(data, ["a", "b"])
 
 
 def test_a_known_task_keeps_its_label_order_and_metric_without_class_names(tmp_path: Path) -> None:
