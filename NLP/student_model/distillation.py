@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.arguments import KDTrainingArguments
+from common.pretrained import reading, stage_loader
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
@@ -32,6 +33,7 @@ model = {model}.from_pretrained("{folder}").eval()
 logits = model(**tokenizer("some text", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
 Logits = dict[str, np.ndarray]  # by split
+read_stage = stage_loader(AutoModelForSequenceClassification)
 
 
 class Distillation:
@@ -159,7 +161,8 @@ class Distillation:
             return encoder
 
         def load(folder: str) -> PreTrainedModel:
-            aligned = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+            with reading(folder, "a finished stage"):
+                aligned = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
             kept = {name: weight for name, weight in aligned.items() if not name.startswith("pooler.")}
             encoder.load_state_dict(encoder.state_dict() | kept)
             return encoder
@@ -176,7 +179,7 @@ class Distillation:
         self,
         name: str,
         build: Callable[[], PreTrainedModel],
-        load: Callable[[str], PreTrainedModel] = AutoModelForSequenceClassification.from_pretrained,
+        load: Callable[[str], PreTrainedModel] = read_stage,
     ) -> PreTrainedModel:
         texts = self.student_texts if name.startswith(("student", "control")) else self.texts
         folder = None if name == "student" else self.shared

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import KDTrainingArguments
 from common.losses import jensen_shannon, soft_target_kl
 from common.metrics.language import language_metrics, token_counts
 from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
+from common.pretrained import stage_loader
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.corpora import Corpus, pack, stack
@@ -27,7 +28,7 @@ from nlp.student_model.language_evaluation import (
 from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
 from nlp.student_model.pipeline import switch_off_dropout
-from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, load_model, random_gpt2
+from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
 
 CUT = "cut"
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}
@@ -130,7 +131,7 @@ class LanguageDistillation:
         return self._rate(self.args.student == SCRATCH or (self.args.student == CUT and self.given is None))
 
     def _stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        return self.run.stage(name, build, load_model, self.tokenizer)
+        return self.run.stage(name, build, stage_loader(AutoModelForCausalLM), self.tokenizer)
 
     def _train(
         self, name: str, model: PreTrainedModel, rate: float, teacher: PreTrainedModel | None = None, **settings: Any

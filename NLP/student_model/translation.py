@@ -21,6 +21,7 @@ from common.losses import soft_target_kl
 from common.metrics.language import token_counts, token_metrics
 from common.objective import Objective, task_loss, token_targets
 from common.plots import plot_curves
+from common.pretrained import stage_loader
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -129,7 +130,7 @@ class TranslationDistillation:
         return self._stage("student", build)
 
     def _stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        return self.run.stage(name, build, AutoModelForSeq2SeqLM.from_pretrained, self.tokenizer)
+        return self.run.stage(name, build, stage_loader(AutoModelForSeq2SeqLM), self.tokenizer)
 
     def _as_it_came(self) -> PreTrainedModel:
         """The teacher before it was trained here."""

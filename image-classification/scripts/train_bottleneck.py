@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from common.arguments import RunArguments
 from common.cli import parse, run
+from common.pretrained import stage_loader
 from common.results import print_table, write_report
 from common.run import Run
 from common.utils.files import writing_folder
@@ -46,7 +47,7 @@ def main() -> None:
     tasks = arrival(data, args.classes_per_task, run_args.seed if args.order_seed is None else args.order_seed)
     this = Run(run_args, args, data_args)
     processor = image_processor(data)
-    stage = partial(this.stage, load=BottleneckProbe.from_pretrained, processor=processor)
+    stage = partial(this.stage, load=stage_loader(BottleneckProbe), processor=processor)
 
     heads = untrained_heads(this, stage, encoder, data, args, tasks)
 

@@ -15,6 +15,7 @@ from common.inference import as_it_is
 from common.methods import Method
 from common.model_card import save_student
 from common.objective import Objective, task_loss
+from common.pretrained import stage_loader
 from common.results import print_table, write_report
 from common.run import TrainerRun
 from common.side_by_side import SideBySideObjective
@@ -33,6 +34,7 @@ from image_classification.teacher_model.folding import frozen
 from image_classification.teacher_model.teacher import given_teacher
 
 Model = TypeVar("Model", bound=nn.Module)
+read_stage = stage_loader(ImageClassifier)
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
@@ -67,7 +69,7 @@ class Experiment:
         self,
         name: str,
         build: Callable[[], Model],
-        load: Callable[[str], Any] = ImageClassifier.from_pretrained,
+        load: Callable[[str], Any] = read_stage,
     ) -> Model:
         """The model of a stage: loaded if the stage is finished, else built and saved."""
         return self.run.stage(name, build, load, image_processor(self.data))

@@ -41,7 +41,7 @@ from image_classification.student_model.cells import (
     results_file,
 )
 from image_classification.student_model.evaluation import evaluate
-from image_classification.student_model.experiment import Experiment, refuse_uncounted
+from image_classification.student_model.experiment import Experiment, read_stage, refuse_uncounted
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from image_classification.student_model.sweep_report import show
@@ -171,7 +171,7 @@ def train_side_by_side(
         )
 
     def load(folder: str) -> SideBySide:
-        return SideBySide.from_pretrained(folder, ImageClassifier.from_pretrained)
+        return SideBySide.from_pretrained(folder, read_stage)
 
     trained = experiment.stage("student", build, load).students
     return {name: student for name, student in trained.items() if isinstance(student, ImageClassifier)}

@@ -7,6 +7,7 @@ from transformers import default_data_collator
 
 from common.arguments import KDTrainingArguments
 from common.objective import Objective
+from common.pretrained import stage_loader
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -46,7 +47,7 @@ class Distillation:
                 **teacher,
             )
 
-        return self.run.stage(stage, build, Classifier.from_pretrained)
+        return self.run.stage(stage, build, stage_loader(Classifier))
 
     def listen(self, teacher: Classifier) -> TeacherOutputs:
         """The logits of a frozen teacher for the training samples: it speaks once, not every epoch."""
