@@ -111,7 +111,7 @@ def _loaded(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) 
     parts = {"missing": missing, "unknown": unknown, "of another size": resized}
     problem = "; ".join(f"{kind_of}: {_some(keys)}" for kind_of, keys in parts.items() if keys)
     prefixes = {found.group() if (found := WRAPPERS.match(key)) else "" for key in unknown}
-    return model, problem, prefixes.pop() if len(prefixes) == 1 else ""
+    return model, problem, prefixes.pop() if len(prefixes) == 1 and missing else ""
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _reason(name: str, what: str, instead: str, error: Exception) -> str:
     elif isinstance(error, SafetensorError):
         cause = f"its weights are damaged or cut short ({cause})"
     elif "trust_remote_code" in str(error):
-        cause = "it needs code from its folder or the Hub, which is not run"
+        cause = "it needs code of its own, which is not run"
     elif isinstance(error, KeyError):
         cause = f"no {cause}"
     if _is_folder(name):

@@ -9,7 +9,7 @@ from common.results import show_metrics
 from nlp.data.loading import load_text_data
 from nlp.student_model.evaluation import evaluate
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_trained
+from nlp.teacher_model.teacher import in_label_order, load_trained
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the metrics to this file")
     args = parser.parse_args()
 
-    data = load_text_data(args.dataset, args.text_columns, args.label_column)
+    data = in_label_order(args.model, load_text_data(args.dataset, args.text_columns, args.label_column))
     classifier = load_trained(args.model, data)
     texts = Texts.of(data, classifier.tokenizer)
     measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)

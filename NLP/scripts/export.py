@@ -33,7 +33,7 @@ from nlp.data.loading import TextData, load_text_data
 from nlp.student_model.evaluation import predict
 from nlp.student_model.export_report import FILES, measured, report, table
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_trained
+from nlp.teacher_model.teacher import in_label_order, load_trained
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    data = load_text_data(args.dataset, args.text_columns, args.label_column)
+    data = in_label_order(args.student, load_text_data(args.dataset, args.text_columns, args.label_column))
     student, texts = trained(args.student, data)
     models = {"teacher": trained(args.teacher, data)} if args.teacher else {}
     models["student"] = student, texts
@@ -86,7 +86,7 @@ def main() -> None:
 def trained(name: str, data: TextData) -> tuple[Any, Texts]:
     """A classifier of the data's labels in fp32, and the data in its tokens."""
     given = load_trained(name, data)
-    return given.model.float().eval(), Texts.of(data, given.tokenizer)
+    return given.model.eval(), Texts.of(data, given.tokenizer)
 
 
 def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def regressor_warning(
     name: str, metrics: dict[str, float], targets: np.ndarray, metric: str = "spearman", split: str = "validation"
 ) -> str | None:
     """For `regression_metrics`: a correlation (`metric`) against none, the squared error against that of the mean."""
+    targets = targets[np.isfinite(targets)]
     error = 1 / math.sqrt(len(targets))
     return guessing_warning(
         name, f"{split} {metric}", metrics[metric], 0.0, "a constant prediction", error
