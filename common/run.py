@@ -7,6 +7,7 @@ starts from the run's seed, so that it does not matter which process of how many
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Run:
         self.args, self.folder = args, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
         transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
         datasets.disable_progress_bars()
@@ -124,6 +126,13 @@ class Run:
         inside = sum(self.seconds.values()) - others
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
+    def warn(self, text: str | None) -> None:
+        """Prints a warning, if there is one, in the main process, and keeps it for the report."""
+        if text and text not in self.warnings:
+            self.warnings.append(text)
+            if PartialState().is_main_process:
+                print(f"warning: {text}", file=sys.stderr)
+
     @property
     def total_seconds(self) -> float:
         """Since the start of the run; of earlier processes of a resumed run only the stages that they finished."""
@@ -171,6 +180,7 @@ class Run:
             "gain_over_control": gain,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),
+            "warnings": self.warnings,
             **extra,
         }
 

@@ -86,7 +86,7 @@ def main() -> None:
 def trained(name: str, data: TextData) -> tuple[Any, Texts]:
     """A classifier of the data's labels in fp32, and the data in its tokens."""
     given = load_trained(name, data)
-    return given.model.float().eval(), Texts.of(data, given.tokenizer)
+    return given.model.eval(), Texts.of(data, given.tokenizer)
 
 
 def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
 from nlp.student_model.search import Search, SearchRun
 from nlp.student_model.search_report import Report
-from nlp.teacher_model.teacher import Pretrained, load_classifier, load_trained
+from nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
 
 
 def main() -> None:
     text, args, training = parse(TextArguments, SearchArguments, KDTrainingArguments)
     if training.world_size > 1:
         raise UserError("a search runs in one process: call this script without torchrun or accelerate launch")
-    data = text.load()
+    data = in_label_order(args.teacher, text.load())
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
     if data.regression and "temperature" in args.search:
         raise UserError(f"{data.name} is a regression, whose loss has no temperature: --search alpha learning_rate")

@@ -73,7 +73,7 @@ class BottleneckDistillation(Distillation):
         except ValueError as error:
             raise UserError(f"{error}; give the bottleneck the shape of that of {name}, or pass --keys new") from error
 
-    def teacher(self) -> PreTrainedModel:
+    def make_teacher(self) -> PreTrainedModel:
         """A fine-tuned classifier, whose head a bottleneck replaces where the system gives the teacher one."""
         if self.bottleneck.freeze_teacher_encoder:
             classifier = self.given.model

@@ -18,7 +18,7 @@ from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
 from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import encoder_of, load_trained
+from nlp.teacher_model.teacher import encoder_of
 
 
 class ClassifierDistillation(Distillation):
@@ -34,7 +34,7 @@ class ClassifierDistillation(Distillation):
         **kwargs: Any,
     ) -> None:
         self.wanted, self.method = matching, matching.method
-        self.others = [load_trained(name, data) for name in matching.more_teachers]
+        self.more_teachers = matching.more_teachers
         super().__init__(text, pair, training, data, "cls", matching, **kwargs)
 
     def refuse_what_cannot_be(self, training: KDTrainingArguments) -> None:
@@ -73,7 +73,7 @@ class ClassifierDistillation(Distillation):
     def _stage_of(self, role: str) -> str:
         return f"{role}_encoder" if self.shared else role
 
-    def teacher(self) -> PreTrainedModel:
+    def make_teacher(self) -> PreTrainedModel:
         return self.fine_tuned_teacher(self._stage_of("teacher"))
 
     def control(self) -> PreTrainedModel:
@@ -132,11 +132,13 @@ class ClassifierDistillation(Distillation):
         if not self.others:
             return entry, said
         entries, spoken = [entry], [said]
-        for name, other in zip(self.wanted.more_teachers, self.others, strict=True):
+        for name, other in zip(self.more_teachers, self.others, strict=True):
             texts = Texts.of(self.data, other.tokenizer)
             one, logits = evaluate(name, other.model, self.data, texts.splits, texts.collate)
             entries.append(one)
             spoken.append(logits)
+        for one in entries:
+            self._warn_of_guessing(one)
         mean = {split: np.mean([logits[split] for logits in spoken], axis=0) for split in said}
         return _together(entries) | {"metrics": metrics_by_split(self.data, mean, self.texts.splits)}, mean
 

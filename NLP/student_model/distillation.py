@@ -1,7 +1,7 @@
 """What all distillations of text classifiers share: a fine-tuned teacher, a control, an aligned student, a report."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.arguments import KDTrainingArguments
+from common.metrics.chance import classifier_warning, regressor_warning
+from common.pretrained import reading, stage_loader
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
@@ -22,7 +24,7 @@ from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import layer_pairs
 from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
-from nlp.teacher_model.teacher import Pretrained, encoder_of, load_classifier
+from nlp.teacher_model.teacher import Pretrained, encoder_of, in_label_order, load_classifier, load_trained
 
 USAGE = """from transformers import AutoTokenizer
 from {module} import {model}
@@ -32,14 +34,17 @@ model = {model}.from_pretrained("{folder}").eval()
 logits = model(**tokenizer("some text", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
 Logits = dict[str, np.ndarray]  # by split
+read_stage = stage_loader(AutoModelForSequenceClassification)
 
 
 class Distillation:
     """The trunk of a run; `others` are the script's further arguments, for its recipe. All stages but the student are
-    kept in `shared`, if given, where runs of other systems with the same teacher find them.
+    kept in `shared`, if given, where runs of other systems with the same teacher find them. The data's class ids
+    become those of a teacher that is trained for the same labels in another order.
     """
 
     method: str
+    more_teachers: Sequence[str] = ()
 
     def __init__(
         self,
@@ -51,13 +56,16 @@ class Distillation:
         *others: Any,
         shared: Path | None = None,
     ) -> None:
-        self.pair, self.data, self.pooling, self.shared = pair, data, pooling, shared
+        self.data = data = in_label_order(pair.teacher, data)
+        self.pair, self.pooling, self.shared = pair, pooling, shared
+        self.others = [load_trained(name, data) for name in self.more_teachers]
         set_seed(training.seed)  # for the random heads of what is loaded here
         self.given = load_classifier(pair.teacher, data)  # as it comes
         self.given_student = load_classifier(pair.student, data) if pair.student else None
         cut_elsewhere = pair.control_from and not (pair.student or training.no_control)
         self.control_from = load_classifier(str(pair.control_from), data) if cut_elsewhere else None
         own = self.given_student
+        self.notes = [note for one in (self.given, *self.others, own, self.control_from) if one for note in one.notes]
         for classifier in filter(None, (self.given, own, self.control_from)):
             classifier.cut_texts(text.max_length)
         self.texts = Texts.of(data, self.given.tokenizer)
@@ -68,6 +76,7 @@ class Distillation:
         starts = {"teacher": self.given, "student": own, "control_from": self.control_from}
         self.run.check_inputs(data.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
         self.pipeline = Pipeline(self.run, pooling, (shared or self.run.folder) / "teacher_outputs")
+        self.measured: tuple[dict[str, Any], Logits] | None = None
 
     def rate(self, start: Pretrained) -> float:
         """The learning rate of fine-tuning that starts from these weights, or from a cut of them."""
@@ -121,6 +130,27 @@ class Distillation:
 
     # ---- stages ----
 
+    def teacher(self) -> PreTrainedModel:
+        """The teacher, measured before it teaches: one that is no better than guessing is called out."""
+        teacher = self.make_teacher()
+        self.measured = self.measure_teacher(teacher)
+        self._warn_of_guessing(self.measured[0])
+        return teacher
+
+    def make_teacher(self) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def _warn_of_guessing(self, entry: dict[str, Any]) -> None:
+        data, split = self.data, self.validation_split
+        metrics, labels = entry["metrics"][split], np.asarray(self.texts.splits[split]["labels"])
+        if data.regression:
+            self.run.warn(regressor_warning(entry["name"], metrics, labels, data.primary_metric, split))
+        else:
+            value = metrics[data.primary_metric]
+            self.run.warn(
+                classifier_warning(entry["name"], data.primary_metric, value, labels, data.num_labels, split)
+            )
+
     def fine_tuned_teacher(self, stage: str) -> PreTrainedModel:
         """A classifier fine-tuned on the task, unless it is one already."""
         given = self.given
@@ -161,7 +191,8 @@ class Distillation:
             return encoder
 
         def load(folder: str) -> PreTrainedModel:
-            aligned = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+            with reading(folder, "a finished stage"):
+                aligned = load_file(Path(folder) / SAFE_WEIGHTS_NAME)
             kept = {name: weight for name, weight in aligned.items() if not name.startswith("pooler.")}
             encoder.load_state_dict(encoder.state_dict() | kept)
             return encoder
@@ -178,7 +209,7 @@ class Distillation:
         self,
         name: str,
         build: Callable[[], PreTrainedModel],
-        load: Callable[[str], PreTrainedModel] = AutoModelForSequenceClassification.from_pretrained,
+        load: Callable[[str], PreTrainedModel] = read_stage,
     ) -> PreTrainedModel:
         texts = self.student_texts if name.startswith(("student", "control")) else self.texts
         folder = None if name == "student" else self.shared
@@ -198,7 +229,7 @@ class Distillation:
         the main process.
         """
         models: dict[str, Any] = {}
-        models["teacher"], said = self.measure_teacher(teacher)
+        models["teacher"], said = self.measured or self.measure_teacher(teacher)
         size = self.pair.student or f"{self.student_layers} layers"
         for role, model in (("control", control), ("student", student)):
             splits, collate = self.student_texts.splits, self.student_texts.collate
@@ -218,8 +249,11 @@ class Distillation:
         self.run.finish(results, student, usage, self.student_texts.collate.tokenizer)
         return results
 
+    @property
+    def validation_split(self) -> str:
+        return next(name for name in self.texts.splits if name.startswith("validation"))
+
     def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
-        split = next(name for name in self.texts.splits if name.startswith("validation"))
         sizes = {name: len(rows) for name, rows in self.texts.splits.items()}
         return self.run.results(
             domain="NLP",
@@ -232,9 +266,10 @@ class Distillation:
                 "fingerprint": self.data.fingerprint,
             },
             models=models,
-            split=split,
+            split=self.validation_split,
             metric=self.data.primary_metric,
             selection=self.run.args.selection,
             data_notes="; ".join(self.data.notes) or "none",
+            model_notes="; ".join(self.notes) or "none",
             **extra,
         )

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.exportable import Exportable
-from common.hub import no_retries_when_unreachable
+from common.pretrained import load_model, load_tokenizer, reading
 from common.utils.errors import UserError
 from nlp.data.intents import load_intents
 from nlp.teacher_model.teacher import encoder_of  # registers the classifier with a bottleneck, too
@@ -71,16 +71,10 @@ def load(name: str, task: str | None) -> Exportable:
     """The student in a folder, or of that name on the Hub; what its task is called does not matter. Raises UserError
     where there is none.
     """
-    try:
-        with no_retries_when_unreachable(name):
-            kind, describe = _kind(name, AutoConfig.from_pretrained(name))
-            model, tokenizer = kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no text model {name}: it is no folder with a model and a tokenizer, and the Hugging Face Hub does not "
-            f"have it or cannot be reached ({type(error).__name__})"
-        ) from error
-    return describe(model.float().eval(), tokenizer)
+    with reading(name, "a text model"):
+        kind, describe = _kind(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+        model, tokenizer = load_model(kind, name), load_tokenizer(AutoTokenizer, name)
+    return describe(model.eval(), tokenizer)
 
 
 def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTrainedTokenizerBase], Exportable]]:

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import KDTrainingArguments
 from common.losses import jensen_shannon, soft_target_kl
+from common.metrics.chance import language_warning
 from common.metrics.language import language_metrics, token_counts
 from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
+from common.pretrained import stage_loader
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.corpora import Corpus, pack, stack
@@ -27,9 +29,10 @@ from nlp.student_model.language_evaluation import (
 from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
 from nlp.student_model.pipeline import switch_off_dropout
-from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, load_model, random_gpt2
+from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
 
 CUT = "cut"
+Choices = dict[str, np.ndarray]  # the most probable next tokens, by split
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +55,7 @@ class LanguageDistillation:
         starts = {"teacher": self.given, "student": self.given_student}
         self.run.check_inputs(corpus.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
+        self.measured: tuple[dict[str, Any], Choices] | None = None
         self.blocks = {split: pack(texts, self.tokenizer, args.block_size) for split, texts in corpus.splits.items()}
 
     def _refuse_what_cannot_fit(self) -> None:
@@ -80,6 +84,16 @@ class LanguageDistillation:
     # ---- who is trained on what ----
 
     def teacher(self) -> PreTrainedModel:
+        """The teacher, measured before it teaches: one that is no better than guessing is called out."""
+        teacher = self._make_teacher()
+        entry, _ = self.measured = self._evaluate("teacher", teacher, None)
+        perplexity, vocabulary = entry["metrics"]["validation"]["perplexity"], teacher.config.vocab_size
+        tokens = {split: labels[labels != IGNORED] for split in ("train", "validation")
+                  for labels in [labels_of(self.blocks[split])]}  # fmt: skip
+        self.run.warn(language_warning(entry["name"], perplexity, tokens["train"], tokens["validation"], vocabulary))
+        return teacher
+
+    def _make_teacher(self) -> PreTrainedModel:
         """Trained on the corpus: from random weights, or from what was given, which may also stay as it is."""
         args = self.args
         if self.given and args.teacher_epochs == 0:
@@ -132,7 +146,7 @@ class LanguageDistillation:
         return self._rate(self.args.student == SCRATCH or (self.args.student == CUT and self.given is None))
 
     def _stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        return self.run.stage(name, build, load_model, self.tokenizer)
+        return self.run.stage(name, build, stage_loader(AutoModelForCausalLM), self.tokenizer)
 
     def _train(
         self, name: str, model: PreTrainedModel, rate: float, teacher: PreTrainedModel | None = None, **settings: Any
@@ -171,11 +185,10 @@ class LanguageDistillation:
         models, choices, samples = {}, None, {}
         prompt = first_words(self.corpus, self.tokenizer, self.args.block_size)
         new = continuation_length(self.args.block_size)
-        batch_size = self.run.args.per_device_eval_batch_size
         for role, model in (("teacher", teacher), ("control", control), ("student", student)):
             if model is not None:
-                name = self._name(role, model)
-                models[role], said = evaluate(name, model, self.corpus, self.blocks, batch_size, choices)
+                known = self.measured if role == "teacher" else None
+                models[role], said = known or self._evaluate(role, model, choices)
                 choices = choices or said  # the teacher's, with which the others are compared
                 samples[role] = continuation(model, self.tokenizer, prompt, new)
         results = self._results(models, sample={"prompt": one_line(prompt)} | samples)
@@ -183,6 +196,10 @@ class LanguageDistillation:
         usage = USAGE.format(folder=self.run.folder / "student", prompt=quoted, new=new)
         card = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         self.run.finish(results, student, usage, self.tokenizer, **card)
+
+    def _evaluate(self, role: str, model: PreTrainedModel, choices: Choices | None) -> tuple[dict[str, Any], Choices]:
+        batch_size = self.run.args.per_device_eval_batch_size
+        return evaluate(self._name(role, model), model, self.corpus, self.blocks, batch_size, choices)
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.given:

@@ -6,12 +6,14 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from common.pretrained import load_model, reading
 from common.utils.errors import UserError
 
 
 def load_encoder(folder: str | Path) -> PreTrainedModel:
     """An encoder without a head, such as the stage `student_encoder` of a run."""
-    return AutoModel.from_pretrained(str(folder))
+    with reading(folder, "a text encoder"):
+        return load_model(AutoModel, folder, whole=False)
 
 
 def layer_paths(model: PreTrainedModel) -> list[str]:
@@ -44,7 +46,10 @@ def check_cut(model: PreTrainedModel, layers: int) -> None:
 
 
 def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A new model of the same class and weights with only `layers` evenly spaced layers, as DistilBERT was made.
+    """A new model of the same class and weights with only `layers` evenly spaced layers, each the last of its share of
+    the teacher's: 6 of 12 keeps layers 1, 3, 5, 7, 9, 11 (from 0). DistilBERT is initialized likewise, but with layers
+    0, 2, 4, 7, 9, 11 (arXiv:1910.01108, extract_distilbert.py). Here a layer starts from the very layer whose output
+    it is aligned to (`uniform_map`), and the last one, which the head sees, is kept for every number of layers.
 
     Raises UserError as `check_cut` does.
     """

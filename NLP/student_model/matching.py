@@ -68,7 +68,8 @@ def hidden_states(
     layer_map: LayerMap = "uniform",
     pooling: Pooling = "tokens",
 ) -> Matching:
-    """Hidden states of paired layers, averaged over the pairs; through linear regressors where the widths differ.
+    """Hidden states of paired layers, averaged over the pairs; through linear regressors where the widths differ. They
+    are what the layers return, before the final norm of encoders that have one (ModernBERT, GPT-2).
 
     With a `pooling` other than tokens also, where the widths are the same and the last layers a pair, what is pooled
     from these, which is what a bottleneck or a head sees.
@@ -91,8 +92,8 @@ def embeddings(student: PreTrainedModel, teacher: PreTrainedModel, weight: float
     names = "student_embeddings", f"layer_{EMBEDDINGS}"
     return Matching(
         {"embeddings": (weight, _match(*names, LOSSES[loss_name], student, teacher))},
-        {names[0]: _first_named(student, ("embeddings",))},
-        {names[1]: _first_named(teacher, ("embeddings",))},
+        {names[0]: _embeddings(student)},
+        {names[1]: _embeddings(teacher)},
         [EMBEDDINGS],
     )
 
@@ -163,6 +164,12 @@ def _match(name: str, target: str, loss: FeatureLoss, student: PreTrainedModel, 
     if width(student) == width(teacher):
         return match(name, loss, target)
     return Hint(name, loss, width(student), width(teacher), target)
+
+
+def _embeddings(model: PreTrainedModel) -> str:
+    """The path of what goes into the first layer: an ELECTRA projects its embeddings to the width of its layers."""
+    projected = [path for path, _ in model.named_modules() if path.split(".")[-1] == "embeddings_project"]
+    return projected[0] if projected else _first_named(model, ("embeddings",))
 
 
 def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = "") -> str:

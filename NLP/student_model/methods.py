@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.arguments import KDTrainingArguments
+from common.features import FeatureHooks
 from common.inference import over_dataset
 from common.logit_methods import LOGIT_METHODS
 from common.methods import Task, chosen, flags_of, some_of_each_class
@@ -90,14 +91,18 @@ def task_of(
 def teacher_features(
     teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Pooled last hidden states (texts, width) of some training texts of each class, and their labels (texts,)."""
+    """Pooled outputs (texts, width) of the last layer for some training texts of each class, and their labels."""
     labels = torch.tensor(texts.train["labels"])
     rows = some_of_each_class(labels, texts.data.num_labels)
     encoder = encoder_of(teacher)
+    hooks = FeatureHooks(encoder, {"last": layer_paths(encoder)[-1]})
 
-    def say(**batch: Any) -> dict[str, Tensor]:
-        hidden = encoder(**batch).last_hidden_state
-        return {"pooled": pool(hidden.float(), batch["attention_mask"], pooling)}
+    def pooled(**batch: Any) -> dict[str, Tensor]:
+        encoder(**batch)
+        return {"pooled": pool(hooks.take()["last"].float(), batch["attention_mask"], pooling)}
 
-    said = over_dataset(encoder, say, texts.train.select(rows.tolist()), texts.collate, precision)
-    return torch.stack(said["pooled"]), labels[rows]
+    try:
+        found = over_dataset(encoder, pooled, texts.train.select(rows.tolist()), texts.collate, precision)
+    finally:
+        hooks.remove()
+    return torch.stack(found["pooled"]), labels[rows]

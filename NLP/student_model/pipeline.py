@@ -1,7 +1,7 @@
 """The steps that every text distillation is made of: fine-tune, listen to the teacher, align."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.features import FeatureHooks
 from common.inference import over_dataset
 from common.objective import Objective, labels_and_soft_targets, task_loss
 from common.run import TrainerRun
@@ -108,26 +109,38 @@ class Pipeline:
         )
 
     def listen(
-        self, teacher: PreTrainedModel, texts: Texts, layers: Sequence[int] = (), logits: bool = True
+        self,
+        teacher: PreTrainedModel,
+        texts: Texts,
+        features: dict[str, str] | None = None,
+        logits: bool = True,
     ) -> TeacherOutputs:
-        """What a teacher says of the training texts, cached: its logits, the hidden states of some of its layers (from
-        0; EMBEDDINGS, -1, is what goes into the first).
+        """The cached outputs of a teacher for the training texts: its logits, and hidden states in fp16 by name, which
+        are the outputs of submodules ({name: path}), recorded by the same hooks as those of a live teacher.
         """
-
-        def say(**batch: Any) -> dict[str, torch.Tensor]:
-            said = teacher(**batch, output_hidden_states=True) if layers else teacher(**batch)
-            features = {f"layer_{i}": said.hidden_states[i + 1].half() for i in layers}
-            return features | ({"logits": said.logits.float()} if logits else {})
+        paths = features or {}
 
         def compute() -> TeacherOutputs:
-            said = over_dataset(teacher, say, texts.train, texts.collate, self.precision, description="teacher")
+            hooks = FeatureHooks(teacher, paths)
+
+            def outputs(**batch: Any) -> dict[str, torch.Tensor]:
+                found = teacher(**batch)
+                states = {name: _compact(state) for name, state in hooks.take().items()}
+                return states | ({"logits": found.logits.float()} if logits else {})
+
+            try:
+                said = over_dataset(
+                    teacher, outputs, texts.train, texts.collate, self.precision, description="teacher"
+                )
+            finally:
+                hooks.remove()
             ids = torch.tensor(texts.train["sample_id"])
             own = torch.stack(said.pop("logits")) if logits else None
             lengths = torch.tensor([len(states) for states in next(iter(said.values()))]) if said else None
             return TeacherOutputs(ids, own, {name: torch.cat(states) for name, states in said.items()}, lengths)
 
         tokens = texts.train["input_ids"][:]
-        key = outputs_key(teacher, texts.data.fingerprint, tokens, self.precision, [*layers], logits)
+        key = outputs_key(teacher, texts.data.fingerprint, tokens, self.precision, sorted(paths.items()), logits)
         with self.run.timed("teacher_outputs"):
             return TeacherOutputs.load_or_compute(self.outputs_folder, key, compute, write=process()[0] == 0)
 
@@ -145,7 +158,7 @@ class Pipeline:
         if layers is not None and sum(texts.train["length"]) * len(layers) * width(teacher) * 2 <= FEATURE_BYTES:
             if not layers:
                 return {"teacher_outputs": logits and logits()}
-            said = self.listen(teacher, texts, layers, logits=False)
+            said = self.listen(teacher, texts, matching.teacher_features, logits=False)
             soft = None if logits is None else logits().batch(said.sample_ids).logits
             return {"teacher_outputs": TeacherOutputs(said.sample_ids, soft, said.features, said.lengths)}
         return {"teacher": teacher, "teacher_features": matching.teacher_features}
@@ -172,6 +185,12 @@ class Pipeline:
             not_for_student=texts.not_for(encoder),
             **self.hear(teacher, texts, matching),
         )
+
+
+def _compact(states: torch.Tensor) -> torch.Tensor:
+    """In fp16, unless a value is out of its range, as single ones of large models are."""
+    half = states.half()
+    return half if half.isfinite().all() else states.float()
 
 
 def switch_off_dropout(model: nn.Module) -> None:

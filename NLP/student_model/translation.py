@@ -18,9 +18,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from common.arguments import KDTrainingArguments
 from common.losses import soft_target_kl
+from common.metrics.chance import language_warning
 from common.metrics.language import token_counts, token_metrics
 from common.objective import Objective, task_loss, token_targets
 from common.plots import plot_curves
+from common.pretrained import stage_loader
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -40,6 +42,7 @@ from nlp.teacher_model.seq2seq import (
 )
 
 CUT = "cut"
+Measured = tuple[dict[str, Any], dict[str, float], dict[str, str]]  # what `evaluate` returns
 CHUNK = 5000  # sentences that the teacher translates before they are saved
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -62,6 +65,7 @@ class TranslationDistillation:
         starts = {"teacher": self.given, "student": self.given_student}
         self.run.check_inputs(data.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
+        self.measured: Measured | None = None
         self.splits = tokenize_pairs(data, self.tokenizer, args.source_prefix)
 
     def _refuse_what_cannot_fit(self) -> None:
@@ -95,6 +99,15 @@ class TranslationDistillation:
     # ---- who is trained on what ----
 
     def teacher(self) -> PreTrainedModel:
+        """The teacher, measured before it teaches: one that is no better than guessing is called out."""
+        teacher = self._make_teacher()
+        entry, *_ = self.measured = self._evaluate("teacher", teacher)
+        perplexity, vocabulary = entry["metrics"]["validation"]["perplexity"], teacher.config.vocab_size
+        train, tokens = (np.concatenate(self.splits[split]["labels"][:]) for split in ("train", "validation"))
+        self.run.warn(language_warning(entry["name"], perplexity, train, tokens, vocabulary))
+        return teacher
+
+    def _make_teacher(self) -> PreTrainedModel:
         """Trained on the data: from random weights, or from what was given, which may also stay as it is."""
         args = self.args
         if self.given and args.teacher_epochs == 0:
@@ -131,7 +144,7 @@ class TranslationDistillation:
         return self._stage("student", build)
 
     def _stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        return self.run.stage(name, build, AutoModelForSeq2SeqLM.from_pretrained, self.tokenizer)
+        return self.run.stage(name, build, stage_loader(AutoModelForSeq2SeqLM), self.tokenizer)
 
     def _as_it_came(self) -> PreTrainedModel:
         """The teacher before it was trained here."""
@@ -219,10 +232,8 @@ class TranslationDistillation:
         signature: dict[str, str] = {}
         for role, model in (("teacher", teacher), ("control", control), ("student", student)):
             if model is not None:
-                translator = Translator(model, self.tokenizer)
-                models[role], decoding[role], signature = evaluate(
-                    self._name(role, model), translator, self.data, self.splits, self.args.beams
-                )
+                known = self.measured if role == "teacher" else None
+                models[role], decoding[role], signature = known or self._evaluate(role, model)
         results = self._results(models, decoding=decoding, sacrebleu=signature)
         example = self.args.source_prefix + self.data.splits["validation"]["source"][0]
         usage = USAGE.format(folder=self.run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
@@ -231,6 +242,10 @@ class TranslationDistillation:
         if PartialState().is_main_process:  # over the curve of BLEU, which there is none of: it is of the end only
             curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
             plot_curves(self.run.folder / "curves.png", self.run.history, curve)
+
+    def _evaluate(self, role: str, model: PreTrainedModel) -> Measured:
+        translator = Translator(model, self.tokenizer)
+        return evaluate(self._name(role, model), translator, self.data, self.splits, self.args.beams)
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.given:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.hub import no_retries_when_unreachable
+from common.pretrained import load_model, load_tokenizer, reading
 from common.utils.errors import UserError
 
 SCRATCH = "scratch"
@@ -38,26 +38,14 @@ class LanguageModel(NamedTuple):
 
 def load_language_model(name: str, block_size: int) -> LanguageModel:
     """The causal model NAME (Hub name or folder). Raises UserError where it cannot be had, or is too short-sighted."""
-    try:
-        with no_retries_when_unreachable(name):
-            model, tokenizer = load_model(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no causal language model {name}: it is no folder with a model and a tokenizer, and the Hugging Face Hub "
-            f"does not have it or cannot be reached; pass a local folder, or {SCRATCH}, which needs no download "
-            f"({type(error).__name__})"
-        ) from error
+    with reading(name, "a causal language model", f"pass a local folder, or {SCRATCH}, which needs no download"):
+        model, tokenizer = load_model(AutoModelForCausalLM, name), load_tokenizer(AutoTokenizer, name)
     positions = getattr(model.config, "max_position_embeddings", block_size)
     if positions < block_size:
         raise UserError(f"{name} sees {positions} tokens: pass a --block_size of at most {positions}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token (eos_token), which separates documents")
     return LanguageModel(model, tokenizer)
-
-
-def load_model(name: str) -> PreTrainedModel:
-    """In fp32, whatever it was saved in: small updates of bf16 weights would be lost."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype="float32")
 
 
 def random_gpt2(vocabulary: int, end: int, layers: int, width: int, positions: int, dropout: float) -> GPT2LMHeadModel:

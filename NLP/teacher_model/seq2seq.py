@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from common.hub import no_retries_when_unreachable
 from common.inference import over_dataset
+from common.pretrained import load_model, load_tokenizer, reading
 from common.utils.errors import UserError
 from nlp.data.tokenized import Collator
 
@@ -40,21 +40,12 @@ class Translator(NamedTuple):
 
 def load_translator(name: str, max_length: int) -> Translator:
     """The encoder-decoder NAME (Hub name or folder). Raises UserError where it cannot be had, or is no such thing."""
-    try:
-        with no_retries_when_unreachable(name):
-            config = AutoConfig.from_pretrained(name)
-            if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-                raise UserError(
-                    f"{name} ({config.model_type}) is no encoder-decoder: give a model such as Marian or T5"
-                )
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype="float32")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no model {name}: it is no folder with config.json, tokenizer and weights, and the Hugging Face Hub does "
-            f"not have it or cannot be reached; pass a local folder, or {SCRATCH}, which needs no download "
-            f"({type(error).__name__})"
-        ) from error
+    with reading(name, "an encoder-decoder", f"pass a local folder, or {SCRATCH}, which needs no download"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise UserError(f"{name} ({config.model_type}) is no encoder-decoder: give a model such as Marian or T5")
+        tokenizer = load_tokenizer(AutoTokenizer, name)
+        model = load_model(AutoModelForSeq2SeqLM, name)
     tokenizer.model_max_length = max_length  # saved with it
     return Translator(_greedy(model, max_length), tokenizer)
 

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokenizers.normalizers import BertNormalizer
@@ -21,25 +21,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.hub import no_retries_when_unreachable
+from common.pretrained import load_model, load_tokenizer, reading
 from common.utils.errors import UserError
-from nlp.data.loading import TextData
+from nlp.data.loading import TextData, with_label_order
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # also registers it with AutoModel...
 
 TINY_BERT = "tiny-bert"
+INSTEAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
+POSITION_TABLES = ("position_embeddings", "wpe")  # of BERT and its kind, of GPT-2
+GENERIC = "LABEL_"  # the names of classes that were never named
 
 
 @dataclass
 class Pretrained:
     """A classifier for the data at hand and its tokenizer.
 
-    from_scratch: the weights are random; trained: it is a classifier of these very labels already.
+    from_scratch: the weights are random; trained: it is a classifier of these very labels already; notes: what was
+    set or left out to make model and tokenizer fit.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     from_scratch: bool = False
     trained: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -55,24 +60,43 @@ class Pretrained:
 
 
 def load_classifier(name: str, data: TextData) -> Pretrained:
-    """The model NAME (Hub name, folder, or `tiny-bert`) with a head for the labels of `data`.
+    """The model NAME (Hub name, folder, or `tiny-bert`) in fp32, with a head for the labels of `data`.
 
-    Raises UserError where the model cannot be had, or has been trained for other labels or another label order.
+    Raises UserError where the model cannot be read, its weights do not fit it, or it has been trained for other labels
+    or another label order; `in_label_order` gives the data in that of the model.
     """
     if name == TINY_BERT:
         return tiny_bert(data)
-    try:
-        with no_retries_when_unreachable(name):
-            config = AutoConfig.from_pretrained(name)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            trained = is_trained(name, config, data)
-            labels = {} if trained else label_config(data)
-            model = AutoModelForSequenceClassification.from_pretrained(name, **labels)
-    except (OSError, ValueError) as error:
-        raise UserError(unreachable(name, error)) from error
+    notes: list[str] = []
+    config = read_config(name)
+    trained = is_trained(name, config, data)
+    with reading(name, "a text encoder", INSTEAD):
+        tokenizer = load_tokenizer(AutoTokenizer, name)
+        labels = {} if trained else label_config(data)
+        model = load_model(AutoModelForSequenceClassification, name, whole=trained, notes=notes, **labels)
     accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
     tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
-    return Pretrained(model, tokenizer, trained=trained)
+    set_padding(name, model, tokenizer, notes)
+    return Pretrained(model, tokenizer, trained=trained, notes=notes)
+
+
+def read_config(name: str) -> Any:
+    with reading(name, "a text encoder", INSTEAD):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
+    """Gives a decoder-only model, which was never padded, its end-of-text token as padding. A classifier of that kind
+    reads the last token that is no padding.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {name} has neither a padding token nor an end-of-text token: set one")
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"{name} has no padding token: texts are padded with its end-of-text token {tokenizer.eos_token}")
+        print(f"note: {notes[-1]}")
+    if getattr(model.config, "pad_token_id", tokenizer.pad_token_id) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_trained(name: str, data: TextData) -> Pretrained:
@@ -93,7 +117,7 @@ def positions(encoder: nn.Module) -> float:
     infinite where there is no such table.
     """
     for path, module in encoder.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if path.endswith(POSITION_TABLES) and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return math.inf
 
@@ -110,28 +134,80 @@ def label_config(data: TextData) -> dict:
 
 def is_trained(name: str, config: Any, data: TextData) -> bool:
     """Whether a checkpoint is a classifier of the data's labels, in the data's order; others are refused."""
-    architecture = (config.architectures or [""])[0]
-    if "Classif" not in architecture:
+    if not _classifies(config):
         return False
     if data.regression or config.num_labels == 1:
         if data.regression and config.num_labels == 1:
             return True
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
-    own = [config.id2label[i] for i in range(config.num_labels)]
+    if config.problem_type == "multi_label_classification":
+        raise UserError(f"{name} gives a text several labels, {data.name} has one for each text: name another model")
+    own = _label_names(name, config, data)
     same = [a.lower() for a in own] == [b.lower() for b in data.label_names]
     if same:
         return True
-    if sorted(map(str.lower, own)) == sorted(map(str.lower, data.label_names)):
+    if _same_labels(own, data.label_names):
         first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a.lower() != b.lower())
         raise UserError(
-            f"the label order of {name} differs from that of {data.name}: label {first} is {own[first]!r} for "
-            f"this model and {data.label_names[first]!r} in the data; reorder its head or the data's labels"
+            f"the label order of {name} differs: label {first} is {own[first]!r} for this model and "
+            f"{data.label_names[first]!r} for the data and the models that were named before it"
         )
     raise UserError(
-        f"{name} classifies {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has "
-        f"{len(data.label_names)} ({', '.join(data.label_names[:3])}, ...): name a classifier of the same labels, or "
-        "an encoder without a head"
+        f"{name} classifies {len(own)} labels ({_some(own)}), {data.name} has {len(data.label_names)} "
+        f"({_some(data.label_names)}): name a classifier of the same labels, or an encoder without a head"
     )
+
+
+def in_label_order(name: str, data: TextData) -> TextData:
+    """The data with the class ids of NAME, where that is a classifier of the same labels in another order, else as
+    they are.
+
+    Raises UserError where the metric of the data, F1, is that of class 1, which would be another class.
+    """
+    if name == TINY_BERT or data.regression or not _classifies(config := read_config(name)) or config.num_labels == 1:
+        return data
+    own = _label_names(name, config, data)
+    if not _same_labels(own, data.label_names) or [a.lower() for a in own] == [b.lower() for b in data.label_names]:
+        return data
+    if data.primary_metric == "f1":
+        raise UserError(
+            f"{name} has the labels of {data.name} in another order ({_some(own)} instead of "
+            f"{_some(data.label_names)}), and F1 is that of label 1: reorder its head and its id2label"
+        )
+    note = f"class ids are those of {name}: {_some(own)}"
+    print(f"note: {note}")
+    return replace(with_label_order(data, own), notes=[*data.notes, note])
+
+
+def _classifies(config: Any) -> bool:
+    return (config.architectures or [""])[0].endswith(("ForSequenceClassification", BottleneckClassifier.__name__))
+
+
+def _same_labels(own: list[str], others: list[str]) -> bool:
+    return sorted(map(str.lower, own)) == sorted(map(str.lower, others))
+
+
+def _label_names(name: str, config: Any, data: TextData) -> list[str]:
+    """By class id. Raises UserError for those that were never named, unless those of the data are the same numbers."""
+    names = {int(i): str(label) for i, label in config.id2label.items()}
+    if sorted(names) != list(range(len(names))):
+        raise UserError(
+            f"id2label in the config.json of {name} must name the labels 0 to {len(names) - 1}, one by one"
+        )
+    own = [names[i] for i in range(len(names))]
+    if own != [f"{GENERIC}{i}" for i in range(len(own))] or own == data.label_names:
+        return own
+    if data.label_names == [str(i) for i in range(len(own))]:  # neither has names: the numbers are all there is
+        return data.label_names
+    raise UserError(
+        f"{name} does not name its {len(own)} labels ({_some(own)}), so that it cannot be checked which is which of "
+        f"the {len(data.label_names)} of {data.name} ({_some(data.label_names)}): name them in id2label of its "
+        "config.json"
+    )
+
+
+def _some(labels: list[str], most: int = 10) -> str:
+    return ", ".join(labels[:most]) + (", ..." if len(labels) > most else "")
 
 
 def tiny_bert(data: TextData) -> Pretrained:
@@ -163,11 +239,3 @@ def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
     return {piece: i for i, piece in enumerate(pieces)}
-
-
-def unreachable(name: str, error: Exception) -> str:
-    return (
-        f"no model {name}: it is no folder with config.json, tokenizer and weights of a text encoder, and the Hugging "
-        f"Face Hub has no such model or cannot be reached; pass a local folder, or --teacher {TINY_BERT}, which needs "
-        f"no download ({type(error).__name__})"
-    )

@@ -48,6 +48,7 @@ def main() -> None:
     shape.check(sketch.head.in_features)
     experiment = Experiment(f"keys_{args.keys}", training, data, args, shape, values, pair, matching, data_args)
     encoder = experiment.teacher(pair.teacher, pair.teacher_epochs, stage="teacher_encoder")
+    experiment.measure(pair.teacher, encoder)
     data = experiment.data
 
     def filled(
@@ -56,6 +57,7 @@ def main() -> None:
         return experiment.stage(name, lambda: fill(experiment, name, behind, shape, values, keys, teacher))
 
     teacher = filled("teacher", encoder, "new")
+    experiment.measure(f"{pair.teacher} + bottleneck", teacher)
     control = None
     if not training.no_control:
         own = experiment.labels_only(

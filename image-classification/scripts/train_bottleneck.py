@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from common.arguments import RunArguments
 from common.cli import parse, run
+from common.pretrained import stage_loader
 from common.results import print_table, write_report
 from common.run import Run
 from common.utils.folders import writing_folder
@@ -53,7 +54,7 @@ def main() -> None:
     this = ForgettingRun(run_args, args, data_args)
     this.check_inputs(data.fingerprint, encoder=encoder)
     processor = image_processor(data)
-    stage = partial(this.stage, load=BottleneckProbe.from_pretrained, processor=processor)
+    stage = partial(this.stage, load=stage_loader(BottleneckProbe), processor=processor)
 
     heads = untrained_heads(this, stage, encoder, data, args, tasks)
 

@@ -23,6 +23,7 @@ def main() -> None:
     how = simkd(student, sketch, seen, args, training.temperature)
     experiment = Experiment(f"simkd_{args.projector}", training, data, pair, args, data_args)
     teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
+    experiment.measure(pair.teacher, teacher)
     data, factor = experiment.data, args.projector_factor
 
     control = None

@@ -92,6 +92,7 @@ def main() -> None:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
     experiment = Experiment(args.method, training, data, args, pair, data_args)
     teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
+    experiment.measure(pair.teacher, teacher)
     data = experiment.data
     control = None
     if not training.no_control:

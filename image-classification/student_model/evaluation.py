@@ -7,6 +7,7 @@ import torch
 from transformers import EvalPrediction
 
 from common.inference import as_it_is, over_dataset
+from common.metrics.chance import classifier_warning
 from common.metrics.classification import agreement, classification_metrics, top_k_accuracy
 from common.metrics.cost import cost, flops, parameters
 from image_classification.data.loading import ImageData
@@ -57,6 +58,13 @@ def evaluate(
     image = data.views(data.selection_split, model.device).__getitems__([0])["pixel_values"]
     entry = {"name": name, **cost(model, {"pixel_values": image}), "parts": parts(model, image), "metrics": metrics}
     return entry, logits
+
+
+def guessing(entry: dict[str, Any], data: ImageData) -> str | None:
+    """The warning where a measured teacher (its `entry`) is no better than guessing."""
+    split = data.selection_split
+    labels, accuracy = data.splits[split].labels.numpy(), entry["metrics"][split]["accuracy"]
+    return classifier_warning(entry["name"], "accuracy", accuracy, labels, len(data.label_names), split)
 
 
 def parts(model: ImageClassifier, image: torch.Tensor) -> dict[str, dict[str, int | None]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -15,6 +16,7 @@ from common.inference import as_it_is
 from common.methods import Method
 from common.model_card import save_student
 from common.objective import Objective, task_loss
+from common.pretrained import stage_loader
 from common.results import print_table, write_report
 from common.run import TrainerRun
 from common.side_by_side import SideBySideObjective
@@ -27,12 +29,13 @@ from image_classification.data.large import LargeImageData, shorter_side
 from image_classification.data.loading import ImageData
 from image_classification.data.views import Views
 from image_classification.student_model.arguments import ImageTrainingArguments
-from image_classification.student_model.evaluation import evaluate, trainer_metrics
+from image_classification.student_model.evaluation import evaluate, guessing, trainer_metrics
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.folding import frozen
 from image_classification.teacher_model.teacher import given_teacher
 
 Model = TypeVar("Model", bound=nn.Module)
+read_stage = stage_loader(ImageClassifier)
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
@@ -61,6 +64,7 @@ class Experiment:
         name = re.sub(r"[^\w-]+", "_", method)  # a method's settings have colons
         training.output_dir = training.output_dir or f"runs/image-classification/{name}"
         self.method, self.args, self.data = method, training, data
+        self.measured: dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}  # by the teacher's id
         self.run = TrainerRun(training, *instances)
         self.run.check_inputs(data.fingerprint)
 
@@ -68,7 +72,7 @@ class Experiment:
         self,
         name: str,
         build: Callable[[], Model],
-        load: Callable[[str], Any] = ImageClassifier.from_pretrained,
+        load: Callable[[str], Any] = read_stage,
     ) -> Model:
         """The model of a stage: loaded if the stage is finished, else built and saved."""
         return self.run.stage(name, build, load, image_processor(self.data))
@@ -152,6 +156,11 @@ class Experiment:
         self.run.check_inputs(self.data.fingerprint, teacher=teacher)
         return teacher
 
+    def measure(self, name: str, teacher: ImageClassifier) -> None:
+        """Measures a teacher before it teaches, for the report, and warns where it is no better than guessing."""
+        self.measured[id(teacher)] = evaluate(name, teacher, self.data, workers=self.args.dataloader_num_workers)
+        self.run.warn(guessing(self.measured[id(teacher)][0], self.data))
+
     def report(
         self, parameters_beside: int = 0, labels_only: bool = False, **models: tuple[str, ImageClassifier] | None
     ) -> None:
@@ -161,7 +170,9 @@ class Experiment:
         entries: dict[str, Any] = {}
         said = None
         for role, given in models.items():
-            if given is not None:
+            if given is not None and id(given[1]) in self.measured:
+                entries[role], said = self.measured[id(given[1])]
+            elif given is not None:
                 entries[role], logits = evaluate(*given, self.data, said, self.args.dataloader_num_workers)
                 said = logits if role == "teacher" else said
         student = models.get("student")

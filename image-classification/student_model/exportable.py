@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from common.exportable import Exportable
-from common.utils.errors import UserError
+from common.pretrained import load_model, reading
 from image_classification.student_model import bottleneck_probe  # noqa: F401  registers it with AutoModel...
 
 USAGE = """import json
@@ -33,12 +32,9 @@ picture = picture.resize(size, Image.Resampling.BILINEAR).crop((left, top, left 
 
 def load(name: str, task: str | None) -> Exportable:
     """The student in a folder; what its task is called does not matter. Raises UserError where there is none."""
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name).float().eval()
+    with reading(name, "an image classifier and its image processor"):
+        model = load_model(AutoModelForImageClassification, name).eval()
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} holds no image classifier and its image processor ({reason})") from error
     size = model.config.image_size
     images = torch.randn(20, 3, size, size, generator=torch.Generator().manual_seed(0))
 

@@ -41,8 +41,8 @@ from image_classification.student_model.cells import (
     lost_file,
     results_file,
 )
-from image_classification.student_model.evaluation import evaluate
-from image_classification.student_model.experiment import Experiment, refuse_uncounted
+from image_classification.student_model.evaluation import evaluate, guessing
+from image_classification.student_model.experiment import Experiment, read_stage, refuse_uncounted
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from image_classification.student_model.sweep_report import show
@@ -99,6 +99,7 @@ def sweep(
     for _, members in groupby(missing, lambda cell: (cell.learning_rate, cell.seed)):
         group = list(members)
         experiment = Experiment("sweep", group_arguments(training, folder, group), data, pair, weights, data_args)
+        experiment.run.warn(guessing(measured, data))
         students = train_side_by_side(experiment, group, pair.student, teacher, weights, teacher_views)
         history = experiment.run.history["student"]
         for cell in group:
@@ -182,7 +183,7 @@ def train_side_by_side(
         )
 
     def load(folder: str) -> SideBySide:
-        return SideBySide.from_pretrained(folder, ImageClassifier.from_pretrained)
+        return SideBySide.from_pretrained(folder, read_stage)
 
     trained = experiment.stage("student", build, load).students
     return {name: student for name, student in trained.items() if isinstance(student, ImageClassifier)}

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from common.pretrained import load_model, reading, short
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
 from image_classification.teacher_model.backbones import TIMM
@@ -20,13 +20,23 @@ def trained_folder(name: str, student_first: bool = False) -> Path | None:
     way round.
     """
     of_run = [Path(name, "stages", "teacher"), Path(name, "student")]
-    for folder in (Path(name), *(reversed(of_run) if student_first else of_run)):
-        if (folder / "config.json").exists():
-            return folder
-    if Path(name).is_dir():
+    try:
+        for folder in (Path(name), *(reversed(of_run) if student_first else of_run)):
+            if (folder / "config.json").exists():
+                return folder
+        is_folder, is_file = Path(name).is_dir(), Path(name).is_file()
+    except OSError as error:
+        raise UserError(f"cannot read folder {short(name)}: {error.strerror}") from error
+    if is_folder:
         raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py makes one")
+    if is_file:
+        raise UserError(
+            f"{name} is a file: pass the folder of a classifier that train_teacher.py made, the name of a network to "
+            f"train, or {TIMM}NAME; of a file of timm's weights pretrained_classifier(NAME, checkpoint=...) and "
+            "save_pretrained make a folder"
+        )
     if "/" in name and not name.startswith(TIMM):
-        raise UserError(f"there is no folder {name}: train_teacher.py --output_dir {name} makes one")
+        raise UserError(f"there is no folder {short(name)}: train_teacher.py --output_dir FOLDER makes one")
     return None
 
 
@@ -35,10 +45,8 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
 
     Raises UserError for another kind of model, another size of images and, unless `any_labels`, another label order.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
+    with reading(folder, "an image classifier of this project"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, ImageClassifierConfig):
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
     if not any_labels:
@@ -48,10 +56,8 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
             f"--image_size {config.image_size}"
         )
-    try:
-        model = ImageClassifier.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} cannot be read ({error}): train it again or copy it anew") from error
+    with reading(folder, "an image classifier of this project"):
+        model = load_model(ImageClassifier, folder)
     return model, replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 

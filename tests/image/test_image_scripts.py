@@ -408,7 +408,9 @@ def test_a_damaged_teacher_is_one_line(teacher, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             script("evaluate.py", tmp_path)
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code == 2 and error.startswith(f"error: the weights in {tmp_path} cannot be read")
+        assert stopped.value.code == 2 and error.startswith(
+            f"error: cannot read an image classifier of this project from {tmp_path}: "
+        )
 
 
 def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path, capsys):

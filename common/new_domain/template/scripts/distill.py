@@ -46,6 +46,7 @@ def main() -> None:
     labels_only = Objective(task=(1.0, task_loss()))
     distillation = Distillation(data, given, training, args)
     teacher = given or distillation.trained("teacher", args.teacher_width, labels_only)
+    distillation.warn_of_guessing(teacher)
     control = None if training.no_control else distillation.trained("control", args.student_width, labels_only)
     objective = labels_and_soft_targets(training.alpha, training.temperature)
     said = distillation.listen(teacher)

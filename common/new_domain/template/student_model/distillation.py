@@ -6,7 +6,9 @@ import torch
 from transformers import default_data_collator
 
 from common.arguments import KDTrainingArguments
+from common.metrics.chance import classifier_warning
 from common.objective import Objective
+from common.pretrained import stage_loader
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -32,6 +34,7 @@ class Distillation:
     ) -> None:
         self.data, self.run = data, TrainerRun(training, *others)
         self.run.check_inputs(data.fingerprint, teacher=given)
+        self.measured: dict[str, Any] | None = None
 
     def trained(self, stage: str, width: int, objective: Objective, **teacher: Any) -> Classifier:
         """A stage: a classifier trained for `objective`. `teacher`: what KDTrainer is to know of one, as
@@ -51,7 +54,14 @@ class Distillation:
                 **teacher,
             )
 
-        return self.run.stage(stage, build, Classifier.from_pretrained)
+        return self.run.stage(stage, build, stage_loader(Classifier))
+
+    def warn_of_guessing(self, teacher: Classifier) -> None:
+        """Measures a teacher before it teaches, and warns where it is no better than guessing."""
+        self.measured = evaluate(f"width {teacher.config.width}", teacher, self.data)
+        accuracy = self.measured["metrics"]["validation"]["accuracy"]
+        labels, classes = self.data.splits["validation"]["labels"][:].numpy(), len(self.data.label_names)
+        self.run.warn(classifier_warning(self.measured["name"], "accuracy", accuracy, labels, classes))
 
     def listen(self, teacher: Classifier) -> TeacherOutputs:
         """The logits of a frozen teacher for the training samples: it speaks once, not every epoch."""
@@ -69,7 +79,7 @@ class Distillation:
         data = self.data
         sizes: dict[str, int | None] = {"test": None} | {split: len(rows) for split, rows in data.splits.items()}
         entries = {
-            "teacher": evaluate(f"width {teacher.config.width}", teacher, data),
+            "teacher": self.measured or evaluate(f"width {teacher.config.width}", teacher, data),
             "control": control and evaluate(f"width {control.config.width}, labels only", control, data, teacher),
             "student": evaluate(f"width {student.config.width}, {method}", student, data, teacher),
         }

@@ -3,7 +3,7 @@
 import torch
 
 from common.exportable import Exportable
-from common.utils.errors import UserError
+from common.pretrained import load_model, reading
 from example_domain.data.tones import LENGTH
 from example_domain.teacher_model.classifier import Classifier
 
@@ -18,10 +18,8 @@ print(labels[str(logits.argmax())])"""
 
 def load(name: str, task: str | None) -> Exportable:
     """The student in a folder; what its task is called does not matter. Raises UserError where there is none."""
-    try:
-        model = Classifier.from_pretrained(name).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} holds no classifier of this domain ({type(error).__name__})") from error
+    with reading(name, "a classifier of this domain"):
+        model = load_model(Classifier, name).eval()
     signals = torch.randn(20, LENGTH, generator=torch.Generator().manual_seed(0))
     return Exportable(
         model,

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from common.pretrained import load_model, reading
 from common.utils.errors import UserError
 from common.utils.files import read_json
 from example_domain.data.loading import LabelledData
@@ -14,14 +13,13 @@ def load_trained(folder: str, data: LabelledData) -> Classifier:
     """The classifier in a folder. Raises UserError for another kind of model, and for one of other labels."""
     if not Path(folder, "config.json").exists():
         raise UserError(f"no classifier in folder {folder}: it has no config.json; distill.py makes one")
-    config = ClassifierConfig.from_dict(read_json(Path(folder, "config.json")))
+    with reading(folder, "a classifier"):
+        config = ClassifierConfig.from_dict(read_json(Path(folder, "config.json")))
     if config.model_type != ClassifierConfig.model_type:
         raise UserError(
             f"{folder} holds a {config.model_type}, not a classifier of example-domain: distill.py makes one"
         )
     if config.label_names != data.label_names:
         raise UserError(f"{folder} knows the labels {config.label_names}, but {data.name} has {data.label_names}")
-    try:
-        return Classifier.from_pretrained(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} cannot be read ({error}): train it again or copy it anew") from error
+    with reading(folder, "a classifier"):
+        return load_model(Classifier, folder)

@@ -1,0 +1,158 @@
+"""Reading models that were saved earlier: in fp32, with weights that fit, and one line where that fails.
+
+`from_pretrained` alone loads half-precision weights in half precision, fills in random numbers for weights that are
+missing, and raises whatever its parsers raise. All models and tokenizers of this project are read here.
+"""
+
+import pickle
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from common.hub import no_retries_when_unreachable
+from common.utils.errors import UserError
+
+WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)+)")  # DataParallel, torch.compile, attributes of a wrapper
+POOLER = re.compile(r"(^|\.)pooler\.")
+BESIDE = re.compile(  # weights of parts that a model of another head lacks, and buffers that are no longer stored
+    r"(^|\.)(pooler|cls|lm_head|lm_predictions|mask_predictions|generator_predictions|generator_lm_head|mlm|"
+    r"vocab_(projector|transform|layer_norm)|discriminator_predictions|qa_outputs|position_ids|masked_bias|inv_freq|"
+    r"final_logits_bias)(\.|$)|\.attn\.bias$"
+)
+LAYER = re.compile(r"(^|\.)\d+\.")
+SHOWN = 3  # names of weights in a message
+
+
+@contextmanager
+def reading(name: str | Path, what: str, instead: str = "") -> Iterator[None]:
+    """Whatever fails while the files of NAME (a folder, or a name on the Hub) are read becomes a UserError of one line
+    with its cause. `what`: what NAME should be, as "a text encoder"; `instead`: what else may be passed for a
+    name on the Hub.
+    """
+    try:
+        if Path(name).is_file():
+            raise UserError(f"{short(name)} is a file: pass a folder with config.json and weights, or a Hub name")
+        with no_retries_when_unreachable(str(name)):
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # each parser has its own kinds for a file that is damaged, or of something else
+        raise UserError(_reason(str(name), what, instead, error)) from error
+
+
+def load_model(
+    kind: Any, name: str | Path, whole: bool = True, notes: list[str] | None = None, **settings: Any
+) -> Any:
+    """`kind.from_pretrained(name, **settings)` in fp32. Raises UserError where weights are missing or unknown; without
+    `whole` a head may be missing, whose weights are then random, and other heads are left out. What was changed to
+    make the weights fit is printed and added to `notes`.
+    """
+    model, problem, prefix = _loaded(kind, name, whole, settings)
+    if problem and prefix:
+        model, still, _ = _loaded(kind, name, whole, settings | {"key_mapping": {f"^{re.escape(prefix)}": ""}})
+        if not still:
+            note = f"the weights of {short(name)} are read without the prefix {prefix!r} of their names"
+            print(f"note: {note}")
+            if notes is not None:
+                notes.append(note)
+            return model
+    if problem:
+        raise UserError(f"the weights of {short(name)} do not fit its config.json: {problem}")
+    return model
+
+
+def load_tokenizer(kind: Any, name: str | Path) -> Any:
+    """`kind.from_pretrained(name)`. Raises UserError where there are no files of a tokenizer."""
+    tokenizer = kind.from_pretrained(str(name), trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"{short(name)} has no tokenizer: save it there with tokenizer.save_pretrained")
+    return tokenizer
+
+
+def stage_loader(kind: Any) -> Callable[[str | Path], Any]:
+    """What `Run.stage` reads a finished stage with."""
+
+    def load(folder: str | Path) -> Any:
+        with reading(folder, "a finished stage"):
+            return load_model(kind, folder)
+
+    return load
+
+
+def _loaded(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) -> tuple[Any, str, str]:
+    """The model, what is wrong with its weights, and the prefix that all unknown names share."""
+    with _without_report():
+        model, info = kind.from_pretrained(
+            str(name),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+            trust_remote_code=False,
+            weights_only=True,
+            **settings,
+        )
+    head = "" if whole else f"{model.base_model_prefix}."
+    is_base = whole or not any(key.startswith(head) for key in model.state_dict())
+    mismatched = {f"{key} {tuple(saved)} instead of {tuple(own)}": key for key, saved, own in info["mismatched_keys"]}
+
+    def counts(key: str) -> bool:
+        return whole or ((is_base or key.startswith(head)) and not POOLER.search(key))
+
+    missing = sorted(key for key in info["missing_keys"] if counts(key))
+    resized = sorted(text for text, key in mismatched.items() if counts(key))
+    unknown = sorted(key for key in info["unexpected_keys"] if not BESIDE.search(key) and (whole or LAYER.search(key)))
+    parts = {"missing": missing, "unknown": unknown, "of another size": resized}
+    problem = "; ".join(f"{kind_of}: {_some(keys)}" for kind_of, keys in parts.items() if keys)
+    prefixes = {found.group() if (found := WRAPPERS.match(key)) else "" for key in unknown}
+    return model, problem, prefixes.pop() if len(prefixes) == 1 and missing else ""
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """The library prints a table of missing and unknown weights; here they are judged."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+
+def short(name: str | Path, width: int = 100) -> str:
+    return str(name) if len(str(name)) <= width else f"{str(name)[:width]}..."
+
+
+def _reason(name: str, what: str, instead: str, error: Exception) -> str:
+    cause = textwrap.shorten(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        cause = "a .bin file is damaged, or holds more than tensors and is therefore not unpickled"
+    elif isinstance(error, SafetensorError):
+        cause = f"its weights are damaged or cut short ({cause})"
+    elif "trust_remote_code" in str(error):
+        cause = "it needs code of its own, which is not run"
+    elif isinstance(error, KeyError):
+        cause = f"no {cause}"
+    if _is_folder(name):
+        return f"cannot read {what} from {short(name)}: {cause}"
+    return (
+        f"no model {short(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
+        f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
+    )
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # too long, or with characters that no file name has
+        return False
