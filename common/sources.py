@@ -21,8 +21,11 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 Splits = dict[str, datasets.Dataset]
 
 
-def usual_names(found: Splits, dataset: str) -> tuple[Splits, list[str]]:
-    """Renames dev, valid, val to validation; a split with another name is not used, and a note says so."""
+def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
+    """Renames dev, valid, val to validation; a split with another name is not used, and a note says so.
+
+    needs_train: False for a dataset that a model is only measured on: any split will do.
+    """
     splits: Splits = {}
     for name, rows in found.items():
         usual = SPLIT_NAMES.get(name)
@@ -30,7 +33,7 @@ def usual_names(found: Splits, dataset: str) -> tuple[Splits, list[str]]:
             raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
         if usual:
             splits[usual] = rows
-    if "train" not in splits:
+    if "train" not in splits and (needs_train or not splits):
         raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
     ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
     return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
@@ -83,16 +86,20 @@ def short_name(dataset: str) -> str:
 
 
 def read_named(
-    dataset: str, others: str, instead: str, read: Callable[[Path], Splits] = read_folder
+    dataset: str,
+    others: str,
+    instead: str,
+    read: Callable[[Path], Splits] = read_folder,
+    needs_train: bool = True,
 ) -> tuple[Splits, list[str]]:
     """The splits of a local folder, by `read`, or of a Hub name owner/name[:config], by their usual names, and notes
     on what was left out. `others` is what else a user may name, `instead` what to pass where the Hub has none.
     """
     if Path(dataset).is_dir():
-        return usual_names(read(Path(dataset)), dataset)
+        return usual_names(read(Path(dataset)), dataset, needs_train)
     if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
         name, _, config = dataset.partition(":")
-        return usual_names(read_hub(dataset, name, config or None, instead), dataset)
+        return usual_names(read_hub(dataset, name, config or None, instead), dataset, needs_train)
     raise UserError(
         f"unknown dataset {dataset!r}: give {others}, or a Hub name such as owner/name or owner/name:config"
     )

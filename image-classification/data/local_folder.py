@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from common.utils.checksums import CHECKSUMS
 from common.utils.files import writing_folder
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData
 
 PICTURE = "views.png"
-WRITTEN = {"train.parquet", "validation.parquet", "test.parquet", PICTURE}
+WRITTEN = {"train.parquet", "validation.parquet", "test.parquet", PICTURE, CHECKSUMS}
 CHUNK = 500  # images that are encoded before they are written
 CLASSES_SHOWN, VIEWS_SHOWN = 6, 6
 

@@ -75,7 +75,6 @@ def print_table(data: ImageData) -> None:
     below = [
         f"{len(data.label_names)} classes: {names}",
         f"normalized by mean {data.mean}, std {data.std}",
-        *data.notes,
         f"fingerprint {data.fingerprint}",
     ]
     print_rich(header, [table_row(data, split) for split in data.splits], data.name, "\n".join(below))

@@ -35,12 +35,7 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
 
     Raises UserError for another kind of model, another size of images and, unless `any_labels`, another label order.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
-    if not isinstance(config, ImageClassifierConfig):
-        raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
+    config = trained_config(folder)
     if not any_labels:
         _refuse_other_labels(folder, config.label_names, data)
     if config.image_size != data.size:
@@ -53,6 +48,17 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights in {folder} cannot be read ({error}): train it again or copy it anew") from error
     return model, replace(data, mean=config.mean or data.mean, std=config.std or data.std)
+
+
+def trained_config(folder: Path) -> ImageClassifierConfig:
+    """That of a classifier's folder. Raises UserError for another kind of model."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no image classifier of this project ({error})") from error
+    if not isinstance(config, ImageClassifierConfig):
+        raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
+    return config
 
 
 def given_teacher(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData] | None:
