@@ -34,7 +34,7 @@ class ImageViews(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """A dataset of square images: train, and validation or test or both."""
+    """A dataset of square images: train (not where a model is only measured), and validation or test or both."""
 
     name: str
     splits: Mapping[str, Split]

@@ -15,7 +15,8 @@ from common.sources import short_name
 from common.utils.errors import UserError
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import large_images
-from image_classification.data.rows import Rows, read_rows, split_off
+from image_classification.data.rows import Rows, read_rows
+from image_classification.data.splits import divide, missing_classes, renumbered
 from image_classification.data.strong_views import StrongViews
 from image_classification.data.views import Views
 
@@ -61,15 +62,23 @@ def load_image_data(
     image_size: int | None = None,
     validation_share: float = 0.1,
     train_samples: int | None = None,
+    label_names: list[str] | None = None,
 ) -> ImageData:
     """Loads `dataset` and sets a stratified share of train aside where it has no validation split.
 
     image_size: resize to that many pixels; otherwise all images must be square and of one size. Above
         LARGEST_IN_MEMORY, and for ImageNet, the images are a LargeImageData.
     train_samples: keep that many training images, the same ones every time, the classes in proportion.
+    label_names: the classes, by id, of a model that is to be measured. The dataset has these or some of them. It needs
+        no train split, and one that it has is not returned.
     """
-    splits, label_names, notes = read_rows(dataset, image_column, label_column)
-    splits = _divide(dataset, splits, validation_share, train_samples, notes)
+    splits, own_names, notes = read_rows(dataset, image_column, label_column, needs_train=label_names is None)
+    splits = divide(dataset, splits, validation_share, train_samples, notes)
+    if label_names is not None:
+        measured = {split: rows for split, rows in splits.items() if split != "train"}
+        splits = {split: renumbered(dataset, rows, own_names, label_names) for split, rows in measured.items()}
+    label_names = label_names or own_names
+    notes += missing_classes(splits, label_names)
     name = short_name(dataset)
     if dataset == "imagenet":
         return large_images(name, splits, label_names, image_size or IMAGENET_SIZE, notes)
@@ -78,43 +87,20 @@ def load_image_data(
     return _small_images(name, splits, label_names, image_size, notes)
 
 
-def _divide(
-    dataset: str, splits: dict[str, Rows], validation_share: float, train_samples: int | None, notes: list[str]
-) -> dict[str, Rows]:
-    """The splits with a validation split, where there is to be one, and with so many training images."""
-    if dataset == "digits":  # one file without splits
-        splits = dict(zip(("train", "test"), split_off(splits["train"], 0.2), strict=True))
-    if "validation" not in splits and validation_share > 0:
-        train, validation = split_off(splits["train"], validation_share)
-        if not len(validation) or not len(train):
-            raise UserError(
-                f"{dataset} has too few training images to set {validation_share:.0%} of them aside: add validation "
-                "images, or pass another --validation_share"
-            )
-        splits = splits | {"train": train, "validation": validation}
-        notes.append(f"no validation split: a stratified {validation_share:.0%} of train was set aside")
-    if not {"validation", "test"} & splits.keys():
-        raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
-    if train_samples is not None and train_samples < len(splits["train"]):
-        kept = split_off(splits["train"], train_samples / len(splits["train"]))[1]
-        splits = splits | {"train": kept}
-        notes.append(f"{len(kept)} of the training images were used")
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-
-
 def _small_images(
     name: str, splits: dict[str, Rows], label_names: list[str], size: int | None, notes: list[str]
 ) -> SmallImageData:
     images = _decode_all(splits, size)
-    mean, std = channel_statistics(images["train"].pixels)
+    pixels = next(iter(images.values())).pixels  # those of train, where it is there
+    mean, std = channel_statistics(pixels)
     return SmallImageData(
         name=name,
         splits=images,
         label_names=label_names,
         mean=mean,
         std=std,
-        size=images["train"].pixels.shape[1],
-        flip=images["train"].pixels.shape[-1] == 3,  # what is grey is mostly writing, which has no mirror image
+        size=pixels.shape[1],
+        flip=pixels.shape[-1] == 3,  # what is grey is mostly writing, which has no mirror image
         fingerprint=_fingerprint(images, label_names),
         notes=notes,
     )
@@ -139,13 +125,13 @@ def _fit_in_memory(splits: dict[str, Rows], size: int, notes: list[str]) -> bool
 
 
 def _bytes_of(splits: dict[str, Rows], width: int, height: int) -> int:
-    channels = len(splits["train"].picture(0).getbands())
+    channels = len(next(iter(splits.values())).picture(0).getbands())
     return sum(map(len, splits.values())) * width * height * channels
 
 
 def _decode_all(splits: dict[str, Rows], size: int | None) -> dict[str, Images]:
     if size is None:
-        width, height = splits["train"].picture(0).size
+        width, height = next(iter(splits.values())).picture(0).size
         needed = _bytes_of(splits, width, height)
         if needed > MEMORY:
             raise UserError(

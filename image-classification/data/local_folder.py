@@ -18,14 +18,13 @@ from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData
 
 PICTURE = "views.png"
-WRITTEN = {"train.parquet", "validation.parquet", "test.parquet", PICTURE}
 CHUNK = 500  # images that are encoded before they are written
 CLASSES_SHOWN, VIEWS_SHOWN = 6, 6
 
 
 def write_data(data: ImageData, folder: Path) -> None:
     """Small images are written as PNG, without loss; large ones as the files they are."""
-    with writing_folder(folder, checksums=False) as partial:
+    with writing_folder(folder) as partial:
         for split in data.splits:
             write_split(data, split, partial / f"{split}.parquet")
         draw_views(data).savefig(partial / PICTURE)

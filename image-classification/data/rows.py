@@ -1,22 +1,23 @@
-"""Rows of raw splits: which column holds what, which picture shows which class, and which rows go where."""
+"""Rows of raw splits: the pictures as they are stored, the classes that they show, and which rows go where."""
 
-from collections.abc import Collection
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
-import torch
+import pyarrow.compute as pc
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from common.sources import Splits
 from common.utils.errors import UserError
+from image_classification.data.columns import check_split, choose_columns, drop_unlabelled
+from image_classification.data.labels import class_ids
 from image_classification.data.sources import read_splits
-
-SPLIT_SEED = 0  # of the validation split: not the run's seed, or a teacher of another seed would have seen it
-LABELS = ("label", "fine_label", "labels", "class", "target")
 
 
 class PictureError(UserError):
@@ -52,147 +53,103 @@ class Rows:
 
     def encoded(self, row: int) -> bytes:
         """The file of a picture, PNG or JPEG as it may be."""
-        stored = self.stored(row)
-        if stored.get("bytes") is not None:
-            return stored["bytes"]
-        if not stored.get("path"):
-            raise PictureError(f"{self.where(row)} is missing: remove the row or give it a picture")
-        try:
-            return Path(stored["path"]).read_bytes()
-        except OSError as error:
-            raise PictureError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
+        with self._opened(row) as file:
+            return file.read()
+
+    def file_sizes(self) -> np.ndarray:
+        """Bytes (images,) int64 of each file, without reading any."""
+        images = self.source.with_format("arrow")[:]["image"]
+        lengths = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), -1).to_numpy()
+        paths = pc.struct_field(images, "path").to_pylist()
+        sizes = lengths.astype(np.int64)[self.places.numpy()]
+        for row in np.flatnonzero(sizes < 0).tolist():
+            try:
+                sizes[row] = os.stat(paths[int(self.places[row])] or "").st_size
+            except OSError:
+                self._opened(row)  # which refuses it in one line
+        return sizes
 
     def picture(self, row: int) -> Image.Image:
         """Grey (mode L) or in colour (RGB), turned upright."""
         encoded = self.encoded(row)
-        try:
+        with self._decoding(row, len(encoded)):
             return _eight_bit(datasets.Image().decode_example({"bytes": encoded, "path": None}))
+
+    def check(self, row: int) -> None:
+        """Raises PictureError where the beginning of a picture's file is that of none, or of one that is not used."""
+        with self._opened(row) as file, self._decoding(row, file.seek(0, io.SEEK_END)), Image.open(file) as picture:
+            _refuse_deep(picture)
+
+    def _opened(self, row: int) -> BinaryIO:
+        stored = self.stored(row)
+        if stored.get("bytes") is not None:
+            return io.BytesIO(stored["bytes"])
+        if not stored.get("path"):
+            raise PictureError(f"{self.where(row)} is missing: remove the row or give it a picture")
+        try:
+            return Path(stored["path"]).open("rb")
+        except OSError as error:
+            raise PictureError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
+
+    @contextmanager
+    def _decoding(self, row: int, size: int) -> Iterator[None]:
+        """Turns whatever a decoder raises about a file of `size` bytes into one line."""
+        try:
+            yield
+            return
         except UnidentifiedImageError:
-            reason = "it is no picture"
+            reason = "it is no picture" if size else "the file is empty"
+        except Image.DecompressionBombError:
+            reason = f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
         except Exception as error:  # damaged bytes: OSError, SyntaxError, zlib.error, whatever the decoder raises
             reason = " ".join(str(error).split())
         raise PictureError(f"{self.where(row)} cannot be read ({reason}): replace or remove it")
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
+    _refuse_deep(picture)
     if picture.mode in ("L", "RGB"):
         return picture
-    if picture.mode[0] in "IF":  # pillow would clip what is above 255, so nearly everything, to white
-        raise ValueError("more than 8 bits per pixel")
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # as Pillow asks for
     return picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
 
 
+def _refuse_deep(picture: Image.Image) -> None:
+    if picture.mode[0] in "IF":  # pillow would clip what is above 255, so nearly everything, to white
+        raise ValueError("it has more than 8 bits per pixel, and is to be converted to 8")
+
+
 def read_rows(
-    dataset: str, image_column: str | None = None, label_column: str | None = None
+    dataset: str, image_column: str | None = None, label_column: str | None = None, needs_train: bool = True
 ) -> tuple[dict[str, Rows], list[str], list[str]]:
-    """The splits of `dataset`, the names of its classes by id, and notes on what was left out."""
-    raw, notes = read_splits(dataset)
-    image, label = _columns(raw["train"], image_column, label_column)
-    _drop_unlabelled_test(raw, label, notes)
+    """The rows of `dataset` that have a label, the names of its classes by id, and notes on what was left out.
+
+    needs_train: False for a dataset that a model is only measured on, which may have other splits alone.
+    """
+    raw, notes = read_splits(dataset, needs_train)
+    first = raw["train" if "train" in raw else next(iter(raw))]
+    image, label = choose_columns(first, image_column, label_column, notes)
+    drop_unlabelled(raw, label, notes)
+    if not raw:
+        raise UserError(f"no image of {dataset} has a label: there is nothing to measure")
     for split, rows in raw.items():
-        _check(split, rows, image, label)
-    names = _class_names(raw["train"], label)
-    labels = {"train": _class_ids("train", raw["train"], label, names, range(len(names)))}
-    seen = set(labels["train"])
-    labels |= {
-        split: _class_ids(split, rows, label, names, seen) for split, rows in raw.items() if split not in labels
-    }
-    splits = {
-        split: Rows(split, _encoded(rows, image), torch.arange(len(rows)), torch.tensor(labels[split]))
-        for split, rows in raw.items()
-    }
+        check_split(split, rows, image, label)
+    labels, names = class_ids(raw, label, notes, train_only=needs_train)
+    splits = {}
+    for split, rows in raw.items():
+        labelled = (labels[split] >= 0).nonzero().flatten()
+        splits[split] = Rows(split, _encoded(rows, image), labelled, labels[split][labelled])
+        if len(labelled) < len(rows):
+            notes.append(f"images of {split} without a label, left out: {len(rows) - len(labelled):,}")
+    if needs_train and len(splits["train"].labels.unique()) < 2:
+        raise UserError(
+            f"all images of train are of class {names[int(splits['train'].labels[0])]!r}, so there is nothing to tell "
+            "apart: add images of another class, or name another column with --label_column"
+        )
     return splits, names, notes
-
-
-def _check(split: str, rows: datasets.Dataset, image: str, label: str) -> None:
-    if not len(rows):
-        raise UserError(f"the {split} split is empty: it needs at least one image")
-    for column in (image, label):
-        if column not in rows.features:
-            raise UserError(
-                f"the {split} split lacks column {column!r} that train has: its columns are {rows.column_names}"
-            )
-
-
-def split_off(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Two parts, the second a stratified `share`."""
-    chosen = stratified(rows.labels, share)
-    return rows[~chosen], rows[chosen]
-
-
-def stratified(labels: Tensor, share: float) -> Tensor:
-    """Mask (samples,) of a `share` of them: of all in the order of their labels, evenly spaced ones."""
-    order = np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(labels)), labels.numpy()))
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[order[np.diff(np.floor(np.arange(len(labels) + 1) * share + 0.5)) > 0]] = True
-    return torch.from_numpy(chosen)
-
-
-def _columns(rows: datasets.Dataset, image: str | None, label: str | None) -> tuple[str, str]:
-    features = rows.features
-    for name in filter(None, (image, label)):
-        if name not in features:
-            raise UserError(f"there is no column {name!r}: the columns are {', '.join(features)}")
-    if image is not None and not _holds_images(features[image]):
-        raise UserError(f"column {image!r} holds no images: name another with --image_column")
-    image = image or next((name for name, kind in features.items() if _holds_images(kind)), None)
-    label = label or next((name for name in LABELS if name in features), None)
-    if image is None or label is None:
-        what = "images: name it with --image_column" if image is None else "labels: name it with --label_column"
-        raise UserError(f"no column of {what}; the columns are {', '.join(features)}")
-    if not isinstance(features[label], datasets.ClassLabel | datasets.Value):
-        raise UserError(f"column {label!r} holds no class ids: name another with --label_column")
-    return image, label
-
-
-def _holds_images(kind: object) -> bool:
-    """Whether a column is one of pictures, also where the file does not say so."""
-    if isinstance(kind, datasets.Value):
-        return kind.dtype in ("binary", "large_binary")
-    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
 
 
 def _encoded(rows: datasets.Dataset, image: str) -> datasets.Dataset:
     pictures = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     return pictures if image == "image" else pictures.rename_column(image, "image")
-
-
-def _labels(rows: datasets.Dataset, label: str) -> list[Any]:
-    return rows.select_columns([label])[:][label]  # the column alone: all of them would decode every picture
-
-
-def _drop_unlabelled_test(raw: Splits, label: str, notes: list[str]) -> None:
-    if "test" not in raw or not len(raw["test"]):
-        return
-    if label not in raw["test"].features or all(value in (None, -1) for value in _labels(raw["test"], label)):
-        del raw["test"]
-        notes.append("the test split has no labels and is not used")
-
-
-def _class_names(train: datasets.Dataset, label: str) -> list[str]:
-    kind = train.features[label]
-    if isinstance(kind, datasets.ClassLabel):
-        return list(kind.names)
-    labels = _labels(train, label)
-    for row, value in enumerate(labels):
-        if not isinstance(value, int) or value < 0:
-            raise UserError(f"row {row} of train: {value!r} in column {label!r} is no class id; give 0, 1, ...")
-    return [str(i) for i in range(max(labels) + 1)]
-
-
-def _class_ids(
-    split: str, rows: datasets.Dataset, label: str, names: list[str], allowed: Collection[int]
-) -> list[int]:
-    """Labels as places in `names`, which are train's: another split may list its classes in another order."""
-    labels, kind = _labels(rows, label), rows.features[label]
-    if isinstance(kind, datasets.ClassLabel) and list(kind.names) != names:
-        own, ids = dict(enumerate(kind.names)), {name: i for i, name in enumerate(names)}
-        labels = [ids.get(own.get(value, ""), own.get(value, value)) for value in labels]
-    for row, value in enumerate(labels):
-        if value is None or value == -1:
-            raise UserError(f"row {row} of {split} has no label: every image needs one")
-        if value not in allowed:
-            said = repr(names[value]) if value in range(len(names)) else repr(value)
-            right = f"labels are 0 to {len(names) - 1}" if split == "train" else "no image of train has it"
-            raise UserError(f"row {row} of {split} has label {said}, but {right}")
-    return labels

@@ -3,15 +3,19 @@
 python image-classification/scripts/evaluate.py runs/image-classification/simkd_single/student
 python image-classification/scripts/evaluate.py runs/image-classification/teacher --dataset cifar10 --json metrics.json
 
-The data are named by the flags of train_teacher.py: --dataset, --image_size, --validation_share, ...
+The data are named by the flags of train_teacher.py: --dataset, --image_column, --validation_share, ... They may be
+new ones, a folder of test/CLASS/NAME.png or of CLASS/NAME.png: their classes are matched with the model's by name, and
+size and normalization are the model's.
 """
+
+from dataclasses import replace
 
 from common.cli import Parser, parse, run
 from common.results import show_metrics
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments
 from image_classification.student_model.evaluation import evaluate
-from image_classification.teacher_model.teacher import load_trained, trained_folder
+from image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
 
 
 def main() -> None:
@@ -26,9 +30,11 @@ def main() -> None:
     folder = trained_folder(args.model, student_first=True)
     if folder is None:
         raise UserError(f"no folder {args.model}: give that of a classifier, or of a run")
-    model, data = load_trained(folder, data_args.load())
+    config = trained_config(folder)
+    data_args = replace(data_args, image_size=data_args.image_size or config.image_size)
+    model, data = load_trained(folder, data_args.load(config.label_names))
     measured, _ = evaluate(str(folder), model, data)
-    show_metrics(str(folder), measured, args.json)
+    show_metrics(str(folder), measured | {"data_notes": data.notes}, args.json)
 
 
 if __name__ == "__main__":

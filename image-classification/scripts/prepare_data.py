@@ -17,10 +17,11 @@ import torch
 from common.cli import parse, run
 from common.tables import number, print_rich
 from common.utils.errors import UserError
+from common.utils.folders import added_files
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData, channel_statistics
-from image_classification.data.local_folder import WRITTEN, write_data
+from image_classification.data.local_folder import write_data
 from image_classification.student_model.arguments import DataArguments
 
 
@@ -51,11 +52,10 @@ def target(output: str, overwrite: bool) -> Path:
     folder = Path(output).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{output} is a file: give a folder as --output")
-    inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if inside and not overwrite:
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{output} is not empty: choose another --output, or replace its contents with --overwrite")
-    if inside - WRITTEN:
-        raise UserError(f"{output} also holds {min(inside - WRITTEN)}, which --overwrite would delete: move it away")
+    if folder.exists() and (others := added_files(folder)):
+        raise UserError(f"{output} holds {others[0]}, which this script did not write: choose another --output")
     return folder
 
 
@@ -75,7 +75,6 @@ def print_table(data: ImageData) -> None:
     below = [
         f"{len(data.label_names)} classes: {names}",
         f"normalized by mean {data.mean}, std {data.std}",
-        *data.notes,
         f"fingerprint {data.fingerprint}",
     ]
     print_rich(header, [table_row(data, split) for split in data.splits], data.name, "\n".join(below))

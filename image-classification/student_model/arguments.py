@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from common.arguments import KDTrainingArguments
+from common.utils.devices import process
 from image_classification.data.loading import ImageData, load_image_data
 
 
@@ -28,15 +29,21 @@ class DataArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
 
-    def load(self) -> ImageData:
-        return load_image_data(
+    def load(self, label_names: list[str] | None = None) -> ImageData:
+        """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
+        data = load_image_data(
             self.dataset,
             self.image_column,
             self.label_column,
             self.image_size,
             self.validation_share,
             self.train_samples,
+            label_names,
         )
+        if process()[0] == 0:
+            for note in data.notes:
+                print(f"data: {note}")
+        return data
 
 
 @dataclass

@@ -45,10 +45,7 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
 
     Raises UserError for another kind of model, another size of images and, unless `any_labels`, another label order.
     """
-    with reading(folder, "an image classifier of this project"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(config, ImageClassifierConfig):
-        raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
+    config = trained_config(folder)
     if not any_labels:
         _refuse_other_labels(folder, config.label_names, data)
     if config.image_size != data.size:
@@ -59,6 +56,15 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
     with reading(folder, "an image classifier of this project"):
         model = load_model(ImageClassifier, folder)
     return model, replace(data, mean=config.mean or data.mean, std=config.std or data.std)
+
+
+def trained_config(folder: Path) -> ImageClassifierConfig:
+    """That of a classifier's folder. Raises UserError for another kind of model."""
+    with reading(folder, "an image classifier of this project"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(config, ImageClassifierConfig):
+        raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
+    return config
 
 
 def given_teacher(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData] | None:

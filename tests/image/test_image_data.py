@@ -17,7 +17,7 @@ from common.utils.errors import UserError
 from image_classification.data import loading
 from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData, channel_statistics, load_image_data
-from image_classification.data.rows import stratified
+from image_classification.data.splits import stratified
 
 
 def error_of(dataset: object, **keywords: Any) -> str:
@@ -198,7 +198,7 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, labels: list) -
 
 
 def test_cifar(shared: Path) -> None:
-    data = small(shared / "data" / "cifar10_jpeg", train_samples=500)
+    data = small(shared / "data" / "cifar100", train_samples=500)
     assert sizes(data) == {"train": 500, "validation": 5000, "test": 10000} and data.size == 32 and data.flip
     assert data.label_names[:2] == ["airplane", "automobile"]
     for split, each in {"train": 50, "validation": 500, "test": 1000}.items():

@@ -45,7 +45,7 @@ def test_a_prepared_folder_is_the_same_data(
         assert after.config == before.config and after.flip == before.flip and after.notes == []
         assert before.fingerprint in said and f"--dataset {folder}\n" in said
         written = {path.name for path in folder.iterdir()}
-        assert written == {"train.parquet", "validation.parquet", "test.parquet", "views.png"}
+        assert written == {"train.parquet", "validation.parquet", "test.parquet", "views.png", "SHA256SUMS"}
         assert Image.open(folder / "views.png").width > 500
 
 
@@ -91,6 +91,11 @@ def test_prepare_refuses_what_would_be_lost(
     capsys.readouterr()
     assert small(folder).fingerprint == small(colour).fingerprint
     (folder / "thesis.txt").write_text("")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.parquet").write_text("mine")  # the name of a file of this script's, and not its file
+    assert "train.parquet" in refused("--output", own, "--overwrite")
+    assert (own / "train.parquet").read_text() == "mine"
     assert "thesis.txt" in refused("--output", folder, "--overwrite") and (folder / "thesis.txt").exists()
     assert "is a file" in refused("--output", folder / "thesis.txt")
     assert "cannot write" in refused("--output", folder / "thesis.txt" / "below")

@@ -142,7 +142,7 @@ def test_large_and_small_images_are_split_alike(photos: str) -> None:
 
 def test_imagenet_is_large(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = read_splits(photos)
-    monkeypatch.setattr(rows, "read_splits", lambda _: found)
+    monkeypatch.setattr(rows, "read_splits", lambda *_: found)
     data = large("imagenet", image_size=None)
     assert data.size == 224 and data.name == "imagenet"
     assert large("imagenet", image_size=32).size == 32
