@@ -23,7 +23,8 @@ class ImageClassifierConfig(PreTrainedConfig):
 
     architecture: name of a backbone (`resnet8x4`, `timm:resnet18`).
     image_size, mean, std: what its inputs are: square, pixels between 0 and 1 less `mean`, divided by `std`.
-    projector: arguments of `Projector`, for a student that reuses its teacher's head.
+    projector: arguments of `Projector`, for a student that reuses its teacher's head. As in SimKD, the projector reads
+        the map of the last stage: the backbone has no last 1x1 convolution (`Backbone.last`).
     bottleneck: arguments of `DiscreteKeyValueBottleneck` other than width and outputs, where the head is one.
     """
 
@@ -56,6 +57,8 @@ class ImageClassifier(PreTrainedModel):
     def __init__(self, config: ImageClassifierConfig) -> None:
         super().__init__(config)
         self.backbone = build_backbone(config.architecture)
+        if config.projector:
+            self.backbone.remove_last()
         width, classes = self.backbone.num_features, len(config.id2label or {})
         self.projector = None
         if config.projector:
@@ -66,6 +69,7 @@ class ImageClassifier(PreTrainedModel):
             self.head = DiscreteKeyValueBottleneck(width, classes, **config.bottleneck)
         else:
             self.head = nn.Linear(width, classes)
+            self.backbone.initialize_head(self.head)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
