@@ -221,7 +221,7 @@ def cosine_decay(weight: float, start: float) -> Weight:
 
 
 def _at_all(loss: Callable[..., Tensor], temperature: float, views: int = 1, standardize: bool = False) -> Term:
-    """A term of the sum of a loss over the temperature and MORE_TEMPERATURES, of the logits of the first of `views`."""
+    """A term of the sum of a loss over the temperature and MORE_TEMPERATURES, for the first of `views`."""
 
     def summed(own: Tensor, target: Tensor) -> Tensor:
         own, target = (logits[: len(logits) // views] for logits in (own, target))

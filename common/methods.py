@@ -8,7 +8,7 @@ below are narrower.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -131,15 +131,18 @@ def filled(spec: str, published: Sequence[str], methods: Mapping[str, Callable[.
     return ":".join([name, *(f"{key}={value}" for key, value in (open_ones | own).items())])
 
 
-def refuse_same_methods(specs: Sequence[str], methods: Mapping[str, Callable[..., Any]], **defaults: Any) -> None:
-    """Raises UserError where two of the specs give one method the same settings, however they are written."""
-    seen: dict[tuple[str, tuple[tuple[str, Any], ...]], str] = {}
-    for spec in specs:
-        method = chosen(spec, methods, **defaults)
-        usual = {name: p.default for name, p in inspect.signature(method).parameters.items() if p.default is not p.empty}
-        same = seen.setdefault((_parsed(spec)[0], tuple(sorted(usual.items()))), spec)
-        if same is not spec:
+def refuse_same_methods(methods: Iterable[tuple[str, Callable[..., Any]]]) -> None:
+    """Raises UserError where two specs give one method the same settings, however they are written. `methods` are
+    specs and what `chosen` makes of them.
+    """
+    seen: dict[Any, str] = {}
+    for spec, method in methods:
+        parameters = inspect.signature(method).parameters.values()  # whose defaults are the settings
+        settings = tuple((p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
+        same = seen.get((_parsed(spec)[0], settings))
+        if same is not None:
             raise UserError(f"{same} and {spec} are the same method with the same settings: name it once")
+        seen[_parsed(spec)[0], settings] = spec
 
 
 def flags_of(spec: str, args: KDTrainingArguments) -> dict[str, float]:

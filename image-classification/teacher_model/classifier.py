@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.outputs import Outputs
+from common.utils.errors import UserError
 from image_classification.teacher_model.backbones import build_backbone
 from image_classification.teacher_model.projector import Projector
 
@@ -43,7 +45,44 @@ class ImageClassifierConfig(PreTrainedConfig):
         return [names[i] for i in sorted(names)]
 
 
-class ImageClassifier(PreTrainedModel):
+class CompleteModel(PreTrainedModel):
+    """A model that loads only weights which are complete and fit it.
+
+    transformers leaves a weight that a file lacks as it was initialized, with a warning, and describes one of another
+    shape in a table and a traceback. Both are a UserError of one line here, unless `ignore_mismatched_sizes` is passed.
+    """
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
+        strict = not kwargs.pop("ignore_mismatched_sizes", False)
+        verbosity = logging.get_verbosity()
+        if strict:
+            logging.set_verbosity_error()  # the table
+        try:
+            model, info = super().from_pretrained(
+                folder, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        wrong = [
+            f"{len(info[kind])} {words}, such as {min(map(str, info[kind]))}"
+            for kind, words in (
+                ("missing_keys", "are missing"),
+                ("unexpected_keys", "are unknown"),
+                ("mismatched_keys", "have another shape"),
+            )
+            if info[kind]
+        ]
+        if strict and wrong:
+            raise UserError(
+                f"the weights in {folder} are not those of its config.json, a {getattr(model.config, 'architecture', '')} "
+                f"of this version of the project ({'; '.join(wrong)}): train it again"
+            )
+        return (model, info) if wants_info else model
+
+
+class ImageClassifier(CompleteModel):
     """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
 
     Features: `map`, the map whose average the head sees, and `pooled`, that average. What is trained is what is

@@ -216,7 +216,7 @@ def test_stages_of_other_sizes_are_averaged_and_of_another_number_refused(name):
     assert len(parts) == 4 and all(part.isfinite() for part in parts.values())
     _, _, _, parts = parts_of(name, new_pair("resnet8", "shufflenetv2", size=32))
     assert len(parts) == 4 and all(part.isfinite() for part in parts.values())
-    with pytest.raises(UserError, match="resnet8 has 3 and vgg8 5: choose networks with as many stages") as error:
+    with pytest.raises(UserError, match="resnet8 has 3 and vgg8 4: choose networks with as many stages") as error:
         METHODS[name](new_pair("resnet8", "vgg8"))
     assert "\n" not in str(error.value)
 

@@ -65,7 +65,7 @@ class Backbone(nn.Module):
 def initialize(backbone: nn.Module) -> None:
     """He's normal initialization (fan out) of convolutions, without a bias; batch norms start as the identity."""
     for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
