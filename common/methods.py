@@ -190,7 +190,7 @@ def _converted(name: str, key: str, value: str, annotation: Any) -> Any:
 def _check_range(name: str, key: str, value: Any, annotation: Any) -> None:
     _, limits = _type_and_range(annotation)
     if limits is not None and value not in limits:
-        raise UserError(f"method {name}: {key}={value} is out of range, give {limits.description}")
+        raise UserError(f"method {name}: {key}={value:g} is out of range, give {limits.description}")
 
 
 def _guess(word: str, known: Mapping[str, Any]) -> str:

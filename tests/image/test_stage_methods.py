@@ -230,8 +230,3 @@ def test_the_others_take_any_two_networks(name, networks):
     assert all(part.isfinite() and part > 0 for part in parts.values())
     assert all(p.grad is not None for p in method.objective.parameters())
     assert next(pair.student.parameters()).grad.abs().sum() > 0
-
-
-def test_copies_of_norm_are_at_least_one():
-    with pytest.raises(UserError, match="copies=0"):
-        METHODS["norm"](new_pair(), copies=0)
