@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -137,8 +138,9 @@ def test_a_single_class_leaves_no_logits_to_standardize():
 def test_a_batch_of_one_and_the_fewest_classes_have_a_finite_loss(name):
     classes = {"dkd": 3, "dkd_ls": 3, "wkd": 3, "lskd": 2, "mlkd_ls": 2}.get(name, 1)
     student, teacher = torch.randn(1, classes, requires_grad=True), torch.randn(1, classes)
-    task = Task(classes, 4, 6, None, None, lambda: (torch.randn(9, 6), torch.arange(9) % classes))  # type: ignore[arg-type]
-    parts = Objective(**LOGIT_METHODS[name](task))(Outputs(logits=student), Outputs(logits=teacher), torch.zeros(1).long())
+    task = replace(task_of(classes), teacher_features=lambda: (torch.randn(9, 6), torch.arange(9) % classes))
+    objective = Objective(**LOGIT_METHODS[name](task))
+    parts = objective(Outputs(logits=student), Outputs(logits=teacher), torch.zeros(1).long())
     sum(parts.values()).backward()
     assert all(part.isfinite() for part in parts.values()) and student.grad.isfinite().all()
 
@@ -191,7 +193,8 @@ def sinkhorn_without_the_label(student, teacher, labels, cost, temperature):
     total = 0.0
     for s, t, label in zip(student, teacher, labels.tolist(), strict=True):
         rest = [i for i in range(len(s)) if i != label]
-        own, target, among = (s[rest] / temperature).softmax(0), (t[rest] / temperature).softmax(0), cost[rest][:, rest]
+        own, target = ((logits[rest] / temperature).softmax(0) for logits in (s, t))
+        among = cost[rest][:, rest]
         kernel, u = (-among / 0.05).exp(), torch.full_like(own, 1 / len(rest))
         for _ in range(10):
             v = target / (kernel.T @ u)

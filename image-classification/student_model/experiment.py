@@ -61,8 +61,8 @@ class Experiment:
         last = batch if training.dataloader_drop_last else images % batch or batch
         if last * training.views == 1:  # batch norms refuse a single vector, as those on pooled features are
             raise UserError(
-                f"{images} training images leave a batch of a single one, of which batch norms have no statistics: pass "
-                "another --per_device_train_batch_size, or --dataloader_drop_last true"
+                f"{images} training images leave a batch of a single one, of which batch norms have no statistics: "
+                "pass another --per_device_train_batch_size, or --dataloader_drop_last true"
             )
         name = re.sub(r"[^\w-]+", "_", method)  # a method's settings have colons
         training.output_dir = training.output_dir or f"runs/image-classification/{name}"

@@ -49,7 +49,7 @@ class CompleteModel(PreTrainedModel):
     """A model that loads only weights which are complete and fit it.
 
     transformers leaves a weight that a file lacks as it was initialized, with a warning, and describes one of another
-    shape in a table and a traceback. Both are a UserError of one line here, unless `ignore_mismatched_sizes` is passed.
+    shape in a table and a traceback. Here both are a UserError of one line, unless `ignore_mismatched_sizes` is set.
     """
 
     @classmethod
@@ -76,8 +76,8 @@ class CompleteModel(PreTrainedModel):
         ]
         if strict and wrong:
             raise UserError(
-                f"the weights in {folder} are not those of its config.json, a {getattr(model.config, 'architecture', '')} "
-                f"of this version of the project ({'; '.join(wrong)}): train it again"
+                f"the weights in {folder} do not fit the network of its config.json in this version of the project "
+                f"({'; '.join(wrong)}): train it again"
             )
         return (model, info) if wants_info else model
 

@@ -93,7 +93,7 @@ def test_published_sizes_and_shapes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "channels", "size", "positive"),
-    [  # of the toolboxes' networks (RepDistiller, mdistiller), feat_s[-2] for images of 32 pixels; by hand from their code
+    [  # feat_s[-2] of RepDistiller's and mdistiller's networks for images of 32 pixels, by hand from their code
         ("resnet8x4", 256, 8, True),
         ("resnet50", 2048, 4, True),
         ("wrn_16_2", 128, 8, False),  # before the last batch norm and ReLU

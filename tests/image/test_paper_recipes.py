@@ -29,7 +29,9 @@ def cifar100_shaped(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def dry_run(dataset: str, folder: Path, pair: str, *words: object, teacher: str | None = None) -> None:
     """One epoch of the protocol, which is two steps; `teacher`: another architecture than the pair's."""
-    architecture = teacher or yaml.safe_load((RECIPES / "pairs" / f"{pair}.yaml").read_text())["teacher"].split("cifar100_")[1]
+    architecture = (
+        teacher or yaml.safe_load((RECIPES / "pairs" / f"{pair}.yaml").read_text())["teacher"].split("cifar100_")[1]
+    )
     run_script("image-classification/scripts/train_student.py", RECIPES / "paper.yaml",
                RECIPES / "pairs" / f"{pair}.yaml", *words, "--dataset", dataset, "--teacher", architecture,
                "--num_train_epochs", 1, "--report_to", "none", "--output_dir", folder)  # fmt: skip

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
 from pictures import large, photos_in, pixels
+from PIL import Image, ImageEnhance, ImageOps
 from scripts import run_script
 
 from common.utils.errors import UserError

@@ -24,7 +24,7 @@ from image_classification.student_model.methods.stages import attention, fitnet,
 
 
 def for_images(method: Callable[..., Terms], logits_only: bool) -> Callable[..., Method]:
-    """A method of every domain, of a pair of image classifiers. `logits_only`: it needs no other features of theirs."""
+    """A method of every domain, of a pair of image classifiers. `logits_only`: it needs no features of theirs."""
 
     @wraps(method)  # which shows its settings
     def build(pair: Pair, **settings: Any) -> Method:

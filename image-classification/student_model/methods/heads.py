@@ -23,9 +23,9 @@ def srrl(pair: Pair, *, weight: float = 1.0) -> Method:
     """Pooled features, and what the teacher's head makes of them (Yang et al., Knowledge distillation via softmax
     regression representation learning, ICLR 2021), and the labels' cross-entropy. The teacher needs a linear head.
 
-    This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 the recipe
-    quotes, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the teacher's
-    map is after one, which it is in all of that toolbox's networks.
+    This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 is quoted
+    in the recipe, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the
+    teacher's map is after one, which it is in all of that toolbox's networks.
     """
     own, target = pair.shapes([], [])
     term = SoftmaxRegression(regressor(own["map"].channels, target["map"]), linear_head(pair.teacher))

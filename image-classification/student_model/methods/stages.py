@@ -98,9 +98,7 @@ def hint_regressor(own: MapShape, wanted: MapShape) -> nn.Module:
 
 
 def _normalized(conv: nn.Module, wanted: MapShape) -> nn.Module:
-    layers = nn.Sequential(
-        conv, nn.BatchNorm2d(wanted.channels), nn.ReLU() if wanted.positive else nn.Identity()
-    )
+    layers = nn.Sequential(conv, nn.BatchNorm2d(wanted.channels), nn.ReLU() if wanted.positive else nn.Identity())
     initialize(layers)
     return layers
 
