@@ -100,7 +100,7 @@ def draw_changes(generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]
     """OPERATIONS of the AUGMENTATIONS, the same one maybe twice, each with a magnitude drawn from its range."""
     numbers = torch.randint(len(AUGMENTATIONS), (OPERATIONS,), generator=generator).tolist()
     shares = torch.rand(OPERATIONS, generator=generator).tolist()
-    changes = []
+    changes: list[Callable[[Tensor], Tensor]] = []
     for number, share in zip(numbers, shares, strict=True):
         operation, low, high = AUGMENTATIONS[number]
         changes.append(partial(_apply, operation, low + share * (high - low)))

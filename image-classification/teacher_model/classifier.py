@@ -53,18 +53,19 @@ class CompleteModel(PreTrainedModel):
     """
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         wants_info = kwargs.pop("output_loading_info", False)
         strict = not kwargs.pop("ignore_mismatched_sizes", False)
         verbosity = logging.get_verbosity()
         if strict:
             logging.set_verbosity_error()  # the table
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 folder, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         finally:
             logging.set_verbosity(verbosity)
+        model, info = loaded
         wrong = [
             f"{len(info[kind])} {words}, such as {min(map(str, info[kind]))}"
             for kind, words in (

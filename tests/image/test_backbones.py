@@ -131,7 +131,7 @@ def test_without_its_last_convolution_a_backbone_returns_the_map_of_its_last_sta
     assert plain.num_features == 64
 
 
-def test_weights_begin_as_in_the_toolboxes() -> None:
+def test_weights_begin_as_in_the_toolboxes():
     """Standard deviations: sqrt(2 / (k * k * out)) of He's; 1 / sqrt(3 * fan in) of PyTorch's convolutions, whose
     uniform distribution reaches to 1 / sqrt(fan in); 0.01 or PyTorch's of the heads.
     """

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from image_networks import randomize_norms
 from image_pairs import both_say, noise
-from torch import Tensor, nn
+from torch import nn
 
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
@@ -16,7 +16,7 @@ FAMILIES = [("resnet8", "resnet14x2"), ("shufflenetv2", "wrn_16_2"), ("mobilenet
 LABELS = torch.arange(8) % 5
 
 
-def new_pair(student: str, teacher: str, size: int = 32) -> Pair:
+def new_pair(student, teacher, size=32):
     torch.manual_seed(0)
     networks = [new_classifier(name, noise(size).config) for name in (student, teacher)]
     for network in networks:
@@ -24,7 +24,7 @@ def new_pair(student: str, teacher: str, size: int = 32) -> Pair:
     return Pair(*networks, noise(size))
 
 
-def toolbox_maps(model: ImageClassifier, images: Tensor) -> list[np.ndarray]:
+def toolbox_maps(model, images):
     """feat[1:-1] of RepDistiller and feats[1:] of mdistiller, the last of which is `the` last map, written out by
     family: what a stage returns, but for wide ResNets before the next batch norm, and VGG without its first group.
     """
@@ -46,38 +46,38 @@ def toolbox_maps(model: ImageClassifier, images: Tensor) -> list[np.ndarray]:
     return [m.detach().double().numpy() for m in maps]
 
 
-def both_maps(pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def both_maps(pair):
     with torch.no_grad():
         return toolbox_maps(pair.student.train(), pair.images), toolbox_maps(pair.teacher.eval(), pair.images)
 
 
-def parts_of(name: str, pair: Pair) -> dict[str, float]:
+def parts_of(name, pair):
     method = METHODS[name](pair)
     own, said = both_say(method, pair, pair.images)
     return {part: value.item() for part, value in method.objective(own, said, LABELS).items()}
 
 
-def shrunk(x: np.ndarray, size: int) -> np.ndarray:
+def shrunk(x, size):
     """Averaged down to `size` pixels."""
     step = x.shape[-1] // size
     return x.reshape(*x.shape[:2], size, step, size, step).mean((3, 5))
 
 
-def unit(x: np.ndarray, axis: int) -> np.ndarray:
+def unit(x, axis):
     return x / np.linalg.norm(x, axis=axis, keepdims=True).clip(1e-12)
 
 
-def similarity_loss(s: np.ndarray, t: np.ndarray) -> float:
+def similarity_loss(s, t):
     grams = [unit(x.reshape(len(x), -1) @ x.reshape(len(x), -1).T, 1) for x in (s, t)]
     return np.square(grams[0] - grams[1]).sum() / len(s) ** 2
 
 
-def attention_loss(s: np.ndarray, t: np.ndarray) -> float:
+def attention_loss(s, t):
     maps = [unit(np.square(x).mean(1).reshape(len(x), -1), 1) for x in (s, t)]
     return np.square(maps[0] - maps[1]).mean()
 
 
-def nst_loss(s: np.ndarray, t: np.ndarray) -> float:
+def nst_loss(s, t):
     s, t = (unit(x.reshape(*x.shape[:2], -1), 2) for x in (s, t))
 
     def kernel(a, b):

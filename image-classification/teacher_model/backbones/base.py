@@ -50,7 +50,9 @@ class Backbone(nn.Module):
     def remove_last(self) -> None:
         """Removes `last` where there is one: the backbone then returns the map of its last stage."""
         if self.last is not None:
-            self.num_features, self.last = self.last[0].in_channels, None
+            conv = self.last[0]
+            assert isinstance(conv, nn.Conv2d)
+            self.num_features, self.last = conv.in_channels, None
 
     def initialize_head(self, head: nn.Linear) -> None:
         """Initializes a linear classifier on this backbone as the distillation toolboxes do: here, as PyTorch does."""
