@@ -75,6 +75,32 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
     assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"srrl", "reviewkd"}))  # they normalize pooled features
+def test_it_is_finite_in_a_batch_of_one(name):
+    pair = new_pair()
+    method = METHODS[name](pair)
+    own, said = both_say(method, pair, pair.images[:1])
+    parts = method.objective(own, said, torch.zeros(1, dtype=torch.long))
+    sum(parts.values()).backward()
+    assert all(part.isfinite() for part in parts.values()), parts
+    assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
+    pair = new_pair(classes=classes)
+    if name in {1: ("dkd", "dkd_ls", "wkd", "lskd", "mlkd_ls", "crd"), 2: ("dkd", "dkd_ls", "wkd")}[classes]:
+        with pytest.raises(UserError, match=r"at least \d classes|all training images are of one") as caught:
+            METHODS[name](pair)
+        assert "\n" not in str(caught.value)
+        return
+    method = METHODS[name](pair)
+    own, said = both_say(method, pair, pair.images)
+    parts = method.objective(own, said, torch.arange(len(pair.images)) % classes)
+    assert all(part.isfinite() for part in parts.values()), parts
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_weights_and_memories_are_checkpointed(name):
     """What a new objective of the same method needs to go on is in the state of the old one."""
