@@ -1,7 +1,8 @@
 """Methods that listen to a teacher's logits alone, for classifiers of any domain.
 
 Each is a function (task, *, settings) -> terms of an objective; the defaults are its paper's for CIFAR-100, those of
-ResNet32x4 -> ResNet8x4 where they differ. Warm-ups and the like are shares of the training.
+ResNet32x4 -> ResNet8x4 where they differ. Warm-ups, curricula and decays are shares of the training, and change with
+every step; in the authors' code they change with every epoch.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common import losses
-from common.methods import Task
+from common.methods import NonZeroShare, Positive, Share, Task
 from common.objective import Scheduled, Term, Terms, Weight, soft_targets, task_loss, warm_up
 from common.outputs import Outputs
 from common.utils.errors import UserError
@@ -21,24 +22,26 @@ MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)  # of multi-level distillation
 LARGEST_RISE = 20.0  # of a learnt temperature, above 1
 
 
-def kd(task: Task, *, alpha: float = 0.1, temperature: float = 4.0) -> Terms:
+def kd(task: Task, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Terms:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL(teacher || student)."""
-    _needs_a_share("kd", alpha)
     return {"task": (alpha, task_loss()), "soft_targets": (1 - alpha, soft_targets(temperature))}
 
 
 def dkd(
-    task: Task, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup: float = 20 / 240
+    task: Task, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
 ) -> Terms:
-    """Decoupled KD (Zhao et al., arXiv:2203.08679), beside the labels: the label's probability, of weight alpha, and
-    the distribution over the other classes, of weight beta (the paper's: 8, 6 or 2 by pair).
+    """Decoupled KD (Zhao et al., arXiv:2203.08679), and the labels' cross-entropy: the label's probability, of weight
+    alpha, and the distribution over the other classes, of weight beta (published: 8, 6 or 2 by pair). The weights rise
+    linearly from 0 over the share `warmup` of the training; in the authors' code from 1/20 in the first epoch.
     """
-    _needs_three(task, "dkd")
+    _needs_classes(task, "dkd", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
     return {"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), logit_term(loss, labelled=True))}
 
 
-def dist(task: Task, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1.0, temperature: float = 4.0) -> Terms:
+def dist(
+    task: Task, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1.0, temperature: Positive = 4.0
+) -> Terms:
     """Correlations instead of a divergence (DIST, Huang et al., arXiv:2205.10536), beside the labels: over the classes
     of a sample (beta), and over the samples of a batch (gamma).
     """
@@ -46,17 +49,22 @@ def dist(task: Task, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1
     return {"task": (1.0, task_loss()), "correlations": (weight, logit_term(loss))}
 
 
-def lskd(task: Task, *, alpha: float = 0.1, weight: float = 9.0, temperature: float = 2.0) -> Terms:
-    """Soft targets of standardized logits (Sun et al., arXiv:2403.01427), beside alpha * labels."""
+def lskd(task: Task, *, alpha: float = 0.1, weight: float = 9.0, temperature: Positive = 2.0) -> Terms:
+    """Soft targets of standardized logits (Sun et al., arXiv:2403.01427), and alpha * labels. Weight and temperature
+    differ by pair in the authors' runs.
+    """
+    _needs_classes(task, "lskd", 2)
     loss = partial(losses.soft_target_kl, temperature=temperature)
     return {"task": (alpha, task_loss()), "soft_targets": (weight, logit_term(loss, standardize=True))}
 
 
 def dkd_ls(
-    task: Task, *, alpha: float = 9.0, beta: float = 72.0, temperature: float = 2.0, warmup: float = 20 / 240
+    task: Task, *, alpha: float = 9.0, beta: float = 72.0, temperature: Positive = 2.0, warmup: Share = 20 / 240
 ) -> Terms:
-    """Decoupled KD of standardized logits (Sun et al., arXiv:2403.01427), beside the labels."""
-    _needs_three(task, "dkd_ls")
+    """`dkd` of standardized logits (Sun et al., arXiv:2403.01427). The authors give a weight, here 9, and multiply
+    DKD's alpha (1) and beta (8, for other pairs 2) by it.
+    """
+    _needs_classes(task, "dkd_ls", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
     term = logit_term(loss, labelled=True, standardize=True)
     return {"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), term)}
@@ -67,28 +75,26 @@ def mlkd(
     *,
     alpha: float = 0.1,
     weight: float = 0.9,
-    temperature: float = 4.0,
+    temperature: Positive = 4.0,
     class_relations: float = 1.0,
     sample_relations: float = 1.0,
 ) -> Terms:
-    """Multi-level logit distillation (Jin et al., CVPR 2023), beside alpha * labels: soft targets, relations of
-    classes and relations of samples, each summed over the temperature and MORE_TEMPERATURES.
+    """Multi-level logit distillation (Jin et al., CVPR 2023): alpha * labels, soft targets, relations of classes and
+    relations of samples, each of the last three summed over the temperature and MORE_TEMPERATURES.
 
-    Of whatever views the batch holds: the paper's weak and strong ones are `--strong_views`. Its code means to leave
-    out the half of samples and classes that the teacher is surest of, but multiplies whole sums by the means of these
-    masks, which is a factor of about a half; there are no masks here. Its other losses are sums over the two views
-    where these are means, which twice its learning rate makes up for, and its relations are those of weak views.
+    The published figures are those of two views of each image, `--strong_views`. As in the authors' code, the labels'
+    loss and the soft targets are then sums over the views, and the relations are those of the first, weak ones.
 
-    The last two settings are factors of the relations. Between sure predictions those of classes go with
-    (batch / classes)^2 and those of samples with batch / classes, and the paper's is 64 / 100: for 10 classes in
-    batches of 128 factors of 0.0025 and 0.05 keep them as large as they are there.
+    Two slips of that code are not reproduced. At two of the five temperatures its soft targets of strong views are
+    computed from the weak views' logits. And what should leave out the samples and classes that the teacher is most
+    confident in multiplies losses, which are averaged already, by the mean of a mask: about a half of the relations
+    and of the weak views' soft targets. There are no masks here.
+
+    `class_relations` and `sample_relations` are factors. Between confident predictions the former loss grows with
+    (batch / classes)^2 and the latter with batch / classes, and the paper has 64 / 100: for 10 classes in batches of
+    128, factors of 0.0025 and 0.05 keep them as large as they are there.
     """
-    return {
-        "task": (alpha, task_loss()),
-        "soft_targets": (weight, _at_all(losses.soft_target_kl, temperature)),
-        "class_relations": (weight * class_relations, _at_all(losses.class_relations, temperature)),
-        "sample_relations": (weight * sample_relations, _at_all(losses.sample_relations, temperature)),
-    }
+    return _multi_level(task.views, alpha, weight, temperature, class_relations, sample_relations, standardize=False)
 
 
 def mlkd_ls(
@@ -96,36 +102,55 @@ def mlkd_ls(
     *,
     alpha: float = 0.1,
     weight: float = 9.0,
-    temperature: float = 2.0,
+    temperature: Positive = 2.0,
     class_relations: float = 1.0,
     sample_relations: float = 1.0,
 ) -> Terms:
-    """`mlkd` with standardized logits in its soft targets (Sun et al., arXiv:2403.01427); its relations stay."""
-    terms = mlkd(
-        task,
-        alpha=alpha,
-        weight=weight,
-        temperature=temperature,
-        class_relations=class_relations,
-        sample_relations=sample_relations,
-    )
-    return terms | {"soft_targets": (weight, _at_all(losses.soft_target_kl, temperature, standardize=True))}
+    """`mlkd` with standardized logits in its soft targets, but not in its relations (Sun et al., arXiv:2403.01427).
 
-
-def ctkd(task: Task, *, alpha: float = 0.1, curriculum: float = 10 / 240) -> Terms:
-    """Soft targets at a temperature that is learnt against the student (Li et al., arXiv:2211.16231), beside
-    alpha * labels. `curriculum`: the share of the training over which the adversary gains its strength.
+    For some pairs the authors' weight is 6.
     """
-    _needs_a_share("ctkd", alpha)
+    _needs_classes(task, "mlkd_ls", 2)
+    return _multi_level(task.views, alpha, weight, temperature, class_relations, sample_relations, standardize=True)
+
+
+def _multi_level(
+    views: int,
+    alpha: float,
+    weight: float,
+    temperature: float,
+    class_relations: float,
+    sample_relations: float,
+    standardize: bool,
+) -> Terms:
+    soft_targets = _at_all(losses.soft_target_kl, temperature, standardize=standardize)
+    return {  # means over a batch of several views, times their number: sums over the views
+        "task": (views * alpha, task_loss()),
+        "soft_targets": (views * weight, soft_targets),
+        "class_relations": (weight * class_relations, _at_all(losses.class_relations, temperature, views)),
+        "sample_relations": (weight * sample_relations, _at_all(losses.sample_relations, temperature, views)),
+    }
+
+
+def ctkd(task: Task, *, alpha: Share = 0.1, curriculum: NonZeroShare = 10 / 240) -> Terms:
+    """Soft targets at a temperature that is learnt against the student (Li et al., arXiv:2211.16231), and
+    alpha * labels: the authors' global temperature. `curriculum`: the share of the training over which the adversary
+    gains its strength.
+    """
     return {"task": (alpha, task_loss()), "soft_targets": (1 - alpha, AdversarialTemperature(curriculum))}
 
 
-def wkd(task: Task, *, weight: float = 600.0, temperature: float = 8.0, decay_from: float = 150 / 240) -> Terms:
-    """Transport between logits (WKD-L, Lv et al., arXiv:2412.08139), beside the labels: the label's probability, and
-    the cost of moving that of the other classes, whose weight falls with a cosine from `decay_from` of the training
-    on. To move is as dear as the teacher's features of two classes are unlike: 1 - exp(-(1 - similarity)).
+def wkd(task: Task, *, weight: float = 600.0, temperature: Positive = 8.0, decay_from: Share = 150 / 240) -> Terms:
+    """Transport between logits (WKD-L, Lv et al., arXiv:2412.08139), and the labels' cross-entropy: the label's
+    probability, and the cost of moving that of the other classes, whose weight falls with a cosine from `decay_from`
+    of the training on. Moving costs 1 - exp(-(1 - similarity)) between two classes.
+
+    The similarity is not that of the authors' generator. Both are linear CKA of the teacher's pooled features, but
+    the generator pairs the n-th training image of one class with the n-th of the other, over all images;
+    `losses.class_similarity` compares the covariances of their features, which needs no pairs, over the first
+    PER_CLASS images of each class.
     """
-    _needs_three(task, "wkd")
+    _needs_classes(task, "wkd", 3)
     return {
         "task": (1.0, task_loss()),
         "label": (1.0, logit_term(losses.label_probability, labelled=True)),
@@ -170,8 +195,6 @@ class AdversarialTemperature(Scheduled):
 
     def __init__(self, curriculum: float) -> None:
         super().__init__()
-        if not 0 < curriculum <= 1:
-            raise UserError(f"ctkd:curriculum={curriculum}: it is a share of the training, above 0 and at most 1")
         self.curriculum = curriculum
         self.parameter = nn.Parameter(torch.tensor(1.0))
 
@@ -197,23 +220,21 @@ def cosine_decay(weight: float, start: float) -> Weight:
     return weight if weight == 0 else falling
 
 
-def _at_all(loss: Callable[..., Tensor], temperature: float, standardize: bool = False) -> Term:
-    """A term of the sum of a loss of logits over the temperature and MORE_TEMPERATURES."""
+def _at_all(loss: Callable[..., Tensor], temperature: float, views: int = 1, standardize: bool = False) -> Term:
+    """A term of the sum of a loss over the temperature and MORE_TEMPERATURES, for the first of `views`."""
 
     def summed(own: Tensor, target: Tensor) -> Tensor:
+        own, target = (logits[: len(logits) // views] for logits in (own, target))
         return torch.stack([loss(own, target, temperature=t) for t in (temperature, *MORE_TEMPERATURES)]).sum()
 
     return logit_term(summed, standardize=standardize)
 
 
-def _needs_three(task: Task, name: str) -> None:
-    if task.classes < 3:
-        raise UserError(f"method {name} needs at least 3 classes, and there are {task.classes}: choose another method")
-
-
-def _needs_a_share(name: str, alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise UserError(f"method {name}: alpha={alpha:g} is no share, as 1 - alpha is the soft targets': 0 to 1")
+def _needs_classes(task: Task, name: str, least: int) -> None:
+    if task.classes < least:
+        raise UserError(
+            f"method {name} needs at least {least} classes, and there are {task.classes}: choose another method"
+        )
 
 
 LOGIT_METHODS: dict[str, Callable[..., Terms]] = {

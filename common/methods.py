@@ -1,16 +1,18 @@
 """Methods by name, with settings: `dkd`, `dkd:beta=2:warmup=0`.
 
 A method is a function with keyword-only settings, whose defaults are its paper's; a table {name: function} says which
-there are. What it returns is up to the domain: terms of an objective, or a whole Method.
+there are. What it returns is up to the domain: terms of an objective, or a whole Method. The annotation of a setting
+gives its type and range: `float` is a finite number from 0 on, `int` one above 0, `bool` true or false, and the types
+below are narrower.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -20,8 +22,30 @@ from common.objective import FeatureLoss, Objective, Term
 from common.utils.errors import UserError
 
 PER_CLASS = 50  # training samples of each class that stand for it
-POSITIVE = {"temperature"}  # settings, by their names in every method
-SHARES = {"warmup", "curriculum", "decay_from", "momentum"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite values that a setting may have: above `low`, or also `low` itself, and likewise `high`."""
+
+    description: str
+    low: float = 0.0
+    high: float = math.inf
+    low_included: bool = True
+    high_included: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.low_included else value > self.low
+        below = value <= self.high if self.high_included else value < self.high
+        return math.isfinite(value) and above and below  # NaN compares false
+
+
+NON_NEGATIVE = Range("a number from 0 on")
+POSITIVE = Range("a number above 0", low_included=False)
+Positive = Annotated[float, POSITIVE]
+Share = Annotated[float, Range("a share between 0 and 1", high=1.0)]
+NonZeroShare = Annotated[float, Range("a share above 0 and at most 1", high=1.0, low_included=False)]
+ShareBelowOne = Annotated[float, Range("a share from 0 to below 1", high=1.0, high_included=False)]
 
 
 @dataclass
@@ -49,9 +73,10 @@ class Task:
     classes: number of them.
     student_width, teacher_width: of the features that the heads see.
     pooled: makes a term of a loss between the features (batch, width) that the heads see.
-    last: likewise of those before they are pooled, flattened to (batch, anything), where they are of one size.
+    last: likewise of the last features before pooling, flattened to (batch, anything), where they are of one size.
     teacher_features: what the teacher makes of training samples, pooled (samples, width), and their labels (samples,);
         computed when it is called.
+    views: of each sample in a batch, which holds the first views of all its samples, then the second ones, and so on.
     """
 
     classes: int
@@ -60,6 +85,7 @@ class Task:
     pooled: Callable[[FeatureLoss], Term]
     last: Callable[[FeatureLoss], Term]
     teacher_features: Callable[[], tuple[Tensor, Tensor]]
+    views: int = 1
 
 
 def some_of_each_class(labels: Tensor, classes: int) -> Tensor:
@@ -69,22 +95,54 @@ def some_of_each_class(labels: Tensor, classes: int) -> Tensor:
 
 def chosen(spec: str, methods: Mapping[str, Callable[..., Any]], **defaults: Any) -> Callable[..., Any]:
     """The method that `spec` names, with its settings; of `defaults`, those that the method knows and `spec` leaves
-    open. Raises UserError for a method or setting that there is not, and for a value of another kind or out of range.
+    open. Raises UserError for a method or setting that there is not, for a setting given twice, and for a value of
+    another kind or out of range, also among the defaults.
     """
-    name, *words = spec.split(":")
+    name, words = _parsed(spec)
     if name not in methods:
         raise UserError(f"there is no method {name!r}, only {', '.join(methods)}{_guess(name, methods)}")
     method = methods[name]
     settings = settings_of(method)
     given = {key: value for key, value in defaults.items() if key in settings}
-    for word in words:
-        key, _, value = (part.strip() for part in word.partition("="))
+    for key, value in words.items():
         if key not in settings:
             raise UserError(
                 f"method {name} has no setting {key!r}{_guess(key, settings)}: it has {', '.join(settings) or 'none'}"
             )
         given[key] = _converted(name, key, value, settings[key])
+    for key, value in given.items():
+        _check_range(name, key, value, settings[key])
     return partial(method, **given)
+
+
+def filled(spec: str, published: Sequence[str], methods: Mapping[str, Callable[..., Any]]) -> str:
+    """`spec` with those settings of the same method in `published` (specs) that it leaves open, in the order there.
+
+    Raises UserError as `chosen` does, and for two of `published` of the same method.
+    """
+    name, own = _parsed(spec)
+    names = [_parsed(other)[0] for other in published]
+    repeated = next((other for i, other in enumerate(names) if other in names[:i]), None)
+    if repeated:
+        raise UserError(f"--method_settings has two entries for {repeated}: join them, as in {repeated}:a=1:b=2")
+    for other in published:
+        chosen(other, methods)
+    open_ones = {k: v for other in published if _parsed(other)[0] == name for k, v in _parsed(other)[1].items()}
+    return ":".join([name, *(f"{key}={value}" for key, value in (open_ones | own).items())])
+
+
+def refuse_same_methods(methods: Iterable[tuple[str, Callable[..., Any]]]) -> None:
+    """Raises UserError where two specs give one method the same settings, however they are written. `methods` are
+    specs and what `chosen` makes of them.
+    """
+    seen: dict[Any, str] = {}
+    for spec, method in methods:
+        parameters = inspect.signature(method).parameters.values()  # whose defaults are the settings
+        settings = tuple((p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
+        same = seen.get((_parsed(spec)[0], settings))
+        if same is not None:
+            raise UserError(f"{same} and {spec} are the same method with the same settings: name it once")
+        seen[_parsed(spec)[0], settings] = spec
 
 
 def flags_of(spec: str, args: KDTrainingArguments) -> dict[str, float]:
@@ -93,25 +151,46 @@ def flags_of(spec: str, args: KDTrainingArguments) -> dict[str, float]:
 
 
 def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
-    """{setting: its type, int or float}, in the order of the signature."""
+    """{setting: its annotation}, in the order of the signature."""
     parameters = inspect.signature(method, eval_str=True).parameters.values()
     return {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _converted(name: str, key: str, value: str, kind: Any) -> Any:
+def _parsed(spec: str) -> tuple[str, dict[str, str]]:
+    """NAME:setting=value:... as the name and {setting: value}. Raises UserError for a setting given twice."""
+    name, *words = spec.split(":")
+    settings: dict[str, str] = {}
+    for word in words:
+        key, _, value = (part.strip() for part in word.partition("="))
+        if key in settings:
+            raise UserError(f"method {name}: {key} is set twice, to {settings[key]} and to {value}: set it once")
+        settings[key] = value
+    return name.strip(), settings
+
+
+def _type_and_range(annotation: Any) -> tuple[type, Range | None]:
+    """bool has no range."""
+    if get_origin(annotation) is Annotated:
+        kind, limits = get_args(annotation)
+        return kind, limits
+    return annotation, {int: POSITIVE, float: NON_NEGATIVE}.get(annotation)
+
+
+def _converted(name: str, key: str, value: str, annotation: Any) -> Any:
+    kind, _ = _type_and_range(annotation)
     try:
-        number = kind(value)
-    except ValueError:
-        raise UserError(f"method {name}: {key}={value} is none, give a value such as {key}={kind(2)}") from None
-    if key in SHARES:
-        inside, expected = 0 <= number <= 1, "a share between 0 and 1"
-    elif kind is int or key in POSITIVE:
-        inside, expected = 0 < number < math.inf, "a number above 0"
-    else:
-        inside, expected = 0 <= number < math.inf, "a number from 0 on"
-    if not inside:
-        raise UserError(f"method {name}: {key}={value} is out of range, give {expected}")
-    return number
+        if "_" in value:  # which Python takes for a separator
+            raise ValueError
+        return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        example = "true" if kind is bool else kind(2)
+        raise UserError(f"method {name}: {key}={value} is none, give a value such as {key}={example}") from None
+
+
+def _check_range(name: str, key: str, value: Any, annotation: Any) -> None:
+    _, limits = _type_and_range(annotation)
+    if limits is not None and value not in limits:
+        raise UserError(f"method {name}: {key}={value:g} is out of range, give {limits.description}")
 
 
 def _guess(word: str, known: Mapping[str, Any]) -> str:

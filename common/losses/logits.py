@@ -17,8 +17,11 @@ NEVER = -1e9  # the logarithm of a probability that is to be zero; minus infinit
 def standardized(logits: Tensor) -> Tensor:
     """(logits - mean) / (standard deviation + 1e-7) of each sample, as LSKD has it (arXiv:2403.01427), in fp32.
 
-    The deviation is the unbiased one. A shift of all logits of a sample, and their scale, say nothing any more.
+    The deviation is the unbiased one. A shift of all logits of a sample, and their scale, say nothing any more. Raises
+    ValueError for a single class, which has no deviation.
     """
+    if logits.shape[-1] < 2:
+        raise ValueError("standardized logits need at least 2 classes, got 1")
     logits = logits.float()
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
@@ -118,7 +121,8 @@ def transport(
         for x in (student_logits, teacher_logits.detach())
     )
     kernel = -cost.float() / regularization  # (classes, classes)
-    rows = torch.full_like(own, -math.log(own.shape[1] - 1))  # the published start
+    start = torch.full_like(own, -math.log(own.shape[1] - 1))  # as published: uniform over the other classes
+    rows = start.masked_fill(is_label, NEVER)
     for _ in range(iterations):
         columns = target - torch.logsumexp(kernel + rows[:, :, None], dim=1)  # (batch, classes)
         rows = own - torch.logsumexp(kernel + columns[:, None, :], dim=2)
@@ -131,7 +135,8 @@ def class_similarity(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     Linear centred kernel alignment (arXiv:1905.00414): tr(G_i G_j) / sqrt(tr(G_i^2) tr(G_j^2)), G = X^T X (width,
     width) of a class's features less their mean. Kernels between features rather than between samples, as samples of
-    two classes are no pairs. A class without two samples is like itself alone.
+    two classes are no pairs (the generator of WKD's authors pairs them by their order). A class without two samples is
+    like itself alone.
     """
     features = features.float()
     sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)

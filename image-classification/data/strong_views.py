@@ -1,35 +1,74 @@
 """Two views of each image at once: one as everywhere, and one that is changed strongly.
 
-As multi-level logit distillation shows them to teacher and student alike (Jin et al., CVPR 2023): crop and mirror, and
-the same crop after RandAugment (arXiv:1909.13719) with two operations of magnitude 10 and cutout (arXiv:1708.04552) of
-a square of up to half the width.
+As multi-level logit distillation shows them to teacher and student alike (Jin et al., CVPR 2023): crop and mirroring,
+and another crop and mirroring of the same image after RandAugment (arXiv:1909.13719) with two operations, each of a
+random magnitude, and cutout (arXiv:1708.04552) of a square of up to half the width.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
 from image_classification.data.views import Views
 
-CUT_OUT = 0.25  # of the area, at most
+OPERATIONS = 2  # on each image
+CUT_OUT = 0.5  # of the width, at most
+
+
+def _shear_x(image: Tensor, shear: float) -> Tensor:
+    return F.affine(image, 0.0, [0, 0], 1.0, [math.degrees(math.atan(shear)), 0.0], center=[0, 0])
+
+
+def _shear_y(image: Tensor, shear: float) -> Tensor:
+    return F.affine(image, 0.0, [0, 0], 1.0, [0.0, math.degrees(math.atan(shear))], center=[0, 0])
+
+
+def _translate_x(image: Tensor, share: float) -> Tensor:
+    return F.affine(image, 0.0, [round(share * image.shape[-1]), 0], 1.0, [0.0, 0.0])
+
+
+def _translate_y(image: Tensor, share: float) -> Tensor:
+    return F.affine(image, 0.0, [0, round(share * image.shape[-2])], 1.0, [0.0, 0.0])
+
+
+# RandAugment's operations on images (channels, height, width) uint8, and the range of the magnitude of each, with the
+# ranges of MLKD's code. What comes in from outside the image is black.
+AUGMENTATIONS: tuple[tuple[Callable[[Tensor, float], Tensor], float, float], ...] = (
+    (lambda image, _: F.autocontrast(image), 0.0, 0.0),
+    (F.adjust_brightness, 0.05, 0.95),
+    (F.adjust_saturation, 0.05, 0.95),
+    (F.adjust_contrast, 0.05, 0.95),
+    (lambda image, _: F.equalize(image), 0.0, 0.0),
+    (lambda image, _: image, 0.0, 0.0),
+    (lambda image, bits: F.posterize(image, int(bits)), 4.0, 8.0),
+    (F.rotate, -30.0, 30.0),
+    (F.adjust_sharpness, 0.05, 0.95),
+    (_shear_x, -0.3, 0.3),
+    (_shear_y, -0.3, 0.3),
+    (F.solarize, 0.0, 256.0),
+    (_translate_x, -0.3, 0.3),
+    (_translate_y, -0.3, 0.3),
+)
 
 
 class StrongViews(Views):
-    """A batch holds its images twice: pixel_values (2 * batch, 3, height, width) are the views of `Views`, then the
-    same views changed; labels and sample_id (2 * batch,).
+    """A batch holds its images twice: pixel_values (2 * batch, 3, height, width) are the views of `Views`, then other
+    crops of the same images, changed; labels and sample_id (2 * batch,).
 
-    The change is a function of (seed, epoch, image) alone. There is no `view`: such views cannot be counted, so
+    Crop and change are a function of (seed, epoch, image) alone. There is no `view`: such views cannot be counted, so
     nothing can be looked up by their number.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.epoch = torch.tensor(0).share_memory_()  # workers see it, also those that outlive an epoch
         super().__init__(*args, **kwargs)
-        grey = self.mean.round().to(torch.uint8).tolist()
-        self.change = v2.Compose([v2.RandAugment(num_ops=2, magnitude=10, fill=grey), cut_out(grey)])
+        self.grey = self.mean.round().to(torch.uint8)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
@@ -37,22 +76,49 @@ class StrongViews(Views):
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         weak = super().__getitems__(rows)
-        pixels = self.crop(weak["sample_id"], weak["view"]).permute(0, 3, 1, 2)  # (batch, channels, height, width)
-        strong = torch.stack([self._changed(row, image) for row, image in zip(rows, pixels, strict=True)])
+        # SeedSequence mixes the three well; a generator of torch uses the lower 32 bits of its seed only.
+        sequences = (np.random.SeedSequence([self.seed, int(self.epoch), row]) for row in rows)
+        numbers = torch.tensor(np.stack([s.generate_state(2) for s in sequences]).astype(np.int64))
+        views = (numbers[:, 0] % self.number_of_views).to(weak["sample_id"].device)
+        pixels = self.crop(weak["sample_id"], views).permute(0, 3, 1, 2)  # (batch, channels, height, width)
+        seeds = numbers[:, 1].tolist()
+        strong = torch.stack([self._changed(seed, image) for seed, image in zip(seeds, pixels, strict=True)])
         return {
             "pixel_values": torch.cat([weak["pixel_values"], self.normalized(strong.permute(0, 2, 3, 1))]),
             "labels": weak["labels"].repeat(2),
             "sample_id": weak["sample_id"].repeat(2),
         }
 
-    def _changed(self, row: int, image: Tensor) -> Tensor:
-        # SeedSequence mixes the three well; a generator of torch uses the lower 32 bits of its seed only.
-        own_seed = np.random.SeedSequence([self.seed, int(self.epoch), row]).generate_state(1).item()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(own_seed)  # torch.manual_seed would reset those of GPUs as well
-            return self.change(image)
+    def _changed(self, seed: int, image: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        for change in draw_changes(generator):
+            image = change(image)
+        return cut_out(image, self.grey, generator)
 
 
-def cut_out(fill: list[int]) -> v2.RandomErasing:
-    """Fills a square of up to CUT_OUT of the area, wherever it fits."""
-    return v2.RandomErasing(p=1.0, scale=(1e-3, CUT_OUT), ratio=(1.0, 1.0), value=fill)
+def draw_changes(generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
+    """OPERATIONS of the AUGMENTATIONS, the same one maybe twice, each with a magnitude drawn from its range."""
+    numbers = torch.randint(len(AUGMENTATIONS), (OPERATIONS,), generator=generator).tolist()
+    shares = torch.rand(OPERATIONS, generator=generator).tolist()
+    changes: list[Callable[[Tensor], Tensor]] = []
+    for number, share in zip(numbers, shares, strict=True):
+        operation, low, high = AUGMENTATIONS[number]
+        changes.append(partial(_apply, operation, low + share * (high - low)))
+    return changes
+
+
+def cut_out(image: Tensor, fill: Tensor, generator: torch.Generator) -> Tensor:
+    """Fills a square of up to CUT_OUT of the width of an image (channels, height, width) with a value for each channel
+    (channels,). Its centre is anywhere in the image, whose border may cut it.
+    """
+    share, across, down = torch.rand(3, generator=generator).tolist()
+    height, width = image.shape[-2:]
+    side = share * CUT_OUT * width
+    left, top = int(max(0.0, across * width - side / 2)), int(max(0.0, down * height - side / 2))
+    image = image.clone()
+    image[:, top : top + round(side), left : left + round(side)] = fill[:, None, None]
+    return image
+
+
+def _apply(operation: Callable[[Tensor, float], Tensor], magnitude: float, image: Tensor) -> Tensor:
+    return operation(image, magnitude)

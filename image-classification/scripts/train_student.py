@@ -20,7 +20,7 @@ from image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, Swee
 from image_classification.student_model.experiment import Experiment, refuse_uncounted
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDWeights
-from image_classification.student_model.sweep import method_of, refuse_unheard_flags, sweep
+from image_classification.student_model.sweep import for_pair, method_of, refuse_unheard_flags, sweep
 from image_classification.teacher_model.classifier import new_classifier
 from image_classification.teacher_model.teacher import teacher_sketch
 
@@ -75,6 +75,7 @@ def main() -> None:
         return
     if args.method == SIMKD:
         raise UserError("simkd alone is train_simkd.py; here it is one of several --methods")
+    args.method = for_pair(args.method, pair)
     refuse_unheard_flags([args.method], training)
     data = data_args.load()
     if args.teacher_views:
@@ -87,7 +88,7 @@ def main() -> None:
         return
     method = method_of(args.method, training)
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    how = method(Pair(new_classifier(pair.student, seen.config), sketch, seen))
+    how = method(Pair(new_classifier(pair.student, seen.config), sketch, seen, training.views))
     if args.teacher_views is not None and not how.logits_only:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
     experiment = Experiment(args.method, training, data, args, pair, data_args)
@@ -100,7 +101,7 @@ def main() -> None:
     student = experiment.distill(
         teacher,
         lambda: new_classifier(pair.student, data.config),
-        lambda student: method(Pair(student, teacher, data)),
+        lambda student: method(Pair(student, teacher, data, training.views)),
         args.teacher_views,
     )
     experiment.report(

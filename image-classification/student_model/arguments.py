@@ -55,6 +55,12 @@ class PairArguments:
     )
     teacher_epochs: float | None = field(default=None, metadata={"help": "default: as many as the student's"})
     student: str = field(default="resnet8x4", metadata={"help": "architecture: resnet8x4, vgg8, timm:NAME, ..."})
+    method_settings: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "settings of methods for this pair, each NAME:setting=value:..., where --method leaves them open"
+        },
+    )
 
 
 @dataclass
@@ -80,6 +86,11 @@ class ImageTrainingArguments(KDTrainingArguments):
     )
     alpha: float = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
     temperature: float = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
+
+    @property
+    def views(self) -> int:
+        """Of each image in a batch."""
+        return 2 if self.strong_views else 1
 
     def __post_init__(self) -> None:
         if self.label_smoothing_factor:

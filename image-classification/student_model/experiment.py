@@ -61,6 +61,12 @@ class Experiment:
                 f"{images} training images do not fill a batch of {batch}: pass a smaller "
                 "--per_device_train_batch_size, or --dataloader_drop_last false"
             )
+        last = batch if training.dataloader_drop_last else images % batch or batch
+        if last * training.views == 1:  # those on pooled features would raise, those on maps see one image alone
+            raise UserError(
+                f"{images} training images leave a batch of a single one, too few for batch norms: pass another "
+                "--per_device_train_batch_size, or --dataloader_drop_last true"
+            )
         name = re.sub(r"[^\w-]+", "_", method)  # a method's settings have colons
         training.output_dir = training.output_dir or f"runs/image-classification/{name}"
         self.method, self.args, self.data = method, training, data

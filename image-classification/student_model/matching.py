@@ -33,8 +33,10 @@ class FeatureMatch(nn.Module):
     Of two maps of different size the larger is averaged down to the smaller.
 
     Args:
-        projector: what the student's map goes through first; it trains with the student and never ships.
+        projector: what the student's map goes through; it trains with the student and never ships.
         only_where_right: the mean is over those samples alone for which the teacher is right.
+        projector_resizes: the projector takes the student's map in its size and changes that itself; what it returns
+            and the teacher's map are then averaged down. Otherwise it takes what was averaged down.
     """
 
     def __init__(
@@ -44,18 +46,22 @@ class FeatureMatch(nn.Module):
         loss: Callable[..., Tensor],
         projector: nn.Module | None = None,
         only_where_right: bool = False,
+        projector_resizes: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.teacher_name, self.loss = name, teacher_name, loss
         self.projector = projector
         self.only_where_right = only_where_right
+        self.projector_resizes = projector_resizes
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         assert student.features and teacher and teacher.features, "feature matching needs a teacher's features"
         own, target = student.features[self.name], teacher.features[self.teacher_name]
+        if self.projector is not None and self.projector_resizes:
+            own = self.projector(own)
         size = min(own.shape[-1], target.shape[-1])
         own, target = (x if x.shape[-1] == size else F.adaptive_avg_pool2d(x, size) for x in (own, target))
-        if self.projector is not None:
+        if self.projector is not None and not self.projector_resizes:
             own = self.projector(own)
         return self.loss(own, target, teacher_is_right(teacher, labels) if self.only_where_right else None)
 
@@ -76,6 +82,22 @@ def share_masked(student: Outputs, teacher: Outputs | None, labels: Tensor | Non
 
 def stage_paths(model: ImageClassifier) -> list[str]:
     return [f"backbone.{path}" for path in model.backbone.stages]
+
+
+def last_stage(model: ImageClassifier) -> str:
+    """The feature that the distillation toolboxes call the last map: that of the last stage.
+
+    It is before the last 1x1 convolution of MobileNetV2 and ShuffleNetV2 and before the last batch norm and ReLU of
+    wide ResNets; in the other families of these toolboxes it is `map`, which the head averages. For a network of
+    timm's it is the last feature that timm names, or `map` where it names none.
+    """
+    paths = stage_paths(model)
+    return paths[-1] if paths else "map"
+
+
+def hooked(*features: str) -> dict[str, str]:
+    """{feature: path} of those features that hooks have to record; `map` and `pooled` are outputs of the model."""
+    return {name: name for name in features if name not in ("map", "pooled")}
 
 
 def pre_activations(model: ImageClassifier) -> list[PreActivation]:

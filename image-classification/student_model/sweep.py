@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from common.cli import save_recipe
-from common.methods import Method, chosen, flags_of
+from common.methods import Method, chosen, filled, flags_of, refuse_same_methods
 from common.objective import Objective, task_loss
 from common.results import RECIPE
 from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, refuse_other_arguments, starts_over
@@ -68,7 +68,10 @@ def sweep(
         raise UserError("students side by side would be coupled by clipping: --max_grad_norm must be 0")
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
-    refuse_unheard_flags(axes.methods, training)
+    methods = [for_pair(spec, pair) for spec in axes.methods]
+    refuse_unheard_flags(methods, training)
+    refuse_same_methods((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
+    axes = replace(axes, methods=methods)
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
         refuse_uncounted(data, training)
@@ -208,12 +211,17 @@ def student_of(
         student = new_classifier(architecture, data.config)
     if cell.method in CONTROLS:
         return student, Method(Objective(task=(1.0, task_loss())))
-    return student, method_of(cell.method, args)(Pair(student, teacher, data))
+    return student, method_of(cell.method, args)(Pair(student, teacher, data, args.views))
+
+
+def for_pair(spec: str, pair: PairArguments) -> str:
+    """NAME[:setting=value]..., or what stands for no method, with the pair's settings where it leaves them open."""
+    return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_settings, METHODS)
 
 
 def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Method]:
     """The method NAME[:setting=value]...; what depends on the batch is given its size."""
-    batch = args.per_device_train_batch_size * (2 if args.strong_views else 1)
+    batch = args.per_device_train_batch_size * args.views
     return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.outputs import Outputs
+from common.utils.errors import UserError
 from image_classification.teacher_model.backbones import build_backbone
 from image_classification.teacher_model.projector import Projector
 
@@ -23,7 +25,8 @@ class ImageClassifierConfig(PreTrainedConfig):
 
     architecture: name of a backbone (`resnet8x4`, `timm:resnet18`).
     image_size, mean, std: what its inputs are: square, pixels between 0 and 1 less `mean`, divided by `std`.
-    projector: arguments of `Projector`, for a student that reuses its teacher's head.
+    projector: arguments of `Projector`, for a student that reuses its teacher's head. As in SimKD, the projector reads
+        the map of the last stage: the backbone has no last 1x1 convolution (`Backbone.last`).
     bottleneck: arguments of `DiscreteKeyValueBottleneck` other than width and outputs, where the head is one.
     """
 
@@ -42,7 +45,45 @@ class ImageClassifierConfig(PreTrainedConfig):
         return [names[i] for i in sorted(names)]
 
 
-class ImageClassifier(PreTrainedModel):
+class CompleteModel(PreTrainedModel):
+    """A model that loads only weights which are complete and fit it.
+
+    transformers leaves a weight that a file lacks as it was initialized, with a warning, and describes one of another
+    shape in a table and a traceback. Here both are a UserError of one line, unless `ignore_mismatched_sizes` is set.
+    """
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        wants_info = kwargs.pop("output_loading_info", False)
+        strict = not kwargs.pop("ignore_mismatched_sizes", False)
+        verbosity = logging.get_verbosity()
+        if strict:
+            logging.set_verbosity_error()  # the table
+        try:
+            loaded: Any = super().from_pretrained(
+                folder, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        model, info = loaded
+        wrong = [
+            f"{len(info[kind])} {words}, such as {min(map(str, info[kind]))}"
+            for kind, words in (
+                ("missing_keys", "are missing"),
+                ("unexpected_keys", "are unknown"),
+                ("mismatched_keys", "have another shape"),
+            )
+            if info[kind]
+        ]
+        if strict and wrong:
+            raise UserError(
+                f"the weights in {folder} do not fit the network of its config.json in this version of the project "
+                f"({'; '.join(wrong)}): train it again"
+            )
+        return (model, info) if wants_info else model
+
+
+class ImageClassifier(CompleteModel):
     """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
 
     Features: `map`, the map whose average the head sees, and `pooled`, that average. What is trained is what is
@@ -56,6 +97,8 @@ class ImageClassifier(PreTrainedModel):
     def __init__(self, config: ImageClassifierConfig) -> None:
         super().__init__(config)
         self.backbone = build_backbone(config.architecture)
+        if config.projector:
+            self.backbone.remove_last()
         width, classes = self.backbone.num_features, len(config.id2label or {})
         self.projector = None
         if config.projector:
@@ -66,6 +109,7 @@ class ImageClassifier(PreTrainedModel):
             self.head = DiscreteKeyValueBottleneck(width, classes, **config.bottleneck)
         else:
             self.head = nn.Linear(width, classes)
+            self.backbone.initialize_head(self.head)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -9,7 +9,8 @@ from image_classification.teacher_model.backbones.base import initialize
 class Projector(nn.Module):
     """Maps (batch, in_channels, h, w) -> (batch, out_channels, h', w') (Chen et al., CVPR 2022, arXiv:2203.14001).
 
-    1x1, 3x3 and 1x1 convolutions with batch norm, `out_channels // factor` channels in between.
+    1x1, 3x3 and 1x1 convolutions with batch norm, `out_channels // factor` channels in between. Unlike in the authors'
+    code, which leaves them as PyTorch initializes them, the convolutions begin with He's normal initialization.
 
     Args:
         factor: f of the paper; 2 adds 214,016 parameters from 256 to 256 channels, 8 only 26,240.

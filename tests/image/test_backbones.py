@@ -1,5 +1,8 @@
 """Backbones: the published sizes and shapes, maps that stay as recorded, folding, saving, and weights from timm."""
 
+import copy
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import torch
 from image_networks import assert_alike, randomize_norms
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
 from common.utils.errors import UserError
+from image_classification.student_model.matching import MapShape, last_stage, probe
 from image_classification.teacher_model.backbones import COMMON, build_backbone
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from image_classification.teacher_model.folding import frozen
@@ -27,17 +32,20 @@ NETWORKS: dict[str, tuple[int, int, int, int, list[tuple[int, int]]]] = {
     "resnet18": (11_220_132, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4)]),
     "resnet34": (21_328_292, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4)]),
     "resnet50": (23_705_252, 2048, 4, 1, [(256, 32), (512, 16), (1024, 8), (2048, 4)]),
+    "resnet14x2": (703_732, 128, 8, 2, [(32, 32), (64, 16), (128, 8)]),
+    "resnet38x2": (2_255_604, 128, 8, 2, [(32, 32), (64, 16), (128, 8)]),
+    "resnet110x2": (6_911_220, 128, 8, 2, [(32, 32), (64, 16), (128, 8)]),
     "resnet8x4": (1_233_540, 256, 8, 2, [(64, 32), (128, 16), (256, 8)]),
     "resnet32x4": (7_433_860, 256, 8, 2, [(64, 32), (128, 16), (256, 8)]),
     "wrn_16_2": (703_284, 128, 8, 2, [(32, 32), (64, 16), (128, 8)]),
     "wrn_16_4": (2_772_020, 256, 8, 2, [(64, 32), (128, 16), (256, 8)]),
     "wrn_40_1": (569_780, 64, 8, 2, [(16, 32), (32, 16), (64, 8)]),
     "wrn_40_2": (2_255_156, 128, 8, 2, [(32, 32), (64, 16), (128, 8)]),
-    "vgg8": (3_965_028, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
-    "vgg11": (9_277_284, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
-    "vgg13": (9_462_180, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
-    "vgg16": (14_774_436, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
-    "vgg19": (20_086_692, 512, 4, 1, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg8": (3_965_028, 512, 4, 1, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg11": (9_277_284, 512, 4, 1, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg13": (9_462_180, 512, 4, 1, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg16": (14_774_436, 512, 4, 1, [(128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg19": (20_086_692, 512, 4, 1, [(128, 16), (256, 8), (512, 4), (512, 4)]),
     "mobilenetv2": (812_836, 1280, 2, 1, [(12, 16), (16, 8), (48, 4), (160, 2)]),
     "mobilenetv2x1.0": (2_353_060, 1280, 2, 1, [(24, 16), (32, 8), (96, 4), (320, 2)]),
     "shufflenetv1": (949_258, 960, 4, 1, [(240, 16), (480, 8), (960, 4)]),
@@ -81,6 +89,106 @@ def test_published_sizes_and_shapes(name: str) -> None:
         assert found == [(width, pixels, pixels) for width, pixels in stages]
         assert backbone(images(8)).shape == (2, channels, size_of_8, size_of_8)
         assert bool((backbone(images(12)) >= 0).all()), "the last map is after a ReLU"
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "positive"),
+    [  # feat_s[-2] of RepDistiller's and mdistiller's networks for images of 32 pixels, by hand from their code
+        ("resnet8x4", 256, 8, True),
+        ("resnet50", 2048, 4, True),
+        ("wrn_16_2", 128, 8, False),  # before the last batch norm and ReLU
+        ("vgg8", 512, 4, True),
+        ("mobilenetv2", 160, 2, False),  # before the 1x1 convolution to 1280 channels; a linear bottleneck
+        ("shufflenetv1", 960, 4, True),
+        ("shufflenetv2", 464, 4, True),  # before the 1x1 convolution to 1024
+        ("shufflenetv2x1.5", 704, 4, True),
+    ],
+)
+def test_the_last_map_of_the_toolboxes(name: str, channels: int, size: int, positive: bool) -> None:
+    model = classifier(name)
+    path = last_stage(model)
+    assert probe(model, [path], images())[path] == MapShape(channels, size, positive)
+    assert path == f"backbone.{model.backbone.stages[-1]}"
+
+
+@pytest.mark.parametrize(("name", "channels", "size"), [("mobilenetv2", 160, 2), ("shufflenetv2x1.5", 704, 4)])
+def test_without_its_last_convolution_a_backbone_returns_the_map_of_its_last_stage(
+    name: str, channels: int, size: int
+) -> None:
+    whole = classifier(name).backbone
+    cut = copy.deepcopy(whole)
+    cut.remove_last()
+    assert cut.num_features == channels and not any(key.startswith("last") for key in cut.state_dict())
+    recorded: list[Tensor] = []
+    whole.get_submodule(whole.stages[-1]).register_forward_hook(lambda module, x, y: recorded.append(y))
+    with torch.no_grad():
+        x = images()
+        whole(x)
+        assert cut(x).shape == (2, channels, size, size)
+        torch.testing.assert_close(cut(x), recorded[0], rtol=0, atol=0)
+    plain = classifier("resnet8").backbone
+    plain.remove_last()
+    assert plain.num_features == 64
+
+
+def test_weights_begin_as_in_the_toolboxes():
+    """Standard deviations: sqrt(2 / (k * k * out)) of He's; 1 / sqrt(3 * fan in) of PyTorch's convolutions, whose
+    uniform distribution reaches to 1 / sqrt(fan in); 0.01 or PyTorch's of the heads.
+    """
+    he, pytorch = (lambda conv: math.sqrt(2 / (conv.kernel_size[0] ** 2 * conv.out_channels))), None
+    for name, expected, deviation, bias in (
+        ("resnet20", he, 1 / math.sqrt(3 * 64), False),
+        ("wrn_16_2", he, 1 / math.sqrt(3 * 128), True),
+        ("vgg8", he, 0.01, True),
+        ("mobilenetv2", he, 0.01, True),
+        ("shufflenetv1", pytorch, 1 / math.sqrt(3 * 960), False),
+        ("shufflenetv2", pytorch, 1 / math.sqrt(3 * 1024), False),
+    ):
+        torch.manual_seed(0)
+        model = new_classifier(name, {"num_labels": 100})
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 8000]
+        assert convolutions, name
+        for conv in convolutions:
+            fan_in = conv.weight[0].numel()
+            wanted = expected(conv) if expected else 1 / math.sqrt(3 * fan_in)
+            assert conv.weight.std().item() == pytest.approx(wanted, rel=0.1), name
+            assert conv.bias is None or not conv.bias.any(), name
+        assert model.head.weight.std().item() == pytest.approx(deviation, rel=0.1), name
+        assert (not model.head.bias.any()) == bias, name
+
+
+def changed(folder: Path, **values: Any) -> Path:
+    """The folder of a saved classifier, whose config.json has other values."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architecture": "vgg11"}, "are missing, such as backbone.layer2.1.0.bias"),  # more convolutions, no others
+        ({"architecture": "resnet8"}, "are missing"),
+        ({"architecture": "resnet20"}, "are missing"),
+        ({"id2label": {0: "a"}, "label2id": {"a": 0}}, r"2 have another shape, such as \('head.bias'"),
+        ({"projector": {"out_channels": 512}}, "are missing, such as projector"),
+    ],
+)
+@pytest.mark.parametrize("load", [ImageClassifier, AutoModelForImageClassification])
+def test_weights_of_another_network_are_one_line(
+    load: Any, values: dict[str, Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    classifier("vgg8", num_labels=5).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load.from_pretrained(changed(tmp_path, **values))
+    assert "\n" not in str(caught.value) and "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_weights_for_other_classes_load_where_that_is_asked_for(tmp_path: Path) -> None:
+    classifier("vgg8", num_labels=5).save_pretrained(tmp_path)
+    folder = changed(tmp_path, id2label={0: "a"}, label2id={"a": 0})
+    model, info = ImageClassifier.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert model.head.out_features == 1 and len(info["mismatched_keys"]) == 2
 
 
 def test_common_names_are_tested() -> None:

@@ -11,7 +11,7 @@ import yaml
 from image_pairs import both_say, noise
 from paths import REPO
 
-from common.methods import chosen, settings_of
+from common.methods import chosen, filled, refuse_same_methods, settings_of
 from common.objective import Scheduled
 from common.utils.errors import UserError
 from image_classification.student_model.methods import METHODS, Pair
@@ -75,6 +75,32 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
     assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"srrl", "reviewkd"}))  # they normalize pooled features
+def test_it_is_finite_in_a_batch_of_one(name):
+    pair = new_pair()
+    method = METHODS[name](pair)
+    own, said = both_say(method, pair, pair.images[:1])
+    parts = method.objective(own, said, torch.zeros(1, dtype=torch.long))
+    sum(parts.values()).backward()
+    assert all(part.isfinite() for part in parts.values()), parts
+    assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
+    pair = new_pair(classes=classes)
+    if name in {1: ("dkd", "dkd_ls", "wkd", "lskd", "mlkd_ls", "crd"), 2: ("dkd", "dkd_ls", "wkd")}[classes]:
+        with pytest.raises(UserError, match=r"at least \d classes|all training images are of one") as caught:
+            METHODS[name](pair)
+        assert "\n" not in str(caught.value)
+        return
+    method = METHODS[name](pair)
+    own, said = both_say(method, pair, pair.images)
+    parts = method.objective(own, said, torch.arange(len(pair.images)) % classes)
+    assert all(part.isfinite() for part in parts.values()), parts
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_weights_and_memories_are_checkpointed(name):
     """What a new objective of the same method needs to go on is in the state of the old one."""
@@ -99,12 +125,13 @@ def test_it_has_a_docstring_with_its_paper_and_a_recipe(name):
 
 
 def test_settings_are_checked():
-    assert settings_of(METHODS["kd"]) == {"alpha": float, "temperature": float}
+    assert list(settings_of(METHODS["kd"])) == ["alpha", "temperature"]
     assert chosen("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
     assert chosen("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
         "alpha": 0.3,
         "temperature": 1.5,
     }
+    assert chosen("catkd:normalized=True", METHODS).keywords == {"normalized": True}
     for spec, complaint in (
         ("kdd", "did you mean kd?"),
         ("kd:alphas=1", "no setting 'alphas'; did you mean alpha?"),
@@ -116,9 +143,64 @@ def test_settings_are_checked():
         ("sp:weight=-1", "sp: weight=-1 is out of range, give a number from 0 on"),
         ("sp:weight=nan", "sp: weight=nan is out of range"),
         ("pkt:weight=inf", "pkt: weight=inf is out of range"),
+        ("kd:alpha=7", "kd: alpha=7 is out of range, give a share between 0 and 1"),
+        ("kd:alpha=nan", "kd: alpha=nan is out of range"),
+        ("kd:temperature=inf", "kd: temperature=inf is out of range, give a number above 0"),
+        ("kd:temperature=1e999", "kd: temperature=inf is out of range"),
+        ("ctkd:alpha=-0.1", "ctkd: alpha=-0.1 is out of range"),
+        ("ctkd:curriculum=0", "ctkd: curriculum=0 is out of range, give a share above 0 and at most 1"),
+        ("crd:momentum=1", "crd: momentum=1 is out of range, give a share from 0 to below 1"),
+        ("crd:negatives=0", "crd: negatives=0 is out of range"),
+        ("semckd:batch=0", "semckd: batch=0 is out of range"),
+        ("catkd:size=2.5", "catkd: size=2.5 is none"),
+        ("catkd:normalized=maybe", "catkd: normalized=maybe is none, give a value such as normalized=true"),
+        ("sp:weight=1_0", "sp: weight=1_0 is none"),
+        ("dkd:beta=2:beta=3", "dkd: beta is set twice, to 2 and to 3: set it once"),
+        ("mlkd:views=2", "mlkd has no setting 'views'"),
     ):
-        with pytest.raises(UserError, match=complaint.replace("?", r"\?")):
+        with pytest.raises(UserError, match=complaint.replace("?", r"\?")) as caught:
             chosen(spec, METHODS)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="kd: alpha=nan is out of range"):  # as flags give it
+        chosen("kd", METHODS, alpha=float("nan"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
+def test_no_setting_of_any_method_takes_what_is_no_number_or_negative(name, value):
+    for setting in settings_of(METHODS[name]):
+        with pytest.raises(UserError, match=f"method {name}: {setting}={value}"):
+            chosen(f"{name}:{setting}={value}", METHODS)
+
+
+def test_settings_of_a_pair_fill_what_a_spec_leaves_open():
+    published = ["dkd:beta=6", "dkd_ls:alpha=15:beta=30"]
+    assert filled("dkd", published, METHODS) == "dkd:beta=6"
+    assert filled("dkd:alpha=2", published, METHODS) == "dkd:beta=6:alpha=2"
+    assert filled("dkd_ls:beta=1", published, METHODS) == "dkd_ls:alpha=15:beta=1"
+    assert filled("kd", published, METHODS) == "kd"
+    for wrong, complaint in (
+        (["dkd:beta=6", "dkd:alpha=2"], "two entries for dkd"),
+        (["dkdd:beta=6"], "no method 'dkdd'"),
+        (["dkd:gamma=6"], "no setting 'gamma'"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            filled("kd", wrong, METHODS)
+
+
+def test_one_method_under_two_spellings_is_refused():
+    def of(*specs):
+        return [(spec, chosen(spec, METHODS, alpha=0.1)) for spec in specs]
+
+    refuse_same_methods(of("kd", "kd:temperature=2", "lskd", "dkd:beta=2", "dkd:beta=3", "mlkd", "mlkd_ls"))
+    for first, second in (
+        ("dkd", "dkd:beta=8"),
+        ("dkd:beta=2:alpha=3", "dkd:alpha=3.0:beta=2"),
+        ("kd", "kd:alpha=0.1"),
+        ("sp:weight=1e3", "sp:weight=1000"),
+    ):
+        with pytest.raises(UserError, match=f"{first} and {second} are the same method"):
+            refuse_same_methods(of(first, second))
 
 
 def test_what_changes_in_the_course_of_a_training_is_told_how_much_of_it_is_done():

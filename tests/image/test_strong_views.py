@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pictures import large, photos_in, pixels
+from PIL import Image, ImageEnhance, ImageOps
 from scripts import run_script
 
 from common.utils.errors import UserError
 from common.utils.files import read_json
+from image_classification.data import strong_views
 from image_classification.data.loading import load_image_data
-from image_classification.data.strong_views import StrongViews, cut_out
+from image_classification.data.strong_views import AUGMENTATIONS, StrongViews, cut_out, draw_changes
 from image_classification.data.views import Views
 
 CPU = torch.device("cpu")
@@ -22,7 +25,7 @@ def views_of(kind: type[Views], channels: int = 3, seed: int = 0) -> Views:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_batch_holds_the_usual_views_and_then_the_same_images_changed(channels):
+def test_a_batch_holds_the_usual_views_and_then_other_crops_of_the_same_images_changed(channels):
     weak, both = views_of(Views, channels), views_of(StrongViews, channels)
     for epoch in (0, 3):
         weak.set_epoch(epoch)
@@ -32,8 +35,26 @@ def test_a_batch_holds_the_usual_views_and_then_the_same_images_changed(channels
         assert torch.equal(batch["pixel_values"][:3], usual["pixel_values"])
         assert batch["sample_id"].tolist() == [4, 1, 7] * 2 and batch["labels"].tolist() == [0, 1, 3] * 2
         changed = (batch["pixel_values"][3:] != usual["pixel_values"]).flatten(1).any(1)
-        assert changed.all(), "at the least a square is cut out"
+        assert changed.all()
         assert "view" not in batch
+
+
+def test_crops_of_the_two_views_are_drawn_apart(monkeypatch):
+    """Without operations and cutout a strong view is a crop: of 50 a share of 1 in 50 is the weak one by chance."""
+    monkeypatch.setattr(strong_views, "OPERATIONS", 0)
+    monkeypatch.setattr(strong_views, "CUT_OUT", 0.0)
+    images = torch.from_numpy(pixels(60, 16, 16, 3))
+    kind = [0.5] * 3, [0.25] * 3, 2, True
+    views, plain = (k(images, torch.zeros(60, dtype=torch.long), *kind) for k in (StrongViews, Views))
+    assert views.number_of_views == 50
+    batch = views.__getitems__(list(range(60)))["pixel_values"]
+    same, numbers = (batch[:60] == batch[60:]).flatten(1).all(1), []
+    assert same.sum() < 6
+    for i in range(60):
+        crops = plain.normalized(plain.crop(torch.full((50,), i), torch.arange(50)))
+        (found,) = (crops == batch[60 + i]).flatten(1).all(1).nonzero()
+        numbers.append(found.item())
+    assert len(set(numbers)) > 25, "each is one of the 50 crops, and most of them occur"
 
 
 def test_a_strong_view_depends_on_seed_epoch_and_image_alone():
@@ -49,15 +70,68 @@ def test_a_strong_view_depends_on_seed_epoch_and_image_alone():
     assert not torch.equal(alone["pixel_values"][1], views.__getitems__([5])["pixel_values"][1])
 
 
-def test_cutout_is_a_square_of_up_to_half_the_width():
-    torch.manual_seed(0)
-    widths = set()
-    for _ in range(100):
-        cut = (cut_out([7])(torch.zeros(1, 32, 32, dtype=torch.uint8))[0] == 7).nonzero()
-        height, width = (cut.max(0).values - cut.min(0).values + 1).tolist()
-        assert height == width and len(cut) == height * width
-        widths.add(width)
-    assert min(widths) < 6 and 13 < max(widths) <= 16
+def test_magnitudes_are_random_and_within_the_published_ranges():
+    """The ranges of MLKD's RandAugment, as its code lists them."""
+    ranges = sorted((low, high) for _, low, high in AUGMENTATIONS)
+    assert ranges == sorted([(0, 0)] * 3 + [(0.05, 0.95)] * 4 + [(4, 8), (-30, 30), (0, 256)] + [(-0.3, 0.3)] * 4)
+    generator, drawn = torch.Generator().manual_seed(0), {}
+    for _ in range(600):
+        changes = draw_changes(generator)
+        assert len(changes) == 2
+        for change in changes:
+            operation, magnitude = change.args
+            drawn.setdefault(operation, []).append(magnitude)
+    assert drawn.keys() == {operation for operation, _, _ in AUGMENTATIONS}
+    for operation, low, high in AUGMENTATIONS:
+        found = drawn[operation]
+        assert 40 < len(found) < 140, "all operations are as likely"
+        assert low <= min(found) <= max(found) <= high
+        assert max(found) - min(found) >= 0.8 * (high - low)
+
+
+def test_each_operation_is_pillows():
+    """What MLKD's code calls of Pillow, with the same magnitude, up to rounding by one of 255 and to edges."""
+    image = torch.from_numpy(pixels(1, 16, 16, 3)[0]).permute(2, 0, 1)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    named = {
+        "autocontrast": lambda v: ImageOps.autocontrast(picture),
+        "brightness": lambda v: ImageEnhance.Brightness(picture).enhance(v),
+        "colour": lambda v: ImageEnhance.Color(picture).enhance(v),
+        "contrast": lambda v: ImageEnhance.Contrast(picture).enhance(v),
+        "equalize": lambda v: ImageOps.equalize(picture),
+        "identity": lambda v: picture,
+        "posterize": lambda v: ImageOps.posterize(picture, int(v)),
+        "rotate": lambda v: picture.rotate(v),
+        "sharpness": lambda v: ImageEnhance.Sharpness(picture).enhance(v),
+        "shear_x": lambda v: picture.transform((16, 16), Image.Transform.AFFINE, (1, v, 0, 0, 1, 0)),
+        "shear_y": lambda v: picture.transform((16, 16), Image.Transform.AFFINE, (1, 0, 0, v, 1, 0)),
+        "solarize": lambda v: ImageOps.solarize(picture, v),
+        "translate_x": lambda v: picture.transform((16, 16), Image.Transform.AFFINE, (1, 0, -v * 16, 0, 1, 0)),
+        "translate_y": lambda v: picture.transform((16, 16), Image.Transform.AFFINE, (1, 0, 0, 0, 1, -v * 16)),
+    }
+    for (operation, low, high), (name, expected) in zip(AUGMENTATIONS, named.items(), strict=True):
+        for share in (0.25, 0.75):  # a quarter of 16 pixels times 0.6 is no half of a pixel
+            magnitude = low + share * (high - low)
+            if name.startswith("translate"):
+                magnitude = round(16 * magnitude) / 16  # Pillow would round to the nearest pixel, either way
+            found = operation(image, magnitude).permute(1, 2, 0).numpy().astype(int)
+            gap = abs(found - np.asarray(expected(magnitude)).astype(int)).max(2)
+            assert (gap > 2).mean() < 0.15, (name, magnitude)
+
+
+def test_cutout_is_a_square_of_up_to_half_the_width_that_the_border_may_cut():
+    generator, sides, cut = torch.Generator().manual_seed(0), set(), 0
+    for _ in range(300):
+        image = cut_out(torch.zeros(1, 32, 32, dtype=torch.uint8), torch.tensor([7], dtype=torch.uint8), generator)
+        filled = (image[0] == 7).nonzero()
+        if len(filled):
+            height, width = (filled.max(0).values - filled.min(0).values + 1).tolist()
+            assert len(filled) == height * width and max(height, width) <= 16
+            at_border = filled.max() == 31
+            assert height == width or at_border
+            cut += height != width
+            sides.add(max(height, width))
+    assert min(sides) < 3 and max(sides) > 14 and cut > 10
 
 
 @pytest.mark.parametrize("script, words", [("train_simkd.py", []), ("train_student.py", ["--method", "kd"])])

@@ -12,6 +12,7 @@ from common.logit_methods import LOGIT_METHODS
 from common.methods import Method
 from common.objective import Objective, Terms
 from common.relation_methods import RELATION_METHODS
+from image_classification.student_model.matching import hooked
 from image_classification.student_model.methods.crd import crd
 from image_classification.student_model.methods.heads import catkd, srrl
 from image_classification.student_model.methods.many_to_one import norm
@@ -23,11 +24,15 @@ from image_classification.student_model.methods.stages import attention, fitnet,
 
 
 def for_images(method: Callable[..., Terms], logits_only: bool) -> Callable[..., Method]:
-    """A method of every domain, of a pair of image classifiers."""
+    """A method of every domain, of a pair of image classifiers. `logits_only`: it needs no features of theirs."""
 
     @wraps(method)  # which shows its settings
     def build(pair: Pair, **settings: Any) -> Method:
-        return Method(Objective(**method(pair.task, **settings)), logits_only=logits_only)
+        objective = Objective(**method(pair.task, **settings))
+        if logits_only:
+            return Method(objective, logits_only=True)
+        own, target = pair.last_stages
+        return Method(objective, hooked(own), hooked(target))
 
     return build
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.losses import noise_contrastive
 from common.losses.shared import product, unit
-from common.methods import Method
+from common.methods import Method, Positive, ShareBelowOne
 from common.objective import Objective, task_loss
 from common.outputs import Outputs
 from common.utils.devices import process
@@ -24,17 +24,16 @@ def crd(
     weight: float = 0.8,
     negatives: int = 16384,
     width: int = 128,
-    temperature: float = 0.07,
-    momentum: float = 0.5,
+    temperature: Positive = 0.07,
+    momentum: ShareBelowOne = 0.5,
 ) -> Method:
     """Contrastive representation distillation (CRD, Tian et al., arXiv:1910.10699), beside the labels.
 
     Embeddings of both networks' pooled features, learnt with the student, are to be alike for one image and unlike for
     `negatives` images of other classes (or as many as there are). Those are remembered from earlier batches: two
-    memories of `width` numbers for each training image, which are checkpointed and never ship.
+    memories of `width` numbers for each training image, which are checkpointed and never ship. They begin as random
+    vectors of length 1, where the authors' are of about that length.
     """
-    if negatives < 1 or width < 1 or temperature <= 0 or not 0 <= momentum < 1:
-        raise UserError("crd needs positive negatives, width and temperature, and 0 <= momentum < 1")
     widths = pair.task.student_width, pair.task.teacher_width
     contrast = Contrast(widths, pair.data.splits["train"].labels, negatives, width, temperature, momentum)
     return Method(Objective(task=(1.0, task_loss()), contrast=(weight, contrast)))

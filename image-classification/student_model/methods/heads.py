@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.losses import feature_l2
-from common.losses.shared import product
+from common.losses.shared import product, unit
 from common.methods import Method
 from common.objective import Objective, task_loss
 from common.outputs import Outputs
@@ -21,19 +21,25 @@ from image_classification.teacher_model.classifier import ImageClassifier
 
 def srrl(pair: Pair, *, weight: float = 1.0) -> Method:
     """Pooled features, and what the teacher's head makes of them (Yang et al., Knowledge distillation via softmax
-    regression representation learning, ICLR 2021), beside the labels. The teacher needs a linear head.
+    regression representation learning, ICLR 2021), and the labels' cross-entropy. The teacher needs a linear head.
+
+    This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 is quoted
+    in the recipe, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the
+    teacher's map is after one, which it is in all of that toolbox's networks.
     """
     own, target = pair.shapes([], [])
     term = SoftmaxRegression(regressor(own["map"].channels, target["map"]), linear_head(pair.teacher))
     return Method(Objective(task=(1.0, task_loss()), regression=(weight, term)))
 
 
-def catkd(pair: Pair, *, weight: float = 15.0, size: int = 2) -> Method:
-    """Class activation maps, averaged down to `size` pixels and not normalized (CAT-KD, Guo et al., arXiv:2304.12777),
-    beside the labels. The published weight is that of ResNet32x4 -> ResNet8x4: the loss grows with the networks'
-    logits. Both networks need linear heads; the authors' have no bias.
+def catkd(pair: Pair, *, weight: float = 15.0, size: int = 2, normalized: bool = False) -> Method:
+    """Class activation maps, averaged down to `size` pixels (CAT-KD, Guo et al., arXiv:2304.12777), and the labels'
+    cross-entropy. `normalized`: each class's map is scaled to length 1, as the authors do for some pairs.
+
+    The defaults are those of ResNet32x4 -> ResNet8x4; the authors change all three by pair, as the loss grows with the
+    networks' logits. Both networks need linear heads, which have a bias; the authors' have none.
     """
-    maps = ClassActivations(linear_head(pair.student), linear_head(pair.teacher), size)
+    maps = ClassActivations(linear_head(pair.student), linear_head(pair.teacher), size, normalized)
     return Method(Objective(task=(1.0, task_loss()), class_maps=(weight, FeatureMatch("map", "map", maps))))
 
 
@@ -78,21 +84,25 @@ class ClassActivations(nn.Module):
         student_head: trained where it is, in the student; the loss reaches it.
         teacher_head: of whose weight a copy is kept that is neither trained nor saved.
         size: to which the maps are averaged down, where they are larger.
+        normalized: scales each class's map to length 1 after that.
     """
 
     teacher_weight: Tensor
     reads_student = True  # its weights, which under --fsdp are another copy's
 
-    def __init__(self, student_head: nn.Linear, teacher_head: nn.Linear, size: int) -> None:
+    def __init__(self, student_head: nn.Linear, teacher_head: nn.Linear, size: int, normalized: bool = False) -> None:
         super().__init__()
         self.of_student = (student_head,)  # in a tuple it is no submodule, so that it stays the student's alone
         self.register_buffer("teacher_weight", teacher_head.weight.detach().clone(), persistent=False)
-        self.size = size
+        self.size, self.normalized = size, normalized
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         size = min(self.size, student.shape[-1])
         own = class_maps(student, self.of_student[0].weight, size)
-        return feature_l2(own, class_maps(teacher, self.teacher_weight, size), mask)
+        target = class_maps(teacher, self.teacher_weight, size)
+        if self.normalized:
+            own, target = unit(own), unit(target)
+        return feature_l2(own, target, mask)
 
 
 def class_maps(features: Tensor, weight: Tensor, size: int) -> Tensor:

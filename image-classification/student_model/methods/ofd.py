@@ -17,7 +17,8 @@ def ofd(pair: Pair, *, weight: float = 1e-3) -> Method:
     A stage counts half as much as the one behind it. The weight is small because differences are summed over a map and
     averaged over the batch alone, as in the authors' code. The teacher has to show its maps before their ReLU; a
     student of a family that does not is matched by the maps that its stages yield. Where one network has more stages,
-    its first ones are left out.
+    its first ones are left out. The teacher stays in evaluation mode, as in the paper; mdistiller's runs on the
+    statistics of each batch.
     """
     pairs = deepest_pairs(maps_before_relu(pair.student), pre_activations(pair.teacher))
     own, target = [path for path, _ in pairs], [wanted.path for _, wanted in pairs]

@@ -14,17 +14,18 @@ from common.outputs import Outputs
 from common.utils.devices import best_device
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
-from image_classification.student_model.matching import MapShape, probe, some_images, stage_paths
+from image_classification.student_model.matching import MapShape, last_stage, probe, some_images, stage_paths
 from image_classification.teacher_model.classifier import ImageClassifier
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher before training, and the images that both will see."""
+    """Student and teacher before training, and the images that both will see, in so many views of each in a batch."""
 
     student: ImageClassifier
     teacher: ImageClassifier
     data: ImageData
+    views: int = 1
 
     @cached_property
     def images(self) -> Tensor:
@@ -44,6 +45,11 @@ class Pair:
             )
         return own, target
 
+    @property
+    def last_stages(self) -> tuple[str, str]:
+        """The student's and the teacher's feature that the toolboxes call the last map."""
+        return last_stage(self.student), last_stage(self.teacher)
+
     @cached_property
     def task(self) -> Task:
         own, target = self.shapes([], [])
@@ -51,9 +57,10 @@ class Pair:
             classes=len(self.data.label_names),
             student_width=own["map"].channels,
             teacher_width=target["map"].channels,
-            pooled=lambda loss: match_flat("pooled", loss),
-            last=lambda loss: match_flat("map", loss),
+            pooled=lambda loss: match_flat("pooled", "pooled", loss),
+            last=lambda loss: match_flat(*self.last_stages, loss),
             teacher_features=self._teacher_features,
+            views=self.views,
         )
 
     def _teacher_features(self) -> tuple[Tensor, Tensor]:
@@ -69,11 +76,11 @@ class Pair:
         return torch.stack(said["pooled"]), labels[rows]
 
 
-def match_flat(name: str, loss: FeatureLoss) -> Term:
-    """A loss between a feature of student and teacher, flattened to (batch, anything)."""
+def match_flat(name: str, teacher_name: str, loss: FeatureLoss) -> Term:
+    """A loss between a feature of the student and one of the teacher, flattened to (batch, anything)."""
 
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         assert student.features and teacher and teacher.features, "feature matching needs a teacher's features"
-        return loss(student.features[name].flatten(1), teacher.features[name].flatten(1))
+        return loss(student.features[name].flatten(1), teacher.features[teacher_name].flatten(1))
 
     return term

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.losses import attended_mean, stage_attention
 from common.losses.shared import product, unit
-from common.methods import Method
+from common.methods import Method, Positive
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
 from common.utils.errors import UserError
@@ -17,7 +17,9 @@ from image_classification.student_model.methods.pair import Pair
 from image_classification.teacher_model.backbones.layers import conv_norm
 
 
-def semckd(pair: Pair, *, weight: float = 400.0, kl: float = 1.0, temperature: float = 4.0, batch: int = 64) -> Method:
+def semckd(
+    pair: Pair, *, weight: float = 400.0, kl: float = 1.0, temperature: Positive = 4.0, batch: int = 64
+) -> Method:
     """Cross-layer distillation with semantic calibration (Chen et al., arXiv:2012.03236), beside labels and soft
     targets (of weight `kl`): each stage of the student follows all of the teacher's, through projections of its own,
     in proportions that attention gives them for each image.
@@ -48,8 +50,6 @@ class Calibration(nn.Module):
 
     def __init__(self, own: Mapping[str, int], target: Mapping[str, int], batch: int) -> None:
         super().__init__()
-        if batch < 1:
-            raise UserError(f"semckd:batch={batch}: it is a number of images")
         self.own, self.target, self.batch = list(own), list(target), batch
         self.queries = nn.ModuleList(embedding(batch) for _ in own)
         self.keys = nn.ModuleList(embedding(batch) for _ in target)

@@ -21,10 +21,16 @@ FIRST_VARIANCE, LEAST_VARIANCE = 5.0, 1e-5  # of VID
 
 
 def fitnet(pair: Pair, *, weight: float = 100.0) -> Method:
-    """A hint at the middle stage, through a regressor (Romero et al., arXiv:1412.6550), beside the labels."""
+    """A hint at the middle stage, through a regressor (Romero et al., arXiv:1412.6550), and the labels' cross-entropy.
+
+    As in the toolboxes, the regressor is a convolution, chosen by the two maps' sizes, and a batch norm. It differs in
+    three ways: it ends in a ReLU only where the teacher's map is after one (that of a wide ResNet is not), the
+    convolution begins with He's normal initialization, and it has no bias, which the batch norm would remove.
+    """
     own, target = _middle(stage_paths(pair.student)), _middle(stage_paths(pair.teacher))
     own_shapes, shapes = pair.shapes([own], [target])
-    hint = FeatureMatch(own, target, losses.feature_l2, regressor(own_shapes[own].channels, shapes[target]))
+    layers = hint_regressor(own_shapes[own], shapes[target])
+    hint = FeatureMatch(own, target, losses.feature_l2, layers, projector_resizes=True)
     return Method(Objective(task=(1.0, task_loss()), hint=(weight, hint)), {own: own}, {target: target})
 
 
@@ -68,11 +74,31 @@ class LearntVariance(nn.Module):
 
 def regressor(channels: int, wanted: MapShape) -> nn.Module:
     """A 1x1 convolution and batch norm to a teacher's channels, and a ReLU where its map is after one."""
-    layers = nn.Sequential(
-        nn.Conv2d(channels, wanted.channels, 1, bias=False),
-        nn.BatchNorm2d(wanted.channels),
-        nn.ReLU() if wanted.positive else nn.Identity(),
-    )
+    return _normalized(nn.Conv2d(channels, wanted.channels, 1, bias=False), wanted)
+
+
+def hint_regressor(own: MapShape, wanted: MapShape) -> nn.Module:
+    """A convolution from a student's map to the channels and the size of a teacher's, a batch norm, and a ReLU where
+    the teacher's map is after one.
+
+    Of stride 2 to half the size, transposed to twice the size, without padding to any other smaller size. Where the
+    teacher's map is larger by another factor, the student's keeps its size, and the teacher's is to be averaged down.
+    """
+    channels = own.channels, wanted.channels
+    conv: nn.Module
+    if own.size == 2 * wanted.size:
+        conv = nn.Conv2d(*channels, 3, stride=2, padding=1, bias=False)
+    elif 2 * own.size == wanted.size:
+        conv = nn.ConvTranspose2d(*channels, 4, stride=2, padding=1, bias=False)
+    elif own.size >= wanted.size:
+        conv = nn.Conv2d(*channels, 1 + own.size - wanted.size, bias=False)
+    else:
+        conv = nn.Conv2d(*channels, 3, padding=1, bias=False)
+    return _normalized(conv, wanted)
+
+
+def _normalized(conv: nn.Module, wanted: MapShape) -> nn.Module:
+    layers = nn.Sequential(conv, nn.BatchNorm2d(wanted.channels), nn.ReLU() if wanted.positive else nn.Identity())
     initialize(layers)
     return layers
 

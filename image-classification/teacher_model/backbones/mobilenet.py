@@ -7,7 +7,7 @@ do, although that adds no channels.
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, initialize
+from image_classification.teacher_model.backbones.base import Backbone, initialize, small_head
 from image_classification.teacher_model.backbones.layers import conv_norm
 
 STAGES = (  # rows of (expansion, channels at width 1, blocks, stride of the first of them)
@@ -58,9 +58,11 @@ class MobileNetV2(Backbone):
                     blocks.append(InvertedResidual(channels, out_channels, first_stride if i == 0 else 1, expansion))
                     channels = out_channels
             self.add_stage(*blocks)
-        self.num_features = int(1280 * max(1.0, width))
-        self.last = conv_norm(channels, self.num_features, kernel=1)
+        self.add_last(channels, int(1280 * max(1.0, width)))
         initialize(self)
 
+    def initialize_head(self, head: nn.Linear) -> None:
+        small_head(head)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.through_stages(self.stem(x)))
+        return self.through_stages(self.stem(x))

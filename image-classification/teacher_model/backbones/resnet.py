@@ -1,8 +1,8 @@
 """Residual networks for small images (He et al., arXiv:1512.03385), as the distillation papers use them.
 
 Of three stages (the paper's section 4.2), by a depth of 6n + 2 that counts the stem, two convolutions a block and the
-classifier: `resnet20` has stages of 16, 32 and 64 channels; `resnet32x4` and `resnet8x4` are four times as wide (stem
-32, stages 64, 128 and 256), `resnet38x2` twice.
+classifier: `resnet20` has stages of 16, 32 and 64 channels and a stem of 16; `resnet38x2` has stages twice as wide,
+`resnet32x4` and `resnet8x4` have stages four times as wide (64, 128 and 256) and a stem of 32.
 
 Of four stages (its table 1): `resnet18`, `resnet34` and `resnet50` are those for ImageNet but for the stem, a 3x3
 convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper's ResNet50 has three stages.
@@ -101,7 +101,7 @@ def three_stage_resnet(depth: int, width: int = 1) -> ResNet:
     if width < 1:
         raise ValueError(f"the width of a ResNet is at least 1, got {width}")
     channels = [16 * width, 32 * width, 64 * width]
-    return ResNet(BasicBlock, 32 if width > 1 else 16, channels, [(depth - 2) // 6] * 3)
+    return ResNet(BasicBlock, 32 if width >= 4 else 16, channels, [(depth - 2) // 6] * 3)
 
 
 def four_stage_resnet(depth: int) -> ResNet:

@@ -1,13 +1,14 @@
 """ShuffleNet for small images (Zhang et al., arXiv:1707.01083), as the distillation papers use it: `shufflenetv1`.
 
 It has the paper's three groups and its width of 1. Unlike the paper's network, its stem is a 1x1 convolution that
-keeps the size, no pooling follows, and there is a ReLU behind the depth-wise convolutions, too.
+keeps the size, no pooling follows, and there is a ReLU behind the depth-wise convolutions, too. As in the distillation
+toolboxes, its weights begin as PyTorch's do.
 """
 
 import torch
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
+from image_classification.teacher_model.backbones.base import Backbone, PreActivation
 from image_classification.teacher_model.backbones.layers import conv_norm
 
 STEM = 24
@@ -53,7 +54,6 @@ class ShuffleNetV1(Backbone):
             last.append(self.add_stage(first, *(ShuffleBlock(after, after, stride=1) for _ in range(blocks - 1))))
         self.pre_activations = [PreActivation(f"{block}.before_relu", f"{block}.expand.1") for block in last]
         self.num_features = CHANNELS[-1]
-        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.through_stages(self.stem(x))

@@ -1,13 +1,14 @@
 """ShuffleNetV2 for small images (Ma et al., arXiv:1807.11164), as the distillation papers use it.
 
 `shufflenetv2` is the paper's 1x; there are `shufflenetv2x0.5`, `shufflenetv2x1.5` and `shufflenetv2x2.0`. Unlike
-the paper's network, its stem is a 1x1 convolution that keeps the size, and no pooling follows.
+the paper's network, its stem is a 1x1 convolution that keeps the size, and no pooling follows. As in the distillation
+toolboxes, its weights begin as PyTorch's do.
 """
 
 import torch
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, initialize
+from image_classification.teacher_model.backbones.base import Backbone
 from image_classification.teacher_model.backbones.layers import conv_norm
 
 STEM = 24
@@ -68,12 +69,11 @@ class ShuffleNetV2(Backbone):
         super().__init__()
         if width not in CHANNELS:
             raise ValueError(f"the width of a ShuffleNetV2 is one of {', '.join(map(str, CHANNELS))}, got {width}")
-        *widths, self.num_features = CHANNELS[width]
+        *widths, last = CHANNELS[width]
         self.stem = conv_norm(3, STEM, kernel=1)
         for before, after, blocks in zip([STEM, *widths], widths, BLOCKS, strict=False):
             self.add_stage(DownsamplingBlock(before, after), *(Block(after) for _ in range(blocks - 1)))
-        self.last = conv_norm(widths[-1], self.num_features, kernel=1)
-        initialize(self)
+        self.add_last(widths[-1], last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.through_stages(self.stem(x)))
+        return self.through_stages(self.stem(x))

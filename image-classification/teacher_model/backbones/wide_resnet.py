@@ -46,5 +46,8 @@ class WideResNet(Backbone):
         self.num_features = widths[-1]
         initialize(self)
 
+    def initialize_head(self, head: nn.Linear) -> None:
+        nn.init.zeros_(head.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.through_stages(self.conv1(x))).relu()
