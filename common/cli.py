@@ -53,23 +53,29 @@ class Parser(HfArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
-        found, others = super().parse_known_args(args, namespace)
-        for action in self._actions:
-            values = getattr(found, action.dest, None)
-            for value in values if isinstance(values, list) else [values]:
-                if isinstance(value, str | Path) and value != action.default:
-                    self._check_words(action.dest, str(value))
+        words = list(sys.argv[1:] if args is None else args)
+        self._refuse_empty(words)
+        found, others = super().parse_known_args(words, namespace)
         try:
             check_ranges(vars(found), self.ranges)
         except ValueError as error:
             self.error(str(error))
         return found, others
 
-    def _check_words(self, dest: str, words: str) -> None:
-        if not words.strip():
-            self.error(f"--{dest} is empty: give it a value, or leave it out")
-        if "\0" in words:
-            self.error(f"--{dest} holds a null character")
+    def _refuse_empty(self, words: list[str]) -> None:
+        """An empty word, such as a variable of the shell that is not set, is no value, unless it is the default."""
+        flag = "an argument"
+        for word in words:
+            value = word
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                if not equals:
+                    continue
+            action = self.flag(flag.removeprefix("--"))
+            if not value.strip() and not (action is not None and action.default == ""):
+                self.error(f"{flag} is empty: give it a value, or leave it out")
+            if "\0" in value:
+                self.error(f"{flag} holds a null character")
 
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -92,7 +98,10 @@ class Parser(HfArgumentParser):
 
 
 def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: the program's own arguments)."""
+    """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: the program's own arguments).
+
+    A type may have a method `refuse_ignored`, which calls `refuse_given` for flags that others leave without effect.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types)
     try:
@@ -107,9 +116,11 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
         fail(f"{error.doc} is not valid JSON: {error.msg}")
     except (UserError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         fail(explained(error) or str(error))  # all but the first two: a __post_init__
+    parsed[:] = instances
     for instance in instances:
         vars(instance)["given"] = given
-    parsed[:] = instances
+        if hasattr(instance, "refuse_ignored"):
+            instance.refuse_ignored()
     return instances
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
 from nlp.data.corpora import EMBEDDED, load_corpus
-from nlp.student_model.language_model import LanguageDistillation
-from nlp.teacher_model.causal import HEAD_WIDTH, SMALLEST_VOCABULARY
+from nlp.student_model.language_model import CUT, LanguageDistillation
+from nlp.teacher_model.causal import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
 
 
 @dataclass
@@ -63,6 +63,18 @@ class Arguments:
         if self.teacher == "scratch" and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
 
+    def refuse_ignored(self) -> None:
+        if self.teacher != SCRATCH:
+            refuse_given("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+        if self.student != SCRATCH:
+            refuse_given("--student is not scratch", self, "student_width")
+        if self.student not in (CUT, SCRATCH):
+            refuse_given("--student names a model", self, "student_layers")
+        if SCRATCH not in (self.teacher, self.student):
+            refuse_given("no model has random weights", self, "dropout", "scratch_learning_rate")
+        if self.divergence != "js":
+            refuse_given("--divergence is not js", self, "js_beta")
+
 
 @dataclass
 class LanguageTrainingArguments(KDTrainingArguments):
@@ -78,6 +90,7 @@ class LanguageTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, LanguageTrainingArguments)
+    refuse_given("a language model has no bottleneck", training, "value_learning_rate")
     corpus = load_corpus(args.dataset, args.text_column)
     distillation = LanguageDistillation(args, training, corpus)
     teacher = distillation.teacher()

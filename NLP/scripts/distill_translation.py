@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
 from nlp.data.translation import NUMBER_WORDS, load_translation_data
-from nlp.student_model.translation import TranslationDistillation
+from nlp.student_model.translation import CUT, TranslationDistillation
 from nlp.teacher_model.seq2seq import HEAD_WIDTH, SCRATCH
 
 SCRATCH_EPOCHS = 5
@@ -62,6 +62,20 @@ class Arguments:
         if self.teacher == SCRATCH and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
 
+    def refuse_ignored(self) -> None:
+        if self.teacher != SCRATCH:
+            refuse_given("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+        if not self.teacher_epochs:
+            refuse_given("--teacher_epochs is 0", self, "teacher_learning_rate")
+        if self.student != SCRATCH:
+            refuse_given("--student is not scratch", self, "student_width")
+        if self.student not in (CUT, SCRATCH):
+            refuse_given("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
+        if SCRATCH not in (self.teacher, self.student):
+            refuse_given("no model is from scratch", self, "dropout")
+        if self.method == "sequence":
+            refuse_given("--method sequence learns from translations alone", self, "alpha", "temperature")
+
 
 @dataclass
 class TranslationTrainingArguments(KDTrainingArguments):
@@ -83,6 +97,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, TranslationTrainingArguments)
+    refuse_given("a translator has no bottleneck", training, "value_learning_rate")
     data = load_translation_data(args.dataset, args.source, args.target)
     distillation = TranslationDistillation(args, training, data)
     teacher = distillation.teacher()

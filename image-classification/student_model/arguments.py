@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.arguments import KDTrainingArguments
+from common.cli import refuse_given
 from common.utils.ranges import Count, Positive, Share, ShareBelow1
 from image_classification.data.loading import ImageData, load_image_data
+from image_classification.teacher_model.teacher import trained_folder
 
 
 @dataclass
@@ -45,6 +47,10 @@ class PairArguments:
     )
     teacher_epochs: Positive | None = field(default=None, metadata={"help": "default: as many as the student's"})
     student: str = field(default="resnet8x4", metadata={"help": "architecture: resnet8x4, vgg8, timm:NAME, ..."})
+
+    def refuse_ignored(self) -> None:
+        if "teacher_epochs" in vars(self)["given"] and trained_folder(self.teacher):
+            refuse_given(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from common.cli import refuse_given
 from common.methods import chosen
 from common.utils.ranges import Positive, Seed, check_ranges, ranges_of
 from image_classification.student_model.methods import METHODS
@@ -50,6 +51,10 @@ class SweepArguments:
         for method in self.methods:
             if method not in (*CONTROLS, SIMKD):
                 chosen(method, METHODS)
+
+    def refuse_ignored(self) -> None:
+        if SIMKD not in self.methods:
+            refuse_given(f"--methods leaves out {SIMKD}", self, "projectors", "feature_losses")
 
 
 @dataclass(frozen=True)

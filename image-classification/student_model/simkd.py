@@ -8,6 +8,7 @@ are trained, evaluated, saved and deployed with it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.cli import refuse_given
 from common.methods import Method
 from common.objective import Objective, Terms, soft_targets, task_loss
 from common.utils.errors import UserError
@@ -55,6 +56,10 @@ class SimKDArguments(SimKDWeights):
         default="single", metadata={"help": "match the last map, also the stage before, or every pair of blocks"}
     )
     feature_loss: FeatureLossName = "l2"
+
+    def refuse_ignored(self) -> None:
+        if self.projector != "multi":
+            refuse_given("--projector is not multi", self, "projector_ratio")
 
 
 def simkd_student(

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from common.cli import save_recipe
+from common.cli import refuse_given, save_recipe
 from common.methods import Method, chosen, flags_of
 from common.objective import Objective, task_loss
 from common.results import RECIPE
@@ -66,6 +66,8 @@ def sweep(
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
     refuse_unheard_flags(axes.methods, training)
+    refuse_given("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
+    refuse_given("students of a sweep have no values of their own", training, "value_learning_rate")
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
         refuse_uncounted(data, training)
