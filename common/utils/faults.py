@@ -1,6 +1,7 @@
 """What went wrong outside this project, in one line: the operating system's faults, as whatever library met them."""
 
 import errno
+import pickle
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ FAULTS = {
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOMEM", "EMFILE", "ENFILE", "EIO", "ENAMETOOLONG")
     if hasattr(errno, name)
 }
+CODE = "a file of weights is damaged or holds a pickle that would run code, which is not loaded"
 # How libraries that are not written in Python word them.
 WORDS = {
     "No space left on device": "no space left on the disk",
@@ -39,6 +41,8 @@ def explained(error: BaseException) -> str | None:
             return last_line(cause)
         if isinstance(cause, MemoryError | torch.OutOfMemoryError):
             return "out of memory: pass a smaller batch size or model"
+        if isinstance(cause, pickle.UnpicklingError):
+            return f"{CODE}: save the model anew, as safetensors" if "Weights only" in str(cause) else None
         if isinstance(cause, OSError) and (cause is error or cause.errno in FAULTS):
             place = " -> ".join(str(name) for name in (cause.filename, cause.filename2) if name is not None)
             return f"{place}: {cause.strerror}" if place and cause.strerror else cause.strerror or last_line(cause)
