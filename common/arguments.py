@@ -15,7 +15,7 @@ from common.utils.ranges import Positive, Range, Seed, Share, check_ranges, rang
 def check_seeds(flag: str, *seeds: int) -> None:
     """Raises ValueError for a seed that is named twice."""
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{flag} must name each seed once, got {', '.join(map(str, seeds))}")
+        raise ValueError(f"{flag} must be different seeds, each named once, got {', '.join(map(str, seeds))}")
 
 
 @dataclass

@@ -38,9 +38,11 @@ class Range:
         ends = []
         if math.isfinite(self.low):
             ends.append(f"{'above' if self.above else 'at least'} {self.low}")
-        if math.isfinite(self.high):
+        if math.isfinite(self.high) and self.high != MOST:
             ends.append(f"{'below' if self.below else 'at most'} {self.high}")
         words = " and ".join(ends) or "a finite number"
+        if len(ends) == 2 and not self.above and not self.below:
+            words = f"between {self.low} and {self.high}"
         return words if self.or_else is None else f"{words}, or {self.or_else}"
 
 
@@ -83,4 +85,5 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
         limits = ranges.get(name, FINITE)
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, int | float) and not isinstance(item, bool) and item not in limits:
-                raise ValueError(f"--{name} must be {limits}, got {item}")
+                wanted = f"at most {MOST}" if MOST < item < math.inf and limits.high == MOST else limits
+                raise ValueError(f"--{name} must be {wanted}, got {item}")

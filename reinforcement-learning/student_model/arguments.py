@@ -10,7 +10,17 @@ from stable_baselines3.common.preprocessing import is_image_space
 from common.arguments import RunArguments, check_seeds
 from common.cli import refuse_given
 from common.utils.errors import UserError
-from common.utils.ranges import Count, CountOrNone, NotNegative, Positive, ProperShare, Range, Seed
+from common.utils.ranges import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    Positive,
+    ProperShare,
+    Range,
+    Seed,
+    check_ranges,
+    ranges_of,
+)
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 
 Algorithm = Literal["ppo", "dqn", "sac"]
@@ -72,6 +82,7 @@ class StudentArguments:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), ranges_of(type(self)))
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
 
