@@ -6,13 +6,16 @@ from typing import ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from common.cli import refuse_given
+from common.training_checks import RANGES, check_optimizer, check_report_to, refuse_unsupported
 from common.utils.precision import resolve_precision
+from common.utils.ranges import Positive, Range, Seed, Share, check_ranges, ranges_of
 
 
 def check_seeds(flag: str, *seeds: int) -> None:
-    """Raises ValueError for seeds that numpy does not take, and for one that is named twice."""
-    if not all(0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{flag} must be from 0 to {2**32 - 1}, each named once, got {', '.join(map(str, seeds))}")
+    """Raises ValueError for a seed that is named twice."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{flag} must be different seeds, each named once, got {', '.join(map(str, seeds))}")
 
 
 @dataclass
@@ -22,7 +25,7 @@ class RunArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "where the run's folder is made (default: runs/<domain>/<name>)"}
     )
-    seed: int = field(default=0, metadata={"help": "of everything random in the run"})
+    seed: Seed = field(default=0, metadata={"help": "of everything random in the run"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
     )
@@ -32,18 +35,20 @@ class RunArguments:
     precision: ClassVar[Literal["fp32"]] = "fp32"
 
     def __post_init__(self) -> None:
-        check_seeds("--seed", self.seed)
+        check_ranges(vars(self), ranges_of(type(self)))
 
 
 @dataclass
 class KDTrainingArguments(TrainingArguments):
     """Everything about training that is not about one domain. Raises ValueError, one line, for what cannot be."""
 
-    alpha: float = field(
+    INHERITED_RANGES: ClassVar[dict[str, Range]] = RANGES
+
+    alpha: Share = field(
         default=0.5, metadata={"help": "weight of the labels' loss; the teacher's soft targets get 1 - alpha"}
     )
-    temperature: float = field(default=2.0, metadata={"help": "softens teacher's and student's logits alike"})
-    value_learning_rate: float | None = field(
+    temperature: Positive = field(default=2.0, metadata={"help": "softens teacher's and student's logits alike"})
+    value_learning_rate: Positive | None = field(
         default=None, metadata={"help": "learning rate of a bottleneck's values; --learning_rate unless given"}
     )
     report_to: None | str | list[str] = field(
@@ -53,11 +58,14 @@ class KDTrainingArguments(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
     save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep of a running stage"})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "random, or group_by_length for little padding"}
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(
+        default="group_by_length", metadata={"help": "group_by_length for little padding"}
     )
+    remove_unused_columns: bool = False  # `sample_id` is no argument of any model
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    logging_nan_inf_filter: bool = False  # the trainer stops on a loss that is not finite instead of hiding it
     warmup_steps: float = field(default=0.1, metadata={"help": "steps, or below 1 a share of all steps"})
-    lr_milestones: list[float] | None = field(
+    lr_milestones: list[Positive] | None = field(
         default=None, metadata={"help": "epochs after which the learning rate falls to a tenth, instead of a schedule"}
     )
     decay_everything: bool = field(
@@ -77,25 +85,35 @@ class KDTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_seeds("--seed", self.seed)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"--alpha must be between 0 and 1, got {self.alpha}")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature must be positive, got {self.temperature}")
+        check_ranges(vars(self), ranges_of(type(self)))
         if self.lr_milestones is not None and self.max_steps > 0:
             raise ValueError("--lr_milestones are epochs: give --num_train_epochs, not --max_steps")
+        if self.lr_milestones is not None and sorted(set(self.lr_milestones)) != self.lr_milestones:
+            raise ValueError(f"--lr_milestones must be in order, each once, got {self.lr_milestones}")
         cuda = torch.cuda.is_available() and not self.use_cpu
         self.precision = resolve_precision(self.precision, torch.device("cuda" if cuda else "cpu"))
+        refuse_unsupported(self)
         self.bf16, self.use_cpu = self.precision == "bf16", not cuda
-        self.remove_unused_columns = False  # `sample_id` is no argument of any model
-        self.label_names = ["labels"]
-        self.logging_nan_inf_filter = False  # the trainer stops on a loss that is not finite instead of hiding it
         super().__post_init__()
+        self.do_eval = False  # what the parent derives, and nothing here reads
+        check_report_to(self)
+        check_optimizer(self)
         if self.load_best_model_at_end and str(self.metric_for_best_model).endswith("loss"):
             raise ValueError(
                 "--load_best_model_at_end needs --metric_for_best_model with a metric of the report (and, where less "
                 "of it is better, --greater_is_better false): there is no loss on validation"
             )
+
+    def refuse_ignored(self) -> None:
+        """Raises UserError for a flag of the command line that another flag leaves without effect."""
+        if self.max_steps > 0:
+            refuse_given("--max_steps says how long every stage trains", self, "num_train_epochs")
+        for name in ("eval", "logging", "save"):
+            if getattr(self, f"{name}_strategy") != "steps":
+                refuse_given(f"--{name}_strategy is not steps", self, f"{name}_steps")
+        if self.lr_milestones is not None:
+            reason = "--lr_milestones are the schedule"
+            refuse_given(reason, self, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
     @property
     def selection(self) -> str:

@@ -6,8 +6,8 @@ and the command line has the last word. Whatever is wrong with the input ends as
 
 import json
 import sys
-from argparse import Action, ArgumentTypeError
-from collections.abc import Callable
+from argparse import Action, ArgumentTypeError, Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from enum import Enum
@@ -17,29 +17,65 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from common.utils.devices import end_processes
+from common.utils.ending import fail, parsed
+from common.utils.ending import run as run  # beside parse, for scripts
 from common.utils.errors import UserError
+from common.utils.faults import explained
 from common.utils.files import write_text
+from common.utils.ranges import Range, check_ranges, ranges_of
+from common.utils.yaml_files import read_words
 
 # Deprecated names under which TrainingArguments repeats the values of activation_checkpointing*.
 REPEATED = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program the way bad input does: one line on stderr, exit code 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
-
-
 class Parser(HfArgumentParser):
-    """A parser that complains in one line, without 600 lines of usage, and takes no abbreviated flags."""
+    """A parser that complains in one line, without 600 lines of usage, takes no abbreviated flags, and checks the
+    ranges that the dataclasses declare and that `add_argument(..., within=...)` gives.
+    """
 
     def __init__(self, dataclass_types: Any = (), **kwargs: Any) -> None:
+        self.ranges: dict[str, Range] = {}
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        for dataclass_type in self.dataclass_types:
+            self.ranges |= ranges_of(dataclass_type)  # type: ignore[arg-type]
         for action in self._actions:
             # Lists may be empty; and report_to takes several names, which HfArgumentParser does not see.
             if action.nargs == "+" or action.dest == "report_to":
                 action.nargs = "*"
+
+    def add_argument(self, *names: Any, within: Range | None = None, **kwargs: Any) -> Action:
+        action = super().add_argument(*names, **kwargs)
+        if within is not None:
+            self.ranges[action.dest] = within
+        return action
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
+        words = list(sys.argv[1:] if args is None else args)
+        self._refuse_empty(words)
+        found, others = super().parse_known_args(words, namespace)
+        try:
+            check_ranges(vars(found), self.ranges)
+        except ValueError as error:
+            self.error(str(error))
+        return found, others
+
+    def _refuse_empty(self, words: list[str]) -> None:
+        """An empty word, such as a variable of the shell that is not set, is no value, unless it is the default."""
+        flag = "an argument"
+        for word in words:
+            value = word
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                if not equals:
+                    continue
+            action = self.flag(flag.removeprefix("--"))
+            if not value.strip() and not (action is not None and action.default == ""):
+                self.error(f"{flag} is empty: give it a value, or leave it out")
+            if "\0" in value:
+                self.error(f"{flag} holds a null character")
 
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -47,6 +83,11 @@ class Parser(HfArgumentParser):
     def flag(self, key: str) -> Action | None:
         """The action of `--key`; hyphens and underscores are the same."""
         return self._option_string_actions.get("--" + key.replace("-", "_"))
+
+    def flags_in(self, words: Iterable[str]) -> frozenset[str]:
+        """The arguments that words of a command line set."""
+        actions = [self._option_string_actions.get(word.split("=")[0]) for word in words if word.startswith("--")]
+        return frozenset(action.dest for action in actions if action is not None)
 
     def nearest(self, word: str) -> str:
         """`; did you mean ...?` for a misspelt key or --flag, or nothing."""
@@ -56,48 +97,40 @@ class Parser(HfArgumentParser):
         return f"; did you mean {matches[0]}?" if matches else ""
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Leaves every scalar the word that was written (`no`, `1e-3`), since it becomes a flag's value; null is null."""
-
-    yaml_implicit_resolvers = {
-        first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: the program's own arguments)."""
+    """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: the program's own arguments).
+
+    A type may have a method `refuse_ignored`, which calls `refuse_given` for flags that others leave without effect.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types)
     try:
         recipe_words: list[str] = []
         while words and words[0].endswith((".yaml", ".yml")):
             recipe_words += _recipe_flags(Path(words.pop(0)), parser)
+        given = parser.flags_in(words)
         words = recipe_words + words
         _refuse_unknown(words, parser)
-        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        instances = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except json.JSONDecodeError as error:
         fail(f"{error.doc} is not valid JSON: {error.msg}")
-    except (UserError, ValueError, TypeError, OSError, ImportError) as error:  # the last four: a __post_init__
-        fail(str(error))
+    except (UserError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        fail(explained(error) or str(error))  # all but the first two: a __post_init__
+    parsed[:] = instances
+    for instance in instances:
+        vars(instance)["given"] = given
+        if hasattr(instance, "refuse_ignored"):
+            instance.refuse_ignored()
+    return instances
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError or a path that cannot be written is one line and exit code 2, Ctrl-C one line
-    and 130.
+def refuse_given(reason: str, arguments: Any, *names: str) -> None:
+    """Raises UserError where one of these flags, which has no effect for that reason, stood on the command line. In a
+    recipe it may stand: one recipe serves several command lines.
     """
-    try:
-        main()
-        end_processes()
-    except UserError as error:
-        fail(str(error))
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        if error.filename is None:
-            raise
-        fail(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("interrupted: the same command with --resume_from_checkpoint continues the run", file=sys.stderr)
-        sys.exit(130)
+    for name in names:
+        if name in vars(arguments).get("given", ()):
+            raise UserError(f"--{name} has no effect, because {reason}: leave it out")
 
 
 def save_recipe(path: str | Path, *instances: Any) -> None:
@@ -122,36 +155,18 @@ def recipe_of(*instances: Any) -> dict[str, Any]:
 
 def _recipe_flags(path: Path, parser: Parser) -> list[str]:
     flags: list[str] = []
-    for key, value in _read_recipe(path).items():
+    for key, value in read_words(path).items():
         action = parser.flag(str(key))
         if action is None:
             raise UserError(f"{path}: unknown key {key}{parser.nearest(str(key))}")
-        if isinstance(value, dict):
-            raise UserError(f"{path}: {key} is a mapping, but a recipe is flat; write it as a JSON string")
         name = action.option_strings[0]
         if isinstance(value, list):
-            flags += [name, *map(str, value)]
+            flags += [name, *value]
         elif value == "true" and action.nargs == "?":
             flags.append(name)
         elif value is not None:
             flags.append(f"{name}={value}")
     return flags
-
-
-def _read_recipe(path: Path) -> dict[Any, Any]:
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
-    except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
-        raise UserError(f"recipe {path} must be a mapping of `flag: value` lines, not a {type(recipe).__name__}")
-    return recipe
 
 
 def _refuse_unknown(words: list[str], parser: Parser) -> None:

@@ -8,6 +8,7 @@ code in README.md and what was checked in export.json. The file is loaded again 
 to inputs of other sizes than those that it was made with, or nothing is written. All of it runs on the CPU.
 """
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from common.utils.errors import UserError
 from common.utils.files import read_json, write_json, write_text
 from common.utils.folders import writing_folder
 
+MODULE_TASK = re.compile(r"[^/:]+:.*", re.DOTALL)  # owner/name:config is a dataset
 RECORD = "export.json"  # every export has it, and nothing else
 LOAD_ONNX = """import onnxruntime
 
@@ -98,9 +100,12 @@ def main() -> None:
     folder = output_folder(name, args.output_dir, args.overwrite_output_dir)
     origin = run_of(name)
     results = read_json(origin / RESULTS) if origin else {}
+    if not isinstance(results, dict):
+        raise UserError(f"{origin}/{RESULTS} is damaged: it holds no results")
     load = loader(name, args.domain or results.get("domain"))
+    task = args.task or task_without_module(results.get("task"), origin)
     transformers_logging.disable_progress_bar()
-    take_away(name, load(name, args.task or results.get("task")), args.format, folder)
+    take_away(name, load(name, task), args.format, folder)
 
 
 def take_away(name: str, student: Exportable, format: str, folder: Path) -> None:
@@ -138,11 +143,24 @@ def run_of(student: str) -> Path | None:
     return next((folder for folder in (path, *path.parents[:2]) if (folder / RESULTS).is_file()), None)
 
 
+def task_without_module(task: Any, origin: Path | None) -> str | None:
+    """The task of a run. Raises UserError for one of Gymnasium's `module:id`, whose module would be imported: code
+    runs only where the command line names it.
+    """
+    if not isinstance(task, str):
+        return None
+    if MODULE_TASK.fullmatch(task):
+        raise UserError(
+            f"{origin} is about {task}, whose module would be imported: pass --task {task} where you trust that module"
+        )
+    return task
+
+
 def loader(student: str, domain: str | None) -> Callable[[str, str | None], Exportable]:
     """The function of a domain that loads its students. Raises UserError where there is none."""
     folders = [path.parts[-3] for path in Path(__file__).parent.parent.glob("*/student_model/exportable.py")]
     known = f"--domain, one of {', '.join(sorted(folders))}"
-    if domain is None:
+    if not isinstance(domain, str):
         raise UserError(f"no {RESULTS} beside {student} says whose it is: pass {known}")
     package = import_name(domain)
     if package not in map(import_name, folders):

@@ -8,6 +8,8 @@ metric and the student's size.
 
 import csv
 import io
+import os
+import stat
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,10 +65,34 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     A shell's `**` names files and the insides of runs too: they are passed over.
     """
     named = [Path(place) for place in places]
-    runs = sorted({mark.parent for place in named for name in (RESULTS, RECIPE) for mark in place.rglob(name)})
+    unreadable: dict[str, str] = {}
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # said below, of places; else gone meanwhile
+            unreadable[str(error.filename)] = f"cannot read {error.filename}: {error.strerror}"
+
+    marked = {
+        Path(folder)
+        for place in named
+        for folder, _, files in os.walk(place, onerror=note)  # follows no link, which may lead in a circle
+        if RESULTS in files or RECIPE in files
+    }
+    runs = sorted(marked)
     outermost = [place for place in named if not set(place.parents) & set(named)]
-    without = [p for p in outermost if not p.is_file() and not any(run.is_relative_to(p) for run in runs)]
-    return runs, [f"{place} {'holds no run' if place.exists() else 'does not exist'}" for place in without]
+    without = [p for p in outermost if not any(run.is_relative_to(p) for run in runs) and str(p) not in unreadable]
+    kinds = {place: _what_is(place) for place in without}
+    return runs, [*unreadable.values(), *(f"{place} {kind}" for place, kind in kinds.items() if kind)]
+
+
+def _what_is(place: Path) -> str | None:
+    """What a place without runs is; None for a file, of which there are many among what `**` names."""
+    try:
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return "holds no run" if stat.S_ISDIR(mode) else None
 
 
 def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
@@ -76,16 +102,21 @@ def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
     runs: dict[tuple[Any, ...], tuple[Path, Results]] = {}
     folders, problems = find_runs(places)
     for folder in folders:
-        if not (folder / RESULTS).exists():
+        if not os.path.lexists(folder / RESULTS):
             problems.append(f"{folder} has no {RESULTS}: it is unfinished, or part of another run")
             continue
         try:
             results = read_json(folder / RESULTS)
             validate(results)
-        except (UserError, ValueError) as error:
-            problems.append(str(error) if isinstance(error, UserError) else f"{folder / RESULTS}: {error}")
+            key = (*_group(results), results["seed"])
+            for figure in FIGURES.values():
+                float(figure(results) or 0)
+        except UserError as error:
+            problems.append(str(error))
             continue
-        key = (*_group(results), results["seed"])
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            problems.append(f"{folder / RESULTS}: {' '.join(str(error).split())}")
+            continue
         if key in runs:  # a seed counted twice would make the spread look smaller than it is
             others = ", ".join(key[:3])
             problems.append(f"{folder} repeats seed {results['seed']} of {others}, as {runs[key][0]} has it")

@@ -1,13 +1,22 @@
 """Recipes and flags become dataclasses; bad input becomes one line on stderr and exit code 2."""
 
+import errno
+import os
 import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
+from paths import REPO
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from common import cli
@@ -186,15 +195,94 @@ def test_run_turns_a_user_error_into_one_line(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "error: teacher runs/a not found; train it first\n"
 
 
-def test_run_names_the_way_on_after_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+@dataclass
+class Resumable:
+    output_dir: str = "run"
+    resume_from_checkpoint: bool = False
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_run_names_the_way_on_where_there_is_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def main() -> None:
+        cli.parse(Resumable, argv=[])
+        if begun:
+            Path("run").mkdir()
+            recipe(tmp_path / "run", "seed: 0\n")
         raise KeyboardInterrupt
 
+    assert ended(main) == 130
+    way_on = ": the same command with --resume_from_checkpoint continues the run" if begun else ""
+    assert capsys.readouterr().err == f"interrupted{way_on}\n"
+
+
+def ended(main: Callable[[], None]) -> Any:
+    """The exit code of a script."""
     with pytest.raises(SystemExit) as exit:
         cli.run(main)
-    error = capsys.readouterr().err
-    assert exit.value.code == 130
-    assert "--resume_from_checkpoint" in error and error.count("\n") == 1
+    return exit.value.code
+
+
+def raising(error: BaseException, cause: BaseException | None = None) -> Callable[[], None]:
+    """A main that raises an error from another one."""
+
+    def main() -> None:
+        raise error from cause
+
+    return main
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "a/b")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "expected"),
+    [
+        (FULL, None, "a/b: No space left on device"),
+        (OSError(errno.EMFILE, "Too many open files"), None, "Too many open files"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), None, "a: Permission denied"),
+        (OSError(errno.ENXIO, "No such device or address", "a"), None, "a: No such device or address"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), FULL, "disk full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), None, "disk full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), None, "no space left on the disk"),
+        (RuntimeError("cannot save"), FULL, "a/b: No space left on device"),
+        (MemoryError(), None, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), None, "out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), None, "--dataloader_num_workers 0"),
+    ],
+)
+def test_a_fault_of_the_system_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, cause: BaseException | None, expected: str
+) -> None:
+    assert ended(raising(error, cause)) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and expected in line
+
+
+def test_a_user_error_of_a_worker_is_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(torch.utils.data.Dataset):
+        def __getitem__(self, i: int) -> int:
+            raise UserError(f"row {i} is damaged")
+
+        def __len__(self) -> int:
+            return 4
+
+    def main() -> None:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+
+    assert ended(main) == 2
+    assert capsys.readouterr().err == "error: row 0 is damaged\n"
+
+
+def test_sigterm_is_one_line_and_143(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_run_lets_other_exceptions_through() -> None:
@@ -203,3 +291,50 @@ def test_run_lets_other_exceptions_through() -> None:
 
     with pytest.raises(ZeroDivisionError):
         cli.run(main)
+
+
+PROGRAM = """
+import sys
+from common.cli import UserError, run
+
+def main():
+    {body}
+
+run(main)
+"""
+
+
+def program(body: str, **environment: str) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    own = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"} | environment
+    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(body=body)], env=own, text=True, **pipes)
+
+
+def test_a_reader_that_is_gone_is_no_error() -> None:
+    process = program("[print('x' * 1000) for _ in range(10000)]")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_an_ascii_terminal_shows_tables_and_errors() -> None:
+    body = (
+        "from common.tables import print_rich; print_rich(['a'], [['0.8 ± 0.1']], 'mean ± std', 'é – →'); "
+        "raise UserError('no folder é')"
+    )
+    output, error = program(body, PYTHONIOENCODING="ascii").communicate()
+    assert "0.8 ? 0.1" in output and "| " in output
+    assert error == "error: no folder ?\n"
+
+
+@pytest.mark.parametrize(("failing", "printed"), [("True", 1), ("os.environ['RANK'] == '1'", 1)])
+def test_of_several_processes_one_prints_the_error(tmp_path: Path, failing: str, printed: int) -> None:
+    script = tmp_path / "script.py"
+    body = f"import os, time\n    if {failing}:\n        raise UserError('no such thing')\n    time.sleep(60)"
+    script.write_text(PROGRAM.format(body=body))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    own = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"}
+    done = subprocess.run([*launcher, str(script)], env=own, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines().count("error: no such thing") == printed
+    assert done.returncode != 0 and "interrupted" not in done.stderr

@@ -127,7 +127,7 @@ def refused(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("name", "message"),
     [
         ("bird songs", "no import name"), ("3d", "no import name"), ("class", "no import name"),
-        ("../speech", "no import name"), ("vögel", "no import name"), ("", "no import name"),
+        ("../speech", "no import name"), ("vögel", "no import name"), ("", "an argument is empty"),
         ("common", "taken, by common"), ("Tests", "taken, by tests"), ("helpers", "taken, by tests/helpers"),
         ("tiny", "taken, by tests/helpers/tiny.py"), ("setup", "taken, by setup.py"),
         ("example-domain", "taken, by typings/example_domain"), ("evaluate", "scripts/evaluate.py"),

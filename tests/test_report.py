@@ -284,3 +284,61 @@ def test_command_without_a_readable_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert "RUN" in refused(capsys)
     (tmp_path / "results.json").write_text(json.dumps(results())[:-5])
     assert "no finished run" in refused(capsys, str(tmp_path), str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        "[" * 100_000,
+        "\udcff",
+        json.dumps(results() | {"learning_rate": "fast"}),
+        json.dumps(results() | {"retention": 10**400}),
+        json.dumps(results() | {"primary_metric": {"split": [], "name": "accuracy"}}),
+        json.dumps(results() | {"models": []}),
+    ],
+)
+def test_a_damaged_run_among_others_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    write_runs(tmp_path, results(0), results(1))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "results.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    report.main([str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "0.8100 ± 0.0000" in output
+    said = output.replace("\n", " ")
+    assert said.count("left out:") == 1 and f"{tmp_path}/damaged/results.json" in said.partition("left out:")[2]
+
+
+def test_links_that_lead_in_a_circle_or_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path, results(0))
+    (tmp_path / "0" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "results.json").symlink_to("nothing")
+    report.main([str(tmp_path), str(tmp_path / "self")])
+    output = " ".join(capsys.readouterr().out.split())
+    assert "0.8100 ± –" in output
+    assert f"left out: cannot read {tmp_path}/self: Too many levels of symbolic links" in output
+    assert f"left out: {tmp_path}/lost/results.json does not exist" in output
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_runs(tmp_path, results(0))
+    (tmp_path / "secret").mkdir()
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    report.main([str(tmp_path)])
+    assert f"left out: cannot read {tmp_path}/secret: Permission denied" in capsys.readouterr().out

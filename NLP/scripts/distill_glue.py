@@ -17,10 +17,11 @@ from typing import Any
 from accelerate import PartialState
 
 from common.arguments import KDTrainingArguments, check_seeds
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from common.results import RECIPE, RESULTS
 from common.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
 from common.utils.errors import UserError
+from common.utils.ranges import Count, Seed
 from nlp.data.loading import TextData
 from nlp.data.tasks import GLUE_TASKS, TASKS
 from nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
@@ -41,11 +42,11 @@ class GlueArguments:
 
     tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": ", ".join(GLUE_TASKS)})
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": ", ".join(SYSTEMS)})
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[Seed] = field(default_factory=lambda: [0])
     glue_folder: Path | None = field(
         default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
     )
-    samples_per_stage: int = field(
+    samples_per_stage: Count = field(
         default=200_000,
         metadata={"help": "texts that fine-tuning and alignment see at most, each, so large tasks get fewer epochs"},
     )
@@ -56,8 +57,8 @@ class GlueArguments:
             if not words or set(words) - set(known):
                 raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
         check_seeds("--seeds", *self.seeds)
-        if self.samples_per_stage < 1:
-            raise ValueError(f"--samples_per_stage must be positive, got {self.samples_per_stage}")
+        if not self.seeds:
+            raise ValueError("--seeds must name at least one seed")
 
     def source(self, task: str) -> str:
         """What --dataset would be."""
@@ -73,6 +74,8 @@ def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
         GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
     )
+    refuse_given("--tasks names the datasets, --seeds the seeds", training, "seed", "dataset", "text_columns")
+    refuse_given("--systems says it", bottleneck, "bottleneck", "keys")
     folder = Path(training.output_dir or "runs/NLP/glue")
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise

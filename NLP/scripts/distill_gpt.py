@@ -9,14 +9,15 @@ reverse KL (arXiv:2306.08543) or generalised Jensen-Shannon divergence (arXiv:23
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from common.sources import print_notes
+from common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
 from nlp.data.corpora import EMBEDDED, load_corpus
-from nlp.student_model.language_model import LanguageDistillation
-from nlp.teacher_model.causal import HEAD_WIDTH, SMALLEST_VOCABULARY
+from nlp.student_model.language_model import CUT, LanguageDistillation
+from nlp.teacher_model.causal import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
 
 
 @dataclass
@@ -27,48 +28,53 @@ class Arguments:
         default=EMBEDDED, metadata={"help": "python (embedded), Hub name[:config], or folder with .txt, parquet, ..."}
     )
     text_column: str | None = None
-    block_size: int = field(default=128, metadata={"help": "tokens of a training sequence"})
+    block_size: Annotated[int, Range(2, MOST)] = field(default=128, metadata={"help": "tokens of a training sequence"})
 
     teacher: str = field(default="scratch", metadata={"help": "Hub name or folder; scratch: GPT-2, random weights"})
-    teacher_epochs: float = field(default=6, metadata={"help": "0: a teacher that was named is taken as it comes"})
-    teacher_layers: int = field(default=4, metadata={"help": "of a teacher from scratch"})
-    teacher_width: int = field(default=128, metadata={"help": "of a teacher from scratch"})
-    vocabulary_size: int = field(default=2048, metadata={"help": "byte-level BPE of a teacher from scratch"})
+    teacher_epochs: NotNegative = field(
+        default=6, metadata={"help": "0: a teacher that was named is taken as it comes"}
+    )
+    teacher_layers: Count = field(default=4, metadata={"help": "of a teacher from scratch"})
+    teacher_width: Count = field(default=128, metadata={"help": "of a teacher from scratch"})
+    vocabulary_size: Annotated[int, Range(SMALLEST_VOCABULARY, MOST)] = field(
+        default=2048,
+        metadata={"help": "byte-level BPE of a teacher from scratch: the bytes, the end of text, and more"},
+    )
 
     student: str = field(
         default="cut", metadata={"help": "cut: evenly spaced layers of the teacher; scratch; Hub name or folder"}
     )
-    student_layers: int = field(default=1, metadata={"help": "of a student that is cut or from scratch"})
-    student_width: int = field(default=64, metadata={"help": "of a student from scratch"})
-    dropout: float = field(default=0.1, metadata={"help": "of models from scratch, while they have no teacher"})
-    scratch_learning_rate: float = field(default=2e-3, metadata={"help": "--learning_rate for random weights"})
+    student_layers: Count = field(default=1, metadata={"help": "of a student that is cut or from scratch"})
+    student_width: Count = field(default=64, metadata={"help": "of a student from scratch"})
+    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "of models from scratch, while they have no teacher"})
+    scratch_learning_rate: Positive = field(default=2e-3, metadata={"help": "--learning_rate for random weights"})
 
     divergence: Literal["forward", "reverse", "js"] = field(
         default="forward", metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon"}
     )
-    js_beta: float = field(default=0.5, metadata={"help": "weight of the teacher's side of --divergence js"})
-    hidden_weight: float = field(default=0.0, metadata={"help": "weight of matching hidden states, L2 and cosine"})
+    js_beta: ProperShare = field(default=0.5, metadata={"help": "weight of the teacher's side of --divergence js"})
+    hidden_weight: NotNegative = field(
+        default=0.0, metadata={"help": "weight of matching hidden states, L2 and cosine"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):
-            if getattr(self, name) < HEAD_WIDTH or getattr(self, name) % HEAD_WIDTH:
+            if getattr(self, name) % HEAD_WIDTH:
                 raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
-        for name, least in (("teacher_layers", 1), ("student_layers", 1), ("block_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        if self.vocabulary_size < SMALLEST_VOCABULARY:
-            raise ValueError(
-                f"--vocabulary_size must be at least {SMALLEST_VOCABULARY}, the bytes and the end of text, got "
-                f"{self.vocabulary_size}"
-            )
-        if not 0 < self.js_beta < 1:
-            raise ValueError(f"--js_beta must be between 0 and 1, got {self.js_beta}")
-        if self.hidden_weight < 0:
-            raise ValueError(f"--hidden_weight must not be negative, got {self.hidden_weight}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if self.teacher == "scratch" and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
+
+    def refuse_ignored(self) -> None:
+        if self.teacher != SCRATCH:
+            refuse_given("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+        if self.student != SCRATCH:
+            refuse_given("--student is not scratch", self, "student_width")
+        if self.student not in (CUT, SCRATCH):
+            refuse_given("--student names a model", self, "student_layers")
+        if SCRATCH not in (self.teacher, self.student):
+            refuse_given("no model has random weights", self, "dropout", "scratch_learning_rate")
+        if self.divergence != "js":
+            refuse_given("--divergence is not js", self, "js_beta")
 
 
 @dataclass
@@ -85,6 +91,7 @@ class LanguageTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, LanguageTrainingArguments)
+    refuse_given("a language model has no bottleneck", training, "value_learning_rate")
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
     distillation = LanguageDistillation(args, training, corpus)

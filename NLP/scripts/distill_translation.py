@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from common.sources import print_notes
+from common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
 from nlp.data.translation import NUMBER_WORDS, load_translation_data
-from nlp.student_model.translation import TranslationDistillation
+from nlp.student_model.translation import CUT, TranslationDistillation
 from nlp.teacher_model.seq2seq import HEAD_WIDTH, SCRATCH
 
 SCRATCH_EPOCHS = 5
@@ -34,36 +35,47 @@ class Arguments:
     source: str = field(default="en", metadata={"help": "column of the source, or its key in a column `translation`"})
     target: str = field(default="de", metadata={"help": "column of the target, likewise"})
     source_prefix: str = field(default="", metadata={"help": "put before every source, where a T5 wants to be asked"})
-    max_length: int = field(default=128, metadata={"help": "longer sentences are cut, in tokens"})
-    beams: int = field(default=5, metadata={"help": "of beam search, for the teacher's translations and *_beam"})
+    max_length: Count = field(default=128, metadata={"help": "longer sentences are cut, in tokens"})
+    beams: Count = field(default=5, metadata={"help": "of beam search, for the teacher's translations and *_beam"})
 
     teacher: str = field(default=SCRATCH, metadata={"help": "Hub name or folder; scratch: Marian, random weights"})
-    teacher_epochs: float | None = field(
+    teacher_epochs: NotNegative | None = field(
         default=None,
         metadata={"help": f"default: {SCRATCH_EPOCHS} from scratch; 0, as it comes, for one that is named"},
     )
-    teacher_learning_rate: float | None = field(default=None, metadata={"help": "default: --learning_rate"})
-    teacher_layers: int = field(default=2, metadata={"help": "of encoder and of decoder each, if from scratch"})
-    teacher_width: int = 128
-    vocabulary_size: int = field(default=600, metadata={"help": "joint byte-pair encoding of a scratch teacher"})
+    teacher_learning_rate: Positive | None = field(default=None, metadata={"help": "default: --learning_rate"})
+    teacher_layers: Count = field(default=2, metadata={"help": "of encoder and of decoder each, if from scratch"})
+    teacher_width: Count = 128
+    vocabulary_size: Count = field(default=600, metadata={"help": "joint byte-pair encoding of a scratch teacher"})
 
     student: str = field(default=SCRATCH, metadata={"help": "scratch; cut: layers of the teacher; Hub name or folder"})
-    student_encoder_layers: int = field(default=1, metadata={"help": "of a student from scratch, or of a cut"})
-    student_decoder_layers: int = 1
-    student_width: int = field(default=64, metadata={"help": "of a student from scratch"})
-    dropout: float = field(default=0.1, metadata={"help": "of models from scratch"})
+    student_encoder_layers: Count = field(default=1, metadata={"help": "of a student from scratch, or of a cut"})
+    student_decoder_layers: Count = 1
+    student_width: Count = field(default=64, metadata={"help": "of a student from scratch"})
+    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "of models from scratch"})
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):
-            if getattr(self, name) < HEAD_WIDTH or getattr(self, name) % HEAD_WIDTH:
+            if getattr(self, name) % HEAD_WIDTH:
                 raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
-        for name in ("teacher_layers", "student_encoder_layers", "student_decoder_layers", "beams", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.teacher_epochs is None:
             self.teacher_epochs = SCRATCH_EPOCHS if self.teacher == SCRATCH else 0
         if self.teacher == SCRATCH and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
+
+    def refuse_ignored(self) -> None:
+        if self.teacher != SCRATCH:
+            refuse_given("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+        if not self.teacher_epochs:
+            refuse_given("--teacher_epochs is 0", self, "teacher_learning_rate")
+        if self.student != SCRATCH:
+            refuse_given("--student is not scratch", self, "student_width")
+        if self.student not in (CUT, SCRATCH):
+            refuse_given("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
+        if SCRATCH not in (self.teacher, self.student):
+            refuse_given("no model is from scratch", self, "dropout")
+        if self.method == "sequence":
+            refuse_given("--method sequence learns from translations alone", self, "alpha", "temperature")
 
 
 @dataclass
@@ -86,6 +98,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, TranslationTrainingArguments)
+    refuse_given("a translator has no bottleneck", training, "value_learning_rate")
     data = load_translation_data(args.dataset, args.source, args.target)
     print_notes(data.name, data.notes)
     distillation = TranslationDistillation(args, training, data)

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from common.cli import refuse_given
 from common.filling import Keys
 from common.logit_methods import LOGIT_METHODS
 from common.relation_methods import RELATION_METHODS
 from common.sources import print_notes
+from common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
 from nlp.data.loading import TextData, load_text_data
 from nlp.student_model.matching import HiddenLoss, LayerMap
 
@@ -26,11 +28,9 @@ class TextArguments:
     task: Literal["classification", "regression"] | None = field(
         default=None, metadata={"help": "what the labels are, where they could be classes as well as scores"}
     )
-    max_length: int = field(default=128, metadata={"help": "longer texts are cut, in tokens"})
-
-    def __post_init__(self) -> None:
-        if self.max_length < SHORTEST:
-            raise ValueError(f"--max_length must be at least {SHORTEST}, got {self.max_length}")
+    max_length: Annotated[int, Range(SHORTEST, MOST)] = field(
+        default=128, metadata={"help": "longer texts are cut, in tokens"}
+    )
 
     def load(self) -> TextData:
         """The data; prints what was inferred of them."""
@@ -44,20 +44,39 @@ class PairArguments:
     """Who teaches whom."""
 
     teacher: str = field(default="tiny-bert", metadata={"help": "Hub name, local folder, or the embedded tiny-bert"})
-    teacher_epochs: float = field(default=6, metadata={"help": "fine-tuning; a teacher of these labels is kept as is"})
+    teacher_epochs: Positive = field(
+        default=6, metadata={"help": "fine-tuning; a teacher of these labels is kept as is"}
+    )
     student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
-    student_layers: int | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
+    student_layers: Count | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
     control_from: str | None = field(
         default=None, metadata={"help": "encoder that the control is cut from, where --teacher is trained already"}
     )
-    scratch_epochs: float = field(default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"})
-    scratch_learning_rate: float = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
-    align_epochs: float = field(default=6, metadata={"help": "matching the teacher's hidden states; 0: none"})
-    align_learning_rate: float = field(default=5e-4, metadata={"help": "matching bears more than fine-tuning does"})
+    scratch_epochs: Positive = field(default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"})
+    scratch_learning_rate: Positive = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
+    align_epochs: NotNegative = field(default=6, metadata={"help": "matching the teacher's hidden states; 0: none"})
+    align_learning_rate: Positive = field(default=5e-4, metadata={"help": "matching bears more than fine-tuning does"})
 
     def __post_init__(self) -> None:
         if self.student and self.student_layers:
             raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
+
+    def refuse_ignored(self) -> None:
+        if not self.align_epochs:
+            refuse_given("--align_epochs is 0", self, "align_learning_rate")
+        if self.student:
+            refuse_given("the control starts as --student does", self, "control_from")
+
+    def refuse_ignored_of(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
+        """Raises UserError for flags that are not those of what was loaded: `teacher_...`, or any model."""
+        if teacher_is_trained:
+            refuse_given(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "scratch_epochs")
+        elif teacher_from_scratch:
+            refuse_given(f"{self.teacher} has random weights and --scratch_epochs", self, "teacher_epochs")
+        else:
+            refuse_given(f"{self.teacher} has no random weights", self, "scratch_epochs")
+        if not from_scratch:
+            refuse_given("no model has random weights", self, "scratch_learning_rate")
 
 
 @dataclass
@@ -67,21 +86,27 @@ class BottleneckArguments:
     bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "who has one"})
     keys: Keys = field(default="carried", metadata={"help": "where the student's keys come from"})
     freeze_teacher_encoder: bool = field(default=False, metadata={"help": "train only the teacher's bottleneck"})
-    codebooks: int = 32
-    pairs: int = field(default=512, metadata={"help": "key-value pairs in a codebook"})
+    codebooks: Count = 32
+    pairs: Annotated[int, Range(1, 2**16)] = field(default=512, metadata={"help": "key-value pairs in a codebook"})
     split: Literal["segment", "projection"] = "segment"
-    key_dim: int | None = field(default=None, metadata={"help": "width of a key under the projection split"})
+    key_dim: Count | None = field(default=None, metadata={"help": "width of a key under the projection split"})
     decoder: Literal["linear", "mean"] = "linear"
-    value_dim: int = field(default=16, metadata={"help": "width of a value for the linear decoder"})
+    value_dim: Count = field(default=16, metadata={"help": "width of a value for the linear decoder"})
     pooling: Literal["mean", "cls", "tokens"] = "mean"
-    value_epochs: float = field(default=10, metadata={"help": "epochs over the cached codes"})
-    value_batch_size: int = 256
+    value_epochs: Positive = field(default=10, metadata={"help": "epochs over the cached codes"})
+    value_batch_size: Count = 256
 
     def __post_init__(self) -> None:
         if self.keys in ("carried", "reused") and self.bottleneck == "student":
             raise ValueError(f"--keys {self.keys} needs a teacher with a bottleneck: --bottleneck both, or --keys new")
         if self.freeze_teacher_encoder and self.bottleneck != "both":
             raise ValueError("--freeze_teacher_encoder leaves a plain teacher untrained: it needs --bottleneck both")
+
+    def refuse_ignored(self) -> None:
+        if self.split == "segment":
+            refuse_given("a key of --split segment is as wide as a segment", self, "key_dim")
+        if self.decoder == "mean":
+            refuse_given("a value of --decoder mean is as wide as there are labels", self, "value_dim")
 
     @property
     def system(self) -> str:
@@ -107,21 +132,24 @@ class MatchingArguments:
     student_from: Literal["teacher", "pretrained"] = field(
         default="teacher", metadata={"help": "the student is cut from the fine-tuned teacher, or from what it was"}
     )
-    student_learning_rate: float | None = field(
+    student_learning_rate: Positive | None = field(
         default=None, metadata={"help": "of a student that learns from a teacher; --learning_rate unless given"}
     )
-    hidden_weight: float = field(default=0.0, metadata={"help": "weight of matching hidden states while fine-tuning"})
+    hidden_weight: NotNegative = field(
+        default=0.0, metadata={"help": "weight of matching hidden states while fine-tuning"}
+    )
     hidden_loss: HiddenLoss = field(default="both", metadata={"help": "l2, cosine, or the sum of both"})
-    embedding_weight: float = field(default=0.0, metadata={"help": "weight of matching the embeddings' output"})
-    attention_weight: float = field(default=0.0, metadata={"help": "weight of matching attention distributions"})
+    embedding_weight: NotNegative = field(default=0.0, metadata={"help": "weight of matching the embeddings' output"})
+    attention_weight: NotNegative = field(default=0.0, metadata={"help": "weight of matching attention distributions"})
     layer_map: LayerMap = field(
         default="uniform", metadata={"help": "layers at the same relative depth, or PKD's last or skip"}
     )
 
-    def __post_init__(self) -> None:
-        for name in ("hidden_weight", "embedding_weight", "attention_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+    def refuse_ignored(self) -> None:
+        if not self.hidden_weight and not self.embedding_weight:
+            refuse_given("--hidden_weight and --embedding_weight are 0", self, "hidden_loss")
+        if not self.hidden_weight and not self.attention_weight:
+            refuse_given("--hidden_weight and --attention_weight are 0", self, "layer_map")
 
 
 @dataclass
@@ -130,22 +158,20 @@ class SearchArguments:
 
     teacher: str = field(metadata={"help": "folder or Hub name of a trained classifier of these labels"})
     student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
-    student_layers: int | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
-    trials: int = field(default=20, metadata={"help": "finished trials at the end, pruned ones included"})
+    student_layers: Count | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
+    trials: Count = field(default=20, metadata={"help": "finished trials at the end, pruned ones included"})
     search: list[str] = field(
         default_factory=lambda: list(SEARCHABLE), metadata={"help": "any of alpha, temperature, learning_rate"}
     )
-    alpha_range: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "from, to"})
-    temperature_range: list[float] = field(default_factory=lambda: [1.0, 20.0], metadata={"help": "from, to"})
-    learning_rate_range: list[float] = field(
+    alpha_range: list[Share] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "from, to"})
+    temperature_range: list[Positive] = field(default_factory=lambda: [1.0, 20.0], metadata={"help": "from, to"})
+    learning_rate_range: list[Positive] = field(
         default_factory=lambda: [1e-5, 1e-3], metadata={"help": "from, to; searched on a logarithmic scale"}
     )
 
     def __post_init__(self) -> None:
         if self.student and self.student_layers:
             raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
-        if self.trials < 1:
-            raise ValueError(f"--trials must be at least 1, got {self.trials}")
         unknown = [name for name in self.search if name not in SEARCHABLE]
         if unknown or not self.search:
             raise ValueError(
@@ -154,14 +180,15 @@ class SearchArguments:
         for name in self.search:
             self._check_range(name, getattr(self, f"{name}_range"))
 
+    def refuse_ignored(self) -> None:
+        for name in SEARCHABLE:
+            if name not in self.search:
+                refuse_given(f"--search leaves out {name}", self, f"{name}_range")
+
     def _check_range(self, name: str, limits: list[float]) -> None:
         shown = " ".join(map(str, limits))
-        if len(limits) != 2 or not limits[0] < limits[1] or not all(map(math.isfinite, limits)):
+        if len(limits) != 2 or not limits[0] < limits[1]:
             raise ValueError(f"--{name}_range takes two numbers, the lower one first, got {shown}")
-        if name == "alpha" and not 0 <= limits[0] < limits[1] <= 1:
-            raise ValueError(f"--alpha_range must lie between 0 and 1, got {shown}")
-        if name != "alpha" and limits[0] <= 0:
-            raise ValueError(f"--{name}_range must be above 0, got {shown}")
 
     @property
     def ranges(self) -> Ranges:

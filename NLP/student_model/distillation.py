@@ -90,6 +90,8 @@ class Distillation:
         """Before anything is written, and before hours of training rather than after."""
         pair, layers = self.pair, len(layer_paths(self.given.encoder))
         refuse_smoothing(training, self.data.name, self.data.num_labels)
+        loaded = [model for model in (self.given, self.given_student, self.control_from) if model]
+        pair.refuse_ignored_of(self.given.trained, self.given.from_scratch, any(m.from_scratch for m in loaded))
         if self.given_student is None:
             if not 1 <= self.student_layers <= layers:
                 raise UserError(

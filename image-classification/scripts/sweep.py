@@ -7,7 +7,7 @@
 The same command again, also with more values on an axis, trains only what is missing.
 """
 
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import SweepArguments
 from image_classification.student_model.simkd import SimKDWeights
@@ -15,7 +15,9 @@ from image_classification.student_model.sweep import sweep
 
 
 def main() -> None:
-    sweep(*parse(SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments))
+    axes, *others, training = parse(SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments)
+    refuse_given("--learning_rates and --seeds are those of a sweep", training, "learning_rate", "seed")
+    sweep(axes, *others, training)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Arguments that all image scripts share."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from common.arguments import KDTrainingArguments
+from common.cli import refuse_given
 from common.utils.devices import process
+from common.utils.ranges import Count, Positive, Share, ShareBelow1
 from image_classification.data.loading import ImageData, load_image_data
+from image_classification.teacher_model.teacher import trained_folder
 
 
 @dataclass
@@ -16,18 +20,13 @@ class DataArguments:
     )
     image_column: str | None = None
     label_column: str | None = None
-    image_size: int | None = field(
+    image_size: Count | None = field(
         default=None, metadata={"help": "resize to so many pixels; above 64 by random crops"}
     )
-    validation_share: float = field(default=0.1, metadata={"help": "of train, set aside where there is no validation"})
-    train_samples: int | None = field(default=None, metadata={"help": "train on so many images, the same each time"})
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"--validation_share must be at least 0 and below 1, got {self.validation_share}")
-        for name in ("train_samples", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+    validation_share: ShareBelow1 = field(
+        default=0.1, metadata={"help": "of train, set aside where there is no validation"}
+    )
+    train_samples: Count | None = field(default=None, metadata={"help": "train on so many images, the same each time"})
 
     def load(self, label_names: list[str] | None = None) -> ImageData:
         """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
@@ -53,7 +52,7 @@ class PairArguments:
     teacher: str = field(
         default="resnet32x4", metadata={"help": "folder of a trained classifier, or an architecture to train first"}
     )
-    teacher_epochs: float | None = field(default=None, metadata={"help": "default: as many as the student's"})
+    teacher_epochs: Positive | None = field(default=None, metadata={"help": "default: as many as the student's"})
     student: str = field(default="resnet8x4", metadata={"help": "architecture: resnet8x4, vgg8, timm:NAME, ..."})
     method_settings: list[str] = field(
         default_factory=list,
@@ -61,6 +60,10 @@ class PairArguments:
             "help": "settings of methods for this pair, each NAME:setting=value:..., where --method leaves them open"
         },
     )
+
+    def refuse_ignored(self) -> None:
+        if "teacher_epochs" in vars(self)["given"] and trained_folder(self.teacher):
+            refuse_given(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
 
 
 @dataclass
@@ -78,14 +81,14 @@ class ImageTrainingArguments(KDTrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to that norm; 0: not at all"})
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = field(default=0.2, metadata={"help": "steps, or below 1 a share of all steps"})
-    train_sampling_strategy: str = "random"
+    train_sampling_strategy: Literal["random", "sequential"] = "random"  # all images are of one size
     dataloader_drop_last: bool = field(default=True, metadata={"help": "training batches of one size only"})
     dataloader_pin_memory: bool = False  # small images lie on the device already
     strong_views: bool = field(
         default=False, metadata={"help": "show each image of a batch a second time, under RandAugment and cutout"}
     )
-    alpha: float = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
-    temperature: float = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
+    alpha: Share = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
+    temperature: Positive = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
 
     @property
     def views(self) -> int:

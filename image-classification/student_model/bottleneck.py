@@ -1,18 +1,20 @@
 """A discrete key-value bottleneck in place of a classifier's head: its keys, then its values, on cached codes."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from common.bottleneck import DiscreteKeyValueBottleneck
+from common.cli import refuse_given
 from common.filling import CodeDataset, Keys, set_keys
 from common.inference import as_it_is, over_dataset
 from common.objective import Objective, labels_and_soft_targets, task_loss
 from common.teacher_outputs import TeacherOutputs
 from common.utils.devices import best_device
 from common.utils.errors import UserError
+from common.utils.ranges import Count, Positive, Range
 from image_classification.student_model.evaluation import trainer_metrics
 from image_classification.student_model.experiment import Experiment
 from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
@@ -22,12 +24,18 @@ from image_classification.teacher_model.classifier import ImageClassifier, Image
 class BottleneckShape:
     """Arguments of the bottleneck."""
 
-    codebooks: int = 32
-    pairs: int = field(default=256, metadata={"help": "key-value pairs in a codebook"})
+    codebooks: Count = 32
+    pairs: Annotated[int, Range(1, 2**16)] = field(default=256, metadata={"help": "key-value pairs in a codebook"})
     split: Literal["segment", "projection"] = "segment"
-    key_dim: int | None = field(default=None, metadata={"help": "width of a key under the projection split"})
+    key_dim: Count | None = field(default=None, metadata={"help": "width of a key under the projection split"})
     decoder: Literal["linear", "mean"] = "linear"
-    value_dim: int = field(default=16, metadata={"help": "width of a value for the linear decoder"})
+    value_dim: Count = field(default=16, metadata={"help": "width of a value for the linear decoder"})
+
+    def refuse_ignored(self) -> None:
+        if self.split == "segment":
+            refuse_given("a key of --split segment is as wide as a segment", self, "key_dim")
+        if self.decoder == "mean":
+            refuse_given("a value of --decoder mean is as wide as there are labels", self, "value_dim")
 
     def check(self, width: int) -> None:
         """Raises UserError for a shape that embeddings of that width cannot have."""
@@ -42,8 +50,8 @@ class BottleneckShape:
 class ValueArguments:
     """How values are trained."""
 
-    value_epochs: float = field(default=20, metadata={"help": "epochs over the cached codes"})
-    value_batch_size: int = 256
+    value_epochs: Positive = field(default=20, metadata={"help": "epochs over the cached codes"})
+    value_batch_size: Count = 256
 
     def settings(self, rate: float) -> dict[str, Any]:
         """The stage's training arguments: AdamW, whatever the convolutions were trained with."""

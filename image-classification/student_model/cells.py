@@ -7,8 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from common.arguments import check_seeds
+from common.cli import refuse_given
 from common.methods import chosen
+from common.utils.ranges import Positive, Seed, check_ranges, ranges_of
 from image_classification.student_model.methods import METHODS
 from image_classification.student_model.simkd import FeatureLossName, Variant
 
@@ -31,8 +32,8 @@ class SweepArguments:
     feature_losses: list[str] = field(
         default_factory=lambda: ["l2"], metadata={"help": "l2, kl-channel, kl-spatial, cosine"}
     )
-    learning_rates: list[float] = field(default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1])
-    seeds: list[int] = field(default_factory=lambda: [0])
+    learning_rates: list[Positive] = field(default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1])
+    seeds: list[Seed] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
         known = {
@@ -46,10 +47,14 @@ class SweepArguments:
             wrong = [value for value in values if name in known and value not in known[name]]
             if wrong:
                 raise ValueError(f"--{name} knows no {wrong[0]!r}: choose from {', '.join(known[name])}")
-        check_seeds("--seeds", *self.seeds)
+        check_ranges(vars(self), ranges_of(type(self)))
         for method in self.methods:
             if method not in (*CONTROLS, SIMKD):
                 chosen(method, METHODS)
+
+    def refuse_ignored(self) -> None:
+        if SIMKD not in self.methods:
+            refuse_given(f"--methods leaves out {SIMKD}", self, "projectors", "feature_losses")
 
 
 @dataclass(frozen=True)

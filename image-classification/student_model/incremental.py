@@ -10,7 +10,7 @@ import copy
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from common.bottleneck import DiscreteKeyValueBottleneck
 from common.inference import as_it_is, over_dataset
 from common.utils.devices import best_device
 from common.utils.errors import UserError
+from common.utils.ranges import Count, Positive, Range, Seed
 from image_classification.data.loading import ImageData
 from image_classification.student_model.bottleneck_probe import PIXELS, BottleneckProbe
 
@@ -39,25 +40,15 @@ class IncrementalArguments:
     """
 
     encoder: str = field(default=PIXELS, metadata={"help": "pixels, or the folder of a trained image classifier"})
-    codebooks: int = field(default=64, metadata={"help": "how many heads look up a key each"})
-    pairs: int = field(default=256, metadata={"help": "key-value pairs per codebook, at most 65536"})
-    key_dim: int = field(default=32, metadata={"help": "width of a key, and of the random projection before it"})
-    classes_per_task: int = field(default=1, metadata={"help": "classes that arrive together"})
-    order_seed: int | None = field(default=None, metadata={"help": "of the order of the classes; default: --seed"})
-    value_learning_rate: float = field(default=50.0, metadata={"help": "SGD on the values"})
-    probe_learning_rate: float = field(default=0.03, metadata={"help": "SGD on the linear probe"})
-    epochs_per_task: int = field(default=5, metadata={"help": "passes over a task's images before the next task"})
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("codebooks", "pairs", "key_dim", "classes_per_task", "epochs_per_task", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.pairs > 2**16:
-            raise ValueError(f"--pairs must be at most 65536, got {self.pairs}")
-        for name in ("value_learning_rate", "probe_learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+    codebooks: Count = field(default=64, metadata={"help": "how many heads look up a key each"})
+    pairs: Annotated[int, Range(1, 2**16)] = field(default=256, metadata={"help": "key-value pairs per codebook"})
+    key_dim: Count = field(default=32, metadata={"help": "width of a key, and of the random projection before it"})
+    classes_per_task: Count = field(default=1, metadata={"help": "classes that arrive together"})
+    order_seed: Seed | None = field(default=None, metadata={"help": "of the order of the classes; default: --seed"})
+    value_learning_rate: Positive = field(default=50.0, metadata={"help": "SGD on the values"})
+    probe_learning_rate: Positive = field(default=0.03, metadata={"help": "SGD on the linear probe"})
+    epochs_per_task: Count = field(default=5, metadata={"help": "passes over a task's images before the next task"})
+    batch_size: Count = 64
 
     @property
     def bottleneck(self) -> dict[str, int]:

@@ -8,9 +8,11 @@ are trained, evaluated, saved and deployed with it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.cli import refuse_given
 from common.methods import Method
 from common.objective import Objective, Terms, soft_targets, task_loss
 from common.utils.errors import UserError
+from common.utils.ranges import Count, NotNegative, ShareAbove0
 from image_classification.data.loading import ImageData
 from image_classification.student_model.matching import (
     FEATURE_LOSSES,
@@ -34,21 +36,16 @@ FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
 class SimKDWeights:
     """What all variants of SimKD share."""
 
-    projector_factor: int = field(default=2, metadata={"help": "reduction inside the projector: 1, 2, 4 or 8"})
-    projector_ratio: float = field(default=2 / 3, metadata={"help": "weight of the last map under multi"})
+    projector_factor: Count = field(default=2, metadata={"help": "reduction inside the projector: 1, 2, 4 or 8"})
+    projector_ratio: ShareAbove0 = field(default=2 / 3, metadata={"help": "weight of the last map under multi"})
     use_labels: bool = field(default=False, metadata={"help": "match features only where the teacher is right"})
-    feature_weight: float = 1.0
-    cls_weight: float = field(default=0.0, metadata={"help": "weight of the labels' cross-entropy"})
-    kl_weight: float = field(default=0.0, metadata={"help": "weight of the teacher's soft targets"})
+    feature_weight: NotNegative = 1.0
+    cls_weight: NotNegative = field(default=0.0, metadata={"help": "weight of the labels' cross-entropy"})
+    kl_weight: NotNegative = field(default=0.0, metadata={"help": "weight of the teacher's soft targets"})
 
     def __post_init__(self) -> None:
-        if self.projector_factor < 1:
-            raise ValueError(f"--projector_factor must be positive, got {self.projector_factor}")
-        if not 0 < self.projector_ratio <= 1:
-            raise ValueError(f"--projector_ratio must be above 0 and at most 1, got {self.projector_ratio}")
-        weights = (self.feature_weight, self.cls_weight, self.kl_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ValueError("--feature_weight, --cls_weight and --kl_weight must not be negative, nor all zero")
+        if not (self.feature_weight or self.cls_weight or self.kl_weight):
+            raise ValueError("--feature_weight, --cls_weight and --kl_weight must not all be zero")
 
 
 @dataclass
@@ -59,6 +56,10 @@ class SimKDArguments(SimKDWeights):
         default="single", metadata={"help": "match the last map, also the stage before, or every pair of blocks"}
     )
     feature_loss: FeatureLossName = "l2"
+
+    def refuse_ignored(self) -> None:
+        if self.projector != "multi":
+            refuse_given("--projector is not multi", self, "projector_ratio")
 
 
 def simkd_student(

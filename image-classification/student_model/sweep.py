@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from common.cli import save_recipe
+from common.cli import refuse_given, save_recipe
 from common.methods import Method, chosen, filled, flags_of, refuse_same_methods
 from common.objective import Objective, task_loss
 from common.results import RECIPE
@@ -72,6 +72,8 @@ def sweep(
     refuse_unheard_flags(methods, training)
     refuse_same_methods((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     axes = replace(axes, methods=methods)
+    refuse_given("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
+    refuse_given("students of a sweep have no values of their own", training, "value_learning_rate")
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
         refuse_uncounted(data, training)

@@ -13,6 +13,7 @@ from common.cli import Parser, run
 from common.results import show_metrics
 from common.utils.errors import UserError
 from common.utils.files import read_json
+from common.utils.ranges import MOST, Range
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.video import check_video, write_video
 from reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
@@ -24,13 +25,11 @@ def main() -> None:
     parser.add_argument("model", help="a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub")
     parser.add_argument("--environment", help="Gymnasium's id; of one of this project's runs it is known")
     parser.add_argument("--teacher", help="also compare with this policy, on the states that the model meets")
-    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--episodes", type=int, default=100, within=Range(1, MOST))
     parser.add_argument("--video", metavar="FILE", help="also write an episode to an .mp4 or .gif")
     parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
     parser.add_argument("--trust_pickle", action="store_true", help="let Stable-Baselines3 unpickle the model")
     args = parser.parse_args()
-    if args.episodes < 1:
-        raise UserError(f"--episodes must be at least 1, got {args.episodes}")
     if args.video:
         check_video(args.video)
 

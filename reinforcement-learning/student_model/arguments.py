@@ -2,13 +2,25 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
 from common.arguments import RunArguments, check_seeds
+from common.cli import refuse_given
 from common.utils.errors import UserError
+from common.utils.ranges import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    Positive,
+    ProperShare,
+    Range,
+    Seed,
+    check_ranges,
+    ranges_of,
+)
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 
 Algorithm = Literal["ppo", "dqn", "sac"]
@@ -19,7 +31,7 @@ class TeacherTraining:
     """How a teacher is trained here. Raises ValueError, one line, for what cannot be."""
 
     algorithm: Algorithm = field(default="ppo", metadata={"help": "of a teacher that is trained here"})
-    teacher_steps: int | None = field(
+    teacher_steps: Count | None = field(
         default=None, metadata={"help": "environment steps of its training, instead of those of hyperparameters.yaml"}
     )
     hyperparameters: str | None = field(
@@ -27,8 +39,6 @@ class TeacherTraining:
     )
 
     def __post_init__(self) -> None:
-        if self.teacher_steps is not None and self.teacher_steps < 1:
-            raise ValueError(f"--teacher_steps must be at least 1, got {self.teacher_steps}")
         self.recipe("CartPole-v1")  # refuses now what is malformed
 
     def recipe(self, environment: str) -> TrainingRecipe:
@@ -45,46 +55,45 @@ class TeacherTask:
     """Where a teacher is trained."""
 
     environment: str = field(default="CartPole-v1", metadata={"help": "Gymnasium's id"})
-    episodes: int = field(default=100, metadata={"help": "of evaluation at the end"})
-    watch_episodes: int = field(default=10, metadata={"help": "of each evaluation for the curves"})
-
-    def __post_init__(self) -> None:
-        if self.episodes < 1 or self.watch_episodes < 1:
-            raise ValueError("--episodes and --watch_episodes must be at least 1")
+    episodes: Count = field(default=100, metadata={"help": "of evaluation at the end"})
+    watch_episodes: Count = field(default=10, metadata={"help": "of each evaluation for the curves"})
 
 
 @dataclass
 class StudentArguments:
     """What the student is: always a PPO of Stable-Baselines3."""
 
-    student: list[int] = field(
+    student: list[Count] = field(
         default_factory=lambda: [16, 16],
         metadata={"help": "widths of its hidden layers; of frames, first that of the layer behind the convolutions"},
     )
-    student_value: list[int] | None = field(
+    student_value: list[Count] | None = field(
         default=None, metadata={"help": "of its value network (default: the same); nothing for one linear layer"}
     )
-    channels: list[int] = field(
+    channels: list[Count] = field(
         default_factory=lambda: [16, 16, 16], metadata={"help": "of its three convolutions, where it sees frames"}
     )
-    codebooks: int = field(
+    codebooks: CountOrNone = field(
         default=0, metadata={"help": "of a key-value bottleneck that its layers are put behind; 0 for none"}
     )
-    pairs: int = field(default=64, metadata={"help": "of key and value in each codebook"})
-    key_dim: int | None = field(
+    pairs: Annotated[int, Range(1, 2**16)] = field(default=64, metadata={"help": "of key and value in each codebook"})
+    key_dim: Count | None = field(
         default=None, metadata={"help": "width of a key (default: that of an observation divided by --codebooks)"}
     )
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), ranges_of(type(self)))
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
-        if self.codebooks < 0 or not 1 <= self.pairs <= 2**16 or (self.key_dim is not None and self.key_dim < 1):
-            raise ValueError("--codebooks must not be negative, --pairs be 1 to 65536, --key_dim at least 1")
-        if any(width < 1 for width in [*self.student, *(self.student_value or []), *self.channels]):
-            raise ValueError("widths of layers must be at least 1")
+
+    def refuse_ignored(self) -> None:
+        if not self.codebooks:
+            refuse_given("--codebooks is 0", self, "pairs", "key_dim")
 
     def check(self, environment: str, observations: spaces.Space) -> None:
         """Raises UserError where such a student cannot see what an environment shows."""
+        if not is_image_space(observations):
+            refuse_given(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
             raise UserError(f"{environment} shows frames: give --student the width of the layer behind convolutions")
         if self.codebooks and len(observations.shape or ()) != 1:
@@ -109,15 +118,15 @@ class ExperimentArguments(RunArguments):
             "trained here unless it was before"
         },
     )
-    seeds: list[int] | None = field(default=None, metadata={"help": "one run for each, instead of --seed"})
-    teacher_temperature: float | None = field(
+    seeds: list[Seed] | None = field(default=None, metadata={"help": "one run for each, instead of --seed"})
+    teacher_temperature: Positive | None = field(
         default=None, metadata={"help": "of the teacher's logits; below 1 sharpens (default: 1, of a DQN by entropy)"}
     )
-    teacher_entropy: float = field(
+    teacher_entropy: ProperShare = field(
         default=0.1, metadata={"help": "of a DQN's soft actions, as a share of the greatest possible"}
     )
-    episodes: int = field(default=100, metadata={"help": "of evaluation at the end"})
-    watch_episodes: int = field(default=10, metadata={"help": "of each evaluation for the curves"})
+    episodes: Count = field(default=100, metadata={"help": "of evaluation at the end"})
+    watch_episodes: Count = field(default=10, metadata={"help": "of each evaluation for the curves"})
     method: Literal["distill", "ppd"] = field(
         default="distill",
         metadata={
@@ -125,7 +134,7 @@ class ExperimentArguments(RunArguments):
             "it takes --steps alone"
         },
     )
-    teacher_weight: float = field(
+    teacher_weight: NotNegative = field(
         default=1.0,
         metadata={"help": "of the teacher at the start of proximal policy distillation; it falls linearly to 0"},
     )
@@ -145,13 +154,17 @@ class ExperimentArguments(RunArguments):
             raise ValueError(f"give one --teacher per --environment, got {len(self.teacher)}")
         if len(set(self.environment)) != len(self.environment):
             raise ValueError("each --environment once")
-        if self.episodes < 1 or self.watch_episodes < 1:
-            raise ValueError("--episodes and --watch_episodes must be at least 1")
         if self.method == "ppd" and len(self.environment) > 1:
             raise ValueError("--method ppd distills one --environment at a time")
-        if self.teacher_weight < 0:
-            raise ValueError(f"--teacher_weight must not be negative, got {self.teacher_weight}")
-        if self.teacher_temperature is not None and self.teacher_temperature <= 0:
-            raise ValueError(f"--teacher_temperature must be positive, got {self.teacher_temperature}")
-        if not 0 < self.teacher_entropy < 1:
-            raise ValueError(f"--teacher_entropy must be between 0 and 1, got {self.teacher_entropy}")
+
+    def refuse_ignored(self) -> None:
+        if "train" not in self.teacher:
+            refuse_given("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
+        if self.teacher_temperature is not None:
+            refuse_given("--teacher_temperature is given", self, "teacher_entropy")
+        if self.method == "ppd":
+            refuse_given("--method ppd has a loss and a driver of its own", self, "loss", "driver", "value_weight")
+        else:
+            refuse_given("--method is not ppd", self, "teacher_weight")
+        if self.seeds:
+            refuse_given("--seeds is given", self, "seed")

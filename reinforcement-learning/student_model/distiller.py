@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from common.objective import Objective
 from common.utils.errors import UserError
 from common.utils.files import write_bytes
+from common.utils.ranges import Count, NotNegative, Positive
 from reinforcement_learning.data.observations import Observations
 from reinforcement_learning.data.playing import Act, Recorder, mixture, sampling
 from reinforcement_learning.student_model.matching import Loss, policy_and_value
@@ -34,25 +35,18 @@ Watch = Callable[[], dict[str, float]]
 
 @dataclass
 class DistillArguments:
-    """How a student is distilled. Raises ValueError, one line, for what cannot be."""
+    """How a student is distilled."""
 
     driver: Driver = field(default="dagger", metadata={"help": "who acts while observations are collected"})
     loss: Loss = field(default="kl", metadata={"help": "between the action distributions of student and teacher"})
-    steps: int = field(default=20_000, metadata={"help": "environment steps in all"})
-    rounds: int = field(default=10, metadata={"help": "of collecting and fitting"})
-    updates: int = field(default=200, metadata={"help": "minibatches per round"})
-    batch_size: int = 256
-    learning_rate: float = field(default=3e-3, metadata={"help": "of Adam at the start; it falls linearly to 0"})
-    value_weight: float = field(default=0.5, metadata={"help": "of the loss between the values; 0 for none"})
-    num_envs: int = field(default=8, metadata={"help": "environments that are stepped side by side"})
-    buffer_size: int = field(default=1_000_000, metadata={"help": "observations kept; the oldest go first"})
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "rounds", "updates", "batch_size", "num_envs", "buffer_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.value_weight < 0:
-            raise ValueError("--learning_rate must be positive and --value_weight not negative")
+    steps: Count = field(default=20_000, metadata={"help": "environment steps in all"})
+    rounds: Count = field(default=10, metadata={"help": "of collecting and fitting"})
+    updates: Count = field(default=200, metadata={"help": "minibatches per round"})
+    batch_size: Count = 256
+    learning_rate: Positive = field(default=3e-3, metadata={"help": "of Adam at the start; it falls linearly to 0"})
+    value_weight: NotNegative = field(default=0.5, metadata={"help": "of the loss between the values; 0 for none"})
+    num_envs: Count = field(default=8, metadata={"help": "environments that are stepped side by side"})
+    buffer_size: Count = field(default=1_000_000, metadata={"help": "observations kept; the oldest go first"})
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The teachers of a run: found, or trained here once and kept for every run that wants them."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def default_folder(environment: str, training: TeacherTraining) -> Path:
 
 def _refuse_other_training(folder: Path, training: TeacherTraining) -> None:
     before = read_recipe(folder)
-    for name, value in vars(training).items():
+    for name, value in asdict(training).items():
         if before.get(name) != value:
             raise UserError(
                 f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: name it with "

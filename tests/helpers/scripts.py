@@ -2,6 +2,9 @@
 
 import runpy
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 
 from paths import REPO
 
@@ -13,3 +16,14 @@ def run_script(path: str, *words: object) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = before
+
+
+@cache
+def recipe_of(*words: str) -> Path:
+    """A recipe of `--flag value` pairs: flags that a script would refuse on the command line, as without effect for
+    some of the runs of a test module, may stand in a recipe.
+    """
+    path = Path(tempfile.mkdtemp()) / "recipe.yaml"
+    pairs = zip(words[::2], words[1::2], strict=True)
+    path.write_text("".join(f"{flag.removeprefix('--')}: {value}\n" for flag, value in pairs), encoding="utf-8")
+    return path

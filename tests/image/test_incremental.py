@@ -266,10 +266,10 @@ def refused(capsys, *words: object) -> str:
         (["--dataset", "nonsense"], "unknown dataset 'nonsense'"),
         (["--encoder", "nonsense"], "unknown encoder 'nonsense'"),
         (["--codebooks", 0], "--codebooks must be at least 1"),
-        (["--pairs", 70000], "--pairs must be at most 65536"),
+        (["--pairs", 70000], "--pairs must be between 1 and 65536"),
         (["--classes_per_task", 0], "--classes_per_task must be at least 1"),
         (["--classes_per_task", 11], "--classes_per_task must be at most the 10 classes of digits"),
-        (["--value_learning_rate", -1], "--value_learning_rate must be positive"),
+        (["--value_learning_rate", -1], "--value_learning_rate must be above 0"),
         (["--codeboks", 3], "unknown flag --codeboks; did you mean --codebooks?"),
     ],
 )  # fmt: skip

@@ -260,7 +260,7 @@ def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
 def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tmp_path, source):
     """A student that learns nothing shows what it was cut from."""
     words = ["--student_from", source, "--max_steps", 2, "--scratch_learning_rate", 1e-2, "--no_control"]
-    distill(small, *words, "--student_learning_rate", 0, "--output_dir", tmp_path)
+    distill(small, *words, "--student_learning_rate", 1e-30, "--output_dir", tmp_path)
     student = load_file(tmp_path / "student" / "model.safetensors")
     teacher = load_file(tmp_path / "stages" / "teacher" / "model.safetensors")
     name = "bert.encoder.layer.{}.output.dense.weight"
@@ -323,7 +323,7 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--hidden_weight", "-1"], "--hidden_weight must not be negative"),
+        (["--hidden_weight", "-1"], "--hidden_weight must be at least 0"),
         (["--layer_map", "skip", "--student_layers", "1", "--hidden_weight", "1"], "choose uniform"),
         (["--student", "{deep}", "--align_epochs", "1"], "has 5 layers to match, its teacher only 4"),
         (["--teacher", "{uneven}"], "the layers of ModernBertModel are not built alike"),

@@ -297,7 +297,7 @@ def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--temperature", "-1"], "--temperature must be positive"),
+        (["--temperature", "-1"], "--temperature must be above 0"),
         (["--alpha", "1.5"], "--alpha must be between 0 and 1"),
         (["--dataset", "nonsense"], "nonsense"),
         (["--teacher", "no/such-model"], "--teacher tiny-bert"),

@@ -166,7 +166,7 @@ def test_all_eight_tasks_are_known_by_their_own_metrics():
         (["--tasks", "wnli"], "--tasks must be some of cola"),
         (["--systems", "dino"], "--systems must be some of base"),
         (["--tasks", "cola"], "holds neither cola nor glue_cola"),
-        (["--tasks", "rte", "--samples_per_stage", "0"], "--samples_per_stage must be positive"),
+        (["--tasks", "rte", "--samples_per_stage", "0"], "--samples_per_stage must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(glue, tmp_path, capsys, words, named):

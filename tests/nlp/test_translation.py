@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import run_script
+from scripts import recipe_of, run_script
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from common.metrics.generation import translation_metrics
@@ -275,7 +275,7 @@ def small(tmp_path_factory) -> Path:
 
 
 def distill(*words: object) -> None:
-    run_script(SCRIPT, *TINY, *words)
+    run_script(SCRIPT, recipe_of(*TINY), *words)
 
 
 @pytest.fixture(scope="session")
@@ -308,7 +308,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
 @pytest.mark.parametrize("student", ["scratch", "cut"])
 def test_the_control_starts_as_the_student_does_but_has_nothing_of_the_teacher(small, tmp_path, student):
     """Students that learn nothing show what they started from."""
-    words = ["--student", student, "--method", "word", "--learning_rate", 0, "--teacher_learning_rate", 1e-2]
+    words = ["--student", student, "--method", "word", "--learning_rate", 1e-30, "--teacher_learning_rate", 1e-2]
     distill("--dataset", small, "--output_dir", tmp_path, *words)
     start, control, teacher = (
         load_file(tmp_path / "stages" / role / "model.safetensors") for role in ("student", "control", "teacher")

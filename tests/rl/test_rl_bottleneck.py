@@ -186,5 +186,5 @@ def test_frames_have_no_bottleneck():
 
 @pytest.mark.parametrize("wrong", [{"codebooks": -1}, {"pairs": 0}, {"pairs": 2**16 + 1}, {"key_dim": 0}])
 def test_sizes_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ValueError, match="--codebooks must not be negative"):
+    with pytest.raises(ValueError, match="--(codebooks|pairs|key_dim) must be"):
         StudentArguments(**wrong)

@@ -220,13 +220,13 @@ def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
         (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
         (["--environment", "Pendulum-v1", "--loss", "nll"], "needs discrete actions"),  # before a teacher is trained
         (["--environment", "CartPole-v1", "CartPol-v1"], "did you mean CartPole-v"),
-        (["--seed", "-1"], "--seed must be from 0"),
-        (["--seeds", "0", "-1"], "--seeds must be from 0"),
+        (["--seed", "-1"], "--seed must be between 0"),
+        (["--seeds", "0", "-1"], "--seeds must be between 0"),
         (["--seeds", "0", "0"], "each named once"),
-        (["--teacher_weight", "-1"], "--teacher_weight must not be negative"),
+        (["--teacher_weight", "-1"], "--teacher_weight must be at least 0"),
         (["--teacher", "{cart_pole}", "--output_dir", "{cart_pole}/run"], "Not a directory"),
         (["--channels", "8"], "three convolutions"),
-        (["--teacher_temperature", "0"], "--teacher_temperature must be positive"),
+        (["--teacher_temperature", "0"], "--teacher_temperature must be above 0"),
     ],
 )
 def test_bad_input_is_one_line(words, expected, cart_pole, capsys):
@@ -238,7 +238,7 @@ def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_writte
     TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
     words = ["--environment", "Pendulum-v1", "--teacher", "td3.zip"]
     assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
-    assert "a deterministic teacher has no distribution" in line_of(capsys, *words, "--method", "ppd", "--loss", "mse")
+    assert "a deterministic teacher has no distribution" in line_of(capsys, *words, "--method", "ppd")
     assert not RUNS.exists()
     distill(*words, "--loss", "huber", "--no_control")
 

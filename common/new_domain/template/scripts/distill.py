@@ -7,10 +7,12 @@ The second takes its flags from a recipe; `distill_soft.sh` is short for it.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, run
+from common.cli import parse, refuse_given, run
 from common.objective import Objective, labels_and_soft_targets, task_loss
+from common.utils.ranges import Count
 from example_domain.data.loading import load_data
 from example_domain.student_model.distillation import Distillation
 from example_domain.teacher_model.teacher import load_trained
@@ -22,8 +24,8 @@ class Arguments:
 
     dataset: str = field(default="tones", metadata={"help": "tones, a folder of parquet or JSON files, or a Hub name"})
     teacher: str | None = field(default=None, metadata={"help": "folder of a trained classifier (default: train one)"})
-    teacher_width: int = field(default=64, metadata={"help": "channels of a teacher that is trained here"})
-    student_width: int = field(default=12, metadata={"help": "channels of the student and of its control"})
+    teacher_width: Count = field(default=64, metadata={"help": "channels of a teacher that is trained here"})
+    student_width: Count = field(default=12, metadata={"help": "channels of the student and of its control"})
 
 
 @dataclass
@@ -36,11 +38,16 @@ class TrainingArguments(KDTrainingArguments):
     per_device_eval_batch_size: int = 250
     learning_rate: float = 3e-3
     lr_scheduler_type: str = "cosine"
-    train_sampling_strategy: str = "random"  # all signals are of one length
+    train_sampling_strategy: Literal["random", "sequential"] = "random"  # all signals are of one length
 
 
 def main() -> None:
     args, training = parse(Arguments, TrainingArguments)
+    if args.teacher:
+        refuse_given("--teacher names a trained classifier", training, "teacher_width")
+    refuse_given(
+        "neither labels are smoothed nor values trained", training, "label_smoothing_factor", "value_learning_rate"
+    )
     data = load_data(args.dataset)
     given = load_trained(args.teacher, data) if args.teacher else None
     labels_only = Objective(task=(1.0, task_loss()))

@@ -1,0 +1,112 @@
+"""How a script ends: well, by one line on stderr, or because it was interrupted."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from transformers import dynamic_module_utils
+
+from common.utils.devices import end_processes
+from common.utils.errors import UserError
+from common.utils.faults import explained
+
+PATIENCE = 5.0  # seconds that another process than the first waits to be ended before it prints an error of its own
+RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # of a run, of one run a seed, of GLUE's cells
+parsed: list[Any] = []  # the arguments of the running script
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does."""
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program the way bad input does: one line on stderr, exit code 2. Of several processes that refuse the
+    same input, only the first prints it: torchrun ends the others meanwhile.
+    """
+    line = "error: " + " ".join(message.split())
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(UserError(line))  # torchrun's summary then names the reason
+    if os.environ.get("RANK", "0") != "0":
+        _on_sigterm(signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    _say(line)
+    sys.exit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main. A UserError, a fault of the operating system and too little memory are one line and exit
+    code 2, Ctrl-C is one line and 130, SIGTERM one line and 143; a reader that is gone (`| head`) is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no question whether code beside a model may run: it may not
+    parsed.clear()
+    before, own = signal.getsignal(signal.SIGTERM), os.getpid()
+    _on_sigterm(lambda *_: _terminate(own))
+    try:
+        main()
+        end_processes()
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        _end_interrupted(isinstance(interrupt, Terminated))
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            fail(explained(error) or str(error))
+        _let_go(sys.stdout)
+        sys.exit(141)  # as a shell reports a program that SIGPIPE ended
+    except Exception as error:
+        line = explained(error)
+        if line is None:
+            raise
+        fail(line)
+    finally:
+        _on_sigterm(before)
+
+
+def _end_interrupted(by_sigterm: bool) -> NoReturn:
+    """The first process prints a line, unless torchrun ended it because another one failed."""
+    if os.environ.get("RANK", "0") == "0" and not (by_sigterm and "TORCHELASTIC_RUN_ID" in os.environ):
+        _say("interrupted" + _way_on())
+    sys.exit(143 if by_sigterm else 130)
+
+
+def _way_on() -> str:
+    """What continues an interrupted run, where it has begun and its script can continue it."""
+    for arguments in parsed:
+        folder = getattr(arguments, "output_dir", None)
+        if folder and hasattr(arguments, "resume_from_checkpoint"):
+            if any(found for pattern in RECIPES for found in Path(folder).glob(pattern)):
+                return ": the same command with --resume_from_checkpoint continues the run"
+    return ""
+
+
+def _terminate(main_process: int) -> None:
+    if os.getpid() == main_process:
+        raise Terminated
+    _on_sigterm(signal.SIG_DFL)  # a process that loads data or steps environments ends without a word
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _on_sigterm(handler: Any) -> None:
+    try:
+        signal.signal(signal.SIGTERM, handler)
+    except (ValueError, TypeError):
+        pass  # not in the main thread, whose business signals are; or a handler that was not set from Python
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _let_go(sys.stderr)
+
+
+def _let_go(stream: Any) -> None:
+    """Python flushes its streams once more at its end, and would complain about one without a reader."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,150 @@
+"""What a file names is never imported, and no pickle is executed: code comes from the command line alone."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import run_script
+from transformers import BertConfig
+
+EVALUATE_IMAGES = "image-classification/scripts/evaluate.py"
+PAYLOAD = "import pathlib\npathlib.Path({mark!r}).touch()\n"
+
+
+class Evil:
+    """A pickle that makes a file when it is loaded without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What exists if the module `evil`, which can be imported, was. Whoever is asked a question answers yes."""
+    mark = tmp_path / "it_ran"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    (tmp_path / "evil.py").write_text(PAYLOAD.format(mark=str(mark)))
+    return mark
+
+
+def refused(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
+    with pytest.raises(SystemExit) as exit:
+        run_script(script, *words)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def model_folder(folder: Path, mark: Path, config: dict[str, Any], **files: dict[str, Any]) -> Path:
+    """A folder whose configurations name classes of a module beside them."""
+    folder.mkdir()
+    (folder / "evil.py").write_text(PAYLOAD.format(mark=str(mark)))
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def auto_map(*names: str) -> dict[str, Any]:
+    return {"auto_map": {name: "evil.Evil" for name in names}}
+
+
+CUSTOM = {"model_type": "evil", "architectures": ["EvilForSequenceClassification"]} | auto_map(
+    "AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
+)
+TOKENIZER = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("NLP/scripts/evaluate.py", ["MODEL", "--dataset", "intents"]),
+        ("NLP/scripts/export.py", ["MODEL", "--dataset", "intents"]),
+        ("NLP/scripts/distill_classifier.py", ["--teacher", "MODEL"]),
+        ("NLP/scripts/distill_classifier.py", ["--student", "MODEL"]),
+        ("NLP/scripts/distill_bottleneck.py", ["--teacher", "MODEL"]),
+        ("NLP/scripts/distill_gpt.py", ["--teacher", "MODEL"]),
+        ("NLP/scripts/distill_translation.py", ["--teacher", "MODEL"]),
+        ("NLP/scripts/search.py", ["--teacher", "MODEL"]),
+        ("image-classification/scripts/train_student.py", ["--teacher", "MODEL"]),
+        ("image-classification/scripts/train_bottleneck.py", ["--encoder", "MODEL"]),
+        ("image-classification/scripts/evaluate.py", ["MODEL"]),
+        ("common/export.py", ["MODEL", "--domain", "NLP"]),
+        ("common/export.py", ["MODEL", "--domain", "image-classification"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_code_beside_a_model_does_not_run(
+    tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str], script: str, words: list[str], kind: str
+) -> None:
+    config = CUSTOM if kind == "model" else BertConfig(**SMALL).to_dict()
+    folder = model_folder(
+        tmp_path / "model",
+        mark,
+        config,
+        tokenizer_config=TOKENIZER,
+        preprocessor_config=auto_map("AutoImageProcessor"),
+    )
+    refused(capsys, script, *(str(folder) if word == "MODEL" else word for word in words))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("domain", ["reinforcement-learning", "evil", "../evil", ["evil"]])
+def test_export_imports_no_module_that_results_name(
+    tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str], domain: Any
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "student").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"domain": domain, "task": "evil:Evil-v0"}))
+    line = refused(capsys, "common/export.py", folder)
+    assert not mark.exists() and not (folder / "export").exists()
+    if domain == "reinforcement-learning":
+        assert "pass --task evil:Evil-v0 where you trust that module" in line
+
+
+@pytest.mark.parametrize("architecture", ["timm:hf-hub:evil/evil", "timm:local-dir:.", "timm:evil", "evil.Evil"])
+def test_an_architecture_is_only_a_name(
+    tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str], architecture: str
+) -> None:
+    config = {"model_type": "image_classifier", "architecture": architecture, "image_size": 8}
+    folder = model_folder(tmp_path / "model", mark, config)
+    for script, words in (("common/export.py", ["--domain", "image-classification"]), (EVALUATE_IMAGES, [])):
+        refused(capsys, script, folder, *words)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "config"),
+    [
+        ("NLP/scripts/evaluate.py", ["--dataset", "intents"], BertConfig(**SMALL).to_dict()),
+        ("common/export.py", ["--domain", "NLP"], BertConfig(**SMALL, architectures=["BertForMaskedLM"]).to_dict()),
+        (EVALUATE_IMAGES, [], {"model_type": "image_classifier", "architecture": "resnet8x4", "image_size": 8}),
+    ],
+)
+def test_no_pickle_is_executed(
+    tmp_path: Path,
+    mark: Path,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    words: list[str],
+    config: dict[str, Any],
+) -> None:
+    folder = model_folder(tmp_path / "model", mark, config)
+    torch.save({"weight": Evil(mark)}, folder / "pytorch_model.bin")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\nd\n")
+    refused(capsys, script, folder, *words)
+    assert not mark.exists()
+    with pytest.raises(FileExistsError):  # the payload does run where a pickle is trusted
+        mark.mkdir()
+        pickle.loads(pickle.dumps(Evil(mark)))
