@@ -125,6 +125,7 @@ def _report(results: Results) -> str:
     sections = [
         f"# {title(results)}",
         headline(results),
+        *(f"**Warning:** {text}" for text in results.get("warnings", [])),
         markdown(*model_table(results)),
         "![Training loss and evaluation metric](curves.png)",
         "## All metrics",
@@ -210,7 +211,7 @@ def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def _extra_sections(results: Results) -> list[str]:
     """What a script adds beyond the schema: plain values, or sections {name: value} or {model: {name: value}}."""
-    extra = {key: value for key, value in results.items() if key not in SCHEMA}
+    extra = {key: value for key, value in results.items() if key not in SCHEMA and key != "warnings"}
     plain = {key: value for key, value in extra.items() if not isinstance(value, dict)}
     sections = {"Notes": plain} if plain else {}
     sections |= {key: value for key, value in extra.items() if isinstance(value, dict)}

@@ -9,6 +9,7 @@ import copy
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class Run:
         self.args, self.folder = args, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
         transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
         datasets.disable_progress_bars()
@@ -122,6 +124,13 @@ class Run:
         inside = sum(self.seconds.values()) - others
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
+    def warn(self, text: str | None) -> None:
+        """Prints a warning, if there is one, in the main process, and keeps it for the report."""
+        if text and text not in self.warnings:
+            self.warnings.append(text)
+            if PartialState().is_main_process:
+                print(f"warning: {text}", file=sys.stderr)
+
     @property
     def total_seconds(self) -> float:
         """Since the start of the run; of earlier processes of a resumed run only the stages that they finished."""
@@ -169,6 +178,7 @@ class Run:
             "gain_over_control": gain,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),
+            "warnings": self.warnings,
             **extra,
         }
 
