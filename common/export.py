@@ -8,6 +8,7 @@ code in README.md and what was checked in export.json. The file is loaded again 
 to inputs of other sizes than those that it was made with, or nothing is written. All of it runs on the CPU.
 """
 
+import inspect
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--format", choices=list(FORMATS), default="onnx")
     parser.add_argument("--domain", help="whose student it is, where no results.json of its run says so")
     parser.add_argument("--task", help="what it is for, likewise; of a policy, the environment")
+    parser.add_argument("--vecnormalize", metavar="FILE", help="of a policy: what VecNormalize.save wrote, or none")
     parser.add_argument("--output_dir", help="default: export, in the folder of the run or beside the student")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
@@ -99,7 +101,10 @@ def main() -> None:
     results = read_json(origin / RESULTS) if origin else {}
     load = loader(name, args.domain or results.get("domain"))
     transformers_logging.disable_progress_bar()
-    take_away(name, load(name, args.task or results.get("task")), args.format, folder)
+    statistics = {"vecnormalize": args.vecnormalize} if args.vecnormalize else {}
+    if statistics and "vecnormalize" not in inspect.signature(load).parameters:
+        raise UserError(f"--vecnormalize is for policies, and {name} is none: leave it out")
+    take_away(name, load(name, args.task or results.get("task"), **statistics), args.format, folder)
 
 
 def take_away(name: str, student: Exportable, format: str, folder: Path) -> None:
@@ -137,7 +142,7 @@ def run_of(student: str) -> Path | None:
     return next((folder for folder in (path, *path.parents[:2]) if (folder / RESULTS).is_file()), None)
 
 
-def loader(student: str, domain: str | None) -> Callable[[str, str | None], Exportable]:
+def loader(student: str, domain: str | None) -> Callable[..., Exportable]:
     """The function of a domain that loads its students. Raises UserError where there is none."""
     folders = [path.parts[-3] for path in Path(__file__).parent.parent.glob("*/student_model/exportable.py")]
     known = f"--domain, one of {', '.join(sorted(folders))}"

@@ -23,7 +23,7 @@ def refuse_several_processes() -> None:
 
 
 def refuse_unnamed_module(environment: str, where: str) -> None:
-    """Raises UserError where a file, called `where`, names an environment as `module:id`, and the command line does not:
+    """Raises UserError where a file, `where`, names an environment as `module:id`, and the command line does not:
     importing the module runs its code.
     """
     module, _, id = environment.rpartition(":")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from common.utils.errors import UserError
+from common.utils.files import write_bytes
 from reinforcement_learning.data.playing import Act
 from reinforcement_learning.environments.vector import Environments, find_spec, time_limit
 from reinforcement_learning.teacher_model.policies import environment_actions
@@ -42,28 +43,30 @@ def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
     file, gif = Path(path), Path(path).with_suffix(".gif")
     if file.suffix == ".mp4":
         try:
-            return _write(file, frames, plugin="FFMPEG", fps=per_second, macro_block_size=2)
+            _write_mp4(file, frames, per_second)
+            return file
         except Exception as error:  # whatever this machine's ffmpeg, or its absence, leads to
             if gif.exists():
                 raise UserError(
                     f"cannot write {file} ({_line(error)}), and {gif} exists: pass --video a gif"
                 ) from None
             logger.warning("cannot write %s (%s): writing a gif instead", file, _line(error))
+    content = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / per_second, loop=0)
     try:
-        return _write(gif, frames, duration=1000 / per_second, loop=0)
-    except Exception as error:
-        raise UserError(f"cannot write {gif} ({_line(error)}): choose another --video, or leave it out") from None
+        write_bytes(gif, content)
+    except OSError as error:
+        raise UserError(f"cannot write {gif} ({error.strerror}): choose another --video, or leave it out") from None
+    return gif
 
 
-def _write(file: Path, frames: np.ndarray, **how: Any) -> Path:
+def _write_mp4(file: Path, frames: np.ndarray, per_second: float) -> None:
     partial = file.with_name(f".{os.getpid()}.{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(partial, frames, **how)
+        imageio.v3.imwrite(partial, frames, plugin="FFMPEG", fps=per_second, macro_block_size=2)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
-    return file
 
 
 def _has_room(frames: list[Any]) -> bool:
@@ -98,7 +101,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
 def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     """What the policy sees: the newest of its four grey frames."""
     one = Environments(environment, 1, seed)
-    frames, ended = [], False
+    frames, ended = list[Any](), False
     while not ended and _has_room(frames):
         frames.append(one.observations[0, -1].copy())
         step = one.step(environment_actions(act(torch.as_tensor(one.observations)), one.action_space))

@@ -87,18 +87,22 @@ class Distiller:
         if checkpoint is not None:
             self._restore(checkpoint / STATE)
         rounds = range(self.done_rounds, self.args.rounds)
-        for number in tqdm(rounds, desc=description, unit="round", leave=False):
-            started = time.process_time()
-            for task in self.tasks:
-                self._collect(task, number)
-            losses = self._fit(number)
-            check_finite_weights(self.students, when=f"after round {number + 1}")
-            self.cpu_seconds += time.process_time() - started
-            work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-            self.history.append({"environment_steps": self._steps(number + 1)} | work | losses | watch())
-            self.done_rounds = number + 1
-            self.checkpoints.save(self.done_rounds, self._write)
+        with tqdm(rounds, desc=description, unit="round", leave=False) as bar:
+            for number in bar:
+                self._round(number, watch)
         return self.history
+
+    def _round(self, number: int, watch: Watch) -> None:
+        started = time.process_time()
+        for task in self.tasks:
+            self._collect(task, number)
+        losses = self._fit(number)
+        check_finite_weights(self.students, when=f"after round {number + 1}")
+        self.cpu_seconds += time.process_time() - started
+        work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
+        self.history.append({"environment_steps": self._steps(number + 1)} | work | losses | watch())
+        self.done_rounds = number + 1
+        self.checkpoints.save(self.done_rounds, self._write)
 
     def _steps(self, rounds: int) -> int:
         return self.args.steps * rounds // self.args.rounds

@@ -41,9 +41,13 @@ def random_return(environment: str, action_space: spaces.Space, episodes: int) -
 
 def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -> str | None:
     """The warning where a teacher is no better than random actions; arguments are its `return_metrics` and theirs."""
-    errors = [metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)]
-    return guessing_warning(
-        name, "mean return", teacher["return_mean"], random["return_mean"], "random actions", sum(errors) ** 0.5
+    own, guess = teacher["return_mean"], random["return_mean"]
+    error = sum(metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)) ** 0.5
+    if own <= guess or guessing_warning(name, "mean return", own, guess, "random actions", error) is None:
+        return guessing_warning(name, "mean return", own, guess, "random actions")
+    return (
+        f"teacher {name} is not clearly better than random actions: its mean return is {own:.4g}, theirs {guess:.4g}, "
+        f"in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
     )
 
 

@@ -82,7 +82,7 @@ class Agent:
             if not files.raw and behind_vec_normalize(files.policy):
                 warnings += (
                     f"{files.policy} was trained behind VecNormalize, and no statistics were found: observations are "
-                    "not normalized, which is right only if VecNormalize normalized rewards alone; pass --vecnormalize",
+                    "not normalized, which is right only if VecNormalize normalized rewards; else pass --vecnormalize",
                 )
             return cls(name, policy, warnings=warnings)
         statistics, source = read_statistics(files.statistics), str(files.statistics)

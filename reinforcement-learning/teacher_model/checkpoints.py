@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from common.utils.checksums import find_damage, write_checksums
+from common.utils.checksums import CHECKSUMS, find_damage, read_checksums, write_checksums
 from common.utils.errors import UserError
 from common.utils.files import writing_folder
 
@@ -22,14 +22,13 @@ class Checkpoints:
 
     def save(self, number: int, write: Callable[[Path], None]) -> None:
         """Keeps what `write` puts into the folder that it is given, as checkpoint `number`."""
-        with writing_folder(self.folder / f"checkpoint-{number}") as partial:
+        path = self.folder / f"checkpoint-{number}"
+        _remove(path)  # it is there only if it is damaged, so that the training went on from the one before
+        with writing_folder(path) as partial:
             write(partial)
             write_checksums(partial)
-        for path in self._all()[:-KEPT]:
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+        for old in self._all()[:-KEPT]:
+            _remove(old)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole, or None where there is none at all; warns of those that are damaged.
@@ -38,7 +37,7 @@ class Checkpoints:
         """
         damage = None
         for path in reversed(self._all()):
-            damage = find_damage(path)
+            damage = _damage(path)
             if damage is None:
                 return path
             logger.warning("checkpoint %s is left out: %s", path, damage)
@@ -53,3 +52,19 @@ class Checkpoints:
         found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.glob("checkpoint-*")}
         numbers = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(numbers, key=lambda path: numbers[path])
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. A list of checksums that was cut off lacks some of the files."""
+    if (damage := find_damage(path)) is not None:
+        return damage
+    unlisted = {file.name for file in path.iterdir()} - read_checksums(path).keys() - {CHECKSUMS}
+    return f"{path / CHECKSUMS} lacks {', '.join(sorted(unlisted))}" if unlisted else None
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, but never what a link leads to."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

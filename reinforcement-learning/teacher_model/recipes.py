@@ -15,19 +15,23 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
-GIVEN = {"policy", "env", "seed", "device", "_init_setup_model"}  # keywords that are no hyper-parameters
+# Keywords of the algorithms that are no hyper-parameters, or that JSON cannot give.
+GIVEN = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
+GIVEN |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
+GIVEN |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
+WHOLE = 10**12  # more steps, rows or environments than anyone has
 # The kind of each number, and its least and greatest value.
 RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "steps": (int, 1, math.inf),
+    "steps": (int, 1, WHOLE),
     "environments": (int, 1, 4096),
-    "n_steps": (int, 1, math.inf),
-    "n_epochs": (int, 1, math.inf),
-    "batch_size": (int, 1, math.inf),
-    "buffer_size": (int, 1, math.inf),
-    "learning_starts": (int, 0, math.inf),
-    "target_update_interval": (int, 1, math.inf),
-    "train_freq": (int, 1, math.inf),
-    "gradient_steps": (int, -1, math.inf),
+    "n_steps": (int, 1, WHOLE),
+    "n_epochs": (int, 1, WHOLE),
+    "batch_size": (int, 1, WHOLE),
+    "buffer_size": (int, 1, WHOLE),
+    "learning_starts": (int, 0, WHOLE),
+    "target_update_interval": (int, 1, WHOLE),
+    "train_freq": (int, 1, WHOLE),
+    "gradient_steps": (int, -1, WHOLE),
     "learning_rate": (float, 0, math.inf),
     "clip_range": (float, 0, math.inf),
     "clip_range_vf": (float, 0, math.inf),
@@ -107,14 +111,15 @@ def _check(algorithm: str, row: dict[str, Any]) -> None:
     if not isinstance(row.get("policy_kwargs", {}), dict):
         raise ValueError(f"policy_kwargs must be an object of keywords, got {row['policy_kwargs']!r}")
     for name, value in row.items():
-        if name in RANGES and (fault := _fault(name, value)):
+        automatic = algorithm == "sac" and name == "ent_coef" and str(value).startswith("auto")
+        if name in RANGES and not automatic and (fault := _fault(name, value)):
             raise ValueError(f"{algorithm} refuses these hyper-parameters: {name} must be {fault}, got {value!r}")
 
 
 def _fault(name: str, value: Any) -> str | None:
     """What a number must be and is not, or None."""
     kind, low, high = RANGES[name]
-    if (value is None and name in OPTIONAL) or (name == "ent_coef" and str(value).startswith("auto")):
+    if value is None and name in OPTIONAL:
         return None
     if name in SCHEDULES and isinstance(value, str) and value.startswith("linear_"):
         try:
@@ -124,8 +129,8 @@ def _fault(name: str, value: Any) -> str | None:
     fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if fits and low <= value <= high and (kind is float or value == int(value)) and (value or name not in NOT_ZERO):
         return None
-    text = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-    return f"a {'finite' if kind is float else 'whole'} number {text}{', not 0' if name in NOT_ZERO else ''}"
+    text = f"from {low} to {high}" if high < math.inf else f"{low} or more"
+    return f"a {'finite' if kind is float else 'whole'} number, {text}{', but not 0' if name in NOT_ZERO else ''}"
 
 
 def _value(name: str, value: Any) -> Any:

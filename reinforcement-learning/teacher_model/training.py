@@ -44,6 +44,8 @@ def train(model: BaseAlgorithm, steps: int, folder: Path, seed: int, watch: Watc
     except ValueError:  # of torch.distributions, for parameters that are not finite
         segments.check()
         raise
+    finally:
+        segments.bar.close()
     segments.log()
     return segments.history
 
@@ -55,20 +57,16 @@ class Segments(BaseCallback):
         super().__init__()
         self.length, self.seed, self.watch = max(1, -(-steps // SEGMENTS)), seed, watch
         self.checkpoints = Checkpoints(folder)
-        self.steps, self.description = steps, description
+        self.bar = tqdm(total=steps, desc=description, unit="step", unit_scale=True, leave=False)
         self.begun, self.history, self.arrays = -1, History(), dict[str, np.ndarray]()
 
     def _on_training_start(self) -> None:
         if self.arrays:
             _put_arrays(self.model, self.arrays)  # only now, since `learn` has begun with a reset, which counts
-        self.bar = tqdm(total=self.steps, desc=self.description, unit="step", unit_scale=True, leave=False)
 
     def _on_step(self) -> bool:
         self.bar.update(self.model.num_timesteps - self.bar.n)
         return True
-
-    def _on_training_end(self) -> None:
-        self.bar.close()
 
     def _on_rollout_start(self) -> None:
         segment = self.model.num_timesteps // self.length
