@@ -8,6 +8,7 @@ code in README.md and what was checked in export.json. The file is loaded again 
 to inputs of other sizes than those that it was made with, or nothing is written. All of it runs on the CPU.
 """
 
+import inspect
 import re
 import shlex
 from collections.abc import Callable
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--format", choices=list(FORMATS), default="onnx")
     parser.add_argument("--domain", help="whose student it is, where no results.json of its run says so")
     parser.add_argument("--task", help="what it is for, likewise; of a policy, the environment")
+    parser.add_argument("--vecnormalize", metavar="FILE", help="of a policy: what VecNormalize.save wrote, or none")
     parser.add_argument("--output_dir", help="default: export, in the folder of the run or beside the student")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
@@ -105,7 +107,10 @@ def main() -> None:
     load = loader(name, args.domain or results.get("domain"))
     task = args.task or task_without_module(results.get("task"), origin)
     transformers_logging.disable_progress_bar()
-    take_away(name, load(name, task), args.format, folder)
+    statistics = {"vecnormalize": args.vecnormalize} if args.vecnormalize else {}
+    if statistics and "vecnormalize" not in inspect.signature(load).parameters:
+        raise UserError(f"--vecnormalize is for policies, and {name} is none: leave it out")
+    take_away(name, load(name, task, **statistics), args.format, folder)
 
 
 def take_away(name: str, student: Exportable, format: str, folder: Path) -> None:
@@ -156,7 +161,7 @@ def task_without_module(task: Any, origin: Path | None) -> str | None:
     return task
 
 
-def loader(student: str, domain: str | None) -> Callable[[str, str | None], Exportable]:
+def loader(student: str, domain: str | None) -> Callable[..., Exportable]:
     """The function of a domain that loads its students. Raises UserError where there is none."""
     folders = [path.parts[-3] for path in Path(__file__).parent.parent.glob("*/student_model/exportable.py")]
     known = f"--domain, one of {', '.join(sorted(folders))}"

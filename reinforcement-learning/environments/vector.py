@@ -22,6 +22,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 
 from common.utils.errors import UserError
 
+EPISODE_STEPS = 10_000  # of an episode at most, where the environment has no limit of its own
 # Modules that register their environments when they are imported, by what the ids of these start with.
 MODULES = {"ALE/": "ale_py", "KnownAnswer": f"{__package__}.known_answer"}
 SUPPORTED = (
@@ -49,6 +50,8 @@ class Environments:
     rewards to -1, 0, 1 and makes a lost life the end of an episode. The whole game then restarts, unlike in SB3's
     AtariWrapper: training never gets past a first life, so only training=False gives a game's score.
     Other environments ignore `training`.
+
+    Episodes of an environment that was registered without a time limit are truncated after EPISODE_STEPS.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class Environments:
             raise UserError(f"the number of environments must be 1 or more, not {count}")
         self.id, self.count = id, count
         self.autoreset = autoreset or AutoresetMode.NEXT_STEP  # the default of all vector environments of Gymnasium
-        spec = _find(id)
+        spec = find_spec(id)
         if spec.namespace == "ALE":
             env_kwargs = _atari_kwargs(training, env_kwargs)
         try:
@@ -87,6 +90,8 @@ class Environments:
         """Acts in all environments, (count,) or (count, actions), and updates `observations` and `acting`."""
         actions = np.asarray(actions, dtype=self.vector.action_space.dtype)
         self.observations, rewards, terminated, truncated, infos = self.vector.step(actions)
+        if not (np.isfinite(rewards).all() and np.isfinite(self.observations).all()):
+            raise UserError(f"environment {self.id} returned an observation or a reward that is not finite")
         done = terminated | truncated
         final = self.observations
         if self.autoreset == AutoresetMode.NEXT_STEP:
@@ -100,6 +105,21 @@ class Environments:
         self.vector.close()
 
 
+def time_limit(spec: EnvSpec) -> dict[str, Any]:
+    """The argument that limits the episodes of an environment that does not end them by itself after some time."""
+    limited = spec.max_episode_steps is not None or "max_episode_steps" in spec.kwargs or spec.namespace == "ALE"
+    return {} if limited else {"max_episode_steps": EPISODE_STEPS}
+
+
+def time_limit_warning(id: str) -> str | None:
+    if not time_limit(find_spec(id)):
+        return None
+    return (
+        f"environment {id} has no time limit: its episodes are cut after {EPISODE_STEPS:,} steps; register it with "
+        "max_episode_steps for another limit"
+    )
+
+
 def registering(id: str) -> str:
     """The line of code that makes Gymnasium know an id which it does not know by itself, or nothing."""
     module = _registers(id)
@@ -110,7 +130,7 @@ def _registers(id: str) -> str:
     return next((module for start, module in MODULES.items() if id.startswith(start)), "")
 
 
-def _find(id: str) -> EnvSpec:
+def find_spec(id: str) -> EnvSpec:
     """The registered environment; `module:id` imports the module first, as in gym.make."""
     module, _, name = id.rpartition(":")
     module = module or _registers(name)
@@ -132,7 +152,10 @@ def _atari_kwargs(training: bool, env_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[str, Any]) -> VectorEnv:
     """From the environment's own vector entry point, unless there is none or it does not know the autoreset mode."""
+    env_kwargs = time_limit(spec) | env_kwargs
     own = spec.vector_entry_point
+    if own is not None and "max_episode_steps" in env_kwargs and "max_episode_steps" not in _parameters(own):
+        own = None
     vector_kwargs: dict[str, Any] = {}
     if own is not None and "autoreset_mode" in _parameters(own):
         env_kwargs = env_kwargs | {"autoreset_mode": autoreset}

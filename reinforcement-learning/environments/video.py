@@ -11,48 +11,85 @@ import numpy as np
 import torch
 
 from common.utils.errors import UserError
+from common.utils.files import write_bytes
 from reinforcement_learning.data.playing import Act
-from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.environments.vector import Environments, find_spec, time_limit
 from reinforcement_learning.teacher_model.policies import environment_actions
 
 ENLARGED = 4  # times: what a policy sees of an Atari game is 84 pixels wide
+MOST_FRAMES = 3_000  # they are kept in memory
 logger = logging.getLogger(__name__)
 
 
 def check_video(path: str) -> None:
-    """Raises UserError for a file name that says neither mp4 nor gif."""
-    if Path(path).suffix not in (".mp4", ".gif"):
-        raise UserError(f"--video writes an mp4 or a gif: give {Path(path).stem or 'episode'}.mp4, not {path}")
+    """Raises UserError, before anything is played, for a file that cannot be written or is neither mp4 nor gif."""
+    file = Path(path)
+    if file.suffix not in (".mp4", ".gif"):
+        raise UserError(f"--video writes an mp4 or a gif: give {file.stem or 'episode'}.mp4, not {path}")
+    if file.is_dir():
+        raise UserError(f"--video {path} is a folder: give the name of a file")
+    there = next(folder for folder in file.absolute().parents if folder.exists())  # what is missing below is made
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--video {path} cannot be written: {there} is no folder that may be written to")
 
 
 def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
-    """Plays one episode and writes it; where an mp4 cannot be written, a gif beside it. Returns the file's path."""
+    """Plays one episode and writes it, whole or not at all; where an mp4 cannot be written, a gif beside it. Returns
+    the file's path.
+    """
     frames, per_second = (
         _atari_frames(act, environment, seed) if environment.startswith("ALE/") else _frames(act, environment, seed)
     )
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file, gif = Path(path), Path(path).with_suffix(".gif")
     if file.suffix == ".mp4":
         try:
-            imageio.v3.imwrite(file, frames, plugin="FFMPEG", fps=per_second, macro_block_size=2)
+            _write_mp4(file, frames, per_second)
             return file
         except Exception as error:  # whatever this machine's ffmpeg, or its absence, leads to
-            logger.warning("cannot write %s (%s): writing a gif instead", file, error)
-            file = file.with_suffix(".gif")
-    imageio.v3.imwrite(file, frames, duration=1000 / per_second, loop=0)
-    return file
+            if gif.exists():
+                raise UserError(
+                    f"cannot write {file} ({_line(error)}), and {gif} exists: pass --video a gif"
+                ) from None
+            logger.warning("cannot write %s (%s): writing a gif instead", file, _line(error))
+    content = imageio.v3.imwrite("<bytes>", frames, extension=".gif", duration=1000 / per_second, loop=0)
+    try:
+        write_bytes(gif, content)
+    except OSError as error:
+        raise UserError(f"cannot write {gif} ({error.strerror}): choose another --video, or leave it out") from None
+    return gif
+
+
+def _write_mp4(file: Path, frames: np.ndarray, per_second: float) -> None:
+    partial = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        imageio.v3.imwrite(partial, frames, plugin="FFMPEG", fps=per_second, macro_block_size=2)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _has_room(frames: list[Any]) -> bool:
+    if len(frames) == MOST_FRAMES:
+        logger.warning("the video ends after %d pictures, before the end of the episode", MOST_FRAMES)
+    return len(frames) < MOST_FRAMES
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     """Pictures (steps, height, width, 3) of the environment's own renderer, and how many make a second."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no screen
     try:
-        one: gymnasium.Env[Any, Any] = gymnasium.make(environment, render_mode="rgb_array")
+        spec = find_spec(environment)
+        one: gymnasium.Env[Any, Any] = gymnasium.make(spec, render_mode="rgb_array", **time_limit(spec))
         observation, _ = one.reset(seed=seed)
         frames, ended = [one.render()], False
     except Exception as error:
-        raise UserError(f"{environment} cannot be drawn here ({error}): leave out --video") from error
-    while not ended:
+        raise UserError(f"{environment} cannot be drawn here ({_line(error)}): leave out --video") from error
+    while not ended and _has_room(frames):
         action = environment_actions(act(torch.as_tensor(observation).unsqueeze(0)), one.action_space)[0]
         observation, _, terminated, truncated, _ = one.step(action)
         frames.append(one.render())
@@ -64,8 +101,8 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
 def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     """What the policy sees: the newest of its four grey frames."""
     one = Environments(environment, 1, seed)
-    frames, ended = [], False
-    while not ended:
+    frames, ended = list[Any](), False
+    while not ended and _has_room(frames):
         frames.append(one.observations[0, -1].copy())
         step = one.step(environment_actions(act(torch.as_tensor(one.observations)), one.action_space))
         ended = bool(step.terminated[0] or step.truncated[0])

@@ -17,6 +17,7 @@ from pathlib import Path
 from common.cli import parse, run
 from common.report import compare
 from common.run_folder import RunFolder
+from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
 from reinforcement_learning.student_model.distillation import Distillation
@@ -30,14 +31,17 @@ from reinforcement_learning.teacher_model.recipes import training_recipe
 
 
 def main() -> None:
+    refuse_several_processes()
     args, student, distill, training = parse(ExperimentArguments, StudentArguments, DistillArguments, TeacherTraining)
     loss: Loss = "kl" if args.method == "ppd" else distill.loss
     for environment in args.environment:  # before a teacher is trained
+        refuse_unnamed_module(environment, "the recipe")
         with closing(Environments(environment, 1)) as shown:
             student.check(environment, shown.observation_space)
             check_loss(loss, shown.action_space)
+    files = args.vecnormalize or [None] * len(args.environment)
     subjects = [
-        subject_of(*pair, args, student, training) for pair in zip(args.environment, args.teacher, strict=True)
+        subject_of(*own, args, student, training) for own in zip(args.environment, args.teacher, files, strict=True)
     ]
     for subject in subjects:
         check_loss(loss, subject.teacher.policy.action_space, subject.deterministic)
@@ -57,9 +61,14 @@ def main() -> None:
 
 
 def subject_of(
-    environment: str, name: str, args: ExperimentArguments, student: StudentArguments, training: TeacherTraining
+    environment: str,
+    name: str,
+    vecnormalize: str | None,
+    args: ExperimentArguments,
+    student: StudentArguments,
+    training: TeacherTraining,
 ) -> Subject:
-    teacher = teacher_of(environment, name, training, args)
+    teacher = teacher_of(environment, name, training, args, vecnormalize)
     network = soft_network(teacher, environment, args.teacher_temperature, args.teacher_entropy)
     return Subject(environment, teacher, network, training_recipe("ppo", environment), student)
 
@@ -76,6 +85,8 @@ def run_seed(
     experiment = Experiment(args.method, args, args.watch_episodes, student, distill, training, folders=names)
     played = ", ".join(fingerprint(subject.environment) for subject in subjects)
     experiment.run.check_inputs(played, **{f"teacher of {s.environment}": s.network for s in subjects})
+    for warning in [warning for subject in subjects for warning in subject.warnings(args.episodes)]:
+        experiment.run.warn(warning)
     stages = Distillation(experiment, subjects, distill)
     agents = {"student": stages.proximal(args.teacher_weight) if args.method == "ppd" else stages.distilled()}
     if not args.no_control:
@@ -87,7 +98,8 @@ def run_seed(
         models = {"teacher": subject.entry(args.episodes)}
         models |= {role: evaluate(of[name], name, args.episodes, subject.network) for role, of in agents.items()}
         work = stages.work("student")
-        experiment.report(name, models, subject.random_return(args.episodes), "student", folders[-1], work)
+        random = subject.random_metrics(args.episodes)["return_mean"]
+        experiment.report(name, models, random, "student", folders[-1], work)
     return folders
 
 

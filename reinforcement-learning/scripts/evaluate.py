@@ -7,24 +7,34 @@
 MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baselines3, a folder, owner/name on the Hub.
 """
 
+import sys
 from pathlib import Path
 
 from common.cli import Parser, run
-from common.results import show_metrics
+from common.results import RESULTS, show_metrics
 from common.utils.errors import UserError
 from common.utils.files import read_json
 from common.utils.ranges import MOST, Range
 from reinforcement_learning.data.playing import greedy
+from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
+from reinforcement_learning.environments.vector import time_limit_warning
 from reinforcement_learning.environments.video import check_video, write_video
 from reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
 from reinforcement_learning.student_model.teachers import load_agent
 
 
 def main() -> None:
+    refuse_several_processes()
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub")
     parser.add_argument("--environment", help="Gymnasium's id; of one of this project's runs it is known")
     parser.add_argument("--teacher", help="also compare with this policy, on the states that the model meets")
+    parser.add_argument(
+        "--vecnormalize",
+        metavar="FILE",
+        help="what VecNormalize.save wrote for the model, or none (default: the file that is named like it)",
+    )
+    parser.add_argument("--teacher_vecnormalize", metavar="FILE", help="likewise for the teacher")
     parser.add_argument("--episodes", type=int, default=100, within=Range(1, MOST))
     parser.add_argument("--video", metavar="FILE", help="also write an episode to an .mp4 or .gif")
     parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
@@ -34,18 +44,30 @@ def main() -> None:
         check_video(args.video)
 
     environment = args.environment or environment_of(Path(args.model))
-    agent = load_agent(args.model, environment, args.trust_pickle)
-    teacher = load_agent(args.teacher, environment, args.trust_pickle).network() if args.teacher else None
-    show_metrics(args.model, evaluate(agent, environment, args.episodes, teacher), args.json)
+    agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
+    teacher = None
+    if args.teacher:
+        words = args.teacher_vecnormalize, "--teacher_vecnormalize"
+        teacher = load_agent(args.teacher, environment, args.trust_pickle, *words)
+    for warning in (time_limit_warning(environment), *agent.warnings, *(teacher.warnings if teacher else ())):
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+    entry = evaluate(agent, environment, args.episodes, teacher.network() if teacher else None)
+    show_metrics(args.model, entry, args.json)
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
 
 
 def environment_of(folder: Path) -> str:
-    """What a run of this project was about."""
+    """What a run of this project was about. Raises UserError where its results.json names a module to import."""
     for place in (folder, folder.parent):
-        if (place / "results.json").exists():
-            return str(read_json(place / "results.json")["task"])
+        if (place / RESULTS).exists():
+            results = read_json(place / RESULTS)
+            task = results.get("task") if isinstance(results, dict) else None
+            if not isinstance(task, str):
+                raise UserError(f"{place / RESULTS} is damaged: pass --environment, such as --environment CartPole-v1")
+            refuse_unnamed_module(task, str(place / RESULTS))
+            return task
     raise UserError(f"which environment is {folder} for? pass --environment, such as --environment CartPole-v1")
 
 

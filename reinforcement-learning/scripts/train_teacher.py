@@ -9,17 +9,23 @@ The run's folder is what `--teacher` of distill_policy.py takes; without one tha
 
 from common.arguments import RunArguments
 from common.cli import parse, run
+from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
+from reinforcement_learning.environments.vector import time_limit_warning
 from reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
-from reinforcement_learning.student_model.evaluation import evaluate, random_return
+from reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
 from reinforcement_learning.student_model.teachers import trained_teacher
 
 
 def main() -> None:
+    refuse_several_processes()
     task, training, args = parse(TeacherTask, TeacherTraining, RunArguments)
+    refuse_unnamed_module(task.environment, "the recipe")
     experiment, teacher = trained_teacher(task, training, args)
     entry = evaluate(teacher, task.environment, task.episodes)
-    random = random_return(task.environment, teacher.policy.action_space, task.episodes)
-    experiment.report(task.environment, {"teacher": entry}, random)
+    random = random_metrics(task.environment, teacher.policy.action_space, task.episodes)
+    experiment.run.warn(time_limit_warning(task.environment))
+    experiment.run.warn(random_warning(teacher.name, entry["metrics"]["test"], random))
+    experiment.report(task.environment, {"teacher": entry}, random["return_mean"])
 
 
 if __name__ == "__main__":

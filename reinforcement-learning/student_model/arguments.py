@@ -118,6 +118,13 @@ class ExperimentArguments(RunArguments):
             "trained here unless it was before"
         },
     )
+    vecnormalize: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "per environment: the file that VecNormalize.save wrote for the teacher, or none (default: the "
+            "file next to it that is named like it)"
+        },
+    )
     seeds: list[Seed] | None = field(default=None, metadata={"help": "one run for each, instead of --seed"})
     teacher_temperature: Positive | None = field(
         default=None, metadata={"help": "of the teacher's logits; below 1 sharpens (default: 1, of a DQN by entropy)"}
@@ -152,6 +159,10 @@ class ExperimentArguments(RunArguments):
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
             raise ValueError(f"give one --teacher per --environment, got {len(self.teacher)}")
+        if self.vecnormalize is not None and len(self.vecnormalize) != len(self.environment):
+            raise ValueError(f"give one --vecnormalize per --environment, got {len(self.vecnormalize)}")
+        if self.vecnormalize is not None and "train" in self.teacher:
+            raise ValueError("--vecnormalize belongs to a --teacher that is a file or folder, not to one trained here")
         if len(set(self.environment)) != len(self.environment):
             raise ValueError("each --environment once")
         if self.method == "ppd" and len(self.environment) > 1:

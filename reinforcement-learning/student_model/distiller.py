@@ -6,7 +6,6 @@ driver: the teacher, the student, the teacher in the first round and then the st
 passes from the one to the other (mixed).
 """
 
-import io
 import math
 import time
 from collections.abc import Callable
@@ -20,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.finite import check_finite_weights
 from common.objective import Objective
 from common.utils.errors import UserError
-from common.utils.files import write_bytes
 from common.utils.ranges import Count, NotNegative, Positive
 from reinforcement_learning.data.observations import Observations
 from reinforcement_learning.data.playing import Act, Recorder, mixture, sampling
 from reinforcement_learning.student_model.matching import Loss, policy_and_value
 from reinforcement_learning.student_model.student import StudentNetwork
+from reinforcement_learning.teacher_model.checkpoints import Checkpoints
 
+STATE = "state.pt"  # of a checkpoint
 Driver = Literal["teacher", "student", "dagger", "mixed"]
 Watch = Callable[[], dict[str, float]]
 
@@ -68,7 +69,7 @@ class Distiller:
     """
 
     def __init__(self, tasks: list[Task], args: DistillArguments, folder: Path, seed: int) -> None:
-        self.tasks, self.args, self.file = tasks, args, folder / "state.pt"
+        self.tasks, self.args, self.checkpoints = tasks, args, Checkpoints(folder)
         self.generator = torch.Generator().manual_seed(seed)
         self.students = nn.ModuleList(task.student for task in tasks)
         self.optimizer = torch.optim.Adam(self.students.parameters(), lr=args.learning_rate, fused=True)
@@ -76,20 +77,26 @@ class Distiller:
 
     def learn(self, watch: Watch, description: str = "") -> list[dict[str, Any]]:
         """Runs the rounds that are left; the log: after each round the losses and what `watch()` tells."""
-        if self.file.exists():
-            self._restore()
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is not None:
+            self._restore(checkpoint / STATE)
         rounds = range(self.done_rounds, self.args.rounds)
-        for number in tqdm(rounds, desc=description, unit="round", leave=False):
-            started = time.process_time()
-            for task in self.tasks:
-                self._collect(task, number)
-            losses = self._fit(number)
-            self.cpu_seconds += time.process_time() - started
-            work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-            self.history.append({"environment_steps": self._steps(number + 1)} | work | losses | watch())
-            self.done_rounds = number + 1
-            self._save()
+        with tqdm(rounds, desc=description, unit="round", leave=False) as bar:
+            for number in bar:
+                self._round(number, watch)
         return self.history
+
+    def _round(self, number: int, watch: Watch) -> None:
+        started = time.process_time()
+        for task in self.tasks:
+            self._collect(task, number)
+        losses = self._fit(number)
+        check_finite_weights(self.students, when=f"after round {number + 1}")
+        self.cpu_seconds += time.process_time() - started
+        work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
+        self.history.append({"environment_steps": self._steps(number + 1)} | work | losses | watch())
+        self.done_rounds = number + 1
+        self.checkpoints.save(self.done_rounds, self._write)
 
     def _steps(self, rounds: int) -> int:
         return self.args.steps * rounds // self.args.rounds
@@ -147,7 +154,7 @@ class Distiller:
         student = task.student
         return policy_and_value(self.args.loss, value_weight, student.value_std.item(), student.policy.action_space)
 
-    def _save(self) -> None:
+    def _write(self, folder: Path) -> None:
         state = {
             "done_rounds": self.done_rounds,
             "cpu_seconds": self.cpu_seconds,
@@ -158,12 +165,10 @@ class Distiller:
             "actions": [torch.as_tensor(np.stack(task.recorder.actions)) for task in self.tasks],
             "marks": [task.marks for task in self.tasks],
         }
-        file = io.BytesIO()
-        torch.save(state, file)
-        write_bytes(self.file, file.getvalue())
+        torch.save(state, folder / STATE)
 
-    def _restore(self) -> None:
-        state = torch.load(self.file, weights_only=True)
+    def _restore(self, file: Path) -> None:
+        state = torch.load(file, weights_only=True)
         self.done_rounds, self.cpu_seconds = state["done_rounds"], state["cpu_seconds"]
         self.history = state["history"]
         self.students.load_state_dict(state["students"])

@@ -1,5 +1,6 @@
 """What a policy is worth in its environment, and how often it does what the teacher would do."""
 
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from common import losses
+from common.metrics.chance import guessing_warning
 from common.metrics.classification import agreement
 from common.metrics.cost import cost
 from common.metrics.returns import return_metrics
@@ -23,16 +25,30 @@ STATES = 20_000  # on which student and teacher are compared
 
 def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:
     """Returns (episodes,) of new environments, and the observations met (rows, ...)."""
-    environments = Environments(environment, min(episodes, SIDE_BY_SIDE), seed)
-    try:
+    with closing(Environments(environment, min(episodes, SIDE_BY_SIDE), seed)) as environments:
         return play(act, environments, episodes)
-    finally:
-        environments.close()
+
+
+def random_metrics(environment: str, action_space: spaces.Space, episodes: int) -> dict[str, Any]:
+    """`return_metrics` of actions at random: no skill at all."""
+    return return_metrics(returns_of(at_random(action_space, 0), environment, episodes, TEST_SEED)[0])
 
 
 def random_return(environment: str, action_space: spaces.Space, episodes: int) -> float:
-    """Mean return of actions at random: no skill at all."""
-    return float(returns_of(at_random(action_space, 0), environment, episodes, TEST_SEED)[0].mean())
+    """Mean return of actions at random."""
+    return float(random_metrics(environment, action_space, episodes)["return_mean"])
+
+
+def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -> str | None:
+    """The warning where a teacher is no better than random actions; arguments are its `return_metrics` and theirs."""
+    own, guess = teacher["return_mean"], random["return_mean"]
+    error = sum(metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)) ** 0.5
+    if own <= guess or guessing_warning(name, "mean return", own, guess, "random actions", error) is None:
+        return guessing_warning(name, "mean return", own, guess, "random actions")
+    return (
+        f"teacher {name} is not clearly better than random actions: its mean return is {own:.4g}, theirs {guess:.4g}, "
+        f"in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
+    )
 
 
 def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module | None = None) -> dict[str, Any]:
@@ -49,7 +65,7 @@ def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module |
         metrics |= likeness(tell(network, states), tell(teacher, states), agent.policy.action_space)
     batch = met[:1].to(next(network.parameters()).device)
     acting = cost(network, {"observations": batch, "value": False})
-    return {"name": agent.name} | acting | {"metrics": {"test": metrics}}
+    return {"name": agent.name, "observation_statistics": agent.source} | acting | {"metrics": {"test": metrics}}
 
 
 def likeness(own: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:

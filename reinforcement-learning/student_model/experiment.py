@@ -105,6 +105,7 @@ class Experiment:
         for metrics in measured.values():
             metrics["normalized_return"] = normalized_return(metrics["return_mean"], random, best)
         extra: dict[str, Any] = {"work_of_the_student": work} if work else {}
+        extra["teacher_observation_statistics"] = models["teacher"]["observation_statistics"]
         results = self.run.results(
             domain="reinforcement-learning",
             task=environment,

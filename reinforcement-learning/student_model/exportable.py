@@ -52,11 +52,13 @@ class GreedyPolicy(nn.Module):
         return actions if self.low is None else actions.clamp(self.low, self.high)
 
 
-def load(name: str, task: str | None) -> Exportable:
-    """The policy in a zip or a folder, for the environment `task`. Raises UserError where there is none."""
+def load(name: str, task: str | None, vecnormalize: str | None = None) -> Exportable:
+    """The policy in a zip or a folder, for the environment `task`, with the statistics in the file `vecnormalize`
+    (default: those that are named like it; none: without). Raises UserError where there is none.
+    """
     if task is None:
         raise UserError(f"which environment is {name} for? pass --task, such as --task CartPole-v1")
-    agent = load_agent(name, task)
+    agent = load_agent(name, task, vecnormalize=vecnormalize)
     policy = agent.policy.cpu()
     network = agent.network()
     with closing(Environments(task, 4, VALIDATION_SEED)) as environments:

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from common.utils.errors import UserError
 from reinforcement_learning.data.playing import Recorder, sampling
 from reinforcement_learning.environments.sb3 import training_environments
-from reinforcement_learning.environments.vector import Environments
+from reinforcement_learning.environments.vector import Environments, time_limit_warning
 from reinforcement_learning.student_model.arguments import StudentArguments
-from reinforcement_learning.student_model.evaluation import evaluate, random_return
+from reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
 from reinforcement_learning.student_model.student import StudentNetwork, fold_input, new_student
 from reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
 from reinforcement_learning.teacher_model.policies import Deterministic
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe
+from reinforcement_learning.teacher_model.saved_policy import read_model
 
 
 @dataclass(eq=False)
@@ -47,8 +48,15 @@ class Subject:
         return evaluate(self.teacher, self.environment, episodes)
 
     @cache  # noqa: B019
-    def random_return(self, episodes: int) -> float:
-        return random_return(self.environment, self.teacher.policy.action_space, episodes)
+    def random_metrics(self, episodes: int) -> dict[str, Any]:
+        return random_metrics(self.environment, self.teacher.policy.action_space, episodes)
+
+    def warnings(self, episodes: int) -> list[str]:
+        """What is to be known of the teacher and its environment before the teacher is used."""
+        own = self.entry(episodes)["metrics"]["test"]
+        found = [time_limit_warning(self.environment), *self.teacher.warnings]
+        found.append(random_warning(self.teacher.name, own, self.random_metrics(episodes)))
+        return [warning for warning in found if warning]
 
     def new_student(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
         """Untrained; of one seed always the same. In its recipe's environments unless others are given."""
@@ -58,8 +66,13 @@ class Subject:
     def load_student(self, name: str, folder: Path, seed: int) -> Agent:
         """The student that a stage has saved."""
         model = self.new_student(seed)
-        _, parameters, _ = load_from_zip_file(folder / MODEL, device=model.device, load_data=False)
-        model.policy.load_state_dict(dict(parameters["policy"]))
+        _, weights = read_model(folder / MODEL)
+        try:
+            model.policy.load_state_dict(weights)
+        except RuntimeError:  # names or shapes of weights
+            raise UserError(
+                f"{folder / MODEL} is not the student of this run: start over with --overwrite_output_dir"
+            ) from None
         return Agent(name, model.policy, model=model)
 
     def plain_student(self, name: str, trained: PPO, seed: int) -> Agent:

@@ -37,13 +37,19 @@ def trained_teacher(task: TeacherTask, training: TeacherTraining, args: RunArgum
     return experiment, experiment.run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))
 
 
-def teacher_of(environment: str, name: str, training: TeacherTraining, args: ExperimentArguments) -> Agent:
+def teacher_of(
+    environment: str,
+    name: str,
+    training: TeacherTraining,
+    args: ExperimentArguments,
+    vecnormalize: str | None = None,
+) -> Agent:
     """The teacher that `name` says, or for `train` the one of the environment's own folder, trained if it is absent.
 
     Raises UserError where that one was trained with other arguments.
     """
     if name != "train":
-        return load_agent(name, environment, args.trust_pickle)
+        return load_agent(name, environment, args.trust_pickle, vecnormalize)
     folder = default_folder(environment, training)
     if not (folder / "stages" / "teacher" / STAGE).exists():
         task = TeacherTask(environment, args.episodes, args.watch_episodes)
@@ -52,14 +58,22 @@ def teacher_of(environment: str, name: str, training: TeacherTraining, args: Exp
     return load_agent(str(folder), environment)
 
 
-def load_agent(name: str, environment: str, trust_pickle: bool = False) -> Agent:
-    """Whatever `find_teacher` finds, for the spaces of an environment."""
-    files = find_teacher(name, environment)
+def load_agent(
+    name: str,
+    environment: str,
+    trust_pickle: bool = False,
+    vecnormalize: str | None = None,
+    flag: str = "--vecnormalize",
+) -> Agent:
+    """Whatever `find_teacher` finds, for the spaces of an environment; prints which statistics it uses."""
+    files = find_teacher(name, environment, vecnormalize, flag)
     if files is None:
         raise UserError(f"{name} stands for a teacher that distill_policy.py trains: name a file or folder here")
     one = Environments(environment, 1)
     one.close()
-    return Agent.load(files, one.observation_space, one.action_space, trust_pickle)
+    agent = Agent.load(files, one.observation_space, one.action_space, trust_pickle)
+    print(f"{files.policy}: statistics of observations: {agent.source}")
+    return agent
 
 
 def soft_network(teacher: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:

@@ -11,10 +11,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from torch import Tensor, nn
 
+from common.finite import check_finite_weights, non_finite_tensor
 from common.outputs import Outputs
 from common.utils.devices import best_device
+from common.utils.errors import UserError
 from reinforcement_learning.teacher_model.policies import network_of
-from reinforcement_learning.teacher_model.saved_policy import load_policy
+from reinforcement_learning.teacher_model.saved_policy import behind_vec_normalize, load_policy
 from reinforcement_learning.teacher_model.sources import TeacherFiles
 from reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
 
@@ -48,12 +50,18 @@ class PolicyNetwork(nn.Module):
 
 @dataclass
 class Agent:
-    """A teacher, control or student. `model` is the algorithm behind the policy, None where only that was loaded."""
+    """A teacher, control or student. `model` is the algorithm behind the policy, None where only that was loaded.
+
+    `source` is where the statistics of its observations come from, for the report; `warnings` are what is uncertain
+    about a policy that was loaded.
+    """
 
     name: str
     policy: BasePolicy
     statistics: ObservationStatistics | None = None
     model: BaseAlgorithm | None = None
+    source: str = "none"
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -67,10 +75,22 @@ class Agent:
         algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
         if is_image_space(observation_space):
             policy.to(best_device())  # networks for anything smaller are faster on the CPU
-        statistics = read_statistics(files.statistics) if files.statistics else None
-        if statistics is not None and files.statistics is not None:
+        if (weight := non_finite_tensor(policy)) is not None:
+            raise UserError(f"{files.policy} has weights that are not finite ({weight}): its training diverged")
+        name, warnings = f"{algorithm} {files.policy.stem}", files.warnings
+        if files.statistics is None:
+            if not files.raw and behind_vec_normalize(files.policy):
+                warnings += (
+                    f"{files.policy} was trained behind VecNormalize, and no statistics were found: observations are "
+                    "not normalized, which is right only if VecNormalize normalized rewards; else pass --vecnormalize",
+                )
+            return cls(name, policy, warnings=warnings)
+        statistics, source = read_statistics(files.statistics), str(files.statistics)
+        if statistics is None:
+            source += " (leaves observations as they are)"
+        else:
             statistics.check(observation_space, files.statistics)
-        return cls(f"{algorithm} {files.policy.stem}", policy, statistics)
+        return cls(name, policy, statistics, source=source, warnings=warnings)
 
     @classmethod
     def trained(cls, name: str, model: BaseAlgorithm) -> "Agent":
@@ -80,7 +100,9 @@ class Agent:
         if normalizer is not None and normalizer.norm_obs:
             means: Any = normalizer.obs_rms
             statistics = ObservationStatistics(means.mean, means.var, normalizer.epsilon, normalizer.clip_obs)
-        return cls(name, model.policy, statistics, model)
+        return cls(
+            name, model.policy, statistics, model, "none" if statistics is None else "VecNormalize of its training"
+        )
 
     def network(self) -> PolicyNetwork:
         """Where the policy is, in eval mode, sharing its weights."""
@@ -89,6 +111,7 @@ class Agent:
     def save_pretrained(self, folder: str | Path) -> None:
         """model.zip, as Stable-Baselines3 saves it, and the statistics beside it."""
         assert self.model is not None, "only a whole model can be saved"
+        check_finite_weights(self.policy, when=f"at the end of the training of {self.name}")
         self.model.save(Path(folder, MODEL))
         if self.statistics is not None:
             normalizer = self.model.get_vec_normalize_env()

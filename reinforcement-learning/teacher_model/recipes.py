@@ -1,6 +1,7 @@
 """How each algorithm is trained on each environment: rows of hyperparameters.yaml as constructor keywords."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,40 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
+# Keywords of the algorithms that are no hyper-parameters, or that JSON cannot give.
+GIVEN = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
+GIVEN |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
+GIVEN |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
+WHOLE = 10**12  # more steps, rows or environments than anyone has
+# The kind of each number, and its least and greatest value.
+RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "steps": (int, 1, WHOLE),
+    "environments": (int, 1, 4096),
+    "n_steps": (int, 1, WHOLE),
+    "n_epochs": (int, 1, WHOLE),
+    "batch_size": (int, 1, WHOLE),
+    "buffer_size": (int, 1, WHOLE),
+    "learning_starts": (int, 0, WHOLE),
+    "target_update_interval": (int, 1, WHOLE),
+    "train_freq": (int, 1, WHOLE),
+    "gradient_steps": (int, -1, WHOLE),
+    "learning_rate": (float, 0, math.inf),
+    "clip_range": (float, 0, math.inf),
+    "clip_range_vf": (float, 0, math.inf),
+    "max_grad_norm": (float, 0, math.inf),
+    "target_kl": (float, 0, math.inf),
+    "ent_coef": (float, 0, math.inf),
+    "vf_coef": (float, 0, math.inf),
+    "gamma": (float, 0, 1),
+    "gae_lambda": (float, 0, 1),
+    "tau": (float, 0, 1),
+    "exploration_fraction": (float, 0, 1),
+    "exploration_initial_eps": (float, 0, 1),
+    "exploration_final_eps": (float, 0, 1),
+}
+NOT_ZERO = {"learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "gradient_steps", "tau"}
+OPTIONAL = {"clip_range_vf", "target_kl"}  # may be null
+SCHEDULES = {"learning_rate", "clip_range", "clip_range_vf"}  # may be linear_X
 
 
 @dataclass(frozen=True)
@@ -30,21 +65,44 @@ class TrainingRecipe:
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
     """The row of an environment (that of ALE for every Atari game, else the default), with `changes` on top.
 
-    Raises ValueError for what the algorithm does not take or a student could not match, and for an activation function
-    that torch.nn does not have.
+    Raises ValueError for what the algorithm does not take or a student could not match, for numbers out of their
+    range, and for an activation function that torch.nn does not have.
     """
     rows = yaml.safe_load(TABLE.read_text())[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
     row = dict(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
     _check(algorithm, row)
-    steps, count, normalize = int(row.pop("steps")), int(row.pop("environments")), bool(row.pop("normalize", False))
-    return TrainingRecipe(
-        algorithm, steps, count, normalize, {name: _value(name, value) for name, value in row.items()}
-    )
+    keywords = {name: _value(name, value) for name, value in row.items()}
+    steps, count, normalize = keywords.pop("steps"), keywords.pop("environments"), keywords.pop("normalize", False)
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize must be true or false, got {normalize!r}")
+    return TrainingRecipe(algorithm, steps, count, normalize, keywords)
+
+
+def check_steps(recipe: TrainingRecipe) -> None:
+    """Raises ValueError where nothing would be learned in the steps of a recipe, and where rollouts and minibatches of
+    PPO do not fit into each other.
+    """
+    own = {name: each.default for name, each in inspect.signature(ALGORITHMS[recipe.algorithm]).parameters.items()}
+    own |= recipe.keywords
+    if own.get("learning_starts", 0) >= recipe.steps:
+        raise ValueError(
+            f"learning_starts is {own['learning_starts']}, and the training has {recipe.steps} steps: raise "
+            "--teacher_steps or lower learning_starts"
+        )
+    if recipe.algorithm != "ppo":
+        return
+    rollout, batch_size = own["n_steps"] * recipe.environments, own["batch_size"]
+    text = f"a rollout is n_steps * environments = {own['n_steps']} * {recipe.environments} = {rollout} steps"
+    if rollout > recipe.steps:
+        raise ValueError(f"{text}, and the training has {recipe.steps}: raise --teacher_steps or lower n_steps")
+    if batch_size < rollout and rollout % batch_size:
+        raise ValueError(f"{text}, which batch_size {batch_size} does not divide: choose one that does")
 
 
 def _check(algorithm: str, row: dict[str, Any]) -> None:
-    known = [*inspect.signature(ALGORITHMS[algorithm]).parameters, "steps", "environments", "normalize"]
+    parameters = [*inspect.signature(ALGORITHMS[algorithm]).parameters, "steps", "environments", "normalize"]
+    known = [name for name in parameters if name not in GIVEN]
     for name in row.keys() - set(known):
         near = get_close_matches(name, known, n=1)
         raise ValueError(f"{algorithm} has no hyper-parameter {name}{f'; did you mean {near[0]}?' if near else ''}")
@@ -52,14 +110,37 @@ def _check(algorithm: str, row: dict[str, Any]) -> None:
         raise ValueError("state-dependent exploration (use_sde) is not supported: leave it out")
     if not isinstance(row.get("policy_kwargs", {}), dict):
         raise ValueError(f"policy_kwargs must be an object of keywords, got {row['policy_kwargs']!r}")
+    for name, value in row.items():
+        automatic = algorithm == "sac" and name == "ent_coef" and str(value).startswith("auto")
+        if name in RANGES and not automatic and (fault := _fault(name, value)):
+            raise ValueError(f"{algorithm} refuses these hyper-parameters: {name} must be {fault}, got {value!r}")
+
+
+def _fault(name: str, value: Any) -> str | None:
+    """What a number must be and is not, or None."""
+    kind, low, high = RANGES[name]
+    if value is None and name in OPTIONAL:
+        return None
+    if name in SCHEDULES and isinstance(value, str) and value.startswith("linear_"):
+        try:
+            value = float(value.removeprefix("linear_"))
+        except ValueError:
+            return "a number or linear_NUMBER"
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    if fits and low <= value <= high and (kind is float or value == int(value)) and (value or name not in NOT_ZERO):
+        return None
+    text = f"from {low} to {high}" if high < math.inf else f"{low} or more"
+    return f"a {'finite' if kind is float else 'whole'} number, {text}{', but not 0' if name in NOT_ZERO else ''}"
 
 
 def _value(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.startswith("linear_"):
         return linear(float(value.removeprefix("linear_")))
+    if name in RANGES and RANGES[name][0] is int:
+        return int(value)
     if name == "policy_kwargs" and isinstance(value.get("activation_fn"), str):
         activation = getattr(torch.nn, value["activation_fn"], None)
-        if activation is None:
+        if not (isinstance(activation, type) and issubclass(activation, torch.nn.Module)):
             raise ValueError(f"torch.nn has no activation function {value['activation_fn']}")
         return value | {"activation_fn": activation}
     return value

@@ -48,12 +48,23 @@ DETERMINISTIC = _Layout(TD3Policy, nn.ReLU, "actor.features_extractor", ("actor.
 # By name: what unpickles it, what builds it, and a setting that tells it from those below: PPO has all that A2C has.
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
     "ppo": (PPO, ACTOR_CRITIC, "clip_range"),
+    "trpo": (A2C, ACTOR_CRITIC, "cg_max_steps"),  # of sb3-contrib, with the policy of Stable-Baselines3
     "a2c": (A2C, ACTOR_CRITIC, "gae_lambda"),
     "dqn": (DQN, Q_VALUES, "exploration_fraction"),
     "sac": (SAC, GAUSSIAN, "target_entropy"),
     "td3": (TD3, DETERMINISTIC, "target_policy_noise"),
     "ddpg": (DDPG, DETERMINISTIC, "target_policy_noise"),
 }
+# Algorithms of sb3-contrib by a word in the module of their policy, and by a setting that no other has.
+CONTRIB = {
+    "tqc": ("TQC", "top_quantiles_to_drop_per_net"),
+    "qrdqn": ("QR-DQN", "n_quantiles"),
+    "ars": ("ARS", "alive_bonus_offset"),
+    "recurrent": ("RecurrentPPO", "_last_lstm_states"),
+    "maskable": ("MaskablePPO", ""),
+    "crossq": ("CrossQ", ""),
+}
+TEACHERS = "a teacher is one of PPO, A2C, DQN, SAC, TD3, DDPG and the TRPO of sb3-contrib"
 OURS = {str(FrameFeatures), str(BottleneckFeatures)}
 
 Weights = dict[str, Tensor]
@@ -67,7 +78,7 @@ def load_policy(
     Raises UserError where the zip cannot be read or was trained for other spaces, and where its weights are those of
     no standard policy; `trust_pickle` lets Stable-Baselines3 unpickle it, whatever code that runs.
     """
-    data, weights = _read(path)
+    data, weights = read_model(path)
     name = _algorithm(path, data)
     _refuse_unsupported(path, data, weights)
     _check_space(path, "observations", _words(data, "observation_space"), observation_space)
@@ -80,12 +91,23 @@ def load_policy(
     return name, policy
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Weights]:
+def behind_vec_normalize(path: Path) -> bool:
+    """Whether a zip says that its model was trained behind VecNormalize, which off-policy algorithms do not tell."""
+    data, _ = read_model(path)
+    return ALGORITHMS[_algorithm(path, data)][1] is ACTOR_CRITIC and data.get("_last_original_obs") is not None
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
+    """The settings, in words, and the weights of the policy in a zip. Raises UserError where it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             described, stored = archive.read("data"), archive.read("policy.pth")
     except KeyError:
         raise UserError(f"{path} is no model of Stable-Baselines3 (no data or policy.pth inside): {SAVED}") from None
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: {SAVED}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # damaged bytes raise whatever they happen to hit, here and below
         raise UserError(f"cannot read {path} as a zip ({' '.join(str(error).split())}): {SAVED}") from None
     try:
@@ -105,9 +127,13 @@ def _words(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _algorithm(path: Path, data: dict[str, Any]) -> str:
+    module = str(_words(data, "policy_class").get("__module__"))
+    for word, (contrib, sign) in CONTRIB.items():
+        if sign in data or (module.startswith("sb3_contrib") and word in module):
+            raise UserError(f"{path} was trained by {contrib} of sb3-contrib, which is not supported yet: {TEACHERS}")
     name = next((name for name, (_, _, sign) in ALGORITHMS.items() if sign in data), None)
-    if name is None or str(_words(data, "policy_class").get("__module__")).startswith("sb3_contrib"):
-        raise UserError(f"{path} is of an unknown algorithm: a teacher is one of {', '.join(ALGORITHMS).upper()}")
+    if name is None or module.startswith("sb3_contrib"):
+        raise UserError(f"{path} is of an unknown algorithm: {TEACHERS}")
     without_tricks = data.get("policy_delay") == 1 and data.get("target_noise_clip") == 0
     return "ddpg" if name == "td3" and without_tricks else name
 

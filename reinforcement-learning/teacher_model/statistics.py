@@ -52,9 +52,17 @@ def read_statistics(path: Path) -> ObservationStatistics | None:
         mean, var = _array(moments["mean"]), _array(moments["var"])
         if mean.shape != var.shape:
             raise ValueError("mean and variance differ in shape")
-        return ObservationStatistics(mean, var, float(_array(saved["epsilon"])), float(_array(saved["clip_obs"])))
+        found = ObservationStatistics(mean, var, float(_array(saved["epsilon"])), float(_array(saved["clip_obs"])))
+        if not (np.isfinite(mean).all() and (found.var + found.epsilon > 0).all() and np.isfinite(found.std).all()):
+            raise ValueError("its moments are not finite, or its variances not positive")
+        return found
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read as VecNormalize statistics ({error.strerror}): give the file that "
+            "VecNormalize.save wrote"
+        ) from None
     except Exception as error:  # damaged or hostile bytes raise whatever they happen to hit
         reason = " ".join(str(error).split())
         raise UserError(

@@ -8,7 +8,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from common.utils.errors import UserError
 from reinforcement_learning.environments.sb3 import training_environments
-from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe
+from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
 
 
 def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int, norm_obs: bool = True) -> VecEnv:
@@ -25,6 +25,10 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     """An untrained teacher in its environments, with the networks of its algorithm. Raises UserError for
     hyper-parameters that the algorithm refuses.
     """
+    try:
+        check_steps(recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     environments = recipe_environments(environment, recipe, seed)
     frames = is_image_space(environments.observation_space)
     algorithm: Any = ALGORITHMS[recipe.algorithm]
@@ -32,7 +36,15 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     policy = "CnnPolicy" if frames else "MlpPolicy"
     try:
         model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
-    except (ArithmeticError, AssertionError, AttributeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         environments.close()
         raise UserError(f"{recipe.algorithm} refuses these hyper-parameters: {error}") from error
     return model

@@ -19,8 +19,9 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm.auto import tqdm
 
+from common.finite import check_finite_weights
 from common.utils.files import read_json, write_json
-from common.utils.folders import writing_folder
+from reinforcement_learning.teacher_model.checkpoints import Checkpoints
 
 SEGMENTS = 10
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
@@ -36,8 +37,15 @@ def train(model: BaseAlgorithm, steps: int, folder: Path, seed: int, watch: Watc
     Returns the log: at the end of each segment what `watch(model)` tells, with the `environment_steps` so far.
     """
     segments = Segments(steps, folder, seed, watch, description)
-    done = segments.restore(model) if (folder / "state.json").exists() else 0
-    model.learn(steps - done, callback=segments, reset_num_timesteps=False)
+    checkpoint = segments.checkpoints.newest()
+    done = 0 if checkpoint is None else segments.restore(model, checkpoint)
+    try:
+        model.learn(steps - done, callback=segments, reset_num_timesteps=False)
+    except ValueError:  # of torch.distributions, for parameters that are not finite
+        segments.check()
+        raise
+    finally:
+        segments.bar.close()
     segments.log()
     return segments.history
 
@@ -47,21 +55,18 @@ class Segments(BaseCallback):
 
     def __init__(self, steps: int, folder: Path, seed: int, watch: Watch, description: str) -> None:
         super().__init__()
-        self.length, self.folder, self.seed, self.watch = max(1, -(-steps // SEGMENTS)), folder, seed, watch
-        self.steps, self.description = steps, description
+        self.length, self.seed, self.watch = max(1, -(-steps // SEGMENTS)), seed, watch
+        self.checkpoints = Checkpoints(folder)
+        self.bar = tqdm(total=steps, desc=description, unit="step", unit_scale=True, leave=False)
         self.begun, self.history, self.arrays = -1, History(), dict[str, np.ndarray]()
 
     def _on_training_start(self) -> None:
         if self.arrays:
             _put_arrays(self.model, self.arrays)  # only now, since `learn` has begun with a reset, which counts
-        self.bar = tqdm(total=self.steps, desc=self.description, unit="step", unit_scale=True, leave=False)
 
     def _on_step(self) -> bool:
         self.bar.update(self.model.num_timesteps - self.bar.n)
         return True
-
-    def _on_training_end(self) -> None:
-        self.bar.close()
 
     def _on_rollout_start(self) -> None:
         segment = self.model.num_timesteps // self.length
@@ -69,11 +74,15 @@ class Segments(BaseCallback):
             return
         if self.begun >= 0:
             self.log()
-            self.save()
+            self.checkpoints.save(self.model.num_timesteps, self.write)
         self.begun = segment
         self.restart(self.seed + 1000 * segment)
 
+    def check(self) -> None:
+        check_finite_weights(self.model.policy, when=f"after {self.model.num_timesteps} environment steps")
+
     def log(self) -> None:
+        self.check()
         self.history.append({"environment_steps": self.model.num_timesteps} | self.watch(self.model))
 
     def restart(self, seed: int) -> None:
@@ -86,24 +95,23 @@ class Segments(BaseCallback):
         if isinstance(environment, VecNormalize):
             model._last_original_obs = environment.get_original_obs()
 
-    def save(self) -> None:
-        with writing_folder(self.folder) as partial:
-            self.model.save(partial / "model.zip")
-            counters = {name: getattr(self.model, name) for name in COUNTERS if hasattr(self.model, name)}
-            arrays = _arrays(self.model)
-            np.savez(partial / "arrays.npz", **arrays)  # type: ignore[arg-type]
-            write_json(partial / "state.json", {"counters": counters, "history": self.history})
+    def write(self, folder: Path) -> None:
+        self.model.save(folder / "model.zip")
+        counters = {name: getattr(self.model, name) for name in COUNTERS if hasattr(self.model, name)}
+        arrays = _arrays(self.model)
+        np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
+        write_json(folder / "state.json", {"counters": counters, "history": self.history})
 
-    def restore(self, model: BaseAlgorithm) -> int:
+    def restore(self, model: BaseAlgorithm, folder: Path) -> int:
         """Puts the state of the last segment's start into `model`; the number of steps until then."""
-        state = read_json(self.folder / "state.json")
-        _, parameters, variables = load_from_zip_file(self.folder / "model.zip", device=model.device, load_data=False)
+        state = read_json(folder / "state.json")
+        _, parameters, variables = load_from_zip_file(folder / "model.zip", device=model.device, load_data=False)
         model.set_parameters(parameters, exact_match=True, device=model.device)
         for name, value in (variables or {}).items():
             recursive_setattr(model, f"{name}.data", value.data)
         for name, value in state["counters"].items():
             setattr(model, name, value)
-        with np.load(self.folder / "arrays.npz") as arrays:
+        with np.load(folder / "arrays.npz") as arrays:
             self.arrays = dict(arrays)
         self.history = state["history"]
         return int(state["counters"]["num_timesteps"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import DQN, PPO, SAC
@@ -19,7 +20,7 @@ from reinforcement_learning.data import playing
 from reinforcement_learning.environments import known_answer, vector
 from reinforcement_learning.environments.known_answer import KnownAnswer, KnownAnswerBox
 from reinforcement_learning.environments.sb3 import SB3Environments, training_environments
-from reinforcement_learning.environments.vector import Environments, Step, registering
+from reinforcement_learning.environments.vector import Environments, Step, registering, time_limit_warning
 from reinforcement_learning.teacher_model.agent import Agent
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
@@ -154,6 +155,34 @@ def test_nothing_is_rendered_unless_asked(registry):
     gym.register("Eager-v0", Eager, max_episode_steps=10)
     assert Environments("Eager-v0", 1).vector.render_mode is None
     assert Environments("Eager-v0", 1, render_mode="rgb_array").vector.render_mode == "rgb_array"
+
+
+@pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
+def test_an_environment_without_a_time_limit_gets_one_and_a_warning(registry, monkeypatch, mode):
+    monkeypatch.setattr(vector, "EPISODE_STEPS", 7)
+    gym.register("Endless-v0", KnownAnswer)
+    environments = Environments("Endless-v0", 2, autoreset=mode)
+    found, rows = playing.play(
+        lambda observations: torch.as_tensor(KnownAnswer.right_action(observations.numpy())), environments, 4
+    )
+    assert found.tolist() == [7.0] * 4 and len(rows) == 28
+    assert "has no time limit: its episodes are cut after 7 steps" in (time_limit_warning("Endless-v0") or "")
+    assert [time_limit_warning(id) for id in ("KnownAnswer-v0", "CartPole-v1", "ALE/Pong-v5")] == [None] * 3
+    gym.register("EndlessCart-v0", vector_entry_point=gym.spec("CartPole-v1").vector_entry_point,
+                 entry_point=gym.spec("CartPole-v1").entry_point)  # fmt: skip
+    assert Environments("EndlessCart-v0", 2).vector.max_episode_steps == 7
+
+
+@pytest.mark.parametrize("part", ["observation", "reward"])
+def test_an_environment_that_returns_what_is_not_finite_is_named(registry, part):
+    class Broken(KnownAnswer):
+        def step(self, action):
+            observation, reward, *rest = super().step(action)
+            return (observation * np.nan, reward, *rest) if part == "observation" else (observation, np.inf, *rest)
+
+    gym.register("Broken-v0", Broken, max_episode_steps=10)
+    with pytest.raises(UserError, match="environment Broken-v0 returned an observation or a reward that is not fin"):
+        Environments("Broken-v0", 2).step(np.zeros(2))
 
 
 def test_actions_of_other_types_of_numbers_are_taken():

@@ -25,6 +25,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from common.utils.errors import UserError
+from reinforcement_learning.student_model.teachers import load_agent
+from reinforcement_learning.teacher_model.agent import Agent
 from reinforcement_learning.teacher_model.frames import FrameFeatures
 from reinforcement_learning.teacher_model.saved_policy import load_policy
 from reinforcement_learning.teacher_model.sources import TeacherFiles, find_teacher
@@ -306,13 +308,69 @@ def test_what_is_not_supported_is_one_line(tmp_path: Path) -> None:
     path = saved(tmp_path, A2C)
     edited(path, lambda _, weights: weights.update({"mlp_extractor.shared_net.0.weight": torch.zeros(2, 2)}))
     assert "1.8" in error_of(load_policy, path, *both)
-    edited(path, lambda data, _: data["policy_class"].update(__module__="sb3_contrib.ppo_recurrent.policies"))
-    assert "PPO, A2C, DQN, SAC, TD3, DDPG" in error_of(load_policy, path, *both)
     edited(path, lambda data, _: data.pop("gae_lambda"))
     assert "unknown algorithm" in error_of(load_policy, path, *both)
     words = {":type:": "<class 'gymnasium.spaces.dict.Dict'>"}
     edited(saved(tmp_path, A2C), lambda data, _: data.update(observation_space=words))
     assert "Dict" in error_of(load_policy, path, *both)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "module", "setting"),
+    [
+        ("RecurrentPPO", "sb3_contrib.ppo_recurrent.policies", {}),
+        ("RecurrentPPO", "sb3_contrib.common.recurrent.policies", {}),
+        ("MaskablePPO", "sb3_contrib.common.maskable.policies", {}),
+        ("CrossQ", "sb3_contrib.crossq.policies", {}),
+        ("TQC", "mine", {"top_quantiles_to_drop_per_net": 2}),
+        ("QR-DQN", "mine", {"n_quantiles": 50}),
+        ("ARS", "mine", {"alive_bonus_offset": 0}),
+    ],
+)
+def test_algorithms_of_sb3_contrib_are_named(tmp_path: Path, algorithm: str, module: str, setting: dict) -> None:
+    def change(data: dict[str, Any], _: Any) -> None:
+        data["policy_class"]["__module__"] = module
+        data.update(setting)
+
+    message = error_of(load_policy, edited(saved(tmp_path, PPO), change), *spaces_of("CartPole-v1"))
+    assert f"was trained by {algorithm} of sb3-contrib, which is not supported yet" in message
+    assert "PPO, A2C, DQN, SAC, TD3, DDPG" in message
+
+
+def test_trpo_of_sb3_contrib_has_a_policy_of_stable_baselines(tmp_path: Path) -> None:
+    path = edited(saved(tmp_path, A2C), lambda data, _: data.update(cg_max_steps=15))
+    assert load_policy(path, *spaces_of("CartPole-v1"))[0] == "trpo"
+
+
+@pytest.mark.parametrize(
+    ("agent", "environment", "expected"),
+    [
+        ("tqc/Hopper-v3_1", "Hopper-v5", "TQC of sb3-contrib"),
+        ("qrdqn/CartPole-v1_1", "CartPole-v1", "QR-DQN of sb3-contrib"),
+        ("ars/Swimmer-v3_1", "Swimmer-v5", "ARS of sb3-contrib"),
+        ("sac/Pendulum-v1_1", "Pendulum-v1", "gSDE"),
+        ("ppo/Swimmer-v3_1", "Swimmer-v5", "behind sb3_contrib.common.wrappers.TimeFeatureWrapper"),
+        ("ppo/Hopper-v3_1", "Hopper-v3", "did you mean Hopper-v5?"),
+        ("trpo/Swimmer-v3_1", "Swimmer-v5", ""),
+        ("ppo/MountainCar-v0_1", "MountainCar-v0", ""),
+    ],
+)
+def test_published_agents_load_or_are_refused_for_what_they_are(
+    shared: Path, agent: str, environment: str, expected: str
+) -> None:
+    path = str(shared / "agents" / agent)
+    if expected:
+        assert expected in error_of(load_agent, path, environment)
+        return
+    loaded = load_agent(path, environment)
+    assert loaded.name.startswith(agent.partition("/")[0]) and loaded.source.endswith("vecnormalize.pkl")
+    assert not any("VecNormalize" in warning for warning in loaded.warnings)
+
+
+def test_weights_that_are_not_finite_are_no_teacher(tmp_path: Path) -> None:
+    path = edited(saved(tmp_path, PPO), lambda _, weights: weights["action_net.bias"].fill_(np.nan))
+    message = error_of(Agent.load, TeacherFiles(path, None), *spaces_of("CartPole-v1"))
+    assert "weights that are not finite (action_net.bias)" in message
 
 
 def test_a_damaged_zip_is_one_line(tmp_path: Path) -> None:
@@ -380,6 +438,16 @@ def test_statistics_of_old_gym_and_numpy(tmp_path: Path) -> None:
 def test_statistics_that_leave_observations_alone(tmp_path: Path) -> None:
     normalizing(tmp_path / "vecnormalize.pkl", norm_obs=False)
     assert read_statistics(tmp_path / "vecnormalize.pkl") is None
+
+
+def test_statistics_that_divide_by_nothing_are_refused(tmp_path: Path) -> None:
+    env = normalizing(path := tmp_path / "vecnormalize.pkl")
+    for part, value in (("mean", np.inf), ("var", np.nan), ("var", -1.0)):
+        kept = getattr(env.obs_rms, part)
+        setattr(env.obs_rms, part, np.full_like(kept, value))
+        path.write_bytes(pickle.dumps(env))
+        assert "not finite, or its variances not positive" in error_of(read_statistics, path)
+        setattr(env.obs_rms, part, kept)
 
 
 def test_statistics_of_other_observations_are_refused(tmp_path: Path) -> None:
@@ -482,6 +550,78 @@ def test_a_folder_has_a_teacher(tmp_path: Path, policy: str, statistics: str | N
     expected = TeacherFiles(tmp_path / policy, tmp_path / statistics if statistics else None)
     assert find_teacher(str(tmp_path), "ALE/Pong-v5") == expected
     assert find_teacher(str(tmp_path / policy), "ALE/Pong-v5") == expected
+
+
+def test_the_statistics_of_a_checkpoint_are_those_of_its_step(tmp_path: Path) -> None:
+    names = [f"rl_model_{kind}{steps}_steps" for kind in ("", "vecnormalize_") for steps in (8000, 24000)]
+    touch(
+        *(tmp_path / f"{name}.{'pkl' if 'norm' in name else 'zip'}" for name in names), tmp_path / "vecnormalize.pkl"
+    )
+    touch(tmp_path / "rl_model_replay_buffer_8000_steps.pkl")
+    for steps in (8000, 24000):
+        policy = tmp_path / f"rl_model_{steps}_steps.zip"
+        statistics = tmp_path / f"rl_model_vecnormalize_{steps}_steps.pkl"
+        assert find_teacher(str(policy), "CartPole-v1") == TeacherFiles(policy, statistics)
+
+
+def test_statistics_that_no_name_gives_to_a_model_are_refused_until_a_flag_says_whose_they_are(tmp_path: Path) -> None:
+    policy, other = tmp_path / "ppo.zip", tmp_path / "my_norm.pkl"
+    touch(policy)
+    normalizing(other)
+    message = error_of(find_teacher, str(policy), "Pendulum-v1", flag="--teacher_vecnormalize")
+    assert str(other) in message and f"--teacher_vecnormalize {other}" in message
+    assert find_teacher(str(policy), "Pendulum-v1", str(other)) == TeacherFiles(policy, other)
+    assert find_teacher(str(policy), "Pendulum-v1", "none") == TeacherFiles(policy, None, raw=True)
+    assert "there is no file nowhere.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1", "nowhere.pkl")
+    normalizing(tmp_path / "rl_model_vecnormalize_8_steps.pkl")  # of another step than the model
+    policy = policy.rename(tmp_path / "rl_model_16_steps.zip")
+    assert "my_norm.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
+    other.write_bytes(other.read_bytes()[:200])
+    assert "8_steps.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
+
+
+def test_a_pickle_without_statistics_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    touch(tmp_path / "ppo.zip", tmp_path / "replay_buffer.pkl")
+    (tmp_path / "else.pkl").write_bytes(pickle.dumps({"rows": 3}))
+    normalizing(tmp_path / "rewards.pkl", norm_obs=False)
+    files = find_teacher(str(tmp_path / "ppo.zip"), "Pendulum-v1")
+    assert files is not None and files.statistics is None
+    assert [warning.partition(" is not used")[0] for warning in files.warnings] == [
+        str(tmp_path / name) for name in ("else.pkl", "rewards.pkl")
+    ]
+
+
+def test_a_policy_trained_behind_vec_normalize_without_statistics_is_warned_of(tmp_path: Path) -> None:
+    def warnings_of(path: Path, **more: Any) -> str:
+        return " ".join(Agent.load(TeacherFiles(path, None, **more), *spaces_of("Pendulum-v1")).warnings)
+
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8).save(path := tmp_path / "a.zip")
+    assert "was trained behind VecNormalize, and no statistics were found" in warnings_of(path)
+    assert warnings_of(path, raw=True) == ""
+    PPO("MlpPolicy", "Pendulum-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8).save(path)
+    assert warnings_of(path) == ""
+    DQN("MlpPolicy", "CartPole-v1", learning_starts=2, buffer_size=9, device="cpu").learn(8).save(path)
+    assert Agent.load(TeacherFiles(path, None), *spaces_of("CartPole-v1")).warnings == ()
+
+
+def test_what_rl_zoo3_says_of_a_wrapper_or_another_environment(tmp_path: Path) -> None:
+    touch(tmp_path / "CartPole-v1.zip", tmp_path / "CartPole-v1" / "config.yml")
+    config, args = (tmp_path / "CartPole-v1" / name for name in ("config.yml", "args.yml"))
+    for setting in ("env_wrapper: [{a.b.Wrapper: {c: 0.5}}]", "vec_env_wrapper: a.b.Wrapper"):
+        config.write_text(setting)
+        assert "trained behind a.b.Wrapper, as" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
+    config.write_text("frame_stack: 4\nenv_wrapper: stable_baselines3.common.atari_wrappers.AtariWrapper")
+    assert "VecFrameStack of 4" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
+    touch(tmp_path / "atari" / "ALE-Pong-v5.zip", tmp_path / "atari" / "ALE-Pong-v5" / "config.yml")
+    (tmp_path / "atari" / "ALE-Pong-v5" / "config.yml").write_text(config.read_text())
+    assert find_teacher(str(tmp_path / "atari"), "ALE/Pong-v5") is not None
+    config.write_text("n_envs: 1")
+    args.write_text("env: CartPole-v1\nenv_kwargs: null")
+    assert find_teacher(str(tmp_path), "CartPole-v1") == TeacherFiles(tmp_path / "CartPole-v1.zip", None)
+    args.write_text("env: CartPole-v0\nenv_kwargs: {gravity: 5}")
+    files = find_teacher(str(tmp_path), "CartPole-v1")
+    assert files is not None and "trained on CartPole-v0" in files.warnings[0] and "gravity" in files.warnings[1]
 
 
 def test_the_usual_names_come_first(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def saved(run: Path, model: BaseAlgorithm, environment: str) -> Path:
 def exported(run: Path, format: str) -> Any:
     """observations -> actions, by the file alone."""
     run_script("common/export.py", run, "--format", format)
+    return loaded(run, format)
+
+
+def loaded(run: Path, format: str) -> Any:
     if format == "onnx":
         graph = OnnxModel(run / "export" / "model.onnx")
         return lambda rows: graph.answer(observations=torch.as_tensor(rows)).numpy()
@@ -93,6 +97,12 @@ def test_what_vecnormalize_knows_is_inside(tmp_path, format):
     normalizer.save(str(run / "student" / "vecnormalize.pkl"))
     act, rows = exported(run, format), observations("Pendulum-v1")
     normalized = normalizer.normalize_obs(rows)
+    renamed = (run / "student" / "vecnormalize.pkl").rename(run / "student" / "mine.pkl")
+    with pytest.raises(UserError, match="pass --vecnormalize .*mine.pkl"):
+        load(str(run / "student"), "Pendulum-v1")
+    again = ["--format", format, "--overwrite_output_dir", "--vecnormalize", renamed]
+    run_script("common/export.py", run, *again)
+    np.testing.assert_array_equal(loaded(run, format)(rows), act(rows))
     assert (np.abs(normalized) == 1.2).mean() > 0.05
     expected = model.predict(normalized, deterministic=True)[0]
     np.testing.assert_allclose(act(rows), expected, atol=1e-5)

@@ -15,9 +15,13 @@ from paths import REPO
 from PIL import Image
 from scripts import run_script
 from stable_baselines3 import PPO, TD3
+from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 
 from common.utils.files import read_json
 from reinforcement_learning.environments import video
+from reinforcement_learning.environments.sb3 import SB3Environments
 from reinforcement_learning.student_model import distiller
 from reinforcement_learning.student_model.evaluation import TEST_SEED, returns_of
 
@@ -202,6 +206,83 @@ def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
     assert Path("c.gif").exists() and not Path("c.mp4").exists()
 
 
+def test_a_video_is_whole_or_a_line(cart_pole, monkeypatch, capsys):
+    words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
+    Path("file").touch()
+    Path("c.gif").write_text("of somebody else")
+    for name in ("file/c.gif", "file/deeper/c.mp4"):
+        assert "is no folder that may be written to" in line_of(capsys, *words, name, script="evaluate.py")
+    with monkeypatch.context() as broken:
+        broken.setattr(video.imageio.v3, "imwrite", lambda path, *_, **__: Path(path).write_text("half") and 1 / 0)
+        assert "c.gif exists: pass --video" in line_of(capsys, *words, "c.mp4", script="evaluate.py")
+    assert sorted(path.name for path in Path().iterdir()) == ["c.gif", "file"]
+    assert Path("c.gif").read_text() == "of somebody else"
+    run_script(f"{SCRIPTS}/evaluate.py", *words, "new/folder/cart.gif")
+    assert Image.open("new/folder/cart.gif").n_frames > 3
+
+
+@pytest.mark.parametrize("steps", [16, 64])
+def test_statistics_by_the_name_of_a_checkpoint_or_by_a_flag(steps, capsys):
+    """Returns are those of Stable-Baselines3's own evaluation behind VecNormalize."""
+    env = VecNormalize(SB3Environments("Pendulum-v1", 2), norm_reward=False)
+    saving = CheckpointCallback(8, ".", save_vecnormalize=True)
+    model = PPO("MlpPolicy", env, n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu").learn(64, saving)
+    with torch.no_grad():
+        model.policy.action_net.weight.mul_(100)  # actions that depend on what is observed
+    zip, statistics = f"rl_model_{steps}_steps.zip", f"rl_model_vecnormalize_{steps}_steps.pkl"
+    model.save(zip)
+    env.save(statistics)
+    normalized = VecNormalize.load(statistics, SB3Environments("Pendulum-v1", 2, TEST_SEED))
+    normalized.training = False
+    expected, _ = evaluate_policy(model, normalized, n_eval_episodes=2, warn=False)
+    words = ["--environment", "Pendulum-v1", "--episodes", 2, "--json", "found.json"]
+
+    def found(*more: object) -> tuple[float, str]:
+        run_script(f"{SCRIPTS}/evaluate.py", zip, *words, *more)
+        entry = read_json("found.json")
+        return entry["metrics"]["test"]["return_mean"], entry["observation_statistics"]
+
+    assert found() == (pytest.approx(expected, rel=1e-3), statistics)
+    assert f"statistics of observations: {statistics}" in capsys.readouterr().out
+    Path(statistics).rename("my_norm.pkl")
+    assert "pass --vecnormalize" in line_of(capsys, zip, *words, script="evaluate.py")
+    assert found("--vecnormalize", "my_norm.pkl") == (pytest.approx(expected, rel=1e-3), "my_norm.pkl")
+    raw, source = found("--vecnormalize", "none")
+    assert source == "none" and raw != pytest.approx(expected, rel=1e-3)
+    assert "my_norm.pkl" in line_of(capsys, "--environment", "Pendulum-v1", "--teacher", zip)
+    distill("--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control")
+    results = read_json(RUNS / "distill_Pendulum-v1" / "results.json")
+    assert results["teacher_observation_statistics"] == "my_norm.pkl"
+    assert "my_norm.pkl" in (RUNS / "distill_Pendulum-v1" / "report.md").read_text()
+    VecNormalize(SB3Environments("CartPole-v1", 1)).save("cart.pkl")
+    capsys.readouterr()
+    words = ["--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize"]
+    assert "of shape (4,), the environment's are (3,)" in line_of(capsys, *words, "cart.pkl")
+
+
+def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches(monkeypatch, capsys):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu")
+    with torch.no_grad():
+        model.policy.action_net.bias.copy_(torch.tensor([9.0, 0.0]))  # always to the left: ten steps or fewer
+    model.save("left.zip")
+    warned = []
+
+    def teaches(*_: Any) -> dict[str, float]:
+        warned.append(capsys.readouterr().err)
+        raise KeyboardInterrupt
+
+    fit = distiller.Distiller._fit
+    monkeypatch.setattr(distiller.Distiller, "_fit", teaches)
+    with pytest.raises(SystemExit):
+        distill("--teacher", "left.zip", "--output_dir", "left", "--no_control")
+    assert "warning: teacher ppo left is no better than guessing: its mean return is" in warned[0]
+    monkeypatch.setattr(distiller.Distiller, "_fit", fit)
+    distill("--teacher", "left.zip", "--output_dir", "left", "--no_control", "--resume_from_checkpoint")
+    results = read_json("left/results.json")
+    assert any("no better than guessing" in warning for warning in results["warnings"])
+    assert "**Warning:** teacher ppo left" in Path("left/report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -218,6 +299,12 @@ def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
         (["--hyperparameters", '{"policy_kwargs": 3}'], "policy_kwargs must be an object"),
         (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
         (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
+        (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
+        (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
+        (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
+        (["--teacher", "{cart_pole}", "--vecnormalize", "nowhere.pkl"], "there is no file nowhere.pkl"),
+        (["--teacher", "{cart_pole}", "--vecnormalize", "none", "none"], "one --vecnormalize per --environment"),
+        (["--vecnormalize", "none"], "not to one trained here"),
         (["--environment", "Pendulum-v1", "--loss", "nll"], "needs discrete actions"),  # before a teacher is trained
         (["--environment", "CartPole-v1", "CartPol-v1"], "did you mean CartPole-v"),
         (["--seed", "-1"], "--seed must be between 0"),

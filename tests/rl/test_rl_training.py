@@ -12,12 +12,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
 from common.outputs import Outputs
+from common.utils.errors import UserError
 from reinforcement_learning.data.playing import greedy
 from reinforcement_learning.environments.sb3 import training_environments
 from reinforcement_learning.student_model.evaluation import returns_of
 from reinforcement_learning.student_model.ppd import PPD, TaughtSamples
 from reinforcement_learning.teacher_model.agent import Agent
-from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, linear, training_recipe
+from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, check_steps, linear, training_recipe
 from reinforcement_learning.teacher_model.teacher import new_teacher
 from reinforcement_learning.teacher_model.training import train
 
@@ -60,7 +61,7 @@ def test_a_killed_training_ends_as_if_never_killed(algorithm, tmp_path):
     weights, mean, steps = run(tmp_path / "whole", None)
     with pytest.raises(Killed):
         run(tmp_path / "killed", 7)
-    assert (tmp_path / "killed" / "state.json").exists()
+    assert list((tmp_path / "killed").glob("checkpoint-*/state.json"))
     again, mean_again, steps_again = run(tmp_path / "killed", None)
     assert steps_again == steps and len(steps) >= 5 and steps[-1] >= 500
     assert np.array_equal(mean, mean_again)
@@ -90,6 +91,63 @@ def test_recipes():
     assert training_recipe("ppo", "Hopper-v5").keywords["policy_kwargs"]["activation_fn"] is nn.ReLU
     with pytest.raises(ValueError, match="no activation function Bent"):
         training_recipe("ppo", "CartPole-v1", {"policy_kwargs": {"activation_fn": "Bent"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number"),
+        ({"learning_rate": -1e-3}, "learning_rate must be a finite number"),
+        ({"learning_rate": "linear_nan"}, "learning_rate must be a finite number"),
+        ({"learning_rate": "linear_x"}, "learning_rate must be a number or linear_NUMBER"),
+        ({"learning_rate": 0}, "but not 0, got 0"),
+        ({"clip_range": -0.1}, "clip_range must be"),
+        ({"gamma": 1.01}, "gamma must be a finite number, from 0 to 1, got 1.01"),
+        ({"gamma": "linear_0.9"}, "gamma must be"),
+        ({"gae_lambda": None}, "gae_lambda must be"),
+        ({"n_steps": 0}, "n_steps must be a whole number"),
+        ({"n_steps": 1.5}, "n_steps must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"environments": 0}, "environments must be a whole number"),
+        ({"ent_coef": "auto"}, "ent_coef must be"),
+        ({"normalize": "yes"}, "normalize must be true or false"),
+        ({"policy": "x"}, "ppo has no hyper-parameter policy"),
+        ({"policy_kwargs": {"activation_fn": "functional"}}, "no activation function functional"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        training_recipe("ppo", "CartPole-v1", changes)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "expected"),
+    [
+        (
+            "ppo",
+            {"steps": 255},
+            r"n_steps \* environments = 32 \* 8 = 256 steps, and the training has 255",
+        ),
+        ("ppo", {"batch_size": 96}, "batch_size 96 does not divide"),
+        ("dqn", {"steps": 100, "learning_starts": 100}, "raise --teacher_steps or lower learning_starts"),
+        ("dqn", {"buffer_size": 10**15}, "buffer_size must be"),
+        ("dqn", {"buffer_size": 10**12}, "dqn refuses these hyper-parameters: Unable to allocate"),
+        ("ppo", {"policy_kwargs": {"net_arch": [-1]}}, "ppo refuses these hyper-parameters"),
+    ],
+)
+def test_hyper_parameters_that_do_not_fit_together_are_refused_before_training(algorithm, changes, expected):
+    with pytest.raises((UserError, ValueError), match=expected):
+        new_teacher("CartPole-v1", training_recipe(algorithm, "CartPole-v1", changes), seed=0)
+
+
+def test_every_row_of_the_table_fits_together():
+    import yaml
+
+    for algorithm, rows in yaml.safe_load(TABLE.read_text()).items():
+        for environment in rows:
+            check_steps(training_recipe(algorithm, environment))
+    assert training_recipe("sac", "Pendulum-v1", {"ent_coef": "auto_0.1"}).keywords["ent_coef"] == "auto_0.1"
 
 
 class Right(nn.Module):
