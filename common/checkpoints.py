@@ -71,7 +71,10 @@ def best_checkpoint(checkpoint: Path) -> Path | None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint, if it is there; one that is removed in part no longer counts."""
+    """Removes a checkpoint, if it is there; one that is removed in part no longer counts. Of a link only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     (checkpoint / CHECKSUMS).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -95,18 +95,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make, file, damage, t
     DAMAGE[damage](newest / file)
     with caplog.at_level(logging.WARNING):
         assert same(whole, make(tmp_path / "killed"))
-    assert f"checkpoint {newest} is left out: " in caplog.text
+    assert f"not continuing from {newest.name}: " in caplog.text
 
 
 @pytest.mark.parametrize("make", [distilled, trained])
-def test_where_no_checkpoint_is_whole_it_is_one_line(make, tmp_path):
+def test_where_no_checkpoint_is_whole_training_starts_again(make, tmp_path, caplog):
+    whole = make(tmp_path / "whole")
     with pytest.raises(Killed):
-        make(tmp_path, 4)
-    assert len(list(tmp_path.iterdir())) == 2
-    for path in tmp_path.iterdir():
+        make(tmp_path / "killed", 4)
+    for path in (tmp_path / "killed").iterdir():
         (path / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match="no checkpoint in .* is whole .*--overwrite_output_dir"):
-        make(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert same(whole, make(tmp_path / "killed"))
+    assert caplog.text.count("not continuing from checkpoint-") == 2
 
 
 def test_a_checkpoint_whose_writing_was_killed_is_none(tmp_path):
