@@ -4,6 +4,7 @@
 missing, and raises whatever its parsers raise. All models and tokenizers of this project are read here.
 """
 
+import os
 import pickle
 import re
 import textwrap
@@ -143,16 +144,9 @@ def _reason(name: str, what: str, instead: str, error: Exception) -> str:
         cause = "it needs code of its own, which is not run"
     elif isinstance(error, KeyError):
         cause = f"no {cause}"
-    if _is_folder(name):
+    if os.path.isdir(name):  # not Path's, which raises where a name is too long
         return f"cannot read {what} from {short(name)}: {cause}"
     return (
         f"no model {short(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
         f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
     )
-
-
-def _is_folder(name: str) -> bool:
-    try:
-        return Path(name).is_dir()
-    except (OSError, ValueError):  # too long, or with characters that no file name has
-        return False
