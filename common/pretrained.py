@@ -4,6 +4,7 @@
 missing, and raises whatever its parsers raise. All models and tokenizers of this project are read here.
 """
 
+import os
 import pickle
 import re
 import textwrap
@@ -76,14 +77,14 @@ def load_tokenizer(kind: Any, name: str | Path) -> Any:
     return tokenizer
 
 
-def stage_loader(kind: Any) -> Callable[[str | Path], Any]:
-    """What `Run.stage` reads a finished stage with."""
+def stage_loader(kind: Any, load: Callable[[Any, str | Path], Any] = load_model) -> Callable[[str | Path], Any]:
+    """What `Run.stage` reads a finished stage with: `load` is load_model or load_tokenizer."""
 
-    def load(folder: str | Path) -> Any:
+    def read(folder: str | Path) -> Any:
         with reading(folder, "a finished stage"):
-            return load_model(kind, folder)
+            return load(kind, folder)
 
-    return load
+    return read
 
 
 def _loaded(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) -> tuple[Any, str, str]:
@@ -143,16 +144,11 @@ def _reason(name: str, what: str, instead: str, error: Exception) -> str:
         cause = "it needs code of its own, which is not run"
     elif isinstance(error, KeyError):
         cause = f"no {cause}"
-    if _is_folder(name):
+    if os.path.isdir(name) and not {"config.json", "tokenizer.json"} & set(os.listdir(name)):
+        return f"no model in {short(name)}: it has no config.json; name the folder of {what}, as a run's student"
+    if os.path.isdir(name):  # not Path's, which raises where a name is too long
         return f"cannot read {what} from {short(name)}: {cause}"
     return (
         f"no model {short(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
         f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
     )
-
-
-def _is_folder(name: str) -> bool:
-    try:
-        return Path(name).is_dir()
-    except (OSError, ValueError):  # too long, or with characters that no file name has
-        return False

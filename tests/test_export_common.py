@@ -317,7 +317,7 @@ def test_bad_input_is_one_line(refused, tmp_path):
     (tmp_path / "run" / "results.json").write_text("no JSON")
     assert "not valid JSON" in refused(student, "--output_dir", tmp_path / "new")
     (tmp_path / "run" / "results.json").write_text('{"domain": "image-classification", "task": "digits"}')
-    assert "cannot read an image classifier" in refused(student, "--output_dir", tmp_path / "new")
+    assert "no model in" in refused(student, "--output_dir", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

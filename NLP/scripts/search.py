@@ -17,6 +17,7 @@ from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.student_model.arguments import SearchArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from nlp.student_model.evaluation import evaluate, guessing
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
@@ -49,6 +50,8 @@ def main() -> None:
 
     search_run = SearchRun(training, text, args)
     search_run.check_inputs(data.fingerprint, teacher=teacher.model, student=student.model)
+    entry, _ = evaluate(args.teacher, teacher.model, data, texts_of_teacher.splits, texts_of_teacher.collate)
+    search_run.warn(guessing(entry, data, texts_of_teacher.splits))
     said = Pipeline(search_run, "cls", search_run.folder / "teacher_outputs").listen(teacher.model, texts_of_teacher)
     search = Search(search_run, student.model, texts, said)
     control = None if training.no_control else search.trials("control", args.ranges_of_the_control, 1)[0]

@@ -13,7 +13,7 @@ from nlp.data.loading import TextData
 from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from nlp.student_model.distillation import Distillation, Logits
-from nlp.student_model.evaluation import evaluate, metrics_by_split
+from nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
 from nlp.student_model.layers import cut_layers, layer_paths
 from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
@@ -138,7 +138,7 @@ class ClassifierDistillation(Distillation):
             entries.append(one)
             spoken.append(logits)
         for one in entries:
-            self._warn_of_guessing(one)
+            self.run.warn(guessing(one, self.data, self.texts.splits))
         mean = {split: np.mean([logits[split] for logits in spoken], axis=0) for split in said}
         return _together(entries) | {"metrics": metrics_by_split(self.data, mean, self.texts.splits)}, mean
 

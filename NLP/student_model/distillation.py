@@ -12,14 +12,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.arguments import KDTrainingArguments
-from common.metrics.chance import classifier_warning, regressor_warning
 from common.pretrained import reading, stage_loader
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.student_model.arguments import PairArguments, TextArguments
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
-from nlp.student_model.evaluation import evaluate
+from nlp.student_model.evaluation import evaluate, guessing, validation_split
 from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import layer_pairs
 from nlp.student_model.methods import refuse_smoothing
@@ -136,22 +135,11 @@ class Distillation:
         """The teacher, measured before it teaches: one that is no better than guessing is called out."""
         teacher = self.make_teacher()
         self.measured = self.measure_teacher(teacher)
-        self._warn_of_guessing(self.measured[0])
+        self.run.warn(guessing(self.measured[0], self.data, self.texts.splits))
         return teacher
 
     def make_teacher(self) -> PreTrainedModel:
         raise NotImplementedError
-
-    def _warn_of_guessing(self, entry: dict[str, Any]) -> None:
-        data, split = self.data, self.validation_split
-        metrics, labels = entry["metrics"][split], np.asarray(self.texts.splits[split]["labels"])
-        if data.regression:
-            self.run.warn(regressor_warning(entry["name"], metrics, labels, data.primary_metric, split))
-        else:
-            value = metrics[data.primary_metric]
-            self.run.warn(
-                classifier_warning(entry["name"], data.primary_metric, value, labels, data.num_labels, split)
-            )
 
     def fine_tuned_teacher(self, stage: str) -> PreTrainedModel:
         """A classifier fine-tuned on the task, unless it is one already."""
@@ -251,10 +239,6 @@ class Distillation:
         self.run.finish(results, student, usage, self.student_texts.collate.tokenizer)
         return results
 
-    @property
-    def validation_split(self) -> str:
-        return next(name for name in self.texts.splits if name.startswith("validation"))
-
     def _results(self, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
         sizes = {name: len(rows) for name, rows in self.texts.splits.items()}
         return self.run.results(
@@ -268,7 +252,7 @@ class Distillation:
                 "fingerprint": self.data.fingerprint,
             },
             models=models,
-            split=self.validation_split,
+            split=validation_split(self.texts.splits),
             metric=self.data.primary_metric,
             selection=self.run.args.selection,
             data_notes="; ".join(self.data.notes) or "none",

@@ -1,6 +1,6 @@
 """What a text model is worth: metrics per split, computed the same way during training, at its end and afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel
 
 from common.inference import NOT_INPUTS, Collate, over_dataset
+from common.metrics.chance import classifier_warning, regressor_warning
 from common.metrics.classification import agreement, classification_metrics
 from common.metrics.cost import cost
 from common.metrics.regression import regression_metrics
@@ -49,6 +50,20 @@ def evaluate(
     logits = {split: predict(model, rows, collate) for split, rows in splits.items() if split != "train"}
     metrics = metrics_by_split(data, logits, splits, teacher_logits)
     return {"name": name, **cost(model, one_text(splits, collate, model.device)), "metrics": metrics}, logits
+
+
+def guessing(entry: dict[str, Any], data: TextData, splits: dict[str, Dataset]) -> str | None:
+    """The warning where a measured teacher (its `entry`) is no better than guessing."""
+    name, split, metric = entry["name"], validation_split(splits), data.primary_metric
+    metrics, labels = entry["metrics"][split], np.asarray(splits[split]["labels"])
+    if data.regression:
+        return regressor_warning(name, metrics, labels, metric, split)
+    return classifier_warning(name, metric, metrics[metric], labels, data.num_labels, split)
+
+
+def validation_split(splits: Iterable[str]) -> str:
+    """The first, where there are several."""
+    return next(name for name in splits if name.startswith("validation"))
 
 
 def metrics_by_split(

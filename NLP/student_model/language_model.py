@@ -14,7 +14,7 @@ from common.losses import jensen_shannon, soft_target_kl
 from common.metrics.chance import language_warning
 from common.metrics.language import language_metrics, token_counts
 from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
-from common.pretrained import stage_loader
+from common.pretrained import load_tokenizer, stage_loader
 from common.run import TrainerRun
 from common.utils.errors import UserError
 from nlp.data.corpora import Corpus, pack, stack
@@ -78,7 +78,7 @@ class LanguageDistillation:
         """A stage, so that a run that is continued has the vocabulary that it started with."""
         train, size, positions = self.corpus.splits["train"], self.args.vocabulary_size, self.args.block_size
         return self.run.stage(
-            "tokenizer", lambda: byte_level_bpe(train, size, positions), AutoTokenizer.from_pretrained
+            "tokenizer", lambda: byte_level_bpe(train, size, positions), stage_loader(AutoTokenizer, load_tokenizer)
         )
 
     # ---- who is trained on what ----

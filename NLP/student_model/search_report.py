@@ -48,8 +48,9 @@ class Report:
         best_command = self.write_recipe(folder / "best.yaml")
         words = shlex.join(best_command)
         plot(folder / "search.png", self.metric, self.args.ranges, self.trials, self.control)
+        warnings = [f"**Warning:** {text}" for text in self.search.run.warnings]
         write_text(folder / "search.md", "\n\n".join([
-            f"# {self.title}", self.headline(), markdown(*self.table()), "![Trials](search.png)",
+            f"# {self.title}", self.headline(), *warnings, markdown(*self.table()), "![Trials](search.png)",
             "To distill with the best of them:", f"```\n{words}\n```",
             "How it was searched:", f"```\n{shlex.join(command())}\n```",
         ]) + "\n")  # fmt: skip
@@ -69,6 +70,7 @@ class Report:
             "best": asdict(self.best),
             "control": self.control and asdict(self.control),
             "trials": [asdict(trial) for trial in self.trials],
+            "warnings": self.search.run.warnings,
             "command": command(),
             "environment": environment(self.training.precision, best_device()),
         }

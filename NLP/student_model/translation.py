@@ -22,7 +22,7 @@ from common.metrics.chance import language_warning
 from common.metrics.language import token_counts, token_metrics
 from common.objective import Objective, task_loss, token_targets
 from common.plots import plot_curves
-from common.pretrained import stage_loader
+from common.pretrained import load_tokenizer, stage_loader
 from common.run import TrainerRun
 from common.teacher_outputs import TeacherOutputs, outputs_key
 from common.utils.devices import process
@@ -89,7 +89,7 @@ class TranslationDistillation:
         return self.run.stage(
             "tokenizer",
             lambda: joint_bpe(texts, self.args.vocabulary_size, self.args.max_length),
-            AutoTokenizer.from_pretrained,
+            stage_loader(AutoTokenizer, load_tokenizer),
         )
 
     @property

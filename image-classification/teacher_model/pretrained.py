@@ -1,8 +1,8 @@
 """Teachers from timm: its pretrained networks with the classifier that they were trained with."""
 
+import os
 import textwrap
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -87,7 +87,7 @@ def _load(name: str, checkpoint: str | None, classes: int) -> Any:
                 f"cannot get timm's pretrained weights of {name} ({reason}): pass the local folder of a trained "
                 "classifier instead of this name, or with it a checkpoint, the file of these weights"
             ) from error
-    if not Path(checkpoint).is_file():
+    if not os.path.isfile(checkpoint):
         raise UserError(f"there is no file {checkpoint}: pass one with weights of timm's {name}")
     # As many classes are promised as are asked for, or timm would leave the classifier out without a word.
     overlay = {"file": checkpoint, "num_classes": classes, "custom_load": False}

@@ -315,6 +315,21 @@ def test_pretrained_says_what_timm_says(tmp_path: Path) -> None:
             torch.testing.assert_close(ours(x).logits, original(x), rtol=0, atol=1e-4)
 
 
+def test_weights_of_timm_in_half_precision_and_of_a_wrapper(tmp_path: Path) -> None:
+    original, _ = checkpoint(tmp_path, "test_resnet", num_classes=2)
+    weights = original.state_dict()
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    torch.save({"state_dict": {f"module.{name}": t for name, t in weights.items()}, "epoch": 3}, tmp_path / "all.pth")
+    for file, expected in (("half.safetensors", half), ("all.pth", weights)):
+        model = pretrained_classifier("test_resnet", str(tmp_path / file), label_names=["cat", "dog"])
+        found = model.state_dict()
+        for name, tensor in expected.items():
+            own = found[name.replace("fc.", "head.") if name.startswith("fc.") else f"backbone.model.{name}"]
+            assert own.dtype == tensor.float().dtype or not tensor.is_floating_point()
+            assert torch.equal(own, tensor.to(own.dtype)), name
+
+
 def test_pretrained_with_own_labels_and_normalization(tmp_path: Path) -> None:
     _, path = checkpoint(tmp_path, "test_resnet", num_classes=2)
     model = pretrained_classifier("test_resnet", path, label_names=["cat", "dog"], mean=[0.1] * 3, std=[0.2] * 3)

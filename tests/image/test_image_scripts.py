@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 from paths import REPO
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import run_script
 
 from common.results import validate
+from common.utils.errors import UserError
+from image_classification.student_model.arguments import DataArguments
 from image_classification.student_model.cells import Cell
 from image_classification.student_model.sweep_report import noise
+from image_classification.teacher_model.teacher import load_trained
 
 SCRIPTS = REPO / "image-classification" / "scripts"
 SHORT = ["--train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]
@@ -422,6 +425,63 @@ def test_a_damaged_teacher_is_one_line(teacher, tmp_path, capsys):
         assert stopped.value.code == 2 and error.startswith(
             f"error: cannot read an image classifier of this project from {tmp_path}: "
         )
+
+
+def altered(teacher: Path, folder: Path, change: Any) -> Path:
+    """A copy of the trained teacher with `change` made to its weights, by name."""
+    shutil.copytree(teacher / "stages" / "teacher", folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_teacher_in_half_precision_is_read_in_fp32_and_the_prefix_of_a_wrapper_is_left_out(teacher, tmp_path):
+    changes = {
+        "half": lambda w: {name: t.half() if t.is_floating_point() else t for name, t in w.items()},
+        "wrapped": lambda w: {f"module.{name}": t for name, t in w.items()},
+    }
+    data = DataArguments().load()
+    given = load_trained(teacher / "stages" / "teacher", data)[0].state_dict()
+    for name, change in changes.items():
+        model, _ = load_trained(altered(teacher, tmp_path / name, change), data)
+        for key, tensor in model.state_dict().items():
+            expected = given[key].half().float() if name == "half" and tensor.is_floating_point() else given[key]
+            assert torch.equal(tensor, expected), key
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: {name: t for name, t in w.items() if "head" not in name}, "missing: head.bias, head.weight"),
+        (lambda w: w | {"other.weight": torch.zeros(2)}, "unknown: other.weight"),
+        (lambda w: w | {"head.weight": torch.zeros(3, 5)}, "of another size: head.weight (3, 5)"),
+    ],
+)
+def test_a_teacher_whose_weights_do_not_fit_is_refused(teacher, tmp_path, change, named):
+    with pytest.raises(UserError) as refused:
+        load_trained(altered(teacher, tmp_path / "teacher", change), DataArguments().load())
+    assert f"the weights of {tmp_path}"[:60] in str(refused.value) and named in str(refused.value)
+
+
+def test_a_teacher_that_is_no_better_than_guessing_is_called_out_before_it_teaches(teacher, tmp_path, capsys):
+    def shuffled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return weights | {"head.weight": torch.zeros_like(weights["head.weight"])}  # the same answer to every image
+
+    folder = altered(teacher, tmp_path / "teacher", shuffled)
+    words = [*SHORT, *PAIR, "--no_control", "--num_train_epochs", 1]
+    script("train_student.py", *words, "--teacher", folder, "--output_dir", tmp_path / "run")
+    [warning] = results_of(tmp_path / "run")["warnings"]
+    assert warning.startswith(f"teacher {folder} is no better than guessing: its validation accuracy is ")
+    assert f"warning: {warning}" in capsys.readouterr().err
+    assert f"**Warning:** {warning}" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_file_is_no_folder_of_a_teacher(tmp_path, capsys):
+    torch.save({}, tmp_path / "teacher.pth")
+    for name, complaint in ((tmp_path / "teacher.pth", "is a file: pass the folder of a classifier"),
+                            ("/" + "y" * 400, "File name too long")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            script("train_simkd.py", *SHORT, *PAIR, "--teacher", name, "--output_dir", tmp_path / "run")
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path, capsys):

@@ -237,6 +237,37 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     assert seen and all(types is not None and int(types.max()) == 1 for types in seen)
 
 
+def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_called_out(
+    small, teachers, tmp_path, capsys
+):
+    """The same teacher with its outputs in another order is as good, and teaches the same student."""
+    model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
+    tokenizer = AutoTokenizer.from_pretrained(teachers[0])
+    size = model.config.num_labels
+    order = torch.arange(size).flip(0)
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order])
+        model.classifier.bias.copy_(model.classifier.bias[order])
+    names = [model.config.id2label[int(i)] for i in order]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    turned = saved(tmp_path / "turned", model, tokenizer)
+    found = []
+    for name, folder in (("given", teachers[0]), ("turned", turned)):
+        words = ["--teacher", folder, "--no_control", "--max_steps", 1, "--output_dir", tmp_path / f"run_{name}"]
+        distill(small, *words)
+        found.append(results(tmp_path / f"run_{name}"))
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run_turned" / "student")
+    assert [student.config.id2label[i] for i in range(size)] == names
+    assert "class ids are those of" in found[1]["data_notes"] and "class ids" not in found[0]["data_notes"]
+    for role in ("teacher", "student"):
+        metrics = [one["models"][role]["metrics"]["validation"]["accuracy"] for one in found]
+        assert metrics[0] == pytest.approx(metrics[1])
+    for one in found:  # random weights
+        [warning] = one["warnings"]
+        assert "is no better than guessing: its validation accuracy is" in warning
+    assert capsys.readouterr().err.count("warning: teacher ") == 2
+
+
 def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
     words = ["--teacher", teachers[0], "--more_teachers", teachers[1], "--no_control", "--max_steps", 1]
     distill(small, *words, "--output_dir", tmp_path / "run")

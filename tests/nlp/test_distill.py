@@ -360,11 +360,12 @@ def test_a_bottleneck_with_another_decoder_is_not_reused():
     set_keys(own, "carried", source, torch.randn(10, 8), seed=0)
 
 
-def test_label_order_that_differs_between_teacher_and_data(capsys, tmp_path, small, carried):
+def test_a_student_of_another_label_order_than_its_teacher_is_refused(capsys, tmp_path, small, carried):
     names = load_intents()["train"].features["intent"].names
-    teacher = plain_classifier(tmp_path / "reversed", names[::-1])
-    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(teacher)
-    assert "label order" in refused(capsys, tmp_path / "run", "--dataset", small, "--teacher", teacher, "--no_control")
+    student = plain_classifier(tmp_path / "reversed", names[::-1])
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
+    words = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--student", student, "--no_control"]
+    assert "the label order of" in refused(capsys, tmp_path / "run", *words)
 
 
 def test_finished_runs_are_not_overwritten_unless_asked(capsys, small, carried):

@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common.pretrained import load_model, reading, stage_loader
+from common.pretrained import load_model, load_tokenizer, reading, stage_loader
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
@@ -236,6 +237,15 @@ def test_plain_pickles_of_tensors_are_read(tmp_path):
     assert same(load_trained(str(folder), two_labels()).model, bert())
 
 
+def test_a_damaged_stage_of_a_tokenizer_is_one_line(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    read = stage_loader(AutoTokenizer, load_tokenizer)
+    assert read(tmp_path).get_vocab() == tokenizer().get_vocab()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"^cannot read a finished stage from {tmp_path}: "):
+        read(tmp_path)
+
+
 def test_what_is_no_folder(tmp_path):
     file = tmp_path / "teacher.pth"
     torch.save({}, file)
@@ -247,6 +257,7 @@ def test_what_is_no_folder(tmp_path):
 
 
 def test_whatever_a_parser_raises_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     for error in (RuntimeError("two\nlines"), KeyError("weight"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad byte")):
         with (
             pytest.raises(UserError, match=f"^cannot read a model from {tmp_path}: ") as refused,

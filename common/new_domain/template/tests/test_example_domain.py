@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scripts import run_script
 
 from common.results import validate
@@ -83,6 +85,15 @@ def test_what_is_no_teacher_of_these_labels_is_refused(finished: Path, tmp_path:
         load_trained(str(finished / "student"), other)
     with pytest.raises(UserError, match="no classifier in folder"):
         load_trained(str(finished), other)
+    whole = load_data("tones")
+    shutil.copytree(finished / "student", tmp_path / "copy")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    save_file({f"net.{name}": tensor for name, tensor in weights.items()}, tmp_path / "copy" / "model.safetensors")
+    with pytest.raises(UserError, match="do not fit its config.json: missing: .*head.weight.*unknown: net"):
+        load_trained(str(tmp_path / "copy"), whole)
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_trained(str(tmp_path / "copy"), whole)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="holds a bert"):
         load_trained(str(tmp_path), other)
