@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from common import losses
-from common.methods import NonZeroShare, Positive, Share, Task
+from common.methods import Task
 from common.objective import Scheduled, Term, Terms, Weight, soft_targets, task_loss, warm_up
 from common.outputs import Outputs
 from common.utils.errors import UserError
+from common.utils.ranges import Positive, Share, ShareAbove0
 
 MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)  # of multi-level distillation
 LARGEST_RISE = 20.0  # of a learnt temperature, above 1
@@ -132,7 +133,7 @@ def _multi_level(
     }
 
 
-def ctkd(task: Task, *, alpha: Share = 0.1, curriculum: NonZeroShare = 10 / 240) -> Terms:
+def ctkd(task: Task, *, alpha: Share = 0.1, curriculum: ShareAbove0 = 10 / 240) -> Terms:
     """Soft targets at a temperature that is learnt against the student (Li et al., arXiv:2211.16231), and
     alpha * labels: the authors' global temperature. `curriculum`: the share of the training over which the adversary
     gains its strength.

@@ -2,12 +2,11 @@
 
 A method is a function with keyword-only settings, whose defaults are its paper's; a table {name: function} says which
 there are. What it returns is up to the domain: terms of an objective, or a whole Method. The annotation of a setting
-gives its type and range: `float` is a finite number from 0 on, `int` one above 0, `bool` true or false, and the types
-below are narrower.
+gives its type and range: `float` is a finite number from 0 on, `int` one above 0, `bool` true or false; other ranges are
+those of `common.utils.ranges`.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,32 +19,9 @@ from torch import Tensor
 from common.arguments import KDTrainingArguments
 from common.objective import FeatureLoss, Objective, Term
 from common.utils.errors import UserError
+from common.utils.ranges import MOST, Range, range_in
 
 PER_CLASS = 50  # training samples of each class that stand for it
-
-
-@dataclass(frozen=True)
-class Range:
-    """The finite values that a setting may have: above `low`, or also `low` itself, and likewise `high`."""
-
-    description: str
-    low: float = 0.0
-    high: float = math.inf
-    low_included: bool = True
-    high_included: bool = True
-
-    def __contains__(self, value: float) -> bool:
-        above = value >= self.low if self.low_included else value > self.low
-        below = value <= self.high if self.high_included else value < self.high
-        return math.isfinite(value) and above and below  # NaN compares false
-
-
-NON_NEGATIVE = Range("a number from 0 on")
-POSITIVE = Range("a number above 0", low_included=False)
-Positive = Annotated[float, POSITIVE]
-Share = Annotated[float, Range("a share between 0 and 1", high=1.0)]
-NonZeroShare = Annotated[float, Range("a share above 0 and at most 1", high=1.0, low_included=False)]
-ShareBelowOne = Annotated[float, Range("a share from 0 to below 1", high=1.0, high_included=False)]
 
 
 @dataclass
@@ -170,10 +146,8 @@ def _parsed(spec: str) -> tuple[str, dict[str, str]]:
 
 def _type_and_range(annotation: Any) -> tuple[type, Range | None]:
     """bool has no range."""
-    if get_origin(annotation) is Annotated:
-        kind, limits = get_args(annotation)
-        return kind, limits
-    return annotation, {int: POSITIVE, float: NON_NEGATIVE}.get(annotation)
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return kind, range_in(annotation) or {int: Range(1, MOST), float: Range(0)}.get(kind)
 
 
 def _converted(name: str, key: str, value: str, annotation: Any) -> Any:
@@ -190,7 +164,7 @@ def _converted(name: str, key: str, value: str, annotation: Any) -> Any:
 def _check_range(name: str, key: str, value: Any, annotation: Any) -> None:
     _, limits = _type_and_range(annotation)
     if limits is not None and value not in limits:
-        raise UserError(f"method {name}: {key}={value:g} is out of range, give {limits.description}")
+        raise UserError(f"method {name}: {key} must be {limits}, got {value:g}")
 
 
 def _guess(word: str, known: Mapping[str, Any]) -> str:

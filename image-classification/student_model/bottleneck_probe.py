@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.outputs import Outputs
 from common.utils.errors import UserError
 from image_classification.data.loading import ImageData
-from image_classification.teacher_model.classifier import CompleteModel, ImageClassifier
+from image_classification.teacher_model.classifier import ImageClassifier
 from image_classification.teacher_model.teacher import load_trained, trained_folder
 
 PIXELS = "pixels"  # the encoder that does nothing
@@ -43,7 +43,7 @@ class BottleneckProbeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class BottleneckProbe(CompleteModel):
+class BottleneckProbe(PreTrainedModel):
     """Images (batch, 3, h, w) -> frozen encoder -> embedding (batch, width) -> head -> logits (batch, labels).
 
     The head is a bottleneck of random projections whose values are logits and are averaged or, as its contrast, a

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.outputs import Outputs
-from common.utils.errors import UserError
 from image_classification.teacher_model.backbones import build_backbone
 from image_classification.teacher_model.projector import Projector
 
@@ -45,45 +43,7 @@ class ImageClassifierConfig(PreTrainedConfig):
         return [names[i] for i in sorted(names)]
 
 
-class CompleteModel(PreTrainedModel):
-    """A model that loads only weights which are complete and fit it.
-
-    transformers leaves a weight that a file lacks as it was initialized, with a warning, and describes one of another
-    shape in a table and a traceback. Here both are a UserError of one line, unless `ignore_mismatched_sizes` is set.
-    """
-
-    @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        wants_info = kwargs.pop("output_loading_info", False)
-        strict = not kwargs.pop("ignore_mismatched_sizes", False)
-        verbosity = logging.get_verbosity()
-        if strict:
-            logging.set_verbosity_error()  # the table
-        try:
-            loaded: Any = super().from_pretrained(
-                folder, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        finally:
-            logging.set_verbosity(verbosity)
-        model, info = loaded
-        wrong = [
-            f"{len(info[kind])} {words}, such as {min(map(str, info[kind]))}"
-            for kind, words in (
-                ("missing_keys", "are missing"),
-                ("unexpected_keys", "are unknown"),
-                ("mismatched_keys", "have another shape"),
-            )
-            if info[kind]
-        ]
-        if strict and wrong:
-            raise UserError(
-                f"the weights in {folder} do not fit the network of its config.json in this version of the project "
-                f"({'; '.join(wrong)}): train it again"
-            )
-        return (model, info) if wants_info else model
-
-
-class ImageClassifier(CompleteModel):
+class ImageClassifier(PreTrainedModel):
     """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
 
     Features: `map`, the map whose average the head sees, and `pooled`, that average. What is trained is what is

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from common.losses import noise_contrastive
 from common.losses.shared import product, unit
-from common.methods import Method, Positive, ShareBelowOne
+from common.methods import Method
 from common.objective import Objective, task_loss
 from common.outputs import Outputs
 from common.utils.devices import process
 from common.utils.errors import UserError
+from common.utils.ranges import Positive, ShareBelow1
 from image_classification.student_model.methods.pair import Pair
 
 FIRST_DRAW = 2**30  # the first draw has a number below this; a CPU's generator looks at 32 bits of its seed
@@ -25,7 +26,7 @@ def crd(
     negatives: int = 16384,
     width: int = 128,
     temperature: Positive = 0.07,
-    momentum: ShareBelowOne = 0.5,
+    momentum: ShareBelow1 = 0.5,
 ) -> Method:
     """Contrastive representation distillation (CRD, Tian et al., arXiv:1910.10699), beside the labels.
 

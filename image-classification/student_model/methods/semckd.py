@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from common.losses import attended_mean, stage_attention
 from common.losses.shared import product, unit
-from common.methods import Method, Positive
+from common.methods import Method
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
 from common.utils.errors import UserError
+from common.utils.ranges import Positive
 from image_classification.student_model.matching import stage_paths
 from image_classification.student_model.methods.pair import Pair
 from image_classification.teacher_model.backbones.layers import conv_norm
