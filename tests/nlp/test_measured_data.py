@@ -32,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}.parquet")
     torch.manual_seed(1)
     made = tiny_bert(load_text_data(str(folder / "data")))
-    made.model.classifier.weight.data *= 30  # else it predicts one class for every text
+    dict(made.model.named_parameters())["classifier.weight"].data *= 30  # else every text is of one class
     made.model.save_pretrained(folder / "model")
     made.tokenizer.save_pretrained(folder / "model")
     return folder / "model"
