@@ -2,8 +2,8 @@
 
 A method is a function with keyword-only settings, whose defaults are its paper's; a table {name: function} says which
 there are. What it returns is up to the domain: terms of an objective, or a whole Method. The annotation of a setting
-gives its type and range: `float` is a finite number from 0 on, `int` one above 0, `bool` true or false; other ranges are
-those of `common.utils.ranges`.
+gives its type and range: `float` is a finite number from 0 on, `int` one above 0, `bool` true or false; other ranges
+are those of `common.utils.ranges`.
 """
 
 import inspect

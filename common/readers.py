@@ -28,7 +28,6 @@ def read_rows(path: Path) -> datasets.Dataset:
     try:
         table = READERS[path.suffix.lower()](path)
         table.validate(full=True)  # a damaged parquet file may give strings that are no UTF-8
-        _refuse_repeated(path, table.column_names)
         return datasets.Dataset(_plain(table))
     except UserError:
         raise
@@ -61,19 +60,25 @@ def _utf8(path: Path) -> bytes:
     if raw.startswith(WIDE):
         raise UserError(f"{path} is UTF-16 or UTF-32, not UTF-8: convert it")
     raw = raw.removeprefix(codecs.BOM_UTF8)
+    if (place := raw.find(b"\0")) >= 0:
+        where = f"line {_line(raw, place)}"
+        raise UserError(f"{path} holds a NUL byte ({where}): convert it to UTF-8 if it is UTF-16, or remove the byte")
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"byte 0x{raw[error.start]:02x} in line {_line(raw, error.start)}"
         raise UserError(f"{path} is not UTF-8 ({where}): convert it, for example from Windows-1252") from None
-    if (place := raw.find(b"\0")) >= 0:
-        where = f"line {_line(raw, place)}"
-        raise UserError(f"{path} holds a NUL byte ({where}): convert it to UTF-8 if it is UTF-16, or remove the byte")
     return raw
 
 
 def _line(raw: bytes, place: int) -> int:
     return raw.count(b"\n", 0, place) + 1
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _refuse_repeated(path, file.schema_arrow.names)
+        return file.read()
 
 
 def _read_csv(path: Path) -> pa.Table:
@@ -91,6 +96,7 @@ def _read_csv(path: Path) -> pa.Table:
     read = pyarrow.csv.ReadOptions(use_threads=False)
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     names = pyarrow.csv.open_csv(pa.py_buffer(raw), read, parse).schema.names
+    _refuse_repeated(path, names)
     convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names})
     return pyarrow.csv.read_csv(pa.py_buffer(raw), read, parse, convert)
 
@@ -182,7 +188,7 @@ def _advice(path: Path) -> str:
 
 # Read without datasets' own cache, which would copy every file to disk.
 READERS: dict[str, Callable[[Path], pa.Table]] = {
-    ".parquet": pyarrow.parquet.read_table,
+    ".parquet": _read_parquet,
     ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_json,

@@ -21,9 +21,9 @@ LONGEST_NAME = 200  # characters of a dataset's name in a message
 Splits = dict[str, datasets.Dataset]
 
 
-def usual_names(found: Splits, dataset: str, train: bool = True) -> tuple[Splits, list[str]]:
+def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
     """Renames dev, valid, val to validation; a split with another name is not used, and a note says so. Raises
-    UserError where there is no train split although `train` asks for one, or nothing but unknown names.
+    UserError where there is no train split although `needs_train`, or nothing but unknown names.
     """
     splits: Splits = {}
     for name, rows in found.items():
@@ -32,7 +32,7 @@ def usual_names(found: Splits, dataset: str, train: bool = True) -> tuple[Splits
             raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
         if usual:
             splits[usual] = rows
-    if train and "train" not in splits:
+    if needs_train and "train" not in splits:
         raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
     if not splits:
         raise UserError(f"{dataset} has no known split, only {', '.join(found)}: name one of its files test.*")
@@ -119,19 +119,19 @@ def print_notes(name: str, notes: list[str]) -> None:
 
 
 def read_named(
-    dataset: str, others: str, instead: str, read: Callable[[Path], Splits] = read_folder, train: bool = True
+    dataset: str, others: str, instead: str, read: Callable[[Path], Splits] = read_folder, needs_train: bool = True
 ) -> tuple[Splits, list[str]]:
     """The splits of a local folder, by `read`, of a file, or of a Hub name owner/name[:config], by their usual names,
     and notes on what was left out. `others` is what else a user may name, `instead` what to pass where the Hub has
-    none. A file is called after its split, or else is train, or test where no `train` split is needed.
+    none. A file is called after its split, or else is train, or test where no train split is needed.
     """
     if _exists(dataset):
         path = Path(dataset)
-        found = read(path) if path.is_dir() else read_file(path, "train" if train else "test")
-        return usual_names(found, dataset, train)
+        found = read(path) if path.is_dir() else read_file(path, "train" if needs_train else "test")
+        return usual_names(found, dataset, needs_train)
     if HUB_NAME.fullmatch(dataset):
         name, _, config = dataset.partition(":")
-        return usual_names(read_hub(dataset, name, config or None, instead), dataset, train)
+        return usual_names(read_hub(dataset, name, config or None, instead), dataset, needs_train)
     raise UserError(
         f"unknown dataset {_shown(dataset)!r}: give {others}, or a Hub name such as owner/name or owner/name:config"
     )

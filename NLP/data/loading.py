@@ -46,16 +46,16 @@ def load_text_data(
     label_column: str | None = None,
     task: Kind | None = None,
     known_labels: list[str] | None = None,
-    train: bool = True,
+    needs_train: bool = True,
 ) -> TextData:
     """Loads `dataset` (a name in TASKS, a folder or file, or owner/name[:config]). Rows without a label are left out,
     a missing validation split is carved from train, the same each time; the notes report it, and what was inferred.
 
     `task` decides where labels could be classes as well as scores. To measure a saved classifier, `known_labels` are
-    its labels, in their order, and no `train` split is needed. Raises UserError where there is no such dataset,
-    column, text or label.
+    its labels, in their order, and without `needs_train` any split will do. Raises UserError where there is no such
+    dataset, column, text or label.
     """
-    raw, notes = read_splits(dataset, train)
+    raw, notes = read_splits(dataset, needs_train)
     for split, rows in raw.items():
         if not len(rows):
             raise UserError(f"the {split} split is empty: it needs at least one row")

@@ -8,16 +8,16 @@ from nlp.data.tasks import TASKS
 INSTEAD = "pass --dataset FOLDER with parquet, CSV or JSON files, or --dataset intents, which needs no download"
 
 
-def read_splits(dataset: str, train: bool = True) -> tuple[Splits, list[str]]:
+def read_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
     """Returns the splits by their usual names, columns as found, and notes on what was left out. Raises UserError for
-    a missing train split unless `train` is false.
+    a missing train split unless `needs_train` is false.
     """
     if dataset == "intents":
         return dict(load_intents()), []
     if dataset in TASKS:
         return _read_task(dataset)
     others = f"a known name ({', '.join(TASKS)}), a folder or file of parquet, CSV or JSON"
-    return read_named(dataset, others, INSTEAD, train=train)
+    return read_named(dataset, others, INSTEAD, needs_train=needs_train)
 
 
 def _read_task(name: str) -> tuple[Splits, list[str]]:

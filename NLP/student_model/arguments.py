@@ -22,7 +22,7 @@ SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest i
 class TextArguments:
     """Which texts."""
 
-    dataset: str = field(default="intents", metadata={"help": "embedded name, Hub name[:config] or local folder"})
+    dataset: str = field(default="intents", metadata={"help": "embedded name, Hub name[:config], folder or file"})
     text_columns: list[str] | None = field(default=None, metadata={"help": "one column, or two for pairs"})
     label_column: str | None = None
     task: Literal["classification", "regression"] | None = field(

@@ -2,14 +2,10 @@
 
 from argparse import ArgumentParser, Namespace
 
-from transformers import AutoConfig
-
-from common.hub import no_retries_when_unreachable
 from common.label_words import Kind
 from common.sources import print_notes
-from common.utils.errors import UserError
 from nlp.data.loading import TextData, load_text_data
-from nlp.teacher_model.teacher import unreachable  # registers the classifier with a bottleneck, too
+from nlp.teacher_model.teacher import classifies, own_label_names, read_config
 
 
 def add_data_flags(parser: ArgumentParser) -> None:
@@ -25,7 +21,7 @@ def load(model: str, args: Namespace) -> TextData:
     Raises UserError where the data have other labels.
     """
     kind, labels = labels_of(model)
-    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, train=False)
+    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)
     print_notes(data.name, data.notes)
     return data
 
@@ -34,14 +30,9 @@ def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
     """What a classifier predicts: classes with their names, in the order of its outputs, or scores. Of what is no
     classifier, or names its outputs LABEL_0 and so on, nothing is known.
     """
-    try:
-        with no_retries_when_unreachable(model):
-            config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(unreachable(model, error)) from error
-    if "Classif" not in (config.architectures or [""])[0]:
+    config = read_config(model)
+    if not classifies(config):
         return None, None
     if config.num_labels == 1:
         return "regression", None
-    names = [config.id2label[number] for number in range(config.num_labels)]
-    return "classification", None if names == [f"LABEL_{n}" for n in range(len(names))] else names
+    return "classification", own_label_names(model, config)

@@ -134,7 +134,7 @@ def label_config(data: TextData) -> dict:
 
 def is_trained(name: str, config: Any, data: TextData) -> bool:
     """Whether a checkpoint is a classifier of the data's labels, in the data's order; others are refused."""
-    if not _classifies(config):
+    if not classifies(config):
         return False
     if data.regression or config.num_labels == 1:
         if data.regression and config.num_labels == 1:
@@ -164,7 +164,7 @@ def in_label_order(name: str, data: TextData) -> TextData:
 
     Raises UserError where the metric of the data, F1, is that of class 1, which would be another class.
     """
-    if name == TINY_BERT or data.regression or not _classifies(config := read_config(name)) or config.num_labels == 1:
+    if name == TINY_BERT or data.regression or not classifies(config := read_config(name)) or config.num_labels == 1:
         return data
     own = _label_names(name, config, data)
     if not _same_labels(own, data.label_names) or [a.lower() for a in own] == [b.lower() for b in data.label_names]:
@@ -179,7 +179,8 @@ def in_label_order(name: str, data: TextData) -> TextData:
     return replace(with_label_order(data, own), notes=[*data.notes, note])
 
 
-def _classifies(config: Any) -> bool:
+def classifies(config: Any) -> bool:
+    """Whether a model is a classifier of texts, by its config."""
     return (config.architectures or [""])[0].endswith(("ForSequenceClassification", BottleneckClassifier.__name__))
 
 
@@ -187,20 +188,27 @@ def _same_labels(own: list[str], others: list[str]) -> bool:
     return sorted(map(str.lower, own)) == sorted(map(str.lower, others))
 
 
-def _label_names(name: str, config: Any, data: TextData) -> list[str]:
-    """By class id. Raises UserError for those that were never named, unless those of the data are the same numbers."""
+def own_label_names(name: str, config: Any) -> list[str] | None:
+    """What the classifier NAME calls its labels, by class id; None where they are LABEL_0 and so on."""
     names = {int(i): str(label) for i, label in config.id2label.items()}
     if sorted(names) != list(range(len(names))):
         raise UserError(
             f"id2label in the config.json of {name} must name the labels 0 to {len(names) - 1}, one by one"
         )
     own = [names[i] for i in range(len(names))]
-    if own != [f"{GENERIC}{i}" for i in range(len(own))] or own == data.label_names:
+    return None if own == [f"{GENERIC}{i}" for i in range(len(own))] else own
+
+
+def _label_names(name: str, config: Any, data: TextData) -> list[str]:
+    """By class id. Raises UserError for those that were never named, unless those of the data are the same numbers."""
+    own = own_label_names(name, config)
+    if own is not None:
         return own
-    if data.label_names == [str(i) for i in range(len(own))]:  # neither has names: the numbers are all there is
+    number = len(config.id2label)
+    if data.label_names in ([str(i) for i in range(number)], [f"{GENERIC}{i}" for i in range(number)]):
         return data.label_names
     raise UserError(
-        f"{name} does not name its {len(own)} labels ({_some(own)}), so that it cannot be checked which is which of "
+        f"{name} does not name its {number} labels ({GENERIC}0, ...), so that it cannot be checked which is which of "
         f"the {len(data.label_names)} of {data.name} ({_some(data.label_names)}): name them in id2label of its "
         "config.json"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import numpy as np
+import pandas
 import pyarrow.csv
 import pytest
 
@@ -192,6 +193,101 @@ def test_columns_are_guessed_or_named(tmp_path: Path) -> None:
     assert load_text_data(folder, ["title", "body"], "topic").splits["train"]["text_pair"][:] == rows["body"]
     lone = {"body": texts(3), "score": [0.5, 1.5, 2.5]}
     assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).regression
+
+
+# As people have them: an index of pandas in front, figures beside the label, names of the labels beside their numbers
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_a_frame_of_pandas_with_its_index(tmp_path: Path, format: str) -> None:
+    frame = pandas.DataFrame({"review": texts(20), "sentiment": ["positive", "negative"] * 10})
+    if format == "csv":
+        frame.to_csv(tmp_path / "train.csv")
+    else:
+        frame.to_parquet(tmp_path / "train.parquet", index=True)
+    data = load_text_data(str(tmp_path))
+    assert data.label_names == ["negative", "positive"] and data.splits["train"].column_names[:2] == ["text", "label"]
+    assert data.notes[0].startswith("columns: 'review' as text, 'sentiment' as label; '")
+    assert data.notes[0].endswith("not used (row numbers)")
+
+
+def test_a_column_that_only_could_be_the_label_is_not_taken_for_it(tmp_path: Path) -> None:
+    names = ["text", "airline_sentiment", "airline_sentiment_confidence"]
+    rows = dict(zip(names, [texts(8), ["good", "bad"] * 4, [0.1 * i for i in range(8)]], strict=True))
+    for format in ("csv", "jsonl"):
+        folder = write(tmp_path / format, format, train=rows, validation=rows)
+        message = error_of(folder)
+        assert "the label column (airline_sentiment, airline_sentiment_confidence)" in message
+        assert "--label_column" in message
+        data = load_text_data(folder, None, "airline_sentiment")
+        assert data.label_names == ["bad", "good"] and not data.regression
+        assert data.notes[0].endswith("'airline_sentiment_confidence' not used")
+        assert load_text_data(folder, None, "airline_sentiment_confidence").regression
+
+
+def test_names_beside_the_numbers_of_labels_are_no_second_text(tmp_path: Path) -> None:
+    rows = {"text": texts(8), "label": [1, 0] * 4, "label_text": ["good", "bad"] * 4}
+    data = load_text_data(write(tmp_path, "jsonl", train=rows, validation=rows))
+    assert data.splits["train"].column_names == ["text", "label", "sample_id"]
+    assert data.notes[0] == "columns: 'text' as text, 'label' as label; 'label_text' not used"
+
+
+def test_texts_and_labels_of_digits_are_the_same_in_every_split(tmp_path: Path) -> None:
+    train = {"text": ["007", "12", "four", "five"], "label": ["true", "false", "maybe", "true"]}
+    digits = {"text": ["007", "12"], "label": ["true", "false"]}
+    data = load_text_data(write(tmp_path, "csv", train=train, validation=digits, test=digits))
+    assert data.splits["validation"]["text"][:] == ["007", "12"]
+    assert data.label_names == ["false", "maybe", "true"] and data.splits["test"]["label"][:] == [2, 0]
+
+
+def test_rows_without_a_label_are_left_out_with_their_texts(tmp_path: Path) -> None:
+    data = load_text_data(write(tmp_path, "csv", **small(["a", "", "b", None, "a"], ["b", "a"])))
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, 1, 0]
+    assert data.splits["train"]["text"][:] == [texts(5)[i] for i in (0, 2, 4)]
+    assert "2 of 5 rows of train have no label and are left out" in data.notes
+
+
+def test_the_flag_decides_between_classes_and_scores(tmp_path: Path) -> None:
+    folder = write(tmp_path, "csv", **small([1, 2, 5, 5]))
+    assert "--task" in error_of(folder) and "--label_column" in error_of(folder)
+    assert load_text_data(folder, task="classification").label_names == ["1", "2", "5"]
+    data = load_text_data(folder, task="regression")
+    assert data.regression and data.splits["train"]["label"][:] == [1.0, 2.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("change", ["order", "cut", "labels", "names"])
+def test_the_fingerprint_is_that_of_the_rows_as_they_are_used(tmp_path: Path, change: str) -> None:
+    splits = small(["a", "b", "c", "a"])
+    first = load_text_data(write(tmp_path / "first", **splits)).fingerprint
+    train = splits["train"]
+    if change == "order":
+        splits["train"] = {name: column[::-1] for name, column in train.items()}
+    elif change == "cut":
+        splits["train"] = {name: column[:-1] for name, column in train.items()}
+    elif change == "labels":
+        train["label"] = ["b", "a", "c", "b"]
+    else:
+        splits = small(["a", "b", "d", "a"])
+    assert load_text_data(write(tmp_path / "other", **splits)).fingerprint != first
+
+
+# A saved classifier
+
+
+def test_known_labels_need_no_train_split_and_are_matched_by_name(tmp_path: Path) -> None:
+    write(tmp_path, "csv", test={"text": texts(4), "label": ["Good", "bad", "", "Good"]})
+    for place in (tmp_path, tmp_path / "test.csv"):
+        data = load_text_data(str(place), known_labels=["good", "so-so", "bad"], needs_train=False)
+        assert data.label_names == ["good", "so-so", "bad"] and data.splits["test"]["label"][:] == [0, 2, 0]
+    with pytest.raises(UserError, match="label 'Good' .row 0 of test., which is not among a, b"):
+        load_text_data(str(tmp_path), known_labels=["a", "b"], needs_train=False)
+
+
+def test_known_labels_leave_the_carved_rows_as_they_were(tmp_path: Path) -> None:
+    folder = write(tmp_path, train={"text": texts(40), "label": ["a", "b"] * 20})
+    first, other = load_text_data(folder), load_text_data(folder, known_labels=["b", "a"], needs_train=False)
+    assert first.splits["validation"]["text"][:] == other.splits["validation"]["text"][:]
+    assert [1 - label for label in first.splits["validation"]["label"]] == other.splits["validation"]["label"][:]
 
 
 def test_shards_are_joined_and_other_files_noted(tmp_path: Path) -> None:

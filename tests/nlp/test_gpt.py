@@ -86,6 +86,33 @@ def test_lines_of_text_files_stay_one_text(tmp_path):
     assert corpus.size("train") == len("one\n\ntwo\nthree")
 
 
+def test_the_text_column_of_a_csv_file_is_told_from_numbers_and_its_documents_are_strings(tmp_path):
+    (tmp_path / "train.csv").write_text("\ufeffid,body\n1,first\n2,second\n")
+    (tmp_path / "validation.csv").write_text("id,body\n1,007\n2,true\n")
+    corpus = load_corpus(str(tmp_path))
+    assert corpus.splits == {"train": ["first", "second"], "validation": ["007", "true"]}
+    assert "column 'body' holds the texts" in corpus.notes
+
+
+@pytest.mark.parametrize(("encoding", "message"), [("cp1252", "is not UTF-8"), ("utf-16", "UTF-16")])
+def test_text_files_in_another_encoding_are_named(tmp_path, encoding, message):
+    (tmp_path / "train.txt").write_bytes("na\u00efve\n".encode(encoding))
+    with pytest.raises(UserError, match=f"train.txt .*{message}"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "train.txt").write_bytes(("one\r\ntwo\r\n" * 10).encode("utf-8-sig"))
+    assert load_corpus(str(tmp_path)).splits["train"][:2] == ["one\n", "two\n"]
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: rows[:-1], lambda rows: ["x", *rows[1:]]])
+def test_the_fingerprint_of_a_corpus_is_that_of_its_documents_in_their_order(tmp_path, change):
+    rows = [f"text {i}" for i in range(20)]
+    for name, texts in (("one", rows), ("again", rows), ("other", change(rows))):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / name / "train.parquet")
+    one, again, other = (load_corpus(str(tmp_path / name)).fingerprint for name in ("one", "again", "other"))
+    assert one == again != other
+
+
 def test_rows_of_a_column_and_the_end_of_train_as_validation(tmp_path):
     rows = [{"body": f"text {i}", "title": "t"} for i in range(20)] + [{"body": "", "title": ""}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")

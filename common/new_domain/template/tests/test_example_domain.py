@@ -128,8 +128,8 @@ def test_a_folder_is_read_by_the_names_of_its_labels_and_a_validation_split_is_s
         ({"values": []}, "no column 'values'"),
         ({"values": [[1.0]] * 19 + [[1.0, 2.0]]}, "of one length"),
         ({"values": [[1.0]] * 19 + [[float("nan")]]}, "all finite"),
-        ({"label": [0.5] * 20}, "a name or a whole number"),
-        ({"label": ["a", None] * 10}, "in every row"),
+        ({"label": ["a"] * 20}, "at least two"),
+        ({"label": [None] * 20}, "holds no labels"),
     ],
 )
 def test_bad_data_are_refused(tmp_path: Path, columns: dict[str, list], message: str) -> None:
@@ -137,9 +137,16 @@ def test_bad_data_are_refused(tmp_path: Path, columns: dict[str, list], message:
         load_data(written(tmp_path, "train", **columns))
 
 
-def test_a_label_that_train_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_a_row_without_a_label_is_left_out_and_noted(tmp_path: Path) -> None:
+    written(tmp_path, "validation")
+    data = load_data(written(tmp_path, label=["a", None, "b", "b"] * 5))
+    assert data.splits["train"]["values"][:, 0].tolist() == [i for i in range(20) if i % 4 != 1]
+    assert "5 of 20 rows of train have no label and are left out" in data.notes
+
+
+def test_labels_that_train_does_not_have_are_refused(tmp_path: Path) -> None:
     written(tmp_path, "validation", label=["c"] * 20)
-    with pytest.raises(UserError, match="'c' of the validation split"):
+    with pytest.raises(UserError, match="no label of validation \\(c\\) occurs in train"):
         load_data(written(tmp_path))
 
 
