@@ -24,9 +24,9 @@ def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("module_of_a_user.py").write_text(MODULE)
 
 
-def line_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def line_of(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
     with pytest.raises(SystemExit) as stop:
-        run_script(*words)
+        run_script(script, *words)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line

@@ -368,7 +368,10 @@ def test_published_agents_load_or_are_refused_for_what_they_are(
 
 
 def test_weights_that_are_not_finite_are_no_teacher(tmp_path: Path) -> None:
-    path = edited(saved(tmp_path, PPO), lambda _, weights: weights["action_net.bias"].fill_(np.nan))
+    def break_one(_: Any, weights: dict[str, torch.Tensor]) -> None:
+        weights["action_net.bias"].fill_(np.nan)
+
+    path = edited(saved(tmp_path, PPO), break_one)
     message = error_of(Agent.load, TeacherFiles(path, None), *spaces_of("CartPole-v1"))
     assert "weights that are not finite (action_net.bias)" in message
 

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import StudentArguments
 from reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from reinforcement_learning.student_model.student import StudentNetwork, new_student
+from reinforcement_learning.student_model.subject import Subject
 from reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from reinforcement_learning.teacher_model.checkpoints import Checkpoints
 from reinforcement_learning.teacher_model.recipes import training_recipe
@@ -81,7 +82,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "empty": lambda path: os.truncate(path, 0),
     "missing": Path.unlink,
 }
-FILES = [(distilled, name) for name in ("state.pt", "SHA256SUMS")]
+FILES: list[tuple[Callable[..., Any], str]] = [(distilled, name) for name in ("state.pt", "SHA256SUMS")]
 FILES += [(trained, name) for name in ("state.json", "model.zip", "arrays.npz")]
 
 
@@ -135,6 +136,21 @@ def test_an_old_checkpoint_that_is_a_link_is_no_way_to_other_files(tmp_path):
     (tmp_path / "run" / "checkpoint-0").symlink_to(other)
     checkpoints.save(3, lambda folder: None)
     assert (other / "precious").exists() and not (tmp_path / "run" / "checkpoint-0").is_symlink()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_student_of_a_finished_stage_is_one_line(damage, tmp_path):
+    recipe = training_recipe("ppo", "CartPole-v1")
+    new_student(SB3Environments("CartPole-v1", 1), StudentArguments(), recipe, 0).save(tmp_path / "model.zip")
+    subject = Subject("CartPole-v1", cast(Any, None), cast(Any, None), recipe, StudentArguments())
+    assert subject.load_student("student", tmp_path, 0).model is not None
+    other = Subject("CartPole-v1", cast(Any, None), cast(Any, None), recipe, StudentArguments(student=[3]))
+    with pytest.raises(UserError, match="is not the student of this run"):
+        other.load_student("student", tmp_path, 0)
+    if damage != "a bit":  # which the checksums of a stage tell
+        DAMAGE[damage](tmp_path / "model.zip")
+        with pytest.raises(UserError, match="model.zip"):
+            subject.load_student("student", tmp_path, 0)
 
 
 def test_weights_that_the_last_update_broke_are_not_kept(tmp_path, monkeypatch):
