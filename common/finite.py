@@ -108,7 +108,7 @@ class NonFiniteLoss:
         mine = [{name: non_finite_tensor(*own) for name, own in modules.items()}]
         found = {name: tensor for of_process in gather_object(mine) for name, tensor in of_process.items() if tensor}
         if found and self._alone:
-            raise UserError(_diverged(*found.values(), when=f"after step {step}"))
+            raise UserError(_diverged(next(iter(found.values())), f"after step {step}"))
         for name, tensor in found.items():
             self._tell(f"{name}/", f"{tensor} is not finite after step {step}")
         return len(self._told) < len(self._prefixes)

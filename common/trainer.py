@@ -119,7 +119,7 @@ class KDTrainer(CheckpointTrainer):
         batch, is_first = self._train_batch_size, self.state.global_step == self._initial_global_step
         if not is_first or self.args.world_size > 1 or not has_length(self.train_dataset):
             return nullcontext()
-        samples = len(self.train_dataset)  # type: ignore[arg-type]
+        samples = len(self.train_dataset)
         batches = math.ceil(samples / batch)
         ends_with_one = samples - (batches - 1) * batch == 1 and not self.args.dataloader_drop_last
         if not ends_with_one or batches > self.state.max_steps * self.args.gradient_accumulation_steps:
@@ -191,7 +191,7 @@ class KDTrainer(CheckpointTrainer):
         return logits
 
     def _look_for_lost(self, in_weights: bool = False) -> None:
-        something_left = self._non_finite.look(lambda: last_checkpoint(self.args.output_dir))
+        something_left = self._non_finite.look(lambda: last_checkpoint(str(self.args.output_dir)))
         if something_left and in_weights:
             something_left = self._non_finite.look_at_weights(self.state.global_step, self._modules_by_student())
         if not something_left and self.args.world_size == 1:  # several processes would not see it at the same step

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from common.trainer import KDTrainer
 from common.utils.checksums import CHECKSUMS, write_checksums
 from common.utils.errors import UserError
 
-LAST = {"save_strategy": "epoch", "save_total_limit": 2}
-ONLY = {"save_strategy": "epoch", "save_total_limit": 1}
-BEST = ONLY | {
+LAST: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 2}
+ONLY: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
+BEST: dict[str, Any] = ONLY | {
     "eval_strategy": "epoch",
     "load_best_model_at_end": True,
     "metric_for_best_model": "error",
@@ -89,8 +90,13 @@ def killed_at(point: int, folder: Path, **settings) -> bool:
         elif event == "open" and "w" in str(values[1]):
             count(values[0])
 
-    save = torch.save
-    torch.save = lambda obj, path: (count(path), save(obj, path))  # writes without an audit event
+    save = torch.save  # has no audit event
+
+    def counted_save(obj: object, path: str) -> None:
+        count(path)
+        save(obj, path)
+
+    torch.save = counted_save  # type: ignore[assignment]
     sys.addaudithook(watch)
     try:
         train(folder, **settings)

@@ -81,8 +81,8 @@ def assert_same(one: dict, two: dict, exactly: bool = False) -> None:
     for part in ("student", "objective"):
         assert one[part].keys() == two[part].keys()
         for name, value in one[part].items():
-            tolerance = {"rtol": 0, "atol": 0} if exactly else {}
-            torch.testing.assert_close(two[part][name], value, msg=f"{part} {name}", **tolerance)
+            tolerance = 0.0 if exactly else None
+            torch.testing.assert_close(two[part][name], value, msg=f"{part} {name}", rtol=tolerance, atol=tolerance)
 
 
 def test_two_processes_train_batch_norms_as_one_process_with_the_whole_batch(tmp_path):

@@ -17,8 +17,8 @@ from common.utils.errors import UserError
 UMLAUT = "text,label\ncaf\u00e9,a\n"
 
 
-def splits(dataset: object, train: bool = True) -> dict[str, datasets.Dataset]:
-    return read_named(str(dataset), "a folder", "something else", train=train)[0]
+def splits(dataset: object, needs_train: bool = True) -> dict[str, datasets.Dataset]:
+    return read_named(str(dataset), "a folder", "something else", needs_train=needs_train)[0]
 
 
 def folder_of(folder: Path, **files: str | bytes) -> Path:

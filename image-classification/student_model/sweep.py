@@ -1,8 +1,8 @@
 """Sweeps: many students of one teacher, those of one learning rate and seed side by side.
 
 They are trained on the same batches, from one pass of the teacher. Each ends in a folder of its own with results.json
-and student/, or with lost.json where its loss was not finite, which does not hold up the others; one that is there is
-not trained again, so all of a folder must have been asked for with the same flags.
+and student/, or with lost.json where its loss or weights were not finite, which does not hold up the others; one that
+is there is not trained again, so all of a folder must have been asked for with the same flags.
 """
 
 import copy
@@ -14,11 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import set_seed
 
 from common.cli import refuse_given, save_recipe
+from common.finite import non_finite_tensor
 from common.methods import Method, chosen, filled, flags_of, refuse_same_methods
 from common.objective import Objective, task_loss
 from common.results import RECIPE
@@ -109,7 +109,7 @@ def sweep(
         history = experiment.run.history["student"]
         for cell in group:
             student = students[cell.key]
-            if not all(torch.isfinite(weight).all() for weight in student.parameters()):
+            if non_finite_tensor(student) is not None:
                 _write_lost(lost_file(folder, cell), cell, history)
                 continue
             entries = {"teacher": measured, "control": _control(folder, cell)}

@@ -213,7 +213,7 @@ def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
     )
     checkpoints = tmp_path / "killed" / "checkpoints" / "student"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/complete")) and process.poll() is None:
+    while not list(checkpoints.glob("checkpoint-*/SHA256SUMS")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it was killed"

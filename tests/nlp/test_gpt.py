@@ -327,7 +327,7 @@ def test_a_killed_run_continues_to_the_same_student(finished, texts, tmp_path):
     command = [sys.executable, str(REPO / SCRIPT), *TINY, "--dataset", str(texts), "--output_dir", str(run)]
     for stage, resume in (("teacher", []), ("student", ["--resume_from_checkpoint"])):
         process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(run.glob(f"checkpoints/{stage}/checkpoint-*/complete")):
+        while process.poll() is None and not list(run.glob(f"checkpoints/{stage}/checkpoint-*/SHA256SUMS")):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -317,9 +317,7 @@ def test_data_take_the_label_order_of_the_model(tmp_path, capsys):
 def test_labels_without_names_cannot_be_checked(tmp_path):
     folder = str(saved(tmp_path, bert({0: "LABEL_0", 1: "LABEL_1"})))
     for read in (load_trained, in_label_order):
-        with pytest.raises(
-            UserError, match="does not name its 2 labels .LABEL_0, LABEL_1.*id2label of its config.json"
-        ):
+        with pytest.raises(UserError, match="does not name its 2 labels .LABEL_0, ....*id2label of its config.json"):
             read(folder, two_labels())
     assert load_trained(folder, two_labels(("0", "1"))).trained  # numbers are all that either has
 
