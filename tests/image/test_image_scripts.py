@@ -406,7 +406,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, words, complaint, tm
 
 
 def test_a_folder_of_new_pictures_is_evaluated_by_name(teacher, tmp_path, capsys):
-    """Digits that are drawn into folders of classes in another order, some of them missing, are scored as in the run."""
+    """Digits drawn into folders of two of the ten classes are scored as in the run."""
     test = load_image_data("digits").splits["test"]
     chosen = [row for row, label in enumerate(test.labels.tolist()) if label in (3, 7)]
     for row in chosen:
