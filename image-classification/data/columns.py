@@ -20,6 +20,10 @@ def choose_columns(rows: datasets.Dataset, image: str | None, label: str | None,
         )
     images = [name for name, kind in features.items() if _holds_images(kind)] if image is None else [image]
     labels = [name for name in LABELS if name in features] if label is None else [label]
+    if labels and label is None:
+        labels += [
+            name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel) and name not in labels
+        ]
     if not images or not labels:
         what = "images (names of files are not read): name it with --image_column"
         what = "labels: name it with --label_column" if images else what

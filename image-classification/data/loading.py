@@ -77,6 +77,8 @@ def load_image_data(
     if label_names is not None:
         measured = {split: rows for split, rows in splits.items() if split != "train"}
         splits = {split: renumbered(dataset, rows, own_names, label_names) for split, rows in measured.items()}
+        if image_size and any(rows.picture(0).size != (image_size, image_size) for rows in splits.values()):
+            notes.append(f"images are resized to the {image_size} pixels of the model")
     label_names = label_names or own_names
     notes += missing_classes(splits, label_names)
     name = short_name(dataset)
@@ -158,9 +160,10 @@ def _decode(rows: Rows, size: int | None) -> Images:
             pixels = np.empty((len(rows), *array.shape), dtype=np.uint8)
         height, width = pixels.shape[1:3]
         if array.shape[:2] != (height, width) or height != width:
+            first = f", {rows.where(0)} {width}x{height}" if row else ""
             raise UserError(
-                f"{rows.where(row)} is {array.shape[1]}x{array.shape[0]} pixels, {rows.where(0)} {width}x{height}: "
-                "images must be square and of one size; pass --image_size N to resize them"
+                f"{rows.where(row)} is {array.shape[1]}x{array.shape[0]} pixels{first}: images must be square and of "
+                "one size; pass --image_size N to resize them"
             )
         if array.shape[2] > pixels.shape[3]:
             pixels = np.repeat(pixels, array.shape[2], axis=3)

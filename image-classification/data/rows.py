@@ -66,7 +66,7 @@ class Rows:
             try:
                 sizes[row] = os.stat(paths[int(self.places[row])] or "").st_size
             except OSError:
-                self._opened(row)  # which refuses it in one line
+                self.check(row)  # which refuses it in one line
         return sizes
 
     def picture(self, row: int) -> Image.Image:
@@ -80,14 +80,16 @@ class Rows:
         with self._opened(row) as file, self._decoding(row, file.seek(0, io.SEEK_END)), Image.open(file) as picture:
             _refuse_deep(picture)
 
-    def _opened(self, row: int) -> BinaryIO:
+    @contextmanager
+    def _opened(self, row: int) -> Iterator[BinaryIO]:
+        """The file of a picture; what the operating system refuses is one line."""
         stored = self.stored(row)
-        if stored.get("bytes") is not None:
-            return io.BytesIO(stored["bytes"])
-        if not stored.get("path"):
+        held, path = stored.get("bytes"), stored.get("path")
+        if held is None and not path:
             raise PictureError(f"{self.where(row)} is missing: remove the row or give it a picture")
         try:
-            return Path(stored["path"]).open("rb")
+            with io.BytesIO(held) if held is not None else Path(str(path)).open("rb") as file:
+                yield file
         except OSError as error:
             raise PictureError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
 
@@ -143,9 +145,10 @@ def read_rows(
         if len(labelled) < len(rows):
             notes.append(f"images of {split} without a label, left out: {len(rows) - len(labelled):,}")
     if needs_train and len(splits["train"].labels.unique()) < 2:
+        only = names[int(splits["train"].labels[0])]
         raise UserError(
-            f"all images of train are of class {names[int(splits['train'].labels[0])]!r}, so there is nothing to tell "
-            "apart: add images of another class, or name another column with --label_column"
+            f"all labelled images of train are of class {only!r}, so there is nothing to tell apart: add images of "
+            "another class, or name another column with --label_column"
         )
     return splits, names, notes
 

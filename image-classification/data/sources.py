@@ -42,7 +42,8 @@ def read_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, list[st
     try:
         splits, unused = read_named(dataset, others, INSTEAD, read, needs_train)
     except OSError as error:
-        raise UserError(f"--dataset cannot be read ({error.strerror or error}): {error.filename or dataset}") from None
+        reason = " ".join(str(error.strerror or error).split())
+        raise UserError(f"--dataset cannot be read ({reason}): {error.filename or dataset}") from None
     return splits, notes + unused
 
 

@@ -53,8 +53,8 @@ def renumbered(dataset: str, rows: Rows, own: list[str], names: list[str]) -> Ro
     for number in rows.labels.unique().tolist():
         if key(own[number]) not in ids:
             raise UserError(
-                f"{dataset} has class {own[number]!r}, the model has not, only {some(names)}: remove its images, or "
-                "give its folder the name of one of them"
+                f"{dataset} has class {own[number]!r}, which is none of the model's ({some(names)}): remove its "
+                "images, or name it as the model does"
             )
     return replace(rows, labels=torch.tensor([ids.get(key(name), -1) for name in own])[rows.labels])
 

@@ -162,13 +162,13 @@ def test_odd_modes(tmp_path: Path) -> None:
         "alpha": Image.merge("RGBA", [Image.new("L", (4, 4), value) for value in (1, 2, 3, 128)]),
     }
     assert [picture.mode for picture in pictures.values()] == ["L", "LA", "1", "P", "RGBA"]
-    data = small(write(tmp_path / "mixed", ["a"], train=(pictures.values(), [0] * 5)), validation_share=0.2)
+    data = small(write(tmp_path / "mixed", NAMES, train=(pictures.values(), [0, 0, 0, 1, 1])), validation_share=0.2)
     found = torch.cat([data.splits["train"].pixels, data.splits["validation"].pixels])
     shown = [grey, (grey > 128) * np.uint8(255), np.asarray(palette.convert("RGB")), np.array([[[1, 2, 3]]], np.uint8)]
     expected = {np.broadcast_to(np.atleast_3d(array), (4, 4, 3)).tobytes() for array in shown}
     assert found.shape == (5, 4, 4, 3) and {image.numpy().tobytes() for image in found} == expected
-    greys = ([pictures["grey"], pictures["bit"], pictures["grey_alpha"]], [0] * 3)
-    data = small(write(tmp_path / "grey", ["a"], train=greys, test=greys), validation_share=0)
+    greys = ([pictures["grey"], pictures["bit"], pictures["grey_alpha"]], [0, 1, 0])
+    data = small(write(tmp_path / "grey", NAMES, train=greys, test=greys), validation_share=0)
     assert data.splits["test"].pixels.shape == (3, 4, 4, 1) and len(data.mean) == 1
 
 
@@ -176,15 +176,15 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
     picture, exif, file = Image.fromarray(pixels(1, 4, 4)[0]), Image.Exif(), io.BytesIO()
     exif[0x0112] = 3  # upside down
     picture.save(file, "PNG", exif=exif)
-    rows = ([file.getvalue(), picture], [0, 0])
-    data = small(write(tmp_path, ["a"], train=rows, test=rows), validation_share=0)
+    rows = ([file.getvalue(), picture], [0, 1])
+    data = small(write(tmp_path, NAMES, train=rows, test=rows), validation_share=0)
     assert torch.equal(data.splits["test"].pixels[0], data.splits["test"].pixels[1].flip(0, 1))
 
 
 def test_resizing(tmp_path: Path) -> None:
     pictures = [pixels(1, 7, 9, 3)[0], pixels(1, 12, 5, 3)[0]]
     data = small(
-        write(tmp_path, ["a"], train=(pictures, [0, 0]), test=(pictures, [0, 0])), image_size=6, validation_share=0
+        write(tmp_path, NAMES, train=(pictures, [0, 1]), test=(pictures, [0, 1])), image_size=6, validation_share=0
     )
     expected = [np.asarray(Image.fromarray(p).resize((6, 6), Image.Resampling.BILINEAR)) for p in pictures]
     assert data.size == 6 and torch.equal(data.splits["test"].pixels, torch.from_numpy(np.stack(expected)))
@@ -200,10 +200,11 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, labels: list) -
 def test_cifar(shared: Path) -> None:
     data = small(shared / "data" / "cifar100", train_samples=500)
     assert sizes(data) == {"train": 500, "validation": 5000, "test": 10000} and data.size == 32 and data.flip
-    assert data.label_names[:2] == ["airplane", "automobile"]
-    for split, each in {"train": 50, "validation": 500, "test": 1000}.items():
-        assert torch.bincount(data.splits[split].labels).tolist() == [each] * 10
-    assert data.mean == pytest.approx([0.49, 0.48, 0.45], abs=0.02)
+    assert data.label_names[:2] == ["apple", "aquarium_fish"] and "'fine_label' holds the labels" in data.notes[0]
+    for split, each in {"train": 5, "validation": 50, "test": 100}.items():
+        assert torch.bincount(data.splits[split].labels).tolist() == [each] * 100
+    assert data.mean == pytest.approx([0.5071, 0.4865, 0.4409], abs=0.02)
+    assert len(small(shared / "data" / "cifar100", label_column="coarse_label", train_samples=9).label_names) == 20
 
 
 # Errors
@@ -236,10 +237,10 @@ def test_errors_of_columns(tmp_path: Path) -> None:
     assert "no column 'kind'" in error_of(folder, label_column="kind")
     assert "'label' holds no images" in error_of(folder, image_column="label")
     assert "'image' holds no class ids" in error_of(folder, label_column="image")
-    words = pa.table({"image": [png(p) for p in rows[0]], "label": list("abca")})
-    (tmp_path / "words").mkdir()
-    pq.write_table(words, tmp_path / "words" / "train.parquet")
-    assert "row 0 of train: 'a' in column 'label' is no class id; give 0, 1" in error_of(tmp_path / "words")
+    listed = pa.table({"image": [png(p) for p in rows[0]], "label": [[0], [1], [0], [1]]})
+    (tmp_path / "listed").mkdir()
+    pq.write_table(listed, tmp_path / "listed" / "train.parquet")
+    assert "'label' holds no class ids: name another with --label_column" in error_of(tmp_path / "listed")
     pq.write_table(pa.table({"image": [png(p) for p in rows[0]]}), tmp_path / "validation.parquet")
     assert "the validation split lacks column 'label'" in error_of(folder)
     pq.write_table(pa.table({"label": rows[1]}), tmp_path / "train.parquet")
@@ -254,10 +255,12 @@ def test_errors_of_labels(tmp_path: Path) -> None:
 
     assert "row 2 of train has label 3, but labels are 0 to 2" in message("a", [0, 1, 3, 0], [0, 1, 2, 0])
     assert "row 1 of test has label 'bee', but no image of train" in message("b", [0, 1, 0, 1], [0, 2, 0, 1])
-    assert "row 3 of train has no label" in message("c", [0, 1, 2, None], [0, 1, 2, 0])
-    assert "row 0 of test has no label" in message("d", [0, 1, 2, 0], [-1, 1, 2, 0])
-    assert "row 3 of train: -2" in message("e", [0, 1, 2, -2], [0, 1, 2, 0], None)
-    assert "row 1 of test has label 7" in message("f", [0, 1, 2, 0], [0, 7, 2, 0], None)
+    assert "row 3 of train: -2 is no class" in message("e", [0, 1, 2, -2], [0, 1, 2, 0], None)
+    assert "row 1 of test has label '7', but no image of train has it: remove" in message(
+        "f", [0, 1, 2, 0], [0, 7, 2, 0], None
+    )
+    assert "no image of train has a label in column 'label'" in message("g", [None, -1, -1, None], [0, 1, 2, 0])
+    assert "all labelled images of train are of class 'ant'" in message("h", [1, 1, -1, 1], [1, 1, 1, 1])
 
 
 def test_errors_of_pictures(tmp_path: Path) -> None:
@@ -265,30 +268,39 @@ def test_errors_of_pictures(tmp_path: Path) -> None:
     sixteen = Image.fromarray(pixels(1, 8, 8)[0].astype(np.uint16) * 257)
 
     def message(name: str, picture: Any) -> str:
-        found = error_of(write(tmp_path / name, ["a"], train=([*good, picture], [0] * 4)), validation_share=0.5)
+        folder = write(tmp_path / name, NAMES, train=([*good, picture], [0, 1, 0, 1]))
+        found = error_of(folder, validation_share=0.5)
         assert found.startswith("image 3 of train ") and ("replace or remove" in found or "remove the row" in found)
+        if name not in ("cut", "damaged"):  # which the beginning of a file does not show
+            assert error_of(folder, validation_share=0.5, image_size=72) == found
         return found
 
     assert "no picture" in message("garbage", b"garbage")
+    assert "the file is empty" in message("empty", b"")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    assert "more than 178,956,970 pixels" in message("huge", (tmp_path / "huge.png").read_bytes())
     assert "truncated" in message("cut", good[0][:60])
     assert "cannot be read" in message("damaged", good[0][:45] + b"\0\0\0\0" + good[0][49:])
     assert "8 bits" in message("deep", sixteen)
     assert "is missing" in message("none", None)
-    draw(tmp_path / "gone" / "train" / "a" / "1.png", pixels(1, 8, 8)[0])
+    for label in "ab":
+        draw(tmp_path / "gone" / "train" / label / "1.png", pixels(1, 8, 8)[0])
     (tmp_path / "gone" / "train" / "a" / "2.png").symlink_to("nowhere")
     assert "2.png cannot be read (No such file" in error_of(tmp_path / "gone", validation_share=0.5)
 
 
 def test_errors_of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     square, wide = pixels(2, 8, 8), pixels(1, 8, 9)
-    message = error_of(write(tmp_path / "a", ["a"], train=([*square, *wide], [0] * 3)), validation_share=0.4)
+    mixed = ([*square, *wide], [0, 1, 1])
+    message = error_of(write(tmp_path / "a", NAMES, train=mixed, test=mixed), validation_share=0)
     assert "9x8 pixels" in message and "8x8" in message and "--image_size N" in message
-    message = error_of(write(tmp_path / "b", ["a"], train=(wide, [0]), test=(wide, [0])), validation_share=0)
+    wides = ([*wide, *wide], [0, 1])
+    message = error_of(write(tmp_path / "b", NAMES, train=wides, test=wides), validation_share=0)
     assert "must be square" in message and "--image_size N" in message
-    rows = (square, [0, 0])
-    folder = write(tmp_path / "c", ["a"], train=rows, validation=(pixels(2, 6, 6), [0, 0]))
+    rows = (square, [0, 1])
+    folder = write(tmp_path / "c", NAMES, train=rows, validation=(pixels(2, 6, 6), [0, 1]))
     assert "different sizes ([6, 8] pixels): pass --image_size N" in error_of(folder)
-    folder = write(tmp_path / "d", ["a"], train=rows, test=rows)
+    folder = write(tmp_path / "d", NAMES, train=rows, test=rows)
     monkeypatch.setattr(loading, "MEMORY", 4 * 64 - 1)
     assert "8x8 pixels would take 0.0 GiB in memory: pass --image_size N; above 64" in error_of(
         folder, validation_share=0

@@ -13,14 +13,19 @@ from typing import Any
 import pytest
 import torch
 from paths import REPO
+from pictures import draw
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripts import run_script
 
 from common.results import validate
 from common.utils.errors import UserError
+from image_classification.data.loading import load_image_data
 from image_classification.student_model.arguments import DataArguments
 from image_classification.student_model.cells import Cell
+from image_classification.student_model.evaluation import predict
 from image_classification.student_model.sweep_report import noise
+from image_classification.teacher_model.classifier import ImageClassifier
 from image_classification.teacher_model.teacher import load_trained
 
 SCRIPTS = REPO / "image-classification" / "scripts"
@@ -369,7 +374,8 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
         ("train_simkd.py", ["--teacher", "runs/nowhere"], "there is no folder runs/nowhere"),
         ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),
-        ("train_simkd.py", ["--validation_share", "0.9999"], "too few training images"),
+        ("train_simkd.py", ["--validation_share", "0.9999"], "10 training images do not fill a batch of 64"),
+        ("train_simkd.py", ["--validation_share", "1e-5"], "too few training images to set 0.001% of them aside"),
         ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 cannot see images of 4 pixels"),
         ("train_student.py", ["--seed", "-1"], "--seed must be between 0"),
         ("train_student.py", ["--method", "simkd"], "train_simkd.py"),
@@ -411,6 +417,29 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, words, complaint, tm
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and said.startswith("error:") and complaint in said
     assert not list(tmp_path.rglob("*.*")), "nothing half-written"
+
+
+def test_a_folder_of_new_pictures_is_evaluated_by_name(teacher, tmp_path, capsys):
+    """Digits drawn into folders of two of the ten classes are scored as in the run."""
+    test = load_image_data("digits").splits["test"]
+    chosen = [row for row, label in enumerate(test.labels.tolist()) if label in (3, 7)]
+    for row in chosen:
+        picture = Image.fromarray(test.pixels[row, :, :, 0].numpy())
+        draw(tmp_path / "new" / str(test.labels[row].item()) / f"{row}.png", picture)
+    (tmp_path / "new" / "notes.txt").write_text("")
+    script("evaluate.py", teacher, "--dataset", tmp_path / "new", "--json", tmp_path / "metrics.json")
+    said, measured = capsys.readouterr().out, json.loads((tmp_path / "metrics.json").read_text())
+    model = ImageClassifier.from_pretrained(teacher / "stages" / "teacher")
+    logits = predict(model, load_image_data("digits"), "test")[chosen]
+    accuracy = (logits.argmax(1) == test.labels[chosen].numpy()).mean()
+    assert measured["metrics"] == {"test": measured["metrics"]["test"]}
+    assert measured["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
+    for note in ("files that are no pictures, left out: 1 (notes.txt)", "in test: 8 of 10 (0, 1, 2, ...)"):
+        assert note in said and any(note in line for line in measured["data_notes"])
+    (tmp_path / "new" / "7").rename(tmp_path / "new" / "seven")
+    with pytest.raises(SystemExit) as stopped:
+        script("evaluate.py", teacher, "--dataset", tmp_path / "new")
+    assert stopped.value.code == 2 and "class 'seven', which is none of the model's" in capsys.readouterr().err
 
 
 def test_a_damaged_teacher_is_one_line(teacher, tmp_path, capsys):

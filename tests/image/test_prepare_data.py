@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from paths import REPO
-from pictures import in_colour, large, photos_in, sizes, small
+from pictures import draw, in_colour, large, photos_in, pixels, sizes, small
 from PIL import Image
 
 from common.cli import run
@@ -47,6 +47,22 @@ def test_a_prepared_folder_is_the_same_data(
         written = {path.name for path in folder.iterdir()}
         assert written == {"train.parquet", "validation.parquet", "test.parquet", "views.png", "SHA256SUMS"}
         assert Image.open(folder / "views.png").width > 500
+
+
+def test_what_people_have_is_prepared_once_and_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbered class folders, one picture of a class, other files, a picture without a label."""
+    for number, array in enumerate(pixels(30, 6, 6, 3)):
+        draw(
+            tmp_path / "own" / "train" / ("10" if number == 0 else "2" if number % 2 else "7") / f"{number}.png", array
+        )
+    draw(tmp_path / "own" / "train" / "loose.png", pixels(1, 6, 6, 3)[0])
+    (tmp_path / "own" / "labels.txt").write_text("")
+    before = small(tmp_path / "own")
+    prepare(monkeypatch, "--dataset", tmp_path / "own", "--output", tmp_path / "prepared")
+    after = small(tmp_path / "prepared")
+    assert after.fingerprint == before.fingerprint and after.config == before.config
+    assert after.label_names == ["2", "7", "10"] and sizes(after) == sizes(before) and len(before.notes) == 4
+    assert after.notes == ["classes without an image in validation: 1 of 3 (10)"]
 
 
 def test_large_images_are_prepared_as_they_are(
