@@ -82,7 +82,7 @@ def default_folder(environment: str, training: TeacherTraining) -> Path:
 
 
 def _refuse_other_training(folder: Path, training: TeacherTraining) -> None:
-    before = yaml.safe_load((folder / RECIPE).read_text())
+    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     for name, value in asdict(training).items():
         if before.get(name) != value:
             raise UserError(
