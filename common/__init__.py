@@ -1,8 +1,15 @@
 """The core that all domains share. It imports no domain and knows no dataset."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+
+def end_at_once(*_: object) -> None:
+    """Ctrl-C while a script still imports, where an exception would be swallowed or garbled by what is imported."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def _is_script() -> bool:
@@ -11,17 +18,8 @@ def _is_script() -> bool:
     return module or Path(sys.argv[0]).resolve().parent.name == "scripts"
 
 
-def _end_quietly(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Ctrl-C while a script still imports is one line too."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
-        return
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
-if _is_script():
-    sys.excepthook = _end_quietly
+if _is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)  # until common.cli.run
 
 from common.utils.torchvision_shim import declare_missing_operators  # noqa: E402  it imports torch, for seconds
 

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from common.cli import refuse_given
 from common.training_checks import RANGES, check_optimizer, check_report_to, refuse_unsupported
 from common.utils.precision import resolve_precision
-from common.utils.ranges import Positive, Range, Seed, Share, check_ranges, ranges_of
+from common.utils.ranges import Positive, Range, Seed, Share, check_declared
 
 
 def check_seeds(flag: str, *seeds: int) -> None:
@@ -35,7 +35,7 @@ class RunArguments:
     precision: ClassVar[Literal["fp32"]] = "fp32"
 
     def __post_init__(self) -> None:
-        check_ranges(vars(self), ranges_of(type(self)))
+        check_declared(self)
 
 
 @dataclass
@@ -85,7 +85,7 @@ class KDTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_ranges(vars(self), ranges_of(type(self)))
+        check_declared(self)
         if self.lr_milestones is not None and self.max_steps > 0:
             raise ValueError("--lr_milestones are epochs: give --num_train_epochs, not --max_steps")
         if self.lr_milestones is not None and sorted(set(self.lr_milestones)) != self.lr_milestones:

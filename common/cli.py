@@ -38,7 +38,7 @@ class Parser(HfArgumentParser):
         self.ranges: dict[str, Range] = {}
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         for dataclass_type in self.dataclass_types:
-            self.ranges |= ranges_of(dataclass_type)  # type: ignore[arg-type]
+            self.ranges |= ranges_of(dataclass_type)
         for action in self._actions:
             # Lists may be empty; and report_to takes several names, which HfArgumentParser does not see.
             if action.nargs == "+" or action.dest == "report_to":
@@ -118,7 +118,7 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
         fail(explained(error) or str(error))  # all but the first two: a __post_init__
     parsed[:] = instances
     for instance in instances:
-        vars(instance)["given"] = given
+        instance.given = given
         if hasattr(instance, "refuse_ignored"):
             instance.refuse_ignored()
     return instances

@@ -106,6 +106,10 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         raise ValueError("--data_seed has no effect where --train_sampling_strategy is group_by_length: leave it out")
 
 
+def _named(choice: Any) -> str:
+    return str(choice.value)
+
+
 def _default(kind: type, name: str) -> Any:
     field = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return field.default_factory() if callable(field.default_factory) else field.default
@@ -136,13 +140,13 @@ def check_optimizer(args: TrainingArguments) -> None:
     try:
         optimizer = kind([parameter], **keywords)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--optim {args.optim.value} with --optim_args {args.optim_args}: {error}") from error
+        raise ValueError(f"--optim {_named(args.optim)} with --optim_args {args.optim_args}: {error}") from error
     try:
         settings = args.lr_scheduler_kwargs or {}
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(settings))  # type: ignore[arg-type]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"--lr_scheduler_type {args.lr_scheduler_type.value} with --lr_scheduler_kwargs "  # type: ignore[union-attr]
+            f"--lr_scheduler_type {_named(args.lr_scheduler_type)} with --lr_scheduler_kwargs "
             f"{args.lr_scheduler_kwargs}: {error}"
         ) from error
 
@@ -160,7 +164,7 @@ def _made(args: TrainingArguments, optim_args: str | None) -> tuple[Any, dict[st
     try:
         return Trainer.get_optimizer_cls_and_kwargs(args)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        said = f"--optim {args.optim.value}" + (f" with --optim_args {optim_args}" if optim_args else "")
+        said = f"--optim {_named(args.optim)}" + (f" with --optim_args {optim_args}" if optim_args else "")
         raise ValueError(f"{said} cannot be made: {error}") from error
     finally:
         args.optim_args = before
@@ -173,7 +177,7 @@ def _check_optim_arg(args: TrainingArguments, kind: Any, plain: dict[str, Any], 
         known = [other for other in inspect.signature(kind).parameters if other not in ("params", "lr")]
         near = get_close_matches(name, known, n=1, cutoff=0.8)
         raise ValueError(
-            f"--optim_args {name} is not read by --optim {args.optim.value}"
+            f"--optim_args {name} is not read by --optim {_named(args.optim)}"
             + (f"; did you mean {near[0]}?" if near and near[0] != name else ": leave it out")
         )
     if name in ("nesterov", "centered") and value.lower() not in ("true", "false", "1", "0", "yes", "no"):

@@ -338,3 +338,23 @@ def test_of_several_processes_one_prints_the_error(tmp_path: Path, failing: str,
     done = subprocess.run([*launcher, str(script)], env=own, capture_output=True, text=True, timeout=120)
     assert done.stderr.splitlines().count("error: no such thing") == printed
     assert done.returncode != 0 and "interrupted" not in done.stderr
+    assert "traceback : error: no such thing" in done.stderr  # torchrun's summary names the reason
+
+
+def test_an_interruption_of_imports_is_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "scripts" / "slow.py"
+    script.parent.mkdir()
+    # What is imported may swallow exceptions.
+    body = "try:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)\n"
+    script.write_text(f"import time\nimport common\n{body}")
+    own = os.environ | {"PYTHONPATH": str(REPO)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, str(script)], env=own, text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate()[1], process.returncode) == ("interrupted\n", 130)
+
+
+def test_ctrl_c_in_a_script_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -56,7 +56,7 @@ OF_TRAINING = [
     ("--optim sgd --optim_args momentum", "--optim_args must be name=value"),
     ("--optim sgd --optim_args momentum=fast", "momentum=fast"),
     ("--optim sgd --optim_args momentum=nan", "--optim_args momentum must be at least 0 and below 1, got nan"),
-    ("--optim sgd --optim_args nesterov=tru,momentum=0.9", "--optim_args nesterov must be true or false, got tru"),
+    ("--optim sgd --optim_args nesterov=yess,momentum=0.9", "--optim_args nesterov must be true or false, got yess"),
     ("--optim sgd --optim_args nesterov=true", "Nesterov"),
     ("--optim sgd --optim_args weight_decay=1", "pass --weight_decay"),
     ("--optim adamw_torch --optim_args momentum=0.9", "momentum is not read by --optim adamw_torch"),

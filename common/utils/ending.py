@@ -1,5 +1,6 @@
 """How a script ends: well, by one line on stderr, or because it was interrupted."""
 
+import json
 import os
 import signal
 import sys
@@ -8,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import dynamic_module_utils
 
+from common import end_at_once
 from common.utils.devices import end_processes
-from common.utils.errors import UserError
 from common.utils.faults import explained
 
 PATIENCE = 5.0  # seconds that another process than the first waits to be ended before it prints an error of its own
@@ -29,8 +29,9 @@ def fail(message: str) -> NoReturn:
     same input, only the first prints it: torchrun ends the others meanwhile.
     """
     line = "error: " + " ".join(message.split())
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(UserError(line))  # torchrun's summary then names the reason
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary then names the reason
+        report = json.dumps({"message": line, "timestamp": int(time.time())})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report, encoding="utf-8")
     if os.environ.get("RANK", "0") != "0":
         _on_sigterm(signal.SIG_DFL)
         time.sleep(PATIENCE)
@@ -46,6 +47,8 @@ def run(main: Callable[[], None]) -> None:
         if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no question whether code beside a model may run: it may not
+    if signal.getsignal(signal.SIGINT) is end_at_once:  # everything is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed.clear()
     before, own = signal.getsignal(signal.SIGTERM), os.getpid()
     _on_sigterm(lambda *_: _terminate(own))

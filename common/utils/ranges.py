@@ -11,7 +11,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
 MOST = 2**31 - 1
@@ -58,7 +57,6 @@ CountOrNone = Annotated[int, Range(0, MOST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
-@cache
 def ranges_of(arguments: type) -> dict[str, Range]:
     """The ranges of a dataclass by field: those of its types and its parents' types, and INHERITED_RANGES where a
     parent is not ours.
@@ -77,6 +75,11 @@ def range_in(hint: Any) -> Range | None:
         if found is not None:
             return found
     return None
+
+
+def check_declared(arguments: Any) -> None:
+    """Raises ValueError where a field of a dataclass's instance lies outside its range."""
+    check_ranges(vars(arguments), ranges_of(type(arguments)))
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:

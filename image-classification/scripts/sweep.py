@@ -15,9 +15,11 @@ from image_classification.student_model.sweep import sweep
 
 
 def main() -> None:
-    axes, *others, training = parse(SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments)
+    axes, pair, weights, data, training = parse(
+        SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+    )
     refuse_given("--learning_rates and --seeds are those of a sweep", training, "learning_rate", "seed")
-    sweep(axes, *others, training)
+    sweep(axes, pair, weights, data, training)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import get_args
 
 from common.cli import refuse_given
 from common.methods import chosen
-from common.utils.ranges import Positive, Seed, check_ranges, ranges_of
+from common.utils.ranges import Positive, Seed, check_declared
 from image_classification.student_model.methods import METHODS
 from image_classification.student_model.simkd import FeatureLossName, Variant
 
@@ -47,7 +47,7 @@ class SweepArguments:
             wrong = [value for value in values if name in known and value not in known[name]]
             if wrong:
                 raise ValueError(f"--{name} knows no {wrong[0]!r}: choose from {', '.join(known[name])}")
-        check_ranges(vars(self), ranges_of(type(self)))
+        check_declared(self)
         for method in self.methods:
             if method not in (*CONTROLS, SIMKD):
                 chosen(method, METHODS)

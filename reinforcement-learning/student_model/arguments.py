@@ -18,8 +18,7 @@ from common.utils.ranges import (
     ProperShare,
     Range,
     Seed,
-    check_ranges,
-    ranges_of,
+    check_declared,
 )
 from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 
@@ -82,7 +81,7 @@ class StudentArguments:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(vars(self), ranges_of(type(self)))
+        check_declared(self)
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
 

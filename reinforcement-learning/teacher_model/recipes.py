@@ -68,7 +68,7 @@ def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | 
     Raises ValueError for what the algorithm does not take or a student could not match, for numbers out of their
     range, and for an activation function that torch.nn does not have.
     """
-    rows = yaml.safe_load(TABLE.read_text())[algorithm]
+    rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
     row = dict(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
     _check(algorithm, row)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from paths import REPO
 from safetensors.torch import load_file
-from scripts import run_script
+from scripts import recipe_of, run_script
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -46,7 +46,7 @@ def script(name: str, *words: object) -> None:
 def distill(recipe: str, *words: object) -> None:
     plain = recipe == "base"
     name = "distill_classifier.py" if plain else "distill_bottleneck.py"
-    script(name, SCRIPTS / f"{recipe}.yaml", *(BRIEF if plain else SHORT), *words)
+    script(name, SCRIPTS / f"{recipe}.yaml", recipe_of(*(BRIEF if plain else SHORT)), *words)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from paths import REPO
 from safetensors.torch import load_file
-from scripts import run_script
+from scripts import recipe_of, run_script
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
@@ -250,7 +250,7 @@ def texts(tmp_path_factory, embedded) -> Path:
 
 
 def distill(folder: Path, texts: Path, *words: object) -> dict:
-    run_script(SCRIPT, *TINY, "--dataset", texts, "--output_dir", folder, *words)
+    run_script(SCRIPT, recipe_of(*TINY), "--dataset", texts, "--output_dir", folder, *words)
     return json.loads((folder / "results.json").read_text())
 
 
