@@ -2,24 +2,18 @@
 
 import os
 import sys
-import time
 
 from common.utils.errors import UserError
 
-WAIT = 60  # seconds; the launcher ends the other processes when the first has ended
-
 
 def refuse_several_processes() -> None:
-    """Raises UserError in the first of several processes, as of torchrun; the others wait until they are ended."""
-    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
-        return
-    if int(os.environ.get("RANK") or 0) > 0:
-        time.sleep(WAIT)
-        sys.exit(2)
-    raise UserError(
-        f"policies are trained and evaluated in one process, not in {os.environ['WORLD_SIZE']}: start the script with "
-        "python instead of torchrun or accelerate launch"
-    )
+    """Raises UserError in one of several processes, as of torchrun."""
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        raise UserError(
+            f"policies are trained and evaluated in one process, not in {processes}: start the script with python "
+            "instead of torchrun or accelerate launch"
+        )
 
 
 def refuse_unnamed_module(environment: str, where: str) -> None:

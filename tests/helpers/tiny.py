@@ -1,14 +1,17 @@
 """The smallest things that KDTrainer can train: a two-layer classifier and rows of numbers."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from common.arguments import KDTrainingArguments
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
+from common.trainer import KDTrainer
 
 
 class TinyClassifier(nn.Module):
@@ -65,3 +68,16 @@ def arguments(folder: str | Path, **kwargs: Any) -> KDTrainingArguments:
 
 def kd(alpha: float = 0.5) -> Objective:
     return Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(2.0)))
+
+
+def break_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the second update of every SGD fill the weights with NaN, after a loss that was finite."""
+    create = KDTrainer.create_optimizer
+
+    def with_broken_momentum(self: KDTrainer, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = create(self, model)
+        for group in optimizer.param_groups:
+            group["momentum"] = math.nan  # the first update takes the gradient as it is
+        return optimizer
+
+    monkeypatch.setattr(KDTrainer, "create_optimizer", with_broken_momentum)

@@ -1,5 +1,7 @@
 """SimKD and its relatives: what is matched with what, what ships, and what the losses are worth."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from image_pairs import as_in_training, noise
 from torch import nn
 
 from common import losses
+from common.cli import parse
 from common.outputs import Outputs
 from common.utils.errors import UserError
 from image_classification.student_model.matching import (
@@ -174,14 +177,15 @@ def test_stages_and_blocks_have_names():
     assert len(block_paths(new_classifier("resnet32x4", noise().config))) == 15
 
 
-def test_what_cannot_be_matched_is_refused():
+def test_what_cannot_be_matched_is_refused(capsys):
     data = noise()
     teacher = new_classifier("resnet8", data.config)
     with pytest.raises(UserError, match="factor 3 does not divide the teacher's 64 channels"):
         simkd_student("resnet8", teacher, data, factor=3)
-    for wrong in ({"projector_factor": 0}, {"projector_ratio": 0.0}, {"feature_weight": 0.0}, {"kl_weight": -1.0}):
-        with pytest.raises(ValueError, match="--"):
-            SimKDArguments(**wrong)
+    for flag, value in (("projector_factor", 0), ("projector_ratio", 0.0), ("feature_weight", 0.0), ("kl_weight", -1)):
+        with pytest.raises(SystemExit):
+            parse(SimKDArguments, argv=[f"--{flag}", str(value)])
+        assert re.search(rf"--{flag}.* must (not all )?be", capsys.readouterr().err)
 
 
 def test_a_saved_student_loads_alone_and_says_the_same(tmp_path):

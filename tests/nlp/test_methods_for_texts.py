@@ -117,7 +117,7 @@ def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
         (["--method", "dkdd"], "there is no method 'dkdd'"),
         (["--method", "fitnet"], "there is no method 'fitnet'"),
         (["--method", "dist:tau=1"], "method dist has no setting 'tau'"),
-        (["--method", "dkd:warmup=2"], "give a share between 0 and 1"),
+        (["--method", "dkd:warmup=2"], "method dkd: warmup must be between 0 and 1, got 2"),
         (["--method", "sp", "--more_teachers", "TEACHER"], "needs a single teacher"),
     ],
 )
