@@ -1,5 +1,6 @@
 """A run's folder: nothing of the user's is removed, one process at a time, continued only as it was begun."""
 
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from torch import nn
 from common.arguments import RunArguments
 from common.run import Run
 from common.run_folder import MARK, RunFolder
+from common.utils import lock
 from common.utils.checksums import CHECKSUMS
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
@@ -200,6 +202,17 @@ def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
     assert subprocess.run(check, input="", capture_output=True, text=True).returncode == 1
     del run
     assert subprocess.run(check, input="", capture_output=True, text=True).returncode == 0
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(file: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_lock", unsupported)
+    Run(arguments(tmp_path), Inputs())
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 # ---------------------------------------------------------------- continued as it was begun

@@ -1,5 +1,6 @@
 """One process at a time in a folder: a lock that the operating system releases when its process ends."""
 
+import logging
 import os
 import platform
 import weakref
@@ -9,6 +10,7 @@ from typing import IO
 from common.utils.errors import UserError
 
 LOCK = ".lock"
+logger = logging.getLogger(__name__)
 _held: "weakref.WeakValueDictionary[Path, FolderLock]" = weakref.WeakValueDictionary()
 
 
@@ -20,12 +22,14 @@ class FolderLock:
         weakref.finalize(self, self.file.close)
         try:
             _lock(self.file)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             raise UserError(
                 f"{folder} is in use by {holder}: wait until it ends, or choose another --output_dir"
             ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): start no second process in it", folder, error.strerror)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}")
         self.file.flush()
