@@ -10,28 +10,14 @@ from typing import Any
 import pytest
 import torch
 from paths import REPO
-from tiny import Rows, arguments, kd, model
+from tiny import Number, Rows, arguments, kd, model
 
 from common.arguments import RunArguments
 from common.progress import log_line
 from common.results import show_metrics, validate, write_report
 from common.run import Run, TrainerRun
 from common.utils.errors import UserError
-from common.utils.files import read_json, write_json
-
-
-class Number:
-    """The smallest thing that a stage can make."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        write_json(Path(folder, "number.json"), self.value)
-
-    @classmethod
-    def load(cls, folder: str) -> "Number":
-        return cls(read_json(Path(folder, "number.json")))
+from common.utils.files import read_json
 
 
 def entry(score: float) -> dict[str, Any]:
@@ -144,7 +130,7 @@ sys.path.insert(0, sys.argv[1])
 import common
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from tiny import Rows, arguments, kd, model
+from tiny import Number, Rows, arguments, kd, model
 from common.run import TrainerRun
 from common.utils.devices import end_processes
 folder, sharded = sys.argv[2:]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import Number
 from torch import nn
 
 from common.arguments import RunArguments
@@ -19,27 +20,13 @@ from common.run_folder import MARK, RunFolder
 from common.utils import lock
 from common.utils.checksums import CHECKSUMS
 from common.utils.errors import UserError
-from common.utils.files import read_json, write_json
+from common.utils.files import read_json
 from common.utils.folders import writing_folder
 
 
 @dataclass
 class Inputs:
     epochs: int = 2
-
-
-class Number:
-    """The smallest thing that a stage can make."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        write_json(Path(folder, "number.json"), self.value)
-
-    @classmethod
-    def load(cls, folder: str) -> "Number":
-        return cls(read_json(Path(folder, "number.json")))
 
 
 def arguments(folder: Path, resume: bool = False, overwrite: bool = False) -> RunArguments:

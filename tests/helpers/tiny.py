@@ -1,4 +1,4 @@
-"""The smallest things that KDTrainer can train: a two-layer classifier and rows of numbers."""
+"""The smallest things that can be trained, and that a stage can make: a two-layer classifier, rows, a number."""
 
 import math
 from pathlib import Path
@@ -12,6 +12,7 @@ from common.arguments import KDTrainingArguments
 from common.objective import Objective, soft_targets, task_loss
 from common.outputs import Outputs
 from common.trainer import KDTrainer
+from common.utils.files import read_json, write_json
 
 
 class TinyClassifier(nn.Module):
@@ -68,6 +69,20 @@ def arguments(folder: str | Path, **kwargs: Any) -> KDTrainingArguments:
 
 def kd(alpha: float = 0.5) -> Objective:
     return Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(2.0)))
+
+
+class Number:
+    """The smallest thing that a stage can make."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        write_json(Path(folder, "number.json"), self.value)
+
+    @classmethod
+    def load(cls, folder: str) -> "Number":
+        return cls(read_json(Path(folder, "number.json")))
 
 
 def break_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
