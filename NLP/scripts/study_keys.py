@@ -22,12 +22,12 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="finished runs of distill_keys_carried.sh")
     parser.add_argument("--dataset", required=True, help="the dataset of those runs")
-    parser.add_argument("--markdown", default="keys.md", help="file to write the table to")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     probes = []
     for folder in args.runs:
-        study = KeyStudy(folder, args.dataset, Path(args.markdown).parent / "study_keys")
+        study = KeyStudy(folder, args.dataset)
         probes.append(study.linear_probe_one_after_another())
         for setting in tqdm(SETTINGS, desc=str(folder)):
             for keys in KEYS:
@@ -41,7 +41,8 @@ def main() -> None:
         row = [spread(cells[setting.title, keys]) for keys in KEYS]
         lines.append(f"| {setting.title} | " + " | ".join(row) + " |")
     lines.append(f"\nLinear probe, classes in {GROUPS} groups one after another: {spread(probes)}.")
-    write_text(args.markdown, "\n".join(lines) + "\n")
+    if args.markdown:
+        write_text(args.markdown, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -5,6 +5,7 @@ Encoders, aligned or not, embed the texts once; then a cell of the table trains 
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -89,7 +90,7 @@ def embed(encoder: Any, texts: Texts) -> Embedded:
 class KeyStudy:
     """One run's encoders and everything that is trained behind them."""
 
-    def __init__(self, folder: Path, dataset: str, scratch: Path) -> None:
+    def __init__(self, folder: Path, dataset: str) -> None:
         self.data = load_text_data(dataset)
         stages = folder / "stages"
         if not (folder / "results.json").exists():
@@ -104,8 +105,9 @@ class KeyStudy:
         self.student = {True: embed(aligned, self.texts), False: embed(unaligned, self.texts)}
         self.labels = torch.tensor(self.texts.train["labels"])
         self.teachers: dict[tuple[Decoder, int], tuple[DiscreteKeyValueBottleneck, TeacherOutputs]] = {}
+        self.nothing_is_saved = TemporaryDirectory()  # but the trainer makes its folder
         self.args = KDTrainingArguments(
-            output_dir=str(scratch), eval_strategy="no", save_strategy="no", logging_strategy="no", report_to="none",
+            output_dir=self.nothing_is_saved.name, eval_strategy="no", save_strategy="no", logging_strategy="no", report_to="none",
             disable_tqdm=True, precision="fp32", train_sampling_strategy="random", per_device_train_batch_size=256,
             num_train_epochs=10, learning_rate=3e-3, value_learning_rate=3e-2,
         )  # fmt: skip

@@ -402,7 +402,7 @@ def test_a_study_of_keys_needs_an_aligned_student(tmp_path, small):
     (tmp_path / "stages" / "teacher_encoder").mkdir(parents=True)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="has no aligned student"):
-        KeyStudy(tmp_path, str(small), tmp_path / "study_keys")
+        KeyStudy(tmp_path, str(small))
 
 
 @pytest.mark.slow
