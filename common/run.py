@@ -18,17 +18,17 @@ import datasets
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from common.arguments import KDTrainingArguments
 from common.attention import quick_attention
+from common.fingerprints import fingerprint_of
 from common.metrics.returns import normalized_return
 from common.model_card import Savable, save_student
 from common.progress import StageProgress
 from common.results import RESULTS, print_table, write_report
 from common.run_folder import RUN_FILES, RunFolder, RunSettings
-from common.teacher_outputs import outputs_key
 from common.trainer import KDTrainer
 from common.utils.checksums import CHECKSUMS, find_damage
 from common.utils.devices import best_device
@@ -67,15 +67,15 @@ class Run:
                 self._marked = RunFolder(self.folder, self.files)
                 self._marked.begin(args, (args, *instances), self.last_file)
 
-    def check_inputs(self, data: str, **models: nn.Module | None) -> None:
-        """Stores the fingerprints of what the run began with: of its data, and of the models that it was given, by
-        their roles. None stands for a model that the run trains itself.
+    def check_inputs(self, data: str, **given: nn.Module | PreTrainedTokenizerBase | None) -> None:
+        """Stores the fingerprints of what the run began with: of its data, and of the models and tokenizers that it
+        was given, by their roles. None stands for one that the run makes itself.
 
         Raises UserError where a run that is continued began with others.
         """
         if self._marked is not None:
-            weights = {role: outputs_key(model) for role, model in models.items() if model is not None}
-            self._marked.check_inputs(data=data, **weights)
+            begun = {role: fingerprint_of(one) for role, one in given.items() if one is not None}
+            self._marked.check_inputs(data=data, **begun)
 
     def stage(
         self,

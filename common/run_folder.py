@@ -27,15 +27,17 @@ logger = logging.getLogger(__name__)
 
 MARK = "run.json"
 REPORT_FILES = (RESULTS, "report.md", "curves.png")
+IN_CHECKPOINTS = (CHECKSUMS, ".safetensors", ".json", ".pt", ".pth", ".bin", ".npz", ".zip", ".distcp", ".metadata")
 RUN_FILES = (  # patterns of paths inside a run's folder; `*` also matches slashes
     RECIPE,
     *REPORT_FILES,
-    "checkpoints/*/checkpoint-*/*",
+    *(f"checkpoints/*/checkpoint-*/*{end}" for end in IN_CHECKPOINTS),
     "tensorboard/*/events.out.tfevents.*",
     "teacher_outputs/*.safetensors",
     "teacher_outputs/*.partial",
 )
 TEMPORARY = (".*.[0-9]*.tmp", ".*.writing.[0-9]*", ".*.old.[0-9]*")  # names of unfinished files and folders
+NAMES_NO_FILE = {"report_to", "run_name", "driver"}  # flags whose values may equal the name of a run's folder
 MAY_CHANGE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # when a run is continued
 
 
@@ -66,13 +68,8 @@ class RunFolder:
 
     def __init__(self, path: Path, files: Iterable[str] = ()) -> None:
         self.path, self.files = path, tuple(files)
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: choose another --output_dir")
+        refuse_other_contents(path)
         marked = (path / MARK).exists()
-        if not marked and (found := _first_of_others(path)):
-            raise UserError(
-                f"{path} is not empty and holds no run ({found}): choose a new or empty folder as --output_dir"
-            )
         if marked:
             list(_written(path, self.files))  # refuses symbolic links
         path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +150,8 @@ class RunFolder:
 
     def _refuse_needed(self, files: list[Path], instances: Iterable[Any]) -> None:
         resolved, root = [file.resolve() for file in files], self.path.resolve()
-        for flag, value in recipe_of(*instances).items():
+        paths = {flag: value for flag, value in recipe_of(*instances).items() if flag not in NAMES_NO_FILE}
+        for flag, value in paths.items():
             for word in value if isinstance(value, list) else [value]:
                 asked = Path(str(word)).resolve()
                 inside = asked != root and asked.is_relative_to(root)
@@ -161,6 +159,16 @@ class RunFolder:
                     raise UserError(
                         f"--overwrite_output_dir would remove {word}, which is --{flag}: choose another --output_dir"
                     )
+
+
+def refuse_other_contents(path: Path) -> None:
+    """Raises UserError where a path is no folder, or a folder that holds something other than a run."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another --output_dir")
+    if not (path / MARK).exists() and (found := _first_of_others(path)):
+        raise UserError(
+            f"{path} is not empty and holds no run ({found}): choose a new or empty folder as --output_dir"
+        )
 
 
 def starts_over(args: RunSettings) -> bool:

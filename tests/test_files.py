@@ -196,6 +196,10 @@ def test_git_commit_of_clean_changed_and_absent_repositories(tmp_path: Path, mon
     assert git_commit() == commit
     write_text(tmp_path / "module.py", "two")
     assert git_commit() == f"{commit}-dirty"
+    index = (tmp_path / ".git" / "index").stat()
+    os.utime(tmp_path / "module.py", (0, 0))
+    assert git_commit() == f"{commit}-dirty"
+    assert (tmp_path / ".git" / "index").stat() == index  # a run that is killed meanwhile leaves no index.lock
 
 
 @pytest.mark.parametrize(

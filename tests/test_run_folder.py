@@ -75,6 +75,20 @@ def test_the_working_directory_is_refused_too(tmp_path: Path, monkeypatch: pytes
     assert files(tmp_path) == {"thesis.tex"}
 
 
+def test_a_run_is_started_over_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of flags that name no files, as `--report_to tensorboard`, are no paths of what is removed."""
+
+    @dataclass
+    class Words:
+        report_to: str = "tensorboard"
+        driver: str = "student"
+
+    finished(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Run(arguments(Path("."), overwrite=True), Words())
+    assert files(tmp_path) == NEW_RUN
+
+
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
@@ -85,12 +99,13 @@ def test_starting_over_removes_what_the_run_wrote_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     finished(tmp_path)
-    mine = {"thesis.txt", "student/thesis.tex", "stages/teacher/notes.txt", "stages/mine.py", "tensorboard/notes.md"}
+    mine = {"thesis.txt", "student/thesis.tex", "stages/teacher/notes.txt", "stages/mine.py", "tensorboard/notes.md",
+            "checkpoints/student/checkpoint-5/thesis.tex"}  # fmt: skip
     for name in mine:
         (tmp_path / name).write_text("mine")
     Run(arguments(tmp_path, overwrite=True), Inputs(3))
     assert files(tmp_path) == NEW_RUN | mine
-    assert "kept 5 files that the run did not write" in caplog.text
+    assert "kept 6 files that the run did not write" in caplog.text
     assert "epochs: 3" in (tmp_path / "recipe.yaml").read_text()
 
 

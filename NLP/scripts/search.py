@@ -23,7 +23,7 @@ from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
 from nlp.student_model.search import Search, SearchRun
 from nlp.student_model.search_report import Report
-from nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
+from nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained, models_and_tokenizers
 
 
 def main() -> None:
@@ -49,7 +49,8 @@ def main() -> None:
     texts_of_teacher = Texts.of(data, teacher.tokenizer) if args.student else texts
 
     search_run = SearchRun(training, text, args)
-    search_run.check_inputs(data.fingerprint, teacher=teacher.model, student=student.model)
+    starts = {"teacher": teacher, "student": student}
+    search_run.check_inputs(data.fingerprint, **models_and_tokenizers(starts))
     entry, _ = evaluate(args.teacher, teacher.model, data, texts_of_teacher.splits, texts_of_teacher.collate)
     search_run.warn(guessing(entry, data, texts_of_teacher.splits))
     said = Pipeline(search_run, "cls", search_run.folder / "teacher_outputs").listen(teacher.model, texts_of_teacher)

@@ -23,7 +23,14 @@ from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import layer_pairs
 from nlp.student_model.methods import refuse_smoothing
 from nlp.student_model.pipeline import Pipeline, Texts
-from nlp.teacher_model.teacher import Pretrained, encoder_of, in_label_order, load_classifier, load_trained
+from nlp.teacher_model.teacher import (
+    Pretrained,
+    encoder_of,
+    in_label_order,
+    load_classifier,
+    load_trained,
+    models_and_tokenizers,
+)
 
 USAGE = """from transformers import AutoTokenizer
 from {module} import {model}
@@ -72,8 +79,13 @@ class Distillation:
         self.same_tokens = not own or own.tokenizer.get_vocab() == self.given.tokenizer.get_vocab()
         self.refuse_what_cannot_be(training)
         self.run = TrainerRun(training, text, pair, *others)
-        starts = {"teacher": self.given, "student": own, "control_from": self.control_from}
-        self.run.check_inputs(data.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
+        starts: dict[str, Pretrained | None] = {
+            "teacher": self.given,
+            "student": own,
+            "control_from": self.control_from,
+        }
+        starts |= {f"another_teacher_{i}": other for i, other in enumerate(self.others, 1)}
+        self.run.check_inputs(data.fingerprint, **models_and_tokenizers(starts))
         self.pipeline = Pipeline(self.run, pooling, (shared or self.run.folder) / "teacher_outputs")
         self.measured: tuple[dict[str, Any], Logits] | None = None
 

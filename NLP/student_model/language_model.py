@@ -30,6 +30,7 @@ from nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
 from nlp.student_model.pipeline import switch_off_dropout
 from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
+from nlp.teacher_model.teacher import models_and_tokenizers
 
 CUT = "cut"
 Choices = dict[str, np.ndarray]  # the most probable next tokens, by split
@@ -53,7 +54,7 @@ class LanguageDistillation:
         self._refuse_what_cannot_fit()
         self.run = TrainerRun(training, args)
         starts = {"teacher": self.given, "student": self.given_student}
-        self.run.check_inputs(corpus.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
+        self.run.check_inputs(corpus.fingerprint, **models_and_tokenizers(starts))
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
         self.measured: tuple[dict[str, Any], Choices] | None = None
         self.blocks = {split: pack(texts, self.tokenizer, args.block_size) for split, texts in corpus.splits.items()}

@@ -40,6 +40,7 @@ from nlp.teacher_model.seq2seq import (
     special_ids_of,
     translate,
 )
+from nlp.teacher_model.teacher import models_and_tokenizers
 
 CUT = "cut"
 Measured = tuple[dict[str, Any], dict[str, float], dict[str, str]]  # what `evaluate` returns
@@ -63,7 +64,7 @@ class TranslationDistillation:
         self._refuse_what_cannot_fit()
         self.run = TrainerRun(training, args)
         starts = {"teacher": self.given, "student": self.given_student}
-        self.run.check_inputs(data.fingerprint, **{role: s.model if s else None for role, s in starts.items()})
+        self.run.check_inputs(data.fingerprint, **models_and_tokenizers(starts))
         self.tokenizer = self.given.tokenizer if self.given else self._learn_tokenizer()
         self.measured: Measured | None = None
         self.splits = tokenize_pairs(data, self.tokenizer, args.source_prefix)

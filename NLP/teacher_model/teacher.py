@@ -3,9 +3,9 @@
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -57,6 +57,23 @@ class Pretrained:
         if max_length > (most := positions(self.encoder)):
             raise UserError(f"--max_length {max_length}: the {type(self.model).__name__} sees at most {most} tokens")
         self.tokenizer.model_max_length = max_length
+
+
+class Start(Protocol):
+    """A model that a run begins with, and its tokenizer."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+
+def models_and_tokenizers(starts: Mapping[str, Start | None]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
+    """By role, for `Run.check_inputs`, those that there are."""
+    given = {role: start for role, start in starts.items() if start is not None}
+    models = {role: start.model for role, start in given.items()}
+    return models | {f"{role}_tokenizer": start.tokenizer for role, start in given.items()}
 
 
 def load_classifier(name: str, data: TextData) -> Pretrained:

@@ -40,7 +40,16 @@ def device_name(device: torch.device) -> str:
 
 def git_commit() -> str | None:
     """Short hash of the commit this package lies in, with `-dirty` if tracked files changed; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]  # no tag: always the hash
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(*words: str) -> str | None:
+    """What git prints, or None where it fails. Without its optional locks: a process that is killed meanwhile would
+    leave `.git/index.lock` behind, and the repository could not be committed to.
+    """
+    command = ["git", "--no-optional-locks", *words]
     try:
         answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:

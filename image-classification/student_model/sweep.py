@@ -18,13 +18,13 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from common.cli import refuse_given, save_recipe
+from common.fingerprints import fingerprint_of
 from common.finite import non_finite_tensor
 from common.methods import Method, chosen, filled, flags_of, refuse_same_methods
 from common.objective import Objective, task_loss
 from common.results import RECIPE
 from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, refuse_other_arguments, starts_over
 from common.side_by_side import SideBySide, SideBySideObjective
-from common.teacher_outputs import outputs_key
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
 from image_classification.data.loading import ImageData
@@ -86,7 +86,7 @@ def sweep(
     given = given_teacher(teacher_name, data)
     opened = open_folder(folder, training, pair, weights, data_args)
     if opened is not None:
-        opened.check_inputs(data=data.fingerprint, **({"teacher": outputs_key(given[0])} if given else {}))
+        opened.check_inputs(data=data.fingerprint, **({"teacher": fingerprint_of(given[0])} if given else {}))
     if given is None:
         args = copy.copy(training)
         args.output_dir = teacher_name = str(folder / "teacher")

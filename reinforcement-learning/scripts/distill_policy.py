@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.cli import parse, run
 from common.report import compare
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, refuse_other_contents
 from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
@@ -33,8 +33,12 @@ from reinforcement_learning.teacher_model.recipes import training_recipe
 def main() -> None:
     refuse_several_processes()
     args, student, distill, training = parse(ExperimentArguments, StudentArguments, DistillArguments, TeacherTraining)
+    if args.output_dir is None:
+        names = "+".join(map(folder_name, args.environment))
+        args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
+    refuse_other_contents(Path(args.output_dir))  # before a teacher is trained, as what follows
     loss: Loss = "kl" if args.method == "ppd" else distill.loss
-    for environment in args.environment:  # before a teacher is trained
+    for environment in args.environment:
         refuse_unnamed_module(environment, "the recipe")
         with closing(Environments(environment, 1)) as shown:
             student.check(environment, shown.observation_space)
@@ -45,9 +49,6 @@ def main() -> None:
     ]
     for subject in subjects:
         check_loss(loss, subject.teacher.policy.action_space, subject.deterministic)
-    if args.output_dir is None:
-        names = "+".join(map(folder_name, args.environment))
-        args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
     seeds = args.seeds or [args.seed]
     held = RunFolder(Path(args.output_dir)) if args.seeds else None
     folders = []

@@ -321,6 +321,13 @@ def test_bad_input_is_one_line(words, expected, cart_pole, capsys):
     assert not RUNS.exists()
 
 
+def test_a_folder_with_other_contents_is_refused_before_a_teacher_is_trained(capsys):
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("mine")
+    assert "holds no run (thesis.tex)" in line_of(capsys, *TEACHER, "--output_dir", "mine")
+    assert not Path("runs").exists()
+
+
 def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_written(capsys):
     TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
     words = ["--environment", "Pendulum-v1", "--teacher", "td3.zip"]
