@@ -130,7 +130,7 @@ def read_rows(
 
     known: the classes of a model that is only measured on the dataset, which then needs no train split.
     """
-    raw, notes = read_splits(dataset, needs_train=known is None)
+    raw, notes = read_splits(dataset, known is None)
     image, label = choose_columns(next(iter(raw.values())), image_column, label_column, notes)
     try:
         labels = read_labels(raw, label, "ids", known)
