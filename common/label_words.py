@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, Literal
 
 import datasets
@@ -12,12 +13,14 @@ import pyarrow.compute as pc
 
 from common.utils.errors import UserError
 
-Kind = Literal["classification", "regression"]
+# What labels are: classes or scores; "ids" are classes whose numbers are whole, from 0, with -1 for no label.
+Kind = Literal["classification", "regression", "ids"]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 LEADING_ZERO = re.compile(r"[+-]?0\d")
 NO_LABEL = {"", "nan", "null"}  # in lower case; among numbers also:
 NOT_AVAILABLE = {"na", "n/a", "#n/a", "<na>", "none", "-nan"}
 MINUS_ONE = "-1"
+SHOWN = 5  # names in a message
 SHARE_OF_A_CLASS = 0.05  # -1 beside 0 and 1 is a class if every split has at least as many
 
 
@@ -93,6 +96,16 @@ def number_of(word: str) -> float | None:
     return float(word) if is_number(word) else None
 
 
+def in_order(labels: Collection[str]) -> list[str]:
+    """Numbers first and by size, 2 before 10, also where they are written as 02; then names by the alphabet."""
+    return sorted(labels, key=lambda label: (float(label) if NUMBER.fullmatch(label) else math.inf, label))
+
+
+def some(names: Collection[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(list(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
 def meaning_of(
     counts: dict[str, Counter[str]],
     column: str,
@@ -144,6 +157,8 @@ def _minus_one_is_no_label(
     if not mixed:
         return set().union(*counts.values()) > {MINUS_ONE}
     others = set().union(*counts.values()) - {MINUS_ONE}
+    if kind == "ids":
+        return all(map(is_number, others))
     if kind == "regression" or others != {str(number) for number in range(len(others))} or len(others) < 2:
         return False
     if len(others) > 2:

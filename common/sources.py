@@ -23,7 +23,7 @@ Splits = dict[str, datasets.Dataset]
 
 def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
     """Renames dev, valid, val to validation; a split with another name is not used, and a note says so. Raises
-    UserError where there is no train split although `needs_train`, or nothing but unknown names.
+    UserError where there is no train split although `needs_train`, nothing but unknown names, or a split without rows.
     """
     splits: Splits = {}
     for name, rows in found.items():
@@ -37,6 +37,8 @@ def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[
     if not splits:
         raise UserError(f"{dataset} has no known split, only {', '.join(found)}: name one of its files test.*")
     ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
+    if empty := [name for name, rows in ordered.items() if not len(rows)]:
+        raise UserError(f"the {empty[0]} split is empty: it needs at least one row")
     return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
 
 

@@ -1,5 +1,6 @@
 """Labels are decided once over all splits: classes or scores, what is no label, and what is refused as open."""
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -7,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.labels import Labels, read_labels
+from common.label_words import in_order
+from common.labels import Labels, read_labels, renumber
 from common.utils.errors import UserError
 
 NAMED = datasets.ClassLabel(names=["neg", "pos"])
@@ -94,6 +96,24 @@ def test_minus_one_that_may_be_both_is_refused() -> None:
     assert labels("classification", train=rows, validation=[0, 1]).names == ["-1", "0", "1"]
 
 
+@pytest.mark.parametrize("kind", [None, "ids"])
+def test_minus_one_among_words_is_a_word(kind: str | None) -> None:
+    found = labels(kind, train=["a", "-1", "b"], validation=["-1", "a"])
+    assert found.names == ["-1", "a", "b"] and found.values["validation"].tolist() == [0, 1]
+    assert "-1 in column 'label' is a label like the others" in found.notes
+
+
+@pytest.mark.parametrize("minus_one", [-1, -1.0, "-1"])
+def test_minus_one_among_ids_is_no_label(minus_one: Any) -> None:
+    """Also beside two ids, or where these do not begin with 0: ids are no scale."""
+    for ids in ([0, 1], [1, 2, 5]):
+        column = [*map(type(minus_one), ids), minus_one]
+        found = labels("ids", train=column, validation=column)
+        assert found.names == list(map(str, ids)) and found.rows["train"].tolist() == list(range(len(ids)))
+    for wrong in (-2, 1.5):
+        assert f"row 2 of train: '{wrong}' in column 'label' is no class" in refused("ids", train=[0, 1, wrong])
+
+
 @pytest.mark.parametrize("column", [[0, 1], ["a", "b"], [0.5, 1.5]])
 def test_a_test_split_of_minus_one_has_no_labels(column: list) -> None:
     found = labels(train=column, validation=column, test=[type(column[0])(-1)] * 2)
@@ -124,7 +144,24 @@ def test_declared_classes_are_their_names_and_minus_one_none_of_them() -> None:
 def test_a_label_of_validation_alone_is_a_class_without_training_rows() -> None:
     found = labels(train=["a", "b"], validation=["c", "a", "c"])
     assert found.names == ["a", "b", "c"] and found.values["validation"].tolist() == [2, 0, 2]
-    assert "label 'c' (2 rows of validation) never occurs in train: a class without training rows" in found.notes
+    assert "labels of validation that never occur in train, classes without training rows: c (2 rows)" in found.notes
+    two = labels(feature=datasets.ClassLabel(names=["a", "b", "c"]), train=[1, 0], test=[2, 0, 2], validation=[0])
+    assert two.names == ["a", "b", "c"] and two.values["test"].tolist() == [2, 0, 2]
+
+
+def test_a_class_that_only_another_split_declares_comes_last() -> None:
+    def declaring(names: list[str]) -> datasets.Dataset:
+        features = datasets.Features({"label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_dict({"label": [0, 1]}, features=features)
+
+    found = read_labels({"train": declaring(["z", "a"]), "test": declaring(["y", "a", "unused"])}, "label", "ids")
+    assert found.names == ["z", "a", "y"] and found.values["test"].tolist() == [2, 1]
+
+
+def test_a_single_class_to_train_on_is_refused() -> None:
+    assert "every label of train in column 'label' is 'a'" in refused(train=["a", "a"], validation=["a", "b"])
+    assert "every label of train in column 'label' is 'neg'" in refused(feature=NAMED, train=[0, 0], test=[1, 0])
+    assert labels("ids", ["a", "b"], test=["a"]).names == ["a"], "a model is measured on one class"
 
 
 def test_splits_that_share_no_label_are_refused() -> None:
@@ -141,6 +178,23 @@ def refused_declared(validation: list) -> str:
     with pytest.raises(UserError) as caught:
         read_labels(raw, "label")
     return str(caught.value)
+
+
+@pytest.mark.parametrize("case", [str, str.upper])
+def test_ids_become_those_of_a_model_by_name(case: Callable[[str], str]) -> None:
+    ids = {"train": np.array([0, 1]), "test": np.array([1, 1])}
+    own, names = ["cat", "dog"], [case(name) for name in ("dog", "emu", "cat")]
+    found = renumber("pets", ids, own, names)
+    assert found["train"].tolist() == [2, 0] and found["test"].tolist() == [0, 0]
+    with pytest.raises(
+        UserError, match=r"pets has the label 'dog' \(1 row of train\), which is not among Dog, DOG, cat"
+    ):
+        renumber("pets", ids, own, ["Dog", "DOG", "cat"])
+
+
+def test_numbers_come_first_and_by_size() -> None:
+    assert in_order({"10", "2", "b", "1", "a", "a10", "a2"}) == ["1", "2", "10", "a", "a10", "a2", "b"]
+    assert in_order({"10", "02", "09", "-1"}) == ["-1", "02", "09", "10"]
 
 
 def test_a_column_of_row_numbers_is_no_label() -> None:

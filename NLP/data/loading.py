@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common.label_words import Kind
-from common.labels import read_labels, some
+from common.labels import read_labels, renumber
 from common.sources import Splits, short_name
 from common.utils.errors import UserError
 from nlp.data.columns import FLAGS, Columns, choose_columns, recognise
@@ -56,9 +56,6 @@ def load_text_data(
     dataset, column, text or label.
     """
     raw, notes = read_splits(dataset, needs_train)
-    for split, rows in raw.items():
-        if not len(rows):
-            raise UserError(f"the {split} split is empty: it needs at least one row")
     columns, chosen = choose_columns(raw, text_columns, label_column)
     if dataset in TASKS:
         task = "regression" if TASKS[dataset].regression else "classification"
@@ -70,11 +67,6 @@ def load_text_data(
     known_task = recognise(columns, known_labels or label_names, regression)
     splits = {split: _columns(split, raw[split], columns, rows) for split, rows in labels.rows.items()}
     splits = {split: _with_labels(rows, labels.values[split]) for split, rows in splits.items()}
-    if len(label_names) == 1 and not known_labels:
-        raise UserError(
-            f"every label in column {columns.label!r} is {label_names[0]!r}, so there is nothing to tell apart: add "
-            "rows of another class, or name another column with --label_column"
-        )
     data = TextData(
         name=dataset if dataset in TASKS else short_name(dataset),
         splits=splits,
@@ -101,22 +93,14 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
     """
     if data.regression:
         raise UserError(f"{data.name} has scores, not classes: its labels have no order of names")
-    distinct = all(len({name.lower() for name in some}) == len(some) for some in (names, data.label_names))
-    key = str.lower if distinct else str
-    places = {key(name): number for number, name in enumerate(names)}
-    ids = np.array([places.get(key(name), -1) for name in data.label_names])
-    splits = {}
-    for split, rows in data.splits.items():
-        table = rows.with_format("arrow")[:]
-        labels = ids[table["label"].to_numpy()]
-        if (unknown := np.flatnonzero(labels < 0)).size:
-            name = data.label_names[table["label"][int(unknown[0])].as_py()]
-            raise UserError(
-                f"{data.name} has the label {name!r} (row {unknown[0]} of {split}), which is not among {some(names)}: "
-                "rename or remove it, or name another column with --label_column"
-            )
-        labels = pa.array(labels, pa.int64())
-        splits[split] = datasets.Dataset(table.set_column(table.column_names.index("label"), "label", labels))
+    tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
+    ids = {split: table["label"].to_numpy() for split, table in tables.items()}
+    ids = renumber(data.name, ids, data.label_names, names)
+    places = {split: table.column_names.index("label") for split, table in tables.items()}
+    splits = {
+        split: datasets.Dataset(table.set_column(places[split], "label", pa.array(ids[split])))
+        for split, table in tables.items()
+    }
     return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
 
 

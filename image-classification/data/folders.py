@@ -5,9 +5,9 @@ from typing import NoReturn
 
 import datasets
 
+from common.label_words import in_order, some
 from common.sources import SPLIT_NAMES, Splits
 from common.utils.errors import UserError
-from image_classification.data.labels import some, sorted_names
 from image_classification.data.picture_files import Files, find_files
 
 PLACE = "pictures belong into SPLIT/CLASS/, such as train/cat/1.png"
@@ -28,7 +28,7 @@ def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Split
         _check_split(root, split, place, pictures[split], files)
     notes += _left_out(root, places, pictures, files)
     classes = {split: [_class_of(place, path) for path in pictures[split]] for split, place in places.items()}
-    names = sorted_names({name for of_split in classes.values() for name in of_split if name is not None})
+    names = in_order({name for of_split in classes.values() for name in of_split if name is not None})
     ids: dict[str | None, int | None] = {None: None, **{name: number for number, name in enumerate(names)}}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     return {

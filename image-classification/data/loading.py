@@ -72,11 +72,11 @@ def load_image_data(
     label_names: the classes, by id, of a model that is to be measured. The dataset has these or some of them. It needs
         no train split, and one that it has is not returned.
     """
-    splits, own_names, notes = read_rows(dataset, image_column, label_column, needs_train=label_names is None)
+    splits, own_names, notes = read_rows(dataset, image_column, label_column, label_names)
     splits = divide(dataset, splits, validation_share, train_samples, notes)
     if label_names is not None:
         measured = {split: rows for split, rows in splits.items() if split != "train"}
-        splits = {split: renumbered(dataset, rows, own_names, label_names) for split, rows in measured.items()}
+        splits = renumbered(dataset, measured, own_names, label_names)
         if image_size and any(rows.picture(0).size != (image_size, image_size) for rows in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     label_names = label_names or own_names

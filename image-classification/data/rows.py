@@ -11,12 +11,13 @@ from typing import Any, BinaryIO
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from common.labels import read_labels
 from common.utils.errors import UserError
-from image_classification.data.columns import check_split, choose_columns, drop_unlabelled
-from image_classification.data.labels import class_ids
+from image_classification.data.columns import check_images, choose_columns
 from image_classification.data.sources import read_splits
 
 
@@ -123,34 +124,24 @@ def _refuse_deep(picture: Image.Image) -> None:
 
 
 def read_rows(
-    dataset: str, image_column: str | None = None, label_column: str | None = None, needs_train: bool = True
+    dataset: str, image_column: str | None = None, label_column: str | None = None, known: list[str] | None = None
 ) -> tuple[dict[str, Rows], list[str], list[str]]:
     """The rows of `dataset` that have a label, the names of its classes by id, and notes on what was left out.
 
-    needs_train: False for a dataset that a model is only measured on, which may have other splits alone.
+    known: the classes of a model that is only measured on the dataset, which then needs no train split.
     """
-    raw, notes = read_splits(dataset, needs_train)
-    first = raw["train" if "train" in raw else next(iter(raw))]
-    image, label = choose_columns(first, image_column, label_column, notes)
-    drop_unlabelled(raw, label, notes)
-    if not raw:
-        raise UserError(f"no image of {dataset} has a label: there is nothing to measure")
-    for split, rows in raw.items():
-        check_split(split, rows, image, label)
-    labels, names = class_ids(raw, label, notes, train_only=needs_train)
+    raw, notes = read_splits(dataset, known is None)
+    image, label = choose_columns(next(iter(raw.values())), image_column, label_column, notes)
+    try:
+        labels = read_labels(raw, label, "ids", known)
+    except UserError as error:
+        raise UserError(f"{error} (--label_column names another column)") from None
     splits = {}
-    for split, rows in raw.items():
-        labelled = (labels[split] >= 0).nonzero().flatten()
-        splits[split] = Rows(split, _encoded(rows, image), labelled, labels[split][labelled])
-        if len(labelled) < len(rows):
-            notes.append(f"images of {split} without a label, left out: {len(rows) - len(labelled):,}")
-    if needs_train and len(splits["train"].labels.unique()) < 2:
-        only = names[int(splits["train"].labels[0])]
-        raise UserError(
-            f"all labelled images of train are of class {only!r}, so there is nothing to tell apart: add images of "
-            "another class, or name another column with --label_column"
-        )
-    return splits, names, notes
+    for split, places in labels.rows.items():
+        check_images(split, raw[split], image)
+        ids = torch.from_numpy(labels.values[split])
+        splits[split] = Rows(split, _encoded(raw[split], image), torch.from_numpy(places), ids)
+    return splits, labels.names, notes + labels.notes
 
 
 def _encoded(rows: datasets.Dataset, image: str) -> datasets.Dataset:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.label_words import some
+from common.labels import renumber
 from common.utils.errors import UserError
-from image_classification.data.labels import some
 from image_classification.data.rows import Rows
 
 SPLIT_SEED = 0  # of the validation split: not the run's seed, or a teacher of another seed would have seen it
@@ -43,20 +44,10 @@ def _set_aside(dataset: str, train: Rows, share: float, notes: list[str]) -> dic
     return {"train": rest, "validation": validation}
 
 
-def renumbered(dataset: str, rows: Rows, own: list[str], names: list[str]) -> Rows:
-    """The same rows with the class ids of a model, found by the names of the classes. Upper and lower case are the
-    same where no two classes differ in it alone.
-    """
-    unambiguous = all(len({name.casefold() for name in listed}) == len(listed) for listed in (own, names))
-    key = str.casefold if unambiguous else str
-    ids = {key(name): number for number, name in enumerate(names)}
-    for number in rows.labels.unique().tolist():
-        if key(own[number]) not in ids:
-            raise UserError(
-                f"{dataset} has class {own[number]!r}, which is none of the model's ({some(names)}): remove its "
-                "images, or name it as the model does"
-            )
-    return replace(rows, labels=torch.tensor([ids.get(key(name), -1) for name in own])[rows.labels])
+def renumbered(dataset: str, splits: dict[str, Rows], own: list[str], names: list[str]) -> dict[str, Rows]:
+    """The same rows with the class ids of a model, found by the names of the classes."""
+    ids = renumber(dataset, {split: rows.labels.numpy() for split, rows in splits.items()}, own, names)
+    return {split: replace(rows, labels=torch.from_numpy(ids[split])) for split, rows in splits.items()}
 
 
 def missing_classes(splits: dict[str, Rows], names: list[str]) -> list[str]:

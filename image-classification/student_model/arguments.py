@@ -5,7 +5,7 @@ from typing import Literal
 
 from common.arguments import KDTrainingArguments
 from common.cli import refuse_given
-from common.utils.devices import process
+from common.sources import print_notes
 from common.utils.ranges import Count, Positive, Share, ShareBelow1
 from image_classification.data.loading import ImageData, load_image_data
 from image_classification.teacher_model.teacher import trained_folder
@@ -39,9 +39,7 @@ class DataArguments:
             self.train_samples,
             label_names,
         )
-        if process()[0] == 0:
-            for note in data.notes:
-                print(f"data: {note}")
+        print_notes(data.name, data.notes)
         return data
 
 

@@ -42,7 +42,7 @@ def test_digits() -> None:
     assert data.label_names == [str(i) for i in range(10)] and data.selection_split == "validation"
     assert data.config["id2label"][3] == "3" and data.config["image_size"] == 8
     assert data.splits["train"].labels.dtype == torch.int64 and data.splits["train"].pixels.dtype == torch.uint8
-    assert data.fingerprint == small("digits").fingerprint and "stratified 10%" in data.notes[0]
+    assert data.fingerprint == small("digits").fingerprint and "stratified 10%" in data.notes[-1]
     every = torch.cat([images.pixels.flatten(1) for images in data.splits.values()])
     assert len(every) == 1797 and every.max() == 255
 
@@ -67,7 +67,7 @@ def test_a_validation_split_is_kept(colour: str, tmp_path: Path) -> None:
     rows = (pixels(9, 4, 4), [0, 1, 2] * 3)
     data = small(write(tmp_path / "three", NAMES, train=rows, val=rows, test=rows, extra=rows))
     assert sizes(data) == {"train": 9, "validation": 9, "test": 9}
-    assert data.notes == ["split extra is not used"]
+    assert data.notes == ["split extra is not used", "labels: 3 classes (cat, ant, bee)"]
     without = small(colour, validation_share=0)
     assert sizes(without) == {"train": 60, "test": 12} and without.selection_split == "test"
 
@@ -82,7 +82,7 @@ def test_train_samples_are_the_same_ones_every_time() -> None:
     assert {p.numpy().tobytes() for p in part.splits["train"].pixels} <= {
         p.numpy().tobytes() for p in whole.splits["train"].pixels
     }
-    assert part.fingerprint == small("digits", train_samples=200).fingerprint and "200 of the" in part.notes[1]
+    assert part.fingerprint == small("digits", train_samples=200).fingerprint and "200 of the" in part.notes[-1]
     assert small("digits", train_samples=9999).fingerprint == whole.fingerprint
 
 
@@ -194,7 +194,9 @@ def test_resizing(tmp_path: Path) -> None:
 def test_a_test_split_without_labels_is_left_out(tmp_path: Path, labels: list) -> None:
     rows = pixels(2, 4, 4)
     data = small(write(tmp_path, NAMES, train=(rows, [0, 1]), validation=(rows, [0, 1]), test=(rows, labels)))
-    assert sizes(data) == {"train": 2, "validation": 2} and "no labels" in data.notes[0]
+    assert (
+        sizes(data) == {"train": 2, "validation": 2} and "the test split has no labels and is not used" in data.notes
+    )
 
 
 def test_cifar(shared: Path) -> None:
@@ -224,7 +226,9 @@ def test_errors_of_names_and_folders(tmp_path: Path) -> None:
     assert "no train split" in error_of(tmp_path / "c")
     draw(tmp_path / "d" / "train" / "cat" / "1.png", picture)
     draw(tmp_path / "d" / "test" / "dog" / "1.png", picture)
-    assert "row 0 of test has label 'dog', but no image of train" in error_of(tmp_path / "d")
+    assert "every label of train in column 'label' is 'cat'" in error_of(tmp_path / "d")
+    draw(tmp_path / "d" / "train" / "emu" / "1.png", picture)
+    assert "no label of test (dog) occurs in train (cat, emu)" in error_of(tmp_path / "d")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "train.parquet").write_bytes(b"PAR1")
     assert "cannot read" in error_of(tmp_path / "e")
@@ -236,11 +240,12 @@ def test_errors_of_columns(tmp_path: Path) -> None:
     assert "no column 'picture': the columns are image, label" in error_of(folder, image_column="picture")
     assert "no column 'kind'" in error_of(folder, label_column="kind")
     assert "'label' holds no images" in error_of(folder, image_column="label")
-    assert "'image' holds no class ids" in error_of(folder, label_column="image")
+    assert "'image' holds no labels" in error_of(folder, label_column="image")
     listed = pa.table({"image": [png(p) for p in rows[0]], "label": [[0], [1], [0], [1]]})
     (tmp_path / "listed").mkdir()
     pq.write_table(listed, tmp_path / "listed" / "train.parquet")
-    assert "'label' holds no class ids: name another with --label_column" in error_of(tmp_path / "listed")
+    message = error_of(tmp_path / "listed")
+    assert "'label' holds no labels" in message and "--label_column names another" in message
     pq.write_table(pa.table({"image": [png(p) for p in rows[0]]}), tmp_path / "validation.parquet")
     assert "the validation split lacks column 'label'" in error_of(folder)
     pq.write_table(pa.table({"label": rows[1]}), tmp_path / "train.parquet")
@@ -253,14 +258,24 @@ def test_errors_of_labels(tmp_path: Path) -> None:
     def message(name: str, train: list, test: list, names: list[str] | None = NAMES) -> str:
         return error_of(write(tmp_path / name, names, train=(pictures, train), test=(pictures, test)))
 
-    assert "row 2 of train has label 3, but labels are 0 to 2" in message("a", [0, 1, 3, 0], [0, 1, 2, 0])
-    assert "row 1 of test has label 'bee', but no image of train" in message("b", [0, 1, 0, 1], [0, 2, 0, 1])
-    assert "row 3 of train: -2 is no class" in message("e", [0, 1, 2, -2], [0, 1, 2, 0], None)
-    assert "row 1 of test has label '7', but no image of train has it: remove" in message(
-        "f", [0, 1, 2, 0], [0, 7, 2, 0], None
-    )
-    assert "no image of train has a label in column 'label'" in message("g", [None, -1, -1, None], [0, 1, 2, 0])
-    assert "all labelled images of train are of class 'ant'" in message("h", [1, 1, -1, 1], [1, 1, 1, 1])
+    assert "row 2 of train: label 3 in column 'label' is out of range" in message("a", [0, 1, 3, 0], [0, 1, 2, 0])
+    assert "row 3 of train: '-2' in column 'label' is no class" in message("e", [0, 1, 2, -2], [0, 1, 2, 0], None)
+    assert "no label of test (7) occurs in train (0, 1, 2)" in message("f", [0, 1, 2, 0], [7, 7, 7, 7], None)
+    assert "the train split has no labels in column 'label'" in message("g", [None, -1, -1, None], [0, 1, 2, 0])
+    assert "every label of train in column 'label' is 'ant'" in message("h", [1, 1, -1, 1], [1, 1, 1, 1])
+    folder = write(tmp_path / "i", None, train=(pictures, [0, 1, 0, 1]), validation=(pictures, [-1] * 4))
+    assert "the validation split has no labels" in error_of(folder)
+
+
+def test_a_class_of_test_alone_is_one_without_training_images(tmp_path: Path) -> None:
+    pictures = pixels(4, 4, 4)
+    for names in (NAMES, None):
+        train, test = (pictures, [0, 1, 0, 1]), (pictures, [0, 2, 0, 1])
+        data = small(write(tmp_path, names, train=train, test=test), validation_share=0.5)
+        expected = names or ["0", "1", "2"]
+        assert data.label_names == expected and data.splits["test"].labels.tolist() == [0, 2, 0, 1]
+        said = f"labels of test that never occur in train, classes without training rows: {expected[2]} (1 row)"
+        assert said in data.notes
 
 
 def test_errors_of_pictures(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_large_images_have_the_same_interface(photos: str) -> None:
     assert data.label_names == ["a", "b"] and data.selection_split == "validation"
     assert (data.mean, data.std) == (MEAN, STD)
     assert data.config["image_size"] == 72 and data.splits["train"].labels.dtype == torch.int64
-    assert "stratified 20%" in data.notes[0]
+    assert "stratified 20%" in data.notes[-1]
     assert data.fingerprint == large(photos).fingerprint != large(photos, image_size=80).fingerprint
     for augment in (False, True):
         batch = data.views("train", CPU, augment).__getitems__([3, 0])

@@ -76,7 +76,7 @@ def test_labels_that_a_classifier_does_not_have_are_refused(
         run_script("NLP/scripts/evaluate.py", saved, "--dataset", tmp_path / "numbers.csv")
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "label '0' (row 0 of test), which is not among wet, cold, warm" in error
+    assert error.count("\n") == 1 and "label '0' (9 rows of test), which is not among wet, cold, warm" in error
 
 
 def test_labels_of_a_model(saved: Path) -> None:
