@@ -1,25 +1,31 @@
 """Recipes and flags become dataclasses; bad input becomes one line on stderr and exit code 2."""
 
 import errno
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from paths import REPO
+from processes import Child
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from common import cli
+from common.tables import print_rich
+from common.utils import ending
 from common.utils.errors import UserError
 
 
@@ -304,13 +310,14 @@ run(main)
 """
 
 
-def program(body: str, **environment: str) -> subprocess.Popen[str]:
+def program(body: str) -> subprocess.Popen[str]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    own = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"} | environment
+    own = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"}
     return subprocess.Popen([sys.executable, "-c", PROGRAM.format(body=body)], env=own, text=True, **pipes)
 
 
 def test_a_reader_that_is_gone_is_no_error() -> None:
+    """In a process that ends as others do: Python itself complains of what it could not write at its end."""
     process = program("[print('x' * 1000) for _ in range(10000)]")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -319,17 +326,48 @@ def test_a_reader_that_is_gone_is_no_error() -> None:
 
 
 def test_an_ascii_terminal_shows_tables_and_errors() -> None:
-    body = (
-        "from common.tables import print_rich; print_rich(['a'], [['0.8 ± 0.1']], 'mean ± std', 'é – →'); "
-        "raise UserError('no folder é')"
-    )
-    output, error = program(body, PYTHONIOENCODING="ascii").communicate()
+    def main() -> None:
+        print_rich(["a"], [["0.8 ± 0.1"]], "mean ± std", "é – →")
+        raise UserError("no folder é")
+
+    process = Child(lambda: cli.run(main), encoding="ascii")
+    output, error = process.stdout.read(), process.stderr.read()
+    assert process.wait() == 2
     assert "0.8 ? 0.1" in output and "| " in output
     assert error == "error: no folder ?\n"
 
 
+@pytest.mark.parametrize("failing", [[0, 1], [1]])
+def test_of_several_processes_one_prints_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: list[int]
+) -> None:
+    """As torchrun starts processes: when one has ended with an error, it ends the others."""
+    monkeypatch.setattr(ending, "PATIENCE", 1.0)
+
+    def start(rank: int) -> Child:
+        def main() -> None:
+            print("started", flush=True)
+            if rank in failing:
+                raise UserError("no such thing")
+            time.sleep(60)
+
+        own = {"RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(tmp_path / str(rank))}
+        with mock.patch.dict(os.environ, own):
+            return Child(lambda: cli.run(main))
+
+    processes = [start(rank) for rank in (0, 1)]
+    assert all(process.stdout.readline() == "started\n" for process in processes)
+    first = failing[0]
+    assert processes[first].wait() == 2
+    processes[1 - first].end(signal.SIGTERM)
+    assert processes[first].stderr.read() == "error: no such thing\n"
+    assert processes[1 - first].stderr.read() == ""
+    assert json.loads((tmp_path / str(first)).read_text())["message"] == "error: no such thing"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("failing", "printed"), [("True", 1), ("os.environ['RANK'] == '1'", 1)])
-def test_of_several_processes_one_prints_the_error(tmp_path: Path, failing: str, printed: int) -> None:
+def test_under_torchrun_one_prints_the_error(tmp_path: Path, failing: str, printed: int) -> None:
     script = tmp_path / "script.py"
     body = f"import os, time\n    if {failing}:\n        raise UserError('no such thing')\n    time.sleep(60)"
     script.write_text(PROGRAM.format(body=body))

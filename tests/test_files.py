@@ -4,11 +4,11 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Child
 
 from common.utils import environment as environment_module
 from common.utils import precision
@@ -123,20 +123,16 @@ def test_writing_folder_keeps_the_older_folder_when_the_block_fails(tmp_path: Pa
     assert (tmp_path / "model" / "weights").read_text() == "old"
 
 
-KILLED = """
-import os, signal, sys
-from common.utils.folders import writing_folder
-with writing_folder(sys.argv[1]) as folder:
-    (folder / "weights").write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_writing_folder_survives_a_kill(tmp_path: Path) -> None:
     with writing_folder(tmp_path / "model") as folder:
         (folder / "weights").write_text("old")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model")])
-    assert killed.returncode == -signal.SIGKILL
+
+    def killed() -> None:
+        with writing_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Child(killed).wait() == -signal.SIGKILL
     assert (tmp_path / "model" / "weights").read_text() == "old"
     assert len(os.listdir(tmp_path)) == 2, "the killed process should have left its temporary folder"
     with writing_folder(tmp_path / "model") as folder:
@@ -146,7 +142,7 @@ def test_writing_folder_survives_a_kill(tmp_path: Path) -> None:
 
 
 def dead_process_id() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
+    process = Child(lambda: None)
     process.wait()
     return process.pid
 

@@ -4,13 +4,14 @@ import errno
 import os
 import re
 import signal
-import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Child
 from tiny import Number
 from torch import nn
 
@@ -162,48 +163,51 @@ def test_a_removal_that_was_killed_is_completed(
 
 # ---------------------------------------------------------------- one process at a time
 
-HOLDER = """
-import sys
-from pathlib import Path
-from common.run_folder import RunFolder
-held = RunFolder(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
+
+def holding(folder: Path, with_worker: bool = False) -> Child:
+    """Another process that holds the folder, until it is killed."""
+
+    def hold() -> None:
+        lock._held.clear()  # what this process holds, the other does not
+        held = RunFolder(folder)
+        if with_worker and os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        print("held", flush=True)
+        time.sleep(60)
+        del held
+
+    return Child(hold)
 
 
 def test_another_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    holder = holding(folder)
+    assert holder.stdout.readline() == "held\n"
     for resume, overwrite in ((False, False), (True, False), (False, True)):
         with pytest.raises(UserError, match=f"is in use by process {holder.pid} "):
             Run(arguments(folder, resume, overwrite), Inputs())
     assert files(folder) == {".lock", MARK}
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    assert holder.end(signal.SIGKILL) == -signal.SIGKILL
     Run(arguments(folder), Inputs())
 
 
 def test_forked_workers_do_not_keep_a_dead_run_locked(tmp_path: Path) -> None:
-    forking = HOLDER.replace('print("held"', 'import os, time\nif os.fork() == 0: time.sleep(5)\nprint("held"')
-    holder = subprocess.Popen(
-        [sys.executable, "-c", forking, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder = holding(tmp_path / "run", with_worker=True)
+    assert holder.stdout.readline() == "held\n"
+    assert holder.end(signal.SIGKILL) == -signal.SIGKILL
     Run(arguments(tmp_path / "run"), Inputs())
 
 
 def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
     run = Run(arguments(tmp_path), Inputs())
-    check = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    assert subprocess.run(check, input="", capture_output=True, text=True).returncode == 1
+    refused = holding(tmp_path)
+    assert refused.stdout.readline() == "" and refused.wait() == 1
+    assert "UserError" in refused.stderr.read()
     del run
-    assert subprocess.run(check, input="", capture_output=True, text=True).returncode == 0
+    holder = holding(tmp_path)
+    assert holder.stdout.readline() == "held\n"
+    holder.end(signal.SIGKILL)
 
 
 def test_a_file_system_without_locks_is_a_warning(

@@ -108,8 +108,8 @@ class KeyStudy:
         self.nothing_is_saved = TemporaryDirectory()  # but the trainer makes its folder
         self.args = KDTrainingArguments(
             output_dir=self.nothing_is_saved.name, eval_strategy="no", save_strategy="no", logging_strategy="no",
-            report_to="none", disable_tqdm=True, precision="fp32", train_sampling_strategy="random", per_device_train_batch_size=256,
-            num_train_epochs=10, learning_rate=3e-3, value_learning_rate=3e-2,
+            report_to="none", disable_tqdm=True, precision="fp32", train_sampling_strategy="random",
+            per_device_train_batch_size=256, num_train_epochs=10, learning_rate=3e-3, value_learning_rate=3e-2,
         )  # fmt: skip
 
     def accuracy(self, setting: Setting, keys: Keys) -> float:

@@ -1,7 +1,10 @@
-"""Other processes that train, forked so that nothing is imported again."""
+"""Other processes, forked so that nothing is imported again."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,57 @@ def fork() -> int:
     if torch.cuda.is_initialized():
         pytest.skip("forks a process that has used a GPU")
     return os.fork()
+
+
+class Child:
+    """A fork of this process that calls `function`. Its stdout and stderr, in `encoding`, are files to read from."""
+
+    def __init__(self, function: Callable[[], object], encoding: str = "utf-8") -> None:
+        pipes = [os.pipe() for _ in range(2)]
+        self.pid = fork()
+        if self.pid:
+            self.stdout, self.stderr = (open(reader, encoding=encoding) for reader, _ in pipes)
+            for _, writer in pipes:
+                os.close(writer)
+            return
+        code: object = 1
+        try:
+            sys.stdout, sys.stderr = (open(writer, "w", encoding=encoding) for _, writer in pipes)
+            function()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else code is not None)
+
+    def end(self, by: signal.Signals) -> int:
+        os.kill(self.pid, by)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit code, or the negative number of the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def run_code(code: str, *words: object, fork: bool = True) -> str:
+    """What `python -c CODE WORDS` prints, in a fork of this process or in a new one. It must succeed."""
+
+    def call() -> None:
+        sys.argv = ["-c", *map(str, words)]
+        exec(code, {"__name__": "__main__"})
+
+    if fork:
+        child = Child(call)
+        printed, errors = child.stdout.read(), child.stderr.read()
+        assert child.wait() == 0, errors[-2000:]
+        return printed
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def in_processes(number: int, folder: Path, function: Callable[[], object]) -> list:

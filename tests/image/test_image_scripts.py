@@ -15,6 +15,7 @@ import torch
 from paths import REPO
 from pictures import draw
 from PIL import Image
+from processes import run_code
 from safetensors.torch import load_file, save_file
 from scripts import run_script
 
@@ -105,16 +106,11 @@ with torch.no_grad():
 """
 
 
-def test_a_student_loads_in_a_new_process_and_says_what_it_said_in_training(simkd, tmp_path):
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
+def test_a_student_loads_in_another_process_and_says_what_it_said_in_training(simkd, tmp_path, fork):
     """Logits bit for bit; the saved image processor makes of a picture what training saw."""
-    from image_classification.data.loading import load_image_data
-    from image_classification.student_model.evaluation import predict
-    from image_classification.teacher_model.classifier import ImageClassifier
-
     outputs = tmp_path / "all.pt", tmp_path / "one.pt"
-    command = [sys.executable, "-c", LOAD, str(simkd / "student"), *map(str, outputs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_code(LOAD, simkd / "student", *outputs, fork=fork)
     here = torch.from_numpy(
         predict(ImageClassifier.from_pretrained(simkd / "student"), load_image_data("digits"), "test")
     )

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_code
 from safetensors.torch import load_file
 from scripts import run_script
 from transformers import BertConfig
@@ -191,7 +190,7 @@ def test_a_run_that_stopped_continues_to_the_same_end(small, tmp_path):
         assert results(small)[section] == results(run)[section]
 
 
-LOGITS_IN_A_NEW_PROCESS = """
+LOGITS_IN_ANOTHER_PROCESS = """
 import sys, numpy, torch
 from image_classification.student_model.bottleneck_probe import BottleneckProbe
 model = BottleneckProbe.from_pretrained(sys.argv[1])
@@ -200,12 +199,12 @@ numpy.save(sys.argv[3], model(images).logits.detach().numpy())
 """
 
 
-@pytest.mark.slow
-def test_a_saved_student_gives_the_same_logits_in_a_new_process(finished, digits, tmp_path):
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
+def test_a_saved_student_gives_the_same_logits_in_another_process(finished, digits, tmp_path, fork):
     images = digits.views("test", torch.device("cpu")).__getitems__(list(range(100)))["pixel_values"]
     np.save(tmp_path / "images.npy", images.numpy())
-    paths = [finished / "student", tmp_path / "images.npy", tmp_path / "logits.npy"]
-    subprocess.run([sys.executable, "-c", LOGITS_IN_A_NEW_PROCESS, *map(str, paths)], check=True, timeout=120)
+    paths = finished / "student", tmp_path / "images.npy", tmp_path / "logits.npy"
+    run_code(LOGITS_IN_ANOTHER_PROCESS, *paths, fork=fork)
     here = BottleneckProbe.from_pretrained(finished / "student")(images).logits.detach().numpy()
     assert np.array_equal(np.load(tmp_path / "logits.npy"), here)
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from paths import REPO
 from pictures import draw, in_colour, large, photos_in, pixels, sizes, small
@@ -120,11 +122,29 @@ def test_prepare_refuses_what_would_be_lost(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(SystemExit) as stopped:
+        prepare(monkeypatch, "--dataset", "cifar100", "--output", tmp_path / "out")
+    said, error = capsys.readouterr()
+    assert stopped.value.code == 2 and not said and not (tmp_path / "out").exists()
+    assert_names_what_to_do(error)
+
+
+def assert_names_what_to_do(error: str) -> None:
+    (line,) = error.strip().splitlines()
+    assert "cifar100" in line and "--dataset FOLDER" in line and "--dataset digits" in line
+
+
+@pytest.mark.slow
+def test_a_new_process_without_the_hub_ends_in_one_line(tmp_path: Path) -> None:
     script = REPO / "image-classification" / "scripts" / "prepare_data.py"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, str(script), "--dataset", "cifar100", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and not done.stdout and not (tmp_path / "out").exists()
-    (line,) = done.stderr.strip().splitlines()
-    assert "cifar100" in line and "--dataset FOLDER" in line and "--dataset digits" in line
+    assert_names_what_to_do(done.stderr)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from paths import REPO
+from processes import run_code
 from safetensors.torch import load_file
 from scripts import recipe_of, run_script
 from transformers import (
@@ -122,14 +123,20 @@ def test_a_teacher_of_these_labels_is_kept_as_it_is(carried, small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "metric"), [("sst2", "accuracy"), ("cola", "matthews"), ("rte", "accuracy"), ("stsb", "spearman")]
+    ("task", "metric"),
+    [
+        ("cola", "matthews"),
+        ("stsb", "spearman"),
+        pytest.param("sst2", "accuracy", marks=pytest.mark.slow),
+        pytest.param("rte", "accuracy", marks=pytest.mark.slow),
+    ],
 )
 def test_real_glue_tasks_run(shared, tmp_path, task, metric):
     folder = tmp_path / f"glue_{task}"
     folder.mkdir()
     for split in ("train", "validation"):
         table = pq.read_table(shared / "data" / folder.name / f"{split}.parquet")
-        pq.write_table(table.slice(0, 60), folder / f"{split}.parquet")
+        pq.write_table(table.slice(0, 40), folder / f"{split}.parquet")
     distill("keys_carried", "--dataset", folder, "--output_dir", tmp_path / "run", "--no_control")
     assert results(tmp_path / "run")["primary_metric"]["name"] == metric
 
@@ -177,7 +184,7 @@ def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recip
 
 # ---- what is saved ----
 
-LOGITS_IN_A_NEW_PROCESS = """
+LOGITS_IN_ANOTHER_PROCESS = """
 import sys, numpy
 from nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from transformers import AutoTokenizer
@@ -188,10 +195,10 @@ numpy.save(sys.argv[2], model(**tokenizer(["set an alarm", "transfer some money 
 """
 
 
-def test_a_saved_student_gives_the_same_logits_in_a_new_process(carried, tmp_path):
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
+def test_a_saved_student_gives_the_same_logits_in_another_process(carried, tmp_path, fork):
     student = str(carried / "student")
-    command = [sys.executable, "-c", LOGITS_IN_A_NEW_PROCESS, student, str(tmp_path / "logits.npy")]
-    subprocess.run(command, check=True, timeout=120)
+    run_code(LOGITS_IN_ANOTHER_PROCESS, student, tmp_path / "logits.npy", fork=fork)
     model, tokenizer = BottleneckClassifier.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     texts = ["set an alarm", "transfer some money to my savings"]
     here = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.detach().numpy()
