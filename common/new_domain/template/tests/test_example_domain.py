@@ -128,7 +128,7 @@ def test_a_folder_is_read_by_the_names_of_its_labels_and_a_validation_split_is_s
         ({"values": []}, "no column 'values'"),
         ({"values": [[1.0]] * 19 + [[1.0, 2.0]]}, "of one length"),
         ({"values": [[1.0]] * 19 + [[float("nan")]]}, "all finite"),
-        ({"label": ["a"] * 20}, "at least two"),
+        ({"label": ["a"] * 20}, "every label of train in column 'label' is 'a'"),
         ({"label": [None] * 20}, "holds no labels"),
     ],
 )
