@@ -15,7 +15,7 @@ IGNORED = {"_name_or_path", "transformers_version"}  # a folder may be moved, or
 def fingerprint_of(given: nn.Module | PreTrainedTokenizerBase) -> str:
     """A hash of all that decides what a model or tokenizer computes, wherever its files are."""
     if isinstance(given, nn.Module):
-        configurations = (getattr(given, name, None) for name in ("config", "generation_config"))
+        configurations: list[Any] = [getattr(given, name, None) for name in ("config", "generation_config")]
         return outputs_key(given, *(_words(one.to_dict()) for one in configurations if hasattr(one, "to_dict")))
     backend = getattr(given, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": given.get_vocab()}

@@ -200,7 +200,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The arguments that a run was started with. Raises UserError where they cannot be read."""
     path = folder / RECIPE
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): the run cannot be continued") from None
     if not isinstance(recipe, dict):

@@ -305,3 +305,10 @@ def test_a_damaged_stage_is_one_line(tmp_path: Path, name: str, how: str) -> Non
         run.stage("teacher", lambda: Number(8), Number.load)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "stages" / "student").exists()
+
+
+def test_an_empty_recipe_is_called_damaged(tmp_path: Path) -> None:
+    finished(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(UserError, match=r"recipe.yaml is damaged: it holds no arguments"):
+        Run(arguments(tmp_path, resume=True), Inputs())
