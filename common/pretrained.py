@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from common.finite import non_finite_tensor
 from common.hub import no_retries_when_unreachable
 from common.utils.errors import UserError
 
@@ -66,6 +67,8 @@ def load_model(
             return model
     if problem:
         raise UserError(f"the weights of {short(name)} do not fit its config.json: {problem}")
+    if (tensor := non_finite_tensor(model)) is not None:
+        raise UserError(f"the weights of {short(name)} are damaged: {tensor} is not finite")
     return model
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from common.cli import recipe_of, save_recipe
 from common.results import RECIPE, RESULTS
-from common.utils.checksums import CHECKSUMS, read_checksums
+from common.utils.checksums import CHECKSUMS, read_checksums, sha256
 from common.utils.environment import command
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
@@ -91,13 +91,12 @@ class RunFolder:
         Raises UserError where `args` ask for none of these and there is a run, and where a run that is continued was
         started with other arguments. `last_file` is the one that a finished run has.
         """
-        recipe = self.path / RECIPE
         if starts_over(args):
             self.remove(instances)
-        if not recipe.exists():
+        if not self.has_begun:
             if args.resume_from_checkpoint:
                 logger.warning("nothing to continue in %s: starting from the beginning", self.path)
-            save_recipe(recipe, *instances)
+            self.save_arguments(*instances)
         elif not args.resume_from_checkpoint:
             state = "a finished" if (self.path / last_file).exists() else "an unfinished"
             raise UserError(
@@ -105,7 +104,28 @@ class RunFolder:
                 "--overwrite_output_dir, or choose another --output_dir"
             )
         else:
-            refuse_other_arguments(self.path, instances)
+            self.check_arguments(*instances)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there are arguments of a run."""
+        return RECIPE in self.fingerprints or (self.path / RECIPE).exists()
+
+    def save_arguments(self, *instances: Any) -> None:
+        """Writes the recipe, and its fingerprint into the mark."""
+        save_recipe(self.path / RECIPE, *instances)
+        self.check_inputs(**{RECIPE: sha256(self.path / RECIPE)})
+
+    def check_arguments(self, *instances: Any, may_change: Collection[str] = ()) -> None:
+        """Raises UserError where the run began with other arguments than what `may_change`, or where its recipe is not
+        what was written.
+        """
+        recipe = self.path / RECIPE
+        if not recipe.exists() or self.fingerprints.get(RECIPE, found := sha256(recipe)) != found:
+            raise UserError(
+                f"{recipe} is missing, damaged or edited: restore it, or start over with --overwrite_output_dir"
+            )
+        refuse_other_arguments(self.path, instances, may_change)
 
     def check_inputs(self, **fingerprints: str) -> None:
         """Stores the fingerprints of what the run began with, such as data and teacher.
@@ -177,9 +197,15 @@ def starts_over(args: RunSettings) -> bool:
 
 def read_mark(folder: Path) -> dict[str, Any]:
     """The mark of a run's folder. Raises UserError where it is damaged."""
-    mark = read_json(folder / MARK)
+    try:
+        mark = read_json(folder / MARK)
+    except UserError:  # unreadable, or no JSON
+        mark = None
     if not isinstance(mark, dict) or not {"files", "fingerprints"} <= mark.keys():
-        raise UserError(f"{folder / MARK} is not the mark of a run: choose another --output_dir")
+        raise UserError(
+            f"{folder / MARK}, which marks the folder of a run, is damaged: choose another --output_dir, or remove "
+            f"{folder}"
+        )
     return mark
 
 

@@ -158,7 +158,7 @@ def test_a_removal_that_was_killed_is_completed(
         Run(arguments(tmp_path, overwrite=True), Inputs())
     Run(arguments(tmp_path), Inputs(5))  # the earlier run is gone, and no stage of it is found
     assert files(tmp_path) == NEW_RUN
-    assert read_json(tmp_path / MARK)["fingerprints"] == {}
+    assert read_json(tmp_path / MARK)["fingerprints"].keys() == {"recipe.yaml"}
 
 
 # ---------------------------------------------------------------- one process at a time
@@ -245,12 +245,16 @@ def test_other_arguments_are_refused_with_the_command_of_a_new_run(
     assert str(refused.value).endswith(f"python train.py --epochs 3 --output_dir {tmp_path}/run_2")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- a list"])
-def test_a_damaged_recipe_is_one_line(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [None, b"epochs: 2\n", b"\xff\xfe", b"a: [", b"- a list"])
+def test_a_recipe_that_is_not_what_was_written_is_one_line(tmp_path: Path, content: bytes | None) -> None:
     finished(tmp_path)
-    (tmp_path / "recipe.yaml").write_bytes(content)
-    with pytest.raises(UserError, match="recipe.yaml is damaged"):
+    (tmp_path / "recipe.yaml").unlink()
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="recipe.yaml is missing, damaged or edited"):
         Run(arguments(tmp_path, resume=True), Inputs())
+    Run(arguments(tmp_path, overwrite=True), Inputs())
+    assert Run(arguments(tmp_path, resume=True), Inputs()).folder == tmp_path
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
@@ -305,10 +309,3 @@ def test_a_damaged_stage_is_one_line(tmp_path: Path, name: str, how: str) -> Non
         run.stage("teacher", lambda: Number(8), Number.load)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "stages" / "student").exists()
-
-
-def test_an_empty_recipe_is_called_damaged(tmp_path: Path) -> None:
-    finished(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("")
-    with pytest.raises(UserError, match=r"recipe.yaml is damaged: it holds no arguments"):
-        Run(arguments(tmp_path, resume=True), Inputs())

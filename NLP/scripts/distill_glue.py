@@ -149,7 +149,7 @@ def refuse_other_inputs(shared: Path, system: str) -> None:
     mine = read_mark(shared / system)["fingerprints"]
     for mark in sorted(shared.glob(f"*/{MARK}")):
         theirs = read_mark(mark.parent)["fingerprints"]
-        changed = [name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]]
+        changed = [name for name in mine.keys() & theirs.keys() - {RECIPE} if mine[name] != theirs[name]]
         if changed:
             raise UserError(
                 f"{shared / system} cannot share stages with {mark.parent}: {' and '.join(sorted(changed))} changed "

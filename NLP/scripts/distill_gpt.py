@@ -92,6 +92,8 @@ class LanguageTrainingArguments(KDTrainingArguments):
 def main() -> None:
     args, training = parse(Arguments, LanguageTrainingArguments)
     refuse_given("a language model has no bottleneck", training, "value_learning_rate")
+    if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
+        refuse_given("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
     distillation = LanguageDistillation(args, training, corpus)

@@ -16,7 +16,7 @@ CHECKSUMS = "SHA256SUMS"
 def write_checksums(folder: str | Path) -> None:
     """Writes SHA256SUMS for all files below a folder. Call it last: its presence marks the folder as complete."""
     folder = Path(folder)
-    lines = "".join(f"{_sha256(folder / name)}  {name}\n" for name in _files(folder))
+    lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in _files(folder))
     write_text(folder / CHECKSUMS, f"{lines}# {_digest(lines)}\n")
 
 
@@ -51,7 +51,7 @@ def find_damage(folder: str | Path) -> str | None:
         path = Path(folder, name)
         if not path.is_file():
             return f"{path} is missing"
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             return f"{path} is damaged"
     return None
 
@@ -65,6 +65,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

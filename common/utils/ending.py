@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tqdm import tqdm
 from transformers import dynamic_module_utils
 
 from common import end_at_once
@@ -104,6 +105,8 @@ def _on_sigterm(handler: Any) -> None:
 
 
 def _say(line: str) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):  # an open one would stand before the line
+        bar.close()
     try:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:

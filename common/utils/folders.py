@@ -50,7 +50,10 @@ def _replace_folder(new: Path, path: Path, added: list[Path]) -> None:
     """A full folder cannot be renamed over, so the old one is renamed first. `added` files move to the new one."""
     for name in added:
         if os.path.lexists(new / name):
-            raise UserError(f"{path / name} was not written by this project and is in the way: move it elsewhere")
+            raise UserError(
+                f"{path / name} is in the way, and {path / CHECKSUMS} does not list it as written by this project: "
+                f"move {path} elsewhere"
+            )
     old = path.with_name(f".{path.name}.old.{os.getpid()}")
     if path.exists():
         path.rename(old)

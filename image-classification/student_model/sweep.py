@@ -17,13 +17,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from common.cli import refuse_given, save_recipe
+from common.cli import refuse_given
 from common.fingerprints import fingerprint_of
 from common.finite import non_finite_tensor
 from common.methods import Method, chosen, filled, flags_of, refuse_same_methods
 from common.objective import Objective, task_loss
 from common.results import RECIPE
-from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, refuse_other_arguments, starts_over
+from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
 from common.side_by_side import SideBySide, SideBySideObjective
 from common.utils.errors import UserError
 from common.utils.files import read_json, write_json
@@ -141,10 +141,10 @@ def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) ->
         opened = RunFolder(folder, SWEEP_FILES)
         if starts_over(training):
             opened.remove((training, *others))
-        if (folder / RECIPE).exists():
-            refuse_other_arguments(folder, (training, *others), may_change=("learning_rate", "seed"))  # axes
+        if opened.has_begun:
+            opened.check_arguments(training, *others, may_change=("learning_rate", "seed"))  # axes
         else:
-            save_recipe(folder / RECIPE, training, *others)
+            opened.save_arguments(training, *others)
         return opened
 
 

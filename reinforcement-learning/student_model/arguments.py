@@ -174,6 +174,11 @@ class ExperimentArguments(RunArguments):
             refuse_given("--teacher_temperature is given", self, "teacher_entropy")
         if self.method == "ppd":
             refuse_given("--method ppd has a loss and a driver of its own", self, "loss", "driver", "value_weight")
+            if self.no_control:
+                reason = (
+                    "--method ppd trains with PPO's hyper-parameters, and --no_control leaves out behaviour cloning"
+                )
+                refuse_given(reason, self, "learning_rate", "updates", "batch_size", "buffer_size")
         else:
             refuse_given("--method is not ppd", self, "teacher_weight")
         if self.seeds:
