@@ -68,7 +68,7 @@ def results(folder: Path) -> dict:
 def test_keys_carried_leaves_a_complete_run(carried, small):
     found = results(carried)
     assert found["method"] == "keys_carried"
-    assert found["data"]["train"] == 410
+    assert found["data"]["train"] == 246
     scores = {role: model["metrics"]["validation"]["accuracy"] for role, model in found["models"].items()}
     assert found["retention"] == scores["student"] / scores["teacher"]
     assert found["gain_over_control"] == scores["student"] - scores["control"]
