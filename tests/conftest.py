@@ -36,7 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "few_intents"
     for split, rows in load_intents().items():
         labels = np.array(rows["intent"])
-        chosen = [i for c in range(41) for i in np.flatnonzero(labels == c)[: 10 if split == "train" else 3]]
+        chosen = [i for c in range(41) for i in np.flatnonzero(labels == c)[: 6 if split == "train" else 2]]
         rows.select(chosen).to_parquet(folder / f"{split}.parquet")
     return folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from paths import REPO
+from processes import run_code
 
 DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("*/README.md")})
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
@@ -59,32 +60,38 @@ import os, runpy, sys
 import accelerate, datasets, matplotlib.figure, pandas, scipy.optimize, sklearn.metrics, stable_baselines3
 import torch._dynamo, torch.distributed.tensor, transformers
 {before}
-failed = []
+groups = {{}}
 for number, script in enumerate(sys.argv[1:]):
-    child = os.fork()  # spares each script the imports above
+    groups.setdefault({group}, []).append((number, script))
+failed = []
+for scripts in groups.values():
+    child = os.fork()  # spares the scripts the imports above
     if not child:
-        for stream in (1, 2):
-            os.dup2(os.open(f"{{number}}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as stopped:
+        code = 0
+        for number, script in scripts:
+            for stream in (1, 2):
+                os.dup2(os.open(f"{{number}}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as stopped:
+                code = code or stopped.code or 0
             sys.stdout.flush()
-            os._exit(stopped.code or 0)  # without taking everything apart
+        os._exit(code)  # without taking everything apart
     if os.waitpid(child, 0)[1]:
-        failed.append(script)
+        failed += [script for _, script in scripts]
 sys.exit(" ".join(failed) or 0)
 """
-ALONE = "assert not {'common', 'torchvision'} & sys.modules.keys()"
-AFTER_COMMON = "import common.run, timm"  # what takes most of the time
+ALONE = {"before": "assert not {'common', 'torchvision'} & sys.modules.keys()", "group": "number"}
+AFTER_COMMON = {"before": "import common.run, timm", "group": "os.path.dirname(script)"}  # what takes most of the time
 
 
-@pytest.mark.parametrize("before", [AFTER_COMMON, pytest.param(ALONE, marks=pytest.mark.slow)], ids=["quick", "alone"])
+@pytest.mark.parametrize("start", [AFTER_COMMON, pytest.param(ALONE, marks=pytest.mark.slow)], ids=["quick", "alone"])
 def test_scripts_start_also_where_nothing_has_imported_common_and_have_the_flags_that_are_documented(
-    tmp_path: Path, before: str
+    tmp_path: Path, start: dict[str, str]
 ):
     scripts = [*SCRIPTS, *BENCHMARKS]
-    command = [sys.executable, "-c", START.format(before=before), *map(str, scripts)]
+    command = [sys.executable, "-c", START.format(**start), *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stderr[-2000:]
     for number, script in enumerate(scripts):
@@ -94,10 +101,9 @@ def test_scripts_start_also_where_nothing_has_imported_common_and_have_the_flags
         assert not missing, f"{script.name} has no {missing}"
 
 
-def test_the_example_of_common_distills(tmp_path: Path):
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
+def test_the_example_of_common_distills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool):
     (code,) = re.findall(r"```python\n(.*?)```", (REPO / "common" / "README.md").read_text(), re.S)
-    (tmp_path / "example.py").write_text(code)
-    done = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True, cwd=tmp_path, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = dict(re.findall(r"^(teacher|control|student) ([\d.]+)$", done.stdout, re.M))
+    monkeypatch.chdir(tmp_path)
+    said = dict(re.findall(r"^(teacher|control|student) ([\d.]+)$", run_code(code, fork=fork), re.M))
     assert 0.4 < float(said["control"]) < float(said["student"]) < float(said["teacher"])

@@ -80,7 +80,7 @@ SMALL: dict[str, Any] = {
         ("NLP/scripts/distill_classifier.py", ["--teacher", "MODEL"]),
         ("NLP/scripts/distill_classifier.py", ["--student", "MODEL"]),
         ("NLP/scripts/distill_bottleneck.py", ["--teacher", "MODEL"]),
-        ("NLP/scripts/distill_gpt.py", ["--teacher", "MODEL"]),
+        ("NLP/scripts/distill_gpt.py", ["--teacher", "MODEL", "--dataset", "TEXTS"]),
         ("NLP/scripts/distill_translation.py", ["--teacher", "MODEL"]),
         ("NLP/scripts/search.py", ["--teacher", "MODEL"]),
         ("image-classification/scripts/train_student.py", ["--teacher", "MODEL"]),
@@ -102,7 +102,10 @@ def test_code_beside_a_model_does_not_run(
         tokenizer_config=TOKENIZER,
         preprocessor_config=auto_map("AutoImageProcessor"),
     )
-    refused(capsys, script, *(str(folder) if word == "MODEL" else word for word in words))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "train.txt").write_text("one two three four five six seven eight\n" * 100)
+    refused(capsys, script, *({"MODEL": str(folder), "TEXTS": str(texts)}.get(word, word) for word in words))
     assert not mark.exists()
 
 

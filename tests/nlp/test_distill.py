@@ -68,7 +68,7 @@ def results(folder: Path) -> dict:
 def test_keys_carried_leaves_a_complete_run(carried, small):
     found = results(carried)
     assert found["method"] == "keys_carried"
-    assert found["data"]["train"] == 410
+    assert found["data"]["train"] == 246
     scores = {role: model["metrics"]["validation"]["accuracy"] for role, model in found["models"].items()}
     assert found["retention"] == scores["student"] / scores["teacher"]
     assert found["gain_over_control"] == scores["student"] - scores["control"]
@@ -160,17 +160,8 @@ def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recip
     config = DistilBertConfig(vocab_size=4000, dim=width, hidden_dim=32, n_layers=2, n_heads=2)
     DistilBertModel(config).save_pretrained(student)
     AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
-    words = [
-        "--teacher",
-        bert,
-        "--teacher_epochs",
-        "1",
-        "--student",
-        student,
-        "--num_train_epochs",
-        "1",
-    ]
-    words += [] if recipe == "base" else ["--codebooks", "8"]
+    words = ["--teacher", bert, "--teacher_epochs", 1, "--student", student]
+    words += ["--num_train_epochs", 1] if recipe == "base" else ["--codebooks", 8]
     distill(recipe, "--dataset", small, "--output_dir", tmp_path / "run", *words)
     saved = tmp_path / "run" / "student"
     measured = results(tmp_path / "run")["models"]

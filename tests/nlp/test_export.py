@@ -195,11 +195,11 @@ def test_one_format_and_another_in_its_place(scoped, tmp_path):
     student, folder = saved("distilbert", scoped, tmp_path / "student"), tmp_path / "elsewhere"
     export(student, scoped, "--formats", "onnx-int8", "--output_dir", folder)
     assert list(figures(folder)) == ["student", "onnx-int8"]
-    assert {path.suffix for path in folder.iterdir()} == {".onnx", ".json", ".md"}
+    assert {path.suffix for path in folder.iterdir()} == {".onnx", ".json", ".md", ""}  # and SHA256SUMS
     assert not (folder / "model.onnx").exists()
     export(student, scoped, "--formats", "torch-int8", "--output_dir", folder, "--overwrite_output_dir")
     assert list(figures(folder)) == ["student", "torch-int8"]
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".md"}
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".md", ""}
 
 
 # ---- what is refused ----

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,12 +88,25 @@ FILES: list[tuple[Callable[..., Any], str]] = [(distilled, name) for name in ("s
 FILES += [(trained, name) for name in ("state.json", "model.zip", "arrays.npz")]
 
 
+@pytest.fixture(scope="module")
+def whole_and_killed(tmp_path_factory) -> Callable[[Callable[..., Any]], tuple[dict[str, torch.Tensor], Path]]:
+    """What a training ends in, and the folder of the same training killed before it has ended."""
+
+    @cache
+    def run(make: Callable[..., Any]) -> tuple[dict[str, torch.Tensor], Path]:
+        folder = tmp_path_factory.mktemp("runs")
+        with pytest.raises(Killed):
+            make(folder / "killed", 4)
+        return make(folder / "whole"), folder / "killed"
+
+    return run
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(("make", "file"), FILES, ids=[file for _, file in FILES])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(make, file, damage, tmp_path, caplog):
-    whole = make(tmp_path / "whole")
-    with pytest.raises(Killed):
-        make(tmp_path / "killed", 4)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(make, file, damage, whole_and_killed, tmp_path, caplog):
+    whole, killed = whole_and_killed(make)
+    shutil.copytree(killed, tmp_path / "killed")
     newest = max((tmp_path / "killed").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     DAMAGE[damage](newest / file)
     with caplog.at_level(logging.WARNING):
@@ -100,10 +115,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make, file, damage, t
 
 
 @pytest.mark.parametrize("make", [distilled, trained])
-def test_where_no_checkpoint_is_whole_training_starts_again(make, tmp_path, caplog):
-    whole = make(tmp_path / "whole")
-    with pytest.raises(Killed):
-        make(tmp_path / "killed", 4)
+def test_where_no_checkpoint_is_whole_training_starts_again(make, whole_and_killed, tmp_path, caplog):
+    whole, killed = whole_and_killed(make)
+    shutil.copytree(killed, tmp_path / "killed")
     for path in (tmp_path / "killed").iterdir():
         (path / "SHA256SUMS").unlink()
     with caplog.at_level(logging.WARNING):

@@ -153,8 +153,9 @@ def test_a_normalized_continuous_teacher_and_a_student_without_its_statistics():
 
 @pytest.mark.parametrize(("algorithm", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1")])
 def test_other_algorithms_teach(algorithm, environment):
+    settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
     run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
-               "--teacher_steps", 150, "--hyperparameters", '{"buffer_size": 500, "learning_starts": 50}',
+               "--teacher_steps", 150, "--hyperparameters", json.dumps(settings),
                "--episodes", 2, "--watch_episodes", 1)  # fmt: skip
     folder = RUNS / f"teacher_{environment}_{algorithm}"
     assert read_json(folder / "results.json")["models"]["student"] is None
@@ -168,19 +169,19 @@ def test_other_algorithms_teach(algorithm, environment):
 
 def test_several_environments_share_one_body(capsys):
     teachers = []
-    for name in ("CartPole-v1", "Acrobot-v1"):
+    for name in ("CartPole-v1", "MountainCar-v0"):
         PPO("MlpPolicy", name, n_steps=32, batch_size=32, device="cpu").learn(64).save(f"{name}.zip")
         teachers.append(f"{name}.zip")
-    distill("--environment", "CartPole-v1", "Acrobot-v1", "--teacher", *teachers, "--output_dir", "both")
-    names = ("CartPole-v1", "Acrobot-v1")
+    distill("--environment", "CartPole-v1", "MountainCar-v0", "--teacher", *teachers, "--output_dir", "both")
+    names = ("CartPole-v1", "MountainCar-v0")
     students = [PPO.load(f"both/{name}/student/student.zip", device="cpu").policy for name in names]
-    cart, acrobot = (student.mlp_extractor.policy_net for student in students)
-    assert torch.equal(cart[2].weight, acrobot[2].weight) and cart[0].weight.shape != acrobot[0].weight.shape
+    pole, car = (student.mlp_extractor.policy_net for student in students)
+    assert torch.equal(pole[2].weight, car[2].weight) and pole[0].weight.shape != car[0].weight.shape
     assert [student.action_net.out_features for student in students] == [2, 3]
     for name in names:
         assert read_json(f"both/{name}/results.json")["task"] == name
     capsys.readouterr()
-    words = ["--environment", "CartPole-v1", "Acrobot-v1", "--output_dir", "both"]
+    words = ["--environment", "CartPole-v1", "MountainCar-v0", "--output_dir", "both"]
     assert "holds a finished run" in line_of(capsys, *words, "--teacher", *teachers)
 
 
