@@ -33,6 +33,15 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_writable(path: str | Path, flag: str) -> None:
+    """Raises UserError where a file or folder cannot be made at a path, the value of a flag, for want of a folder that
+    may be written to. Missing folders do not count: they can be made.
+    """
+    there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written: {there} is no folder that may be written to")
+
+
 def read_json(path: str | Path) -> Any:
     """Reads JSON; a file that is missing or corrupt is a UserError."""
     try:

@@ -17,7 +17,7 @@ from common.cli import parse, refuse_given, run
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
-from image_classification.student_model.experiment import Experiment, refuse_uncounted
+from image_classification.student_model.experiment import Experiment, check_teacher_views
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDWeights
 from image_classification.student_model.sweep import for_pair, method_of, refuse_unheard_flags, sweep
@@ -81,7 +81,7 @@ def main() -> None:
     refuse_unheard_flags([args.method], training)
     data = data_args.load()
     if args.teacher_views:
-        refuse_uncounted(data, training)
+        check_teacher_views(args.teacher_views, data, training)
     if args.method == PLAIN:
         refuse_given(f"--method {PLAIN} has no teacher", training, "teacher", "teacher_epochs", "no_control")
         new_classifier(pair.student, data.config)  # an unknown one is refused before anything is written

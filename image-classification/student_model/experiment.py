@@ -24,6 +24,7 @@ from common.teacher_outputs import outputs_key
 from common.teacher_views import TeacherViews
 from common.utils.devices import best_device
 from common.utils.errors import UserError
+from common.utils.files import check_writable
 from image_classification.data.dataset import ImageViews
 from image_classification.data.large import LargeImageData, shorter_side
 from image_classification.data.loading import ImageData
@@ -145,7 +146,7 @@ class Experiment:
         return self.stage(stage, build_and_fit)
 
     def teacher_views(self, teacher: ImageClassifier, folder: Path) -> TeacherViews:
-        """The table of what a teacher says about each view of training images that `refuse_uncounted` let pass."""
+        """The table of what a teacher says about each view of training images that `check_teacher_views` let pass."""
         views = self._training_views(torch.device("cpu"))
         assert isinstance(views, Views), "images whose views can be counted have these"
         key = outputs_key(teacher, self.data.fingerprint, self.data.config, views.number_of_views, self.args.precision)
@@ -235,8 +236,11 @@ class Experiment:
         )
 
 
-def refuse_uncounted(data: ImageData, training: ImageTrainingArguments) -> None:
-    """Raises UserError where views cannot be counted, so that a teacher's logits of them are no table."""
+def check_teacher_views(folder: Path, data: ImageData, training: ImageTrainingArguments) -> None:
+    """Raises UserError where the folder of --teacher_views cannot be written, and where views cannot be counted, so
+    that a teacher's logits of them are no table.
+    """
+    check_writable(folder, "--teacher_views")
     if isinstance(data, LargeImageData) or training.strong_views:
         raise UserError(
             "views of large images and those of --strong_views cannot be counted, so there is no table of them: leave "

@@ -42,7 +42,7 @@ from image_classification.student_model.cells import (
     results_file,
 )
 from image_classification.student_model.evaluation import evaluate, guessing
-from image_classification.student_model.experiment import Experiment, read_stage, refuse_uncounted
+from image_classification.student_model.experiment import Experiment, check_teacher_views, read_stage
 from image_classification.student_model.methods import METHODS, Pair
 from image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from image_classification.student_model.sweep_report import show
@@ -76,7 +76,7 @@ def sweep(
     refuse_given("students of a sweep have no values of their own", training, "value_learning_rate")
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
-        refuse_uncounted(data, training)
+        check_teacher_views(teacher_views, data, training)
     cells, teacher_name = list(cells_of(axes)), pair.teacher
     sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
     beside = {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common.utils.errors import UserError
-from common.utils.files import write_bytes
+from common.utils.files import check_writable, write_bytes
 from reinforcement_learning.data.playing import Act
 from reinforcement_learning.environments.vector import Environments, find_spec, time_limit
 from reinforcement_learning.teacher_model.policies import environment_actions
@@ -28,9 +28,7 @@ def check_video(path: str) -> None:
         raise UserError(f"--video writes an mp4 or a gif: give {file.stem or 'episode'}.mp4, not {path}")
     if file.is_dir():
         raise UserError(f"--video {path} is a folder: give the name of a file")
-    there = next(folder for folder in file.absolute().parents if folder.exists())  # what is missing below is made
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--video {path} cannot be written: {there} is no folder that may be written to")
+    check_writable(file, "--video")
 
 
 def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
