@@ -2,6 +2,8 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
@@ -39,6 +41,32 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chosen = [i for c in range(41) for i in np.flatnonzero(labels == c)[: 6 if split == "train" else 2]]
         rows.select(chosen).to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_once() -> Iterator[None]:
+    """Each script that a test runs would write the embedded digits as PNG and read them again: half a CPU-second."""
+    from image_classification.data import loading, rows, sources
+
+    digits, decode = cache(sources.embedded_digits), loading._decode
+    decoded: dict[tuple[bytes, int | None], loading.Images] = {}
+
+    @cache
+    def fingerprint() -> str:
+        return rows._encoded(digits(), "image")._fingerprint
+
+    def decode_once(split: rows.Rows, size: int | None) -> loading.Images:
+        if split.source._fingerprint != fingerprint():
+            return decode(split, size)
+        key = split.places.numpy().tobytes(), size
+        if key not in decoded:
+            decoded[key] = decode(split, size)
+        return loading.Images(decoded[key].pixels.clone(), split.labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "embedded_digits", digits)
+        patch.setattr(loading, "_decode", decode_once)
+        yield
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from paths import REPO
 INIT = Figure.__init__
 
 
-def _rough(figure: Figure, *sizes: Any, dpi: float | None = None, layout: str | None = None, **others: Any) -> None:
+def _rough(figure: Figure, figsize: Any = None, dpi: Any = None, layout: Any = None, **others: Any) -> None:
     """Of few pixels, without the arrangement of its parts, which together take half of the time of a figure."""
-    INIT(figure, *sizes, dpi=80, **others)
+    INIT(figure, figsize, 80, **others)
 
 
 def run_script(path: str, *words: object) -> None:

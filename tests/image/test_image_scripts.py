@@ -29,6 +29,7 @@ from image_classification.student_model.sweep_report import noise
 from image_classification.teacher_model.classifier import ImageClassifier
 from image_classification.teacher_model.teacher import load_trained
 
+pytestmark = pytest.mark.usefixtures("digits_once")
 SCRIPTS = REPO / "image-classification" / "scripts"
 SHORT = ["--train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]
 PAIR = ["--student", "resnet8"]

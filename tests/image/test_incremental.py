@@ -29,6 +29,7 @@ from image_classification.student_model.incremental import (
 )
 from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 
+pytestmark = pytest.mark.usefixtures("digits_once")
 SMALL = {"codebooks": 8, "pairs": 16, "key_dim": 6}
 SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", value)]
 

@@ -15,6 +15,8 @@ from PIL import Image
 from common.cli import run
 from image_classification.scripts import prepare_data
 
+pytestmark = pytest.mark.usefixtures("digits_once")
+
 
 @pytest.fixture
 def colour(tmp_path: Path) -> str:

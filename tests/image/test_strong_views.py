@@ -16,6 +16,7 @@ from image_classification.data.loading import load_image_data
 from image_classification.data.strong_views import AUGMENTATIONS, StrongViews, cut_out, draw_changes
 from image_classification.data.views import Views
 
+pytestmark = pytest.mark.usefixtures("digits_once")
 CPU = torch.device("cpu")
 
 
