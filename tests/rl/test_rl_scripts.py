@@ -13,7 +13,7 @@ import pytest
 import torch
 from paths import REPO
 from PIL import Image
-from scripts import run_script
+from scripts import recipe_of, run_script
 from stable_baselines3 import PPO, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -46,7 +46,7 @@ def cart_pole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def distill(*words: object) -> None:
-    run_script(f"{SCRIPTS}/distill_policy.py", *LITTLE, *words)
+    run_script(f"{SCRIPTS}/distill_policy.py", recipe_of(*LITTLE), *words)
 
 
 def line_of(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
