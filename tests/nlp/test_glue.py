@@ -124,7 +124,8 @@ def test_systems_with_changed_data_share_no_stages(glue, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         distill(data, *words, "--systems", "keys_carried")
     assert stopped.value.code == 2
-    assert "cannot share stages" in (error := capsys.readouterr().err) and "data and teacher_tokenizer changed" in error
+    error = capsys.readouterr().err
+    assert "cannot share stages" in error and "data and teacher_tokenizer changed" in error
 
 
 def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
