@@ -54,11 +54,18 @@ def run(main: Callable[[], None]) -> None:
     before, own = signal.getsignal(signal.SIGTERM), os.getpid()
     _on_sigterm(lambda *_: _terminate(own))
     try:
+        _main_or_one_line(main)
+    except KeyboardInterrupt as interrupt:  # also one that comes while an error is explained
+        _end_interrupted(isinstance(interrupt, Terminated))
+    finally:
+        _on_sigterm(before)
+
+
+def _main_or_one_line(main: Callable[[], None]) -> None:
+    try:
         main()
         end_processes()
         sys.stdout.flush()
-    except KeyboardInterrupt as interrupt:
-        _end_interrupted(isinstance(interrupt, Terminated))
     except BrokenPipeError as error:
         if error.filename is not None:
             fail(explained(error) or str(error))
@@ -69,8 +76,6 @@ def run(main: Callable[[], None]) -> None:
         if line is None:
             raise
         fail(line)
-    finally:
-        _on_sigterm(before)
 
 
 def _end_interrupted(by_sigterm: bool) -> NoReturn:
