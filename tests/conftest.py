@@ -1,12 +1,17 @@
 """Shared by all tests. `common` comes first: it lets torchvision, and so transformers' Trainer, load on a CPU."""
 
+import contextlib
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, on models too small for several threads
 
 import common  # noqa: E402, F401, I001
