@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.training_checks import RANGES, check_optimizer, check_report_to, refuse_unsupported
 from common.utils.precision import resolve_precision
 from common.utils.ranges import Positive, Range, Seed, Share, check_declared
@@ -104,16 +104,16 @@ class KDTrainingArguments(TrainingArguments):
                 "of it is better, --greater_is_better false): there is no loss on validation"
             )
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         """Raises UserError for a flag of the command line that another flag leaves without effect."""
         if self.max_steps > 0:
-            refuse_given("--max_steps says how long every stage trains", self, "num_train_epochs")
+            reject_unused("--max_steps says how long every stage trains", self, "num_train_epochs")
         for name in ("eval", "logging", "save"):
             if getattr(self, f"{name}_strategy") != "steps":
-                refuse_given(f"--{name}_strategy is not steps", self, f"{name}_steps")
+                reject_unused(f"--{name}_strategy is not steps", self, f"{name}_steps")
         if self.lr_milestones is not None:
             reason = "--lr_milestones are the schedule"
-            refuse_given(reason, self, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+            reject_unused(reason, self, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
     @property
     def selection(self) -> str:

@@ -80,7 +80,7 @@ def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 @contextmanager
-def refusing_single_values(samples: int, *modules: nn.Module) -> Iterator[None]:
+def checking_batch_norm_inputs(samples: int, *modules: nn.Module) -> Iterator[None]:
     """Raises UserError where a batch of `samples` gives a batch norm, in training, one value per channel and sample: a
     batch of one would have no variance.
     """

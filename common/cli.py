@@ -100,7 +100,8 @@ class Parser(HfArgumentParser):
 def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
     """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: the program's own arguments).
 
-    A type may have a method `refuse_ignored`, which calls `refuse_given` for flags that others leave without effect.
+    A type may have a method `check_unused_flags`, which calls `reject_unused` for flags that have no effect next to
+    others.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types)
@@ -118,18 +119,18 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
         fail(explained(error) or str(error))  # all but the first two: a __post_init__
     parsed[:] = instances
     for instance in instances:
-        instance.given = given
-        if hasattr(instance, "refuse_ignored"):
-            instance.refuse_ignored()
+        instance.explicit_flags = given
+        if hasattr(instance, "check_unused_flags"):
+            instance.check_unused_flags()
     return instances
 
 
-def refuse_given(reason: str, arguments: Any, *names: str) -> None:
+def reject_unused(reason: str, arguments: Any, *names: str) -> None:
     """Raises UserError where one of these flags, which has no effect for that reason, stood on the command line. In a
     recipe it may stand: one recipe serves several command lines.
     """
     for name in names:
-        if name in vars(arguments).get("given", ()):
+        if name in vars(arguments).get("explicit_flags", ()):
             raise UserError(f"--{name} has no effect, because {reason}: leave it out")
 
 

@@ -12,7 +12,7 @@ from types import FrameType
 
 
 @contextmanager
-def remembering_interrupts() -> Iterator[threading.Event]:
+def deferred_interrupts() -> Iterator[threading.Event]:
     """Yields an event that is set once Ctrl-C was pressed, which raises KeyboardInterrupt as ever, and once more at
     the end of the block if it got lost. In other threads, and where Ctrl-C means something else, nothing changes.
     """

@@ -107,7 +107,7 @@ def filled(spec: str, published: Sequence[str], methods: Mapping[str, Callable[.
     return ":".join([name, *(f"{key}={value}" for key, value in (open_ones | own).items())])
 
 
-def refuse_same_methods(methods: Iterable[tuple[str, Callable[..., Any]]]) -> None:
+def check_methods_differ(methods: Iterable[tuple[str, Callable[..., Any]]]) -> None:
     """Raises UserError where two specs give one method the same settings, however they are written. `methods` are
     specs and what `chosen` makes of them.
     """

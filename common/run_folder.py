@@ -68,7 +68,7 @@ class RunFolder:
 
     def __init__(self, path: Path, files: Iterable[str] = ()) -> None:
         self.path, self.files = path, tuple(files)
-        refuse_other_contents(path)
+        check_is_run_or_empty(path)
         marked = (path / MARK).exists()
         if marked:
             list(_written(path, self.files))  # refuses symbolic links
@@ -181,7 +181,7 @@ class RunFolder:
                     )
 
 
-def refuse_other_contents(path: Path) -> None:
+def check_is_run_or_empty(path: Path) -> None:
     """Raises UserError where a path is no folder, or a folder that holds something other than a run."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --output_dir")

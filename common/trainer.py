@@ -22,13 +22,13 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput, has_length
 
 from common.arguments import KDTrainingArguments
-from common.batch_norm import TOO_SMALL, refusing_single_values, release_batch_norms, synchronize_batch_norms
+from common.batch_norm import TOO_SMALL, checking_batch_norm_inputs, release_batch_norms, synchronize_batch_norms
 from common.batching import LengthGroupedSampler
 from common.bottleneck import DiscreteKeyValueBottleneck
 from common.checkpoints import CheckpointTrainer, last_checkpoint
 from common.features import FeatureHooks
 from common.finite import NonFiniteLoss
-from common.interrupts import raise_if, remembering_interrupts
+from common.interrupts import deferred_interrupts, raise_if
 from common.objective import IGNORED, Objective
 from common.outputs import Outputs
 from common.side_by_side import SideBySideObjective
@@ -97,7 +97,7 @@ class KDTrainer(CheckpointTrainer):
             synchronize_batch_norms(self.model, objective)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        with remembering_interrupts() as self._interrupted:
+        with deferred_interrupts() as self._interrupted:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- one step ----
@@ -124,7 +124,7 @@ class KDTrainer(CheckpointTrainer):
         ends_with_one = samples - (batches - 1) * batch == 1 and not self.args.dataloader_drop_last
         if not ends_with_one or batches > self.state.max_steps * self.args.gradient_accumulation_steps:
             return nullcontext()
-        return refusing_single_values(min(batch, samples), self.model, self.objective)
+        return checking_batch_norm_inputs(min(batch, samples), self.model, self.objective)
 
     # ---- the loss of one micro-batch ----
 

@@ -8,16 +8,16 @@ base, without any bottleneck, is distill_classifier.py.
 """
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
 from nlp.student_model.bottleneck_distillation import BottleneckDistillation
 
 
 def main() -> None:
     text, pair, bottleneck, training = parse(TextArguments, PairArguments, BottleneckArguments, KDTrainingArguments)
-    refuse_given("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
+    reject_unused("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":
-        refuse_given("--keys reused trains no student's values", training, "alpha", "temperature")
+        reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
     data = text.load()
     distillation = BottleneckDistillation(text, pair, bottleneck, training, data)
     teacher = distillation.teacher()

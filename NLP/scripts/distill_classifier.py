@@ -8,7 +8,7 @@ The recipes base, clinc and sentiment have `distill_*.sh` of their names.
 """
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.methods import flags_of
 from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from nlp.student_model.classifier_distillation import ClassifierDistillation
@@ -16,9 +16,9 @@ from nlp.student_model.classifier_distillation import ClassifierDistillation
 
 def main() -> None:
     text, pair, matching, training = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments)
-    refuse_given("a plain student has no bottleneck", training, "value_learning_rate")
+    reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     own = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
-    refuse_given(f"--method {matching.method} has settings of its own", training, *sorted(own))
+    reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(own))
     data = text.load()
     distillation = ClassifierDistillation(text, pair, matching, training, data)
     teacher = distillation.teacher()

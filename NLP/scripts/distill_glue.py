@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import PartialState
 
 from common.arguments import KDTrainingArguments, check_seeds
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.results import RECIPE, RESULTS
 from common.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
 from common.utils.errors import UserError
@@ -74,8 +74,8 @@ def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
         GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
     )
-    refuse_given("--tasks names the datasets, --seeds the seeds", training, "seed", "dataset", "text_columns")
-    refuse_given("--systems says it", bottleneck, "bottleneck", "keys")
+    reject_unused("--tasks names the datasets, --seeds the seeds", training, "seed", "dataset", "text_columns")
+    reject_unused("--systems says it", bottleneck, "bottleneck", "keys")
     folder = Path(training.output_dir or "runs/NLP/glue")
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.sources import print_notes
 from common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
 from nlp.data.corpora import EMBEDDED, load_corpus
@@ -64,17 +64,17 @@ class Arguments:
         if self.teacher == "scratch" and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if self.teacher != SCRATCH:
-            refuse_given("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+            reject_unused("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
         if self.student != SCRATCH:
-            refuse_given("--student is not scratch", self, "student_width")
+            reject_unused("--student is not scratch", self, "student_width")
         if self.student not in (CUT, SCRATCH):
-            refuse_given("--student names a model", self, "student_layers")
+            reject_unused("--student names a model", self, "student_layers")
         if SCRATCH not in (self.teacher, self.student):
-            refuse_given("no model has random weights", self, "dropout", "scratch_learning_rate")
+            reject_unused("no model has random weights", self, "dropout", "scratch_learning_rate")
         if self.divergence != "js":
-            refuse_given("--divergence is not js", self, "js_beta")
+            reject_unused("--divergence is not js", self, "js_beta")
 
 
 @dataclass
@@ -91,9 +91,9 @@ class LanguageTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, LanguageTrainingArguments)
-    refuse_given("a language model has no bottleneck", training, "value_learning_rate")
+    reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
-        refuse_given("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
+        reject_unused("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
     distillation = LanguageDistillation(args, training, corpus)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.sources import print_notes
 from common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
 from nlp.data.translation import NUMBER_WORDS, load_translation_data
@@ -63,19 +63,19 @@ class Arguments:
         if self.teacher == SCRATCH and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if self.teacher != SCRATCH:
-            refuse_given("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+            reject_unused("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
         if not self.teacher_epochs:
-            refuse_given("--teacher_epochs is 0", self, "teacher_learning_rate")
+            reject_unused("--teacher_epochs is 0", self, "teacher_learning_rate")
         if self.student != SCRATCH:
-            refuse_given("--student is not scratch", self, "student_width")
+            reject_unused("--student is not scratch", self, "student_width")
         if self.student not in (CUT, SCRATCH):
-            refuse_given("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
+            reject_unused("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
         if SCRATCH not in (self.teacher, self.student):
-            refuse_given("no model is from scratch", self, "dropout")
+            reject_unused("no model is from scratch", self, "dropout")
         if self.method == "sequence":
-            refuse_given("--method sequence learns from translations alone", self, "alpha", "temperature")
+            reject_unused("--method sequence learns from translations alone", self, "alpha", "temperature")
 
 
 @dataclass
@@ -98,7 +98,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
 
 def main() -> None:
     args, training = parse(Arguments, TranslationTrainingArguments)
-    refuse_given("a translator has no bottleneck", training, "value_learning_rate")
+    reject_unused("a translator has no bottleneck", training, "value_learning_rate")
     data = load_translation_data(args.dataset, args.source, args.target)
     print_notes(data.name, data.notes)
     distillation = TranslationDistillation(args, training, data)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from transformers import set_seed
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.student_model.arguments import SearchArguments, TextArguments
@@ -28,9 +28,9 @@ from nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifie
 
 def main() -> None:
     text, args, training = parse(TextArguments, SearchArguments, KDTrainingArguments)
-    refuse_given("--search varies it", training, *args.search)
+    reject_unused("--search varies it", training, *args.search)
     reason = "trials keep no checkpoints, and have no bottleneck"
-    refuse_given(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
+    reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
     if training.load_best_model_at_end:
         raise UserError("trials keep no checkpoints: leave out --load_best_model_at_end")
     if training.world_size > 1:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.filling import Keys
 from common.logit_methods import LOGIT_METHODS
 from common.relation_methods import RELATION_METHODS
@@ -61,22 +61,22 @@ class PairArguments:
         if self.student and self.student_layers:
             raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if not self.align_epochs:
-            refuse_given("--align_epochs is 0", self, "align_learning_rate")
+            reject_unused("--align_epochs is 0", self, "align_learning_rate")
         if self.student:
-            refuse_given("the control starts as --student does", self, "control_from")
+            reject_unused("the control starts as --student does", self, "control_from")
 
     def refuse_ignored_of(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
         """Raises UserError for flags that are not those of what was loaded: `teacher_...`, or any model."""
         if teacher_is_trained:
-            refuse_given(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "scratch_epochs")
+            reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "scratch_epochs")
         elif teacher_from_scratch:
-            refuse_given(f"{self.teacher} has random weights and --scratch_epochs", self, "teacher_epochs")
+            reject_unused(f"{self.teacher} has random weights and --scratch_epochs", self, "teacher_epochs")
         else:
-            refuse_given(f"{self.teacher} has no random weights", self, "scratch_epochs")
+            reject_unused(f"{self.teacher} has no random weights", self, "scratch_epochs")
         if not from_scratch:
-            refuse_given("no model has random weights", self, "scratch_learning_rate")
+            reject_unused("no model has random weights", self, "scratch_learning_rate")
 
 
 @dataclass
@@ -102,11 +102,11 @@ class BottleneckArguments:
         if self.freeze_teacher_encoder and self.bottleneck != "both":
             raise ValueError("--freeze_teacher_encoder leaves a plain teacher untrained: it needs --bottleneck both")
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if self.split == "segment":
-            refuse_given("a key of --split segment is as wide as a segment", self, "key_dim")
+            reject_unused("a key of --split segment is as wide as a segment", self, "key_dim")
         if self.decoder == "mean":
-            refuse_given("a value of --decoder mean is as wide as there are labels", self, "value_dim")
+            reject_unused("a value of --decoder mean is as wide as there are labels", self, "value_dim")
 
     @property
     def system(self) -> str:
@@ -145,11 +145,11 @@ class MatchingArguments:
         default="uniform", metadata={"help": "layers at the same relative depth, or PKD's last or skip"}
     )
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:
-            refuse_given("--hidden_weight and --embedding_weight are 0", self, "hidden_loss")
+            reject_unused("--hidden_weight and --embedding_weight are 0", self, "hidden_loss")
         if not self.hidden_weight and not self.attention_weight:
-            refuse_given("--hidden_weight and --attention_weight are 0", self, "layer_map")
+            reject_unused("--hidden_weight and --attention_weight are 0", self, "layer_map")
 
 
 @dataclass
@@ -180,10 +180,10 @@ class SearchArguments:
         for name in self.search:
             self._check_range(name, getattr(self, f"{name}_range"))
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         for name in SEARCHABLE:
             if name not in self.search:
-                refuse_given(f"--search leaves out {name}", self, f"{name}_range")
+                reject_unused(f"--search leaves out {name}", self, f"{name}_range")
 
     def _check_range(self, name: str, limits: list[float]) -> None:
         shown = " ".join(map(str, limits))

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from common.arguments import KDTrainingArguments
 from common.bottleneck import DiscreteKeyValueBottleneck
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
 from nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
@@ -38,10 +38,10 @@ class BottleneckDistillation(Distillation):
         super().refuse_what_cannot_be(training)
         own = self.given_student
         if self.given.trained:
-            refuse_given(f"teacher {self.pair.teacher} is kept as it is", self.bottleneck, "freeze_teacher_encoder")
+            reject_unused(f"teacher {self.pair.teacher} is kept as it is", self.bottleneck, "freeze_teacher_encoder")
         elif self.bottleneck.freeze_teacher_encoder:
             reason = "--freeze_teacher_encoder leaves the teacher's encoder as it is"
-            refuse_given(reason, self.pair, "teacher_epochs", "scratch_epochs")
+            reject_unused(reason, self.pair, "teacher_epochs", "scratch_epochs")
         for classifier in filter(None, (self.given, own)):
             self._of_shape(classifier.encoder.config.hidden_size)
         if self.bottleneck.keys not in ("carried", "reused"):

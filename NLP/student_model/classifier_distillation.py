@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from common.arguments import KDTrainingArguments
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.teacher_outputs import TeacherOutputs
 from common.utils.errors import UserError
 from nlp.data.loading import TextData
@@ -60,7 +60,7 @@ class ClassifierDistillation(Distillation):
             )
         student = self.given_student
         if all(start.from_scratch for start in (self.given, student, self.control_from) if start):
-            refuse_given("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
+            reject_unused("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
         layers = len(layer_paths(student.encoder)) if student else self.student_layers
         if wanted.hidden_weight or wanted.attention_weight:
             layer_pairs(wanted.layer_map, layers, len(layer_paths(self.given.encoder)))

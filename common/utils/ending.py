@@ -36,7 +36,7 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         _on_sigterm(signal.SIG_DFL)
         time.sleep(PATIENCE)
-    _say(line)
+    _print_error(line)
     sys.exit(2)
 
 
@@ -69,7 +69,7 @@ def _main_or_one_line(main: Callable[[], None]) -> None:
     except BrokenPipeError as error:
         if error.filename is not None:
             fail(explained(error) or str(error))
-        _let_go(sys.stdout)
+        _detach(sys.stdout)
         sys.exit(141)  # as a shell reports a program that SIGPIPE ended
     except Exception as error:
         line = explained(error)
@@ -81,11 +81,11 @@ def _main_or_one_line(main: Callable[[], None]) -> None:
 def _end_interrupted(by_sigterm: bool) -> NoReturn:
     """The first process prints a line, unless torchrun ended it because another one failed."""
     if os.environ.get("RANK", "0") == "0" and not (by_sigterm and "TORCHELASTIC_RUN_ID" in os.environ):
-        _say("interrupted" + _way_on())
+        _print_error("interrupted" + _resume_hint())
     sys.exit(143 if by_sigterm else 130)
 
 
-def _way_on() -> str:
+def _resume_hint() -> str:
     """What continues an interrupted run, where it has begun and its script can continue it."""
     for arguments in parsed:
         folder = getattr(arguments, "output_dir", None)
@@ -109,15 +109,15 @@ def _on_sigterm(handler: Any) -> None:
         pass  # not in the main thread, whose business signals are; or a handler that was not set from Python
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     for bar in list(getattr(tqdm, "_instances", ())):  # an open one would stand before the line
         bar.close()
     try:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        _let_go(sys.stderr)
+        _detach(sys.stderr)
 
 
-def _let_go(stream: Any) -> None:
+def _detach(stream: Any) -> None:
     """Python flushes its streams once more at its end, and would complain about one without a reader."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

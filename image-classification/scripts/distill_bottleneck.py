@@ -12,7 +12,7 @@ is the same network trained on the labels alone, with a bottleneck of its own.
 
 from dataclasses import dataclass, field
 
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.filling import Keys
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
@@ -41,7 +41,7 @@ def main() -> None:
         ImageTrainingArguments,
     )
     if args.keys == "reused":
-        refuse_given("--keys reused trains no student's values", training, "alpha", "temperature")
+        reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
     data, factor = data_args.load(), matching.projector_factor
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
     simkd(simkd_student(pair.student, sketch, seen, factor), sketch, seen, matching, training.temperature)

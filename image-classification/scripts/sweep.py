@@ -7,7 +7,7 @@
 The same command again, also with more values on an axis, trains only what is missing.
 """
 
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import SweepArguments
 from image_classification.student_model.simkd import SimKDWeights
@@ -18,7 +18,7 @@ def main() -> None:
     axes, pair, weights, data, training = parse(
         SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    refuse_given("--learning_rates and --seeds are those of a sweep", training, "learning_rate", "seed")
+    reject_unused("--learning_rates and --seeds are those of a sweep", training, "learning_rate", "seed")
     sweep(axes, pair, weights, data, training)
 
 

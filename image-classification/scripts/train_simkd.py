@@ -8,7 +8,7 @@
 The control is the same network, projector included, trained on the labels alone.
 """
 
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.experiment import Experiment
 from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
@@ -17,9 +17,9 @@ from image_classification.teacher_model.teacher import teacher_sketch
 
 def main() -> None:
     pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
-    refuse_given("SimKD has --feature_weight, --cls_weight and --kl_weight", training, "alpha", "value_learning_rate")
+    reject_unused("SimKD has --feature_weight, --cls_weight and --kl_weight", training, "alpha", "value_learning_rate")
     if not args.kl_weight:
-        refuse_given("--kl_weight is 0", training, "temperature")
+        reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
     student = simkd_student(pair.student, sketch, seen, args.projector_factor)

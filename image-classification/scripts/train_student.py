@@ -13,7 +13,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.utils.errors import UserError
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
@@ -70,9 +70,9 @@ def main() -> None:
             "the weights and the projector of features are those of simkd, which is none of the methods: "
             "name it in --methods, or give a method its own settings, as in fitnet:weight=10"
         )
-    refuse_given("a plain student has no bottleneck", training, "value_learning_rate")
+    reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        refuse_given("--methods is given", training, "seed", "method")
+        reject_unused("--methods is given", training, "seed", "method")
         sweep(args.axes(training), pair, weights, data_args, training, args.teacher_views)
         return
     if args.method == SIMKD:
@@ -83,7 +83,7 @@ def main() -> None:
     if args.teacher_views:
         check_teacher_views(args.teacher_views, data, training)
     if args.method == PLAIN:
-        refuse_given(f"--method {PLAIN} has no teacher", training, "teacher", "teacher_epochs", "no_control")
+        reject_unused(f"--method {PLAIN} has no teacher", training, "teacher", "teacher_epochs", "no_control")
         new_classifier(pair.student, data.config)  # an unknown one is refused before anything is written
         experiment = Experiment(args.method, training, data, args, pair, data_args)
         student = experiment.labels_only("student", lambda: new_classifier(pair.student, data.config))

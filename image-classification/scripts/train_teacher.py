@@ -9,7 +9,7 @@ The run's folder is what `--teacher` of the other scripts takes.
 
 from dataclasses import dataclass, field
 
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
 from image_classification.student_model.experiment import Experiment
 from image_classification.teacher_model.classifier import new_classifier
@@ -24,7 +24,9 @@ class Arguments:
 
 def main() -> None:
     args, data_args, training = parse(Arguments, DataArguments, ImageTrainingArguments)
-    refuse_given("a teacher learns from labels", training, "alpha", "temperature", "no_control", "value_learning_rate")
+    reject_unused(
+        "a teacher learns from labels", training, "alpha", "temperature", "no_control", "value_learning_rate"
+    )
     data = data_args.load()
     new_classifier(args.architecture, data.config)  # an unknown one is refused before anything is written
     experiment = Experiment("teacher", training, data, args, data_args)

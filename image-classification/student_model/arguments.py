@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.sources import print_notes
 from common.utils.ranges import Count, Positive, Share, ShareBelow1
 from image_classification.data.loading import ImageData, load_image_data
@@ -59,9 +59,9 @@ class PairArguments:
         },
     )
 
-    def refuse_ignored(self) -> None:
-        if "teacher_epochs" in vars(self)["given"] and trained_folder(self.teacher):
-            refuse_given(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
+    def check_unused_flags(self) -> None:
+        if "teacher_epochs" in vars(self)["explicit_flags"] and trained_folder(self.teacher):
+            reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
 
 
 @dataclass

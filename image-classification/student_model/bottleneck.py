@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.bottleneck import DiscreteKeyValueBottleneck
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.filling import CodeDataset, Keys, set_keys
 from common.inference import as_it_is, over_dataset
 from common.objective import Objective, labels_and_soft_targets, task_loss
@@ -31,11 +31,11 @@ class BottleneckShape:
     decoder: Literal["linear", "mean"] = "linear"
     value_dim: Count = field(default=16, metadata={"help": "width of a value for the linear decoder"})
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if self.split == "segment":
-            refuse_given("a key of --split segment is as wide as a segment", self, "key_dim")
+            reject_unused("a key of --split segment is as wide as a segment", self, "key_dim")
         if self.decoder == "mean":
-            refuse_given("a value of --decoder mean is as wide as there are labels", self, "value_dim")
+            reject_unused("a value of --decoder mean is as wide as there are labels", self, "value_dim")
 
     def check(self, width: int) -> None:
         """Raises UserError for a shape that embeddings of that width cannot have."""

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.methods import chosen
 from common.utils.ranges import Positive, Seed, check_declared
 from image_classification.student_model.methods import METHODS
@@ -52,9 +52,9 @@ class SweepArguments:
             if method not in (*CONTROLS, SIMKD):
                 chosen(method, METHODS)
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if SIMKD not in self.methods:
-            refuse_given(f"--methods leaves out {SIMKD}", self, "projectors", "feature_losses")
+            reject_unused(f"--methods leaves out {SIMKD}", self, "projectors", "feature_losses")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ are trained, evaluated, saved and deployed with it.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.methods import Method
 from common.objective import Objective, Terms, soft_targets, task_loss
 from common.utils.errors import UserError
@@ -57,9 +57,9 @@ class SimKDArguments(SimKDWeights):
     )
     feature_loss: FeatureLossName = "l2"
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if self.projector != "multi":
-            refuse_given("--projector is not multi", self, "projector_ratio")
+            reject_unused("--projector is not multi", self, "projector_ratio")
 
 
 def simkd_student(

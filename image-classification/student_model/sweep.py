@@ -17,10 +17,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.fingerprints import fingerprint_of
 from common.finite import non_finite_tensor
-from common.methods import Method, chosen, filled, flags_of, refuse_same_methods
+from common.methods import Method, check_methods_differ, chosen, filled, flags_of
 from common.objective import Objective, task_loss
 from common.results import RECIPE
 from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
@@ -70,10 +70,10 @@ def sweep(
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
     methods = [for_pair(spec, pair) for spec in axes.methods]
     refuse_unheard_flags(methods, training)
-    refuse_same_methods((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
+    check_methods_differ((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     axes = replace(axes, methods=methods)
-    refuse_given("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
-    refuse_given("students of a sweep have no values of their own", training, "value_learning_rate")
+    reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
+    reject_unused("students of a sweep have no values of their own", training, "value_learning_rate")
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
         check_teacher_views(teacher_views, data, training)

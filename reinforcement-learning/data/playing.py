@@ -19,7 +19,7 @@ def greedy(network: nn.Module) -> Act:
 
     @torch.inference_mode()
     def act(observations: Tensor) -> Tensor:
-        return greedy_actions(_say(network, observations))
+        return greedy_actions(_print_error(network, observations))
 
     return act
 
@@ -29,7 +29,7 @@ def sampling(network: nn.Module, generator: torch.Generator) -> Act:
 
     @torch.inference_mode()
     def act(observations: Tensor) -> Tensor:
-        return sampled_actions(_say(network, observations), generator)
+        return sampled_actions(_print_error(network, observations), generator)
 
     return act
 
@@ -99,6 +99,6 @@ def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarra
     return np.array(finished), torch.cat(rows)
 
 
-def _say(network: nn.Module, observations: Tensor) -> Outputs:
+def _print_error(network: nn.Module, observations: Tensor) -> Outputs:
     said: Outputs = network(observations.to(next(network.parameters()).device), value=False)
     return said

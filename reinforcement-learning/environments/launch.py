@@ -6,7 +6,7 @@ import sys
 from common.utils.errors import UserError
 
 
-def refuse_several_processes() -> None:
+def require_single_process() -> None:
     """Raises UserError in one of several processes, as of torchrun."""
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     if processes > 1:
@@ -16,7 +16,7 @@ def refuse_several_processes() -> None:
         )
 
 
-def refuse_unnamed_module(environment: str, where: str) -> None:
+def require_module_on_command_line(environment: str, where: str) -> None:
     """Raises UserError where a file, `where`, names an environment as `module:id`, and the command line does not:
     importing the module runs its code.
     """

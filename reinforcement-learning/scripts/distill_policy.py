@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common.cli import parse, run
 from common.report import compare
-from common.run_folder import RunFolder, refuse_other_contents
-from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
+from common.run_folder import RunFolder, check_is_run_or_empty
+from reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
 from reinforcement_learning.environments.vector import Environments
 from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
 from reinforcement_learning.student_model.distillation import Distillation
@@ -31,15 +31,15 @@ from reinforcement_learning.teacher_model.recipes import training_recipe
 
 
 def main() -> None:
-    refuse_several_processes()
+    require_single_process()
     args, student, distill, training = parse(ExperimentArguments, StudentArguments, DistillArguments, TeacherTraining)
     if args.output_dir is None:
         names = "+".join(map(folder_name, args.environment))
         args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
-    refuse_other_contents(Path(args.output_dir))  # before a teacher is trained, as what follows
+    check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, as what follows
     loss: Loss = "kl" if args.method == "ppd" else distill.loss
     for environment in args.environment:
-        refuse_unnamed_module(environment, "the recipe")
+        require_module_on_command_line(environment, "the recipe")
         with closing(Environments(environment, 1)) as shown:
             student.check(environment, shown.observation_space)
             check_loss(loss, shown.action_space)

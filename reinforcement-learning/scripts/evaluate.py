@@ -16,7 +16,7 @@ from common.utils.errors import UserError
 from common.utils.files import read_json
 from common.utils.ranges import MOST, Range
 from reinforcement_learning.data.playing import greedy
-from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
+from reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
 from reinforcement_learning.environments.vector import time_limit_warning
 from reinforcement_learning.environments.video import check_video, write_video
 from reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
@@ -24,7 +24,7 @@ from reinforcement_learning.student_model.teachers import load_agent
 
 
 def main() -> None:
-    refuse_several_processes()
+    require_single_process()
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub")
     parser.add_argument("--environment", help="Gymnasium's id; of one of this project's runs it is known")
@@ -66,7 +66,7 @@ def environment_of(folder: Path) -> str:
             task = results.get("task") if isinstance(results, dict) else None
             if not isinstance(task, str):
                 raise UserError(f"{place / RESULTS} is damaged: pass --environment, such as --environment CartPole-v1")
-            refuse_unnamed_module(task, str(place / RESULTS))
+            require_module_on_command_line(task, str(place / RESULTS))
             return task
     raise UserError(f"which environment is {folder} for? pass --environment, such as --environment CartPole-v1")
 

@@ -9,7 +9,7 @@ The run's folder is what `--teacher` of distill_policy.py takes; without one tha
 
 from common.arguments import RunArguments
 from common.cli import parse, run
-from reinforcement_learning.environments.launch import refuse_several_processes, refuse_unnamed_module
+from reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
 from reinforcement_learning.environments.vector import time_limit_warning
 from reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
 from reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
@@ -17,9 +17,9 @@ from reinforcement_learning.student_model.teachers import trained_teacher
 
 
 def main() -> None:
-    refuse_several_processes()
+    require_single_process()
     task, training, args = parse(TeacherTask, TeacherTraining, RunArguments)
-    refuse_unnamed_module(task.environment, "the recipe")
+    require_module_on_command_line(task.environment, "the recipe")
     experiment, teacher = trained_teacher(task, training, args)
     entry = evaluate(teacher, task.environment, task.episodes)
     random = random_metrics(task.environment, teacher.policy.action_space, task.episodes)

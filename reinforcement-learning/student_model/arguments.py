@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
 from common.arguments import RunArguments, check_seeds
-from common.cli import refuse_given
+from common.cli import reject_unused
 from common.utils.errors import UserError
 from common.utils.ranges import (
     Count,
@@ -85,14 +85,14 @@ class StudentArguments:
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if not self.codebooks:
-            refuse_given("--codebooks is 0", self, "pairs", "key_dim")
+            reject_unused("--codebooks is 0", self, "pairs", "key_dim")
 
     def check(self, environment: str, observations: spaces.Space) -> None:
         """Raises UserError where such a student cannot see what an environment shows."""
         if not is_image_space(observations):
-            refuse_given(f"{environment} shows no frames", self, "channels")
+            reject_unused(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
             raise UserError(f"{environment} shows frames: give --student the width of the layer behind convolutions")
         if self.codebooks and len(observations.shape or ()) != 1:
@@ -167,19 +167,19 @@ class ExperimentArguments(RunArguments):
         if self.method == "ppd" and len(self.environment) > 1:
             raise ValueError("--method ppd distills one --environment at a time")
 
-    def refuse_ignored(self) -> None:
+    def check_unused_flags(self) -> None:
         if "train" not in self.teacher:
-            refuse_given("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
+            reject_unused("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
         if self.teacher_temperature is not None:
-            refuse_given("--teacher_temperature is given", self, "teacher_entropy")
+            reject_unused("--teacher_temperature is given", self, "teacher_entropy")
         if self.method == "ppd":
-            refuse_given("--method ppd has a loss and a driver of its own", self, "loss", "driver", "value_weight")
+            reject_unused("--method ppd has a loss and a driver of its own", self, "loss", "driver", "value_weight")
             if self.no_control:
                 reason = (
                     "--method ppd trains with PPO's hyper-parameters, and --no_control leaves out behaviour cloning"
                 )
-                refuse_given(reason, self, "learning_rate", "updates", "batch_size", "buffer_size")
+                reject_unused(reason, self, "learning_rate", "updates", "batch_size", "buffer_size")
         else:
-            refuse_given("--method is not ppd", self, "teacher_weight")
+            reject_unused("--method is not ppd", self, "teacher_weight")
         if self.seeds:
-            refuse_given("--seeds is given", self, "seed")
+            reject_unused("--seeds is given", self, "seed")

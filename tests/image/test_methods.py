@@ -11,7 +11,7 @@ import yaml
 from image_pairs import both_say, noise
 from paths import REPO
 
-from common.methods import chosen, filled, refuse_same_methods, settings_of
+from common.methods import check_methods_differ, chosen, filled, settings_of
 from common.objective import Scheduled
 from common.utils.errors import UserError
 from image_classification.student_model.methods import METHODS, Pair
@@ -192,7 +192,7 @@ def test_one_method_under_two_spellings_is_refused():
     def of(*specs):
         return [(spec, chosen(spec, METHODS, alpha=0.1)) for spec in specs]
 
-    refuse_same_methods(of("kd", "kd:temperature=2", "lskd", "dkd:beta=2", "dkd:beta=3", "mlkd", "mlkd_ls"))
+    check_methods_differ(of("kd", "kd:temperature=2", "lskd", "dkd:beta=2", "dkd:beta=3", "mlkd", "mlkd_ls"))
     for first, second in (
         ("dkd", "dkd:beta=8"),
         ("dkd:beta=2:alpha=3", "dkd:alpha=3.0:beta=2"),
@@ -200,7 +200,7 @@ def test_one_method_under_two_spellings_is_refused():
         ("sp:weight=1e3", "sp:weight=1000"),
     ):
         with pytest.raises(UserError, match=f"{first} and {second} are the same method"):
-            refuse_same_methods(of(first, second))
+            check_methods_differ(of(first, second))
 
 
 def test_what_changes_in_the_course_of_a_training_is_told_how_much_of_it_is_done():

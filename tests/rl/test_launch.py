@@ -65,8 +65,8 @@ def test_a_damaged_results_file_is_one_line(content, capsys):
 
 def test_an_environment_known_by_its_id_needs_no_word_of_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
-    launch.refuse_unnamed_module("ALE/Pong-v5", "a file")
+    launch.require_module_on_command_line("ALE/Pong-v5", "a file")
     with pytest.raises(UserError, match="would run its code"):
-        launch.refuse_unnamed_module("os:Mine-v0", "a file")
+        launch.require_module_on_command_line("os:Mine-v0", "a file")
     monkeypatch.setattr("sys.argv", ["script", "--environment=os:Mine-v0"])
-    launch.refuse_unnamed_module("os:Mine-v0", "a file")
+    launch.require_module_on_command_line("os:Mine-v0", "a file")

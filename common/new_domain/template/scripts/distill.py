@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.arguments import KDTrainingArguments
-from common.cli import parse, refuse_given, run
+from common.cli import parse, reject_unused, run
 from common.objective import Objective, labels_and_soft_targets, task_loss
 from common.utils.ranges import Count
 from example_domain.data.loading import load_data
@@ -44,8 +44,8 @@ class TrainingArguments(KDTrainingArguments):
 def main() -> None:
     args, training = parse(Arguments, TrainingArguments)
     if args.teacher:
-        refuse_given("--teacher names a trained classifier", training, "teacher_width")
-    refuse_given(
+        reject_unused("--teacher names a trained classifier", training, "teacher_width")
+    reject_unused(
         "neither labels are smoothed nor values trained", training, "label_smoothing_factor", "value_learning_rate"
     )
     data = load_data(args.dataset)
