@@ -107,7 +107,7 @@ class KDTrainingArguments(TrainingArguments):
     def check_unused_flags(self) -> None:
         """Raises UserError for a flag of the command line that another flag leaves without effect."""
         if self.max_steps > 0:
-            reject_unused("--max_steps says how long every stage trains", self, "num_train_epochs")
+            reject_unused("--max_steps sets the length of every stage", self, "num_train_epochs")
         for name in ("eval", "logging", "save"):
             if getattr(self, f"{name}_strategy") != "steps":
                 reject_unused(f"--{name}_strategy is not steps", self, f"{name}_steps")

@@ -35,7 +35,7 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def last_checkpoint(folder: str | Path, with_best: bool = False) -> str | None:
-    """The newest checkpoint in a folder from which training can continue, or None. A warning says what is wrong with
+    """The newest checkpoint in a folder from which training can continue, or None. A warning names what is wrong with
     newer ones. `with_best` as of `problem_of`.
     """
     for checkpoint in reversed(checkpoints_in(folder)):
@@ -65,7 +65,7 @@ def problem_of(checkpoint: Path, with_best: bool = False) -> str | None:
 
 
 def best_checkpoint(checkpoint: Path) -> Path | None:
-    """What was the best checkpoint when another one was written beside it; None where none had been measured."""
+    """What was the best checkpoint when this one was written; None if none had been evaluated."""
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["best_global_step"]
     return checkpoint.with_name(f"checkpoint-{step}") if step else None
 
@@ -80,8 +80,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
-    """Removes checkpoints beside the `newest` until `limit` are left: first incomplete ones, then the oldest; never
-    the newest, nor the best.
+    """Removes checkpoints until `limit` are left: incomplete ones first, then the oldest; never the newest, nor the
+    best.
     """
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]

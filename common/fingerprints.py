@@ -1,4 +1,4 @@
-"""Fingerprints of what a run is given: models with what their configuration says, and tokenizers."""
+"""Fingerprints of the inputs of a run: models with their configuration, and tokenizers."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost on its way.
+"""KeyboardInterrupt that Python drops, raised again.
 
 Python raises KeyboardInterrupt wherever the program happens to be. Where that is code whose exceptions nobody gets (a
 finalizer, a callback of the garbage collector or of a C library), the exception is dropped and the program goes on.
@@ -13,8 +13,8 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupts() -> Iterator[threading.Event]:
-    """Yields an event that is set once Ctrl-C was pressed, which raises KeyboardInterrupt as ever, and once more at
-    the end of the block if it got lost. In other threads, and where Ctrl-C means something else, nothing changes.
+    """Yields an event that is set by Ctrl-C, which also raises KeyboardInterrupt, and raises it again at the end of
+    the block if Python dropped it. In other threads, and where Ctrl-C means something else, nothing changes.
     """
     pressed = threading.Event()
 

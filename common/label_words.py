@@ -113,7 +113,7 @@ def meaning_of(
     declared: list[str] | None,
     known: list[str] | None,
 ) -> tuple[dict[str, str | None], list[str]]:
-    """What each string stands for: a label, or None where it says that there is none; and a note on -1."""
+    """What each string stands for: a label, or None where there is none; and a note on -1."""
     words = {word for found in counts.values() for word in found}
     if declared:
         nothing = {word for word in words if word.strip().lower() in {*NO_LABEL, MINUS_ONE}} - set(declared)

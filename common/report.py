@@ -68,7 +68,7 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     unreadable: dict[str, str] = {}
 
     def note(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # said below, of places; else gone meanwhile
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # reported below, or removed meanwhile
             unreadable[str(error.filename)] = f"cannot read {error.filename}: {error.strerror}"
 
     marked = {

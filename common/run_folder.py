@@ -1,4 +1,4 @@
-"""A run's folder: a mark that tells it from other folders, a lock, what the run began with, and what it wrote.
+"""A run's folder: a mark that identifies it, a lock, what the run began with, and what it wrote.
 
 A folder with other contents is never taken over. A run is continued with the arguments and inputs that it began with.
 Starting over removes the files that the run wrote: those listed in a SHA256SUMS, and those whose names the mark
@@ -291,7 +291,7 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _unlink(folder: Path, files: Iterable[Path]) -> None:
-    """Removes files, those last that tell what others are, then the folders that are empty without them."""
+    """Removes files, lists of checksums and marks last, then the folders that became empty."""
     emptied = set()
     for file in sorted(files, key=lambda file: file.name in (CHECKSUMS, MARK)):
         file.unlink()

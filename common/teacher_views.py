@@ -44,7 +44,7 @@ class TeacherViews:
         self._start = zlib.crc32(description.encode())  # rows of a table of another shape do not match
         self.logits = _table(path / "logits.f16", np.dtype(np.float16), (samples * views, classes))
         self.checksums = _table(path / "checksums.u32", np.dtype(np.uint32), (samples * views,))
-        self._damage_told = False
+        self._damage_reported = False
 
     def batch(self, sample_ids: Tensor, views: Tensor, ask: Callable[[Tensor], Tensor]) -> Outputs:
         """Logits (batch, classes) of views (batch,) of samples (batch,); `ask(rows)` gives the teacher's logits of
@@ -83,9 +83,9 @@ class TeacherViews:
                 raise UserError(f"cannot write {table.filename}: {error.strerror}") from None
 
     def _warn_of_damage(self, checksums: np.ndarray) -> None:
-        if checksums.any() and not self._damage_told:
+        if checksums.any() and not self._damage_reported:
             logger.warning("%s is damaged: what does not match its checksum is computed again", self.logits.filename)
-            self._damage_told = True
+            self._damage_reported = True
 
 
 def _table(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:

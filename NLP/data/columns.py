@@ -80,7 +80,7 @@ def _content_of_values(name: str, splits: list[datasets.Dataset]) -> Content:
 
 
 def choose_columns(raw: Splits, text: list[str] | None, label: str | None) -> tuple[Columns, str]:
-    """The columns named by flags, else those of a known task, else those that can be told from names and contents
+    """The columns named by flags, else those of a known task, else those that follow from names and contents
     without doubt; and a note on what was chosen.
     """
     names = list(next(iter(raw.values())).features)

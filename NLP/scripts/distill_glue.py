@@ -75,7 +75,7 @@ def main() -> None:
         GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
     )
     reject_unused("--tasks names the datasets, --seeds the seeds", training, "seed", "dataset", "text_columns")
-    reject_unused("--systems says it", bottleneck, "bottleneck", "keys")
+    reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
     folder = Path(training.output_dir or "runs/NLP/glue")
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise

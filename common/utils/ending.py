@@ -16,7 +16,7 @@ from common import end_at_once
 from common.utils.devices import end_processes
 from common.utils.faults import explained
 
-PATIENCE = 5.0  # seconds that another process than the first waits to be ended before it prints an error of its own
+PATIENCE = 5.0  # seconds that a process other than the first waits to be terminated before it prints its error
 RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # of a run, of one run a seed, of GLUE's cells
 parsed: list[Any] = []  # the arguments of the running script
 
@@ -47,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no question whether code beside a model may run: it may not
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
     if signal.getsignal(signal.SIGINT) is end_at_once:  # everything is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed.clear()

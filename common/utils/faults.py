@@ -35,7 +35,7 @@ WORDS = {
 
 
 def explained(error: BaseException) -> str | None:
-    """The line that tells a user of an exception, or None for one that only a programmer can read."""
+    """A one-line message for a user, or None for an exception that points to a bug."""
     for cause in chain(error):
         if isinstance(cause, UserError) and cause is error:
             return last_line(cause)

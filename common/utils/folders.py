@@ -14,7 +14,7 @@ from common.utils.errors import UserError
 def writing_folder(path: str | Path, checksums: bool = True) -> Iterator[Path]:
     """Yields an empty temporary folder next to `path` and renames it to `path` when the block succeeds.
 
-    `checksums`: SHA256SUMS is written into the folder, which tells later which files are whole, and which were added
+    `checksums`: SHA256SUMS is written into the folder: it shows later which files are whole, and which were added
     by somebody else. Until the block succeeds an older folder at `path` stays as it was; afterwards files that were
     added to it are in the new one. What killed processes left behind is cleared on the next use.
 

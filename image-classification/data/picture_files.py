@@ -70,7 +70,7 @@ def suffixes() -> frozenset[str]:
 
 @cache
 def recognizable() -> tuple[str, ...]:
-    """The formats whose files begin with bytes that tell them from others."""
+    """The formats whose files begin with identifying bytes."""
     Image.init()
     return tuple(kind for kind, (_, accept) in Image.OPEN.items() if accept is not None and kind not in NOT_DECODED)
 

@@ -73,7 +73,7 @@ def sweep(
     check_methods_differ((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     axes = replace(axes, methods=methods)
     reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
-    reject_unused("students of a sweep have no values of their own", training, "value_learning_rate")
+    reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
         check_teacher_views(teacher_views, data, training)

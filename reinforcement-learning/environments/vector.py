@@ -22,7 +22,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 
 from common.utils.errors import UserError
 
-EPISODE_STEPS = 10_000  # of an episode at most, where the environment has no limit of its own
+EPISODE_STEPS = 10_000  # maximum length of an episode, for environments without a time limit
 # Modules that register their environments when they are imported, by what the ids of these start with.
 MODULES = {"ALE/": "ale_py", "KnownAnswer": f"{__package__}.known_answer"}
 SUPPORTED = (

@@ -173,7 +173,7 @@ class ExperimentArguments(RunArguments):
         if self.teacher_temperature is not None:
             reject_unused("--teacher_temperature is given", self, "teacher_entropy")
         if self.method == "ppd":
-            reject_unused("--method ppd has a loss and a driver of its own", self, "loss", "driver", "value_weight")
+            reject_unused("--method ppd sets its loss and its driver", self, "loss", "driver", "value_weight")
             if self.no_control:
                 reason = (
                     "--method ppd trains with PPO's hyper-parameters, and --no_control leaves out behaviour cloning"
