@@ -91,7 +91,9 @@ class Run:
         """
         folder = (shared or self.folder) / "stages" / name
         if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
-            self._finish_stage(name, folder)
+            if damage := find_damage(folder):
+                raise UserError(f"{damage}: remove {folder}, then --resume_from_checkpoint trains that stage again")
+            self._remove_checkpoints(name)
             model, record = load(str(folder)), read_json(folder / STAGE)
             self.seconds[name], self.history[name] = record["seconds"], record["history"]
             self.seconds_before += record["seconds"]
@@ -107,24 +109,14 @@ class Run:
                 write_json(
                     partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
                 )
-            self._finish_stage(name, folder)
+            self._remove_checkpoints(name)
         PartialState().wait_for_everyone()
         return model
 
-    def _finish_stage(self, name: str, folder: Path) -> None:
-        """Checks a stage's files, and removes the checkpoints that led to it."""
-        if damage := find_damage(folder):
-            raise UserError(f"{damage}: remove {folder}, then --resume_from_checkpoint trains that stage again")
+    def _remove_checkpoints(self, name: str) -> None:
+        """Those of a finished stage; a run that was killed meanwhile does it when it is continued."""
         if self._marked is not None:
             self._marked.remove_below(f"checkpoints/{name}")
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the time of a block to `seconds[name]`, less what blocks inside it count as theirs."""
-        started, others = time.perf_counter(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - others
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
     def warn(self, text: str | None) -> None:
         """Prints a warning, if there is one, in the main process, and keeps it for the report."""
