@@ -118,6 +118,14 @@ class Run:
         if self._marked is not None:
             self._marked.remove_below(f"checkpoints/{name}")
 
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to `seconds[name]`, less what blocks inside it count as theirs."""
+        started, others = time.perf_counter(), sum(self.seconds.values())
+        yield
+        inside = sum(self.seconds.values()) - others
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
+
     def warn(self, text: str | None) -> None:
         """Prints a warning, if there is one, in the main process, and keeps it for the report."""
         if text and text not in self.warnings:
