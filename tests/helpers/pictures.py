@@ -8,8 +8,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
+from common.utils.errors import UserError
 from image_classification.data.dataset import ImageData
 from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData, load_image_data
@@ -76,3 +78,12 @@ def photos_in(folder: Path) -> str:
         split, label = "train" if number < 20 else "test", "ab"[number % 2]
         draw(folder / split / label / f"{number:02}.png", picture.convert("L") if number % 5 == 0 else picture)
     return str(folder)
+
+
+def error_of(dataset: object, **keywords: Any) -> str:
+    """The one line with which a dataset is refused."""
+    with pytest.raises(UserError) as caught:
+        load_image_data(str(dataset), **keywords)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message

@@ -10,23 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import NAMES, draw, in_colour, pixels, png, sizes, small, write
+from pictures import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
 from PIL import Image
 
-from common.utils.errors import UserError
 from image_classification.data import loading
 from image_classification.data.large import LargeImageData
 from image_classification.data.loading import SmallImageData, channel_statistics, load_image_data
 from image_classification.data.rows import read_rows
 from image_classification.data.splits import stratified
-
-
-def error_of(dataset: object, **keywords: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        load_image_data(str(dataset), **keywords)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -11,22 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import NAMES, draw, large, photos_in, pixels, png, sizes, small, write
+from pictures import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
 from PIL import Image
 
-from common.utils.errors import UserError
 from image_classification.data import large as large_module
 from image_classification.data.loading import load_image_data
 from image_classification.data.rows import Rows
 from image_classification.data.splits import split_off
-
-
-def error_of(dataset: object, **keywords: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        load_image_data(str(dataset), **keywords)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 def classes_in(folder: Path, **counts: int) -> Path:
