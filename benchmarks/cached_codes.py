@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from common.arguments import KDTrainingArguments
-from common.cli import run
-from common.filling import CodeDataset, set_keys
-from common.inference import as_it_is
-from common.objective import Objective, task_loss
-from common.trainer import KDTrainer
-from common.utils.precision import resolve_precision
-from nlp.data.loading import load_text_data
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import code_dataset, embed_texts, encode_texts
-from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_classifier
+from kd.common.bottleneck.codes import CodeDataset, set_keys
+from kd.common.cli import run
+from kd.common.objective import Objective, task_loss
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.inference import as_it_is
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.precision import resolve_precision
+from kd.nlp.data.loading import load_text_data
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.fill import code_dataset, embed_texts, encode_texts
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import load_classifier
 
 
 def train(

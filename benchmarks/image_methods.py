@@ -15,16 +15,16 @@ from simkd_step import Clock, check_counts, random_data
 from transformers import PrinterCallback
 from transformers.utils import logging
 
-from common.cli import run
-from common.inference import as_it_is
-from common.methods import Method, chosen
-from common.side_by_side import SideBySide, SideBySideObjective
-from common.trainer import KDTrainer
-from image_classification.data.loading import SmallImageData
-from image_classification.student_model.arguments import ImageTrainingArguments
-from image_classification.student_model.methods import METHODS, Pair
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import frozen
+from kd.common.cli import run
+from kd.common.methods import Method, chosen
+from kd.common.training.inference import as_it_is
+from kd.common.training.side_by_side import SideBySide, SideBySideObjective
+from kd.common.training.trainer import KDTrainer
+from kd.image_classification.data.loading import SmallImageData
+from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.folding import frozen
 
 PLAIN = "kd"
 

@@ -11,7 +11,7 @@ Rates are per second and per second of processor time (all threads together). Wh
 read the latter, with OMP_NUM_THREADS=1, because threads wait busily for each other.
 """
 
-import common  # noqa: F401, I001 - before transformers' models, for its shim
+import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
 
 import argparse
 import copy
@@ -35,18 +35,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from common.arguments import KDTrainingArguments
-from common.cli import run
-from common.inference import over_dataset
-from common.objective import labels_and_soft_targets
-from common.teacher_outputs import TeacherOutputs
-from common.trainer import KDTrainer
-from common.utils.errors import UserError
-from common.utils.precision import resolve_precision
-from nlp.data.loading import TextData, load_text_data
-from nlp.student_model.layers import cut_layers
-from nlp.student_model.pipeline import Texts, switch_off_dropout
-from nlp.teacher_model.teacher import Pretrained, label_config, load_classifier, tiny_bert
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.cli import run
+from kd.common.training.inference import over_dataset
+from kd.common.objective import labels_and_soft_targets
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.errors import UserError
+from kd.common.utils.precision import resolve_precision
+from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.student_model.layers import cut_layers
+from kd.nlp.student_model.pipeline import Texts, switch_off_dropout
+from kd.nlp.teacher_model.teacher import Pretrained, label_config, load_classifier, tiny_bert
 
 ALPHA, TEMPERATURE = 0.5, 2.0
 MINILM = {"vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,

@@ -28,21 +28,21 @@ import torch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
-from common.cli import run
-from common.tables import number, print_rich
-from common.utils.errors import UserError
-from reinforcement_learning.data.observations import Observations
-from reinforcement_learning.data.playing import Recorder, greedy, sampling
-from reinforcement_learning.environments.sb3 import training_environments
-from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
-from reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
-from reinforcement_learning.student_model.student import StudentNetwork, new_student
-from reinforcement_learning.student_model.teachers import teacher_of
-from reinforcement_learning.teacher_model.agent import PolicyNetwork
-from reinforcement_learning.teacher_model.recipes import training_recipe
-from reinforcement_learning.teacher_model.teacher import new_teacher
+from kd.common.cli import run
+from kd.common.reporting.tables import number, print_rich
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.observations import Observations
+from kd.reinforcement_learning.data.playing import Recorder, greedy, sampling
+from kd.reinforcement_learning.environments.sb3 import training_environments
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
+from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
+from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
+from kd.reinforcement_learning.student_model.teachers import teacher_of
+from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.teacher import new_teacher
 
 CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
 EPISODES = 20

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from common.cli import run
-from common.inference import as_it_is
-from common.trainer import KDTrainer
-from common.utils.errors import UserError
-from common.utils.precision import resolve_precision
-from image_classification.data.loading import Images, SmallImageData
-from image_classification.student_model.arguments import ImageTrainingArguments
-from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import frozen
+from kd.common.cli import run
+from kd.common.training.inference import as_it_is
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.errors import UserError
+from kd.common.utils.precision import resolve_precision
+from kd.image_classification.data.loading import Images, SmallImageData
+from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.folding import frozen
 
 CLASSES, SIZE, PADDING = 100, 32, 4
 

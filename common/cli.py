@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from common.utils.ending import fail, parsed
-from common.utils.ending import run as run  # beside parse, for scripts
-from common.utils.errors import UserError
-from common.utils.faults import explained
-from common.utils.files import write_text
-from common.utils.ranges import Range, check_ranges, ranges_of
-from common.utils.yaml_files import read_words
+from kd.common.utils.ending import fail, parsed
+from kd.common.utils.ending import run as run  # beside parse, for scripts
+from kd.common.utils.errors import UserError
+from kd.common.utils.faults import explained
+from kd.common.utils.files import write_text
+from kd.common.utils.ranges import Range, check_ranges, ranges_of
+from kd.common.utils.yaml_files import read_words
 
 # Deprecated names under which TrainingArguments repeats the values of activation_checkpointing*.
 REPEATED = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import losses
-from common.outputs import Outputs
-from common.utils.errors import UserError
+from kd.common import losses
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
 Weight = float | Callable[[float], float]  # or of the progress of the training, from 0 to 1

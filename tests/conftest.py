@@ -14,11 +14,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
         signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, on models too small for several threads
 
-import common  # noqa: E402, F401, I001
+import kd.common  # noqa: E402, F401, I001
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from paths import SHARED  # noqa: E402
+from kd_testing.paths import SHARED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def _what_stays_is_not_garbage() -> None:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few of the embedded intents."""
-    from nlp.data.intents import load_intents
+    from kd.nlp.data.intents import load_intents
 
     folder = tmp_path_factory.mktemp("data") / "few_intents"
     for split, rows in load_intents().items():
@@ -51,7 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits_once() -> Iterator[None]:
     """Each script that a test runs would write the embedded digits as PNG and read them again: half a CPU-second."""
-    from image_classification.data import loading, rows, sources
+    from kd.image_classification.data import loading, rows, sources
 
     digits, decode = cache(sources.embedded_digits), loading._decode
     decoded: dict[tuple[bytes, int | None], loading.Images] = {}

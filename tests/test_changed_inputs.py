@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import run_script
 from stable_baselines3 import PPO
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from common.run import Run
-from image_classification.data.loading import load_image_data
-from image_classification.teacher_model.classifier import new_classifier
+from kd.common.training.run import Run
+from kd.image_classification.data.loading import load_image_data
+from kd.image_classification.teacher_model.classifier import new_classifier
+from kd_testing.scripts import run_script
 
 Changes = dict[str, Callable[[], None]]
 

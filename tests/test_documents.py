@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import REPO
-from processes import run_code
+
+from kd_testing.paths import REPO
+from kd_testing.processes import run_code
 
 DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("*/README.md")})
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
@@ -83,7 +84,10 @@ for scripts in groups.values():
 sys.exit(" ".join(failed) or 0)
 """
 ALONE = {"before": "assert not {'common', 'torchvision'} & sys.modules.keys()", "group": "number"}
-AFTER_COMMON = {"before": "import common.run, timm", "group": "os.path.dirname(script)"}  # what takes most of the time
+AFTER_COMMON = {
+    "before": "import kd.common.training.run, timm",
+    "group": "os.path.dirname(script)",
+}
 
 
 @pytest.mark.parametrize("start", [AFTER_COMMON, pytest.param(ALONE, marks=pytest.mark.slow)], ids=["quick", "alone"])

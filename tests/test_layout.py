@@ -2,22 +2,22 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from paths import REPO
 
-from common.utils.domains import import_name
+from kd.common.utils.domains import import_name
+from kd_testing.paths import REPO
 
 DOMAINS = sorted(scripts.parent for scripts in REPO.glob("*/scripts"))
 
 
 @pytest.mark.parametrize("folder", DOMAINS, ids=lambda folder: folder.name)
 def test_a_domain_is_importable_and_complete(folder: Path):
-    name = import_name(folder.name)
-    package = importlib.import_module(name)
+    package = importlib.import_module(f"kd.{import_name(folder.name)}")
     assert list(package.__path__) == [str(folder)], "run `pip install -r requirements.txt` once more"
     for part in ("README.md", "__init__.py", "teacher_model", "student_model", "data", "scripts"):
         assert (folder / part).exists(), f"{folder.name} lacks {part}"
@@ -31,8 +31,7 @@ def test_domains_import_common_and_never_each_other():
     names = {import_name(folder.name): folder for folder in [*DOMAINS, REPO / "common"]}
     for own, folder in names.items():
         for path in folder.rglob("*.py"):
-            imports = [line.split()[1].split(".")[0] for line in path.read_text().splitlines()
-                       if line.strip().startswith(("import ", "from "))]  # fmt: skip
+            imports = re.findall(r"^ *(?:import|from) kd\.(\w+)", path.read_text(), re.MULTILINE)
             foreign = set(imports) & (names.keys() - {own, "common"})
             assert not foreign, f"{path.relative_to(REPO)} imports {foreign}"
 
@@ -46,7 +45,7 @@ def test_shell_scripts_name_a_recipe_and_can_be_run(script: Path):
 
 
 AFTER_IMPORT_COMMON = """
-import common
+import kd.common
 import timm
 from transformers import Trainer
 from torchvision.transforms import InterpolationMode
@@ -64,7 +63,7 @@ def test_timm_and_the_trainer_load_after_common(tmp_path):
 def test_operators_are_declared_only_where_they_are_missing(tmp_path):
     """A second call finds them declared; where torchvision's own library loads, nothing is declared at all."""
     code = (
-        "from unittest import mock; from common.utils import torchvision_shim as shim\n"
+        "from unittest import mock; from kd.common.utils import torchvision_shim as shim\n"
         "assert shim.declare_missing_operators() == [], 'declared twice'\n"
         "with mock.patch.object(shim, '_operator_library_loads', lambda: True), "
         "mock.patch.object(shim.torch.library, 'Library', side_effect=AssertionError):\n"

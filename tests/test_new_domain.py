@@ -1,4 +1,4 @@
-"""`python -m common.new_domain` in a copy of the repository: what it lays out is installed, tested and run."""
+"""`python -m kd.common.new_domain` in a copy of the repository: what it lays out is installed, tested and run."""
 
 import json
 import os
@@ -10,13 +10,14 @@ import venv
 from pathlib import Path
 
 import pytest
-from paths import REPO
-from scripts import run_script
 
-from common.results import validate
+from kd.common.reporting.results import validate
+from kd_testing.paths import REPO
+from kd_testing.scripts import run_script
 
-NEEDED = ("common", "typings", "tests/helpers", "tests/conftest.py", "tests/test_layout.py", "tests/test_documents.py",
-          "setup.py", "pyproject.toml", "requirements.txt", "README.md", "CONTRIBUTING.md")  # fmt: skip
+NEEDED = ("common", "typings", "templates", "tests/kd_testing", "tests/conftest.py",
+          "tests/test_layout.py", "tests/test_documents.py", "setup.py", "pyproject.toml", "requirements.txt",
+          "README.md", "CONTRIBUTING.md")  # fmt: skip
 LAYOUT = ("a_domain_is_importable_and_complete", "domains_import_common_and_never_each_other",
           "shell_scripts_name_a_recipe_and_can_be_run")  # fmt: skip
 
@@ -33,7 +34,7 @@ def copy_into(root: Path) -> Path:
 
 
 def new_domain(root: Path, name: str) -> None:
-    run_script(str(root / "common" / "new_domain" / "__main__.py"), name)
+    run_script(str(root / "common" / "new_domain.py"), name)
 
 
 def call(root: Path, *words: object) -> str:
@@ -60,7 +61,7 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A repository with the domain bird-songs, and a Python in which it is installed."""
     folder = tmp_path_factory.mktemp("birds")
     root = copy_into(folder / "repository")
-    said = call(root, sys.executable, "-m", "common.new_domain", "bird-songs")
+    said = call(root, sys.executable, "-m", "kd.common.new_domain", "bird-songs")
     assert "python bird-songs/scripts/distill.py" in said
     return root, installed(root, folder / "environment")
 
@@ -69,7 +70,7 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_new_domain_passes_its_own_test_and_that_of_the_layout(birds):
     root, python = birds
     layout = [f"tests/test_layout.py::test_{name}" for name in LAYOUT]
-    said = call(root, python, "-m", "pytest", "-q", "-n", "0", "-rA", "tests/bird_songs", *layout)
+    said = call(root, python, "-m", "pytest", "-q", "-n", "0", "-rA", "tests/bird-songs", *layout)
     for name in (*LAYOUT, "evaluate_reproduces_the_reported_metrics"):
         assert f"test_{name}" in said
     assert "skipped" not in said
@@ -83,7 +84,7 @@ def test_the_commands_of_a_new_domain_run(birds):
     validate(results)
     assert results["models"]["teacher"]["metrics"]["test"]["accuracy"] > 0.7
     assert results["models"]["student"]["metrics"]["test"]["accuracy"] > 0.6
-    call(root, python, "-m", "common.export", "runs/bird-songs/distill")
+    call(root, python, "-m", "kd.common.export", "runs/bird-songs/distill")
     assert (root / "runs" / "bird-songs" / "distill" / "export" / "model.onnx").exists()
     call(root, "env", f"PYTHON={python}", "bird-songs/scripts/distill_soft.sh", "--max_steps", 2, "--no_control")
     assert (root / "runs" / "bird-songs" / "soft" / "report.md").exists()
@@ -95,15 +96,15 @@ def test_all_names_are_replaced_and_the_code_stays_as_ruff_wants_it(tmp_path, fo
     """Also where the name comes before `common` in the alphabet, and where it makes lines longer."""
     root = copy_into(tmp_path / "repository")
     new_domain(root, folder)
-    files = [path for place in (root / folder, root / "tests" / name) for path in place.rglob("*") if path.is_file()]
-    template = [path for path in (root / "common" / "new_domain" / "template").rglob("*") if path.is_file()]
+    files = [path for place in (root / folder, root / "tests" / folder) for path in place.rglob("*") if path.is_file()]
+    template = [path for path in (root / "templates" / "domain").rglob("*") if path.is_file()]
     assert len(files) == len(template)
     for path in files:
         assert "example" not in path.name and "example-domain" not in path.read_text(), path
         assert "example_domain" not in path.read_text(), path
-    assert os.readlink(root / "typings" / name) == f"../{folder}" and (root / "typings" / name / "README.md").exists()
+    assert os.readlink(link := root / "typings" / "kd" / name) == f"../../{folder}" and (link / "README.md").exists()
     for words in (["check"], ["format", "--check"]):
-        call(root, sys.executable, "-m", "ruff", *words, folder, f"tests/{name}")
+        call(root, sys.executable, "-m", "ruff", *words, folder, f"tests/{folder}")
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +129,8 @@ def refused(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
     [
         ("bird songs", "no import name"), ("3d", "no import name"), ("class", "no import name"),
         ("../speech", "no import name"), ("vögel", "no import name"), ("", "an argument is empty"),
-        ("common", "taken, by common"), ("Tests", "taken, by tests"), ("helpers", "taken, by tests/helpers"),
-        ("tiny", "taken, by tests/helpers/tiny.py"), ("setup", "taken, by setup.py"),
-        ("example-domain", "taken, by typings/example_domain"), ("evaluate", "scripts/evaluate.py"),
-        ("json", "taken, by the package json"), ("NumPy", "taken, by the package numpy"),
+        ("common", "taken, by common"), ("Tests", "taken, by tests"), ("kd-testing", "taken, by tests/kd_testing"),
+        ("setup", "taken, by setup.py"), ("example-domain", "taken, by typings/kd/example_domain"),
     ],
 )  # fmt: skip
 def test_bad_names_are_refused_in_one_line(untouched, capsys, name, message):
@@ -149,5 +148,5 @@ def test_a_domain_that_exists_stays_as_it_is_however_its_name_is_spelt(tmp_path,
 
 def test_nothing_is_left_of_a_domain_that_could_not_be_laid_out(tmp_path, capsys):
     root = copy_into(tmp_path / "repository")
-    (root / "common" / "new_domain" / "template" / "scripts" / "broken.py").write_text("def")
+    (root / "templates" / "domain" / "scripts" / "broken.py").write_text("def")
     assert "ruff" in refused(root, "speech", capsys)

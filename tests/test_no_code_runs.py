@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import run_script
 from transformers import BertConfig
 
+from kd_testing.scripts import run_script
+
+EXPORT = "common/export/__main__.py"
 EVALUATE_IMAGES = "image-classification/scripts/evaluate.py"
 PAYLOAD = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
@@ -86,8 +88,8 @@ SMALL: dict[str, Any] = {
         ("image-classification/scripts/train_student.py", ["--teacher", "MODEL"]),
         ("image-classification/scripts/train_bottleneck.py", ["--encoder", "MODEL"]),
         ("image-classification/scripts/evaluate.py", ["MODEL"]),
-        ("common/export.py", ["MODEL", "--domain", "NLP"]),
-        ("common/export.py", ["MODEL", "--domain", "image-classification"]),
+        (EXPORT, ["MODEL", "--domain", "NLP"]),
+        (EXPORT, ["MODEL", "--domain", "image-classification"]),
     ],
 )
 @pytest.mark.parametrize("kind", ["model", "tokenizer"])
@@ -116,7 +118,7 @@ def test_export_imports_no_module_that_results_name(
     folder = tmp_path / "run"
     (folder / "student").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"domain": domain, "task": "evil:Evil-v0"}))
-    line = refused(capsys, "common/export.py", folder)
+    line = refused(capsys, EXPORT, folder)
     assert not mark.exists() and not (folder / "export").exists()
     if domain == "reinforcement-learning":
         assert "pass --task evil:Evil-v0 where you trust that module" in line
@@ -128,7 +130,7 @@ def test_an_architecture_is_only_a_name(
 ) -> None:
     config = {"model_type": "image_classifier", "architecture": architecture, "image_size": 8}
     folder = model_folder(tmp_path / "model", mark, config)
-    for script, words in (("common/export.py", ["--domain", "image-classification"]), (EVALUATE_IMAGES, [])):
+    for script, words in ((EXPORT, ["--domain", "image-classification"]), (EVALUATE_IMAGES, [])):
         refused(capsys, script, folder, *words)
     assert not mark.exists()
 
@@ -137,7 +139,11 @@ def test_an_architecture_is_only_a_name(
     ("script", "words", "config"),
     [
         ("NLP/scripts/evaluate.py", ["--dataset", "intents"], BertConfig(**SMALL).to_dict()),
-        ("common/export.py", ["--domain", "NLP"], BertConfig(**SMALL, architectures=["BertForMaskedLM"]).to_dict()),
+        (
+            EXPORT,
+            ["--domain", "NLP"],
+            BertConfig(**SMALL, architectures=["BertForMaskedLM"]).to_dict(),
+        ),
         (EVALUATE_IMAGES, [], {"model_type": "image_classifier", "architecture": "resnet8x4", "image_size": 8}),
     ],
 )

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from paths import REPO
-from scripts import run_script
 
-from common.arguments import KDTrainingArguments, RunArguments
-from common.cli import Parser, parse
-from common.training_checks import UNSUPPORTED
-from common.utils.ranges import ranges_of
+from kd.common.cli import Parser, parse
+from kd.common.training.arguments import KDTrainingArguments, RunArguments
+from kd.common.training.checks import UNSUPPORTED
+from kd.common.utils.ranges import ranges_of
+from kd_testing.paths import REPO
+from kd_testing.scripts import run_script
 
 TRAINED = [  # scripts whose training is KDTrainer's, and what they need besides
     ("NLP/scripts/distill_classifier.py", []),
@@ -196,14 +196,14 @@ OF_SCRIPTS = [
     (RL_TEACHER, "--hyperparameters {", "is not valid JSON"),
     (RL_EVALUATE, "x.zip --episodes 0", "--episodes must be at least 1"),
     (RL_EVALUATE, f"{LONG} --environment CartPole-v1", "File name too long"),
-    ("common/export.py", LONG, "File name too long"),
-    ("common/export.py", "nowhere --format pickle", "invalid choice: 'pickle'"),
-    ("common/export.py", "nowhere --output_dir=", "--output_dir is empty"),
-    ("common/report.py", "nowhere", "nowhere does not exist"),
-    ("common/report.py", LONG, "File name too long"),
-    ("common/report.py", "nowhere --markdown=", "--markdown is empty"),
-    ("common/new_domain/__main__.py", "a/b", "gives no import name"),
-    ("common/new_domain/__main__.py", LONG, "error: "),
+    ("common/export/__main__.py", LONG, "File name too long"),
+    ("common/export/__main__.py", "nowhere --format pickle", "invalid choice: 'pickle'"),
+    ("common/export/__main__.py", "nowhere --output_dir=", "--output_dir is empty"),
+    ("common/reporting/report.py", "nowhere", "nowhere does not exist"),
+    ("common/reporting/report.py", LONG, "File name too long"),
+    ("common/reporting/report.py", "nowhere --markdown=", "--markdown is empty"),
+    ("common/new_domain.py", "a/b", "gives no import name"),
+    ("common/new_domain.py", LONG, "error: "),
 ]
 
 
@@ -250,16 +250,16 @@ def test_what_a_script_cannot_do(
 def argument_types() -> list[type[Any]]:
     """All dataclasses of the scripts' command lines."""
     names = [
-        "common.arguments",
-        "nlp.student_model.arguments",
-        "nlp.scripts.distill_glue",
-        "nlp.scripts.distill_gpt",
-        "nlp.scripts.distill_translation",
-        *(f"image_classification.student_model.{name}" for name in ("arguments", "bottleneck", "cells", "simkd")),
-        "image_classification.student_model.incremental",
-        *(f"image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
-        "reinforcement_learning.student_model.arguments",
-        "reinforcement_learning.student_model.distiller",
+        "kd.common.training.arguments",
+        "kd.nlp.student_model.arguments",
+        "kd.nlp.scripts.distill_glue",
+        "kd.nlp.scripts.distill_gpt",
+        "kd.nlp.scripts.distill_translation",
+        *(f"kd.image_classification.student_model.{name}" for name in ("arguments", "bottleneck", "cells", "simkd")),
+        "kd.image_classification.student_model.incremental",
+        *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
+        "kd.reinforcement_learning.student_model.arguments",
+        "kd.reinforcement_learning.student_model.distiller",
     ]
     modules = [importlib.import_module(name) for name in names]
     types = [kind for module in modules for kind in vars(module).values() if getattr(kind, "__module__", "") in names]
@@ -286,11 +286,11 @@ def test_every_flag_that_is_named_exists() -> None:
 def types_of(recipe: Path) -> list[type[Any]]:
     """The arguments of the script that a recipe of this project is for."""
     texts, images, policies = (
-        importlib.import_module(f"{domain}.student_model.arguments")
+        importlib.import_module(f"kd.{domain}.student_model.arguments")
         for domain in ("nlp", "image_classification", "reinforcement_learning")
     )
     if "reinforcement-learning" in recipe.parts:
-        distiller = importlib.import_module("reinforcement_learning.student_model.distiller")
+        distiller = importlib.import_module("kd.reinforcement_learning.student_model.distiller")
         return [
             policies.ExperimentArguments,
             policies.StudentArguments,
@@ -298,15 +298,17 @@ def types_of(recipe: Path) -> list[type[Any]]:
             distiller.DistillArguments,
         ]
     if "image-classification" in recipe.parts:
-        student = importlib.import_module("image_classification.scripts.train_student").Arguments
+        student = importlib.import_module("kd.image_classification.scripts.train_student").Arguments
         return [student, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
     if recipe.stem in ("gpt", "translation", "multi30k"):
-        gpt, translation = (importlib.import_module(f"nlp.scripts.distill_{name}") for name in ("gpt", "translation"))
+        gpt, translation = (
+            importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")
+        )
         own = [gpt.Arguments, gpt.LanguageTrainingArguments]
         return own if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]
-    glue = [importlib.import_module("nlp.scripts.distill_glue").GlueArguments] if recipe.stem == "glue" else []
+    glue = [importlib.import_module("kd.nlp.scripts.distill_glue").GlueArguments] if recipe.stem == "glue" else []
     return [
         *glue,
         texts.TextArguments,

@@ -7,10 +7,10 @@ from typing import Literal
 import datasets
 import pyarrow as pa
 
-from common.label_words import is_number
-from common.sources import Splits
-from common.utils.errors import UserError
-from nlp.data.tasks import TASKS, Task
+from kd.common.data.label_words import is_number
+from kd.common.data.sources import Splits
+from kd.common.utils.errors import UserError
+from kd.nlp.data.tasks import TASKS, Task
 
 LABEL_COLUMNS = (  # the first of these groups that has a column in the data gives the label
     ("label", "labels", "intent", "target", "class"),

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.objective import IGNORED
-from common.readers import READERS, read_text
-from common.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_named, short_name
-from common.utils.errors import UserError
-from nlp.data.columns import contents_of, is_text, texts_of
+from kd.common.data.readers import READERS, read_text
+from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_named, short_name
+from kd.common.objective import IGNORED
+from kd.common.utils.errors import UserError
+from kd.nlp.data.columns import contents_of, is_text, texts_of
 
 EMBEDDED = "python"
 INSTEAD = f"pass --dataset FOLDER with train.txt or parquet, CSV or JSON files, or --dataset {EMBEDDED}"

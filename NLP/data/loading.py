@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.label_words import Kind
-from common.labels import read_labels, renumber
-from common.sources import Splits, short_name
-from common.utils.errors import UserError
-from nlp.data.columns import FLAGS, Columns, choose_columns, recognise
-from nlp.data.sources import read_splits
-from nlp.data.tasks import TASKS
+from kd.common.data.label_words import Kind
+from kd.common.data.labels import read_labels, renumber
+from kd.common.data.sources import Splits, short_name
+from kd.common.utils.errors import UserError
+from kd.nlp.data.columns import FLAGS, Columns, choose_columns, recognise
+from kd.nlp.data.sources import read_splits
+from kd.nlp.data.tasks import TASKS
 
 # Texts of digits alone may have been written as whole numbers, and a column of nothing as null.
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)

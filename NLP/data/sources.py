@@ -1,9 +1,9 @@
 """Where raw splits come from: the embedded generator, a local folder or the Hugging Face Hub."""
 
-from common.sources import Splits, read_hub, read_named
-from common.utils.errors import UserError
-from nlp.data.intents import load_intents
-from nlp.data.tasks import TASKS
+from kd.common.data.sources import Splits, read_hub, read_named
+from kd.common.utils.errors import UserError
+from kd.nlp.data.intents import load_intents
+from kd.nlp.data.tasks import TASKS
 
 INSTEAD = "pass --dataset FOLDER with parquet, CSV or JSON files, or --dataset intents, which needs no download"
 

@@ -3,7 +3,7 @@
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from nlp.data.loading import TextData
+from kd.nlp.data.loading import TextData
 
 
 def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

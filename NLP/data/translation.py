@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from common.sources import Splits, read_named, short_name
-from common.utils.errors import UserError
-from nlp.data.loading import CARVING_SEED
-from nlp.data.number_words import load_number_words
+from kd.common.data.sources import Splits, read_named, short_name
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import CARVING_SEED
+from kd.nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
 INSTEAD = (

@@ -7,10 +7,10 @@ The recipes keys_carried, new_keys and student_only are three of the four system
 base, without any bottleneck, is distill_classifier.py.
 """
 
-from common.arguments import KDTrainingArguments
-from common.cli import parse, reject_unused, run
-from nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
-from nlp.student_model.bottleneck_distillation import BottleneckDistillation
+from kd.common.cli import parse, reject_unused, run
+from kd.common.training.arguments import KDTrainingArguments
+from kd.nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
+from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
 
 
 def main() -> None:

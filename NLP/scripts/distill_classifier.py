@@ -7,11 +7,11 @@
 The recipes base, clinc and sentiment have `distill_*.sh` of their names.
 """
 
-from common.arguments import KDTrainingArguments
-from common.cli import parse, reject_unused, run
-from common.methods import flags_of
-from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
-from nlp.student_model.classifier_distillation import ClassifierDistillation
+from kd.common.cli import parse, reject_unused, run
+from kd.common.methods import flags_of
+from kd.common.training.arguments import KDTrainingArguments
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 
 
 def main() -> None:

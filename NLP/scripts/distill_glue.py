@@ -16,19 +16,19 @@ from typing import Any
 
 from accelerate import PartialState
 
-from common.arguments import KDTrainingArguments, check_seeds
-from common.cli import parse, reject_unused, run
-from common.results import RECIPE, RESULTS
-from common.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
-from common.utils.errors import UserError
-from common.utils.ranges import Count, Seed
-from nlp.data.loading import TextData
-from nlp.data.tasks import GLUE_TASKS, TASKS
-from nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
-from nlp.student_model.bottleneck_distillation import BottleneckDistillation
-from nlp.student_model.classifier_distillation import ClassifierDistillation
-from nlp.student_model.glue_report import SYSTEMS, show
-from nlp.student_model.methods import refuse_smoothing, refuse_unfit
+from kd.common.cli import parse, reject_unused, run
+from kd.common.reporting.results import RECIPE, RESULTS
+from kd.common.training.arguments import KDTrainingArguments, check_seeds
+from kd.common.training.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Count, Seed
+from kd.nlp.data.loading import TextData
+from kd.nlp.data.tasks import GLUE_TASKS, TASKS
+from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
+from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
+from kd.nlp.student_model.glue_report import SYSTEMS, show
+from kd.nlp.student_model.methods import refuse_smoothing, refuse_unfit
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}

@@ -11,13 +11,13 @@ reverse KL (arXiv:2306.08543) or generalised Jensen-Shannon divergence (arXiv:23
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from common.arguments import KDTrainingArguments
-from common.cli import parse, reject_unused, run
-from common.sources import print_notes
-from common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
-from nlp.data.corpora import EMBEDDED, load_corpus
-from nlp.student_model.language_model import CUT, LanguageDistillation
-from nlp.teacher_model.causal import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
+from kd.common.cli import parse, reject_unused, run
+from kd.common.data.sources import print_notes
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
+from kd.nlp.data.corpora import EMBEDDED, load_corpus
+from kd.nlp.student_model.language_model import CUT, LanguageDistillation
+from kd.nlp.teacher_model.causal import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
 
 
 @dataclass

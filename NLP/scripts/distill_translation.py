@@ -13,13 +13,13 @@ translations instead of the references; `both`: its distributions over its own t
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.arguments import KDTrainingArguments
-from common.cli import parse, reject_unused, run
-from common.sources import print_notes
-from common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
-from nlp.data.translation import NUMBER_WORDS, load_translation_data
-from nlp.student_model.translation import CUT, TranslationDistillation
-from nlp.teacher_model.seq2seq import HEAD_WIDTH, SCRATCH
+from kd.common.cli import parse, reject_unused, run
+from kd.common.data.sources import print_notes
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
+from kd.nlp.data.translation import NUMBER_WORDS, load_translation_data
+from kd.nlp.student_model.translation import CUT, TranslationDistillation
+from kd.nlp.teacher_model.seq2seq import HEAD_WIDTH, SCRATCH
 
 SCRATCH_EPOCHS = 5
 

@@ -5,12 +5,12 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json
 """
 
-from common.cli import Parser, run
-from common.results import show_metrics
-from nlp.student_model import measured_data
-from nlp.student_model.evaluation import evaluate
-from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_trained
+from kd.common.cli import Parser, run
+from kd.common.reporting.results import show_metrics
+from kd.nlp.student_model import measured_data
+from kd.nlp.student_model.evaluation import evaluate
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:

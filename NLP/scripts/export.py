@@ -20,22 +20,22 @@ from accelerate import PartialState
 from safetensors.torch import save_model
 from transformers.utils import logging as transformers_logging
 
-from common.cli import Parser, run
-from common.export import RECORD, output_folder
-from common.exportable import apart, refuse_other_answers, share_of_ties
-from common.graphs import OnnxModel, quantize_onnx, to_onnx
-from common.inference import NOT_INPUTS
-from common.int8 import load_int8, quantize_dynamic
-from common.tables import print_rich
-from common.utils.environment import command, environment
-from common.utils.files import write_json, write_text
-from common.utils.folders import writing_folder
-from nlp.data.loading import TextData
-from nlp.student_model import measured_data
-from nlp.student_model.evaluation import predict
-from nlp.student_model.export_report import FILES, measured, report, table
-from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_trained
+from kd.common.cli import Parser, run
+from kd.common.export.__main__ import RECORD, output_folder
+from kd.common.export.exportable import apart, refuse_other_answers, share_of_ties
+from kd.common.export.int8 import load_int8, quantize_dynamic
+from kd.common.export.onnx import OnnxModel, quantize_onnx, to_onnx
+from kd.common.reporting.tables import print_rich
+from kd.common.training.inference import NOT_INPUTS
+from kd.common.utils.environment import command, environment
+from kd.common.utils.files import write_json, write_text
+from kd.common.utils.folders import writing_folder
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model import measured_data
+from kd.nlp.student_model.evaluation import predict
+from kd.nlp.student_model.export_report import FILES, measured, report, table
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:

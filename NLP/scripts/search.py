@@ -11,19 +11,25 @@ from dataclasses import replace
 
 from transformers import set_seed
 
-from common.arguments import KDTrainingArguments
-from common.cli import parse, reject_unused, run
-from common.utils.errors import UserError
-from nlp.data.loading import TextData
-from nlp.student_model.arguments import SearchArguments, TextArguments
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.evaluation import evaluate, guessing
-from nlp.student_model.layers import cut_layers, layer_paths
-from nlp.student_model.methods import refuse_smoothing
-from nlp.student_model.pipeline import Pipeline, Texts
-from nlp.student_model.search import Search, SearchRun
-from nlp.student_model.search_report import Report
-from nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained, models_and_tokenizers
+from kd.common.cli import parse, reject_unused, run
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.arguments import SearchArguments, TextArguments
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.evaluation import evaluate, guessing
+from kd.nlp.student_model.layers import cut_layers, layer_paths
+from kd.nlp.student_model.methods import refuse_smoothing
+from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.student_model.search import Search, SearchRun
+from kd.nlp.student_model.search_report import Report
+from kd.nlp.teacher_model.teacher import (
+    Pretrained,
+    in_label_order,
+    load_classifier,
+    load_trained,
+    models_and_tokenizers,
+)
 
 
 def main() -> None:

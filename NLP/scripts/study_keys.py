@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import Parser, run
-from common.utils.files import write_text
-from nlp.student_model.key_study import GROUPS, KEYS, SETTINGS, KeyStudy
+from kd.common.cli import Parser, run
+from kd.common.utils.files import write_text
+from kd.nlp.student_model.key_study import GROUPS, KEYS, SETTINGS, KeyStudy
 
 
 def main() -> None:

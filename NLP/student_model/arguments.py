@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from common.cli import reject_unused
-from common.filling import Keys
-from common.logit_methods import LOGIT_METHODS
-from common.relation_methods import RELATION_METHODS
-from common.sources import print_notes
-from common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
-from nlp.data.loading import TextData, load_text_data
-from nlp.student_model.matching import HiddenLoss, LayerMap
+from kd.common.bottleneck.codes import Keys
+from kd.common.cli import reject_unused
+from kd.common.data.sources import print_notes
+from kd.common.methods.logits import LOGIT_METHODS
+from kd.common.methods.relations import RELATION_METHODS
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
+from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.student_model.matching import HiddenLoss, LayerMap
 
 Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
 SEARCHABLE = ("alpha", "temperature", "learning_rate")

@@ -2,7 +2,7 @@
 
 Loads alone, once this module is imported:
 
-    from nlp.student_model.bottleneck_classifier import BottleneckClassifier
+    from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
     model = BottleneckClassifier.from_pretrained("runs/NLP/keys_carried/student")
 """
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from common.bottleneck import DiscreteKeyValueBottleneck
-from common.outputs import Outputs
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.outputs import Outputs
 
 Pooling = Literal["mean", "cls", "tokens"]
 

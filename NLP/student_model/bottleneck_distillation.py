@@ -5,17 +5,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from common.arguments import KDTrainingArguments
-from common.bottleneck import DiscreteKeyValueBottleneck
-from common.cli import reject_unused
-from common.utils.errors import UserError
-from nlp.data.loading import TextData
-from nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.distillation import Distillation
-from nlp.student_model.fill import Filling
-from nlp.student_model.layers import cut_layers
-from nlp.teacher_model.teacher import encoder_of
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.cli import reject_unused
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.distillation import Distillation
+from kd.nlp.student_model.fill import Filling
+from kd.nlp.student_model.layers import cut_layers
+from kd.nlp.teacher_model.teacher import encoder_of
 
 
 class BottleneckDistillation(Distillation):

@@ -6,20 +6,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from common.arguments import KDTrainingArguments
-from common.cli import reject_unused
-from common.teacher_outputs import TeacherOutputs
-from common.utils.errors import UserError
-from nlp.data.loading import TextData
-from nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.distillation import Distillation, Logits
-from nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
-from nlp.student_model.layers import cut_layers, layer_paths
-from nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
-from nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
-from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import encoder_of
+from kd.common.cli import reject_unused
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.distillation import Distillation, Logits
+from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
+from kd.nlp.student_model.layers import cut_layers, layer_paths
+from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import encoder_of
 
 
 class ClassifierDistillation(Distillation):

@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from common.arguments import KDTrainingArguments
-from common.pretrained import reading, stage_loader
-from common.run import TrainerRun
-from common.utils.errors import UserError
-from nlp.data.loading import TextData
-from nlp.student_model.arguments import PairArguments, TextArguments
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
-from nlp.student_model.evaluation import evaluate, guessing, validation_split
-from nlp.student_model.layers import check_cut, cut_layers, layer_paths
-from nlp.student_model.matching import layer_pairs
-from nlp.student_model.methods import refuse_smoothing
-from nlp.student_model.pipeline import Pipeline, Texts
-from nlp.teacher_model.teacher import (
+from kd.common.pretrained import reading, stage_loader
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.arguments import PairArguments, TextArguments
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
+from kd.nlp.student_model.evaluation import evaluate, guessing, validation_split
+from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
+from kd.nlp.student_model.matching import layer_pairs
+from kd.nlp.student_model.methods import refuse_smoothing
+from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.teacher_model.teacher import (
     Pretrained,
     encoder_of,
     in_label_order,
@@ -244,7 +244,7 @@ class Distillation:
         results = self._results(models, **({"keys": keys} if keys else {}))
         bottleneck = isinstance(student, BottleneckClassifier)
         usage = USAGE.format(
-            module="nlp.student_model.bottleneck_classifier" if bottleneck else "transformers",
+            module="kd.nlp.student_model.bottleneck_classifier" if bottleneck else "transformers",
             model="BottleneckClassifier" if bottleneck else "AutoModelForSequenceClassification",
             folder=self.run.folder / "student",
         )

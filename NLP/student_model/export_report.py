@@ -7,21 +7,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.export import LOAD_ONNX
-from common.metrics.cost import interleaved_latency, megabytes
-from common.tables import markdown, number
-from nlp.data.loading import TextData
-from nlp.student_model.evaluation import metrics_by_split, one_text
-from nlp.student_model.exportable import classifier_usage
-from nlp.student_model.pipeline import Texts
+from kd.common.export.__main__ import LOAD_ONNX
+from kd.common.metrics.cost import interleaved_latency, megabytes
+from kd.common.reporting.tables import markdown, number
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.evaluation import metrics_by_split, one_text
+from kd.nlp.student_model.exportable import classifier_usage
+from kd.nlp.student_model.pipeline import Texts
 
 FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
           "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
 
 INT8_USAGE = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from common.int8 import load_int8
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # only for a student with a bottleneck
+from kd.common.export.int8 import load_int8
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # only for a student with a bottleneck
 
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Text students as `python -m common.export` takes them away: classifiers, language models, translators.
+"""Text students as `python -m kd.common.export` takes them away: classifiers, language models, translators.
 
 Their exports are checked on the embedded intents.
 """
@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common.exportable import Exportable
-from common.pretrained import load_model, load_tokenizer, reading
-from common.utils.errors import UserError
-from nlp.data.intents import load_intents
-from nlp.teacher_model.teacher import encoder_of  # registers the classifier with a bottleneck, too
+from kd.common.export.exportable import Exportable
+from kd.common.pretrained import load_model, load_tokenizer, reading
+from kd.common.utils.errors import UserError
+from kd.nlp.data.intents import load_intents
+from kd.nlp.teacher_model.teacher import encoder_of  # registers the classifier with a bottleneck, too
 
 CLASSIFY = """import json
 

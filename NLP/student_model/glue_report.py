@@ -5,11 +5,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common.report import Spread, show_spread
-from common.results import RESULTS, validate
-from common.tables import markdown, print_rich
-from common.utils.errors import UserError
-from common.utils.files import read_json, write_text
+from kd.common.reporting.report import Spread, show_spread
+from kd.common.reporting.results import RESULTS, validate
+from kd.common.reporting.tables import markdown, print_rich
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json, write_text
 
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary one

@@ -11,22 +11,22 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from common.arguments import KDTrainingArguments
-from common.bottleneck import Decoder, DiscreteKeyValueBottleneck
-from common.filling import Keys, set_keys
-from common.inference import as_it_is
-from common.objective import Objective, soft_targets, task_loss
-from common.outputs import Outputs
-from common.teacher_outputs import TeacherOutputs
-from common.trainer import KDTrainer
-from common.utils.errors import UserError
-from common.utils.precision import resolve_precision
-from nlp.data.loading import load_text_data
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from nlp.student_model.fill import code_dataset, embed_texts
-from nlp.student_model.layers import cut_layers, load_encoder
-from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import load_classifier
+from kd.common.bottleneck.codes import Keys, set_keys
+from kd.common.bottleneck.module import Decoder, DiscreteKeyValueBottleneck
+from kd.common.objective import Objective, soft_targets, task_loss
+from kd.common.outputs import Outputs
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.inference import as_it_is
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.errors import UserError
+from kd.common.utils.precision import resolve_precision
+from kd.nlp.data.loading import load_text_data
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.fill import code_dataset, embed_texts
+from kd.nlp.student_model.layers import cut_layers, load_encoder
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import load_classifier
 
 KEYS = get_args(Keys)
 GROUPS = 10  # of classes that arrive one after another

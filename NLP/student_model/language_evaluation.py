@@ -8,10 +8,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.inference import over_dataset
-from common.metrics.cost import cost
-from common.metrics.language import language_metrics, token_agreement, token_counts
-from nlp.data.corpora import Corpus, stack
+from kd.common.metrics.cost import cost
+from kd.common.metrics.language import language_metrics, token_agreement, token_counts
+from kd.common.training.inference import over_dataset
+from kd.nlp.data.corpora import Corpus, stack
 
 PROMPT, CONTINUATION = 12, 30  # tokens of the sample in the report
 

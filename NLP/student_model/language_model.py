@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import KDTrainingArguments
-from common.losses import jensen_shannon, soft_target_kl
-from common.metrics.chance import language_warning
-from common.metrics.language import language_metrics, token_counts
-from common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
-from common.pretrained import load_tokenizer, stage_loader
-from common.run import TrainerRun
-from common.utils.errors import UserError
-from nlp.data.corpora import Corpus, pack, stack
-from nlp.student_model.language_evaluation import (
+from kd.common.losses import jensen_shannon, soft_target_kl
+from kd.common.metrics.chance import language_warning
+from kd.common.metrics.language import language_metrics, token_counts
+from kd.common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
+from kd.common.pretrained import load_tokenizer, stage_loader
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
+from kd.common.utils.errors import UserError
+from kd.nlp.data.corpora import Corpus, pack, stack
+from kd.nlp.student_model.language_evaluation import (
     continuation,
     continuation_length,
     evaluate,
@@ -26,11 +26,11 @@ from nlp.student_model.language_evaluation import (
     labels_of,
     one_line,
 )
-from nlp.student_model.layers import check_cut, cut_layers, layer_paths
-from nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
-from nlp.student_model.pipeline import switch_off_dropout
-from nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
-from nlp.teacher_model.teacher import models_and_tokenizers
+from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
+from kd.nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
+from kd.nlp.student_model.pipeline import switch_off_dropout
+from kd.nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
+from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 CUT = "cut"
 Choices = dict[str, np.ndarray]  # the most probable next tokens, by split

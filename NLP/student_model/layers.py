@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from common.pretrained import load_model, reading
-from common.utils.errors import UserError
+from kd.common.pretrained import load_model, reading
+from kd.common.utils.errors import UserError
 
 
 def load_encoder(folder: str | Path) -> PreTrainedModel:

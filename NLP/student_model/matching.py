@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from common.losses import attention_kl, feature_cosine, feature_l2
-from common.objective import FeatureLoss, Hint, Term, match
-from common.outputs import Outputs
-from common.utils.errors import UserError
-from nlp.student_model.bottleneck_classifier import Pooling, pool
-from nlp.student_model.layers import layer_paths, uniform_map
-from nlp.teacher_model.teacher import encoder_of
+from kd.common.losses import attention_kl, feature_cosine, feature_l2
+from kd.common.objective import FeatureLoss, Hint, Term, match
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
+from kd.nlp.student_model.layers import layer_paths, uniform_map
+from kd.nlp.teacher_model.teacher import encoder_of
 
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]

@@ -2,10 +2,10 @@
 
 from argparse import ArgumentParser, Namespace
 
-from common.label_words import Kind
-from common.sources import print_notes
-from nlp.data.loading import TextData, load_text_data
-from nlp.teacher_model.teacher import classifies, own_label_names, read_config
+from kd.common.data.label_words import Kind
+from kd.common.data.sources import print_notes
+from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.teacher_model.teacher import classifies, own_label_names, read_config
 
 
 def add_data_flags(parser: ArgumentParser) -> None:

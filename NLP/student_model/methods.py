@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.arguments import KDTrainingArguments
-from common.features import FeatureHooks
-from common.inference import over_dataset
-from common.logit_methods import LOGIT_METHODS
-from common.methods import Task, chosen, flags_of, some_of_each_class
-from common.objective import Terms
-from common.relation_methods import RELATION_METHODS
-from common.utils.errors import UserError
-from nlp.student_model.bottleneck_classifier import Pooling, pool
-from nlp.student_model.layers import layer_paths
-from nlp.student_model.matching import Matching, match_pooled, width
-from nlp.student_model.pipeline import Texts
-from nlp.teacher_model.teacher import encoder_of
+from kd.common.features import FeatureHooks
+from kd.common.methods import Task, chosen, flags_of, some_of_each_class
+from kd.common.methods.logits import LOGIT_METHODS
+from kd.common.methods.relations import RELATION_METHODS
+from kd.common.objective import Terms
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.inference import over_dataset
+from kd.common.utils.errors import UserError
+from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
+from kd.nlp.student_model.layers import layer_paths
+from kd.nlp.student_model.matching import Matching, match_pooled, width
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import encoder_of
 
 METHODS: dict[str, Callable[..., Terms]] = LOGIT_METHODS | RELATION_METHODS
 PLAIN = "kd"

@@ -11,17 +11,17 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.features import FeatureHooks
-from common.inference import over_dataset
-from common.objective import Objective, labels_and_soft_targets, task_loss
-from common.run import TrainerRun
-from common.teacher_outputs import TeacherOutputs, outputs_key
-from common.utils.devices import process
-from nlp.data.loading import TextData
-from nlp.data.tokenized import Collator, tokenize
-from nlp.student_model.bottleneck_classifier import Pooling
-from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.matching import Matching, hidden_states, width
+from kd.common.features import FeatureHooks
+from kd.common.objective import Objective, labels_and_soft_targets, task_loss
+from kd.common.training.inference import over_dataset
+from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
+from kd.common.utils.devices import process
+from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Collator, tokenize
+from kd.nlp.student_model.bottleneck_classifier import Pooling
+from kd.nlp.student_model.evaluation import trainer_metrics
+from kd.nlp.student_model.matching import Matching, hidden_states, width
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
 

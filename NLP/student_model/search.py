@@ -18,16 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback
 
-from common.arguments import KDTrainingArguments
-from common.objective import Objective, labels_and_soft_targets
-from common.run import TrainerRun
-from common.tables import number
-from common.teacher_outputs import TeacherOutputs
-from common.trainer import KDTrainer
-from common.utils.errors import UserError
-from nlp.student_model.arguments import Ranges
-from nlp.student_model.evaluation import trainer_metrics
-from nlp.student_model.pipeline import Texts, switch_off_dropout
+from kd.common.objective import Objective, labels_and_soft_targets
+from kd.common.reporting.tables import number
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.errors import UserError
+from kd.nlp.student_model.arguments import Ranges
+from kd.nlp.student_model.evaluation import trainer_metrics
+from kd.nlp.student_model.pipeline import Texts, switch_off_dropout
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

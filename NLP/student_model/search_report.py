@@ -13,14 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.cli import save_recipe
-from common.plots import STYLES
-from common.tables import markdown, number, print_rich
-from common.utils.devices import best_device
-from common.utils.environment import command, environment
-from common.utils.files import write_bytes, write_json, write_text
-from nlp.student_model.arguments import PairArguments, Ranges, SearchArguments, TextArguments
-from nlp.student_model.search import LOGARITHMIC, Search, Trial, best
+from kd.common.cli import save_recipe
+from kd.common.reporting.plots import STYLES
+from kd.common.reporting.tables import markdown, number, print_rich
+from kd.common.utils.devices import best_device
+from kd.common.utils.environment import command, environment
+from kd.common.utils.files import write_bytes, write_json, write_text
+from kd.nlp.student_model.arguments import PairArguments, Ranges, SearchArguments, TextArguments
+from kd.nlp.student_model.search import LOGARITHMIC, Search, Trial, best
 
 AXES = {"alpha": "Weight of the labels α", "temperature": "Temperature T", "learning_rate": "Learning rate"}
 

@@ -16,20 +16,20 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import KDTrainingArguments
-from common.losses import soft_target_kl
-from common.metrics.chance import language_warning
-from common.metrics.language import token_counts, token_metrics
-from common.objective import Objective, task_loss, token_targets
-from common.plots import plot_curves
-from common.pretrained import load_tokenizer, stage_loader
-from common.run import TrainerRun
-from common.teacher_outputs import TeacherOutputs, outputs_key
-from common.utils.devices import process
-from common.utils.errors import UserError
-from nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
-from nlp.student_model.translation_evaluation import evaluate
-from nlp.teacher_model.seq2seq import (
+from kd.common.losses import soft_target_kl
+from kd.common.metrics.chance import language_warning
+from kd.common.metrics.language import token_counts, token_metrics
+from kd.common.objective import Objective, task_loss, token_targets
+from kd.common.pretrained import load_tokenizer, stage_loader
+from kd.common.reporting.plots import plot_curves
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
+from kd.common.utils.devices import process
+from kd.common.utils.errors import UserError
+from kd.nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
+from kd.nlp.student_model.translation_evaluation import evaluate
+from kd.nlp.teacher_model.seq2seq import (
     SCRATCH,
     Translator,
     cut_layers,
@@ -40,7 +40,7 @@ from nlp.teacher_model.seq2seq import (
     special_ids_of,
     translate,
 )
-from nlp.teacher_model.teacher import models_and_tokenizers
+from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 CUT = "cut"
 Measured = tuple[dict[str, Any], dict[str, float], dict[str, str]]  # what `evaluate` returns

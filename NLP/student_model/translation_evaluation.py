@@ -8,12 +8,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.inference import NOT_INPUTS, over_dataset
-from common.metrics.cost import cost
-from common.metrics.generation import translation_metrics
-from common.metrics.language import token_counts, token_metrics
-from nlp.data.translation import PairCollator, TranslationData
-from nlp.teacher_model.seq2seq import Translator, translate
+from kd.common.metrics.cost import cost
+from kd.common.metrics.generation import translation_metrics
+from kd.common.metrics.language import token_counts, token_metrics
+from kd.common.training.inference import NOT_INPUTS, over_dataset
+from kd.nlp.data.translation import PairCollator, TranslationData
+from kd.nlp.teacher_model.seq2seq import Translator, translate
 
 TIMED = 20  # sentences that are translated one by one to see how long that takes
 

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.pretrained import load_model, load_tokenizer, reading
-from common.utils.errors import UserError
+from kd.common.pretrained import load_model, load_tokenizer, reading
+from kd.common.utils.errors import UserError
 
 SCRATCH = "scratch"
 END_OF_TEXT = "<|endoftext|>"

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from common.inference import over_dataset
-from common.pretrained import load_model, load_tokenizer, reading
-from common.utils.errors import UserError
-from nlp.data.tokenized import Collator
+from kd.common.pretrained import load_model, load_tokenizer, reading
+from kd.common.training.inference import over_dataset
+from kd.common.utils.errors import UserError
+from kd.nlp.data.tokenized import Collator
 
 SCRATCH = "scratch"
 SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")

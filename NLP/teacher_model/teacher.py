@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.pretrained import load_model, load_tokenizer, reading
-from common.utils.errors import UserError
-from nlp.data.loading import TextData, with_label_order
-from nlp.student_model.bottleneck_classifier import BottleneckClassifier  # also registers it with AutoModel...
+from kd.common.pretrained import load_model, load_tokenizer, reading
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData, with_label_order
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # also registers it with AutoModel...
 
 TINY_BERT = "tiny-bert"
 INSTEAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"

@@ -1,7 +1,7 @@
 """Distillation losses: pure functions, tensors in, scalar out, computed in fp32. Teacher tensors are never trained."""
 
-from common.losses.contrastive import noise_contrastive
-from common.losses.features import (
+from kd.common.losses.contrastive import noise_contrastive
+from kd.common.losses.features import (
     attention_kl,
     attention_transfer,
     channel_kl,
@@ -9,14 +9,14 @@ from common.losses.features import (
     feature_l2,
     spatial_kl,
 )
-from common.losses.hierarchical import (
+from kd.common.losses.hierarchical import (
     attended_mean,
     hierarchical_l2,
     mean_below_zero,
     partial_l2,
     stage_attention,
 )
-from common.losses.logits import (
+from kd.common.losses.logits import (
     class_relations,
     class_similarity,
     correlation_loss,
@@ -26,9 +26,9 @@ from common.losses.logits import (
     standardized,
     transport,
 )
-from common.losses.maps import nst, variational
-from common.losses.policies import gaussian_kl
-from common.losses.predictions import (
+from kd.common.losses.maps import nst, variational
+from kd.common.losses.policies import gaussian_kl
+from kd.common.losses.predictions import (
     cross_entropy_mix,
     hard_targets,
     jensen_shannon,
@@ -37,7 +37,7 @@ from common.losses.predictions import (
     regression_mse,
     soft_target_kl,
 )
-from common.losses.relations import (
+from kd.common.losses.relations import (
     correlation_congruence,
     pkt,
     rkd_angle,

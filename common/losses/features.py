@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses.shared import kl, same_shape, weighted_mean
+from kd.common.losses.shared import kl, same_shape, weighted_mean
 
 
 def feature_l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses.features import feature_l2
-from common.losses.shared import product, same_shape, weighted_mean
+from kd.common.losses.features import feature_l2
+from kd.common.losses.shared import product, same_shape, weighted_mean
 
 LEAST_DEVIATION = 1e-30
 COARSE_SIZES = (4, 2, 1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses.shared import kl, product, same_shape, unit
+from kd.common.losses.shared import kl, product, same_shape, unit
 
 NEVER = -1e9  # the logarithm of a probability that is to be zero; minus infinity would have no gradient
 

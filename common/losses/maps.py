@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from common.losses.shared import product, same_shape, unit, weighted_mean
+from kd.common.losses.shared import product, same_shape, unit, weighted_mean
 
 
 def nst(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

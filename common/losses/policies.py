@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.losses.shared import check_direction, same_shape, weighted_mean
+from kd.common.losses.shared import check_direction, same_shape, weighted_mean
 
 
 def gaussian_kl(

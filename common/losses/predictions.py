@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses.shared import check_direction, kl, same_shape, weighted_mean
+from kd.common.losses.shared import check_direction, kl, same_shape, weighted_mean
 
 
 def soft_target_kl(

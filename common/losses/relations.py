@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses.shared import product, same_shape, unit
+from kd.common.losses.shared import product, same_shape, unit
 
 SMALLEST_MEAN = 1e-12  # of distances, so that a batch at one point is divided by something
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from common.metrics.classification import classification_metrics
+from kd.common.metrics.classification import classification_metrics
 
 QUANTILE = 1.645  # one-sided, 5 %
 

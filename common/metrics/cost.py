@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.utils.devices import synchronize
+from kd.common.utils.devices import synchronize
 
 
 def parameters(model: nn.Module) -> int:

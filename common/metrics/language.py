@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.objective import IGNORED
+from kd.common.objective import IGNORED
 
 
 def token_counts(logits: Tensor, labels: Tensor) -> Tensor:

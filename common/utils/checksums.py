@@ -7,8 +7,8 @@ is the checksum of the lines above.
 import hashlib
 from pathlib import Path
 
-from common.utils.errors import UserError
-from common.utils.files import write_text
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import write_text
 
 CHECKSUMS = "SHA256SUMS"
 

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 from transformers import dynamic_module_utils
 
-from common import end_at_once
-from common.utils.devices import end_processes
-from common.utils.faults import explained
+from kd.common import end_at_once
+from kd.common.utils.devices import end_processes
+from kd.common.utils.faults import explained
 
 PATIENCE = 5.0  # seconds that a process other than the first waits to be terminated before it prints its error
 RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # of a run, of one run a seed, of GLUE's cells

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 # Faults that explain an exception which another library raised while it handled them.
 FAULTS = {

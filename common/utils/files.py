@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

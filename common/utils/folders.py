@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.utils.checksums import CHECKSUMS, read_checksums, write_checksums
-from common.utils.errors import UserError
+from kd.common.utils.checksums import CHECKSUMS, read_checksums, write_checksums
+from kd.common.utils.errors import UserError
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import weakref
 from pathlib import Path
 from typing import IO
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 LOCK = ".lock"
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@
         layers: Count = 2
         rates: list[Positive] | None = None
 
-`common.cli.Parser` checks every flag; NaN and infinity lie in no range.
+`kd.common.cli.Parser` checks every flag; NaN and infinity lie in no range.
 """
 
 import math

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 
 class WordLoader(yaml.SafeLoader):

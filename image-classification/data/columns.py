@@ -2,7 +2,7 @@
 
 import datasets
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 LABELS = ("label", "fine_label", "labels", "class", "target")
 

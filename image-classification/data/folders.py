@@ -5,10 +5,10 @@ from typing import NoReturn
 
 import datasets
 
-from common.label_words import in_order, some
-from common.sources import SPLIT_NAMES, Splits
-from common.utils.errors import UserError
-from image_classification.data.picture_files import Files, find_files
+from kd.common.data.label_words import in_order, some
+from kd.common.data.sources import SPLIT_NAMES, Splits
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.picture_files import Files, find_files
 
 PLACE = "pictures belong into SPLIT/CLASS/, such as train/cat/1.png"
 LISTS = (".csv", ".tsv", ".json", ".jsonl", ".txt")  # which may name the classes of pictures

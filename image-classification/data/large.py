@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 from tqdm.auto import tqdm
 
-from common.utils.errors import UserError
-from image_classification.data.dataset import ImageData, ImageViews
-from image_classification.data.rows import Rows
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.dataset import ImageData, ImageViews
+from kd.image_classification.data.rows import Rows
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's pixels, which pretrained networks expect
 READ_AT_ONCE = 2**30  # bytes of files that the fingerprint reads whole: a second or two

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common.sources import short_name
-from common.utils.errors import UserError
-from image_classification.data.dataset import ImageData
-from image_classification.data.large import large_images
-from image_classification.data.rows import Rows, read_rows
-from image_classification.data.splits import divide, missing_classes, renumbered
-from image_classification.data.strong_views import StrongViews
-from image_classification.data.views import Views
+from kd.common.data.sources import short_name
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.dataset import ImageData
+from kd.image_classification.data.large import large_images
+from kd.image_classification.data.rows import Rows, read_rows
+from kd.image_classification.data.splits import divide, missing_classes, renumbered
+from kd.image_classification.data.strong_views import StrongViews
+from kd.image_classification.data.views import Views
 
 __all__ = ["ImageData", "SmallImageData", "load_image_data"]
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common.utils.folders import writing_folder
-from image_classification.data.dataset import ImageData
-from image_classification.data.large import LargeImageData
-from image_classification.data.loading import SmallImageData
+from kd.common.utils.folders import writing_folder
+from kd.image_classification.data.dataset import ImageData
+from kd.image_classification.data.large import LargeImageData
+from kd.image_classification.data.loading import SmallImageData
 
 PICTURE = "views.png"
 CHUNK = 500  # images that are encoded before they are written

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from PIL import Image
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # which Pillow names but leaves to other programs
 HIDDEN = {"thumbs.db", "desktop.ini"}  # besides names that start with a dot

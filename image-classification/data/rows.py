@@ -15,10 +15,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from common.labels import read_labels
-from common.utils.errors import UserError
-from image_classification.data.columns import check_images, choose_columns
-from image_classification.data.sources import read_splits
+from kd.common.data.labels import read_labels
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.columns import check_images, choose_columns
+from kd.image_classification.data.sources import read_splits
 
 
 class PictureError(UserError):

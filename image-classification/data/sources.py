@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from common.label_words import some
-from common.sources import SPLIT_NAMES, Splits, read_folder, read_hub, read_named, usual_names
-from common.utils.errors import UserError
-from image_classification.data.folders import read_class_folders
+from kd.common.data.label_words import some
+from kd.common.data.sources import SPLIT_NAMES, Splits, read_folder, read_hub, read_named, usual_names
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.folders import read_class_folders
 
 HUB = {  # short name -> name on the Hub
     "cifar10": "uoft-cs/cifar10",

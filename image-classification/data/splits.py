@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.label_words import some
-from common.labels import renumber
-from common.utils.errors import UserError
-from image_classification.data.rows import Rows
+from kd.common.data.label_words import some
+from kd.common.data.labels import renumber
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.rows import Rows
 
 SPLIT_SEED = 0  # of the validation split: not the run's seed, or a teacher of another seed would have seen it
 

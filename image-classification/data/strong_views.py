@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
-from image_classification.data.views import Views
+from kd.image_classification.data.views import Views
 
 OPERATIONS = 2  # on each image
 CUT_OUT = 0.5  # of the width, at most

@@ -8,7 +8,7 @@ would have seen, and what a teacher says about a view can be looked up by its nu
 import torch
 from torch import Tensor
 
-from image_classification.data.dataset import ImageViews
+from kd.image_classification.data.dataset import ImageViews
 
 
 class Views(ImageViews):

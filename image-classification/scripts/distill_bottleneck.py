@@ -12,15 +12,15 @@ is the same network trained on the labels alone, with a bottleneck of its own.
 
 from dataclasses import dataclass, field
 
-from common.cli import parse, reject_unused, run
-from common.filling import Keys
-from common.utils.errors import UserError
-from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill
-from image_classification.student_model.experiment import Experiment
-from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from image_classification.teacher_model.classifier import ImageClassifier
-from image_classification.teacher_model.teacher import teacher_sketch
+from kd.common.bottleneck.codes import Keys
+from kd.common.cli import parse, reject_unused, run
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill
+from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.teacher import teacher_sketch
 
 
 @dataclass

@@ -10,12 +10,12 @@ size and normalization are the model's.
 
 from dataclasses import replace
 
-from common.cli import Parser, parse, run
-from common.results import show_metrics
-from common.utils.errors import UserError
-from image_classification.student_model.arguments import DataArguments
-from image_classification.student_model.evaluation import evaluate
-from image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
+from kd.common.cli import Parser, parse, run
+from kd.common.reporting.results import show_metrics
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.arguments import DataArguments
+from kd.image_classification.student_model.evaluation import evaluate
+from kd.image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
 
 
 def main() -> None:

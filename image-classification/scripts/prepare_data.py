@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from common.cli import parse, run
-from common.tables import number, print_rich
-from common.utils.errors import UserError
-from common.utils.folders import added_files
-from image_classification.data.dataset import ImageData
-from image_classification.data.large import LargeImageData
-from image_classification.data.loading import SmallImageData, channel_statistics
-from image_classification.data.local_folder import write_data
-from image_classification.student_model.arguments import DataArguments
+from kd.common.cli import parse, run
+from kd.common.reporting.tables import number, print_rich
+from kd.common.utils.errors import UserError
+from kd.common.utils.folders import added_files
+from kd.image_classification.data.dataset import ImageData
+from kd.image_classification.data.large import LargeImageData
+from kd.image_classification.data.loading import SmallImageData, channel_statistics
+from kd.image_classification.data.local_folder import write_data
+from kd.image_classification.student_model.arguments import DataArguments
 
 
 @dataclass

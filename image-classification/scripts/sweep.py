@@ -7,11 +7,11 @@
 The same command again, also with more values on an axis, trains only what is missing.
 """
 
-from common.cli import parse, reject_unused, run
-from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.cells import SweepArguments
-from image_classification.student_model.simkd import SimKDWeights
-from image_classification.student_model.sweep import sweep
+from kd.common.cli import parse, reject_unused, run
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.cells import SweepArguments
+from kd.image_classification.student_model.simkd import SimKDWeights
+from kd.image_classification.student_model.sweep import sweep
 
 
 def main() -> None:

@@ -14,18 +14,18 @@ from functools import partial
 
 from accelerate import PartialState
 
-from common.arguments import RunArguments
-from common.cli import parse, run
-from common.pretrained import stage_loader
-from common.results import print_table, write_report
-from common.run import Run
-from common.utils.folders import writing_folder
-from image_classification.data.loading import ImageData
-from image_classification.student_model.arguments import DataArguments
-from image_classification.student_model.bottleneck_probe import BottleneckProbe, load_encoder
-from image_classification.student_model.experiment import image_processor
-from image_classification.student_model.forgetting import incremental_results, plot_forgetting
-from image_classification.student_model.incremental import (
+from kd.common.cli import parse, run
+from kd.common.pretrained import stage_loader
+from kd.common.reporting.results import print_table, write_report
+from kd.common.training.arguments import RunArguments
+from kd.common.training.run import Run
+from kd.common.utils.folders import writing_folder
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.arguments import DataArguments
+from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe, load_encoder
+from kd.image_classification.student_model.experiment import image_processor
+from kd.image_classification.student_model.forgetting import incremental_results, plot_forgetting
+from kd.image_classification.student_model.incremental import (
     HeadTraining,
     IncrementalArguments,
     Samples,
@@ -35,7 +35,7 @@ from image_classification.student_model.incremental import (
     fit_keys,
     train_head,
 )
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 METHOD = "bottleneck_class_incremental"
 

@@ -8,11 +8,11 @@
 The control is the same network, projector included, trained on the labels alone.
 """
 
-from common.cli import parse, reject_unused, run
-from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.experiment import Experiment
-from image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from image_classification.teacher_model.teacher import teacher_sketch
+from kd.common.cli import parse, reject_unused, run
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.teacher_model.teacher import teacher_sketch
 
 
 def main() -> None:

@@ -13,16 +13,16 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.cli import parse, reject_unused, run
-from common.utils.errors import UserError
-from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
-from image_classification.student_model.experiment import Experiment, check_teacher_views
-from image_classification.student_model.methods import METHODS, Pair
-from image_classification.student_model.simkd import SimKDWeights
-from image_classification.student_model.sweep import for_pair, method_of, refuse_unheard_flags, sweep
-from image_classification.teacher_model.classifier import new_classifier
-from image_classification.teacher_model.teacher import teacher_sketch
+from kd.common.cli import parse, reject_unused, run
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
+from kd.image_classification.student_model.experiment import Experiment, check_teacher_views
+from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.simkd import SimKDWeights
+from kd.image_classification.student_model.sweep import for_pair, method_of, refuse_unheard_flags, sweep
+from kd.image_classification.teacher_model.classifier import new_classifier
+from kd.image_classification.teacher_model.teacher import teacher_sketch
 
 
 @dataclass

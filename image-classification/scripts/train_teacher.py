@@ -9,10 +9,10 @@ The run's folder is what `--teacher` of the other scripts takes.
 
 from dataclasses import dataclass, field
 
-from common.cli import parse, reject_unused, run
-from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
-from image_classification.student_model.experiment import Experiment
-from image_classification.teacher_model.classifier import new_classifier
+from kd.common.cli import parse, reject_unused, run
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
+from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.teacher_model.classifier import new_classifier
 
 
 @dataclass

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.arguments import KDTrainingArguments
-from common.cli import reject_unused
-from common.sources import print_notes
-from common.utils.ranges import Count, Positive, Share, ShareBelow1
-from image_classification.data.loading import ImageData, load_image_data
-from image_classification.teacher_model.teacher import trained_folder
+from kd.common.cli import reject_unused
+from kd.common.data.sources import print_notes
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.ranges import Count, Positive, Share, ShareBelow1
+from kd.image_classification.data.loading import ImageData, load_image_data
+from kd.image_classification.teacher_model.teacher import trained_folder
 
 
 @dataclass

@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from common.bottleneck import DiscreteKeyValueBottleneck
-from common.cli import reject_unused
-from common.filling import CodeDataset, Keys, set_keys
-from common.inference import as_it_is, over_dataset
-from common.objective import Objective, labels_and_soft_targets, task_loss
-from common.teacher_outputs import TeacherOutputs
-from common.utils.devices import best_device
-from common.utils.errors import UserError
-from common.utils.ranges import Count, Positive, Range
-from image_classification.student_model.evaluation import trainer_metrics
-from image_classification.student_model.experiment import Experiment
-from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
+from kd.common.bottleneck.codes import CodeDataset, Keys, set_keys
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.cli import reject_unused
+from kd.common.objective import Objective, labels_and_soft_targets, task_loss
+from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Count, Positive, Range
+from kd.image_classification.student_model.evaluation import trainer_metrics
+from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
 
 
 @dataclass

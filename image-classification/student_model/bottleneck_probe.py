@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from common.bottleneck import DiscreteKeyValueBottleneck
-from common.outputs import Outputs
-from common.utils.errors import UserError
-from image_classification.data.loading import ImageData
-from image_classification.teacher_model.classifier import ImageClassifier
-from image_classification.teacher_model.teacher import load_trained, trained_folder
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.teacher import load_trained, trained_folder
 
 PIXELS = "pixels"  # the encoder that does nothing
 

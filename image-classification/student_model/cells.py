@@ -7,11 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from common.cli import reject_unused
-from common.methods import chosen
-from common.utils.ranges import Positive, Seed, check_declared
-from image_classification.student_model.methods import METHODS
-from image_classification.student_model.simkd import FeatureLossName, Variant
+from kd.common.cli import reject_unused
+from kd.common.methods import chosen
+from kd.common.utils.ranges import Positive, Seed, check_declared
+from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.simkd import FeatureLossName, Variant
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"
 CONTROLS = (PLAIN, CONTROL)  # see labels only

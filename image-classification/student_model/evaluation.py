@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from common.inference import as_it_is, over_dataset
-from common.metrics.chance import classifier_warning
-from common.metrics.classification import agreement, classification_metrics, top_k_accuracy
-from common.metrics.cost import cost, flops, parameters
-from image_classification.data.loading import ImageData
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.common.metrics.chance import classifier_warning
+from kd.common.metrics.classification import agreement, classification_metrics, top_k_accuracy
+from kd.common.metrics.cost import cost, flops, parameters
+from kd.common.training.inference import as_it_is, over_dataset
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 
 def image_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

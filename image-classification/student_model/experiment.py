@@ -12,35 +12,35 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
-from common.inference import as_it_is
-from common.methods import Method
-from common.model_card import save_student
-from common.objective import Objective, task_loss
-from common.pretrained import stage_loader
-from common.results import print_table, write_report
-from common.run import TrainerRun
-from common.side_by_side import SideBySideObjective
-from common.teacher_outputs import outputs_key
-from common.teacher_views import TeacherViews
-from common.utils.devices import best_device
-from common.utils.errors import UserError
-from common.utils.files import check_writable
-from image_classification.data.dataset import ImageViews
-from image_classification.data.large import LargeImageData, shorter_side
-from image_classification.data.loading import ImageData
-from image_classification.data.views import Views
-from image_classification.student_model.arguments import ImageTrainingArguments
-from image_classification.student_model.evaluation import evaluate, guessing, trainer_metrics
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import frozen
-from image_classification.teacher_model.teacher import given_teacher
+from kd.common.methods import Method
+from kd.common.objective import Objective, task_loss
+from kd.common.pretrained import stage_loader
+from kd.common.reporting.model_card import save_student
+from kd.common.reporting.results import print_table, write_report
+from kd.common.training.inference import as_it_is
+from kd.common.training.run import TrainerRun
+from kd.common.training.side_by_side import SideBySideObjective
+from kd.common.training.teacher_outputs import outputs_key
+from kd.common.training.teacher_views import TeacherViews
+from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import check_writable
+from kd.image_classification.data.dataset import ImageViews
+from kd.image_classification.data.large import LargeImageData, shorter_side
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.views import Views
+from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.evaluation import evaluate, guessing, trainer_metrics
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.teacher import given_teacher
 
 Model = TypeVar("Model", bound=nn.Module)
 read_stage = stage_loader(ImageClassifier)
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = ImageClassifier.from_pretrained("{folder}").eval()

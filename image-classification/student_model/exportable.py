@@ -1,4 +1,4 @@
-"""Image students as `python -m common.export` takes them away: whatever answers to `pixel_values` with logits."""
+"""Image students as `python -m kd.common.export` takes them away: whatever answers to `pixel_values` with logits."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from common.exportable import Exportable
-from common.pretrained import load_model, reading
-from image_classification.student_model import bottleneck_probe  # noqa: F401  registers it with AutoModel...
+from kd.common.export.exportable import Exportable
+from kd.common.pretrained import load_model, reading
+from kd.image_classification.student_model import bottleneck_probe  # noqa: F401  registers it with AutoModel...
 
 USAGE = """import json
 

@@ -9,14 +9,14 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.metrics.cost import cost
-from common.plots import OTHER_STYLES, STYLES
-from common.run import Run
-from common.utils.files import write_bytes
-from image_classification.data.loading import ImageData
-from image_classification.student_model.bottleneck_probe import BottleneckProbe
-from image_classification.student_model.evaluation import image_metrics, predict
-from image_classification.student_model.incremental import HeadTraining, History, accuracy, key_statistics
+from kd.common.metrics.cost import cost
+from kd.common.reporting.plots import OTHER_STYLES, STYLES
+from kd.common.training.run import Run
+from kd.common.utils.files import write_bytes
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
+from kd.image_classification.student_model.evaluation import image_metrics, predict
+from kd.image_classification.student_model.incremental import HeadTraining, History, accuracy, key_statistics
 
 Scores = dict[str, float]  # number of classes seen (a word: it becomes a key of a JSON object) -> accuracy
 

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common.bottleneck import DiscreteKeyValueBottleneck
-from common.inference import as_it_is, over_dataset
-from common.utils.devices import best_device
-from common.utils.errors import UserError
-from common.utils.ranges import Count, Positive, Range, Seed
-from image_classification.data.loading import ImageData
-from image_classification.student_model.bottleneck_probe import PIXELS, BottleneckProbe
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Count, Positive, Range, Seed
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.bottleneck_probe import PIXELS, BottleneckProbe
 
 Tasks = list[list[int]]  # the class ids of each task, in the order of arrival
 History = list[dict[str, Any]]

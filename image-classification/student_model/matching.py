@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import losses
-from common.features import FeatureHooks
-from common.outputs import Outputs
-from common.utils.errors import UserError
-from image_classification.data.loading import ImageData
-from image_classification.teacher_model.backbones.base import PreActivation
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.common import losses
+from kd.common.features import FeatureHooks
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.teacher_model.backbones.base import PreActivation
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 First = TypeVar("First")
 Second = TypeVar("Second")

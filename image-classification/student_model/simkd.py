@@ -8,13 +8,13 @@ are trained, evaluated, saved and deployed with it.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.cli import reject_unused
-from common.methods import Method
-from common.objective import Objective, Terms, soft_targets, task_loss
-from common.utils.errors import UserError
-from common.utils.ranges import Count, NotNegative, ShareAbove0
-from image_classification.data.loading import ImageData
-from image_classification.student_model.matching import (
+from kd.common.cli import reject_unused
+from kd.common.methods import Method
+from kd.common.objective import Objective, Terms, soft_targets, task_loss
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Count, NotNegative, ShareAbove0
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.matching import (
     FEATURE_LOSSES,
     FeatureMatch,
     MapShape,
@@ -25,8 +25,8 @@ from image_classification.student_model.matching import (
     some_images,
     stage_paths,
 )
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.projector import Projector
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.projector import Projector
 
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]

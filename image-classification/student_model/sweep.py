@@ -17,19 +17,19 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from common.cli import reject_unused
-from common.fingerprints import fingerprint_of
-from common.finite import non_finite_tensor
-from common.methods import Method, check_methods_differ, chosen, filled, flags_of
-from common.objective import Objective, task_loss
-from common.results import RECIPE
-from common.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
-from common.side_by_side import SideBySide, SideBySideObjective
-from common.utils.errors import UserError
-from common.utils.files import read_json, write_json
-from image_classification.data.loading import ImageData
-from image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from image_classification.student_model.cells import (
+from kd.common.cli import reject_unused
+from kd.common.data.fingerprints import fingerprint_of
+from kd.common.methods import Method, check_methods_differ, chosen, filled, flags_of
+from kd.common.objective import Objective, task_loss
+from kd.common.reporting.results import RECIPE
+from kd.common.training.finite import non_finite_tensor
+from kd.common.training.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
+from kd.common.training.side_by_side import SideBySide, SideBySideObjective
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json, write_json
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.cells import (
     CONTROL,
     CONTROLS,
     SIMKD,
@@ -41,14 +41,14 @@ from image_classification.student_model.cells import (
     lost_file,
     results_file,
 )
-from image_classification.student_model.evaluation import evaluate, guessing
-from image_classification.student_model.experiment import Experiment, check_teacher_views, read_stage
-from image_classification.student_model.methods import METHODS, Pair
-from image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
-from image_classification.student_model.sweep_report import show
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from image_classification.teacher_model.folding import frozen
-from image_classification.teacher_model.teacher import given_teacher, teacher_sketch
+from kd.image_classification.student_model.evaluation import evaluate, guessing
+from kd.image_classification.student_model.experiment import Experiment, check_teacher_views, read_stage
+from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
+from kd.image_classification.student_model.sweep_report import show
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.teacher import given_teacher, teacher_sketch
 
 SWEEP_FILES = (*RUN_FILES, "sweep.md", "sweep.png", *(f"cells/*/{name}" for name in (*REPORT_FILES, "lost.json")))
 

@@ -10,12 +10,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.plots import OTHER_STYLES, PAPER, STYLES
-from common.report import Spread
-from common.tables import markdown, number, print_rich
-from common.utils.errors import UserError
-from common.utils.files import read_json, write_bytes, write_text
-from image_classification.student_model.cells import CONTROLS, Cell, lost_file, results_file
+from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES
+from kd.common.reporting.report import Spread
+from kd.common.reporting.tables import markdown, number, print_rich
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json, write_bytes, write_text
+from kd.image_classification.student_model.cells import CONTROLS, Cell, lost_file, results_file
 
 Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
 

@@ -2,7 +2,7 @@
 
 Loads alone, in any process that has imported this module:
 
-    from image_classification.teacher_model.classifier import ImageClassifier
+    from kd.image_classification.teacher_model.classifier import ImageClassifier
     model = ImageClassifier.from_pretrained("runs/image-classification/simkd/student")
 """
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from common.bottleneck import DiscreteKeyValueBottleneck
-from common.outputs import Outputs
-from image_classification.teacher_model.backbones import build_backbone
-from image_classification.teacher_model.projector import Projector
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.outputs import Outputs
+from kd.image_classification.teacher_model.backbones import build_backbone
+from kd.image_classification.teacher_model.projector import Projector
 
 
 class ImageClassifierConfig(PreTrainedConfig):

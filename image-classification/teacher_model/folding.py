@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 
 def folded(model: nn.Module) -> nn.Module:

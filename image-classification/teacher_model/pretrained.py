@@ -10,11 +10,11 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from common.hub import no_retries_when_unreachable
-from common.utils.errors import UserError
-from image_classification.teacher_model.backbones import TIMM
-from image_classification.teacher_model.backbones.from_timm import known_weights
-from image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.common.data.hub import no_retries_when_unreachable
+from kd.common.utils.errors import UserError
+from kd.image_classification.teacher_model.backbones import TIMM
+from kd.image_classification.teacher_model.backbones.from_timm import known_weights
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import initialize
+from kd.image_classification.teacher_model.backbones.base import initialize
 
 
 class Projector(nn.Module):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from common.pretrained import load_model, reading, short
-from common.utils.errors import UserError
-from image_classification.data.loading import ImageData
-from image_classification.teacher_model.backbones import TIMM
-from image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
-from image_classification.teacher_model.pretrained import pretrained_classifier
+from kd.common.pretrained import load_model, reading, short
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.teacher_model.backbones import TIMM
+from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
+from kd.image_classification.teacher_model.pretrained import pretrained_classifier
 
 IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from common.outputs import Outputs
+from kd.common.outputs import Outputs
 
 CHUNK = 4096  # observations that the teacher is asked about at once
 

@@ -7,9 +7,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from common.outputs import Outputs
-from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.teacher_model.policies import environment_actions, greedy_actions, sampled_actions
+from kd.common.outputs import Outputs
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.teacher_model.policies import environment_actions, greedy_actions, sampled_actions
 
 Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 
 def require_single_process() -> None:

@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
-from reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.environments.vector import Environments
 
 
 class SB3Environments(VecEnv):

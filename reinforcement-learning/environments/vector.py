@@ -20,7 +20,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 EPISODE_STEPS = 10_000  # maximum length of an episode, for environments without a time limit
 # Modules that register their environments when they are imported, by what the ids of these start with.

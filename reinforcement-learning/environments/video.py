@@ -10,11 +10,11 @@ import imageio.v3
 import numpy as np
 import torch
 
-from common.utils.errors import UserError
-from common.utils.files import check_writable, write_bytes
-from reinforcement_learning.data.playing import Act
-from reinforcement_learning.environments.vector import Environments, find_spec, time_limit
-from reinforcement_learning.teacher_model.policies import environment_actions
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import check_writable, write_bytes
+from kd.reinforcement_learning.data.playing import Act
+from kd.reinforcement_learning.environments.vector import Environments, find_spec, time_limit
+from kd.reinforcement_learning.teacher_model.policies import environment_actions
 
 ENLARGED = 4  # times: what a policy sees of an Atari game is 84 pixels wide
 MOST_FRAMES = 3_000  # they are kept in memory

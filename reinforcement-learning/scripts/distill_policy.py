@@ -14,20 +14,20 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import parse, run
-from common.report import compare
-from common.run_folder import RunFolder, check_is_run_or_empty
-from reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
-from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
-from reinforcement_learning.student_model.distillation import Distillation
-from reinforcement_learning.student_model.distiller import DistillArguments
-from reinforcement_learning.student_model.evaluation import evaluate
-from reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
-from reinforcement_learning.student_model.matching import Loss, check_loss
-from reinforcement_learning.student_model.subject import Subject
-from reinforcement_learning.student_model.teachers import soft_network, teacher_of
-from reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.common.cli import parse, run
+from kd.common.reporting.report import compare
+from kd.common.training.run_folder import RunFolder, check_is_run_or_empty
+from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
+from kd.reinforcement_learning.student_model.distillation import Distillation
+from kd.reinforcement_learning.student_model.distiller import DistillArguments
+from kd.reinforcement_learning.student_model.evaluation import evaluate
+from kd.reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
+from kd.reinforcement_learning.student_model.matching import Loss, check_loss
+from kd.reinforcement_learning.student_model.subject import Subject
+from kd.reinforcement_learning.student_model.teachers import soft_network, teacher_of
+from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 
 
 def main() -> None:

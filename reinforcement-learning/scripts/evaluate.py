@@ -10,17 +10,17 @@ MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baseline
 import sys
 from pathlib import Path
 
-from common.cli import Parser, run
-from common.results import RESULTS, show_metrics
-from common.utils.errors import UserError
-from common.utils.files import read_json
-from common.utils.ranges import MOST, Range
-from reinforcement_learning.data.playing import greedy
-from reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
-from reinforcement_learning.environments.vector import time_limit_warning
-from reinforcement_learning.environments.video import check_video, write_video
-from reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
-from reinforcement_learning.student_model.teachers import load_agent
+from kd.common.cli import Parser, run
+from kd.common.reporting.results import RESULTS, show_metrics
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
+from kd.common.utils.ranges import MOST, Range
+from kd.reinforcement_learning.data.playing import greedy
+from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
+from kd.reinforcement_learning.environments.vector import time_limit_warning
+from kd.reinforcement_learning.environments.video import check_video, write_video
+from kd.reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
+from kd.reinforcement_learning.student_model.teachers import load_agent
 
 
 def main() -> None:

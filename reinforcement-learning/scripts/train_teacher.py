@@ -7,13 +7,13 @@
 The run's folder is what `--teacher` of distill_policy.py takes; without one that script looks where this puts it.
 """
 
-from common.arguments import RunArguments
-from common.cli import parse, run
-from reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
-from reinforcement_learning.environments.vector import time_limit_warning
-from reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
-from reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
-from reinforcement_learning.student_model.teachers import trained_teacher
+from kd.common.cli import parse, run
+from kd.common.training.arguments import RunArguments
+from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
+from kd.reinforcement_learning.environments.vector import time_limit_warning
+from kd.reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
+from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
+from kd.reinforcement_learning.student_model.teachers import trained_teacher
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from common.arguments import RunArguments, check_seeds
-from common.cli import reject_unused
-from common.utils.errors import UserError
-from common.utils.ranges import (
+from kd.common.cli import reject_unused
+from kd.common.training.arguments import RunArguments, check_seeds
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import (
     Count,
     CountOrNone,
     NotNegative,
@@ -20,7 +20,7 @@ from common.utils.ranges import (
     Seed,
     check_declared,
 )
-from reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
+from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 
 Algorithm = Literal["ppo", "dqn", "sac"]
 

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
-from common.bottleneck import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 
 VALUE_DIM = 4  # with 16, four times the parameters agree with a teacher in at most 0.5 % more states
 

@@ -9,16 +9,16 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from reinforcement_learning.data.observations import Observations
-from reinforcement_learning.data.playing import Recorder
-from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from reinforcement_learning.student_model.experiment import Agents, Experiment, folder_name
-from reinforcement_learning.student_model.ppd import PPD
-from reinforcement_learning.student_model.student import StudentNetwork, share_bodies
-from reinforcement_learning.student_model.subject import Subject
-from reinforcement_learning.teacher_model.agent import Agent
-from reinforcement_learning.teacher_model.teacher import recipe_environments
+from kd.reinforcement_learning.data.observations import Observations
+from kd.reinforcement_learning.data.playing import Recorder
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.experiment import Agents, Experiment, folder_name
+from kd.reinforcement_learning.student_model.ppd import PPD
+from kd.reinforcement_learning.student_model.student import StudentNetwork, share_bodies
+from kd.reinforcement_learning.student_model.subject import Subject
+from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.teacher import recipe_environments
 
 
 class Distillation:

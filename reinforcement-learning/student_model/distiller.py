@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common.finite import check_finite_weights
-from common.objective import Objective
-from common.utils.errors import UserError
-from common.utils.ranges import Count, NotNegative, Positive
-from reinforcement_learning.data.observations import Observations
-from reinforcement_learning.data.playing import Act, Recorder, mixture, sampling
-from reinforcement_learning.student_model.matching import Loss, policy_and_value
-from reinforcement_learning.student_model.student import StudentNetwork
-from reinforcement_learning.teacher_model.checkpoints import Checkpoints
+from kd.common.objective import Objective
+from kd.common.training.finite import check_finite_weights
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Count, NotNegative, Positive
+from kd.reinforcement_learning.data.observations import Observations
+from kd.reinforcement_learning.data.playing import Act, Recorder, mixture, sampling
+from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
+from kd.reinforcement_learning.student_model.student import StudentNetwork
+from kd.reinforcement_learning.teacher_model.checkpoints import Checkpoints
 
 STATE = "state.pt"  # of a checkpoint
 Driver = Literal["teacher", "student", "dagger", "mixed"]

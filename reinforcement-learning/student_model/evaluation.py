@@ -8,15 +8,15 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from common import losses
-from common.metrics.chance import guessing_warning
-from common.metrics.classification import agreement
-from common.metrics.cost import cost
-from common.metrics.returns import return_metrics
-from reinforcement_learning.data.observations import tell
-from reinforcement_learning.data.playing import Act, at_random, greedy, play, sampling
-from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.teacher_model.agent import Agent
+from kd.common import losses
+from kd.common.metrics.chance import guessing_warning
+from kd.common.metrics.classification import agreement
+from kd.common.metrics.cost import cost
+from kd.common.metrics.returns import return_metrics
+from kd.reinforcement_learning.data.observations import tell
+from kd.reinforcement_learning.data.playing import Act, at_random, greedy, play, sampling
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.teacher_model.agent import Agent
 
 TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far apart, and from the seeds of any training
 SIDE_BY_SIDE = 20  # environments

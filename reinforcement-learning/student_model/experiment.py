@@ -9,19 +9,19 @@ import gymnasium
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from common.arguments import RunArguments
-from common.metrics.returns import normalized_return
-from common.model_card import model_card
-from common.results import RESULTS, print_table, write_report
-from common.run import Run
-from common.run_folder import REPORT_FILES
-from common.utils.files import write_text
-from common.utils.folders import writing_folder
-from reinforcement_learning.data.playing import greedy
-from reinforcement_learning.environments.vector import registering
-from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
-from reinforcement_learning.teacher_model.agent import MODEL, Agent
-from reinforcement_learning.teacher_model.training import train
+from kd.common.metrics.returns import normalized_return
+from kd.common.reporting.model_card import model_card
+from kd.common.reporting.results import RESULTS, print_table, write_report
+from kd.common.training.arguments import RunArguments
+from kd.common.training.run import Run
+from kd.common.training.run_folder import REPORT_FILES
+from kd.common.utils.files import write_text
+from kd.common.utils.folders import writing_folder
+from kd.reinforcement_learning.data.playing import greedy
+from kd.reinforcement_learning.environments.vector import registering
+from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
+from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent
+from kd.reinforcement_learning.teacher_model.training import train
 
 USAGE = """{register}import gymnasium
 from stable_baselines3 import PPO

@@ -1,4 +1,4 @@
-"""Policies as `python -m common.export` takes them away: raw observations -> the actions to take.
+"""Policies as `python -m kd.common.export` takes them away: raw observations -> the actions to take.
 
 Compared with Stable-Baselines3's own `predict`, on observations of the environment.
 """
@@ -11,15 +11,15 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
-from common.exportable import Exportable
-from common.utils.errors import UserError
-from reinforcement_learning.data.playing import Recorder, greedy
-from reinforcement_learning.environments.vector import Environments, registering
-from reinforcement_learning.student_model.evaluation import VALIDATION_SEED
-from reinforcement_learning.student_model.teachers import load_agent
-from reinforcement_learning.teacher_model.agent import PolicyNetwork
-from reinforcement_learning.teacher_model.policies import greedy_actions
-from reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.common.export.exportable import Exportable
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.playing import Recorder, greedy
+from kd.reinforcement_learning.environments.vector import Environments, registering
+from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED
+from kd.reinforcement_learning.student_model.teachers import load_agent
+from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import greedy_actions
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 TOLERANCE = 1e-4  # in the units of the actions; those of Discrete are equal or not
 USAGE = """{register}import gymnasium

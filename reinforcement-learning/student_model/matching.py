@@ -6,11 +6,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from common import losses
-from common.objective import Objective, Term
-from common.outputs import Outputs
-from common.utils.errors import UserError
-from reinforcement_learning.teacher_model.policies import greedy_actions
+from kd.common import losses
+from kd.common.objective import Objective, Term
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.teacher_model.policies import greedy_actions
 
 Loss = Literal["kl", "nll", "mse", "huber"]
 

@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal, kl_divergence
 
-from common.outputs import Outputs
-from reinforcement_learning.data.observations import outputs_of, tell
+from kd.common.outputs import Outputs
+from kd.reinforcement_learning.data.observations import outputs_of, tell
 
 
 class TaughtSamples(NamedTuple):

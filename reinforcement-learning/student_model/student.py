@@ -16,13 +16,13 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from common.outputs import Outputs
-from reinforcement_learning.student_model.arguments import StudentArguments
-from reinforcement_learning.student_model.bottleneck import BottleneckFeatures
-from reinforcement_learning.teacher_model import frames
-from reinforcement_learning.teacher_model.policies import ActorCritic
-from reinforcement_learning.teacher_model.recipes import TrainingRecipe
-from reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.common.outputs import Outputs
+from kd.reinforcement_learning.student_model.arguments import StudentArguments
+from kd.reinforcement_learning.student_model.bottleneck import BottleneckFeatures
+from kd.reinforcement_learning.teacher_model import frames
+from kd.reinforcement_learning.teacher_model.policies import ActorCritic
+from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 FEATURES = 16  # width of what a bottleneck gives
 

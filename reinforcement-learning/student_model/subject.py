@@ -10,17 +10,17 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from common.utils.errors import UserError
-from reinforcement_learning.data.playing import Recorder, sampling
-from reinforcement_learning.environments.sb3 import training_environments
-from reinforcement_learning.environments.vector import Environments, time_limit_warning
-from reinforcement_learning.student_model.arguments import StudentArguments
-from reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
-from reinforcement_learning.student_model.student import StudentNetwork, fold_input, new_student
-from reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
-from reinforcement_learning.teacher_model.policies import Deterministic
-from reinforcement_learning.teacher_model.recipes import TrainingRecipe
-from reinforcement_learning.teacher_model.saved_policy import read_model
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.playing import Recorder, sampling
+from kd.reinforcement_learning.environments.sb3 import training_environments
+from kd.reinforcement_learning.environments.vector import Environments, time_limit_warning
+from kd.reinforcement_learning.student_model.arguments import StudentArguments
+from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
+from kd.reinforcement_learning.student_model.student import StudentNetwork, fold_input, new_student
+from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import Deterministic
+from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
+from kd.reinforcement_learning.teacher_model.saved_policy import read_model
 
 
 @dataclass(eq=False)

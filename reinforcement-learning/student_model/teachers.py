@@ -5,19 +5,19 @@ from pathlib import Path
 
 import torch
 
-from common.arguments import RunArguments
-from common.run import STAGE
-from common.run_folder import read_recipe
-from common.utils.errors import UserError
-from reinforcement_learning.data.playing import greedy
-from reinforcement_learning.environments.vector import Environments
-from reinforcement_learning.student_model.arguments import ExperimentArguments, TeacherTask, TeacherTraining
-from reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
-from reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
-from reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
-from reinforcement_learning.teacher_model.policies import QValues, temperature_for_entropy
-from reinforcement_learning.teacher_model.sources import find_teacher
-from reinforcement_learning.teacher_model.teacher import new_teacher
+from kd.common.training.arguments import RunArguments
+from kd.common.training.run import STAGE
+from kd.common.training.run_folder import read_recipe
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.playing import greedy
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.student_model.arguments import ExperimentArguments, TeacherTask, TeacherTraining
+from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
+from kd.reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
+from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import QValues, temperature_for_entropy
+from kd.reinforcement_learning.teacher_model.sources import find_teacher
+from kd.reinforcement_learning.teacher_model.teacher import new_teacher
 
 CALIBRATION_EPISODES = 8
 

@@ -11,14 +11,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from torch import Tensor, nn
 
-from common.finite import check_finite_weights, non_finite_tensor
-from common.outputs import Outputs
-from common.utils.devices import best_device
-from common.utils.errors import UserError
-from reinforcement_learning.teacher_model.policies import network_of
-from reinforcement_learning.teacher_model.saved_policy import behind_vec_normalize, load_policy
-from reinforcement_learning.teacher_model.sources import TeacherFiles
-from reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
+from kd.common.outputs import Outputs
+from kd.common.training.finite import check_finite_weights, non_finite_tensor
+from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.teacher_model.policies import network_of
+from kd.reinforcement_learning.teacher_model.saved_policy import behind_vec_normalize, load_policy
+from kd.reinforcement_learning.teacher_model.sources import TeacherFiles
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
 
 MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
 

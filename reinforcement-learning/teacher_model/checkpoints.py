@@ -4,9 +4,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from common.checkpoints import checkpoints_in, remove_checkpoint
-from common.utils.checksums import find_damage
-from common.utils.folders import writing_folder
+from kd.common.training.checkpoints import checkpoints_in, remove_checkpoint
+from kd.common.utils.checksums import find_damage
+from kd.common.utils.folders import writing_folder
 
 KEPT = 2  # the newest, and the one before, in case the newest is damaged
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
-from common.outputs import Outputs
+from kd.common.outputs import Outputs
 
 QUADRATURE_NODES = 16
 

@@ -23,10 +23,10 @@ from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
-from common.utils.errors import UserError
-from reinforcement_learning.student_model.bottleneck import BottleneckFeatures
-from reinforcement_learning.teacher_model.frames import FrameFeatures
-from reinforcement_learning.teacher_model.unpickling import SAVED, no_learning, unpickled_policy
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.student_model.bottleneck import BottleneckFeatures
+from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
+from kd.reinforcement_learning.teacher_model.unpickling import SAVED, no_learning, unpickled_policy
 
 
 class _Layout(NamedTuple):

@@ -7,10 +7,10 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from common.hub import no_retries_when_unreachable
-from common.utils.errors import UserError
-from reinforcement_learning.teacher_model.statistics_files import NONE, find_statistics
-from reinforcement_learning.teacher_model.zoo import ARGS, CONFIG, other_training, refuse_wrappers
+from kd.common.data.hub import no_retries_when_unreachable
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.teacher_model.statistics_files import NONE, find_statistics
+from kd.reinforcement_learning.teacher_model.zoo import ARGS, CONFIG, other_training, refuse_wrappers
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 OF_THIS_PROJECT = ("model.zip", "stages/teacher/model.zip", "student.zip", "student/student.zip")

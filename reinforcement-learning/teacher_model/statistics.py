@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium import spaces
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 
 @dataclass(frozen=True)

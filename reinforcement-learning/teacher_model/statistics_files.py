@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from common.utils.errors import UserError
-from reinforcement_learning.teacher_model.statistics import read_statistics
-from reinforcement_learning.teacher_model.zoo import CONFIG, normalizes_observations
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.teacher_model.statistics import read_statistics
+from kd.reinforcement_learning.teacher_model.zoo import CONFIG, normalizes_observations
 
 NAMES = ("vecnormalize.pkl", "vec_normalize.pkl")  # as rl_zoo3 names them locally, and on the Hub
 NONE = "none"  # what a flag says where a model takes observations as they are

@@ -6,9 +6,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from common.utils.errors import UserError
-from reinforcement_learning.environments.sb3 import training_environments
-from reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.environments.sb3 import training_environments
+from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
 
 
 def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int, norm_obs: bool = True) -> VecEnv:

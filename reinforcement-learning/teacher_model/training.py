@@ -19,9 +19,9 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm.auto import tqdm
 
-from common.finite import check_finite_weights
-from common.utils.files import read_json, write_json
-from reinforcement_learning.teacher_model.checkpoints import Checkpoints
+from kd.common.training.finite import check_finite_weights
+from kd.common.utils.files import read_json, write_json
+from kd.reinforcement_learning.teacher_model.checkpoints import Checkpoints
 
 SEGMENTS = 10
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")

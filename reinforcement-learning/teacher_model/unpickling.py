@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 SAVED = "give the zip that Stable-Baselines3 wrote with model.save"
 

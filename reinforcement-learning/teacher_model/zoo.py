@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from common.utils.errors import UserError
+from kd.common.utils.errors import UserError
 
 CONFIG, ARGS = "config.yml", "args.yml"
 ATARI_WRAPPER = "AtariWrapper"  # what an Atari environment has here too

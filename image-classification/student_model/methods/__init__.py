@@ -8,19 +8,19 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from common.logit_methods import LOGIT_METHODS
-from common.methods import Method
-from common.objective import Objective, Terms
-from common.relation_methods import RELATION_METHODS
-from image_classification.student_model.matching import hooked
-from image_classification.student_model.methods.crd import crd
-from image_classification.student_model.methods.heads import catkd, srrl
-from image_classification.student_model.methods.many_to_one import norm
-from image_classification.student_model.methods.ofd import ofd
-from image_classification.student_model.methods.pair import Pair
-from image_classification.student_model.methods.reviewkd import reviewkd
-from image_classification.student_model.methods.semckd import semckd
-from image_classification.student_model.methods.stages import attention, fitnet, nst, vid
+from kd.common.methods import Method
+from kd.common.methods.logits import LOGIT_METHODS
+from kd.common.methods.relations import RELATION_METHODS
+from kd.common.objective import Objective, Terms
+from kd.image_classification.student_model.matching import hooked
+from kd.image_classification.student_model.methods.crd import crd
+from kd.image_classification.student_model.methods.heads import catkd, srrl
+from kd.image_classification.student_model.methods.many_to_one import norm
+from kd.image_classification.student_model.methods.ofd import ofd
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.student_model.methods.reviewkd import reviewkd
+from kd.image_classification.student_model.methods.semckd import semckd
+from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, vid
 
 
 def for_images(method: Callable[..., Terms], logits_only: bool) -> Callable[..., Method]:

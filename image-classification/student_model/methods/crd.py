@@ -6,15 +6,15 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from common.losses import noise_contrastive
-from common.losses.shared import product, unit
-from common.methods import Method
-from common.objective import Objective, task_loss
-from common.outputs import Outputs
-from common.utils.devices import process
-from common.utils.errors import UserError
-from common.utils.ranges import Positive, ShareBelow1
-from image_classification.student_model.methods.pair import Pair
+from kd.common.losses import noise_contrastive
+from kd.common.losses.shared import product, unit
+from kd.common.methods import Method
+from kd.common.objective import Objective, task_loss
+from kd.common.outputs import Outputs
+from kd.common.utils.devices import process
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Positive, ShareBelow1
+from kd.image_classification.student_model.methods.pair import Pair
 
 FIRST_DRAW = 2**30  # the first draw has a number below this; a CPU's generator looks at 32 bits of its seed
 

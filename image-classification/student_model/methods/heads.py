@@ -7,16 +7,16 @@ student's is trained and ships as ever.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses import feature_l2
-from common.losses.shared import product, unit
-from common.methods import Method
-from common.objective import Objective, task_loss
-from common.outputs import Outputs
-from common.utils.errors import UserError
-from image_classification.student_model.matching import FeatureMatch
-from image_classification.student_model.methods.pair import Pair
-from image_classification.student_model.methods.stages import regressor
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.common.losses import feature_l2
+from kd.common.losses.shared import product, unit
+from kd.common.methods import Method
+from kd.common.objective import Objective, task_loss
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.matching import FeatureMatch
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.student_model.methods.stages import regressor
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 
 def srrl(pair: Pair, *, weight: float = 1.0) -> Method:

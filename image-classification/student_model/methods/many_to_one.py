@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from common.losses import feature_l2
-from common.methods import Method
-from common.objective import Objective, Weight, task_loss
-from image_classification.student_model.matching import FeatureMatch, hooked
-from image_classification.student_model.methods.pair import Pair
-from image_classification.student_model.methods.stages import regressor
+from kd.common.losses import feature_l2
+from kd.common.methods import Method
+from kd.common.objective import Objective, Weight, task_loss
+from kd.image_classification.student_model.matching import FeatureMatch, hooked
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.student_model.methods.stages import regressor
 
 PHASES = ((10 / 240, 0.1), (20 / 240, 0.5), (180 / 240, 1.0), (210 / 240, 0.5), (1.0, 0.1))  # (until, share of weight)
 

@@ -2,13 +2,18 @@
 
 from torch import Tensor, nn
 
-from common.losses import mean_below_zero, partial_l2
-from common.methods import Method
-from common.objective import Objective, Terms, task_loss
-from image_classification.student_model.matching import FeatureMatch, deepest_pairs, maps_before_relu, pre_activations
-from image_classification.student_model.methods.pair import Pair
-from image_classification.teacher_model.backbones.base import initialize
-from image_classification.teacher_model.backbones.layers import conv_norm
+from kd.common.losses import mean_below_zero, partial_l2
+from kd.common.methods import Method
+from kd.common.objective import Objective, Terms, task_loss
+from kd.image_classification.student_model.matching import (
+    FeatureMatch,
+    deepest_pairs,
+    maps_before_relu,
+    pre_activations,
+)
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.teacher_model.backbones.base import initialize
+from kd.image_classification.teacher_model.backbones.layers import conv_norm
 
 
 def ofd(pair: Pair, *, weight: float = 1e-3) -> Method:

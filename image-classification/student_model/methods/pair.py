@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from common.inference import as_it_is, over_dataset
-from common.methods import Task, some_of_each_class
-from common.objective import FeatureLoss, Term
-from common.outputs import Outputs
-from common.utils.devices import best_device
-from common.utils.errors import UserError
-from image_classification.data.loading import ImageData
-from image_classification.student_model.matching import MapShape, last_stage, probe, some_images, stage_paths
-from image_classification.teacher_model.classifier import ImageClassifier
+from kd.common.methods import Task, some_of_each_class
+from kd.common.objective import FeatureLoss, Term
+from kd.common.outputs import Outputs
+from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.matching import MapShape, last_stage, probe, some_images, stage_paths
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses import hierarchical_l2
-from common.methods import Method
-from common.objective import Objective, task_loss, warm_up
-from common.outputs import Outputs
-from common.utils.ranges import Share
-from image_classification.student_model.matching import deepest_pairs, maps_before_relu, stage_paths
-from image_classification.student_model.methods.pair import Pair
-from image_classification.teacher_model.backbones.layers import conv_norm
+from kd.common.losses import hierarchical_l2
+from kd.common.methods import Method
+from kd.common.objective import Objective, task_loss, warm_up
+from kd.common.outputs import Outputs
+from kd.common.utils.ranges import Share
+from kd.image_classification.student_model.matching import deepest_pairs, maps_before_relu, stage_paths
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.teacher_model.backbones.layers import conv_norm
 
 POOLED = "pooled"
 WIDEST = 512  # of the maps that are fused

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses import attended_mean, stage_attention
-from common.losses.shared import product, unit
-from common.methods import Method
-from common.objective import Objective, soft_targets, task_loss
-from common.outputs import Outputs
-from common.utils.errors import UserError
-from common.utils.ranges import Positive
-from image_classification.student_model.matching import stage_paths
-from image_classification.student_model.methods.pair import Pair
-from image_classification.teacher_model.backbones.layers import conv_norm
+from kd.common.losses import attended_mean, stage_attention
+from kd.common.losses.shared import product, unit
+from kd.common.methods import Method
+from kd.common.objective import Objective, soft_targets, task_loss
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Positive
+from kd.image_classification.student_model.matching import stage_paths
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.teacher_model.backbones.layers import conv_norm
 
 
 def semckd(

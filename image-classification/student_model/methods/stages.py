@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import losses
-from common.methods import Method
-from common.objective import Objective, Terms, task_loss
-from image_classification.student_model.matching import FeatureMatch, MapShape, stage_paths
-from image_classification.student_model.methods.pair import Pair
-from image_classification.teacher_model.backbones.base import initialize
+from kd.common import losses
+from kd.common.methods import Method
+from kd.common.objective import Objective, Terms, task_loss
+from kd.image_classification.student_model.matching import FeatureMatch, MapShape, stage_paths
+from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.teacher_model.backbones.base import initialize
 
 FIRST_VARIANCE, LEAST_VARIANCE = 5.0, 1e-5  # of VID
 

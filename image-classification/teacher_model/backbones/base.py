@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.layers import conv_norm
 
 
 class PreActivation(NamedTuple):

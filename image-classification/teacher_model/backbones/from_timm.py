@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.utils.errors import UserError
-from image_classification.teacher_model.backbones.base import Backbone
+from kd.common.utils.errors import UserError
+from kd.image_classification.teacher_model.backbones.base import Backbone
 
 
 class TimmBackbone(Backbone):

@@ -7,8 +7,8 @@ do, although that adds no channels.
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, initialize, small_head
-from image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import Backbone, initialize, small_head
+from kd.image_classification.teacher_model.backbones.layers import conv_norm
 
 STAGES = (  # rows of (expansion, channels at width 1, blocks, stride of the first of them)
     ((1, 16, 1, 1), (6, 24, 2, 1)),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
+from kd.image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
 
 
 class BasicBlock(nn.Module):

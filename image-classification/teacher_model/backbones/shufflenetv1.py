@@ -8,8 +8,8 @@ toolboxes, its weights begin as PyTorch's do.
 import torch
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, PreActivation
-from image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import Backbone, PreActivation
+from kd.image_classification.teacher_model.backbones.layers import conv_norm
 
 STEM = 24
 GROUPS = 3

@@ -5,7 +5,7 @@ Depth 6n + 4 has n blocks of two convolutions in each of three stages.
 
 from torch import Tensor, nn
 
-from image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
+from kd.image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
 
 
 class PreActivationBlock(nn.Module):

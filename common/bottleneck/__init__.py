@@ -1,0 +1,1 @@
+"""The discrete key-value bottleneck, its keys, and training on cached codes."""

@@ -1,0 +1,1 @@
+"""Data: reading files and the Hub, labels, fingerprints."""

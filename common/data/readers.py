@@ -1,0 +1,195 @@
+"""One file of rows - parquet, CSV or JSON - as a dataset. What is wrong with a file is one line that names it.
+
+The columns of a CSV file are strings: what a column holds is decided over all splits, not from the first megabyte of
+one file, where `007` would be the number 7 and a test file of `true` and `false` would have other labels than train.
+"""
+
+import codecs
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from kd.common.utils.errors import UserError
+
+LONGEST_REASON = 300  # characters of what a parser reports, which may quote a whole row
+OTHER_DELIMITERS = {b";": "semicolons", b"\t": "tabs", b"|": "vertical bars"}
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32 LE starts like UTF-16 LE's
+SCALARS = str | int | float | bool | None
+
+
+def read_rows(path: Path) -> datasets.Dataset:
+    """The rows of a file whose suffix is in READERS. Raises UserError where it cannot be read."""
+    try:
+        table = READERS[path.suffix.lower()](path)
+        table.validate(full=True)  # a damaged parquet file may give strings that are no UTF-8
+        return datasets.Dataset(_plain(table))
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file: OSError, ArrowException, KeyError, whatever the parser raises
+        advice = "" if getattr(error, "errno", None) else f": {_advice(path)}"  # not where the system refuses
+        raise UserError(f"cannot read {path} ({reason_of(error)}){advice}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises UserError where it cannot be read."""
+    try:
+        return _utf8(path).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({reason_of(error)})") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception reports, in one line of bounded length."""
+    reason = (
+        getattr(error, "strerror", None)
+        or getattr(error, "msg", None)
+        or " ".join(str(error).split())
+        or type(error).__name__
+    )
+    return reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + " ..."
+
+
+def _utf8(path: Path) -> bytes:
+    raw = path.read_bytes()
+    if raw.startswith(WIDE):
+        raise UserError(f"{path} is UTF-16 or UTF-32, not UTF-8: convert it")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if (place := raw.find(b"\0")) >= 0:
+        where = f"line {_line(raw, place)}"
+        raise UserError(f"{path} holds a NUL byte ({where}): convert it to UTF-8 if it is UTF-16, or remove the byte")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{raw[error.start]:02x} in line {_line(raw, error.start)}"
+        raise UserError(f"{path} is not UTF-8 ({where}): convert it, for example from Windows-1252") from None
+    return raw
+
+
+def _line(raw: bytes, place: int) -> int:
+    return raw.count(b"\n", 0, place) + 1
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _refuse_repeated(path, file.schema_arrow.names)
+        return file.read()
+
+
+def _read_csv(path: Path) -> pa.Table:
+    raw = _utf8(path)
+    if not raw.strip():
+        raise UserError(f"{path} is empty: give it a line of column names and rows")
+    header = raw.lstrip(b"\r\n").splitlines()[0]
+    for mark, name in OTHER_DELIMITERS.items():
+        if mark in header and b"," not in header:
+            raise UserError(
+                f"{path} has one column {header.decode()!r}: its columns are separated by {name}; separate them by "
+                "commas, and quote texts that hold a comma"
+            )
+    # One thread: only then does a parsing error name the row.
+    read = pyarrow.csv.ReadOptions(use_threads=False)
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    names = pyarrow.csv.open_csv(pa.py_buffer(raw), read, parse).schema.names
+    _refuse_repeated(path, names)
+    convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names})
+    return pyarrow.csv.read_csv(pa.py_buffer(raw), read, parse, convert)
+
+
+def _read_json(path: Path) -> pa.Table:
+    """Either one list of objects or one object per line."""
+    text = _utf8(path).decode("utf-8")
+    listed = text.lstrip().startswith("[")
+    try:
+        rows = json.loads(text, object_pairs_hook=_object) if listed else _json_lines(text)
+    except json.JSONDecodeError:
+        if not listed and _is_one_value(text):
+            raise UserError(f"{path} is one JSON object: {_advice(path)}") from None
+        raise
+    if not rows:
+        raise UserError(f"{path} is empty: {_advice(path)}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"row {number} of {path} is no JSON object but a {type(row).__name__}: {_advice(path)}")
+    if len(rows) == 1 and any(_holds_rows(value) for value in rows[0].values()):
+        raise UserError(f"{path} is one JSON object of {', '.join(rows[0])}: {_advice(path)}")
+    names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack some
+    return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
+
+
+def _json_lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line, object_pairs_hook=_object))
+            except json.JSONDecodeError as error:
+                raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from None
+    return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has two values of the same name; its names are {', '.join(n for n, _ in pairs)}")
+    return found
+
+
+def _is_one_value(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether a value is a table by itself, as in {"data": [{...}]}, or a column of pandas, {"0": ..., "1": ...}."""
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], dict)
+    return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
+
+
+def _array(values: list[Any]) -> pa.Array:
+    """Values of several types, such as 1 and "1", become strings."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        if not all(isinstance(value, SCALARS) for value in values):
+            raise
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{path} has two columns {repeated[0]!r}: rename or remove one")
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Dictionary-encoded columns (pandas' categories) decoded, since datasets does not read them."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+    return table
+
+
+def _advice(path: Path) -> str:
+    return {
+        ".parquet": "write it again, as parquet",
+        ".csv": "give it a line of column names and rows of as many values, and quote texts that hold a comma",
+    }.get(path.suffix.lower(), "give it one list of objects, or one object per line")
+
+
+# Read without datasets' own cache, which would copy every file to disk.
+READERS: dict[str, Callable[[Path], pa.Table]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+}

@@ -1,0 +1,1 @@
+"""Export of students to ONNX, torch.export and int8."""

@@ -1,0 +1,149 @@
+"""Models that leave this project: as ONNX graphs and as programs of torch.export.
+
+Both formats come from torch.export, ONNX by `dynamo=True`, the exporter that is maintained: the older one follows one
+example, and writes the sizes that it happened to have into the graph of a bottleneck. int8 weights of a graph
+are those of ONNX Runtime's dynamic quantisation.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnxruntime import quantization
+from torch import Tensor, nn
+
+from kd.common.outputs import Outputs
+
+# Convolutions stay fp32: on a CPU they gain from static quantisation only, which needs calibration data.
+QUANTIZED = ("MatMul", "Gemm", "Gather")
+
+Axes = dict[int, str]  # {0: "batch", 1: "position"}: the axes whose size may change
+
+
+# ---------------------------------------------------------------- a graph, in either format
+
+
+class _Graph(nn.Module):
+    """A model as a graph sees it: inputs by position, one tensor out."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return answer_of(self.model(**dict(zip(self.names, inputs, strict=True))))
+
+
+def answer_of(said: Any) -> Tensor:
+    """The tensor that a model answers with, or its logits."""
+    return said if isinstance(said, Tensor) else said.logits
+
+
+def to_onnx(
+    model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes], output: str = "logits"
+) -> None:
+    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `output`, which is
+    what `answer_of` finds.
+
+    `inputs` are an example on the model's device; `axes` names those of their axes whose size may change, of every
+    input alike or by input. Raises ValueError where the example has size 1 there, because that would be taken for a
+    constant.
+    """
+    shapes = tuple(axes_by_input(inputs, axes).values())
+    with _quiet(), torch.no_grad():
+        torch.onnx.export(
+            _Graph(model, list(inputs)).eval(),
+            tuple(inputs.values()),
+            path,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=(shapes,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes]) -> None:
+    """Writes `model`, in eval mode, as a program of torch.export: inputs by position, in the order of `inputs`.
+    Arguments as of `to_onnx`.
+    """
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = tuple(dict.fromkeys(own, dynamic) for own in axes_by_input(inputs, axes).values())
+    with _quiet(), torch.no_grad():
+        graph = _Graph(model, list(inputs)).eval()
+        program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=(shapes,))
+        torch.export.save(program, path)
+
+
+def load_program(path: str | Path) -> nn.Module:
+    """What `to_program` wrote; it takes its inputs by position."""
+    with _quiet():
+        return torch.export.load(path).module()
+
+
+def axes_by_input(inputs: dict[str, Tensor], axes: Axes | dict[str, Axes]) -> dict[str, Axes]:
+    """`axes`, given of every input alike or by input, by input. Raises ValueError as `to_onnx` does."""
+    by_input: Any = axes if axes.keys() == inputs.keys() else dict.fromkeys(inputs, axes)
+    fixed = [name for name, value in inputs.items() if any(value.shape[axis] < 2 for axis in by_input[name])]
+    if fixed:
+        raise ValueError(f"the example of {', '.join(fixed)} must have at least 2 along the axes {axes}")
+    return by_input
+
+
+def quantize_onnx(path: str | Path, path_int8: str | Path) -> None:
+    """Writes the ONNX graph `path` with int8 weights of matrix products and lookups.
+
+    One scale per output, and 7 of 8 bits (`reduce_range`), without which sums saturate on CPUs that have no VNNI.
+    Products with a stack of matrices, such as the keys of a bottleneck, stay fp32: there is no int8 kernel for them.
+    """
+    model = onnx.load(path)
+    model.graph.ClearField("value_info")  # shapes of weights that quantisation transposes; it infers them itself
+    stacks = {weight.name for weight in model.graph.initializer if len(weight.dims) > 2}
+    with _quiet():
+        quantization.quantize_dynamic(
+            model,
+            Path(path_int8),
+            op_types_to_quantize=list(QUANTIZED),
+            nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input)],
+            per_channel=True,
+            reduce_range=True,
+        )
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file behind the call of the model that it was made from, on the CPU with torch's number of threads."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def answer(self, **inputs: Tensor) -> Tensor:
+        """The graph's output, whatever its name."""
+        (said,) = self.session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
+        return torch.from_numpy(said)
+
+    def forward(self, **inputs: Tensor) -> Outputs:
+        return Outputs(logits=self.answer(**inputs))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

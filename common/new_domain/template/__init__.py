@@ -1,1 +1,0 @@
-import common  # noqa: F401  lets torchvision load beside a CPU-only torch, before anything here imports it

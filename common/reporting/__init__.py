@@ -1,0 +1,1 @@
+"""Reports: results, tables, plots, model cards, and the command that compares runs."""

@@ -1,0 +1,1 @@
+"""Training: arguments, the trainer, the folder and the stages of a run, teacher outputs."""

@@ -1,0 +1,98 @@
+"""Batch norm over the batch of all processes, and of batches that are too small for it.
+
+Several processes with a part of the batch each must normalise as one process with the whole batch does. torch's own
+SyncBatchNorm computes on GPUs alone, and would be saved as another module; here modules stay what they are.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kd.common.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+TOO_SMALL = (
+    "batch norm cannot train on a batch of one sample, which has no variance: pass --dataloader_drop_last, or another "
+    "--per_device_train_batch_size"
+)
+
+
+def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
+    return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
+
+
+def synchronize_batch_norms(*modules: nn.Module) -> None:
+    """From now on the batch norms among `modules` take their statistics, in training, over all processes' batches."""
+    for norm in batch_norms(*modules):
+        if type(norm).forward is _BatchNorm.forward:
+            norm.forward = partial(_synchronized, norm)  # type: ignore[method-assign]
+        else:
+            logger.warning(
+                "%s has a forward of its own: its statistics stay those of each process", type(norm).__name__
+            )
+
+
+def release_batch_norms(*modules: nn.Module) -> None:
+    """Undoes `synchronize_batch_norms`."""
+    for norm in batch_norms(*modules):
+        vars(norm).pop("forward", None)
+
+
+def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Normalised x (batch, channels, ...). The variance is that of deviations from the common mean, and not the mean
+    square less the squared mean, which would lose digits.
+    """
+    if not norm.training:
+        return _BatchNorm.forward(norm, x)
+    norm._check_input_dim(x)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = wide.new_full((1,), x.numel() / x.shape[1])
+    sums = all_reduce(torch.cat([wide.sum(axes), count]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    centred = wide - mean.view(shape)
+    variance = all_reduce(centred.square().sum(axes)) / count
+    _track(norm, mean.detach(), variance.detach() * count / (count - 1))
+    y = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.weight is not None:
+        y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    return y.to(x.dtype)
+
+
+@torch.no_grad()
+def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Moves the running statistics as torch's batch norm does."""
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    share = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
+
+
+@contextmanager
+def checking_batch_norm_inputs(samples: int, *modules: nn.Module) -> Iterator[None]:
+    """Raises UserError where a batch of `samples` gives a batch norm, in training, one value per channel and sample: a
+    batch of one would have no variance.
+    """
+
+    def refuse(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if norm.training and x.numel() // x.shape[1] <= samples:
+            raise UserError(TOO_SMALL)
+
+    handles = [norm.register_forward_pre_hook(refuse) for norm in batch_norms(*modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

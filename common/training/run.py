@@ -1,0 +1,231 @@
+"""One run's folder and its stages: what is finished stays finished, what was killed goes on where it stopped.
+
+A run is a chain of stages (train the teacher, align the student, ...), each of which ends in a model. A finished stage
+lies in `stages/NAME`, written whole or not at all; a running one keeps checkpoints in `checkpoints/NAME`. Every stage
+starts from the run's seed, so that it does not matter which process of how many finished the one before.
+"""
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from kd.common.data.fingerprints import fingerprint_of
+from kd.common.metrics.returns import normalized_return
+from kd.common.reporting.model_card import Savable, save_student
+from kd.common.reporting.results import RESULTS, print_table, write_report
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.attention import quick_attention
+from kd.common.training.progress import StageProgress
+from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.checksums import CHECKSUMS, find_damage
+from kd.common.utils.devices import best_device
+from kd.common.utils.environment import command, environment
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json, write_json
+from kd.common.utils.folders import writing_folder
+
+Model = TypeVar("Model")
+Network = TypeVar("Network", bound=nn.Module)
+
+STAGE = "stage.json"
+
+
+class Run:
+    """Opens the output folder of `args` for a new run, or for the continuation of one.
+
+    `instances` are all argument objects of the script; they are saved as the run's recipe. Raises UserError where the
+    folder holds another run, or one that was started with other arguments.
+    """
+
+    last_file = RESULTS  # written when everything else is there
+    files: tuple[str, ...] = RUN_FILES  # patterns of what it writes outside of stages/ and student/
+
+    def __init__(self, args: RunSettings, *instances: Any) -> None:
+        self.args, self.folder = args, Path(str(args.output_dir))
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.started, self.seconds_before = time.perf_counter(), 0.0
+        transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
+        datasets.disable_progress_bars()
+        self._marked: RunFolder | None = None  # in the main process alone, which writes
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                self._marked = RunFolder(self.folder, self.files)
+                self._marked.begin(args, (args, *instances), self.last_file)
+
+    def check_inputs(self, data: str, **given: nn.Module | PreTrainedTokenizerBase | None) -> None:
+        """Stores the fingerprints of what the run began with: of its data, and of the models and tokenizers that it
+        was given, by their roles. None stands for one that the run makes itself.
+
+        Raises UserError where a run that is continued began with others.
+        """
+        if self._marked is not None:
+            begun = {role: fingerprint_of(one) for role, one in given.items() if one is not None}
+            self._marked.check_inputs(data=data, **begun)
+
+    def stage(
+        self,
+        name: str,
+        build: Callable[[], Model],
+        load: Callable[[str], Model],
+        processor: Any = None,
+        shared: Path | None = None,
+    ) -> Model:
+        """The model of a stage: loaded if the stage is finished, else built, timed and saved with its `processor`, the
+        tokenizer or image processor that makes its inputs, if it needs one. Both have a `save_pretrained`. In a
+        `shared` folder other runs find it too; that they ask for the same is their caller's business.
+        """
+        folder = (shared or self.folder) / "stages" / name
+        if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
+            if damage := find_damage(folder):
+                raise UserError(f"{damage}: remove {folder}, then --resume_from_checkpoint trains that stage again")
+            self._remove_checkpoints(name)
+            model, record = load(str(folder)), read_json(folder / STAGE)
+            self.seconds[name], self.history[name] = record["seconds"], record["history"]
+            self.seconds_before += record["seconds"]
+            return model
+        set_seed(self.args.seed)
+        with self.timed(name):
+            model = build()
+        if PartialState().is_main_process:
+            with writing_folder(folder) as partial:
+                model.save_pretrained(partial)  # type: ignore[attr-defined]
+                if processor is not None:
+                    processor.save_pretrained(partial)
+                write_json(
+                    partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
+                )
+            self._remove_checkpoints(name)
+        PartialState().wait_for_everyone()
+        return model
+
+    def _remove_checkpoints(self, name: str) -> None:
+        """Those of a finished stage; a run that was killed meanwhile does it when it is continued."""
+        if self._marked is not None:
+            self._marked.remove_below(f"checkpoints/{name}")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to `seconds[name]`, less what blocks inside it count as theirs."""
+        started, others = time.perf_counter(), sum(self.seconds.values())
+        yield
+        inside = sum(self.seconds.values()) - others
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
+
+    def warn(self, text: str | None) -> None:
+        """Prints a warning, if there is one, in the main process, and keeps it for the report."""
+        if text and text not in self.warnings:
+            self.warnings.append(text)
+            if PartialState().is_main_process:
+                print(f"warning: {text}", file=sys.stderr)
+
+    @property
+    def total_seconds(self) -> float:
+        """Since the start of the run; of earlier processes of a resumed run only the stages that they finished."""
+        return time.perf_counter() - self.started + self.seconds_before
+
+    def results(
+        self,
+        domain: str,
+        task: str,
+        method: str,
+        data: dict[str, Any],
+        models: dict[str, Any],
+        split: str,
+        metric: str,
+        floor: float = 0.0,
+        lower_is_better: bool = False,
+        **extra: Any,
+    ) -> dict[str, Any]:
+        """The run's results.json: `models` are the entries of teacher, control, student (or None) and any others,
+        `split` and `metric` name the headline, `floor` is the metric's value for no skill at all (retention counts
+        from there), `extra` is whatever else the report should say. Where `lower_is_better`, as of a perplexity,
+        retention is teacher / student and the gain control - student, so that more is better of both.
+        """
+        score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
+        student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
+        retention = gain = None
+        if student is not None and teacher is not None:
+            retention = teacher / student if lower_is_better else normalized_return(student, floor, teacher)
+        if student is not None and control is not None:
+            gain = control - student if lower_is_better else student - control
+        seconds = {role: sum(s for name, s in self.seconds.items() if name.removesuffix("_encoder") == role)
+                   for role in ("teacher", "teacher_outputs", "control", "student")}  # fmt: skip
+        return {
+            "schema_version": 1,
+            "domain": domain,
+            "task": task,
+            "method": method,
+            "seed": self.args.seed,
+            "command": command(),
+            "data": data,
+            "models": {role: models.get(role) for role in ("teacher", "control", "student")} | models,
+            "primary_metric": {"split": split, "name": metric},
+            "retention": retention,
+            "floor": floor,
+            "gain_over_control": gain,
+            "seconds": seconds | {"total": self.total_seconds},
+            "environment": environment(self.args.precision, best_device()),
+            "warnings": self.warnings,
+            **extra,
+        }
+
+    def finish(
+        self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
+    ) -> None:
+        """In the main process: writes the student's folder and the report, and prints the table. Arguments are those
+        of `model_card.save_student`.
+        """
+        if PartialState().is_main_process:
+            save_student(self.folder / "student", student, results, usage, processor, **metadata)
+            write_report(self.folder, results, self.history)
+            print_table(results)
+            print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
+
+
+class TrainerRun(Run):
+    """A run whose stages are trained by KDTrainer."""
+
+    args: KDTrainingArguments
+
+    def train(self, name: str, model: Network, settings: dict[str, Any], **trainer: Any) -> Network:
+        """Trains a stage's model from its last checkpoint on. `settings` are the stage's own training arguments,
+        `trainer` the arguments of KDTrainer.
+        """
+        args = copy.copy(self.args)
+        args.output_dir = str(self.folder / "checkpoints" / name)
+        if trainer.get("eval_dataset") is None:
+            args.eval_strategy = "no"
+        for setting, value in settings.items():
+            setattr(args, setting, value)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # what its callback reads
+        trained = copy.deepcopy(model) if args.fsdp else model  # FSDP leaves a model in shards, for good
+        loop = KDTrainer(model=trained, args=args, **trainer)
+        if loop.pop_callback(ProgressCallback):  # not in notebooks, which have one of their own
+            loop.add_callback(StageProgress(name.replace("_", " ")))
+        with quick_attention(trained, trainer["train_dataset"], args.precision, best_device().type):
+            loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        loop.finish()
+        if args.fsdp:
+            model.load_state_dict(full_state(trained))
+        self.history[name] = loop.state.log_history
+        return model
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model whose shards may lie in several processes, whole in each of them."""
+    return {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in model.state_dict().items()}

@@ -1,0 +1,371 @@
+"""The trainer of all supervised distillation: transformers' Trainer with an objective and a frozen teacher.
+
+It differs from its parent in what distillation needs: the loss is an `Objective` over named outputs; the teacher is
+frozen, in eval mode, outside optimizer and checkpoint, or only present as its cached outputs; parts of the loss are
+logged; a step's gradient is that of its samples as one batch, however they are cut into accumulation steps and
+processes; a loss or a weight that is not finite stops the run, or excludes one of several students; a checkpoint
+counts only while it is whole.
+"""
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers.trainer_utils import TrainOutput, has_length
+
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.features import FeatureHooks
+from kd.common.objective import IGNORED, Objective
+from kd.common.outputs import Outputs
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.batch_norm import (
+    TOO_SMALL,
+    checking_batch_norm_inputs,
+    release_batch_norms,
+    synchronize_batch_norms,
+)
+from kd.common.training.batching import LengthGroupedSampler
+from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
+from kd.common.training.finite import NonFiniteLoss
+from kd.common.training.interrupts import deferred_interrupts, raise_if
+from kd.common.training.side_by_side import SideBySideObjective
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.teacher_views import TeacherViews
+from kd.common.utils.errors import UserError
+
+OBJECTIVE_FILE = "objective.safetensors"
+
+
+class KDTrainer(CheckpointTrainer):
+    """Trains `model` for `objective`, with a live teacher, with cached teacher outputs, or with neither.
+
+    Args:
+        objective: what to minimise; its own parameters are optimized, clipped and checkpointed, and never ship.
+        teacher: a model run under no_grad on the same inputs.
+        teacher_outputs: what a teacher said about the training samples; batches must then hold `sample_id`.
+        teacher_views: a table of what `teacher` says about each view; batches must then hold `sample_id` and `view`.
+        features, teacher_features: {name: path of a submodule} recorded as named features of either model.
+        not_for_student: inputs that only the teacher takes.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
+    args: KDTrainingArguments
+    model: nn.Module
+    objective: Objective | SideBySideObjective
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective | SideBySideObjective,
+        teacher: nn.Module | None = None,
+        teacher_outputs: TeacherOutputs | None = None,
+        teacher_views: TeacherViews | None = None,
+        features: dict[str, str] | None = None,
+        teacher_features: dict[str, str] | None = None,
+        not_for_student: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective.to(self.args.device)
+        self.objective_in_step: nn.Module = objective
+        trains_beside = any(p.requires_grad for p in objective.parameters())
+        reads_student = any(getattr(module, "reads_student", False) for module in objective.modules())
+        if self.is_fsdp_enabled and (trains_beside or reads_student):
+            raise UserError(
+                "--fsdp takes no method that trains weights beside the student's, or reads its weights: leave it out"
+            )
+        if trains_beside:
+            self.objective_in_step = self.accelerator.prepare_model(objective)  # averages gradients over processes
+        self.teacher: nn.Module | None = None
+        self._teacher_hooks = FeatureHooks(teacher, teacher_features or {}) if teacher is not None else None
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.teacher_outputs, self.teacher_views = teacher_outputs, teacher_views
+        self.not_for_student = frozenset(not_for_student)
+        self._hooks = FeatureHooks(self.model, features or {})
+        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._parts_weight = torch.zeros((), device=self.args.device)
+        self._non_finite = NonFiniteLoss(
+            list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
+        )
+        self._interrupted = threading.Event()
+        if self.args.world_size > 1:
+            synchronize_batch_norms(self.model, objective)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        with deferred_interrupts() as self._interrupted:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- one step ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise_if(self._interrupted)
+        try:
+            with self._watching_for_single_values():
+                return super().training_step(*args, **kwargs)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # of torch's batch norm
+                raise UserError(TOO_SMALL) from None
+            raise
+
+    def _watching_for_single_values(self) -> AbstractContextManager[None]:
+        """In the first step, where the last batch of an epoch will be one sample: refused now and not after an epoch.
+        Of several processes accelerate fills up the last batches.
+        """
+        batch, is_first = self._train_batch_size, self.state.global_step == self._initial_global_step
+        if not is_first or self.args.world_size > 1 or not has_length(self.train_dataset):
+            return nullcontext()
+        samples = len(self.train_dataset)
+        batches = math.ceil(samples / batch)
+        ends_with_one = samples - (batches - 1) * batch == 1 and not self.args.dataloader_drop_last
+        if not ends_with_one or batches > self.state.max_steps * self.args.gradient_accumulation_steps:
+            return nullcontext()
+        return checking_batch_norm_inputs(min(batch, samples), self.model, self.objective)
+
+    # ---- the loss of one micro-batch ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels, sample_ids, views = (inputs.pop(name, None) for name in ("labels", "sample_id", "view"))
+        size = _items(inputs, labels)
+        # The mean over the step's items is what one big batch would give; data parallel averages over processes.
+        share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
+        student = self._student_says(model, inputs)
+        student.sample_id = sample_ids
+        teacher = self._teacher_says(inputs, sample_ids, views)
+        self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
+        parts = self.objective_in_step(student, teacher, labels)
+        loss, parts = self._non_finite.without_lost(self.state.global_step + 1, parts)
+        loss = loss * share
+        if self._non_finite.is_time_to_look(self.state.global_step):
+            self._look_for_lost()
+        logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
+        logged |= self.objective.watch(student, teacher, labels)
+        for name, value in logged.items():
+            self._parts[name] += value * share
+        self._parts_weight += share  # one per optimizer step
+        return (loss, {"logits": student.logits}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int:
+        """Number of samples, or of tokens that count, in this optimizer step over all micro-batches and processes."""
+        number = sum(_items(batch, batch.get("labels")) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return number  # on the host: a copy to a GPU would wait for it
+        return self.accelerator.gather(torch.tensor(number, device=device)).sum()
+
+    def _student_says(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
+        own = {name: value for name, value in inputs.items() if name not in self.not_for_student}
+        return _named_outputs(model(**own), self._hooks.take(), inputs)
+
+    def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None) -> Outputs | None:
+        if self.teacher_outputs is not None:
+            if sample_ids is None:
+                raise ValueError("cached teacher outputs need a `sample_id` column in the training data")
+            mask = inputs.get("attention_mask")
+            return self.teacher_outputs.batch(sample_ids, None if mask is None else mask.shape[1], self.args.device)
+        if self.teacher is None:
+            return None
+        if self.teacher_views is not None:
+            if sample_ids is None or views is None:
+                raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
+            return self.teacher_views.batch(sample_ids, views, lambda rows: self._logits_of(inputs, rows))
+        return self._ask(inputs)
+
+    @torch.no_grad()
+    def _ask(self, inputs: dict[str, Any]) -> Outputs:
+        assert self.teacher is not None and self._teacher_hooks is not None
+        return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
+
+    def _logits_of(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+        logits = self._ask({name: value[rows] for name, value in inputs.items()}).logits
+        assert logits is not None
+        return logits
+
+    def _look_for_lost(self, in_weights: bool = False) -> None:
+        something_left = self._non_finite.look(lambda: last_checkpoint(str(self.args.output_dir)))
+        if something_left and in_weights:
+            something_left = self._non_finite.look_at_weights(self.state.global_step, self._modules_by_student())
+        if not something_left and self.args.world_size == 1:  # several processes would not see it at the same step
+            self.control.should_training_stop = True
+
+    def _modules_by_student(self) -> dict[str, tuple[nn.Module, ...]]:
+        if not isinstance(self.objective, SideBySideObjective):
+            return {"": (self.model, self.objective)}
+        students: nn.ModuleDict = self.model.students  # type: ignore[assignment]
+        return {name: (students[name], own) for name, own in self.objective.objectives.items()}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        measured_or_saved = self.control.should_evaluate or self.control.should_save
+        if self.control.should_log or measured_or_saved:
+            self._look_for_lost(in_weights=measured_or_saved)  # no figure, no file from weights that diverged
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._look_for_lost(in_weights=True)
+        return super()._finalize_training(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            totals = torch.stack([self._parts_weight, *self._parts.values()])
+            if self.args.world_size > 1:
+                totals = self.accelerator.reduce(totals, "mean")
+            means = {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
+            logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of students not lost
+            self._parts.clear()
+            self._parts_weight.zero_()
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Logits and labels only: an evaluation loss would need the teacher on data that it is not asked about."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        for name in ("sample_id", "view"):
+            inputs.pop(name, None)
+        with torch.no_grad():
+            logits = self._student_says(model, inputs).logits
+        return None, None if logits is None else logits.detach().float(), labels
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's, with the bottleneck's values in a group of their own and the objective's parameters added."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        values = [m.values for m in self.model.modules() if isinstance(m, DiscreteKeyValueBottleneck)]
+        if values and self.args.value_learning_rate is not None:
+            chosen = {id(v) for v in values}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            rate = self.args.value_learning_rate
+            # Decay would wear away the values of keys that are never chosen.
+            optimizer.add_param_group({"params": values, "lr": rate, "weight_decay": 0.0})
+        extra = [p for p in self.objective.parameters() if p.requires_grad]
+        if extra:
+            decay = self.args.weight_decay if self.args.decay_everything else 0.0
+            optimizer.add_param_group({"params": extra, "weight_decay": decay})
+            optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and convolutions; no biases, no norms of any kind, unless everything is to decay."""
+        if self.args.decay_everything:
+            return [name for name, _ in model.named_parameters()]
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The parent's, or a tenth of the learning rate after each of `lr_milestones` (in epochs)."""
+        if self.args.lr_milestones is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None, "the optimizer comes before its schedule"
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.1 ** sum(step >= milestone for milestone in milestones)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        extra = list(self.objective.parameters())
+        if not extra:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *extra], self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Not measured of students side by side: the norm of all of them is none's. The parent measures it by scaling
+        with infinity / norm, at most 1, which one lost student would make nan for all.
+        """
+        if isinstance(self.objective, SideBySideObjective):
+            return grad_norm
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = dataset[self.args.length_column_name]  # type: ignore[index]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(lengths, step, self.args.seed)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """`dataloader_drop_last` keeps training batches of one size; evaluation is over all samples all the same."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self.train_dataset, "set_epoch"):  # accelerate forgets it on several processes and after resuming
+            self.train_dataset.set_epoch(epoch)  # type: ignore[union-attr]
+        return super()._run_epoch(model, epoch, *args, **kwargs)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: weight.contiguous() for name, weight in weights.items()})  # not channels_last
+        state = self.objective.state_dict()
+        if state and self.args.should_save:
+            save_file(state, str(Path(output_dir or str(self.args.output_dir)) / OBJECTIVE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / OBJECTIVE_FILE
+        if path.exists():
+            self.objective.load_state_dict(load_file(str(path)))
+
+    def finish(self) -> None:
+        """Hands the model back as it was: without hooks, autocast and data parallelism."""
+        release_batch_norms(self.model, self.objective)
+        self._hooks.remove()
+        if self._teacher_hooks is not None:
+            self._teacher_hooks.remove()
+        for model in (m for m in (self.model_wrapped, self.teacher) if m is not None):  # a compiled one has no truth
+            unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            # What accelerate leaves behind: with the mark, the next trainer would not autocast it or its copies.
+            for leftover in ("_is_accelerate_prepared", "forward"):
+                vars(unwrapped).pop(leftover, None)
+        self.accelerator.free_memory()
+
+
+def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
+    """What a micro-batch's mean is taken over: its samples, or with labels for each position those that count."""
+    if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
+        return int((labels != IGNORED).sum())
+    return len(next(iter(batch.values())))
+
+
+def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:
+    """Any model's output under this project's names."""
+    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
+    features = (output.get("features") if hasattr(output, "get") else None) or {}
+    return Outputs(logits=logits, features={**features, **hooked}, mask=inputs.get("attention_mask"))

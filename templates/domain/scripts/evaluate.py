@@ -1,0 +1,29 @@
+"""Measures a saved classifier on every split but train, exactly as the run that made it did.
+
+    python example-domain/scripts/evaluate.py runs/example-domain/distill/student
+    python example-domain/scripts/evaluate.py runs/example-domain/distill/stages/teacher
+
+A run with another --dataset is evaluated with that flag too; --json FILE keeps the metrics.
+"""
+
+from kd.common.cli import Parser, run
+from kd.common.reporting.results import show_metrics
+from kd.example_domain.data.loading import load_data
+from kd.example_domain.student_model.evaluation import evaluate
+from kd.example_domain.teacher_model.teacher import load_trained
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", help="folder of a classifier")
+    parser.add_argument("--dataset", default="tones", help="what it was trained on")
+    parser.add_argument("--json", help="also write the metrics to this file")
+    args = parser.parse_args()
+
+    data = load_data(args.dataset)
+    model = load_trained(args.model, data)
+    show_metrics(args.model, evaluate(args.model, model, data), args.json)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,31 @@
+"""Students as `python -m kd.common.export` takes them away: signals in, logits out."""
+
+import torch
+
+from kd.common.export.exportable import Exportable
+from kd.common.pretrained import load_model, reading
+from kd.example_domain.data.tones import LENGTH
+from kd.example_domain.teacher_model.classifier import Classifier
+
+USAGE = f"""import json
+
+import numpy as np
+
+labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
+logits = model({{"values": np.zeros((1, {LENGTH}), dtype=np.float32)}})  # one signal
+print(labels[str(logits.argmax())])"""
+
+
+def load(name: str, task: str | None) -> Exportable:
+    """The student in a folder; what its task is called does not matter. Raises UserError where there is none."""
+    with reading(name, "a classifier of this domain"):
+        model = load_model(Classifier, name).eval()
+    signals = torch.randn(20, LENGTH, generator=torch.Generator().manual_seed(0))
+    return Exportable(
+        model,
+        inputs={"values": signals[:2]},
+        others=[{"values": signals[:1, LENGTH // 2 :]}, {"values": signals}],
+        axes={0: "batch", 1: "length"},
+        usage=USAGE,
+        beside=model.config.save_pretrained,
+    )

@@ -1,0 +1,419 @@
+"""Distillation of plain classifiers: what is matched inside, several teachers, the script, and bad input."""
+
+import functools
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaModel,
+    pipeline,
+)
+
+from kd.common.cli import parse
+from kd.common.features import FeatureHooks
+from kd.common.losses import attention_kl, feature_cosine, feature_l2
+from kd.common.objective import Objective
+from kd.common.outputs import Outputs
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.student_model import pipeline as steps
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
+from kd.nlp.student_model.evaluation import predict, text_metrics
+from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
+from kd_testing.paths import REPO
+from kd_testing.scripts import run_script
+
+BRIEF = ["--align_epochs", "0", "--report_to", "none", "--per_device_train_batch_size", "48"]
+
+
+def distill(small: Path, *words: object) -> None:
+    run_script("NLP/scripts/distill_classifier.py", "--dataset", small, *BRIEF, *words)
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def teachers(small, tmp_path_factory) -> list[Path]:
+    """Two classifiers of the intents with random weights: nothing here needs good ones, only different ones."""
+    folders, data = [], load_text_data(str(small))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made = tiny_bert(data)
+        folder = tmp_path_factory.mktemp("models") / f"teacher{seed}"
+        with torch.no_grad():
+            for weight in made.model.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(4)  # random weights as small as usual say the same of every text
+        made.model.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+# ---- what is matched ----
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "expected"),
+    [("uniform", [(0, 1), (1, 3), (2, 5)]), ("skip", [(0, 1), (1, 3)]), ("last", [(0, 3), (1, 4)])],
+)
+def test_layer_maps_of_three_layers_and_six(layer_map, expected):
+    assert layer_pairs(layer_map, 3, 6) == expected
+
+
+def test_layer_maps_of_pkd_as_its_paper_has_them():
+    """BERT of 12 layers -> 6: skip takes layers 2, 4, 6, 8, 10, last takes 7 to 11 (counted from 1)."""
+    assert [j + 1 for _, j in layer_pairs("skip", 6, 12)] == [2, 4, 6, 8, 10]
+    assert [j + 1 for _, j in layer_pairs("last", 6, 12)] == [7, 8, 9, 10, 11]
+    with pytest.raises(UserError, match="choose uniform"):
+        layer_pairs("last", 1, 12)
+    with pytest.raises(UserError, match="has 4 layers to match, its teacher only 3"):
+        layer_pairs("uniform", 4, 3)
+
+
+def bert(width: int = 16, layers: int = 4, heads: int = 4) -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=8,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+IDS = torch.randint(5, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+
+
+def parts(matching: Matching, student, teacher) -> dict[str, float]:
+    """The terms' values for one batch, with the features that the hooks of a trainer would record."""
+    recorders = [FeatureHooks(student, matching.features), FeatureHooks(teacher, matching.teacher_features)]
+    outputs = []
+    for model, recorder in zip((student, teacher), recorders, strict=True):
+        logits = model(input_ids=IDS, attention_mask=MASK).logits
+        outputs.append(Outputs(logits=logits, features=recorder.take(), mask=MASK))
+    return {name: value.item() for name, value in Objective(**matching.terms)(*outputs, None).items()}
+
+
+def test_hidden_states_by_hand():
+    student, teacher = bert(layers=2), bert()
+    found = parts(hidden_states(student, teacher, 3.0, "both", pooling="cls"), student, teacher)
+    own, target = (m(IDS, MASK, output_hidden_states=True).hidden_states for m in (student, teacher))
+    for i, j in ((0, 1), (1, 3)):
+        expected = feature_l2(own[i + 1], target[j + 1], MASK) + feature_cosine(own[i + 1], target[j + 1], MASK)
+        assert found[f"hidden_{i}"] == pytest.approx(3 / 2 * expected.item(), rel=1e-5)
+    a, b = own[2][:, 0], target[4][:, 0]
+    assert found["hidden_pooled"] == pytest.approx(3 * (feature_l2(a, b) + feature_cosine(a, b)).item(), rel=1e-5)
+
+
+def test_other_widths_go_through_one_regressor_a_layer_that_never_ships():
+    student, teacher = bert(8, 2, 4), bert()
+    matching = hidden_states(student, teacher, 1.0, "both", pooling="cls")
+    assert list(matching.terms) == ["hidden_0", "hidden_1"]
+    shapes = [tuple(p.shape) for p in Objective(**matching.terms).parameters()]
+    assert shapes == [(16, 8), (16,)] * 2
+
+
+def test_embeddings_and_attentions_by_hand():
+    student, teacher = bert(8, 2, 2), bert()
+    found = parts(attentions(student, teacher, 2.0, "uniform"), student, teacher)
+    for i, j in ((0, 1), (1, 3)):
+        projected = []
+        for model, layer in ((student, i), (teacher, j)):
+            state = model(IDS, MASK, output_hidden_states=True).hidden_states[layer]
+            attention = model.bert.encoder.layer[layer].attention.self
+            projected += [attention.query(state), attention.key(state)]
+        assert found[f"attention_{i}"] == pytest.approx(attention_kl(*projected, 4, MASK).item(), rel=1e-4)
+    same = bert()
+    expected = feature_l2(same.bert.embeddings(IDS), teacher.bert.embeddings(IDS), MASK).item()
+    assert parts(embeddings(same, teacher, 1.0, "l2"), same, teacher)["embeddings"] == pytest.approx(expected)
+
+
+def test_a_distilbert_is_matched_as_a_bert_is():
+    teacher = bert()
+    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=8, n_layers=2, n_heads=2)
+    student = DistilBertForSequenceClassification(config).eval()
+    matching = hidden_states(student, teacher, 1.0) + embeddings(student, teacher, 1.0, "cosine")
+    matching += attentions(student, teacher, 1.0, "skip")
+    assert matching.layers is None
+    found = parts(matching, student, teacher)
+    assert found.keys() == {"hidden_0", "hidden_1", "embeddings", "attention_0"}
+    assert all(value > 0 for value in found.values())
+    assert parts(hidden_states(teacher, teacher, 1.0), teacher, teacher) == pytest.approx(dict.fromkeys(
+        [f"hidden_{i}" for i in range(4)], 0.0), abs=1e-6)  # fmt: skip
+
+
+# ---- the script ----
+
+
+def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tmp_path, monkeypatch):
+    """Cached hidden states are those of the live teacher, but for fp16; the student works in a pipeline."""
+    words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
+    words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
+    distill(small, *words, "--output_dir", tmp_path / "cached")
+    monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
+    distill(small, *words, "--output_dir", tmp_path / "live")
+    logs = []
+    for name in ("cached", "live"):
+        history = json.loads((tmp_path / name / "stages" / "student" / "stage.json").read_text())["history"]
+        logs.append([entry for entry in history if "loss" in entry])
+        assert {"loss_task", "loss_soft_targets", "loss_hidden_0", "loss_hidden_pooled"} <= logs[-1][0].keys()
+    for cached, live in zip(*logs, strict=True):
+        assert cached["loss"] == pytest.approx(live["loss"], rel=2e-3)
+    found = pipeline("text-classification", model=str(tmp_path / "live" / "student"))("wake me at seven")
+    assert found[0]["label"] in AutoModelForSequenceClassification.from_pretrained(teachers[0]).config.label2id
+
+
+def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
+    """A DistilBERT takes no token types; its BERT teacher must see them all the same, live or cached."""
+    rows = datasets.Dataset.from_dict(
+        {
+            "sentence1": [f"the {w} is red" for w in ("cat", "dog", "hat", "car")] * 6,
+            "sentence2": [f"a {w} has a colour" for w in ("cat", "dog", "tree", "star")] * 6,
+            "label": ["yes", "yes", "no", "no"] * 6,
+        }
+    )
+    folder = tmp_path / "pairs"
+    for split in ("train", "validation"):
+        rows.to_parquet(folder / f"{split}.parquet")
+    data = load_text_data(str(folder))
+    made = tiny_bert(data)
+    texts = Texts.of(data, made.tokenizer)
+    size = len(made.tokenizer)
+    student = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
+    )
+    assert texts.not_for(student) == ["token_type_ids"] and texts.not_for(made.model) == []
+    for name, model in (("bert", made.model), ("distil", student)):
+        model.save_pretrained(tmp_path / name)
+        made.tokenizer.save_pretrained(tmp_path / name)
+    words = ["--teacher", tmp_path / "bert", "--no_control", "--max_steps", 2, "--attention_weight", 1]
+    base = DistilBertForSequenceClassification.from_pretrained(tmp_path / "distil").distilbert
+    base.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    seen = []
+    original = BertModel.forward
+
+    @functools.wraps(original)
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs.get("token_type_ids"))
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BertModel, "forward", spy)
+        distill(folder, *words, "--student", tmp_path / "base", "--output_dir", tmp_path / "run")
+    assert seen and all(types is not None and int(types.max()) == 1 for types in seen)
+
+
+def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_called_out(
+    small, teachers, tmp_path, capsys
+):
+    """The same teacher with its outputs in another order is as good, and teaches the same student."""
+    model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
+    tokenizer = AutoTokenizer.from_pretrained(teachers[0])
+    size = model.config.num_labels
+    order = torch.arange(size).flip(0)
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order])
+        model.classifier.bias.copy_(model.classifier.bias[order])
+    names = [model.config.id2label[int(i)] for i in order]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    turned = saved(tmp_path / "turned", model, tokenizer)
+    found = []
+    for name, folder in (("given", teachers[0]), ("turned", turned)):
+        words = ["--teacher", folder, "--no_control", "--max_steps", 1, "--output_dir", tmp_path / f"run_{name}"]
+        distill(small, *words)
+        found.append(results(tmp_path / f"run_{name}"))
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run_turned" / "student")
+    assert [student.config.id2label[i] for i in range(size)] == names
+    assert "class ids are those of" in found[1]["data_notes"] and "class ids" not in found[0]["data_notes"]
+    for role in ("teacher", "student"):
+        metrics = [one["models"][role]["metrics"]["validation"]["accuracy"] for one in found]
+        assert metrics[0] == pytest.approx(metrics[1])
+    for one in found:  # random weights
+        [warning] = one["warnings"]
+        assert "is no better than guessing: its validation accuracy is" in warning
+    assert capsys.readouterr().err.count("warning: teacher ") == 2
+
+
+def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
+    words = ["--teacher", teachers[0], "--more_teachers", teachers[1], "--no_control", "--max_steps", 1]
+    distill(small, *words, "--output_dir", tmp_path / "run")
+    found = results(tmp_path / "run")["models"]["teacher"]
+    data = load_text_data(str(small))
+    logits = []
+    for folder in teachers:
+        model, tokenizer = (
+            AutoModelForSequenceClassification.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
+        texts = Texts.of(data, tokenizer)
+        logits.append(predict(model, texts.splits["validation"], texts.collate))
+    expected = text_metrics(data, np.mean(logits, axis=0), np.asarray(texts.splits["validation"]["labels"]))
+    assert {name: found["metrics"]["validation"][name] for name in expected} == pytest.approx(expected)
+    assert expected != text_metrics(data, logits[0], np.asarray(texts.splits["validation"]["labels"]))
+    assert found["parameters"] == 2 * model.num_parameters()
+
+
+@pytest.mark.parametrize("source", ["teacher", "pretrained"])
+def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tmp_path, source):
+    """A student that learns nothing, at a rate too small for fp32, shows what it was cut from."""
+    words = ["--student_from", source, "--max_steps", 2, "--scratch_learning_rate", 1e-2, "--no_control"]
+    distill(small, *words, "--student_learning_rate", 1e-50, "--output_dir", tmp_path)
+    student = load_file(tmp_path / "student" / "model.safetensors")
+    teacher = load_file(tmp_path / "stages" / "teacher" / "model.safetensors")
+    name = "bert.encoder.layer.{}.output.dense.weight"
+    assert torch.equal(student[name.format(1)], teacher[name.format(3)]) == (source == "teacher")
+
+
+def distillation(folder: Path, small: Path, **pair: Any) -> ClassifierDistillation:
+    training = KDTrainingArguments(output_dir=str(folder), learning_rate=1e-4, report_to="none")
+    arguments = TextArguments(dataset=str(small)), PairArguments(align_epochs=0, student_layers=2, **pair)
+    return ClassifierDistillation(*arguments, MatchingArguments(), training, load_text_data(str(small)))
+
+
+def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_path, monkeypatch):
+    """At its learning rate, and with the head that the seed gives it, whatever was drawn since the run began."""
+    monkeypatch.setattr(steps.Pipeline, "finetune", lambda _, name, model, texts, epochs, rate, **__: (model, rate))
+    monkeypatch.setattr(ClassifierDistillation, "stage", lambda _, name, build: build())
+    heads = []
+    for drawn in range(2):
+        run = distillation(tmp_path / str(drawn), small, teacher=str(teachers[0]), control_from="tiny-bert")
+        torch.rand(drawn)
+        control, rate = run.control()
+        assert rate == run.pair.scratch_learning_rate != run.rate(run.given)
+        heads.append(control.classifier.weight)
+    assert torch.equal(*heads)
+
+
+def test_smoothed_labels_with_a_teacher_and_without(tmp_path):
+    args = KDTrainingArguments(output_dir=str(tmp_path), alpha=0.3, label_smoothing_factor=0.2)
+    run: Any = SimpleNamespace(args=args)
+    data = TextData("three", {}, ["a", "b", "c"], False, "accuracy", "")
+    said, labels = Outputs(logits=torch.randn(4, 3)), torch.tensor([0, 2, 1, 0])
+    expected = torch.nn.functional.cross_entropy(said.logits, labels, label_smoothing=0.2).item()
+    for with_teacher, alpha in ((True, 0.3), (False, 1.0)):
+        objective = steps.Pipeline(run, "cls", tmp_path).objective(data, with_teacher)
+        assert objective(said, said, labels)["task"].item() == pytest.approx(alpha * expected)
+
+
+def test_other_tokens_of_any_text_are_other_teacher_outputs(small, teachers, tmp_path, monkeypatch):
+    keys: list[str] = []
+    monkeypatch.setattr(TeacherOutputs, "load_or_compute", lambda folder, key, *_, **__: keys.append(key))
+    run: Any = SimpleNamespace(args=SimpleNamespace(precision="fp32"), timed=lambda name: nullcontext())
+    model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
+    texts = Texts.of(load_text_data(str(small)), AutoTokenizer.from_pretrained(teachers[0]))
+    ids = texts.train["input_ids"][:]
+    cut = texts.train.remove_columns("input_ids").add_column("input_ids", [*ids[:-1], ids[-1][:3]])
+    for rows in (texts.train, texts.train, cut):
+        steps.Pipeline(run, "cls", tmp_path).listen(model, replace(texts, splits=texts.splits | {"train": rows}))
+    assert keys[0] == keys[1] != keys[2]
+
+
+# ---- bad input ----
+
+
+def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--hidden_weight", "-1"], "--hidden_weight must be at least 0"),
+        (["--layer_map", "skip", "--student_layers", "1", "--hidden_weight", "1"], "choose uniform"),
+        (["--student", "{deep}", "--align_epochs", "1"], "has 5 layers to match, its teacher only 4"),
+        (["--teacher", "{uneven}"], "the layers of ModernBertModel are not built alike"),
+        (["--max_length", "4"], "--max_length must be at least 8"),
+        (["--max_length", "513"], "sees at most 512 tokens"),
+        (["--load_best_model_at_end"], "needs --metric_for_best_model"),
+        (["--label_smoothing_factor", "0.1", "--method", "dist"], "leave --label_smoothing_factor at 0"),
+        (["--more_teachers", "{untrained}"], "is no trained classifier"),
+        (["--more_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
+        (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
+        (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),
+        (["--student", "distilbert-base-uncased", "--max_steps", "5"], "cannot be reached"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, small, teachers, tmp_path, words, named):
+    tokenizer = AutoTokenizer.from_pretrained(teachers[0])
+    shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    models = {
+        "untrained": BertModel(BertConfig(num_hidden_layers=1, **shape)),
+        "deep": BertModel(BertConfig(num_hidden_layers=5, **shape)),
+        "uneven": ModernBertModel(ModernBertConfig(num_hidden_layers=4, pad_token_id=0, **shape)),
+    }
+    folders = {name: saved(tmp_path / name, model, tokenizer) for name, model in models.items()}
+    words = [word.format(teacher=teachers[1], **folders) for word in words]
+    with pytest.raises(SystemExit) as stopped:
+        distill(small, *words, "--no_control", "--output_dir", tmp_path / "run")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: ") and named in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(teachers[0])
+    shape: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    shallow = BertModel(BertConfig(vocab_size=50, num_hidden_layers=1, **shape))
+    deep = BertModel(BertConfig(vocab_size=50, num_hidden_layers=2, **shape))
+    foreign = BertTokenizer(vocab=vocabulary(["a few other words"]))
+    for origin, named in (
+        (saved(tmp_path / "shallow", shallow, tokenizer), "has fewer layers"),
+        (saved(tmp_path / "foreign", deep, foreign), "different vocabularies"),
+        (teachers[1], "is trained already"),
+    ):
+        with pytest.raises(UserError, match=named):
+            distillation(tmp_path / "run", small, teacher=str(teachers[0]), control_from=str(origin))
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_much_an_encoder_sees():
+    shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    assert positions(BertModel(BertConfig(max_position_embeddings=20, **shape))) == 20
+    assert positions(RobertaModel(RobertaConfig(max_position_embeddings=20, **shape))) == 18
+    assert positions(ModernBertModel(ModernBertConfig(pad_token_id=0, **shape))) == math.inf
+
+
+@pytest.mark.parametrize("recipe", ["base", "clinc", "sentiment"])
+def test_recipes_give_their_flags(recipe):
+    path = REPO / "NLP" / "scripts" / f"{recipe}.yaml"
+    written = yaml.safe_load(path.read_text())
+    instances = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments, argv=[str(path)])
+    read = {name: value for instance in instances for name, value in vars(instance).items()}
+    assert {name: read[name] for name in written} == {name: type(read[name])(v) for name, v in written.items()}
+    assert (path.parent / f"distill_{recipe}.sh").exists()

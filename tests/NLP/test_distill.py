@@ -1,0 +1,437 @@
+"""The NLP scripts from end to end on real, small input: every system, killing, evaluating, loading, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
+
+from kd.common.bottleneck.codes import set_keys
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.utils.errors import UserError
+from kd.nlp.data.intents import load_intents
+from kd.nlp.scripts import study_keys
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.key_study import KeyStudy
+from kd_testing.paths import REPO
+from kd_testing.processes import run_code
+from kd_testing.scripts import recipe_of, run_script
+
+SCRIPTS = REPO / "NLP" / "scripts"
+BRIEF = ["--scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
+SHORT = [*BRIEF, "--value_epochs", "2", "--pairs", "16"]
+
+
+def script(name: str, *words: object) -> None:
+    run_script(f"NLP/scripts/{name}", *words)
+
+
+def distill(recipe: str, *words: object) -> None:
+    plain = recipe == "base"
+    name = "distill_classifier.py" if plain else "distill_bottleneck.py"
+    script(name, SCRIPTS / f"{recipe}.yaml", recipe_of(*(BRIEF if plain else SHORT)), *words)
+
+
+@pytest.fixture(scope="session")
+def carried(small, tmp_path_factory) -> Path:
+    """A finished run of the main job."""
+    folder = tmp_path_factory.mktemp("runs") / "carried"
+    distill("keys_carried", "--dataset", small, "--output_dir", folder)
+    return folder
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---- the four systems ----
+
+
+def test_keys_carried_leaves_a_complete_run(carried, small):
+    found = results(carried)
+    assert found["method"] == "keys_carried"
+    assert found["data"]["train"] == 246
+    scores = {role: model["metrics"]["validation"]["accuracy"] for role, model in found["models"].items()}
+    assert found["retention"] == scores["student"] / scores["teacher"]
+    assert found["gain_over_control"] == scores["student"] - scores["control"]
+    assert found["models"]["student"]["parameters"] < found["models"]["teacher"]["parameters"]
+    for name in ("recipe.yaml", "report.md", "curves.png", "student/model.safetensors", "student/README.md"):
+        assert (carried / name).stat().st_size > 0
+    teacher, student = (load_file(carried / name / "model.safetensors") for name in ("stages/teacher", "student"))
+    assert torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"])
+    assert not torch.equal(teacher["bottleneck.values"], student["bottleneck.values"])
+    control = load_file(carried / "stages" / "control" / "model.safetensors")
+    assert not torch.equal(teacher["bottleneck.keys"], control["bottleneck.keys"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "method"),
+    [
+        ("new_keys", [], "keys_new"),
+        ("new_keys", "--keys random --decoder mean --split projection --pooling tokens".split(), "keys_random"),
+        ("keys_carried", ["--keys", "reused"], "keys_reused"),
+        ("student_only", ["--pooling", "cls"], "student_only"),
+        ("base", ["--num_train_epochs", "1"], "kd"),
+    ],
+)  # fmt: skip
+def test_the_other_systems(small, tmp_path, recipe, words, method):
+    distill(recipe, "--dataset", small, "--output_dir", tmp_path / "run", "--no_control", *words)
+    found = results(tmp_path / "run")
+    assert found["method"] == method
+    assert found["models"]["control"] is None
+    stage = "teacher_encoder" if method == "student_only" else "teacher"
+    teacher = load_file(tmp_path / "run" / "stages" / stage / "model.safetensors")
+    student = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    parts = [name for name in student if name.startswith("bottleneck.")]
+    if method == "keys_reused":
+        assert all(torch.equal(teacher[name], student[name]) for name in parts)
+    elif method in ("keys_new", "keys_random"):
+        assert not torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"])
+    elif method == "kd":
+        assert not parts
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
+        assert isinstance(model, BertForSequenceClassification)
+
+
+def test_a_teacher_of_these_labels_is_kept_as_it_is(carried, small, tmp_path):
+    teacher = carried / "stages" / "teacher"
+    distill("keys_carried", "--dataset", small, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "run")
+    student = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert torch.equal(load_file(teacher / "model.safetensors")["bottleneck.keys"], student["bottleneck.keys"])
+    assert not (tmp_path / "run" / "stages" / "teacher").exists()
+    assert (
+        results(tmp_path / "run")["models"]["teacher"]["metrics"] == results(carried)["models"]["teacher"]["metrics"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ("cola", "matthews"),
+        ("stsb", "spearman"),
+        pytest.param("sst2", "accuracy", marks=pytest.mark.slow),
+        pytest.param("rte", "accuracy", marks=pytest.mark.slow),
+    ],
+)
+def test_real_glue_tasks_run(shared, tmp_path, task, metric):
+    folder = tmp_path / f"glue_{task}"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        table = pq.read_table(shared / "data" / folder.name / f"{split}.parquet")
+        pq.write_table(table.slice(0, 40), folder / f"{split}.parquet")
+    distill("keys_carried", "--dataset", folder, "--output_dir", tmp_path / "run", "--no_control")
+    assert results(tmp_path / "run")["primary_metric"]["name"] == metric
+
+
+@pytest.fixture(scope="session")
+def bert(carried, tmp_path_factory) -> Path:
+    """A BERT encoder without a head, as it would come from the Hub."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    BertModel(BertConfig(vocab_size=4000, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "base")])
+def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recipe):
+    """Of the same width, whose bottleneck takes the teacher's keys, and narrower, aligned through regressors."""
+    student = tmp_path / "distilbert"
+    config = DistilBertConfig(vocab_size=4000, dim=width, hidden_dim=32, n_layers=2, n_heads=2)
+    DistilBertModel(config).save_pretrained(student)
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
+    words = ["--teacher", bert, "--teacher_epochs", 1, "--student", student]
+    words += ["--num_train_epochs", 1] if recipe == "base" else ["--codebooks", 8]
+    distill(recipe, "--dataset", small, "--output_dir", tmp_path / "run", *words)
+    saved = tmp_path / "run" / "student"
+    measured = results(tmp_path / "run")["models"]
+    assert measured["student"]["parameters"] < measured["teacher"]["parameters"]
+    assert not [name for name in load_file(saved / "model.safetensors") if "regressor" in name]
+    tokenizer, loaded = AutoTokenizer.from_pretrained(saved), AutoModelForSequenceClassification.from_pretrained(saved)
+    encoder = loaded.encoder if recipe != "base" else loaded.distilbert
+    assert isinstance(encoder, DistilBertModel)
+    assert loaded(**tokenizer("set an alarm", return_tensors="pt")).logits.shape == (1, 41)
+
+
+# ---- what is saved ----
+
+LOGITS_IN_ANOTHER_PROCESS = """
+import sys, numpy
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = BottleneckClassifier.from_pretrained(sys.argv[1])
+numpy.save(sys.argv[2], model(**tokenizer(["set an alarm", "transfer some money to my savings"], padding=True,
+    return_tensors="pt")).logits.detach().numpy())
+"""
+
+
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
+def test_a_saved_student_gives_the_same_logits_in_another_process(carried, tmp_path, fork):
+    student = str(carried / "student")
+    run_code(LOGITS_IN_ANOTHER_PROCESS, student, tmp_path / "logits.npy", fork=fork)
+    model, tokenizer = BottleneckClassifier.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    texts = ["set an alarm", "transfer some money to my savings"]
+    here = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.detach().numpy()
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), here)
+    assert model.config.id2label[0] == load_intents()["train"].features["intent"].names[0]
+
+
+def test_a_saved_student_ignores_padding(carried):
+    model = BottleneckClassifier.from_pretrained(str(carried / "student"))
+    ids = torch.randint(5, 200, (3, 9))
+    padded = torch.nn.functional.pad(ids, (0, 7))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 7))
+    torch.testing.assert_close(model(padded, mask).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_evaluate_reproduces_the_reported_numbers(carried, small, tmp_path, role):
+    folder = carried / ("student" if role == "student" else "stages/teacher")
+    script("evaluate.py", folder, "--dataset", small, "--json", tmp_path / "metrics.json")
+    measured = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    reported = results(carried)["models"][role]["metrics"]
+    for split, metrics in measured.items():
+        assert metrics == {name: value for name, value in reported[split].items() if name != "agreement"}
+
+
+def test_cached_codes_train_like_texts(carried, small):
+    """Logits from codes are those from texts, so training on codes is training on texts."""
+    model = BottleneckClassifier.from_pretrained(str(carried / "student")).train()
+    assert not model.encoder.training
+    ids = torch.randint(5, 200, (6, 9))
+    codes = model.bottleneck.encode(model.embed(ids, torch.ones_like(ids)))
+    assert torch.equal(model(codes=codes.to(torch.uint16)).logits, model(ids).logits)
+    model(ids).logits.sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert model.bottleneck.values.grad is not None
+
+
+# ---- killing and continuing ----
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
+    """SIGKILL at four moments of one run, each in another stage; the end is that of the run that was never killed."""
+    run = tmp_path / "run"
+    words = [SCRIPTS / "keys_carried.yaml", *SHORT, "--dataset", small, "--output_dir", run]
+    command = [sys.executable, str(SCRIPTS / "distill_bottleneck.py"), *map(str, words)]
+    moments = [
+        "checkpoints/teacher_encoder/checkpoint-*/model.safetensors",
+        "stages/teacher_encoder/stage.json",
+        "checkpoints/student_encoder",
+        "checkpoints/student/checkpoint-*/trainer_state.json",
+    ]
+    for i, moment in enumerate(moments):
+        resume = ["--resume_from_checkpoint"] if i else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(run.glob(moment)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (run / "results.json").exists(), f"finished before {moment}"
+    distill("keys_carried", "--dataset", small, "--output_dir", run, "--resume_from_checkpoint")
+    whole, resumed = (
+        load_file(carried / "student" / "model.safetensors"),
+        load_file(run / "student" / "model.safetensors"),
+    )
+    assert whole.keys() == resumed.keys()
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+
+
+# ---- bad input: one line, exit code 2, nothing half-written ----
+
+
+@pytest.fixture
+def own_text(tmp_path) -> Path:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "train.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
+    return folder
+
+
+def plain_classifier(folder: Path, labels: list[str], **config: int) -> Path:
+    """A saved tiny classifier and the tokenizer of an earlier student."""
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
+    shape |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    BertForSequenceClassification(BertConfig(vocab_size=4000, **shape)).save_pretrained(folder)
+    return folder
+
+
+def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") -> str:
+    with pytest.raises(SystemExit) as stopped:
+        distill(recipe, "--output_dir", folder, *words)
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "examples/s" not in line]
+    error = "\n".join(filter(None, lines))  # a tokenizer's progress bar may come before
+    assert stopped.value.code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 0, error
+    assert not (folder / "results.json").exists()
+    assert not (folder / "student").exists()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--temperature", "-1"], "--temperature must be above 0"),
+        (["--alpha", "1.5"], "--alpha must be between 0 and 1"),
+        (["--dataset", "nonsense"], "nonsense"),
+        (["--teacher", "no/such-model"], "--teacher tiny-bert"),
+        (["--keys", "carried", "--bottleneck", "student"], "--keys carried needs"),
+        (["--codebooks", "7"], "7 codebooks do not divide"),
+        (["--student_layers", "9"], "between 1 and the teacher's 4"),
+        (["--kays", "new"], "unknown flag --kays; did you mean --keys"),
+        (["--keys", "old"], "invalid choice"),
+    ],
+)
+def test_bad_flags(capsys, tmp_path, small, words, named):
+    dataset = [] if "--dataset" in words else ["--dataset", small]
+    assert named in refused(capsys, tmp_path / "run", *dataset, *words)
+
+
+def test_dataset_without_the_needed_columns(capsys, tmp_path, own_text):
+    assert "--text_columns" in refused(capsys, tmp_path / "run", "--dataset", own_text)
+
+
+def test_unreachable_hub_dataset(capsys, tmp_path):
+    assert "--dataset" in refused(capsys, tmp_path / "run", "--dataset", "some-owner/some-dataset")
+
+
+def test_unknown_recipe_key(capsys, tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("codebocks: 4\n")
+    with pytest.raises(SystemExit) as stopped:
+        script("distill_bottleneck.py", recipe)
+    assert stopped.value.code == 2
+    assert "unknown key codebocks; did you mean codebooks?" in capsys.readouterr().err
+
+
+def test_student_wider_than_the_carried_keys_fit(capsys, tmp_path, small, carried):
+    names = load_intents()["train"].features["intent"].names
+    student = plain_classifier(tmp_path / "wide", names, hidden_size=64)
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
+    error = refused(capsys, tmp_path / "run", "--dataset", small, "--student", student)
+    assert "64 wide" in error
+    assert "128" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--codebooks", "16"], "codebooks 16 here, 32 carried"),
+        (["--pooling", "cls"], "are for --pooling mean, not cls"),
+        (["--keys", "reused", "--decoder", "mean"], "decoder mean here, linear carried"),
+    ],
+)
+def test_a_teachers_bottleneck_of_another_shape(capsys, tmp_path, small, carried, words, named):
+    given = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--no_control"]
+    assert named in refused(capsys, tmp_path / "run", *given, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bottleneck_with_another_decoder_is_not_reused():
+    own, source = (DiscreteKeyValueBottleneck(8, 3, 2, 4, decoder=kind) for kind in ("linear", "mean"))
+    with pytest.raises(ValueError, match="decoder linear here, mean carried"):
+        set_keys(own, "reused", source, torch.randn(10, 8), seed=0)
+    set_keys(own, "carried", source, torch.randn(10, 8), seed=0)
+
+
+def test_a_student_of_another_label_order_than_its_teacher_is_refused(capsys, tmp_path, small, carried):
+    names = load_intents()["train"].features["intent"].names
+    student = plain_classifier(tmp_path / "reversed", names[::-1])
+    AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
+    words = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--student", student, "--no_control"]
+    assert "the label order of" in refused(capsys, tmp_path / "run", *words)
+
+
+def test_finished_runs_are_not_overwritten_unless_asked(capsys, small, carried):
+    before = (carried / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        distill("keys_carried", "--dataset", small, "--output_dir", carried)
+    assert stopped.value.code == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert (carried / "results.json").read_bytes() == before
+
+
+def test_continuing_with_other_arguments_is_refused(capsys, small, carried):
+    with pytest.raises(SystemExit) as stopped:
+        distill(
+            "keys_carried", "--dataset", small, "--output_dir", carried, "--resume_from_checkpoint", "--alpha", 0.1
+        )
+    assert stopped.value.code == 2
+    assert "alpha (was 0.5, now 0.1)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_shell_script_runs_from_any_directory(small, tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(SCRIPTS / "distill_keys_carried.sh"), *SHORT, "--dataset", str(small), "--no_control"]
+    done = subprocess.run(
+        [*command, "--output_dir", "here"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "student: here/student" in done.stdout
+    assert (tmp_path / "here" / "student" / "model.safetensors").exists()
+
+
+def test_a_study_of_keys_needs_an_aligned_student(tmp_path, small):
+    (tmp_path / "stages" / "teacher_encoder").mkdir(parents=True)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="has no aligned student"):
+        KeyStudy(tmp_path, str(small))
+
+
+@pytest.mark.slow
+def test_study_of_keys_fills_its_table(carried, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_keys, "SETTINGS", [study_keys.SETTINGS[0], study_keys.SETTINGS[-1]])
+    words = ["study_keys.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    study_keys.main()
+    table = (tmp_path / "keys.md").read_text().splitlines()
+    assert table[0].endswith("| carried | new | random | reused |")
+    cells = [cell.strip() for row in table[2:4] for cell in row.split("|")[2:-1]]
+    assert cells[-1] == "-"  # reused: nothing is trained, so nothing arrives
+    scores = [float(cell) for cell in cells[:-1]]
+    assert all(0 <= score <= 1 for score in scores)
+    assert len(set(scores)) > 2
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_main_job(small, tmp_path):
+    """Under torchrun on the CPU: one folder, one report, and about the student that one process makes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [SCRIPTS / "distill_bottleneck.py", SCRIPTS / "keys_carried.yaml", *SHORT, "--dataset", small]
+    words += ["--per_device_train_batch_size", 24, "--value_batch_size", 128, "--precision", "fp32"]
+    command = [*launcher, *words, "--output_dir", tmp_path / "two", "--no_control"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = ["--output_dir", tmp_path / "one", "--no_control", "--precision", "fp32"]
+    distill("keys_carried", "--dataset", small, *alone)
+    losses = []
+    for folder in ("one", "two"):
+        history = json.loads((tmp_path / folder / "stages" / "teacher_encoder" / "stage.json").read_text())["history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # dropout draws differ
+    assert results(tmp_path / "two")["models"]["student"]["parameters"] > 0

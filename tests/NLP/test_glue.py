@@ -1,0 +1,184 @@
+"""GLUE tasks x systems x seeds on a few made-up rows: one table, nothing trained twice."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kd.common.reporting.results import validate
+from kd.nlp.data.tasks import GLUE_TASKS, TASKS
+from kd.nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
+from kd_testing.scripts import run_script
+
+BRIEF = "--teacher tiny-bert --scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
+BRIEF += " --pairs 8 --report_to none --per_device_train_batch_size 16"
+COLOURS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree", "lamp")
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory) -> Path:
+    """RTE, whose labels are classes, STS-B, whose labels are numbers, and MNLI, which is validated twice."""
+    folder = tmp_path_factory.mktemp("glue")
+    pairs = [(a, b) for a in COLOURS for b in THINGS]
+    texts = {"sentence1": [f"the {b} is {a}" for a, b in pairs], "sentence2": [f"a {a} {b}" for a, b in pairs]}
+    label = datasets.ClassLabel(names=["entailment", "not_entailment"])
+    entailment = datasets.Features({name: datasets.Value("string") for name in texts} | {"label": label})
+    rte = datasets.Dataset.from_dict(texts | {"label": [i % 2 for i in range(20)]}, features=entailment)
+    stsb = datasets.Dataset.from_dict(texts | {"label": [i % 6 * 0.9 for i in range(20)]})
+    mnli = datasets.Dataset.from_dict({"premise": texts["sentence1"], "hypothesis": texts["sentence2"],
+                                       "label": [i % 3 for i in range(20)]})  # fmt: skip
+    mnli = mnli.cast_column("label", datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]))
+    validated = {"mnli": ("validation_matched", "validation_mismatched")}
+    for task, rows in {"glue_rte": rte, "stsb": stsb, "mnli": mnli}.items():
+        for split in ("train", *validated.get(task, ["validation"])):
+            rows.to_parquet(folder / task / f"{split}.parquet")
+    return folder
+
+
+def distill(glue: Path, *words: object) -> None:
+    run_script("NLP/scripts/distill_glue.py", *BRIEF.split(), "--glue_folder", glue, *words)
+
+
+def results(path: Path) -> dict:
+    return json.loads((path / "results.json").read_text())
+
+
+def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
+    words = ["--tasks", "rte", "stsb", "--systems", "base", "keys_carried", "--output_dir", tmp_path / "glue"]
+    distill(glue, *words)
+    cell = tmp_path / "glue" / "rte" / "seed0"
+    assert {path.name for path in (cell / "stages").iterdir()} == {
+        "teacher_encoder", "teacher", "control_encoder", "control"}  # fmt: skip
+    assert not (cell / "keys_carried" / "stages" / "teacher_encoder").exists()
+    kd, carried = results(cell / "base"), results(cell / "keys_carried")
+    assert kd["seconds"]["teacher"] > 0 and carried["seconds"]["teacher"] > 0
+    table = (tmp_path / "glue" / "glue.md").read_text()
+    score = results(tmp_path / "glue" / "stsb" / "seed0" / "base")["models"]["student"]["metrics"]["validation"]
+    assert f"| {score['pearson']:.4f} ± –" in table and "| rte | accuracy | 1 |" in table
+    assert table.count("| stsb |") == 2  # it is no classification task
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "glue").rglob("model.safetensors")}
+    capsys.readouterr()
+    more = [*words[:1], "rte", "--systems", "student_only", "new_keys", *words[-2:]]
+    with pytest.raises(SystemExit) as stopped:  # what the systems share was made with 8 codebooks
+        distill(glue, *more, "--codebooks", 4)
+    assert stopped.value.code == 2 and "codebooks (was 8, now 4)" in capsys.readouterr().err
+    assert not (cell / "student_only").exists()
+    distill(glue, *more)
+    assert not list(cell.glob("*/stages/teacher")) and not list(cell.glob("*/stages/control"))
+    new, only = results(cell / "new_keys"), results(cell / "student_only")
+    assert new["models"]["teacher"]["metrics"] == carried["models"]["teacher"]["metrics"]
+    assert only["seconds"]["control"] == carried["seconds"]["control"] == new["seconds"]["control"]  # of one training
+    assert all(path.stat().st_mtime_ns == before for path, before in written.items())
+    distill(glue, *words)
+    assert capsys.readouterr().out.count("is finished") == 4
+    with pytest.raises(SystemExit) as stopped:
+        distill(glue, *words, "--alpha", 0.9)
+    assert stopped.value.code == 2 and "alpha (was 0.5, now 0.9)" in capsys.readouterr().err
+
+
+def test_a_student_is_the_same_whichever_system_aligned_its_encoder(glue, tmp_path):
+    """A bottleneck has no pooler to align, but a plain student has one, cut from its teacher."""
+    students = []
+    for systems in (["base", "keys_carried"], ["keys_carried", "base"]):
+        folder = tmp_path / systems[0]
+        distill(glue, "--tasks", "rte", "--systems", *systems, "--pooling", "cls", "--no_control",
+                "--output_dir", folder)  # fmt: skip
+        assert (folder / "rte" / "seed0" / "cls" / "stages" / "student_encoder").exists()
+        students.append(load_file(folder / "rte" / "seed0" / "base" / "student" / "model.safetensors"))
+    assert students[0].keys() == students[1].keys()
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+
+
+def test_large_tasks_get_fewer_epochs(glue, tmp_path):
+    folder = tmp_path / "glue"
+    distill(glue, "--tasks", "rte", "--systems", "base", "--samples_per_stage", 10, "--no_control",
+            "--output_dir", folder)  # fmt: skip
+    recipe = (folder / "rte" / "seed0" / "base" / "recipe.yaml").read_text()
+    assert "num_train_epochs: 0.5" in recipe and "align_epochs: 0.5" in recipe
+
+
+def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
+    seed = tmp_path / "glue" / "rte" / "seed0"
+    words = ["--tasks", "rte", "--samples_per_stage", 10, "--no_control", "--output_dir", tmp_path / "glue"]
+    distill(glue, *words, "--systems", "keys_carried")
+    teacher = seed / "stages" / "teacher_encoder" / "model.safetensors"
+    first = teacher.stat().st_mtime_ns
+    (seed / "thesis.tex").write_text("mine")
+    distill(glue, *words, "--systems", "base", "--overwrite_output_dir")
+    assert (seed / "base" / "results.json").exists() and (seed / "thesis.tex").exists()
+    assert not (seed / "keys_carried" / "results.json").exists() and not (seed / "stages" / "teacher").exists()
+    assert teacher.stat().st_mtime_ns > first  # trained anew
+
+
+def test_systems_with_changed_data_share_no_stages(glue, tmp_path, capsys):
+    data, words = tmp_path / "data", ["--tasks", "rte", "--no_control", "--output_dir", tmp_path / "glue"]
+    shutil.copytree(glue, data)
+    distill(data, *words, "--systems", "base")
+    rows = datasets.Dataset.from_parquet(str(data / "glue_rte" / "train.parquet"), keep_in_memory=True)
+    rows.select(range(18)).to_parquet(data / "glue_rte" / "train.parquet")
+    with pytest.raises(SystemExit) as stopped:
+        distill(data, *words, "--systems", "keys_carried")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "cannot share stages" in error and "data and teacher_tokenizer changed" in error
+
+
+def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
+    folder = tmp_path / "glue"
+    distill(glue, "--tasks", "mnli", "--systems", "base", "--samples_per_stage", 20, "--no_control",
+            "--output_dir", folder)  # fmt: skip
+    found = results(folder / "mnli" / "seed0" / "base")
+    validate(found)
+    assert found["data"]["validation"] == 40 and found["data"]["validation_mismatched"] == 20
+    card = (folder / "mnli" / "seed0" / "base" / "student" / "README.md").read_text()
+    assert "measured on 20 samples of the validation_matched split" in card
+    table = (folder / "glue.md").read_text()
+    assert "| mnli | accuracy, matched | 1 |" in table and "| mnli | accuracy, mismatched | 1 |" in table
+
+
+def test_the_table_by_hand():
+    def run(teacher: float, student: float) -> dict:
+        models = {"teacher": teacher, "control": 0.5, "student": student}
+        return {"models": {role: {"metrics": {"validation": {"matthews": s}}} for role, s in models.items()}}
+
+    runs: Runs = {"base": [run(0.8, 0.6), run(0.5, 0.5)], "keys_carried": [run(0.8, 0.7)]}
+    runs |= {"new_keys": [], "student_only": []}
+    assert retentions(runs["base"], "validation", "matthews") == pytest.approx([0.75, 1.0])
+    row = task_rows("cola", runs, ["matthews"])[0]
+    assert row == ["cola", "matthews", "2", "0.6500 ± 0.2121", "0.5000 ± 0.0000", "0.5500 ± 0.0707", "0.7000 ± –",
+                   "–", "–", "0.8750 ± 0.1768"]  # fmt: skip
+
+
+def test_all_eight_tasks_are_known_by_their_own_metrics():
+    assert GLUE_TASKS == ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb"]
+    assert {task: metrics[0] for task, metrics in OFFICIAL.items()} == {
+        task: TASKS[task].metric for task in GLUE_TASKS
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tasks", "wnli"], "--tasks must be some of cola"),
+        (["--systems", "dino"], "--systems must be some of base"),
+        (["--tasks", "cola"], "holds neither cola nor glue_cola"),
+        (["--tasks", "rte", "--samples_per_stage", "0"], "--samples_per_stage must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(glue, tmp_path, capsys, words, named):
+    with pytest.raises(SystemExit) as stopped:
+        distill(glue, *words, "--output_dir", tmp_path / "run")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and named in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_glue_from_the_hub_is_refused_without_the_hub(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script("NLP/scripts/distill_glue.py", "--tasks", "rte", "--max_steps", 3, "--output_dir", tmp_path / "run")
+    assert stopped.value.code == 2 and "--dataset FOLDER" in capsys.readouterr().err

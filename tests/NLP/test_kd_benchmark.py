@@ -1,0 +1,67 @@
+"""benchmarks/kd_training.py on a handful of texts: its table, and that textbook and project minimise the same loss."""
+
+import re
+import runpy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from kd.common.objective import labels_and_soft_targets
+from kd.common.outputs import Outputs
+from kd.nlp.data.loading import TextData
+from kd_testing.paths import REPO
+
+SCRIPT = str(REPO / "benchmarks" / "kd_training.py")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> dict:
+    return runpy.run_path(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def data() -> TextData:
+    texts = ["switch on the lamp", "what is the weather", "switch it off", "will it rain in the city today"] * 3
+    rows = Dataset.from_dict({"text": texts, "label": [0, 1] * 6, "sample_id": list(range(12))})
+    return TextData("few", {"train": rows, "validation": rows}, ["lights", "weather"], False, "accuracy", "few")
+
+
+def test_every_way_trains_and_has_its_line(benchmark, data, capsys):
+    case = benchmark["case_of"](data, "tiny-bert", student_layers=1, batch_size=4, steps=3)
+    seconds = case.fill_cache("fp32")
+    rates = {name: [case.samples_per_second(way, 0)] for name, way in benchmark["ladder"]("fp32").items()}
+    capsys.readouterr()
+    benchmark["report"](rates, seconds, 12)
+    *table, cache = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(rates)
+    ratios = [[float(cell) for cell in line.split("|")[3:6:2]] for line in table[2:]]
+    assert ratios[0] == [1.0, 1.0]
+    assert all(ratio > 0 for line in ratios for ratio in line)
+    assert re.search(r"cache of 12 texts took .* epochs", cache)
+
+
+def test_rates_are_what_the_table_says(benchmark, capsys):
+    names = list(benchmark["ladder"]("bf16"))
+    rates = {name: [(10.0 * i, 5.0 * i), (20.0 * i, 5.0 * i)] for i, name in enumerate(names, start=1)}
+    rates[names[-1]] = [(5.0, 5.0), (5.0, 5.0)]
+    benchmark["report"](rates, (1.0, 126.0), texts=360)
+    *table, cache = capsys.readouterr().out.splitlines()
+    assert table[4] == "| + cached teacher logits | 45 (60) | 3.00 | 15 (15) | 3.00 |"
+    assert "after 2.0 epochs" in cache  # 72 CPU-seconds an epoch with the teacher in every step, 9 without
+
+
+def test_textbook_and_project_minimise_the_same_loss(benchmark):
+    own, target, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    student = SimpleNamespace(logits=own, loss=torch.nn.functional.cross_entropy(own, labels))
+    trainer = SimpleNamespace(teacher=lambda **inputs: Outputs(logits=target))
+    textbook = benchmark["TextbookTrainer"].compute_loss(trainer, lambda **inputs: student, {})
+    objective = labels_and_soft_targets(benchmark["ALPHA"], benchmark["TEMPERATURE"])
+    parts = objective(Outputs(logits=own), Outputs(logits=target), labels)
+    torch.testing.assert_close(textbook, sum(parts.values()))
+
+
+def test_the_default_teacher_has_the_size_of_minilm(benchmark, data):
+    encoder = benchmark["random_minilm"](data).encoder
+    assert sum(p.numel() for p in encoder.parameters()) == 22_713_216  # of sentence-transformers/all-MiniLM-L6-v2

@@ -1,0 +1,166 @@
+"""Hidden states are the outputs of layers, of student and teacher, cached or live, for every kind of encoder."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizer,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    ModernBertConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    RobertaConfig,
+)
+
+from kd.common.features import FeatureHooks
+from kd.common.objective import Objective
+from kd.common.outputs import Outputs
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model import pipeline as steps
+from kd.nlp.student_model.layers import cut_layers, layer_paths
+from kd.nlp.student_model.matching import Matching, embeddings, hidden_states
+from kd.nlp.student_model.methods import teacher_features
+from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
+
+TEXTS = ["a red cat", "a dog", "the small cat and the big red dog and the hat", "hat", "a dog and a cat"]
+WORDS = BertTokenizer(vocab=vocabulary(TEXTS * 2), model_max_length=32)
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 16, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "BERT": BertConfig(**SHAPE),
+    "DistilBERT": DistilBertConfig(vocab_size=len(WORDS), dim=16, n_layers=2, n_heads=2, hidden_dim=16),
+    "RoBERTa": RobertaConfig(**SHAPE),
+    "ELECTRA": ElectraConfig(**SHAPE, embedding_size=8),
+    "ModernBERT": ModernBertConfig(**SHAPE),
+    "Qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1),
+    "GPT-2": GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, pad_token_id=0),
+}
+WITH_EMBEDDINGS = ("BERT", "DistilBERT", "RoBERTa", "ELECTRA", "ModernBERT")
+WITH_FINAL_NORM = ("ModernBERT", "Qwen2", "GPT-2")
+
+
+def classifier(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(CONFIGS[kind])
+    for name, weight in model.named_parameters():
+        if "norm" in name.lower() or "ln_f" in name:
+            torch.nn.init.uniform_(weight, 0.5, 2.0)  # a norm that changes what it is given
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1, 0], "sample_id": list(range(5))})
+    return Texts.of(TextData("few", {"train": rows, "validation": rows}, ["a", "b"], False, "accuracy", "f"), WORDS)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    class Timed:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    run: Any = SimpleNamespace(args=SimpleNamespace(precision="fp32"), timed=lambda name: Timed())
+    return Pipeline(run, "cls", tmp_path)
+
+
+def batch_of(texts: Texts, model: PreTrainedModel, rows: list[int]) -> dict[str, torch.Tensor]:
+    batch = texts.collate([texts.train[i] for i in rows])
+    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.not_for(model)}
+
+
+def recorded(model: PreTrainedModel, inputs: dict[str, torch.Tensor], paths: dict[str, str]) -> Outputs:
+    hooks = FeatureHooks(model, paths)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    hooks.remove()
+    return Outputs(logits=logits, features=hooks.take(), mask=inputs["attention_mask"])
+
+
+def matched(kind: str, model: PreTrainedModel) -> Matching:
+    found = hidden_states(model, model, 1.0, "l2", pooling="cls")
+    return found + embeddings(model, model, 1.0, "l2") if kind in WITH_EMBEDDINGS else found
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, texts, pipeline, kind):
+    model = classifier(kind)
+    matching = matched(kind, model)
+    rows = [3, 2, 0]  # another order and padding than those of the cache
+    inputs = batch_of(texts, model, rows)
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.not_for(model))}, texts.collate)
+    student = recorded(model, inputs, matching.features)
+
+    monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
+    live = pipeline.hear(model, texts, matching)
+    assert live["teacher_features"] == matching.teacher_features
+    teacher = recorded(live["teacher"], inputs, live["teacher_features"])
+    losses = Objective(**matching.terms)(student, teacher, None)
+    assert losses.keys() >= {"hidden_0", "hidden_1", "hidden_pooled"}
+    assert {name: loss.item() for name, loss in losses.items()} == dict.fromkeys(losses, 0.0)
+
+    monkeypatch.undo()
+    cached = pipeline.hear(model, texts, matching)["teacher_outputs"]
+    outputs = cached.batch(torch.tensor(rows), inputs["attention_mask"].shape[1])
+    real = inputs["attention_mask"].bool()
+    for name, states in outputs.features.items():
+        assert states.dtype == torch.float16
+        torch.testing.assert_close(states[real].float(), teacher.features[name][real], rtol=1e-3, atol=1e-3)
+    losses = Objective(**matching.terms)(student, outputs, None)
+    assert sum(losses.values()).item() < 1e-5  # what fp16 leaves
+
+
+def test_cached_states_out_of_the_range_of_fp16_are_kept_in_fp32(texts, pipeline):
+    model = classifier("BERT")
+    last = layer_paths(model)[-1]
+    torch.nn.init.constant_(model.get_submodule(f"{last}.output.LayerNorm").bias, 1e5)
+    cached = pipeline.listen(model, texts, {"last": last})
+    assert cached.features["last"].isfinite().all() and cached.features["last"].max() > 9e4
+
+
+@pytest.mark.parametrize("kind", WITH_FINAL_NORM)
+def test_what_is_matched_comes_before_a_final_norm(texts, kind):
+    """A cut student has a final norm of its own, which must not be part of what its last layer is aligned to."""
+    model = classifier(kind)
+    inputs = batch_of(texts, model, [0, 1, 2])
+    paths = {f"layer_{i}": path for i, path in enumerate(layer_paths(model))}
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    found = recorded(model, inputs, paths)
+    assert torch.equal(found.features["layer_0"], states[1])
+    assert not torch.allclose(found.features["layer_1"], states[2], atol=1e-2)
+    norm = next(module for name, module in encoder_of(model).named_modules() if name in ("final_norm", "norm", "ln_f"))
+    torch.testing.assert_close(norm(found.features["layer_1"]), states[2])
+
+
+def test_pooled_features_of_a_teacher_are_those_that_are_matched(texts):
+    model = classifier("ModernBERT")
+    torch.manual_seed(0)
+    pooled, labels = teacher_features(model, texts, "cls", "fp32")
+    rows = [int(texts.train["labels"][:].index(int(label))) for label in labels[:1]]
+    found = recorded(model, batch_of(texts, model, [0, 1, 2, 3, 4]), {"last": layer_paths(model)[-1]})
+    firsts = found.features["last"][:, 0]
+    assert rows and all(any(torch.allclose(row, first, atol=1e-5) for first in firsts) for row in pooled)
+
+
+def test_a_cut_has_the_layers_whose_outputs_it_is_aligned_to():
+    model = AutoModelForSequenceClassification.from_config(BertConfig(**(SHAPE | {"num_hidden_layers": 12})))
+    student = cut_layers(model, 6)
+    assert [pair for pair in hidden_states(student, model, 1.0).teacher_features] == [
+        f"layer_{j}" for j in (1, 3, 5, 7, 9, 11)
+    ]
+    for new, old in enumerate((1, 3, 5, 7, 9, 11)):
+        weights = [m.bert.encoder.layer[i].output.dense.weight for m, i in ((student, new), (model, old))]
+        assert torch.equal(*weights)

@@ -1,0 +1,341 @@
+"""Models that others saved: read in fp32, with weights and labels that fit, or refused in one line with the cause."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+)
+
+from kd.common.pretrained import load_model, load_tokenizer, reading, stage_loader
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.exportable import load as load_exportable
+from kd.nlp.student_model.layers import load_encoder
+from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.teacher_model.causal import byte_level_bpe, load_language_model
+from kd.nlp.teacher_model.seq2seq import load_translator
+from kd.nlp.teacher_model.teacher import in_label_order, load_classifier, load_trained, vocabulary
+
+TEXTS = ["good and sweet", "bad", "good good good", "bad and sour and bad"]
+SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+LABELS = {0: "negative", 1: "positive"}
+
+
+def two_labels(names: tuple[str, ...] = ("negative", "positive"), metric: str = "accuracy") -> TextData:
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1, 0], "sample_id": [0, 1, 2, 3]})
+    return TextData("tastes", {"train": rows, "validation": rows}, list(names), False, metric, "f")
+
+
+def tokenizer() -> BertTokenizer:
+    return BertTokenizer(vocab=vocabulary(TEXTS * 2), model_max_length=32)
+
+
+def bert(labels: dict[int, str] | None = None, kind: Any = BertForSequenceClassification) -> PreTrainedModel:
+    names = labels or LABELS
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer()), id2label=names, label2id={name: i for i, name in names.items()}, **SHAPE
+    )
+    return kind(config)
+
+
+def saved(folder: Path, model: PreTrainedModel) -> Path:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewritten(folder: Path, change: Any) -> Path:
+    """The folder with `change` made to the names and tensors of its weights."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    own, others = model.state_dict(), other.state_dict()
+    return own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
+    causal_tokenizer = byte_level_bpe(TEXTS, 260, 16)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=len(causal_tokenizer), n_embd=16, n_layer=1, n_head=2))
+    gpt.to(dtype).save_pretrained(tmp_path / "gpt")
+    causal_tokenizer.save_pretrained(tmp_path / "gpt")
+    marian = MarianMTModel(MarianConfig(
+        vocab_size=len(tokenizer()), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, decoder_start_token_id=0,
+    ))  # fmt: skip
+    saved(tmp_path / "marian", marian.to(dtype))
+    folder = str(saved(tmp_path / "bert", bert().to(dtype)))
+    behind = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, pairs=4)
+    behind.to(dtype).save_pretrained(tmp_path / "bottleneck")
+    models: dict[str, Any] = {
+        "classifier": load_classifier(folder, two_labels()).model,
+        "encoder": load_encoder(folder),
+        "stage": stage_loader(AutoModelForSequenceClassification)(folder),
+        "bottleneck": stage_loader(AutoModelForSequenceClassification)(str(tmp_path / "bottleneck")),
+        "exportable": load_exportable(folder, None).model,
+        "causal": load_language_model(str(tmp_path / "gpt"), 8).model,
+        "translator": load_translator(str(tmp_path / "marian"), 16).model,
+    }
+    for name, model in models.items():
+        floats = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+        assert floats == {torch.float32}, name
+        assert model.config.dtype in (torch.float32, "float32"), name  # what is built from the config, as a cut is
+    assert torch.equal(models["classifier"].classifier.weight, bert().classifier.weight.to(dtype).float())
+
+
+# ---- weights that do not fit ----
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForMaskedLM])
+def test_prefixes_of_wrappers_are_left_out(tmp_path, capsys, prefix, kind):
+    model = bert(kind=kind)
+    folder = rewritten(saved(tmp_path, model), lambda w: {prefix + name: tensor for name, tensor in w.items()})
+    found = load_classifier(str(folder), two_labels())
+    assert same(found.model.bert.encoder, model.bert.encoder)
+    assert found.trained == (kind is BertForSequenceClassification)
+    assert f"without the prefix {prefix!r}" in capsys.readouterr().out and prefix in found.notes[0]
+
+
+MISFITS: dict[str, tuple[Any, str]] = {
+    "no head": (
+        lambda w: {name: t for name, t in w.items() if "classifier" not in name},
+        "missing: classifier.bias, classifier.weight",
+    ),
+    "no pooler": (lambda w: {name: t for name, t in w.items() if "pooler" not in name}, "missing: bert.pooler.dense"),
+    "no layer": (lambda w: {name: t for name, t in w.items() if ".layer.1." not in name}, "and 13 more"),
+    "another layer": (
+        lambda w: w | {name.replace(".1.", ".2."): t + 0 for name, t in w.items() if ".layer.1." in name},
+        "unknown: bert.encoder.layer.2.attention",
+    ),
+    "both with a prefix and without": (
+        lambda w: w | {f"module.{name}": t + 1 for name, t in w.items()},
+        "unknown: module.bert",
+    ),
+    "unknown prefix": (lambda w: {f"net.{name}": t for name, t in w.items()}, "unknown: net.bert."),
+    "other size": (
+        lambda w: w | {"classifier.weight": torch.zeros(7, 16)},
+        r"of another size: classifier.weight \(7, 16\) instead of \(2, 16\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_trained_classifier_whose_weights_do_not_fit_is_refused(tmp_path, capfd, name):
+    change, named = MISFITS[name]
+    folder = rewritten(saved(tmp_path, bert()), change)
+    with pytest.raises(UserError, match=f"^the weights of .* do not fit its config.json: .*{named}") as refused:
+        load_trained(str(folder), two_labels())
+    assert "\n" not in str(refused.value) and "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_weights_beside_those_of_the_model_are_harmless(tmp_path):
+    model = bert()
+    extra = {"bert.embeddings.position_ids": torch.arange(9), "cls.predictions.bias": torch.zeros(3)}
+    assert same(load_trained(str(rewritten(saved(tmp_path, model), lambda w: w | extra)), two_labels()).model, model)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+    gpt.save_pretrained(tmp_path / "gpt")  # without the head, which is tied to the embeddings
+    assert "lm_head.weight" not in load_file(tmp_path / "gpt" / "model.safetensors")
+    assert same(load_model(AutoModelForCausalLM, tmp_path / "gpt"), gpt)
+
+
+def test_an_encoder_may_lack_a_head_and_a_pooler_but_no_layer(tmp_path):
+    model = bert(kind=BertForMaskedLM)
+    folder = saved(tmp_path, model)
+    found = load_classifier(str(folder), two_labels())
+    assert not found.trained and same(found.model.bert.encoder, model.bert.encoder)
+    rewritten(folder, lambda w: {name: t for name, t in w.items() if ".layer.1." not in name})
+    for read in (lambda: load_classifier(str(folder), two_labels()), lambda: load_encoder(folder)):
+        with pytest.raises(UserError, match="do not fit its config.json: missing: .*layer.1"):
+            read()
+
+
+# ---- files that cannot be read ----
+
+
+def break_file(name: str, content: bytes | None) -> Any:
+    def change(folder: Path) -> None:
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+
+    return change
+
+
+def pickled(thing: Any) -> Any:
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(thing(weights), folder / "pytorch_model.bin")
+
+    return change
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "empty weights": (break_file("model.safetensors", b""), "damaged or cut short"),
+    "cut weights": (lambda f: break_file("model.safetensors", (f / "model.safetensors").read_bytes()[:-99])(f),
+                    "damaged or cut short"),
+    "no weights": (break_file("model.safetensors", None), "no file named model.safetensors"),
+    "a pickled model": (pickled(lambda weights: bert()), "holds more than tensors and is therefore not unpickled"),
+    "a pickled list": (pickled(lambda weights: [1, 2]), "cannot read a text encoder from"),
+    "a wrapped dict": (pickled(lambda weights: {"state_dict": weights, "epoch": 3}), "unknown: epoch, state_dict"),
+    "damaged config": (break_file("config.json", b"{"), "config.json' is not a valid JSON file"),
+    "config of other bytes": (break_file("config.json", b"\xff\xfe\x00"), "config.json' is not a valid JSON file"),
+    "config of a number": (break_file("config.json", b'{"model_type": "bert", "hidden_size": "x"}'), "hidden_size"),
+    "unknown architecture": (break_file("config.json", b'{"model_type": "none"}'), "model type `none`"),
+    "code of its own": (
+        break_file("config.json", b'{"model_type": "none", "auto_map": {"AutoConfig": "x.Y"}}'), "which is not run"),
+    "damaged tokenizer": (break_file("tokenizer.json", b"{"), "cannot read a text encoder from"),
+    "damaged tokenizer_config": (break_file("tokenizer_config.json", b"{"), "cannot read a text encoder from"),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_files_that_cannot_be_read_are_one_line_with_the_cause(tmp_path, name):
+    change, cause = DAMAGES[name]
+    folder = saved(tmp_path, bert())
+    change(folder)
+    with pytest.raises(UserError) as refused:
+        load_trained(str(folder), two_labels())
+    message = str(refused.value)
+    assert cause in message and str(folder)[:80] in message and "\n" not in message and len(message) < 600
+    assert "Hub" not in message and "trust_remote_code" not in message
+
+
+def test_plain_pickles_of_tensors_are_read(tmp_path):
+    folder = saved(tmp_path, bert())
+    pickled(lambda weights: weights)(folder)
+    assert same(load_trained(str(folder), two_labels()).model, bert())
+
+
+def test_a_damaged_stage_of_a_tokenizer_is_one_line(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    read = stage_loader(AutoTokenizer, load_tokenizer)
+    assert read(tmp_path).get_vocab() == tokenizer().get_vocab()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"^cannot read a finished stage from {tmp_path}: "):
+        read(tmp_path)
+
+
+def test_what_is_no_folder(tmp_path):
+    file = tmp_path / "teacher.pth"
+    torch.save({}, file)
+    for name, complaint in ((str(file), "is a file: pass a folder"), ("x" * 5000, "no model x"),
+                            (f"{tmp_path}/{'y' * 400}", "no model /")):  # fmt: skip
+        with pytest.raises(UserError, match=complaint) as refused:
+            load_classifier(name, two_labels())
+        assert len(str(refused.value)) < 700
+
+
+def test_whatever_a_parser_raises_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for error in (RuntimeError("two\nlines"), KeyError("weight"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad byte")):
+        with (
+            pytest.raises(UserError, match=f"^cannot read a model from {tmp_path}: ") as refused,
+            reading(tmp_path, "a model"),
+        ):
+            raise error
+        assert "\n" not in str(refused.value)
+    with pytest.raises(KeyboardInterrupt), reading(tmp_path, "a model"):
+        raise KeyboardInterrupt
+
+
+# ---- padding ----
+
+
+def test_a_decoder_without_a_padding_token_classifies_padded_texts_as_single_ones(tmp_path, capsys):
+    words = byte_level_bpe(TEXTS, 280, 32)
+    config = GPT2Config(vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, id2label=LABELS, eos_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    words.pad_token = None
+    words.save_pretrained(tmp_path)
+    found = load_classifier(str(tmp_path), two_labels())
+    assert found.tokenizer.pad_token == found.tokenizer.eos_token
+    assert found.model.config.pad_token_id == found.tokenizer.pad_token_id is not None
+    assert "no padding token" in found.notes[0] and found.notes[0] in capsys.readouterr().out
+    texts = Texts.of(two_labels(), found.tokenizer)
+    model = found.model.eval()
+    keys = ("input_ids", "attention_mask")
+
+    def logits(rows: list[int]) -> torch.Tensor:
+        batch = texts.collate([texts.train[i] for i in rows])
+        return model(**{key: batch[key] for key in keys}).logits
+
+    with torch.no_grad():
+        assert torch.allclose(logits([0, 1, 2, 3]), torch.cat([logits([i]) for i in range(4)]), atol=1e-5)
+    found.cut_texts(32)
+    with pytest.raises(UserError, match="sees at most 1024 tokens"):
+        found.cut_texts(2000)
+
+
+# ---- labels ----
+
+
+def test_data_take_the_label_order_of_the_model(tmp_path, capsys):
+    folder = str(saved(tmp_path, bert({0: "POSITIVE", 1: "NEGATIVE"})))
+    data = two_labels()
+    with pytest.raises(UserError, match="label order of .* differs: label 0 is 'POSITIVE'"):
+        load_trained(folder, data)
+    ordered = in_label_order(folder, data)
+    assert ordered.label_names == ["POSITIVE", "NEGATIVE"]
+    assert ordered.splits["train"]["label"][:] == [0, 1, 0, 1]
+    assert load_trained(folder, ordered).trained and in_label_order(folder, ordered) is ordered
+    assert "class ids are those of" in capsys.readouterr().out and "class ids are those of" in ordered.notes[-1]
+    with pytest.raises(UserError, match="F1 is that of label 1"):
+        in_label_order(folder, two_labels(metric="f1"))
+
+
+def test_labels_without_names_cannot_be_checked(tmp_path):
+    folder = str(saved(tmp_path, bert({0: "LABEL_0", 1: "LABEL_1"})))
+    for read in (load_trained, in_label_order):
+        with pytest.raises(UserError, match="does not name its 2 labels .LABEL_0, ....*id2label of its config.json"):
+            read(folder, two_labels())
+    assert load_trained(folder, two_labels(("0", "1"))).trained  # numbers are all that either has
+
+
+def test_both_sets_of_labels_are_named(tmp_path):
+    folder = str(saved(tmp_path, bert({0: "a", 1: "b", 2: "c"})))
+    with pytest.raises(UserError, match=r"classifies 3 labels \(a, b, c\), tastes has 2 \(negative, positive\)"):
+        load_trained(folder, two_labels())
+
+
+def test_several_labels_for_a_text_are_refused(tmp_path):
+    folder = saved(tmp_path, bert())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(UserError, match="gives a text several labels"):
+        load_trained(str(folder), two_labels())
+
+
+def test_a_base_model_is_read_whole_from_a_classifier(tmp_path):
+    model = bert()
+    assert same(load_model(AutoModel, saved(tmp_path, model), whole=False), model.bert)

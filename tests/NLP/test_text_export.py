@@ -1,0 +1,131 @@
+"""Text students of every kind taken away: the code of their README says what transformers makes of the student."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+)
+
+from kd.common.bottleneck.codes import set_keys
+from kd.common.utils.errors import UserError
+from kd.nlp.data.intents import load_intents
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.exportable import load
+from kd.nlp.teacher_model.causal import byte_level_bpe, random_gpt2
+from kd.nlp.teacher_model.seq2seq import joint_bpe, marian
+from kd.nlp.teacher_model.teacher import vocabulary
+from kd_testing.exports import run_readme
+from kd_testing.scripts import run_script
+
+SIZES: dict[str, Any] = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "initializer_range": 0.5}
+LABELS = {"id2label": {0: "alarm", 1: "money", 2: "oos"}, "label2id": {"alarm": 0, "money": 1, "oos": 2}}
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return load_intents()["train"]["text"][:300]
+
+
+def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """A run with that student."""
+    model.save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    (folder / "results.json").write_text(json.dumps({"domain": "NLP", "task": "intents"}))
+    return folder
+
+
+def lively(model: Any) -> Any:
+    """With weights large enough for it to say different things."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.5)
+    return model.eval()
+
+
+def exported(run: Path, format: str) -> Path:
+    run_script("common/export/__main__.py", run, "--format", format)
+    return run / "export"
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("distilbert", "torch.export"), ("bottleneck", "onnx"), ("score", "torch.export")]
+)
+def test_a_classifier(texts, tmp_path, capsys, kind, format):
+    """DistilBERT takes no token types, also where a bottleneck stands behind it, which would."""
+    tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=12)
+    config = DistilBertConfig(vocab_size=len(tokenizer), **SIZES)
+    if kind == "bottleneck":
+        model: Any = BottleneckClassifier.around(
+            DistilBertModel(config), LABELS["id2label"], "mean", codebooks=4, pairs=8
+        )
+        set_keys(model.bottleneck, "new", None, torch.randn(50, 32), 0)
+        torch.nn.init.normal_(model.bottleneck.values)
+    else:
+        labels: dict[str, Any] = LABELS if kind == "distilbert" else {"num_labels": 1, "problem_type": "regression"}
+        model = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=len(tokenizer), **SIZES, **labels))
+    folder = exported(saved(tmp_path, model, tokenizer), format)
+    capsys.readouterr()
+    found = run_readme(folder, *(["torch", "transformers"] if format == "onnx" else []))
+    assert set(found["inputs"]) == {"input_ids", "attention_mask"}
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
+    words = AutoTokenizer.from_pretrained(folder)(
+        "move fifty dollars to my savings", truncation=True, return_tensors="pt"
+    )
+    expected = student(**{name: words[name] for name in found["inputs"]}).logits.detach()
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
+    printed = capsys.readouterr().out.strip()
+    if kind == "score":
+        assert float(printed) == pytest.approx(expected.item(), abs=1e-4)
+    else:
+        assert printed == LABELS["id2label"][expected.argmax().item()]
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
+def test_a_language_model_goes_on_as_transformers_generate(texts, tmp_path, capsys, format):
+    tokenizer = byte_level_bpe(texts, 300, 64)
+    model = lively(random_gpt2(len(tokenizer), tokenizer.eos_token_id, 2, 32, 64, 0.1))
+    folder = exported(saved(tmp_path, model, tokenizer), format)
+    capsys.readouterr()
+    found = run_readme(folder, *(["torch", "transformers"] if format == "onnx" else []))
+    prompt = tokenizer("The", return_tensors="pt")
+    expected = model.generate(**prompt, max_new_tokens=10, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert found["ids"] == expected[0].tolist()
+    assert len(set(found["ids"])) > 3
+    assert capsys.readouterr().out.strip() == tokenizer.decode(expected[0]).strip()
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
+def test_a_translator_says_what_transformers_generate(texts, tmp_path, format):
+    tokenizer = joint_bpe(texts, 200, 32)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    folder = exported(saved(tmp_path, lively(marian(len(tokenizer), special, 32, 1, 1, 0.1, 32)), tokenizer), format)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "student"
+    )  # where a position has its own place again
+    found = run_readme(folder)
+    source = {name: torch.as_tensor(found["source"][name]) for name in ("input_ids", "attention_mask")}
+    expected = model.generate(**source, max_length=100, num_beams=1, do_sample=False)[0].tolist()
+    assert found["ids"][:99] == expected[:99]  # at its greatest length it is made to end
+    assert len(set(found["ids"])) > 3
+
+
+def test_what_has_no_logits_is_refused(texts, tmp_path):
+    tokenizer = BertTokenizer(vocab=vocabulary(texts))
+    saved(tmp_path, DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **SIZES)), tokenizer)
+    with pytest.raises(
+        UserError, match="holds a DistilBertModel: name a classifier, a translator or a language model"
+    ):
+        load(str(tmp_path / "student"), None)
+    with pytest.raises(UserError, match="no model in .* it has no config.json"):
+        load(str(tmp_path), None)

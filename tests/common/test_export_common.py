@@ -1,0 +1,344 @@
+"""What leaves this project, of any model: the same answers at any size, int8 computed by hand, reloading, refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.export.__main__ import take_away
+from kd.common.export.exportable import Exportable, apart, refuse_other_answers
+from kd.common.export.int8 import Int8Embedding, Int8Linear, load_int8, quantize_dynamic
+from kd.common.export.onnx import OnnxModel, load_program, quantize_onnx, to_onnx, to_program
+from kd.common.metrics.cost import interleaved_latency
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd_testing.exports import run_readme
+from kd_testing.scripts import run_script
+from kd_testing.tiny import model as tiny_model
+
+
+class Mixed(nn.Module):
+    """A lookup, a convolution and attention: ids and pixels -> logits (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.convolution = nn.Embedding(50, 32), nn.Conv1d(32, 32, 3, padding=1)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.layers = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 3, bias=False))
+
+    def forward(self, ids: Tensor, scale: Tensor) -> Outputs:
+        x = self.embedding(ids) * scale.unsqueeze(-1)  # (batch, positions, 32)
+        x = self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return Outputs(logits=self.layers(x.mean(1)), features={"hidden": x})
+
+
+@pytest.fixture
+def mixed() -> Mixed:
+    return Mixed().eval()
+
+
+def batch(size: int, positions: int) -> dict[str, Tensor]:
+    return {"ids": torch.randint(50, (size, positions)), "scale": torch.rand(size, positions)}
+
+
+def linear(weight: list[list[float]], bias: list[float] | None) -> nn.Linear:
+    layer = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
+    layer.weight.data = torch.tensor(weight)
+    if bias is not None:
+        layer.bias.data = torch.tensor(bias)
+    return layer
+
+
+# ---- ONNX ----
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Mixed, Path]:
+    """A model and the folder that holds its two graphs."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("graphs"), Mixed().eval()
+    to_onnx(model, batch(2, 4), folder / "fp32.onnx", {0: "batch", 1: "position"})
+    quantize_onnx(folder / "fp32.onnx", folder / "int8.onnx")
+    return model, folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(2, 4), (1, 1), (1, 9), (33, 2)])
+def test_a_graph_gives_the_same_logits_at_any_size(exported, size):
+    model, folder = exported
+    inputs = batch(*size)
+    torch.testing.assert_close(OnnxModel(folder / "fp32.onnx")(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_int8_graph_has_int8_weights_and_nearly_the_same_logits(exported):
+    model, folder = exported
+    weights = onnx.load(folder / "int8.onnx").graph.initializer
+    small = {tuple(w.dims) for w in weights if w.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
+    assert {(50, 32), (32, 256), (256, 3)} <= small
+    assert "model.convolution.weight" in {w.name for w in weights}  # fp32: its dynamic kernel would be slow
+    inputs = batch(64, 5)
+    expected, found = model(**inputs).logits, OnnxModel(folder / "int8.onnx")(**inputs).logits
+    error = (found - expected).abs().max() / expected.std()
+    assert 0 < error < 0.2
+
+
+@torch.no_grad()
+def test_export_is_quiet_in_eval_mode_and_leaves_only_its_files(tmp_path, capfd, recwarn):
+    classifier = tiny_model(dropout=0.5).train()
+    to_onnx(classifier, {"x": torch.randn(3, 6)}, tmp_path / "fp32.onnx", {0: "batch"})
+    quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    x = torch.randn(17, 6)
+    torch.testing.assert_close(OnnxModel(tmp_path / "fp32.onnx")(x=x).logits, classifier.eval()(x).logits)
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32.onnx", "int8.onnx"]
+
+
+def test_an_example_of_size_one_is_refused(mixed, tmp_path):
+    with pytest.raises(ValueError, match="ids, scale must have at least 2"):
+        to_onnx(mixed, batch(1, 4), tmp_path / "model.onnx", {0: "batch", 1: "position"})
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_a_program_gives_the_same_logits_at_any_size(mixed, tmp_path):
+    to_program(mixed, batch(2, 4), tmp_path / "model.pt2", {0: "batch", 1: "position"})
+    program = load_program(tmp_path / "model.pt2")
+    for size in ((2, 4), (1, 1), (1, 9), (33, 2)):
+        inputs = batch(*size)
+        torch.testing.assert_close(program(*inputs.values()), mixed(**inputs).logits)
+
+
+class Pointwise(nn.Module):
+    """Rows (batch, left) and (batch, right) -> their products (batch, left, right)."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left.unsqueeze(2) * right.unsqueeze(1)
+
+
+def test_each_input_may_have_axes_of_its_own(tmp_path):
+    axes = {"left": {0: "batch", 1: "left"}, "right": {0: "batch", 1: "right"}}
+    example = {"left": torch.rand(2, 3), "right": torch.rand(2, 4)}
+    to_onnx(Pointwise(), example, tmp_path / "model.onnx", axes, "products")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert graph.output[0].name == "products"
+    assert [d.dim_param for d in graph.output[0].type.tensor_type.shape.dim] == ["batch", "left", "right"]
+    left, right = torch.rand(5, 1), torch.rand(5, 7)
+    torch.testing.assert_close(OnnxModel(tmp_path / "model.onnx").answer(left=left, right=right),
+                               torch.einsum("bl,br->blr", left, right))  # fmt: skip
+
+
+# ---- int8 in torch ----
+
+
+def test_int8_linear_by_hand():
+    layer = Int8Linear(linear([[1.0, -0.5], [0.25, 2.0]], [10.0, 0.0]))
+    # Scales 1/127 and 2/127; -63.5 rounds to the even -64, 15.875 to 16.
+    assert layer.weight.tolist() == [[127, -64], [16, 127]]
+    x = torch.tensor([[[3.0, -1.5], [0.0, 0.0]]])
+    # Row scale 3/127, so the row is (127, -64): sums 127*127 + 64*64 = 20225 and 127*16 - 64*127 = -6096.
+    first = [10 + 20225 * 3 / 127**2, -6096 * 6 / 127**2]
+    torch.testing.assert_close(layer(x), torch.tensor([[first, [10.0, 0.0]]]))
+
+
+def test_int8_linear_is_close_to_fp32_at_every_scale():
+    layer = nn.Linear(64, 16)
+    layer.weight.data *= torch.logspace(-3, 3, 16).unsqueeze(1)  # a scale per output, or small outputs would vanish
+    x = torch.randn(40, 64) * torch.logspace(-3, 3, 40).unsqueeze(1)  # and one per row
+    layer.bias.data.zero_()
+    expected = layer(x)
+    norms = x.norm(dim=1, keepdim=True) * layer.weight.norm(dim=1)
+    assert ((Int8Linear(layer)(x) - expected).abs() / norms).max() < 0.01
+
+
+def test_int8_embedding_is_off_by_half_a_step_at_most():
+    table = nn.Embedding(7, 5)
+    ids = torch.tensor([[0, 6], [3, 3]])
+    half = table.weight.abs().amax(1, keepdim=True) / 127 / 2
+    difference = (Int8Embedding(table)(ids) - table(ids)).abs()
+    assert (difference <= half[ids] * 1.001).all()
+    assert difference.max() > 0
+
+
+@torch.no_grad()
+def test_quantize_dynamic_is_a_copy_that_leaves_subclasses_alone(mixed):
+    before = {name: value.clone() for name, value in mixed.state_dict().items()}
+    inputs = batch(6, 5)
+    small = quantize_dynamic(mixed)
+    assert {type(module).__name__ for module in small.layers} == {"Int8Linear", "ReLU"}
+    assert isinstance(small.embedding, Int8Embedding)
+    assert not isinstance(small.attention.out_proj, Int8Linear)  # its owner reads its weights
+    torch.testing.assert_close(small(**inputs).logits, mixed(**inputs).logits, rtol=0, atol=0.02)
+    assert not torch.equal(small(**inputs).logits, mixed(**inputs).logits)
+    assert all(torch.equal(value, before[name]) for name, value in mixed.state_dict().items())
+
+
+@torch.no_grad()
+def test_int8_weights_load_into_another_model_of_the_same_shape(mixed, tmp_path: Path):
+    small = quantize_dynamic(mixed)
+    save_model(small, str(tmp_path / "int8.safetensors"))
+    assert load_file(tmp_path / "int8.safetensors")["layers.0.weight"].dtype == torch.int8
+    inputs = batch(3, 4)
+    loaded = load_int8(Mixed(), tmp_path / "int8.safetensors")
+    assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
+
+
+# ---- taking a student away ----
+
+USAGE = """import numpy as np
+
+x = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6)
+print(model({"x": x}).argmax(1))"""
+
+
+def tiny_exportable(**changes: Any) -> Exportable:
+    x = torch.randn(9, 6)
+    given: dict[str, Any] = {
+        "model": tiny_model(dropout=0.5).eval(),
+        "inputs": {"x": x[:2]},
+        "others": [{"x": x[:1]}, {"x": x}],
+    }
+    return Exportable(**(given | {"axes": {0: "batch"}, "usage": USAGE} | changes))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+def test_a_student_is_taken_away(tmp_path, capsys, format):
+    def write(folder: Path) -> None:
+        (folder / "labels.txt").write_text("cat")
+
+    student = tiny_exportable(beside=write)
+    take_away("tiny", student, format, tmp_path / "export")
+    folder = tmp_path / "export"
+    file = {"onnx": "model.onnx", "torch.export": "model.pt2"}[format]
+    assert {path.name for path in folder.iterdir()} == {file, "labels.txt", "README.md", "export.json", "SHA256SUMS"}
+    checks = json.loads((folder / "export.json").read_text())["checks"]
+    assert [(check["inputs"], check["answer"]) for check in checks] == [
+        ({"x": [1, 6]}, [1, 3]),
+        ({"x": [9, 6]}, [9, 3]),
+    ]
+    assert max(check["difference"] for check in checks) < 1e-5
+    assert str(folder) in capsys.readouterr().out
+    found = run_readme(folder, *(["torch"] if format == "onnx" else []))
+    expected = student.answer({"x": torch.from_numpy(found["x"])})
+    np.testing.assert_allclose(found["model"]({"x": found["x"]}), expected.numpy(), atol=1e-6)
+    assert capsys.readouterr().out.strip() == str(expected.argmax(1).numpy())
+
+
+def slightly_wrong(x: Tensor) -> Tensor:
+    return tiny_exportable().model(x).logits + torch.tensor([0.0, 0.01, 0.0])
+
+
+class Branching(nn.Module):
+    """Computes one thing or another, as the numbers have it: no exporter can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"original": slightly_wrong}, "on 10 of 10 rows it differs by more than 0.001, at most by 0.01; nothing"),
+        ({"original": lambda x: x}, "differs by more than 0.001, at most by inf"),
+        ({"model": Branching()}, "student cannot be exported as"),
+    ],
+)
+def test_an_export_that_says_something_else_leaves_nothing(tmp_path, format, changes, complaint):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.onnx").write_text("an earlier one")
+    with pytest.raises(UserError, match=complaint):
+        take_away("student", tiny_exportable(**changes), format, tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["an earlier one"]
+
+
+def test_every_dynamic_axis_must_be_tried_at_another_size():
+    x = torch.randn(9, 6)
+    with pytest.raises(ValueError, match="no other size of x's batch is tried"):
+        tiny_exportable(others=[{"x": x[:2]}, {"x": x[4:6]}])
+
+
+def test_what_is_the_same_answer():
+    said = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
+    close = said + np.array([[1e-4, 0], [0, 0], [0, 5e-4]])  # the tie turns
+    np.testing.assert_allclose(apart(said, close), [1e-4, 0, 5e-4])
+    refuse_other_answers("student", apart(said, close), "texts")
+    for wrong in (0.1, float("nan")):
+        other = said + np.array([[0, 0], [0, wrong], [0, 0]])
+        with pytest.raises(UserError, match="on 1 of 3 texts"):
+            refuse_other_answers("student", apart(said, other), "texts")
+        refuse_other_answers("student", apart(said, other), "texts", tied=0.001)  # one row at least
+    assert apart(np.zeros((2, 3)), np.zeros((2, 1))).tolist() == [np.inf, np.inf]
+    assert apart(np.array([1, 3]), np.array([1, 2])).tolist() == [0, 1]
+
+
+def test_only_a_bottleneck_may_have_ties():
+    x = torch.randn(4, 6)
+    with_keys = nn.Sequential(nn.Linear(6, 4), DiscreteKeyValueBottleneck(4, 3, codebooks=2, pairs=4))
+    example: dict[str, Any] = {"inputs": {"input": x[:2]}, "others": [{"input": x}]}
+    assert tiny_exportable(model=with_keys, **example).tied > 0
+    assert tiny_exportable().tied == 0
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_script("common/export/__main__.py", *words)
+        (error,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2
+        return error
+
+    return run
+
+
+def test_bad_input_is_one_line(refused, tmp_path):
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    assert "pass --domain, one of NLP, image-classification, reinforcement-learning" in refused(student)
+    assert "there is no domain speech" in refused(student, "--domain", "speech")
+    assert "invalid choice: 'onxn'" in refused(student, "--format", "onxn")
+    assert "no folder or file" in refused(tmp_path / "missing")
+    (tmp_path / "run" / "export").mkdir()
+    assert "something else than an export" in refused(tmp_path / "run")
+    (tmp_path / "run" / "export" / "export.json").write_text("{}")
+    assert "--overwrite_output_dir" in refused(student)
+    (tmp_path / "run" / "results.json").write_text("no JSON")
+    assert "not valid JSON" in refused(student, "--output_dir", tmp_path / "new")
+    (tmp_path / "run" / "results.json").write_text('{"domain": "image-classification", "task": "digits"}')
+    assert "no model in" in refused(student, "--output_dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- what it gains ----
+
+
+class Recorded(nn.Module):
+    def __init__(self, name: str, calls: list[str]) -> None:
+        super().__init__()
+        self.name, self.calls = name, calls
+
+    def forward(self, x: Tensor) -> None:
+        self.calls.append(self.name)
+
+
+def test_latency_is_measured_in_turns():
+    calls: list[str] = []
+    inputs = {"x": torch.zeros(4, 1)}
+    found = interleaved_latency({name: (Recorded(name, calls), inputs) for name in "ab"}, repeats=3)
+    assert calls == ["a", "a", "b", "b"] * 3  # each after a warm-up of its own
+    assert list(found) == ["a", "b"]
+    assert found["a"]["batch"] == 4
+    assert 0 < found["a"]["median"] <= found["a"]["p90"]
+    assert np.isfinite(found["b"]["p90"])

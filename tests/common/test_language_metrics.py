@@ -1,0 +1,47 @@
+"""Metrics of language models, by hand and against torch's own cross-entropy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kd.common.metrics.language import language_metrics, token_agreement, token_counts
+from kd.common.objective import IGNORED
+
+
+def test_by_hand():
+    """Two sequences: the labels' probabilities are 1/2 (the likeliest), 1/4 (not) and 1/8 (not)."""
+    probabilities = torch.tensor(
+        [[[0.5, 0.25, 0.125, 0.125], [0.5, 0.25, 0.125, 0.125]], [[0.5, 0.25, 0.125, 0.125]] * 2]
+    )
+    labels = torch.tensor([[0, 1], [IGNORED, 2]])
+    found = language_metrics(token_counts(probabilities.log(), labels).numpy(), size=3)
+    assert found["perplexity"] == pytest.approx(2 ** ((1 + 2 + 3) / 3))
+    assert found["bits_per_byte"] == pytest.approx((1 + 2 + 3) / 3)
+    assert found["token_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_perplexity_is_that_of_cross_entropy_however_the_labels_are_spread_over_sequences():
+    logits, labels = torch.randn(5, 7, 11), torch.randint(0, 11, (5, 7))
+    labels[0, 2:] = IGNORED
+    labels[3] = IGNORED
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    found = language_metrics(token_counts(logits, labels).numpy(), size=100)
+    assert found["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-5)
+    number = (labels != IGNORED).sum().item()
+    assert found["bits_per_byte"] == pytest.approx(expected.item() * number / math.log(2) / 100, rel=1e-5)
+
+
+def test_a_uniform_model_costs_eight_bits_a_byte():
+    labels = torch.randint(0, 256, (4, 9))
+    found = language_metrics(token_counts(torch.zeros(4, 9, 256), labels).numpy(), size=labels.numel())
+    assert found["perplexity"] == pytest.approx(256, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(8, rel=1e-5)
+
+
+def test_agreement_leaves_out_what_is_ignored():
+    labels = np.array([[3, IGNORED, 5], [IGNORED, 1, 1]])
+    choices, teacher = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[1, 9, 9], [9, 5, 6]])
+    assert token_agreement(choices, teacher, labels) == 3 / 4

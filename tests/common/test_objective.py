@@ -1,0 +1,122 @@
+"""Objectives, feature hooks, and one pass over a dataset."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kd.common.features import FeatureHooks
+from kd.common.losses import cross_entropy_mix, feature_cosine, feature_l2
+from kd.common.objective import Hint, Objective, match, soft_targets, task_loss
+from kd.common.outputs import Outputs
+from kd.common.training.inference import over_dataset
+from kd.common.utils.errors import UserError
+from kd_testing.tiny import Rows, model
+
+
+def pair() -> tuple[Outputs, Outputs, torch.Tensor]:
+    features = {"hidden": torch.randn(4, 5, 6)}, {"hidden": torch.randn(4, 5, 6)}
+    mask = torch.tensor([[1, 1, 1, 0, 0]]).repeat(4, 1)
+    student = Outputs(logits=torch.randn(4, 3, requires_grad=True), features=features[0], mask=mask)
+    return student, Outputs(logits=torch.randn(4, 3), features=features[1]), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_terms_add_up_to_the_loss_they_are_made_of(alpha):
+    student, teacher, labels = pair()
+    objective = Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(3.0)))
+    parts = objective(student, teacher, labels)
+    expected = cross_entropy_mix(student.logits, teacher.logits, labels, alpha, 3.0)
+    torch.testing.assert_close(sum(parts.values()), expected)
+
+
+def test_a_term_of_weight_zero_asks_for_nothing():
+    student, _, labels = pair()
+    assert set(Objective(task=(1.0, task_loss()), soft_targets=(0.0, soft_targets(2.0)))(student, None, labels)) == {
+        "task"
+    }
+    with pytest.raises(UserError, match="at least one term"):
+        Objective(task=(0.0, task_loss()))
+
+
+def test_regression_terms_by_hand():
+    student = Outputs(logits=torch.tensor([[1.0], [3.0]]))
+    teacher = Outputs(logits=torch.tensor([[2.0], [3.0]]))
+    objective = Objective(
+        task=(0.5, task_loss(regression=True)), soft_targets=(0.5, soft_targets(9.0, regression=True))
+    )
+    parts = objective(student, teacher, torch.tensor([1.0, 5.0]))
+    assert parts["task"].item() == pytest.approx(0.5 * (0 + 4) / 2)
+    assert parts["soft_targets"].item() == pytest.approx(0.5 * (1 + 0) / 2)  # no softmax, no temperature
+
+
+@pytest.mark.parametrize("loss", [feature_l2, feature_cosine])
+def test_match_ignores_padding(loss):
+    student, teacher, _ = pair()
+    expected = loss(student.features["hidden"][:, :3], teacher.features["hidden"][:, :3])
+    torch.testing.assert_close(match("hidden", loss)(student, teacher, None), expected)
+
+
+def test_hint_is_a_match_through_its_regressor_and_trains_it():
+    student, teacher, _ = pair()
+    student = Outputs(features={"small": torch.randn(4, 5, 2)}, mask=student.mask)
+    hint = Hint("small", feature_l2, 2, 6, "hidden")
+    loss = hint(student, teacher, None)
+    mapped = student.features["small"] @ hint.regressor.weight.T + hint.regressor.bias
+    torch.testing.assert_close(loss, feature_l2(mapped[:, :3], teacher.features["hidden"][:, :3]))
+    loss.backward()
+    assert hint.regressor.weight.grad.abs().sum() > 0
+    assert set(Objective(hint=(1.0, hint)).state_dict()) == {
+        "modules_of_terms.hint.regressor.weight",
+        "modules_of_terms.hint.regressor.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("term", "student", "missing"),
+    [
+        (match("layer_7", feature_l2), Outputs(features={"layer_1": torch.zeros(1, 2)}), "layer_7.*layer_1"),
+        (task_loss(), Outputs(logits=torch.zeros(1, 2)), "labels"),
+        (soft_targets(1.0), Outputs(logits=torch.zeros(1, 2)), "teacher logits"),
+    ],
+)
+def test_what_is_missing_is_named(term, student, missing):
+    with pytest.raises(ValueError, match=missing):
+        term(student, None, None)
+
+
+def test_hooks_record_what_submodules_return_and_forget_it():
+    network = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    hooks = FeatureHooks(network, {"before": "0", "after": "1"})
+    x = torch.randn(3, 6)
+    network(x)
+    features = hooks.take()
+    torch.testing.assert_close(features["before"], F.linear(x, network[0].weight, network[0].bias))
+    torch.testing.assert_close(features["after"], features["before"].relu())
+    assert hooks.take() == {}
+    hooks.remove()
+    network(x)
+    assert hooks.take() == {}
+    with pytest.raises(ValueError, match="no submodule 7"):
+        FeatureHooks(network, {"x": "7"})
+
+
+class RowsWithLength(Rows):
+    def __getitem__(self, rows):
+        if rows == "length":
+            return [int(n) for n in torch.randint(1, 9, (len(self),), generator=torch.Generator().manual_seed(1))]
+        return {"x": self.x[rows].tolist(), "labels": self.labels[rows].tolist()}
+
+
+def test_one_pass_gives_every_row_in_the_order_of_the_dataset():
+    network, rows = model(dropout=0.5).train(), RowsWithLength(37)
+
+    def collate(samples):
+        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+
+    said = over_dataset(network, lambda x: {"logits": network(x).logits}, rows, collate, batch_size=5)["logits"]
+    network.eval()
+    torch.testing.assert_close(torch.stack(said), network(rows.x).logits.detach())
+    network.train()
+    over_dataset(network, lambda x: {"logits": network(x).logits}, rows, collate)
+    assert network.training  # left as it was found

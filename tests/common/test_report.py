@@ -1,0 +1,345 @@
+"""Reports hold the figures of the run; a comparison holds mean and standard deviation over seeds."""
+
+import copy
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from kd.common import cli
+from kd.common.reporting import report
+from kd.common.reporting.model_card import model_card
+from kd.common.reporting.results import headline, print_table, write_report
+from kd.common.utils.files import read_json, write_json, write_text
+
+
+def model(name: str, accuracy: float, parameters: int, milliseconds: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "parameters": parameters,
+        "megabytes": parameters * 4 / 1e6,
+        "flops": 2 * parameters,
+        "latency_ms": {"batch": 1, "median": milliseconds, "p90": 1.5 * milliseconds},
+        "metrics": {
+            "validation": {"accuracy": accuracy, "f1": accuracy - 0.01},
+            "test": {"accuracy": accuracy - 0.02},
+        },
+    }
+
+
+def results(seed: int = 0, student: float = 0.81, control: float | None = 0.78, **changes: Any) -> dict[str, Any]:
+    teacher = 0.90
+    models = {
+        "teacher": model("bert-base", teacher, 109_482_240, 20.0),
+        "control": model("tiny", control, 1_234_567, 2.5) if control is not None else None,
+        "student": model("tiny", student, 1_234_567, 2.5),
+    }
+    return {
+        "schema_version": 1,
+        "domain": "NLP",
+        "task": "clinc150",
+        "method": "soft_targets",
+        "seed": seed,
+        "command": ["python", "distill.py", "--note", "two words"],
+        "data": {"train": 15_000, "validation": 3_000, "test": 4_500, "fingerprint": "abc123"},
+        "models": models,
+        "primary_metric": {"split": "validation", "name": "accuracy"},
+        "retention": student / teacher,
+        "gain_over_control": student - control if control is not None else None,
+        "seconds": {"teacher": None, "teacher_outputs": 3.0, "control": 10.0, "student": 12.5, "total": 25.5},
+        "environment": {
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "device": "Some CPU",
+            "threads": 2,
+            "precision": "fp32",
+            "git_commit": None,
+        },
+    } | changes
+
+
+HISTORY = {
+    "teacher": [],
+    "control": [{"loss": 2.0, "epoch": 1.0}, {"eval_loss": 1.5, "eval_accuracy": 0.7, "epoch": 1.0}],
+    "student": [
+        {"loss": 3.0, "loss_task": 1.0, "learning_rate": 1e-3, "epoch": 1.0, "step": 10},
+        {"eval_loss": 1.4, "eval_accuracy": 0.75, "epoch": 1.0, "step": 10},
+        {"loss": 2.0, "loss_task": 0.5, "learning_rate": 5e-4, "epoch": 2.0, "step": 20},
+        {"eval_loss": 1.2, "eval_accuracy": 0.81, "epoch": 2.0, "step": 20},
+        {"train_runtime": 1.0, "train_loss": 2.5, "epoch": 2.0},
+    ],
+}
+
+
+def write_runs(folder: Path, *runs: dict[str, Any]) -> list[str]:
+    for number, run in enumerate(runs):
+        write_json(folder / str(number) / "results.json", run)
+    return [str(folder / str(number)) for number in range(len(runs))]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda: report.main(list(argv)))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def test_write_report_writes_three_whole_files(tmp_path: Path) -> None:
+    write_report(tmp_path / "run", results(), HISTORY)
+    assert sorted(os.listdir(tmp_path / "run")) == ["curves.png", "report.md", "results.json"]
+    assert read_json(tmp_path / "run" / "results.json") == results()
+    with Image.open(tmp_path / "run" / "curves.png") as image:
+        assert image.format == "PNG" and image.width >= 1200 and len(set(image.convert("RGB").getdata())) > 50
+
+
+def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
+    write_report(tmp_path, results(), HISTORY)
+    text = (tmp_path / "report.md").read_text()
+    assert "validation accuracy of 0.8100, 90.0% of the teacher's 0.9000" in text
+    assert "reaches 0.7800: the gain over it is +0.0300" in text
+    assert "1/88.7 of the teacher's parameters and runs 8.0 times as fast" in text
+    assert "| student | tiny | 0.8100 | 1,234,567 | 4.938 | 2.47 M | 2.500 | 3.750 |" in text
+    assert "| teacher | bert-base | 0.9000 | 109,482,240 | 437.9 | 218.96 M | 20.00 | 30.00 |" in text
+    assert "| validation | f1 | 0.8900 | 0.7700 | 0.8000 |" in text
+    assert "| test | accuracy | 0.8800 | 0.7600 | 0.7900 |" in text
+    assert "Samples: train 15,000, validation 3,000, test 4,500." in text
+    assert "| total | 25.50 |" in text and "| device | Some CPU |" in text
+    assert "python distill.py --note 'two words'" in text
+
+
+def test_a_loss_against_the_control_is_not_hidden(tmp_path: Path) -> None:
+    write_report(tmp_path, results(student=0.75), {})
+    assert "the gain over it is -0.0300" in (tmp_path / "report.md").read_text()
+
+
+def test_report_without_control_or_history(tmp_path: Path) -> None:
+    write_report(tmp_path, results(control=None), {})
+    text = (tmp_path / "report.md").read_text()
+    assert "| control | tiny |" not in text and "The control" not in text
+    assert "| split | metric | teacher | student |" in text
+
+
+def test_extra_sections_are_shown(tmp_path: Path) -> None:
+    bottleneck = {"control": {"codes_used": 10}, "student": {"codes_used": 1200, "perplexity": 3.25}}
+    extra = {"bottleneck": bottleneck, "cache": {"hits": 7}, "selection": "last epoch"}
+    write_report(tmp_path, results() | extra, HISTORY)
+    text = (tmp_path / "report.md").read_text()
+    assert "## Bottleneck\n\n|  | control | student |\n| --- | ---: | ---: |\n| codes_used | 10 | 1,200 |" in text
+    assert "| perplexity | – | 3.250 |" in text
+    assert "## Cache" in text and "| hits | 7 |" in text
+    assert "| selection | last epoch |" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("seed", "missing key results.seed"),
+        ("models.control", "missing key results.models.control"),
+        ("models.student.latency_ms.p90", "missing key results.models.student.latency_ms.p90"),
+        ("models.teacher.metrics.validation", "missing key results.models.teacher.metrics.validation"),
+        ("models.control.metrics.validation.accuracy", "missing key .*control.metrics.validation.accuracy"),
+        ("seconds.total", "missing key results.seconds.total"),
+        ("environment.git_commit", "missing key results.environment.git_commit"),
+    ],
+)
+def test_a_missing_key_is_named_and_nothing_is_written(tmp_path: Path, path: str, message: str) -> None:
+    broken = copy.deepcopy(results())
+    *parents, last = path.split(".")
+    part = broken
+    for parent in parents:
+        part = part[parent]
+    del part[last]
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path / "run", broken, HISTORY)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": "0"}, "results.seed is '0'"),
+        ({"command": "python"}, "results.command"),
+        ({"models": 3}, "results.models is 3"),
+        ({"schema_version": 2}, "schema_version is 2"),
+        ({"retention": float("nan")}, "JSON"),
+        ({"control": None, "gain_over_control": 0.1}, "gain_over_control must be null"),
+    ],
+)
+def test_a_wrong_value_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path / "run", results(**changes), HISTORY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(results())
+    output = capsys.readouterr().out
+    for figure in ("0.8100", "1,234,567", "4.938", "2.500", "90.0%", "+0.0300"):
+        assert figure in output
+
+
+def test_model_card_states_what_is_known(tmp_path: Path) -> None:
+    card = model_card(results(student=0.75), "load('tiny')", license="apache-2.0", library_name="x")
+    _, front, body = card.split("---\n", 2)
+    header = yaml.safe_load(front)
+    assert header["license"] == "apache-2.0" and header["library_name"] == "x" and header["metrics"] == ["accuracy"]
+    assert "knowledge-distillation" in header["tags"]
+    assert "```python\nload('tiny')\n```" in body and "1,234,567" in body and "distill.py" in body
+    assert "It is behind its teacher: it reaches 83.3% of the teacher's 0.9000." in body
+    assert "The control was as good or better" in body
+    assert "how much the teacher helped is unknown" in model_card(results(control=None), "")
+
+
+def test_learning_rates_of_a_sweep_are_rows_of_their_own(tmp_path: Path) -> None:
+    runs = [results(seed, 0.8) | {"learning_rate": rate} for seed in (0, 1) for rate in (0.1, 0.01)]
+    rows = report.comparison(write_runs(tmp_path, *runs))
+    assert [(row["method"], row["seeds"]) for row in rows] == [("soft_targets at 0.01", 2), ("soft_targets at 0.1", 2)]
+
+
+def test_retention_says_where_it_counts_from() -> None:
+    assert "of 0.8100, 90.0% of the teacher's 0.9000." in headline(results())
+    returns = results() | {"floor": -3.0, "retention": 0.977}
+    assert "97.7% of the way from -3.000, no skill at all, to the teacher's 0.9000." in headline(returns)
+
+
+def test_comparison_over_seeds(tmp_path: Path) -> None:
+    runs = [results(0, 0.80, 0.78), results(1, 0.82, 0.78), results(2, 0.87, None), results(0, method="hint")]
+    hint, soft = report.comparison(write_runs(tmp_path, *runs))
+    assert (soft["domain"], soft["task"], soft["method"]) == ("NLP", "clinc150", "soft_targets")
+    assert (soft["metric"], soft["seeds"]) == ("validation accuracy", 3)
+    # 0.80, 0.82, 0.87: mean 0.83, squared deviations 0.0009 + 0.0001 + 0.0016 = 0.0026, over n - 1 = 2
+    assert soft["student"].mean == pytest.approx(0.83)
+    assert soft["student"].std == pytest.approx(0.0013**0.5)
+    # gains 0.02 and 0.04: mean 0.03, squared deviations 2 * 0.0001, over n - 1 = 1
+    assert (soft["gain"].mean, soft["gain"].std) == (pytest.approx(0.03), pytest.approx(0.0002**0.5))
+    assert (soft["gain"].n, soft["control"].n, soft["control"].std) == (2, 2, 0)
+    assert hint["seeds"] == 1 and hint["student"] == report.Spread(0.81, None, 1)
+
+
+def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = write_runs(tmp_path, results(0), results(0, 0.5))
+    assert report.comparison(folders)[0]["student"] == report.Spread(0.81, None, 1)
+    report.main(folders)
+    assert f"left out: {folders[1]} repeats seed 0 of NLP, clinc150, soft_targets, as {folders[0]} has it" in (
+        capsys.readouterr().out
+    )
+
+
+def test_students_of_two_sizes_are_two_rows(tmp_path: Path) -> None:
+    small = results(1, 0.7)
+    small["models"]["student"]["parameters"] = 1000
+    rows = report.comparison(write_runs(tmp_path, results(0), small))
+    assert [row["parameters"].mean for row in rows] == [1000, 1_234_567]
+    assert [row["seeds"] for row in rows] == [1, 1]
+
+
+def test_runs_are_found_below_a_folder_as_under_a_shell_s_stars(tmp_path: Path) -> None:
+    write_runs(tmp_path / "a" / "b", results(0), results(1))
+    (tmp_path / "a" / "b" / "1" / "student").mkdir()
+    (tmp_path / "a" / "notes.md").touch()
+    everything = [tmp_path, *tmp_path.rglob("*")]
+    for places in ([tmp_path], [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"], everything):
+        folders, problems = report.find_runs(places)
+        assert folders == [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"] and not problems
+
+
+def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = write_runs(tmp_path, results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint"))
+    write_text(tmp_path / "unfinished" / "recipe.yaml", "seed: 3\n")
+    write_json(tmp_path / "old" / "results.json", {"schema_version": 1})
+    broken = [str(tmp_path / "unfinished"), str(tmp_path / "old"), str(tmp_path / "absent")]
+    markdown, table, plot = tmp_path / "new" / "t.md", tmp_path / "t.csv", tmp_path / "t.png"
+    files = ["--markdown", str(markdown), "--csv", str(table), "--plot", str(plot)]
+    report.main([*folders, *broken, *files])
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert "0.8200 ± 0.0283" in output and "0.8100 ± –" in output
+    assert f"left out: {broken[0]} has no results.json: it is unfinished" in output
+    assert f"left out: {broken[2]} does not exist" in output
+    assert f"left out: {broken[1]}/results.json: missing key results.domain" in output
+    assert "| NLP, clinc150, soft_targets | validation accuracy | 2 | 0.9000 ± 0.0000 |" in markdown.read_text()
+    hint, soft = csv.DictReader(table.read_text().splitlines())
+    assert float(soft["student_mean"]) == pytest.approx(0.82)
+    assert float(soft["student_std"]) == pytest.approx(0.02 * 2**0.5)
+    assert hint["student_std"] == hint["control_mean"] == "" and hint["seeds"] == "1"
+    with Image.open(plot) as image:
+        assert image.format == "PNG" and len(set(image.convert("RGB").getdata())) > 50
+
+
+def test_the_plot_has_a_point_for_each_model_and_size() -> None:
+    runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
+    (panel,) = report._panels(runs).items()
+    assert panel[0] == ("clinc150", "validation accuracy")
+    assert panel[1]["teacher", False] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
+    assert panel[1]["soft_targets", False] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]
+    assert panel[1]["hint", False] == [(1_234_567, 0.81, 0.0)]
+    assert panel[1].keys() == {("teacher", False), ("soft_targets", True), ("soft_targets", False), ("hint", False)}
+
+
+def test_command_without_a_readable_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "RUN" in refused(capsys)
+    (tmp_path / "results.json").write_text(json.dumps(results())[:-5])
+    assert "no finished run" in refused(capsys, str(tmp_path), str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        "[" * 100_000,
+        "\udcff",
+        json.dumps(results() | {"learning_rate": "fast"}),
+        json.dumps(results() | {"retention": 10**400}),
+        json.dumps(results() | {"primary_metric": {"split": [], "name": "accuracy"}}),
+        json.dumps(results() | {"models": []}),
+    ],
+)
+def test_a_damaged_run_among_others_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    write_runs(tmp_path, results(0), results(1))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "results.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    report.main([str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "0.8100 ± 0.0000" in output
+    said = output.replace("\n", " ")
+    assert said.count("left out:") == 1 and f"{tmp_path}/damaged/results.json" in said.partition("left out:")[2]
+
+
+def test_links_that_lead_in_a_circle_or_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path, results(0))
+    (tmp_path / "0" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "results.json").symlink_to("nothing")
+    report.main([str(tmp_path), str(tmp_path / "self")])
+    output = " ".join(capsys.readouterr().out.split())
+    assert "0.8100 ± –" in output
+    assert f"left out: cannot read {tmp_path}/self: Too many levels of symbolic links" in output
+    assert f"left out: {tmp_path}/lost/results.json does not exist" in output
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_runs(tmp_path, results(0))
+    (tmp_path / "secret").mkdir()
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    report.main([str(tmp_path)])
+    assert f"left out: cannot read {tmp_path}/secret: Permission denied" in capsys.readouterr().out

@@ -1,0 +1,174 @@
+"""A run: its stages, what its results say, and training in shards."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd.common.reporting.results import show_metrics, validate, write_report
+from kd.common.training.arguments import RunArguments
+from kd.common.training.progress import log_line
+from kd.common.training.run import Run, TrainerRun
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
+from kd_testing.paths import REPO
+from kd_testing.tiny import Number, Rows, arguments, kd, model
+
+
+def entry(score: float) -> dict[str, Any]:
+    return {
+        "name": "n", "parameters": 1, "megabytes": 0.1, "flops": None,
+        "latency_ms": {"batch": 1, "median": 1.0, "p90": 1.0}, "metrics": {"test": {"score": score}},
+    }  # fmt: skip
+
+
+def results(folder: Path, floor: float, lower_is_better: bool = False, **scores: float) -> dict[str, Any]:
+    run = Run(RunArguments(output_dir=str(folder)))
+    data = {"train": None, "validation": None, "test": 4, "fingerprint": "f"}
+    models = {role: entry(score) for role, score in scores.items()}
+    found = run.results("d", "t", "m", data, models, "test", "score", floor, lower_is_better)
+    validate(found)
+    return found
+
+
+def test_a_warning_is_printed_once_and_stands_in_results_and_report(tmp_path, capsys):
+    run = Run(RunArguments(output_dir=str(tmp_path)))
+    for text in ("the teacher is no better than guessing", None, "the teacher is no better than guessing"):
+        run.warn(text)
+    assert capsys.readouterr().err == "warning: the teacher is no better than guessing\n"
+    data = {"train": None, "validation": None, "test": 4, "fingerprint": "f"}
+    found = run.results("d", "t", "m", data, {"student": entry(1.0)}, "test", "score")
+    write_report(tmp_path, found, {})
+    assert read_json(tmp_path / "results.json")["warnings"] == ["the teacher is no better than guessing"]
+    assert (tmp_path / "report.md").read_text().count("**Warning:** the teacher is no better than guessing") == 1
+
+
+@pytest.mark.parametrize(
+    ("floor", "teacher", "student", "retention"),
+    [(0.0, 0.8, 0.6, 0.75), (20.0, 500.0, 260.0, 0.5), (-1200.0, -150.0, -360.0, 0.8), (10.0, 9.0, 8.0, None)],
+)  # fmt: skip
+def test_retention_counts_from_no_skill_at_all(tmp_path, floor, teacher, student, retention):
+    found = results(tmp_path, floor, teacher=teacher, student=student)
+    assert found["retention"] == (None if retention is None else pytest.approx(retention))
+
+
+def test_more_is_better_of_retention_and_gain_also_where_less_is_better_of_the_metric(tmp_path):
+    found = results(tmp_path, 0.0, True, teacher=20.0, control=30.0, student=25.0)
+    assert (found["retention"], found["gain_over_control"]) == (0.8, 5.0)
+
+
+def test_other_models_follow_teacher_control_and_student(tmp_path):
+    found = results(tmp_path, 0.0, student=3.0, baseline=2.0, control=1.0)
+    assert list(found["models"]) == ["teacher", "control", "student", "baseline"]
+    assert found["models"]["teacher"] is None and found["retention"] is None and found["gain_over_control"] == 2.0
+    write_report(tmp_path, found, {"student": [{"steps": 5, "loss": 1.0, "eval_score": 2.0}]}, progress="steps")
+    assert "baseline" in (tmp_path / "report.md").read_text()
+
+
+def test_a_finished_stage_is_loaded_and_a_run_is_not_overwritten(tmp_path):
+    args = RunArguments(output_dir=str(tmp_path / "run"))
+    assert Run(args).stage("student", lambda: Number(7), Number.load).value == 7
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        Run(args)
+    again = RunArguments(output_dir=args.output_dir, resume_from_checkpoint=True)
+
+    def never() -> Number:
+        raise AssertionError("built again")
+
+    assert Run(again).stage("student", never, Number.load).value == 7
+    with pytest.raises(UserError, match=r"other arguments: seed \(was 0, now 1\)"):
+        Run(RunArguments(output_dir=args.output_dir, resume_from_checkpoint=True, seed=1))
+
+
+@dataclass
+class Inputs:
+    teacher: str = "resnet56"
+    more: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("name", ["teacher", "more"])
+def test_a_run_does_not_start_over_by_removing_what_it_is_to_read(tmp_path, name):
+    run = Run(RunArguments(output_dir=str(tmp_path)), Inputs())
+    run.stage("teacher", lambda: Number(7), Number.load)
+    teacher = str(tmp_path / "stages" / "teacher")
+    inputs = Inputs(teacher) if name == "teacher" else Inputs(more=["elsewhere", teacher])
+    again = RunArguments(output_dir=str(tmp_path), overwrite_output_dir=True)
+    with pytest.raises(UserError, match=f"would remove {re.escape(teacher)}, which is --{name}"):
+        Run(again, inputs)
+    assert run.stage("teacher", lambda: Number(8), Number.load).value == 7
+
+
+def test_show_metrics_prints_intervals(capsys):
+    show_metrics("model", {"metrics": {"test": {"mean": 0.5, "interval": [0.25, 0.75], "episodes": 4}}}, None)
+    shown = capsys.readouterr().out
+    assert "0.500000" in shown and "[0.2500, 0.7500]" in shown
+
+
+def test_progress_names_the_stage_and_reads_like_a_sentence(tmp_path, capsys):
+    args = arguments(tmp_path, disable_tqdm=False, logging_strategy="epoch")
+    TrainerRun(args).train("student", model(), {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
+    out, err = capsys.readouterr()
+    assert re.search(r"^student, epoch 1: loss [\d.]+ \(task [\d.]+, soft targets [\d.]+\)$", out, re.M)
+    assert re.search(r"^student, \d+ s, \d+ samples a second$", out, re.M)
+    assert "student: 100%" in err and "{" not in out
+
+
+def test_an_evaluation_as_a_line():
+    logs = {"eval_accuracy": 0.49274, "eval_oos_recall": 0.5, "eval_runtime": 1.2, "epoch": 2.0, "eval_none": None}
+    assert log_line(logs) == "epoch 2: evaluation accuracy 0.4927, oos recall 0.5"
+
+
+TRAIN_SHARDED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import kd.common
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from kd_testing.tiny import Number, Rows, arguments, kd, model
+from kd.common.training.run import TrainerRun
+from kd.common.utils.devices import end_processes
+folder, sharded = sys.argv[2:]
+args = arguments(folder, per_device_train_batch_size=4, num_train_epochs=2, save_strategy="epoch", optim="adamw_torch",
+    fsdp=sharded == "sharded", fsdp_config={"fsdp_version": 2, "min_num_params": 10} if sharded == "sharded" else None)
+if sharded == "sharded":
+    args.device
+    PartialState().distributed_type = DistributedType.MULTI_GPU  # accelerate leaves FSDP out on CPUs
+students = []
+for resume in (False, True):
+    args.resume_from_checkpoint = resume
+    students.append(model())
+    TrainerRun(args).train("student", students[-1], {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
+    if PartialState().is_main_process:
+        name = "pytorch_model_fsdp.bin" if sharded == "sharded" else "model.safetensors"
+        damaged = Path(folder, "checkpoints/student/checkpoint-6", name)
+        damaged.write_bytes(damaged.read_bytes()[:100])
+    PartialState().wait_for_everyone()
+if PartialState().is_main_process:
+    torch.save([student.state_dict() for student in students], folder + "/students.pt")
+end_processes()
+"""
+
+
+@pytest.mark.slow
+def test_shards_in_two_processes_train_and_resume_to_whole_weights_of_one_student(tmp_path):
+    """FSDP over gloo; the control is plain data parallelism."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_SHARDED)
+    for name in ("whole", "sharded"):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, script, REPO / "tests" / "helpers", tmp_path / name, name]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-6000:]
+    students = [
+        student
+        for name in ("whole", "sharded")
+        for student in torch.load(tmp_path / name / "students.pt", weights_only=True)
+    ]
+    for student in students[1:]:
+        torch.testing.assert_close(student, students[0])

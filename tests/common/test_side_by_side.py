@@ -1,0 +1,305 @@
+"""Several students on one teacher pass become what each becomes alone; a table of views says what the teacher says."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from kd.common.losses import feature_l2
+from kd.common.objective import Hint, Objective, match, task_loss
+from kd.common.outputs import Outputs
+from kd.common.training.side_by_side import SideBySide, SideBySideObjective
+from kd.common.training.teacher_views import TeacherViews
+from kd.common.training.trainer import KDTrainer
+from kd.common.utils.errors import UserError
+from kd_testing.tiny import Rows, TinyClassifier, arguments, kd, model
+
+
+class CountingTeacher(TinyClassifier):
+    """Counts the samples that it is asked about."""
+
+    asked = 0
+
+    def forward(self, x):
+        self.asked += x.shape[0]
+        return super().forward(x)
+
+
+def teacher() -> CountingTeacher:
+    torch.manual_seed(9)
+    return CountingTeacher()
+
+
+def batch_size(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
+    assert labels is not None
+    return torch.tensor(float(len(labels)))
+
+
+def objectives() -> dict[str, Objective]:
+    torch.manual_seed(3)
+    return {
+        "kd": kd(),
+        "hint": Objective(task=(1.0, task_loss()), hint=(0.5, Hint("inner", feature_l2, 8, 8, "hidden"))).watching(
+            size=batch_size
+        ),
+        "match": Objective(hidden=(1.0, match("hidden", feature_l2))),
+    }
+
+
+def test_students_side_by_side_become_what_each_becomes_alone(tmp_path):
+    settings = {"num_train_epochs": 3, "max_grad_norm": 0.0, "logging_strategy": "epoch", "optim_args": "momentum=0.9"}
+    alone, logged = {}, {}
+    for number, (name, objective) in enumerate(objectives().items()):
+        alone[name] = model(number)
+        trainer = KDTrainer(
+            model=alone[name],
+            args=arguments(tmp_path / name, **settings),
+            objective=objective,
+            teacher=teacher(),
+            features={"inner": "hidden"} if name == "hint" else {},
+            train_dataset=Rows(),
+        )
+        trainer.train()
+        logged[name] = trainer.state.log_history[0]
+    together = SideBySide({name: model(number) for number, name in enumerate(alone)})
+    one_teacher = teacher()
+    trainer = KDTrainer(
+        model=together,
+        args=arguments(tmp_path / "together", **settings),
+        objective=SideBySideObjective(objectives()),
+        teacher=one_teacher,
+        features=SideBySide.paths({"hint": {"inner": "hidden"}}),
+        train_dataset=Rows(),
+    )
+    trainer.train()
+    assert one_teacher.asked == 3 * len(Rows()), "one pass of the teacher for all of them"
+    for name, student in alone.items():
+        for key, weight in student.state_dict().items():
+            torch.testing.assert_close(together.students[name].state_dict()[key], weight, msg=f"{name} {key}")
+        for part, value in logged[name].items():
+            if part.startswith("loss_"):
+                assert np.isclose(trainer.state.log_history[0][f"loss_{name}/{part.removeprefix('loss_')}"], value)
+    assert trainer.state.log_history[0]["hint/size"] == 8  # watched, not trained for
+
+
+def exploding(loud: bool) -> Objective:
+    """A loss that is infinite at its fifth step: also its gradient, where it is loud."""
+    steps = []
+
+    def infinite_once(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
+        steps.append(1)
+        assert student.logits is not None
+        factor = float("inf") if len(steps) == 5 else 1.0
+        return student.logits.square().mean() * factor if loud else student.logits.mean() + (factor - 1.0)
+
+    return Objective(task=(1.0, task_loss()), bad=(1.0, infinite_once))
+
+
+def train_beside(folder, students: dict[str, Objective], **settings) -> KDTrainer:
+    together = SideBySide({name: model(number) for number, name in enumerate(students)})
+    each_epoch = {"logging_strategy": "epoch", "save_strategy": "epoch"}
+    args = arguments(folder, max_grad_norm=0.0, optim_args="momentum=0.9", **each_epoch, **settings)
+    objective = SideBySideObjective(students)
+    trainer = KDTrainer(model=together, args=args, objective=objective, teacher=teacher(), train_dataset=Rows())
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    return trainer
+
+
+def test_a_student_whose_loss_is_not_finite_is_lost_alone_and_stays_lost(tmp_path, caplog):
+    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=4).model.students["kd"].state_dict()
+    students = {"kd": kd(), "loud": exploding(True), "quiet": exploding(False)}
+    caplog.clear()
+    trainer = train_beside(tmp_path / "lost", students, num_train_epochs=4)
+    steps = len(Rows()) // 8
+    assert steps < 5 < 2 * steps, "in the second epoch"
+    told = [record.getMessage() for record in caplog.records if " diverged: " in record.getMessage()]
+    assert told[0] == "loud diverged: its loss is not finite at step 5 (loud/bad = inf)"
+    assert told[1].startswith("quiet diverged: its loss is not finite at step 5 (quiet/bad = ") and len(told) == 2
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    json.dumps(trainer.state.log_history, allow_nan=False)
+    assert [{key for key in entry if "/" in key} for entry in losses[1:]] == [
+        {"loss_kd/task", "loss_kd/soft_targets"}
+    ] * 3
+    assert "loss_quiet/bad" in losses[0]
+    resumed = train_beside(
+        tmp_path / "lost",
+        {"kd": kd(), "loud": kd(), "quiet": kd()},  # which would be finite again
+        num_train_epochs=4,
+        resume_from_checkpoint=str(tmp_path / "lost" / f"checkpoint-{3 * steps}"),
+    )
+    for trained in (trainer.model.students, resumed.model.students):
+        for key, weight in trained["kd"].state_dict().items():
+            assert torch.equal(weight, spared[key]), "the others become what they become without it"
+        assert not any(weight.isfinite().all() for name in ("loud", "quiet") for weight in trained[name].parameters())
+
+
+def test_a_group_of_which_all_are_lost_stops(tmp_path):
+    trainer = train_beside(tmp_path, {"one": exploding(True), "other": exploding(False)}, num_train_epochs=4)
+    assert trainer.state.global_step == 5
+    json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_a_student_that_the_last_step_broke_diverged_alone(tmp_path, caplog):
+    def no_gradient_on_the_last_step(student, teacher, labels):
+        loss = (student.logits * 0.0).sum()
+        steps.append(1)
+        return loss.sqrt() if len(steps) == 3 else loss  # 0, and its derivative infinite
+
+    steps: list[int] = []
+    broken = Objective(task=(1.0, task_loss()), bad=(1.0, no_gradient_on_the_last_step))
+    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=1).model.students["kd"].state_dict()
+    trainer = train_beside(tmp_path / "run", {"kd": kd(), "broken": broken}, num_train_epochs=1)
+    assert [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()] == [
+        "broken diverged: hidden.weight is not finite after step 3"
+    ]
+    assert all(torch.equal(value, spared[key]) for key, value in trainer.model.students["kd"].state_dict().items())
+
+
+class ViewRows(Rows):
+    """Three views of each sample: as it is, negated, doubled; which one is drawn anew each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.views = torch.randint(3, (len(self),), generator=torch.Generator().manual_seed(epoch))
+
+    def __getitem__(self, i):
+        factor = torch.tensor([1.0, -1.0, 2.0])[self.views[i]]
+        return super().__getitem__(i) | {"x": self.x[i] * factor, "view": self.views[i]}
+
+
+def train_on_views(folder, views, asked: CountingTeacher, **settings) -> TinyClassifier:
+    student = model(1)
+    args = arguments(folder, num_train_epochs=6, train_sampling_strategy="random", **settings)
+    KDTrainer(
+        model=student, args=args, objective=kd(0.0), teacher=asked, teacher_views=views, train_dataset=ViewRows()
+    ).train()
+    return student
+
+
+def test_a_table_of_views_gives_what_the_teacher_says_and_asks_once(tmp_path):
+    live, first, second = teacher(), teacher(), teacher()
+    plain = train_on_views(tmp_path / "live", None, live)
+    tables = [TeacherViews(tmp_path / "views", "key", samples=24, views=3, classes=3) for _ in range(2)]
+    filled = train_on_views(tmp_path / "first", tables[0], first)
+    read = train_on_views(tmp_path / "second", tables[1], second)
+    for one, two in ((filled, read), (plain, filled)):
+        tolerance = 0 if one is filled else 1e-3  # logits in fp16
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert live.asked == 6 * 24
+    assert first.asked == round(tables[0].share_filled * 24 * 3) < live.asked
+    assert second.asked == 0, "the second run finds everything said"
+
+
+class CountedAnswers:
+    """Logits that follow from sample and view; counts for how many rows it is asked."""
+
+    def __init__(self) -> None:
+        self.samples, self.views = torch.arange(72) // 3, torch.arange(72) % 3
+        self.logits = torch.randn(72, 3).half().float()
+        self.asked = 0
+
+    def read(self, folder) -> torch.Tensor:
+        """All rows of the table in a folder, in the batches of a shuffled epoch."""
+        table = TeacherViews(folder, "key", samples=24, views=3, classes=3)
+        found = torch.full((72, 3), torch.nan)
+        for batch in torch.randperm(72).split(10):
+            asked = partial(self.ask, batch)
+            logits = table.batch(self.samples[batch], self.views[batch], asked).logits
+            assert logits is not None
+            found[batch] = logits
+        return found
+
+    def ask(self, batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.asked += len(rows)
+        return self.logits[batch[rows]]
+
+
+def cut_off(content: bytearray) -> bytes:
+    return bytes(content[: len(content) // 2])
+
+
+def zeroed(content: bytearray) -> bytes:
+    third = len(content) // 3
+    return bytes(content[:third]) + bytes(third) + bytes(content[2 * third :])
+
+
+def flipped(content: bytearray) -> bytes:
+    content[len(content) // 2] ^= 1
+    return bytes(content)
+
+
+def swapped(content: bytearray) -> bytes:
+    half = len(content) // 2
+    return bytes(content[half:] + content[:half])
+
+
+@pytest.mark.parametrize("damage", [cut_off, zeroed, flipped, swapped, lambda content: b""])
+@pytest.mark.parametrize("name", ["logits.f16", "checksums.u32", "shape.json"])
+def test_rows_of_a_damaged_table_are_computed_again(name, damage, tmp_path, caplog):
+    answers = CountedAnswers()
+    for _ in range(2):
+        assert torch.equal(answers.read(tmp_path), answers.logits) and answers.asked == 72
+    (file,) = tmp_path.rglob(name)
+    whole = file.read_bytes()
+    file.write_bytes(damage(bytearray(whole)))
+    for _ in range(2):
+        assert torch.equal(answers.read(tmp_path), answers.logits)
+    lost = {cut_off: 36, zeroed: 24, flipped: 1, swapped: 72}.get(damage, 72) if name != "shape.json" else 0
+    assert answers.asked == 72 + lost, "once more for what was damaged, and never again"
+    assert file.read_bytes() == whole
+    empty = name == "checksums.u32" and damage not in (flipped, swapped)  # looks as if never filled
+    assert ("is damaged" in caplog.text) == (lost > 0 and not empty)
+
+
+def test_rows_of_a_table_of_another_shape_do_not_match(tmp_path):
+    answers = CountedAnswers()
+    answers.read(tmp_path)
+    other = TeacherViews(tmp_path, "key", samples=36, views=2, classes=3)
+    said = other.batch(
+        torch.arange(36), torch.ones(36, dtype=torch.long), lambda rows: torch.full((len(rows), 3), 7.0)
+    )
+    assert said.logits.eq(7).all()
+
+
+def test_two_processes_that_fill_a_table_at_once_do_not_disturb_each_other(tmp_path):
+    first, second = (TeacherViews(tmp_path, "key", samples=24, views=3, classes=3) for _ in range(2))
+    logits, samples, views = torch.randn(24, 3).half().float(), torch.arange(24), torch.ones(24, dtype=torch.long)
+
+    def ask_the_other_too(rows: torch.Tensor) -> torch.Tensor:
+        second.batch(samples[rows], views[rows], lambda inner: logits[rows][inner])
+        return logits[rows]
+
+    def never(rows: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("filled already")
+
+    assert torch.equal(first.batch(samples, views, ask_the_other_too).logits, logits)
+    assert torch.equal(second.batch(samples, views, never).logits, logits)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
+    table.logits.filename.unlink()
+    table.logits.filename.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*logits\.f16: No space left on device"):
+        table.batch(torch.arange(4), torch.zeros(4, dtype=torch.long), lambda rows: torch.ones(len(rows), 3))
+    assert table.share_filled == 0
+
+
+def test_rows_of_the_table_are_the_teachers_answers_to_those_views(tmp_path):
+    rows, said = ViewRows(), teacher().eval()
+    table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
+    train_on_views(tmp_path / "run", table, said)
+    for sample in range(24):
+        for view, factor in enumerate((1.0, -1.0, 2.0)):
+            stored = torch.from_numpy(table.logits[sample * 3 + view].astype(np.float32))
+            if table.checksums[sample * 3 + view]:
+                expected = said(rows.x[sample : sample + 1] * factor).logits[0].detach().half().float()
+                torch.testing.assert_close(stored, expected, rtol=1e-3, atol=1e-3)
+            else:
+                assert not stored.any()

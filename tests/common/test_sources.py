@@ -1,0 +1,175 @@
+"""Files of rows: what is read of them whatever their format, and what is wrong with one in a line that names it."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from kd.common.data.sources import read_named, short_name
+from kd.common.utils.errors import UserError
+
+UMLAUT = "text,label\ncaf\u00e9,a\n"
+
+
+def splits(dataset: object, needs_train: bool = True) -> dict[str, datasets.Dataset]:
+    return read_named(str(dataset), "a folder", "something else", needs_train=needs_train)[0]
+
+
+def folder_of(folder: Path, **files: str | bytes) -> Path:
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def refused(dataset: object) -> str:
+    with pytest.raises(UserError) as caught:
+        splits(dataset)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    return str(caught.value)
+
+
+def test_csv_columns_are_strings_and_nothing_is_lost(tmp_path: Path) -> None:
+    content = '\ufefftext,code,empty\n007,010,\n"two, with\na break",true,NA\n'
+    train = splits(folder_of(tmp_path, train__csv=content))["train"]
+    assert train[:] == {"text": ["007", "two, with\na break"], "code": ["010", "true"], "empty": ["", "NA"]}
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_json_rows_keep_every_column_and_mixed_values_become_strings(tmp_path: Path, lines: bool) -> None:
+    rows = [{"text": "a"}, {"text": "b", "label": 1}, {"text": "c", "label": "2"}]
+    content = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    train = splits(folder_of(tmp_path, train__json="\ufeff" + content))["train"]
+    assert train[:] == {"text": ["a", "b", "c"], "label": [None, "1", "2"]}
+
+
+def test_categories_of_pandas_are_read(tmp_path: Path) -> None:
+    frame = pandas.DataFrame({"label": pandas.Categorical(["b", "a", "b"])})
+    frame.to_parquet(tmp_path / "train.parquet")
+    assert splits(tmp_path)["train"]["label"][:] == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (UMLAUT.encode("cp1252"), "is not UTF-8 (byte 0xe9 in line 2): convert it"),
+        (UMLAUT.encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8"),
+        (UMLAUT.encode("utf-16-le"), "a NUL byte (line 1)"),
+        (b"text,label\na\0b,1\n", "a NUL byte (line 2)"),
+        ("text;label\na, b;1\n", "one column 'text;label': its columns are separated by semicolons"),
+        ("text\tlabel\na\t1\n", "separated by tabs"),
+        ("text,label\na, b,1\n", "Row #2: Expected 2 columns, got 3"),
+        ("text,label,label\na,1,2\n", "two columns 'label'"),
+        ("", "is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_csv_file_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
+    found = refused(folder_of(tmp_path, train__csv=content))
+    assert message in found and "train.csv" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pandas.DataFrame({"text": ["a"], "label": [1]}).to_json(), "is one JSON object of text, label"),
+        (json.dumps({"version": 1, "data": [{"text": "a"}]}, indent=1), "is one JSON object"),
+        (json.dumps({"version": 1, "data": [{"text": "a"}]}), "is one JSON object of version, data"),
+        ('[["a", 1]]', "row 0 of"),
+        ("5", "no JSON object but a int"),
+        ('{"text": "a"}\n{"text": ', "line 2"),
+        ("[" * 100_000, "recursion"),
+        ('[{"text": "\\ud800"}]', "surrogates"),
+        ('[{"text": "a", "text": "b"}]', "two values of the same name"),
+        ("[]", "is empty"),
+        (b"\xff", "is not UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
+    found = refused(folder_of(tmp_path, train__json=content))
+    assert message in found and "train.json" in found and "one object per line" in found or "UTF-8" in found
+
+
+def test_a_damaged_parquet_file_is_one_line_wherever_the_damage_is(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": [f"text {i}" * 9 for i in range(500)], "label": list(range(500))})
+    rows.to_parquet(tmp_path / "train.parquet")
+    whole = (tmp_path / "train.parquet").read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes: list[object] = []
+    for trial in range(40):
+        damaged = bytearray(whole[: len(whole) // 2] if trial % 4 == 0 else whole)
+        for place in generator.integers(0, len(damaged), 30):
+            damaged[place] = generator.integers(256)
+        (tmp_path / "train.parquet").write_bytes(bytes(damaged))
+        try:
+            outcomes.append(len(splits(tmp_path)["train"][:]["text"]))
+        except UserError as error:
+            outcomes.append(str(error))
+    assert sum("cannot read" in str(outcome) for outcome in outcomes) > 30
+
+
+def test_strings_in_parquet_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    column = pa.array([b"na\xefve"], pa.binary()).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "train.parquet")
+    assert "UTF8" in refused(tmp_path)
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["text", "label", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    assert "two columns 'label'" in refused(tmp_path)
+
+
+# Folders and names
+
+
+def test_what_no_split_is_called_after_is_not_read(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__csv="text\na\n", notes__json="{", extra__csv=b"\xff")
+    found, notes = read_named(str(tmp_path), "", "")
+    assert list(found) == ["train"] and notes == ["split extra is not used", "split notes is not used"]
+
+
+def test_what_the_system_does_not_let_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "directory" / "train.csv").mkdir(parents=True)
+    assert "train.csv (Is a directory)" in refused(tmp_path / "directory")
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / "train.csv").symlink_to(tmp_path / "gone.csv")
+    assert "train.csv (No such file or directory)" in refused(tmp_path / "dangling")
+    assert "File name too long" in refused("x" * 5000)
+    assert "unknown dataset" in refused("a\0b")
+
+
+def test_folders_without_files_of_rows_tell_what_they_hold(tmp_path: Path) -> None:
+    assert "holds nothing" in refused(tmp_path)
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")
+    assert "save_to_disk" in refused(tmp_path / "saved")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    assert f"but in {tmp_path / 'hub' / 'data'}" in refused(tmp_path / "hub")
+    assert list(splits(tmp_path / "hub" / "data")) == ["train"]
+    (tmp_path / "tabs").mkdir()
+    assert "holds train.tsv" in refused(folder_of(tmp_path / "tabs", train__tsv="a\tb"))
+
+
+def test_a_missing_shard_or_another_column_in_one_is_refused(tmp_path: Path) -> None:
+    for i in (0, 2):
+        datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / f"train-0000{i}-of-00003.parquet")
+    assert "has 2 of the 3 files of split train" in refused(tmp_path)
+    datasets.Dataset.from_dict({"body": ["a"]}).to_parquet(tmp_path / "train-00001-of-00003.parquet")
+    assert "train-00001-of-00003.parquet has other columns" in refused(tmp_path)
+
+
+def test_a_file_is_the_split_that_it_is_called_after(tmp_path: Path) -> None:
+    folder_of(tmp_path, new__csv="text\na\n", test__csv="text\nb\n", new__xlsx="x")
+    assert splits(tmp_path / "new.csv")["train"]["text"][:] == ["a"]
+    assert splits(tmp_path / "new.csv", needs_train=False)["test"]["text"][:] == ["a"]
+    assert splits(tmp_path / "test.csv", needs_train=False)["test"]["text"][:] == ["b"]
+    assert "no train split" in refused(tmp_path / "test.csv")
+    assert re.search(r"new.xlsx is no parquet, CSV or JSON file", refused(tmp_path / "new.xlsx"))
+    assert short_name(str(tmp_path / "new.csv")) == "new.csv"

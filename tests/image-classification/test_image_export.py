@@ -1,0 +1,98 @@
+"""Image students taken away: the code of their README sees a picture as their image processor does."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from kd.common.bottleneck.codes import set_keys
+from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
+from kd.image_classification.student_model.experiment import image_processor
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd_testing.exports import run_readme
+from kd_testing.pictures import NAMES, in_colour, photos_in, pixels
+from kd_testing.pictures import large as large_data
+from kd_testing.pictures import small as small_data
+from kd_testing.scripts import run_script
+
+PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
+
+
+def student_of(kind: str, data: Any) -> Any:
+    """With random weights, and running statistics that are not those of a new network."""
+    if kind == "probe":
+        model: Any = BottleneckProbe.around(None, data, {"codebooks": 4, "pairs": 8, "key_dim": 3})
+        head, width = model.head, 3 * data.size**2
+    else:
+        parts: dict[str, Any] = {"projector": PROJECTOR} if kind == "simkd" else {}
+        if kind == "bottleneck":
+            parts["bottleneck"] = {"codebooks": 4, "pairs": 8}
+        model = new_classifier("resnet8", data.config, **parts)
+        model.train()(torch.randn(50, 3, data.size, data.size))
+        head, width = model.head, 64
+    if kind in ("probe", "bottleneck"):
+        set_keys(head, "new", None, torch.randn(100, width), 0)
+        torch.nn.init.normal_(head.values)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "large"),
+    [
+        ("plain", "onnx", True),
+        ("simkd", "onnx", False),
+        ("simkd", "torch.export", False),
+        ("bottleneck", "torch.export", False),
+        ("probe", "torch.export", True),
+    ],
+)
+def test_an_image_student(tmp_path, monkeypatch, capsys, kind, format, large):
+    data: Any = large_data(photos_in(tmp_path / "data")) if large else small_data(in_colour(tmp_path / "data"))
+    student = tmp_path / "run" / "student"
+    student_of(kind, data).save_pretrained(student)
+    image_processor(data).save_pretrained(student)
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"domain": "image-classification", "task": data.name}))
+    run_script("common/export/__main__.py", student, "--format", format)
+    capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    side = 101 if large else data.size  # cut out of an odd size; resizing whole pictures is another library's matter
+    picture = Image.fromarray(pixels(1, side, side + 60 * large, 3)[0])
+    picture.save("picture.png")
+    found = run_readme(tmp_path / "run" / "export", *(["torch", "transformers"] if format == "onnx" else []))
+    seen = AutoImageProcessor.from_pretrained(student)(picture, return_tensors="pt")["pixel_values"]
+    assert found["inputs"]["pixel_values"].shape == seen.shape
+    apart = np.abs(found["inputs"]["pixel_values"] - seen.numpy())
+    assert apart.mean() < 0.02 if large else apart.max() < 1e-5  # two ways of rounding while resizing
+    model = AutoModelForImageClassification.from_pretrained(student).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(found["inputs"]["pixel_values"])).logits
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
+    names = ["a", "b"] if large else sorted(NAMES, key=data.label_names.index)
+    assert capsys.readouterr().out.strip() == names[expected.argmax()]
+
+
+def test_the_whole_student_is_in_the_export(tmp_path):
+    """Not only its backbone: the projector is between it and the head."""
+    data = small_data(in_colour(tmp_path / "data"))
+    model: ImageClassifier = student_of("simkd", data)
+    assert model.projector is not None
+    torch.nn.init.zeros_(model.projector.layers[-2].weight)
+    torch.nn.init.ones_(model.projector.layers[-2].bias)
+    model.save_pretrained(tmp_path / "student")
+    image_processor(data).save_pretrained(tmp_path / "student")
+    run_script(
+        "common/export/__main__.py",
+        tmp_path / "student",
+        "--domain",
+        "image-classification",
+        "--format",
+        "torch.export",
+    )
+    program = torch.export.load(tmp_path / "export" / "model.pt2").module()
+    expected = model.head(torch.ones(1, 32))
+    torch.testing.assert_close(program(torch.randn(1, 3, 10, 10)), expected)

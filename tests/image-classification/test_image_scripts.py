@@ -1,0 +1,530 @@
+"""The image scripts from end to end on real, small input: every method, killing, evaluating, loading, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from kd.common.reporting.results import validate
+from kd.common.utils.errors import UserError
+from kd.image_classification.data.loading import load_image_data
+from kd.image_classification.student_model.arguments import DataArguments
+from kd.image_classification.student_model.cells import Cell
+from kd.image_classification.student_model.evaluation import predict
+from kd.image_classification.student_model.sweep_report import noise
+from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.teacher import load_trained
+from kd_testing.paths import REPO
+from kd_testing.pictures import draw
+from kd_testing.processes import run_code
+from kd_testing.scripts import run_script
+
+pytestmark = pytest.mark.usefixtures("digits_once")
+SCRIPTS = REPO / "image-classification" / "scripts"
+SHORT = ["--train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]
+PAIR = ["--student", "resnet8"]
+
+
+def script(name: str, *words: object) -> None:
+    run_script(f"image-classification/scripts/{name}", *words)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "results.json").read_text())
+    validate(results)
+    return results
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """The run of a teacher trained on the embedded digits."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    script("train_teacher.py", "--architecture", "resnet8x2", "--num_train_epochs", 4, "--report_to", "none",
+           "--output_dir", folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simkd(teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("simkd") / "run"
+    script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--output_dir", folder)
+    return folder
+
+
+def test_a_teacher_learns_and_its_run_is_reported(teacher):
+    results = results_of(teacher)
+    assert results["models"]["teacher"]["metrics"]["validation"]["accuracy"] > 0.9
+    assert results["models"]["student"] is None and results["retention"] is None
+    assert results["data"] == {"train": 1294, "validation": 144, "test": 359, **results["data"]}
+    for name in ("report.md", "curves.png", "recipe.yaml", "stages/teacher/model.safetensors"):
+        assert (teacher / name).exists()
+
+
+def test_simkd_trains_student_and_control_and_reports(simkd, teacher):
+    results = results_of(simkd)
+    models = results["models"]
+    assert models["teacher"]["parameters"] > 2 * models["student"]["parameters"]
+    assert models["control"]["parameters"] == models["student"]["parameters"]
+    assert results["retention"] == pytest.approx(
+        models["student"]["metrics"]["validation"]["accuracy"] / models["teacher"]["metrics"]["validation"]["accuracy"]
+    )
+    parts = results["parameters_of_parts"]["student"]
+    assert parts["backbone"] + parts["projector"] + parts["head"] == models["student"]["parameters"]
+    assert "agreement" in models["student"]["metrics"]["test"]
+    own, other = weights(simkd), load_file(teacher / "stages" / "teacher" / "model.safetensors")
+    assert torch.equal(own["head.weight"], other["head.weight"]), "the teacher's head, as it was"
+    assert "projector" in (simkd / "report.md").read_text()
+
+
+LOAD = """
+import sys, json, torch, common
+from PIL import Image
+from transformers import AutoImageProcessor
+from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.data.loading import load_image_data
+from kd.image_classification.student_model.evaluation import predict
+model = ImageClassifier.from_pretrained(sys.argv[1]).eval()
+data = load_image_data("digits")
+torch.save(torch.from_numpy(predict(model, data, "test")), sys.argv[2])
+picture = Image.fromarray(data.splits["test"].pixels[0, :, :, 0].numpy()).convert("RGB")
+pixels = AutoImageProcessor.from_pretrained(sys.argv[1])(picture, return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    torch.save(model(pixels).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
+def test_a_student_loads_in_another_process_and_says_what_it_said_in_training(simkd, tmp_path, fork):
+    """Logits bit for bit; the saved image processor makes of a picture what training saw."""
+    outputs = tmp_path / "all.pt", tmp_path / "one.pt"
+    run_code(LOAD, simkd / "student", *outputs, fork=fork)
+    here = torch.from_numpy(
+        predict(ImageClassifier.from_pretrained(simkd / "student"), load_image_data("digits"), "test")
+    )
+    there, one = (torch.load(path, weights_only=True) for path in outputs)
+    assert torch.equal(here, there)
+    torch.testing.assert_close(one[0], there[0], rtol=1e-3, atol=1e-3)
+    labels = load_image_data("digits").splits["test"].labels
+    reported = results_of(simkd)["models"]["student"]["metrics"]["test"]["accuracy"]
+    assert (there.argmax(1) == labels).double().mean().item() == pytest.approx(reported, abs=1e-12)
+
+
+def test_evaluate_reproduces_the_reported_metrics(simkd, tmp_path, capsys):
+    script("evaluate.py", simkd / "student", "--dataset", "digits", "--json", tmp_path / "metrics.json")
+    again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]["test"]
+    reported = results_of(simkd)["models"]["student"]["metrics"]["test"]
+    assert again == {name: value for name, value in reported.items() if name != "agreement"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--projector", "multi", "--feature_loss", "kl-channel", "--use_labels"],
+        ["--projector", "all-layer", "--feature_loss", "cosine", "--cls_weight", 1, "--kl_weight", 1],
+    ],
+)
+def test_variants_of_simkd_train(words, teacher, tmp_path):
+    script(
+        "train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "r", *words
+    )
+    results = results_of(tmp_path / "r")
+    assert results["method"] == f"simkd_{words[1]}" and results["models"]["control"] is None
+    logged = json.loads((tmp_path / "r" / "stages" / "student" / "stage.json").read_text())["history"][0]
+    assert logged["loss"] == pytest.approx(sum(v for k, v in logged.items() if k.startswith("loss_")), rel=1e-3)
+    assert ("masked_share" in logged) == ("--use_labels" in words)
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "fitnet", "attention"])
+def test_plain_methods_train(method, teacher, tmp_path):
+    words = [] if method == "none" else ["--teacher", teacher]
+    words += ["--teacher_views", tmp_path / "views"] if method == "kd" else []
+    script("train_student.py", *SHORT, *PAIR, "--method", method, "--output_dir", tmp_path / "r", *words)  # fmt: skip
+    results = results_of(tmp_path / "r")
+    assert results["method"] == method
+    assert (results["gain_over_control"] is None) == (method == "none")
+    assert (tmp_path / "views").exists() == (method == "kd")
+
+
+@pytest.mark.parametrize("keys", ["carried", "new", "reused"])
+def test_a_teacher_with_a_bottleneck_is_distilled_into_a_student_with_one(keys, teacher, tmp_path):
+    script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--pairs", 16,
+           "--codebooks", 16, "--value_epochs", 2, "--no_control", "--output_dir", tmp_path)  # fmt: skip
+    results = results_of(tmp_path)
+    assert results["method"] == f"keys_{keys}" and results["parameters_of_parts"]["student"]["head"] > 0
+    own = weights(tmp_path)
+    given = load_file(tmp_path / "stages" / "teacher" / "model.safetensors")
+    aligned = load_file(tmp_path / "stages" / "student_encoder" / "model.safetensors")
+    assert torch.equal(own["head.keys"], given["head.keys"]) == (keys != "new")
+    assert torch.equal(own["head.values"], given["head.values"]) == (keys == "reused")
+    with pytest.raises(SystemExit) as stopped:
+        script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", tmp_path / "stages" / "teacher", "--output_dir",
+               tmp_path / "again")  # fmt: skip
+    assert stopped.value.code == 2
+    for name in aligned:  # behind a frozen backbone, batch norms included
+        assert name.startswith("head.") or torch.equal(own[name], aligned[name]), name
+
+
+def test_a_bottleneck_that_cannot_be_is_refused_before_anything_is_trained(teacher, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--codebooks", 7, "--output_dir",
+               tmp_path / "run")  # fmt: skip
+    assert stopped.value.code == 2 and "7 codebooks do not divide" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(teacher, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [SCRIPTS / "train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--output_dir", tmp_path / "run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert results_of(tmp_path / "run")["models"]["student"]["metrics"]["test"]["accuracy"] > 0
+
+
+def test_the_same_seed_gives_the_same_student_and_another_seed_another(teacher, simkd, tmp_path):
+    for name, seed in (("same", 42), ("other", 7)):
+        script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--seed", seed,
+               "--output_dir", tmp_path / name)  # fmt: skip
+    same, other = weights(tmp_path / "same"), weights(tmp_path / "other")
+    assert all(torch.equal(value, same[key]) for key, value in weights(simkd).items())
+    assert not torch.equal(other["backbone.conv1.weight"], same["backbone.conv1.weight"])
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
+    """SIGKILL in the middle of the student's training, after some checkpoints."""
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--no_control", "--projector", "all-layer", "--num_train_epochs", 8]
+    script("train_simkd.py", *words, "--output_dir", tmp_path / "whole")
+    command = [sys.executable, SCRIPTS / "train_simkd.py", *words, "--output_dir", tmp_path / "killed"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    checkpoints = tmp_path / "killed" / "checkpoints" / "student"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/SHA256SUMS")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it was killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    script("train_simkd.py", *words, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint")
+    resumed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
+
+
+def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
+    words = [
+        *SHORT,
+        *PAIR,
+        "--teacher",
+        teacher,
+        "--projectors",
+        "single",
+        "all-layer",
+        "--output_dir",
+        tmp_path / "s",
+    ]
+    script("sweep.py", *words, "--learning_rates", 0.05)
+    cells = tmp_path / "s" / "cells"
+    before = {path: path.stat().st_mtime_ns for path in cells.glob("*/results.json")}
+    assert len(before) == 3
+    script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
+    assert "3 of 10 cells are finished already" in capsys.readouterr().out
+    assert len(list(cells.glob("*/results.json"))) == 10
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    groups = set((tmp_path / "s" / "groups").iterdir())
+    shutil.rmtree(cells / "kd_lr0.05_seed0")  # as if killed between the writing of two cells
+    script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
+    assert set((tmp_path / "s" / "groups").iterdir()) == groups and (cells / "kd_lr0.05_seed0").exists()
+    card = (cells / "none_lr0.05_seed0" / "student" / "README.md").read_text()
+    assert "trained on the labels alone" in card and "distilled from" not in card
+    results = results_of(cells / "simkd_single_l2_lr0.05_seed0")
+    control = results_of(cells / "control_lr0.05_seed0")["models"]["student"]["metrics"]["validation"]["accuracy"]
+    student = results["models"]["student"]["metrics"]["validation"]["accuracy"]
+    assert results["gain_over_control"] == pytest.approx(student - control)
+    table, said = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
+    assert table.count("\n") == 11 and said == "One seed tells nothing about noise.\n"
+    assert (tmp_path / "s" / "sweep.png").exists()
+    with pytest.raises(SystemExit) as stopped:
+        script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
+    assert stopped.value.code == 2 and "projector_factor (was 2, now 4)" in capsys.readouterr().err
+    over = ["--projector_factor", 4, "--methods", "none", "--overwrite_output_dir"]
+    script("sweep.py", *words[:10], *words[-2:], "--learning_rates", 0.05, *over)
+    assert [path.parent.name for path in cells.glob("*/results.json")] == ["none_lr0.05_seed0"]
+
+
+def test_a_student_whose_loss_is_not_finite_is_told_of_and_holds_up_no_other(teacher, tmp_path, capsys):
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", "0,1"]
+    methods, infinite = "kd,kd:temperature=2", "fitnet:weight=1e39"  # a number that single precision does not have
+    script("train_student.py", *words, "--methods", methods, "--output_dir", tmp_path / "spared")
+    lost = [*words, "--methods", f"{methods},{infinite}", "--output_dir", tmp_path / "lost"]
+    script("train_student.py", *lost)
+    capsys.readouterr()
+    script("train_student.py", *lost)
+    assert "8 of 8 cells are finished already" in capsys.readouterr().out, "a lost one is not tried again"
+    for cell in (tmp_path / "spared" / "cells").iterdir():
+        for name, weight in weights(cell).items():
+            assert torch.equal(weights(tmp_path / "lost" / "cells" / cell.name)[name], weight)
+    assert {path.parent.name: path.read_text() for path in (tmp_path / "lost").rglob("lost.json")} == {
+        f"fitnet_weight_1e39_lr0.05_seed{seed}": '{\n  "epoch": 1\n}\n' for seed in (0, 1)
+    }
+    assert not list((tmp_path / "lost" / "cells").glob("fitnet*/student"))
+    spared, told = ((tmp_path / run / "sweep.md").read_text() for run in ("spared", "lost"))
+    seeds = "seed 0 in epoch 1, seed 1 in epoch 1"
+    said = f"Lost, with a loss that is not finite, and left out: {infinite} at 0.05 ({seeds})."
+    assert [line.rsplit("|", 2)[0] for line in told.splitlines()] == [
+        line.rsplit("|", 2)[0] for line in [*spared.splitlines(), "", said]
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        script("sweep.py", *SHORT, *PAIR, "--teacher", teacher, "--methods", infinite, "--learning_rates", 0.05,
+               "--output_dir", tmp_path / "all")  # fmt: skip
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: the loss of each student is not finite: fitnet")
+
+
+def test_what_is_within_noise_by_hand():
+    """Of three seeds: kd gains 3, 4 and 5 points over the control, dkd 4, 3.5 and 4, fitnet -1, 1 and 3."""
+    found = {}
+    for method, scores in {
+        "none": [0.60, 0.61, 0.62],
+        "kd": [0.63, 0.65, 0.67],
+        "dkd": [0.64, 0.645, 0.66],
+        "fitnet": [0.59, 0.62, 0.65],
+    }.items():
+        for seed, (score, control) in enumerate(zip(scores, [0.60, 0.61, 0.62], strict=True)):
+            found[Cell(method, None, None, 0.1, seed)] = {
+                "primary_metric": {"split": "validation"},
+                "models": {"student": {"metrics": {"validation": {"accuracy": score}}}},
+                "gain_over_control": None if method == "none" else score - control,
+            }
+    rule = "by two standard deviations of the difference in validation accuracy, seed by seed"
+    assert noise(found) == [
+        f"Not ahead of their control {rule}: fitnet at 0.1.",
+        f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
+    ]
+    taught = {cell: results | {"gain_over_control": None} for cell, results in found.items() if cell.method != "none"}
+    assert noise(taught) == [
+        f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
+        "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
+    ]
+
+
+@pytest.mark.slow
+def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
+    common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2]
+    script("sweep.py", *common, "--projectors", "multi", "single", "--learning_rates", 0.05, "--seeds", 3,
+           "--output_dir", tmp_path / "s")  # fmt: skip
+    script("train_simkd.py", *common, "--projector", "multi", "--learning_rate", 0.05, "--seed", 3,
+           "--output_dir", tmp_path / "alone")  # fmt: skip
+    together, alone = weights(tmp_path / "s" / "cells" / "simkd_multi_l2_lr0.05_seed3"), weights(tmp_path / "alone")
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_methods_side_by_side_are_what_each_is_alone(teacher, tmp_path):
+    """Also those that train weights of their own or remember samples; and the second seed finds the table of views."""
+    common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2, "--no_control"]
+    names = ["vid", "ctkd", "crd", "semckd"]
+    script("train_student.py", *common, "--methods", ",".join(names), "--seeds", "3", "--output_dir", tmp_path / "s")
+    for name in names:
+        script("train_student.py", *common, "--method", name, "--seed", 3, "--output_dir", tmp_path / name)
+        together, alone = weights(tmp_path / "s" / "cells" / f"{name}_lr0.05_seed3"), weights(tmp_path / name)
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
+
+
+def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tmp_path, capsys):
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--methods", "kd,kd:temperature=2", "--seeds", "0,1"]
+    script("train_student.py", *words, "--teacher_views", tmp_path / "views", "--output_dir", tmp_path / "s")
+    cells = {path.parent.name for path in (tmp_path / "s" / "cells").glob("*/results.json")}
+    assert cells == {f"{name}_lr0.05_seed{s}" for name in ("none", "kd", "kd_temperature_2") for s in (0, 1)}
+    assert list((tmp_path / "views").rglob("logits.f16")) and (tmp_path / "s" / "sweep.png").exists()
+    assert results_of(tmp_path / "s" / "cells" / "kd_lr0.05_seed1")["gain_over_control"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "complaint"),
+    [
+        ("train_simkd.py", ["--teacher", "resnet33"], "unknown architecture 'resnet33'"),
+        ("train_simkd.py", ["--student", "nonsense"], "unknown architecture 'nonsense'"),
+        ("train_simkd.py", ["--projector", "double"], "invalid choice: 'double'"),
+        ("train_simkd.py", ["--projector_factor", "3"], "does not divide the teacher's"),
+        ("train_simkd.py", ["--feature_weight", "0"], "not all be zero"),
+        ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
+        ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs more of the teacher"),
+        ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
+        ("train_simkd.py", ["--teacher", "runs/nowhere"], "there is no folder runs/nowhere"),
+        ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),
+        ("train_simkd.py", ["--validation_share", "0.9999"], "10 training images do not fill a batch of 64"),
+        ("train_simkd.py", ["--validation_share", "1e-5"], "too few training images to set 0.001% of them aside"),
+        ("train_student.py", ["--teacher_views", "/dev/null/x"], "--teacher_views /dev/null/x cannot be written"),
+        ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 cannot see images of 4 pixels"),
+        ("train_student.py", ["--seed", "-1"], "--seed must be between 0"),
+        ("train_student.py", ["--method", "simkd"], "train_simkd.py"),
+        ("train_student.py", ["--method", "dkd", "--temperature", "2"], "--temperature is that of a plain kd"),
+        ("train_student.py", ["--method", "kd:alpha=0.5", "--alpha", "0.2"], "--alpha is that of a plain kd"),
+        ("train_student.py", ["--method", "lskd:alpha=0:weight=0"], "at least one term"),
+        ("sweep.py", ["--load_best_model_at_end", "true"], "needs --metric_for_best_model"),
+        ("sweep.py", ["--load_best_model_at_end", "true", "--metric_for_best_model", "accuracy"], "leave out --load"),
+        ("train_teacher.py", ["--label_smoothing_factor", "0.1"], "leave it at 0"),
+        ("train_student.py", ["--method", "fitnet:wait=2"], "did you mean weight?"),
+        ("train_student.py", ["--methods", "kd,kdd"], "there is no method 'kdd'"),
+        ("train_student.py", ["--methods", "kd,kd:alpha=0.1"], "kd and kd:alpha=0.1 are the same method"),
+        ("train_student.py", ["--methods", "dkd,dkd:beta=6", "--method_settings", "dkd:beta=6"], "name it once"),
+        ("sweep.py", ["--methods", "dkd", "dkd:beta=8.0"], "dkd and dkd:beta=8.0 are the same method"),
+        ("train_student.py", ["--method", "dkd:beta=2:beta=3"], "beta is set twice"),
+        ("train_student.py", ["--method", "kd:temperature=inf"], "temperature must be above 0, got inf"),
+        ("train_student.py", ["--method_settings", "dkd:beta=nan"], "beta must be at least 0, got nan"),
+        (
+            "train_student.py",
+            ["--per_device_train_batch_size", "63", "--dataloader_drop_last", "false"],
+            "64 training images leave a batch of a single one",
+        ),
+        ("train_student.py", ["--methods", "kd", "--seeds", "one"], "--methods and --seeds"),
+        ("train_student.py", ["--method", "kd", "--seeds", "0,1"], "pass --seed for one --method"),
+        ("train_student.py", ["--method", "fitnet", "--feature_weight", "10"], "fitnet:weight=10"),
+        ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
+        ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
+        ("sweep.py", ["--methods", "kdd"], "there is no method 'kdd'"),
+        ("sweep.py", ["--max_grad_norm", "1"], "--max_grad_norm must be 0"),
+        ("train_teacher.py", ["--lerning_rate", "1"], "did you mean --learning_rate?"),
+        ("evaluate.py", ["nowhere"], "no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(name, words, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [] if name == "evaluate.py" else ["--num_train_epochs", 1, "--train_samples", 64, "--report_to", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        script(name, *words, *own)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and said.startswith("error:") and complaint in said
+    assert not list(tmp_path.rglob("*.*")), "nothing half-written"
+
+
+def test_a_folder_of_new_pictures_is_evaluated_by_name(teacher, tmp_path, capsys):
+    """Digits drawn into folders of two of the ten classes are scored as in the run."""
+    test = load_image_data("digits").splits["test"]
+    chosen = [row for row, label in enumerate(test.labels.tolist()) if label in (3, 7)]
+    for row in chosen:
+        picture = Image.fromarray(test.pixels[row, :, :, 0].numpy())
+        draw(tmp_path / "new" / str(test.labels[row].item()) / f"{row}.png", picture)
+    (tmp_path / "new" / "notes.txt").write_text("")
+    script("evaluate.py", teacher, "--dataset", tmp_path / "new", "--json", tmp_path / "metrics.json")
+    said, measured = capsys.readouterr().out, json.loads((tmp_path / "metrics.json").read_text())
+    model = ImageClassifier.from_pretrained(teacher / "stages" / "teacher")
+    logits = predict(model, load_image_data("digits"), "test")[chosen]
+    accuracy = (logits.argmax(1) == test.labels[chosen].numpy()).mean()
+    assert measured["metrics"] == {"test": measured["metrics"]["test"]}
+    assert measured["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
+    for note in ("files that are no pictures, left out: 1 (notes.txt)", "in test: 8 of 10 (0, 1, 2, 4, 5, ...)"):
+        assert note in said and any(note in line for line in measured["data_notes"])
+    (tmp_path / "new" / "7").rename(tmp_path / "new" / "seven")
+    with pytest.raises(SystemExit) as stopped:
+        script("evaluate.py", teacher, "--dataset", tmp_path / "new")
+    assert stopped.value.code == 2 and "label 'seven' (" in capsys.readouterr().err
+
+
+def test_a_damaged_teacher_is_one_line(teacher, tmp_path, capsys):
+    stage = teacher / "stages" / "teacher"
+    (tmp_path / "config.json").write_bytes((stage / "config.json").read_bytes())
+    for content in (None, (stage / "model.safetensors").read_bytes()[:1000]):
+        if content is not None:
+            (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(SystemExit) as stopped:
+            script("evaluate.py", tmp_path)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and error.startswith(
+            f"error: cannot read an image classifier of this project from {tmp_path}: "
+        )
+
+
+def altered(teacher: Path, folder: Path, change: Any) -> Path:
+    """A copy of the trained teacher with `change` made to its weights, by name."""
+    shutil.copytree(teacher / "stages" / "teacher", folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_teacher_in_half_precision_is_read_in_fp32_and_the_prefix_of_a_wrapper_is_left_out(teacher, tmp_path):
+    changes = {
+        "half": lambda w: {name: t.half() if t.is_floating_point() else t for name, t in w.items()},
+        "wrapped": lambda w: {f"module.{name}": t for name, t in w.items()},
+    }
+    data = DataArguments().load()
+    given = load_trained(teacher / "stages" / "teacher", data)[0].state_dict()
+    for name, change in changes.items():
+        model, _ = load_trained(altered(teacher, tmp_path / name, change), data)
+        for key, tensor in model.state_dict().items():
+            expected = given[key].half().float() if name == "half" and tensor.is_floating_point() else given[key]
+            assert torch.equal(tensor, expected), key
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: {name: t for name, t in w.items() if "head" not in name}, "missing: head.bias, head.weight"),
+        (lambda w: w | {"other.weight": torch.zeros(2)}, "unknown: other.weight"),
+        (lambda w: w | {"head.weight": torch.zeros(3, 5)}, "of another size: head.weight (3, 5)"),
+    ],
+)
+def test_a_teacher_whose_weights_do_not_fit_is_refused(teacher, tmp_path, change, named):
+    with pytest.raises(UserError) as refused:
+        load_trained(altered(teacher, tmp_path / "teacher", change), DataArguments().load())
+    assert f"the weights of {tmp_path}"[:60] in str(refused.value) and named in str(refused.value)
+
+
+def test_a_teacher_that_is_no_better_than_guessing_is_called_out_before_it_teaches(teacher, tmp_path, capsys):
+    def shuffled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return weights | {"head.weight": torch.zeros_like(weights["head.weight"])}  # the same answer to every image
+
+    folder = altered(teacher, tmp_path / "teacher", shuffled)
+    words = [*SHORT, *PAIR, "--no_control", "--num_train_epochs", 1]
+    script("train_student.py", *words, "--teacher", folder, "--output_dir", tmp_path / "run")
+    [warning] = results_of(tmp_path / "run")["warnings"]
+    assert warning.startswith(f"teacher {folder} is no better than guessing: its validation accuracy is ")
+    assert f"warning: {warning}" in capsys.readouterr().err
+    assert f"**Warning:** {warning}" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_file_is_no_folder_of_a_teacher(tmp_path, capsys):
+    torch.save({}, tmp_path / "teacher.pth")
+    for name, complaint in ((tmp_path / "teacher.pth", "is a file: pass the folder of a classifier"),
+                            ("/" + "y" * 400, "File name too long")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            script("train_simkd.py", *SHORT, *PAIR, "--teacher", name, "--output_dir", tmp_path / "run")
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path, capsys):
+    copy = tmp_path / "teacher"
+    copy.mkdir()
+    for path in (teacher / "stages" / "teacher").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    cases = {
+        "the label order of": {"id2label": {str(i): str(9 - i) for i in range(10)}},
+        "knows 10 labels": {"id2label": {str(i): f"c{i}" for i in range(10)}},
+        "pass --image_size 16": {"image_size": 16},
+    }
+    for complaint, change in cases.items():
+        (copy / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(SystemExit) as stopped:
+            script("train_simkd.py", *SHORT, *PAIR, "--teacher", copy, "--output_dir", tmp_path / "run",
+                   "--overwrite_output_dir")  # fmt: skip
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""The recipes of the CIFAR-100 tables run as they stand: two steps on random images of the right shape."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kd.common.methods import chosen, filled
+from kd.common.utils.files import read_json
+from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.teacher_model.backbones.from_timm import known_weights
+from kd_testing.paths import REPO
+from kd_testing.pictures import pixels, write
+from kd_testing.scripts import run_script
+
+RECIPES = REPO / "image-classification" / "scripts"
+QUICK = "resnet56_resnet20"
+PAIRS = sorted(path.stem for path in (RECIPES / "pairs").glob("*.yaml"))
+NAMES = [f"class {i}" for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def cifar100_shaped(tmp_path_factory: pytest.TempPathFactory) -> str:
+    labels = [i % 100 for i in range(128)]
+    folder = tmp_path_factory.mktemp("cifar100")
+    return write(folder, NAMES, train=(pixels(128, 32, 32, 3), labels), test=(pixels(20, 32, 32, 3), labels[:20]))
+
+
+def dry_run(dataset: str, folder: Path, pair: str, *words: object, teacher: str | None = None) -> None:
+    """One epoch of the protocol, which is two steps; `teacher`: another architecture than the pair's."""
+    architecture = (
+        teacher or yaml.safe_load((RECIPES / "pairs" / f"{pair}.yaml").read_text())["teacher"].split("cifar100_")[1]
+    )
+    run_script("image-classification/scripts/train_student.py", RECIPES / "paper.yaml",
+               RECIPES / "pairs" / f"{pair}.yaml", *words, "--dataset", dataset, "--teacher", architecture,
+               "--num_train_epochs", 1, "--report_to", "none", "--output_dir", folder)  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", [pytest.param(p, marks=[] if p == QUICK else pytest.mark.slow) for p in PAIRS])
+def test_every_pair_of_the_tables_runs(pair, cifar100_shaped, tmp_path):
+    few = ["--train_samples", 32, "--per_device_train_batch_size", 16, "--no_control"]
+    dry_run(cifar100_shaped, tmp_path / "run", pair, RECIPES / "methods" / "kd.yaml", *few)
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["data"]["train"] == 32 and results["method"] == "kd"
+    teacher, student = pair.split("_", 1) if not pair.startswith("wrn") else (pair[:8], pair[9:])
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (recipe["teacher"], recipe["student"]) == (teacher, student)
+    assert recipe["learning_rate"] == (0.01 if student.startswith(("shufflenet", "mobilenet")) else 0.05)
+    assert recipe["lr_milestones"] == [150, 180, 210] and recipe["weight_decay"] == 5e-4
+
+
+# Of the runs behind the quoted figures. KD and MLKD with logit standardization: (temperature, weight), the authors'
+# logs; DKD with it: (temperature, weight, beta), the same; DKD: beta, mdistiller's configurations; ReviewKD: weight,
+# the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations.
+PUBLISHED: dict[str, dict[str, tuple]] = {
+    "resnet32x4_resnet8x4": {"dkd": (8,), "lskd": (2, 9), "dkd_ls": (2, 9, 8), "mlkd_ls": (2, 9), "reviewkd": (5,),
+                             "catkd": (15, 2, False)},
+    "resnet32x4_shufflenetv1": {"dkd": (8,), "reviewkd": (5,), "catkd": (600, 4, True)},
+    "resnet32x4_shufflenetv2": {"dkd": (8,), "lskd": (2, 9), "dkd_ls": (2, 9, 8), "mlkd_ls": (2, 6), "reviewkd": (8,),
+                                "catkd": (600, 4, True)},
+    "wrn_40_2_wrn_16_2": {"dkd": (6,), "lskd": (2, 9), "dkd_ls": (2, 12, 2), "mlkd_ls": (2, 9), "reviewkd": (5,),
+                          "catkd": (12, 2, False)},
+    "wrn_40_2_wrn_40_1": {"dkd": (6,), "lskd": (2, 9), "dkd_ls": (2, 12, 2), "mlkd_ls": (2, 9), "reviewkd": (5,),
+                          "catkd": (1.5, 2, False)},
+    "wrn_40_2_resnet8x4": {"lskd": (2, 9), "dkd_ls": (2, 18, 2), "mlkd_ls": (2, 9)},
+    "wrn_40_2_shufflenetv1": {"dkd": (8,), "reviewkd": (5,), "catkd": (80, 4, True)},
+    "vgg13_vgg8": {"dkd": (6,), "lskd": (3, 9), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 6), "catkd": (4.5, 2, False)},
+    "vgg13_mobilenetv2": {"dkd": (6,), "lskd": (3, 9), "dkd_ls": (3, 9, 2), "mlkd_ls": (2, 6),
+                          "catkd": (15, 2, True)},
+    "resnet50_mobilenetv2": {"dkd": (8,), "lskd": (3, 1), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 9),
+                             "catkd": (40, 2, True)},
+    "resnet56_resnet20": {"dkd": (2,), "lskd": (2, 9), "dkd_ls": (3, 18, 2), "reviewkd": (0.6,),
+                          "catkd": (0.7, 2, False)},
+    "resnet110_resnet32": {"dkd": (2,), "lskd": (2, 9), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 9), "reviewkd": (1,),
+                           "catkd": (1.8, 2, False)},
+    "resnet110_resnet20": {"lskd": (4, 12), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 9)},
+    "resnet32x4_shufflenetv2x1.5": {},
+    "resnet32x4_vgg8": {},
+    "resnet50_vgg8": {},
+}  # fmt: skip
+
+
+def as_published(name: str, settings: dict) -> tuple:
+    """A method's settings as its authors give them."""
+    if name == "dkd_ls":  # alpha and beta are DKD's, 1 and beta, times the weight
+        return settings["temperature"], settings["alpha"], settings["beta"] / settings["alpha"]
+    words = {"dkd": ["beta"], "reviewkd": ["weight"], "catkd": ["weight", "size", "normalized"]}
+    return tuple(settings[word] for word in words.get(name, ["temperature", "weight"]))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_has_the_settings_behind_its_figures(pair):
+    recipe = yaml.safe_load((RECIPES / "pairs" / f"{pair}.yaml").read_text())
+    for name, expected in PUBLISHED[pair].items():
+        method = yaml.safe_load((RECIPES / "methods" / f"{name}.yaml").read_text())["method"]
+        spec = filled(method, recipe.get("method_settings", []), METHODS)
+        parameters = inspect.signature(chosen(spec, METHODS)).parameters
+        found = as_published(name, {key: p.default for key, p in parameters.items()})
+        assert found == pytest.approx(expected), name
+        if name == "dkd":
+            assert (parameters["alpha"].default, parameters["temperature"].default) == (1, 4)
+    listed = {spec.split(":")[0] for spec in recipe.get("method_settings", [])}
+    assert listed <= PUBLISHED[pair].keys(), "nothing that no source has"
+
+
+def test_multi_level_distillation_has_its_published_protocol():
+    """The configurations of its figures: 480 epochs whose milestones are those of 240, and half the learning rate."""
+    recipe = yaml.safe_load((RECIPES / "strong.yaml").read_text())
+    assert recipe["strong_views"] is True and recipe["num_train_epochs"] == 480
+    assert recipe["lr_milestones"] == [150, 180, 210] and recipe["learning_rate"] == 0.025
+
+
+def test_imagenet_has_the_teacher_of_its_figure():
+    """torchvision's first weights, not those that timm has for the bare name."""
+    name = yaml.safe_load((RECIPES / "imagenet.yaml").read_text())["teacher"].removeprefix("timm:")
+    assert known_weights(name).url == "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+    assert known_weights("resnet50").url != known_weights(name).url
+
+
+def test_settings_of_the_pair_are_in_the_report_and_give_way_to_those_of_the_method(cifar100_shaped, tmp_path):
+    few = ["--train_samples", 16, "--per_device_train_batch_size", 8, "--no_control", "--student", "resnet8"]
+    few += ["--method_settings", "dkd:beta=6", "lskd:temperature=3"]
+    for name, words, expected in (
+        ("bare", ["--method", "dkd"], "dkd:beta=6"),
+        ("given", ["--method", "dkd:beta=1:alpha=2"], "dkd:beta=1:alpha=2"),
+    ):
+        dry_run(cifar100_shaped, tmp_path / name, QUICK, *words, *few, teacher="resnet8")
+        assert read_json(tmp_path / name / "results.json")["method"] == expected
+    dry_run(cifar100_shaped, tmp_path / "several", QUICK, "--methods", "kd,dkd", *few, teacher="resnet8")
+    assert {path.name for path in (tmp_path / "several" / "cells").iterdir()} == {
+        f"{name}_lr0.05_seed0" for name in ("kd", "dkd_beta_6")
+    }
+
+
+@pytest.mark.slow
+def test_every_method_runs_as_its_recipe_has_it(cifar100_shaped, tmp_path):
+    """All of them side by side, on the pair of the tables that takes the least time."""
+    recipes = sorted((RECIPES / "methods").glob("*.yaml"))
+    specs = [yaml.safe_load(path.read_text())["method"] for path in recipes]
+    assert {spec.split(":")[0] for spec in specs} == set(METHODS)
+    specs.append("simkd")
+    dry_run(cifar100_shaped, tmp_path / "run", QUICK, "--methods", ",".join(specs))
+    cells = {path.parent.name: read_json(path) for path in (tmp_path / "run" / "cells").glob("*/results.json")}
+    assert all(results["data"]["train"] == 128 for results in cells.values())
+    gains = {name: results["gain_over_control"] for name, results in cells.items()}
+    assert len(cells) == len(specs) + 2, "and the controls, of simkd one with its projector"
+    assert {name for name, gain in gains.items() if gain is None} == {"none_lr0.05_seed0", "control_lr0.05_seed0"}

@@ -1,0 +1,285 @@
+"""Methods that match many maps at once (OFD, knowledge review, SemCKD): which maps, through what, which numbers."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import softmax
+from torch import Tensor, nn
+
+from kd.common.losses import hierarchical_l2, mean_below_zero
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.matching import (
+    deepest_pairs,
+    maps_before_relu,
+    pre_activations,
+    stage_paths,
+)
+from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.methods.reviewkd import Fusion, Review
+from kd.image_classification.student_model.methods.semckd import Calibration
+from kd.image_classification.student_model.sweep import method_of
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.folding import frozen
+from kd_testing.image_networks import assert_alike, randomize_norms
+from kd_testing.image_pairs import as_in_training, both_say, noise
+from kd_testing.image_training import train
+
+# families that show their maps before the last ReLU of a stage, and those that do not
+SHOWING = ["resnet20", "resnet50", "wrn_16_2", "vgg11", "shufflenetv1"]
+HIDING = ["mobilenetv2", "shufflenetv2x0.5", "timm:resnet10t"]
+
+
+def network(name: str, size: int = 16) -> ImageClassifier:
+    """With batch norms as after training."""
+    model = new_classifier(name, noise(size).config)
+    randomize_norms(model)
+    return model.eval()
+
+
+def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", size: int = 16) -> Pair:
+    torch.manual_seed(0)
+    return Pair(network(student, size), network(teacher, size), noise(size))
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def features(outputs: Outputs) -> dict[str, Tensor]:
+    assert outputs.features
+    return outputs.features
+
+
+# ---- maps before a ReLU ----
+
+
+@torch.no_grad()
+def recorded(model: ImageClassifier, paths: list[str], images: Tensor) -> dict[str, Tensor]:
+    return features(as_in_training(model, {path: path for path in paths}, images))
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_what_is_hooked_is_what_the_last_relu_of_each_stage_sees(name):
+    model = network(name)
+    found, stages = pre_activations(model), stage_paths(model)
+    assert len(found) == len(stages)
+    maps = recorded(model, [*stages, *(path for path, _ in found)], torch.randn(2, 3, 16, 16))
+    for (path, norm_path), stage in zip(found, stages, strict=True):
+        norm = model.get_submodule(norm_path)
+        assert isinstance(norm, nn.BatchNorm2d) and norm.num_features == maps[path].shape[1]
+        assert maps[path].min() < 0
+        after = norm(maps[stage]) if name == "wrn_16_2" else maps[path].relu()  # there a stage ends in a sum
+        torch.testing.assert_close(after, maps[path] if name == "wrn_16_2" else maps[stage])
+    torch.testing.assert_close(maps[found[-1].path].relu(), maps["map"])
+    assert not any("before_relu" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_a_folded_teacher_shows_the_same_maps(name):
+    model = network(name)
+    images, paths = torch.randn(2, 3, 16, 16), [path for path, _ in pre_activations(model)]
+    whole, fast = recorded(model, paths, images), recorded(frozen(model, "fp32"), paths, images)
+    for path in paths:
+        assert_alike(fast[path], whole[path])
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_other_families_show_none_which_matters_for_the_teacher_of_ofd_alone(name):
+    size = 64 if "timm" in name else 16
+    model = network(name, size)
+    assert maps_before_relu(model) == stage_paths(model)
+    with pytest.raises(UserError, match=f"{name} shows no maps before the last ReLU") as caught:
+        METHODS["ofd"](new_pair("resnet8", name, size))
+    assert "\n" not in str(caught.value)
+    if "timm" not in name:
+        METHODS["ofd"](new_pair(name, "resnet8"))
+        METHODS["reviewkd"](new_pair("resnet8", name))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "names"),
+    [
+        ("mobilenetv2", "vgg8", ("ofd", "reviewkd", "semckd")),
+        ("shufflenetv2x0.5", "resnet8x4", ("ofd", "reviewkd", "semckd")),
+        ("vgg8", "wrn_16_1", ("ofd", "reviewkd", "semckd")),
+        ("resnet8", "mobilenetv2", ("reviewkd", "semckd")),
+    ],
+)
+def test_networks_of_different_families_teach_one_another(student, teacher, names):
+    pair = new_pair(student, teacher)
+    for name in names:
+        method = METHODS[name](pair)
+        method.objective.set_progress(0.5)
+        own, said = both_say(method, pair, pair.images)
+        parts = method.objective(own, said, torch.arange(8) % 5)
+        torch.stack(list(parts.values())).sum().backward()
+        assert all(part.item() > 0 for part in parts.values()), name
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in method.objective.parameters()), name
+
+
+def test_stages_are_paired_from_the_last_on():
+    assert deepest_pairs("abcd", "xyz") == [("b", "x"), ("c", "y"), ("d", "z")]
+    assert deepest_pairs("a", "xyz") == [("a", "z")]
+
+
+# ---- OFD ----
+
+
+def test_ofd_by_numpy():
+    """Margins from the teacher's batch norms as they are, though the teacher that answers has them folded away."""
+    pair = new_pair()
+    method = METHODS["ofd"](pair)
+    own, _ = both_say(method, pair, pair.images)
+    with torch.no_grad():
+        said = as_in_training(frozen(pair.teacher, "fp32"), method.teacher_features, pair.images)
+    parts = method.objective(own, said, torch.arange(8) % 5)
+    pairs = zip(maps_before_relu(pair.student), pre_activations(pair.teacher), strict=True)
+    for number, (stage, wanted) in enumerate(pairs):
+        connector = method.objective.terms[f"overhaul_{number}"].projector[0]
+        s = np.einsum("oc,bchw->bohw", array(connector.weight)[:, :, 0, 0], array(features(own)[stage]))
+        s = (s - s.mean((0, 2, 3), keepdims=True)) / np.sqrt(s.var((0, 2, 3), keepdims=True) + 1e-5)
+        norm = pair.teacher.get_submodule(wanted.norm)
+        margin = array(mean_below_zero(norm.bias, norm.weight))[:, None, None]
+        t = np.maximum(array(features(said)[wanted.path]), margin)
+        expected = 1e-3 * 0.5 ** (2 - number) * np.where((s > t) | (t > 0), (s - t) ** 2, 0).sum() / 8
+        assert parts[f"overhaul_{number}"].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_teacher_of_ofd_stays_in_eval_mode_through_training(tmp_path):
+    pair = new_pair()
+    pair.teacher.train()  # as whoever trained it may have left it
+    before = {name: value.clone() for name, value in pair.teacher.state_dict().items()}
+    method = METHODS["ofd"](pair)
+    margins = [method.objective.terms[f"overhaul_{i}"].loss.margin.clone() for i in range(3)]
+    weights = [p.detach().clone() for p in method.objective.parameters()]
+    trainer = train(tmp_path, pair, method, max_steps=3)
+    assert trainer.teacher is not None and not any(module.training for module in trainer.teacher.modules())
+    assert trainer.model.training
+    assert all(torch.equal(value, before[name]) for name, value in pair.teacher.state_dict().items())
+    assert all(torch.equal(method.objective.terms[f"overhaul_{i}"].loss.margin, m) for i, m in enumerate(margins))
+    assert all(not torch.equal(p, w) for p, w in zip(method.objective.parameters(), weights, strict=True))
+
+
+# ---- knowledge review ----
+
+
+def test_a_review_has_the_published_levels():
+    """Of VGG13 -> MobileNetV2 and ResNet32x4 -> ResNet8x4, as the authors' code writes them down."""
+    for student, teacher, levels in (
+        ("mobilenetv2", "vgg13", [(12, 128), (16, 256), (48, 512), (160, 512), (1280, 512)]),
+        ("resnet8x4", "resnet32x4", [(64, 64), (128, 128), (256, 256), (256, 256)]),
+    ):
+        review = METHODS["reviewkd"](new_pair(student, teacher)).objective.terms["review"]
+        assert [(level.enter[0].in_channels, level.leave[0].out_channels) for level in review.levels] == levels
+        assert {level.enter[0].out_channels for level in review.levels} == {min(512, levels[-1][0])}
+        assert [level.attention is None for level in review.levels] == [False] * (len(levels) - 1) + [True]
+
+
+def test_the_weight_of_a_review_rises_over_20_of_240_epochs():
+    objective = METHODS["reviewkd"](new_pair()).objective
+    for epoch, share in ((0, 0.0), (5, 0.25), (20, 1.0), (240, 1.0)):
+        objective.set_progress(epoch / 240)
+        assert objective.weight("review") == pytest.approx(5 * share)
+
+
+def test_a_fusion_adds_what_attention_lets_through():
+    torch.manual_seed(0)
+    fusion = Fusion(3, middle=4, target_channels=5, fuses=True).eval()
+    own, deeper = torch.randn(2, 3, 4, 4), torch.randn(2, 4, 2, 2)
+    reviewed, fused = fusion(own, deeper, size=8)
+    entered = F.conv2d(own, fusion.enter[0].weight) / (1 + 1e-5) ** 0.5
+    below = deeper.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    conv = fusion.attention[0]
+    shares = F.conv2d(torch.cat([entered, below], 1), conv.weight, conv.bias).sigmoid()
+    expected = (shares[:, [0]] * entered + shares[:, [1]] * below).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(fused, expected)
+    torch.testing.assert_close(reviewed, F.conv2d(expected, fusion.leave[0].weight, padding=1) / (1 + 1e-5) ** 0.5)
+
+
+def test_a_review_goes_from_the_deepest_level_up():
+    torch.manual_seed(0)
+    review = Review([("a", "x"), ("pooled", "pooled")], [(3, 4), (5, 6)]).eval()
+    own = Outputs(features={"a": torch.randn(2, 3, 8, 8), "pooled": torch.randn(2, 5)})
+    said = Outputs(features={"x": torch.randn(2, 4, 4, 4), "pooled": torch.randn(2, 6)})
+    upper, lower = review.levels
+    pooled, deeper = lower(features(own)["pooled"][:, :, None, None], None, 1)
+    reviewed, _ = upper(features(own)["a"], deeper, 4)
+    expected = hierarchical_l2(reviewed, features(said)["x"])
+    expected = expected + (pooled[:, :, 0, 0] - features(said)["pooled"]).square().mean()
+    torch.testing.assert_close(review(own, said, None), expected)
+
+
+# ---- SemCKD ----
+
+
+def calibration(batch: int = 4) -> tuple[Calibration, Outputs, Outputs]:
+    """A student of two stages, 2x2 and 1x1, and a teacher of two, 4x4 and 1x1, with four images."""
+    torch.manual_seed(0)
+    term = Calibration({"a": 2, "b": 3}, {"x": 2, "y": 4}, batch).eval()
+    own = Outputs(features={"a": torch.randn(4, 2, 2, 2), "b": torch.randn(4, 3, 1, 1)})
+    return term, own, Outputs(features={"x": torch.randn(4, 2, 4, 4), "y": torch.randn(4, 4, 1, 1)})
+
+
+def embedded(layers, maps):
+    """What the authors' code makes of a full batch: unit vectors of rows of similarities."""
+    first, _, last = layers
+    flat = array(maps).reshape(len(maps), -1)
+    hidden = np.maximum(flat @ flat.T @ array(first.weight).T + array(first.bias), 0)
+    rows = hidden @ array(last.weight).T + array(last.bias)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_semckd_by_numpy():
+    term, own, said = calibration()
+    queries = np.stack([embedded(layers, features(own)[n]) for layers, n in zip(term.queries, "ab", strict=True)], 1)
+    keys = np.stack([embedded(layers, features(said)[n]) for layers, n in zip(term.keys, "xy", strict=True)], 1)
+    attention = softmax(np.einsum("bsd,btd->bst", queries, keys), axis=2)
+    found = term.attention(list(features(own).values()), list(features(said).values()))
+    np.testing.assert_allclose(array(found), attention, rtol=1e-4)
+    np.testing.assert_allclose(array(found).sum(-1), 1, rtol=1e-6)
+    loss = 0.0
+    for i, stage in enumerate("ab"):
+        for j, wanted in enumerate("xy"):
+            s, t = features(own)[stage], features(said)[wanted]
+            size = min(s.shape[-1], t.shape[-1])
+            projected = term.projections[i][j](F.adaptive_avg_pool2d(s, size))
+            squares = np.square(array(projected) - array(F.adaptive_avg_pool2d(t, size)))
+            loss += (attention[:, i, j] * squares.mean((1, 2, 3))).sum() / (4 * 2)
+    assert term(own, said, None).item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_images_that_a_smaller_batch_lacks_are_similar_to_none():
+    """As if their maps were zero."""
+    term, own, said = calibration(batch=6)
+    small = term.attention(list(features(own).values()), list(features(said).values()))
+    filled = [
+        [torch.cat([maps, torch.zeros(2, *maps.shape[1:])]) for maps in features(outputs).values()]
+        for outputs in (own, said)
+    ]
+    torch.testing.assert_close(term.attention(*filled)[:4], small)
+
+
+def test_a_larger_batch_is_refused_and_scripts_know_how_large_theirs_are():
+    term, own, said = calibration(batch=3)
+    with pytest.raises(UserError, match="batches of 3, this one has 4 images: pass --method semckd:batch=4") as caught:
+        term(own, said, None)
+    assert "\n" not in str(caught.value)
+    for spec, strong, expected in (("semckd", False, 24), ("semckd", True, 48), ("semckd:batch=100", False, 100)):
+        args = ImageTrainingArguments(per_device_train_batch_size=24, strong_views=strong, use_cpu=True)
+        term = method_of(spec, args)(new_pair()).objective.terms["calibration"]
+        assert isinstance(term, Calibration) and term.batch == expected
+
+
+@pytest.mark.parametrize("name", ["reviewkd", "semckd"])
+def test_a_few_steps_move_student_and_layers_and_ship_neither(name, tmp_path):
+    pair = new_pair()
+    method = METHODS[name](pair, weight=1.0)
+    before = [p.detach().clone() for p in [*pair.student.parameters(), *method.objective.parameters()]]
+    train(tmp_path, pair, method, max_steps=3, learning_rate=0.01)
+    after = [*pair.student.parameters(), *method.objective.parameters()]
+    moved = [not torch.equal(p, w) for p, w in zip(after, before, strict=True)]
+    assert all(moved) and all(p.isfinite().all() for p in after)
+    assert set(pair.student.state_dict()) == set(network("resnet8").state_dict())

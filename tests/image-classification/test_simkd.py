@@ -1,0 +1,199 @@
+"""SimKD and its relatives: what is matched with what, what ships, and what the losses are worth."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kd.common import losses
+from kd.common.cli import parse
+from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.matching import (
+    FEATURE_LOSSES,
+    FeatureMatch,
+    block_paths,
+    probe,
+    proportional_map,
+    share_masked,
+    some_images,
+    stage_paths,
+)
+from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.projector import Projector
+from kd_testing.image_pairs import as_in_training, noise
+
+PAIRS = [
+    ("resnet32x4", "resnet8x4"),
+    ("resnet14x2", "resnet8"),
+    ("resnet8", "resnet20"),
+    ("resnet8x4", "timm:resnet10t"),
+]
+
+
+@pytest.mark.parametrize(("factor", "parameters"), [(1, 722_432), (2, 214_016), (4, 70_400), (8, 26_240)])
+def test_projectors_have_the_published_number_of_parameters(factor, parameters):
+    """Section by section: 1x1 in, 3x3, 1x1 out, each with a batch norm."""
+    assert sum(p.numel() for p in Projector(256, 256, factor).parameters()) == parameters
+
+
+def test_the_deployed_student_has_the_published_size():
+    data = noise(classes=100)
+    teacher = new_classifier("resnet32x4", data.config)
+    student = simkd_student("resnet8x4", teacher, data, factor=2)
+    assert sum(p.numel() for p in teacher.parameters()) == 7_433_860
+    assert sum(p.numel() for p in student.parameters()) == 1_447_556
+    assert student.projector is not None and not any(p.requires_grad for p in student.head.parameters())
+    torch.testing.assert_close(student.head.weight, teacher.head.weight)
+
+
+@pytest.mark.parametrize("loss", sorted(FEATURE_LOSSES))
+def test_a_student_with_the_teachers_weights_has_no_loss_and_its_logits(loss):
+    data = noise()
+    teacher = new_classifier("resnet14x2", data.config).eval()
+    student = new_classifier("resnet14x2", data.config).eval()
+    student.load_state_dict(teacher.state_dict())
+    student.projector = nn.Identity()
+    method = simkd(student, teacher, data, SimKDArguments(feature_loss=loss), temperature=4.0)
+    images = some_images(data)
+    with torch.no_grad():
+        own, said = (
+            as_in_training(student, method.features, images),
+            as_in_training(teacher, method.teacher_features, images),
+        )
+    parts = method.objective(own, said, None)
+    assert set(parts) == {"feature_0"}
+    assert parts["feature_0"].item() == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(own.logits, said.logits)
+
+
+@pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
+@pytest.mark.parametrize("projector", ["single", "multi", "all-layer"])
+def test_every_projector_trains_student_and_projectors_of_every_pair(projector, teacher_name, student_name):
+    data = noise(32 if "timm" in student_name else 16)
+    teacher = new_classifier(teacher_name, data.config)
+    student = simkd_student(student_name, teacher, data, factor=2).train()
+    method = simkd(student, teacher, data, SimKDArguments(projector=projector), temperature=4.0)
+    images, labels = some_images(data), data.splits["validation"].labels[:8]
+    answering = frozen(teacher, "fp32")
+    with torch.no_grad():
+        said = as_in_training(answering, method.teacher_features, images)
+    parts = method.objective(as_in_training(student, method.features, images), said, labels)
+    sum(parts.values()).backward()
+    expected = {"single": 1, "multi": 2, "all-layer": len(block_paths(student))}[projector]
+    assert len(parts) == expected and all(part.item() > 0 for part in parts.values())
+    without = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, "every part of the student learns"
+    assert all(p.grad is not None for p in method.objective.parameters())
+    assert all(p.grad is None for p in answering.parameters())
+    assert not any("objective" in name for name in student.state_dict())  # what only trains never ships
+
+
+def test_weights_of_the_projectors():
+    data = noise()
+    teacher = new_classifier("resnet14x2", data.config)
+    student = simkd_student("resnet14", teacher, data, factor=2)
+    multi = simkd(student, teacher, data, SimKDArguments(projector="multi"), 4.0).objective
+    assert multi.weights == pytest.approx({"feature_0": 2 / 3, "feature_1": 1 / 3})
+    layers = simkd(student, teacher, data, SimKDArguments(projector="all-layer", feature_weight=3.0), 4.0).objective
+    assert layers.weights == pytest.approx({f"feature_{i}": 3.0 / 6 for i in range(6)})
+    mixed = SimKDArguments(cls_weight=0.5, kl_weight=2.0, feature_weight=0.0)
+    assert simkd(student, teacher, data, mixed, 4.0).objective.weights == {"task": 0.5, "soft_targets": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "teacher_blocks", "expected"),
+    [(3, 15, [4, 9, 14]), (3, 3, [0, 1, 2]), (4, 6, [1, 2, 4, 5]), (5, 3, [0, 1, 1, 2, 2]), (1, 7, [6])],
+)
+def test_blocks_are_paired_at_the_same_relative_depth(blocks, teacher_blocks, expected):
+    assert proportional_map(blocks, teacher_blocks) == expected
+
+
+def test_the_larger_map_is_averaged_down():
+    """In the student before its projector, so that deployment does what training did; otherwise in the teacher."""
+    data = noise(32)
+    large, small = new_classifier("resnet8", data.config), new_classifier("timm:resnet10t", data.config)
+    images = some_images(data)
+    assert (probe(large, [], images)["map"].size, probe(small, [], images)["map"].size) == (8, 1)
+    student = simkd_student("resnet8", small, data, factor=2).eval()
+    assert student.config.projector["max_size"] == 1
+    assert student(images).features["map"].shape == (8, 512, 1, 1)
+    other = simkd_student("timm:resnet10t", large, data, factor=2)
+    match = FeatureMatch("map", "map", losses.feature_l2)
+    own, target = torch.rand(2, 3, 1, 1), torch.rand(2, 3, 8, 8)
+    expected = (own - target.mean((2, 3), keepdim=True)).square().mean()
+    said = Outputs(logits=None, features={"map": target})
+    torch.testing.assert_close(match(Outputs(logits=None, features={"map": own}), said, None), expected)
+    assert other.config.projector["max_size"] is None
+
+
+def test_with_labels_the_loss_is_the_mean_over_those_samples_that_the_teacher_gets_right():
+    own, target = torch.rand(4, 6, 3, 3), torch.rand(4, 6, 3, 3)
+    before = target.clone()
+    logits = torch.eye(3)[[0, 1, 2, 0]]
+    labels = torch.tensor([0, 2, 2, 1])  # right, wrong, right, wrong
+    said, student = Outputs(logits=logits, features={"t": target}), Outputs(logits=None, features={"s": own})
+    for name, loss in FEATURE_LOSSES.items():
+        masked = FeatureMatch("s", "t", loss, only_where_right=True)(student, said, labels)
+        kept = FeatureMatch("s", "t", loss)(
+            Outputs(logits=None, features={"s": own[[0, 2]]}),
+            Outputs(logits=None, features={"t": target[[0, 2]]}),
+            None,
+        )
+        torch.testing.assert_close(masked, kept, msg=name)
+        assert FeatureMatch("s", "t", loss, only_where_right=True)(student, said, (labels + 1) % 3).isfinite()
+    assert share_masked(student, said, labels).item() == 0.5
+    assert torch.equal(target, before)
+
+
+@pytest.mark.parametrize("loss", sorted(FEATURE_LOSSES))
+def test_feature_losses_are_never_negative_and_zero_only_for_the_same_maps(loss):
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0.01, 1.0, 30.0):
+        own, target = (scale * torch.randn(3, 5, 4, 4, generator=generator) for _ in range(2))
+        assert FEATURE_LOSSES[loss](own, target).item() > 0
+        assert FEATURE_LOSSES[loss](own.clone(), own).item() == pytest.approx(0, abs=1e-6)
+        assert FEATURE_LOSSES[loss](own.bfloat16(), target.bfloat16()).isfinite()
+
+
+def test_attention_transfer_by_hand():
+    own, target = torch.rand(2, 3, 2, 2), torch.rand(2, 7, 2, 2)
+    expected = 0.0
+    for i in range(2):
+        a, b = (np.square(x[i].numpy().astype(np.float64)).mean(0).ravel() for x in (own, target))
+        expected += np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)).mean() / 2
+    assert losses.attention_transfer(own, target).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.attention_transfer(own, 3 * own).item() == pytest.approx(0, abs=1e-10)  # a scale says nothing
+
+
+def test_stages_and_blocks_have_names():
+    model = new_classifier("resnet8x4", noise().config)
+    assert stage_paths(model) == ["backbone.layer1", "backbone.layer2", "backbone.layer3"]
+    assert block_paths(model) == ["backbone.layer1.0", "backbone.layer2.0", "backbone.layer3.0"]
+    assert len(block_paths(new_classifier("resnet32x4", noise().config))) == 15
+
+
+def test_what_cannot_be_matched_is_refused(capsys):
+    data = noise()
+    teacher = new_classifier("resnet8", data.config)
+    with pytest.raises(UserError, match="factor 3 does not divide the teacher's 64 channels"):
+        simkd_student("resnet8", teacher, data, factor=3)
+    for flag, value in (("projector_factor", 0), ("projector_ratio", 0.0), ("feature_weight", 0.0), ("kl_weight", -1)):
+        with pytest.raises(SystemExit):
+            parse(SimKDArguments, argv=[f"--{flag}", str(value)])
+        assert re.search(rf"--{flag}.* must (not all )?be", capsys.readouterr().err)
+
+
+def test_a_saved_student_loads_alone_and_says_the_same(tmp_path):
+    data = noise()
+    teacher = new_classifier("resnet14x2", data.config)
+    student = simkd_student("resnet8", teacher, data, factor=2).to(memory_format=torch.channels_last)
+    images = some_images(data)
+    student.train()(images)  # batch norms have seen something
+    student.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(ImageClassifier.from_pretrained(tmp_path).eval()(images).logits, student(images).logits)

@@ -1,0 +1,72 @@
+"""How the scripts may be started: in one process, and with the modules that the command line names."""
+
+import json
+from pathlib import Path
+
+import pytest
+from stable_baselines3 import PPO
+
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.environments import launch
+from kd_testing.scripts import run_script
+
+SCRIPTS = [f"reinforcement-learning/scripts/{name}.py" for name in ("distill_policy", "train_teacher", "evaluate")]
+MODULE = """import gymnasium
+open("imported", "w").close()
+gymnasium.register("Mine-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=20)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("module_of_a_user.py").write_text(MODULE)
+
+
+def line_of(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, *words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_several_processes_are_refused(script, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "in one process, not in 2" in line_of(capsys, script)
+
+
+def test_a_module_that_a_file_names_is_not_imported(capsys):
+    id = "module_of_a_user:Mine-v0"
+    Path("run/student").mkdir(parents=True)
+    PPO("MlpPolicy", "CartPole-v1", device="cpu").save("run/student/student.zip")
+    Path("run/results.json").write_text(json.dumps({"domain": "reinforcement-learning", "task": id}))
+    expected = f"results.json names the environment {id}, and importing module_of_a_user would run its code"
+    line = line_of(capsys, SCRIPTS[2], "run")
+    assert expected in line and f"pass --environment {id}" in line
+    Path("several.yaml").write_text(f"environment: [{id}]\n")
+    Path("one.yaml").write_text(f"environment: {id}\n")
+    assert "the recipe names the environment" in line_of(capsys, SCRIPTS[0], "several.yaml")
+    assert "the recipe names the environment" in line_of(capsys, SCRIPTS[1], "one.yaml")
+    assert not Path("imported").exists()
+    run_script(SCRIPTS[2], "run", "--environment", id, "--episodes", 1)
+    assert Path("imported").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"task": 3}', "{"])
+def test_a_damaged_results_file_is_one_line(content, capsys):
+    Path("run").mkdir()
+    Path("run/results.json").write_text(content)
+    assert "results.json is" in line_of(capsys, SCRIPTS[2], "run")
+
+
+def test_an_environment_known_by_its_id_needs_no_word_of_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
+    launch.require_module_on_command_line("ALE/Pong-v5", "a file")
+    with pytest.raises(UserError, match="would run its code"):
+        launch.require_module_on_command_line("os:Mine-v0", "a file")
+    monkeypatch.setattr("sys.argv", ["script", "--environment=os:Mine-v0"])
+    launch.require_module_on_command_line("os:Mine-v0", "a file")

@@ -1,0 +1,190 @@
+"""Students with a key-value bottleneck: keys fitted once, values learned, the same student however it is trained."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from torch import Tensor, nn
+
+from kd.common.metrics.cost import parameters
+from kd.common.training.arguments import RunArguments
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.observations import Observations
+from kd.reinforcement_learning.data.playing import Recorder, greedy
+from kd.reinforcement_learning.environments.sb3 import SB3Environments
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.student_model.arguments import StudentArguments
+from kd.reinforcement_learning.student_model.bottleneck import BottleneckFeatures
+from kd.reinforcement_learning.student_model.distillation import Distillation
+from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.evaluation import returns_of
+from kd.reinforcement_learning.student_model.experiment import Experiment
+from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student, share_bodies
+from kd.reinforcement_learning.student_model.subject import Subject
+from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
+
+QUESTIONS = "KnownAnswer-v0"
+RECIPE = training_recipe(
+    "ppo", QUESTIONS, {"environments": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "normalize": True}
+)
+LOOKED_UP = StudentArguments(student=[], codebooks=16, pairs=32)
+
+
+def arguments(**changes: Any) -> DistillArguments:
+    return DistillArguments(**({"steps": 600, "rounds": 3, "updates": 30, "batch_size": 64, "num_envs": 4} | changes))
+
+
+def student(environment: str = QUESTIONS, args: StudentArguments = LOOKED_UP, seed: int = 0) -> PPO:
+    return new_student(SB3Environments(environment, 2), args, RECIPE, seed)
+
+
+def subject(args: StudentArguments = LOOKED_UP) -> Subject:
+    """Its teacher knows the answers; it is used to observations that are normalized, by 5 and 2."""
+    teacher = student(args=StudentArguments(student=[]))
+    with torch.no_grad():
+        cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
+    agent = Agent("teacher", teacher.policy, ObservationStatistics(np.full(4, 5.0), np.full(4, 4.0), 0.0, 10.0))
+    return Subject(QUESTIONS, agent, agent.network().cpu(), RECIPE, args)
+
+
+def task(one: Subject, seed: int = 0) -> Task:
+    environments = Environments(QUESTIONS, 4, seed)
+    network = StudentNetwork(one.new_student(seed).policy, one.teacher.statistics)
+    return Task(Recorder(environments), one.network, network, Observations(10_000, (4,), torch.float32))
+
+
+def extractor(policy: Any) -> BottleneckFeatures:
+    assert isinstance(policy.features_extractor, BottleneckFeatures)
+    return policy.features_extractor
+
+
+def fitted(policy: Any) -> dict[str, Tensor]:
+    """What is fitted without labels, and the projections that it is fitted under."""
+    return {name: value.clone() for name, value in extractor(policy).named_buffers()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path):
+    one, rounds = task(subject()), []
+    before = extractor(one.student.policy).bottleneck.values.clone()
+
+    def watch() -> dict[str, float]:
+        rounds.append(fitted(one.student.policy))
+        return {}
+
+    Distiller([one], arguments(), tmp_path, 0).learn(watch)
+    bottleneck = extractor(one.student.policy).bottleneck
+    for later in rounds[1:]:
+        assert_equal(rounds[0], later)
+    first = one.buffer.observations[:200]  # of 600
+    assert torch.allclose(rounds[0]["mean"], first.mean(0)) and bottleneck.frozen
+    assert bottleneck.key_statistics((first - rounds[0]["mean"]) / rounds[0]["std"])["usage"] > 0.9
+    assert not torch.equal(bottleneck.values, before)
+
+
+def test_a_distilled_student_with_a_bottleneck_knows_most_answers(tmp_path):
+    one = task(subject())
+    Distiller([one], arguments(steps=1800, updates=80, learning_rate=0.03), tmp_path, 0).learn(dict)
+    returns, _ = returns_of(greedy(StudentNetwork(one.student.folded_policy(), None)), QUESTIONS, 50, seed=9)
+    assert returns.mean() > 8  # at random 2.5, the teacher 10
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_distillation_ends_as_if_never_killed_and_fits_no_keys_again(tmp_path, monkeypatch):
+    fits = []
+    fit = BottleneckFeatures.fit
+    monkeypatch.setattr(BottleneckFeatures, "fit", lambda self, rows: (fits.append(len(rows)), fit(self, rows)))
+
+    def run(folder: Path, die: bool) -> dict[str, Tensor]:
+        one = task(subject())
+        distiller = Distiller([one], arguments(), folder, 0)
+
+        def watch() -> dict[str, float]:
+            if die and len(distiller.history) == 1:
+                raise Killed
+            return {}
+
+        distiller.learn(watch)
+        return one.student.state_dict()
+
+    whole = run(tmp_path / "whole", die=False)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", die=True)
+    assert fits == [200, 200]
+    assert_equal(whole, run(tmp_path / "killed", die=False))
+    assert len(fits) == 2
+
+
+def test_however_it_is_trained_it_is_the_same_student_with_the_same_keys(tmp_path):
+    """Behind reward normalization and with a teacher that has statistics: it sees observations as they are."""
+    experiment = Experiment("distill", RunArguments(output_dir=str(tmp_path / "run")), 2)
+    one = subject()
+    stages = Distillation(experiment, [one], arguments())
+    agents = [stages.distilled(), stages.from_reward()]
+    other = Experiment("ppd", RunArguments(output_dir=str(tmp_path / "other")), 2)
+    agents.append(Distillation(other, [one], arguments()).proximal(1.0))
+    policies = [of[QUESTIONS].policy for of in agents]
+    for policy in policies[1:]:
+        assert parameters(policy) == parameters(policies[0])
+        assert_equal(fitted(policy), fitted(policies[0]))
+        assert not torch.equal(extractor(policy).bottleneck.values, extractor(policies[0]).bottleneck.values)
+    loaded = stages.from_reward()[QUESTIONS].policy  # the finished stage
+    assert_equal(loaded.state_dict(), policies[1].state_dict())
+
+
+def test_what_is_saved_acts_as_before(tmp_path):
+    model = student("CartPole-v1", StudentArguments(student=[8], codebooks=5, pairs=7, key_dim=3))
+    rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    StudentNetwork(model.policy, None).prepare(torch.as_tensor(rows))
+    with torch.no_grad():
+        extractor(model.policy).bottleneck.values.normal_()
+    expected = model.predict(rows, deterministic=True)[0]
+    assert len(set(expected.tolist())) == 2
+    model.save(tmp_path / "student.zip")
+    loaded = [PPO.load(tmp_path / "student.zip", device="cpu").policy]
+    for trust in (False, True):
+        spaces = model.observation_space, model.action_space
+        loaded.append(load_policy(tmp_path / "student.zip", *spaces, trust_pickle=trust)[1])
+    for policy in loaded:
+        assert np.array_equal(policy.predict(rows, deterministic=True)[0], expected)
+        assert_equal(policy.state_dict(), model.policy.state_dict())
+
+
+def test_sizes():
+    """16 codebooks of 32 values of 4 numbers, decoded to 16 features; then linear heads to 4 actions and a value."""
+    assert parameters(student().policy) == 16 * 32 * 4 + (16 * 4 * 16 + 16) + (16 * 4 + 4) + (16 + 1)
+
+
+def test_students_of_several_environments_share_what_is_behind_their_bottlenecks():
+    args = StudentArguments(student=[8], codebooks=4, pairs=8)
+    first, twin = student(args=args).policy, student(args=args, seed=1).policy
+    share_bodies([first, twin])
+    assert twin.mlp_extractor.policy_net[0] is first.mlp_extractor.policy_net[0]
+    assert extractor(twin).bottleneck is not extractor(first).bottleneck
+
+
+def test_frames_have_no_bottleneck():
+    frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    with pytest.raises(UserError, match=r"shape \(4, 84, 84\): leave out --codebooks"):
+        StudentArguments(codebooks=16).check("Pictures-v0", frames)
+
+
+@pytest.mark.parametrize("wrong", [{"codebooks": -1}, {"pairs": 0}, {"pairs": 2**16 + 1}, {"key_dim": 0}])
+def test_sizes_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="--(codebooks|pairs|key_dim) must be"):
+        StudentArguments(**wrong)

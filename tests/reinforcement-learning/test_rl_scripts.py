@@ -1,0 +1,376 @@
+"""The scripts of reinforcement learning, run as a user runs them, on little."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stable_baselines3 import PPO, TD3
+from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+
+from kd.common.utils.files import read_json
+from kd.reinforcement_learning.environments import video
+from kd.reinforcement_learning.environments.sb3 import SB3Environments
+from kd.reinforcement_learning.student_model import distiller
+from kd.reinforcement_learning.student_model.evaluation import TEST_SEED, returns_of
+from kd_testing.paths import REPO
+from kd_testing.scripts import recipe_of, run_script
+
+SCRIPTS = "reinforcement-learning/scripts"
+RUNS = Path("runs/reinforcement-learning")
+LITTLE = "--steps 400 --rounds 2 --updates 20 --episodes 4 --watch_episodes 2 --num_envs 4".split()
+TEACHER = ["--teacher_steps", "600", "--hyperparameters", '{"environments": 4}']
+
+
+@pytest.fixture(autouse=True)
+def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+@pytest.fixture(scope="module")
+def cart_pole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A zip of a briefly trained teacher that Stable-Baselines3 itself saved."""
+    folder = tmp_path_factory.mktemp("teacher")
+    PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, seed=0, device="cpu").learn(256).save(folder / "t.zip")
+    return str(folder / "t.zip")
+
+
+def distill(*words: object) -> None:
+    run_script(f"{SCRIPTS}/distill_policy.py", recipe_of(*LITTLE), *words)
+
+
+def line_of(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
+    """The one line with which a script refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(f"{SCRIPTS}/{script}", *words)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def same_policy(first: Path, second: Path) -> bool:
+    states = [PPO.load(path, device="cpu").policy.state_dict() for path in (first, second)]
+    return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines_loads():
+    distill(*TEACHER)
+    run = RUNS / "distill_CartPole-v1"
+    results = read_json(run / "results.json")
+    models: dict[str, Any] = results["models"]
+    assert list(models) == ["teacher", "control", "student", "behaviour_cloning"]
+    assert models["student"]["parameters"] == models["control"]["parameters"] == 755
+    test = models["student"]["metrics"]["test"]
+    assert test["episodes"] == 4 and 0 <= test["agreement"] <= 1 and test["kl"] >= 0
+    assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
+    assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
+    teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
+    way = (test["return_mean"] - random) / (teacher - random)
+    assert results["retention"] == (pytest.approx(way) if teacher > random else None)
+    assert Image.open(run / "curves.png").width > 500
+
+    student = PPO.load(run / "student" / "student.zip", device="cpu")
+    returns, _ = returns_of(
+        lambda rows: torch.as_tensor(student.predict(rows.numpy(), deterministic=True)[0]), "CartPole-v1", 4, TEST_SEED
+    )
+    assert returns.mean() == test["return_mean"]
+    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 4, "--json", "again.json")
+    assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
+    assert "PPO.load" in (run / "student" / "README.md").read_text()
+
+    words = ["--no_control", "--output_dir", "second", "--student", 7, "--student_value"]
+    distill(*TEACHER, *words)  # the teacher stays
+    assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
+
+
+def test_several_seeds_in_one_command_and_the_same_seed_again(cart_pole, capsys):
+    words = ["--teacher", cart_pole, "--no_control", "--output_dir", "runs"]
+    distill(*words, "--seeds", 0)
+    distill(*words, "--seeds", 0, 1, "--resume_from_checkpoint")
+    assert "mean ± standard deviation" in capsys.readouterr().out
+    distill("--teacher", cart_pole, "--no_control", "--seed", 1, "--output_dir", "alone")
+    assert same_policy(Path("runs/seed1/student/student.zip"), Path("alone/student/student.zip"))
+    assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
+
+
+def test_a_killed_run_goes_on_to_the_same_student(cart_pole, monkeypatch):
+    words = ["--teacher", cart_pole, "--output_dir"]
+    distill(*words, "whole")
+    original, rounds = distiller.Distiller._fit, 0
+
+    def dies(self: distiller.Distiller, number: int) -> dict[str, float]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 2:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    monkeypatch.setattr(distiller.Distiller, "_fit", dies)
+    with pytest.raises(SystemExit) as stop:
+        distill(*words, "killed")
+    assert stop.value.code == 130
+    monkeypatch.setattr(distiller.Distiller, "_fit", original)
+    distill(*words, "killed", "--resume_from_checkpoint")
+    assert same_policy(Path("whole/student/student.zip"), Path("killed/student/student.zip"))
+    whole, killed = (read_json(f"{name}/results.json")["models"] for name in ("whole", "killed"))
+    for role in whole:
+        assert whole[role]["metrics"] == killed[role]["metrics"], role
+
+
+def test_proximal_policy_distillation(cart_pole):
+    distill("--teacher", cart_pole, "--method", "ppd", "--no_control")
+    results = read_json(RUNS / "ppd_CartPole-v1" / "results.json")
+    assert results["method"] == "ppd" and results["models"]["student"]["parameters"] == 755
+    PPO.load(RUNS / "ppd_CartPole-v1" / "student" / "student.zip", device="cpu")
+
+
+def test_a_normalized_continuous_teacher_and_a_student_without_its_statistics():
+    """Trained behind VecNormalize; the student takes observations as they are."""
+    hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600]
+    distill(*hopper, "--student", 8, "--steps", 300)
+    stage = RUNS / "teacher_Hopper-v5_ppo" / "stages" / "teacher"
+    assert (stage / "vecnormalize.pkl").exists()
+    results = read_json(RUNS / "distill_Hopper-v5" / "results.json")
+    assert results["models"]["student"]["metrics"]["test"]["agreement"] > 0.5
+    distill(*hopper, "--student", 8, "--method", "ppd", "--no_control")
+
+    moved = Path(shutil.copytree(stage, "moved"))
+    (moved / "vecnormalize.pkl").unlink()
+    distill(*hopper[:2], "--teacher", "moved", "--no_control", "--output_dir", "raw")  # nothing says it was normalized
+    assert read_json("raw/results.json")["models"]["teacher"]["metrics"] != results["models"]["teacher"]["metrics"]
+
+
+@pytest.mark.parametrize(("algorithm", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1")])
+def test_other_algorithms_teach(algorithm, environment):
+    settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
+    run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
+               "--teacher_steps", 150, "--hyperparameters", json.dumps(settings),
+               "--episodes", 2, "--watch_episodes", 1)  # fmt: skip
+    folder = RUNS / f"teacher_{environment}_{algorithm}"
+    assert read_json(folder / "results.json")["models"]["student"] is None
+    distill("--environment", environment, "--teacher", folder, "--no_control")
+    results = read_json(RUNS / f"distill_{environment}" / "results.json")
+    assert results["models"]["teacher"]["name"].startswith(algorithm)
+    if environment == "Pendulum-v1":  # returns are negative: retention counts from the random policy
+        student = results["models"]["student"]["metrics"]["test"]
+        assert student["return_mean"] < 0 and results["retention"] in (None, student["normalized_return"])
+
+
+def test_several_environments_share_one_body(capsys):
+    teachers = []
+    for name in ("CartPole-v1", "MountainCar-v0"):
+        PPO("MlpPolicy", name, n_steps=32, batch_size=32, device="cpu").learn(64).save(f"{name}.zip")
+        teachers.append(f"{name}.zip")
+    distill("--environment", "CartPole-v1", "MountainCar-v0", "--teacher", *teachers, "--output_dir", "both")
+    names = ("CartPole-v1", "MountainCar-v0")
+    students = [PPO.load(f"both/{name}/student/student.zip", device="cpu").policy for name in names]
+    pole, car = (student.mlp_extractor.policy_net for student in students)
+    assert torch.equal(pole[2].weight, car[2].weight) and pole[0].weight.shape != car[0].weight.shape
+    assert [student.action_net.out_features for student in students] == [2, 3]
+    for name in names:
+        assert read_json(f"both/{name}/results.json")["task"] == name
+    capsys.readouterr()
+    words = ["--environment", "CartPole-v1", "MountainCar-v0", "--output_dir", "both"]
+    assert "holds a finished run" in line_of(capsys, *words, "--teacher", *teachers)
+
+
+def test_videos(cart_pole):
+    words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
+    run_script(f"{SCRIPTS}/evaluate.py", *words, "cart.gif")
+    run_script(f"{SCRIPTS}/evaluate.py", *words, "cart.mp4")
+    assert Image.open("cart.gif").size == (600, 400) and Image.open("cart.gif").n_frames > 3
+    assert Path("cart.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
+    write = video.imageio.v3.imwrite
+
+    def without_ffmpeg(path: Path, *rest: Any, **more: Any) -> Any:
+        if more.get("plugin") == "FFMPEG":
+            raise OSError("no ffmpeg")
+        return write(path, *rest, **more)
+
+    monkeypatch.setattr(video.imageio.v3, "imwrite", without_ffmpeg)
+    words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video", "c.mp4"]
+    run_script(f"{SCRIPTS}/evaluate.py", *words)
+    assert Path("c.gif").exists() and not Path("c.mp4").exists()
+
+
+def test_a_video_is_whole_or_a_line(cart_pole, monkeypatch, capsys):
+    words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
+    Path("file").touch()
+    Path("c.gif").write_text("of somebody else")
+    for name in ("file/c.gif", "file/deeper/c.mp4"):
+        assert "is no folder that may be written to" in line_of(capsys, *words, name, script="evaluate.py")
+    with monkeypatch.context() as broken:
+        broken.setattr(video.imageio.v3, "imwrite", lambda path, *_, **__: Path(path).write_text("half") and 1 / 0)
+        assert "c.gif exists: pass --video" in line_of(capsys, *words, "c.mp4", script="evaluate.py")
+    assert sorted(path.name for path in Path().iterdir()) == ["c.gif", "file"]
+    assert Path("c.gif").read_text() == "of somebody else"
+    run_script(f"{SCRIPTS}/evaluate.py", *words, "new/folder/cart.gif")
+    assert Image.open("new/folder/cart.gif").n_frames > 3
+
+
+@pytest.mark.parametrize("steps", [16, 64])
+def test_statistics_by_the_name_of_a_checkpoint_or_by_a_flag(steps, capsys):
+    """Returns are those of Stable-Baselines3's own evaluation behind VecNormalize."""
+    env = VecNormalize(SB3Environments("Pendulum-v1", 2), norm_reward=False)
+    saving = CheckpointCallback(8, ".", save_vecnormalize=True)
+    model = PPO("MlpPolicy", env, n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu").learn(64, saving)
+    with torch.no_grad():
+        model.policy.action_net.weight.mul_(100)  # actions that depend on what is observed
+    zip, statistics = f"rl_model_{steps}_steps.zip", f"rl_model_vecnormalize_{steps}_steps.pkl"
+    model.save(zip)
+    env.save(statistics)
+    normalized = VecNormalize.load(statistics, SB3Environments("Pendulum-v1", 2, TEST_SEED))
+    normalized.training = False
+    expected, _ = evaluate_policy(model, normalized, n_eval_episodes=2, warn=False)
+    words = ["--environment", "Pendulum-v1", "--episodes", 2, "--json", "found.json"]
+
+    def found(*more: object) -> tuple[float, str]:
+        run_script(f"{SCRIPTS}/evaluate.py", zip, *words, *more)
+        entry = read_json("found.json")
+        return entry["metrics"]["test"]["return_mean"], entry["observation_statistics"]
+
+    assert found() == (pytest.approx(expected, rel=1e-3), statistics)
+    assert f"statistics of observations: {statistics}" in capsys.readouterr().out
+    Path(statistics).rename("my_norm.pkl")
+    assert "pass --vecnormalize" in line_of(capsys, zip, *words, script="evaluate.py")
+    assert found("--vecnormalize", "my_norm.pkl") == (pytest.approx(expected, rel=1e-3), "my_norm.pkl")
+    raw, source = found("--vecnormalize", "none")
+    assert source == "none" and raw != pytest.approx(expected, rel=1e-3)
+    assert "my_norm.pkl" in line_of(capsys, "--environment", "Pendulum-v1", "--teacher", zip)
+    distill("--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control")
+    results = read_json(RUNS / "distill_Pendulum-v1" / "results.json")
+    assert results["teacher_observation_statistics"] == "my_norm.pkl"
+    assert "my_norm.pkl" in (RUNS / "distill_Pendulum-v1" / "report.md").read_text()
+    VecNormalize(SB3Environments("CartPole-v1", 1)).save("cart.pkl")
+    capsys.readouterr()
+    words = ["--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize"]
+    assert "of shape (4,), the environment's are (3,)" in line_of(capsys, *words, "cart.pkl")
+
+
+def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches(monkeypatch, capsys):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu")
+    with torch.no_grad():
+        model.policy.action_net.bias.copy_(torch.tensor([9.0, 0.0]))  # always to the left: ten steps or fewer
+    model.save("left.zip")
+    warned = []
+
+    def teaches(*_: Any) -> dict[str, float]:
+        warned.append(capsys.readouterr().err)
+        raise KeyboardInterrupt
+
+    fit = distiller.Distiller._fit
+    monkeypatch.setattr(distiller.Distiller, "_fit", teaches)
+    with pytest.raises(SystemExit):
+        distill("--teacher", "left.zip", "--output_dir", "left", "--no_control")
+    assert "warning: teacher ppo left is no better than guessing: its mean return is" in warned[0]
+    monkeypatch.setattr(distiller.Distiller, "_fit", fit)
+    distill("--teacher", "left.zip", "--output_dir", "left", "--no_control", "--resume_from_checkpoint")
+    results = read_json("left/results.json")
+    assert any("no better than guessing" in warning for warning in results["warnings"])
+    assert "**Warning:** teacher ppo left" in Path("left/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--environment", "CartPol-v1"], "did you mean CartPole-v"),
+        (["--environment", "LunarLander-v2"], "LunarLander-v3"),
+        (["--teacher", "nowhere.zip"], "there is no teacher at nowhere.zip"),
+        (["--teacher", "sb3/ppo-CartPole-v1"], "the Hub cannot be reached"),
+        (["--environment", "Pendulum-v1", "--teacher", "{cart_pole}"], "was trained for observations Box [4]"),
+        (["--environment", "CartPole-v1", "Acrobot-v1", "--method", "ppd"], "one --environment at a time"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--hyperparameters", "{gamma"], "is not valid JSON"),
+        (["--hyperparameters", '{"gama": 0.9}', "--teacher", "train"], "gama"),
+        (["--hyperparameters", "[1]"], "must be a JSON object"),
+        (["--hyperparameters", '{"policy_kwargs": 3}'], "policy_kwargs must be an object"),
+        (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
+        (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
+        (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
+        (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
+        (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
+        (["--teacher", "{cart_pole}", "--vecnormalize", "nowhere.pkl"], "there is no file nowhere.pkl"),
+        (["--teacher", "{cart_pole}", "--vecnormalize", "none", "none"], "one --vecnormalize per --environment"),
+        (["--vecnormalize", "none"], "not to one trained here"),
+        (["--environment", "Pendulum-v1", "--loss", "nll"], "needs discrete actions"),  # before a teacher is trained
+        (["--environment", "CartPole-v1", "CartPol-v1"], "did you mean CartPole-v"),
+        (["--seed", "-1"], "--seed must be between 0"),
+        (["--seeds", "0", "-1"], "--seeds must be between 0"),
+        (["--seeds", "0", "0"], "each named once"),
+        (["--teacher_weight", "-1"], "--teacher_weight must be at least 0"),
+        (["--teacher", "{cart_pole}", "--output_dir", "{cart_pole}/run"], "Not a directory"),
+        (["--channels", "8"], "three convolutions"),
+        (["--teacher_temperature", "0"], "--teacher_temperature must be above 0"),
+    ],
+)
+def test_bad_input_is_one_line(words, expected, cart_pole, capsys):
+    assert expected in line_of(capsys, *[word.replace("{cart_pole}", cart_pole) for word in words])
+    assert not RUNS.exists()
+
+
+def test_a_folder_with_other_contents_is_refused_before_a_teacher_is_trained(capsys):
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("mine")
+    assert "holds no run (thesis.tex)" in line_of(capsys, *TEACHER, "--output_dir", "mine")
+    assert not Path("runs").exists()
+
+
+def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_written(capsys):
+    TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
+    words = ["--environment", "Pendulum-v1", "--teacher", "td3.zip"]
+    assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
+    assert "a deterministic teacher has no distribution" in line_of(capsys, *words, "--method", "ppd")
+    assert not RUNS.exists()
+    distill(*words, "--loss", "huber", "--no_control")
+
+
+def test_another_teacher_than_the_one_that_is_there_is_not_taken_silently(capsys):
+    folder = RUNS / "teacher_CartPole-v1_ppo"
+    run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--watch_episodes", 1)
+    assert (folder / "results.json").exists()
+    capsys.readouterr()
+    assert "teacher_steps 600, not 700" in line_of(capsys, "--teacher_steps", 700, *TEACHER[2:])
+
+
+def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
+    line = line_of(capsys, cart_pole, script="evaluate.py")
+    assert "pass --environment" in line
+    assert "--video writes an mp4 or a gif" in line_of(
+        capsys, cart_pole, "--environment", "CartPole-v1", "--video", "cart.txt", script="evaluate.py"
+    )
+
+
+@pytest.mark.slow
+def test_pong_from_frames_to_small_students_of_one_teacher():
+    short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--watch_episodes", 1]
+    frames, written = np.zeros((1, 4, 84, 84), np.uint8), set()
+    for size, words in ((25, []), (7, ["--no_control"]), (4, ["--no_control"])):
+        recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
+        run_script(f"{SCRIPTS}/distill_policy.py", recipe, "--teacher_steps", 1024, *short, *words)
+        student = RUNS / f"pong_{size}_percent" / "student" / "student.zip"
+        assert PPO.load(student, device="cpu").predict(frames)[0].shape == (1,)
+        written |= {zipped.stat().st_mtime_ns for zipped in RUNS.glob("teacher_*/stages/teacher/*.zip")}
+    assert len(written) == 1
+
+
+@pytest.mark.slow
+def test_the_default_command_in_a_process_of_its_own():
+    command = [sys.executable, str(REPO / SCRIPTS / "distill_policy.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((RUNS / "distill_CartPole-v1" / "results.json").read_text())
+    assert results["models"]["student"]["metrics"]["test"]["return_mean"] >= 475
