@@ -38,7 +38,7 @@ def main() -> None:
         lambda student: simkd(student, teacher, data, args, training.temperature),
     )
     experiment.report(
-        parameters_beside=how.parameters_beside,
+        parameters_beside=how.auxiliary_parameters,
         teacher=(pair.teacher, teacher),
         control=None if control is None else (f"{pair.student} + projector, labels only", control),
         student=(f"{pair.student} + projector + teacher's head", student),

@@ -92,7 +92,7 @@ def main() -> None:
     method = method_of(args.method, training)
     sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
     how = method(Pair(new_classifier(pair.student, seen.config), sketch, seen, training.views))
-    if args.teacher_views is not None and not how.logits_only:
+    if args.teacher_views is not None and how.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
     experiment = Experiment(args.method, training, data, args, pair, data_args)
     teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
@@ -108,7 +108,7 @@ def main() -> None:
         args.teacher_views,
     )
     experiment.report(
-        parameters_beside=how.parameters_beside,
+        parameters_beside=how.auxiliary_parameters,
         teacher=(pair.teacher, teacher),
         control=None if control is None else (f"{pair.student}, labels only", control),
         student=(f"{pair.student}, {args.method}", student),

@@ -20,7 +20,7 @@ from transformers import set_seed
 from kd.common.cli import reject_unused
 from kd.common.data.fingerprints import fingerprint_of
 from kd.common.methods import Method, check_methods_differ, chosen, filled, flags_of
-from kd.common.objective import Objective, task_loss
+from kd.common.objective import task_loss
 from kd.common.reporting.results import RECIPE
 from kd.common.training.finite import non_finite_tensor
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
@@ -80,7 +80,7 @@ def sweep(
     cells, teacher_name = list(cells_of(axes)), pair.teacher
     sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
     beside = {
-        cell.key: student_of(cell, pair.student, sketch, seen, training, weights)[1].parameters_beside
+        cell.key: student_of(cell, pair.student, sketch, seen, training, weights)[1].auxiliary_parameters
         for cell in {cell.key: cell for cell in cells}.values()
     }
     given = given_teacher(teacher_name, data)
@@ -175,7 +175,7 @@ def train_side_by_side(
                 cell, architecture, teacher, experiment.data, experiment.args, weights
             )
         listening = [methods[cell.key] for cell in cells if cell.method not in CONTROLS]
-        views = teacher_views if listening and all(method.logits_only for method in listening) else None
+        views = teacher_views if listening and all(not method.teacher_features for method in listening) else None
         return experiment.fit(
             "student",
             SideBySide(students),
@@ -212,7 +212,7 @@ def student_of(
     else:
         student = new_classifier(architecture, data.config)
     if cell.method in CONTROLS:
-        return student, Method(Objective(task=(1.0, task_loss())))
+        return student, Method({"task": (1.0, task_loss())})
     return student, method_of(cell.method, args)(Pair(student, teacher, data, args.views))
 
 
