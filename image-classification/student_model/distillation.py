@@ -11,7 +11,7 @@ from torch import nn
 from kd.common.methods import Method
 from kd.common.objective import Objective, task_loss
 from kd.common.pretrained import stage_loader
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import outputs_key
@@ -149,7 +149,7 @@ def fit(
         objective=objective,
         train_dataset=training_views(run, data, device),
         eval_dataset=data.views("validation", device) if validate and "validation" in data.splits else None,
-        data_collator=as_it_is,
+        data_collator=identity_collate,
         compute_metrics=trainer_metrics,
         **trainer,
     )

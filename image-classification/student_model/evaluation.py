@@ -15,7 +15,7 @@ from kd.common.metrics.classification import agreement, classification_metrics, 
 from kd.common.metrics.cost import cost, flops, parameters
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
-from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.image_classification.data.large import LargeImageData, shorter_side
 from kd.image_classification.data.loading import ImageData
@@ -55,7 +55,9 @@ def predict(model: ImageClassifier, data: ImageData, split: str, workers: int = 
         return {"logits": model(**batch).logits.float()}
 
     views, description = data.views(split, model.device), f"evaluating {split}"
-    outputs = over_dataset(model, logits, views, as_it_is, batch_size=250, description=description, workers=workers)
+    outputs = run_inference(
+        model, logits, views, identity_collate, batch_size=250, description=description, workers=workers
+    )
     return torch.stack(outputs["logits"]).numpy()
 
 
