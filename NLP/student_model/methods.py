@@ -1,6 +1,7 @@
 """Methods of distilling a text classifier, by name: those of every domain, as they see a student and its teacher."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,11 @@ def method_terms(
     method = chosen(spec, METHODS, **flags_of(spec, training))
     own, target = (encoder_of(model).config.num_hidden_layers - 1 for model in (student, teacher))
     names = f"student_{own}", f"layer_{target}"
-    return method(task_of(names, student, teacher, texts, pooling, training.precision))
+    task = task_of(names, student, teacher, texts, pooling, training.precision)
+    if looks_inside(spec):
+        paths = layer_paths(student)[-1], layer_paths(teacher)[-1]
+        task = replace(task, features={names[0]: paths[0]}, teacher_features={names[1]: paths[1]})
+    return method(task)
 
 
 def task_of(
@@ -80,8 +85,6 @@ def task_of(
         pooled=pooled,
         last=pooled,  # before they are pooled they are of another size for each batch
         teacher_samples=partial(teacher_features, teacher, texts, pooling, precision),
-        features={names[0]: layer_paths(student)[-1]},
-        teacher_features={names[1]: layer_paths(teacher)[-1]},
     )
 
 
