@@ -1,6 +1,7 @@
 """Several seeds of one command: ordinary runs in seedN, what they share, and the results over all of them."""
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ def distill(folder: Path, seeds: list[int] | None, killed_in: int | None = None,
     teacher = run.stage("teacher", lambda: build("teacher", run.args.seed), Number.load)
     run.warn("the teacher is weak")
     for one in run.each_seed():
-        seed = one.args.seed
-        if seed == killed_in:
+        if one.args.seed == killed_in:
             raise KeyboardInterrupt
-        student = one.stage("student", lambda seed=seed: build("student", seed), Number.load)
+        student = one.stage("student", partial(build, "student", one.args.seed), Number.load)
         assert one.stage("teacher", lambda: build("never", 0), Number.load).value == teacher.value
         models = {"teacher": entry(TEACHER), "control": entry(20.0), "student": entry(40.0 + student.value)}
         sizes = {"train": 9, "validation": None, "test": 4, "fingerprint": "f"}
