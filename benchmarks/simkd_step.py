@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from kd.common.cli import run
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.precision import resolve_precision
@@ -121,7 +121,7 @@ def our_seconds(
             objective=method.objective,
             teacher=frozen(teacher, args.precision),
             train_dataset=data.views("train", device, augment=True),
-            data_collator=as_it_is,
+            data_collator=identity_collate,
             callbacks=[clock],
         ).train()
     return clock.seconds_per_step

@@ -10,7 +10,7 @@ from kd.common.bottleneck.codes import CodeDataset, Keys, set_keys
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.cli import reject_unused
 from kd.common.objective import Objective, labels_and_soft_targets, task_loss
-from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
@@ -119,7 +119,7 @@ def fill(
         teacher_outputs=None if teacher is None else listen(teacher, experiment),
         train_dataset=codes["train"],
         eval_dataset=codes.get("validation"),
-        data_collator=as_it_is,
+        data_collator=identity_collate,
         compute_metrics=trainer_metrics,
     )
 
@@ -131,7 +131,9 @@ def embed(model: ImageClassifier, experiment: Experiment, split: str) -> Tensor:
         return {"pooled": model.last_map(**batch).mean((2, 3)).float()}
 
     views, precision = experiment.data.views(split, best_device()), experiment.args.precision
-    said = over_dataset(model, pooled, views, as_it_is, precision, batch_size=250, description=f"embedding {split}")
+    said = run_inference(
+        model, pooled, views, identity_collate, precision, batch_size=250, description=f"embedding {split}"
+    )
     return torch.stack(said["pooled"]).to(best_device())
 
 
@@ -143,5 +145,7 @@ def listen(teacher: ImageClassifier, experiment: Experiment) -> TeacherOutputs:
 
     views, precision = experiment.data.views("train", best_device()), experiment.args.precision
     with experiment.run.timed("teacher_outputs"):
-        said = over_dataset(teacher, logits, views, as_it_is, precision, batch_size=250, description="teacher")
+        said = run_inference(
+            teacher, logits, views, identity_collate, precision, batch_size=250, description="teacher"
+        )
     return TeacherOutputs(torch.arange(len(views)), torch.stack(said["logits"]))

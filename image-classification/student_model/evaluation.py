@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.classification import agreement, classification_metrics, top_k_accuracy
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.inference import identity_collate, run_inference
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
@@ -33,8 +33,8 @@ def predict(model: ImageClassifier, data: ImageData, split: str, workers: int = 
         return {"logits": model(**batch).logits.float()}
 
     views = data.views(split, model.device)
-    said = over_dataset(
-        model, logits, views, as_it_is, batch_size=250, description=f"evaluating {split}", workers=workers
+    said = run_inference(
+        model, logits, views, identity_collate, batch_size=250, description=f"evaluating {split}", workers=workers
     )
     return torch.stack(said["logits"]).numpy()
 

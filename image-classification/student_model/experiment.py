@@ -17,7 +17,7 @@ from kd.common.objective import Objective, task_loss
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import outputs_key
@@ -104,7 +104,7 @@ class Experiment:
             objective=objective,
             train_dataset=self._training_views(device),
             eval_dataset=self.data.views("validation", device) if watch and "validation" in self.data.splits else None,
-            data_collator=as_it_is,
+            data_collator=identity_collate,
             compute_metrics=trainer_metrics,
             **trainer,
         )

@@ -9,7 +9,7 @@ from kd.common.features import FeatureHooks
 from kd.common.losses import cross_entropy_mix, feature_cosine, feature_l2
 from kd.common.objective import Hint, Objective, match, soft_targets, task_loss
 from kd.common.outputs import Outputs
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd_testing.tiny import Rows, model
 
@@ -114,9 +114,9 @@ def test_one_pass_gives_every_row_in_the_order_of_the_dataset():
     def collate(samples):
         return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
 
-    said = over_dataset(network, lambda x: {"logits": network(x).logits}, rows, collate, batch_size=5)["logits"]
+    said = run_inference(network, lambda x: {"logits": network(x).logits}, rows, collate, batch_size=5)["logits"]
     network.eval()
     torch.testing.assert_close(torch.stack(said), network(rows.x).logits.detach())
     network.train()
-    over_dataset(network, lambda x: {"logits": network(x).logits}, rows, collate)
+    run_inference(network, lambda x: {"logits": network(x).logits}, rows, collate)
     assert network.training  # left as it was found
