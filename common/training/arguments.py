@@ -17,9 +17,10 @@ SEEDS_HELP = "seeds of several runs, such as 0,1,2, whose mean and standard devi
 def check_seeds(args: Any) -> None:
     """Raises ValueError for a seed that is named twice in `args.seeds`. The first seed also trains what all share."""
     seeds: list[int] | None = args.seeds
-    if not seeds:
-        args.seeds = None
+    if seeds is None:
         return
+    if not seeds:
+        raise ValueError("--seeds must name at least one seed")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds must be different seeds, each named once, got {', '.join(map(str, seeds))}")
     args.seed = seeds[0]

@@ -117,6 +117,7 @@ def test_seeds_are_written_with_commas_or_spaces(words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--seeds"], "--seeds must name at least one seed"),
         (["--seeds", "1,1"], "each named once, got 1, 1"),
         (["--seeds", "0,-1"], "--seeds must be"),
         (["--seeds", "0,1", "--seed", "3"], "--seed has no effect"),
