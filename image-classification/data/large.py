@@ -40,7 +40,7 @@ class LargeImageData(ImageData):
 
 
 class LargeViews(ImageViews):
-    """Images decoded on demand, yielded a whole batch at a time; collate with `as_it_is`.
+    """Images decoded on demand, yielded a whole batch at a time; collate with `identity_collate`.
 
     With `augment` a view is a random 8 to 100 % of the image's area, resized; it is a function of (seed, epoch, image)
     alone, whichever process makes it and however many there are, so that a run that is resumed sees what it would have

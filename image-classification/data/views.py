@@ -12,7 +12,7 @@ from kd.image_classification.data.dataset import ImageViews
 
 
 class Views(ImageViews):
-    """Images in one uint8 tensor, yielded a whole batch at a time; collate with `as_it_is`.
+    """Images in one uint8 tensor, yielded a whole batch at a time; collate with `identity_collate`.
 
     Args:
         images: (samples, height, width, channels) uint8, on the device where they are to be cropped.
