@@ -12,9 +12,9 @@ from kd.common.metrics.chance import classifier_warning, regressor_warning
 from kd.common.metrics.classification import agreement, classification_metrics
 from kd.common.metrics.cost import cost
 from kd.common.metrics.regression import regression_metrics
+from kd.common.metrics.scope import choose_threshold, scope_metrics, threshold_metrics
 from kd.common.training.inference import NOT_INPUTS, Collate, over_dataset
 from kd.nlp.data.loading import TextData
-from kd.nlp.data.scope import choose_threshold, scope_metrics, threshold_metrics
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

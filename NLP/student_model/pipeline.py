@@ -17,8 +17,7 @@ from kd.common.training.inference import over_dataset
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
 from kd.common.utils.devices import process
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Collator, tokenize
+from kd.nlp.data.loading import Collator, TextData, tokenize
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.matching import Matching, hidden_states, width

@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from kd.common.data.hub import no_retries_when_unreachable
+from kd.common.data.sources import no_retries_when_unreachable
 from kd.common.utils.errors import UserError
 from kd.image_classification.teacher_model.backbones import TIMM
 from kd.image_classification.teacher_model.backbones.from_timm import known_weights
