@@ -13,7 +13,7 @@ from kd.common.metrics.classification import agreement, classification_metrics
 from kd.common.metrics.cost import cost
 from kd.common.metrics.regression import regression_metrics
 from kd.common.metrics.scope import choose_threshold, scope_metrics, threshold_metrics
-from kd.common.training.inference import NOT_INPUTS, Collate, over_dataset
+from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.nlp.data.loading import TextData
 
 
@@ -35,7 +35,7 @@ def predict(model: PreTrainedModel, texts: Dataset, collate: Collate) -> np.ndar
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
 
-    return torch.stack(over_dataset(model, logits, texts, collate, description="evaluating")["logits"]).numpy()
+    return torch.stack(run_inference(model, logits, texts, collate, description="evaluating")["logits"]).numpy()
 
 
 def evaluate(

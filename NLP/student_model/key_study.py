@@ -16,7 +16,7 @@ from kd.common.bottleneck.module import Decoder, DiscreteKeyValueBottleneck
 from kd.common.objective import Objective, soft_targets, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
@@ -175,7 +175,7 @@ class KeyStudy:
         args.num_train_epochs = 10 * max(1, len(codes) // len(rows) // 4) if optimizer != "sgd" else 10
         KDTrainer(
             model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=said,
-            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=as_it_is,
+            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=identity_collate,
         ).train()  # fmt: skip
 
     def labelled(self, per_class: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from kd.common.methods.logits import LOGIT_METHODS
 from kd.common.methods.relations import RELATION_METHODS
 from kd.common.objective import Terms
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
@@ -102,7 +102,7 @@ def teacher_features(
         return {"pooled": pool(hooks.take()["last"].float(), batch["attention_mask"], pooling)}
 
     try:
-        found = over_dataset(encoder, pooled, texts.train.select(rows.tolist()), texts.collate, precision)
+        found = run_inference(encoder, pooled, texts.train.select(rows.tolist()), texts.collate, precision)
     finally:
         hooks.remove()
     return torch.stack(found["pooled"]), labels[rows]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.features import FeatureHooks
 from kd.common.objective import Objective, labels_and_soft_targets, task_loss
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
 from kd.common.utils.devices import process
@@ -128,7 +128,7 @@ class Pipeline:
                 return states | ({"logits": found.logits.float()} if logits else {})
 
             try:
-                said = over_dataset(
+                said = run_inference(
                     teacher, outputs, texts.train, texts.collate, self.precision, description="teacher"
                 )
             finally:

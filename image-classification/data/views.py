@@ -16,7 +16,7 @@ from kd.image_classification.data.rows import Rows
 
 
 class ImageViews(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Images as a model sees them, yielded a whole batch at a time; collate with `as_it_is`."""
+    """Images as a model sees them, yielded a whole batch at a time; collate with `identity_collate`."""
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the view of each image, where it has several. Called by the trainer before each epoch."""

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from kd.common.methods import Method
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.image_classification.student_model.methods import Pair
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import frozen
 from kd_testing.tiny import arguments
 
 
@@ -32,7 +32,7 @@ def train(
         features=method.features,
         teacher_features=method.teacher_features,
         train_dataset=pair.data.views("train", torch.device("cpu"), augment=True),
-        data_collator=as_it_is,
+        data_collator=identity_collate,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

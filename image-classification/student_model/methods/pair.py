@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from kd.common.methods import Task, some_of_each_class
 from kd.common.objective import FeatureLoss, Term
 from kd.common.outputs import Outputs
-from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
@@ -72,7 +72,7 @@ class Pair:
             return {"pooled": self.teacher(**batch).features["pooled"].float()}
 
         images = Subset(self.data.views("train", best_device()), rows.tolist())
-        said = over_dataset(self.teacher, pooled, images, as_it_is, batch_size=250)
+        said = run_inference(self.teacher, pooled, images, identity_collate, batch_size=250)
         return torch.stack(said["pooled"]), labels[rows]
 
 
