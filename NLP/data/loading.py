@@ -1,4 +1,4 @@
-"""Loads text datasets - embedded, known by name, local, or on the Hub - with the same columns, and tokenizes them."""
+"""Loads text datasets - embedded, known by name, local, or on the Hub - with the same columns."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.labels import Kind, read_labels, renumber
@@ -140,30 +139,3 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
                 yield [split, column, splits[split][:][column]]
 
     return fingerprint_of_data(parts())
-
-
-# ---------------------------------------------------------------- tokens
-
-
-def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, datasets.Dataset]:
-    """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping).
-
-    Longer texts are cut to the tokenizer's `model_max_length`, which is saved with it.
-    """
-
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
-
-    return {
-        split: rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {split}")
-        for split, rows in data.splits.items()
-    }
-
-
-class Collator(DataCollatorWithPadding):
-    """Pads to the longest text of the batch; leaves out the length, which only served to group."""
-
-    def __call__(self, features: list[dict]) -> dict:
-        return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))
