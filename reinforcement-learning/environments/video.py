@@ -1,4 +1,4 @@
-"""An episode as a moving picture, in an mp4 or a gif."""
+"""An episode as a video, in an mp4 or a gif."""
 
 import logging
 import os

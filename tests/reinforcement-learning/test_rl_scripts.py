@@ -1,6 +1,7 @@
 """The scripts of reinforcement learning, run as a user runs them, on little."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -359,12 +360,21 @@ def test_pong_from_frames_to_small_students_of_one_teacher():
     short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--watch_episodes", 1]
     frames, written = np.zeros((1, 4, 84, 84), np.uint8), set()
     for size, words in ((25, []), (7, ["--no_control"]), (4, ["--no_control"])):
-        recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
-        run_script(f"{SCRIPTS}/distill_policy.py", recipe, "--teacher_steps", 1024, *short, *words)
+        command = ["bash", REPO / SCRIPTS / "distill_pong.sh", size, "--teacher_steps", 1024, *short, *words]
+        environment = os.environ | {"PYTHON": sys.executable}
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
         student = RUNS / f"pong_{size}_percent" / "student" / "student.zip"
         assert PPO.load(student, device="cpu").predict(frames)[0].shape == (1,)
         written |= {zipped.stat().st_mtime_ns for zipped in RUNS.glob("teacher_*/stages/teacher/*.zip")}
     assert len(written) == 1
+
+
+def test_the_size_of_a_pong_student_is_one_of_three():
+    command = ["bash", str(REPO / SCRIPTS / "distill_pong.sh"), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: give the size of the student first")
+    assert not RUNS.exists()
 
 
 @pytest.mark.slow
