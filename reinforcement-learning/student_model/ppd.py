@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal, kl_divergence
 
 from kd.common.outputs import Outputs
 from kd.reinforcement_learning.data.observations import predict, to_outputs
-from kd.reinforcement_learning.environments.vector import training_environments
 from kd.reinforcement_learning.student_model.student import StudentSpec
 from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 
 class TaughtSamples(NamedTuple):
@@ -115,25 +114,10 @@ def ppd_environments(spec: StudentSpec, seed: int) -> tuple[VecEnv, PolicyNetwor
     Observations are normalized by the teacher's statistics, if it has any and the student has no bottleneck; rewards
     as in the student's recipe.
     """
-    environments: VecEnv = training_environments(spec.teacher.environment, spec.recipe.environments, seed)
-    network = spec.teacher.network
-    statistics = None if spec.args.codebooks else spec.teacher.agent.statistics
-    if statistics is None and not spec.recipe.normalize:
-        return environments, network
-    gamma = spec.recipe.keywords.get("gamma", 0.99)
-    normalizer = VecNormalize(
-        environments, norm_obs=statistics is not None, norm_reward=spec.recipe.normalize, gamma=gamma
-    )
+    teacher, network = spec.teacher, spec.teacher.network
+    statistics = None if spec.args.codebooks else teacher.agent.statistics
+    environments = recipe_environments(teacher.environment, spec.recipe, seed, norm_obs=False, fixed=statistics)
     if statistics is not None:
-        moments = _Frozen(shape=statistics.mean.shape)
-        moments.mean, moments.var = statistics.mean, statistics.var
-        normalizer.obs_rms = moments  # type: ignore[assignment]
-        normalizer.epsilon, normalizer.clip_obs = statistics.epsilon, statistics.clip
-        network = PolicyNetwork(spec.teacher.agent.policy).to(network.device).eval()
-        network.temperature = spec.teacher.network.temperature
-    return normalizer, network
-
-
-class _Frozen(RunningMeanStd):
-    def update(self, arr: Any) -> None:
-        """Keeps the moments."""
+        network = PolicyNetwork(teacher.agent.policy).to(network.device).eval()
+        network.temperature = teacher.network.temperature
+    return environments, network

@@ -23,7 +23,7 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.environments.vector import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.teacher_model import frames
-from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent
+from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import ActorCritic
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
@@ -102,39 +102,27 @@ def new_student(
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
 
 
-class StudentNetwork(nn.Module):
-    """The student in distillation: input (observation - mean) / std, output value * value_std + value_mean.
+class StudentNetwork(PolicyNetwork):
+    """The student in distillation: its value is the output of the value network * value_std + value_mean.
 
-    Unlike VecNormalize it does not clip, because clipping cannot be folded into a layer.
+    Unlike VecNormalize it does not clip observations, because clipping cannot be folded into a layer.
     """
 
-    mean: Tensor
-    std: Tensor
     value_mean: Tensor
     value_std: Tensor
 
     def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
-        super().__init__()
-        self.network = ActorCritic(policy)
         if isinstance(policy.features_extractor, BottleneckFeatures):
             statistics = None  # it standardizes observations itself
-        shape = policy.observation_space.shape if statistics is not None else ()
-        self.register_buffer("mean", torch.zeros(shape or ()))
-        self.register_buffer("std", torch.ones(shape or ()))
+        super().__init__(policy, statistics)
+        self.clip = float("inf")
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_std", torch.ones(()))
-        self.standardizes = statistics is not None
-        if statistics is not None:
-            self.mean.copy_(torch.as_tensor(statistics.mean))
-            self.std.copy_(torch.as_tensor(statistics.std))
 
     @property
     def policy(self) -> ActorCriticPolicy:
+        assert isinstance(self.network, ActorCritic)
         return self.network.policy
-
-    @property
-    def device(self) -> torch.device:
-        return self.value_mean.device
 
     def prepare(self, observations: Tensor) -> None:
         """Fits the keys of a bottleneck to the first observations (rows, ...)."""
@@ -153,9 +141,7 @@ class StudentNetwork(nn.Module):
         self.value_std.copy_(std)
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
-        if self.standardizes:
-            observations = (observations - self.mean) / self.std
-        outputs: Outputs = self.network(observations, value=value)
+        outputs = super().forward(observations, value)
         if outputs.features and "value" in outputs.features:
             outputs.features["value"] = outputs.features["value"] * self.value_std + self.value_mean
         return outputs
@@ -163,7 +149,7 @@ class StudentNetwork(nn.Module):
     def folded_policy(self) -> ActorCriticPolicy:
         """A copy of the policy that gives the same outputs on raw observations."""
         policy = copy.deepcopy(self.policy)
-        if self.standardizes:
+        if self.mean is not None and self.std is not None:
             fold_input(policy, self.mean, self.std)
         fold_output(policy.value_net, self.value_mean, self.value_std)
         return policy

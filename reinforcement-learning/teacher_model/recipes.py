@@ -22,29 +22,15 @@ RESERVED |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
 MOST = 10**12  # steps or rows
 # The type of each number, and its least and greatest value.
 RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "steps": (int, 1, MOST),
     "environments": (int, 1, 4096),
-    "n_steps": (int, 1, MOST),
-    "n_epochs": (int, 1, MOST),
-    "batch_size": (int, 1, MOST),
-    "buffer_size": (int, 1, MOST),
     "learning_starts": (int, 0, MOST),
-    "target_update_interval": (int, 1, MOST),
-    "train_freq": (int, 1, MOST),
     "gradient_steps": (int, -1, MOST),
-    "learning_rate": (float, 0, math.inf),
-    "clip_range": (float, 0, math.inf),
-    "clip_range_vf": (float, 0, math.inf),
-    "max_grad_norm": (float, 0, math.inf),
-    "target_kl": (float, 0, math.inf),
-    "ent_coef": (float, 0, math.inf),
-    "vf_coef": (float, 0, math.inf),
-    "gamma": (float, 0, 1),
-    "gae_lambda": (float, 0, 1),
-    "tau": (float, 0, 1),
-    "exploration_fraction": (float, 0, 1),
-    "exploration_initial_eps": (float, 0, 1),
-    "exploration_final_eps": (float, 0, 1),
+    **dict.fromkeys(("steps", "n_steps", "n_epochs", "batch_size", "buffer_size"), (int, 1, MOST)),
+    **dict.fromkeys(("target_update_interval", "train_freq"), (int, 1, MOST)),
+    **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"), (float, 0, math.inf)),
+    **dict.fromkeys(("target_kl", "ent_coef", "vf_coef"), (float, 0, math.inf)),
+    **dict.fromkeys(("gamma", "gae_lambda", "tau"), (float, 0, 1)),
+    **{f"exploration_{part}": (float, 0, 1) for part in ("fraction", "initial_eps", "final_eps")},
 }
 NOT_ZERO = {"learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "gradient_steps", "tau"}
 OPTIONAL = {"clip_range_vf", "target_kl"}  # may be null

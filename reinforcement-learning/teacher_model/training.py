@@ -17,6 +17,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_setattr
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -36,6 +37,7 @@ from kd.reinforcement_learning.environments.vector import training_environments
 from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 SEGMENTS = 10
 KEPT_CHECKPOINTS = 2  # the newest, and the one before, in case the newest is damaged
@@ -50,12 +52,37 @@ Evaluate = Callable[[BaseAlgorithm], dict[str, float]]
 # ---- a training in a run ----
 
 
-def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int, norm_obs: bool = True) -> VecEnv:
-    """The environments of a recipe, in VecNormalize if it normalizes; without `norm_obs` of rewards only."""
+def recipe_environments(
+    environment: str,
+    recipe: TrainingRecipe,
+    seed: int,
+    norm_obs: bool = True,
+    fixed: ObservationStatistics | None = None,
+) -> VecEnv:
+    """The environments of a recipe, in VecNormalize if it normalizes; without `norm_obs` of rewards only.
+
+    With `fixed` observations are normalized by these statistics, whatever the recipe.
+    """
     environments: VecEnv = training_environments(environment, recipe.environments, seed)
-    if recipe.normalize:
-        return VecNormalize(environments, norm_obs=norm_obs, gamma=recipe.keywords.get("gamma", 0.99))
-    return environments
+    if not recipe.normalize and fixed is None:
+        return environments
+    gamma = recipe.keywords.get("gamma", 0.99)
+    normalizer = VecNormalize(
+        environments, norm_obs=norm_obs or fixed is not None, norm_reward=recipe.normalize, gamma=gamma
+    )
+    if fixed is not None:
+        normalizer.obs_rms = _FixedMoments(fixed)  # type: ignore[assignment]
+        normalizer.epsilon, normalizer.clip_obs = fixed.epsilon, fixed.clip
+    return normalizer
+
+
+class _FixedMoments(RunningMeanStd):
+    def __init__(self, statistics: ObservationStatistics) -> None:
+        super().__init__(shape=statistics.mean.shape)
+        self.mean, self.var = statistics.mean, statistics.var
+
+    def update(self, arr: Any) -> None:
+        """Keeps the moments."""
 
 
 def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgorithm:
