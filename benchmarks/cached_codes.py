@@ -16,13 +16,13 @@ from kd.common.bottleneck.codes import CodeDataset, set_keys
 from kd.common.cli import run
 from kd.common.objective import Objective, task_loss
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.precision import resolve_precision
 from kd.nlp.data.loading import load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.fill import code_dataset, embed_texts, encode_texts
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import load_classifier
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     pass_seconds = time.perf_counter() - fitted
 
     online = train(model, texts.train, texts.collate, 30, args.batch_size, args.precision)
-    cached = train(model, codes, as_it_is, 1200, args.batch_size, args.precision)
+    cached = train(model, codes, identity_collate, 1200, args.batch_size, args.precision)
     print(f"{data.name}, {len(codes)} texts, {args.decoder} decoder, batch {args.batch_size}")
     print(f"keys fitted in {fitted - started:.1f} s, codes cached in one pass of {pass_seconds:.1f} s")
     print("| values trained on | samples per second |\n|---|---|")

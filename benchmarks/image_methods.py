@@ -17,14 +17,13 @@ from transformers.utils import logging
 
 from kd.common.cli import run
 from kd.common.methods import Method, chosen
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.trainer import KDTrainer
 from kd.image_classification.data.loading import SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.methods import METHODS, Pair
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 PLAIN = "kd"
 
@@ -54,7 +53,7 @@ def seconds_per_step(
             train_dataset=data.views(
                 "train", torch.device("cuda" if torch.cuda.is_available() else "cpu"), augment=True
             ),
-            data_collator=as_it_is,
+            data_collator=identity_collate,
             callbacks=[clock],
         )
         trainer.pop_callback(PrinterCallback)
@@ -87,7 +86,7 @@ def main() -> None:
     for name in alone[0]:
         ratio = statistics.median(block[name] / block[PLAIN] for block in alone)
         method = chosen(name, METHODS, batch=args.batch_size)
-        beside = method(Pair(new_classifier(args.student, data.config), teacher, data)).parameters_beside
+        beside = method(Pair(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
         print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {beside:15,}")
     pairs = [(sum(measure([name]) for name in args.together), measure(args.together)) for _ in range(args.blocks)]
     saved = statistics.median(1 - together / apart for apart, together in pairs)

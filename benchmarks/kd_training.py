@@ -37,7 +37,7 @@ from transformers import (
 
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.cli import run
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.common.objective import labels_and_soft_targets
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
@@ -45,7 +45,8 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.precision import resolve_precision
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.student_model.pipeline import Texts, switch_off_dropout
+from kd.nlp.data.tokenized import Texts
+from kd.nlp.student_model.pipeline import switch_off_dropout
 from kd.nlp.teacher_model.teacher import Pretrained, label_config, load_classifier, tiny_bert
 
 ALPHA, TEMPERATURE = 0.5, 2.0
@@ -135,7 +136,7 @@ class Case:
             return {"logits": self.teacher(**batch).logits.float()}
 
         wall, processor = time.perf_counter(), time.process_time()
-        said = over_dataset(self.teacher, logits, self.texts.train, self.texts.collate, precision)
+        said = run_inference(self.teacher, logits, self.texts.train, self.texts.collate, precision)
         ids = torch.tensor(self.texts.train["sample_id"])
         self.teacher_outputs = TeacherOutputs(ids, torch.stack(said["logits"]))
         return time.perf_counter() - wall, time.process_time() - processor

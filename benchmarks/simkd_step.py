@@ -22,15 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from kd.common.cli import run
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.precision import resolve_precision
 from kd.image_classification.data.loading import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 CLASSES, SIZE, PADDING = 100, 32, 4
 
@@ -121,7 +120,7 @@ def our_seconds(
             objective=method.objective,
             teacher=frozen(teacher, args.precision),
             train_dataset=data.views("train", device, augment=True),
-            data_collator=as_it_is,
+            data_collator=identity_collate,
             callbacks=[clock],
         ).train()
     return clock.seconds_per_step

@@ -1,7 +1,10 @@
 """Texts as token ids, ready for the trainer."""
 
+import inspect
+from dataclasses import dataclass
+
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.nlp.data.loading import TextData
 
@@ -9,17 +12,13 @@ from kd.nlp.data.loading import TextData
 def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping).
 
-    Longer texts are cut to the tokenizer's own `model_max_length`, which is saved with it.
+    Longer texts are cut to the tokenizer's `model_max_length`, which is saved with it.
     """
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
-        return {
-            **encoded,
-            "labels": rows["label"],
-            "sample_id": rows["sample_id"],
-            "length": [len(ids) for ids in encoded["input_ids"]],
-        }
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
 
     return {
         split: rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {split}")
@@ -32,3 +31,30 @@ class Collator(DataCollatorWithPadding):
 
     def __call__(self, features: list[dict]) -> dict:
         return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))
+
+
+@dataclass
+class Texts:
+    """A dataset tokenized with one tokenizer."""
+
+    data: TextData
+    splits: dict[str, Dataset]
+    collate: Collator
+
+    @classmethod
+    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
+        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
+
+    @property
+    def train(self) -> Dataset:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Dataset:
+        """The first validation split."""
+        return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
+
+    def unused_by(self, model: PreTrainedModel) -> list[str]:
+        """Inputs of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
+        accepted = inspect.signature(model.forward).parameters
+        return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]

@@ -12,9 +12,10 @@ from kd.common.metrics.chance import classifier_warning, regressor_warning
 from kd.common.metrics.classification import agreement, classification_metrics
 from kd.common.metrics.cost import cost
 from kd.common.metrics.regression import regression_metrics
-from kd.common.training.inference import NOT_INPUTS, Collate, over_dataset
+from kd.common.metrics.scope import choose_threshold, scope_metrics, threshold_metrics
+from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.nlp.data.loading import TextData
-from kd.nlp.data.scope import choose_threshold, scope_metrics, threshold_metrics
+from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -35,7 +36,7 @@ def predict(model: PreTrainedModel, texts: Dataset, collate: Collate) -> np.ndar
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
 
-    return torch.stack(over_dataset(model, logits, texts, collate, description="evaluating")["logits"]).numpy()
+    return torch.stack(run_inference(model, logits, texts, collate, description="evaluating")["logits"]).numpy()
 
 
 def evaluate(

@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kd.common.bottleneck.codes import CodeDataset, Keys, set_keys
-from kd.common.training.inference import Collate, as_it_is, over_dataset
+from kd.common.training.inference import Collate, identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.student_model.pipeline import Pipeline
 
 FIT_TEXTS = 20_000  # keys are fitted on the embeddings of at most so many texts
 
@@ -29,7 +30,7 @@ def embed_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, p
     def embed(**batch: Tensor) -> dict[str, Tensor]:
         return {"embedding": model.embed(**batch)}
 
-    return over_dataset(model, embed, texts, collate, precision, description="embedding")["embedding"]
+    return run_inference(model, embed, texts, collate, precision, description="embedding")["embedding"]
 
 
 def encode_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, precision: str) -> list[Tensor]:
@@ -38,7 +39,7 @@ def encode_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, 
     def encode(**batch: Tensor) -> dict[str, Tensor]:
         return {"codes": model.bottleneck.encode(model.embed(**batch)).to(torch.uint16)}
 
-    return over_dataset(model, encode, texts, collate, precision, description="encoding")["codes"]
+    return run_inference(model, encode, texts, collate, precision, description="encoding")["codes"]
 
 
 @dataclass
@@ -94,6 +95,6 @@ class Filling:
             teacher_outputs=logits,
             train_dataset=code_dataset(codes, texts.train),
             eval_dataset=code_dataset(validation_codes, texts.validation),
-            data_collator=as_it_is,
+            data_collator=identity_collate,
             compute_metrics=trainer_metrics(texts.data),
         )

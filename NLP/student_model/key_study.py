@@ -16,16 +16,16 @@ from kd.common.bottleneck.module import Decoder, DiscreteKeyValueBottleneck
 from kd.common.objective import Objective, soft_targets, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.precision import resolve_precision
 from kd.nlp.data.loading import load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.fill import code_dataset, embed_texts
 from kd.nlp.student_model.layers import cut_layers, load_encoder
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import load_classifier
 
 KEYS = get_args(Keys)
@@ -175,7 +175,7 @@ class KeyStudy:
         args.num_train_epochs = 10 * max(1, len(codes) // len(rows) // 4) if optimizer != "sgd" else 10
         KDTrainer(
             model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=said,
-            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=as_it_is,
+            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=identity_collate,
         ).train()  # fmt: skip
 
     def labelled(self, per_class: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.metrics.cost import cost
 from kd.common.metrics.language import language_metrics, token_agreement, token_counts
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.nlp.data.corpora import Corpus, stack
 
 PROMPT, CONTINUATION = 12, 30  # tokens of the sample in the report
@@ -47,7 +47,7 @@ def predict(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[n
         return {"counts": token_counts(logits, targets), "choices": logits.argmax(-1)}
 
     targets = blocks.rename_column("labels", "targets")  # labels themselves are kept from models
-    said = over_dataset(model, call, targets, stack, batch_size=batch_size, description="evaluating")
+    said = run_inference(model, call, targets, stack, batch_size=batch_size, description="evaluating")
     return torch.stack(said["counts"]).numpy(), torch.stack(said["choices"]).numpy()
 
 

@@ -1,55 +1,28 @@
 """The steps that every text distillation is made of: fine-tune, listen to the teacher, align."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kd.common.features import FeatureHooks
+from kd.common.methods import Method
 from kd.common.objective import Objective, labels_and_soft_targets, task_loss
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
 from kd.common.utils.devices import process
 from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Collator, tokenize
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.matching import Matching, hidden_states, width
+from kd.nlp.student_model.matching import hidden_states, width
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
-
-
-@dataclass
-class Texts:
-    """A dataset in the tokens of one tokenizer."""
-
-    data: TextData
-    splits: dict[str, Dataset]
-    collate: Collator
-
-    @classmethod
-    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
-        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
-
-    def not_for(self, model: PreTrainedModel) -> list[str]:
-        """What the tokenizer gives and a model does not take: DistilBERT knows no token types, its teacher does."""
-        accepted = inspect.signature(model.forward).parameters
-        return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]
-
-    @property
-    def train(self) -> Dataset:
-        return self.splits["train"]
-
-    @property
-    def validation(self) -> Dataset:
-        return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
 
 
 @dataclass
@@ -64,7 +37,7 @@ class Pipeline:
     def precision(self) -> str:
         return self.run.args.precision
 
-    def objective(self, data: TextData, with_teacher: bool, matching: Matching | None = None) -> Objective:
+    def objective(self, data: TextData, with_teacher: bool, matching: Method | None = None) -> Objective:
         """alpha * labels + (1 - alpha) * soft targets, unless `matching` has a method's own terms for these, and what
         is to match inside; or the labels alone.
         """
@@ -84,7 +57,7 @@ class Pipeline:
         epochs: float,
         rate: float,
         teacher: dict[str, Any] | None = None,
-        matching: Matching | None = None,
+        matching: Method | None = None,
         freeze_embeddings: bool = True,
     ) -> PreTrainedModel:
         """Trains a classifier end to end, on labels alone or with a teacher (what `listen` or `hear` gave), then
@@ -103,7 +76,7 @@ class Pipeline:
             train_dataset=texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
-            not_for_student=texts.not_for(model),
+            not_for_student=texts.unused_by(model),
             compute_metrics=trainer_metrics(texts.data),
             **(teacher or {}),
         )
@@ -129,7 +102,7 @@ class Pipeline:
                 return states | ({"logits": found.logits.float()} if logits else {})
 
             try:
-                said = over_dataset(
+                said = run_inference(
                     teacher, outputs, texts.train, texts.collate, self.precision, description="teacher"
                 )
             finally:
@@ -148,16 +121,15 @@ class Pipeline:
         self,
         teacher: PreTrainedModel,
         texts: Texts,
-        matching: Matching,
+        matching: Method,
         logits: Callable[[], TeacherOutputs] | None = None,
     ) -> dict[str, Any]:
-        """A teacher as the trainer takes it: cached where the terms of `matching` allow and its hidden states are not
-        too many, else live. `logits` gives those to learn from where they are cached; None: none are wanted.
+        """A teacher as the trainer takes it: cached where the hidden states that `matching` needs are not too many,
+        else live. `logits` gives those to learn from where they are cached; None: none are wanted.
         """
-        layers = matching.layers
-        if layers is not None and sum(texts.train["length"]) * len(layers) * width(teacher) * 2 <= FEATURE_BYTES:
-            if not layers:
-                return {"teacher_outputs": logits and logits()}
+        if not matching.teacher_features:
+            return {"teacher_outputs": logits and logits()}
+        if sum(texts.train["length"]) * len(matching.teacher_features) * width(teacher) * 2 <= FEATURE_BYTES:
             said = self.listen(teacher, texts, matching.teacher_features, logits=False)
             soft = None if logits is None else logits().batch(said.sample_ids).logits
             return {"teacher_outputs": TeacherOutputs(said.sample_ids, soft, said.features, said.lengths)}
@@ -182,7 +154,7 @@ class Pipeline:
             features=matching.features,
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
-            not_for_student=texts.not_for(encoder),
+            not_for_student=texts.unused_by(encoder),
             **self.hear(teacher, texts, matching),
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kd.common.metrics.cost import cost
 from kd.common.metrics.generation import translation_metrics
 from kd.common.metrics.language import token_counts, token_metrics
-from kd.common.training.inference import NOT_INPUTS, over_dataset
+from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.nlp.data.translation import PairCollator, TranslationData
 from kd.nlp.teacher_model.seq2seq import Translator, translate
 
@@ -51,7 +51,7 @@ def teacher_forced_metrics(translator: Translator, rows: Dataset) -> dict[str, f
     def call(targets: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         return {"counts": token_counts(model(**batch).logits, targets)}
 
-    counts = over_dataset(model, call, rows, with_targets, description="evaluating")["counts"]
+    counts = run_inference(model, call, rows, with_targets, description="evaluating")["counts"]
     return token_metrics(torch.stack(counts).numpy())
 
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from kd.common.pretrained import load_model, load_tokenizer, reading
-from kd.common.training.inference import over_dataset
+from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.tokenized import Collator
 
@@ -184,6 +184,6 @@ def translate(
         return {"ids": model.generate(**batch, num_beams=beams)}  # type: ignore[operator]
 
     sources = rows.select_columns(["input_ids", "attention_mask", "length"])
-    said = over_dataset(model, call, sources, Collator(tokenizer), precision, batch_size, description)
+    said = run_inference(model, call, sources, Collator(tokenizer), precision, batch_size, description)
     pad = model.config.pad_token_id
     return [[token for token in ids[1:].tolist() if token != pad] for ids in said["ids"]]

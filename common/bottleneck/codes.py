@@ -19,7 +19,7 @@ Keys = Literal["carried", "new", "random", "reused"]
 
 class CodeDataset(torch.utils.data.Dataset):
     """Codes (codebooks,) or (positions, codebooks) of each sample, labels and sample ids (samples,), fetched a batch
-    at a time; collate with `as_it_is`.
+    at a time; collate with `identity_collate`.
     """
 
     def __init__(self, codes: Sequence[Tensor], labels: Tensor, sample_ids: Tensor) -> None:

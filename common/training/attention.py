@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from kd.common.training.batching import column_array
+
 LONGEST = 128  # tokens; torch's fused kernel is ahead from about 256 on
 
 
@@ -18,7 +20,7 @@ def quick_attention(model: nn.Module, dataset: Any, precision: str, device: str)
     Short is what the column `length` of `dataset` (in tokens) says.
     """
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    short = "length" in getattr(dataset, "column_names", ()) and max(dataset["length"]) <= LONGEST
+    short = "length" in getattr(dataset, "column_names", ()) and column_array(dataset, "length").max() <= LONGEST
     if not (short and before == "sdpa" and precision == "bf16" and device == "cpu"):
         yield
         return

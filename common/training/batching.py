@@ -1,9 +1,24 @@
 """Batches of similar length, in an order that depends on seed and epoch alone."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
+
+
+def column_array(dataset: Any, name: str) -> np.ndarray:
+    """A column of numbers of a `datasets.Dataset`, without Python objects for its values."""
+    return np.asarray(dataset.select_columns([name]).with_format("numpy")[:][name])
+
+
+def similar_length_order(dataset: Any) -> Tensor:
+    """Row numbers by increasing `length`, or in order for a dataset without that column."""
+    if "length" not in getattr(dataset, "column_names", ()):
+        return torch.arange(len(dataset))
+    return torch.from_numpy(column_array(dataset, "length")).argsort(stable=True)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -13,7 +28,7 @@ class LengthGroupedSampler(Sampler[int]):
     not of the global generator: a run that is resumed in mid-epoch sees the batches it would have seen.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
         self.lengths = torch.as_tensor(lengths)
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 

@@ -32,7 +32,7 @@ from kd.common.training.batch_norm import (
     release_batch_norms,
     synchronize_batch_norms,
 )
-from kd.common.training.batching import LengthGroupedSampler
+from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
 from kd.common.training.finite import NonFiniteLoss
 from kd.common.training.interrupts import deferred_interrupts, raise_if
@@ -310,7 +310,7 @@ class KDTrainer(CheckpointTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = dataset[self.args.length_column_name]  # type: ignore[index]
+        lengths = column_array(dataset, self.args.length_column_name)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(lengths, step, self.args.seed)
 

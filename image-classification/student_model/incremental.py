@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
-from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Positive, Range, Seed
@@ -101,7 +101,7 @@ def embed_images(model: BottleneckProbe, data: ImageData) -> dict[str, Tensor]:
     embeddings = {}
     for split in data.splits:
         views = data.views(split, best_device())
-        said = over_dataset(model, embed, views, as_it_is, batch_size=250, description=f"embedding {split}")
+        said = run_inference(model, embed, views, identity_collate, batch_size=250, description=f"embedding {split}")
         embeddings[split] = torch.stack(said["embedding"])
     return embeddings
 

@@ -10,15 +10,14 @@ rollouts. For several environments one body is distilled with a head for each; e
 ordinary student.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kd.common.cli import parse, run
-from kd.common.reporting.report import compare
-from kd.common.training.run_folder import RunFolder, check_is_run_or_empty
+from kd.common.training.run import Run
+from kd.common.training.run_folder import check_is_run_or_empty
 from kd.reinforcement_learning.environments.registry import (
     fingerprint,
     require_module_on_command_line,
@@ -27,7 +26,7 @@ from kd.reinforcement_learning.environments.registry import (
 )
 from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
-from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
+from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments
 from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
 from kd.reinforcement_learning.student_model.matching import Loss, check_loss
@@ -58,53 +57,26 @@ def main() -> None:
         check_loss(loss, teacher.agent.policy.action_space, teacher.deterministic)
     specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
 
-    folders = []
-    random: dict[str, dict[str, Any]] = {}
-    teacher_entries: dict[str, dict[str, Any]] = {}
-    for seed_run in each_seed(args, student_args, distill_args, training):
-        seed_run.check_inputs(
-            ", ".join(fingerprint(teacher.environment) for teacher in teachers),
-            **{f"teacher of {teacher.environment}": teacher.network for teacher in teachers},
-        )
-        for teacher in teachers:
-            environment, agent = teacher.environment, teacher.agent
-            if environment not in teacher_entries:
-                random[environment] = random_metrics(environment, agent.policy.action_space, args.episodes)
-                teacher_entries[environment] = evaluate(agent, environment, args.episodes)
-            seed_run.warn(time_limit_warning(environment))
-            for warning in agent.warnings:
-                seed_run.warn(warning)
-            teacher_metrics = teacher_entries[environment]["metrics"]["test"]
-            seed_run.warn(random_warning(agent.name, teacher_metrics, random[environment]))
+    run = PolicyRun(args.environment, args, student_args, distill_args, training)
+    run.check_inputs(
+        ", ".join(map(fingerprint, args.environment)),
+        **{f"teacher of {teacher.environment}": teacher.network for teacher in teachers},
+    )
+    measured = [evaluate_teacher(run, teacher, args.episodes) for teacher in teachers]  # (entry, random return)
 
+    for seed_run in run.each_seed():
         train = Distillation(seed_run, specs, distill_args, args.watch_episodes)
-        agents: dict[str, Agents] = {}
-        if not args.no_control:
-            agents["control"] = train.control()
-        agents["student"] = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
-        if not args.no_control:
-            agents["behaviour_cloning"] = train.behaviour_cloning()
+        control = None if args.no_control else train.control()
+        student = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
+        cloned = None if args.no_control else train.behaviour_cloning()
 
-        for teacher, name in zip(teachers, seed_run.reports, strict=True):
-            environment = teacher.environment
-            models = {"teacher": teacher_entries[environment]}
-            for role, of in agents.items():
-                models[role] = evaluate(of[environment], environment, args.episodes, teacher.network)
-            chance = random[environment]["return_mean"]
-            report(seed_run, args.method, environment, models, chance, "student", seed_run.folder / name)
-            folders.append(seed_run.folder / name)
-    if len(folders) > 1:
-        compare(folders)
-
-
-def each_seed(args: PolicyArguments, *instances: Any) -> Iterator[PolicyRun]:
-    if not args.seeds:
-        yield PolicyRun(args.environment, args, *instances)
-        return
-    held = RunFolder(Path(str(args.output_dir)))  # no other process works in the folder of the seeds
-    for seed in args.seeds:
-        folder = held.path / f"seed{seed}"
-        yield PolicyRun(args.environment, replace(args, seed=seed, seeds=None, output_dir=str(folder)), *instances)
+        for teacher, (entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
+            environment, models = teacher.environment, {"teacher": entry}
+            for role, agents in {"control": control, "student": student, "behaviour_cloning": cloned}.items():
+                if agents is not None:
+                    models[role] = evaluate(agents[environment], environment, args.episodes, teacher.network)
+            report(seed_run, args.method, environment, models, random, "student", seed_run.folder / folder)
+    run.summarize()
 
 
 def check_environment(environment: str, student: StudentArguments, loss: Loss) -> None:
@@ -125,6 +97,17 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments) -> list[Tea
         network = soft_network(agent, environment, args.teacher_temperature, args.teacher_entropy)
         teachers.append(Teacher(environment, agent, network))
     return teachers
+
+
+def evaluate_teacher(run: Run, teacher: Teacher, episodes: int) -> tuple[dict[str, Any], float]:
+    """The teacher's entry in results.json and the mean return of random actions; warns of a bad teacher."""
+    environment, agent = teacher.environment, teacher.agent
+    entry = evaluate(agent, environment, episodes)
+    random = random_metrics(environment, agent.policy.action_space, episodes)
+    doubts = [time_limit_warning(environment), *agent.warnings]
+    for warning in [*doubts, random_warning(agent.name, entry["metrics"]["test"], random)]:
+        run.warn(warning)
+    return entry, random["return_mean"]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The run's folder is what `--teacher` of distill_policy.py takes; that script als
 from kd.common.cli import parse, run
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
+from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.environments.registry import (
     require_module_on_command_line,
     require_single_process,
@@ -23,6 +24,8 @@ from kd.reinforcement_learning.teacher_model.training import new_teacher
 def main() -> None:
     require_single_process()
     task, training, args = parse(TeacherTask, TeacherArguments, RunArguments)
+    if args.seeds:
+        raise UserError("train_teacher.py trains one teacher: pass --seed instead of --seeds")
     environment = task.environment
     require_module_on_command_line(environment, "the recipe")
     args.output_dir = args.output_dir or str(training.folder(environment))

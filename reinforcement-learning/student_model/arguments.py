@@ -1,14 +1,13 @@
 """Arguments of the student and of a distillation run."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import RunArguments, check_seeds
+from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import (
     Count,
@@ -17,10 +16,8 @@ from kd.common.utils.ranges import (
     Positive,
     ProperShare,
     Range,
-    Seed,
     check_declared,
 )
-from kd.reinforcement_learning.environments.registry import folder_name
 
 
 @dataclass
@@ -93,7 +90,6 @@ class PolicyArguments(RunArguments):
             "file that is named like the teacher)."
         },
     )
-    seeds: list[Seed] | None = field(default=None, metadata={"help": "Seeds of several runs, instead of --seed."})
     teacher_temperature: Positive | None = field(
         default=None,
         metadata={"help": "Temperature of the teacher's logits; below 1 sharpens (default: 1, for a DQN by entropy)."},
@@ -123,7 +119,6 @@ class PolicyArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seeds("--seeds", *(self.seeds or []))
         if len(self.teacher) == 1:
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
@@ -151,8 +146,4 @@ class PolicyArguments(RunArguments):
                 reject_unused(reason, self, "learning_rate", "updates", "batch_size", "buffer_size")
         else:
             reject_unused("--method is not ppd", self, "teacher_weight")
-        if self.seeds:
-            reject_unused("--seeds is given", self, "seed")
-
-    def default_folder(self) -> Path:
-        return Path("runs/reinforcement-learning", f"{self.method}_{'+'.join(map(folder_name, self.environment))}")
+        super().check_unused_flags()

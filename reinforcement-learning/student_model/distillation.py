@@ -39,8 +39,6 @@ class Agents(dict[str, Agent]):
 class PolicyRun(Run):
     """A run with a report on each of its environments; for several, each in a folder of the run's."""
 
-    reports: tuple[str, ...] = (".",)
-
     def __init__(self, environments: list[str], args: RunArguments, *instances: Any) -> None:
         if len(environments) > 1:
             self.reports = tuple(map(folder_name, environments))

@@ -14,7 +14,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from kd.common.data.hub import no_retries_when_unreachable
+from kd.common.data.sources import no_retries_when_unreachable
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.statistics import read_statistics
 

@@ -36,18 +36,19 @@ from transformers import (
 from kd.common.cli import parse
 from kd.common.features import FeatureHooks
 from kd.common.losses import attention_kl, feature_cosine, feature_l2
+from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.evaluation import predict, text_metrics
-from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
-from kd.nlp.student_model.pipeline import Texts
+from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -117,7 +118,7 @@ IDS = torch.randint(5, 50, (3, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
 
 
-def parts(matching: Matching, student, teacher) -> dict[str, float]:
+def parts(matching: Method, student, teacher) -> dict[str, float]:
     """The terms' values for one batch, with the features that the hooks of a trainer would record."""
     recorders = [FeatureHooks(student, matching.features), FeatureHooks(teacher, matching.teacher_features)]
     outputs = []
@@ -167,7 +168,6 @@ def test_a_distilbert_is_matched_as_a_bert_is():
     student = DistilBertForSequenceClassification(config).eval()
     matching = hidden_states(student, teacher, 1.0) + embeddings(student, teacher, 1.0, "cosine")
     matching += attentions(student, teacher, 1.0, "skip")
-    assert matching.layers is None
     found = parts(matching, student, teacher)
     assert found.keys() == {"hidden_0", "hidden_1", "embeddings", "attention_0"}
     assert all(value > 0 for value in found.values())
@@ -215,7 +215,7 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     student = DistilBertForSequenceClassification(
         DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
     )
-    assert texts.not_for(student) == ["token_type_ids"] and texts.not_for(made.model) == []
+    assert texts.unused_by(student) == ["token_type_ids"] and texts.unused_by(made.model) == []
     for name, model in (("bert", made.model), ("distil", student)):
         model.save_pretrained(tmp_path / name)
         made.tokenizer.save_pretrained(tmp_path / name)

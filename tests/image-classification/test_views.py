@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kd.common.training.inference import as_it_is, over_dataset
+from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.image_classification.data import rows
-from kd.image_classification.data.dataset import ImageViews
-from kd.image_classification.data.large import MEAN, STD, LargeViews
-from kd.image_classification.data.sources import read_splits
-from kd.image_classification.data.views import Views
+from kd.image_classification.data import sources
+from kd.image_classification.data.loading import IMAGENET_MEAN as MEAN
+from kd.image_classification.data.loading import IMAGENET_STD as STD
+from kd.image_classification.data.views import ImageViews, LargeViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.distillation import open_run, train_on_labels
+from kd.image_classification.student_model.evaluation import report
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.pictures import in_colour, large, photos_in, pixels, sizes, small
 
@@ -103,8 +103,8 @@ def test_views_depend_on_seed_and_epoch_alone(colour: str) -> None:
 
 def test_small_views_are_the_same_in_worker_processes(colour: str) -> None:
     views = small(colour).views("train", CPU, augment=True)
-    here = DataLoader(views, 20, collate_fn=as_it_is)
-    there = DataLoader(views, 20, collate_fn=as_it_is, num_workers=1, persistent_workers=True)
+    here = DataLoader(views, 20, collate_fn=identity_collate)
+    there = DataLoader(views, 20, collate_fn=identity_collate, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
         expected = epoch_of(here, views, epoch)
         assert torch.equal(epoch_of(there, views, epoch)["pixel_values"], expected["pixel_values"])
@@ -141,8 +141,8 @@ def test_large_and_small_images_are_split_alike(photos: str) -> None:
 
 
 def test_imagenet_is_large(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_splits(photos)
-    monkeypatch.setattr(rows, "read_splits", lambda *_: found)
+    found = sources.read_image_splits(photos)
+    monkeypatch.setattr(sources, "read_image_splits", lambda *_: found)
     data = large("imagenet", image_size=None)
     assert data.size == 224 and data.name == "imagenet"
     assert large("imagenet", image_size=32).size == 32
@@ -162,7 +162,7 @@ def test_evaluation_sees_the_centre_of_a_large_image(photos: str) -> None:
 def test_views_of_large_images_are_the_same_in_worker_processes(photos: str) -> None:
     def loader(views: ImageViews, workers: int) -> DataLoader:
         return DataLoader(
-            views, 5, collate_fn=as_it_is, num_workers=workers, persistent_workers=workers > 0, shuffle=False
+            views, 5, collate_fn=identity_collate, num_workers=workers, persistent_workers=workers > 0, shuffle=False
         )
 
     data = large(photos)
@@ -189,7 +189,7 @@ def test_a_damaged_picture_is_one_line_also_from_a_worker_process(tmp_path: Path
     views = large(photos_in(tmp_path)).views("train", CPU)
     (tmp_path / "train" / "a" / "04.png").write_bytes(b"garbage")
     with pytest.raises(UserError) as caught:
-        list(DataLoader(views, 5, collate_fn=as_it_is, num_workers=workers))
+        list(DataLoader(views, 5, collate_fn=identity_collate, num_workers=workers))
     assert str(caught.value) == f"{tmp_path}/train/a/04.png cannot be read (it is no picture): replace or remove it"
 
 
@@ -215,15 +215,19 @@ def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_pa
         disable_tqdm=True,
         save_strategy="no",
     )
-    experiment = Experiment("teacher", training, data)
-    model = experiment.labels_only("teacher", lambda: new_classifier("resnet8", data.config))
-    history = experiment.run.history["teacher"]
+    run = open_run("teacher", training, data)
+    model = train_on_labels(run, data, "teacher", new_classifier("resnet8", data.config))
+    history = run.history["teacher"]
     assert history[-1]["step"] == 2 and np.isfinite(history[-1]["train_loss"])
     assert isinstance(model, ImageClassifier) and model.config.image_size == 72
-    said = over_dataset(
-        model, lambda **batch: {"logits": model(**batch).logits}, data.views("test", CPU), as_it_is, batch_size=3
+    said = run_inference(
+        model,
+        lambda **batch: {"logits": model(**batch).logits},
+        data.views("test", CPU),
+        identity_collate,
+        batch_size=3,
     )
     assert torch.stack(said["logits"]).shape == (4, 2)
-    experiment.report(teacher=("resnet8", model))
+    report(run, "teacher", data, {"teacher": ("resnet8", model)})
     results = read_json(tmp_path / "run" / "results.json")
     assert results["data"] == {"train": 16, "validation": 4, "test": 4, "fingerprint": data.fingerprint}

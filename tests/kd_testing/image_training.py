@@ -1,23 +1,24 @@
 """KDTrainer on the images of a pair, as the scripts run it, for a few steps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from kd.common.methods import Method
-from kd.common.training.inference import as_it_is
+from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.image_classification.student_model.methods import Pair
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import frozen
 from kd_testing.tiny import arguments
 
 
 def train(
     folder: Path,
     pair: Pair,
-    method: Method,
+    method: Method | SimpleNamespace,
     student: nn.Module | None = None,
     resume: str | None = None,
     **settings: Any,
@@ -32,7 +33,7 @@ def train(
         features=method.features,
         teacher_features=method.teacher_features,
         train_dataset=pair.data.views("train", torch.device("cpu"), augment=True),
-        data_collator=as_it_is,
+        data_collator=identity_collate,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -95,13 +95,21 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
     assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
 
 
-def test_several_seeds_in_one_command_and_the_same_seed_again(cart_pole, capsys):
-    words = ["--teacher", cart_pole, "--no_control", "--output_dir", "runs"]
-    distill(*words, "--seeds", 0)
-    distill(*words, "--seeds", 0, 1, "--resume_from_checkpoint")
-    assert "mean ± standard deviation" in capsys.readouterr().out
-    distill("--teacher", cart_pole, "--no_control", "--seed", 1, "--output_dir", "alone")
+def test_several_seeds_in_one_command_are_ordinary_runs_that_share_a_teacher(cart_pole, capsys):
+    words = ["--teacher", cart_pole, "--no_control"]
+    distill(*words, "--seeds", "0,1", "--output_dir", "runs")
+    assert capsys.readouterr().out.count("statistics of observations: none") == 1, "the teacher is loaded once"
+    distill(*words, "--seed", 1, "--output_dir", "alone")
+    both, alone = read_json("runs/results.json"), read_json("alone/results.json")
+    assert both["seeds"] == [0, 1] and read_json("runs/seed1/results.json")["seed"] == 1
+    assert (
+        read_json("runs/seed1/results.json")["models"]["student"]["metrics"] == alone["models"]["student"]["metrics"]
+    )
+    returns = [read_json(f"runs/seed{seed}/results.json")["models"]["student"]["metrics"]["test"] for seed in (0, 1)]
+    mean = np.mean([test["return_mean"] for test in returns])
+    assert both["models"]["student"]["metrics"]["test"]["return_mean"] == pytest.approx(mean)
     assert same_policy(Path("runs/seed1/student/student.zip"), Path("alone/student/student.zip"))
+    assert same_policy(Path("runs/seed0/student/student.zip"), Path("runs/student/student.zip"))
     assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
 
 

@@ -9,7 +9,7 @@ from transformers import EvalPrediction, default_data_collator
 
 from kd.common.metrics.classification import agreement, classification_metrics
 from kd.common.metrics.cost import cost
-from kd.common.training.inference import NOT_INPUTS, over_dataset
+from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.example_domain.data.loading import LabelledData
 from kd.example_domain.teacher_model.classifier import Classifier
 
@@ -25,7 +25,7 @@ def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits}
 
-    return torch.stack(over_dataset(model, logits, rows, default_data_collator, batch_size=256)["logits"]).numpy()
+    return torch.stack(run_inference(model, logits, rows, default_data_collator, batch_size=256)["logits"]).numpy()
 
 
 def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> dict[str, Any]:
