@@ -147,3 +147,6 @@ class PolicyArguments(RunArguments):
         else:
             reject_unused("--method is not ppd", self, "teacher_weight")
         super().check_unused_flags()
+
+    def default_folder(self) -> Path:
+        return Path("runs/reinforcement-learning", f"{self.method}_{'+'.join(map(folder_name, self.environment))}")
