@@ -1,6 +1,7 @@
 """Arguments of the student and of a distillation run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from gymnasium import spaces
@@ -18,6 +19,7 @@ from kd.common.utils.ranges import (
     Range,
     check_declared,
 )
+from kd.reinforcement_learning.environments.registry import folder_name
 
 
 @dataclass
