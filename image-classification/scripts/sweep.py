@@ -18,6 +18,7 @@ def main() -> None:
     axes, pair, weights, data, training = parse(
         SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
+    pair.apply_pair(data, training)
     reject_unused("--learning_rates and --seeds are those of a sweep", training, "learning_rate", "seed")
     sweep(axes, pair, weights, data, training)
 
