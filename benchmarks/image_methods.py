@@ -23,8 +23,7 @@ from kd.common.training.trainer import KDTrainer
 from kd.image_classification.data.loading import SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.methods import METHODS, Pair
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 PLAIN = "kd"
 

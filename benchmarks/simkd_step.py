@@ -29,8 +29,7 @@ from kd.common.utils.precision import resolve_precision
 from kd.image_classification.data.loading import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 CLASSES, SIZE, PADDING = 100, 32, 4
 

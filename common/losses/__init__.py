@@ -1,20 +1,19 @@
-"""Distillation losses: pure functions, tensors in, scalar out, computed in fp32. Teacher tensors are never trained."""
+"""Distillation losses: pure functions, tensors in, scalar out, computed in fp32. Gradients reach the student alone."""
 
-from kd.common.losses.contrastive import noise_contrastive
 from kd.common.losses.features import (
+    attended_mean,
     attention_kl,
     attention_transfer,
     channel_kl,
     feature_cosine,
     feature_l2,
-    spatial_kl,
-)
-from kd.common.losses.hierarchical import (
-    attended_mean,
     hierarchical_l2,
     mean_below_zero,
+    nst,
     partial_l2,
+    spatial_kl,
     stage_attention,
+    variational,
 )
 from kd.common.losses.logits import (
     class_relations,
@@ -26,19 +25,17 @@ from kd.common.losses.logits import (
     standardized,
     transport,
 )
-from kd.common.losses.maps import nst, variational
-from kd.common.losses.policies import gaussian_kl
 from kd.common.losses.predictions import (
-    cross_entropy_mix,
+    gaussian_kl,
     hard_targets,
     jensen_shannon,
     regression_huber,
-    regression_mix,
     regression_mse,
     soft_target_kl,
 )
 from kd.common.losses.relations import (
     correlation_congruence,
+    noise_contrastive,
     pkt,
     rkd_angle,
     rkd_distance,
@@ -54,7 +51,6 @@ __all__ = [
     "class_similarity",
     "correlation_congruence",
     "correlation_loss",
-    "cross_entropy_mix",
     "decoupled_kd",
     "feature_cosine",
     "feature_l2",
@@ -69,7 +65,6 @@ __all__ = [
     "partial_l2",
     "pkt",
     "regression_huber",
-    "regression_mix",
     "regression_mse",
     "rkd_angle",
     "rkd_distance",

@@ -1,19 +1,30 @@
-"""Losses between features of one shape: hidden states, attention distributions, maps."""
+"""Losses between features: hidden states, attention distributions, and maps (batch, channels, height, width).
+
+Most take a `mask` of the leading dimensions of the features, such as (batch,) or (batch, positions): the mean is then
+over the samples or positions that it keeps, and zero if it keeps none.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
-from kd.common.losses.shared import kl, same_shape, weighted_mean
+from kd.common.losses.shared import einsum, kl, same_shape, unit, weighted_mean
+
+LEAST_DEVIATION = 1e-30
+COARSE_SIZES = (4, 2, 1)
+
+
+# ---- hidden states and attention ----
 
 
 def feature_l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference over all elements of features of one shape (FitNets, arXiv:1412.6550).
 
-    `mask` has the leading dimensions of the features, such as (batch, positions) for (batch, positions, channels), and
-    restricts the mean to the places that it keeps; zero where it keeps none. Raises ValueError for shapes that differ.
+    For hidden states (batch, positions, channels), `mask` is (batch, positions). Raises ValueError for shapes that
+    differ.
     """
     same_shape(student, teacher)
     return weighted_mean((student.float() - teacher.detach().float()).square(), mask)
@@ -22,8 +33,8 @@ def feature_l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
 def feature_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     """Mean of 1 - cosine similarity along `dim` of features of one shape (DistilBERT, arXiv:1910.01108).
 
-    `mask` has leading dimensions of what is left without `dim` and restricts the mean as in feature_l2. A vector of
-    zeros is at distance 1 from everything. Raises ValueError for shapes that differ.
+    `mask` has leading dimensions of the shape without `dim`. A zero vector has distance 1 from every vector. Raises
+    ValueError for shapes that differ.
     """
     same_shape(student, teacher)
     return weighted_mean(1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=dim), mask)
@@ -39,64 +50,173 @@ def attention_kl(
 ) -> Tensor:
     """KL(teacher || student) of self-attention distributions, from queries and keys (MiniLM, arXiv:2002.10957).
 
-    Queries and keys are (batch, positions, width), of any two widths: `heads` equal parts of either are its heads
-    (MiniLMv2, arXiv:2012.15828). Averaged over batch, heads and positions; what `mask` (batch, positions) does not
-    keep neither asks nor is looked at. Raises ValueError for a width that `heads` does not divide, and for other
-    shapes.
+    Queries and keys are (batch, positions, width); student and teacher may differ in width, and both are split into
+    `heads` equal heads (MiniLMv2, arXiv:2012.15828). Averaged over batch, heads and positions; positions that `mask`
+    (batch, positions) excludes count neither as queries nor as keys. Raises ValueError if `heads` does not divide a
+    width, and for shapes that do not match.
     """
-    own = _attention(student_query, student_key, heads, mask)  # (batch, heads, positions, positions)
-    target = _attention(teacher_query.detach(), teacher_key.detach(), heads, mask)
-    same_shape(own, target)
-    return weighted_mean(kl(target, own, dim=-1).transpose(1, 2), mask)  # of (batch, positions, heads)
+    student = _attention(student_query, student_key, heads, mask)
+    teacher = _attention(teacher_query.detach(), teacher_key.detach(), heads, mask)
+    same_shape(student, teacher)
+    divergence = kl(teacher, student, dim=-1)
+    return weighted_mean(rearrange(divergence, "batch head position -> batch position head"), mask)
+
+
+def _attention(query: Tensor, key: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Log-probabilities (batch, heads, positions, positions): for each query position, over key positions."""
+    same_shape(query, key)
+    if query.shape[-1] % heads:
+        raise ValueError(f"a width of {query.shape[-1]} does not split into {heads} heads")
+    query, key = (
+        rearrange(x.float(), "batch position (head width) -> batch head position width", head=heads)
+        for x in (query, key)
+    )
+    scores = einsum(query, key, "batch head q width, batch head k width -> batch head q k")
+    scores = scores / math.sqrt(query.shape[-1])
+    if mask is not None:
+        excluded = rearrange(mask == 0, "batch position -> batch 1 1 position")
+        scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
+    return F.log_softmax(scores, dim=-1)
+
+
+# ---- maps ----
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of spatial attention: the mean square over channels, L2-normalized over positions.
+
+    Maps are (batch, channels, height, width), of one size but any number of channels; `mask` is (batch,). Zagoruyko
+    and Komodakis, arXiv:1612.03928, with p = 2. Raises ValueError for maps of different size.
+    """
+    student, teacher = (
+        F.normalize(reduce(x.float().square(), "batch channel h w -> batch (h w)", "mean"), dim=1)
+        for x in (student, teacher.detach())
+    )
+    same_shape(student, teacher)
+    return weighted_mean((student - teacher).square(), mask)
 
 
 def channel_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the softmax being over the channels of each place.
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), with the softmax over the channels at each position.
 
-    Maps are (batch, channels, height, width); summed over channels, averaged over batch and places. `mask` (batch,)
-    restricts the mean to the samples that it keeps. Never negative, which KL on raw features can be. Raises ValueError
-    for a temperature that is not positive and for shapes that differ.
+    Maps are (batch, channels, height, width), `mask` is (batch,); summed over channels, averaged over batch and
+    positions. Never negative, unlike KL on raw features. Raises ValueError for a temperature that is not positive and
+    for shapes that differ.
     """
     same_shape(student, teacher)
     return weighted_mean(_softmax_kl(student, teacher, temperature, dim=1), mask)
 
 
 def spatial_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """As channel_kl, but the softmax is over the places of each channel (channel-wise distillation, arXiv:2011.13256).
-
-    Summed over height and width, averaged over batch and channels.
+    """As channel_kl, with the softmax over the positions of each channel (channel-wise distillation,
+    arXiv:2011.13256); summed over positions, averaged over batch and channels.
     """
     same_shape(student, teacher)
-    return weighted_mean(_softmax_kl(student.flatten(2), teacher.flatten(2), temperature, dim=-1), mask)
-
-
-def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of attention maps: the channels' mean square per place, as a unit vector over places.
-
-    Maps are (batch, channels, height, width), of one size but any number of channels; `mask` (batch,) restricts the
-    mean to the samples that it keeps. Zagoruyko and Komodakis, arXiv:1612.03928, with p = 2. Raises ValueError for
-    maps of different size.
-    """
-    own, target = (F.normalize(x.float().square().mean(1).flatten(1), dim=1) for x in (student, teacher.detach()))
-    same_shape(own, target)
-    return weighted_mean((own - target).square(), mask)
-
-
-def _attention(query: Tensor, key: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """Log-probabilities (batch, heads, positions, positions) of what each position looks at."""
-    same_shape(query, key)
-    if query.shape[-1] % heads:
-        raise ValueError(f"a width of {query.shape[-1]} does not split into {heads} heads")
-    query, key = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(mask[:, None, None] == 0, torch.finfo(scores.dtype).min)
-    return F.log_softmax(scores, dim=-1)
+    student, teacher = (rearrange(x, "batch channel h w -> batch channel (h w)") for x in (student, teacher))
+    return weighted_mean(_softmax_kl(student, teacher, temperature, dim=-1), mask)
 
 
 def _softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"the temperature must be positive, got {temperature}")
-    own = F.log_softmax(student.float() / temperature, dim=dim)
-    target = F.log_softmax(teacher.detach().float() / temperature, dim=dim)
-    return temperature**2 * kl(target, own, dim)
+    log_student = F.log_softmax(student.float() / temperature, dim=dim)
+    log_teacher = F.log_softmax(teacher.detach().float() / temperature, dim=dim)
+    return temperature**2 * kl(log_teacher, log_student, dim)
+
+
+def nst(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared maximum mean discrepancy between the channels of two maps (NST, arXiv:1707.01219).
+
+    mean k(t, t') + mean k(s, s') - 2 mean k(s, t) over all pairs of channels, k(a, b) = (a^T b)^2; a channel is the
+    L2-normalized vector of its values at all positions. Maps are (batch, channels, height, width), of one size but any
+    number of channels; averaged over the batch, with `mask` (batch,). Raises ValueError for maps of different size.
+    """
+    student, teacher = (
+        unit(rearrange(x.float(), "batch channel h w -> batch channel (h w)")) for x in (student, teacher.detach())
+    )
+    same_shape(student[:, 0], teacher[:, 0])
+    discrepancy = _mean_kernel(teacher, teacher) + _mean_kernel(student, student) - 2 * _mean_kernel(student, teacher)
+    return weighted_mean(discrepancy, mask)
+
+
+def _mean_kernel(first: Tensor, second: Tensor) -> Tensor:
+    """Mean (batch,) of the squared products of all pairs of channels."""
+    products = einsum(first, second, "batch i position, batch j position -> batch i j")
+    return reduce(products.square(), "batch i j -> batch", "mean")
+
+
+def variational(student: Tensor, teacher: Tensor, variance: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over all elements of 0.5 * [(student - teacher)^2 / variance + log variance] (VID, arXiv:1904.05835).
+
+    The negative log-likelihood, up to a constant, of the teacher's map under a Gaussian around the student's
+    prediction, with one variance per channel (channels,): a lower bound on their mutual information, with the sign
+    turned. It can be negative, and is smallest where the variance is the mean squared difference. Maps are (batch,
+    channels, height, width), `mask` is (batch,). Raises ValueError for shapes that differ.
+    """
+    same_shape(student, teacher)
+    variance = rearrange(variance.float(), "channel -> channel 1 1")
+    squares = (student.float() - teacher.detach().float()).square()
+    return weighted_mean((squares / variance + variance.log()) / 2, mask)
+
+
+def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared differences to max(teacher, margin), summed over channels and positions, averaged over the batch.
+
+    Maps are (batch, channels, height, width), of one shape, before a ReLU; `margin` (channels,) is negative, `mask` is
+    (batch,). Where the ReLU zeroes both, student <= max(teacher, margin) <= 0, nothing counts. Overhaul of feature
+    distillation (arXiv:1904.01866, section 3.2); the sum grows with the map, so its weight is small. Raises ValueError
+    for shapes that differ.
+    """
+    same_shape(student, teacher)
+    student = student.float()
+    teacher = torch.maximum(teacher.detach().float(), rearrange(margin.float(), "channel -> channel 1 1"))
+    counts = (student > teacher) | (teacher > 0)
+    return weighted_mean(reduce((student - teacher).square() * counts, "batch ... -> batch", "sum"), mask)
+
+
+def mean_below_zero(mean: Tensor, deviation: Tensor) -> Tensor:
+    """E[x | x < 0] of Gaussians, of any shape: mean - deviation * pdf(z) / cdf(-z), z = mean / deviation.
+
+    Computed through erfcx in double precision, which is accurate for any probability of x < 0: as it vanishes, the
+    result approaches -deviation^2 / mean. (The published code of arXiv:1904.01866 takes -3 * deviation below a
+    probability of 0.001.) The sign of `deviation` does not matter.
+    """
+    mean, deviation = mean.double(), deviation.double().abs().clamp(min=LEAST_DEVIATION)
+    hazard = math.sqrt(2 / math.pi) / torch.special.erfcx(mean / deviation / math.sqrt(2))
+    return (mean - deviation * hazard).clamp(max=0).float()
+
+
+def hierarchical_l2(student: Tensor, teacher: Tensor) -> Tensor:
+    """Weighted mean of the mean squared differences at full size and after average pooling to 4x4, 2x2 and 1x1.
+
+    Maps are (batch, channels, height, width), of one shape. Sizes that are not below the height are skipped; of the
+    rest, from full size down, each weighs half as much as the one before. The hierarchical context loss of knowledge
+    review (arXiv:2104.09044). Raises ValueError for shapes that differ.
+    """
+    same_shape(student, teacher)
+    student, teacher = student.float(), teacher.detach().float()
+    sizes = [size for size in COARSE_SIZES if size < student.shape[2]]
+    loss, total = feature_l2(student, teacher), 1.0
+    for level, size in enumerate(sizes, start=1):
+        pooled = (F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+        loss = loss + 0.5**level * feature_l2(*pooled)
+        total += 0.5**level
+    return loss / total
+
+
+def stage_attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention of each student stage over the teacher's stages: softmax(queries @ keys^T) (SemCKD, arXiv:2012.03236).
+
+    Queries are (batch, student stages, width), keys (batch, teacher stages, width); each row of the result (batch,
+    student stages, teacher stages) sums to 1.
+    """
+    scores = einsum(queries, keys, "batch student width, batch teacher width -> batch student teacher")
+    return F.softmax(scores, dim=-1)
+
+
+def attended_mean(distances: Tensor, attention: Tensor) -> Tensor:
+    """Distances (batch, student stages, teacher stages), weighted by `attention` of the same shape and summed over the
+    teacher's stages, averaged over batch and student stages. SemCKD (arXiv:2012.03236).
+    """
+    same_shape(distances, attention)
+    return (distances.float() * attention.float()).sum(-1).mean()

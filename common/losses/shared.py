@@ -1,37 +1,44 @@
-"""What losses have in common."""
+"""Building blocks of the losses."""
 
+import einops
 import torch
 from torch import Tensor
 
 
 def kl(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
-    """KL(p || q) along `dim`; rounding below zero is clamped."""
+    """KL(p || q) along `dim`, of log-probabilities; negative rounding errors are clamped to zero."""
     return (log_p.exp() * (log_p - log_q)).sum(dim).clamp(min=0)
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean, weighted if there are weights (a mask is weights of 0 and 1); zero, with its graph, if all are zero.
+    """Mean of `values`, weighted by `weights` (or a 0/1 mask) of the leading dimensions of the values.
 
-    Weights have the leading dimensions of the values.
+    Zero, still connected to the graph, if all weights are zero.
     """
     if weights is None:
         return values.mean()
     if values.dim() > weights.dim():
-        values = values.flatten(weights.dim()).mean(-1)
+        values = values.mean(tuple(range(weights.dim(), values.dim())))
     same_shape(values, weights)
     weights = weights.float()
-    # The weights are normalized first: dividing the loss by a sum near zero would make its gradient infinite.
+    # Normalizing the weights, not the loss: dividing the loss by a sum near zero would make its gradient infinite.
     return (values * (weights / weights.sum().clamp(min=torch.finfo(torch.float32).tiny))).sum()
 
 
+def einsum(first: Tensor, second: Tensor, pattern: str) -> Tensor:
+    """`einops.einsum` of two tensors in fp32, also under autocast, which would compute it in lower precision."""
+    with torch.autocast(first.device.type, enabled=False):
+        return einops.einsum(first.float(), second.float(), pattern)
+
+
 def product(first: Tensor, second: Tensor) -> Tensor:
-    """first @ second in fp32, also under autocast, which would have it in less."""
+    """first @ second in fp32, also under autocast, which would compute it in lower precision."""
     with torch.autocast(first.device.type, enabled=False):
         return first.float() @ second.float()
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors (..., width) over their lengths; those of length zero stay zero, without a gradient."""
+    """Vectors (..., width) divided by their length; vectors of length zero stay zero, without a gradient."""
     lengths = vectors.norm(dim=-1, keepdim=True)
     return torch.where(lengths > 0, vectors / lengths.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
 

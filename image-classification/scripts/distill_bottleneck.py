@@ -12,15 +12,17 @@ is the same network trained on the labels alone, with a bottleneck of its own.
 
 from dataclasses import dataclass, field
 
+from transformers import set_seed
+
 from kd.common.bottleneck.codes import Keys
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill
-from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.distillation import distill, open_run, train_on_labels
+from kd.image_classification.student_model.evaluation import evaluate_teacher, report
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from kd.image_classification.teacher_model.classifier import ImageClassifier
-from kd.image_classification.teacher_model.teacher import teacher_sketch
+from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 @dataclass
@@ -42,42 +44,40 @@ def main() -> None:
     )
     if args.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
-    data, factor = data_args.load(), matching.projector_factor
-    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    simkd(simkd_student(pair.student, sketch, seen, factor), sketch, seen, matching, training.temperature)
-    if sketch.config.bottleneck:
+    data, factor, seed = data_args.load(), matching.projector_factor, training.seed
+    encoder, data, pretrained = load_teacher(pair.teacher, data, seed)
+    student = simkd_student(pair.student, encoder, data, factor)  # raises where the networks do not fit
+    simkd(student, encoder, data, matching, training.temperature)
+    if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} has a bottleneck already: name one with a linear head")
-    shape.check(sketch.head.in_features)
-    experiment = Experiment(f"keys_{args.keys}", training, data, args, shape, values, pair, matching, data_args)
-    encoder = experiment.teacher(pair.teacher, pair.teacher_epochs, stage="teacher_encoder")
-    experiment.measure(pair.teacher, encoder)
-    data = experiment.data
+    shape.check(encoder.head.in_features)
 
-    def filled(
-        name: str, behind: ImageClassifier, keys: Keys, teacher: ImageClassifier | None = None
-    ) -> ImageClassifier:
-        return experiment.stage(name, lambda: fill(experiment, name, behind, shape, values, keys, teacher))
+    name, instances = f"keys_{args.keys}", (args, shape, values, pair, matching, data_args)
+    run = open_run(name, training, data, *instances, teacher=encoder if pretrained else None)
+    if not pretrained:
+        encoder = train_on_labels(run, data, "teacher_encoder", encoder, pair.teacher_epochs)
+    evaluate_teacher(run, pair.teacher, encoder, data)
+    teacher = fill(run, data, "teacher", encoder, shape, values, "new")
+    teacher_results = evaluate_teacher(run, f"{pair.teacher} + bottleneck", teacher, data)
 
-    teacher = filled("teacher", encoder, "new")
-    experiment.measure(f"{pair.teacher} + bottleneck", teacher)
     control = None
     if not training.no_control:
-        own = experiment.labels_only(
-            "control_encoder", lambda: simkd_student(pair.student, encoder, data, factor, False)
-        )
-        control = filled("control", own, "new")
-    aligned = experiment.distill(
-        encoder,
-        lambda: simkd_student(pair.student, encoder, data, factor),
-        lambda student: simkd(student, encoder, data, matching, training.temperature),
-        stage="student_encoder",
-    )
-    student = filled("student", aligned, args.keys, teacher)
-    experiment.report(
-        teacher=(f"{pair.teacher} + bottleneck", teacher),
-        control=None if control is None else (f"{pair.student} + projector + bottleneck, labels only", control),
-        student=(f"{pair.student} + projector + bottleneck, keys {args.keys}", student),
-    )
+        set_seed(seed)
+        control = simkd_student(pair.student, encoder, data, factor, reuse_head=False)
+        control = train_on_labels(run, data, "control_encoder", control)
+        control = fill(run, data, "control", control, shape, values, "new")
+
+    set_seed(seed)
+    student = simkd_student(pair.student, encoder, data, factor)
+    method = simkd(student, encoder, data, matching, training.temperature)
+    student = distill(run, data, "student_encoder", student, method, encoder)
+    student = fill(run, data, "student", student, shape, values, args.keys, teacher)
+
+    models = {
+        "control": (f"{pair.student} + projector + bottleneck, labels only", control),
+        "student": (f"{pair.student} + projector + bottleneck, keys {args.keys}", student),
+    }
+    report(run, name, data, models, teacher_results)
 
 
 if __name__ == "__main__":

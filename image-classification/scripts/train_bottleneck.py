@@ -23,7 +23,7 @@ from kd.common.utils.folders import writing_folder
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe, load_encoder
-from kd.image_classification.student_model.experiment import image_processor
+from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.student_model.forgetting import incremental_results, plot_forgetting
 from kd.image_classification.student_model.incremental import (
     HeadTraining,

@@ -8,11 +8,14 @@
 The control is the same network, projector included, trained on the labels alone.
 """
 
+from transformers import set_seed
+
 from kd.common.cli import parse, reject_unused, run
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.distillation import distill, open_run, train_on_labels
+from kd.image_classification.student_model.evaluation import evaluate_teacher, report
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from kd.image_classification.teacher_model.teacher import teacher_sketch
+from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
@@ -21,28 +24,32 @@ def main() -> None:
     if not args.kl_weight:
         reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
-    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    student = simkd_student(pair.student, sketch, seen, args.projector_factor)
-    how = simkd(student, sketch, seen, args, training.temperature)
-    experiment = Experiment(f"simkd_{args.projector}", training, data, pair, args, data_args)
-    teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
-    experiment.measure(pair.teacher, teacher)
-    data, factor = experiment.data, args.projector_factor
+    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises where the networks do not fit
+    simkd(student, teacher, data, args, training.temperature)
+
+    name = f"simkd_{args.projector}"
+    run = open_run(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
+    if not pretrained:
+        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+    teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
 
     control = None
     if not training.no_control:
-        control = experiment.labels_only("control", lambda: simkd_student(pair.student, teacher, data, factor, False))
-    student = experiment.distill(
-        teacher,
-        lambda: simkd_student(pair.student, teacher, data, factor),
-        lambda student: simkd(student, teacher, data, args, training.temperature),
-    )
-    experiment.report(
-        parameters_beside=how.parameters_beside,
-        teacher=(pair.teacher, teacher),
-        control=None if control is None else (f"{pair.student} + projector, labels only", control),
-        student=(f"{pair.student} + projector + teacher's head", student),
-    )
+        set_seed(run.args.seed)
+        control = simkd_student(pair.student, teacher, data, args.projector_factor, reuse_head=False)
+        control = train_on_labels(run, data, "control", control)
+
+    set_seed(run.args.seed)
+    student = simkd_student(pair.student, teacher, data, args.projector_factor)
+    method = simkd(student, teacher, data, args, training.temperature)
+    student = distill(run, data, "student", student, method, teacher)
+
+    models = {
+        "control": (f"{pair.student} + projector, labels only", control),
+        "student": (f"{pair.student} + projector + teacher's head", student),
+    }
+    report(run, name, data, models, teacher_results, method.parameters_beside)
 
 
 if __name__ == "__main__":

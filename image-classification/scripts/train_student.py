@@ -12,17 +12,27 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
+from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
-from kd.image_classification.student_model.experiment import Experiment, check_teacher_views
+from kd.image_classification.student_model.distillation import (
+    distill,
+    open_run,
+    train_on_labels,
+    validate_teacher_views,
+)
+from kd.image_classification.student_model.evaluation import evaluate_teacher, report
 from kd.image_classification.student_model.methods import METHODS, Pair
 from kd.image_classification.student_model.simkd import SimKDWeights
-from kd.image_classification.student_model.sweep import for_pair, method_of, refuse_unheard_flags, sweep
+from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd.image_classification.teacher_model.teacher import teacher_sketch
+from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 @dataclass
@@ -36,7 +46,6 @@ class Arguments:
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
     )
-    seeds: list[str] = field(default_factory=list, metadata={"help": "of several --methods (default: 0)"})
     teacher_views: Path | None = field(
         default=None,
         metadata={
@@ -46,24 +55,25 @@ class Arguments:
     )
 
     def axes(self, training: ImageTrainingArguments) -> SweepArguments:
-        """Of the sweep that several methods are. Raises UserError for seeds that are no numbers."""
+        """Of the sweep that several methods are."""
         methods = ",".join(self.methods).split(",")
         wanted = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
         controls = [] if training.no_control else [name for name in wanted if name not in methods]
         try:
-            seeds = [int(seed) for seed in ",".join(self.seeds or ["0"]).split(",")]
-            return SweepArguments(
-                [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate], seeds=seeds
+            axes = SweepArguments(
+                [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate]
             )
         except ValueError as error:
-            raise UserError(f"--methods and --seeds: {error}") from error
+            raise UserError(f"--methods: {error}") from error
+        axes.seeds, training.seeds = training.seeds or [training.seed], None
+        return axes
 
 
 def main() -> None:
     args, pair, weights, data_args, training = parse(
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    if args.seeds and not args.methods:
+    if training.seeds and not args.methods:
         raise UserError("--seeds are those of several --methods: pass --seed for one --method")
     if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):
         raise UserError(
@@ -72,47 +82,65 @@ def main() -> None:
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is given", training, "seed", "method")
+        reject_unused("--methods is given", training, "method")
         sweep(args.axes(training), pair, weights, data_args, training, args.teacher_views)
-        return
+    else:
+        train_student(args, pair, data_args, training)
+
+
+def train_student(
+    args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+) -> None:
+    """One student by one method."""
     if args.method == SIMKD:
         raise UserError("simkd alone is train_simkd.py; here it is one of several --methods")
     args.method = for_pair(args.method, pair)
-    refuse_unheard_flags([args.method], training)
+    check_kd_flags([args.method], training)
     data = data_args.load()
     if args.teacher_views:
-        check_teacher_views(args.teacher_views, data, training)
+        validate_teacher_views(args.teacher_views, data, training)
     if args.method == PLAIN:
         reject_unused(f"--method {PLAIN} has no teacher", training, "teacher", "teacher_epochs", "no_control")
-        new_classifier(pair.student, data.config)  # an unknown one is refused before anything is written
-        experiment = Experiment(args.method, training, data, args, pair, data_args)
-        student = experiment.labels_only("student", lambda: new_classifier(pair.student, data.config))
-        experiment.report(student=(f"{pair.student}, labels only", student), labels_only=True)
+        train_plain_student(pair, data, training, args, pair, data_args)
         return
-    method = method_of(args.method, training)
-    sketch, seen = teacher_sketch(pair.teacher, data)  # refuses now what would fail after hours of training
-    how = method(Pair(new_classifier(pair.student, seen.config), sketch, seen, training.views))
-    if args.teacher_views is not None and not how.logits_only:
+    method_for = method_of(args.method, training)
+    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    student = new_classifier(pair.student, data.config)
+    method = method_for(Pair(student, teacher, data, training.views))  # raises where the networks do not fit
+    if args.teacher_views is not None and not method.logits_only:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
-    experiment = Experiment(args.method, training, data, args, pair, data_args)
-    teacher = experiment.teacher(pair.teacher, pair.teacher_epochs)
-    experiment.measure(pair.teacher, teacher)
-    data = experiment.data
+
+    run = open_run(args.method, training, data, args, pair, data_args, teacher=teacher if pretrained else None)
+    if not pretrained:
+        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+    teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+
     control = None
     if not training.no_control:
-        control = experiment.labels_only("control", lambda: new_classifier(pair.student, data.config))
-    student = experiment.distill(
-        teacher,
-        lambda: new_classifier(pair.student, data.config),
-        lambda student: method(Pair(student, teacher, data, training.views)),
-        args.teacher_views,
-    )
-    experiment.report(
-        parameters_beside=how.parameters_beside,
-        teacher=(pair.teacher, teacher),
-        control=None if control is None else (f"{pair.student}, labels only", control),
-        student=(f"{pair.student}, {args.method}", student),
-    )
+        set_seed(run.args.seed)
+        control = train_on_labels(run, data, "control", new_classifier(pair.student, data.config))
+
+    set_seed(run.args.seed)
+    student = new_classifier(pair.student, data.config)
+    method = method_for(Pair(student, teacher, data, training.views))
+    student = distill(run, data, "student", student, method, teacher, args.teacher_views)
+
+    models = {
+        "control": (f"{pair.student}, labels only", control),
+        "student": (f"{pair.student}, {args.method}", student),
+    }
+    report(run, args.method, data, models, teacher_results, method.parameters_beside)
+
+
+def train_plain_student(
+    pair: PairArguments, data: ImageData, training: ImageTrainingArguments, *instances: Any
+) -> None:
+    """A student trained on the labels alone, which other methods have as their control."""
+    set_seed(training.seed)
+    student = new_classifier(pair.student, data.config)  # raises for an unknown one before anything is written
+    run = open_run(PLAIN, training, data, *instances)
+    student = train_on_labels(run, data, "student", student)
+    report(run, PLAIN, data, {"student": (f"{pair.student}, labels only", student)}, labels_only=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ The run's folder is what `--teacher` of the other scripts takes.
 
 from dataclasses import dataclass, field
 
+from transformers import set_seed
+
 from kd.common.cli import parse, reject_unused, run
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
-from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.distillation import open_run, train_on_labels
+from kd.image_classification.student_model.evaluation import report
 from kd.image_classification.teacher_model.classifier import new_classifier
 
 
@@ -28,11 +31,12 @@ def main() -> None:
         "a teacher learns from labels", training, "alpha", "temperature", "no_control", "value_learning_rate"
     )
     data = data_args.load()
-    new_classifier(args.architecture, data.config)  # an unknown one is refused before anything is written
-    experiment = Experiment("teacher", training, data, args, data_args)
+    set_seed(training.seed)
+    teacher = new_classifier(args.architecture, data.config)  # raises for an unknown one before anything is written
 
-    teacher = experiment.labels_only("teacher", lambda: new_classifier(args.architecture, data.config))
-    experiment.report(teacher=(args.architecture, teacher))
+    run = open_run("teacher", training, data, args, data_args)
+    teacher = train_on_labels(run, data, "teacher", teacher)
+    report(run, "teacher", data, {"teacher": (args.architecture, teacher)})
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Positive, Range
-from kd.image_classification.student_model.evaluation import trainer_metrics
-from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.distillation import ImageRun, read_stage
+from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
 
 
@@ -83,7 +84,8 @@ def with_bottleneck(encoder: ImageClassifier, shape: BottleneckShape) -> ImageCl
 
 
 def fill(
-    experiment: Experiment,
+    run: ImageRun,
+    data: ImageData,
     name: str,
     encoder: ImageClassifier,
     shape: BottleneckShape,
@@ -91,12 +93,31 @@ def fill(
     keys: Keys,
     teacher: ImageClassifier | None = None,
 ) -> ImageClassifier:
-    """A bottleneck behind a frozen encoder: keys without labels, then (but for `reused`) values on labels, and on the
-    soft targets of a teacher, whose bottleneck may give the keys.
+    """A stage: the bottleneck after a frozen encoder, trained, or loaded where the stage is finished.
+
+    Keys are fitted without labels, then (unless they are `reused`) values on labels, and on the soft targets of a
+    teacher, whose bottleneck may give the keys.
     """
-    data, args = experiment.data, experiment.args
+
+    def train() -> ImageClassifier:
+        return _train_bottleneck(run, data, name, encoder, shape, values, keys, teacher)
+
+    return run.stage(name, train, read_stage, image_processor(data))
+
+
+def _train_bottleneck(
+    run: ImageRun,
+    data: ImageData,
+    name: str,
+    encoder: ImageClassifier,
+    shape: BottleneckShape,
+    values: ValueArguments,
+    keys: Keys,
+    teacher: ImageClassifier | None,
+) -> ImageClassifier:
+    args = run.args
     model = with_bottleneck(encoder, shape).to(best_device())  # type: ignore[arg-type]
-    embeddings = {split: embed(model, experiment, split) for split in ("train", "validation") if split in data.splits}
+    embeddings = {s: embed(model, data, s, args.precision) for s in ("train", "validation") if s in data.splits}
     head = model.head
     assert isinstance(head, DiscreteKeyValueBottleneck)
     before = teacher.head if teacher is not None else None
@@ -111,12 +132,12 @@ def fill(
     objective = Objective(task=(1.0, task_loss()))
     if teacher is not None:
         objective = labels_and_soft_targets(args.alpha, args.temperature)
-    return experiment.run.train(
+    return run.train(
         name,
         model,
         values.settings(args.value_learning_rate or VALUE_LEARNING_RATE),
         objective=objective,
-        teacher_outputs=None if teacher is None else listen(teacher, experiment),
+        teacher_outputs=None if teacher is None else listen(teacher, run, data),
         train_dataset=codes["train"],
         eval_dataset=codes.get("validation"),
         data_collator=identity_collate,
@@ -124,27 +145,27 @@ def fill(
     )
 
 
-def embed(model: ImageClassifier, experiment: Experiment, split: str) -> Tensor:
+def embed(model: ImageClassifier, data: ImageData, split: str, precision: str) -> Tensor:
     """What the head sees of each image of a split (images, width), on the device."""
 
     def pooled(**batch: Tensor) -> dict[str, Tensor]:
         return {"pooled": model.last_map(**batch).mean((2, 3)).float()}
 
-    views, precision = experiment.data.views(split, best_device()), experiment.args.precision
+    views = data.views(split, best_device())
     said = run_inference(
         model, pooled, views, identity_collate, precision, batch_size=250, description=f"embedding {split}"
     )
     return torch.stack(said["pooled"]).to(best_device())
 
 
-def listen(teacher: ImageClassifier, experiment: Experiment) -> TeacherOutputs:
+def listen(teacher: ImageClassifier, run: ImageRun, data: ImageData) -> TeacherOutputs:
     """The teacher's logits of the training images as they are."""
 
     def logits(**batch: Tensor) -> dict[str, Tensor]:
         return {"logits": teacher(**batch).logits.float()}
 
-    views, precision = experiment.data.views("train", best_device()), experiment.args.precision
-    with experiment.run.timed("teacher_outputs"):
+    views, precision = data.views("train", best_device()), run.args.precision
+    with run.timed("teacher_outputs"):
         said = run_inference(
             teacher, logits, views, identity_collate, precision, batch_size=250, description="teacher"
         )

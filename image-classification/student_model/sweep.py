@@ -41,14 +41,27 @@ from kd.image_classification.student_model.cells import (
     lost_file,
     results_file,
 )
-from kd.image_classification.student_model.evaluation import evaluate, guessing
-from kd.image_classification.student_model.experiment import Experiment, check_teacher_views, read_stage
+from kd.image_classification.student_model.distillation import (
+    ImageRun,
+    fit,
+    open_run,
+    read_stage,
+    train_on_labels,
+    validate_teacher_views,
+    views_table,
+)
+from kd.image_classification.student_model.evaluation import (
+    chance_warning,
+    evaluate,
+    image_processor,
+    image_results,
+    write_results,
+)
 from kd.image_classification.student_model.methods import METHODS, Pair
 from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from kd.image_classification.student_model.sweep_report import show
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
-from kd.image_classification.teacher_model.teacher import given_teacher, teacher_sketch
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
+from kd.image_classification.teacher_model.teacher import load_teacher
 
 SWEEP_FILES = (*RUN_FILES, "sweep.md", "sweep.png", *(f"cells/*/{name}" for name in (*REPORT_FILES, "lost.json")))
 
@@ -69,65 +82,72 @@ def sweep(
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
     methods = [for_pair(spec, pair) for spec in axes.methods]
-    refuse_unheard_flags(methods, training)
+    check_kd_flags(methods, training)
     check_methods_differ((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     axes = replace(axes, methods=methods)
     reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
     reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
     folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
     if teacher_views:
-        check_teacher_views(teacher_views, data, training)
-    cells, teacher_name = list(cells_of(axes)), pair.teacher
-    sketch, seen = teacher_sketch(teacher_name, data)  # refuses now what would fail after hours of training
-    beside = {
-        cell.key: student_of(cell, pair.student, sketch, seen, training, weights)[1].parameters_beside
+        validate_teacher_views(teacher_views, data, training)
+    cells = list(cells_of(axes))
+    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    auxiliary = {  # raises where the networks do not fit
+        cell.key: student_of(cell, pair.student, teacher, data, training, weights)[1].parameters_beside
         for cell in {cell.key: cell for cell in cells}.values()
     }
-    given = given_teacher(teacher_name, data)
     opened = open_folder(folder, training, pair, weights, data_args)
     if opened is not None:
-        opened.check_inputs(data=data.fingerprint, **({"teacher": fingerprint_of(given[0])} if given else {}))
-    if given is None:
-        args = copy.copy(training)
-        args.output_dir = teacher_name = str(folder / "teacher")
-        args.resume_from_checkpoint = (folder / "teacher" / RECIPE).exists()
-        Experiment("teacher", args, data, pair, data_args).teacher(pair.teacher, pair.teacher_epochs)
+        opened.check_inputs(data=data.fingerprint, **({"teacher": fingerprint_of(teacher)} if pretrained else {}))
+    if not pretrained:
+        teacher = train_teacher(folder, teacher, data, pair, data_args, training)
 
-    given = given_teacher(teacher_name, data)
-    assert given is not None, "it has just been trained"
-    teacher, data = given
     missing = [cell for cell in cells if not is_finished(folder, cell)]
     main_process = PartialState().is_main_process
     if main_process:
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
-    measured, said = evaluate(pair.teacher, teacher, data) if missing else ({}, {})
+    measured, logits = evaluate(pair.teacher, teacher, data) if missing else ({}, {})
     for _, members in groupby(missing, lambda cell: (cell.learning_rate, cell.seed)):
         group = list(members)
-        experiment = Experiment("sweep", group_arguments(training, folder, group), data, pair, weights, data_args)
-        experiment.run.warn(guessing(measured, data))
-        students = train_side_by_side(experiment, group, pair.student, teacher, weights, teacher_views)
-        history = experiment.run.history["student"]
+        args = group_arguments(training, folder, group)
+        run = open_run("sweep", args, data, pair, weights, data_args)
+        run.warn(chance_warning(measured, data))
+        students = train_side_by_side(run, data, group, pair.student, teacher, weights, teacher_views)
+        history = run.history["student"]
         for cell in group:
             student = students[cell.key]
             if non_finite_tensor(student) is not None:
                 _write_lost(lost_file(folder, cell), cell, history)
                 continue
             entries = {"teacher": measured, "control": _control(folder, cell)}
-            entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, data, said)
-            experiment.write(
-                results_file(folder, cell).parent,
-                cell.label,
-                entries,
-                student,
-                {"student": losses_of(cell, history)},
-                learning_rate=cell.learning_rate,
-                labels_only=cell.method in CONTROLS,
-                parameters_trained_beside=beside[cell.key],
-                side_by_side_with=", ".join(other.label for other in group if other != cell) or "none",
-            )
+            entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, data, logits)
+            results = image_results(run, cell.label, data, entries) | {
+                "learning_rate": cell.learning_rate,
+                "labels_only": cell.method in CONTROLS,
+                "parameters_trained_beside": auxiliary[cell.key],
+                "side_by_side_with": ", ".join(other.label for other in group if other != cell) or "none",
+            }
+            place = results_file(folder, cell).parent
+            write_results(place, results, data, student, {"student": losses_of(cell, history)})
     PartialState().wait_for_everyone()
     if main_process:
         show(folder, cells)
+
+
+def train_teacher(
+    folder: Path,
+    teacher: ImageClassifier,
+    data: ImageData,
+    pair: PairArguments,
+    data_args: DataArguments,
+    training: ImageTrainingArguments,
+) -> ImageClassifier:
+    """The teacher that all students share, trained in a run of its own inside the sweep's folder."""
+    args = copy.copy(training)
+    args.output_dir = str(folder / "teacher")
+    args.resume_from_checkpoint = (folder / "teacher" / RECIPE).exists()
+    run = open_run("teacher", args, data, pair, data_args)
+    return train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
 
 
 def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) -> RunFolder | None:
@@ -157,7 +177,8 @@ def _control(folder: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def train_side_by_side(
-    experiment: Experiment,
+    run: ImageRun,
+    data: ImageData,
     cells: list[Cell],
     architecture: str,
     teacher: ImageClassifier,
@@ -170,27 +191,28 @@ def train_side_by_side(
         students: dict[str, ImageClassifier] = {}
         methods: dict[str, Method] = {}
         for cell in cells:
-            set_seed(cell.seed)  # each begins as it would alone
-            students[cell.key], methods[cell.key] = student_of(
-                cell, architecture, teacher, experiment.data, experiment.args, weights
-            )
-        listening = [methods[cell.key] for cell in cells if cell.method not in CONTROLS]
-        views = teacher_views if listening and all(method.logits_only for method in listening) else None
-        return experiment.fit(
+            set_seed(cell.seed)  # each starts as it would alone
+            student, method = student_of(cell, architecture, teacher, data, run.args, weights)
+            students[cell.key], methods[cell.key] = student, method
+        distilled = [methods[cell.key] for cell in cells if cell.method not in CONTROLS]
+        views = teacher_views if distilled and all(method.logits_only for method in distilled) else None
+        return fit(
+            run,
+            data,
             "student",
             SideBySide(students),
             SideBySideObjective({name: method.objective for name, method in methods.items()}),
-            watch=False,
+            validate=False,
             features=SideBySide.paths({name: method.features for name, method in methods.items()}),
-            teacher=frozen(teacher, experiment.args.precision) if listening else None,
-            teacher_views=views and experiment.teacher_views(teacher, views),
+            teacher=frozen(teacher, run.args.precision) if distilled else None,
+            teacher_views=views and views_table(run, data, teacher, views),
             teacher_features={name: path for m in methods.values() for name, path in m.teacher_features.items()},
         )
 
     def load(folder: str) -> SideBySide:
         return SideBySide.from_pretrained(folder, read_stage)
 
-    trained = experiment.stage("student", build, load).students
+    trained = run.stage("student", build, load, image_processor(data)).students
     return {name: student for name, student in trained.items() if isinstance(student, ImageClassifier)}
 
 
@@ -227,7 +249,7 @@ def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Metho
     return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
 
 
-def refuse_unheard_flags(methods: list[str], args: ImageTrainingArguments) -> None:
+def check_kd_flags(methods: list[str], args: ImageTrainingArguments) -> None:
     """Raises UserError for an --alpha or --temperature that none of the methods takes."""
     heard = {"temperature"} if SIMKD in methods else set()  # of its --kl_weight
     for spec in methods:

@@ -1,23 +1,52 @@
-"""Where a teacher comes from: an architecture to train, a folder, or timm's pretrained networks."""
+"""Where a teacher comes from: the folder of a trained classifier, timm's pretrained networks, or an architecture."""
 
+import os
+import textwrap
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+from transformers import AutoConfig, set_seed
 
+from kd.common.data.hub import no_retries_when_unreachable
 from kd.common.pretrained import load_model, reading, short
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.backbones import TIMM
+from kd.image_classification.teacher_model.backbones.from_timm import known_weights
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
-from kd.image_classification.teacher_model.pretrained import pretrained_classifier
 
 IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
+TOLERANCE = 1e-4  # of logits, relative to the largest
+
+
+def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier, ImageData, bool]:
+    """The teacher NAME, the data in its normalization, and whether it is pretrained.
+
+    Pretrained are the classifier of a folder, and timm's network where the data have ImageNet's classes. Any other
+    NAME is an architecture: a new network, initialized with `seed`, and the data unchanged.
+    """
+    folder = trained_folder(name)
+    if folder:
+        return *load_trained(folder, data), True
+    if name.startswith(TIMM) and len(data.label_names) == IMAGENET_CLASSES:
+        model = pretrained_classifier(name.removeprefix(TIMM), label_names=data.label_names, image_size=data.size)
+        return model, replace(data, mean=model.config.mean, std=model.config.std), True
+    set_seed(seed)
+    return new_classifier(name, data.config), data, False
+
+
+# ---- a classifier in a folder ----
 
 
 def trained_folder(name: str, student_first: bool = False) -> Path | None:
     """The folder of a trained classifier: NAME itself, or the teacher (else the student) of the run NAME, or the other
-    way round.
+    way round. None where NAME is not a path. Raises UserError for a path without a classifier.
     """
     of_run = [Path(name, "stages", "teacher"), Path(name, "student")]
     try:
@@ -47,7 +76,7 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
     """
     config = trained_config(folder)
     if not any_labels:
-        _refuse_other_labels(folder, config.label_names, data)
+        _check_labels(folder, config.label_names, data)
     if config.image_size != data.size:
         raise UserError(
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
@@ -59,7 +88,7 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
 
 
 def trained_config(folder: Path) -> ImageClassifierConfig:
-    """That of a classifier's folder. Raises UserError for another kind of model."""
+    """The configuration of a classifier's folder. Raises UserError for another kind of model."""
     with reading(folder, "an image classifier of this project"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, ImageClassifierConfig):
@@ -67,36 +96,119 @@ def trained_config(folder: Path) -> ImageClassifierConfig:
     return config
 
 
-def given_teacher(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData] | None:
-    """A classifier that is trained already, and the data in the normalization that it was trained with: that of a
-    folder, or timm's pretrained one where the data have ImageNet's classes. None for an architecture still to train.
-    """
-    folder = trained_folder(name)
-    if folder:
-        return load_trained(folder, data)
-    if name.startswith(TIMM) and len(data.label_names) == IMAGENET_CLASSES:
-        model = pretrained_classifier(name.removeprefix(TIMM), label_names=data.label_names, image_size=data.size)
-        return model, replace(data, mean=model.config.mean, std=model.config.std)
-    return None
-
-
-def teacher_sketch(name: str, data: ImageData) -> tuple[ImageClassifier, ImageData]:
-    """The given teacher, or an untrained one of that architecture: enough to refuse what cannot fit before anything is
-    written or trained.
-    """
-    return given_teacher(name, data) or (new_classifier(name, data.config), data)
-
-
-def _refuse_other_labels(folder: Path, own: list[str], data: ImageData) -> None:
-    if own == data.label_names:
+def _check_labels(folder: Path, labels: list[str], data: ImageData) -> None:
+    if labels == data.label_names:
         return
-    if sorted(own) == sorted(data.label_names):
-        first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a != b)
+    if sorted(labels) == sorted(data.label_names):
+        first = next(i for i, (a, b) in enumerate(zip(labels, data.label_names, strict=True)) if a != b)
         raise UserError(
-            f"the label order of {folder} differs from that of {data.name}: label {first} is {own[first]!r} for this "
-            f"model and {data.label_names[first]!r} in the data"
+            f"the label order of {folder} differs from that of {data.name}: label {first} is {labels[first]!r} for "
+            f"this model and {data.label_names[first]!r} in the data"
         )
     raise UserError(
-        f"{folder} knows {len(own)} labels ({', '.join(own[:3])}, ...), {data.name} has {len(data.label_names)} "
+        f"{folder} knows {len(labels)} labels ({', '.join(labels[:3])}, ...), {data.name} has {len(data.label_names)} "
         f"({', '.join(data.label_names[:3])}, ...): name a teacher of the same labels"
+    )
+
+
+# ---- timm's pretrained networks ----
+
+
+def pretrained_classifier(
+    name: str,
+    checkpoint: str | None = None,
+    label_names: list[str] | None = None,
+    image_size: int | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> ImageClassifier:
+    """timm's NAME (`resnet18`, `resnet18.a1_in1k`) with pretrained weights, in evaluation mode.
+
+    Raises UserError for weights that cannot be had, and for a network that does not end in a map, global average
+    pooling and one linear layer, as an ImageClassifier does: its logits have to be those of timm's network.
+
+    Args:
+        checkpoint: file of weights of timm's network (.safetensors, or torch.save's); otherwise those on the Hub.
+        label_names: by class id; otherwise ImageNet's.
+        image_size, mean, std: of the images that the weights were trained on; otherwise as timm says.
+    """
+    weights = known_weights(name)
+    labels = label_names or _imagenet_labels(name, weights.num_classes)
+    if checkpoint is None and len(labels) != weights.num_classes:
+        raise UserError(f"timm's {name} knows {weights.num_classes} classes, not the {len(labels)} of label_names")
+    size = image_size or weights.input_size[-1]
+    data_config = {
+        "image_size": size,
+        "mean": mean or list(weights.mean),
+        "std": std or list(weights.std),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    model = new_classifier(f"{TIMM}{name}", data_config).eval()
+    original = _load(name, checkpoint, len(labels)).eval()
+    images = torch.randn(2, 3, size, size, generator=torch.Generator())
+    with torch.no_grad():
+        expected = original(images)
+        _copy_weights(model, name, original)
+        difference = (model(images).logits - expected).abs().max() / expected.abs().max()
+    if not difference <= TOLERANCE:
+        raise UserError(_other_head(name, f"the logits would differ by {difference:.2%}"))
+    return model
+
+
+def _copy_weights(model: ImageClassifier, name: str, original: Any) -> None:
+    """Copies all weights of timm's network, which loses its classifier."""
+    head = original.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise UserError(_other_head(name, f"its classifier is {textwrap.shorten(str(head), 200)}"))
+    try:
+        model.head.load_state_dict(head.state_dict())
+        original.reset_classifier(0, "")
+        buffers = dict(original.named_buffers())  # those that timm does not save, too
+        model.backbone.get_submodule("model").load_state_dict({**original.state_dict(), **buffers})
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise UserError(_other_head(name, textwrap.shorten(str(error), 200))) from error
+
+
+def _load(name: str, checkpoint: str | None, classes: int) -> Any:
+    """timm's own network with its classifier, and with weights from the file or else from the Hub."""
+    if checkpoint is None:
+        try:
+            with no_retries_when_unreachable():
+                return timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = textwrap.shorten(str(error), 300).rstrip(".")
+            raise UserError(
+                f"cannot get timm's pretrained weights of {name} ({reason}): pass the local folder of a trained "
+                "classifier instead of this name, or with it a checkpoint, the file of these weights"
+            ) from error
+    if not os.path.isfile(checkpoint):
+        raise UserError(f"there is no file {checkpoint}: pass one with weights of timm's {name}")
+    # As many classes are promised as are asked for, or timm would leave the classifier out without a word.
+    overlay = {"file": checkpoint, "num_classes": classes, "custom_load": False}
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # each format has its own for a file that is broken or of another network
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"{checkpoint} holds no weights of timm's {name} with {classes} classes ({reason})") from error
+
+
+def _imagenet_labels(name: str, classes: int) -> list[str]:
+    """The words of WordNet for each class; classes of the same words are told apart by their ids there."""
+    subset = infer_imagenet_subset({"num_classes": classes})
+    if subset is None:
+        raise UserError(f"timm's {name} knows {classes} classes, which are not ImageNet's: pass label_names")
+    info = ImageNetInfo(subset)
+    descriptions = info.label_descriptions()
+    count = Counter(descriptions)
+    return [
+        text if count[text] == 1 else f"{text} ({wordnet_id})"
+        for text, wordnet_id in zip(descriptions, info.label_names(), strict=True)
+    ]
+
+
+def _other_head(name: str, reason: str) -> str:
+    return (
+        f"timm's {name} does not end in global average pooling and one linear layer ({reason}): choose a network that "
+        "does, such as resnet18"
     )

@@ -12,15 +12,6 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 from kd.common import losses
 
 MAPS = (2, 3, 4, 5)  # (batch, channels, height, width)
-LABELS = torch.tensor([0, 2, 1, 1])
-
-
-def mix(student, teacher):
-    return losses.cross_entropy_mix(student, teacher, LABELS, alpha=0.3, temperature=2.0)
-
-
-def regression_mix(student, teacher):
-    return losses.regression_mix(student, teacher, torch.ones(student.shape), alpha=0.3)
 
 
 def reverse_kl(student, teacher):
@@ -48,7 +39,6 @@ def partial_l2(student, teacher):
 LOSSES = {
     "soft_target_kl": (losses.soft_target_kl, (4, 3)),
     "reverse_kl": (reverse_kl, (4, 3)),
-    "cross_entropy_mix": (mix, (4, 3)),
     "hard_targets": (losses.hard_targets, (4, 3)),
     "gaussian_means": (gaussian_means, (4, 3)),
     "feature_l2": (losses.feature_l2, (4, 5, 3)),
@@ -59,10 +49,8 @@ LOSSES = {
     "partial_l2": (partial_l2, MAPS),
     "regression_mse": (losses.regression_mse, (4,)),
     "regression_huber": (losses.regression_huber, (4,)),
-    "regression_mix": (regression_mix, (4,)),
 }
-LABELLED = ("cross_entropy_mix", "regression_mix", "hard_targets")
-DIVERGENCES = {name: case for name, case in LOSSES.items() if name not in LABELLED}  # zero where both sides are equal
+DIVERGENCES = {name: case for name, case in LOSSES.items() if name != "hard_targets"}  # zero at equality
 
 
 def cases(which):
@@ -142,19 +130,12 @@ def test_shapes_that_differ_are_refused_with_both_shapes(loss, shape):
     assert str(tuple(teacher.shape)) in str(error.value)
 
 
-@cases({name: case for name, case in LOSSES.items() if name != "cross_entropy_mix"})
+@cases(LOSSES)
 def test_order_of_the_batch_does_not_matter(loss, shape):
     student, teacher = pair(shape)
     order = torch.arange(shape[0]).flip(0)
     assert loss(student[order], teacher[order]).item() == pytest.approx(loss(student, teacher).item(), rel=1e-5)
     assert loss(student[order], teacher).item() != pytest.approx(loss(student, teacher).item(), rel=1e-5)
-
-
-def test_order_of_the_batch_does_not_matter_with_labels():
-    student, teacher = pair((4, 3))
-    order = torch.tensor([3, 0, 2, 1])
-    permuted = losses.cross_entropy_mix(student[order], teacher[order], LABELS[order], 0.3, 2.0)
-    assert permuted.item() == pytest.approx(mix(student, teacher).item(), rel=1e-5)
 
 
 # Teacher (3/4, 1/4), student (1/2, 1/2) at temperature 1; at temperature 2 the teacher's odds are sqrt(3) to 1.
@@ -363,22 +344,6 @@ def test_map_divergences_refuse_a_temperature_of_zero(loss):
         loss(torch.zeros(MAPS), torch.zeros(MAPS), temperature=0.0)
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(1.0, math.log(2)), (0.0, FORWARD), (0.25, None)])
-def test_alpha_is_the_weight_of_the_labels(alpha, expected):
-    expected = 0.25 * math.log(2) + 0.75 * FORWARD if expected is None else expected
-    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
-    value = losses.cross_entropy_mix(student, teacher, torch.tensor([1]), alpha, temperature=1.0)
-    assert value.item() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
-def test_alpha_is_a_share(alpha):
-    with pytest.raises(ValueError, match="alpha"):
-        losses.cross_entropy_mix(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]), alpha, temperature=1.0)
-    with pytest.raises(ValueError, match="alpha"):
-        losses.regression_mix(torch.zeros(2), torch.zeros(2), torch.zeros(2), alpha)
-
-
 def test_features_by_hand():
     student = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])  # (1 sample, 2 positions, 2 channels)
     teacher = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
@@ -460,8 +425,6 @@ def test_regression_by_hand_without_broadcasting(shapes):
     assert losses.regression_mse(prediction, target).item() == pytest.approx((0.25 + 1 + 9) / 3)
     assert losses.regression_huber(prediction, target).item() == pytest.approx((0.125 + 0.5 + 2.5) / 3)
     assert losses.regression_huber(prediction, target, delta=2.0).item() == pytest.approx((0.125 + 0.5 + 4) / 3)
-    mixed = losses.regression_mix(prediction, target, torch.zeros(3), alpha=0.25)
-    assert mixed.item() == pytest.approx((0.25 * (2.25 + 4 + 25) + 0.75 * (0.25 + 1 + 9)) / 3)
 
 
 @pytest.mark.parametrize("loss", [losses.regression_mse, losses.regression_huber])

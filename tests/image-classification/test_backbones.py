@@ -18,9 +18,8 @@ from kd.common.pretrained import load_model
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.matching import MapShape, last_stage, probe
 from kd.image_classification.teacher_model.backbones import COMMON, build_backbone
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
-from kd.image_classification.teacher_model.pretrained import pretrained_classifier
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
+from kd.image_classification.teacher_model.teacher import pretrained_classifier
 from kd_testing.image_networks import assert_alike, randomize_norms
 
 # name: parameters with a head for 100 classes, channels of the last map, its size for images of 32 and of 8 pixels,

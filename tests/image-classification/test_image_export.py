@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from kd.common.bottleneck.codes import set_keys
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
-from kd.image_classification.student_model.experiment import image_processor
+from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.exports import run_readme
 from kd_testing.pictures import NAMES, in_colour, photos_in, pixels

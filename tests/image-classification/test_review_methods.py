@@ -21,8 +21,7 @@ from kd.image_classification.student_model.methods import METHODS, Pair
 from kd.image_classification.student_model.methods.reviewkd import Fusion, Review
 from kd.image_classification.student_model.methods.semckd import Calibration
 from kd.image_classification.student_model.sweep import method_of
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd_testing.image_networks import assert_alike, randomize_norms
 from kd_testing.image_pairs import as_in_training, both_say, noise
 from kd_testing.image_training import train

@@ -22,8 +22,7 @@ from kd.image_classification.student_model.matching import (
     stage_paths,
 )
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.projector import Projector
 from kd_testing.image_pairs import as_in_training, noise
 

@@ -17,7 +17,8 @@ from kd.image_classification.data.large import MEAN, STD, LargeViews
 from kd.image_classification.data.sources import read_splits
 from kd.image_classification.data.views import Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.experiment import Experiment
+from kd.image_classification.student_model.distillation import open_run, train_on_labels
+from kd.image_classification.student_model.evaluation import report
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.pictures import in_colour, large, photos_in, pixels, sizes, small
 
@@ -215,9 +216,9 @@ def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_pa
         disable_tqdm=True,
         save_strategy="no",
     )
-    experiment = Experiment("teacher", training, data)
-    model = experiment.labels_only("teacher", lambda: new_classifier("resnet8", data.config))
-    history = experiment.run.history["teacher"]
+    run = open_run("teacher", training, data)
+    model = train_on_labels(run, data, "teacher", new_classifier("resnet8", data.config))
+    history = run.history["teacher"]
     assert history[-1]["step"] == 2 and np.isfinite(history[-1]["train_loss"])
     assert isinstance(model, ImageClassifier) and model.config.image_size == 72
     said = run_inference(
@@ -228,6 +229,6 @@ def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_pa
         batch_size=3,
     )
     assert torch.stack(said["logits"]).shape == (4, 2)
-    experiment.report(teacher=("resnet8", model))
+    report(run, "teacher", data, {"teacher": ("resnet8", model)})
     results = read_json(tmp_path / "run" / "results.json")
     assert results["data"] == {"train": 16, "validation": 4, "test": 4, "fingerprint": data.fingerprint}

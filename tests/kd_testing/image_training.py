@@ -10,7 +10,7 @@ from kd.common.methods import Method
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.image_classification.student_model.methods import Pair
-from kd.image_classification.teacher_model.folding import frozen
+from kd.image_classification.teacher_model.classifier import frozen
 from kd_testing.tiny import arguments
 
 

@@ -12,8 +12,7 @@ from kd.image_classification.student_model.matching import (
     pre_activations,
 )
 from kd.image_classification.student_model.methods.pair import Pair
-from kd.image_classification.teacher_model.backbones.base import initialize
-from kd.image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import conv_norm, initialize
 
 
 def ofd(pair: Pair, *, weight: float = 1e-3) -> Method:

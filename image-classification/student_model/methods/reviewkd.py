@@ -11,7 +11,7 @@ from kd.common.outputs import Outputs
 from kd.common.utils.ranges import Share
 from kd.image_classification.student_model.matching import deepest_pairs, maps_before_relu, stage_paths
 from kd.image_classification.student_model.methods.pair import Pair
-from kd.image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import conv_norm
 
 POOLED = "pooled"
 WIDEST = 512  # of the maps that are fused

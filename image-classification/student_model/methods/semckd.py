@@ -15,7 +15,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive
 from kd.image_classification.student_model.matching import stage_paths
 from kd.image_classification.student_model.methods.pair import Pair
-from kd.image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import conv_norm
 
 
 def semckd(

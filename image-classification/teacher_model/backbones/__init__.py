@@ -10,11 +10,9 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.teacher_model.backbones.base import Backbone
 from kd.image_classification.teacher_model.backbones.from_timm import TimmBackbone
 from kd.image_classification.teacher_model.backbones.mobilenet import MobileNetV2
-from kd.image_classification.teacher_model.backbones.resnet import four_stage_resnet, three_stage_resnet
-from kd.image_classification.teacher_model.backbones.shufflenetv1 import ShuffleNetV1
-from kd.image_classification.teacher_model.backbones.shufflenetv2 import ShuffleNetV2
+from kd.image_classification.teacher_model.backbones.resnet import WideResNet, four_stage_resnet, three_stage_resnet
+from kd.image_classification.teacher_model.backbones.shufflenet import ShuffleNetV1, ShuffleNetV2
 from kd.image_classification.teacher_model.backbones.vgg import VGG
-from kd.image_classification.teacher_model.backbones.wide_resnet import WideResNet
 
 TIMM = "timm:"
 FAMILIES: dict[str, Callable[..., Backbone]] = {  # the groups of a pattern are numbers, and the arguments

@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from kd.image_classification.teacher_model.backbones.layers import conv_norm
-
 
 class PreActivation(NamedTuple):
     """path: of the submodule that yields what the ReLU at the end of a stage sees; norm: of the batch norm in it."""
@@ -62,6 +60,26 @@ class Backbone(nn.Module):
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return x if self.last is None else self.last(x)
+
+
+def conv_norm(
+    channels: int,
+    out_channels: int,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    relu: bool = True,
+) -> nn.Sequential:
+    """Convolution, batch norm and ReLU: (batch, channels, h, w) -> (batch, out_channels, h / stride, w / stride).
+
+    The ReLU is not in place, as what a submodule returned may have been recorded.
+    """
+    layers = [
+        nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=bias),
+        nn.BatchNorm2d(out_channels),
+    ]
+    return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
 
 
 def initialize(backbone: nn.Module) -> None:

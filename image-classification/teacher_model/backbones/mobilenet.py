@@ -7,8 +7,7 @@ do, although that adds no channels.
 
 from torch import Tensor, nn
 
-from kd.image_classification.teacher_model.backbones.base import Backbone, initialize, small_head
-from kd.image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import Backbone, conv_norm, initialize, small_head
 
 STAGES = (  # rows of (expansion, channels at width 1, blocks, stride of the first of them)
     ((1, 16, 1, 1), (6, 24, 2, 1)),

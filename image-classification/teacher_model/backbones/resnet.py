@@ -6,6 +6,9 @@ classifier: `resnet20` has stages of 16, 32 and 64 channels and a stem of 16; `r
 
 Of four stages (its table 1): `resnet18`, `resnet34` and `resnet50` are those for ImageNet but for the stem, a 3x3
 convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper's ResNet50 has three stages.
+
+Wide residual networks (Zagoruyko & Komodakis, arXiv:1605.07146): `wrn_40_2` has depth 40 and is twice as wide. Depth
+6n + 4 has n blocks of two convolutions in each of three stages.
 """
 
 from collections.abc import Sequence
@@ -108,3 +111,51 @@ def four_stage_resnet(depth: int) -> ResNet:
     """Images (batch, 3, h, w) -> last map (batch, 512, h / 8, w / 8), of depth 50 with 2048 channels."""
     block = Bottleneck if depth == 50 else BasicBlock
     return ResNet(block, 64, (64, 128, 256, 512), (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3))
+
+
+# ---- wide residual networks ----
+
+
+class PreActivationBlock(nn.Module):
+    """Batch norm and ReLU before either 3x3 convolution; what it returns is a sum, before any ReLU."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = None
+        if channels != out_channels:
+            self.shortcut = nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.bn1(x).relu()
+        out = self.conv2(self.bn2(self.conv1(activated)).relu())
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(Backbone):
+    """Images (batch, 3, h, w) -> last map (batch, 64 * width, h / 4, w / 4), after the last batch norm and ReLU."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        blocks_per_stage, rest = divmod(depth - 4, 6)
+        if rest or blocks_per_stage < 1 or width < 1:
+            raise ValueError(f"a wide ResNet has depth 6n + 4 and width 1 or more, got {depth} and {width}")
+        widths = [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        for before, after in zip(widths, widths[1:], strict=False):
+            first = PreActivationBlock(before, after, stride=2 if self.stages else 1)
+            self.add_stage(first, *(PreActivationBlock(after, after, stride=1) for _ in range(blocks_per_stage - 1)))
+        self.bn = nn.BatchNorm2d(widths[-1])
+        norms = ["layer2.0.bn1", "layer3.0.bn1", "bn"]  # a stage's last ReLU is the first one behind it
+        self.pre_activations = [PreActivation(norm, norm) for norm in norms]
+        self.num_features = widths[-1]
+        initialize(self)
+
+    def initialize_head(self, head: nn.Linear) -> None:
+        nn.init.zeros_(head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.through_stages(self.conv1(x))).relu()

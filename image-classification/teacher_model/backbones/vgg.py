@@ -9,8 +9,13 @@ the stem and the other four are the stages.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize, small_head
-from kd.image_classification.teacher_model.backbones.layers import conv_norm
+from kd.image_classification.teacher_model.backbones.base import (
+    Backbone,
+    PreActivation,
+    conv_norm,
+    initialize,
+    small_head,
+)
 
 WIDTHS = (64, 128, 256, 512, 512)  # of the groups
 CONVOLUTIONS = {  # by depth, those of each group

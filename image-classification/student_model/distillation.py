@@ -1,0 +1,168 @@
+"""Training image classifiers in a run: on labels alone, or distilled from a teacher."""
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from kd.common.methods import Method
+from kd.common.objective import Objective, task_loss
+from kd.common.pretrained import stage_loader
+from kd.common.training.inference import identity_collate
+from kd.common.training.run import TrainerRun
+from kd.common.training.side_by_side import SideBySideObjective
+from kd.common.training.teacher_outputs import outputs_key
+from kd.common.training.teacher_views import TeacherViews
+from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import check_writable
+from kd.image_classification.data.dataset import ImageViews
+from kd.image_classification.data.large import LargeImageData
+from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.views import Views
+from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen
+
+Model = TypeVar("Model", bound=nn.Module)
+read_stage = stage_loader(ImageClassifier)
+
+
+class ImageRun(TrainerRun):
+    """A run on images."""
+
+    args: ImageTrainingArguments
+
+
+def open_run(
+    name: str,
+    training: ImageTrainingArguments,
+    data: ImageData,
+    *instances: Any,
+    teacher: ImageClassifier | None = None,
+) -> ImageRun:
+    """Opens the folder of a run, by default `runs/image-classification/NAME`, on `data` and a pretrained `teacher`.
+
+    `instances` are the script's other arguments, for the recipe. Raises UserError where the arguments do not fit the
+    data, and where a run that is continued began with other data or another teacher.
+    """
+    validate_training(training, data)
+    folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
+    training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
+    run = ImageRun(training, *instances)
+    run.check_inputs(data.fingerprint, teacher=teacher)
+    return run
+
+
+def validate_training(training: ImageTrainingArguments, data: ImageData) -> None:
+    """Raises UserError for workers, views and batch sizes that do not fit the data."""
+    if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
+        raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
+    if training.strong_views:
+        data.views("train", torch.device("cpu"), augment=True, strong=True)  # raises where there are none
+    batch, images = training.per_device_train_batch_size * PartialState().num_processes, len(data.splits["train"])
+    if training.dataloader_drop_last and images < batch:
+        raise UserError(
+            f"{images} training images do not fill a batch of {batch}: pass a smaller "
+            "--per_device_train_batch_size, or --dataloader_drop_last false"
+        )
+    last = batch if training.dataloader_drop_last else images % batch or batch
+    if last * training.views == 1:  # batch norms of pooled features would raise, those of maps see one image alone
+        raise UserError(
+            f"{images} training images leave a batch of a single one, too few for batch norms: pass another "
+            "--per_device_train_batch_size, or --dataloader_drop_last true"
+        )
+
+
+def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainingArguments) -> None:
+    """Raises UserError where the folder of --teacher_views cannot be written, and where views cannot be counted."""
+    check_writable(folder, "--teacher_views")
+    if isinstance(data, LargeImageData) or training.strong_views:
+        raise UserError(
+            "views of large images and those of --strong_views cannot be counted, so there is no table of them: leave "
+            "out --teacher_views"
+        )
+
+
+def train_on_labels(
+    run: ImageRun, data: ImageData, stage: str, model: ImageClassifier, epochs: float | None = None
+) -> ImageClassifier:
+    """A stage without a teacher: `model` trained on the labels alone, or loaded where the stage is finished."""
+    objective = Objective(task=(1.0, task_loss()))
+    processor = image_processor(data)
+    return run.stage(stage, lambda: fit(run, data, stage, model, objective, epochs), read_stage, processor)
+
+
+def distill(
+    run: ImageRun,
+    data: ImageData,
+    stage: str,
+    student: ImageClassifier,
+    method: Method,
+    teacher: ImageClassifier,
+    teacher_views: Path | None = None,
+) -> ImageClassifier:
+    """A stage with a teacher: `student` trained by `method`, or loaded where the stage is finished.
+
+    `teacher_views`: folder for a table of the teacher's logits per view, for methods that need no features.
+    """
+
+    def train() -> ImageClassifier:
+        return fit(
+            run,
+            data,
+            stage,
+            student,
+            method.objective,
+            features=method.features,
+            teacher=frozen(teacher, run.args.precision),
+            teacher_views=teacher_views and views_table(run, data, teacher, teacher_views),
+            teacher_features=method.teacher_features,
+        )
+
+    return run.stage(stage, train, read_stage, image_processor(data))
+
+
+def fit(
+    run: ImageRun,
+    data: ImageData,
+    stage: str,
+    model: Model,
+    objective: Objective | SideBySideObjective,
+    epochs: float | None = None,
+    validate: bool = True,
+    **trainer: Any,
+) -> Model:
+    """Trains the model of a stage on augmented views, from its last checkpoint on.
+
+    `validate`: the accuracy on the validation images after each epoch goes into the curves; `trainer`: further
+    arguments of KDTrainer.
+    """
+    device = best_device()
+    return run.train(
+        stage,
+        model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        {} if epochs is None else {"num_train_epochs": epochs},
+        objective=objective,
+        train_dataset=training_views(run, data, device),
+        eval_dataset=data.views("validation", device) if validate and "validation" in data.splits else None,
+        data_collator=identity_collate,
+        compute_metrics=trainer_metrics,
+        **trainer,
+    )
+
+
+def training_views(run: ImageRun, data: ImageData, device: torch.device) -> ImageViews:
+    """The augmented training images."""
+    return data.views("train", device, augment=True, seed=run.args.seed, strong=run.args.strong_views)
+
+
+def views_table(run: ImageRun, data: ImageData, teacher: ImageClassifier, folder: Path) -> TeacherViews:
+    """The table of the teacher's logits of each view of the training images; see `validate_teacher_views`."""
+    views = training_views(run, data, torch.device("cpu"))
+    assert isinstance(views, Views), "images whose views can be counted have these"
+    key = outputs_key(teacher, data.fingerprint, data.config, views.number_of_views, run.args.precision)
+    return TeacherViews(folder, key, len(views), views.number_of_views, len(data.label_names))
