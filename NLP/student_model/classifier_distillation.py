@@ -6,6 +6,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from kd.common.cli import reject_unused
+from kd.common.methods import Method
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs
 from kd.common.utils.errors import UserError
@@ -16,7 +17,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.distillation import Distillation, Logits
 from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
 from kd.nlp.student_model.layers import cut_layers, layer_paths
-from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
 from kd.nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
 from kd.nlp.teacher_model.teacher import encoder_of
 
@@ -105,8 +106,8 @@ class ClassifierDistillation(Distillation):
 
         return self.stage("student", fine_tune)
 
-    def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Matching:
-        wanted, found = self.wanted, Matching()
+    def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Method:
+        wanted, found = self.wanted, Method({})
         if wanted.method != PLAIN:
             found += method_terms(wanted.method, self.run.args, student, teacher, self.texts, self.pooling)
         if wanted.hidden_weight:

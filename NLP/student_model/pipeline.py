@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from kd.common.methods import Method
 from kd.common.objective import Objective, labels_and_soft_targets, task_loss
 from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
@@ -16,7 +17,7 @@ from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.matching import Matching, hidden_states, width
+from kd.nlp.student_model.matching import hidden_states, width
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
 
@@ -33,7 +34,7 @@ class Pipeline:
     def precision(self) -> str:
         return self.run.args.precision
 
-    def objective(self, data: TextData, with_teacher: bool, matching: Matching | None = None) -> Objective:
+    def objective(self, data: TextData, with_teacher: bool, matching: Method | None = None) -> Objective:
         """alpha * labels + (1 - alpha) * soft targets, unless `matching` has a method's own terms for these, and what
         is to match inside; or the labels alone.
         """
@@ -53,7 +54,7 @@ class Pipeline:
         epochs: float,
         rate: float,
         teacher: dict[str, Any] | None = None,
-        matching: Matching | None = None,
+        matching: Method | None = None,
         freeze_embeddings: bool = True,
     ) -> PreTrainedModel:
         """Trains a classifier end to end, on labels alone or with a teacher (what `listen` or `hear` gave), then
@@ -102,17 +103,16 @@ class Pipeline:
         self,
         teacher: PreTrainedModel,
         texts: Texts,
-        matching: Matching,
+        matching: Method,
         logits: Callable[[], TeacherOutputs] | None = None,
     ) -> dict[str, Any]:
-        """A teacher as the trainer takes it: cached where the terms of `matching` allow and its hidden states are not
-        too many, else live. `logits` gives those to learn from where they are cached; None: none are wanted.
+        """A teacher as the trainer takes it: cached where the hidden states that `matching` needs are not too many,
+        else live. `logits` gives those to learn from where they are cached; None: none are wanted.
         """
-        layers = matching.layers
+        if not matching.teacher_features:
+            return {"teacher_outputs": logits and logits()}
         tokens = column_array(texts.train, "length").sum()
-        if layers is not None and tokens * len(layers) * width(teacher) * 2 <= FEATURE_BYTES:
-            if not layers:
-                return {"teacher_outputs": logits and logits()}
+        if tokens * len(matching.teacher_features) * width(teacher) * 2 <= FEATURE_BYTES:
             said = self.listen(teacher, texts, matching.teacher_features, logits=False)
             return {"teacher_outputs": said if logits is None else JoinedOutputs([said, logits()])}
         return {"teacher": teacher, "teacher_features": matching.teacher_features}

@@ -36,6 +36,7 @@ from transformers import (
 from kd.common.cli import parse
 from kd.common.features import FeatureHooks
 from kd.common.losses import attention_kl, feature_cosine, feature_l2
+from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
@@ -46,7 +47,7 @@ from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.evaluation import predict, text_metrics
-from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -116,7 +117,7 @@ IDS = torch.randint(5, 50, (3, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
 
 
-def parts(matching: Matching, student, teacher) -> dict[str, float]:
+def parts(matching: Method, student, teacher) -> dict[str, float]:
     """The terms' values for one batch, with the features that the hooks of a trainer would record."""
     recorders = [FeatureHooks(student, matching.features), FeatureHooks(teacher, matching.teacher_features)]
     outputs = []
@@ -166,7 +167,6 @@ def test_a_distilbert_is_matched_as_a_bert_is():
     student = DistilBertForSequenceClassification(config).eval()
     matching = hidden_states(student, teacher, 1.0) + embeddings(student, teacher, 1.0, "cosine")
     matching += attentions(student, teacher, 1.0, "skip")
-    assert matching.layers is None
     found = parts(matching, student, teacher)
     assert found.keys() == {"hidden_0", "hidden_1", "embeddings", "attention_0"}
     assert all(value > 0 for value in found.values())
