@@ -70,8 +70,8 @@ class DivergenceMonitor:
         diverged_at = {prefix: text for prefix, first in self._first.items() if (text := _description(first))}
         if diverged_at and self._single:
             raise UserError(
-                f"the loss is not finite at {diverged_at['']}; try a lower learning rate or --precision fp32; last good "
-                f"checkpoint: {last_checkpoint() or 'none yet'}"
+                f"the loss is not finite at {diverged_at['']}; try a lower learning rate or --precision fp32; "
+                f"last good checkpoint: {last_checkpoint() or 'none yet'}"
             )
         for prefix, text in diverged_at.items():
             self._report(prefix, f"its loss is not finite at {text}")
