@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd.common.training.checkpoints import checkpoints_in, remove_checkpoint
-from kd.common.utils.checksums import find_damage
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.folders import find_damage, writing_folder
 
 KEPT = 2  # the newest, and the one before, in case the newest is damaged
 logger = logging.getLogger(__name__)
