@@ -26,11 +26,10 @@ from tqdm.auto import tqdm
 
 from kd.common.training.checkpoints import checkpoints_in, remove_checkpoint
 from kd.common.training.run import Run
-from kd.common.utils.checksums import find_damage
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.folders import find_damage, writing_folder
 from kd.reinforcement_learning.environments.registry import folder_name
 from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.environments.vector import training_environments
