@@ -1,7 +1,6 @@
 """Methods of distilling an image classifier, by name. None of them leaves anything behind in the student.
 
-To add one: write a function (spec, *, settings) -> Method in a file here, name it in METHODS, and give it a recipe in
-scripts/methods/ and a test.
+To add one: write a function (spec, *, settings) -> Method in a file here, name it in METHODS, and give it a test.
 """
 
 from collections.abc import Callable
