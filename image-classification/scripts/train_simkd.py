@@ -49,7 +49,7 @@ def main() -> None:
         "control": (f"{pair.student} + projector, labels only", control),
         "student": (f"{pair.student} + projector + teacher's head", student),
     }
-    report(run, name, data, models, teacher_results, method.parameters_beside)
+    report(run, name, data, models, teacher_results, method.auxiliary_parameters)
 
 
 if __name__ == "__main__":
