@@ -42,6 +42,7 @@ def main() -> None:
         DataArguments,
         ImageTrainingArguments,
     )
+    pair.apply_pair(data_args, training)
     if args.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
     data, factor, seed = data_args.load(), matching.projector_factor, training.seed

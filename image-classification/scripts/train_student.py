@@ -73,6 +73,7 @@ def main() -> None:
     args, pair, weights, data_args, training = parse(
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
+    pair.apply_pair(data_args, training)
     if training.seeds and not args.methods:
         raise UserError("--seeds are those of several --methods: pass --seed for one --method")
     if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):

@@ -22,11 +22,11 @@ from kd.common.data.fingerprints import fingerprint_of
 from kd.common.methods import Method, check_methods_differ, chosen, filled, flags_of
 from kd.common.objective import task_loss
 from kd.common.reporting.results import RECIPE
-from kd.common.training.finite import non_finite_tensor
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
+from kd.common.utils.finite import non_finite_tensor
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.cells import (

@@ -1,7 +1,7 @@
 """Methods of distilling an image classifier that leave nothing behind in the student, by name.
 
-Each is a function (pair, *, settings) -> Method. To add one: write it in a file here, name it in METHODS, give it a
-recipe in scripts/methods/ and a test.
+Each is a function (pair, *, settings) -> Method. To add one: write it in a file here, name it in METHODS, and give it
+a test.
 """
 
 from collections.abc import Callable

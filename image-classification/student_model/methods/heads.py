@@ -24,7 +24,7 @@ def srrl(pair: Pair, *, weight: float = 1.0) -> Method:
     regression representation learning, ICLR 2021), and the labels' cross-entropy. The teacher needs a linear head.
 
     This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 is quoted
-    in the recipe, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the
+    in the README, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the
     teacher's map is after one, which it is in all of that toolbox's networks.
     """
     own, target = pair.shapes([], [])
