@@ -14,7 +14,7 @@ from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import Corpus, pack, stack
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
-from kd.nlp.student_model.matching import hidden_states, layer_pairs, width
+from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
 from kd.nlp.student_model.pipeline import switch_off_dropout
 from kd.nlp.student_model.sequence_distillation import (
     CUT,

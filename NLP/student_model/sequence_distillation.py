@@ -12,7 +12,7 @@ from kd.common.losses import jensen_shannon, soft_target_kl
 from kd.common.methods import Method
 from kd.common.metrics.chance import language_warning
 from kd.common.metrics.language import token_counts
-from kd.common.objective import IGNORED, Divergence, task_loss, token_targets
+from kd.common.objective import IGNORED, Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
@@ -45,7 +45,7 @@ def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) ->
     """alpha * (smoothed) labels + (1 - alpha) * the teacher's distributions over next tokens, both means over the
     tokens.
     """
-    labels, teacher = task_loss(smoothing=smoothing), token_targets(divergence)
+    labels, teacher = task_loss(smoothing=smoothing), logit_term(divergence, ignore_unlabelled=True)
     return Method({"task": (alpha, labels), "tokens": (1 - alpha, teacher)})
 
 

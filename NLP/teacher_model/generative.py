@@ -55,8 +55,12 @@ class Generator(NamedTuple):
 
     def has_vocabulary_of(self, other: "Generator") -> bool:
         """Whether a logit of either model stands for the same token."""
-        same_size = self.model.config.vocab_size == other.model.config.vocab_size
-        return same_size and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        config, other_config = self.model.config, other.model.config
+        return (
+            config.vocab_size == other_config.vocab_size
+            and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+            and (not config.is_encoder_decoder or special_ids_of(self.model) == special_ids_of(other.model))
+        )
 
 
 # ---- causal language models ----
