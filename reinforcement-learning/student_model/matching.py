@@ -42,7 +42,9 @@ def gaussian_term(loss: Loss) -> Term:
 
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         assert teacher is not None and teacher.features
-        return torch.stack([t(student, teacher, labels) for name, t in terms.items() if name in teacher.features]).sum()
+        return torch.stack(
+            [t(student, teacher, labels) for name, t in terms.items() if name in teacher.features]
+        ).sum()
 
     return term
 
