@@ -32,8 +32,8 @@ def crd(
 
     Embeddings of both networks' pooled features, trained with the student, become alike for one image and unlike for
     `negatives` images of other classes (or as many as there are). The embeddings of these come from earlier batches:
-    two memories of `width` numbers for each training image, which are checkpointed and never ship. They start as random
-    vectors of length 1, where the authors' are of about that length.
+    two memories of `width` numbers for each training image, which are checkpointed and never ship. They start as
+    random vectors of length 1, where the authors' are of about that length.
     """
     student, teacher = spec.student_features.head, spec.teacher_features.head
     contrast = Contrast(student, teacher, spec.labels, negatives, width, temperature, momentum)
