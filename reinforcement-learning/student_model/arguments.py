@@ -63,7 +63,7 @@ class StudentArguments:
             reject_unused(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
             raise UserError(
-                f"{environment} shows frames: pass --student the width of the layer after the convolutions"
+                f"{environment} shows frames: pass --student the width after the convolutions"
             )
         if self.codebooks and len(observations.shape or ()) != 1:
             raise UserError(
