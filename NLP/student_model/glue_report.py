@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kd.common.reporting.report import Spread, show_spread
+from kd.common.reporting.comparison import Spread, show_spread
 from kd.common.reporting.results import RESULTS, validate
 from kd.common.reporting.tables import markdown, print_rich
 from kd.common.utils.errors import UserError

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES
-from kd.common.reporting.report import Spread
+from kd.common.reporting.comparison import Spread
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_bytes, write_text

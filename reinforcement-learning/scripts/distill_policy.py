@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd.common.cli import parse, run
-from kd.common.reporting.report import compare
+from kd.common.reporting.comparison import compare
 from kd.common.training.run_folder import RunFolder, check_is_run_or_empty
 from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
 from kd.reinforcement_learning.environments.vector import Environments
