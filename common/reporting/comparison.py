@@ -212,8 +212,8 @@ def _table(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def averages(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per Group: its names, the number of seeds, and mean and standard deviation of each of FIGURES, unrounded;
-    NaN where there is none. `frame` has a row per run, with the columns of Group and FIGURES.
+    """One row per Group: its names, the number of seeds, and unrounded mean and standard deviation of each figure; NaN
+    where there is none. `frame` has a row per run, with the columns of Group and FIGURES.
     """
     groups = frame.groupby([*Group._fields])
     table = groups[[*FIGURES]].agg(["mean", "std"])

@@ -29,8 +29,7 @@ class Savable(Protocol):
 def save_student(
     folder: Path, student: Savable, results: Results, usage: str, processor: Savable | None = None, **metadata: Any
 ) -> None:
-    """Writes a student, its `processor` and its model card, atomically. `usage` and `metadata`: see `model_card`.
-    """
+    """Writes a student, its `processor` and its model card, atomically. `usage` and `metadata`: see `model_card`."""
     with writing_folder(folder) as partial:
         for part in (student, processor):
             if part is not None:

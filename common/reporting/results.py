@@ -30,7 +30,9 @@ class ModelResults(BaseModel):
     megabytes: float  # of the weights
     flops: float | None  # of one forward pass of one sample
     latency_ms: Latency
-    metrics: dict[str, dict[str, float | list[Any] | None]]  # split -> metric -> value, or several values (an interval)
+    metrics: dict[
+        str, dict[str, float | list[Any] | None]
+    ]  # split -> metric -> value, or an interval
 
 
 class Models(BaseModel, extra="allow"):
@@ -229,7 +231,7 @@ def headline(results: Results) -> str:
 
 
 def retained(results: Results) -> str:
-    """The retention in words: a share of the teacher's score or, with a `floor`, of the distance from the floor to it."""
+    """The retention in words: a share of the teacher's score or, with a `floor`, of the way from there to it."""
     floor = results.get("floor", 0.0)
     whole = f"the way from {number(floor)}, no skill at all, to the teacher's" if floor else "the teacher's"
     return f"{results['retention']:.1%} of {whole} {number(primary_score(results, 'teacher'))}"

@@ -1,7 +1,6 @@
 """Formatting of figures, and tables in Markdown and in the terminal."""
 
 import statistics
-
 from typing import Any
 
 from rich.console import Console
