@@ -30,9 +30,7 @@ class ModelResults(BaseModel):
     megabytes: float  # of the weights
     flops: float | None  # of one forward pass of one sample
     latency_ms: Latency
-    metrics: dict[
-        str, dict[str, float | list[Any] | None]
-    ]  # split -> metric -> value, or an interval
+    metrics: dict[str, dict[str, float | list[Any] | None]]  # split -> metric -> value, or an interval
 
 
 class Models(BaseModel, extra="allow"):

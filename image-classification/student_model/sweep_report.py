@@ -16,6 +16,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_bytes, write_text
 from kd.image_classification.student_model.cells import CONTROLS, Cell, lost_file, results_file
 
+
 class Spread(NamedTuple):
     mean: float
     std: float | None
