@@ -1,4 +1,4 @@
-"""Text students as `python -m kd.common.export` takes them away: classifiers, language models, translators.
+"""Text students as `python -m kd.common.export` exports them: classifiers, language models, translators.
 
 Their exports are checked on the embedded intents.
 """
@@ -69,7 +69,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True))"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """The student in a folder, or of that name on the Hub; what its task is called does not matter. Raises UserError
+    """The student in a folder, or of that name on the Hub; its task has no influence. Raises UserError
     where there is none.
     """
     with reading(name, "a text model"):
@@ -110,10 +110,10 @@ def _classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
     return Exportable(
         model,
         inputs=encode(texts[40:42]),
-        others=[encode(texts[:1]), encode(texts[-1:]), encode(texts)],
+        test_inputs=[encode(texts[:1]), encode(texts[-1:]), encode(texts)],
         axes={0: "batch", 1: "position"},
         usage=classifier_usage(model, tokenizer),
-        beside=_files(model, tokenizer),
+        write_files=_files(model, tokenizer),
     )
 
 
@@ -128,10 +128,10 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return Exportable(
         model,
         inputs=blocks(2, 8),
-        others=[blocks(1, 1), blocks(1, 16), blocks(20, 11)],
+        test_inputs=[blocks(1, 1), blocks(1, 16), blocks(20, 11)],
         axes={0: "batch", 1: "position"},
         usage=CONTINUE,
-        beside=_files(model, tokenizer),
+        write_files=_files(model, tokenizer),
     )
 
 
@@ -150,10 +150,10 @@ def _translator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
     return Exportable(
         model,
         inputs=pairs(texts[10:12], texts[40:42]),
-        others=[pairs(texts[:1], texts[-1:]), pairs(texts[-1:], texts[:1]), pairs(texts, texts[::-1])],
+        test_inputs=[pairs(texts[:1], texts[-1:]), pairs(texts[-1:], texts[:1]), pairs(texts, texts[::-1])],
         axes={"input_ids": source_axes, "attention_mask": source_axes, "decoder_input_ids": target_axes},
         usage=TRANSLATE.format(sentence=texts[40], start=start),
-        beside=_files(model, tokenizer),
+        write_files=_files(model, tokenizer),
     )
 
 
