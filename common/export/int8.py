@@ -78,8 +78,8 @@ def quantize_dynamic(model: nn.Module) -> Any:
 
 
 def load_int8(model: nn.Module, path: str | Path) -> Any:
-    """A quantised model that `safetensors.torch.save_model` wrote, in the architecture of `model`, whose weights are not
-    used.
+    """A quantised model that `safetensors.torch.save_model` wrote, in the architecture of `model`, whose own weights
+    are not used.
     """
     quantized = quantize_dynamic(model)
     load_model(quantized, path)
