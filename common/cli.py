@@ -28,8 +28,9 @@ REPEATED = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 
 class Parser(HfArgumentParser):
-    """A parser with errors of one line, without 600 lines of usage, and without abbreviated flags. It checks the ranges
-    that the dataclasses declare and those of `add_argument(..., within=...)`.
+    """A parser with errors of one line, without 600 lines of usage, and without abbreviated flags.
+
+    It checks the ranges that the dataclasses declare and those of `add_argument(..., within=...)`.
     """
 
     def __init__(self, dataclass_types: Any = (), **kwargs: Any) -> None:
@@ -77,7 +78,7 @@ class Parser(HfArgumentParser):
         return found
 
     def _check_not_empty(self, words: list[str]) -> None:
-        """Refuses empty words, such as an unset variable of the shell, unless the default is empty, and null characters."""
+        """Refuses empty words, such as an unset shell variable, unless the default is empty, and null characters."""
         flag = "an argument"
         for word in words:
             value = word
