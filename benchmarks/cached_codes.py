@@ -20,9 +20,9 @@ from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.precision import resolve_precision
 from kd.nlp.data.loading import load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.fill import code_dataset, embed_texts, encode_texts
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import load_classifier
 
 

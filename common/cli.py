@@ -53,7 +53,7 @@ class Parser(HfArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
-        words = list(sys.argv[1:] if args is None else args)
+        words = self._split_lists(list(sys.argv[1:] if args is None else args))
         self._refuse_empty(words)
         found, others = super().parse_known_args(words, namespace)
         try:
@@ -61,6 +61,22 @@ class Parser(HfArgumentParser):
         except ValueError as error:
             self.error(str(error))
         return found, others
+
+    def _split_lists(self, words: list[str]) -> list[str]:
+        """A list of numbers may also be written with commas: `--seeds 0,1,2` is `--seeds 0 1 2`."""
+        found: list[str] = []
+        action = None
+        for word in words:
+            flag, equals, value = word.partition("=")
+            if word.startswith("--"):
+                action = self.flag(flag.removeprefix("--"))
+            if action is None or action.nargs != "*" or action.type in (None, str) or "," not in word:
+                found.append(word)
+            elif not word.startswith("--"):
+                found += word.split(",")
+            elif equals:
+                found += [flag, *value.split(",")]
+        return found
 
     def _refuse_empty(self, words: list[str]) -> None:
         """An empty word, such as a variable of the shell that is not set, is no value, unless it is the default."""

@@ -1,7 +1,10 @@
 """Texts as token ids, ready for the trainer."""
 
+import inspect
+from dataclasses import dataclass
+
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.nlp.data.loading import TextData
 
@@ -32,3 +35,30 @@ class Collator(DataCollatorWithPadding):
 
     def __call__(self, features: list[dict]) -> dict:
         return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))
+
+
+@dataclass
+class Texts:
+    """A dataset tokenized with one tokenizer."""
+
+    data: TextData
+    splits: dict[str, Dataset]
+    collate: Collator
+
+    @classmethod
+    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
+        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
+
+    @property
+    def train(self) -> Dataset:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Dataset:
+        """The first validation split."""
+        return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
+
+    def unused_by(self, model: PreTrainedModel) -> list[str]:
+        """Inputs of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
+        accepted = inspect.signature(model.forward).parameters
+        return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]

@@ -9,6 +9,7 @@ missing; a run that was killed goes on where it stopped.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -18,10 +19,10 @@ from accelerate import PartialState
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.reporting.results import RECIPE, RESULTS
-from kd.common.training.arguments import KDTrainingArguments, check_seeds
+from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count, Seed
+from kd.common.utils.ranges import Count
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
 from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
@@ -42,7 +43,6 @@ class GlueArguments:
 
     tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": ", ".join(GLUE_TASKS)})
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": ", ".join(SYSTEMS)})
-    seeds: list[Seed] = field(default_factory=lambda: [0])
     glue_folder: Path | None = field(
         default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
     )
@@ -56,9 +56,6 @@ class GlueArguments:
             words = getattr(self, name)
             if not words or set(words) - set(known):
                 raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
-        check_seeds("--seeds", *self.seeds)
-        if not self.seeds:
-            raise ValueError("--seeds must name at least one seed")
 
     def source(self, task: str) -> str:
         """What --dataset would be."""
@@ -74,7 +71,7 @@ def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
         GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
     )
-    reject_unused("--tasks names the datasets, --seeds the seeds", training, "seed", "dataset", "text_columns")
+    reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
     folder = Path(training.output_dir or "runs/NLP/glue")
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
@@ -83,8 +80,9 @@ def main() -> None:
         refuse_smoothing(training, task, classes)
         if "base" in glue.systems:
             refuse_unfit(matching.method, training, task, classes)
-    held = open_folders(folder, glue, training, (training, text, pair, bottleneck, matching))
-    for task, seed in product(glue.tasks, glue.seeds):
+    seeds, training.seeds = training.seeds or [training.seed], None  # of cells, which have one each
+    held = open_folders(folder, product(glue.tasks, seeds), training, (training, text, pair, bottleneck, matching))
+    for task, seed in product(glue.tasks, seeds):
         text.dataset, training.seed = sources[task], seed
         data = text.load()
         epochs = glue.samples_per_stage / len(data.splits["train"])
@@ -96,14 +94,14 @@ def main() -> None:
 
 
 def open_folders(
-    folder: Path, glue: GlueArguments, training: KDTrainingArguments, instances: tuple[Any, ...]
+    folder: Path, cells_of: Iterable[tuple[str, int]], training: KDTrainingArguments, instances: tuple[Any, ...]
 ) -> list[RunFolder]:
     """In the main process: the table's folder and those of its cells, locked, and the latter emptied to start over."""
     with PartialState().main_process_first():
         if not PartialState().is_main_process:
             return []
         root = RunFolder(folder, ["glue.md"])
-        cells = [RunFolder(folder / t / f"seed{s}", SHARED_FILES) for t, s in product(glue.tasks, glue.seeds)]
+        cells = [RunFolder(folder / t / f"seed{s}", SHARED_FILES) for t, s in cells_of]
         if starts_over(training):
             for cell in cells:
                 cell.remove(instances)

@@ -7,9 +7,9 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset ne
 
 from kd.common.cli import Parser, run
 from kd.common.reporting.results import show_metrics
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import measured_data
 from kd.nlp.student_model.evaluation import evaluate
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import load_trained
 
 

@@ -31,10 +31,10 @@ from kd.common.utils.environment import command, environment
 from kd.common.utils.files import write_json, write_text
 from kd.common.utils.folders import writing_folder
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import measured_data
 from kd.nlp.student_model.evaluation import predict
 from kd.nlp.student_model.export_report import FILES, measured, report, table
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import load_trained
 
 

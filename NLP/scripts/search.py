@@ -15,12 +15,13 @@ from kd.common.cli import parse, reject_unused, run
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import SearchArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import refuse_smoothing
-from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.student_model.search import Search, SearchRun
 from kd.nlp.student_model.search_report import Report
 from kd.nlp.teacher_model.teacher import (

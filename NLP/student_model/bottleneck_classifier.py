@@ -56,7 +56,7 @@ class BottleneckClassifier(PreTrainedModel):
     """
 
     config_class = BottleneckConfig
-    base_model_prefix = "model"
+    base_model_prefix = "encoder"
     main_input_name = "input_ids"
 
     def __init__(self, config: BottleneckConfig) -> None:

@@ -102,9 +102,7 @@ class BottleneckDistillation(Distillation):
     def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Aligned with the teacher's hidden states, then its values taught by labels and the teacher's logits."""
         encoder = (
-            encoder_of(self.given_student.model)
-            if self.given_student
-            else cut_layers(encoder_of(teacher), self.student_layers)
+            self.given_student.encoder if self.given_student else cut_layers(encoder_of(teacher), self.student_layers)
         )
         encoder = self.aligned_encoder(encoder, teacher)
         keys = self.bottleneck.keys

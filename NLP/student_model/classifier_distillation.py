@@ -11,6 +11,7 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.distillation import Distillation, Logits
@@ -18,7 +19,6 @@ from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
 from kd.nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import encoder_of
 
 

@@ -16,13 +16,14 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import PairArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import evaluate, guessing, validation_split
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from kd.nlp.student_model.matching import layer_pairs
 from kd.nlp.student_model.methods import refuse_smoothing
-from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     encoder_of,

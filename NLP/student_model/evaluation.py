@@ -15,6 +15,7 @@ from kd.common.metrics.regression import regression_metrics
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.scope import choose_threshold, scope_metrics, threshold_metrics
+from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

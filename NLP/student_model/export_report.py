@@ -11,9 +11,9 @@ from kd.common.export.__main__ import LOAD_ONNX
 from kd.common.metrics.cost import interleaved_latency, megabytes
 from kd.common.reporting.tables import markdown, number
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.evaluation import metrics_by_split, one_text
 from kd.nlp.student_model.exportable import classifier_usage
-from kd.nlp.student_model.pipeline import Texts
 
 FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",

@@ -27,7 +27,8 @@ from kd.common.export.exportable import Exportable
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
-from kd.nlp.teacher_model.teacher import encoder_of  # registers the classifier with a bottleneck, too
+from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
+from kd.nlp.teacher_model.teacher import encoder_of
 
 CLASSIFY = """import json
 

@@ -12,9 +12,10 @@ from kd.common.bottleneck.codes import CodeDataset, Keys, set_keys
 from kd.common.training.inference import Collate, identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.student_model.pipeline import Pipeline
 
 FIT_TEXTS = 20_000  # keys are fitted on the embeddings of at most so many texts
 

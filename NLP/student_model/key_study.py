@@ -22,10 +22,10 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.precision import resolve_precision
 from kd.nlp.data.loading import load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.fill import code_dataset, embed_texts
 from kd.nlp.student_model.layers import cut_layers, load_encoder
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import load_classifier
 
 KEYS = get_args(Keys)

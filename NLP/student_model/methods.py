@@ -16,10 +16,10 @@ from kd.common.objective import Terms
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
 from kd.nlp.student_model.matching import Matching, match_pooled, width
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import encoder_of
 
 METHODS: dict[str, Callable[..., Terms]] = LOGIT_METHODS | RELATION_METHODS

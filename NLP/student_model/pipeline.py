@@ -1,15 +1,13 @@
 """The steps that every text distillation is made of: fine-tune, listen to the teacher, align."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kd.common.features import FeatureHooks
 from kd.common.objective import Objective, labels_and_soft_targets, task_loss
@@ -18,38 +16,12 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
 from kd.common.utils.devices import process
 from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Collator, tokenize
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.matching import Matching, hidden_states, width
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
-
-
-@dataclass
-class Texts:
-    """A dataset in the tokens of one tokenizer."""
-
-    data: TextData
-    splits: dict[str, Dataset]
-    collate: Collator
-
-    @classmethod
-    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
-        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
-
-    def not_for(self, model: PreTrainedModel) -> list[str]:
-        """What the tokenizer gives and a model does not take: DistilBERT knows no token types, its teacher does."""
-        accepted = inspect.signature(model.forward).parameters
-        return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]
-
-    @property
-    def train(self) -> Dataset:
-        return self.splits["train"]
-
-    @property
-    def validation(self) -> Dataset:
-        return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
 
 
 @dataclass
@@ -103,7 +75,7 @@ class Pipeline:
             train_dataset=texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
-            not_for_student=texts.not_for(model),
+            not_for_student=texts.unused_by(model),
             compute_metrics=trainer_metrics(texts.data),
             **(teacher or {}),
         )
@@ -182,7 +154,7 @@ class Pipeline:
             features=matching.features,
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
-            not_for_student=texts.not_for(encoder),
+            not_for_student=texts.unused_by(encoder),
             **self.hear(teacher, texts, matching),
         )
 

@@ -25,9 +25,10 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import Ranges
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.pipeline import Texts, switch_off_dropout
+from kd.nlp.student_model.pipeline import switch_off_dropout
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -164,7 +165,7 @@ class Search:
             train_dataset=self.texts.train,
             eval_dataset=self.texts.validation,
             data_collator=self.texts.collate,
-            not_for_student=self.texts.not_for(self.student),
+            not_for_student=self.texts.unused_by(self.student),
             compute_metrics=trainer_metrics(data),
         )
         trainer.remove_callback(PrinterCallback)  # there is one bar, over trials

@@ -24,11 +24,11 @@ from transformers import (
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
-from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # also registers it with AutoModel...
 
 TINY_BERT = "tiny-bert"
 INSTEAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # of BERT and its kind, of GPT-2
+CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # architectures of classifiers end in these
 GENERIC = "LABEL_"  # the names of classes that were never named
 
 
@@ -47,7 +47,7 @@ class Pretrained:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def encoder(self) -> PreTrainedModel:
+    def encoder(self) -> Any:
         return encoder_of(self.model)
 
     def cut_texts(self, max_length: int) -> None:
@@ -125,8 +125,8 @@ def load_trained(name: str, data: TextData) -> Pretrained:
 
 
 def encoder_of(classifier: PreTrainedModel) -> Any:
-    """What stands before a classifier's head or bottleneck."""
-    return classifier.encoder if isinstance(classifier, BottleneckClassifier) else classifier.base_model
+    """The model without its head or bottleneck."""
+    return classifier.base_model
 
 
 def positions(encoder: nn.Module) -> float:
@@ -198,7 +198,7 @@ def in_label_order(name: str, data: TextData) -> TextData:
 
 def classifies(config: Any) -> bool:
     """Whether a model is a classifier of texts, by its config."""
-    return (config.architectures or [""])[0].endswith(("ForSequenceClassification", BottleneckClassifier.__name__))
+    return (config.architectures or [""])[0].endswith(CLASSIFIERS)
 
 
 def _same_labels(own: list[str], others: list[str]) -> bool:

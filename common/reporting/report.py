@@ -108,6 +108,8 @@ def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
         try:
             results = read_json(folder / RESULTS)
             validate(results)
+            if "seeds" in results:  # the runs of these seeds lie below
+                continue
             key = (*_group(results), results["seed"])
             for figure in FIGURES.values():
                 float(figure(results) or 0)

@@ -26,12 +26,13 @@ MODEL = {
     "latency_ms": {"batch": int, "median": NUMBER, "p90": NUMBER},
     "metrics": {str: {str: NUMBER | list | None}},  # split -> metric -> value, or several values (an interval)
 }
-SCHEMA = {  # results.json, version 1; more keys are allowed everywhere, and `str` as a key stands for any name
+# results.json, version 1; more keys are allowed everywhere, and `str` as a key stands for any name. One run has a
+# `seed`; several of one command have `seeds`, means as figures, and `standard_deviations` (reporting/seeds.py).
+SCHEMA = {
     "schema_version": int,
     "domain": str,
     "task": str,
     "method": str,
-    "seed": int,
     "command": list,
     "data": {"train": int | None, "validation": int | None, "test": int | None, "fingerprint": str},  # samples
     "models": {"teacher": Nullable(MODEL), "control": Nullable(MODEL), "student": Nullable(MODEL)},
@@ -65,6 +66,8 @@ def validate(results: Results) -> None:
     _check(results, SCHEMA, "results")
     if results["schema_version"] != 1:
         raise ValueError(f"results.schema_version is {results['schema_version']}, this is version 1")
+    if not isinstance(results.get("seed"), int) and not isinstance(results.get("seeds"), list):
+        raise ValueError("missing key results.seed, an integer, or results.seeds, a list")
     split, name = results["primary_metric"]["split"], results["primary_metric"]["name"]
     for stage, model in results["models"].items():
         _check(model, Nullable(MODEL | {"metrics": {split: {name: NUMBER}}}), f"results.models.{stage}")
@@ -91,15 +94,17 @@ def _check(value: Any, schema: Any, where: str) -> None:
 
 
 def write_report(
-    folder: str | Path, results: Results, history: dict[str, list[dict[str, Any]]], progress: str = "epoch"
+    folder: str | Path, results: Results, history: dict[str, list[dict[str, Any]]] | None, progress: str = "epoch"
 ) -> None:
     """Writes curves.png, report.md and, last, results.json: a run that has it is finished.
 
-    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`.
+    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`; None: there
+    are no curves.
     """
     validate(results)
     folder = Path(folder)
-    plot_curves(folder / "curves.png", history, results, progress)
+    if history is not None:
+        plot_curves(folder / "curves.png", history, results, progress)
     write_text(folder / "report.md", _report(results))
     write_json(folder / RESULTS, results)
 
@@ -127,13 +132,13 @@ def _report(results: Results) -> str:
         headline(results),
         *(f"**Warning:** {text}" for text in results.get("warnings", [])),
         markdown(*model_table(results)),
-        "![Training loss and evaluation metric](curves.png)",
+        _curves(results),
         "## All metrics",
         markdown(*metric_table(results)),
         *_extra_sections(results),
         "## How it was made",
         f"```\n{shlex.join(results['command'])}\n```",
-        f"Seed {results['seed']}. {data_sentence(results)} Data fingerprint `{results['data']['fingerprint']}`.",
+        f"{seed_sentence(results)} {data_sentence(results)} Data fingerprint `{results['data']['fingerprint']}`.",
         markdown(["stage", "seconds"], [[stage, number(value)] for stage, value in results["seconds"].items()]),
         markdown(["environment", ""], [[key, number(value)] for key, value in results["environment"].items()]),
     ]
@@ -152,12 +157,32 @@ def primary_score(results: Results, stage: str) -> float | None:
     return model["metrics"][primary["split"]][primary["name"]] if model else None
 
 
+def shown_score(results: Results, stage: str) -> str:
+    """The primary metric of a model, with its standard deviation over several seeds."""
+    primary = results["primary_metric"]
+    deviations = results.get("standard_deviations", {}).get("models", {}).get(stage, {})
+    deviation = deviations.get(primary["split"], {}).get(primary["name"])
+    return number(primary_score(results, stage)) + ("" if deviation is None else f" ± {number(deviation)}")
+
+
+def seed_sentence(results: Results) -> str:
+    if "seeds" in results:
+        return f"Mean ± standard deviation over the seeds {', '.join(map(str, results['seeds']))}."
+    return f"Seed {results['seed']}."
+
+
+def _curves(results: Results) -> str:
+    if "seeds" in results:
+        return "Curves: " + ", ".join(f"[seed {seed}](seed{seed}/curves.png)" for seed in results["seeds"])
+    return "![Training loss and evaluation metric](curves.png)"
+
+
 def headline(results: Results) -> str:
     primary, models = results["primary_metric"], results["models"]
     student, teacher = models["student"], models["teacher"]
     if not student:
         return "No student was trained."
-    text = f"The student reaches a {primary['split']} {primary['name']} of {number(primary_score(results, 'student'))}"
+    text = f"The student reaches a {primary['split']} {primary['name']} of {shown_score(results, 'student')}"
     if results["retention"] is not None:
         smaller = teacher["parameters"] / max(student["parameters"], 1)
         faster = teacher["latency_ms"]["median"] / max(student["latency_ms"]["median"], 1e-9)
@@ -168,7 +193,7 @@ def headline(results: Results) -> str:
     if results["gain_over_control"] is not None:
         gain = results["gain_over_control"]
         text += (
-            f". The control ({models['control']['name']}) reaches {number(primary_score(results, 'control'))}: "
+            f". The control ({models['control']['name']}) reaches {shown_score(results, 'control')}: "
             f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
         )
     return text + "."
@@ -193,7 +218,7 @@ def model_table(results: Results) -> tuple[list[str], list[list[str]]]:
     for stage, model in models.items():
         latency = [number(model["latency_ms"][key]) for key in ("median", "p90")]
         size = [f"{model['parameters']:,}", number(model["megabytes"]), si(model["flops"])]
-        rows.append([stage, model["name"], number(primary_score(results, stage)), *size, *latency])
+        rows.append([stage, model["name"], shown_score(results, stage), *size, *latency])
     return header, rows
 
 
@@ -211,7 +236,8 @@ def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def _extra_sections(results: Results) -> list[str]:
     """What a script adds beyond the schema: plain values, or sections {name: value} or {model: {name: value}}."""
-    extra = {key: value for key, value in results.items() if key not in SCHEMA and key != "warnings"}
+    shown = {*SCHEMA, "seed", "seeds", "standard_deviations", "warnings"}
+    extra = {key: value for key, value in results.items() if key not in shown}
     plain = {key: value for key, value in extra.items() if not isinstance(value, dict)}
     sections = {"Notes": plain} if plain else {}
     sections |= {key: value for key, value in extra.items() if isinstance(value, dict)}

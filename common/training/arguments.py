@@ -1,7 +1,7 @@
 """Arguments of a distillation run: all of transformers' TrainingArguments and what distillation adds."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -11,11 +11,19 @@ from kd.common.training.checks import RANGES, check_optimizer, check_report_to, 
 from kd.common.utils.precision import resolve_precision
 from kd.common.utils.ranges import Positive, Range, Seed, Share, check_declared
 
+SEEDS_HELP = "seeds of several runs, such as 0,1,2, whose mean and standard deviation are reported"
 
-def check_seeds(flag: str, *seeds: int) -> None:
-    """Raises ValueError for a seed that is named twice."""
+
+def check_seeds(args: Any) -> None:
+    """Raises ValueError for a seed that is named twice in `args.seeds`. The first seed also trains what all share."""
+    seeds: list[int] | None = args.seeds
+    if seeds is None:
+        return
+    if not seeds:
+        raise ValueError("--seeds must name at least one seed")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{flag} must be different seeds, each named once, got {', '.join(map(str, seeds))}")
+        raise ValueError(f"--seeds must be different seeds, each named once, got {', '.join(map(str, seeds))}")
+    args.seed = seeds[0]
 
 
 @dataclass
@@ -26,6 +34,7 @@ class RunArguments:
         default=None, metadata={"help": "where the run's folder is made (default: runs/<domain>/<name>)"}
     )
     seed: Seed = field(default=0, metadata={"help": "of everything random in the run"})
+    seeds: list[Seed] | None = field(default=None, metadata={"help": SEEDS_HELP})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
     )
@@ -36,6 +45,12 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         check_declared(self)
+        check_seeds(self)
+
+    def check_unused_flags(self) -> None:
+        """Raises UserError for a flag of the command line that another flag leaves without effect."""
+        if self.seeds:
+            reject_unused("--seeds is set", self, "seed")
 
 
 @dataclass
@@ -74,6 +89,7 @@ class KDTrainingArguments(TrainingArguments):
     precision: Literal["auto", "fp32", "bf16"] = field(
         default="auto", metadata={"help": "auto: bf16 where the hardware computes it natively, else fp32"}
     )
+    seeds: list[Seed] | None = field(default=None, metadata={"help": SEEDS_HELP})
     no_control: bool = field(
         default=False, metadata={"help": "skip the same student trained without the teacher (not recommended)"}
     )
@@ -86,6 +102,7 @@ class KDTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_declared(self)
+        check_seeds(self)
         if self.lr_milestones is not None and self.max_steps > 0:
             raise ValueError("--lr_milestones are epochs: give --num_train_epochs, not --max_steps")
         if self.lr_milestones is not None and sorted(set(self.lr_milestones)) != self.lr_milestones:
@@ -106,6 +123,8 @@ class KDTrainingArguments(TrainingArguments):
 
     def check_unused_flags(self) -> None:
         """Raises UserError for a flag of the command line that another flag leaves without effect."""
+        if self.seeds:
+            reject_unused("--seeds is set", self, "seed")
         if self.max_steps > 0:
             reject_unused("--max_steps sets the length of every stage", self, "num_train_epochs")
         for name in ("eval", "logging", "save"):

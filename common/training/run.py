@@ -7,12 +7,13 @@ starts from the run's seed, so that it does not matter which process of how many
 
 import copy
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import datasets
 from accelerate import PartialState
@@ -24,11 +25,12 @@ from transformers.utils import logging as transformers_logging
 from kd.common.data.fingerprints import fingerprint_of
 from kd.common.metrics.returns import normalized_return
 from kd.common.reporting.model_card import Savable, save_student
-from kd.common.reporting.results import RESULTS, print_table, write_report
+from kd.common.reporting.results import RECIPE, RESULTS, print_table, write_report
+from kd.common.reporting.seeds import over_seeds
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.attention import quick_attention
 from kd.common.training.progress import StageProgress
-from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings
+from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.checksums import CHECKSUMS, find_damage
 from kd.common.utils.devices import best_device
@@ -53,19 +55,75 @@ class Run:
     last_file = RESULTS  # written when everything else is there
     files: tuple[str, ...] = RUN_FILES  # patterns of what it writes outside of stages/ and student/
 
+    reports: tuple[str, ...] = (".",)  # folders, inside the run's, with a report each
+
     def __init__(self, args: RunSettings, *instances: Any) -> None:
-        self.args, self.folder = args, Path(str(args.output_dir))
+        self.args, self.instances, self.folder = args, instances, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
         transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
         datasets.disable_progress_bars()
+        self._open()
+
+    def _open(self, shared: str | None = None) -> None:
+        """Opens the folder; `shared`: another one, relative to it, whose finished stages this run uses."""
         self._marked: RunFolder | None = None  # in the main process alone, which writes
         with PartialState().main_process_first():
             if PartialState().is_main_process:
-                self._marked = RunFolder(self.folder, self.files)
-                self._marked.begin(args, (args, *instances), self.last_file)
+                self._marked = RunFolder(self.folder, self.files, shared)
+                self._marked.begin(self.args, (self.args, *self.instances), self.last_file)
+        shared = read_mark(self.folder).get("shared")
+        self.shared = None if shared is None else self.folder / shared
+
+    def each_seed(self) -> Iterator[Self]:
+        """A run for each seed of `--seeds`, in `seedN` inside this run's folder; this run itself where there is one
+        seed. Runs that an earlier process finished are skipped.
+
+        What this run has built before, such as a teacher, its times and its warnings belong to all of them, and so do
+        the inputs that it has checked.
+        """
+        if self.args.seeds is None:
+            yield self
+            return
+        for seed in self.args.seeds:
+            run = self._of_seed(seed)
+            if not (run.folder / self.last_file).exists():
+                yield run
+
+    def _of_seed(self, seed: int) -> Self:
+        run = copy.copy(self)
+        run.folder = self.folder / f"seed{seed}"
+        run.args = copy.copy(self.args)
+        run.args.seed, run.args.seeds, run.args.output_dir = seed, None, str(run.folder)
+        run.args.resume_from_checkpoint, run.args.overwrite_output_dir = (run.folder / RECIPE).exists(), False
+        run.history, run.seconds, run.warnings = dict(self.history), dict(self.seconds), list(self.warnings)
+        run.started, run.seconds_before = time.perf_counter(), sum(self.seconds.values())
+        run._open(shared="..")
+        if self._marked is not None and run._marked is not None:
+            inputs = {name: value for name, value in self._marked.fingerprints.items() if name != RECIPE}
+            run._marked.check_inputs(**inputs)
+        return run
+
+    def summarize(self) -> None:
+        """In the main process, of several seeds: writes results.json and report.md with means and standard deviations,
+        and the student of the first seed; prints the table.
+        """
+        if self.args.seeds is None or not PartialState().is_main_process:
+            return
+        for name in self.reports:
+            folder, runs = self.folder / name, [self.folder / f"seed{seed}" / name for seed in self.args.seeds]
+            results = over_seeds([read_json(run / RESULTS) for run in runs]) | {"command": command()}
+            results["seconds"]["total"] = self.total_seconds
+            if (runs[0] / "student").exists():
+                with writing_folder(folder / "student") as partial:
+                    shutil.copytree(
+                        runs[0] / "student", partial, ignore=shutil.ignore_patterns(CHECKSUMS), dirs_exist_ok=True
+                    )
+            write_report(folder, results, None)
+            print_table(results)
+            print(f"report:  {folder / 'report.md'}")
 
     def check_inputs(self, data: str, **given: nn.Module | PreTrainedTokenizerBase | None) -> None:
         """Stores the fingerprints of what the run began with: of its data, and of the models and tokenizers that it
@@ -90,6 +148,8 @@ class Run:
         `shared` folder other runs find it too; that they ask for the same is their caller's business.
         """
         folder = (shared or self.folder) / "stages" / name
+        if self.shared is not None and (self.shared / "stages" / name).exists():
+            folder = self.shared / "stages" / name
         if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
             if damage := find_damage(folder):
                 raise UserError(f"{damage}: remove {folder}, then --resume_from_checkpoint trains that stage again")

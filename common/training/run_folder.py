@@ -46,6 +46,7 @@ class RunSettings(Protocol):
 
     output_dir: str | None
     seed: int
+    seeds: list[int] | None
     overwrite_output_dir: bool
     resume_from_checkpoint: bool
 
@@ -59,6 +60,7 @@ class RunFolder:
     Args:
         path: made if it does not exist.
         files: patterns of the files that are written into it and listed in no SHA256SUMS.
+        shared: a folder, relative to `path`, whose finished stages this run uses.
 
     Raises UserError where the path is no folder, holds something other than a run, or is held by another process, and
     where a symbolic link stands for a folder inside it or for a file that the run writes.
@@ -66,8 +68,8 @@ class RunFolder:
 
     lock: FolderLock
 
-    def __init__(self, path: Path, files: Iterable[str] = ()) -> None:
-        self.path, self.files = path, tuple(files)
+    def __init__(self, path: Path, files: Iterable[str] = (), shared: str | None = None) -> None:
+        self.path, self.files, self.shared = path, tuple(files), shared
         check_is_run_or_empty(path)
         marked = (path / MARK).exists()
         if marked:
@@ -75,13 +77,19 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
         mark = read_mark(path) if marked else self._write_mark()
+        self.shared = mark.get("shared")
         if mark.get("removing"):  # killed before all of an earlier run was removed
             self._remove_files()
             mark = self._write_mark()
         self.fingerprints: dict[str, str] = mark["fingerprints"]
 
     def _write_mark(self, **entries: Any) -> dict[str, Any]:
-        mark = {"format": "distillation run 1", "files": self.files, "fingerprints": {}} | entries
+        mark = {
+            "format": "distillation run 1",
+            "files": self.files,
+            "fingerprints": {},
+            "shared": self.shared,
+        } | entries
         write_json(self.path / MARK, mark)
         return mark
 
@@ -148,11 +156,13 @@ class RunFolder:
         """Removes the files that runs wrote into this folder. Everything else stays, and is named in a warning.
 
         Raises UserError where an argument in `instances`, such as the teacher, names one of these files or a folder
-        with one.
+        with one, and where another process holds a run inside this folder.
         """
         files = list(_written(self.path, self.files))
         self._refuse_needed(files, instances)
+        inner = [lock_folder(file.parent) for file in files if file.name == LOCK]
         self._write_mark(removing=True)
+        del inner
         self._remove_files()
         self.fingerprints = self._write_mark()["fingerprints"]
 
@@ -265,7 +275,8 @@ def _written(folder: Path, files: Iterable[str]) -> Iterator[Path]:
             listed |= {here / CHECKSUMS, *(here / name for name in _names_in(here))}
         for path in (here / name for name in names):
             inside = path.relative_to(root)
-            declared = any(fnmatch(inside.as_posix(), pattern) for pattern in (MARK, *runs[root]))
+            marks = (MARK,) if root == folder else (MARK, LOCK)  # an inner run is removed with its lock
+            declared = any(fnmatch(inside.as_posix(), pattern) for pattern in (*marks, *runs[root]))
             if declared or path in listed or _is_temporary(inside):
                 _refuse_link(path)
                 yield path

@@ -18,7 +18,8 @@ def main() -> None:
     axes, pair, weights, data, training = parse(
         SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    reject_unused("--learning_rates and --seeds are those of a sweep", training, "learning_rate", "seed")
+    reject_unused("--learning_rates are those of a sweep", training, "learning_rate")
+    axes.seeds, training.seeds = training.seeds or [training.seed], None
     sweep(axes, pair, weights, data, training)
 
 

@@ -46,7 +46,6 @@ class Arguments:
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
     )
-    seeds: list[str] = field(default_factory=list, metadata={"help": "of several --methods (default: 0)"})
     teacher_views: Path | None = field(
         default=None,
         metadata={
@@ -56,24 +55,25 @@ class Arguments:
     )
 
     def axes(self, training: ImageTrainingArguments) -> SweepArguments:
-        """Of the sweep that several methods are. Raises UserError for seeds that are no numbers."""
+        """Of the sweep that several methods are."""
         methods = ",".join(self.methods).split(",")
         wanted = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
         controls = [] if training.no_control else [name for name in wanted if name not in methods]
         try:
-            seeds = [int(seed) for seed in ",".join(self.seeds or ["0"]).split(",")]
-            return SweepArguments(
-                [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate], seeds=seeds
+            axes = SweepArguments(
+                [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate]
             )
         except ValueError as error:
-            raise UserError(f"--methods and --seeds: {error}") from error
+            raise UserError(f"--methods: {error}") from error
+        axes.seeds, training.seeds = training.seeds or [training.seed], None
+        return axes
 
 
 def main() -> None:
     args, pair, weights, data_args, training = parse(
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    if args.seeds and not args.methods:
+    if training.seeds and not args.methods:
         raise UserError("--seeds are those of several --methods: pass --seed for one --method")
     if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):
         raise UserError(
@@ -82,7 +82,7 @@ def main() -> None:
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is given", training, "seed", "method")
+        reject_unused("--methods is given", training, "method")
         sweep(args.axes(training), pair, weights, data_args, training, args.teacher_views)
     else:
         train_student(args, pair, data_args, training)

@@ -9,7 +9,7 @@ from typing import get_args
 
 from kd.common.cli import reject_unused
 from kd.common.methods import chosen
-from kd.common.utils.ranges import Positive, Seed, check_declared
+from kd.common.utils.ranges import Positive, check_declared
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import FeatureLossName, Variant
 
@@ -33,14 +33,14 @@ class SweepArguments:
         default_factory=lambda: ["l2"], metadata={"help": "l2, kl-channel, kl-spatial, cosine"}
     )
     learning_rates: list[Positive] = field(default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1])
-    seeds: list[Seed] = field(default_factory=lambda: [0])
+    seeds: list[int] = field(default_factory=lambda: [0], init=False)  # those of --seeds
 
     def __post_init__(self) -> None:
         known = {
             "projectors": get_args(Variant),
             "feature_losses": get_args(FeatureLossName),
         }
-        for name in ("methods", "projectors", "feature_losses", "learning_rates", "seeds"):
+        for name in ("methods", "projectors", "feature_losses", "learning_rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name} must name at least one value, and none twice, got {values}")

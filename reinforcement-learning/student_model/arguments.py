@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import RunArguments, check_seeds
+from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import (
     Count,
@@ -17,7 +17,6 @@ from kd.common.utils.ranges import (
     Positive,
     ProperShare,
     Range,
-    Seed,
     check_declared,
 )
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
@@ -124,7 +123,6 @@ class ExperimentArguments(RunArguments):
             "file next to it that is named like it)"
         },
     )
-    seeds: list[Seed] | None = field(default=None, metadata={"help": "one run for each, instead of --seed"})
     teacher_temperature: Positive | None = field(
         default=None, metadata={"help": "of the teacher's logits; below 1 sharpens (default: 1, of a DQN by entropy)"}
     )
@@ -153,7 +151,6 @@ class ExperimentArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seeds("--seeds", *(self.seeds or []))
         if len(self.teacher) == 1:
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
@@ -181,5 +178,4 @@ class ExperimentArguments(RunArguments):
                 reject_unused(reason, self, "learning_rate", "updates", "batch_size", "buffer_size")
         else:
             reject_unused("--method is not ppd", self, "teacher_weight")
-        if self.seeds:
-            reject_unused("--seeds is given", self, "seed")
+        super().check_unused_flags()

@@ -42,12 +42,12 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.evaluation import predict, text_metrics
 from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -215,7 +215,7 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     student = DistilBertForSequenceClassification(
         DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
     )
-    assert texts.not_for(student) == ["token_type_ids"] and texts.not_for(made.model) == []
+    assert texts.unused_by(student) == ["token_type_ids"] and texts.unused_by(made.model) == []
     for name, model in (("bert", made.model), ("distil", student)):
         model.save_pretrained(tmp_path / name)
         made.tokenizer.save_pretrained(tmp_path / name)

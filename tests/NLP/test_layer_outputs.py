@@ -24,11 +24,12 @@ from kd.common.features import FeatureHooks
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.matching import Matching, embeddings, hidden_states
 from kd.nlp.student_model.methods import teacher_features
-from kd.nlp.student_model.pipeline import Pipeline, Texts
+from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
 
 TEXTS = ["a red cat", "a dog", "the small cat and the big red dog and the hat", "hat", "a dog and a cat"]
@@ -78,7 +79,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 def batch_of(texts: Texts, model: PreTrainedModel, rows: list[int]) -> dict[str, torch.Tensor]:
     batch = texts.collate([texts.train[i] for i in rows])
-    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.not_for(model)}
+    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.unused_by(model)}
 
 
 def recorded(model: PreTrainedModel, inputs: dict[str, torch.Tensor], paths: dict[str, str]) -> Outputs:
@@ -100,7 +101,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     matching = matched(kind, model)
     rows = [3, 2, 0]  # another order and padding than those of the cache
     inputs = batch_of(texts, model, rows)
-    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.not_for(model))}, texts.collate)
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
     student = recorded(model, inputs, matching.features)
 
     monkeypatch.setattr(steps, "FEATURE_BYTES", 0)

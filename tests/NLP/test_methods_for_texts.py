@@ -14,6 +14,7 @@ from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import load_text_data
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.methods import (
@@ -24,7 +25,6 @@ from kd.nlp.student_model.methods import (
     refuse_unfit,
     teacher_features,
 )
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.teacher import tiny_bert
 from kd_testing.scripts import run_script
 

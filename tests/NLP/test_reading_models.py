@@ -28,10 +28,10 @@ from transformers import (
 from kd.common.pretrained import load_model, load_tokenizer, reading, stage_loader
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load as load_exportable
 from kd.nlp.student_model.layers import load_encoder
-from kd.nlp.student_model.pipeline import Texts
 from kd.nlp.teacher_model.causal import byte_level_bpe, load_language_model
 from kd.nlp.teacher_model.seq2seq import load_translator
 from kd.nlp.teacher_model.teacher import in_label_order, load_classifier, load_trained, vocabulary

@@ -116,7 +116,7 @@ def test_a_run_inside_a_run_is_removed_with_it(tmp_path: Path) -> None:
     (tmp_path / "table" / "table.md").write_text("| |")
     (tmp_path / "table" / "seed0" / "thesis.tex").write_text("mine")
     outer.remove()
-    assert files(tmp_path / "table") == {".lock", MARK, "seed0/.lock", "seed0/thesis.tex"}
+    assert files(tmp_path / "table") == {".lock", MARK, "seed0/thesis.tex"}
 
 
 @pytest.mark.parametrize("resume", [True, False])
