@@ -86,7 +86,7 @@ def main() -> None:
     for name in alone[0]:
         ratio = statistics.median(block[name] / block[PLAIN] for block in alone)
         method = chosen(name, METHODS, batch=args.batch_size)
-        beside = method(Pair(new_classifier(args.student, data.config), teacher, data)).parameters_beside
+        beside = method(Pair(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
         print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {beside:15,}")
     pairs = [(sum(measure([name]) for name in args.together), measure(args.together)) for _ in range(args.blocks)]
     saved = statistics.median(1 - together / apart for apart, together in pairs)

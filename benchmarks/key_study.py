@@ -171,7 +171,7 @@ class KeyStudy:
             return self.share_correct(student(embeddings.validation))
 
     def linear_probe_one_after_another(self) -> float:
-        """Validation accuracy of a linear layer that learns the same classes in the same order: how much it forgets."""
+        """Validation accuracy of a linear layer that learns the same classes in the same order, for comparison."""
         torch.manual_seed(0)
         probe = nn.Linear(self.teacher.train.shape[1], self.data.num_labels)
         for classes in torch.arange(self.data.num_labels).tensor_split(GROUPS):

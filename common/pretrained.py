@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from kd.common.data.hub import no_retries_when_unreachable
-from kd.common.training.finite import non_finite_tensor
+from kd.common.data.sources import no_retries_when_unreachable
 from kd.common.utils.errors import UserError
+from kd.common.utils.finite import non_finite_tensor
 
 WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)+)")  # DataParallel, torch.compile, attributes of a wrapper
 POOLER = re.compile(r"(^|\.)pooler\.")

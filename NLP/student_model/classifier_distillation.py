@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from kd.common.cli import reject_unused
+from kd.common.methods import Method
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
@@ -17,7 +17,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.distillation import Distillation, Logits
 from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
 from kd.nlp.student_model.layers import cut_layers, layer_paths
-from kd.nlp.student_model.matching import Matching, attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
 from kd.nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
 from kd.nlp.teacher_model.teacher import encoder_of
 
@@ -106,8 +106,8 @@ class ClassifierDistillation(Distillation):
 
         return self.stage("student", fine_tune)
 
-    def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Matching:
-        wanted, found = self.wanted, Matching()
+    def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Method:
+        wanted, found = self.wanted, Method({})
         if wanted.method != PLAIN:
             found += method_terms(wanted.method, self.run.args, student, teacher, self.texts, self.pooling)
         if wanted.hidden_weight:
@@ -126,8 +126,7 @@ class ClassifierDistillation(Distillation):
         if not self.others:
             return said
         each = [said, *(self.pipeline.listen(o.model, Texts.of(self.data, o.tokenizer)) for o in self.others)]
-        logits = [outputs.batch(said.sample_ids).logits for outputs in each]
-        return TeacherOutputs(said.sample_ids, torch.stack([x for x in logits if x is not None]).mean(0))
+        return JoinedOutputs(each)
 
     def measure_teacher(self, teacher: PreTrainedModel) -> tuple[dict[str, Any], Logits]:
         """Several teachers are worth what their mean logits are worth, and cost what they cost together."""

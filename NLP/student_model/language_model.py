@@ -10,6 +10,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.losses import jensen_shannon, soft_target_kl
+from kd.common.methods import Method
 from kd.common.metrics.chance import language_warning
 from kd.common.metrics.language import language_metrics, token_counts
 from kd.common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
@@ -27,7 +28,7 @@ from kd.nlp.student_model.language_evaluation import (
     one_line,
 )
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
-from kd.nlp.student_model.matching import Matching, hidden_states, layer_pairs, width
+from kd.nlp.student_model.matching import hidden_states, layer_pairs, width
 from kd.nlp.student_model.pipeline import switch_off_dropout
 from kd.nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
@@ -154,7 +155,7 @@ class LanguageDistillation:
     ) -> PreTrainedModel:
         """On the tokens of train, and with a teacher (then without dropout) on its distributions over them too."""
         args, validation = self.run.args, self.blocks["validation"]
-        inside = Matching()
+        inside = Method({})
         if teacher is not None:
             switch_off_dropout(model)
             if self.args.hidden_weight:
@@ -237,7 +238,7 @@ def divergence_of(name: str, temperature: float, js_beta: float) -> Divergence:
     return partial(soft_target_kl, temperature=temperature, direction=name)
 
 
-def objective(alpha: float, divergence: Divergence, inside: Matching, smoothing: float = 0.0) -> Objective:
+def objective(alpha: float, divergence: Divergence, inside: Method, smoothing: float = 0.0) -> Objective:
     """alpha * labels, smoothed, + (1 - alpha) * the teacher's distributions, both means over the tokens, + what is to
     match inside, a mean over all positions.
     """

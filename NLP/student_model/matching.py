@@ -1,12 +1,12 @@
 """What of a student's inside is to be like the teacher's: which layers, by which loss."""
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from kd.common.losses import attention_kl, feature_cosine, feature_l2
+from kd.common.methods import Method
 from kd.common.objective import FeatureLoss, Hint, Term, match
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
@@ -18,28 +18,6 @@ LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
 EMBEDDINGS = -1  # the number of the "layer" before the first
 QUERIES, KEYS = ("query", "q_lin", "q_proj"), ("key", "k_lin", "k_proj")  # of BERT, DistilBERT, others
-
-
-@dataclass
-class Matching:
-    """Terms of an objective and the features that they need, by hooks: {name: path of a submodule}.
-
-    layers: those of the teacher (from 0, EMBEDDINGS first) whose hidden states are all that the terms need of it, so
-    that they can be cached; None where they need more.
-    """
-
-    terms: dict[str, tuple[float, Term]] = field(default_factory=dict)
-    features: dict[str, str] = field(default_factory=dict)
-    teacher_features: dict[str, str] = field(default_factory=dict)
-    layers: list[int] | None = field(default_factory=list)
-
-    def __add__(self, other: "Matching") -> "Matching":
-        return Matching(
-            self.terms | other.terms,
-            self.features | other.features,
-            self.teacher_features | other.teacher_features,
-            None if self.layers is None or other.layers is None else sorted({*self.layers, *other.layers}),
-        )
 
 
 def layer_pairs(layer_map: LayerMap, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
@@ -67,7 +45,7 @@ def hidden_states(
     loss_name: HiddenLoss = "both",
     layer_map: LayerMap = "uniform",
     pooling: Pooling = "tokens",
-) -> Matching:
+) -> Method:
     """Hidden states of paired layers, averaged over the pairs; through linear regressors where the widths differ. They
     are what the layers return, before the final norm of encoders that have one (ModernBERT, GPT-2).
 
@@ -77,7 +55,7 @@ def hidden_states(
     loss, same = LOSSES[loss_name], width(student) == width(teacher)
     own, target = layer_paths(student), layer_paths(teacher)
     pairs = layer_pairs(layer_map, len(own), len(target))
-    found = Matching(layers=[j for _, j in pairs])
+    found = Method({})
     for i, j in pairs:
         names = f"student_{i}", f"layer_{j}"
         found.terms[f"hidden_{i}"] = (weight / len(pairs), _match(*names, loss, student, teacher))
@@ -87,18 +65,17 @@ def hidden_states(
     return found
 
 
-def embeddings(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, loss_name: HiddenLoss) -> Matching:
+def embeddings(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, loss_name: HiddenLoss) -> Method:
     """What comes out of the embeddings, before the first layer."""
     names = "student_embeddings", f"layer_{EMBEDDINGS}"
-    return Matching(
+    return Method(
         {"embeddings": (weight, _match(*names, LOSSES[loss_name], student, teacher))},
         {names[0]: _embeddings(student)},
         {names[1]: _embeddings(teacher)},
-        [EMBEDDINGS],
     )
 
 
-def attentions(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, layer_map: LayerMap) -> Matching:
+def attentions(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, layer_map: LayerMap) -> Method:
     """Attention distributions of paired layers (arXiv:2002.10957), averaged over the pairs.
 
     Computed from queries and keys, so that either model may use fused attention, in as many heads as the teacher has,
@@ -112,7 +89,7 @@ def attentions(student: PreTrainedModel, teacher: PreTrainedModel, weight: float
             f"{heads} heads"
         )
     pairs = layer_pairs(layer_map, len(own), len(target))
-    found = Matching(layers=None)
+    found = Method({})
     for i, j in pairs:
         found.terms[f"attention_{i}"] = (weight / len(pairs), match_attention(i, j, heads))
         for names, model, path, features in (

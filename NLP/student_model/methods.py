@@ -1,6 +1,7 @@
 """Methods of distilling a text classifier, by name: those of every domain, as they see a student and its teacher."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,20 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kd.common.features import FeatureHooks
-from kd.common.methods import Task, chosen, flags_of, some_of_each_class
+from kd.common.methods import Method, TaskSpec, chosen, flags_of, some_of_each_class
 from kd.common.methods.logits import LOGIT_METHODS
 from kd.common.methods.relations import RELATION_METHODS
-from kd.common.objective import Terms
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
-from kd.nlp.student_model.matching import Matching, match_pooled, width
+from kd.nlp.student_model.matching import match_pooled, width
 from kd.nlp.teacher_model.teacher import encoder_of
 
-METHODS: dict[str, Callable[..., Terms]] = LOGIT_METHODS | RELATION_METHODS
+METHODS: dict[str, Callable[..., Method]] = LOGIT_METHODS | RELATION_METHODS
 PLAIN = "kd"
 
 
@@ -40,7 +40,7 @@ def refuse_unfit(spec: str, training: KDTrainingArguments, dataset: str, classes
     if classes > 1:
         anything = partial(match_pooled, "", "", "cls")
         method = chosen(spec, METHODS, **flags_of(spec, training))
-        method(Task(classes, 1, 1, anything, anything, lambda: (torch.empty(0, 1), torch.empty(0))))
+        method(TaskSpec(classes, 1, 1, anything, anything, lambda: (torch.empty(0, 1), torch.empty(0))))
 
 
 def refuse_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -> None:
@@ -56,16 +56,16 @@ def method_terms(
     teacher: PreTrainedModel,
     texts: Texts,
     pooling: Pooling,
-) -> Matching:
+) -> Method:
     """The terms of the method NAME[:setting=value]..., and the features that they need. Errors as of refuse_unfit."""
     method = chosen(spec, METHODS, **flags_of(spec, training))
     own, target = (encoder_of(model).config.num_hidden_layers - 1 for model in (student, teacher))
     names = f"student_{own}", f"layer_{target}"
-    terms = method(task_of(names, student, teacher, texts, pooling, training.precision))
-    if not looks_inside(spec):
-        return Matching(terms)
-    paths = layer_paths(student)[own], layer_paths(teacher)[target]
-    return Matching(terms, {names[0]: paths[0]}, {names[1]: paths[1]}, [target])
+    task = task_of(names, student, teacher, texts, pooling, training.precision)
+    if looks_inside(spec):
+        paths = layer_paths(student)[-1], layer_paths(teacher)[-1]
+        task = replace(task, features={names[0]: paths[0]}, teacher_features={names[1]: paths[1]})
+    return method(task)
 
 
 def task_of(
@@ -75,16 +75,16 @@ def task_of(
     texts: Texts,
     pooling: Pooling,
     precision: str,
-) -> Task:
+) -> TaskSpec:
     """What methods need to know; `names` are those of the last hidden states, which are the heads' features pooled."""
     pooled = partial(match_pooled, *names, pooling)
-    return Task(
+    return TaskSpec(
         classes=texts.data.num_labels,
         student_width=width(student),
         teacher_width=width(teacher),
         pooled=pooled,
         last=pooled,  # before they are pooled they are of another size for each batch
-        teacher_features=partial(teacher_features, teacher, texts, pooling, precision),
+        teacher_samples=partial(teacher_features, teacher, texts, pooling, precision),
     )
 
 

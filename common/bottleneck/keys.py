@@ -39,9 +39,8 @@ def _nearest(heads: Tensor, keys: Tensor) -> Tensor:
 
 def count_codes(codes: Tensor, pairs: int) -> Tensor:
     """How often each key is chosen (C, K), of codes (rows, C)."""
-    return rearrange(
-        torch.bincount(_flat(codes, pairs), minlength=codes.shape[1] * pairs).float(), "(c k) -> c k", k=pairs
-    )
+    counts = torch.bincount(_flat(codes, pairs), minlength=codes.shape[1] * pairs)
+    return rearrange(counts.float(), "(c k) -> c k", k=pairs)
 
 
 def assign(heads: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +91,8 @@ def random_heads(heads: Tensor, pairs: int, generator: torch.Generator | None) -
         torch.cat([torch.randperm(rows, generator=generator) for _ in range(repeats)])[:pairs]
         for _ in range(codebooks)
     ]
-    chosen = heads[
-        torch.stack(picks).to(heads.device), rearrange(torch.arange(codebooks, device=heads.device), "c -> c 1")
-    ]
+    of_codebook = rearrange(torch.arange(codebooks, device=heads.device), "c -> c 1")
+    chosen = heads[torch.stack(picks).to(heads.device), of_codebook]
     if dist.is_initialized():
         dist.broadcast(chosen, src=0)
     return chosen

@@ -183,7 +183,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def update_keys(
         self, heads: Tensor, decay: float = 0.9, expiry: float = 0.0, generator: torch.Generator | None = None
     ) -> None:
-        """One moving-average step on heads (rows, codebooks, key_dim): keys become *means* of the heads assigned to them.
+        """One moving-average step on heads (rows, codebooks, key_dim): keys become the *means* of their heads.
 
             counts <- g counts + (1 - g) n        sums <- g sums + (1 - g) s        keys = sums / smoothed counts
 

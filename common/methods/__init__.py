@@ -1,22 +1,21 @@
 """Methods by name, with settings: `dkd`, `dkd:beta=2:warmup=0`.
 
-A method is a function with keyword-only settings, whose defaults are its paper's; a table {name: function} says which
-there are. What it returns is up to the domain: terms of an objective, or a whole Method. The annotation of a setting
-gives its type and range: `float` is a finite number from 0 on, `int` one above 0, `bool` true or false; other ranges
-are those of `kd.common.utils.ranges`.
+A method is a function (spec, *, settings) -> Method; the defaults of its settings are its paper's, and a table {name:
+function} lists the methods of a domain. The annotation of a setting gives its type and range: `float` is a finite
+number from 0 on, `int` one above 0, `bool` true or false; other ranges are those of `kd.common.utils.ranges`.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, get_args, get_origin
 
 import torch
 from torch import Tensor
 
-from kd.common.objective import FeatureLoss, Objective, Term
+from kd.common.objective import FeatureLoss, Objective, Term, Terms
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import MOST, Range, range_in
@@ -26,32 +25,51 @@ PER_CLASS = 50  # training samples of each class that stand for it
 
 @dataclass
 class Method:
-    """What a student is trained for, and the submodules of either model whose outputs that needs, {name: path}.
+    """What a student is trained for. `first + second` has the terms and the features of both.
 
-    logits_only: the teacher's logits are all that is needed of it, so that they may come from a table.
+    terms: {name: (weight, term)} of the objective.
+    features, teacher_features: {name: path} of the submodules of student and teacher whose outputs the terms read.
+        A method without teacher features needs only the teacher's logits.
+    watched: terms that are logged and not trained for.
     """
 
-    objective: Objective
+    terms: Terms
     features: dict[str, str] = field(default_factory=dict)
     teacher_features: dict[str, str] = field(default_factory=dict)
-    logits_only: bool = False
+    watched: dict[str, Term] = field(default_factory=dict)
+
+    def __add__(self, other: "Method") -> "Method":
+        repeated = self.terms.keys() & other.terms.keys()
+        if repeated:
+            raise ValueError(f"both methods have a term {', '.join(sorted(repeated))}")
+        return Method(
+            self.terms | other.terms,
+            self.features | other.features,
+            self.teacher_features | other.teacher_features,
+            self.watched | other.watched,
+        )
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(**self.terms).watching(**self.watched)
 
     @property
-    def parameters_beside(self) -> int:
-        """What trains beside the student, and does not ship."""
+    def auxiliary_parameters(self) -> int:
+        """Number of parameters that train with the student and do not ship with it."""
         return sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSpec:
     """What methods of every domain need to know of the classification at hand.
 
     classes: number of them.
     student_width, teacher_width: of the features that the heads see.
     pooled: makes a term of a loss between the features (batch, width) that the heads see.
     last: likewise of the last features before pooling, flattened to (batch, anything), where they are of one size.
-    teacher_features: what the teacher makes of training samples, pooled (samples, width), and their labels (samples,);
+    teacher_samples: what the teacher makes of training samples, pooled (samples, width), and their labels (samples,);
         computed when it is called.
+    features, teacher_features: the submodules that `pooled` and `last` read, as in a Method.
     views: of each sample in a batch, which holds the first views of all its samples, then the second ones, and so on.
     """
 
@@ -60,7 +78,9 @@ class Task:
     teacher_width: int
     pooled: Callable[[FeatureLoss], Term]
     last: Callable[[FeatureLoss], Term]
-    teacher_features: Callable[[], tuple[Tensor, Tensor]]
+    teacher_samples: Callable[[], tuple[Tensor, Tensor]]
+    features: dict[str, str] = field(default_factory=dict)
+    teacher_features: dict[str, str] = field(default_factory=dict)
     views: int = 1
 
 

@@ -1,6 +1,6 @@
 """Methods that listen to a teacher's logits alone, for classifiers of any domain.
 
-Each is a function (task, *, settings) -> terms of an objective; the defaults are its paper's for CIFAR-100, those of
+Each is a function (spec, *, settings) -> Method; the defaults are its paper's for CIFAR-100, those of
 ResNet32x4 -> ResNet8x4 where they differ. Warm-ups, curricula and decays are shares of the training, and change with
 every step; in the authors' code they change with every epoch.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods import Task
-from kd.common.objective import Scheduled, Term, Terms, Weight, soft_targets, task_loss, warm_up
+from kd.common.methods import Method, TaskSpec
+from kd.common.objective import Scheduled, Term, Weight, soft_targets, task_loss, warm_up
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, Share, ShareAbove0
@@ -23,63 +23,63 @@ MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)  # of multi-level distillation
 LARGEST_RISE = 20.0  # of a learnt temperature, above 1
 
 
-def kd(task: Task, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Terms:
+def kd(spec: TaskSpec, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Method:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL(teacher || student)."""
-    return {"task": (alpha, task_loss()), "soft_targets": (1 - alpha, soft_targets(temperature))}
+    return Method({"task": (alpha, task_loss()), "soft_targets": (1 - alpha, soft_targets(temperature))})
 
 
 def dkd(
-    task: Task, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
-) -> Terms:
+    spec: TaskSpec, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
+) -> Method:
     """Decoupled KD (Zhao et al., arXiv:2203.08679), and the labels' cross-entropy: the label's probability, of weight
     alpha, and the distribution over the other classes, of weight beta (published: 8, 6 or 2 by pair). The weights rise
     linearly from 0 over the share `warmup` of the training; in the authors' code from 1/20 in the first epoch.
     """
-    _needs_classes(task, "dkd", 3)
+    _needs_classes(spec, "dkd", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
-    return {"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), logit_term(loss, labelled=True))}
+    return Method({"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), logit_term(loss, labelled=True))})
 
 
 def dist(
-    task: Task, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1.0, temperature: Positive = 4.0
-) -> Terms:
+    spec: TaskSpec, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1.0, temperature: Positive = 4.0
+) -> Method:
     """Correlations instead of a divergence (DIST, Huang et al., arXiv:2205.10536), beside the labels: over the classes
     of a sample (beta), and over the samples of a batch (gamma).
     """
     loss = partial(losses.correlation_loss, beta=beta, gamma=gamma, temperature=temperature)
-    return {"task": (1.0, task_loss()), "correlations": (weight, logit_term(loss))}
+    return Method({"task": (1.0, task_loss()), "correlations": (weight, logit_term(loss))})
 
 
-def lskd(task: Task, *, alpha: float = 0.1, weight: float = 9.0, temperature: Positive = 2.0) -> Terms:
+def lskd(spec: TaskSpec, *, alpha: float = 0.1, weight: float = 9.0, temperature: Positive = 2.0) -> Method:
     """Soft targets of standardized logits (Sun et al., arXiv:2403.01427), and alpha * labels. Weight and temperature
     differ by pair in the authors' runs.
     """
-    _needs_classes(task, "lskd", 2)
+    _needs_classes(spec, "lskd", 2)
     loss = partial(losses.soft_target_kl, temperature=temperature)
-    return {"task": (alpha, task_loss()), "soft_targets": (weight, logit_term(loss, standardize=True))}
+    return Method({"task": (alpha, task_loss()), "soft_targets": (weight, logit_term(loss, standardize=True))})
 
 
 def dkd_ls(
-    task: Task, *, alpha: float = 9.0, beta: float = 72.0, temperature: Positive = 2.0, warmup: Share = 20 / 240
-) -> Terms:
+    spec: TaskSpec, *, alpha: float = 9.0, beta: float = 72.0, temperature: Positive = 2.0, warmup: Share = 20 / 240
+) -> Method:
     """`dkd` of standardized logits (Sun et al., arXiv:2403.01427). The authors give a weight, here 9, and multiply
     DKD's alpha (1) and beta (8, for other pairs 2) by it.
     """
-    _needs_classes(task, "dkd_ls", 3)
+    _needs_classes(spec, "dkd_ls", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
     term = logit_term(loss, labelled=True, standardize=True)
-    return {"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), term)}
+    return Method({"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), term)})
 
 
 def mlkd(
-    task: Task,
+    spec: TaskSpec,
     *,
     alpha: float = 0.1,
     weight: float = 0.9,
     temperature: Positive = 4.0,
     class_relations: float = 1.0,
     sample_relations: float = 1.0,
-) -> Terms:
+) -> Method:
     """Multi-level logit distillation (Jin et al., CVPR 2023): alpha * labels, soft targets, relations of classes and
     relations of samples, each of the last three summed over the temperature and MORE_TEMPERATURES.
 
@@ -95,24 +95,24 @@ def mlkd(
     (batch / classes)^2 and the latter with batch / classes, and the paper has 64 / 100: for 10 classes in batches of
     128, factors of 0.0025 and 0.05 keep them as large as they are there.
     """
-    return _multi_level(task.views, alpha, weight, temperature, class_relations, sample_relations, standardize=False)
+    return _multi_level(spec.views, alpha, weight, temperature, class_relations, sample_relations, standardize=False)
 
 
 def mlkd_ls(
-    task: Task,
+    spec: TaskSpec,
     *,
     alpha: float = 0.1,
     weight: float = 9.0,
     temperature: Positive = 2.0,
     class_relations: float = 1.0,
     sample_relations: float = 1.0,
-) -> Terms:
+) -> Method:
     """`mlkd` with standardized logits in its soft targets, but not in its relations (Sun et al., arXiv:2403.01427).
 
     For some pairs the authors' weight is 6.
     """
-    _needs_classes(task, "mlkd_ls", 2)
-    return _multi_level(task.views, alpha, weight, temperature, class_relations, sample_relations, standardize=True)
+    _needs_classes(spec, "mlkd_ls", 2)
+    return _multi_level(spec.views, alpha, weight, temperature, class_relations, sample_relations, standardize=True)
 
 
 def _multi_level(
@@ -123,25 +123,29 @@ def _multi_level(
     class_relations: float,
     sample_relations: float,
     standardize: bool,
-) -> Terms:
+) -> Method:
     soft_targets = _at_all(losses.soft_target_kl, temperature, standardize=standardize)
-    return {  # means over a batch of several views, times their number: sums over the views
-        "task": (views * alpha, task_loss()),
-        "soft_targets": (views * weight, soft_targets),
-        "class_relations": (weight * class_relations, _at_all(losses.class_relations, temperature, views)),
-        "sample_relations": (weight * sample_relations, _at_all(losses.sample_relations, temperature, views)),
-    }
+    return Method(
+        {  # means over a batch of several views, times their number: sums over the views
+            "task": (views * alpha, task_loss()),
+            "soft_targets": (views * weight, soft_targets),
+            "class_relations": (weight * class_relations, _at_all(losses.class_relations, temperature, views)),
+            "sample_relations": (weight * sample_relations, _at_all(losses.sample_relations, temperature, views)),
+        }
+    )
 
 
-def ctkd(task: Task, *, alpha: Share = 0.1, curriculum: ShareAbove0 = 10 / 240) -> Terms:
+def ctkd(spec: TaskSpec, *, alpha: Share = 0.1, curriculum: ShareAbove0 = 10 / 240) -> Method:
     """Soft targets at a temperature that is learnt against the student (Li et al., arXiv:2211.16231), and
     alpha * labels: the authors' global temperature. `curriculum`: the share of the training over which the adversary
     gains its strength.
     """
-    return {"task": (alpha, task_loss()), "soft_targets": (1 - alpha, AdversarialTemperature(curriculum))}
+    return Method({"task": (alpha, task_loss()), "soft_targets": (1 - alpha, AdversarialTemperature(curriculum))})
 
 
-def wkd(task: Task, *, weight: float = 600.0, temperature: Positive = 8.0, decay_from: Share = 150 / 240) -> Terms:
+def wkd(
+    spec: TaskSpec, *, weight: float = 600.0, temperature: Positive = 8.0, decay_from: Share = 150 / 240
+) -> Method:
     """Transport between logits (WKD-L, Lv et al., arXiv:2412.08139), and the labels' cross-entropy: the label's
     probability, and the cost of moving that of the other classes, whose weight falls with a cosine from `decay_from`
     of the training on. Moving costs 1 - exp(-(1 - similarity)) between two classes.
@@ -151,12 +155,14 @@ def wkd(task: Task, *, weight: float = 600.0, temperature: Positive = 8.0, decay
     `losses.class_similarity` compares the covariances of their features, which needs no pairs, over the first
     PER_CLASS images of each class.
     """
-    _needs_classes(task, "wkd", 3)
-    return {
-        "task": (1.0, task_loss()),
-        "label": (1.0, logit_term(losses.label_probability, labelled=True)),
-        "transport": (cosine_decay(weight, decay_from), transport_term(task, temperature)),
-    }
+    _needs_classes(spec, "wkd", 3)
+    return Method(
+        {
+            "task": (1.0, task_loss()),
+            "label": (1.0, logit_term(losses.label_probability, labelled=True)),
+            "transport": (cosine_decay(weight, decay_from), transport_term(spec, temperature)),
+        }
+    )
 
 
 def logit_term(loss: Callable[..., Tensor], labelled: bool = False, standardize: bool = False) -> Term:
@@ -172,14 +178,14 @@ def logit_term(loss: Callable[..., Tensor], labelled: bool = False, standardize:
     return term
 
 
-def transport_term(task: Task, temperature: float) -> Term:
+def transport_term(spec: TaskSpec, temperature: float) -> Term:
     """`losses.transport`, whose cost is made of the teacher's features when it is first needed."""
     known: list[Tensor] = []
 
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         assert student.logits is not None and teacher is not None and teacher.logits is not None
         if not known:
-            similarity = losses.class_similarity(*task.teacher_features(), task.classes)
+            similarity = losses.class_similarity(*spec.teacher_samples(), spec.classes)
             known.append(1 - (similarity - 1).exp())
         cost = known[0].to(student.logits.device)
         return losses.transport(student.logits, teacher.logits, labels, cost, temperature)  # type: ignore[arg-type]
@@ -231,14 +237,14 @@ def _at_all(loss: Callable[..., Tensor], temperature: float, views: int = 1, sta
     return logit_term(summed, standardize=standardize)
 
 
-def _needs_classes(task: Task, name: str, least: int) -> None:
-    if task.classes < least:
+def _needs_classes(spec: TaskSpec, name: str, least: int) -> None:
+    if spec.classes < least:
         raise UserError(
-            f"method {name} needs at least {least} classes, and there are {task.classes}: choose another method"
+            f"method {name} needs at least {least} classes, and there are {spec.classes}: choose another method"
         )
 
 
-LOGIT_METHODS: dict[str, Callable[..., Terms]] = {
+LOGIT_METHODS: dict[str, Callable[..., Method]] = {
     "kd": kd,
     "dkd": dkd,
     "dist": dist,

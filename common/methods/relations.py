@@ -1,6 +1,6 @@
 """Methods that match how the samples of a batch relate to one another, for classifiers of any domain.
 
-Each is a function (task, *, settings) -> terms of an objective; the defaults are its paper's for CIFAR-100, as the
+Each is a function (spec, *, settings) -> Method; the defaults are its paper's for CIFAR-100, as the
 common toolboxes run them: beside a cross-entropy of weight 1.
 """
 
@@ -10,37 +10,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods import Task
-from kd.common.objective import Terms, task_loss
+from kd.common.methods import Method, TaskSpec
+from kd.common.objective import task_loss
 from kd.common.outputs import Outputs
 
 
-def rkd(task: Task, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Terms:
+def rkd(spec: TaskSpec, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Method:
     """Relative distances and angles of pooled features (Park et al., arXiv:1904.05068), beside the labels."""
-    return {
-        "task": (1.0, task_loss()),
-        "distances": (distance_weight, task.pooled(losses.rkd_distance)),
-        "angles": (angle_weight, task.pooled(losses.rkd_angle)),
-    }
+    return Method(
+        {
+            "task": (1.0, task_loss()),
+            "distances": (distance_weight, spec.pooled(losses.rkd_distance)),
+            "angles": (angle_weight, spec.pooled(losses.rkd_angle)),
+        },
+        spec.features,
+        spec.teacher_features,
+    )
 
 
-def sp(task: Task, *, weight: float = 3000.0) -> Terms:
+def sp(spec: TaskSpec, *, weight: float = 3000.0) -> Method:
     """Similarities of the last features before pooling (SP, arXiv:1907.09682), beside the labels."""
-    return {"task": (1.0, task_loss()), "similarities": (weight, task.last(losses.similarity_preserving))}
+    return Method(
+        {"task": (1.0, task_loss()), "similarities": (weight, spec.last(losses.similarity_preserving))},
+        spec.features,
+        spec.teacher_features,
+    )
 
 
-def pkt(task: Task, *, weight: float = 30000.0) -> Terms:
+def pkt(spec: TaskSpec, *, weight: float = 30000.0) -> Method:
     """Neighbours by the cosine of pooled features (Passalis and Tefas, arXiv:1803.10837), beside the labels."""
-    return {"task": (1.0, task_loss()), "neighbours": (weight, task.pooled(losses.pkt))}
+    return Method(
+        {"task": (1.0, task_loss()), "neighbours": (weight, spec.pooled(losses.pkt))},
+        spec.features,
+        spec.teacher_features,
+    )
 
 
-def cc(task: Task, *, weight: float = 0.02, width: int = 128) -> Terms:
+def cc(spec: TaskSpec, *, weight: float = 0.02, width: int = 128) -> Method:
     """Correlation congruence of embedded features (Peng et al., arXiv:1904.01802), beside the labels.
 
     The embedding of the student's features is learnt, that of the teacher's stays as it was drawn. The toolbox of CRD
     trains both, and so can make the loss vanish by shrinking both to zero, whatever the student does.
     """
-    return {"task": (1.0, task_loss()), "congruence": (weight, EmbeddedCongruence(task, width))}
+    return Method(
+        {"task": (1.0, task_loss()), "congruence": (weight, EmbeddedCongruence(spec, width))},
+        spec.features,
+        spec.teacher_features,
+    )
 
 
 class EmbeddedCongruence(nn.Module):
@@ -50,11 +66,11 @@ class EmbeddedCongruence(nn.Module):
 
     teacher_embedding: Tensor
 
-    def __init__(self, task: Task, width: int) -> None:
+    def __init__(self, spec: TaskSpec, width: int) -> None:
         super().__init__()
-        self.pooled = task.pooled
-        self.student_embedding = nn.Linear(task.student_width, width)
-        drawn = nn.Linear(task.teacher_width, width, bias=False)
+        self.pooled = spec.pooled
+        self.student_embedding = nn.Linear(spec.student_width, width)
+        drawn = nn.Linear(spec.teacher_width, width, bias=False)
         self.register_buffer("teacher_embedding", drawn.weight.detach())
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
@@ -66,4 +82,4 @@ class EmbeddedCongruence(nn.Module):
         )
 
 
-RELATION_METHODS: dict[str, Callable[..., Terms]] = {"rkd": rkd, "sp": sp, "pkt": pkt, "cc": cc}
+RELATION_METHODS: dict[str, Callable[..., Method]] = {"rkd": rkd, "sp": sp, "pkt": pkt, "cc": cc}

@@ -4,10 +4,10 @@
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10 \\
         --teacher runs/image-classification/teacher_cifar10
 
-The teacher's backbone is trained on labels and frozen, then its bottleneck is trained. The student's backbone and projector
-learn the teacher's maps as in SimKD, without labels; then its bottleneck gets keys (carried from the teacher, new ones
-fitted to its own embeddings, random ones) and values, or the teacher's keys and values together (reused). The control
-is the same network trained on the labels alone, with another bottleneck.
+The teacher's backbone is trained on labels and frozen, then its bottleneck is trained. The student's backbone and
+projector learn the teacher's maps as in SimKD, without labels; then its bottleneck gets keys (those of the teacher,
+new ones fitted to its embeddings, random ones) and values, or the teacher's keys and values together (reused). The
+control is the same network trained on the labels alone, with another bottleneck.
 """
 
 from transformers import set_seed
@@ -30,6 +30,7 @@ def main() -> None:
         DataArguments,
         ImageTrainingArguments,
     )
+    pair.apply_pair(data_args, training)
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
     data, factor, seed = data_args.load(), matching.projector_factor, training.seed

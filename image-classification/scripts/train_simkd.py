@@ -20,6 +20,7 @@ from kd.image_classification.teacher_model.teacher import load_teacher
 
 def main() -> None:
     pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
+    pair.apply_pair(data_args, training)
     reject_unused("SimKD has --feature_weight, --cls_weight and --kl_weight", training, "alpha", "value_learning_rate")
     if not args.kl_weight:
         reject_unused("--kl_weight is 0", training, "temperature")
@@ -49,7 +50,7 @@ def main() -> None:
         "control": (f"{pair.student} + projector, labels only", control),
         "student": (f"{pair.student} + projector + teacher's head", student),
     }
-    report(run, name, data, models, teacher_results, method.parameters_beside)
+    report(run, name, data, models, teacher_results, method.auxiliary_parameters)
 
 
 if __name__ == "__main__":

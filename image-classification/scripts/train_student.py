@@ -73,6 +73,7 @@ def main() -> None:
     args, pair, weights, data_args, training = parse(
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
+    pair.apply_pair(data_args, training)
     if training.seeds and not args.methods:
         raise UserError("--seeds are those of several --methods: pass --seed for one --method")
     if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):
@@ -107,7 +108,7 @@ def train_student(
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = new_classifier(pair.student, data.config)
     method = method_for(Pair(student, teacher, data, training.views))  # raises where the networks do not fit
-    if args.teacher_views is not None and not method.logits_only:
+    if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
 
     run = open_run(args.method, training, data, args, pair, data_args, teacher=teacher if pretrained else None)
@@ -129,7 +130,7 @@ def train_student(
         "control": (f"{pair.student}, labels only", control),
         "student": (f"{pair.student}, {args.method}", student),
     }
-    report(run, args.method, data, models, teacher_results, method.parameters_beside)
+    report(run, args.method, data, models, teacher_results, method.auxiliary_parameters)
 
 
 def train_plain_student(

@@ -95,9 +95,13 @@ def last_stage(model: ImageClassifier) -> str:
     return paths[-1] if paths else "map"
 
 
-def hooked(*features: str) -> dict[str, str]:
-    """{feature: path} of those features that hooks have to record; `map` and `pooled` are outputs of the model."""
-    return {name: name for name in features if name not in ("map", "pooled")}
+def hooked(model: ImageClassifier, *features: str) -> dict[str, str]:
+    """{feature: path} of stages, and of `map`, the last map, which the head averages."""
+    return {name: last_map_path(model) if name == "map" else name for name in features}
+
+
+def last_map_path(model: ImageClassifier) -> str:
+    return "backbone" if model.projector is None else "projector"
 
 
 def pre_activations(model: ImageClassifier) -> list[PreActivation]:
@@ -160,7 +164,7 @@ def probe(model: ImageClassifier, paths: list[str], images: Tensor) -> dict[str,
     Raises UserError for images that are too small and for features that are no square maps.
     """
     was_training = model.training
-    hooks = FeatureHooks(model, {path: path for path in paths})
+    hooks = FeatureHooks(model, {path: path for path in paths if path != "map"})
     try:
         output = model.eval()(images.to(model.device))
     except RuntimeError as error:

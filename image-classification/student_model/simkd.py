@@ -10,7 +10,7 @@ from typing import Literal
 
 from kd.common.cli import reject_unused
 from kd.common.methods import Method
-from kd.common.objective import Objective, Terms, soft_targets, task_loss
+from kd.common.objective import Terms, soft_targets, task_loss
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, NotNegative, ShareAbove0
 from kd.image_classification.data.loading import ImageData
@@ -19,6 +19,7 @@ from kd.image_classification.student_model.matching import (
     FeatureMatch,
     MapShape,
     block_paths,
+    hooked,
     probe,
     proportional_map,
     share_masked,
@@ -88,7 +89,10 @@ def simkd(
     teacher_paths = [path for _, path, _ in pairs if path != "map"]
     own, target = probe(student, own_paths, images), probe(teacher, teacher_paths, images)
     loss = FEATURE_LOSSES[args.feature_loss]
-    terms: Terms = {}
+    terms: Terms = {
+        "task": (args.cls_weight, task_loss()),
+        "soft_targets": (args.kl_weight, soft_targets(temperature)),
+    }
     for number, (path, teacher_path, weight) in enumerate(pairs):
         projector = None
         if path != "map":  # the student's own projector leads to the last map already
@@ -96,12 +100,12 @@ def simkd(
             projector = Projector(own[path].channels, **shape)
         match = FeatureMatch(path, teacher_path, loss, projector, args.use_labels)
         terms[f"feature_{number}"] = (args.feature_weight * weight, match)
-    objective = Objective(
-        task=(args.cls_weight, task_loss()), soft_targets=(args.kl_weight, soft_targets(temperature)), **terms
+    return Method(
+        terms,
+        hooked(student, *own_paths, "map"),
+        hooked(teacher, *teacher_paths, "map"),
+        {"masked_share": share_masked} if args.use_labels else {},
     )
-    if args.use_labels:
-        objective.watching(masked_share=share_masked)
-    return Method(objective, {path: path for path in own_paths}, {path: path for path in teacher_paths})
 
 
 def _pairs(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments) -> list[tuple[str, str, float]]:

@@ -20,13 +20,13 @@ from transformers import set_seed
 from kd.common.cli import reject_unused
 from kd.common.data.fingerprints import fingerprint_of
 from kd.common.methods import Method, check_methods_differ, chosen, filled, flags_of
-from kd.common.objective import Objective, task_loss
+from kd.common.objective import task_loss
 from kd.common.reporting.results import RECIPE
-from kd.common.training.finite import non_finite_tensor
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
+from kd.common.utils.finite import non_finite_tensor
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.cells import (
@@ -93,7 +93,7 @@ def sweep(
     cells = list(cells_of(axes))
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     auxiliary = {  # raises where the networks do not fit
-        cell.key: student_of(cell, pair.student, teacher, data, training, weights)[1].parameters_beside
+        cell.key: student_of(cell, pair.student, teacher, data, training, weights)[1].auxiliary_parameters
         for cell in {cell.key: cell for cell in cells}.values()
     }
     opened = open_folder(folder, training, pair, weights, data_args)
@@ -195,7 +195,7 @@ def train_side_by_side(
             student, method = student_of(cell, architecture, teacher, data, run.args, weights)
             students[cell.key], methods[cell.key] = student, method
         distilled = [methods[cell.key] for cell in cells if cell.method not in CONTROLS]
-        views = teacher_views if distilled and all(method.logits_only for method in distilled) else None
+        views = teacher_views if distilled and all(not method.teacher_features for method in distilled) else None
         return fit(
             run,
             data,
@@ -234,7 +234,7 @@ def student_of(
     else:
         student = new_classifier(architecture, data.config)
     if cell.method in CONTROLS:
-        return student, Method(Objective(task=(1.0, task_loss())))
+        return student, Method({"task": (1.0, task_loss())})
     return student, method_of(cell.method, args)(Pair(student, teacher, data, args.views))
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kd.common.objective import Objective
-from kd.common.training.finite import check_finite_weights
 from kd.common.utils.errors import UserError
+from kd.common.utils.finite import check_finite_weights
 from kd.common.utils.ranges import Count, NotNegative, Positive
 from kd.reinforcement_learning.data.observations import Observations
 from kd.reinforcement_learning.data.playing import Act, Recorder, mixture, sampling

@@ -12,9 +12,9 @@ from stable_baselines3.common.preprocessing import is_image_space
 from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
-from kd.common.training.finite import check_finite_weights, non_finite_tensor
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
+from kd.common.utils.finite import check_finite_weights, non_finite_tensor
 from kd.reinforcement_learning.teacher_model.policies import network_of
 from kd.reinforcement_learning.teacher_model.saved_policy import behind_vec_normalize, load_policy
 from kd.reinforcement_learning.teacher_model.sources import TeacherFiles

@@ -19,8 +19,8 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm.auto import tqdm
 
-from kd.common.training.finite import check_finite_weights
 from kd.common.utils.files import read_json, write_json
+from kd.common.utils.finite import check_finite_weights
 from kd.reinforcement_learning.teacher_model.checkpoints import Checkpoints
 
 SEGMENTS = 10

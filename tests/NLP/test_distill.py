@@ -36,6 +36,7 @@ from kd_testing.scripts import recipe_of, run_script
 
 SCRIPTS = REPO / "NLP" / "scripts"
 BRIEF = ["--scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
+KEY_STUDY = str(REPO / "benchmarks" / "key_study.py")
 SHORT = [*BRIEF, "--value_epochs", "2", "--pairs", "16"]
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
+from kd.common.methods import Method
 from kd.common.objective import IGNORED
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
@@ -27,7 +28,6 @@ from kd.nlp.data.corpora import Corpus, load_corpus, pack
 from kd.nlp.scripts.distill_gpt import Arguments, LanguageTrainingArguments
 from kd.nlp.student_model.language_model import LanguageDistillation, divergence_of, objective
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.student_model.matching import Matching
 from kd.nlp.teacher_model.causal import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
@@ -191,7 +191,7 @@ def test_gradient_of_the_objective(kind):
     logits, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
     labels = torch.randint(0, 9, (2, 4))
     labels[1, 2:] = IGNORED
-    loss = objective(0.3, divergence_of(kind, 2.0, 0.7), Matching(), smoothing=0.1)
+    loss = objective(0.3, divergence_of(kind, 2.0, 0.7), Method({}), smoothing=0.1)
     parts = loss(Outputs(logits=logits), Outputs(logits=teacher), labels)
     (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), logits)
     own, target = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]

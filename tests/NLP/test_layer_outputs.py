@@ -21,13 +21,14 @@ from transformers import (
 )
 
 from kd.common.features import FeatureHooks
+from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.layers import cut_layers, layer_paths
-from kd.nlp.student_model.matching import Matching, embeddings, hidden_states
+from kd.nlp.student_model.matching import embeddings, hidden_states
 from kd.nlp.student_model.methods import teacher_features
 from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
@@ -90,7 +91,7 @@ def recorded(model: PreTrainedModel, inputs: dict[str, torch.Tensor], paths: dic
     return Outputs(logits=logits, features=hooks.take(), mask=inputs["attention_mask"])
 
 
-def matched(kind: str, model: PreTrainedModel) -> Matching:
+def matched(kind: str, model: PreTrainedModel) -> Method:
     found = hidden_states(model, model, 1.0, "l2", pooling="cls")
     return found + embeddings(model, model, 1.0, "l2") if kind in WITH_EMBEDDINGS else found
 
@@ -128,7 +129,8 @@ def test_cached_states_out_of_the_range_of_fp16_are_kept_in_fp32(texts, pipeline
     last = layer_paths(model)[-1]
     torch.nn.init.constant_(model.get_submodule(f"{last}.output.LayerNorm").bias, 1e5)
     cached = pipeline.listen(model, texts, {"last": last})
-    assert cached.features["last"].isfinite().all() and cached.features["last"].max() > 9e4
+    states = cached.batch(torch.arange(5)).features["last"]
+    assert states.isfinite().all() and states.max() > 9e4
 
 
 @pytest.mark.parametrize("kind", WITH_FINAL_NORM)

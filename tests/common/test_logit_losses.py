@@ -14,9 +14,8 @@ from scipy.special import softmax
 from scipy.stats import pearsonr, zscore
 
 from kd.common import losses
-from kd.common.methods import Task
+from kd.common.methods import TaskSpec
 from kd.common.methods.logits import LOGIT_METHODS, AdversarialTemperature, cosine_decay
-from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 
@@ -48,11 +47,11 @@ def pair(seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]
     return student.requires_grad_(), teacher.requires_grad_()
 
 
-def task_of(classes: int, views: int = 1) -> Task:
+def task_of(classes: int, views: int = 1) -> TaskSpec:
     def never(loss):
         raise AssertionError("logits are all that these methods need")
 
-    return Task(classes, 4, 6, never, never, lambda: FEATURES, views)
+    return TaskSpec(classes, 4, 6, never, never, lambda: FEATURES, views=views)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,8 +137,8 @@ def test_a_single_class_leaves_no_logits_to_standardize():
 def test_a_batch_of_one_and_the_fewest_classes_have_a_finite_loss(name):
     classes = {"dkd": 3, "dkd_ls": 3, "wkd": 3, "lskd": 2, "mlkd_ls": 2}.get(name, 1)
     student, teacher = torch.randn(1, classes, requires_grad=True), torch.randn(1, classes)
-    task = replace(task_of(classes), teacher_features=lambda: (torch.randn(9, 6), torch.arange(9) % classes))
-    objective = Objective(**LOGIT_METHODS[name](task))
+    task = replace(task_of(classes), teacher_samples=lambda: (torch.randn(9, 6), torch.arange(9) % classes))
+    objective = LOGIT_METHODS[name](task).objective
     parts = objective(Outputs(logits=student), Outputs(logits=teacher), torch.zeros(1).long())
     sum(parts.values()).backward()
     assert all(part.isfinite() for part in parts.values()) and student.grad.isfinite().all()
@@ -295,7 +294,7 @@ def test_relations_of_sure_predictions_grow_with_the_images_of_a_class(batch, cl
 def test_relations_have_factors_and_drop_out_at_zero(name):
     def parts_of(**factors):
         student, teacher = (t.detach() for t in pair())
-        objective = Objective(**LOGIT_METHODS[name](task_of(CLASSES), **factors))
+        objective = LOGIT_METHODS[name](task_of(CLASSES), **factors).objective
         return objective(Outputs(logits=student), Outputs(logits=teacher), LABELS)
 
     plain, less = parts_of(), parts_of(class_relations=0.5, sample_relations=0.25)
@@ -322,7 +321,7 @@ def test_of_two_views_mlkd_sums_labels_and_soft_targets_and_relates_the_weak_one
         expected["class_relations"] += weight * np.square(p.T @ p - q.T @ q).sum() / CLASSES
         expected["sample_relations"] += weight * np.square(p @ p.T - q @ q.T).sum() / 4
     batch = [torch.from_numpy(np.concatenate(x)).float() for x in ((weak, strong), (weak_t, strong_t))]
-    objective = Objective(**LOGIT_METHODS[name](task_of(CLASSES, views=2)))
+    objective = LOGIT_METHODS[name](task_of(CLASSES, views=2)).objective
     parts = objective(Outputs(logits=batch[0]), Outputs(logits=batch[1]), LABELS.repeat(2))
     assert {part: value.item() for part, value in parts.items()} == pytest.approx(expected, rel=1e-4)
 
@@ -330,7 +329,7 @@ def test_of_two_views_mlkd_sums_labels_and_soft_targets_and_relates_the_weak_one
 @pytest.mark.parametrize("name", LOGIT_METHODS)
 def test_a_method_is_its_losses_at_its_weights(name):
     student, teacher = (t.detach() for t in pair())
-    objective = Objective(**LOGIT_METHODS[name](task_of(CLASSES)))
+    objective = LOGIT_METHODS[name](task_of(CLASSES)).objective
     objective.set_progress(0.2)
     parts = objective(Outputs(logits=student), Outputs(logits=teacher), LABELS)
     alpha = 0.1 if name in ("kd", "lskd", "mlkd", "mlkd_ls", "ctkd") else 1.0

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import entropy
 
 from kd.common import losses
-from kd.common.methods import Task
+from kd.common.methods import TaskSpec
 from kd.common.methods.relations import RELATION_METHODS, cc
 from kd.common.outputs import Outputs
 
@@ -181,11 +181,13 @@ def task(width=4, teacher_width=6):
     def pooled(loss):
         return lambda student, teacher, labels: loss(student.features["pooled"], teacher.features["pooled"])
 
-    return Task(3, width, teacher_width, pooled, pooled, lambda: (torch.zeros(0, teacher_width), torch.zeros(0)))
+    return TaskSpec(3, width, teacher_width, pooled, pooled, lambda: (torch.zeros(0, teacher_width), torch.zeros(0)))
 
 
 def test_published_weights():
-    weights = {name: {term: w for term, (w, _) in method(task()).items()} for name, method in RELATION_METHODS.items()}
+    weights = {
+        name: {term: w for term, (w, _) in method(task()).terms.items()} for name, method in RELATION_METHODS.items()
+    }
     assert weights == {
         "rkd": {"task": 1.0, "distances": 25.0, "angles": 50.0},
         "sp": {"task": 1.0, "similarities": 3000.0},
@@ -195,7 +197,7 @@ def test_published_weights():
 
 
 def test_embeddings_of_cc_cannot_shrink_to_nothing():
-    _, term = cc(task(), width=16)["congruence"]
+    _, term = cc(task(), width=16).terms["congruence"]
     assert {name for name, _ in term.named_parameters()} == {"student_embedding.weight", "student_embedding.bias"}
     assert "teacher_embedding" in term.state_dict(), "drawn at random, so that a training that goes on needs it"
     own, said = (Outputs(features={"pooled": x}) for x in (features(6, 4), features(6, 6, seed=1)))

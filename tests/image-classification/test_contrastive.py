@@ -5,6 +5,7 @@ training which is interrupted goes on as if it had not been.
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,7 +215,12 @@ def test_students_side_by_side_draw_and_remember_as_each_does_alone(tmp_path):
     pair = new_pair()
     methods = {name: crd(Pair(student, pair.teacher, pair.data), int(name)) for name, student in together.items()}
     objective = SideBySideObjective({name: method.objective for name, method in methods.items()})
-    train(tmp_path / "together", pair, Method(objective), SideBySide(together), **settings)
+    all_of_them = SimpleNamespace(
+        objective=objective,
+        features=SideBySide.paths({name: method.features for name, method in methods.items()}),
+        teacher_features=methods["1"].teacher_features,
+    )
+    train(tmp_path / "together", pair, all_of_them, SideBySide(together), **settings)
     for name, (student, method) in alone.items():
         for key, weight in student.state_dict().items():
             torch.testing.assert_close(together[name].state_dict()[key], weight, msg=f"{name} {key}")

@@ -1,6 +1,7 @@
 """KDTrainer on the images of a pair, as the scripts run it, for a few steps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kd_testing.tiny import arguments
 def train(
     folder: Path,
     pair: Pair,
-    method: Method,
+    method: Method | SimpleNamespace,
     student: nn.Module | None = None,
     resume: str | None = None,
     **settings: Any,

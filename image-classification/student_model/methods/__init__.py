@@ -1,7 +1,7 @@
 """Methods of distilling an image classifier that leave nothing behind in the student, by name.
 
-Each is a function (pair, *, settings) -> Method. To add one: write it in a file here, name it in METHODS, give it a
-recipe in scripts/methods/ and a test.
+Each is a function (pair, *, settings) -> Method. To add one: write it in a file here, name it in METHODS, and give it
+a test.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,6 @@ from typing import Any
 from kd.common.methods import Method
 from kd.common.methods.logits import LOGIT_METHODS
 from kd.common.methods.relations import RELATION_METHODS
-from kd.common.objective import Objective, Terms
-from kd.image_classification.student_model.matching import hooked
 from kd.image_classification.student_model.methods.crd import crd
 from kd.image_classification.student_model.methods.heads import catkd, srrl
 from kd.image_classification.student_model.methods.many_to_one import norm
@@ -23,23 +21,18 @@ from kd.image_classification.student_model.methods.semckd import semckd
 from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, vid
 
 
-def for_images(method: Callable[..., Terms], logits_only: bool) -> Callable[..., Method]:
-    """A method of every domain, of a pair of image classifiers. `logits_only`: it needs no features of theirs."""
+def for_images(method: Callable[..., Method]) -> Callable[..., Method]:
+    """A method of every domain, of a pair of image classifiers."""
 
     @wraps(method)  # which shows its settings
     def build(pair: Pair, **settings: Any) -> Method:
-        objective = Objective(**method(pair.task, **settings))
-        if logits_only:
-            return Method(objective, logits_only=True)
-        own, target = pair.last_stages
-        return Method(objective, hooked(own), hooked(target))
+        return method(pair.task, **settings)
 
     return build
 
 
 METHODS: dict[str, Callable[..., Method]] = {
-    **{name: for_images(method, logits_only=True) for name, method in LOGIT_METHODS.items()},
-    **{name: for_images(method, logits_only=False) for name, method in RELATION_METHODS.items()},
+    **{name: for_images(method) for name, method in (LOGIT_METHODS | RELATION_METHODS).items()},
     "fitnet": fitnet,
     "attention": attention,
     "nst": nst,

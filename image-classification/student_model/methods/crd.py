@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from kd.common.losses import noise_contrastive
 from kd.common.losses.shared import product, unit
 from kd.common.methods import Method
-from kd.common.objective import Objective, task_loss
+from kd.common.objective import task_loss
 from kd.common.outputs import Outputs
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, ShareBelow1
+from kd.image_classification.student_model.matching import hooked
 from kd.image_classification.student_model.methods.pair import Pair
 
 FIRST_DRAW = 2**30  # the first draw has a number below this; a CPU's generator looks at 32 bits of its seed
@@ -37,7 +38,11 @@ def crd(
     """
     widths = pair.task.student_width, pair.task.teacher_width
     contrast = Contrast(widths, pair.data.splits["train"].labels, negatives, width, temperature, momentum)
-    return Method(Objective(task=(1.0, task_loss()), contrast=(weight, contrast)))
+    return Method(
+        {"task": (1.0, task_loss()), "contrast": (weight, contrast)},
+        hooked(pair.student, "map"),
+        hooked(pair.teacher, "map"),
+    )
 
 
 class Contrast(nn.Module):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from kd.common.losses import feature_l2
 from kd.common.losses.shared import product, unit
 from kd.common.methods import Method
-from kd.common.objective import Objective, task_loss
+from kd.common.objective import task_loss
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.matching import FeatureMatch
+from kd.image_classification.student_model.matching import FeatureMatch, hooked
 from kd.image_classification.student_model.methods.pair import Pair
 from kd.image_classification.student_model.methods.stages import regressor
 from kd.image_classification.teacher_model.classifier import ImageClassifier
@@ -24,12 +24,16 @@ def srrl(pair: Pair, *, weight: float = 1.0) -> Method:
     regression representation learning, ICLR 2021), and the labels' cross-entropy. The teacher needs a linear head.
 
     This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 is quoted
-    in the recipe, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the
+    in the README, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only where the
     teacher's map is after one, which it is in all of that toolbox's networks.
     """
     own, target = pair.shapes([], [])
     term = SoftmaxRegression(regressor(own["map"].channels, target["map"]), linear_head(pair.teacher))
-    return Method(Objective(task=(1.0, task_loss()), regression=(weight, term)))
+    return Method(
+        {"task": (1.0, task_loss()), "regression": (weight, term)},
+        hooked(pair.student, "map"),
+        hooked(pair.teacher, "map"),
+    )
 
 
 def catkd(pair: Pair, *, weight: float = 15.0, size: int = 2, normalized: bool = False) -> Method:
@@ -40,7 +44,11 @@ def catkd(pair: Pair, *, weight: float = 15.0, size: int = 2, normalized: bool =
     networks' logits. Both networks need linear heads, which have a bias; the authors' have none.
     """
     maps = ClassActivations(linear_head(pair.student), linear_head(pair.teacher), size, normalized)
-    return Method(Objective(task=(1.0, task_loss()), class_maps=(weight, FeatureMatch("map", "map", maps))))
+    return Method(
+        {"task": (1.0, task_loss()), "class_maps": (weight, FeatureMatch("map", "map", maps))},
+        hooked(pair.student, "map"),
+        hooked(pair.teacher, "map"),
+    )
 
 
 def linear_head(model: ImageClassifier) -> nn.Linear:

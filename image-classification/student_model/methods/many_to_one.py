@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd.common.losses import feature_l2
 from kd.common.methods import Method
-from kd.common.objective import Objective, Weight, task_loss
+from kd.common.objective import Weight, task_loss
 from kd.image_classification.student_model.matching import FeatureMatch, hooked
 from kd.image_classification.student_model.methods.pair import Pair
 from kd.image_classification.student_model.methods.stages import regressor
@@ -31,11 +31,14 @@ def norm(pair: Pair, *, copies: int = 8, alpha: float = 0.1, weight: float = 1.0
     """
     own, target = pair.last_stages
     own = own if pair.student.backbone.last is None else "map"
-    own_shapes, shapes = pair.shapes(list(hooked(own)), list(hooked(target)))
+    own_shapes, shapes = pair.shapes([own], [target])
     expanded = replace(shapes[target], channels=copies * shapes[target].channels, positive=False)
     match = FeatureMatch(own, target, n_to_one, regressor(own_shapes[own].channels, expanded))
-    objective = Objective(task=(alpha, task_loss()), representations=(in_phases(weight), match))
-    return Method(objective, hooked(own), hooked(target))
+    return Method(
+        {"task": (alpha, task_loss()), "representations": (in_phases(weight), match)},
+        hooked(pair.student, own),
+        hooked(pair.teacher, target),
+    )
 
 
 def n_to_one(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

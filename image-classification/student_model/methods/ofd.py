@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from kd.common.losses import mean_below_zero, partial_l2
 from kd.common.methods import Method
-from kd.common.objective import Objective, Terms, task_loss
+from kd.common.objective import Terms, task_loss
 from kd.image_classification.student_model.matching import (
     FeatureMatch,
     deepest_pairs,
@@ -27,14 +27,14 @@ def ofd(pair: Pair, *, weight: float = 1e-3) -> Method:
     pairs = deepest_pairs(maps_before_relu(pair.student), pre_activations(pair.teacher))
     own, target = [path for path, _ in pairs], [wanted.path for _, wanted in pairs]
     own_shapes, shapes = pair.shapes(own, target)
-    terms: Terms = {}
+    terms: Terms = {"task": (1.0, task_loss())}
     for number, (path, wanted) in enumerate(pairs):
         connector = conv_norm(own_shapes[path].channels, shapes[wanted.path].channels, kernel=1, relu=False)
         initialize(connector)
         loss = PartialL2(margins(pair.teacher.get_submodule(wanted.norm)))
         match = FeatureMatch(path, wanted.path, loss, connector)
         terms[f"overhaul_{number}"] = (weight * 0.5 ** (len(pairs) - 1 - number), match)
-    return Method(Objective(task=(1.0, task_loss()), **terms), {path: path for path in own}, {p: p for p in target})
+    return Method(terms, {path: path for path in own}, {path: path for path in target})
 
 
 def margins(norm: nn.Module) -> Tensor:

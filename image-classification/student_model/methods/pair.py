@@ -7,14 +7,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from kd.common.methods import Task, some_of_each_class
+from kd.common.methods import TaskSpec, some_of_each_class
 from kd.common.objective import FeatureLoss, Term
 from kd.common.outputs import Outputs
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.matching import MapShape, last_stage, probe, some_images, stage_paths
+from kd.image_classification.student_model.matching import (
+    MapShape,
+    hooked,
+    last_stage,
+    probe,
+    some_images,
+    stage_paths,
+)
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 
@@ -51,19 +58,21 @@ class Pair:
         return last_stage(self.student), last_stage(self.teacher)
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> TaskSpec:
         own, target = self.shapes([], [])
-        return Task(
+        return TaskSpec(
             classes=len(self.data.label_names),
             student_width=own["map"].channels,
             teacher_width=target["map"].channels,
             pooled=lambda loss: match_flat("pooled", "pooled", loss),
             last=lambda loss: match_flat(*self.last_stages, loss),
-            teacher_features=self._teacher_features,
+            teacher_samples=self._teacher_samples,
+            features=hooked(self.student, "map", self.last_stages[0]),
+            teacher_features=hooked(self.teacher, "map", self.last_stages[1]),
             views=self.views,
         )
 
-    def _teacher_features(self) -> tuple[Tensor, Tensor]:
+    def _teacher_samples(self) -> tuple[Tensor, Tensor]:
         """Of some training images of each class, as they are."""
         labels = self.data.splits["train"].labels
         rows = some_of_each_class(labels, len(self.data.label_names))

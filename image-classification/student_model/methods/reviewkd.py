@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from kd.common.losses import hierarchical_l2
 from kd.common.methods import Method
-from kd.common.objective import Objective, task_loss, warm_up
+from kd.common.objective import task_loss, warm_up
 from kd.common.outputs import Outputs
 from kd.common.utils.ranges import Share
-from kd.image_classification.student_model.matching import deepest_pairs, maps_before_relu, stage_paths
+from kd.image_classification.student_model.matching import deepest_pairs, hooked, maps_before_relu, stage_paths
 from kd.image_classification.student_model.methods.pair import Pair
 from kd.image_classification.teacher_model.backbones.base import conv_norm
 
@@ -33,9 +33,9 @@ def reviewkd(pair: Pair, *, weight: float = 5.0, warmup: Share = 20 / 240) -> Me
     channels = [(own_shapes[a].channels, shapes[b].channels) for a, b in [*pairs, ("map", "map")]]
     review = Review([*pairs, (POOLED, POOLED)], channels)
     return Method(
-        Objective(task=(1.0, task_loss()), review=(warm_up(weight, warmup), review)),
-        {path: path for path in own},
-        {path: path for path in target},
+        {"task": (1.0, task_loss()), "review": (warm_up(weight, warmup), review)},
+        {path: path for path in own} | hooked(pair.student, "map"),
+        {path: path for path in target} | hooked(pair.teacher, "map"),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kd.common.losses import attended_mean, stage_attention
 from kd.common.losses.shared import product, unit
 from kd.common.methods import Method
-from kd.common.objective import Objective, soft_targets, task_loss
+from kd.common.objective import Terms, soft_targets, task_loss
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive
@@ -34,10 +34,12 @@ def semckd(
     calibration = Calibration(
         {path: own_shapes[path].channels for path in own}, {path: shapes[path].channels for path in target}, batch
     )
-    objective = Objective(
-        task=(1.0, task_loss()), soft_targets=(kl, soft_targets(temperature)), calibration=(weight, calibration)
-    )
-    return Method(objective, {path: path for path in own}, {path: path for path in target})
+    terms: Terms = {
+        "task": (1.0, task_loss()),
+        "soft_targets": (kl, soft_targets(temperature)),
+        "calibration": (weight, calibration),
+    }
+    return Method(terms, {path: path for path in own}, {path: path for path in target})
 
 
 class Calibration(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd.common import losses
 from kd.common.methods import Method
-from kd.common.objective import Objective, Terms, task_loss
+from kd.common.objective import Terms, task_loss
 from kd.image_classification.student_model.matching import FeatureMatch, MapShape, stage_paths
 from kd.image_classification.student_model.methods.pair import Pair
 from kd.image_classification.teacher_model.backbones.base import initialize
@@ -31,7 +31,7 @@ def fitnet(pair: Pair, *, weight: float = 100.0) -> Method:
     own_shapes, shapes = pair.shapes([own], [target])
     layers = hint_regressor(own_shapes[own], shapes[target])
     hint = FeatureMatch(own, target, losses.feature_l2, layers, projector_resizes=True)
-    return Method(Objective(task=(1.0, task_loss()), hint=(weight, hint)), {own: own}, {target: target})
+    return Method({"task": (1.0, task_loss()), "hint": (weight, hint)}, {own: own}, {target: target})
 
 
 def attention(pair: Pair, *, weight: float = 1000.0) -> Method:
@@ -118,7 +118,7 @@ def _every_stage(pair: Pair, name: str, weight: float, match: Callable[[str, str
     """The labels, and a term `name`_i for each pair of stages, made by `match` of their paths."""
     own, target = pair.stages()
     terms: Terms = {f"{name}_{i}": (weight, match(*paths)) for i, paths in enumerate(zip(own, target, strict=True))}
-    return Method(Objective(task=(1.0, task_loss()), **terms), {path: path for path in own}, {p: p for p in target})
+    return Method({"task": (1.0, task_loss())} | terms, {path: path for path in own}, {p: p for p in target})
 
 
 def _middle(stages: list[str]) -> str:
