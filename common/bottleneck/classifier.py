@@ -29,7 +29,7 @@ class FrozenEncoderModel(PreTrainedModel):
     embeddings do not change.
     """
 
-    encoder: nn.Module | None
+    encoder: Any  # a frozen module, or None where the inputs are the embeddings
 
     def train(self, mode: bool = True) -> Any:
         """The frozen encoder stays in eval mode: dropout or batch statistics would move the embeddings."""
@@ -40,6 +40,5 @@ class FrozenEncoderModel(PreTrainedModel):
 
     def copy_encoder(self, encoder: nn.Module, without: str) -> None:
         """Copies the weights of an encoder, except those of its submodule `without`."""
-        assert self.encoder is not None
         weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith(f"{without}.")}
         self.encoder.load_state_dict(weights)

@@ -368,7 +368,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """
     groups: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in model.modules():
-        named = getattr(module, "parameter_groups", dict)()
+        named: dict[str, list[nn.Parameter]] = getattr(module, "parameter_groups", dict)()
         for name, parameters in named.items():
             groups[name] += parameters
     return groups

@@ -118,8 +118,9 @@ def test_dead_keys_restart_in_all_three_buffers_and_stay():
 def test_fitting_finds_the_clusters_and_survives_the_first_ema_step():
     heads, means = clusters(codebooks=2)
     bottleneck = DiscreteKeyValueBottleneck(4, 2, codebooks=2, pairs=4)
-    bottleneck._kmeans(heads, 256, torch.Generator().manual_seed(3))
+    bottleneck.fit_keys(heads.flatten(1), epochs=0, batch_size=256, seed=3)  # k-means alone
     fitted = bottleneck.keys.clone()
+    bottleneck.frozen.fill_(False)
     bottleneck.update_keys(heads, decay=0.9)
     torch.testing.assert_close(bottleneck.keys, fitted, atol=0.05, rtol=0)
     # k-means may leave two clusters under one key; the fit as a whole, with its restarts, may not
