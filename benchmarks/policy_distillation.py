@@ -4,7 +4,7 @@
 
 Processor time until a 16-16 student's mean greedy return over 20 episodes is at least 475, judged after every round
 (BC: every pass) at no charge: making environments and student, collecting and fitting count. Then how fast a student's
-steps are collected with what the teacher says about each. Same teacher, one thread, all ways taking turns within one
+steps are collected with the teacher's outputs for each. Same teacher, one thread, all ways taking turns within one
 run, each warmed up before. `imitation` needs older packages, so imitation_worker.py runs it in an environment of its
 own; without --imitation_python its rows are left out.
 """
@@ -32,17 +32,16 @@ from kd.common.cli import run
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Recorder, greedy, sampling
-from kd.reinforcement_learning.environments.sb3 import training_environments
-from kd.reinforcement_learning.environments.vector import Environments
-from kd.reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
+from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, Recorder, returns_of
+from kd.reinforcement_learning.environments.vector import Environments, training_environments
+from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.student_model.teachers import teacher_of
 from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import new_teacher
+from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, load_or_train_teacher
+from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
 EPISODES = 20
@@ -133,7 +132,7 @@ class Imitation:
 
 
 def our_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy) -> Collect:
-    """All that the teacher says: logits and value."""
+    """The teacher's logits and values."""
     networks = PolicyNetwork(teacher).eval(), PolicyNetwork(student).eval()
     environments = Environments(id, count)
     recorder, act = Recorder(environments), sampling(networks[1], torch.Generator().manual_seed(0))
@@ -192,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    agent = teacher_of(CARTPOLE, args.teacher, TeacherTraining(), ExperimentArguments())
+    agent = load_or_train_teacher(args.teacher, TeacherTask(CARTPOLE), TeacherArguments(), None, False)
     teacher = agent.policy
     if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
         raise UserError("the teacher must be a PPO that takes observations as they are")

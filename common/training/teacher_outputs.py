@@ -29,8 +29,7 @@ from kd.common.features import FeatureHooks
 from kd.common.outputs import Outputs
 from kd.common.training.batching import column_array, similar_length_order
 from kd.common.training.inference import Collate, run_inference
-from kd.common.utils.checksums import CHECKSUMS, find_damage
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ def cache_outputs(
     is_main = PartialState().is_main_process
     missing = [n for n, path in enumerate(folders) if not _is_whole(path, key, ids[shards[n]])] if is_main else []
     missing = broadcast_object_list([missing])[0]  # one decision for all processes
-    for number in tqdm(missing, desc="teacher", disable=not is_main, leave=False):
+    for number in tqdm(missing, desc="teacher", disable=not (is_main and missing), leave=False):
         rows = dataset.select(shards[number])
         outputs = run_inference(model, call, rows, collate, precision, batch_size)
         if is_main:
