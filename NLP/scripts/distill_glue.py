@@ -33,7 +33,6 @@ from kd.nlp.student_model.methods import refuse_smoothing, refuse_unfit
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
-SHARED_FILES = ("teacher_outputs/*.safetensors", "teacher_outputs/*.partial")  # besides stages
 OF_A_KIND = {argument.name for kind in (MatchingArguments, BottleneckArguments) for argument in fields(kind)}
 
 
@@ -101,7 +100,7 @@ def open_folders(
         if not PartialState().is_main_process:
             return []
         root = RunFolder(folder, ["glue.md"])
-        cells = [RunFolder(folder / t / f"seed{s}", SHARED_FILES) for t, s in cells_of]
+        cells = [RunFolder(folder / t / f"seed{s}") for t, s in cells_of]
         if starts_over(training):
             for cell in cells:
                 cell.remove(instances)

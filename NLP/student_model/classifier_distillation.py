@@ -3,13 +3,12 @@
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from kd.common.cli import reject_unused
 from kd.common.methods import Method
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
@@ -127,8 +126,7 @@ class ClassifierDistillation(Distillation):
         if not self.others:
             return said
         each = [said, *(self.pipeline.listen(o.model, Texts.of(self.data, o.tokenizer)) for o in self.others)]
-        logits = [outputs.batch(said.sample_ids).logits for outputs in each]
-        return TeacherOutputs(said.sample_ids, torch.stack([x for x in logits if x is not None]).mean(0))
+        return JoinedOutputs(each)
 
     def measure_teacher(self, teacher: PreTrainedModel) -> tuple[dict[str, Any], Logits]:
         """Several teachers are worth what their mean logits are worth, and cost what they cost together."""

@@ -5,17 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kd.common.features import FeatureHooks
 from kd.common.methods import Method
 from kd.common.objective import Objective, labels_and_soft_targets, task_loss
-from kd.common.training.inference import run_inference
+from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
-from kd.common.utils.devices import process
+from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling
@@ -91,31 +88,16 @@ class Pipeline:
         """The cached outputs of a teacher for the training texts: its logits, and hidden states in fp16 by name, which
         are the outputs of submodules ({name: path}), recorded by the same hooks as those of a live teacher.
         """
-        paths = features or {}
-
-        def compute() -> TeacherOutputs:
-            hooks = FeatureHooks(teacher, paths)
-
-            def outputs(**batch: Any) -> dict[str, torch.Tensor]:
-                found = teacher(**batch)
-                states = {name: _compact(state) for name, state in hooks.take().items()}
-                return states | ({"logits": found.logits.float()} if logits else {})
-
-            try:
-                said = run_inference(
-                    teacher, outputs, texts.train, texts.collate, self.precision, description="teacher"
-                )
-            finally:
-                hooks.remove()
-            ids = torch.tensor(texts.train["sample_id"])
-            own = torch.stack(said.pop("logits")) if logits else None
-            lengths = torch.tensor([len(states) for states in next(iter(said.values()))]) if said else None
-            return TeacherOutputs(ids, own, {name: torch.cat(states) for name, states in said.items()}, lengths)
-
-        tokens = texts.train["input_ids"][:]
-        key = outputs_key(teacher, texts.data.fingerprint, tokens, self.precision, sorted(paths.items()), logits)
         with self.run.timed("teacher_outputs"):
-            return TeacherOutputs.load_or_compute(self.outputs_folder, key, compute, write=process()[0] == 0)
+            return cache_teacher_outputs(
+                teacher,
+                texts.train,
+                texts.collate,
+                self.outputs_folder,
+                features=features,
+                logits=logits,
+                precision=self.precision,
+            )
 
     def hear(
         self,
@@ -129,10 +111,10 @@ class Pipeline:
         """
         if not matching.teacher_features:
             return {"teacher_outputs": logits and logits()}
-        if sum(texts.train["length"]) * len(matching.teacher_features) * width(teacher) * 2 <= FEATURE_BYTES:
+        tokens = column_array(texts.train, "length").sum()
+        if tokens * len(matching.teacher_features) * width(teacher) * 2 <= FEATURE_BYTES:
             said = self.listen(teacher, texts, matching.teacher_features, logits=False)
-            soft = None if logits is None else logits().batch(said.sample_ids).logits
-            return {"teacher_outputs": TeacherOutputs(said.sample_ids, soft, said.features, said.lengths)}
+            return {"teacher_outputs": said if logits is None else JoinedOutputs([said, logits()])}
         return {"teacher": teacher, "teacher_features": matching.teacher_features}
 
     def align(
@@ -157,12 +139,6 @@ class Pipeline:
             not_for_student=texts.unused_by(encoder),
             **self.hear(teacher, texts, matching),
         )
-
-
-def _compact(states: torch.Tensor) -> torch.Tensor:
-    """In fp16, unless a value is out of its range, as single ones of large models are."""
-    half = states.half()
-    return half if half.isfinite().all() else states.float()
 
 
 def switch_off_dropout(model: nn.Module) -> None:

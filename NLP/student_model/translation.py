@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,27 +25,26 @@ from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
-from kd.common.utils.devices import process
+from kd.common.training.teacher_outputs import cache_outputs, dataset_hash, outputs_key
 from kd.common.utils.errors import UserError
+from kd.nlp.data.tokenized import Collator
 from kd.nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
 from kd.nlp.student_model.translation_evaluation import evaluate
 from kd.nlp.teacher_model.seq2seq import (
     SCRATCH,
     Translator,
+    beam_search,
     cut_layers,
     joint_bpe,
     load_translator,
     marian,
     number_of_layers,
     special_ids_of,
-    translate,
 )
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 CUT = "cut"
 Measured = tuple[dict[str, Any], dict[str, float], dict[str, str]]  # what `evaluate` returns
-CHUNK = 5000  # sentences that the teacher translates before they are saved
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
@@ -192,37 +192,13 @@ class TranslationDistillation:
             compute_metrics=lambda prediction: token_metrics(np.asarray(prediction.predictions)),
         )
 
-    # ---- what the teacher writes ----
-
     def _translated_by(self, teacher: PreTrainedModel) -> Dataset:
-        """The training split with the teacher's translations as labels, each found by its sample id."""
-        train, said = self.splits["train"], dict[int, list[int]]()
+        """The training split with the teacher's translations as labels."""
+        folder, precision = self.run.folder / "teacher_outputs", self.run.args.precision
         with self.run.timed("teacher_outputs"):
-            for start in range(0, len(train), CHUNK):
-                said |= self._translations(teacher, train.select(range(start, min(start + CHUNK, len(train)))))
-        labels = [said[sample] for sample in train["sample_id"]]
-        lengths = [len(source) + len(target) for source, target in zip(train["input_ids"], labels, strict=True)]
-        train = train.remove_columns(["labels", "length"])
-        return train.add_column("labels", labels).add_column("length", lengths)
-
-    def _translations(self, teacher: PreTrainedModel, rows: Dataset) -> dict[int, list[int]]:
-        """{sample id: tokens}, by beam search, computed once for this teacher and these sentences."""
-        beams, precision = self.args.beams, self.run.args.precision
-
-        def compute() -> TeacherOutputs:
-            tokens = translate(Translator(teacher, self.tokenizer), rows, beams, precision, description="translating")
-            return TeacherOutputs(
-                torch.tensor(rows["sample_id"]),
-                features={"tokens": torch.tensor([token for row in tokens for token in row]).unsqueeze(1)},
-                lengths=torch.tensor([len(row) for row in tokens]),
+            return with_translations(
+                self.splits["train"], Translator(teacher, self.tokenizer), folder, self.args.beams, precision
             )
-
-        ids = [rows["sample_id"][:], rows["input_ids"][:]]
-        key = outputs_key(teacher, self.data.fingerprint, ids, beams, self.args.max_length, precision)
-        folder = self.run.folder / "teacher_outputs"
-        found = TeacherOutputs.load_or_compute(folder, key, compute, write=process()[0] == 0)
-        tokens = found.features["tokens"].squeeze(1).split(found.lengths.tolist())
-        return dict(zip(found.sample_ids.tolist(), [row.tolist() for row in tokens], strict=True))
 
     # ---- what it was worth ----
 
@@ -269,6 +245,25 @@ class TranslationDistillation:
             data_notes="; ".join(self.data.notes) or "none",
             **extra,
         )
+
+
+def with_translations(
+    rows: Dataset, translator: Translator, folder: str | Path, beams: int, precision: str
+) -> Dataset:
+    """The rows with the translator's own translations as labels, computed once and cached in a folder by sample id."""
+    model, tokenizer = translator
+    sources = rows.select_columns(["sample_id", "input_ids", "attention_mask", "length"])
+    key = outputs_key(model, dataset_hash(sources), beams, model.generation_config.max_length, precision)
+    translations = cache_outputs(
+        model, beam_search(model, beams), sources, Collator(tokenizer), folder, key, precision
+    )
+
+    def relabel(batch: dict[str, list]) -> dict[str, list]:
+        labels = translations.feature("tokens", torch.tensor(batch["sample_id"]))
+        lengths = [len(source) + len(target) for source, target in zip(batch["input_ids"], labels, strict=True)]
+        return {"labels": [tokens.tolist() for tokens in labels], "length": lengths}
+
+    return rows.map(relabel, batched=True, load_from_cache_file=False, new_fingerprint=key)
 
 
 def _same_vocabulary(first: Translator, second: Translator) -> bool:

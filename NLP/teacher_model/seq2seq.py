@@ -1,7 +1,7 @@
 """Encoder-decoder translators: loaded by name, made from random weights, cut out of a larger one; and translating."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -175,15 +175,23 @@ def translate(
     batch_size: int = 64,
     description: str = "",
 ) -> list[list[int]]:
-    """Each row's translation as token ids, in the order of the rows, without start and padding but with its end. One
-    beam is greedy decoding. Rows have input_ids, attention_mask and length.
+    """The translation of each row as token ids, in the order of the rows, without start and padding but with its end.
+    Rows have input_ids, attention_mask and length.
     """
     model, tokenizer = translator
-
-    def call(**batch: Tensor) -> dict[str, Tensor]:
-        return {"ids": model.generate(**batch, num_beams=beams)}  # type: ignore[operator]
-
     sources = rows.select_columns(["input_ids", "attention_mask", "length"])
-    said = run_inference(model, call, sources, Collator(tokenizer), precision, batch_size, description)
-    pad = model.config.pad_token_id
-    return [[token for token in ids[1:].tolist() if token != pad] for ids in said["ids"]]
+    call = beam_search(model, beams)
+    outputs = run_inference(model, call, sources, Collator(tokenizer), precision, batch_size, description)
+    return [tokens.tolist() for tokens in outputs["tokens"]]
+
+
+def beam_search(model: PreTrainedModel, beams: int) -> Callable[..., dict[str, list[Tensor]]]:
+    """A function of a batch: `tokens`, the translation of each sample without start and padding but with its end. One
+    beam is greedy decoding.
+    """
+
+    def call(**batch: Tensor) -> dict[str, list[Tensor]]:
+        ids = model.generate(**batch, num_beams=beams)[:, 1:]  # type: ignore[operator]
+        return {"tokens": [row[row != model.config.pad_token_id] for row in ids]}
+
+    return call

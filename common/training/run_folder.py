@@ -33,8 +33,6 @@ RUN_FILES = (  # patterns of paths inside a run's folder; `*` also matches slash
     *REPORT_FILES,
     *(f"checkpoints/*/checkpoint-*/*{end}" for end in IN_CHECKPOINTS),
     "tensorboard/*/events.out.tfevents.*",
-    "teacher_outputs/*.safetensors",
-    "teacher_outputs/*.partial",
 )
 TEMPORARY = (".*.[0-9]*.tmp", ".*.writing.[0-9]*", ".*.old.[0-9]*")  # names of unfinished files and folders
 NAMES_NO_FILE = {"report_to", "run_name", "driver"}  # flags whose values may equal the name of a run's folder

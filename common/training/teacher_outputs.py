@@ -1,26 +1,42 @@
-"""What a frozen teacher said about each sample, kept on disk and looked up by sample id.
+"""Cached outputs of a frozen teacher: computed once, stored as memory-mapped Arrow columns, read by sample id.
 
-A frozen teacher says the same every epoch, to every student and every seed, so it speaks once. The lookup goes by
-sample id and never by position: shuffling, resuming or another batch size cannot pair a sample with another's
-outputs. A cache file carries a key made from the teacher's weights and the data, and a checksum of its content; a
-file that is damaged or belongs to something else is rebuilt.
+The outputs of a frozen teacher are the same for every epoch, student and seed. Rows are found by sample id, never by
+position, so that shuffling, resuming or another batch size cannot pair a sample with the outputs of another. The
+columns are written in shards, each with checksums: a process that was killed continues after its last whole shard, and
+a damaged one is computed again. Only the rows of a batch are read into memory, whatever the size of the dataset.
 """
 
 import hashlib
 import logging
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import ConcatDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from kd.common.features import FeatureHooks
 from kd.common.outputs import Outputs
+from kd.common.training.batching import column_array, similar_length_order
+from kd.common.training.inference import Collate, run_inference
+from kd.common.utils.checksums import CHECKSUMS, find_damage
+from kd.common.utils.folders import writing_folder
 
 logger = logging.getLogger(__name__)
+
+SHARD_BATCHES = 32  # in a shard, which is what a killed process computes again
+SHARD_FILE = "outputs.arrow"  # read by datasets.Dataset.from_file
+Column = Any  # anything with a length and a tensor per row: Tensor, list, ConcatDataset of _ArrowColumn
 
 
 class TeacherOutputs:
@@ -29,89 +45,209 @@ class TeacherOutputs:
     Args:
         sample_ids: (samples,) distinct integers.
         logits: (samples, classes), or None.
-        features: {name: (rows, width)}, the positions of all samples one after another.
-        lengths: (samples,) number of positions of each sample; needed with features.
+        features: {name: one tensor per sample, (positions, width) or (width,)}.
     """
 
     def __init__(
-        self,
-        sample_ids: Tensor,
-        logits: Tensor | None = None,
-        features: dict[str, Tensor] | None = None,
-        lengths: Tensor | None = None,
+        self, sample_ids: Tensor, logits: Column | None = None, features: Mapping[str, Column] | None = None
     ) -> None:
-        self.sample_ids, self.logits, self.features = sample_ids, logits, features or {}
-        self.lengths = torch.zeros_like(sample_ids) if lengths is None else lengths
+        self.sample_ids, self.logits, self.features = sample_ids, logits, dict(features or {})
         self._sorted_ids, self._order = sample_ids.sort()
-        if len(self._sorted_ids.unique()) != len(sample_ids):
+        if (self._sorted_ids[1:] == self._sorted_ids[:-1]).any():
             raise ValueError("sample ids must be distinct")
-        self._starts = self.lengths.cumsum(0) - self.lengths
 
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
         """Outputs of these samples, features padded with zeros to `positions` (batch, positions, width).
 
-        Raises KeyError for a sample that the teacher was never asked about.
+        Raises KeyError for a sample that is not in the cache.
         """
-        ids = sample_ids.cpu()
+        rows = self._rows_of(sample_ids.cpu())
+        features = {name: _padded(_take(column, rows), positions).to(device) for name, column in self.features.items()}
+        logits = None if self.logits is None else _stacked(self.logits, rows).to(device)
+        return Outputs(logits=logits, features=features)
+
+    def feature(self, name: str, sample_ids: Tensor) -> list[Tensor]:
+        """One feature of these samples, without padding."""
+        return _take(self.features[name], self._rows_of(sample_ids))
+
+    def _rows_of(self, ids: Tensor) -> list[int]:
         places = torch.searchsorted(self._sorted_ids, ids).clamp(max=len(self._sorted_ids) - 1)
         unknown = ids[self._sorted_ids[places] != ids]
         if len(unknown):
             raise KeyError(f"no teacher outputs for sample {unknown[0].item()}")
-        rows = self._order[places]
-        features = {name: self._padded(table, rows, positions).to(device) for name, table in self.features.items()}
-        logits = None if self.logits is None else self.logits[rows].to(device)
-        return Outputs(logits=logits, features=features)
+        rows: list[int] = self._order[places].tolist()
+        return rows
 
-    def _padded(self, table: Tensor, rows: Tensor, positions: int | None) -> Tensor:
-        spans = zip(self._starts[rows].tolist(), self.lengths[rows].tolist(), strict=True)
-        padded = pad_sequence([table[start : start + length] for start, length in spans], batch_first=True)
-        missing = (positions or padded.shape[1]) - padded.shape[1]
-        return nn.functional.pad(padded, (0, 0, 0, missing))
 
-    # ---- on disk ----
+class JoinedOutputs(TeacherOutputs):
+    """Several caches as one: the mean of their logits, and the features of all of them."""
 
-    @classmethod
-    def load_or_compute(
-        cls, folder: str | Path, key: str, compute: Callable[[], "TeacherOutputs"], write: bool = True
-    ) -> "TeacherOutputs":
-        """The outputs under `key` in a folder, computed and (in one process of several) written where need be."""
-        path = Path(folder) / f"{key[:20]}.safetensors"
-        if path.exists():
-            found = cls._read(path, key)
-            if found is not None:
-                return found
-            logger.warning("teacher outputs in %s are damaged or belong to something else: computing them anew", path)
-        outputs = compute()
-        if write:
-            outputs._write(path, key)
-        return outputs
+    def __init__(self, caches: Sequence[TeacherOutputs]) -> None:
+        self.caches = caches
 
-    @classmethod
-    def _read(cls, path: Path, key: str) -> "TeacherOutputs | None":
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError):
-            return None
-        if metadata.get("key") != key or metadata.get("checksum") != _checksum(tensors.items()):
-            return None
-        features = {name.removeprefix("features."): t for name, t in tensors.items() if name.startswith("features.")}
-        return cls(tensors["sample_ids"], tensors.get("logits"), features, tensors["lengths"])
+    def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
+        found = [cache.batch(sample_ids, positions, device) for cache in self.caches]
+        logits = [outputs.logits for outputs in found if outputs.logits is not None]
+        features = {name: feature for outputs in found for name, feature in (outputs.features or {}).items()}
+        return Outputs(logits=torch.stack(logits).mean(0) if logits else None, features=features)
 
-    def _write(self, path: Path, key: str) -> None:
-        tensors = {"sample_ids": self.sample_ids, "lengths": self.lengths}
-        tensors |= {f"features.{name}": table for name, table in self.features.items()}
-        if self.logits is not None:
-            tensors["logits"] = self.logits
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # several runs may write to one folder
-        try:
-            save_file(tensors, str(partial), metadata={"key": key, "checksum": _checksum(tensors.items())})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+def _take(column: Column, rows: list[int]) -> list[Tensor]:
+    taken = [column[row] for row in rows]
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in taken})
+    return [tensor.to(dtype) for tensor in taken]
+
+
+def _stacked(column: Column, rows: list[int]) -> Tensor:
+    return column[rows] if isinstance(column, Tensor) else torch.stack(_take(column, rows))
+
+
+def _padded(rows: list[Tensor], positions: int | None) -> Tensor:
+    if rows[0].dim() == 1:
+        return torch.stack(rows)
+    padded = pad_sequence(rows, batch_first=True)
+    missing = (positions or padded.shape[1]) - padded.shape[1]
+    return nn.functional.pad(padded, (0, 0, 0, missing))
+
+
+# ---- computing and storing ----
+
+
+def cache_teacher_outputs(
+    teacher: PreTrainedModel,
+    dataset: Dataset,
+    collate: Collate,
+    folder: str | Path,
+    *,
+    features: Mapping[str, str] | None = None,
+    logits: bool = True,
+    precision: str = "fp32",
+    batch_size: int = 64,
+) -> TeacherOutputs:
+    """Runs a teacher once over a dataset with a column `sample_id`, or reads what an earlier call stored in `folder`.
+
+    `features` are outputs of submodules, {name: path}, recorded by the same hooks as those of a live teacher, and kept
+    in fp16 unless a value is out of its range. The cache belongs to the teacher's weights, the model inputs in
+    `dataset`, and the arguments. See `cache_outputs`.
+    """
+    paths = dict(features or {})
+
+    def call(**batch: Any) -> dict[str, Tensor]:
+        found = teacher(**batch)
+        outputs = {name: _half_precision(feature) for name, feature in hooks.take().items()}
+        return outputs | ({"logits": found.logits.float()} if logits else {})
+
+    key = outputs_key(teacher, dataset_hash(dataset), precision, sorted(paths.items()), logits)
+    hooks = FeatureHooks(teacher, paths)
+    try:
+        return cache_outputs(teacher, call, dataset, collate, folder, key, precision, batch_size)
+    finally:
+        hooks.remove()
+
+
+def cache_outputs(
+    model: PreTrainedModel,
+    call: Callable[..., dict[str, Any]],
+    dataset: Dataset,
+    collate: Collate,
+    folder: str | Path,
+    key: str,
+    precision: str = "fp32",
+    batch_size: int = 64,
+) -> TeacherOutputs:
+    """The outputs of `call`, as in `run_inference`, stored in `folder` under a key for all that decides them.
+
+    Computes and stores shard by shard those that are missing, damaged or of another key. Several processes share the
+    work; the first one writes. An output named `logits` becomes the logits, any other a feature.
+    """
+    order = similar_length_order(dataset)
+    shards = [rows.tolist() for rows in order.split(SHARD_BATCHES * batch_size)]
+    folders = [Path(folder) / key[:20] / f"{number:05}" for number in range(len(shards))]
+    ids = torch.from_numpy(column_array(dataset, "sample_id"))
+    is_main = PartialState().is_main_process
+    missing = [n for n, path in enumerate(folders) if not _is_whole(path, key, ids[shards[n]])] if is_main else []
+    missing = broadcast_object_list([missing])[0]  # one decision for all processes
+    for number in tqdm(missing, desc="teacher", disable=not is_main, leave=False):
+        rows = dataset.select(shards[number])
+        outputs = run_inference(model, call, rows, collate, precision, batch_size)
+        if is_main:
+            _write(folders[number], key, {"sample_id": list(ids[shards[number]])} | outputs)
+    PartialState().wait_for_everyone()
+    tables = [_read(path) for path in folders]
+    columns: dict[str, Column] = {
+        name: ConcatDataset([_ArrowColumn(table[name]) for table in tables])
+        for name in tables[0].column_names
+        if name != "sample_id"
+    }
+    return TeacherOutputs(ids[order], columns.pop("logits", None), columns)
+
+
+def _half_precision(states: Tensor) -> Tensor:
+    """In fp16, unless a value is out of its range, as single ones of large models are."""
+    half = states.half()
+    return half if half.isfinite().all() else states.float()
+
+
+def _is_whole(folder: Path, key: str, sample_ids: Tensor) -> bool:
+    if not folder.exists():
+        return False
+    damage = find_damage(folder)
+    if damage is None:
+        table = _read(folder)
+        is_ours = (table.schema.metadata or {}).get(b"key") == key.encode()
+        if is_ours and np.array_equal(table["sample_id"].to_numpy(), sample_ids):
+            return True
+        damage = f"{folder} belongs to something else"
+    logger.warning("teacher outputs: %s; computing them anew", damage)
+    return False
+
+
+def _write(folder: Path, key: str, outputs: dict[str, list[Tensor]]) -> None:
+    table = pa.table({name: _arrow_array(rows) for name, rows in outputs.items()}, metadata={"key": key})
+    for name in (SHARD_FILE, CHECKSUMS):  # of a shard that is damaged
+        (folder / name).unlink(missing_ok=True)
+    with writing_folder(folder) as partial, pa.ipc.new_stream(str(partial / SHARD_FILE), table.schema) as writer:
+        writer.write_table(table)
+
+
+def _read(folder: Path) -> pa.Table:
+    with pa.memory_map(str(folder / SHARD_FILE)) as file:  # the table keeps the mapping, not the open file
+        return pa.ipc.open_stream(file).read_all()
+
+
+def _arrow_array(rows: list[Tensor]) -> pa.Array:
+    """Numbers as they are, vectors of one size as fixed-size lists, anything else as lists of positions."""
+    if len({row.shape for row in rows}) == 1 and rows[0].dim() < 2:
+        return _fixed_size(torch.stack(rows))
+    offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int64())
+    return pa.LargeListArray.from_arrays(offsets, _fixed_size(torch.cat(rows)))
+
+
+def _fixed_size(values: Tensor) -> pa.Array:
+    flat = pa.array(values.flatten().numpy())
+    return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+class _ArrowColumn(torch.utils.data.Dataset):
+    """A column of a shard, one tensor per row, without a copy of the others."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        array = column.chunk(0)
+        self.offsets = array.offsets.to_numpy() if pa.types.is_large_list(array.type) else None
+        values = array.values if self.offsets is not None else array
+        width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else 0
+        self.values = values.flatten().to_numpy().reshape(-1, width) if width else values.to_numpy()
+        self.length = len(array)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, row: int) -> Tensor:
+        found = self.values[row] if self.offsets is None else self.values[self.offsets[row] : self.offsets[row + 1]]
+        return torch.tensor(found)
+
+
+# ---- keys ----
 
 
 def outputs_key(teacher: nn.Module, *parts: object) -> str:
@@ -126,3 +262,26 @@ def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def dataset_hash(dataset: Dataset) -> str:
+    """A hash of the sample ids and model inputs of a dataset: all columns but `labels` and `length`."""
+    names = sorted(set(dataset.column_names) - {"labels", "length"})
+    digest = hashlib.sha256(repr(names).encode())
+    rows = dataset.select_columns(names).with_format("arrow")
+    for batch in rows.iter(batch_size=10_000):
+        for name in names:
+            _update(digest, batch[name].combine_chunks())
+    return digest.hexdigest()
+
+
+def _update(digest: Any, array: pa.Array) -> None:
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if hasattr(array, "flatten") and pa.types.is_nested(array.type):
+        digest.update(np.ascontiguousarray(array.value_lengths()).data)
+        _update(digest, array.flatten())
+    elif pa.types.is_primitive(array.type):
+        digest.update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False)).data)
+    else:
+        digest.update(repr(array.to_pylist()).encode())

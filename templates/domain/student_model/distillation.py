@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from transformers import default_data_collator
 
 from kd.common.metrics.chance import classifier_warning
@@ -10,10 +9,9 @@ from kd.common.objective import Objective
 from kd.common.pretrained import stage_loader
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import TeacherOutputs, outputs_key
-from kd.common.utils.devices import process
+from kd.common.training.teacher_outputs import TeacherOutputs, cache_teacher_outputs
 from kd.example_domain.data.loading import LabelledData
-from kd.example_domain.student_model.evaluation import evaluate, predict, trainer_metrics
+from kd.example_domain.student_model.evaluation import evaluate, trainer_metrics
 from kd.example_domain.teacher_model.classifier import Classifier, new_classifier
 
 USAGE = """import torch
@@ -65,14 +63,9 @@ class Distillation:
 
     def listen(self, teacher: Classifier) -> TeacherOutputs:
         """The logits of a frozen teacher for the training samples: it speaks once, not every epoch."""
-        rows = self.data.splits["train"]
-
-        def compute() -> TeacherOutputs:
-            return TeacherOutputs(rows["sample_id"][:], torch.from_numpy(predict(teacher, rows)))
-
-        folder, key = self.run.folder / "teacher_outputs", outputs_key(teacher, self.data.fingerprint)
+        rows, folder = self.data.splits["train"], self.run.folder / "teacher_outputs"
         with self.run.timed("teacher_outputs"):
-            return TeacherOutputs.load_or_compute(folder, key, compute, write=process()[0] == 0)
+            return cache_teacher_outputs(teacher, rows, default_data_collator, folder, batch_size=256)
 
     def report(self, method: str, teacher: Classifier, control: Classifier | None, student: Classifier) -> None:
         """Measures all three, writes the report and the student's folder, prints the table."""
