@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from kd.common.data.hub import no_retries_when_unreachable
+from kd.common.data.sources import no_retries_when_unreachable
 from kd.common.training.finite import non_finite_tensor
 from kd.common.utils.errors import UserError
 

@@ -54,22 +54,22 @@ def digits_once() -> Iterator[None]:
     from kd.image_classification.data import loading, rows, sources
 
     digits, decode = cache(sources.embedded_digits), loading._decode
-    decoded: dict[tuple[bytes, int | None], loading.Images] = {}
+    decoded: dict[tuple[str, bytes, int | None], loading.Images] = {}
 
     @cache
-    def fingerprint() -> str:
-        return rows._encoded(digits(), "image")._fingerprint
+    def fingerprints() -> set[str]:
+        return {sources._stored(split, raw, "image")._fingerprint for split, raw in digits().items()}
 
     def decode_once(split: rows.Rows, size: int | None) -> loading.Images:
-        if split.source._fingerprint != fingerprint():
+        if split.source._fingerprint not in fingerprints():
             return decode(split, size)
-        key = split.places.numpy().tobytes(), size
+        key = split.source._fingerprint, split.places.numpy().tobytes(), size
         if key not in decoded:
             decoded[key] = decode(split, size)
         return loading.Images(decoded[key].pixels.clone(), split.labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "embedded_digits", digits)
+        patch.setitem(sources.KNOWN, "digits", digits)
         patch.setattr(loading, "_decode", decode_once)
         yield
 

@@ -7,8 +7,8 @@ from typing import Literal
 import datasets
 import pyarrow as pa
 
-from kd.common.data.label_words import is_number
-from kd.common.data.sources import Splits
+from kd.common.data.labels import is_number
+from kd.common.data.splits import Splits
 from kd.common.utils.errors import UserError
 from kd.nlp.data.tasks import TASKS, Task
 

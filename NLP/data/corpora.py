@@ -7,9 +7,7 @@ the next.
 """
 
 import ast
-import hashlib
 import io
-import json
 import platform
 import re
 import sysconfig
@@ -24,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.readers import READERS, read_text
-from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_named, short_name
+from kd.common.data.sources import list_folder, read_folder, read_splits, short_name
+from kd.common.data.splits import SPLIT_NAMES, Splits
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import contents_of, is_text, texts_of
 
 EMBEDDED = "python"
-INSTEAD = f"pass --dataset FOLDER with train.txt or parquet, CSV or JSON files, or --dataset {EMBEDDED}"
 TOKENIZED_AT_ONCE = 1000  # documents
-CARVED = 10  # one document in ten, when there is no validation split
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 NOT_EVERYWHERE = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -56,7 +54,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.splits, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of_data([self.splits])
 
     def size(self, split: str) -> int:
         """Bytes of a split's text in UTF-8."""
@@ -68,17 +66,14 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     if dataset == EMBEDDED:
         note = f"reference and docstrings of Python {platform.python_version()}, PSF License"
         return Corpus(dataset, split_by_name(python_texts()), [note])
-    others = f"{EMBEDDED}, a folder of .txt, parquet, CSV or JSON files"
-    raw, notes = read_named(dataset, others, INSTEAD, _read_folder)
+    raw, notes = read_splits(dataset, {EMBEDDED: dict}, "train.txt, or parquet, CSV or JSON files", _read_folder)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
     notes.append(f"column {column!r} holds the texts")
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
-        splits = _carve(splits)
-        notes.append("no validation split: the last tenth of train's documents was set aside")
-    name = short_name(dataset)
-    return Corpus(name, splits, notes)
+        splits = _set_end_aside(splits, notes)
+    return Corpus(short_name(dataset), splits, notes)
 
 
 def python_texts() -> dict[str, str]:
@@ -176,15 +171,16 @@ def _texts(split: str, rows: datasets.Dataset, column: str, notes: list[str]) ->
     return texts
 
 
-def _carve(splits: Documents) -> Documents:
-    """Sets aside the end of train in one piece: neighbouring documents, or lines of one text, are seldom strangers."""
+def _set_end_aside(splits: Documents, notes: list[str]) -> Documents:
+    """The end of train in one piece becomes validation: consecutive lines of a document are correlated."""
     documents = splits["train"]
-    number = len(documents) // CARVED
+    number = len(documents) // 10
     if not number:
         raise UserError(
             f"no validation split, and too few documents in train to set some aside ({len(documents)}): add a file "
             "validation.*"
         )
+    notes.append("no validation split: the last tenth of train's documents was set aside")
     return splits | {"train": documents[:-number], "validation": documents[-number:]}
 
 

@@ -12,17 +12,13 @@ from kd.nlp.data.loading import TextData
 def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
     """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping).
 
-    Longer texts are cut to the tokenizer's own `model_max_length`, which is saved with it.
+    Longer texts are cut to the tokenizer's `model_max_length`, which is saved with it.
     """
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
-        return {
-            **encoded,
-            "labels": rows["label"],
-            "sample_id": rows["sample_id"],
-            "length": [len(ids) for ids in encoded["input_ids"]],
-        }
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
 
     return {
         split: rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {split}")

@@ -1,23 +1,20 @@
-"""One door to every translation dataset: embedded, local folder or Hub name, and its sentences as token ids."""
+"""Loads every translation dataset - embedded, local, or on the Hub - and tokenizes its sentences."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from kd.common.data.sources import Splits, read_named, short_name
+from kd.common.data.fingerprints import fingerprint_of_data
+from kd.common.data.sources import read_splits, short_name
+from kd.common.data.splits import Splits, set_aside
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import CARVING_SEED
 from kd.nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
-INSTEAD = (
-    f"pass --dataset FOLDER with parquet, CSV or JSON files, or --dataset {NUMBER_WORDS}, which needs no download"
-)
-MOST_CARVED = 1000  # validation sentences, where there is no validation split
+MOST_SET_ASIDE = 1000  # sentences, where there is no validation split
 
 
 @dataclass(frozen=True)
@@ -37,24 +34,21 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
 
     Raises UserError where there is no such dataset, column or text.
     """
-    others = f"{NUMBER_WORDS}, a folder of parquet, CSV or JSON files"
-    raw, notes = (dict(load_number_words()), []) if dataset == NUMBER_WORDS else read_named(dataset, others, INSTEAD)
+    raw, notes = read_splits(dataset, {NUMBER_WORDS: load_number_words})
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
     if "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise UserError("no validation split, and a single row in train to set aside: add a file validation.*")
-        number = min(MOST_CARVED, max(1, len(splits["train"]) // 10))
-        carved = splits["train"].train_test_split(number, seed=CARVING_SEED)
-        splits |= {"train": carved["train"].flatten_indices(), "validation": carved["test"].flatten_indices()}
-        notes.append(f"no validation split: {number} rows of train were set aside, the same whatever the seed")
+        number = len(splits["train"])
+        aside = set_aside(np.zeros(number), notes, min(0.1, MOST_SET_ASIDE / number))
+        for split, rows in (("validation", aside), ("train", ~aside)):
+            splits[split] = splits["train"].select(np.flatnonzero(rows)).flatten_indices()
     texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
     return TranslationData(
         name=short_name(dataset),
         languages=(source, target),
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
-        fingerprint=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        fingerprint=fingerprint_of_data([texts]),
         notes=notes,
     )
 

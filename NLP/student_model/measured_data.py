@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from kd.common.data.label_words import Kind
+from kd.common.data.labels import Kind
 from kd.common.data.sources import print_notes
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.teacher_model.teacher import classifies, own_label_names, read_config

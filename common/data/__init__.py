@@ -1,1 +1,1 @@
-"""Data: reading files and the Hub, labels, fingerprints."""
+"""Data: reading files and the Hub, labels, splits, fingerprints."""

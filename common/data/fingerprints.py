@@ -1,9 +1,11 @@
-"""Fingerprints of the inputs of a run: models with their configuration, and tokenizers."""
+"""Fingerprints of the inputs of a run: data, models with their configuration, and tokenizers."""
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -12,17 +14,28 @@ from kd.common.training.teacher_outputs import outputs_key
 IGNORED = {"_name_or_path", "transformers_version"}  # a folder may be moved, or saved again as it was
 
 
-def fingerprint_of(given: nn.Module | PreTrainedTokenizerBase) -> str:
+def fingerprint_of_data(parts: Iterable[object]) -> str:
+    """A hash of parts in their order: bytes and arrays by their bytes, anything else by its JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of(model: nn.Module | PreTrainedTokenizerBase) -> str:
     """A hash of all that decides what a model or tokenizer computes, wherever its files are."""
-    if isinstance(given, nn.Module):
-        configurations: list[Any] = [getattr(given, name, None) for name in ("config", "generation_config")]
-        return outputs_key(given, *(_words(one.to_dict()) for one in configurations if hasattr(one, "to_dict")))
-    backend = getattr(given, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": given.get_vocab()}
-    rules |= {"padding": None, "truncation": None, "special": given.special_tokens_map}  # use changes the first two
-    return hashlib.sha256(_words(rules).encode()).hexdigest()
+    if isinstance(model, nn.Module):
+        configurations: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+        return outputs_key(model, *(_json(one.to_dict()) for one in configurations if hasattr(one, "to_dict")))
+    backend = getattr(model, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": model.get_vocab()}
+    rules |= {"padding": None, "truncation": None, "special": model.special_tokens_map}  # use changes the first two
+    return hashlib.sha256(_json(rules).encode()).hexdigest()
 
 
-def _words(settings: dict[str, Any]) -> str:
+def _json(settings: dict[str, Any]) -> str:
     kept = {name: value for name, value in settings.items() if name not in IGNORED}
     return json.dumps(kept, sort_keys=True, default=str)

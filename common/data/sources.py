@@ -1,45 +1,98 @@
-"""Raw splits from a local folder or file or the Hugging Face Hub, for every domain."""
+"""Reading a dataset by its name: an embedded one, a local file or folder, or one of the Hugging Face Hub."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
+import huggingface_hub
 
-from kd.common.data.hub import no_retries_when_unreachable
 from kd.common.data.readers import READERS, read_rows, reason_of
+from kd.common.data.splits import SPLIT_NAMES, Splits, usual_names
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
 
-SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
-SPLIT_NAMES |= {name: "validation" for name in ("valid", "dev", "val")}
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # of datasets.DatasetDict and datasets.Dataset
 LONGEST_NAME = 200  # characters of a dataset's name in a message
 
-Splits = dict[str, datasets.Dataset]
+# What a domain knows by name: functions that return the splits of an embedded dataset, or names on the Hub.
+Known = Mapping[str, Callable[[], Mapping[str, datasets.Dataset]] | str]
 
 
-def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
-    """Renames dev, valid, val to validation; a split with another name is not used, and a note says so. Raises
-    UserError where there is no train split although `needs_train`, nothing but unknown names, or a split without rows.
+def read_splits(
+    dataset: str,
+    known: Known,
+    contents: str = "parquet, CSV or JSON files",
+    read: Callable[[Path], Splits] | None = None,
+    needs_train: bool = True,
+) -> tuple[Splits, list[str]]:
+    """The splits of a dataset by their usual names, and notes on what is not used.
+
+    Args:
+        dataset: a name in `known`, a local folder or file, or owner/name[:config] of the Hub. A file holds the split
+            that it is named after, or else train, or test where no train split is needed.
+        known: the datasets that the domain knows by name.
+        contents: what a folder may hold, for messages.
+        read: reads a folder; default: `read_folder`.
+        needs_train: whether a missing train split is an error.
     """
-    splits: Splits = {}
-    for name, rows in found.items():
-        usual = SPLIT_NAMES.get(name)
-        if usual in splits:
-            raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
-        if usual:
-            splits[usual] = rows
-    if needs_train and "train" not in splits:
-        raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
-    if not splits:
-        raise UserError(f"{dataset} has no known split, only {', '.join(found)}: name one of its files test.*")
-    ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
-    if empty := [name for name, rows in ordered.items() if not len(rows)]:
-        raise UserError(f"the {empty[0]} split is empty: it needs at least one row")
-    return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
+    source = known.get(dataset, dataset)
+    embedded = ", ".join(name for name, where in known.items() if callable(where))
+    instead = f"pass --dataset FOLDER with {contents}, or --dataset {embedded}, which needs no download"
+    if not isinstance(source, str):
+        found = dict(source())
+    elif dataset not in known and _exists(dataset):
+        path = Path(dataset)
+        found = (read or read_folder)(path) if path.is_dir() else read_file(path, "train" if needs_train else "test")
+    elif HUB_NAME.fullmatch(source):
+        found = _read_hub(dataset, source, instead)
+    else:
+        raise UserError(
+            f"unknown dataset {_shorten(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
+            "Hub name such as owner/name or owner/name:config"
+        )
+    return usual_names(found, dataset, needs_train)
+
+
+def short_name(dataset: str) -> str:
+    """The name of a dataset in reports: the last part of a path, or the name itself."""
+    return Path(dataset).resolve().name if _exists(dataset) else dataset
+
+
+def print_notes(name: str, notes: list[str]) -> None:
+    """Prints what was inferred of a dataset and what of it is not used, in the first process only."""
+    if process()[0] == 0:
+        for note in notes:
+            print(f"{name}: {note}")
+
+
+def _exists(dataset: str) -> bool:
+    try:
+        Path(dataset).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all, with a NUL in it
+        return False
+    except OSError as error:
+        raise UserError(f"cannot read {_shorten(dataset)} ({reason_of(error)})") from None
+    return True
+
+
+def _shorten(dataset: str) -> str:
+    return dataset if len(dataset) <= LONGEST_NAME else dataset[:LONGEST_NAME] + "..."
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+def read_file(path: Path, otherwise: str) -> Splits:
+    """The one split that a file holds: the one that it is named after, or else `otherwise`."""
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path} is no parquet, CSV or JSON file (.parquet, .csv, .json, .jsonl): convert it")
+    name = SHARD.sub("", path.stem)
+    return {name if name in SPLIT_NAMES else otherwise: read_rows(path)}
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -51,8 +104,8 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Splits:
-    """One file per split, or shards such as train-00000-of-00002.parquet. A file that no split is called after is not
-    read: its rows are an empty dataset.
+    """One file per split, or shards such as train-00000-of-00002.parquet. A file that is not named after a split is
+    not read: its rows are an empty dataset.
     """
     by_split: dict[str, list[Path]] = {}
     for path in list_folder(folder):
@@ -100,73 +153,44 @@ def _read(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset:
         ) from None
 
 
-def read_file(path: Path, otherwise: str) -> Splits:
-    """The one split that a file holds: the one that it is called after, or else `otherwise`."""
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path} is no parquet, CSV or JSON file (.parquet, .csv, .json, .jsonl): convert it")
-    name = SHARD.sub("", path.stem)
-    return {name if name in SPLIT_NAMES else otherwise: read_rows(path)}
+# ---------------------------------------------------------------- the Hub
 
 
-def short_name(dataset: str) -> str:
-    """What a report calls a dataset: the last part of a path, or the name itself."""
-    return Path(dataset).resolve().name if _exists(dataset) else dataset
-
-
-def print_notes(name: str, notes: list[str]) -> None:
-    """Prints what was inferred of a dataset and what of it is not used; of several processes, one does."""
-    if process()[0] == 0:
-        for note in notes:
-            print(f"{name}: {note}")
-
-
-def read_named(
-    dataset: str, others: str, instead: str, read: Callable[[Path], Splits] = read_folder, needs_train: bool = True
-) -> tuple[Splits, list[str]]:
-    """The splits of a local folder, by `read`, of a file, or of a Hub name owner/name[:config], by their usual names,
-    and notes on what was left out. `others` is what else a user may name, `instead` what to pass where the Hub has
-    none. A file is called after its split, or else is train, or test where no train split is needed.
-    """
-    if _exists(dataset):
-        path = Path(dataset)
-        found = read(path) if path.is_dir() else read_file(path, "train" if needs_train else "test")
-        return usual_names(found, dataset, needs_train)
-    if HUB_NAME.fullmatch(dataset):
-        name, _, config = dataset.partition(":")
-        return usual_names(read_hub(dataset, name, config or None, instead), dataset, needs_train)
-    raise UserError(
-        f"unknown dataset {_shown(dataset)!r}: give {others}, or a Hub name such as owner/name or owner/name:config"
-    )
-
-
-def _exists(dataset: str) -> bool:
-    try:
-        Path(dataset).stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all, with a NUL in it
-        return False
-    except OSError as error:
-        raise UserError(f"cannot read {_shown(dataset)} ({reason_of(error)})") from None
-    return True
-
-
-def _shown(dataset: str) -> str:
-    return dataset if len(dataset) <= LONGEST_NAME else dataset[:LONGEST_NAME] + "..."
-
-
-def read_hub(wanted: str, name: str, config: str | None, instead: str) -> Splits:
-    """All splits of a dataset on the Hub or in its local cache; `instead` tells what to pass where there is none."""
+def _read_hub(dataset: str, source: str, instead: str) -> Splits:
+    """All splits of `source`, owner/name[:config] on the Hub or in its cache; `dataset` is its name in messages."""
+    name, _, config = source.partition(":")
     try:
         with no_retries_when_unreachable():
-            return dict(datasets.load_dataset(name, config))
+            return dict(datasets.load_dataset(name, config or None))
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
-            f"{wanted} is neither a folder here nor a dataset on the Hub that you may read: {instead}"
+            f"{dataset} is neither a folder here nor a dataset on the Hub that you may read: {instead}"
         ) from None
     except ConnectionError:
         raise UserError(
-            f"{wanted} is no folder here, is not cached, and the Hub cannot be reached: {instead}"
+            f"{dataset} is no folder here, is not cached, and the Hub cannot be reached: {instead}"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot load {wanted} from the Hub ({reason_of(error)}): check owner/name:config, or {instead}"
+            f"cannot load {dataset} from the Hub ({reason_of(error)}): check owner/name:config, or {instead}"
         ) from None
+
+
+@contextmanager
+def no_retries_when_unreachable(name: str = "") -> Iterator[None]:
+    """Asks the Hub once. Where it does not answer, its clients use the cache at once and not a minute later. Where
+    `name` is a local folder, the Hub is not asked.
+    """
+    if name and Path(name).is_dir():
+        yield
+        return
+    constants: Any = huggingface_hub.constants
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP client of the day raises: offline mode, no name, refused, timeout, proxy
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

@@ -1,58 +1,35 @@
-"""One door to every image dataset, and small images: whole in memory, in one uint8 tensor."""
+"""Loads image datasets: small images into one uint8 tensor in memory, large ones as files that are decoded later."""
 
-import hashlib
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from einops import reduce
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kd.common.data.fingerprints import fingerprint_of_data
+from kd.common.data.labels import renumber, some
 from kd.common.data.sources import short_name
+from kd.common.data.splits import set_aside, stratified
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.dataset import ImageData
-from kd.image_classification.data.large import large_images
-from kd.image_classification.data.rows import Rows, read_rows
-from kd.image_classification.data.splits import divide, missing_classes, renumbered
-from kd.image_classification.data.strong_views import StrongViews
-from kd.image_classification.data.views import Views
+from kd.image_classification.data.dataset import ImageData, Images, LargeImageData, SmallImageData
+from kd.image_classification.data.rows import Rows
+from kd.image_classification.data.sources import read_rows
 
-__all__ = ["ImageData", "SmallImageData", "load_image_data"]
+__all__ = ["ImageData", "Images", "LargeImageData", "SmallImageData", "load_image_data"]
 
 LARGEST_IN_MEMORY = 64  # pixels across; what is resized to more is decoded when it is needed
 MEMORY = 8 * 2**30  # bytes that the pixels of a dataset may take
 IMAGENET_SIZE = 224
-
-
-@dataclass(frozen=True)
-class Images:
-    """One split in memory: pixels (images, height, width, channels) uint8 and labels (images,) int64."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmallImageData(ImageData):
-    """A dataset of small images, whole in memory; mean and std are those of its training pixels."""
-
-    splits: dict[str, Images]
-    flip: bool  # whether an image and its mirror image show the same
-
-    def views(
-        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
-    ) -> Views:
-        """The images of a split as they are, or with random crops (and flips, where they mean the same)."""
-        images = self.splits[split]
-        padding, flip = (max(1, self.size // 8), self.flip) if augment else (0, False)
-        kind = StrongViews if strong else Views
-        return kind(images.pixels.to(device), images.labels, self.mean, self.std, padding, flip, seed)
+SPLITS: list[str] = ["train", "validation", "test"]
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which pretrained networks expect
+READ_AT_ONCE = 2**30  # bytes of files that the fingerprint reads whole: a second or two
+HASHED = 500  # images of a larger split of which the fingerprint reads at least so many
+CHECKED = 50_000  # images of a split of which at most about so many are opened before training
 
 
 def load_image_data(
@@ -69,24 +46,58 @@ def load_image_data(
     image_size: resize to that many pixels; otherwise all images must be square and of one size. Above
         LARGEST_IN_MEMORY, and for ImageNet, the images are a LargeImageData.
     train_samples: keep that many training images, the same ones every time, the classes in proportion.
-    label_names: the classes, by id, of a model that is to be measured. The dataset has these or some of them. It needs
-        no train split, and one that it has is not returned.
+    label_names: the classes, by id, of a model that is to be evaluated. The dataset has these or some of them. A train
+        split is not needed, and not returned.
     """
-    splits, own_names, notes = read_rows(dataset, image_column, label_column, label_names)
-    splits = divide(dataset, splits, validation_share, train_samples, notes)
+    splits, class_names, notes = read_rows(dataset, image_column, label_column, label_names)
+    splits = _divide(dataset, splits, validation_share, train_samples, notes)
     if label_names is not None:
-        measured = {split: rows for split, rows in splits.items() if split != "train"}
-        splits = renumbered(dataset, measured, own_names, label_names)
+        splits.pop("train", None)
+        ids = {split: rows.labels.numpy() for split, rows in splits.items()}
+        ids = renumber(dataset, ids, class_names, label_names)
+        splits = {split: replace(rows, labels=torch.from_numpy(ids[split])) for split, rows in splits.items()}
+        class_names = label_names
         if image_size and any(rows.picture(0).size != (image_size, image_size) for rows in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
-    label_names = label_names or own_names
-    notes += missing_classes(splits, label_names)
+    notes += _missing_classes(splits, class_names)
     name = short_name(dataset)
     if dataset == "imagenet":
-        return large_images(name, splits, label_names, image_size or IMAGENET_SIZE, notes)
+        return _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
     if image_size is not None and (image_size > LARGEST_IN_MEMORY or not _fit_in_memory(splits, image_size, notes)):
-        return large_images(name, splits, label_names, image_size, notes)
-    return _small_images(name, splits, label_names, image_size, notes)
+        return _large_images(name, splits, class_names, image_size, notes)
+    return _small_images(name, splits, class_names, image_size, notes)
+
+
+def _divide(
+    dataset: str, splits: dict[str, Rows], validation_share: float, train_samples: int | None, notes: list[str]
+) -> dict[str, Rows]:
+    """Train with so many images, and validation, where there is to be one, and test."""
+    train = splits.get("train")
+    if train is not None and "validation" not in splits and validation_share > 0:
+        aside = set_aside(train.labels.numpy(), notes, validation_share, " or pass another --validation_share")
+        splits["validation"], train = (train[torch.from_numpy(chosen)] for chosen in (aside, ~aside))
+    if train is not None and not {"validation", "test"} & splits.keys():
+        raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
+    if train is not None and train_samples is not None and train_samples < len(train):
+        whole = len(train)
+        train = train[torch.from_numpy(stratified(train.labels.numpy(), train_samples / whole))]
+        notes.append(f"{len(train):,} of the {whole:,} training images were used")
+    divided = splits if train is None else splits | {"train": train}
+    return {name: divided[name] for name in SPLITS if name in divided}
+
+
+def _missing_classes(splits: dict[str, Rows], names: list[str]) -> list[str]:
+    """One line for each split that lacks some classes."""
+    lines = []
+    for split, rows in splits.items():
+        there = set(rows.labels.tolist())
+        missing = [name for number, name in enumerate(names) if number not in there]
+        if missing:
+            lines.append(f"classes without an image in {split}: {len(missing):,} of {len(names):,} ({some(missing)})")
+    return lines
+
+
+# ---------------------------------------------------------------- small images
 
 
 def _small_images(
@@ -95,6 +106,14 @@ def _small_images(
     images = _decode_all(splits, size)
     pixels = next(iter(images.values())).pixels  # those of train, where it is there
     mean, std = channel_statistics(pixels)
+
+    def contents() -> Iterator[object]:
+        yield label_names
+        for split in sorted(images):
+            yield f"{split}{tuple(images[split].pixels.shape)}".encode()
+            yield images[split].pixels.numpy()
+            yield images[split].labels.numpy()
+
     return SmallImageData(
         name=name,
         splits=images,
@@ -103,7 +122,7 @@ def _small_images(
         std=std,
         size=pixels.shape[1],
         flip=pixels.shape[-1] == 3,  # what is grey is mostly writing, which has no mirror image
-        fingerprint=_fingerprint(images, label_names),
+        fingerprint=fingerprint_of_data(contents()),
         notes=notes,
     )
 
@@ -112,8 +131,8 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of pixels (images, h, w, channels), on a scale from 0 to 1."""
     sums = torch.zeros(2, pixels.shape[-1], dtype=torch.float64)
     for chunk in pixels.split(4096):
-        flat = chunk.reshape(-1, pixels.shape[-1]).double() / 255
-        sums += torch.stack([flat.sum(0), flat.square().sum(0)])
+        values = chunk.double() / 255
+        sums += torch.stack([reduce(x, "image h w channel -> channel", "sum") for x in (values, values.square())])
     mean, square = sums / (pixels.numel() / pixels.shape[-1])
     std = (square - mean.square()).clamp(min=1e-12).sqrt()
     return [round(value, 4) for value in mean.tolist()], [max(round(value, 4), 1e-4) for value in std.tolist()]
@@ -171,10 +190,39 @@ def _decode(rows: Rows, size: int | None) -> Images:
     return Images(torch.from_numpy(pixels), rows.labels)
 
 
-def _fingerprint(splits: dict[str, Images], label_names: list[str]) -> str:
-    digest = hashlib.sha256(json.dumps(label_names).encode())
+# ---------------------------------------------------------------- large images
+
+
+def _large_images(
+    name: str, splits: dict[str, Rows], label_names: list[str], size: int, notes: list[str]
+) -> LargeImageData:
+    """Opens the pictures, without decoding them: what is none is found now and not after hours of training."""
+    for split, rows in splits.items():
+        places = range(0, len(rows), -(-len(rows) // CHECKED))
+        for row in tqdm(places, desc=f"checking {split}", leave=False, disable=len(places) < 5000):
+            rows.check(row)
+    return LargeImageData(
+        name=name,
+        splits=splits,
+        label_names=label_names,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        size=size,
+        fingerprint=fingerprint_of_data(_contents_of_files(splits, label_names, size)),
+        notes=notes,
+    )
+
+
+def _contents_of_files(splits: dict[str, Rows], label_names: list[str], size: int) -> Iterator[object]:
+    """All labels and the sizes of all files in their order, and what the files hold: all of them or, where that would
+    take minutes, evenly spaced ones.
+    """
+    yield [label_names, size]
     for name in sorted(splits):
-        digest.update(name.encode() + str(tuple(splits[name].pixels.shape)).encode())
-        digest.update(splits[name].pixels.contiguous().numpy().data)
-        digest.update(splits[name].labels.numpy().data)
-    return digest.hexdigest()
+        rows = splits[name]
+        sizes = rows.file_sizes()
+        yield f"{name} {len(rows)}".encode()
+        yield rows.labels.numpy()
+        yield sizes
+        for row in range(0, len(rows), 1 if sizes.sum() <= READ_AT_ONCE else max(1, len(rows) // HASHED)):
+            yield rows.encoded(row)

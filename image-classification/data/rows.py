@@ -1,4 +1,4 @@
-"""Rows of raw splits: the pictures as they are stored, the classes that they show, and which rows go where."""
+"""The pictures of a split as they are stored, and their class ids."""
 
 import io
 import os
@@ -11,14 +11,10 @@ from typing import Any, BinaryIO
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kd.common.data.labels import read_labels
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.columns import check_images, choose_columns
-from kd.image_classification.data.sources import read_splits
 
 
 class PictureError(UserError):
@@ -121,29 +117,3 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 def _refuse_deep(picture: Image.Image) -> None:
     if picture.mode[0] in "IF":  # pillow would clip what is above 255, so nearly everything, to white
         raise ValueError("it has more than 8 bits per pixel, and is to be converted to 8")
-
-
-def read_rows(
-    dataset: str, image_column: str | None = None, label_column: str | None = None, known: list[str] | None = None
-) -> tuple[dict[str, Rows], list[str], list[str]]:
-    """The rows of `dataset` that have a label, the names of its classes by id, and notes on what was left out.
-
-    known: the classes of a model that is only measured on the dataset, which then needs no train split.
-    """
-    raw, notes = read_splits(dataset, known is None)
-    image, label = choose_columns(next(iter(raw.values())), image_column, label_column, notes)
-    try:
-        labels = read_labels(raw, label, "ids", known)
-    except UserError as error:
-        raise UserError(f"{error} (--label_column names another column)") from None
-    splits = {}
-    for split, places in labels.rows.items():
-        check_images(split, raw[split], image)
-        ids = torch.from_numpy(labels.values[split])
-        splits[split] = Rows(split, _encoded(raw[split], image), torch.from_numpy(places), ids)
-    return splits, labels.names, notes + labels.notes
-
-
-def _encoded(rows: datasets.Dataset, image: str) -> datasets.Dataset:
-    pictures = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return pictures if image == "image" else pictures.rename_column(image, "image")

@@ -1,67 +1,138 @@
-"""Where raw images come from: embedded, known by name, a local folder, or the Hugging Face Hub."""
+"""Where images come from - embedded, known by name, local, or the Hub - and which columns hold images and labels."""
 
-import os
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kd.common.data.label_words import some
-from kd.common.data.sources import SPLIT_NAMES, Splits, read_folder, read_hub, read_named, usual_names
+from kd.common.data.labels import read_labels, some
+from kd.common.data.readers import READERS
+from kd.common.data.sources import Known, list_folder, read_folder, read_splits
+from kd.common.data.splits import SPLIT_NAMES, Splits, holdout
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.folders import read_class_folders
+from kd.image_classification.data.rows import Rows
 
-HUB = {  # short name -> name on the Hub
-    "cifar10": "uoft-cs/cifar10",
-    "cifar100": "uoft-cs/cifar100",
-    "mnist": "ylecun/mnist",
-    "imagenet": "ILSVRC/imagenet-1k",
-}
-INSTEAD = (
-    "pass --dataset FOLDER with parquet files or one folder of images per class, or --dataset digits, which needs no "
-    "download"
-)
+LABELS = ("label", "fine_label", "labels", "class", "target")  # columns, in the order of preference
 
 
-def read_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
-    """The splits by their usual names, and notes on what was left out."""
-    if dataset == "digits":
-        return {"train": embedded_digits()}, []
-    if dataset in HUB:
-        return usual_names(read_hub(dataset, HUB[dataset], None, INSTEAD), dataset, needs_train)
-    if os.path.isfile(dataset):
-        raise UserError(f"{dataset} is a file: unpack it if it is an archive, and pass --dataset with the folder")
-    notes: list[str] = []
-
-    def read(folder: Path) -> Splits:
-        return _read_folder(folder, needs_train, notes)
-
-    others = f"a known name (digits, {', '.join(HUB)}), a folder of parquet files or of images"
-    try:
-        splits, unused = read_named(dataset, others, INSTEAD, read, needs_train)
-    except OSError as error:
-        reason = " ".join(str(error.strerror or error).split())
-        raise UserError(f"--dataset cannot be read ({reason}): {error.filename or dataset}") from None
-    return splits, notes + unused
-
-
-def embedded_digits() -> datasets.Dataset:
-    """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998), real and without download."""
+def embedded_digits() -> Splits:
+    """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998), of which a fifth is test."""
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
     )
-    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    rows = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    test = holdout(digits.target, 0.2)
+    return {"train": rows.select(np.flatnonzero(~test)), "test": rows.select(np.flatnonzero(test))}
+
+
+KNOWN: Known = {
+    "digits": embedded_digits,
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "mnist": "ylecun/mnist",
+    "imagenet": "ILSVRC/imagenet-1k",
+}
+
+
+def read_rows(
+    dataset: str, image_column: str | None = None, label_column: str | None = None, known: list[str] | None = None
+) -> tuple[dict[str, Rows], list[str], list[str]]:
+    """The rows of `dataset` that have a label, the names of its classes by id, and notes on what was left out.
+
+    known: the classes of a model that is only evaluated on the dataset, which then needs no train split.
+    """
+    raw, notes = read_image_splits(dataset, known is None)
+    image, label = _choose_columns(next(iter(raw.values())), image_column, label_column, notes)
+    try:
+        labels = read_labels(raw, label, "ids", known)
+    except UserError as error:
+        raise UserError(f"{error} (--label_column names another column)") from None
+    splits = {}
+    for split, places in labels.rows.items():
+        pictures = _stored(split, raw[split], image)
+        splits[split] = Rows(split, pictures, torch.from_numpy(places), torch.from_numpy(labels.values[split]))
+    return splits, labels.names, notes + labels.notes
+
+
+def read_image_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
+    """The splits by their usual names, and notes on what was left out."""
+    path = Path(dataset)
+    if dataset not in KNOWN and path.suffix.lower() not in READERS and _is_file(path):
+        raise UserError(f"{dataset} is a file: unpack it if it is an archive, and pass --dataset with the folder")
+    notes: list[str] = []
+    contents = "parquet files or one folder of images per class"
+    read = partial(_read_folder, needs_train=needs_train, notes=notes)
+    splits, unused = read_splits(dataset, KNOWN, contents, read, needs_train)
+    return splits, notes + unused
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, which read_splits refuses
+        return False
 
 
 def _read_folder(folder: Path, needs_train: bool, notes: list[str]) -> Splits:
     """Parquet files named by split, or SPLIT/CLASS/picture.png."""
-    if not any(path.suffix == ".parquet" for path in folder.iterdir()):
+    inside = list_folder(folder)
+    if not any(path.suffix == ".parquet" for path in inside):
         return read_class_folders(folder, needs_train, notes)
-    unread = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name in SPLIT_NAMES)
+    unread = [path.name for path in inside if path.is_dir() and path.name in SPLIT_NAMES]
     if unread:
-        notes.append(f"folders are not read beside parquet files: {some(unread)}")
+        notes.append(f"folders are not read where there are parquet files: {some(unread)}")
     return read_folder(folder)
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _choose_columns(rows: datasets.Dataset, image: str | None, label: str | None, notes: list[str]) -> tuple[str, str]:
+    """The columns that are named, else the first that may hold images or labels, which a note reports."""
+    features = rows.features
+    for name in filter(None, (image, label)):
+        if name not in features:
+            raise UserError(f"there is no column {name!r}: the columns are {', '.join(features)}")
+    if image is not None and not _holds_images(features[image]):
+        raise UserError(
+            f"column {image!r} holds no images (names of files are not read): name another with --image_column"
+        )
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    images = [image] if image else [name for name, kind in features.items() if _holds_images(kind)]
+    labels = [label] if label else [name for name in LABELS if name in features]
+    if not images or not labels:
+        what = "images (names of files are not read): name it with --image_column"
+        what = "labels: name it with --label_column" if images else what
+        raise UserError(f"no column of {what}; the columns are {', '.join(features)}")
+    if label is None:
+        labels += [name for name in classes if name not in labels]
+    for kind, flag, names in (("images", "--image_column", images), ("labels", "--label_column", labels)):
+        if len(names) > 1:
+            notes.append(f"column {names[0]!r} holds the {kind}; {flag} names another of {', '.join(names)}")
+    return images[0], labels[0]
+
+
+def _holds_images(kind: object) -> bool:
+    """Whether a column is one of pictures, also where the file does not declare it."""
+    if isinstance(kind, datasets.Value):
+        return kind.dtype in ("binary", "large_binary")
+    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+
+
+def _stored(split: str, rows: datasets.Dataset, image: str) -> datasets.Dataset:
+    """The pictures as files, {"bytes", "path"}, in one column `image`."""
+    if image not in rows.features:
+        raise UserError(
+            f"the {split} split lacks column {image!r} that train has: its columns are {', '.join(rows.column_names)}"
+        )
+    if not _holds_images(rows.features[image]):
+        raise UserError(f"column {image!r} of {split} holds no images: give it the type that it has in train")
+    pictures = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return pictures if image == "image" else pictures.rename_column(image, "image")

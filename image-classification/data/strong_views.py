@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
-from kd.image_classification.data.views import Views
+from kd.image_classification.data.views import Views, random_numbers
 
 OPERATIONS = 2  # on each image
 CUT_OUT = 0.5  # of the width, at most
@@ -76,15 +77,13 @@ class StrongViews(Views):
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         weak = super().__getitems__(rows)
-        # SeedSequence mixes the three well; a generator of torch uses the lower 32 bits of its seed only.
-        sequences = (np.random.SeedSequence([self.seed, int(self.epoch), row]) for row in rows)
-        numbers = torch.tensor(np.stack([s.generate_state(2) for s in sequences]).astype(np.int64))
-        views = (numbers[:, 0] % self.number_of_views).to(weak["sample_id"].device)
-        pixels = self.crop(weak["sample_id"], views).permute(0, 3, 1, 2)  # (batch, channels, height, width)
-        seeds = numbers[:, 1].tolist()
-        strong = torch.stack([self._changed(seed, image) for seed, image in zip(seeds, pixels, strict=True)])
+        drawn = np.stack([random_numbers(self.seed, int(self.epoch), row, 2) for row in rows]).astype(np.int64)
+        views = torch.from_numpy(drawn[:, 0] % self.number_of_views).to(weak["sample_id"].device)
+        crops = rearrange(self.crop(weak["sample_id"], views), "batch h w channels -> batch channels h w")
+        changed = [self._changed(int(seed), image) for seed, image in zip(drawn[:, 1], crops, strict=True)]
+        strong = rearrange(torch.stack(changed), "batch channels h w -> batch h w channels")
         return {
-            "pixel_values": torch.cat([weak["pixel_values"], self.normalized(strong.permute(0, 2, 3, 1))]),
+            "pixel_values": torch.cat([weak["pixel_values"], self.normalized(strong)]),
             "labels": weak["labels"].repeat(2),
             "sample_id": weak["sample_id"].repeat(2),
         }
@@ -100,11 +99,8 @@ def draw_changes(generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]
     """OPERATIONS of the AUGMENTATIONS, the same one maybe twice, each with a magnitude drawn from its range."""
     numbers = torch.randint(len(AUGMENTATIONS), (OPERATIONS,), generator=generator).tolist()
     shares = torch.rand(OPERATIONS, generator=generator).tolist()
-    changes: list[Callable[[Tensor], Tensor]] = []
-    for number, share in zip(numbers, shares, strict=True):
-        operation, low, high = AUGMENTATIONS[number]
-        changes.append(partial(_apply, operation, low + share * (high - low)))
-    return changes
+    drawn = [(*AUGMENTATIONS[number], share) for number, share in zip(numbers, shares, strict=True)]
+    return [partial(_apply, operation, low + share * (high - low)) for operation, low, high, share in drawn]
 
 
 def cut_out(image: Tensor, fill: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,7 +112,7 @@ def cut_out(image: Tensor, fill: Tensor, generator: torch.Generator) -> Tensor:
     side = share * CUT_OUT * width
     left, top = int(max(0.0, across * width - side / 2)), int(max(0.0, down * height - side / 2))
     image = image.clone()
-    image[:, top : top + round(side), left : left + round(side)] = fill[:, None, None]
+    image[:, top : top + round(side), left : left + round(side)] = rearrange(fill, "channels -> channels 1 1")
     return image
 
 

@@ -1,18 +1,39 @@
-"""Views of images: every crop of the padded image, plain and mirrored, by number.
+"""Views of images, as a model sees them: in training random parts of an image, otherwise always the same.
 
-With a padding of 4 there are 9 x 9 crops x 2 = 162 views of an image. Which view of which image is shown in which
-epoch is a function of (seed, epoch) alone, so teacher and student see the same one, a run that is resumed sees what it
-would have seen, and what a teacher says about a view can be looked up by its number.
+Of small images every crop of the padded image, plain and mirrored, has a number: with a padding of 4 there are 9 x 9
+crops x 2 = 162 views. Which view of which image is shown in which epoch is a function of (seed, epoch) alone, so
+teacher and student see the same one, a resumed run sees what it would have seen, and a teacher's outputs for a view
+can be looked up by its number.
 """
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
+from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from kd.image_classification.data.dataset import ImageViews
+from kd.image_classification.data.rows import Rows
+
+
+class ImageViews(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Images as a model sees them, yielded a whole batch at a time; collate with `identity_collate`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the view of each image, where it has several. Called by the trainer before each epoch."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        """pixel_values (batch, 3, size, size) fp32 normalized, in channels_last order, labels and sample_id (batch,).
+        Grey images become three equal channels.
+        """
+        raise NotImplementedError
 
 
 class Views(ImageViews):
-    """Images in one uint8 tensor, yielded a whole batch at a time; collate with `identity_collate`.
+    """Small images in one uint8 tensor. A batch also holds `view` (batch,), the number of each view.
 
     Args:
         images: (samples, height, width, channels) uint8, on the device where they are to be cropped.
@@ -21,9 +42,6 @@ class Views(ImageViews):
         padding: pixels of black around the image in which crops may lie; 0 for evaluation.
         flip: whether mirrored views exist.
         seed: decides the view of each image in each epoch.
-
-    A batch holds pixel_values (batch, 3, height, width) fp32 in channels_last order, labels, sample_id and view, each
-    (batch,). Grey images become three equal channels.
     """
 
     def __init__(
@@ -50,7 +68,6 @@ class Views(ImageViews):
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws a view for each image. Called by the trainer before it iterates over an epoch."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         self.views.copy_(torch.randint(self.number_of_views, (len(self.images),), generator=generator))
 
@@ -63,12 +80,8 @@ class Views(ImageViews):
         if self.images.is_cuda:
             numbers = numbers.pin_memory()  # or the copy would wait for all that the GPU has yet to do
         ids, views = numbers.to(self.images.device, non_blocking=True)
-        return {
-            "pixel_values": self.normalized(self.crop(ids, views)),
-            "labels": self.labels[ids],
-            "sample_id": ids,
-            "view": views,
-        }
+        pixels = self.normalized(self.crop(ids, views))
+        return {"pixel_values": pixels, "labels": self.labels[ids], "sample_id": ids, "view": views}
 
     def crop(self, ids: Tensor, views: Tensor) -> Tensor:
         """Pixels (batch, height, width, channels) uint8 of view number `views` (batch,) of images `ids` (batch,).
@@ -76,16 +89,84 @@ class Views(ImageViews):
         view = 2 * place + mirrored where there are mirrored views, else place; place = (2 * padding + 1) * top + left.
         """
         height, width = self.size
-        mirrored = views % 2 == 1 if self.flip else torch.zeros_like(views, dtype=torch.bool)
-        place = views // 2 if self.flip else views
+        place, mirrored = (views // 2, views % 2) if self.flip else (views, torch.zeros_like(views))
         top, left = place // (2 * self.padding + 1), place % (2 * self.padding + 1)
-        across = torch.arange(width, device=views.device).expand(len(views), width)
-        across = torch.where(mirrored.unsqueeze(1), width - 1 - across, across) + left.unsqueeze(1)  # (batch, width)
-        down = torch.arange(height, device=views.device) + top.unsqueeze(1)  # (batch, height)
-        return self.images[ids[:, None, None], down[:, :, None], across[:, None, :]]
+        down = rearrange(top, "batch -> batch 1 1") + rearrange(torch.arange(height, device=views.device), "h -> h 1")
+        across = torch.arange(width, device=views.device)
+        across = torch.where(rearrange(mirrored == 1, "batch -> batch 1 1"), across.flip(0), across)
+        return self.images[rearrange(ids, "batch -> batch 1 1"), down, across + rearrange(left, "batch -> batch 1 1")]
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """What a model sees (batch, 3, height, width) of pixels (batch, height, width, channels) uint8."""
-        pixels = (pixels.float() - self.mean) * self.scale
-        pixels = pixels.expand(-1, -1, -1, 3).permute(0, 3, 1, 2)
-        return pixels.contiguous(memory_format=torch.channels_last)  # copies grey images only
+        """The model's input (batch, 3, height, width) of pixels (batch, height, width, channels) uint8."""
+        colour = ((pixels.float() - self.mean) * self.scale).expand(-1, -1, -1, 3)
+        colour = rearrange(colour, "batch height width channels -> batch channels height width")
+        return colour.contiguous(memory_format=torch.channels_last)  # copies grey images only
+
+
+class LargeViews(ImageViews):
+    """Images decoded on demand, since too many pixels for memory, and cropped as in ImageNet.
+
+    With `augment` a view is a random 8 to 100 % of the image's area, resized; it is a function of (seed, epoch, image)
+    alone, whichever process makes it and however many there are, so that a run that is resumed sees what it would have
+    seen. Otherwise it is the centre, after the shorter side was resized to `shorter_side(size)`.
+
+    There is no `view`: the views of an image cannot be counted, so nothing can be looked up by their number. Batches
+    lie on `device`, or on the CPU where a worker process makes them.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        size: int,
+        mean: list[float],
+        std: list[float],
+        device: torch.device,
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.rows, self.device, self.augment, self.seed = rows, device, augment, seed
+        self.mean, self.std = torch.tensor(mean) * 255, torch.tensor(std) * 255
+        steps: list[torch.nn.Module] = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
+        if augment:
+            steps = [v2.RandomResizedCrop(size, scale=(0.08, 1)), v2.RandomHorizontalFlip()]
+        self.transform = v2.Compose(steps)
+        self.epoch = torch.tensor(0).share_memory_()  # workers see it, also those that outlive an epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        in_worker = torch.utils.data.get_worker_info() is not None  # where a GPU cannot be touched after a fork
+        device = torch.device("cpu") if in_worker else self.device
+        pixels = torch.stack([self.view(row) for row in rows]).to(device)  # (batch, size, size, 3) uint8
+        normalized = (pixels.float() - self.mean.to(device)) / self.std.to(device)
+        ids = torch.tensor(rows)
+        return {
+            "pixel_values": rearrange(normalized, "batch height width channels -> batch channels height width"),
+            "labels": self.rows.labels[ids].to(device),
+            "sample_id": ids.to(device),
+        }
+
+    def view(self, row: int) -> Tensor:
+        """(size, size, 3) uint8: this epoch's view of an image."""
+        picture = self.rows.picture(row).convert("RGB")
+        with torch.random.fork_rng(devices=[], enabled=self.augment):
+            if self.augment:
+                seed = random_numbers(self.seed, int(self.epoch), row, 1).item()
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset those of GPUs as well
+            return torch.from_numpy(np.array(self.transform(picture)))
+
+
+def random_numbers(seed: int, epoch: int, row: int, count: int) -> np.ndarray:
+    """`count` uint32 numbers for a view. SeedSequence mixes the three well; a generator of torch uses only the lower
+    32 bits of its seed.
+    """
+    return np.random.SeedSequence([seed, epoch, row]).generate_state(count)
+
+
+def shorter_side(size: int) -> int:
+    """What the shorter side is resized to before the centre is cut out: 256 for 224."""
+    return round(size * 256 / 224)

@@ -8,21 +8,30 @@ training sees the images. What `--dataset data/cifar100` of the other scripts re
 labels, class names and splits. Small images are written as PNG, after --image_size; large ones as the files they are.
 """
 
+import io
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from kd.common.cli import parse, run
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import added_files
-from kd.image_classification.data.dataset import ImageData
-from kd.image_classification.data.large import LargeImageData
-from kd.image_classification.data.loading import SmallImageData, channel_statistics
-from kd.image_classification.data.local_folder import write_data
+from kd.common.utils.folders import added_files, writing_folder
+from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, channel_statistics
 from kd.image_classification.student_model.arguments import DataArguments
+
+CHUNK = 500  # images that are encoded before they are written
+CLASSES_SHOWN, VIEWS_SHOWN = 6, 6  # in views.png
 
 
 @dataclass
@@ -35,23 +44,26 @@ class Arguments:
 
 def main() -> None:
     args, data_args = parse(Arguments, DataArguments)
-    folder = None if args.output is None else target(args.output, args.overwrite)
+    folder = None if args.output is None else check_folder(args.output, args.overwrite)
     data = data_args.load()
     print_table(data)
     if folder is None:
         return
     try:
-        write_data(data, folder)
+        with writing_folder(folder) as partial:
+            for split in data.splits:
+                write_split(data, split, partial / f"{split}.parquet")
+            draw_views(data).savefig(partial / "views.png")
     except OSError as error:
         raise UserError(f"cannot write {args.output} ({error.strerror}): choose another --output") from None
     print(f"written; for the other scripts: {flags(data, args.output)}")
 
 
-def target(output: str, overwrite: bool) -> Path:
+def check_folder(output: str, overwrite: bool) -> Path:
     """The folder to write. Raises UserError where that would delete what this script did not write."""
     folder = Path(output).resolve()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{output} is a file: give a folder as --output")
+        raise UserError(f"{output} is a file: pass a folder as --output")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{output} is not empty: choose another --output, or replace its contents with --overwrite")
     if folder.exists() and (others := added_files(folder)):
@@ -59,36 +71,86 @@ def target(output: str, overwrite: bool) -> Path:
     return folder
 
 
-def flags(data: ImageData, output: str) -> str:
-    """What makes the other scripts see the same data."""
-    words = ["--dataset", output if "/" in output else f"./{output}"]  # a bare `cifar10` would be the one on the Hub
-    if isinstance(data, LargeImageData):
-        words += ["--image_size", str(data.size)]
-    if "validation" not in data.splits:
-        words += ["--validation_share", "0"]
-    return shlex.join(words)
-
-
 def print_table(data: ImageData) -> None:
     header = ["split", "images", "size", "images of a class", "mean", "std"]
+    rows = []
+    for split, images in data.splits.items():
+        counts = torch.bincount(images.labels, minlength=len(data.label_names))
+        cells = ["–", "–"]  # large images would have to be decoded for them
+        if isinstance(data, SmallImageData):
+            statistics = channel_statistics(data.splits[split].pixels)
+            cells = [" ".join(f"{value:.3f}" for value in values) for values in statistics]
+        of_a_class = f"{counts.min():,} to {counts.max():,}"
+        rows.append([split, number(len(images)), f"{data.size}x{data.size}", of_a_class, *cells])
     names = ", ".join(data.label_names[:10]) + (", ..." if len(data.label_names) > 10 else "")
     below = [
         f"{len(data.label_names)} classes: {names}",
         f"normalized by mean {data.mean}, std {data.std}",
         f"fingerprint {data.fingerprint}",
     ]
-    print_rich(header, [table_row(data, split) for split in data.splits], data.name, "\n".join(below))
+    print_rich(header, rows, data.name, "\n".join(below))
 
 
-def table_row(data: ImageData, split: str) -> list[str]:
-    labels = data.splits[split].labels
-    counts = torch.bincount(labels, minlength=len(data.label_names))
-    of_a_class = f"{counts.min():,} to {counts.max():,}"
-    statistics: tuple[list[float], ...] = ([], [])  # large images would have to be decoded for them
-    if isinstance(data, SmallImageData):
-        statistics = channel_statistics(data.splits[split].pixels)
-    cells = [" ".join(f"{value:.3f}" for value in values) or "–" for values in statistics]
-    return [split, number(len(labels)), f"{data.size}x{data.size}", of_a_class, *cells]
+def write_split(data: ImageData, split: str, path: Path) -> None:
+    names = datasets.ClassLabel(names=data.label_names)
+    schema = datasets.Features({"image": datasets.Image(), "label": names}).arrow_schema
+    labels = data.splits[split].labels.tolist()
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in tqdm(range(0, len(labels), CHUNK), desc=f"writing {split}", leave=False):
+            rows = range(start, min(start + CHUNK, len(labels)))
+            files = [{"bytes": encoded(data, split, row), "path": None} for row in rows]
+            chunk = [{"image": file, "label": labels[row]} for row, file in zip(rows, files, strict=True)]
+            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+
+def encoded(data: ImageData, split: str, row: int) -> bytes:
+    """An image as a file, without loss."""
+    if isinstance(data, LargeImageData):
+        return data.splits[split].encoded(row)
+    assert isinstance(data, SmallImageData)
+    pixels = data.splits[split].pixels[row]  # (height, width, channels)
+    file = io.BytesIO()
+    Image.fromarray((pixels[..., 0] if pixels.shape[-1] == 1 else pixels).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def draw_views(data: ImageData) -> Figure:
+    """One image of some classes per row: as evaluation sees it, then as training sees it in successive epochs."""
+    labels = data.splits["train"].labels
+    classes = labels.unique()[torch.linspace(0, len(labels.unique()) - 1, CLASSES_SHOWN).long().unique()].tolist()
+    images = [int((labels == label).nonzero()[0]) for label in classes]
+    cpu = torch.device("cpu")
+    columns = [pictures(data, data.views("train", cpu).__getitems__(images)["pixel_values"])]
+    views = data.views("train", cpu, augment=True)
+    for epoch in range(VIEWS_SHOWN):
+        views.set_epoch(epoch)
+        columns.append(pictures(data, views.__getitems__(images)["pixel_values"]))
+    figure = Figure(figsize=(1.1 * len(columns), 1.25 * len(images)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(images), len(columns), squeeze=False)
+    for column, shown in enumerate(columns):
+        for row, image in enumerate(shown):
+            axes = grid[row, column]
+            axes.imshow(image.numpy())
+            axes.set_axis_off()
+            name = data.label_names[classes[row]]
+            axes.set_title(name if column == 0 else f"epoch {column - 1}" if row == 0 else "", fontsize=7)
+    return figure
+
+
+def pictures(data: ImageData, pixels: Tensor) -> Tensor:
+    """Normalized (images, 3, h, w) -> (images, h, w, 3) between 0 and 1, as eyes want them."""
+    shown = rearrange(pixels, "image channel h w -> image h w channel") * torch.tensor(data.std)
+    return (shown + torch.tensor(data.mean)).clamp(0, 1)
+
+
+def flags(data: ImageData, output: str) -> str:
+    """The flags with which the other scripts see the same data."""
+    words = ["--dataset", output if "/" in output else f"./{output}"]  # a bare `cifar10` would be the one on the Hub
+    if isinstance(data, LargeImageData):
+        words += ["--image_size", str(data.size)]
+    if "validation" not in data.splits:
+        words += ["--validation_share", "0"]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from kd.common.training.teacher_views import TeacherViews
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable
-from kd.image_classification.data.dataset import ImageViews
-from kd.image_classification.data.large import LargeImageData
-from kd.image_classification.data.loading import ImageData
-from kd.image_classification.data.views import Views
+from kd.image_classification.data.loading import ImageData, LargeImageData
+from kd.image_classification.data.views import ImageViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen

@@ -17,8 +17,8 @@ from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.run import TrainerRun
-from kd.image_classification.data.large import LargeImageData, shorter_side
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.loading import ImageData, LargeImageData
+from kd.image_classification.data.views import shorter_side
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 USAGE = """from PIL import Image

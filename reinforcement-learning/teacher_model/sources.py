@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from kd.common.data.hub import no_retries_when_unreachable
+from kd.common.data.sources import no_retries_when_unreachable
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.statistics_files import NONE, find_statistics
 from kd.reinforcement_learning.teacher_model.zoo import ARGS, CONFIG, other_training, refuse_wrappers

@@ -16,10 +16,10 @@ import pandas
 import pyarrow.csv
 import pytest
 
+from kd.common.metrics.scope import choose_threshold, confidence, scope_metrics, threshold_metrics
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
 from kd.nlp.data.loading import TextData, load_text_data, with_label_order
-from kd.nlp.data.scope import choose_threshold, confidence, scope_metrics, threshold_metrics
 from kd.nlp.student_model.evaluation import metrics_by_split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -341,7 +341,7 @@ def test_errors_of_splits(tmp_path: Path) -> None:
     write(tmp_path / "b", train=rows)
     assert "several files" in error_of(write(tmp_path / "b", "csv", train=rows))
     assert "two validation" in error_of(write(tmp_path / "c", train=rows, dev=rows, valid=rows))
-    assert "set some aside" in error_of(write(tmp_path / "d", train=rows))
+    assert "too few training rows" in error_of(write(tmp_path / "d", train=rows))
     assert "empty" in error_of(
         write(tmp_path / "e", train=rows, validation=datasets.Dataset.from_dict(rows).select([]))
     )

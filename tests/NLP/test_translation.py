@@ -171,7 +171,7 @@ def test_a_missing_validation_split_is_set_aside(tmp_path):
     [
         (PAIRS, ("en", "fr"), "no 'fr', only en, de"),
         (PAIRS, ("en", "en"), "name two columns"),
-        (PAIRS[:1], ("en", "de"), "a single row in train"),
+        (PAIRS[:1], ("en", "de"), "too few training rows"),
         ([{"translation": PAIRS[0]}, {"translation": None}], ("en", "de"), "row 1 of train: no text in column 'en'"),
         ([*PAIRS, {"en": " ", "de": "leer"}], ("en", "de"), "row 3 of train: no text in column 'en'"),
     ],

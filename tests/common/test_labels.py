@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kd.common.data.label_words import in_order
-from kd.common.data.labels import Labels, read_labels, renumber
+from kd.common.data.labels import Labels, in_order, read_labels, renumber
 from kd.common.utils.errors import UserError
 
 NAMED = datasets.ClassLabel(names=["neg", "pos"])

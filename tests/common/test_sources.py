@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from kd.common.data.sources import read_named, short_name
+from kd.common.data.sources import read_splits, short_name
 from kd.common.utils.errors import UserError
 
 UMLAUT = "text,label\ncaf\u00e9,a\n"
 
 
 def splits(dataset: object, needs_train: bool = True) -> dict[str, datasets.Dataset]:
-    return read_named(str(dataset), "a folder", "something else", needs_train=needs_train)[0]
+    return read_splits(str(dataset), {}, needs_train=needs_train)[0]
 
 
 def folder_of(folder: Path, **files: str | bytes) -> Path:
@@ -130,7 +130,7 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
 
 def test_what_no_split_is_called_after_is_not_read(tmp_path: Path) -> None:
     folder_of(tmp_path, train__csv="text\na\n", notes__json="{", extra__csv=b"\xff")
-    found, notes = read_named(str(tmp_path), "", "")
+    found, notes = read_splits(str(tmp_path), {})
     assert list(found) == ["train"] and notes == ["split extra is not used", "split notes is not used"]
 
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kd.common.data.splits import stratified
 from kd.image_classification.data import loading
-from kd.image_classification.data.large import LargeImageData
-from kd.image_classification.data.loading import SmallImageData, channel_statistics, load_image_data
-from kd.image_classification.data.rows import read_rows
-from kd.image_classification.data.splits import stratified
+from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
+from kd.image_classification.data.sources import read_rows
 from kd_testing.pictures import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
 
 
@@ -65,8 +64,8 @@ def test_a_validation_split_is_kept(colour: str, tmp_path: Path) -> None:
 
 
 def test_train_samples_are_the_same_ones_every_time() -> None:
-    labels = torch.tensor([0] * 300 + [1] * 100)
-    assert torch.equal(stratified(labels, 0.1), stratified(labels, 0.1))
+    labels = np.array([0] * 300 + [1] * 100)
+    assert np.array_equal(stratified(labels, 0.1), stratified(labels, 0.1))
     assert labels[stratified(labels, 0.1)].tolist() == [0] * 30 + [1] * 10
     whole, part = small("digits"), small("digits", train_samples=200)
     assert sizes(part) == {"train": 200, "validation": 144, "test": 359}
@@ -323,7 +322,7 @@ def test_errors_of_splits(tmp_path: Path) -> None:
     assert "pass a --validation_share above 0" in error_of(
         write(tmp_path / "a", NAMES, train=rows), validation_share=0
     )
-    assert "too few training images to set 10%" in error_of(write(tmp_path / "b", NAMES, train=rows, test=rows))
+    assert "too few training rows to set 10%" in error_of(write(tmp_path / "b", NAMES, train=rows, test=rows))
     assert "the validation split is empty" in error_of(
         write(tmp_path / "c", NAMES, train=rows, validation=(rows[0][:0], []))
     )

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.image_classification.data import large as large_module
+from kd.common.data.splits import holdout
+from kd.image_classification.data import loading
 from kd.image_classification.data.loading import load_image_data
-from kd.image_classification.data.rows import Rows
-from kd.image_classification.data.splits import split_off
 from kd_testing.pictures import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
 
 
@@ -204,9 +202,9 @@ def test_train_keeps_an_image_of_each_class(tmp_path: Path) -> None:
 def test_the_guard_changes_nothing_where_classes_are_large() -> None:
     data = load_image_data("digits")
     assert sizes(data) == {"train": 1294, "validation": 144, "test": 359}, "what older runs were trained on"
-    labels = torch.arange(40) % 2
-    rest, part = split_off(Rows("train", datasets.Dataset.from_dict({"image": [None] * 40}), labels, labels), 0.25)
-    assert rest.labels.bincount().tolist() == [15, 15] and part.labels.bincount().tolist() == [5, 5]
+    labels = np.arange(40) % 2
+    part = holdout(labels, 0.25)
+    assert np.bincount(labels[~part]).tolist() == [15, 15] and np.bincount(labels[part]).tolist() == [5, 5]
 
 
 # Data that a model is measured on
@@ -251,8 +249,8 @@ def test_the_fingerprint_of_large_images_is_that_of_what_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_at_once: int
 ) -> None:
     """Also where only some files are read: the sizes of all are known."""
-    monkeypatch.setattr(large_module, "READ_AT_ONCE", read_at_once)
-    monkeypatch.setattr(large_module, "HASHED", 2)
+    monkeypatch.setattr(loading, "READ_AT_ONCE", read_at_once)
+    monkeypatch.setattr(loading, "HASHED", 2)
     folder = Path(photos_in(tmp_path / "photos"))
     before = large(folder).fingerprint
     assert large(folder).fingerprint == before

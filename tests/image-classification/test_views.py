@@ -11,11 +11,10 @@ from torch.utils.data import DataLoader
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.image_classification.data import rows
-from kd.image_classification.data.dataset import ImageViews
-from kd.image_classification.data.large import MEAN, STD, LargeViews
-from kd.image_classification.data.sources import read_splits
-from kd.image_classification.data.views import Views
+from kd.image_classification.data import sources
+from kd.image_classification.data.loading import IMAGENET_MEAN as MEAN
+from kd.image_classification.data.loading import IMAGENET_STD as STD
+from kd.image_classification.data.views import ImageViews, LargeViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.distillation import open_run, train_on_labels
 from kd.image_classification.student_model.evaluation import report
@@ -142,8 +141,8 @@ def test_large_and_small_images_are_split_alike(photos: str) -> None:
 
 
 def test_imagenet_is_large(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_splits(photos)
-    monkeypatch.setattr(rows, "read_splits", lambda *_: found)
+    found = sources.read_image_splits(photos)
+    monkeypatch.setattr(sources, "read_image_splits", lambda *_: found)
     data = large("imagenet", image_size=None)
     assert data.size == 224 and data.name == "imagenet"
     assert large("imagenet", image_size=32).size == 32

@@ -12,9 +12,7 @@ import pytest
 from PIL import Image
 
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.dataset import ImageData
-from kd.image_classification.data.large import LargeImageData
-from kd.image_classification.data.loading import SmallImageData, load_image_data
+from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, load_image_data
 
 NAMES = ["cat", "ant", "bee"]  # not in the order of the alphabet
 

@@ -3,19 +3,17 @@
 `values` holds a signal, a list of numbers as long as every other; `label` its class, a name or a whole number.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 
+from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.labels import read_labels
-from kd.common.data.sources import Splits, read_named, short_name
+from kd.common.data.sources import read_splits, short_name
+from kd.common.data.splits import Splits, set_aside
 from kd.common.utils.errors import UserError
 from kd.example_domain.data.tones import tones
-
-INSTEAD = "pass --dataset FOLDER with train.parquet (or .jsonl), or --dataset tones, which needs no download"
 
 
 @dataclass(frozen=True)
@@ -31,29 +29,21 @@ class LabelledData:
 
 def load_data(dataset: str) -> LabelledData:
     """Loads `tones`, a folder or owner/name[:config]. Without a validation split, a tenth of train becomes one."""
-    raw, notes = _read(dataset)
+    raw, notes = read_splits(dataset, {"tones": tones}, "train.parquet (or .jsonl)")
     labels = read_labels(raw, "label", "ids")
-    digest = hashlib.sha256(json.dumps(labels.names).encode())
-    splits = {}
+    notes += labels.notes
+    splits: Splits = {}
+    contents: list[object] = [labels.names]
     for split, rows in labels.rows.items():
         values, ids = _values(split, raw[split])[rows], labels.values[split]
-        digest.update(split.encode() + values.tobytes() + ids.tobytes())
+        contents += [split, values, ids]
         columns = {"values": values, "labels": ids, "sample_id": np.arange(len(rows))}
         splits[split] = datasets.Dataset.from_dict(columns).with_format("torch")
-    notes = [*notes, *labels.notes]
     if "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise UserError("no validation split, and a single row in train to set aside: add a file validation.*")
-        parts = splits["train"].train_test_split(max(1, len(splits["train"]) // 10), seed=0)
-        splits |= {"train": parts["train"], "validation": parts["test"]}
-        notes.append("no validation split: a tenth of train was set aside")
-    return LabelledData(short_name(dataset), splits, labels.names, digest.hexdigest(), notes)
-
-
-def _read(dataset: str) -> tuple[Splits, list[str]]:
-    if dataset == "tones":
-        return tones(), []
-    return read_named(dataset, "tones, a folder of parquet or JSON files", INSTEAD)
+        aside = set_aside(labels.values["train"], notes)
+        for split, chosen in (("validation", aside), ("train", ~aside)):
+            splits[split] = splits["train"].select(np.flatnonzero(chosen))
+    return LabelledData(short_name(dataset), splits, labels.names, fingerprint_of_data(contents), notes)
 
 
 def _values(split: str, rows: datasets.Dataset) -> np.ndarray:

@@ -6,7 +6,7 @@ It is synthetic: scores on it compare models with each other and say nothing abo
 import datasets
 import numpy as np
 
-from kd.common.data.sources import Splits
+from kd.common.data.splits import Splits
 
 OVERTONES = {  # instrument: amplitudes of the fundamental and of its overtones
     "flute": (1.0, 0.4, 0.1, 0.0, 0.0),
