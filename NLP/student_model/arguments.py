@@ -67,7 +67,7 @@ class PairArguments:
         if self.student:
             reject_unused("the control starts as --student does", self, "control_from")
 
-    def refuse_ignored_of(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
+    def reject_unused_flags(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
         """Raises UserError for flags that are not those of what was loaded: `teacher_...`, or any model."""
         if teacher_is_trained:
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "scratch_epochs")
@@ -195,7 +195,7 @@ class SearchArguments:
         return {name: tuple(getattr(self, f"{name}_range")) for name in SEARCHABLE if name in self.search}
 
     @property
-    def ranges_of_the_control(self) -> Ranges:
+    def control_ranges(self) -> Ranges:
         """Labels alone, at the middle of the learning rates: a single point."""
         ranges = {"alpha": (1.0, 1.0)}
         if "learning_rate" in self.search:

@@ -1,7 +1,6 @@
-"""Filling the bottleneck behind a frozen text encoder: keys on its embeddings, values on the codes of its texts."""
+"""Training the bottleneck behind a frozen text encoder: keys on its embeddings, values on the codes of its texts."""
 
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -10,12 +9,14 @@ from transformers import PreTrainedModel
 
 from kd.common.bottleneck.codes import CodeDataset, Keys, set_keys
 from kd.common.training.inference import Collate, identity_collate, run_inference
+from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
 from kd.nlp.data.tokenized import Texts
+from kd.nlp.student_model.arguments import BottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.pipeline import Pipeline
+from kd.nlp.student_model.training import labels_and_logits, labels_only, read_stage
 
 FIT_TEXTS = 20_000  # keys are fitted on the embeddings of at most so many texts
 
@@ -42,59 +43,75 @@ def encode_texts(model: BottleneckClassifier, texts: Dataset, collate: Collate, 
     return run_inference(model, encode, texts, collate, precision, description="encoding")["codes"]
 
 
-@dataclass
-class Filling:
-    """How bottlenecks of one shape (the arguments of DiscreteKeyValueBottleneck) are filled in a run."""
+def train_bottleneck(
+    run: TrainerRun,
+    name: str,
+    encoder: PreTrainedModel,
+    texts: Texts,
+    bottleneck: BottleneckArguments,
+    keys: Keys,
+    *,
+    source: BottleneckClassifier | None = None,
+    teacher_outputs: TeacherOutputs | None = None,
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """The stage `name`: a bottleneck behind a frozen encoder. Sets its keys (see `set_keys`), then trains its values
+    on cached codes, by labels and the teacher's logits, unless they are reused with the keys of `source`.
+    """
 
-    pipeline: Pipeline
-    shape: dict[str, Any]
-    value_epochs: float
-    value_batch_size: int
-
-    def fill(
-        self,
-        name: str,
-        encoder: PreTrainedModel,
-        texts: Texts,
-        keys: Keys,
-        source: BottleneckClassifier | None = None,
-        logits: TeacherOutputs | None = None,
-    ) -> BottleneckClassifier:
-        """A bottleneck behind a frozen encoder: keys, then (but for `reused`) values on cached codes."""
-        precision = self.pipeline.precision
+    def train() -> PreTrainedModel:
+        precision, seed = run.args.precision, run.args.seed
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
-        model = BottleneckClassifier.around(encoder, labels, self.pipeline.pooling, **self.shape).to(best_device())
-        seed = self.pipeline.run.args.seed
+        model = BottleneckClassifier.around(encoder, labels, bottleneck.pooling, **bottleneck.shape())
+        model.to(best_device())
         sample = (
             texts.train.shuffle(seed=seed).select(range(FIT_TEXTS)) if len(texts.train) > FIT_TEXTS else texts.train
         )
         embeddings = embed_texts(model, sample, texts.collate, precision)
         rows = torch.cat([e.view(-1, e.shape[-1]) for e in embeddings]).to(model.device)
-        model.config.key_statistics = set_keys(
-            model.bottleneck, keys, source.bottleneck if source else None, rows, seed
-        )
+        teacher = source.bottleneck if source else None
+        model.config.key_statistics = set_keys(model.bottleneck, keys, teacher, rows, seed)
         if keys == "reused":
             return model
         if embeddings[0].dim() == 1 and len(embeddings) == len(texts.train):  # one vector a text, none left out
             codes = list(model.bottleneck.encode(rows).to(torch.uint16).cpu())
         else:
             codes = encode_texts(model, texts.train, texts.collate, precision)
-        rate = self.pipeline.run.args.value_learning_rate or self.pipeline.run.args.learning_rate
         validation_codes = encode_texts(model, texts.validation, texts.collate, precision)
-        return self.pipeline.run.train(
-            name,
-            model,
-            {
-                "num_train_epochs": self.value_epochs,
-                "learning_rate": rate / 10,  # of the decoder, which every text moves; a value waits for its key
-                "value_learning_rate": rate,
-                "per_device_train_batch_size": self.value_batch_size,
-                "train_sampling_strategy": "random",
-            },
-            objective=self.pipeline.objective(texts.data, logits is not None),
-            teacher_outputs=logits,
-            train_dataset=code_dataset(codes, texts.train),
-            eval_dataset=code_dataset(validation_codes, texts.validation),
-            data_collator=identity_collate,
-            compute_metrics=trainer_metrics(texts.data),
+        return train_values(
+            run, name, model, texts, bottleneck, codes, validation_codes, teacher_outputs=teacher_outputs
         )
+
+    return run.stage(name, train, read_stage, texts.collate.tokenizer, folder)
+
+
+def train_values(
+    run: TrainerRun,
+    name: str,
+    model: BottleneckClassifier,
+    texts: Texts,
+    bottleneck: BottleneckArguments,
+    codes: list[Tensor],
+    validation_codes: list[Tensor],
+    teacher_outputs: TeacherOutputs | None,
+) -> BottleneckClassifier:
+    """Trains values and decoder on the codes of the texts."""
+    rate = run.args.value_learning_rate or run.args.learning_rate
+    method = labels_only if teacher_outputs is None else labels_and_logits
+    return run.train(
+        name,
+        model,
+        {
+            "num_train_epochs": bottleneck.value_epochs,
+            "learning_rate": rate / 10,  # of the decoder, which every text moves; a value waits for its key
+            "value_learning_rate": rate,
+            "per_device_train_batch_size": bottleneck.value_batch_size,
+            "train_sampling_strategy": "random",
+        },
+        objective=method(texts.data, run.args).objective,
+        teacher_outputs=teacher_outputs,
+        train_dataset=code_dataset(codes, texts.train),
+        eval_dataset=code_dataset(validation_codes, texts.validation),
+        data_collator=identity_collate,
+        compute_metrics=trainer_metrics(texts.data),
+    )

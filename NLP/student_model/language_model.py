@@ -29,7 +29,7 @@ from kd.nlp.student_model.language_evaluation import (
 )
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from kd.nlp.student_model.matching import hidden_states, layer_pairs, width
-from kd.nlp.student_model.pipeline import switch_off_dropout
+from kd.nlp.student_model.training import switch_off_dropout
 from kd.nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
