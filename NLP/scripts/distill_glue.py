@@ -26,13 +26,13 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
-from kd.nlp.scripts import distill_bottleneck, distill_classifier
 from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.fill import train_bottleneck_control, train_bottleneck_student, train_bottleneck_teacher
 from kd.nlp.student_model.glue_report import SYSTEMS, show
 from kd.nlp.student_model.inputs import load_inputs, validate_arguments, validate_bottleneck, validate_matching
 from kd.nlp.student_model.methods import refuse_smoothing, refuse_unfit
 from kd.nlp.student_model.report import evaluate_teacher, report
-from kd.nlp.student_model.training import load_or_train_teacher, open_run, train_control
+from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, open_run, train_control, train_student
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
@@ -141,20 +141,20 @@ def distill(
     run = open_run(inputs, training, text, pair, own)
     check_same_inputs(folder)
 
-    epochs = distill_classifier.control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
+    epochs = control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
     control = None
     if isinstance(own, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder", shared)
         measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, own.more_teachers)
         if not training.no_control:
             control = train_control(run, inputs, pair, epochs, "control_encoder", shared)
-        student = distill_classifier.distill(run, inputs, pair, own, teacher, shared)
+        student = train_student(run, inputs, pair, own, teacher, shared)
     else:
-        teacher = distill_bottleneck.train_teacher(run, inputs, pair, own, shared)
+        teacher = train_bottleneck_teacher(run, inputs, pair, own, shared)
         measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher)
         if not training.no_control:
-            control = distill_bottleneck.train_bottleneck_control(run, inputs, pair, own, epochs, shared)
-        student = distill_bottleneck.distill(run, inputs, pair, own, teacher, shared)
+            control = train_bottleneck_control(run, inputs, pair, own, epochs, shared)
+        student = train_bottleneck_student(run, inputs, pair, own, teacher, shared)
     method = own.method if isinstance(own, MatchingArguments) else own.system
     report(run, inputs, method, pair.student, teacher, measured_teacher, control, student)
 

@@ -13,10 +13,20 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model.arguments import BottleneckArguments
+from kd.nlp.student_model.arguments import BottleneckArguments, PairArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.training import labels_and_logits, labels_only, read_stage
+from kd.nlp.student_model.inputs import Inputs
+from kd.nlp.student_model.methods import labels_and_logits, labels_only
+from kd.nlp.student_model.training import (
+    align,
+    load_or_train_teacher,
+    read_stage,
+    student_from,
+    teacher_logits,
+    train_control,
+)
+from kd.nlp.teacher_model.teacher import encoder_of
 
 FIT_TEXTS = 20_000  # keys are fitted on the embeddings of at most so many texts
 
@@ -114,4 +124,64 @@ def train_values(
         eval_dataset=code_dataset(validation_codes, texts.validation),
         data_collator=identity_collate,
         compute_metrics=trainer_metrics(texts.data),
+    )
+
+
+# ---- teacher, control and student ----
+
+
+def train_bottleneck_teacher(
+    run: TrainerRun, inputs: Inputs, pair: PairArguments, bottleneck: BottleneckArguments, folder: Path | None = None
+) -> PreTrainedModel:
+    """A fine-tuned classifier, whose head a bottleneck replaces where the system has the teacher have one."""
+    classifier = (
+        inputs.teacher.model
+        if bottleneck.freeze_teacher_encoder
+        else load_or_train_teacher(run, inputs, pair, "teacher_encoder", folder)
+    )
+    if bottleneck.bottleneck == "student" or isinstance(classifier, BottleneckClassifier):
+        return classifier
+    return train_bottleneck(run, "teacher", encoder_of(classifier), inputs.texts, bottleneck, "new", folder=folder)
+
+
+def train_bottleneck_control(
+    run: TrainerRun,
+    inputs: Inputs,
+    pair: PairArguments,
+    bottleneck: BottleneckArguments,
+    encoder_epochs: float | None = None,
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """A bottleneck behind the student's encoder, both trained on labels alone; the encoder by default for as many
+    epochs as the student's is aligned.
+    """
+    epochs = pair.align_epochs if encoder_epochs is None else encoder_epochs
+    classifier = train_control(run, inputs, pair, epochs, "control_encoder", folder)
+    encoder = encoder_of(classifier)
+    return train_bottleneck(run, "control", encoder, inputs.student_texts, bottleneck, "new", folder=folder)
+
+
+def train_bottleneck_student(
+    run: TrainerRun,
+    inputs: Inputs,
+    pair: PairArguments,
+    bottleneck: BottleneckArguments,
+    teacher: PreTrainedModel,
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """The student: its encoder aligned with the teacher's, then its values trained on labels and the teacher's logits.
+    `folder`: where runs of other systems find the aligned encoder and the teacher's outputs.
+    """
+    keys = bottleneck.keys
+    encoder = align(run, encoder_of(student_from(inputs, encoder_of(teacher))), teacher, inputs, pair,
+                    bottleneck.pooling, folder)  # fmt: skip
+    return train_bottleneck(
+        run,
+        "student",
+        encoder,
+        inputs.student_texts,
+        bottleneck,
+        keys,
+        source=teacher if isinstance(teacher, BottleneckClassifier) else None,
+        teacher_outputs=None if keys == "reused" else teacher_logits(run, teacher, inputs.texts, folder),
     )

@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from kd.common.features import FeatureHooks
 from kd.common.methods import Method, TaskSpec, chosen, flags_of, some_of_each_class
 from kd.common.methods.logits import LOGIT_METHODS
 from kd.common.methods.relations import RELATION_METHODS
+from kd.common.objective import soft_targets, task_loss
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
+from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
-from kd.nlp.student_model.matching import match_pooled, width
+from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, match_pooled, width
 from kd.nlp.teacher_model.teacher import encoder_of
 
 METHODS: dict[str, Callable[..., Method]] = LOGIT_METHODS | RELATION_METHODS
@@ -106,3 +109,39 @@ def teacher_features(
     finally:
         hooks.remove()
     return torch.stack(found["pooled"]), labels[rows]
+
+
+# ---- what a classifier is trained for ----
+
+
+def labels_only(data: TextData, training: KDTrainingArguments) -> Method:
+    return Method({"task": (1.0, task_loss(data.regression, training.label_smoothing_factor))})
+
+
+def labels_and_logits(data: TextData, training: KDTrainingArguments) -> Method:
+    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
+    alpha, task = training.alpha, task_loss(data.regression, training.label_smoothing_factor)
+    soft = soft_targets(training.temperature, data.regression)
+    return Method({"task": (alpha, task), "soft_targets": (1 - alpha, soft)})
+
+
+def classifier_method(
+    matching: MatchingArguments,
+    training: KDTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+) -> Method:
+    """What a plain student is trained for; the seed decides the initial weights of auxiliary modules."""
+    set_seed(training.seed)
+    if matching.method == PLAIN:
+        method = labels_and_logits(texts.data, training)
+    else:
+        method = method_terms(matching.method, training, student, teacher, texts, "cls")
+    if weight := matching.hidden_weight:
+        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
+    if weight := matching.embedding_weight:
+        method += embeddings(student, teacher, weight, matching.hidden_loss)
+    if weight := matching.attention_weight:
+        method += attentions(student, teacher, weight, matching.layer_map)
+    return method

@@ -25,7 +25,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import Ranges
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.training import labels_and_logits
+from kd.nlp.student_model.methods import labels_and_logits
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

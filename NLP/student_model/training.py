@@ -10,26 +10,24 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from kd.common.methods import Method
-from kd.common.objective import soft_targets, task_loss
 from kd.common.pretrained import reading, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, width
-from kd.nlp.student_model.methods import PLAIN, method_terms
+from kd.nlp.student_model.matching import hidden_states, width
+from kd.nlp.student_model.methods import classifier_method, labels_only
 from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
 
 FEATURE_BYTES = 4 * 2**30  # above this the teacher runs in every step instead of its hidden states being cached
@@ -42,42 +40,6 @@ def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> 
     run = TrainerRun(training, *arguments)
     run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
     return run
-
-
-# ---- objectives ----
-
-
-def labels_only(data: TextData, training: KDTrainingArguments) -> Method:
-    return Method({"task": (1.0, task_loss(data.regression, training.label_smoothing_factor))})
-
-
-def labels_and_logits(data: TextData, training: KDTrainingArguments) -> Method:
-    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
-    alpha, task = training.alpha, task_loss(data.regression, training.label_smoothing_factor)
-    soft = soft_targets(training.temperature, data.regression)
-    return Method({"task": (alpha, task), "soft_targets": (1 - alpha, soft)})
-
-
-def classifier_method(
-    matching: MatchingArguments,
-    training: KDTrainingArguments,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    texts: Texts,
-) -> Method:
-    """What a plain student is trained for; the seed decides the initial weights of auxiliary modules."""
-    set_seed(training.seed)
-    if matching.method == PLAIN:
-        method = labels_and_logits(texts.data, training)
-    else:
-        method = method_terms(matching.method, training, student, teacher, texts, "cls")
-    if weight := matching.hidden_weight:
-        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
-    if weight := matching.embedding_weight:
-        method += embeddings(student, teacher, weight, matching.hidden_loss)
-    if weight := matching.attention_weight:
-        method += attentions(student, teacher, weight, matching.layer_map)
-    return method
 
 
 # ---- the teacher's outputs ----
@@ -287,6 +249,42 @@ def align(
 
     place = folder and folder / pooling  # the pooled states are aligned too
     return run.stage(name, train, load, inputs.student_texts.collate.tokenizer, place)
+
+
+def control_epochs(run: TrainerRun, pair: PairArguments) -> float:
+    """As many as the student has, of alignment and of fine-tuning."""
+    return pair.align_epochs + run.args.num_train_epochs
+
+
+def train_student(
+    run: TrainerRun,
+    inputs: Inputs,
+    pair: PairArguments,
+    matching: MatchingArguments,
+    teacher: PreTrainedModel,
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """The student: its encoder aligned with the teacher's, then all of it trained on labels and the teacher's outputs.
+    `folder`: where runs of other systems find the aligned encoder and the teacher's outputs.
+    """
+    texts = inputs.texts if inputs.same_tokens else inputs.student_texts
+    student = student_from(inputs, teacher, matching.student_from)
+    align(run, encoder_of(student), teacher, inputs, pair, "cls", folder)
+    method = classifier_method(matching, run.args, student, teacher, inputs.texts)
+    ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
+    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble, folder=folder)
+    rate = matching.student_learning_rate
+    return fine_tune(
+        run,
+        "student",
+        student,
+        texts,
+        method,
+        epochs=run.args.num_train_epochs,
+        learning_rate=initial_rate(inputs.student or inputs.teacher, pair, run.args) if rate is None else rate,
+        teacher=outputs,
+        tokenizer=inputs.student_texts.collate.tokenizer,
+    )
 
 
 def set_trainable(model: PreTrainedModel, freeze_embeddings: bool = True) -> None:
