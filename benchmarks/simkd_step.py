@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 from kd.common.cli import run
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
+from kd.common.utils.devices import resolve_precision
 from kd.common.utils.errors import UserError
-from kd.common.utils.precision import resolve_precision
 from kd.image_classification.data.loading import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
@@ -107,7 +107,7 @@ def our_seconds(
 ) -> float:
     """Seconds per step over one epoch of KDTrainer, whose first step (and compilation) is not counted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = simkd(student, teacher, data, SimKDArguments(), temperature=4.0)
+    method = simkd(student, teacher, SimKDArguments(), temperature=4.0)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = ImageTrainingArguments(
@@ -118,7 +118,9 @@ def our_seconds(
             model=student.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             args=args,
             objective=method.objective,
+            features=method.features,
             teacher=frozen(teacher, args.precision),
+            teacher_features=method.teacher_features,
             train_dataset=data.views("train", device, augment=True),
             data_collator=identity_collate,
             callbacks=[clock],

@@ -30,7 +30,7 @@ from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArgument
 from kd.nlp.student_model.fill import train_bottleneck_control, train_bottleneck_student, train_bottleneck_teacher
 from kd.nlp.student_model.glue_report import SYSTEMS, show
 from kd.nlp.student_model.inputs import load_inputs, validate_arguments, validate_bottleneck, validate_matching
-from kd.nlp.student_model.methods import refuse_smoothing, refuse_unfit
+from kd.nlp.student_model.methods import check_method, check_smoothing
 from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, open_run, train_control, train_student
 
@@ -79,9 +79,9 @@ def main() -> None:
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise
         classes = len(TASKS[task].label_names) or 1
-        refuse_smoothing(training, task, classes)
+        check_smoothing(training, task, classes)
         if "base" in glue.systems:
-            refuse_unfit(matching.method, training, task, classes)
+            check_method(matching.method, training, task, classes)
     seeds, training.seeds = training.seeds or [training.seed], None  # of runs, which have one each
     cells = list(product(glue.tasks, seeds))
     held = open_folders(folder, cells, training, (training, text, pair, bottleneck, matching))

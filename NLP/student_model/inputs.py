@@ -15,8 +15,7 @@ from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
-from kd.nlp.student_model.matching import layer_pairs
-from kd.nlp.student_model.methods import looks_inside, refuse_smoothing, refuse_unfit
+from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
 from kd.nlp.teacher_model.teacher import Pretrained, Start, in_label_order, load_classifier, load_trained
 
 
@@ -108,7 +107,7 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
     """Raises UserError for arguments that do not fit the models, of any distillation."""
     teacher, student, control_init = inputs.teacher, inputs.student, inputs.control_init
     layers = len(layer_paths(teacher.encoder))
-    refuse_smoothing(training, inputs.data.name, inputs.data.num_labels)
+    check_smoothing(training, inputs.data.name, inputs.data.num_labels)
     from_scratch = any(start.from_scratch for start in (teacher, student, control_init) if start)
     pair.reject_unused_flags(teacher.trained, teacher.from_scratch, from_scratch)
     if student is None:
@@ -157,7 +156,7 @@ def validate_matching(
     """Raises UserError for a method, or weights of features, that teacher and student do not allow."""
     teacher, student = inputs.teacher, inputs.student
     weights = matching.hidden_weight or matching.embedding_weight or matching.attention_weight
-    reads_features = bool(weights) or looks_inside(matching.method)
+    reads_features = bool(weights) or needs_features(matching.method)
     has_bottleneck = isinstance(teacher.model, BottleneckClassifier)
     leave_out = (
         "leave --hidden_weight, --embedding_weight and --attention_weight at 0, and choose a --method of logits"
@@ -167,9 +166,9 @@ def validate_matching(
             f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so no features can be "
             f"matched: {leave_out}"
         )
-    if looks_inside(matching.method) and inputs.ensemble:
+    if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --more_teachers")
-    refuse_unfit(matching.method, training, inputs.data.name, inputs.data.num_labels)
+    check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
     if matching.attention_weight and inputs.ensemble:
         raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
     if reads_features and has_bottleneck:

@@ -17,8 +17,7 @@ from kd.common.cli import save_recipe
 from kd.common.reporting.plots import STYLES
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.utils.devices import best_device
-from kd.common.utils.environment import command, environment
+from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.files import write_bytes, write_json, write_text
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import SEARCHABLE, PairArguments, SearchArguments, TextArguments

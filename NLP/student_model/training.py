@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from kd.common.methods import Method
@@ -26,8 +26,16 @@ from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.student_model.matching import hidden_states, width
-from kd.nlp.student_model.methods import classifier_method, labels_only
+from kd.nlp.student_model.methods import (
+    PLAIN,
+    attentions,
+    embeddings,
+    hidden_states,
+    labels_and_logits,
+    labels_only,
+    text_method,
+    width,
+)
 from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
 
 FEATURE_BYTES = 4 * 2**30  # above this the teacher runs in every step instead of its hidden states being cached
@@ -40,6 +48,28 @@ def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> 
     run = TrainerRun(training, *arguments)
     run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
     return run
+
+
+def classifier_method(
+    matching: MatchingArguments,
+    training: KDTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+) -> Method:
+    """What a plain student is trained for; the seed decides the initial weights of auxiliary modules."""
+    set_seed(training.seed)
+    if matching.method == PLAIN:
+        method = labels_and_logits(texts.data, training)
+    else:
+        method = text_method(matching.method, training, student, teacher, texts, "cls")
+    if weight := matching.hidden_weight:
+        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
+    if weight := matching.embedding_weight:
+        method += embeddings(student, teacher, weight, matching.hidden_loss)
+    if weight := matching.attention_weight:
+        method += attentions(student, teacher, weight, matching.layer_map)
+    return method
 
 
 # ---- the teacher's outputs ----

@@ -12,7 +12,7 @@ LONGEST = 128  # tokens; torch's fused kernel is ahead from about 256 on
 
 
 @contextmanager
-def quick_attention(model: nn.Module, dataset: Any, precision: str, device: str) -> Iterator[None]:
+def eager_attention_on_cpu(model: nn.Module, dataset: Any, precision: str, device: str) -> Iterator[None]:
     """Plain attention while a model of transformers trains on short texts in bf16 on a CPU; elsewhere as it is.
 
     There a forward and backward pass through torch's fused kernel takes up to seven times as long as matrix products

@@ -28,16 +28,14 @@ from kd.common.reporting.model_card import Savable, save_student
 from kd.common.reporting.results import RECIPE, RESULTS, print_table, write_report
 from kd.common.reporting.seeds import over_seeds
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.attention import quick_attention
+from kd.common.training.attention import eager_attention_on_cpu
 from kd.common.training.progress import StageProgress
 from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
 from kd.common.training.trainer import KDTrainer
-from kd.common.utils.checksums import CHECKSUMS, find_damage
-from kd.common.utils.devices import best_device
-from kd.common.utils.environment import command, environment
+from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
 
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
@@ -277,7 +275,7 @@ class TrainerRun(Run):
         loop = KDTrainer(model=trained, args=args, **trainer)
         if loop.pop_callback(ProgressCallback):  # not in notebooks, which have one of their own
             loop.add_callback(StageProgress(name.replace("_", " ")))
-        with quick_attention(trained, trainer["train_dataset"], args.precision, best_device().type):
+        with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
             loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         loop.finish()
         if args.fsdp:

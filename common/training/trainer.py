@@ -1,10 +1,12 @@
 """The trainer of all supervised distillation: transformers' Trainer with an objective and a frozen teacher.
 
-It differs from its parent in what distillation needs: the loss is an `Objective` over named outputs; the teacher is
-frozen, in eval mode, outside optimizer and checkpoint, or only present as its cached outputs; parts of the loss are
-logged; a step's gradient is that of its samples as one batch, however they are cut into accumulation steps and
-processes; a loss or a weight that is not finite stops the run, or excludes one of several students; a checkpoint
-counts only while it is whole.
+What it adds to its parent:
+
+- The loss is an `Objective` over named outputs, whose parts are logged.
+- The teacher is frozen, in eval mode, and in no optimizer or checkpoint; or only its cached outputs are there.
+- The gradient of a step is that of its samples as one batch, for any number of accumulation steps and processes.
+- A non-finite loss or weight stops the run, or excludes one of several students.
+- A checkpoint counts only while it is whole.
 """
 
 import math
@@ -34,7 +36,7 @@ from kd.common.training.batch_norm import (
 )
 from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
-from kd.common.training.finite import NonFiniteLoss
+from kd.common.training.divergence import DivergenceMonitor
 from kd.common.training.interrupts import deferred_interrupts, raise_if
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs
@@ -48,11 +50,12 @@ class KDTrainer(CheckpointTrainer):
     """Trains `model` for `objective`, with a live teacher, with cached teacher outputs, or with neither.
 
     Args:
-        objective: what to minimise; its own parameters are optimized, clipped and checkpointed, and never ship.
-        teacher: a model run under no_grad on the same inputs.
-        teacher_outputs: what a teacher said about the training samples; batches must then hold `sample_id`.
-        teacher_views: a table of what `teacher` says about each view; batches must then hold `sample_id` and `view`.
-        features, teacher_features: {name: path of a submodule} recorded as named features of either model.
+        objective: the loss. Its parameters (auxiliary parameters) are optimized, clipped and checkpointed with the
+            student's, and never ship.
+        teacher: a model that runs under no_grad on the same inputs.
+        teacher_outputs: cached outputs of a teacher for the training samples; batches must hold `sample_id`.
+        teacher_views: a table of the logits of `teacher` for each view; batches must hold `sample_id` and `view`.
+        features, teacher_features: {name: path of a submodule} whose outputs become named features of either model.
         not_for_student: inputs that only the teacher takes.
     """
 
@@ -76,13 +79,13 @@ class KDTrainer(CheckpointTrainer):
         super().__init__(*args, **kwargs)
         self.objective = objective.to(self.args.device)
         self.objective_in_step: nn.Module = objective
-        trains_beside = any(p.requires_grad for p in objective.parameters())
+        has_auxiliary = any(p.requires_grad for p in objective.parameters())
         reads_student = any(getattr(module, "reads_student", False) for module in objective.modules())
-        if self.is_fsdp_enabled and (trains_beside or reads_student):
+        if self.is_fsdp_enabled and (has_auxiliary or reads_student):
             raise UserError(
-                "--fsdp takes no method that trains weights beside the student's, or reads its weights: leave it out"
+                "--fsdp supports no method that has auxiliary parameters or reads the student's weights: leave it out"
             )
-        if trains_beside:
+        if has_auxiliary:
             self.objective_in_step = self.accelerator.prepare_model(objective)  # averages gradients over processes
         self.teacher: nn.Module | None = None
         self._teacher_hooks = FeatureHooks(teacher, teacher_features or {}) if teacher is not None else None
@@ -94,7 +97,7 @@ class KDTrainer(CheckpointTrainer):
         self._hooks = FeatureHooks(self.model, features or {})
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_weight = torch.zeros((), device=self.args.device)
-        self._non_finite = NonFiniteLoss(
+        self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
         self._interrupted = threading.Event()
@@ -118,8 +121,8 @@ class KDTrainer(CheckpointTrainer):
             raise
 
     def _watching_for_single_values(self) -> AbstractContextManager[None]:
-        """In the first step, where the last batch of an epoch will be one sample: refused now and not after an epoch.
-        Of several processes accelerate fills up the last batches.
+        """In the first step, where the last batch of an epoch will hold one sample: an error now, not after an epoch.
+        With several processes accelerate fills up the last batches.
         """
         batch, is_first = self._train_batch_size, self.state.global_step == self._initial_global_step
         if not is_first or self.args.world_size > 1 or not has_length(self.train_dataset):
@@ -144,15 +147,15 @@ class KDTrainer(CheckpointTrainer):
         size = _items(inputs, labels)
         # The mean over the step's items is what one big batch would give; data parallel averages over processes.
         share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
-        student = self._student_says(model, inputs)
+        student = self._student_forward(model, inputs)
         student.sample_id = sample_ids
-        teacher = self._teacher_says(inputs, sample_ids, views)
+        teacher = self._teacher_forward(inputs, sample_ids, views)
         self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
         parts = self.objective_in_step(student, teacher, labels)
-        loss, parts = self._non_finite.without_lost(self.state.global_step + 1, parts)
+        loss, parts = self._divergence.drop_diverged(self.state.global_step + 1, parts)
         loss = loss * share
-        if self._non_finite.is_time_to_look(self.state.global_step):
-            self._look_for_lost()
+        if self._divergence.is_due(self.state.global_step):
+            self._check_finite()
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)
         for name, value in logged.items():
@@ -167,11 +170,13 @@ class KDTrainer(CheckpointTrainer):
             return number  # on the host: a copy to a GPU would wait for it
         return self.accelerator.gather(torch.tensor(number, device=device)).sum()
 
-    def _student_says(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
-        own = {name: value for name, value in inputs.items() if name not in self.not_for_student}
-        return _named_outputs(model(**own), self._hooks.take(), inputs)
+    def _student_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
+        student_inputs = {name: value for name, value in inputs.items() if name not in self.not_for_student}
+        return _named_outputs(model(**student_inputs), self._hooks.take(), inputs)
 
-    def _teacher_says(self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None) -> Outputs | None:
+    def _teacher_forward(
+        self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None
+    ) -> Outputs | None:
         if self.teacher_outputs is not None:
             if sample_ids is None:
                 raise ValueError("cached teacher outputs need a `sample_id` column in the training data")
@@ -182,40 +187,41 @@ class KDTrainer(CheckpointTrainer):
         if self.teacher_views is not None:
             if sample_ids is None or views is None:
                 raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
-            return self.teacher_views.batch(sample_ids, views, lambda rows: self._logits_of(inputs, rows))
-        return self._ask(inputs)
+            return self.teacher_views.batch(sample_ids, views, lambda rows: self._teacher_logits(inputs, rows))
+        return self._run_teacher(inputs)
 
     @torch.no_grad()
-    def _ask(self, inputs: dict[str, Any]) -> Outputs:
+    def _run_teacher(self, inputs: dict[str, Any]) -> Outputs:
         assert self.teacher is not None and self._teacher_hooks is not None
         return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
 
-    def _logits_of(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-        logits = self._ask({name: value[rows] for name, value in inputs.items()}).logits
+    def _teacher_logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+        logits = self._run_teacher({name: value[rows] for name, value in inputs.items()}).logits
         assert logits is not None
         return logits
 
-    def _look_for_lost(self, in_weights: bool = False) -> None:
-        something_left = self._non_finite.look(lambda: last_checkpoint(str(self.args.output_dir)))
-        if something_left and in_weights:
-            something_left = self._non_finite.look_at_weights(self.state.global_step, self._modules_by_student())
-        if not something_left and self.args.world_size == 1:  # several processes would not see it at the same step
+    def _check_finite(self, weights: bool = False) -> None:
+        """Stops the training where the recorded losses, or the weights, of all students are non-finite."""
+        any_left = self._divergence.check_losses(lambda: last_checkpoint(str(self.args.output_dir)))
+        if any_left and weights:
+            any_left = self._divergence.check_weights(self.state.global_step, self._modules_by_student())
+        if not any_left and self.args.world_size == 1:  # several processes would not see it at the same step
             self.control.should_training_stop = True
 
     def _modules_by_student(self) -> dict[str, tuple[nn.Module, ...]]:
         if not isinstance(self.objective, SideBySideObjective):
             return {"": (self.model, self.objective)}
         students: nn.ModuleDict = self.model.students  # type: ignore[assignment]
-        return {name: (students[name], own) for name, own in self.objective.objectives.items()}
+        return {name: (students[name], objective) for name, objective in self.objective.objectives.items()}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        measured_or_saved = self.control.should_evaluate or self.control.should_save
-        if self.control.should_log or measured_or_saved:
-            self._look_for_lost(in_weights=measured_or_saved)  # no figure, no file from weights that diverged
+        uses_weights = self.control.should_evaluate or self.control.should_save
+        if self.control.should_log or uses_weights:
+            self._check_finite(weights=uses_weights)  # diverged weights are neither evaluated nor saved
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._look_for_lost(in_weights=True)
+        self._check_finite(weights=True)
         return super()._finalize_training(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -224,7 +230,7 @@ class KDTrainer(CheckpointTrainer):
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, "mean")
             means = {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
-            logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of students not lost
+            logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # without diverged students
             self._parts.clear()
             self._parts_weight.zero_()
         super().log(logs, start_time)
@@ -238,13 +244,13 @@ class KDTrainer(CheckpointTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Logits and labels only: an evaluation loss would need the teacher on data that it is not asked about."""
+        """Logits and labels only: an evaluation loss would need teacher outputs for the evaluation data."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
         for name in ("sample_id", "view"):
             inputs.pop(name, None)
         with torch.no_grad():
-            logits = self._student_says(model, inputs).logits
+            logits = self._student_forward(model, inputs).logits
         return None, None if logits is None else logits.detach().float(), labels
 
     # ---- optimizer ----
@@ -299,8 +305,8 @@ class KDTrainer(CheckpointTrainer):
         return self.accelerator.clip_grad_norm_([*model.parameters(), *extra], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Not measured of students side by side: the norm of all of them is none's. The parent measures it by scaling
-        with infinity / norm, at most 1, which one lost student would make nan for all.
+        """Skipped when several students train side by side: one gradient norm over all of them is meaningless, and
+        the parent computes it by a scaling that one diverged student would make NaN for all.
         """
         if isinstance(self.objective, SideBySideObjective):
             return grad_norm
@@ -315,7 +321,7 @@ class KDTrainer(CheckpointTrainer):
         return LengthGroupedSampler(lengths, step, self.args.seed)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """`dataloader_drop_last` keeps training batches of one size; evaluation is over all samples all the same."""
+        """`dataloader_drop_last` applies to training batches only: evaluation covers all samples."""
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
         try:
@@ -344,7 +350,7 @@ class KDTrainer(CheckpointTrainer):
             self.objective.load_state_dict(load_file(str(path)))
 
     def finish(self) -> None:
-        """Hands the model back as it was: without hooks, autocast and data parallelism."""
+        """Removes hooks, autocast and data parallelism from the model and the teacher."""
         release_batch_norms(self.model, self.objective)
         self._hooks.remove()
         if self._teacher_hooks is not None:
@@ -358,14 +364,14 @@ class KDTrainer(CheckpointTrainer):
 
 
 def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
-    """What a micro-batch's mean is taken over: its samples, or with labels for each position those that count."""
+    """How many items a micro-batch's mean is over: samples, or the positions whose labels are not IGNORED."""
     if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
         return int((labels != IGNORED).sum())
     return len(next(iter(batch.values())))
 
 
 def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:
-    """Any model's output under this project's names."""
+    """The output of any model as `Outputs`, with its hooked features."""
     logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
     features = (output.get("features") if hasattr(output, "get") else None) or {}
     return Outputs(logits=logits, features={**features, **hooked}, mask=inputs.get("attention_mask"))

@@ -18,6 +18,7 @@ def main() -> None:
     axes, pair, weights, data, training = parse(
         SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
+    pair.apply_pair(data, training)
     reject_unused("--learning_rates are those of a sweep", training, "learning_rate")
     axes.seeds, training.seeds = training.seeds or [training.seed], None
     sweep(axes, pair, weights, data, training)

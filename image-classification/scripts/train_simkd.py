@@ -20,13 +20,14 @@ from kd.image_classification.teacher_model.teacher import load_teacher
 
 def main() -> None:
     pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
+    pair.apply_pair(data_args, training)
     reject_unused("SimKD has --feature_weight, --cls_weight and --kl_weight", training, "alpha", "value_learning_rate")
     if not args.kl_weight:
         reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises where the networks do not fit
-    simkd(student, teacher, data, args, training.temperature)
+    simkd(student, teacher, args, training.temperature)
 
     name = f"simkd_{args.projector}"
     run = open_run(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
@@ -42,7 +43,7 @@ def main() -> None:
 
     set_seed(run.args.seed)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)
-    method = simkd(student, teacher, data, args, training.temperature)
+    method = simkd(student, teacher, args, training.temperature)
     student = distill(run, data, "student", student, method, teacher)
 
     models = {

@@ -1,13 +1,15 @@
 """Arguments that all image scripts share."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from kd.common.cli import reject_unused
 from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Positive, Share, ShareBelow1
 from kd.image_classification.data.loading import ImageData, load_image_data
+from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, learning_rate
 from kd.image_classification.teacher_model.teacher import trained_folder
 
 
@@ -45,8 +47,15 @@ class DataArguments:
 
 @dataclass
 class PairArguments:
-    """Who teaches whom."""
+    """Teacher and student."""
 
+    pair: str | None = field(
+        default=None,
+        metadata={
+            "help": "a pair of the CIFAR-100 tables, as resnet32x4_vgg8: sets --dataset, --teacher, --student, "
+            "--method_settings and, where published, --learning_rate"
+        },
+    )
     teacher: str = field(
         default="resnet32x4", metadata={"help": "folder of a trained classifier, or an architecture to train first"}
     )
@@ -59,9 +68,29 @@ class PairArguments:
         },
     )
 
+    def apply_pair(self, data: DataArguments, training: "ImageTrainingArguments") -> None:
+        """Sets what `--pair` stands for, except for flags of the command line. Raises UserError for an unknown one."""
+        if self.pair is None:
+            return
+        if self.pair not in PAIRS_BY_NAME:
+            raise UserError(f"unknown --pair {self.pair}: choose from {', '.join(PAIRS_BY_NAME)}")
+        teacher, student = PAIRS_BY_NAME[self.pair]
+        settings, rate = PAIRS[teacher, student], learning_rate(student)
+        _set_defaults(self, teacher=teacher, student=student, method_settings=settings)
+        _set_defaults(data, dataset="cifar100")
+        if rate is not None:
+            _set_defaults(training, learning_rate=rate)
+        self.pair = None  # the saved recipe has the flags that it stands for
+
     def check_unused_flags(self) -> None:
         if "teacher_epochs" in vars(self)["explicit_flags"] and trained_folder(self.teacher):
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
+
+
+def _set_defaults(arguments: Any, **values: Any) -> None:
+    for name, value in values.items():
+        if name not in vars(arguments)["explicit_flags"]:
+            setattr(arguments, name, value)
 
 
 @dataclass

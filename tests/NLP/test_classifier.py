@@ -47,8 +47,14 @@ from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import predict, text_metrics
 from kd.nlp.student_model.inputs import Inputs, inputs_of_seed, load_inputs, validate_arguments
-from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
-from kd.nlp.student_model.methods import labels_and_logits, labels_only
+from kd.nlp.student_model.methods import (
+    attentions,
+    embeddings,
+    hidden_states,
+    labels_and_logits,
+    labels_only,
+    layer_pairs,
+)
 from kd.nlp.student_model.training import initial_rate, teacher_logits
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from kd.common.training.attention import LONGEST, quick_attention
+from kd.common.training.attention import LONGEST, eager_attention_on_cpu
 
 
 def encoder() -> BertModel:
@@ -29,7 +29,7 @@ def test_plain_inside_and_fused_again_outside_with_the_same_answer():
     model, ids = encoder(), torch.arange(12).view(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     before = model(ids, mask).last_hidden_state
-    with quick_attention(model, texts(LONGEST), "bf16", "cpu"):
+    with eager_attention_on_cpu(model, texts(LONGEST), "bf16", "cpu"):
         assert model.config._attn_implementation == "eager"
         torch.testing.assert_close(model(ids, mask).last_hidden_state[mask.bool()], before[mask.bool()])
     assert model.config._attn_implementation == "sdpa"
@@ -47,14 +47,14 @@ def test_plain_inside_and_fused_again_outside_with_the_same_answer():
 )
 def test_nothing_changes_elsewhere(dataset, precision, device):
     model = encoder()
-    with quick_attention(model, dataset, precision, device):
+    with eager_attention_on_cpu(model, dataset, precision, device):
         assert model.config._attn_implementation == "sdpa"
-    with quick_attention(nn.Linear(2, 2), dataset, precision, device):
+    with eager_attention_on_cpu(nn.Linear(2, 2), dataset, precision, device):
         pass
 
 
 def test_the_kernel_comes_back_after_an_error():
     model = encoder()
-    with pytest.raises(RuntimeError), quick_attention(model, texts(9), "bf16", "cpu"):
+    with pytest.raises(RuntimeError), eager_attention_on_cpu(model, texts(9), "bf16", "cpu"):
         raise RuntimeError
     assert model.config._attn_implementation == "sdpa"

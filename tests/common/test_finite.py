@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kd.common.training.finite import check_finite_weights, non_finite_tensor
 from kd.common.utils.errors import UserError
+from kd.common.utils.finite import check_finite_weights, non_finite_tensor
 from kd_testing.tiny import model
 
 

@@ -1,4 +1,4 @@
-"""The recipes of the CIFAR-100 tables run as they stand: two steps on random images of the right shape."""
+"""The pairs and recipes of the CIFAR-100 tables run as they stand: two steps on random images of the right shape."""
 
 import inspect
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kd.common.cli import parse
 from kd.common.methods import chosen, filled
 from kd.common.utils.files import read_json
+from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME
 from kd.image_classification.teacher_model.backbones.from_timm import known_weights
 from kd_testing.paths import REPO
 from kd_testing.pictures import pixels, write
@@ -16,7 +19,6 @@ from kd_testing.scripts import run_script
 
 RECIPES = REPO / "image-classification" / "scripts"
 QUICK = "resnet56_resnet20"
-PAIRS = sorted(path.stem for path in (RECIPES / "pairs").glob("*.yaml"))
 NAMES = [f"class {i}" for i in range(100)]
 
 
@@ -27,27 +29,36 @@ def cifar100_shaped(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(folder, NAMES, train=(pixels(128, 32, 32, 3), labels), test=(pixels(20, 32, 32, 3), labels[:20]))
 
 
-def dry_run(dataset: str, folder: Path, pair: str, *words: object, teacher: str | None = None) -> None:
-    """One epoch of the protocol, which is two steps; `teacher`: another architecture than the pair's."""
-    architecture = (
-        teacher or yaml.safe_load((RECIPES / "pairs" / f"{pair}.yaml").read_text())["teacher"].split("cifar100_")[1]
-    )
-    run_script("image-classification/scripts/train_student.py", RECIPES / "paper.yaml",
-               RECIPES / "pairs" / f"{pair}.yaml", *words, "--dataset", dataset, "--teacher", architecture,
-               "--num_train_epochs", 1, "--report_to", "none", "--output_dir", folder)  # fmt: skip
+def dry_run(dataset: str, folder: Path, pair: str, *words: object) -> None:
+    """One epoch of the protocol, which is two steps."""
+    run_script("image-classification/scripts/train_student.py", RECIPES / "paper.yaml", "--pair", pair, *words,
+               "--dataset", dataset, "--num_train_epochs", 1, "--report_to", "none",
+               "--output_dir", folder)  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", [pytest.param(p, marks=[] if p == QUICK else pytest.mark.slow) for p in PAIRS])
+@pytest.mark.parametrize(
+    "pair", [pytest.param(p, marks=[] if p == QUICK else pytest.mark.slow) for p in PAIRS_BY_NAME]
+)
 def test_every_pair_of_the_tables_runs(pair, cifar100_shaped, tmp_path):
     few = ["--train_samples", 32, "--per_device_train_batch_size", 16, "--no_control"]
-    dry_run(cifar100_shaped, tmp_path / "run", pair, RECIPES / "methods" / "kd.yaml", *few)
+    dry_run(cifar100_shaped, tmp_path / "run", pair, "--method", "kd", *few)
     results = read_json(tmp_path / "run" / "results.json")
     assert results["data"]["train"] == 32 and results["method"] == "kd"
     teacher, student = pair.split("_", 1) if not pair.startswith("wrn") else (pair[:8], pair[9:])
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert (recipe["teacher"], recipe["student"]) == (teacher, student)
+    assert (recipe["teacher"], recipe["student"]) == (teacher, student) and "pair" not in recipe
     assert recipe["learning_rate"] == (0.01 if student.startswith(("shufflenet", "mobilenet")) else 0.05)
     assert recipe["lr_milestones"] == [150, 180, 210] and recipe["weight_decay"] == 5e-4
+
+
+def test_a_pair_gives_way_to_the_flags_of_the_command_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 0.05\nstudent: vgg8\n")
+    words = ["--pair", "vgg13_mobilenetv2", "--teacher", "resnet8", "--method_settings", "kd:alpha=0"]
+    types = PairArguments, DataArguments, ImageTrainingArguments
+    pair, data, training = parse(*types, argv=[str(tmp_path / "recipe.yaml"), *words])
+    pair.apply_pair(data, training)
+    assert (pair.teacher, pair.student, pair.method_settings) == ("resnet8", "mobilenetv2", ["kd:alpha=0"])
+    assert data.dataset == "cifar100" and training.learning_rate == 0.01
 
 
 # Of the runs behind the quoted figures. KD and MLKD with logit standardization: (temperature, weight), the authors'
@@ -89,18 +100,17 @@ def as_published(name: str, settings: dict) -> tuple:
     return tuple(settings[word] for word in words.get(name, ["temperature", "weight"]))
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", PAIRS_BY_NAME)
 def test_a_pair_has_the_settings_behind_its_figures(pair):
-    recipe = yaml.safe_load((RECIPES / "pairs" / f"{pair}.yaml").read_text())
+    settings = PAIRS[PAIRS_BY_NAME[pair]]
     for name, expected in PUBLISHED[pair].items():
-        method = yaml.safe_load((RECIPES / "methods" / f"{name}.yaml").read_text())["method"]
-        spec = filled(method, recipe.get("method_settings", []), METHODS)
+        spec = filled(name, settings, METHODS)
         parameters = inspect.signature(chosen(spec, METHODS)).parameters
         found = as_published(name, {key: p.default for key, p in parameters.items()})
         assert found == pytest.approx(expected), name
         if name == "dkd":
             assert (parameters["alpha"].default, parameters["temperature"].default) == (1, 4)
-    listed = {spec.split(":")[0] for spec in recipe.get("method_settings", [])}
+    listed = {spec.split(":")[0] for spec in settings}
     assert listed <= PUBLISHED[pair].keys(), "nothing that no source has"
 
 
@@ -125,21 +135,18 @@ def test_settings_of_the_pair_are_in_the_report_and_give_way_to_those_of_the_met
         ("bare", ["--method", "dkd"], "dkd:beta=6"),
         ("given", ["--method", "dkd:beta=1:alpha=2"], "dkd:beta=1:alpha=2"),
     ):
-        dry_run(cifar100_shaped, tmp_path / name, QUICK, *words, *few, teacher="resnet8")
+        dry_run(cifar100_shaped, tmp_path / name, QUICK, "--teacher", "resnet8", *words, *few)
         assert read_json(tmp_path / name / "results.json")["method"] == expected
-    dry_run(cifar100_shaped, tmp_path / "several", QUICK, "--methods", "kd,dkd", *few, teacher="resnet8")
+    dry_run(cifar100_shaped, tmp_path / "several", QUICK, "--teacher", "resnet8", "--methods", "kd,dkd", *few)
     assert {path.name for path in (tmp_path / "several" / "cells").iterdir()} == {
         f"{name}_lr0.05_seed0" for name in ("kd", "dkd_beta_6")
     }
 
 
 @pytest.mark.slow
-def test_every_method_runs_as_its_recipe_has_it(cifar100_shaped, tmp_path):
+def test_every_method_runs_with_its_defaults(cifar100_shaped, tmp_path):
     """All of them side by side, on the pair of the tables that takes the least time."""
-    recipes = sorted((RECIPES / "methods").glob("*.yaml"))
-    specs = [yaml.safe_load(path.read_text())["method"] for path in recipes]
-    assert {spec.split(":")[0] for spec in specs} == set(METHODS)
-    specs.append("simkd")
+    specs = [*METHODS, "simkd"]
     dry_run(cifar100_shaped, tmp_path / "run", QUICK, "--methods", ",".join(specs))
     cells = {path.parent.name: read_json(path) for path in (tmp_path / "run" / "cells").glob("*/results.json")}
     assert all(results["data"]["train"] == 128 for results in cells.values())
