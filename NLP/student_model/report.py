@@ -110,5 +110,6 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
         selection=run.args.selection,
         data_notes="; ".join(data.notes) or "none",
         model_notes="; ".join(inputs.notes) or "none",
+        **({"shared_by_all_seeds": "the teacher"} if run.shared else {}),
         **extra,
     )
