@@ -24,8 +24,8 @@ class Outputs(ModelOutput):
 
 
 class AveragedTeacher(nn.Module):
-    """Several teachers of the same inputs as one: the mean of their logits (batch, classes), which is the geometric mean
-    of their distributions (arXiv:1503.02531). Its cached counterpart is `teacher_outputs.JoinedOutputs`.
+    """Several teachers of the same inputs as one: the mean of their logits (batch, classes), the geometric mean of
+    their distributions (arXiv:1503.02531). Its cached counterpart is `teacher_outputs.JoinedOutputs`.
     """
 
     def __init__(self, teachers: Iterable[nn.Module]) -> None:

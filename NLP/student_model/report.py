@@ -79,8 +79,9 @@ def report(
     if not PartialState().is_main_process:
         return None
     trained = {"teacher": teacher, "control": control, "student": student}
+    extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if run.shared else {}
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
-    results = _results(run, inputs, method, models, **({"keys": keys} if keys else {}))
+    results = _results(run, inputs, method, models, **extra, **({"keys": keys} if keys else {}))
     has_bottleneck = isinstance(student, BottleneckClassifier)
     usage = USAGE.format(
         module="kd.nlp.student_model.bottleneck_classifier" if has_bottleneck else "transformers",
@@ -110,6 +111,5 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
         selection=run.args.selection,
         data_notes="; ".join(data.notes) or "none",
         model_notes="; ".join(inputs.notes) or "none",
-        **({"shared_by_all_seeds": "the teacher"} if run.shared else {}),
         **extra,
     )
