@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kd.common.reporting.comparison import over_seeds
 from kd.common.reporting.results import RESULTS, validate, write_report
-from kd.common.reporting.seeds import over_seeds
 from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
