@@ -9,15 +9,21 @@ base, without any bottleneck, is distill_classifier.py.
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.training.arguments import KDTrainingArguments
-from kd.nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
-from kd.nlp.student_model.fill import train_bottleneck_control, train_bottleneck_student, train_bottleneck_teacher
+from kd.nlp.student_model.arguments import PairArguments, TextArguments, TextBottleneckArguments
+from kd.nlp.student_model.bottleneck_training import (
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+)
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
 from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import open_run
 
 
 def main() -> None:
-    text, pair, bottleneck, training = parse(TextArguments, PairArguments, BottleneckArguments, KDTrainingArguments)
+    text, pair, bottleneck, training = parse(
+        TextArguments, PairArguments, TextBottleneckArguments, KDTrainingArguments
+    )
     reject_unused("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")

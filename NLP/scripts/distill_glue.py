@@ -26,8 +26,12 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
-from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
-from kd.nlp.student_model.fill import train_bottleneck_control, train_bottleneck_student, train_bottleneck_teacher
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
+from kd.nlp.student_model.bottleneck_training import (
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+)
 from kd.nlp.student_model.glue_report import SYSTEMS, show
 from kd.nlp.student_model.inputs import load_inputs, validate_arguments, validate_bottleneck, validate_matching
 from kd.nlp.student_model.methods import check_method, check_smoothing
@@ -36,7 +40,7 @@ from kd.nlp.student_model.training import control_epochs, load_or_train_teacher,
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
-OF_A_KIND = {argument.name for kind in (MatchingArguments, BottleneckArguments) for argument in fields(kind)}
+OF_A_KIND = {argument.name for kind in (MatchingArguments, TextBottleneckArguments) for argument in fields(kind)}
 
 
 @dataclass
@@ -71,7 +75,7 @@ class GlueArguments:
 
 def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
-        GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
+        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, KDTrainingArguments
     )
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
@@ -118,7 +122,7 @@ def shared_folder(folder: Path, task: str, seed: int) -> Path:
 
 def distill(
     system: str,
-    own: MatchingArguments | BottleneckArguments,
+    own: MatchingArguments | TextBottleneckArguments,
     text: TextArguments,
     pair: PairArguments,
     training: KDTrainingArguments,
@@ -179,7 +183,7 @@ def check_same_inputs(folder: Path) -> None:
             )
 
 
-def of_system(bottleneck: BottleneckArguments, system: str) -> BottleneckArguments:
+def of_system(bottleneck: TextBottleneckArguments, system: str) -> TextBottleneckArguments:
     own = copy.copy(bottleneck)
     own.bottleneck = "student" if system == "student_only" else "both"
     own.keys = "carried" if system == "keys_carried" else "new"

@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import set_seed
 
-from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
 from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
@@ -184,7 +182,7 @@ def validate_matching(
         raise UserError("--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it")
 
 
-def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: BottleneckArguments) -> None:
+def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments) -> None:
     """Raises UserError for a bottleneck that does not fit teacher and student."""
     teacher, student = inputs.teacher, inputs.student
     if teacher.trained:
@@ -193,7 +191,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: Bottlen
         reason = "--freeze_teacher_encoder leaves the teacher's encoder as it is"
         reject_unused(reason, pair, "teacher_epochs", "scratch_epochs")
     widths = [start.encoder.config.hidden_size for start in (teacher, student) if start]
-    shapes = [_bottleneck_shape(inputs, bottleneck, width) for width in widths]
+    shapes = [bottleneck.without_weights(width, inputs.data.num_labels) for width in widths]
     if bottleneck.keys not in ("carried", "reused"):
         return
     if isinstance(teacher.model, BottleneckClassifier):
@@ -204,7 +202,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: Bottlen
                 "that, or --keys new"
             )
         try:
-            shapes[0].refuse_unfit(teacher.model.bottleneck, values=bottleneck.keys == "reused")
+            shapes[0].check_compatible(teacher.model.bottleneck, values=bottleneck.keys == "reused")
         except ValueError as error:
             raise UserError(
                 f"{error}; give the bottleneck the shape of that of {pair.teacher}, or pass --keys new"
@@ -214,12 +212,3 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: Bottlen
             f"student {pair.student} is {widths[1]} wide, the teacher's keys fit a width of {widths[0]}: "
             "choose a student of that width, --student_layers, or --keys new"
         )
-
-
-def _bottleneck_shape(inputs: Inputs, bottleneck: BottleneckArguments, width: int) -> DiscreteKeyValueBottleneck:
-    """A bottleneck of the shape of the arguments, without weights. Raises UserError where there is none."""
-    try:
-        with torch.device("meta"):
-            return DiscreteKeyValueBottleneck(width, inputs.data.num_labels, **bottleneck.shape())
-    except ValueError as error:
-        raise UserError(str(error)) from error
