@@ -89,9 +89,9 @@ def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
     call(tmp_path, python, "-m", "pip", "install", *flags, wheel)
     shutil.rmtree(source)
     where = call(tmp_path, python, "-c", "import kd.nlp.scripts; print(kd.nlp.scripts.__path__[0])").strip()
-    assert where.startswith(str(tmp_path / "environment")) and Path(where, "base.yaml").exists()
+    assert where.startswith(str(tmp_path / "environment")) and Path(where, "clinc.yaml").exists()
     words = ["--max_steps", 2, "--no_control", "--output_dir", "run"]
-    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", Path(where, "base.yaml"), *words)
+    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", *words)
     call(tmp_path / "elsewhere", python, "-m", "kd.common.export", "run")
     assert (tmp_path / "elsewhere" / "run" / "export" / "model.onnx").exists()
     error = call(tmp_path, python, "-m", "kd.common.new_domain", "speech", status=2)
