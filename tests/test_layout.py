@@ -39,10 +39,9 @@ def test_domains_import_common_and_never_each_other():
 
 
 @pytest.mark.parametrize("script", sorted(REPO.glob("*/scripts/*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_name_a_recipe_and_can_be_run(script: Path):
+def test_shell_scripts_can_be_run_and_their_recipes_exist(script: Path):
     assert os.access(script, os.X_OK)
     recipes = [word.strip('"').removeprefix("$here/") for word in script.read_text().split() if ".yaml" in word]
-    assert recipes, "a .sh names a recipe"
     assert all((script.parent / recipe).exists() for recipe in recipes)
 
 
