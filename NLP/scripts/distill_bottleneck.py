@@ -1,15 +1,19 @@
 """Distills a BERT teacher into a smaller student with a discrete key-value bottleneck; the teacher may have one too.
 
-    python NLP/scripts/distill_bottleneck.py NLP/scripts/keys_carried.yaml
+    python NLP/scripts/distill_bottleneck.py
     python NLP/scripts/distill_bottleneck.py NLP/scripts/new_keys.yaml --dataset clinc_oos --teacher bert-base-uncased
 
-The recipes keys_carried, new_keys and student_only are three of the four systems; `distill_*.sh` name them. The other,
-base, without any bottleneck, is distill_classifier.py.
+Three of the four systems have `distill_*.sh` of their names: keys_carried, which is the default, and the recipes
+new_keys and student_only. The other, base, without any bottleneck, is distill_classifier.py.
 """
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.training.arguments import KDTrainingArguments
-from kd.nlp.student_model.arguments import PairArguments, TextArguments, TextBottleneckArguments
+from kd.nlp.student_model.arguments import (
+    BottleneckTrainingArguments,
+    PairArguments,
+    TextArguments,
+    TextBottleneckArguments,
+)
 from kd.nlp.student_model.bottleneck_training import (
     train_bottleneck_control,
     train_bottleneck_student,
@@ -22,7 +26,7 @@ from kd.nlp.student_model.training import open_run
 
 def main() -> None:
     text, pair, bottleneck, training = parse(
-        TextArguments, PairArguments, TextBottleneckArguments, KDTrainingArguments
+        TextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
     )
     reject_unused("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":

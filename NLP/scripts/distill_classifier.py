@@ -1,17 +1,16 @@
 """Distills a text classifier into a smaller one: soft targets, or another method, and the features to be matched.
 
-    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml
-    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml --seeds 0 1 2
-    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml --dataset sst2 --teacher bert-base-uncased \\
+    python NLP/scripts/distill_classifier.py
+    python NLP/scripts/distill_classifier.py --seeds 0 1 2
+    python NLP/scripts/distill_classifier.py --dataset sst2 --teacher bert-base-uncased \\
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --alpha 0.1 --temperature 4
 
-The recipes base, clinc and sentiment have `distill_*.sh` of their names.
+The defaults are those of `distill_base.sh`; the recipes clinc and sentiment have `distill_*.sh` of their names.
 """
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.methods import flags_of
-from kd.common.training.arguments import KDTrainingArguments
-from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.arguments import ClassifierTrainingArguments, MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_matching
 from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
@@ -24,7 +23,9 @@ from kd.nlp.student_model.training import (
 
 
 def main() -> None:
-    text, pair, matching, training = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments)
+    text, pair, matching, training = parse(
+        TextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
+    )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     foreign = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
     reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(foreign))

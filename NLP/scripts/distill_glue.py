@@ -20,10 +20,10 @@ from accelerate import PartialState
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.reporting.results import RECIPE, RESULTS
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import SEEDS_HELP, KDTrainingArguments
 from kd.common.training.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count
+from kd.common.utils.ranges import Count, Seed
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
@@ -73,20 +73,28 @@ class GlueArguments:
         return str(found[0])
 
 
+@dataclass
+class GlueTrainingArguments(KDTrainingArguments):
+    """Training of every task and system."""
+
+    output_dir: str | None = "runs/NLP/glue"
+    seeds: list[Seed] | None = field(default_factory=lambda: [0], metadata={"help": SEEDS_HELP})
+
+
 def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
-        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, KDTrainingArguments
+        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, GlueTrainingArguments
     )
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
-    folder = Path(training.output_dir or "runs/NLP/glue")
+    folder = Path(training.output_dir)
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise
         classes = len(TASKS[task].label_names) or 1
         check_smoothing(training, task, classes)
         if "base" in glue.systems:
             check_method(matching.method, training, task, classes)
-    seeds, training.seeds = training.seeds or [training.seed], None  # of runs, which have one each
+    seeds, training.seeds = training.seeds, None  # of runs, which have one each
     cells = list(product(glue.tasks, seeds))
     held = open_folders(folder, cells, training, (training, text, pair, bottleneck, matching))
     for task, seed in cells:
@@ -111,7 +119,7 @@ def open_folders(
         if starts_over(training):
             for task, seed in cells:
                 for mark in sorted((folder / task).glob(f"*/seed{seed}/{MARK}")):
-                    RunFolder(mark.parent).remove(instances)
+                    RunFolder(mark.parent, read_mark(mark.parent)["files"]).remove(instances)
         return [root, *(RunFolder(shared_folder(folder, *cell)) for cell in cells)]
 
 

@@ -1,6 +1,6 @@
 """Searches the weight of the labels, the temperature and the learning rate with which a classifier is best distilled.
 
-    python NLP/scripts/search.py NLP/scripts/search.yaml --dataset intents --teacher runs/NLP/base/stages/teacher
+    python NLP/scripts/search.py --dataset intents --teacher runs/NLP/base/stages/teacher
 
 Optuna suggests, transformers' Trainer trains, the validation split decides; the test split is not read. The teacher is
 a trained classifier (here that of a run of distill_base.sh), whose logits are cached for all trials. A trial on labels
@@ -12,11 +12,10 @@ from dataclasses import replace
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model.arguments import SearchArguments, TextArguments
+from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing
 from kd.nlp.student_model.layers import cut_layers, layer_paths
@@ -34,7 +33,7 @@ from kd.nlp.teacher_model.teacher import (
 
 
 def main() -> None:
-    text, args, training = parse(TextArguments, SearchArguments, KDTrainingArguments)
+    text, args, training = parse(TextArguments, SearchArguments, SearchTrainingArguments)
     reject_unused("--search varies it", training, *args.search)
     reason = "trials keep no checkpoints, and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
