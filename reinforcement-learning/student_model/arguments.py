@@ -62,9 +62,7 @@ class StudentArguments:
         if not is_image_space(observations):
             reject_unused(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
-            raise UserError(
-                f"{environment} shows frames: pass --student the width after the convolutions"
-            )
+            raise UserError(f"{environment} shows frames: pass --student the width after the convolutions")
         if self.codebooks and len(observations.shape or ()) != 1:
             raise UserError(
                 f"a key-value bottleneck takes vectors, and {environment} shows observations of shape "
