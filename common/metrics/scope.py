@@ -1,7 +1,7 @@
 """Metrics of tasks with an out-of-scope class: overall accuracy hides how well it is recognised.
 
-A class of its own for what belongs to no other is learned badly from few examples, so a text may also be refused for
-lack of confidence: the maximum softmax probability of Hendrycks and Gimpel, "A Baseline for Detecting Misclassified
+A class for what belongs to no other class is learned badly from few examples, so a text may also be rejected for lack
+of confidence: the maximum softmax probability of Hendrycks and Gimpel, "A Baseline for Detecting Misclassified
 and Out-of-Distribution Examples in Neural Networks", ICLR 2017 (arXiv:1610.02136), here over the in-scope classes.
 Larson et al. 2019 (arXiv:1909.02027) compare both ways on CLINC150, and choose the threshold on validation too.
 """
