@@ -15,6 +15,7 @@ def over_seeds(runs: list[Results]) -> Results:
     have no mean: they are null where they differ.
     """
     merged = _mean([{key: value for key, value in run.items() if key != "seed"} for run in runs])
+    merged["data"] |= {name: round(count) for name, count in merged["data"].items() if isinstance(count, float)}
     merged["seeds"] = [run["seed"] for run in runs]
     merged["warnings"] = list(dict.fromkeys(text for run in runs for text in run.get("warnings", [])))
     figures = [

@@ -28,7 +28,8 @@ from kd.image_classification.student_model.distillation import (
     validate_teacher_views,
 )
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
 from kd.image_classification.teacher_model.classifier import new_classifier
@@ -107,7 +108,7 @@ def train_student(
     method_for = method_of(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = new_classifier(pair.student, data.config)
-    method = method_for(Pair(student, teacher, data, training.views))  # raises where the networks do not fit
+    method = method_for(task_spec(student, teacher, data, training.views))  # raises where the networks do not fit
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
 
@@ -123,7 +124,7 @@ def train_student(
 
     set_seed(run.args.seed)
     student = new_classifier(pair.student, data.config)
-    method = method_for(Pair(student, teacher, data, training.views))
+    method = method_for(task_spec(student, teacher, data, training.views))
     student = distill(run, data, "student", student, method, teacher, args.teacher_views)
 
     models = {

@@ -19,8 +19,7 @@ from transformers import set_seed
 
 from kd.common.cli import reject_unused
 from kd.common.data.fingerprints import fingerprint_of
-from kd.common.methods import Method, check_methods_differ, chosen, filled, flags_of
-from kd.common.objective import task_loss
+from kd.common.methods import Method, TaskSpec, check_methods_differ, chosen, filled, flags_of, labels
 from kd.common.reporting.results import RECIPE
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
@@ -57,7 +56,8 @@ from kd.image_classification.student_model.evaluation import (
     image_results,
     write_results,
 )
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from kd.image_classification.student_model.sweep_report import show
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
@@ -228,14 +228,14 @@ def student_of(
     if cell.method == SIMKD:
         how = SimKDArguments(**asdict(weights), projector=cell.projector, feature_loss=cell.feature_loss)  # type: ignore[arg-type]
         student = simkd_student(architecture, teacher, data, weights.projector_factor)
-        return student, simkd(student, teacher, data, how, args.temperature)
+        return student, simkd(student, teacher, how, args.temperature)
     if cell.method == CONTROL:
         student = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
         student = new_classifier(architecture, data.config)
     if cell.method in CONTROLS:
-        return student, Method({"task": (1.0, task_loss())})
-    return student, method_of(cell.method, args)(Pair(student, teacher, data, args.views))
+        return student, labels()
+    return student, method_of(cell.method, args)(task_spec(student, teacher, data, args.views))
 
 
 def for_pair(spec: str, pair: PairArguments) -> str:
@@ -243,7 +243,7 @@ def for_pair(spec: str, pair: PairArguments) -> str:
     return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_settings, METHODS)
 
 
-def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Method]:
+def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:
     """The method NAME[:setting=value]...; what depends on the batch is given its size."""
     batch = args.per_device_train_batch_size * args.views
     return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
