@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import dataset_hash, outputs_key
-from kd.common.metrics.language import token_metrics
+from kd.common.metrics.quality import token_metrics
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.run import TrainerRun

@@ -244,6 +244,3 @@ class _ArrowColumn(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> Tensor:
         found = self.values[row] if self.offsets is None else self.values[self.offsets[row] : self.offsets[row + 1]]
         return torch.tensor(found)
-
-
-# ---- keys ----
