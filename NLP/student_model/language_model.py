@@ -8,14 +8,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.methods import Method
-from kd.common.metrics.language import language_metrics
+from kd.common.metrics.quality import language_metrics
 from kd.common.pretrained import stage_loader
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import Corpus, pack, stack
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
-from kd.nlp.student_model.pipeline import switch_off_dropout
 from kd.nlp.student_model.sequence_distillation import (
     CUT,
     Splits,
@@ -36,6 +35,7 @@ from kd.nlp.student_model.sequence_evaluation import (
     first_words,
     one_line,
 )
+from kd.nlp.student_model.training import switch_off_dropout
 from kd.nlp.teacher_model.generative import SCRATCH, Generator, byte_level_bpe, load_language_model, random_gpt2
 
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}
