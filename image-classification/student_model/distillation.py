@@ -41,6 +41,7 @@ def open_run(
     data: ImageData,
     *instances: Any,
     teacher: ImageClassifier | None = None,
+    kind: type[ImageRun] = ImageRun,
 ) -> ImageRun:
     """Opens the folder of a run, by default `runs/image-classification/NAME`, on `data` and a pretrained `teacher`.
 
@@ -50,7 +51,7 @@ def open_run(
     validate_training(training, data)
     folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
     training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
-    run = ImageRun(training, *instances)
+    run = kind(training, *instances)
     run.check_inputs(data.fingerprint, teacher=teacher)
     return run
 
@@ -90,8 +91,9 @@ def train_on_labels(
 ) -> ImageClassifier:
     """A stage without a teacher: `model` trained on the labels alone, or loaded where the stage is finished."""
     objective = Objective(task=(1.0, task_loss()))
+    settings = {} if epochs is None else {"num_train_epochs": epochs}
     processor = image_processor(data)
-    return run.stage(stage, lambda: fit(run, data, stage, model, objective, epochs), read_stage, processor)
+    return run.stage(stage, lambda: fit(run, data, stage, model, objective, settings), read_stage, processor)
 
 
 def distill(
@@ -130,20 +132,22 @@ def fit(
     stage: str,
     model: Model,
     objective: Objective | SideBySideObjective,
-    epochs: float | None = None,
+    settings: dict[str, Any] | None = None,
     validate: bool = True,
     **trainer: Any,
 ) -> Model:
     """Trains the model of a stage on augmented views, from its last checkpoint on.
 
-    `validate`: the accuracy on the validation images after each epoch goes into the curves; `trainer`: further
-    arguments of KDTrainer.
+    Args:
+        settings: training arguments of this stage that differ from the run's.
+        validate: the accuracy on the validation images after each epoch goes into the curves.
+        trainer: further arguments of KDTrainer.
     """
     device = best_device()
     return run.train(
         stage,
         model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-        {} if epochs is None else {"num_train_epochs": epochs},
+        settings or {},
         objective=objective,
         train_dataset=training_views(run, data, device),
         eval_dataset=data.views("validation", device) if validate and "validation" in data.splits else None,
