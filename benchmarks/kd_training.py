@@ -42,7 +42,7 @@ from kd.common.objective import labels_and_soft_targets
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
-from kd.common.utils.precision import resolve_precision
+from kd.common.utils.devices import resolve_precision
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.data.tokenized import Texts

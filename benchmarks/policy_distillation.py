@@ -32,17 +32,16 @@ from kd.common.cli import run
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Recorder, greedy, sampling
-from kd.reinforcement_learning.environments.sb3 import training_environments
-from kd.reinforcement_learning.environments.vector import Environments
-from kd.reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
+from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, Recorder, returns_of
+from kd.reinforcement_learning.environments.vector import Environments, training_environments
+from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.student_model.teachers import teacher_of
 from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import new_teacher
+from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, load_or_train_teacher
+from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
 EPISODES = 20
@@ -192,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    agent = teacher_of(CARTPOLE, args.teacher, TeacherTraining(), ExperimentArguments())
+    agent = load_or_train_teacher(args.teacher, TeacherTask(CARTPOLE), TeacherArguments(), None, False)
     teacher = agent.policy
     if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
         raise UserError("the teacher must be a PPO that takes observations as they are")

@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 from kd.common.cli import run
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
+from kd.common.utils.devices import resolve_precision
 from kd.common.utils.errors import UserError
-from kd.common.utils.precision import resolve_precision
 from kd.image_classification.data.loading import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student

@@ -19,11 +19,9 @@ from transformers import HfArgumentParser
 
 from kd.common.utils.ending import fail, parsed
 from kd.common.utils.ending import run as run  # beside parse, for scripts
-from kd.common.utils.errors import UserError
-from kd.common.utils.faults import explained
-from kd.common.utils.files import write_text
+from kd.common.utils.errors import UserError, explained
+from kd.common.utils.files import read_recipe, write_text
 from kd.common.utils.ranges import Range, check_ranges, ranges_of
-from kd.common.utils.yaml_files import read_words
 
 # Deprecated names under which TrainingArguments repeats the values of activation_checkpointing*.
 REPEATED = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
@@ -172,7 +170,7 @@ def recipe_of(*instances: Any) -> dict[str, Any]:
 
 def _recipe_flags(path: Path, parser: Parser) -> list[str]:
     flags: list[str] = []
-    for key, value in read_words(path).items():
+    for key, value in read_recipe(path).items():
         action = parser.flag(str(key))
         if action is None:
             raise UserError(f"{path}: unknown key {key}{parser.nearest(str(key))}")

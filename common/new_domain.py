@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from kd.common.cli import Parser, run
-from kd.common.utils.domains import import_name
+from kd.common.utils import import_name
 from kd.common.utils.errors import UserError
 from kd.common.utils.folders import writing_folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.common.utils.domains import import_name
+from kd.common.utils import import_name
 from kd_testing.paths import REPO
 
 DOMAINS = sorted(scripts.parent for scripts in REPO.glob("*/scripts"))
@@ -63,12 +63,12 @@ def test_timm_and_the_trainer_load_after_common(tmp_path):
 def test_operators_are_declared_only_where_they_are_missing(tmp_path):
     """A second call finds them declared; where torchvision's own library loads, nothing is declared at all."""
     code = (
-        "from unittest import mock; from kd.common.utils import torchvision_shim as shim\n"
-        "assert shim.declare_missing_operators() == [], 'declared twice'\n"
-        "with mock.patch.object(shim, '_operator_library_loads', lambda: True), "
-        "mock.patch.object(shim.torch.library, 'Library', side_effect=AssertionError):\n"
-        "    assert shim.declare_missing_operators() == []\n"
-        "import torch; assert torch.ops.torchvision.nms\n"
+        "from unittest import mock; import torch; from kd.common.utils import startup\n"
+        "assert startup.declare_missing_operators() == [], 'declared twice'\n"
+        "with mock.patch.object(startup, '_operator_library_loads', lambda: True), "
+        "mock.patch.object(torch.library, 'Library', side_effect=AssertionError):\n"
+        "    assert startup.declare_missing_operators() == []\n"
+        "assert torch.ops.torchvision.nms\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -268,6 +268,7 @@ def argument_types() -> list[type[Any]]:
         *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",
         "kd.reinforcement_learning.student_model.distiller",
+        "kd.reinforcement_learning.teacher_model.teacher",
     ]
     modules = [importlib.import_module(name) for name in names]
     types = [kind for module in modules for kind in vars(module).values() if getattr(kind, "__module__", "") in names]
@@ -299,10 +300,11 @@ def types_of(recipe: Path) -> list[type[Any]]:
     )
     if "reinforcement-learning" in recipe.parts:
         distiller = importlib.import_module("kd.reinforcement_learning.student_model.distiller")
+        teacher = importlib.import_module("kd.reinforcement_learning.teacher_model.teacher")
         return [
-            policies.ExperimentArguments,
+            policies.PolicyArguments,
             policies.StudentArguments,
-            policies.TeacherTraining,
+            teacher.TeacherArguments,
             distiller.DistillArguments,
         ]
     if "image-classification" in recipe.parts:

@@ -27,7 +27,7 @@ from kd.common.export.int8 import load_int8, quantize_dynamic
 from kd.common.export.onnx import OnnxModel, quantize_onnx, to_onnx
 from kd.common.reporting.tables import print_rich
 from kd.common.training.inference import NOT_INPUTS
-from kd.common.utils.environment import command, environment
+from kd.common.utils.devices import command, environment
 from kd.common.utils.files import write_json, write_text
 from kd.common.utils.folders import writing_folder
 from kd.nlp.data.loading import TextData

@@ -19,8 +19,8 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import identity_collate
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
+from kd.common.utils.devices import resolve_precision
 from kd.common.utils.errors import UserError
-from kd.common.utils.precision import resolve_precision
 from kd.nlp.data.loading import load_text_data
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier

@@ -16,8 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from kd.common.cli import save_recipe
 from kd.common.reporting.plots import STYLES
 from kd.common.reporting.tables import markdown, number, print_rich
-from kd.common.utils.devices import best_device
-from kd.common.utils.environment import command, environment
+from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.files import write_bytes, write_json, write_text
 from kd.nlp.student_model.arguments import PairArguments, Ranges, SearchArguments, TextArguments
 from kd.nlp.student_model.search import LOGARITHMIC, Search, Trial, best

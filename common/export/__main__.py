@@ -26,8 +26,8 @@ from kd.common.export.exportable import Check, Exportable, check_table, checks, 
 from kd.common.export.onnx import OnnxModel, axes_by_input, load_program, to_onnx, to_program
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown, print_rich
-from kd.common.utils.domains import import_name
-from kd.common.utils.environment import command, environment
+from kd.common.utils import import_name
+from kd.common.utils.devices import command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json, write_text
 from kd.common.utils.folders import writing_folder

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from kd.common.cli import reject_unused
 from kd.common.training.checks import RANGES, check_optimizer, check_report_to, refuse_unsupported
-from kd.common.utils.precision import resolve_precision
+from kd.common.utils.devices import resolve_precision
 from kd.common.utils.ranges import Positive, Range, Seed, Share, check_declared
 
 SEEDS_HELP = "seeds of several runs, such as 0,1,2, whose mean and standard deviation are reported"

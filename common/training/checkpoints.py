@@ -19,8 +19,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from kd.common.utils.checksums import CHECKSUMS, find_damage, read_checksums, write_checksums
 from kd.common.utils.errors import UserError
+from kd.common.utils.folders import CHECKSUMS, find_damage, read_checksums, write_checksums
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"

@@ -32,12 +32,10 @@ from kd.common.training.attention import eager_attention_on_cpu
 from kd.common.training.progress import StageProgress
 from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
 from kd.common.training.trainer import KDTrainer
-from kd.common.utils.checksums import CHECKSUMS, find_damage
-from kd.common.utils.devices import best_device
-from kd.common.utils.environment import command, environment
+from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
 
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)

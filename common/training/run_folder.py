@@ -17,11 +17,10 @@ import yaml
 
 from kd.common.cli import recipe_of, save_recipe
 from kd.common.reporting.results import RECIPE, RESULTS
-from kd.common.utils.checksums import CHECKSUMS, read_checksums, sha256
-from kd.common.utils.environment import command
+from kd.common.utils.devices import command
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
-from kd.common.utils.lock import LOCK, FolderLock, lock_folder
+from kd.common.utils.folders import CHECKSUMS, LOCK, FolderLock, lock_folder, read_checksums, sha256
 
 logger = logging.getLogger(__name__)
 

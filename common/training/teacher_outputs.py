@@ -29,8 +29,7 @@ from kd.common.features import FeatureHooks
 from kd.common.outputs import Outputs
 from kd.common.training.batching import column_array, similar_length_order
 from kd.common.training.inference import Collate, run_inference
-from kd.common.utils.checksums import CHECKSUMS, find_damage
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,17 @@
-"""Where this process computes, and which of how many it is."""
+"""Where and with what this process computes: device, ranks, precision, versions."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import PartialState
+
+Precision = Literal["fp32", "bf16"]
 
 
 def best_device() -> torch.device:
@@ -16,13 +25,82 @@ def process() -> tuple[int, int]:
 
 
 def end_processes() -> None:
-    """Waits for the other processes and takes leave of them: one that just exits can make the slower ones abort."""
+    """Waits for the other processes and ends the group: one that just exits can make the slower ones abort."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what was sent to a GPU, so that a clock measures work and not its submission."""
+    """Waits for the kernels of a GPU, so that a clock measures work and not its submission."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device | None = None) -> Precision:
+    """`auto` is bf16 where the device computes it natively and fp32 elsewhere; other names are returned unchanged.
+
+    `device` defaults to the first CUDA device if there is one, else the CPU.
+    """
+    if name != "auto":
+        return name
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if computes_bf16(device) else "fp32"
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Native bf16: CUDA compute capability 8.0 and up, CPUs with AVX512-BF16 or AMX. Others emulate it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def environment(precision: str, device: torch.device | str) -> dict[str, Any]:
+    """The `environment` part of results.json."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "git_commit": git_commit(),
+    }
+
+
+def command() -> list[str]:
+    """The command line of this program, paths below the working directory written relative to it."""
+    here = f"{Path.cwd()}/"
+    return ["python", *(word.removeprefix(here) for word in sys.argv)]
+
+
+def device_name(device: torch.device) -> str:
+    """The model name of a GPU or of the CPU, else the device's type."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return device.type
+
+
+def git_commit() -> str | None:
+    """Short hash of the commit this package lies in, with `-dirty` if tracked files changed; None without git."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(*words: str) -> str | None:
+    """What git prints, or None where it fails. Without its optional locks: a process that is killed meanwhile would
+    leave `.git/index.lock` behind, and the repository could not be committed to.
+    """
+    command = ["git", "--no-optional-locks", *words]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

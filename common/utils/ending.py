@@ -1,4 +1,4 @@
-"""How a script ends: well, by one line on stderr, or because it was interrupted."""
+"""How a script ends: normally, with one line on stderr, or interrupted."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 from transformers import dynamic_module_utils
 
-from kd.common import end_at_once
 from kd.common.utils.devices import end_processes
-from kd.common.utils.faults import explained
+from kd.common.utils.errors import explained
+from kd.common.utils.startup import exit_on_interrupt
 
 PATIENCE = 5.0  # seconds that a process other than the first waits to be terminated before it prints its error
 RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # of a run, of one run a seed, of GLUE's cells
@@ -26,8 +26,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program the way bad input does: one line on stderr, exit code 2. Of several processes that refuse the
-    same input, only the first prints it: torchrun ends the others meanwhile.
+    """Ends the program as bad input does: one line on stderr, exit code 2. Of several processes that refuse the same
+    input, only the first prints it; torchrun ends the others.
     """
     line = "error: " + " ".join(message.split())
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary then names the reason
@@ -42,20 +42,20 @@ def fail(message: str) -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main. A UserError, a fault of the operating system and too little memory are one line and exit
-    code 2, Ctrl-C is one line and 130, SIGTERM one line and 143; a reader that is gone (`| head`) is no error.
+    code 2, Ctrl-C is one line and 130, SIGTERM one line and 143; a closed pipe (`| head`) is no error.
     """
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
-    if signal.getsignal(signal.SIGINT) is end_at_once:  # everything is imported
+    if signal.getsignal(signal.SIGINT) is exit_on_interrupt:  # everything is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed.clear()
-    before, own = signal.getsignal(signal.SIGTERM), os.getpid()
-    _on_sigterm(lambda *_: _terminate(own))
+    before, main_process = signal.getsignal(signal.SIGTERM), os.getpid()
+    _on_sigterm(lambda *_: _terminate(main_process))
     try:
         _main_or_one_line(main)
-    except KeyboardInterrupt as interrupt:  # also one that comes while an error is explained
+    except KeyboardInterrupt as interrupt:  # also one that arrives while an error is printed
         _end_interrupted(isinstance(interrupt, Terminated))
     finally:
         _on_sigterm(before)
@@ -98,7 +98,7 @@ def _resume_hint() -> str:
 def _terminate(main_process: int) -> None:
     if os.getpid() == main_process:
         raise Terminated
-    _on_sigterm(signal.SIG_DFL)  # a process that loads data or steps environments ends without a word
+    _on_sigterm(signal.SIG_DFL)  # a process that loads data or steps environments ends silently
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -106,11 +106,11 @@ def _on_sigterm(handler: Any) -> None:
     try:
         signal.signal(signal.SIGTERM, handler)
     except (ValueError, TypeError):
-        pass  # not in the main thread, whose business signals are; or a handler that was not set from Python
+        pass  # signals belong to the main thread; or the handler was not set from Python
 
 
 def _print_error(line: str) -> None:
-    for bar in list(getattr(tqdm, "_instances", ())):  # an open one would stand before the line
+    for bar in list(getattr(tqdm, "_instances", ())):  # an open bar would precede the line
         bar.close()
     try:
         print(line, file=sys.stderr, flush=True)
@@ -119,5 +119,5 @@ def _print_error(line: str) -> None:
 
 
 def _detach(stream: Any) -> None:
-    """Python flushes its streams once more at its end, and would complain about one without a reader."""
+    """Python flushes its streams at exit, and would report one without a reader."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,1 +1,1 @@
-"""Code that collects observations and what the teacher says about them."""
+"""Observations and the teacher's outputs for them."""

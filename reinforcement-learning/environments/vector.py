@@ -1,6 +1,7 @@
-"""Several copies of one Gymnasium environment, made the fast way, that restart by themselves.
+"""Several copies of one Gymnasium environment that restart by themselves, and the same as a VecEnv.
 
-What an agent may learn from is the same whatever the vector environment underneath: rows where `acting` is True.
+Transitions are the same for every vector environment underneath and both autoreset modes: the steps in which `acting`
+is True.
 """
 
 import inspect
@@ -9,8 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
@@ -19,12 +18,13 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.vec_env import VecMonitor
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
+from torch import Tensor
 
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.environments.registry import find_spec, time_limit, unusable
 
-EPISODE_STEPS = 10_000  # maximum length of an episode, for environments without a time limit
-# Modules that register their environments when they are imported, by what the ids of these start with.
-MODULES = {"ALE/": "ale_py", "KnownAnswer": f"{__package__}.known_answer"}
 SUPPORTED = (
     "supported are Box observations, of frames with their channels first, and Discrete (from 0) or bounded "
     "one-dimensional Box actions"
@@ -44,7 +44,7 @@ class Environments:
     """`count` copies of one Gymnasium environment, stepped side by side and restarted by themselves.
 
     Environment i gets the seed `seed + i`, except where all share one generator (the vector entry point of CartPole).
-    Actions out of a Box's bounds are the caller's to clip.
+    The caller clips actions to the bounds of a Box: see `to_environment`.
 
     Atari ids (ALE/...) come as four 84x84 grey frames, with sticky actions as their id says. `training` clips their
     rewards to -1, 0, 1 and makes a lost life the end of an episode. The whole game then restarts, unlike in SB3's
@@ -73,7 +73,7 @@ class Environments:
         try:
             self.vector = _make(spec, count, self.autoreset, env_kwargs)
         except Exception as error:  # foreign code: whatever it raises is about the id, the arguments or a package
-            raise _unusable(id, error) from error
+            raise unusable(id, error) from error
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         if fault := _unsupported(self.observation_space, self.action_space):
@@ -105,45 +105,6 @@ class Environments:
         self.vector.close()
 
 
-def time_limit(spec: EnvSpec) -> dict[str, Any]:
-    """The argument that limits the episodes of an environment that does not end them by itself after some time."""
-    limited = spec.max_episode_steps is not None or "max_episode_steps" in spec.kwargs or spec.namespace == "ALE"
-    return {} if limited else {"max_episode_steps": EPISODE_STEPS}
-
-
-def time_limit_warning(id: str) -> str | None:
-    if not time_limit(find_spec(id)):
-        return None
-    return (
-        f"environment {id} has no time limit: its episodes are cut after {EPISODE_STEPS:,} steps; register it with "
-        "max_episode_steps for another limit"
-    )
-
-
-def registering(id: str) -> str:
-    """The line of code that makes Gymnasium know an id which it does not know by itself, or nothing."""
-    module = _registers(id)
-    return f"import {module}  # registers the environment\n" if module else ""
-
-
-def _registers(id: str) -> str:
-    return next((module for start, module in MODULES.items() if id.startswith(start)), "")
-
-
-def find_spec(id: str) -> EnvSpec:
-    """The registered environment; `module:id` imports the module first, as in gym.make."""
-    module, _, name = id.rpartition(":")
-    module = module or _registers(name)
-    try:
-        if module:
-            import_module(module)
-    except ImportError as error:
-        raise _unusable(id, error) from error
-    if name not in gym.registry:
-        raise UserError(f"unknown environment {id}{_nearest(name)}")
-    return gym.registry[name]
-
-
 def _atari_kwargs(training: bool, env_kwargs: dict[str, Any]) -> dict[str, Any]:
     if env_kwargs.get("life_loss_info"):  # the step after would act; ale_py's SAME_STEP leaves final_obs undefined
         raise UserError("life_loss_info ends episodes without a restart; use episodic_life=True, which restarts")
@@ -151,26 +112,26 @@ def _atari_kwargs(training: bool, env_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[str, Any]) -> VectorEnv:
-    """From the environment's own vector entry point, unless there is none or it does not know the autoreset mode."""
+    """By the environment's vector entry point, unless it has none or that one does not support the autoreset mode."""
     env_kwargs = time_limit(spec) | env_kwargs
-    own = spec.vector_entry_point
-    if own is not None and "max_episode_steps" in env_kwargs and "max_episode_steps" not in _parameters(own):
-        own = None
+    vectorized = spec.vector_entry_point
+    if vectorized and "max_episode_steps" in env_kwargs and "max_episode_steps" not in _parameters(vectorized):
+        vectorized = None
     vector_kwargs: dict[str, Any] = {}
-    if own is not None and "autoreset_mode" in _parameters(own):
+    if vectorized and "autoreset_mode" in _parameters(vectorized):
         env_kwargs = env_kwargs | {"autoreset_mode": autoreset}
-    elif own is None or autoreset != AutoresetMode.NEXT_STEP:
-        own, vector_kwargs = None, {"autoreset_mode": autoreset}
-    if "render_mode" in _parameters(own or spec.entry_point):
-        env_kwargs = {"render_mode": None} | env_kwargs  # being ready to draw halves the speed of LunarLander
+    elif not vectorized or autoreset != AutoresetMode.NEXT_STEP:
+        vectorized, vector_kwargs = None, {"autoreset_mode": autoreset}
+    if "render_mode" in _parameters(vectorized or spec.entry_point):
+        env_kwargs = {"render_mode": None} | env_kwargs  # preparing to render halves the speed of LunarLander
     with _quiet_mujoco():
-        mode = "vector_entry_point" if own is not None else "sync"
-        # The spec, not the id: an id makes Gymnasium warn about each version that is not the newest.
+        mode = "vector_entry_point" if vectorized else "sync"
+        # The spec, not the id: for an id Gymnasium warns about each version that is not the newest.
         return gym.make_vec(spec, count, mode, vector_kwargs, **env_kwargs)
 
 
 def _parameters(entry_point: Any) -> set[str]:
-    """Names of the arguments of an environment's constructor, given as it is or as `module:name`."""
+    """Names of the arguments of an environment's constructor, a callable or `module:name`."""
     creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
     return set(inspect.signature(creator).parameters)
 
@@ -210,19 +171,59 @@ def _unsupported(observation_space: gym.Space, action_space: gym.Space) -> str:
     return "" if action_space.is_bounded() else "unbounded Box actions"
 
 
-def _unusable(id: str, error: Exception) -> UserError:
-    hint = ""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        hint = f"; try pip install {error.name.split('.')[0]}"
-    elif isinstance(error, ImportError):  # Hopper-v3 and the like are registered only to say that they have moved
-        hint = _nearest(id)
-    elif isinstance(error, OSError) and id.startswith("ALE/"):
-        hint = "; the ROM files are part of pip install ale_py"
-    reason = f"{error or type(error).__name__}{hint}"
-    return UserError(" ".join(f"environment {id} cannot be made: {reason}".split()))
+def to_environment(actions: Tensor, space: gym.Space) -> np.ndarray:
+    """Actions (rows, ...) as an environment takes them: integers, or floats clipped to the bounds of a Box."""
+    array = actions.cpu().numpy()
+    return np.clip(array, space.low, space.high).astype(space.dtype) if isinstance(space, Box) else array
 
 
-def _nearest(name: str) -> str:
-    """`; did you mean ...?` with the most similar id, of equally similar ones the highest version."""
-    matches = get_close_matches(name, [other for other in gym.registry if other != name], n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+class SB3Environments(VecEnv):
+    """`Environments` as a VecEnv, with its arguments. The first reset() starts from `seed`, as after seed(seed)."""
+
+    def __init__(self, id: str, count: int, seed: int = 0, training: bool = False, **env_kwargs: Any) -> None:
+        # VecEnv promises the first observation of the next episode at once, and the last one in the infos.
+        self.environments = Environments(id, count, seed, training, AutoresetMode.SAME_STEP, **env_kwargs)
+        super().__init__(count, self.environments.observation_space, self.environments.action_space)
+        self.seed(seed)
+
+    def reset(self) -> np.ndarray:
+        self.environments.reset(self._seeds[0])  # environment i gets seed + i here as there
+        self._reset_seeds()
+        return self.environments.observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        step = self.environments.step(self._actions)
+        dones = step.terminated | step.truncated
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(cut)} for cut in step.truncated & ~step.terminated]
+        for i in np.flatnonzero(dones):
+            infos[i]["terminal_observation"] = step.final_observations[i]
+        return self.environments.observations, step.rewards.astype(np.float32), dones, infos
+
+    def close(self) -> None:
+        self.environments.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of the vector environment (`render_mode`, `metadata`, `spec`), the same for each."""
+        return [getattr(self.environments.vector, attr_name) for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        raise NotImplementedError("these environments are configured when they are made")
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        raise NotImplementedError("a vector environment has no separate environments to call")
+
+
+def training_environments(id: str, count: int, seed: int, **env_kwargs: Any) -> VecMonitor:
+    """Environments for `learn`, with the returns and lengths of their episodes in its log.
+
+    Atari games end with the first life and clip rewards: see `Environments`.
+    """
+    return VecMonitor(SB3Environments(id, count, seed, training=True, **env_kwargs))

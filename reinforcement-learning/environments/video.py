@@ -1,4 +1,4 @@
-"""An episode as a moving picture, in an mp4 or a gif."""
+"""An episode as a video, in an mp4 or a gif."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ import torch
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, write_bytes
-from kd.reinforcement_learning.data.playing import Act
-from kd.reinforcement_learning.environments.vector import Environments, find_spec, time_limit
-from kd.reinforcement_learning.teacher_model.policies import environment_actions
+from kd.reinforcement_learning.environments.registry import find_spec, time_limit
+from kd.reinforcement_learning.environments.rollouts import Act
+from kd.reinforcement_learning.environments.vector import Environments, to_environment
 
 ENLARGED = 4  # times: what a policy sees of an Atari game is 84 pixels wide
 MOST_FRAMES = 3_000  # they are kept in memory
@@ -88,7 +88,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     except Exception as error:
         raise UserError(f"{environment} cannot be drawn here ({_line(error)}): leave out --video") from error
     while not ended and _has_room(frames):
-        action = environment_actions(act(torch.as_tensor(observation).unsqueeze(0)), one.action_space)[0]
+        action = to_environment(act(torch.as_tensor(observation).unsqueeze(0)), one.action_space)[0]
         observation, _, terminated, truncated, _ = one.step(action)
         frames.append(one.render())
         ended = terminated or truncated
@@ -102,7 +102,7 @@ def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, fl
     frames, ended = list[Any](), False
     while not ended and _has_room(frames):
         frames.append(one.observations[0, -1].copy())
-        step = one.step(environment_actions(act(torch.as_tensor(one.observations)), one.action_space))
+        step = one.step(to_environment(act(torch.as_tensor(one.observations)), one.action_space))
         ended = bool(step.terminated[0] or step.truncated[0])
     one.close()
     grey = np.stack(frames).repeat(ENLARGED, 1).repeat(ENLARGED, 2)  # (steps, height, width)

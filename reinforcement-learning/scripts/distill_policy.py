@@ -6,102 +6,108 @@
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
-rollouts. Of several environments one body is distilled with a head for each; each environment gets a report and an
+rollouts. For several environments one body is distilled with a head for each; each environment gets a report and an
 ordinary student.
 """
 
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kd.common.cli import parse, run
-from kd.common.reporting.report import compare
-from kd.common.training.run_folder import RunFolder, check_is_run_or_empty
-from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
+from kd.common.training.run import Run
+from kd.common.training.run_folder import check_is_run_or_empty
+from kd.reinforcement_learning.environments.registry import (
+    fingerprint,
+    require_module_on_command_line,
+    require_single_process,
+    time_limit_warning,
+)
 from kd.reinforcement_learning.environments.vector import Environments
-from kd.reinforcement_learning.student_model.arguments import ExperimentArguments, StudentArguments, TeacherTraining
-from kd.reinforcement_learning.student_model.distillation import Distillation
+from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments
-from kd.reinforcement_learning.student_model.evaluation import evaluate
-from kd.reinforcement_learning.student_model.experiment import Experiment, fingerprint, folder_name
+from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
 from kd.reinforcement_learning.student_model.matching import Loss, check_loss
-from kd.reinforcement_learning.student_model.subject import Subject
-from kd.reinforcement_learning.student_model.teachers import soft_network, teacher_of
+from kd.reinforcement_learning.student_model.student import StudentSpec
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.teacher import (
+    Teacher,
+    TeacherArguments,
+    TeacherTask,
+    load_or_train_teacher,
+    soft_network,
+)
 
 
 def main() -> None:
     require_single_process()
-    args, student, distill, training = parse(ExperimentArguments, StudentArguments, DistillArguments, TeacherTraining)
-    if args.output_dir is None:
-        names = "+".join(map(folder_name, args.environment))
-        args.output_dir = f"runs/reinforcement-learning/{args.method}_{names}"
-    check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, as what follows
-    loss: Loss = "kl" if args.method == "ppd" else distill.loss
+    args, student_args, distill_args, training = parse(
+        PolicyArguments, StudentArguments, DistillArguments, TeacherArguments
+    )
+    args.output_dir = args.output_dir or str(args.default_folder())
+    check_is_run_or_empty(Path(args.output_dir))  # like the next checks, before a teacher is trained
+    loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
     for environment in args.environment:
-        require_module_on_command_line(environment, "the recipe")
-        with closing(Environments(environment, 1)) as shown:
-            student.check(environment, shown.observation_space)
-            check_loss(loss, shown.action_space)
-    files = args.vecnormalize or [None] * len(args.environment)
-    subjects = [
-        subject_of(*own, args, student, training) for own in zip(args.environment, args.teacher, files, strict=True)
-    ]
-    for subject in subjects:
-        check_loss(loss, subject.teacher.policy.action_space, subject.deterministic)
-    seeds = args.seeds or [args.seed]
-    held = RunFolder(Path(args.output_dir)) if args.seeds else None
-    folders = []
-    for seed in seeds:
-        folder = Path(args.output_dir, f"seed{seed}") if args.seeds else Path(args.output_dir)
-        own = replace(args, seed=seed, seeds=None, output_dir=str(folder))
-        folders += run_seed(own, subjects, student, distill, training)
-    if len(seeds) > 1:
-        compare(folders)
-    del held  # until now no other process works in the folder of the seeds
+        check_environment(environment, student_args, loss)
+
+    teachers = load_teachers(args, training)
+    for teacher in teachers:
+        check_loss(loss, teacher.agent.policy.action_space, teacher.deterministic)
+    specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
+
+    run = PolicyRun(args.environment, args, student_args, distill_args, training)
+    run.check_inputs(
+        ", ".join(map(fingerprint, args.environment)),
+        **{f"teacher of {teacher.environment}": teacher.network for teacher in teachers},
+    )
+    measured = [evaluate_teacher(run, teacher, args.episodes) for teacher in teachers]  # (entry, random return)
+
+    for seed_run in run.each_seed():
+        train = Distillation(seed_run, specs, distill_args, args.watch_episodes)
+        control = None if args.no_control else train.control()
+        student = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
+        cloned = None if args.no_control else train.behaviour_cloning()
+
+        for teacher, (entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
+            environment, models = teacher.environment, {"teacher": entry}
+            for role, agents in {"control": control, "student": student, "behaviour_cloning": cloned}.items():
+                if agents is not None:
+                    models[role] = evaluate(agents[environment], environment, args.episodes, teacher.network)
+            report(seed_run, args.method, environment, models, random, "student", seed_run.folder / folder)
+    run.summarize()
 
 
-def subject_of(
-    environment: str,
-    name: str,
-    vecnormalize: str | None,
-    args: ExperimentArguments,
-    student: StudentArguments,
-    training: TeacherTraining,
-) -> Subject:
-    teacher = teacher_of(environment, name, training, args, vecnormalize)
-    network = soft_network(teacher, environment, args.teacher_temperature, args.teacher_entropy)
-    return Subject(environment, teacher, network, training_recipe("ppo", environment), student)
+def check_environment(environment: str, student: StudentArguments, loss: Loss) -> None:
+    """Raises UserError for an environment that cannot be made, or that does not fit the student or the loss."""
+    require_module_on_command_line(environment, "the recipe")
+    with closing(Environments(environment, 1)) as shown:
+        student.check(environment, shown.observation_space)
+        check_loss(loss, shown.action_space)
 
 
-def run_seed(
-    args: ExperimentArguments,
-    subjects: list[Subject],
-    student: StudentArguments,
-    distill: DistillArguments,
-    training: TeacherTraining,
-) -> list[Path]:
-    """One seed's run; the folders of its reports."""
-    names = [folder_name(subject.environment) for subject in subjects] if len(subjects) > 1 else []
-    experiment = Experiment(args.method, args, args.watch_episodes, student, distill, training, folders=names)
-    played = ", ".join(fingerprint(subject.environment) for subject in subjects)
-    experiment.run.check_inputs(played, **{f"teacher of {s.environment}": s.network for s in subjects})
-    for warning in [warning for subject in subjects for warning in subject.warnings(args.episodes)]:
-        experiment.run.warn(warning)
-    stages = Distillation(experiment, subjects, distill)
-    agents = {"student": stages.proximal(args.teacher_weight) if args.method == "ppd" else stages.distilled()}
-    if not args.no_control:
-        agents |= {"control": stages.from_reward(), "behaviour_cloning": stages.behaviour_cloning()}
-    folders = []
-    for subject in subjects:
-        name = subject.environment
-        folders.append(experiment.run.folder / folder_name(name) if names else experiment.run.folder)
-        models = {"teacher": subject.entry(args.episodes)}
-        models |= {role: evaluate(of[name], name, args.episodes, subject.network) for role, of in agents.items()}
-        work = stages.work("student")
-        random = subject.random_metrics(args.episodes)["return_mean"]
-        experiment.report(name, models, random, "student", folders[-1], work)
-    return folders
+def load_teachers(args: PolicyArguments, training: TeacherArguments) -> list[Teacher]:
+    """One per environment, at its temperature."""
+    teachers = []
+    statistics: Sequence[str | None] = args.vecnormalize or [None] * len(args.environment)
+    for environment, name, vecnormalize in zip(args.environment, args.teacher, statistics, strict=True):
+        task = TeacherTask(environment, args.episodes, args.watch_episodes)
+        agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
+        network = soft_network(agent, environment, args.teacher_temperature, args.teacher_entropy)
+        teachers.append(Teacher(environment, agent, network))
+    return teachers
+
+
+def evaluate_teacher(run: Run, teacher: Teacher, episodes: int) -> tuple[dict[str, Any], float]:
+    """The teacher's entry in results.json and the mean return of random actions; warns of a bad teacher."""
+    environment, agent = teacher.environment, teacher.agent
+    entry = evaluate(agent, environment, episodes)
+    random = random_metrics(environment, agent.policy.action_space, episodes)
+    doubts = [time_limit_warning(environment), *agent.warnings]
+    for warning in [*doubts, random_warning(agent.name, entry["metrics"]["test"], random)]:
+        run.warn(warning)
+    return entry, random["return_mean"]
 
 
 if __name__ == "__main__":

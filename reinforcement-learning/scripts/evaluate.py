@@ -1,4 +1,4 @@
-"""Measures a policy in its environment: mean, IQM and 95 % interval of its returns, cost, likeness to a teacher.
+"""Evaluates a policy in its environment: mean, IQM and 95 % interval of its returns, cost, agreement with a teacher.
 
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1
     python reinforcement-learning/scripts/evaluate.py student.zip --environment CartPole-v1 --teacher teacher.zip
@@ -8,6 +8,7 @@ MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baseline
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from kd.common.cli import Parser, run
@@ -15,51 +16,60 @@ from kd.common.reporting.results import RESULTS, show_metrics
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.common.utils.ranges import MOST, Range
-from kd.reinforcement_learning.data.playing import greedy
-from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
-from kd.reinforcement_learning.environments.vector import time_limit_warning
+from kd.reinforcement_learning.environments.registry import (
+    require_module_on_command_line,
+    require_single_process,
+    time_limit_warning,
+)
+from kd.reinforcement_learning.environments.rollouts import TEST_SEED
 from kd.reinforcement_learning.environments.video import check_video, write_video
-from kd.reinforcement_learning.student_model.evaluation import TEST_SEED, evaluate
-from kd.reinforcement_learning.student_model.teachers import load_agent
+from kd.reinforcement_learning.student_model.evaluation import evaluate
+from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.teacher import load_agent
 
 
 def main() -> None:
     require_single_process()
-    parser = Parser(description=__doc__)
-    parser.add_argument("model", help="a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub")
-    parser.add_argument("--environment", help="Gymnasium's id; of one of this project's runs it is known")
-    parser.add_argument("--teacher", help="also compare with this policy, on the states that the model meets")
-    parser.add_argument(
-        "--vecnormalize",
-        metavar="FILE",
-        help="what VecNormalize.save wrote for the model, or none (default: the file that is named like it)",
-    )
-    parser.add_argument("--teacher_vecnormalize", metavar="FILE", help="likewise for the teacher")
-    parser.add_argument("--episodes", type=int, default=100, within=Range(1, MOST))
-    parser.add_argument("--video", metavar="FILE", help="also write an episode to an .mp4 or .gif")
-    parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
-    parser.add_argument("--trust_pickle", action="store_true", help="let Stable-Baselines3 unpickle the model")
-    args = parser.parse_args()
-    if args.video:
-        check_video(args.video)
-
+    args = arguments()
     environment = args.environment or environment_of(Path(args.model))
     agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
     teacher = None
     if args.teacher:
-        words = args.teacher_vecnormalize, "--teacher_vecnormalize"
-        teacher = load_agent(args.teacher, environment, args.trust_pickle, *words)
+        flag = "--teacher_vecnormalize"
+        teacher = load_agent(args.teacher, environment, args.trust_pickle, args.teacher_vecnormalize, flag)
     for warning in (time_limit_warning(environment), *agent.warnings, *(teacher.warnings if teacher else ())):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
+
     entry = evaluate(agent, environment, args.episodes, teacher.network() if teacher else None)
     show_metrics(args.model, entry, args.json)
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
 
 
+def arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", help="A zip of Stable-Baselines3, a folder with one, or owner/name on the Hub.")
+    parser.add_argument("--environment", help="Gymnasium id (default: that of a run of this project).")
+    parser.add_argument("--teacher", help="Compare with this policy, in the states that the model meets.")
+    parser.add_argument(
+        "--vecnormalize",
+        metavar="FILE",
+        help="File that VecNormalize.save wrote for the model, or none (default: the file named like the model).",
+    )
+    parser.add_argument("--teacher_vecnormalize", metavar="FILE", help="The same for the teacher.")
+    parser.add_argument("--episodes", type=int, default=100, within=Range(1, MOST), help="Episodes to play.")
+    parser.add_argument("--video", metavar="FILE", help="Write an episode to an .mp4 or .gif.")
+    parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
+    parser.add_argument("--trust_pickle", action="store_true", help="Let Stable-Baselines3 unpickle the model.")
+    args = parser.parse_args()
+    if args.video:
+        check_video(args.video)
+    return args
+
+
 def environment_of(folder: Path) -> str:
-    """What a run of this project was about. Raises UserError where its results.json names a module to import."""
+    """The environment of a run of this project. Raises UserError where results.json names a module to import."""
     for place in (folder, folder.parent):
         if (place / RESULTS).exists():
             results = read_json(place / RESULTS)

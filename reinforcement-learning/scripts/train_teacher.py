@@ -4,28 +4,41 @@
     python reinforcement-learning/scripts/train_teacher.py --environment Pendulum-v1 --algorithm sac
     python reinforcement-learning/scripts/train_teacher.py --environment ALE/Pong-v5 --teacher_steps 100000
 
-The run's folder is what `--teacher` of distill_policy.py takes; without one that script looks where this puts it.
+The run's folder is what `--teacher` of distill_policy.py takes; that script also looks for it in the default folder.
 """
 
 from kd.common.cli import parse, run
 from kd.common.training.arguments import RunArguments
-from kd.reinforcement_learning.environments.launch import require_module_on_command_line, require_single_process
-from kd.reinforcement_learning.environments.vector import time_limit_warning
-from kd.reinforcement_learning.student_model.arguments import TeacherTask, TeacherTraining
-from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning
-from kd.reinforcement_learning.student_model.teachers import trained_teacher
+from kd.common.training.run import Run
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.environments.registry import (
+    require_module_on_command_line,
+    require_single_process,
+    time_limit_warning,
+)
+from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
+from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, train_teacher
+from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 
 def main() -> None:
     require_single_process()
-    task, training, args = parse(TeacherTask, TeacherTraining, RunArguments)
-    require_module_on_command_line(task.environment, "the recipe")
-    experiment, teacher = trained_teacher(task, training, args)
-    entry = evaluate(teacher, task.environment, task.episodes)
-    random = random_metrics(task.environment, teacher.policy.action_space, task.episodes)
-    experiment.run.warn(time_limit_warning(task.environment))
-    experiment.run.warn(random_warning(teacher.name, entry["metrics"]["test"], random))
-    experiment.report(task.environment, {"teacher": entry}, random["return_mean"])
+    task, training, args = parse(TeacherTask, TeacherArguments, RunArguments)
+    if args.seeds:
+        raise UserError("train_teacher.py trains one teacher: pass --seed instead of --seeds")
+    environment = task.environment
+    require_module_on_command_line(environment, "the recipe")
+    args.output_dir = args.output_dir or str(training.folder(environment))
+
+    model = new_teacher(environment, training.recipe(environment), args.seed)  # refuses before the folder is made
+    run = Run(args, task, training)
+    teacher = train_teacher(run, model, task, training)
+
+    entry = evaluate(teacher, environment, task.episodes)
+    random = random_metrics(environment, teacher.policy.action_space, task.episodes)
+    run.warn(time_limit_warning(environment))
+    run.warn(random_warning(teacher.name, entry["metrics"]["test"], random))
+    report(run, f"{training.algorithm} teacher", environment, {"teacher": entry}, random["return_mean"])
 
 
 if __name__ == "__main__":

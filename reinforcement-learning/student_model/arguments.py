@@ -1,8 +1,8 @@
-"""Arguments of the reinforcement-learning scripts."""
+"""Arguments of the student and of a distillation run."""
 
-import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
@@ -19,64 +19,33 @@ from kd.common.utils.ranges import (
     Range,
     check_declared,
 )
-from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
-
-Algorithm = Literal["ppo", "dqn", "sac"]
-
-
-@dataclass
-class TeacherTraining:
-    """How a teacher is trained here. Raises ValueError, one line, for what cannot be."""
-
-    algorithm: Algorithm = field(default="ppo", metadata={"help": "of a teacher that is trained here"})
-    teacher_steps: Count | None = field(
-        default=None, metadata={"help": "environment steps of its training, instead of those of hyperparameters.yaml"}
-    )
-    hyperparameters: str | None = field(
-        default=None, metadata={"help": "JSON on top of hyperparameters.yaml, such as '{\"gamma\": 0.99}'"}
-    )
-
-    def __post_init__(self) -> None:
-        self.recipe("CartPole-v1")  # refuses now what is malformed
-
-    def recipe(self, environment: str) -> TrainingRecipe:
-        changes: Any = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
-        if not isinstance(changes, dict):
-            raise ValueError(f"--hyperparameters must be a JSON object, such as '{{\"gamma\": 0.99}}', got {changes}")
-        if self.teacher_steps is not None:
-            changes["steps"] = self.teacher_steps
-        return training_recipe(self.algorithm, environment, changes)
-
-
-@dataclass
-class TeacherTask:
-    """Where a teacher is trained."""
-
-    environment: str = field(default="CartPole-v1", metadata={"help": "Gymnasium's id"})
-    episodes: Count = field(default=100, metadata={"help": "of evaluation at the end"})
-    watch_episodes: Count = field(default=10, metadata={"help": "of each evaluation for the curves"})
+from kd.reinforcement_learning.environments.registry import folder_name
 
 
 @dataclass
 class StudentArguments:
-    """What the student is: always a PPO of Stable-Baselines3."""
+    """The student, a PPO of Stable-Baselines3."""
 
     student: list[Count] = field(
         default_factory=lambda: [16, 16],
-        metadata={"help": "widths of its hidden layers; of frames, first that of the layer behind the convolutions"},
+        metadata={"help": "Widths of the hidden layers; for frames, first that of the layer after the convolutions."},
     )
     student_value: list[Count] | None = field(
-        default=None, metadata={"help": "of its value network (default: the same); nothing for one linear layer"}
+        default=None,
+        metadata={"help": "Widths of the value network (default: those of --student); no width for a linear one."},
     )
     channels: list[Count] = field(
-        default_factory=lambda: [16, 16, 16], metadata={"help": "of its three convolutions, where it sees frames"}
+        default_factory=lambda: [16, 16, 16], metadata={"help": "Channels of the three convolutions, for frames."}
     )
     codebooks: CountOrNone = field(
-        default=0, metadata={"help": "of a key-value bottleneck that its layers are put behind; 0 for none"}
+        default=0,
+        metadata={"help": "Number of codebooks of the student's key-value bottleneck; 0 for a plain MLP."},
     )
-    pairs: Annotated[int, Range(1, 2**16)] = field(default=64, metadata={"help": "of key and value in each codebook"})
+    pairs: Annotated[int, Range(1, 2**16)] = field(
+        default=64, metadata={"help": "Keys, and values, of each codebook."}
+    )
     key_dim: Count | None = field(
-        default=None, metadata={"help": "width of a key (default: that of an observation divided by --codebooks)"}
+        default=None, metadata={"help": "Width of a key (default: that of an observation divided by --codebooks)."}
     )
 
     def __post_init__(self) -> None:
@@ -89,64 +58,65 @@ class StudentArguments:
             reject_unused("--codebooks is 0", self, "pairs", "key_dim")
 
     def check(self, environment: str, observations: spaces.Space) -> None:
-        """Raises UserError where such a student cannot see what an environment shows."""
+        """Raises UserError for a student that does not fit the observations of an environment."""
         if not is_image_space(observations):
             reject_unused(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
             raise UserError(f"{environment} shows frames: give --student the width of the layer behind convolutions")
         if self.codebooks and len(observations.shape or ()) != 1:
             raise UserError(
-                f"a key-value bottleneck looks up vectors, and {environment} shows observations of shape "
+                f"a key-value bottleneck takes vectors, and {environment} shows observations of shape "
                 f"{observations.shape}: leave out --codebooks"
             )
 
 
 @dataclass
-class ExperimentArguments(RunArguments):
-    """What is distilled, how often, and how it is judged."""
+class PolicyArguments(RunArguments):
+    """Environments, teachers, method and evaluation of a run."""
 
     environment: list[str] = field(
         default_factory=lambda: ["CartPole-v1"],
-        metadata={"help": "Gymnasium's ids; of several, one student body with a head for each is distilled"},
+        metadata={"help": "Gymnasium ids; for several, one student body with a head for each."},
     )
     teacher: list[str] = field(
         default_factory=lambda: ["train"],
         metadata={
-            "help": "per environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or `train`: "
-            "trained here unless it was before"
+            "help": "Per environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or `train` for a "
+            "teacher that is trained once and kept."
         },
     )
     vecnormalize: list[str] | None = field(
         default=None,
         metadata={
-            "help": "per environment: the file that VecNormalize.save wrote for the teacher, or none (default: the "
-            "file next to it that is named like it)"
+            "help": "Per environment: the file that VecNormalize.save wrote for the teacher, or none (default: the "
+            "file that is named like the teacher)."
         },
     )
     teacher_temperature: Positive | None = field(
-        default=None, metadata={"help": "of the teacher's logits; below 1 sharpens (default: 1, of a DQN by entropy)"}
+        default=None,
+        metadata={"help": "Temperature of the teacher's logits; below 1 sharpens (default: 1, for a DQN by entropy)."},
     )
     teacher_entropy: ProperShare = field(
-        default=0.1, metadata={"help": "of a DQN's soft actions, as a share of the greatest possible"}
+        default=0.1, metadata={"help": "Mean entropy of a DQN's soft actions, as a share of the maximum."}
     )
-    episodes: Count = field(default=100, metadata={"help": "of evaluation at the end"})
-    watch_episodes: Count = field(default=10, metadata={"help": "of each evaluation for the curves"})
+    episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
+    watch_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
     method: Literal["distill", "ppd"] = field(
         default="distill",
         metadata={
-            "help": "ppd: proximal policy distillation, for teachers that can be passed; of the flags of distilling "
-            "it takes --steps alone"
+            "help": "ppd: proximal policy distillation, for imperfect teachers; of the flags of distillation it uses "
+            "--steps only."
         },
     )
     teacher_weight: NotNegative = field(
         default=1.0,
-        metadata={"help": "of the teacher at the start of proximal policy distillation; it falls linearly to 0"},
+        metadata={"help": "Initial weight of the teacher in proximal policy distillation; it falls linearly to 0."},
     )
     no_control: bool = field(
-        default=False, metadata={"help": "skip the same student from reward alone and the behaviour cloning"}
+        default=False, metadata={"help": "Skip the student trained from reward alone, and behaviour cloning."}
     )
     trust_pickle: bool = field(
-        default=False, metadata={"help": "let Stable-Baselines3 unpickle the teacher, which can run any code"}
+        default=False, metadata={"help": "Let Stable-Baselines3 unpickle the teacher, which can run any code."}
     )
 
     def __post_init__(self) -> None:
@@ -179,3 +149,6 @@ class ExperimentArguments(RunArguments):
         else:
             reject_unused("--method is not ppd", self, "teacher_weight")
         super().check_unused_flags()
+
+    def default_folder(self) -> Path:
+        return Path("runs/reinforcement-learning", f"{self.method}_{'+'.join(map(folder_name, self.environment))}")

@@ -1,126 +1,165 @@
-"""From teachers to students: the stages that train them in one run of distill_policy.py."""
+"""The stages that train students in one run: control, student and the behaviour cloning baseline."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
 
+from kd.common.reporting.results import RESULTS
+from kd.common.training.arguments import RunArguments
+from kd.common.training.run import Run
+from kd.common.training.run_folder import REPORT_FILES
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Recorder
+from kd.reinforcement_learning.environments.registry import folder_name
+from kd.reinforcement_learning.environments.rollouts import Recorder
 from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from kd.reinforcement_learning.student_model.experiment import Agents, Experiment, folder_name
-from kd.reinforcement_learning.student_model.ppd import PPD
-from kd.reinforcement_learning.student_model.student import StudentNetwork, share_bodies
-from kd.reinforcement_learning.student_model.subject import Subject
+from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
+from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
 from kd.reinforcement_learning.teacher_model.agent import Agent
-from kd.reinforcement_learning.teacher_model.teacher import recipe_environments
+from kd.reinforcement_learning.teacher_model.policies import sampling
+from kd.reinforcement_learning.teacher_model.training import mean_returns, recipe_environments, train_from_reward
 
 
+class Agents(dict[str, Agent]):
+    """Agents by environment, saved in a folder each."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        for environment, agent in self.items():
+            (path := Path(folder, folder_name(environment))).mkdir()
+            agent.save_pretrained(path)
+
+
+class PolicyRun(Run):
+    """A run with a report on each of its environments; for several, each in a folder of the run's."""
+
+    def __init__(self, environments: list[str], args: RunArguments, *instances: Any) -> None:
+        if len(environments) > 1:
+            self.reports = tuple(map(folder_name, environments))
+            self.last_file = f"{self.reports[-1]}/{RESULTS}"
+            self.files = (*Run.files, *(f"{folder}/{name}" for folder in self.reports for name in REPORT_FILES))
+        super().__init__(args, *instances)
+
+
+@dataclass(frozen=True)
 class Distillation:
-    """The stages that train students in an experiment. One student per subject; those of several share their body."""
+    """Trains students as stages of `run`: one per environment; those of several environments share their body.
 
-    def __init__(self, experiment: Experiment, subjects: list[Subject], args: DistillArguments) -> None:
-        self.experiment, self.subjects, self.args, self.seed = experiment, subjects, args, experiment.seed
-        self.steps = args.steps // len(subjects)  # of each environment
+    Every method returns the finished stage's agents if the run has them.
+    """
 
-    def from_reward(self) -> Agents:
-        """The control: the same student, trained by PPO from reward alone, with as many environment steps (rounded up
-        to whole rollouts).
+    run: Run
+    specs: list[StudentSpec]
+    args: DistillArguments
+    eval_episodes: int
+
+    def control(self) -> Agents:
+        """The same student, trained by PPO from reward alone, with as many environment steps (rounded up to whole
+        rollouts).
         """
-        name = "PPO from reward"
 
-        def build() -> Agents:
-            agents = Agents()
-            for subject in self.subjects:
-                environments = recipe_environments(
-                    subject.environment, subject.recipe, self.seed, norm_obs=not subject.raw
-                )
-                model = subject.new_student(self.seed, environments)
-                subject.prepare(model, self.args.num_envs, self.steps // self.args.rounds, self.seed)
-                self.experiment.from_reward("control", subject.environment, model, self.steps)
-                agents[subject.environment] = subject.plain_student(name, model, self.seed)
-            return agents
+        def build(spec: StudentSpec) -> PPO:
+            environment, raw = spec.teacher.environment, spec.args.codebooks > 0
+            return spec.new(self._seed, recipe_environments(environment, spec.recipe, self._seed, norm_obs=not raw))
 
-        return self._stage("control", name, build)
+        return self._from_reward("control", "PPO from reward", build)
 
-    def proximal(self, teacher_weight: float) -> Agents:
+    def ppd_student(self, teacher_weight: float) -> Agents:
         """A student by proximal policy distillation."""
-        name = "student (PPD)"
 
-        def build() -> Agents:
-            (subject,) = self.subjects
-            environments, teacher = subject.shared_view(self.seed)
-            model = subject.new_student(
-                self.seed, environments, algorithm=PPD, teacher=teacher, teacher_weight=teacher_weight
-            )
-            subject.prepare(model, self.args.num_envs, self.steps // self.args.rounds, self.seed)
-            self.experiment.from_reward("student", subject.environment, model, self.steps)
-            return Agents({subject.environment: subject.plain_student(name, model, self.seed)})
+        def build(spec: StudentSpec) -> PPO:
+            environments, teacher = ppd_environments(spec, self._seed)
+            return spec.new(self._seed, environments, algorithm=PPD, teacher=teacher, teacher_weight=teacher_weight)
 
-        return self._stage("student", name, build)
+        return self._from_reward("student", "student (PPD)", build)
 
-    def distilled(self) -> Agents:
-        """The student, by the distiller."""
-        return self._stage("student", "student", lambda: self._distill("student", "student", self.args))
+    def student(self) -> Agents:
+        """A student by the Distiller."""
+        return self._distilled("student", "student", self.args)
 
     def behaviour_cloning(self) -> Agents:
-        """A baseline: the teacher drives throughout, and only its greedy action is kept."""
-        discrete = all(isinstance(s.teacher.policy.action_space, spaces.Discrete) for s in self.subjects)
+        """A baseline: the teacher always acts, and its greedy actions are the targets."""
+        discrete = all(isinstance(spec.teacher.agent.policy.action_space, spaces.Discrete) for spec in self.specs)
         args = replace(self.args, driver="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
-        stage, name = "behaviour_cloning", "behaviour cloning"
-        return self._stage(stage, name, lambda: self._distill(stage, name, args))
+        return self._distilled("behaviour_cloning", "behaviour cloning", args)
 
-    def work(self, stage: str) -> dict[str, float]:
-        """What a stage took: environment steps and, of the distiller, observations and processor time."""
-        last = self.experiment.run.history[stage][-1]
-        return {name: last[name] for name in ("environment_steps", "observations", "cpu_seconds") if name in last}
+    @property
+    def _seed(self) -> int:
+        return self.run.args.seed
+
+    @property
+    def _steps(self) -> int:
+        """Environment steps in each environment."""
+        return self.args.steps // len(self.specs)
 
     def _stage(self, stage: str, name: str, build: Callable[[], Agents]) -> Agents:
         def load(folder: str) -> Agents:
             agents = Agents()
-            for subject in self.subjects:
-                own = Path(folder, folder_name(subject.environment))
-                agents[subject.environment] = subject.load_student(name, own, self.seed)
+            for spec in self.specs:
+                environment = spec.teacher.environment
+                agents[environment] = spec.load(name, Path(folder, folder_name(environment)), self._seed)
             return agents
 
-        return self.experiment.run.stage(stage, build, load)
+        return self.run.stage(stage, build, load)
 
-    def _distill(self, stage: str, name: str, args: DistillArguments) -> Agents:
-        models = [subject.new_student(self.seed) for subject in self.subjects]
-        share_bodies([model.policy for model in models])
-        tasks = [self._task(subject, model, args) for subject, model in zip(self.subjects, models, strict=True)]
-        distiller = Distiller(tasks, args, self.experiment.checkpoints(stage), self.seed)
+    def _from_reward(self, stage: str, name: str, untrained: Callable[[StudentSpec], PPO]) -> Agents:
+        def build() -> Agents:
+            agents = Agents()
+            for spec in self.specs:
+                environment, model = spec.teacher.environment, untrained(spec)
+                self._fit_bottleneck(spec, model)
+                train_from_reward(self.run, stage, environment, model, self._steps, self.eval_episodes)
+                statistics = Agent.trained(name, model).statistics
+                agents[environment] = spec.with_policy(name, self._seed, model.policy, statistics)
+            return agents
 
-        def watch() -> dict[str, float]:
-            pairs = zip(self.subjects, tasks, strict=True)
-            return self.experiment.watched({subject.environment: task.student for subject, task in pairs})
+        return self._stage(stage, name, build)
 
-        self.experiment.run.history[stage] = distiller.learn(watch, description=stage)
-        for task in tasks:
-            task.recorder.environments.close()
-        return Agents({
-            subject.environment: _with_policy(name, model, task.student.folded_policy())
-            for subject, task, model in zip(self.subjects, tasks, models, strict=True)
-        })  # fmt: skip
+    def _fit_bottleneck(self, spec: StudentSpec, model: PPO) -> None:
+        """Fits the keys of a bottleneck to the teacher's observations in the first round, as in distillation."""
+        if spec.args.codebooks:
+            driver = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
+            with closing(Environments(spec.teacher.environment, self.args.num_envs, self._seed)) as environments:
+                observations = Recorder(environments).collect(driver, self._steps // self.args.rounds)
+            StudentNetwork(model.policy, None).prepare(observations)
 
-    def _task(self, subject: Subject, model: PPO, args: DistillArguments) -> Task:
-        environments = Environments(subject.environment, args.num_envs, self.seed)
+    def _distilled(self, stage: str, name: str, args: DistillArguments) -> Agents:
+        def build() -> Agents:
+            models = [spec.new(self._seed) for spec in self.specs]
+            share_bodies([model.policy for model in models])
+            tasks = {
+                spec.teacher.environment: self._task(spec, model)
+                for spec, model in zip(self.specs, models, strict=True)
+            }
+            networks: dict[str, nn.Module] = {environment: task.student for environment, task in tasks.items()}
+
+            def evaluate() -> dict[str, float]:
+                return mean_returns(self.run, networks, self.eval_episodes)
+
+            distiller = Distiller(list(tasks.values()), args, self.run.folder / "checkpoints" / stage, self._seed)
+            self.run.history[stage] = distiller.learn(evaluate, description=stage)
+            agents = Agents()
+            for spec, (environment, task) in zip(self.specs, tasks.items(), strict=True):
+                task.recorder.environments.close()
+                agents[environment] = spec.with_policy(name, self._seed, task.student.folded_policy())
+            return agents
+
+        return self._stage(stage, name, build)
+
+    def _task(self, spec: StudentSpec, model: PPO) -> Task:
+        environments = Environments(spec.teacher.environment, self.args.num_envs, self._seed)
         space = environments.observation_space
-        kept = torch.uint8 if space.dtype == "uint8" else torch.float32
-        rows = min(args.buffer_size, self.steps + args.num_envs * args.rounds)
+        dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
+        rows = min(self.args.buffer_size, self._steps + self.args.num_envs * self.args.rounds)
         return Task(
             Recorder(environments),
-            subject.network,
-            StudentNetwork(model.policy, subject.teacher.statistics).to(model.device),
-            Observations(rows, space.shape or (), kept),
+            spec.teacher.network,
+            StudentNetwork(model.policy, spec.teacher.agent.statistics).to(model.device),
+            Observations(rows, space.shape or (), dtype),
         )
-
-
-def _with_policy(name: str, model: PPO, policy: ActorCriticPolicy) -> Agent:
-    model.policy.load_state_dict(policy.state_dict())
-    return Agent(name, model.policy, model=model)

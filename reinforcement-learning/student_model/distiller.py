@@ -1,9 +1,9 @@
-"""Policy distillation as a plain loop: collect observations, ask the teacher once about each, fit the student.
+"""Policy distillation as a plain loop: collect observations, run the teacher once on each, fit the student.
 
-Rounds of collecting and fitting over all that has been collected (DAgger, arXiv:1011.0686), with the teacher's whole
-action distribution as target (Rusu et al., arXiv:1511.06295). Who acts while observations are collected is the
-driver: the teacher, the student, the teacher in the first round and then the student (dagger), or a mixture that
-passes from the one to the other (mixed).
+Rounds of collecting and fitting over all that has been collected (DAgger, arXiv:1011.0686), with the teacher's action
+distribution as target (Rusu et al., arXiv:1511.06295). The driver is the policy that acts while observations are
+collected: the teacher, the student, the teacher in the first round and then the student (dagger), or a mixture whose
+share of the teacher falls from 1 to 0 (mixed).
 """
 
 import math
@@ -24,35 +24,38 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.common.utils.ranges import Count, NotNegative, Positive
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Act, Recorder, mixture, sampling
+from kd.reinforcement_learning.environments.rollouts import Act, Recorder, mixture
 from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork
-from kd.reinforcement_learning.teacher_model.checkpoints import Checkpoints
+from kd.reinforcement_learning.teacher_model.policies import sampling
+from kd.reinforcement_learning.teacher_model.training import newest_checkpoint, save_checkpoint
 
 STATE = "state.pt"  # of a checkpoint
 Driver = Literal["teacher", "student", "dagger", "mixed"]
-Watch = Callable[[], dict[str, float]]
+Evaluate = Callable[[], dict[str, float]]
 
 
 @dataclass
 class DistillArguments:
     """How a student is distilled."""
 
-    driver: Driver = field(default="dagger", metadata={"help": "who acts while observations are collected"})
-    loss: Loss = field(default="kl", metadata={"help": "between the action distributions of student and teacher"})
-    steps: Count = field(default=20_000, metadata={"help": "environment steps in all"})
-    rounds: Count = field(default=10, metadata={"help": "of collecting and fitting"})
-    updates: Count = field(default=200, metadata={"help": "minibatches per round"})
-    batch_size: Count = 256
-    learning_rate: Positive = field(default=3e-3, metadata={"help": "of Adam at the start; it falls linearly to 0"})
-    value_weight: NotNegative = field(default=0.5, metadata={"help": "of the loss between the values; 0 for none"})
-    num_envs: Count = field(default=8, metadata={"help": "environments that are stepped side by side"})
-    buffer_size: Count = field(default=1_000_000, metadata={"help": "observations kept; the oldest go first"})
+    driver: Driver = field(default="dagger", metadata={"help": "Policy that acts while observations are collected."})
+    loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
+    steps: Count = field(default=20_000, metadata={"help": "Environment steps in total."})
+    rounds: Count = field(default=10, metadata={"help": "Rounds of collecting and fitting."})
+    updates: Count = field(default=200, metadata={"help": "Minibatches per round."})
+    batch_size: Count = field(default=256, metadata={"help": "Observations per minibatch."})
+    learning_rate: Positive = field(
+        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
+    )
+    value_weight: NotNegative = field(default=0.5, metadata={"help": "Weight of the loss between the values."})
+    num_envs: Count = field(default=8, metadata={"help": "Environments that are stepped in parallel."})
+    buffer_size: Count = field(default=1_000_000, metadata={"help": "Observations kept; the oldest are dropped."})
 
 
 @dataclass
 class Task:
-    """One environment's side of a distillation."""
+    """The distillation in one environment."""
 
     recorder: Recorder
     teacher: nn.Module
@@ -62,46 +65,41 @@ class Task:
 
 
 class Distiller:
-    """Distills one task, or several whose students share layers, in minibatches that take turns.
+    """Distills one task, or several whose students share layers, one minibatch of each per update.
 
-    `folder` keeps what a killed distillation needs to go on and end as if never killed: weights, optimizer, random
-    state and the actions taken. From these the environments and the buffers are brought to where they were.
+    Checkpoints in `folder` hold the weights, the optimizer, the random state and the recorded actions, from which
+    environments and buffers are restored: a killed distillation continues and ends as if never killed.
     """
 
     def __init__(self, tasks: list[Task], args: DistillArguments, folder: Path, seed: int) -> None:
-        self.tasks, self.args, self.checkpoints = tasks, args, Checkpoints(folder)
+        self.tasks, self.args, self.folder = tasks, args, folder
         self.generator = torch.Generator().manual_seed(seed)
         self.students = nn.ModuleList(task.student for task in tasks)
         self.optimizer = torch.optim.Adam(self.students.parameters(), lr=args.learning_rate, fused=True)
-        self.done_rounds, self.cpu_seconds, self.history = 0, 0.0, list[dict[str, Any]]()
+        self.cpu_seconds, self.history = 0.0, list[dict[str, Any]]()
 
-    def learn(self, watch: Watch, description: str = "") -> list[dict[str, Any]]:
-        """Runs the rounds that are left; the log: after each round the losses and what `watch()` tells."""
-        checkpoint = self.checkpoints.newest()
-        if checkpoint is not None:
+    def learn(self, evaluate: Evaluate, description: str = "") -> list[dict[str, Any]]:
+        """Runs the remaining rounds; the log has an entry per round: means of the losses and `evaluate()`."""
+        if (checkpoint := newest_checkpoint(self.folder)) is not None:
             self._restore(checkpoint / STATE)
-        rounds = range(self.done_rounds, self.args.rounds)
-        with tqdm(rounds, desc=description, unit="round", leave=False) as bar:
-            for number in bar:
-                self._round(number, watch)
+        for number in tqdm(range(len(self.history), self.args.rounds), description, unit="round", leave=False):
+            started = time.process_time()
+            for task in self.tasks:
+                self._collect(task, number)
+            means = self._fit(number)
+            check_finite_weights(self.students, when=f"after round {number + 1}")
+            self.cpu_seconds += time.process_time() - started
+            work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
+            self.history.append({"environment_steps": self._steps(number + 1)} | work | means | evaluate())
+            save_checkpoint(self.folder, number + 1, self._write)
         return self.history
 
-    def _round(self, number: int, watch: Watch) -> None:
-        started = time.process_time()
-        for task in self.tasks:
-            self._collect(task, number)
-        losses = self._fit(number)
-        check_finite_weights(self.students, when=f"after round {number + 1}")
-        self.cpu_seconds += time.process_time() - started
-        work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-        self.history.append({"environment_steps": self._steps(number + 1)} | work | losses | watch())
-        self.done_rounds = number + 1
-        self.checkpoints.save(self.done_rounds, self._write)
-
     def _steps(self, rounds: int) -> int:
+        """Environment steps of all tasks at the end of so many rounds."""
         return self.args.steps * rounds // self.args.rounds
 
     def _collect(self, task: Task, number: int) -> None:
+        """Adds the observations of a round, with the teacher's outputs, to the buffer of a task."""
         steps = (self._steps(number + 1) - self._steps(number)) // len(self.tasks)
         observations = task.recorder.collect(self._driver(task, number), steps)
         if number == 0:
@@ -114,34 +112,32 @@ class Distiller:
 
     def _driver(self, task: Task, number: int) -> Act:
         teacher, student = sampling(task.teacher, self.generator), sampling(task.student, self.generator)
-        teachers_share = {
+        teacher_share = {
             "teacher": 1.0,
             "student": 0.0,
             "dagger": float(number == 0),
             "mixed": 1 - number / max(self.args.rounds - 1, 1),
         }[self.args.driver]
-        if teachers_share in (0.0, 1.0):
-            return teacher if teachers_share else student
-        return mixture(teacher, student, teachers_share, self.generator)
+        if teacher_share in (0.0, 1.0):
+            return teacher if teacher_share else student
+        return mixture(teacher, student, teacher_share, self.generator)
 
     def _fit(self, number: int) -> dict[str, float]:
-        """One round of minibatches; the means of the loss and its parts over it."""
-        updates, tasks = self.args.updates, self.tasks
-        streams = [
-            task.buffer.batches(self.args.batch_size, updates, self.generator, task.student.device) for task in tasks
-        ]
+        """The minibatches of a round; the means of the loss and its terms."""
+        args, updates, tasks = self.args, self.args.updates, self.tasks
+        batches = [t.buffer.batches(args.batch_size, updates, self.generator, t.student.device) for t in tasks]
         objectives = [self._objective(task) for task in tasks]
         sums: dict[str, Tensor] = {}
         for update in range(updates):
-            share_done = (number * updates + update) / (updates * self.args.rounds)
-            self.optimizer.param_groups[0]["lr"] = self.args.learning_rate * (1 - share_done)
+            share_done = (number * updates + update) / (updates * args.rounds)
+            self.optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - share_done)
             self.optimizer.zero_grad()
-            for task, objective, (observations, said) in zip(tasks, objectives, map(next, streams), strict=True):
-                outputs = task.student(observations)
-                parts = objective(outputs, said, None)
+            for task, objective, (observations, teacher) in zip(tasks, objectives, map(next, batches), strict=True):
+                student = task.student(observations)
+                parts = objective(student, teacher, None)
                 loss = torch.stack(list(parts.values())).sum()
                 loss.backward()
-                for name, value in (parts | {"loss": loss} | objective.watch(outputs, said, None)).items():
+                for name, value in (parts | {"loss": loss} | objective.watch(student, teacher, None)).items():
                     sums[name] = sums.get(name, 0) + value.detach() / (updates * len(tasks))
             self.optimizer.step()
         means = {name: value.item() for name, value in sums.items()}
@@ -156,7 +152,6 @@ class Distiller:
 
     def _write(self, folder: Path) -> None:
         state = {
-            "done_rounds": self.done_rounds,
             "cpu_seconds": self.cpu_seconds,
             "history": self.history,
             "students": self.students.state_dict(),
@@ -169,12 +164,11 @@ class Distiller:
 
     def _restore(self, file: Path) -> None:
         state = torch.load(file, weights_only=True)
-        self.done_rounds, self.cpu_seconds = state["done_rounds"], state["cpu_seconds"]
-        self.history = state["history"]
+        self.cpu_seconds, self.history = state["cpu_seconds"], state["history"]
         self.students.load_state_dict(state["students"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         for task, actions, marks in zip(self.tasks, state["actions"], state["marks"], strict=True):
             task.marks = marks
-            for start, end in pairwise(marks):  # as the rounds went, so that the teacher says the same to the last bit
+            for start, end in pairwise(marks):  # round by round, for teacher outputs that are equal to the last bit
                 task.buffer.append(task.recorder.replay(actions[start:end].numpy()), task.teacher)

@@ -1,6 +1,7 @@
-"""What a policy is worth in its environment, and how often it does what the teacher would do."""
+"""Evaluation of policies: returns, agreement with the teacher, cost; and the report of a run."""
 
-from contextlib import closing
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,73 +13,145 @@ from kd.common import losses
 from kd.common.metrics.chance import guessing_warning
 from kd.common.metrics.classification import agreement
 from kd.common.metrics.cost import cost
-from kd.common.metrics.returns import return_metrics
-from kd.reinforcement_learning.data.observations import tell
-from kd.reinforcement_learning.data.playing import Act, at_random, greedy, play, sampling
-from kd.reinforcement_learning.environments.vector import Environments
-from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.common.metrics.returns import normalized_return, return_metrics
+from kd.common.reporting.model_card import model_card
+from kd.common.reporting.results import print_table, write_report
+from kd.common.training.run import Run
+from kd.common.utils.files import write_text
+from kd.common.utils.folders import writing_folder
+from kd.reinforcement_learning.data.observations import predict
+from kd.reinforcement_learning.environments.registry import fingerprint, folder_name, registration_code
+from kd.reinforcement_learning.environments.rollouts import TEST_SEED, random_actions, returns_of
+from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent
+from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.training import curve
 
-TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far apart, and from the seeds of any training
-SIDE_BY_SIDE = 20  # environments
 STATES = 20_000  # on which student and teacher are compared
+USAGE = """{register}import gymnasium
+from stable_baselines3 import PPO
 
-
-def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:
-    """Returns (episodes,) of new environments, and the observations met (rows, ...)."""
-    with closing(Environments(environment, min(episodes, SIDE_BY_SIDE), seed)) as environments:
-        return play(act, environments, episodes)
-
-
-def random_metrics(environment: str, action_space: spaces.Space, episodes: int) -> dict[str, Any]:
-    """`return_metrics` of actions at random: no skill at all."""
-    return return_metrics(returns_of(at_random(action_space, 0), environment, episodes, TEST_SEED)[0])
-
-
-def random_return(environment: str, action_space: spaces.Space, episodes: int) -> float:
-    """Mean return of actions at random."""
-    return float(random_metrics(environment, action_space, episodes)["return_mean"])
-
-
-def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -> str | None:
-    """The warning where a teacher is no better than random actions; arguments are its `return_metrics` and theirs."""
-    own, guess = teacher["return_mean"], random["return_mean"]
-    error = sum(metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)) ** 0.5
-    if own <= guess or guessing_warning(name, "mean return", own, guess, "random actions", error) is None:
-        return guessing_warning(name, "mean return", own, guess, "random actions")
-    return (
-        f"teacher {name} is not clearly better than random actions: its mean return is {own:.4g}, theirs {guess:.4g}, "
-        f"in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
-    )
+model = PPO.load("{folder}/student.zip")  # one with a bottleneck needs this project
+environments = gymnasium.make_vec("{environment}", num_envs=1)
+observations, _ = environments.reset(seed=0)
+actions, _ = model.predict(observations, deterministic=True)"""
 
 
 def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module | None = None) -> dict[str, Any]:
-    """An agent's entry in results.json: greedy returns, the mean return of sampled actions, its likeness to a teacher
-    on the states that it meets itself, and what it costs to act.
+    """An agent's entry in results.json: greedy returns, the mean return of sampled actions, the cost of an action and,
+    with a teacher, the agreement with it in the states that the agent meets.
     """
     network = agent.network()
-    returns, met = returns_of(greedy(network), environment, episodes, TEST_SEED)
+    returns, observations = returns_of(greedy(network), environment, episodes, TEST_SEED)
     generator = torch.Generator().manual_seed(0)
     sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
     if teacher is not None:
-        states = met[torch.randperm(len(met), generator=generator)[:STATES]]
-        metrics |= likeness(tell(network, states), tell(teacher, states), agent.policy.action_space)
-    batch = met[:1].to(next(network.parameters()).device)
-    acting = cost(network, {"observations": batch, "value": False})
-    return {"name": agent.name, "observation_statistics": agent.source} | acting | {"metrics": {"test": metrics}}
+        states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
+        metrics |= policy_agreement(predict(network, states), predict(teacher, states), agent.policy.action_space)
+    inputs = {"observations": observations[:1].to(network.device), "value": False}
+    entry = {"name": agent.name, "observation_statistics": agent.source} | cost(network, inputs)
+    return entry | {"metrics": {"test": metrics}}
 
 
-def likeness(own: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
-    """`agreement`: the share of states with the same greedy action or, of Box actions, 1 - mean |difference| / range;
-    and KL(teacher || own) where both have a distribution. Arguments are what `tell` gives for the same states.
+def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
+    """`agreement`: the share of states with the same greedy action or, for Box actions, 1 - mean |difference| / range;
+    and KL(teacher || student) where both have a distribution. Arguments are those of `predict` for the same states.
     """
     if isinstance(space, spaces.Discrete):
-        divergence = losses.soft_target_kl(own["logits"], teacher["logits"])
-        return {"agreement": agreement(own["logits"].numpy(), teacher["logits"].numpy()), "kl": divergence.item()}
+        divergence = losses.soft_target_kl(student["logits"], teacher["logits"])
+        same = agreement(student["logits"].numpy(), teacher["logits"].numpy())
+        return {"agreement": same, "kl": divergence.item()}
     assert isinstance(space, spaces.Box)
-    ours, theirs = (np.clip(said["mean"].numpy(), space.low, space.high) for said in (own, teacher))
-    alike = {"agreement": 1 - float(np.mean(np.abs(ours - theirs) / (space.high - space.low)))}
-    if "log_std" in own and "log_std" in teacher:
-        divergence = losses.gaussian_kl(own["mean"], own["log_std"], teacher["mean"], teacher["log_std"])
-        alike["kl"] = divergence.item()
-    return alike
+    student_actions, teacher_actions = (
+        np.clip(outputs["mean"].numpy(), space.low, space.high) for outputs in (student, teacher)
+    )
+    difference = np.abs(student_actions - teacher_actions) / (space.high - space.low)
+    metrics = {"agreement": 1 - float(np.mean(difference))}
+    if "log_std" in student and "log_std" in teacher:
+        divergence = losses.gaussian_kl(student["mean"], student["log_std"], teacher["mean"], teacher["log_std"])
+        metrics["kl"] = divergence.item()
+    return metrics
+
+
+def random_metrics(environment: str, action_space: spaces.Space, episodes: int) -> dict[str, Any]:
+    """`return_metrics` of random actions."""
+    return return_metrics(returns_of(random_actions(action_space, 0), environment, episodes, TEST_SEED)[0])
+
+
+def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -> str | None:
+    """The warning for a teacher that is no better than random actions, from the `return_metrics` of both."""
+    score, chance = teacher["return_mean"], random["return_mean"]
+    error = sum(metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)) ** 0.5
+    if score <= chance or guessing_warning(name, "mean return", score, chance, "random actions", error) is None:
+        return guessing_warning(name, "mean return", score, chance, "random actions")
+    return (
+        f"teacher {name} is not clearly better than random actions: its mean return is {score:.4g}, theirs "
+        f"{chance:.4g}, in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
+    )
+
+
+def report(
+    run: Run,
+    method: str,
+    environment: str,
+    models: dict[str, dict[str, Any]],
+    random: float,
+    student_stage: str | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Writes the report on one environment to `folder` (default: the run's) and prints its table.
+
+    Args:
+        models: results of `evaluate` by role: teacher, student, ...
+        random: mean return of random actions.
+        student_stage: the stage of the student, which is copied to `folder/student`.
+    """
+    folder = folder or run.folder
+    teacher = models["teacher"]["metrics"]["test"]
+    for entry in models.values():
+        metrics = entry["metrics"]["test"]
+        metrics["normalized_return"] = normalized_return(metrics["return_mean"], random, teacher["return_mean"])
+    last = run.history[student_stage][-1] if student_stage else {}
+    work = {name: last[name] for name in ("environment_steps", "observations", "cpu_seconds") if name in last}
+    extra: dict[str, Any] = {"work_of_the_student": work} if work else {}
+    results = run.results(
+        domain="reinforcement-learning",
+        task=environment,
+        method=method,
+        data={
+            "train": work.get("observations"),
+            "validation": None,
+            "test": teacher["episodes"],
+            "fingerprint": fingerprint(environment),
+        },
+        models=models,
+        split="test",
+        metric="return_mean",
+        floor=random,
+        return_of_random_actions=random,
+        selection="the policy after the last update; no evaluation chose anything",
+        **extra,
+        teacher_observation_statistics=models["teacher"]["observation_statistics"],
+    )
+    if student_stage:
+        _save_student(run.folder / "stages" / student_stage / folder_name(environment), folder / "student", results)
+    write_report(folder, results, _history(run, environment), progress="environment_steps")
+    print_table(results)
+    print(f"report: {folder / 'report.md'}")
+
+
+def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
+    environment = results["task"]
+    with writing_folder(folder) as partial:
+        shutil.copy(stage / MODEL, partial / "student.zip")
+        usage = USAGE.format(register=registration_code(environment), folder=folder, environment=environment)
+        write_text(partial / "README.md", model_card(results, usage))
+
+
+def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
+    """The logs of one environment, with its mean return under the name that is plotted."""
+    name = curve(environment)
+    return {
+        stage: [entry | {"eval_return_mean": entry[name]} for entry in log if name in entry]
+        for stage, log in run.history.items()
+    }

@@ -1,6 +1,6 @@
-"""Policies as `python -m kd.common.export` takes them away: raw observations -> the actions to take.
+"""Policies as `python -m kd.common.export` exports them: raw observations -> actions.
 
-Compared with Stable-Baselines3's own `predict`, on observations of the environment.
+They are compared with Stable-Baselines3's `predict`, on observations of the environment.
 """
 
 from contextlib import closing
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from kd.common.export.exportable import Exportable
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.playing import Recorder, greedy
-from kd.reinforcement_learning.environments.vector import Environments, registering
-from kd.reinforcement_learning.student_model.evaluation import VALIDATION_SEED
-from kd.reinforcement_learning.student_model.teachers import load_agent
+from kd.reinforcement_learning.environments.registry import registration_code
+from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, Recorder
+from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy_actions
+from kd.reinforcement_learning.teacher_model.policies import greedy, greedy_actions
 from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.teacher import load_agent
 
-TOLERANCE = 1e-4  # in the units of the actions; those of Discrete are equal or not
+TOLERANCE = 1e-4  # in the units of the actions; Discrete actions must be equal
 USAGE = """{register}import gymnasium
 
 environments = gymnasium.make_vec("{environment}", num_envs=2)
@@ -33,9 +33,12 @@ print(actions)"""
 
 
 class GreedyPolicy(nn.Module):
-    """Observations (batch, ...), as the environment shows them -> actions, as it takes them: the likeliest of
-    Discrete ones (batch,), the mean within the bounds of a Box (batch, actions).
+    """Observations (batch, ...) of the environment -> actions for it: the most probable Discrete ones (batch,), or the
+    mean clipped to the bounds of a Box (batch, actions).
     """
+
+    low: Tensor | None
+    high: Tensor | None
 
     def __init__(self, network: PolicyNetwork, space: spaces.Space) -> None:
         super().__init__()
@@ -43,9 +46,6 @@ class GreedyPolicy(nn.Module):
         bounds = (space.low, space.high) if isinstance(space, spaces.Box) else (None, None)
         for name, bound in zip(("low", "high"), bounds, strict=True):
             self.register_buffer(name, None if bound is None else torch.as_tensor(bound))
-
-    low: Tensor | None
-    high: Tensor | None
 
     def forward(self, observations: Tensor) -> Tensor:
         actions = greedy_actions(self.network(observations, value=False))
@@ -62,21 +62,21 @@ def load(name: str, task: str | None, vecnormalize: str | None = None) -> Export
     policy = agent.policy.cpu()
     network = agent.network()
     with closing(Environments(task, 4, VALIDATION_SEED)) as environments:
-        seen = Recorder(environments).collect(greedy(network), 200)  # (200, ...)
+        observations = Recorder(environments).collect(greedy(network), 200)  # (200, ...)
     return Exportable(
         GreedyPolicy(network, policy.action_space).eval(),
-        inputs={"observations": seen[:2]},
-        others=[{"observations": seen[:1]}, {"observations": seen}],
+        inputs={"observations": observations[:2]},
+        others=[{"observations": observations[:1]}, {"observations": observations}],
         axes={0: "batch"},
-        usage=USAGE.format(environment=task, register=registering(task)),
+        usage=USAGE.format(environment=task, register=registration_code(task)),
         output="actions",
-        original=lambda observations: torch.as_tensor(predicted(policy, agent.statistics, observations.numpy())),
+        original=lambda observations: torch.as_tensor(_predict(policy, agent.statistics, observations.numpy())),
         tolerance=TOLERANCE,
     )
 
 
-def predicted(policy: BasePolicy, statistics: ObservationStatistics | None, observations: np.ndarray) -> np.ndarray:
-    """What Stable-Baselines3 does with observations, which it normalizes as VecNormalize."""
+def _predict(policy: BasePolicy, statistics: ObservationStatistics | None, observations: np.ndarray) -> np.ndarray:
+    """Stable-Baselines3's actions, on observations normalized as by VecNormalize."""
     if statistics is not None:
         normalized = (observations - statistics.mean) / statistics.std
         observations = np.clip(normalized, -statistics.clip, statistics.clip).astype(np.float32)

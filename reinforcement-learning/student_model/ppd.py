@@ -2,10 +2,10 @@
 
     loss = PPO's loss + weight * E[max(r, clip(r, 1 - eps, 1 + eps)) * KL(teacher || student)]
 
-r is the ratio of the student's present and collecting probabilities of the action, eps PPO's clip range. The student
-drives and earns rewards, so it can pass an imperfect teacher; the teacher speaks once about each observation. Unlike
-the paper's, the weight falls linearly to 0 over the training, as in kickstarting (arXiv:1803.03835): held, it holds
-the student back at a teacher that it could leave behind.
+r is the ratio of the action's probabilities under the present and the collecting student, eps PPO's clip range. The
+student acts and is trained on rewards, so it can become better than its teacher, which runs once on each observation.
+Unlike in the paper, the weight falls linearly to 0 over the training, as in kickstarting (arXiv:1803.03835): a
+constant weight keeps the student close to a teacher that is worse.
 """
 
 from typing import Any, NamedTuple
@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal, kl_divergence
 
 from kd.common.outputs import Outputs
-from kd.reinforcement_learning.data.observations import outputs_of, tell
+from kd.reinforcement_learning.data.observations import predict, to_outputs
+from kd.reinforcement_learning.student_model.student import StudentSpec
+from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 
 class TaughtSamples(NamedTuple):
-    """A minibatch of Stable-Baselines3's rollout buffer, and what the teacher says about its observations."""
+    """A minibatch of Stable-Baselines3's rollout buffer, with the teacher's outputs."""
 
     observations: Tensor
     actions: Tensor
@@ -37,25 +40,25 @@ class TaughtSamples(NamedTuple):
 
 
 class TaughtRollouts(RolloutBuffer):
-    """A rollout buffer that asks the teacher once per rollout."""
+    """A rollout buffer that runs the teacher once per rollout."""
 
     teacher: nn.Module
 
     def reset(self) -> None:
         super().reset()
-        self.said: dict[str, Tensor] = {}
+        self.teacher_outputs: dict[str, Tensor] = {}
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None
     ) -> TaughtSamples:
-        if not self.said:  # observations are flat by now: (steps * environments, ...)
-            self.said = tell(self.teacher, torch.as_tensor(self.observations))
-        said = outputs_of({name: values[batch_inds].to(self.device) for name, values in self.said.items()})
-        return TaughtSamples(*super()._get_samples(batch_inds, env), said)
+        if not self.teacher_outputs:  # observations are flat by now: (steps * environments, ...)
+            self.teacher_outputs = predict(self.teacher, torch.as_tensor(self.observations))
+        outputs = {name: values[batch_inds].to(self.device) for name, values in self.teacher_outputs.items()}
+        return TaughtSamples(*super()._get_samples(batch_inds, env), to_outputs(outputs))
 
 
 class PPD(PPO):
-    """PPO with a teacher. `teacher` takes observations as the environment gives them; it is not saved."""
+    """PPO with a teacher, a network for the observations of the environments; it is not saved."""
 
     def __init__(self, *args: Any, teacher: nn.Module, teacher_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **({"rollout_buffer_class": TaughtRollouts} | kwargs))
@@ -94,12 +97,27 @@ class PPD(PPO):
         entropy = distribution.entropy()
         assert entropy is not None  # categorical and Gaussian distributions have one
         terms = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
-        remaining = max(0.0, self._current_progress_remaining)  # the last rollout ends beyond the steps asked for
+        remaining = max(0.0, self._current_progress_remaining)  # the last rollout may end after the last step
         return terms + self.teacher_weight * remaining * distillation
 
 
-def _distribution(said: Outputs) -> Distribution:
-    if said.logits is not None:
-        return Categorical(logits=said.logits, validate_args=False)
-    features = said.features or {}
+def _distribution(outputs: Outputs) -> Distribution:
+    if outputs.logits is not None:
+        return Categorical(logits=outputs.logits, validate_args=False)
+    features = outputs.features or {}
     return Normal(features["mean"], features["log_std"].exp(), validate_args=False)
+
+
+def ppd_environments(spec: StudentSpec, seed: int) -> tuple[VecEnv, PolicyNetwork]:
+    """Environments with observations for student and teacher alike, and the teacher's network for these observations.
+
+    Observations are normalized by the teacher's statistics, if it has any and the student has no bottleneck; rewards
+    as in the student's recipe.
+    """
+    teacher, network = spec.teacher, spec.teacher.network
+    statistics = None if spec.args.codebooks else teacher.agent.statistics
+    environments = recipe_environments(teacher.environment, spec.recipe, seed, norm_obs=False, fixed=statistics)
+    if statistics is not None:
+        network = PolicyNetwork(teacher.agent.policy).to(network.device).eval()
+        network.temperature = teacher.network.temperature
+    return environments, network

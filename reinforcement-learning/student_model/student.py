@@ -1,11 +1,13 @@
-"""Students: ordinary Stable-Baselines3 PPO models of any size, and how they see while they learn.
+"""Students: ordinary Stable-Baselines3 PPO models of any size.
 
-A student learns on standardized observations and values, which is easier; afterwards both standardizations are folded
-into its first and last layers, so that `PPO.load("student.zip")` works on raw observations without this project. One
-with a key-value bottleneck standardizes observations itself, and needs the project.
+A student is distilled on standardized observations and values, which is easier; afterwards both are folded into its
+first and last layers, so that `PPO.load("student.zip")` works on raw observations without this project.
+A student with a key-value bottleneck standardizes observations itself, and needs the project.
 """
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -17,16 +19,58 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.environments.vector import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model import frames
+from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import ActorCritic
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
+from kd.reinforcement_learning.teacher_model.saved_policy import read_model
 from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.teacher import Teacher
 
-FEATURES = 16  # width of what a bottleneck gives
+FEATURES = 16  # width of the output of a bottleneck
 
-cloudpickle.register_pickle_by_value(frames)  # so that a zip holds the class itself and loads where we are not
+cloudpickle.register_pickle_by_value(frames)  # a zip holds the class itself and loads without this project
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """A teacher, and how its students and their control are made: their sizes, and PPO's recipe."""
+
+    teacher: Teacher
+    args: StudentArguments
+    recipe: TrainingRecipe
+
+    def new(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
+        """An untrained student, the same for the same seed, in `environments` or those of its recipe."""
+        if environments is None:
+            environments = training_environments(self.teacher.environment, self.recipe.environments, seed)
+        return new_student(environments, self.args, self.recipe, seed, **keywords)
+
+    def load(self, name: str, folder: Path, seed: int) -> Agent:
+        """The student that a stage has saved. Raises UserError where the file is another model."""
+        model = self.new(seed)
+        _, weights = read_model(folder / MODEL)
+        try:
+            model.policy.load_state_dict(weights)
+        except RuntimeError:  # names or shapes of weights
+            raise UserError(
+                f"{folder / MODEL} is not the student of this run: start over with --overwrite_output_dir"
+            ) from None
+        return Agent(name, model.policy, model=model)
+
+    def with_policy(
+        self, name: str, seed: int, policy: ActorCriticPolicy, folded: ObservationStatistics | None = None
+    ) -> Agent:
+        """A student for raw observations: the weights of `policy`, with the statistics `folded` into them."""
+        model = self.new(seed)
+        model.policy.load_state_dict(policy.state_dict())
+        if folded is not None:
+            fold_input(model.policy, torch.as_tensor(folded.mean), torch.as_tensor(folded.std))
+        return Agent(name, model.policy, model=model)
 
 
 def new_student(
@@ -39,8 +83,7 @@ def new_student(
 ) -> PPO:
     """An untrained PPO with the hyper-parameters of `recipe` and networks of the widths in `args`.
 
-    Where it sees frames, everything behind the convolutions' last layer belongs to policy and value alike; where it
-    has a bottleneck, what is looked up does.
+    Policy and value share the convolutions of frames and the layer after them, or the bottleneck.
     """
     keywords = recipe.keywords | more
     policy: dict[str, Any] = dict(keywords.pop("policy_kwargs", {}))
@@ -59,49 +102,37 @@ def new_student(
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
 
 
-class StudentNetwork(nn.Module):
-    """The student as it learns: (observation - mean) / std in, value * value_std + value_mean out.
+class StudentNetwork(PolicyNetwork):
+    """The student in distillation: its value is the output of the value network * value_std + value_mean.
 
-    Unlike VecNormalize it does not clip, because a clipped input could not be folded away.
+    Unlike VecNormalize it does not clip observations, because clipping cannot be folded into a layer.
     """
 
-    def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
-        super().__init__()
-        self.network = ActorCritic(policy)
-        if isinstance(policy.features_extractor, BottleneckFeatures):
-            statistics = None  # it standardizes what it sees by itself
-        shape = policy.observation_space.shape if statistics is not None else ()
-        self.register_buffer("mean", torch.zeros(shape or ()))
-        self.register_buffer("std", torch.ones(shape or ()))
-        self.register_buffer("value_mean", torch.zeros(()))
-        self.register_buffer("value_std", torch.ones(()))
-        self.standardizes = statistics is not None
-        if statistics is not None:
-            self.mean.copy_(torch.as_tensor(statistics.mean))
-            self.std.copy_(torch.as_tensor(statistics.std))
-
-    mean: Tensor
-    std: Tensor
     value_mean: Tensor
     value_std: Tensor
 
+    def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
+        if isinstance(policy.features_extractor, BottleneckFeatures):
+            statistics = None  # it standardizes observations itself
+        super().__init__(policy, statistics)
+        self.clip = float("inf")
+        self.register_buffer("value_mean", torch.zeros(()))
+        self.register_buffer("value_std", torch.ones(()))
+
     @property
     def policy(self) -> ActorCriticPolicy:
+        assert isinstance(self.network, ActorCritic)
         return self.network.policy
 
-    @property
-    def device(self) -> torch.device:
-        return self.value_mean.device
-
     def prepare(self, observations: Tensor) -> None:
-        """Fits what needs no teacher to the first observations (rows, ...) that are shown: a bottleneck's keys."""
+        """Fits the keys of a bottleneck to the first observations (rows, ...)."""
         if isinstance(self.policy.features_extractor, BottleneckFeatures):
             self.policy.features_extractor.fit(observations.to(self.device))
 
     @torch.no_grad()
     def set_value_scale(self, values: Tensor, preserve: bool) -> None:
-        """Takes mean and standard deviation of values (rows,) as those that the value network need not learn. With
-        `preserve` it says what it said before (van Hasselt et al., arXiv:1602.07714).
+        """Sets the mean and standard deviation that scale the output of the value network to those of values (rows,).
+        With `preserve` the outputs stay equal (van Hasselt et al., arXiv:1602.07714).
         """
         mean, std = values.mean().to(self.device), values.std(correction=0).clamp(min=1e-6).to(self.device)
         if preserve:
@@ -110,17 +141,15 @@ class StudentNetwork(nn.Module):
         self.value_std.copy_(std)
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
-        if self.standardizes:
-            observations = (observations - self.mean) / self.std
-        said: Outputs = self.network(observations, value=value)
-        if said.features and "value" in said.features:
-            said.features["value"] = said.features["value"] * self.value_std + self.value_mean
-        return said
+        outputs = super().forward(observations, value)
+        if outputs.features and "value" in outputs.features:
+            outputs.features["value"] = outputs.features["value"] * self.value_std + self.value_mean
+        return outputs
 
     def folded_policy(self) -> ActorCriticPolicy:
         """A copy of the policy that gives the same outputs on raw observations."""
         policy = copy.deepcopy(self.policy)
-        if self.standardizes:
+        if self.mean is not None and self.std is not None:
             fold_input(policy, self.mean, self.std)
         fold_output(policy.value_net, self.value_mean, self.value_std)
         return policy
@@ -128,7 +157,7 @@ class StudentNetwork(nn.Module):
 
 @torch.no_grad()
 def fold_input(policy: ActorCriticPolicy, mean: Tensor, std: Tensor) -> None:
-    """Changes the layers that see observations so that they standardize them: W (o - mean) / std + b."""
+    """Changes the first layers so that they standardize observations: W (o - mean) / std + b."""
     paths = [(policy.mlp_extractor.policy_net, policy.action_net), (policy.mlp_extractor.value_net, policy.value_net)]
     for body, head in paths:
         layer = next((layer for layer in body if isinstance(layer, nn.Linear)), head)
@@ -140,16 +169,16 @@ def fold_input(policy: ActorCriticPolicy, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def fold_output(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
-    """Changes a last layer so that it gives its output * std + mean."""
+    """Changes a last layer so that its output is the old one * std + mean."""
     layer.weight.mul_(std)
     layer.bias.mul_(std).add_(mean)
 
 
 def share_bodies(students: list[ActorCriticPolicy]) -> None:
-    """Makes all students use the first one's layers wherever theirs have the same place and shape, but the heads.
+    """Replaces layers of all students by the first student's where place and shape are equal, except the heads.
 
-    What differs, such as the first layer of observations of another width, stays their own; so does a bottleneck,
-    whose keys are those of one environment.
+    Each student keeps layers of other shapes, such as the first layer for observations of another width, and its
+    bottleneck, whose keys belong to one environment.
     """
     first = students[0]
     for other in students[1:]:

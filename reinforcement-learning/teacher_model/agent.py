@@ -1,4 +1,4 @@
-"""A policy with what it needs to act: a Stable-Baselines3 model and the statistics of its observations."""
+"""A Stable-Baselines3 policy with the statistics of its observations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from kd.common.outputs import Outputs
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights, non_finite_tensor
+from kd.reinforcement_learning.teacher_model.files import TeacherFiles
 from kd.reinforcement_learning.teacher_model.policies import network_of
 from kd.reinforcement_learning.teacher_model.saved_policy import behind_vec_normalize, load_policy
-from kd.reinforcement_learning.teacher_model.sources import TeacherFiles
 from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
 
 MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
@@ -25,6 +25,9 @@ MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
 
 class PolicyNetwork(nn.Module):
     """Raw observations (batch, ...) -> Outputs, as in policies.py; logits are divided by `temperature`."""
+
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(self, policy: BasePolicy, statistics: ObservationStatistics | None = None) -> None:
         super().__init__()
@@ -38,22 +41,20 @@ class PolicyNetwork(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    mean: Tensor | None
-    std: Tensor | None
-
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
         if self.mean is not None and self.std is not None:
             observations = ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
-        said: Outputs = self.network(observations, value=value)
-        return said if said.logits is None else Outputs(logits=said.logits / self.temperature, features=said.features)
+        outputs: Outputs = self.network(observations, value=value)
+        logits = None if outputs.logits is None else outputs.logits / self.temperature
+        return Outputs(logits=logits, features=outputs.features)
 
 
 @dataclass
 class Agent:
-    """A teacher, control or student. `model` is the algorithm behind the policy, None where only that was loaded.
+    """A teacher, control or student. `model` is the algorithm of the policy, None if only the policy was loaded.
 
-    `source` is where the statistics of its observations come from, for the report; `warnings` are what is uncertain
-    about a policy that was loaded.
+    `source`: where the statistics of its observations come from, for the report. `warnings`: what is uncertain about
+    a loaded policy.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Agent:
         action_space: spaces.Space,
         trust_pickle: bool = False,
     ) -> "Agent":
-        """Raises UserError for files that are damaged or do not fit the spaces."""
+        """Raises UserError for damaged files, and for a policy of other spaces."""
         algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
         if is_image_space(observation_space):
             policy.to(best_device())  # networks for anything smaller are faster on the CPU
@@ -94,7 +95,7 @@ class Agent:
 
     @classmethod
     def trained(cls, name: str, model: BaseAlgorithm) -> "Agent":
-        """The agent of a model that was trained here, with the statistics of its VecNormalize if it has one."""
+        """The agent of a model trained by this process, with the statistics of its VecNormalize if it has one."""
         normalizer = model.get_vec_normalize_env()
         statistics = None
         if normalizer is not None and normalizer.norm_obs:
@@ -105,11 +106,11 @@ class Agent:
         )
 
     def network(self) -> PolicyNetwork:
-        """Where the policy is, in eval mode, sharing its weights."""
+        """The policy's network, in eval mode on the policy's device, sharing its weights."""
         return PolicyNetwork(self.policy, self.statistics).to(self.policy.device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """model.zip, as Stable-Baselines3 saves it, and the statistics beside it."""
+        """Writes model.zip, as Stable-Baselines3 saves it, and vecnormalize.pkl."""
         assert self.model is not None, "only a whole model can be saved"
         check_finite_weights(self.policy, when=f"at the end of the training of {self.name}")
         self.model.save(Path(folder, MODEL))

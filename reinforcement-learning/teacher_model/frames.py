@@ -1,6 +1,6 @@
-"""The convolutions of a policy that sees frames, at any width; a Stable-Baselines3 zip carries this class along.
+"""The convolutions of a policy for frames, at any width.
 
-So it must need nothing but torch and Stable-Baselines3.
+A zip of Stable-Baselines3 contains this class, so it must need nothing but torch and Stable-Baselines3.
 """
 
 import torch

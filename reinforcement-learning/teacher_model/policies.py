@@ -1,17 +1,19 @@
-"""What a Stable-Baselines3 policy says about observations: the parameters of its action distribution and a value.
+"""The networks of Stable-Baselines3 policies, with one forward for every algorithm, and their actions.
 
-Every algorithm's policy becomes a network with one way of answering, `network(observations) -> Outputs`:
+`network(observations) -> Outputs` returns the parameters of the action distribution and a value:
 
 - Discrete actions: `logits` (batch, actions).
 - Box actions: features `mean` and, unless the policy is deterministic, `log_std`, both (batch, actions), in the units
   of the environment's actions.
-- Either: feature `value` (batch,), what the policy expects to come.
+- Either: feature `value` (batch,), the expected return.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -26,7 +28,7 @@ QUADRATURE_NODES = 16
 
 
 class ActorCritic(nn.Module):
-    """PPO and A2C: a categorical or a diagonal Gaussian distribution. `value=False` spares the critic."""
+    """PPO and A2C: a categorical or a diagonal Gaussian distribution. `value=False` skips the critic."""
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
@@ -36,14 +38,15 @@ class ActorCritic(nn.Module):
         policy = self.policy
         prepared = _prepared(policy, observations)
         actor = policy.pi_features_extractor(prepared)
-        said = policy.action_net(policy.mlp_extractor.forward_actor(actor))  # (batch, actions)
+        output = policy.action_net(policy.mlp_extractor.forward_actor(actor))  # (batch, actions)
         features: dict[str, Tensor] = {}
         if value:
             critic = actor if policy.share_features_extractor else policy.vf_features_extractor(prepared)
-            features["value"] = policy.value_net(policy.mlp_extractor.forward_critic(critic)).squeeze(-1)
+            value_output = policy.value_net(policy.mlp_extractor.forward_critic(critic))
+            features["value"] = rearrange(value_output, "batch 1 -> batch")
         if isinstance(policy.action_space, spaces.Discrete):
-            return Outputs(logits=said, features=features)
-        return Outputs(features=features | {"mean": said, "log_std": policy.log_std + torch.zeros_like(said)})
+            return Outputs(logits=output, features=features)
+        return Outputs(features=features | {"mean": output, "log_std": policy.log_std + torch.zeros_like(output)})
 
 
 class QValues(nn.Module):
@@ -59,11 +62,10 @@ class QValues(nn.Module):
 
 
 class SquashedGaussian(nn.Module):
-    """SAC: a Gaussian behind tanh, told as the Gaussian of its deterministic action and of its standard deviation.
+    """SAC: a Gaussian followed by tanh, approximated by a Gaussian.
 
-    Forward KL from any distribution to a Gaussian depends on nothing but mean and variance, so a Gaussian student
-    loses nothing by it. The mean is the action that the deterministic policy takes, the standard deviation that of
-    tanh(u), by Gauss-Hermite quadrature.
+    Its mean is the action of the deterministic policy, its standard deviation that of tanh(u), by Gauss-Hermite
+    quadrature. The forward KL to a Gaussian student depends on mean and variance alone.
     """
 
     def __init__(self, policy: SACPolicy) -> None:
@@ -79,14 +81,15 @@ class SquashedGaussian(nn.Module):
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
         mean, log_std, _ = self.actor.get_action_dist_params(observations)
-        squashed = torch.tanh(mean.unsqueeze(-1) + log_std.exp().unsqueeze(-1) * self.nodes)  # (batch, actions, nodes)
+        center, spread = (rearrange(x, "batch action -> batch action 1") for x in (mean, log_std.exp()))
+        squashed = torch.tanh(center + spread * self.nodes)  # (batch, actions, nodes)
         average = (squashed * self.weights).sum(-1, keepdim=True)
         variance = ((squashed - average).square() * self.weights).sum(-1)
         action = torch.tanh(mean)
         std = variance.clamp(min=1e-8).sqrt() * self.units.half_range
         features = {"mean": self.units(action), "log_std": std.log()}
         if value:
-            features["value"] = torch.cat(self.critic(observations, action), dim=1).amin(1)
+            features["value"] = _least(self.critic(observations, action))
         return Outputs(features=features)
 
 
@@ -101,12 +104,12 @@ class Deterministic(nn.Module):
         action = self.actor(observations)  # in [-1, 1]
         features = {"mean": self.units(action)}
         if value:
-            features["value"] = torch.cat(self.critic(observations, action), dim=1).amin(1)
+            features["value"] = _least(self.critic(observations, action))
         return Outputs(features=features)
 
 
 class ActionUnits(nn.Module):
-    """From [-1, 1] to the environment's actions."""
+    """Scales actions from [-1, 1] to the environment's bounds."""
 
     def __init__(self, space: spaces.Space) -> None:
         super().__init__()
@@ -122,8 +125,13 @@ class ActionUnits(nn.Module):
         return self.middle + self.half_range * action
 
 
+def _least(values: tuple[Tensor, ...]) -> Tensor:
+    """The smallest of several critics' values, each (batch, 1) -> (batch,)."""
+    return reduce(list(values), "critic batch 1 -> batch", "min")
+
+
 def network_of(policy: BasePolicy) -> nn.Module:
-    """The network that answers for a policy, sharing its weights. Raises TypeError for an unknown kind."""
+    """The network of a policy, sharing its weights. Raises TypeError for an unknown kind."""
     for kind, network in NETWORKS.items():
         if isinstance(policy, kind):
             return network(policy)
@@ -139,18 +147,18 @@ NETWORKS: dict[type[BasePolicy], type[nn.Module]] = {
 
 
 def temperature_for_entropy(logits: Tensor, share: float) -> float:
-    """The T at which softmax(logits / T) has a mean entropy of `share` times the greatest possible, by bisection.
+    """The T at which the mean entropy of softmax(logits / T) is `share` times its maximum, by bisection.
 
     Logits are (batch, actions). Q-values have the scale of the returns, so no temperature fits all environments; the
     0.01 of Rusu et al. (arXiv:1511.06295) belongs to clipped Atari rewards. Raises ValueError unless 0 < share < 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"the entropy's share must be between 0 and 1, got {share}")
-    wanted = share * math.log(logits.shape[-1])
+    target = share * math.log(logits.shape[-1])
     low, high = -20.0, 20.0  # log T; the entropy grows with it
     for _ in range(50):
         middle = (low + high) / 2
-        if entropy(logits / math.exp(middle)).mean() < wanted:
+        if entropy(logits / math.exp(middle)).mean() < target:
             low = middle
         else:
             high = middle
@@ -158,18 +166,18 @@ def temperature_for_entropy(logits: Tensor, share: float) -> float:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of softmax(logits): (batch, actions) -> (batch,), in nats."""
+    """Entropy of softmax(logits): (batch, actions) -> (batch,), in nats."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def greedy_actions(outputs: Outputs) -> Tensor:
-    """The likeliest actions: (batch,) of Discrete, (batch, actions) of Box."""
+    """The most probable actions: (batch,) of Discrete, (batch, actions) of Box."""
     return outputs.logits.argmax(-1) if outputs.logits is not None else _features(outputs)["mean"]
 
 
 def sampled_actions(outputs: Outputs, generator: torch.Generator) -> Tensor:
-    """Actions drawn from the distribution; those of a deterministic policy are its own."""
+    """Actions drawn from the distribution; for a deterministic policy its actions."""
     if outputs.logits is not None:
         noise = torch.rand(outputs.logits.shape, generator=generator).clamp(min=1e-20)
         return (outputs.logits - (-noise.log()).log().to(outputs.logits.device)).argmax(-1)  # Gumbel-max
@@ -180,10 +188,29 @@ def sampled_actions(outputs: Outputs, generator: torch.Generator) -> Tensor:
     return features["mean"] + features["log_std"].exp() * noise
 
 
-def environment_actions(actions: Tensor, space: spaces.Space) -> np.ndarray:
-    """As the environment takes them: integers, or floats within its bounds."""
-    array = actions.cpu().numpy()
-    return np.clip(array, space.low, space.high).astype(space.dtype) if isinstance(space, spaces.Box) else array
+def greedy(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Observations -> the most probable actions."""
+
+    @torch.inference_mode()
+    def act(observations: Tensor) -> Tensor:
+        return greedy_actions(_policy_outputs(network, observations))
+
+    return act
+
+
+def sampling(network: nn.Module, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Observations -> actions drawn from the policy's distribution."""
+
+    @torch.inference_mode()
+    def act(observations: Tensor) -> Tensor:
+        return sampled_actions(_policy_outputs(network, observations), generator)
+
+    return act
+
+
+def _policy_outputs(network: nn.Module, observations: Tensor) -> Outputs:
+    outputs: Outputs = network(observations.to(next(network.parameters()).device), value=False)
+    return outputs
 
 
 def _prepared(policy: BasePolicy, observations: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How each algorithm is trained on each environment: rows of hyperparameters.yaml as constructor keywords."""
+"""Hyper-parameters of each algorithm on each environment: rows of hyperparameters.yaml as constructor keywords."""
 
 import inspect
 import math
@@ -15,36 +15,22 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
-# Keywords of the algorithms that are no hyper-parameters, or that JSON cannot give.
-GIVEN = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
-GIVEN |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
-GIVEN |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
-WHOLE = 10**12  # more steps, rows or environments than anyone has
-# The kind of each number, and its least and greatest value.
+# Keywords of the algorithms that are no hyper-parameters, or have no JSON value.
+RESERVED = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
+RESERVED |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
+RESERVED |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
+MOST = 10**12  # steps or rows
+# The type of each number, and its least and greatest value.
 RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "steps": (int, 1, WHOLE),
     "environments": (int, 1, 4096),
-    "n_steps": (int, 1, WHOLE),
-    "n_epochs": (int, 1, WHOLE),
-    "batch_size": (int, 1, WHOLE),
-    "buffer_size": (int, 1, WHOLE),
-    "learning_starts": (int, 0, WHOLE),
-    "target_update_interval": (int, 1, WHOLE),
-    "train_freq": (int, 1, WHOLE),
-    "gradient_steps": (int, -1, WHOLE),
-    "learning_rate": (float, 0, math.inf),
-    "clip_range": (float, 0, math.inf),
-    "clip_range_vf": (float, 0, math.inf),
-    "max_grad_norm": (float, 0, math.inf),
-    "target_kl": (float, 0, math.inf),
-    "ent_coef": (float, 0, math.inf),
-    "vf_coef": (float, 0, math.inf),
-    "gamma": (float, 0, 1),
-    "gae_lambda": (float, 0, 1),
-    "tau": (float, 0, 1),
-    "exploration_fraction": (float, 0, 1),
-    "exploration_initial_eps": (float, 0, 1),
-    "exploration_final_eps": (float, 0, 1),
+    "learning_starts": (int, 0, MOST),
+    "gradient_steps": (int, -1, MOST),
+    **dict.fromkeys(("steps", "n_steps", "n_epochs", "batch_size", "buffer_size"), (int, 1, MOST)),
+    **dict.fromkeys(("target_update_interval", "train_freq"), (int, 1, MOST)),
+    **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"), (float, 0, math.inf)),
+    **dict.fromkeys(("target_kl", "ent_coef", "vf_coef"), (float, 0, math.inf)),
+    **dict.fromkeys(("gamma", "gae_lambda", "tau"), (float, 0, 1)),
+    **{f"exploration_{part}": (float, 0, 1) for part in ("fraction", "initial_eps", "final_eps")},
 }
 NOT_ZERO = {"learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "gradient_steps", "tau"}
 OPTIONAL = {"clip_range_vf", "target_kl"}  # may be null
@@ -65,8 +51,8 @@ class TrainingRecipe:
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
     """The row of an environment (that of ALE for every Atari game, else the default), with `changes` on top.
 
-    Raises ValueError for what the algorithm does not take or a student could not match, for numbers out of their
-    range, and for an activation function that torch.nn does not have.
+    Raises ValueError for unknown and unsupported hyper-parameters, for numbers out of range, and for an activation
+    function that torch.nn does not have.
     """
     rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
@@ -80,20 +66,20 @@ def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | 
 
 
 def check_steps(recipe: TrainingRecipe) -> None:
-    """Raises ValueError where nothing would be learned in the steps of a recipe, and where rollouts and minibatches of
-    PPO do not fit into each other.
+    """Raises ValueError where a recipe has too few steps for an update, and where the batch size of PPO does not
+    divide its rollouts.
     """
-    own = {name: each.default for name, each in inspect.signature(ALGORITHMS[recipe.algorithm]).parameters.items()}
-    own |= recipe.keywords
-    if own.get("learning_starts", 0) >= recipe.steps:
+    defaults = inspect.signature(ALGORITHMS[recipe.algorithm]).parameters
+    settings = {name: parameter.default for name, parameter in defaults.items()} | recipe.keywords
+    if settings.get("learning_starts", 0) >= recipe.steps:
         raise ValueError(
-            f"learning_starts is {own['learning_starts']}, and the training has {recipe.steps} steps: raise "
+            f"learning_starts is {settings['learning_starts']}, and the training has {recipe.steps} steps: raise "
             "--teacher_steps or lower learning_starts"
         )
     if recipe.algorithm != "ppo":
         return
-    rollout, batch_size = own["n_steps"] * recipe.environments, own["batch_size"]
-    text = f"a rollout is n_steps * environments = {own['n_steps']} * {recipe.environments} = {rollout} steps"
+    rollout, batch_size = settings["n_steps"] * recipe.environments, settings["batch_size"]
+    text = f"a rollout is n_steps * environments = {settings['n_steps']} * {recipe.environments} = {rollout} steps"
     if rollout > recipe.steps:
         raise ValueError(f"{text}, and the training has {recipe.steps}: raise --teacher_steps or lower n_steps")
     if batch_size < rollout and rollout % batch_size:
@@ -102,7 +88,7 @@ def check_steps(recipe: TrainingRecipe) -> None:
 
 def _check(algorithm: str, row: dict[str, Any]) -> None:
     parameters = [*inspect.signature(ALGORITHMS[algorithm]).parameters, "steps", "environments", "normalize"]
-    known = [name for name in parameters if name not in GIVEN]
+    known = [name for name in parameters if name not in RESERVED]
     for name in row.keys() - set(known):
         near = get_close_matches(name, known, n=1)
         raise ValueError(f"{algorithm} has no hyper-parameter {name}{f'; did you mean {near[0]}?' if near else ''}")
@@ -117,7 +103,7 @@ def _check(algorithm: str, row: dict[str, Any]) -> None:
 
 
 def _fault(name: str, value: Any) -> str | None:
-    """What a number must be and is not, or None."""
+    """What a number must be, or None where it is."""
     kind, low, high = RANGES[name]
     if value is None and name in OPTIONAL:
         return None
@@ -147,8 +133,8 @@ def _value(name: str, value: Any) -> Any:
 
 
 def linear(start: float) -> Callable[[float], float]:
-    """A schedule of the share of training that remains: from `start` to 0, and 0 beyond, as the last rollout ends
-    after the steps that were asked for.
+    """A schedule of the remaining share of training: from `start` to 0. It stays 0 in the last rollout, which may end
+    after the last step of the training.
     """
 
     def schedule(remaining: float) -> float:

@@ -1,15 +1,19 @@
-"""The policy in a zip of Stable-Baselines3, built from its weights: nothing in the file is run.
+"""The policy in a zip of Stable-Baselines3, built from its weights without unpickling anything.
 
-Such a zip holds `policy.pth`, a state dict, and `data`, a JSON whose values are plain, or pickles with descriptions
-in words beside them. Names and shapes of the weights say what networks to build, plain values and words the rest; the
-spaces come from the environment at hand. So no pickle is read, and a zip saved under the old `gym` is like any other.
-What fits no standard policy needs its pickles, and so the user's trust.
+Such a zip holds `policy.pth`, a state dict, and `data`, a JSON whose values are plain, or pickles with readable
+descriptions. Names and shapes of the weights determine the networks, plain values and descriptions the rest; the
+spaces are those of the environment. So no code in the file runs, and a zip saved under the old `gym` loads like any
+other. A policy of a custom class needs its pickles, and so the user's trust.
 """
 
 import io
 import json
 import re
+import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +28,14 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.student_model.bottleneck import BottleneckFeatures
+from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
-from kd.reinforcement_learning.teacher_model.unpickling import SAVED, no_learning, unpickled_policy
+
+SAVED = "give the zip that Stable-Baselines3 wrote with model.save"
 
 
 class _Layout(NamedTuple):
-    """A standard policy, its activation by default, and where in its state dict the parts of it are."""
+    """A standard policy, its default activation, and the prefixes of its parts in the state dict."""
 
     policy: type[BasePolicy]
     activation: type[nn.Module]
@@ -45,7 +50,8 @@ Q_VALUES = _Layout(DQNPolicy, nn.ReLU, "q_net.features_extractor", ("q_net.q_net
 GAUSSIAN = _Layout(SACPolicy, nn.ReLU, "actor.features_extractor", ("actor.latent_pi", "actor.mu"), ("critic.qf0",))
 DETERMINISTIC = _Layout(TD3Policy, nn.ReLU, "actor.features_extractor", ("actor.mu",), ("critic.qf0",))
 
-# By name: what unpickles it, what builds it, and a setting that tells it from those below: PPO has all that A2C has.
+# By name: the class that unpickles it, its layout, and a setting that distinguishes it from those below (PPO has all
+# settings of A2C).
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
     "ppo": (PPO, ACTOR_CRITIC, "clip_range"),
     "trpo": (A2C, ACTOR_CRITIC, "cg_max_steps"),  # of sb3-contrib, with the policy of Stable-Baselines3
@@ -55,7 +61,7 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
     "td3": (TD3, DETERMINISTIC, "target_policy_noise"),
     "ddpg": (DDPG, DETERMINISTIC, "target_policy_noise"),
 }
-# Algorithms of sb3-contrib by a word in the module of their policy, and by a setting that no other has.
+# Algorithms of sb3-contrib by a part of their policy's module, and by a setting that no other has.
 CONTRIB = {
     "tqc": ("TQC", "top_quantiles_to_drop_per_net"),
     "qrdqn": ("QR-DQN", "n_quantiles"),
@@ -65,7 +71,7 @@ CONTRIB = {
     "crossq": ("CrossQ", ""),
 }
 TEACHERS = "a teacher is one of PPO, A2C, DQN, SAC, TD3, DDPG and the TRPO of sb3-contrib"
-OURS = {str(FrameFeatures), str(BottleneckFeatures)}
+EXTRACTORS = {str(FrameFeatures), str(BottleneckFeatures)}  # of this project
 
 Weights = dict[str, Tensor]
 
@@ -75,43 +81,43 @@ def load_policy(
 ) -> tuple[str, BasePolicy]:
     """(algorithm, policy in eval mode on the CPU) of a zip that Stable-Baselines3 saved, for an environment's spaces.
 
-    Raises UserError where the zip cannot be read or was trained for other spaces, and where its weights are those of
-    no standard policy; `trust_pickle` lets Stable-Baselines3 unpickle it, whatever code that runs.
+    Raises UserError where the zip cannot be read or was trained for other spaces, and where its weights fit no
+    standard policy; with `trust_pickle` Stable-Baselines3 unpickles it, which can run any code.
     """
     data, weights = read_model(path)
     name = _algorithm(path, data)
     _refuse_unsupported(path, data, weights)
-    _check_space(path, "observations", _words(data, "observation_space"), observation_space)
-    _check_space(path, "actions", _words(data, "action_space"), action_space)
+    _check_space(path, "observations", _description(data, "observation_space"), observation_space)
+    _check_space(path, "actions", _description(data, "action_space"), action_space)
     if trust_pickle:
-        policy = unpickled_policy(path, ALGORITHMS[name][0], observation_space, action_space)
+        policy = _unpickled_policy(path, ALGORITHMS[name][0], observation_space, action_space)
     else:
-        policy = _built(path, name, data, weights, observation_space, action_space)
+        policy = _build_policy(path, name, data, weights, observation_space, action_space)
     policy.set_training_mode(False)
     return name, policy
 
 
 def behind_vec_normalize(path: Path) -> bool:
-    """Whether a zip says that its model was trained behind VecNormalize, which off-policy algorithms do not tell."""
+    """Whether the zip of an on-policy algorithm records that it was trained behind VecNormalize."""
     data, _ = read_model(path)
     return ALGORITHMS[_algorithm(path, data)][1] is ACTOR_CRITIC and data.get("_last_original_obs") is not None
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
-    """The settings, in words, and the weights of the policy in a zip. Raises UserError where it is damaged."""
+    """The settings, as JSON, and the weights of the policy in a zip. Raises UserError where it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            described, stored = archive.read("data"), archive.read("policy.pth")
+            settings, stored = archive.read("data"), archive.read("policy.pth")
     except KeyError:
         raise UserError(f"{path} is no model of Stable-Baselines3 (no data or policy.pth inside): {SAVED}") from None
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: {SAVED}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # damaged bytes raise whatever they happen to hit, here and below
+    except Exception as error:  # damaged bytes raise any exception, here and below
         raise UserError(f"cannot read {path} as a zip ({' '.join(str(error).split())}): {SAVED}") from None
     try:
-        data = json.loads(described)
+        data = json.loads(settings)
         weights = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         assert isinstance(data, dict)
         assert all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items())
@@ -120,18 +126,21 @@ def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
     return data, weights
 
 
-def _words(data: dict[str, Any], name: str) -> dict[str, Any]:
-    """What can be read of a value without unpickling it."""
+def _description(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """The readable description of a pickled value."""
     value = data.get(name)
     return value if isinstance(value, dict) else {}
 
 
+# ---- what is supported ----
+
+
 def _algorithm(path: Path, data: dict[str, Any]) -> str:
-    module = str(_words(data, "policy_class").get("__module__"))
-    for word, (contrib, sign) in CONTRIB.items():
-        if sign in data or (module.startswith("sb3_contrib") and word in module):
+    module = str(_description(data, "policy_class").get("__module__"))
+    for part, (contrib, setting) in CONTRIB.items():
+        if setting in data or (module.startswith("sb3_contrib") and part in module):
             raise UserError(f"{path} was trained by {contrib} of sb3-contrib, which is not supported yet: {TEACHERS}")
-    name = next((name for name, (_, _, sign) in ALGORITHMS.items() if sign in data), None)
+    name = next((name for name, (_, _, setting) in ALGORITHMS.items() if setting in data), None)
     if name is None or module.startswith("sb3_contrib"):
         raise UserError(f"{path} is of an unknown algorithm: {TEACHERS}")
     without_tricks = data.get("policy_delay") == 1 and data.get("target_noise_clip") == 0
@@ -144,31 +153,34 @@ def _refuse_unsupported(path: Path, data: dict[str, Any], weights: Weights) -> N
         raise UserError(f"{path} explores with gSDE, which is not supported: train a teacher with use_sde=False")
     if any(name.startswith("mlp_extractor.shared_net.") for name in weights):
         raise UserError(
-            f"{path} shares layers between actor and critic, which Stable-Baselines3 gave up in 1.8: "
+            f"{path} shares layers between actor and critic, which Stable-Baselines3 removed in 1.8: "
             "train a teacher with net_arch=dict(pi=[...], vf=[...])"
         )
-    if "Dict" in str(_words(data, "observation_space").get(":type:")):
+    if "Dict" in str(_description(data, "observation_space").get(":type:")):
         raise UserError(f"{path} was trained on Dict observations, which are not supported: flatten them to one Box")
 
 
-def _check_space(path: Path, what: str, words: dict[str, Any], space: spaces.Space) -> None:
-    """Compares, in words, what was saved of a space with the environment's."""
-    kind = re.sub(r".*\.|'>", "", str(words.get(":type:")))  # of <class 'gymnasium.spaces.box.Box'>
-    size = words.get("n", words.get("nvec", words.get("_shape", words.get("shape"))))
+def _check_space(path: Path, what: str, saved: dict[str, Any], space: spaces.Space) -> None:
+    """Compares the description of a saved space with the environment's."""
+    kind = re.sub(r".*\.|'>", "", str(saved.get(":type:")))  # of <class 'gymnasium.spaces.box.Box'>
+    size = saved.get("n", saved.get("nvec", saved.get("_shape", saved.get("shape"))))
     trained = " ".join(f"{kind} {size}".split())
     size = getattr(space, "n", getattr(space, "nvec", list(space.shape or ())))
-    given = " ".join(f"{type(space).__name__} {size}".split())
-    if words and trained != given:
+    needed = " ".join(f"{type(space).__name__} {size}".split())
+    if saved and trained != needed:
         raise UserError(
-            f"{path} was trained for {what} {trained}, the environment has {given}: give a teacher of this "
+            f"{path} was trained for {what} {trained}, the environment has {needed}: give a teacher of this "
             "environment, in this version (Ant-v4 shows 27 numbers, Ant-v5 shows 105)"
         )
 
 
-def _built(path: Path, name: str, data: dict[str, Any], weights: Weights, *both_spaces: spaces.Space) -> BasePolicy:
+# ---- from weights ----
+
+
+def _build_policy(path: Path, name: str, data: dict[str, Any], weights: Weights, *both: spaces.Space) -> BasePolicy:
     layout = ALGORITHMS[name][1]
     try:
-        policy = layout.policy(*both_spaces, lr_schedule=no_learning, **_arguments(layout, data, weights))
+        policy = layout.policy(*both, lr_schedule=_zero, **_arguments(layout, data, weights))
         policy.load_state_dict(_with_both_extractors(weights) if layout is ACTOR_CRITIC else weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise UserError(
@@ -179,13 +191,13 @@ def _built(path: Path, name: str, data: dict[str, Any], weights: Weights, *both_
 
 
 def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """What to build the policy with. Raises where a class is not Stable-Baselines3's, torch's or our own: weights of
-    the same shapes may be put to another use.
+    """The policy's constructor arguments. Raises where a class is not Stable-Baselines3's, torch's or this project's:
+    another class may use weights of the same shapes differently.
     """
-    chosen = _words(data, "policy_kwargs")
+    chosen = _description(data, "policy_kwargs")
     extractor = str(chosen.get("features_extractor_class", "stable_baselines3."))
-    classes = _words(data, "policy_class")["__module__"], extractor
-    if not all("stable_baselines3." in name or name in OURS for name in classes):
+    classes = _description(data, "policy_class")["__module__"], extractor
+    if not all("stable_baselines3." in name or name in EXTRACTORS for name in classes):
         raise ValueError("a custom class")
     activation = layout.activation
     if "activation_fn" in chosen:
@@ -196,25 +208,25 @@ def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[
 
 
 def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
-    """For frames or a bottleneck; Stable-Baselines3's NatureCNN has the layers of our FrameFeatures. Vectors that are
-    taken as they are need none.
+    """The features extractor of frames or of a bottleneck; plain vectors need none. Stable-Baselines3's NatureCNN has
+    the layers of FrameFeatures.
     """
-    place = f"{layout.extractor}."
-    own = {name.removeprefix(place): weight for name, weight in weights.items() if name.startswith(place)}
-    if "bottleneck.keys" in own:
-        codebooks, pairs, key_dim = own["bottleneck.keys"].shape
-        sizes = {"features_dim": len(own["bottleneck.decoder.weight"]), "key_dim": key_dim}
+    prefix = f"{layout.extractor}."
+    extractor = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    if "bottleneck.keys" in extractor:
+        codebooks, pairs, key_dim = extractor["bottleneck.keys"].shape
+        sizes = {"features_dim": len(extractor["bottleneck.decoder.weight"]), "key_dim": key_dim}
         sizes |= {"codebooks": codebooks, "pairs": pairs}
         return {"features_extractor_class": BottleneckFeatures, "features_extractor_kwargs": sizes}
-    if "linear.0.weight" in own:
-        channels = [len(weight) for name, weight in own.items() if re.fullmatch(r"cnn\.\d+\.weight", name)]
-        widths = {"features_dim": len(own["linear.0.weight"]), "channels": tuple(channels)}
+    if "linear.0.weight" in extractor:
+        channels = [len(weight) for name, weight in extractor.items() if re.fullmatch(r"cnn\.\d+\.weight", name)]
+        widths = {"features_dim": len(extractor["linear.0.weight"]), "channels": tuple(channels)}
         return {"features_extractor_class": FrameFeatures, "features_extractor_kwargs": widths}
     return {}
 
 
 def _networks(layout: _Layout, weights: Weights) -> dict[str, Any]:
-    actor, critic = _hidden(weights, layout.actor), _hidden(weights, layout.critic)
+    actor, critic = _hidden_widths(weights, layout.actor), _hidden_widths(weights, layout.critic)
     if layout is Q_VALUES:
         return {"net_arch": actor}
     if layout is ACTOR_CRITIC:
@@ -225,7 +237,7 @@ def _networks(layout: _Layout, weights: Weights) -> dict[str, Any]:
     return {"net_arch": {"pi": actor, "qf": critic}, "n_critics": len(critics)}
 
 
-def _hidden(weights: Weights, parts: tuple[str, ...]) -> list[int]:
+def _hidden_widths(weights: Weights, parts: tuple[str, ...]) -> list[int]:
     """Widths of all linear layers but the last of a network, whose parts are layers or sequences of layers."""
     pattern = "|".join(rf"{re.escape(part)}(\.\d+)?\.weight" for part in parts)
     return [len(weight) for name, weight in weights.items() if re.fullmatch(pattern, name)][:-1]
@@ -233,5 +245,44 @@ def _hidden(weights: Weights, parts: tuple[str, ...]) -> list[int]:
 
 def _with_both_extractors(weights: Weights) -> Weights:
     """Before 1.7 an actor-critic policy had one extractor under one name; now it has three names."""
-    own = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
-    return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in own.items()} | weights
+    shared = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
+    return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in shared.items()} | weights
+
+
+# ---- from pickles, of files that the user trusts ----
+
+
+def _unpickled_policy(
+    path: Path, algorithm: type[BaseAlgorithm], observation_space: spaces.Space, action_space: spaces.Space
+) -> BasePolicy:
+    replaced = {"observation_space": observation_space, "action_space": action_space, "learning_rate": 0.0}
+    replaced |= dict.fromkeys(("lr_schedule", "clip_range", "exploration_schedule"), _zero)  # bytecode, maybe old
+    replaced |= {"buffer_size": 1, "n_steps": 1, "seed": None}  # no memory for data; a seed would be set globally
+    try:
+        with legacy_gym():
+            return algorithm.load(path, device="cpu", custom_objects=replaced).policy
+    except Exception as error:  # unpickled code runs, and may raise any exception
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"Stable-Baselines3 cannot unpickle {path} ({type(error).__name__}: {reason}): {SAVED}"
+        ) from None
+
+
+def _zero(_: float) -> float:
+    """A learning rate schedule."""
+    return 0.0
+
+
+@contextmanager
+def legacy_gym() -> Iterator[None]:
+    """Lets pickles find gymnasium under its old name `gym` inside the block, unless a real gym is installed."""
+    if "gym" in sys.modules or find_spec("gym"):
+        yield
+        return
+    loaded = [name for name in sys.modules if name.partition(".")[0] == "gymnasium"]
+    sys.modules.update({name.replace("gymnasium", "gym", 1): sys.modules[name] for name in loaded})
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "gym"]:
+            del sys.modules[name]

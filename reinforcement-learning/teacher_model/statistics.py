@@ -1,8 +1,8 @@
 """The statistics of observations in a file of VecNormalize, read without running anything that the file names.
 
-A pickle is a program: it may name any function of any module and have it called. Here every name in it stands for an
-`_Inert`, which keeps what it is given and does nothing; arrays are put together from their bytes afterwards. So a file
-needs neither the packages it was saved with (gym or gymnasium, numpy 1 or 2) nor trust.
+A pickle is a program: it may call any function of any module. Here every name in it stands for an `_Inert`, which
+stores its arguments and does nothing; arrays are then built from their bytes. So a file needs neither the packages it
+was saved with (gym or gymnasium, numpy 1 or 2) nor trust. VecNormalize.load would run it.
 """
 
 import pickle
@@ -18,7 +18,7 @@ from kd.common.utils.errors import UserError
 
 @dataclass(frozen=True)
 class ObservationStatistics:
-    """What VecNormalize knows about observations: (o - mean) / sqrt(var + epsilon), clipped to +-clip."""
+    """Statistics of VecNormalize: observations become (o - mean) / sqrt(var + epsilon), clipped to +-clip."""
 
     mean: np.ndarray
     var: np.ndarray
@@ -27,11 +27,11 @@ class ObservationStatistics:
 
     @property
     def std(self) -> np.ndarray:
-        """What observations are divided by."""
+        """The divisor of observations."""
         return np.sqrt(self.var + self.epsilon)
 
     def check(self, observation_space: spaces.Space, path: Path) -> None:
-        """Raises UserError where the statistics, read from `path`, are of other observations."""
+        """Raises UserError where the statistics, read from `path`, do not fit the observations."""
         if self.mean.shape != observation_space.shape:
             raise UserError(
                 f"{path} has statistics of observations of shape {self.mean.shape}, the environment's are "
@@ -40,7 +40,7 @@ class ObservationStatistics:
 
 
 def read_statistics(path: Path) -> ObservationStatistics | None:
-    """The statistics in a file that VecNormalize.save wrote, or None where it left observations as they are."""
+    """The statistics in a file that VecNormalize.save wrote, or None where it does not normalize observations."""
     try:
         with open(path, "rb") as file:
             saved = _InertUnpickler(file).load().state
@@ -72,7 +72,7 @@ def read_statistics(path: Path) -> ObservationStatistics | None:
 
 
 class _Inert:
-    """Stands for any class or function that a pickle names, called or not: keeps what it is given."""
+    """Stands for any class or function that a pickle names, called or not: stores its arguments."""
 
     name = ""
     arguments: tuple[Any, ...]
@@ -87,10 +87,10 @@ class _Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """An entry of some kind of dict, which no statistics are in."""
+        """Ignores an entry of a dict, which holds no statistics."""
 
     def extend(self, items: Any) -> None:
-        """Items of some kind of list, which no statistics are in."""
+        """Ignores items of a list, which holds no statistics."""
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -99,7 +99,7 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def _array(value: Any) -> np.ndarray:
-    """A number, or the array of floats that numpy wrote in one of its three ways, as float64."""
+    """A number, or an array of floats in one of numpy's three pickle formats, as float64."""
     if isinstance(value, int | float):
         return np.array(value, np.float64)
     order: Literal["C", "F"] = "C"

@@ -1,50 +1,152 @@
-"""Training from reward alone: of a teacher, and of the control that a distilled student is compared with."""
+"""The teachers of a run: loaded from files, or trained once and kept for every run that needs them."""
 
-from typing import Any
+import json
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from kd.common.training.arguments import RunArguments
+from kd.common.training.run import STAGE, Run
+from kd.common.training.run_folder import read_recipe
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.sb3 import training_environments
-from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
+from kd.common.utils.ranges import Count
+from kd.reinforcement_learning.environments.registry import fingerprint, folder_name
+from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
+from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.files import find_teacher
+from kd.reinforcement_learning.teacher_model.policies import Deterministic, QValues, greedy, temperature_for_entropy
+from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
+from kd.reinforcement_learning.teacher_model.training import new_teacher, train_from_reward
+
+CALIBRATION_EPISODES = 8
 
 
-def recipe_environments(environment: str, recipe: TrainingRecipe, seed: int, norm_obs: bool = True) -> VecEnv:
-    """The environments of a training from reward, behind VecNormalize where the recipe says so; without `norm_obs`
-    that normalizes rewards only.
+@dataclass
+class TeacherArguments:
+    """How a teacher is trained. Raises ValueError, one line, for hyper-parameters that are invalid."""
+
+    algorithm: Literal["ppo", "dqn", "sac"] = field(
+        default="ppo", metadata={"help": "Algorithm of a teacher that is trained."}
+    )
+    teacher_steps: Count | None = field(
+        default=None, metadata={"help": "Environment steps of its training (default: those of hyperparameters.yaml)."}
+    )
+    hyperparameters: str | None = field(
+        default=None,
+        metadata={"help": "JSON that replaces values of hyperparameters.yaml, such as '{\"gamma\": 0.99}'."},
+    )
+
+    def __post_init__(self) -> None:
+        self.recipe("CartPole-v1")  # raises for malformed values
+
+    def recipe(self, environment: str) -> TrainingRecipe:
+        changes: Any = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
+        if not isinstance(changes, dict):
+            raise ValueError(f"--hyperparameters must be a JSON object, such as '{{\"gamma\": 0.99}}', got {changes}")
+        if self.teacher_steps is not None:
+            changes["steps"] = self.teacher_steps
+        return training_recipe(self.algorithm, environment, changes)
+
+    def folder(self, environment: str) -> Path:
+        """Where a teacher is kept unless --output_dir of train_teacher.py is another folder."""
+        return Path("runs/reinforcement-learning", f"teacher_{folder_name(environment)}_{self.algorithm}")
+
+
+@dataclass
+class TeacherTask:
+    """Where a teacher is trained and evaluated."""
+
+    environment: str = field(default="CartPole-v1", metadata={"help": "Id of a Gymnasium environment."})
+    episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
+    watch_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A policy that students of one environment learn from. `network` returns its outputs at its temperature."""
+
+    environment: str
+    agent: Agent
+    network: PolicyNetwork
+
+    @property
+    def deterministic(self) -> bool:
+        return isinstance(self.network.network, Deterministic)
+
+
+def load_or_train_teacher(
+    name: str, task: TeacherTask, training: TeacherArguments, vecnormalize: str | None, trust_pickle: bool
+) -> Agent:
+    """The teacher in the files that `name` stands for or, for `train`, the one of the environment's folder, which is
+    trained if it does not exist.
+
+    Raises UserError where that one was trained with other arguments.
     """
-    environments: VecEnv = training_environments(environment, recipe.environments, seed)
-    if recipe.normalize:
-        return VecNormalize(environments, norm_obs=norm_obs, gamma=recipe.keywords.get("gamma", 0.99))
-    return environments
+    if name != "train":
+        return load_agent(name, task.environment, trust_pickle, vecnormalize)
+    folder = training.folder(task.environment)
+    if (folder / "stages" / "teacher" / STAGE).exists():
+        _refuse_other_training(folder, training)
+        return load_agent(str(folder), task.environment)
+    args = RunArguments(output_dir=str(folder), resume_from_checkpoint=True)
+    model = new_teacher(task.environment, training.recipe(task.environment), args.seed)
+    return train_teacher(Run(args, task, training), model, task, training)
 
 
-def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgorithm:
-    """An untrained teacher in its environments, with the networks of its algorithm. Raises UserError for
-    hyper-parameters that the algorithm refuses.
+def train_teacher(run: Run, model: BaseAlgorithm, task: TeacherTask, training: TeacherArguments) -> Agent:
+    """Trains `model`, a new teacher, as the stage `teacher` of a run, or loads the finished stage."""
+    recipe = training.recipe(task.environment)
+    run.check_inputs(fingerprint(task.environment))
+
+    def build() -> Agent:
+        train_from_reward(run, "teacher", task.environment, model, recipe.steps, task.watch_episodes)
+        return Agent.trained(recipe.algorithm, model)
+
+    return run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))
+
+
+def _refuse_other_training(folder: Path, training: TeacherArguments) -> None:
+    before = read_recipe(folder)
+    for name, value in asdict(training).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: name it with "
+                "--teacher, or train another with train_teacher.py and --overwrite_output_dir"
+            )
+
+
+def load_agent(
+    name: str,
+    environment: str,
+    trust_pickle: bool = False,
+    vecnormalize: str | None = None,
+    flag: str = "--vecnormalize",
+) -> Agent:
+    """The policy in the files that `find_teacher` finds, for an environment; prints which statistics it uses."""
+    files = find_teacher(name, environment, vecnormalize, flag)
+    if files is None:
+        raise UserError(f"{name} stands for a teacher that distill_policy.py trains: name a file or folder here")
+    with closing(Environments(environment, 1)) as shown:
+        agent = Agent.load(files, shown.observation_space, shown.action_space, trust_pickle)
+    print(f"{files.policy}: statistics of observations: {agent.source}")
+    return agent
+
+
+def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:
+    """The network of a teacher at `temperature` or, for a DQN without one, at the temperature where the mean entropy
+    of its actions in its states is `entropy` times the maximum.
     """
-    try:
-        check_steps(recipe)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    environments = recipe_environments(environment, recipe, seed)
-    frames = is_image_space(environments.observation_space)
-    algorithm: Any = ALGORITHMS[recipe.algorithm]
-    device = "cpu" if recipe.algorithm == "ppo" and not frames else "auto"  # networks so small are faster there
-    policy = "CnnPolicy" if frames else "MlpPolicy"
-    try:
-        model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        environments.close()
-        raise UserError(f"{recipe.algorithm} refuses these hyper-parameters: {error}") from error
-    return model
+    network = agent.network()
+    if temperature is not None:
+        network.temperature = temperature
+    elif isinstance(network.network, QValues):
+        _, states = returns_of(greedy(network), environment, CALIBRATION_EPISODES, VALIDATION_SEED)
+        with torch.no_grad():
+            q_values = network(states.to(network.device)).logits
+        network.temperature = temperature_for_entropy(q_values, entropy)
+    return network

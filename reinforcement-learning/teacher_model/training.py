@@ -1,10 +1,12 @@
-"""Trains a Stable-Baselines3 model from reward, in segments: a killed training goes on and ends as if never killed.
+"""Training from reward by the algorithm of a Stable-Baselines3 model: of a teacher, a control, a PPD student.
 
-At the start of each segment the model is saved, every source of randomness is seeded anew and all environments are
-restarted, in training that was interrupted and in training that was not. So the file of a segment's start is all that
-the rest depends on; environments themselves need not be saved, which most cannot be.
+Training runs in segments, and a killed training ends as if never killed. At the start of each segment the model is
+saved, every random generator is seeded anew and all environments restart, whether training was interrupted or not. So
+the checkpoint of a segment's start is all that the rest depends on; environments, most of which cannot be saved, need
+not be.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,30 +16,165 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_setattr
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch import nn
 from tqdm.auto import tqdm
 
+from kd.common.training.checkpoints import checkpoints_in, remove_checkpoint
+from kd.common.training.run import Run
+from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
-from kd.reinforcement_learning.teacher_model.checkpoints import Checkpoints
+from kd.common.utils.folders import find_damage, writing_folder
+from kd.reinforcement_learning.environments.registry import folder_name
+from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
+from kd.reinforcement_learning.environments.vector import training_environments
+from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 SEGMENTS = 10
+KEPT_CHECKPOINTS = 2  # the newest, and the one before, in case the newest is damaged
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
 REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]
-Watch = Callable[[BaseAlgorithm], dict[str, float]]
+Evaluate = Callable[[BaseAlgorithm], dict[str, float]]
 
 
-def train(model: BaseAlgorithm, steps: int, folder: Path, seed: int, watch: Watch, description: str = "") -> History:
+# ---- a training in a run ----
+
+
+def recipe_environments(
+    environment: str,
+    recipe: TrainingRecipe,
+    seed: int,
+    norm_obs: bool = True,
+    fixed: ObservationStatistics | None = None,
+) -> VecEnv:
+    """The environments of a recipe, in VecNormalize if it normalizes; without `norm_obs` of rewards only.
+
+    With `fixed` observations are normalized by these statistics, whatever the recipe.
+    """
+    environments: VecEnv = training_environments(environment, recipe.environments, seed)
+    if not recipe.normalize and fixed is None:
+        return environments
+    gamma = recipe.keywords.get("gamma", 0.99)
+    normalizer = VecNormalize(
+        environments, norm_obs=norm_obs or fixed is not None, norm_reward=recipe.normalize, gamma=gamma
+    )
+    if fixed is not None:
+        normalizer.obs_rms = _FixedMoments(fixed)  # type: ignore[assignment]
+        normalizer.epsilon, normalizer.clip_obs = fixed.epsilon, fixed.clip
+    return normalizer
+
+
+class _FixedMoments(RunningMeanStd):
+    def __init__(self, statistics: ObservationStatistics) -> None:
+        super().__init__(shape=statistics.mean.shape)
+        self.mean, self.var = statistics.mean, statistics.var
+
+    def update(self, arr: Any) -> None:
+        """Keeps the moments."""
+
+
+def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgorithm:
+    """An untrained teacher in its environments, with the default networks of its algorithm. Raises UserError for
+    hyper-parameters that the algorithm refuses.
+    """
+    try:
+        check_steps(recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    environments = recipe_environments(environment, recipe, seed)
+    frames = is_image_space(environments.observation_space)
+    algorithm: Any = ALGORITHMS[recipe.algorithm]
+    device = "cpu" if recipe.algorithm == "ppo" and not frames else "auto"  # small networks are faster on the CPU
+    policy = "CnnPolicy" if frames else "MlpPolicy"
+    try:
+        model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        environments.close()
+        raise UserError(f"{recipe.algorithm} refuses these hyper-parameters: {error}") from error
+    return model
+
+
+def train_from_reward(
+    run: Run, stage: str, environment: str, model: BaseAlgorithm, steps: int, eval_episodes: int
+) -> None:
+    """Trains a model by its algorithm inside a stage of `run`, and adds its log to the history of the stage."""
+
+    def evaluate(model: BaseAlgorithm) -> dict[str, float]:
+        return mean_returns(run, {environment: Agent.trained(stage, model).network()}, eval_episodes)
+
+    folder = run.folder / "checkpoints" / stage / folder_name(environment)
+    log = train(model, steps, folder, run.args.seed, evaluate, description=f"{stage} {environment}")
+    run.history[stage] = run.history.get(stage, []) + log
+
+
+def mean_returns(run: Run, networks: dict[str, nn.Module], episodes: int) -> dict[str, float]:
+    """Mean returns of greedy actions by environment, for the curves. Their time is not counted for the stage."""
+    with run.timed("evaluation"):
+        return {
+            curve(environment): float(returns_of(greedy(network), environment, episodes, VALIDATION_SEED)[0].mean())
+            for environment, network in networks.items()
+        }
+
+
+def curve(environment: str) -> str:
+    """The name of an environment's mean return in the log of a stage."""
+    return f"eval_return_mean {environment}"
+
+
+# ---- checkpoints: whole folders with checksums ----
+
+
+def save_checkpoint(folder: Path, number: int, write: Callable[[Path], None]) -> None:
+    """Writes `folder/checkpoint-NUMBER` by `write(path)`, then removes all but the newest two."""
+    path = folder / f"checkpoint-{number}"
+    remove_checkpoint(path)  # damaged, or training would have continued from it
+    with writing_folder(path) as partial:
+        write(partial)
+    for old in checkpoints_in(folder)[:-KEPT_CHECKPOINTS]:
+        remove_checkpoint(old)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in a folder, or None; logs a warning for each damaged one."""
+    for path in reversed(checkpoints_in(folder)):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning("not continuing from %s: %s", path.name, damage)
+    return None
+
+
+# ---- segments ----
+
+
+def train(
+    model: BaseAlgorithm, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str = ""
+) -> History:
     """Trains `model` for `steps` environment steps, from the last segment in `folder` on if there is one.
 
-    Returns the log: at the end of each segment what `watch(model)` tells, with the `environment_steps` so far.
+    Returns the log: at the end of each segment `evaluate(model)` and the `environment_steps` so far.
     """
-    segments = Segments(steps, folder, seed, watch, description)
-    checkpoint = segments.checkpoints.newest()
+    segments = Segments(steps, folder, seed, evaluate, description)
+    checkpoint = newest_checkpoint(folder)
     done = 0 if checkpoint is None else segments.restore(model, checkpoint)
     try:
         model.learn(steps - done, callback=segments, reset_num_timesteps=False)
@@ -53,16 +190,15 @@ def train(model: BaseAlgorithm, steps: int, folder: Path, seed: int, watch: Watc
 class Segments(BaseCallback):
     """Saves and restarts at the beginning of each segment; keeps the log."""
 
-    def __init__(self, steps: int, folder: Path, seed: int, watch: Watch, description: str) -> None:
+    def __init__(self, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str) -> None:
         super().__init__()
-        self.length, self.seed, self.watch = max(1, -(-steps // SEGMENTS)), seed, watch
-        self.checkpoints = Checkpoints(folder)
+        self.length, self.folder, self.seed, self.evaluate = max(1, -(-steps // SEGMENTS)), folder, seed, evaluate
         self.bar = tqdm(total=steps, desc=description, unit="step", unit_scale=True, leave=False)
         self.begun, self.history, self.arrays = -1, History(), dict[str, np.ndarray]()
 
     def _on_training_start(self) -> None:
         if self.arrays:
-            _put_arrays(self.model, self.arrays)  # only now, since `learn` has begun with a reset, which counts
+            _put_arrays(self.model, self.arrays)  # after the reset at the start of `learn`, which counts
 
     def _on_step(self) -> bool:
         self.bar.update(self.model.num_timesteps - self.bar.n)
@@ -74,7 +210,7 @@ class Segments(BaseCallback):
             return
         if self.begun >= 0:
             self.log()
-            self.checkpoints.save(self.model.num_timesteps, self.write)
+            save_checkpoint(self.folder, self.model.num_timesteps, self.write)
         self.begun = segment
         self.restart(self.seed + 1000 * segment)
 
@@ -83,7 +219,7 @@ class Segments(BaseCallback):
 
     def log(self) -> None:
         self.check()
-        self.history.append({"environment_steps": self.model.num_timesteps} | self.watch(self.model))
+        self.history.append({"environment_steps": self.model.num_timesteps} | self.evaluate(self.model))
 
     def restart(self, seed: int) -> None:
         model, environment = self.model, self.training_env
@@ -98,12 +234,11 @@ class Segments(BaseCallback):
     def write(self, folder: Path) -> None:
         self.model.save(folder / "model.zip")
         counters = {name: getattr(self.model, name) for name in COUNTERS if hasattr(self.model, name)}
-        arrays = _arrays(self.model)
-        np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
+        np.savez(folder / "arrays.npz", **_arrays(self.model))  # type: ignore[arg-type]
         write_json(folder / "state.json", {"counters": counters, "history": self.history})
 
     def restore(self, model: BaseAlgorithm, folder: Path) -> int:
-        """Puts the state of the last segment's start into `model`; the number of steps until then."""
+        """Restores the state of the last segment's start into `model`; the number of steps until then."""
         state = read_json(folder / "state.json")
         _, parameters, variables = load_from_zip_file(folder / "model.zip", device=model.device, load_data=False)
         model.set_parameters(parameters, exact_match=True, device=model.device)
@@ -129,7 +264,7 @@ def _replay(model: BaseAlgorithm) -> ReplayBuffer | None:
 
 
 def _arrays(model: BaseAlgorithm) -> dict[str, np.ndarray]:
-    """What a model's zip lacks: VecNormalize's running means and the replay buffer's rows."""
+    """What a model's zip lacks: the running means of VecNormalize and the rows of the replay buffer."""
     arrays: dict[str, np.ndarray] = {}
     for name, means in _running_means(model).items():
         arrays |= {f"{name}_{part}": np.asarray(getattr(means, part)) for part in ("mean", "var", "count")}

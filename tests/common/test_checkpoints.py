@@ -17,8 +17,8 @@ from kd.common.losses import feature_l2
 from kd.common.objective import Hint, Objective, task_loss
 from kd.common.training.checkpoints import last_checkpoint, rotate_checkpoints
 from kd.common.training.trainer import KDTrainer
-from kd.common.utils.checksums import CHECKSUMS, write_checksums
 from kd.common.utils.errors import UserError
+from kd.common.utils.folders import CHECKSUMS, write_checksums
 from kd_testing.processes import fork
 from kd_testing.tiny import Rows, arguments, model
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd.common.utils import environment as environment_module
-from kd.common.utils import precision
-from kd.common.utils.environment import environment, git_commit
+from kd.common.utils import devices
+from kd.common.utils.devices import environment, git_commit
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json, write_text
 from kd.common.utils.folders import writing_folder
@@ -180,7 +179,7 @@ def test_git_commit_of_clean_changed_and_absent_repositories(tmp_path: Path, mon
         answer = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
         return answer.stdout.strip()
 
-    monkeypatch.setattr(environment_module, "__file__", str(tmp_path / "module.py"))
+    monkeypatch.setattr(devices, "__file__", str(tmp_path / "module.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_commit() is None
     git("init")
@@ -206,12 +205,12 @@ def test_auto_precision_of_a_cpu(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert precision.resolve_precision("auto", torch.device("cpu")) == expected
-    assert precision.resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    assert precision.resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert devices.resolve_precision("auto", torch.device("cpu")) == expected
+    assert devices.resolve_precision("fp32", torch.device("cpu")) == "fp32"
+    assert devices.resolve_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_precision_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert precision.resolve_precision("auto", torch.device("cuda")) == expected
+    assert devices.resolve_precision("auto", torch.device("cuda")) == expected

@@ -12,16 +12,17 @@ from torch import nn
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Recorder, at_random, greedy, mixture, play, sampling
-from kd.reinforcement_learning.environments.sb3 import SB3Environments
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.environments.rollouts import Recorder, mixture, play, random_actions, returns_of
+from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from kd.reinforcement_learning.student_model.evaluation import likeness, random_return, returns_of
+from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
 from kd.reinforcement_learning.student_model.matching import check_loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
 from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd_testing import known_answer  # noqa: F401 - registers the environments
 
 
 def model(environment: str, hidden: list[int], seed: int = 0) -> PPO:
@@ -261,10 +262,10 @@ def test_losses_that_do_not_fit_are_refused():
 def test_play_counts_whole_episodes_of_every_environment():
     returns, met = play(greedy(Knowing(True)), Environments("KnownAnswer-v0", 3), 7)
     assert returns.tolist() == [10.0] * 7 and len(met) == 70
-    random = random_return("KnownAnswer-v0", Environments("KnownAnswer-v0", 1).action_space, 200)
-    assert random == pytest.approx(2.5, abs=0.4)
+    random = random_metrics("KnownAnswer-v0", Environments("KnownAnswer-v0", 1).action_space, 200)
+    assert random["return_mean"] == pytest.approx(2.5, abs=0.4)
     drawn, _ = play(
-        at_random(Environments("KnownAnswerBox-v0", 1).action_space, 0), Environments("KnownAnswerBox-v0", 2), 4
+        random_actions(Environments("KnownAnswerBox-v0", 1).action_space, 0), Environments("KnownAnswerBox-v0", 2), 4
     )
     assert len(drawn) == 4 and (drawn < 9).all()
 
@@ -272,11 +273,11 @@ def test_play_counts_whole_episodes_of_every_environment():
 def test_likeness():
     space = Environments("CartPole-v1", 1).action_space
     own, other = {"logits": torch.tensor([[2.0, 0.0], [0.0, 1.0]])}, {"logits": torch.tensor([[1.0, 0.0], [3.0, 1.0]])}
-    assert likeness(own, own, space) == {"agreement": 1.0, "kl": 0.0}
-    assert likeness(own, other, space)["agreement"] == 0.5
+    assert policy_agreement(own, own, space) == {"agreement": 1.0, "kl": 0.0}
+    assert policy_agreement(own, other, space)["agreement"] == 0.5
     box = Environments("Pendulum-v1", 1).action_space  # from -2 to 2
     own, other = {"mean": torch.tensor([[9.0], [0.0]])}, {"mean": torch.tensor([[2.0], [1.0]])}
-    assert likeness(own, other, box) == {"agreement": pytest.approx(1 - (0 + 1 / 4) / 2)}
+    assert policy_agreement(own, other, box) == {"agreement": pytest.approx(1 - (0 + 1 / 4) / 2)}
 
 
 def test_sampling_leaves_the_global_generator_alone():

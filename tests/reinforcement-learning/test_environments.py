@@ -16,12 +16,14 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data import playing
-from kd.reinforcement_learning.environments import known_answer, vector
-from kd.reinforcement_learning.environments.known_answer import KnownAnswer, KnownAnswerBox
-from kd.reinforcement_learning.environments.sb3 import SB3Environments, training_environments
-from kd.reinforcement_learning.environments.vector import Environments, Step, registering, time_limit_warning
+from kd.reinforcement_learning.environments import registry as registry_module
+from kd.reinforcement_learning.environments import rollouts, vector
+from kd.reinforcement_learning.environments.registry import registration_code, time_limit_warning
+from kd.reinforcement_learning.environments.vector import Environments, SB3Environments, Step, training_environments
 from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd_testing import known_answer
+from kd_testing.known_answer import KnownAnswer, KnownAnswerBox
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 
@@ -159,10 +161,10 @@ def test_nothing_is_rendered_unless_asked(registry):
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
 def test_an_environment_without_a_time_limit_gets_one_and_a_warning(registry, monkeypatch, mode):
-    monkeypatch.setattr(vector, "EPISODE_STEPS", 7)
+    monkeypatch.setattr(registry_module, "EPISODE_STEPS", 7)
     gym.register("Endless-v0", KnownAnswer)
     environments = Environments("Endless-v0", 2, autoreset=mode)
-    found, rows = playing.play(
+    found, rows = rollouts.play(
         lambda observations: torch.as_tensor(KnownAnswer.right_action(observations.numpy())), environments, 4
     )
     assert found.tolist() == [7.0] * 4 and len(rows) == 28
@@ -199,8 +201,8 @@ def test_a_package_registers_its_environments_as_in_gym_make(tmp_path, monkeypat
 
 
 def test_code_for_others_registers_what_gymnasium_does_not_know_by_itself():
-    assert registering("CartPole-v1") == "" and registering("my_package:Mine-v0") == ""
-    assert registering("ALE/Pong-v5") == "import ale_py  # registers the environment\n"
+    assert registration_code("CartPole-v1") == "" and registration_code("my_package:Mine-v0") == ""
+    assert registration_code("ALE/Pong-v5") == "import ale_py  # registers the environment\n"
 
 
 def test_known_answers_can_be_registered_twice():
@@ -270,7 +272,7 @@ def test_sb3_learns_and_evaluates(algorithm, id, kwargs):
     assert len(model.ep_info_buffer) >= 4
     assert {episode["l"] for episode in model.ep_info_buffer} == {10}
     mean, _ = evaluate_policy(model, SB3Environments(id, 2), n_eval_episodes=4, warn=False)
-    returns, _ = playing.play(playing.greedy(Agent.trained("", model).network()), Environments(id, 2), 4)
+    returns, _ = rollouts.play(greedy(Agent.trained("", model).network()), Environments(id, 2), 4)
     assert mean == pytest.approx(returns.mean(), abs=1e-4)
 
 

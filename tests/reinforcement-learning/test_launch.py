@@ -7,7 +7,7 @@ import pytest
 from stable_baselines3 import PPO
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments import launch
+from kd.reinforcement_learning.environments import registry
 from kd_testing.scripts import run_script
 
 SCRIPTS = [f"reinforcement-learning/scripts/{name}.py" for name in ("distill_policy", "train_teacher", "evaluate")]
@@ -65,8 +65,8 @@ def test_a_damaged_results_file_is_one_line(content, capsys):
 
 def test_an_environment_known_by_its_id_needs_no_word_of_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
-    launch.require_module_on_command_line("ALE/Pong-v5", "a file")
+    registry.require_module_on_command_line("ALE/Pong-v5", "a file")
     with pytest.raises(UserError, match="would run its code"):
-        launch.require_module_on_command_line("os:Mine-v0", "a file")
+        registry.require_module_on_command_line("os:Mine-v0", "a file")
     monkeypatch.setattr("sys.argv", ["script", "--environment=os:Mine-v0"])
-    launch.require_module_on_command_line("os:Mine-v0", "a file")
+    registry.require_module_on_command_line("os:Mine-v0", "a file")

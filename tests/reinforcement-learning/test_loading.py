@@ -25,13 +25,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.student_model.teachers import load_agent
 from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.files import TeacherFiles, find_teacher
 from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
-from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
-from kd.reinforcement_learning.teacher_model.sources import TeacherFiles, find_teacher
+from kd.reinforcement_learning.teacher_model.saved_policy import legacy_gym, load_policy
 from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
-from kd.reinforcement_learning.teacher_model.unpickling import legacy_gym
+from kd.reinforcement_learning.teacher_model.teacher import load_agent
 
 
 class Pictures(gym.Env[np.ndarray, Any]):

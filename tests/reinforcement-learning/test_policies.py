@@ -9,10 +9,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.outputs import Outputs
+from kd.reinforcement_learning.environments.vector import to_environment
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.policies import (
     entropy,
-    environment_actions,
     greedy_actions,
     network_of,
     sampled_actions,
@@ -123,5 +123,5 @@ def test_sampled_actions_follow_the_distribution():
 
 def test_environment_actions_stay_within_bounds():
     space = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
-    clipped = environment_actions(torch.tensor([[-3.0, 2.0], [0.5, 9.0]]), space)
+    clipped = to_environment(torch.tensor([[-3.0, 2.0], [0.5, 9.0]]), space)
     assert clipped.dtype == np.float32 and clipped.tolist() == [[-1.0, 2.0], [0.5, 5.0]]

@@ -14,18 +14,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Recorder
-from kd.reinforcement_learning.environments.sb3 import SB3Environments
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.environments.rollouts import Recorder
+from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.student_model.subject import Subject
+from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
-from kd.reinforcement_learning.teacher_model.checkpoints import Checkpoints
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import new_teacher
-from kd.reinforcement_learning.teacher_model.training import train
+from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd.reinforcement_learning.teacher_model.training import new_teacher, newest_checkpoint, save_checkpoint, train
 
 PPO_ROW = {"environments": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1, "normalize": True}
 
@@ -64,7 +61,7 @@ def distilled(folder: Path, call: int | None = None, **changes: Any) -> dict[str
 
 def trained(folder: Path, call: int | None = None) -> dict[str, torch.Tensor]:
     model = new_teacher("CartPole-v1", training_recipe("ppo", "CartPole-v1", PPO_ROW), seed=0)
-    train(model, 640, folder, seed=0, watch=dies_at(call))
+    train(model, 640, folder, seed=0, evaluate=dies_at(call))
     return model.policy.state_dict()
 
 
@@ -126,29 +123,28 @@ def test_where_no_checkpoint_is_whole_training_starts_again(make, whole_and_kill
 
 
 def test_a_checkpoint_whose_writing_was_killed_is_none(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.newest() is None
+    assert newest_checkpoint(tmp_path) is None
 
     def dies(folder: Path) -> None:
         (folder / "half").touch()
         raise Killed
 
     for number in (8, 9, 10):
-        checkpoints.save(number, lambda folder: (folder / "whole").touch())
+        save_checkpoint(tmp_path, number, lambda folder: (folder / "whole").touch())
     with pytest.raises(Killed):
-        checkpoints.save(11, dies)
-    assert checkpoints.newest() == tmp_path / "checkpoint-10"
+        save_checkpoint(tmp_path, 11, dies)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
 def test_an_old_checkpoint_that_is_a_link_is_no_way_to_other_files(tmp_path):
-    other, checkpoints = tmp_path / "other", Checkpoints(tmp_path / "run")
+    other = tmp_path / "other"
     other.mkdir()
     (other / "precious").touch()
     for number in (1, 2):
-        checkpoints.save(number, lambda folder: None)
+        save_checkpoint(tmp_path / "run", number, lambda folder: None)
     (tmp_path / "run" / "checkpoint-0").symlink_to(other)
-    checkpoints.save(3, lambda folder: None)
+    save_checkpoint(tmp_path / "run", 3, lambda folder: None)
     assert (other / "precious").exists() and not (tmp_path / "run" / "checkpoint-0").is_symlink()
 
 
@@ -156,15 +152,16 @@ def test_an_old_checkpoint_that_is_a_link_is_no_way_to_other_files(tmp_path):
 def test_a_damaged_student_of_a_finished_stage_is_one_line(damage, tmp_path):
     recipe = training_recipe("ppo", "CartPole-v1")
     new_student(SB3Environments("CartPole-v1", 1), StudentArguments(), recipe, 0).save(tmp_path / "model.zip")
-    subject = Subject("CartPole-v1", cast(Any, None), cast(Any, None), recipe, StudentArguments())
-    assert subject.load_student("student", tmp_path, 0).model is not None
-    other = Subject("CartPole-v1", cast(Any, None), cast(Any, None), recipe, StudentArguments(student=[3]))
+    teacher = Teacher("CartPole-v1", cast(Any, None), cast(Any, None))
+    spec = StudentSpec(teacher, StudentArguments(), recipe)
+    assert spec.load("student", tmp_path, 0).model is not None
+    other = StudentSpec(teacher, StudentArguments(student=[3]), recipe)
     with pytest.raises(UserError, match="is not the student of this run"):
-        other.load_student("student", tmp_path, 0)
+        other.load("student", tmp_path, 0)
     if damage != "a bit":  # which the checksums of a stage tell
         DAMAGE[damage](tmp_path / "model.zip")
         with pytest.raises(UserError, match="model.zip"):
-            subject.load_student("student", tmp_path, 0)
+            spec.load("student", tmp_path, 0)
 
 
 def test_weights_that_the_last_update_broke_are_not_kept(tmp_path, monkeypatch):
@@ -200,7 +197,7 @@ def test_a_training_that_diverges_is_one_line_and_keeps_nothing_of_it(algorithm,
         raise AssertionError("measured")
 
     with pytest.raises(UserError, match="training diverged: .* is not finite after"):
-        train(model, 640, tmp_path, seed=0, watch=watch)
+        train(model, 640, tmp_path, seed=0, evaluate=watch)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="training diverged"):
         Agent.trained("teacher", model).save_pretrained(tmp_path)

@@ -14,21 +14,20 @@ from kd.common.metrics.cost import parameters
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.data.playing import Recorder, greedy
-from kd.reinforcement_learning.environments.sb3 import SB3Environments
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.environments.rollouts import Recorder, returns_of
+from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.bottleneck import BottleneckFeatures
-from kd.reinforcement_learning.student_model.distillation import Distillation
+from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
-from kd.reinforcement_learning.student_model.evaluation import returns_of
-from kd.reinforcement_learning.student_model.experiment import Experiment
-from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student, share_bodies
-from kd.reinforcement_learning.student_model.subject import Subject
+from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student, share_bodies
 from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
+from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
 from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd_testing import known_answer  # noqa: F401 - registers the environments
 
 QUESTIONS = "KnownAnswer-v0"
 RECIPE = training_recipe(
@@ -45,19 +44,19 @@ def student(environment: str = QUESTIONS, args: StudentArguments = LOOKED_UP, se
     return new_student(SB3Environments(environment, 2), args, RECIPE, seed)
 
 
-def subject(args: StudentArguments = LOOKED_UP) -> Subject:
+def spec(args: StudentArguments = LOOKED_UP) -> StudentSpec:
     """Its teacher knows the answers; it is used to observations that are normalized, by 5 and 2."""
     teacher = student(args=StudentArguments(student=[]))
     with torch.no_grad():
         cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
     agent = Agent("teacher", teacher.policy, ObservationStatistics(np.full(4, 5.0), np.full(4, 4.0), 0.0, 10.0))
-    return Subject(QUESTIONS, agent, agent.network().cpu(), RECIPE, args)
+    return StudentSpec(Teacher(QUESTIONS, agent, agent.network().cpu()), args, RECIPE)
 
 
-def task(one: Subject, seed: int = 0) -> Task:
+def task(one: StudentSpec, seed: int = 0) -> Task:
     environments = Environments(QUESTIONS, 4, seed)
-    network = StudentNetwork(one.new_student(seed).policy, one.teacher.statistics)
-    return Task(Recorder(environments), one.network, network, Observations(10_000, (4,), torch.float32))
+    network = StudentNetwork(one.new(seed).policy, one.teacher.agent.statistics)
+    return Task(Recorder(environments), one.teacher.network, network, Observations(10_000, (4,), torch.float32))
 
 
 def extractor(policy: Any) -> BottleneckFeatures:
@@ -77,7 +76,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path):
-    one, rounds = task(subject()), []
+    one, rounds = task(spec()), []
     before = extractor(one.student.policy).bottleneck.values.clone()
 
     def watch() -> dict[str, float]:
@@ -95,7 +94,7 @@ def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path
 
 
 def test_a_distilled_student_with_a_bottleneck_knows_most_answers(tmp_path):
-    one = task(subject())
+    one = task(spec())
     Distiller([one], arguments(steps=1800, updates=80, learning_rate=0.03), tmp_path, 0).learn(dict)
     returns, _ = returns_of(greedy(StudentNetwork(one.student.folded_policy(), None)), QUESTIONS, 50, seed=9)
     assert returns.mean() > 8  # at random 2.5, the teacher 10
@@ -111,7 +110,7 @@ def test_a_killed_distillation_ends_as_if_never_killed_and_fits_no_keys_again(tm
     monkeypatch.setattr(BottleneckFeatures, "fit", lambda self, rows: (fits.append(len(rows)), fit(self, rows)))
 
     def run(folder: Path, die: bool) -> dict[str, Tensor]:
-        one = task(subject())
+        one = task(spec())
         distiller = Distiller([one], arguments(), folder, 0)
 
         def watch() -> dict[str, float]:
@@ -132,18 +131,16 @@ def test_a_killed_distillation_ends_as_if_never_killed_and_fits_no_keys_again(tm
 
 def test_however_it_is_trained_it_is_the_same_student_with_the_same_keys(tmp_path):
     """Behind reward normalization and with a teacher that has statistics: it sees observations as they are."""
-    experiment = Experiment("distill", RunArguments(output_dir=str(tmp_path / "run")), 2)
-    one = subject()
-    stages = Distillation(experiment, [one], arguments())
-    agents = [stages.distilled(), stages.from_reward()]
-    other = Experiment("ppd", RunArguments(output_dir=str(tmp_path / "other")), 2)
-    agents.append(Distillation(other, [one], arguments()).proximal(1.0))
+    run, other = (PolicyRun([QUESTIONS], RunArguments(output_dir=str(tmp_path / name))) for name in ("run", "other"))
+    one = spec()
+    stages = Distillation(run, [one], arguments(), 2)
+    agents = [stages.student(), stages.control(), Distillation(other, [one], arguments(), 2).ppd_student(1.0)]
     policies = [of[QUESTIONS].policy for of in agents]
     for policy in policies[1:]:
         assert parameters(policy) == parameters(policies[0])
         assert_equal(fitted(policy), fitted(policies[0]))
         assert not torch.equal(extractor(policy).bottleneck.values, extractor(policies[0]).bottleneck.values)
-    loaded = stages.from_reward()[QUESTIONS].policy  # the finished stage
+    loaded = stages.control()[QUESTIONS].policy  # the finished stage
     assert_equal(loaded.state_dict(), policies[1].state_dict())
 
 

@@ -1,6 +1,7 @@
 """The scripts of reinforcement learning, run as a user runs them, on little."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from kd.common.utils.files import read_json
 from kd.reinforcement_learning.environments import video
-from kd.reinforcement_learning.environments.sb3 import SB3Environments
+from kd.reinforcement_learning.environments.rollouts import TEST_SEED, returns_of
+from kd.reinforcement_learning.environments.vector import SB3Environments
 from kd.reinforcement_learning.student_model import distiller
-from kd.reinforcement_learning.student_model.evaluation import TEST_SEED, returns_of
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
 
@@ -94,13 +95,21 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
     assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
 
 
-def test_several_seeds_in_one_command_and_the_same_seed_again(cart_pole, capsys):
-    words = ["--teacher", cart_pole, "--no_control", "--output_dir", "runs"]
-    distill(*words, "--seeds", 0)
-    distill(*words, "--seeds", 0, 1, "--resume_from_checkpoint")
-    assert "mean ± standard deviation" in capsys.readouterr().out
-    distill("--teacher", cart_pole, "--no_control", "--seed", 1, "--output_dir", "alone")
+def test_several_seeds_in_one_command_are_ordinary_runs_that_share_a_teacher(cart_pole, capsys):
+    words = ["--teacher", cart_pole, "--no_control"]
+    distill(*words, "--seeds", "0,1", "--output_dir", "runs")
+    assert capsys.readouterr().out.count("statistics of observations: none") == 1, "the teacher is loaded once"
+    distill(*words, "--seed", 1, "--output_dir", "alone")
+    both, alone = read_json("runs/results.json"), read_json("alone/results.json")
+    assert both["seeds"] == [0, 1] and read_json("runs/seed1/results.json")["seed"] == 1
+    assert (
+        read_json("runs/seed1/results.json")["models"]["student"]["metrics"] == alone["models"]["student"]["metrics"]
+    )
+    returns = [read_json(f"runs/seed{seed}/results.json")["models"]["student"]["metrics"]["test"] for seed in (0, 1)]
+    mean = np.mean([test["return_mean"] for test in returns])
+    assert both["models"]["student"]["metrics"]["test"]["return_mean"] == pytest.approx(mean)
     assert same_policy(Path("runs/seed1/student/student.zip"), Path("alone/student/student.zip"))
+    assert same_policy(Path("runs/seed0/student/student.zip"), Path("runs/student/student.zip"))
     assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
 
 
@@ -359,12 +368,21 @@ def test_pong_from_frames_to_small_students_of_one_teacher():
     short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--watch_episodes", 1]
     frames, written = np.zeros((1, 4, 84, 84), np.uint8), set()
     for size, words in ((25, []), (7, ["--no_control"]), (4, ["--no_control"])):
-        recipe = REPO / SCRIPTS / f"pong_{size}_percent.yaml"
-        run_script(f"{SCRIPTS}/distill_policy.py", recipe, "--teacher_steps", 1024, *short, *words)
+        command = ["bash", REPO / SCRIPTS / "distill_pong.sh", size, "--teacher_steps", 1024, *short, *words]
+        environment = os.environ | {"PYTHON": sys.executable}
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
         student = RUNS / f"pong_{size}_percent" / "student" / "student.zip"
         assert PPO.load(student, device="cpu").predict(frames)[0].shape == (1,)
         written |= {zipped.stat().st_mtime_ns for zipped in RUNS.glob("teacher_*/stages/teacher/*.zip")}
     assert len(written) == 1
+
+
+def test_the_size_of_a_pong_student_is_one_of_three():
+    command = ["bash", str(REPO / SCRIPTS / "distill_pong.sh"), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: give the size of the student first")
+    assert not RUNS.exists()
 
 
 @pytest.mark.slow

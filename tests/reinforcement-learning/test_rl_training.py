@@ -13,14 +13,14 @@ from torch import nn
 
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.playing import greedy
-from kd.reinforcement_learning.environments.sb3 import training_environments
-from kd.reinforcement_learning.student_model.evaluation import returns_of
+from kd.reinforcement_learning.environments.rollouts import returns_of
+from kd.reinforcement_learning.environments.vector import training_environments
 from kd.reinforcement_learning.student_model.ppd import PPD, TaughtSamples
 from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, check_steps, linear, training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import new_teacher
-from kd.reinforcement_learning.teacher_model.training import train
+from kd.reinforcement_learning.teacher_model.training import new_teacher, train
+from kd_testing import known_answer  # noqa: F401 - registers the environments
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("CartPole-v1", {"environments": 2, "normalize": True, "n_steps": 32, "batch_size": 32, "n_epochs": 2}),
@@ -53,7 +53,7 @@ def test_a_killed_training_ends_as_if_never_killed(algorithm, tmp_path):
             return {"logs": float(logs)}
 
         model = new_teacher(environment, recipe, seed=0)
-        history = train(model, 500, folder, seed=0, watch=watch)
+        history = train(model, 500, folder, seed=0, evaluate=watch)
         agent = Agent.trained("", model)
         steps = [row["environment_steps"] for row in history]
         return model.policy.state_dict(), None if agent.statistics is None else agent.statistics.mean, steps

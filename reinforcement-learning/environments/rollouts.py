@@ -1,37 +1,20 @@
-"""Policies in environments: collecting the observations that they meet, and the returns that they reach."""
+"""Actions in environments: collecting the observations that are met, and the returns of whole episodes."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import torch
+from einops import rearrange
 from gymnasium import spaces
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd.common.outputs import Outputs
-from kd.reinforcement_learning.environments.vector import Environments
-from kd.reinforcement_learning.teacher_model.policies import environment_actions, greedy_actions, sampled_actions
+from kd.reinforcement_learning.environments.vector import Environments, to_environment
 
 Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 
-
-def greedy(network: nn.Module) -> Act:
-    """The likeliest action."""
-
-    @torch.inference_mode()
-    def act(observations: Tensor) -> Tensor:
-        return greedy_actions(_print_error(network, observations))
-
-    return act
-
-
-def sampling(network: nn.Module, generator: torch.Generator) -> Act:
-    """An action drawn from the policy's distribution."""
-
-    @torch.inference_mode()
-    def act(observations: Tensor) -> Tensor:
-        return sampled_actions(_print_error(network, observations), generator)
-
-    return act
+TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far apart, and from the seeds of any training
+PARALLEL_ENVIRONMENTS = 20
 
 
 def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -> Act:
@@ -40,19 +23,19 @@ def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -
     def act(observations: Tensor) -> Tensor:
         one, other = first(observations), second(observations)
         choice = torch.rand(len(one), generator=generator).to(one.device) < share
-        return torch.where(choice.view(-1, *[1] * (one.dim() - 1)), one, other)
+        return torch.where(rearrange(choice, "n -> n" + " 1" * (one.dim() - 1)), one, other)
 
     return act
 
 
-def at_random(space: spaces.Space, seed: int) -> Act:
-    """Actions drawn evenly from the action space."""
+def random_actions(space: spaces.Space, seed: int) -> Act:
+    """Actions drawn uniformly from the action space."""
     space.seed(seed)
     return lambda observations: torch.as_tensor(np.stack([space.sample() for _ in observations]))
 
 
 class Recorder:
-    """Steps environments and keeps the actions, so that a later process can bring them to the same state again."""
+    """Steps environments and records the actions, so that a later process can bring them to the same state."""
 
     def __init__(self, environments: Environments) -> None:
         self.environments, self.actions = environments, list[np.ndarray]()
@@ -64,7 +47,7 @@ class Recorder:
         rows, count = [], 0
         while count < max(steps, 1):
             actions = act(torch.as_tensor(self.environments.observations))
-            rows.append(self._step(environment_actions(actions, self.environments.action_space)))
+            rows.append(self._step(to_environment(actions, self.environments.action_space)))
             count += len(rows[-1])
         return torch.cat(rows)
 
@@ -73,25 +56,25 @@ class Recorder:
         return torch.cat([self._step(step) for step in actions])
 
     def _step(self, actions: np.ndarray) -> Tensor:
-        """What is seen in a step that only restarts an environment is no row."""
-        seen = torch.as_tensor(self.environments.observations)[torch.as_tensor(self.environments.acting)]
+        """The observations that were acted on; a step that only restarts an environment adds no row."""
+        rows = torch.as_tensor(self.environments.observations)[torch.as_tensor(self.environments.acting)]
         self.actions.append(actions)
         self.environments.step(actions)
-        return seen
+        return rows
 
 
 def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarray, Tensor]:
     """Returns (episodes,) of whole episodes, and the observations acted on in them (rows, ...).
 
-    Each environment plays its own share of the episodes, so that short episodes are not favoured.
+    Each environment plays an equal share of the episodes, so that short episodes are not favoured.
     """
     shares = np.full(environments.count, episodes // environments.count)
     shares[: episodes % environments.count] += 1
     running, finished, rows = np.zeros(environments.count), [], []
     while (shares > 0).any():
-        seen, counts = torch.as_tensor(environments.observations), environments.acting & (shares > 0)
-        rows.append(seen[torch.as_tensor(counts)])
-        step = environments.step(environment_actions(act(seen), environments.action_space))
+        observations, counts = torch.as_tensor(environments.observations), environments.acting & (shares > 0)
+        rows.append(observations[torch.as_tensor(counts)])
+        step = environments.step(to_environment(act(observations), environments.action_space))
         running += step.rewards * counts
         ended = (step.terminated | step.truncated) & counts
         finished += running[ended].tolist()
@@ -99,6 +82,7 @@ def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarra
     return np.array(finished), torch.cat(rows)
 
 
-def _print_error(network: nn.Module, observations: Tensor) -> Outputs:
-    said: Outputs = network(observations.to(next(network.parameters()).device), value=False)
-    return said
+def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:
+    """`play` in new environments: returns (episodes,) and the observations met (rows, ...)."""
+    with closing(Environments(environment, min(episodes, PARALLEL_ENVIRONMENTS), seed)) as environments:
+        return play(act, environments, episodes)
