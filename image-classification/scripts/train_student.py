@@ -30,7 +30,7 @@ from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
 from kd.image_classification.student_model.sweep_students import CONTROL, PLAIN, SIMKD, SweepArguments
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd.image_classification.teacher_model.teacher import load_teacher
+from kd.image_classification.teacher_model.teacher import AveragedTeacher, load_more_teachers, load_teacher
 
 
 @dataclass
@@ -43,6 +43,10 @@ class Arguments:
     )
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
+    )
+    more_teachers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
     )
     teacher_views: Path | None = field(
         default=None,
@@ -66,7 +70,7 @@ def main() -> None:
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is given", args, "method")
+        reject_unused("--methods is given", args, "method", "more_teachers")
         axes = side_by_side(methods, training)
         sweep(axes, pair, weights, data_args, training, args.teacher_views)
     elif args.method == PLAIN:
@@ -93,7 +97,7 @@ def train_plain_student(
 ) -> None:
     """A student trained on the labels alone, which other methods have as their control."""
     check_kd_flags([PLAIN], training)
-    reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs")
+    reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "more_teachers")
     reject_unused(f"--method {PLAIN} has no teacher", training, "no_control")
     data = data_args.load()
     if args.teacher_views:
@@ -126,11 +130,16 @@ def distill_student(
     auxiliary_parameters = method.auxiliary_parameters  # raises, as the line before, where the networks do not fit
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
+    if args.more_teachers and method.teacher_features:
+        raise UserError(f"--method {args.method} needs a single teacher: leave out --more_teachers")
+    others = load_more_teachers(args.more_teachers, data)
 
-    run = open_run(args.method, training, data, args, pair, data_args, teacher=teacher if pretrained else None)
+    models = {"teacher": teacher if pretrained else None, "more_teachers": AveragedTeacher(others) if others else None}
+    run = open_run(args.method, training, data, args, pair, data_args, **models)
     if not pretrained:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
-    teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+    outputs = AveragedTeacher([teacher, *others]) if others else teacher
+    teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.more_teachers]), outputs, data)
 
     for seed_run in run.each_seed():
         control = None
@@ -141,7 +150,7 @@ def distill_student(
         set_seed(seed_run.args.seed)
         student = new_classifier(pair.student, data.config)
         method = method_for(Pair(student, teacher, data, training.views))
-        student = distill(seed_run, data, "student", student, method, teacher, args.teacher_views)
+        student = distill(seed_run, data, "student", student, method, outputs, args.teacher_views)
 
         models = {
             "control": (f"{pair.student}, labels only", control),

@@ -40,19 +40,20 @@ def open_run(
     training: ImageTrainingArguments,
     data: ImageData,
     *instances: Any,
-    teacher: ImageClassifier | None = None,
     kind: type[ImageRun] = ImageRun,
+    **pretrained: nn.Module | None,
 ) -> ImageRun:
-    """Opens the folder of a run, by default `runs/image-classification/NAME`, on `data` and a pretrained `teacher`.
+    """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
 
-    `instances` are the script's other arguments, for the recipe. Raises UserError where the arguments do not fit the
-    data, and where a run that is continued began with other data or another teacher.
+    `instances` are the script's other arguments, for the recipe; `pretrained` are models by their roles. Raises
+    UserError where the arguments do not fit the data, and where a run that is continued began with other data or
+    models.
     """
     validate_training(training, data)
     folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
     training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
     run = kind(training, *instances)
-    run.check_inputs(data.fingerprint, teacher=teacher)
+    run.check_inputs(data.fingerprint, **pretrained)
     return run
 
 
@@ -102,7 +103,7 @@ def distill(
     stage: str,
     student: ImageClassifier,
     method: Method,
-    teacher: ImageClassifier,
+    teacher: nn.Module,
     teacher_views: Path | None = None,
 ) -> ImageClassifier:
     """A stage with a teacher: `student` trained by `method`, or loaded where the stage is finished.
@@ -162,7 +163,7 @@ def training_views(run: ImageRun, data: ImageData, device: torch.device) -> Imag
     return data.views("train", device, augment=True, seed=run.args.seed, strong=run.args.strong_views)
 
 
-def views_table(run: ImageRun, data: ImageData, teacher: ImageClassifier, folder: Path) -> TeacherViews:
+def views_table(run: ImageRun, data: ImageData, teacher: nn.Module, folder: Path) -> TeacherViews:
     """The table of the teacher's logits of each view of the training images; see `validate_teacher_views`."""
     views = training_views(run, data, torch.device("cpu"))
     assert isinstance(views, Views), "images whose views can be counted have these"

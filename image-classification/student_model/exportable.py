@@ -1,4 +1,4 @@
-"""Image students as `python -m kd.common.export` takes them away: whatever answers to `pixel_values` with logits."""
+"""Image students for `python -m kd.common.export`: any model from `pixel_values` to logits."""
 
 from pathlib import Path
 from typing import Any

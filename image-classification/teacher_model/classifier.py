@@ -7,7 +7,7 @@ Loads alone, in any process that has imported this module:
 """
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,8 @@ from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.outputs import Outputs
 from kd.image_classification.teacher_model.backbones import build_backbone
 from kd.image_classification.teacher_model.projector import Projector
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class ImageClassifierConfig(PreTrainedConfig):
@@ -122,15 +124,16 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def frozen(classifier: ImageClassifier, precision: str) -> ImageClassifier:
-    """A folded copy for fast inference: channels_last, and with bf16 weights where that is the precision."""
-    model = copy.deepcopy(classifier).eval().requires_grad_(False)
-    model.backbone = folded(model.backbone)
-    model.projector = model.projector and folded(model.projector)
+def frozen(teacher: Network, precision: str) -> Network:
+    """A copy for fast inference: its classifiers are folded, channels_last, and in bf16 where that is the precision."""
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for part in filter(None, (model.backbone, model.projector)):
-        part.to(dtype=dtype, memory_format=torch.channels_last)
-    return model
+    for model in [module for module in teacher.modules() if isinstance(module, ImageClassifier)]:
+        model.backbone = folded(model.backbone)
+        model.projector = model.projector and folded(model.projector)
+        for part in filter(None, (model.backbone, model.projector)):
+            part.to(dtype=dtype, memory_format=torch.channels_last)
+    return teacher
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:

@@ -159,6 +159,30 @@ def test_plain_methods_train(method, teacher, tmp_path):
     assert (tmp_path / "views").exists() == (method == "kd")
 
 
+def test_the_logits_of_several_teachers_are_averaged(teacher, tmp_path, capsys):
+    """Twice the same teacher is that teacher, at twice its cost; what needs features takes one teacher."""
+    words = [*SHORT, *PAIR, "--no_control", "--teacher", teacher]
+    script("train_student.py", *words, "--method", "kd", "--output_dir", tmp_path / "one")
+    script("train_student.py", *words, "--method", "kd", "--more_teachers", teacher, "--output_dir", tmp_path / "two")
+    one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    assert two["models"]["teacher"]["metrics"] == one["models"]["teacher"]["metrics"]
+    assert two["models"]["teacher"]["parameters"] == 2 * one["models"]["teacher"]["parameters"]
+    assert two["models"]["teacher"]["name"] == f"{teacher} + {teacher}"
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-4)
+    other = tmp_path / "other"
+    shutil.copytree(teacher / "stages" / "teacher", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"mean": [0.5]}))
+    for method, more, complaint in (("sp", teacher, "needs a single teacher"), ("kd", other, "another normalization"),
+                                    ("kd", "resnet8", "is no trained classifier")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            script("train_student.py", *words, "--method", method, "--more_teachers", more, "--output_dir",
+                   tmp_path / "refused")  # fmt: skip
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize("keys", ["carried", "new", "reused"])
 def test_a_teacher_with_a_bottleneck_is_distilled_into_a_student_with_one(keys, teacher, tmp_path):
     script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--pairs", 16,
