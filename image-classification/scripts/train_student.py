@@ -25,7 +25,8 @@ from kd.image_classification.student_model.distillation import (
     validate_teacher_views,
 )
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
 from kd.image_classification.student_model.sweep_students import CONTROL, PLAIN, SIMKD, SweepArguments
@@ -122,7 +123,7 @@ def distill_student(
         validate_teacher_views(args.teacher_views, data, training)
     method_for = method_of(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    method = method_for(Pair(new_classifier(pair.student, data.config), teacher, data, training.views))
+    method = method_for(task_spec(new_classifier(pair.student, data.config), teacher, data, training.views))
     auxiliary_parameters = method.auxiliary_parameters  # raises, as the line before, where the networks do not fit
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
@@ -140,7 +141,7 @@ def distill_student(
 
         set_seed(seed_run.args.seed)
         student = new_classifier(pair.student, data.config)
-        method = method_for(Pair(student, teacher, data, training.views))
+        method = method_for(task_spec(student, teacher, data, training.views))
         student = distill(seed_run, data, "student", student, method, teacher, args.teacher_views)
 
         models = {
