@@ -25,7 +25,7 @@ from kd.image_classification.student_model.distillation import (
     validate_teacher_views,
 )
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
@@ -123,8 +123,11 @@ def distill_student(
         validate_teacher_views(args.teacher_views, data, training)
     method_for = method_of(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    method = method_for(task_spec(new_classifier(pair.student, data.config), teacher, data, training.views))
-    auxiliary_parameters = method.auxiliary_parameters  # raises, as the line before, where the networks do not fit
+    student = new_classifier(pair.student, data.config)
+    for model in (student, teacher):
+        image_features(model)  # raises, as the next two lines, where the networks do not fit
+    method = method_for(task_spec(student, teacher, data, training.views))
+    auxiliary_parameters = method.auxiliary_parameters
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
 
