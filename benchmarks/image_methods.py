@@ -22,7 +22,8 @@ from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.trainer import KDTrainer
 from kd.image_classification.data.loading import SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 PLAIN = "kd"
@@ -34,7 +35,8 @@ def seconds_per_step(
     """Of students by these methods, trained side by side; the first step is not counted."""
     students = {name: new_classifier(architecture, data.config) for name in names}
     methods: dict[str, Method] = {
-        name: chosen(name, METHODS, batch=batch)(Pair(student, teacher, data)) for name, student in students.items()
+        name: chosen(name, METHODS, batch=batch)(task_spec(student, teacher, data))
+        for name, student in students.items()
     }
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +88,7 @@ def main() -> None:
     for name in alone[0]:
         ratio = statistics.median(block[name] / block[PLAIN] for block in alone)
         method = chosen(name, METHODS, batch=args.batch_size)
-        beside = method(Pair(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
+        beside = method(task_spec(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
         print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {beside:15,}")
     pairs = [(sum(measure([name]) for name in args.together), measure(args.together)) for _ in range(args.blocks)]
     saved = statistics.median(1 - together / apart for apart, together in pairs)

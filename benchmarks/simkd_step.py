@@ -107,7 +107,7 @@ def our_seconds(
 ) -> float:
     """Seconds per step over one epoch of KDTrainer, whose first step (and compilation) is not counted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = simkd(student, teacher, data, SimKDArguments(), temperature=4.0)
+    method = simkd(student, teacher, SimKDArguments(), temperature=4.0)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = ImageTrainingArguments(
@@ -118,7 +118,9 @@ def our_seconds(
             model=student.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             args=args,
             objective=method.objective,
+            features=method.features,
             teacher=frozen(teacher, args.precision),
+            teacher_features=method.teacher_features,
             train_dataset=data.views("train", device, augment=True),
             data_collator=identity_collate,
             callbacks=[clock],

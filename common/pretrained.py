@@ -1,4 +1,4 @@
-"""Reading models that were saved earlier: in fp32, with weights that fit, and one line where that fails.
+"""Reading saved models: in fp32, with weights that fit, and with an error of one line where that fails.
 
 `from_pretrained` alone loads half-precision weights in half precision, fills in random numbers for weights that are
 missing, and raises whatever its parsers raise. All models and tokenizers of this project are read here.
@@ -7,7 +7,6 @@ missing, and raises whatever its parsers raise. All models and tokenizers of thi
 import os
 import pickle
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +16,19 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from kd.common.data.sources import no_retries_when_unreachable
+from kd.common.data.readers import reason_of
+from kd.common.data.sources import no_retries_when_unreachable, short
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import non_finite_tensor
 
 WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)+)")  # DataParallel, torch.compile, attributes of a wrapper
 POOLER = re.compile(r"(^|\.)pooler\.")
-BESIDE = re.compile(  # weights of parts that a model of another head lacks, and buffers that are no longer stored
+LAYER = re.compile(r"(^|\.)\d+\.")
+HARMLESS = re.compile(  # unknown weights of parts that a model of another head lacks, and buffers no longer stored
     r"(^|\.)(pooler|cls|lm_head|lm_predictions|mask_predictions|generator_predictions|generator_lm_head|mlm|"
     r"vocab_(projector|transform|layer_norm)|discriminator_predictions|qa_outputs|position_ids|masked_bias|inv_freq|"
     r"final_logits_bias)(\.|$)|\.attn\.bias$"
 )
-LAYER = re.compile(r"(^|\.)\d+\.")
 SHOWN = 3  # names of weights in a message
 
 
@@ -46,7 +46,7 @@ def reading(name: str | Path, what: str, instead: str = "") -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # each parser has its own kinds for a file that is damaged, or of something else
-        raise UserError(_reason(str(name), what, instead, error)) from error
+        raise UserError(_explain(str(name), what, instead, error)) from error
 
 
 def load_model(
@@ -56,17 +56,16 @@ def load_model(
     `whole` a head may be missing, whose weights are then random, and other heads are left out. What was changed to
     make the weights fit is printed and added to `notes`.
     """
-    model, problem, prefix = _loaded(kind, name, whole, settings)
-    if problem and prefix:
-        model, still, _ = _loaded(kind, name, whole, settings | {"key_mapping": {f"^{re.escape(prefix)}": ""}})
-        if not still:
-            note = f"the weights of {short(name)} are read without the prefix {prefix!r} of their names"
-            print(f"note: {note}")
-            if notes is not None:
-                notes.append(note)
-            return model
-    if problem:
-        raise UserError(f"the weights of {short(name)} do not fit its config.json: {problem}")
+    model, misfit, prefix = _load(kind, name, whole, settings)
+    if prefix:
+        model, misfit, _ = _load(kind, name, whole, settings | {"key_mapping": {f"^{re.escape(prefix)}": ""}})
+    if misfit:
+        raise UserError(f"the weights of {short(name)} do not fit its config.json: {misfit}")
+    if prefix:
+        note = f"the weights of {short(name)} are read without the prefix {prefix!r} of their names"
+        print(f"note: {note}")
+        if notes is not None:
+            notes.append(note)
     if (tensor := non_finite_tensor(model)) is not None:
         raise UserError(f"the weights of {short(name)} are damaged: {tensor} is not finite")
     return model
@@ -90,9 +89,11 @@ def stage_loader(kind: Any, load: Callable[[Any, str | Path], Any] = load_model)
     return read
 
 
-def _loaded(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) -> tuple[Any, str, str]:
-    """The model, what is wrong with its weights, and the prefix that all unknown names share."""
-    with _without_report():
+def _load(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) -> tuple[Any, str, str]:
+    """The model, what is wrong with its weights, and the prefix of all unknown names where others are missing."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # no table of missing and unknown weights
+    try:
         model, info = kind.from_pretrained(
             str(name),
             dtype=torch.float32,
@@ -102,43 +103,31 @@ def _loaded(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) 
             weights_only=True,
             **settings,
         )
-    head = "" if whole else f"{model.base_model_prefix}."
-    is_base = whole or not any(key.startswith(head) for key in model.state_dict())
-    mismatched = {f"{key} {tuple(saved)} instead of {tuple(own)}": key for key, saved, own in info["mismatched_keys"]}
-
-    def counts(key: str) -> bool:
-        return whole or ((is_base or key.startswith(head)) and not POOLER.search(key))
-
-    missing = sorted(key for key in info["missing_keys"] if counts(key))
-    resized = sorted(text for text, key in mismatched.items() if counts(key))
-    unknown = sorted(key for key in info["unexpected_keys"] if not BESIDE.search(key) and (whole or LAYER.search(key)))
-    parts = {"missing": missing, "unknown": unknown, "of another size": resized}
-    problem = "; ".join(f"{kind_of}: {_some(keys)}" for kind_of, keys in parts.items() if keys)
-    prefixes = {found.group() if (found := WRAPPERS.match(key)) else "" for key in unknown}
-    return model, problem, prefixes.pop() if len(prefixes) == 1 and missing else ""
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """The library prints a table of missing and unknown weights; here they are judged."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    try:
-        yield
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
+    base = f"{model.base_model_prefix}."
+    has_head = any(key.startswith(base) for key in model.state_dict())
+
+    def needed(key: str) -> bool:
+        return whole or ((key.startswith(base) or not has_head) and not POOLER.search(key))
+
+    missing = sorted(filter(needed, info["missing_keys"]))
+    resized = sorted(f"{key} {tuple(a)} instead of {tuple(b)}" for key, a, b in info["mismatched_keys"] if needed(key))
+    unknown = sorted(
+        key for key in info["unexpected_keys"] if not HARMLESS.search(key) and (whole or LAYER.search(key))
+    )
+    parts = {"missing": missing, "unknown": unknown, "of another size": resized}
+    misfit = "; ".join(f"{part}: {_some(keys)}" for part, keys in parts.items() if keys)
+    prefixes = {found.group() if (found := WRAPPERS.match(key)) else "" for key in unknown}
+    return model, misfit, prefixes.pop() if len(prefixes) == 1 and missing else ""
 
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
 
 
-def short(name: str | Path, width: int = 100) -> str:
-    return str(name) if len(str(name)) <= width else f"{str(name)[:width]}..."
-
-
-def _reason(name: str, what: str, instead: str, error: Exception) -> str:
-    cause = textwrap.shorten(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+def _explain(name: str, what: str, instead: str, error: Exception) -> str:
+    cause = reason_of(error).rstrip(".")
     if isinstance(error, pickle.UnpicklingError):
         cause = "a .bin file is damaged, or holds more than tensors and is therefore not unpickled"
     elif isinstance(error, SafetensorError):
@@ -147,11 +136,11 @@ def _reason(name: str, what: str, instead: str, error: Exception) -> str:
         cause = "it needs code of its own, which is not run"
     elif isinstance(error, KeyError):
         cause = f"no {cause}"
-    if os.path.isdir(name) and not {"config.json", "tokenizer.json"} & set(os.listdir(name)):
+    if not os.path.isdir(name):  # Path.is_dir raises where a name is too long
+        return (
+            f"no model {short(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
+            f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
+        )
+    if not {"config.json", "tokenizer.json"} & set(os.listdir(name)):
         return f"no model in {short(name)}: it has no config.json; name the folder of {what}, as a run's student"
-    if os.path.isdir(name):  # not Path's, which raises where a name is too long
-        return f"cannot read {what} from {short(name)}: {cause}"
-    return (
-        f"no model {short(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
-        f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
-    )
+    return f"cannot read {what} from {short(name)}: {cause}"

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.labels import Kind, read_labels, renumber
 from kd.common.data.sources import read_splits, short_name
-from kd.common.data.splits import Splits, set_aside
+from kd.common.data.splits import Splits, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, Columns, choose_columns, recognise
 from kd.nlp.data.intents import load_intents
@@ -75,10 +75,7 @@ def load_text_data(
     ids = labels.values if regression else renumber(name, labels.values, labels.names, names)
     notes += [chosen, *labels.notes]
     splits = {split: _rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
-    if "train" in splits and not any(split.startswith("validation") for split in splits):
-        aside = set_aside(labels.values["train"], notes)
-        for split, rows in (("validation", aside), ("train", ~aside)):
-            splits[split] = splits["train"].select(np.flatnonzero(rows)).flatten_indices()
+    splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
     splits = {split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()}
     return TextData(
         name=name,

@@ -9,7 +9,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.sources import read_splits, short_name
-from kd.common.data.splits import Splits, set_aside
+from kd.common.data.splits import Splits, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 
@@ -38,11 +38,8 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
-    if "validation" not in splits:
-        number = len(splits["train"])
-        aside = set_aside(np.zeros(number), notes, min(0.1, MOST_SET_ASIDE / number))
-        for split, rows in (("validation", aside), ("train", ~aside)):
-            splits[split] = splits["train"].select(np.flatnonzero(rows)).flatten_indices()
+    number = len(splits["train"])
+    splits = with_validation(splits, np.zeros(number), notes, min(0.1, MOST_SET_ASIDE / number))
     texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
     return TranslationData(
         name=short_name(dataset),

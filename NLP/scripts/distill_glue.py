@@ -29,7 +29,7 @@ from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArgument
 from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
 from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.glue_report import SYSTEMS, show
-from kd.nlp.student_model.methods import refuse_smoothing, refuse_unfit
+from kd.nlp.student_model.methods import check_method, check_smoothing
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
@@ -76,9 +76,9 @@ def main() -> None:
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise
         classes = len(TASKS[task].label_names) or 1
-        refuse_smoothing(training, task, classes)
+        check_smoothing(training, task, classes)
         if "base" in glue.systems:
-            refuse_unfit(matching.method, training, task, classes)
+            check_method(matching.method, training, task, classes)
     seeds, training.seeds = training.seeds or [training.seed], None  # of cells, which have one each
     held = open_folders(folder, product(glue.tasks, seeds), training, (training, text, pair, bottleneck, matching))
     for task, seed in product(glue.tasks, seeds):

@@ -20,7 +20,7 @@ from kd.nlp.student_model.arguments import SearchArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing
 from kd.nlp.student_model.layers import cut_layers, layer_paths
-from kd.nlp.student_model.methods import refuse_smoothing
+from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.student_model.search import Search, SearchRun
 from kd.nlp.student_model.search_report import Report
@@ -46,7 +46,7 @@ def main() -> None:
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
     if data.regression and "temperature" in args.search:
         raise UserError(f"{data.name} is a regression, whose loss has no temperature: --search alpha learning_rate")
-    refuse_smoothing(training, data.name, data.num_labels)
+    check_smoothing(training, data.name, data.num_labels)
     set_seed(training.seed)  # for the random head of a student that comes without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)

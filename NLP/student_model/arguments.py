@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 from kd.common.bottleneck.codes import Keys
 from kd.common.cli import reject_unused
 from kd.common.data.sources import print_notes
-from kd.common.methods.logits import LOGIT_METHODS
-from kd.common.methods.relations import RELATION_METHODS
+from kd.common.methods import METHODS
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
 from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.student_model.matching import HiddenLoss, LayerMap
+from kd.nlp.student_model.methods import HiddenLoss, LayerMap
 
 Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
@@ -127,7 +126,7 @@ class MatchingArguments:
     )
     method: str = field(
         default="kd",
-        metadata={"help": f"NAME or NAME:setting=value:...; {', '.join(LOGIT_METHODS | RELATION_METHODS)}"},
+        metadata={"help": f"NAME or NAME:setting=value:...; {', '.join(METHODS)}"},
     )
     student_from: Literal["teacher", "pretrained"] = field(
         default="teacher", metadata={"help": "the student is cut from the fine-tuned teacher, or from what it was"}

@@ -17,8 +17,16 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.distillation import Distillation, Logits
 from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split
 from kd.nlp.student_model.layers import cut_layers, layer_paths
-from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
-from kd.nlp.student_model.methods import PLAIN, looks_inside, method_terms, refuse_unfit
+from kd.nlp.student_model.methods import (
+    PLAIN,
+    attentions,
+    check_method,
+    embeddings,
+    hidden_states,
+    layer_pairs,
+    needs_features,
+    text_method,
+)
 from kd.nlp.teacher_model.teacher import encoder_of
 
 
@@ -42,18 +50,18 @@ class ClassifierDistillation(Distillation):
         super().refuse_what_cannot_be(training)
         wanted, pair = self.wanted, self.pair
         inside = wanted.hidden_weight or wanted.embedding_weight or wanted.attention_weight
-        if (inside or looks_inside(wanted.method)) and not self.same_tokens:
+        if (inside or needs_features(wanted.method)) and not self.same_tokens:
             raise UserError(
                 f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so nothing inside "
                 "can be matched: leave --hidden_weight, --embedding_weight and --attention_weight at 0, and choose a "
                 "--method of logits"
             )
-        if looks_inside(wanted.method) and self.others:
+        if needs_features(wanted.method) and self.others:
             raise UserError(f"--method {wanted.method} needs a single teacher: leave out --more_teachers")
-        refuse_unfit(wanted.method, training, self.data.name, self.data.num_labels)
+        check_method(wanted.method, training, self.data.name, self.data.num_labels)
         if wanted.attention_weight and self.others:
             raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
-        if (inside or looks_inside(wanted.method)) and isinstance(self.given.model, BottleneckClassifier):
+        if (inside or needs_features(wanted.method)) and isinstance(self.given.model, BottleneckClassifier):
             raise UserError(
                 f"teacher {pair.teacher} has a bottleneck, and shows nothing of its inside here: leave "
                 "--hidden_weight, --embedding_weight and --attention_weight at 0, and choose a --method of logits"
@@ -109,7 +117,7 @@ class ClassifierDistillation(Distillation):
     def _matching(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Method:
         wanted, found = self.wanted, Method({})
         if wanted.method != PLAIN:
-            found += method_terms(wanted.method, self.run.args, student, teacher, self.texts, self.pooling)
+            found += text_method(wanted.method, self.run.args, student, teacher, self.texts, self.pooling)
         if wanted.hidden_weight:
             found += hidden_states(
                 student, teacher, wanted.hidden_weight, wanted.hidden_loss, wanted.layer_map, self.pooling

@@ -21,8 +21,7 @@ from kd.nlp.student_model.arguments import PairArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import evaluate, guessing, validation_split
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
-from kd.nlp.student_model.matching import layer_pairs
-from kd.nlp.student_model.methods import refuse_smoothing
+from kd.nlp.student_model.methods import check_smoothing, layer_pairs
 from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
@@ -101,7 +100,7 @@ class Distillation:
     def refuse_what_cannot_be(self, training: KDTrainingArguments) -> None:
         """Before anything is written, and before hours of training rather than after."""
         pair, layers = self.pair, len(layer_paths(self.given.encoder))
-        refuse_smoothing(training, self.data.name, self.data.num_labels)
+        check_smoothing(training, self.data.name, self.data.num_labels)
         loaded = [model for model in (self.given, self.given_student, self.control_from) if model]
         pair.refuse_ignored_of(self.given.trained, self.given.from_scratch, any(m.from_scratch for m in loaded))
         if self.given_student is None:

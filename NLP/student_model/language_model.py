@@ -13,7 +13,7 @@ from kd.common.losses import jensen_shannon, soft_target_kl
 from kd.common.methods import Method
 from kd.common.metrics.chance import language_warning
 from kd.common.metrics.language import language_metrics, token_counts
-from kd.common.objective import IGNORED, Divergence, Objective, task_loss, token_targets
+from kd.common.objective import IGNORED, Divergence, Objective, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
@@ -28,7 +28,7 @@ from kd.nlp.student_model.language_evaluation import (
     one_line,
 )
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
-from kd.nlp.student_model.matching import hidden_states, layer_pairs, width
+from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
 from kd.nlp.student_model.pipeline import switch_off_dropout
 from kd.nlp.teacher_model.causal import SCRATCH, byte_level_bpe, load_language_model, random_gpt2
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
@@ -243,4 +243,6 @@ def objective(alpha: float, divergence: Divergence, inside: Method, smoothing: f
     match inside, a mean over all positions.
     """
     task = task_loss(smoothing=smoothing)
-    return Objective(task=(alpha, task), tokens=(1 - alpha, token_targets(divergence)), **inside.terms)
+    return Objective(
+        task=(alpha, task), tokens=(1 - alpha, logit_term(divergence, ignore_unlabelled=True)), **inside.terms
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from kd.common.methods import depth_map
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 
@@ -25,11 +26,6 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
     raise UserError(f"{type(model).__name__} has no list of {number} layers; distilling its layers is not supported")
 
 
-def uniform_map(student_layers: int, teacher_layers: int) -> list[int]:
-    """For each student layer the teacher layer (from 0) at the same relative depth: 3 of 6 gives 1, 3, 5."""
-    return [round((i + 1) * teacher_layers / student_layers) - 1 for i in range(student_layers)]
-
-
 def check_cut(model: PreTrainedModel, layers: int) -> None:
     """Raises UserError where a model has not as many layers, or where those that would be kept are built otherwise
     than those whose places they would take.
@@ -38,7 +34,7 @@ def check_cut(model: PreTrainedModel, layers: int) -> None:
     if not 1 <= layers <= len(paths):
         raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
     built = [{n: w.shape for n, w in model.get_submodule(path).state_dict().items()} for path in paths]
-    if any(built[new] != built[old] for new, old in enumerate(uniform_map(layers, len(paths)))):
+    if any(built[new] != built[old] for new, old in depth_map(layers, len(paths))):
         raise UserError(
             f"the layers of {type(model).__name__} are not built alike, so {layers} of {len(paths)} make no model: "
             "name a student with --student"
@@ -49,13 +45,13 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     """A new model of the same class and weights with only `layers` evenly spaced layers, each the last of its share of
     the teacher's: 6 of 12 keeps layers 1, 3, 5, 7, 9, 11 (from 0). DistilBERT is initialized likewise, but with layers
     0, 2, 4, 7, 9, 11 (arXiv:1910.01108, extract_distilbert.py). Here a layer starts from the very layer whose output
-    it is aligned to (`uniform_map`), and the last one, which the head sees, is kept for every number of layers.
+    it is aligned to (`depth_map`), and the last one, which the head sees, is kept for every number of layers.
 
     Raises UserError as `check_cut` does.
     """
     check_cut(model, layers)
     paths = layer_paths(model)
-    chosen = uniform_map(layers, len(paths))
+    chosen = [old for _, old in depth_map(layers, len(paths))]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):  # of attention, by layer, as Qwen and Gemma have it

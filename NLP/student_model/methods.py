@@ -1,55 +1,47 @@
-"""Methods of distilling a text classifier, by name: those of every domain, as they see a student and its teacher."""
+"""What a text student is trained for: methods of all domains by name, and hidden states, embeddings and attention of
+the teacher's layers. Each is a Method, and they add up.
+"""
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd.common.features import FeatureHooks
-from kd.common.methods import Method, TaskSpec, chosen, flags_of, some_of_each_class
-from kd.common.methods.logits import LOGIT_METHODS
-from kd.common.methods.relations import RELATION_METHODS
+from kd.common.losses import attention_kl, feature_cosine, feature_l2
+from kd.common.methods import (
+    METHODS,
+    Feature,
+    Method,
+    ModelFeatures,
+    TaskSpec,
+    chosen,
+    depth_map,
+    flags_of,
+    match,
+    some_of_each_class,
+)
+from kd.common.objective import FeatureLoss, FeatureTerm, Transform
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
-from kd.nlp.student_model.matching import match_pooled, width
 from kd.nlp.teacher_model.teacher import encoder_of
 
-METHODS: dict[str, Callable[..., Method]] = LOGIT_METHODS | RELATION_METHODS
+LayerMap = Literal["uniform", "last", "skip"]
+HiddenLoss = Literal["l2", "cosine", "both"]
 PLAIN = "kd"
+QUERIES, KEYS = ("query", "q_lin", "q_proj"), ("key", "k_lin", "k_proj")  # of BERT, DistilBERT, others
 
 
-def looks_inside(spec: str) -> bool:
-    """Whether a method needs more of a teacher than its logits."""
-    return spec.split(":")[0] in RELATION_METHODS
+# ---- methods by name ----
 
 
-def refuse_unfit(spec: str, training: KDTrainingArguments, dataset: str, classes: int) -> None:
-    """Raises UserError for what is no method, and for one that data of so many classes (1: numbers) are not for."""
-    if classes == 1 and spec != PLAIN:
-        raise UserError(f"--method {spec} is for classes, and {dataset} has numbers: pass --method {PLAIN}")
-    if training.label_smoothing_factor and spec != PLAIN:
-        raise UserError(f"--method {spec} takes labels as they are: leave --label_smoothing_factor at 0")
-    if classes > 1:
-        anything = partial(match_pooled, "", "", "cls")
-        method = chosen(spec, METHODS, **flags_of(spec, training))
-        method(TaskSpec(classes, 1, 1, anything, anything, lambda: (torch.empty(0, 1), torch.empty(0))))
-
-
-def refuse_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -> None:
-    """Raises UserError for smoothed labels of data that have numbers (1 class) instead."""
-    if training.label_smoothing_factor and classes == 1:
-        raise UserError(f"--label_smoothing_factor is for classes, and {dataset} has numbers: leave it at 0")
-
-
-def method_terms(
+def text_method(
     spec: str,
     training: KDTrainingArguments,
     student: PreTrainedModel,
@@ -57,40 +49,65 @@ def method_terms(
     texts: Texts,
     pooling: Pooling,
 ) -> Method:
-    """The terms of the method NAME[:setting=value]..., and the features that they need. Errors as of refuse_unfit."""
-    method = chosen(spec, METHODS, **flags_of(spec, training))
-    own, target = (encoder_of(model).config.num_hidden_layers - 1 for model in (student, teacher))
-    names = f"student_{own}", f"layer_{target}"
-    task = task_of(names, student, teacher, texts, pooling, training.precision)
-    if looks_inside(spec):
-        paths = layer_paths(student)[-1], layer_paths(teacher)[-1]
-        task = replace(task, features={names[0]: paths[0]}, teacher_features={names[1]: paths[1]})
-    return method(task)
+    """The method NAME[:setting=value]... of a student and its teacher. Raises UserError as `check_method` does."""
+    method: Method = chosen(spec, METHODS, **flags_of(spec, training))(
+        TaskSpec(
+            classes=texts.data.num_labels,
+            student=student,
+            teacher=teacher,
+            features_of=text_features,
+            pool=pooled_by(pooling),
+            flatten=pooled_by(pooling),  # before pooling, features have another size in each batch
+            labels=torch.tensor(texts.train["labels"]),
+            teacher_samples=partial(teacher_samples, teacher, texts, pooling, training.precision),
+        )
+    )
+    return method
 
 
-def task_of(
-    names: tuple[str, str],
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    texts: Texts,
-    pooling: Pooling,
-    precision: str,
-) -> TaskSpec:
-    """What methods need to know; `names` are those of the last hidden states, which are the heads' features pooled."""
-    pooled = partial(match_pooled, *names, pooling)
+def check_method(spec: str, training: KDTrainingArguments, dataset: str, classes: int) -> None:
+    """Raises UserError for an unknown method, and for one that does not fit data of so many classes (1: numbers)."""
+    if classes == 1 and spec != PLAIN:
+        raise UserError(f"--method {spec} is for classes, and {dataset} has numbers: pass --method {PLAIN}")
+    if training.label_smoothing_factor and spec != PLAIN:
+        raise UserError(f"--method {spec} takes labels as they are: leave --label_smoothing_factor at 0")
+    if classes > 1:
+        chosen(spec, METHODS, **flags_of(spec, training))(_without_models(classes))
+
+
+def check_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -> None:
+    """Raises UserError for smoothed labels of data that have numbers (1 class) instead."""
+    if training.label_smoothing_factor and classes == 1:
+        raise UserError(f"--label_smoothing_factor is for classes, and {dataset} has numbers: leave it at 0")
+
+
+def needs_features(spec: str) -> bool:
+    """Whether a method needs more of a teacher than its logits."""
+    return bool(chosen(spec, METHODS)(_without_models(classes=3)).teacher_features)
+
+
+def _without_models(classes: int) -> TaskSpec:
+    """To build a method with before there are models."""
+    feature, labels = Feature("last", width=1), torch.arange(classes)
     return TaskSpec(
-        classes=texts.data.num_labels,
-        student_width=width(student),
-        teacher_width=width(teacher),
-        pooled=pooled,
-        last=pooled,  # before they are pooled they are of another size for each batch
-        teacher_samples=partial(teacher_features, teacher, texts, pooling, precision),
+        classes=classes,
+        student=None,
+        teacher=None,
+        features_of=lambda model: ModelFeatures([feature], head=feature, last=feature),
+        pool=pooled_by("cls"),
+        flatten=pooled_by("cls"),
+        labels=labels,
+        teacher_samples=lambda: (torch.zeros(classes, 1), labels),
     )
 
 
-def teacher_features(
-    teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str
-) -> tuple[Tensor, Tensor]:
+def text_features(model: PreTrainedModel) -> ModelFeatures:
+    """The outputs of the layers, before the final norm of encoders that have one (ModernBERT, GPT-2)."""
+    layers = [Feature(path, width(model)) for path in layer_paths(model)]
+    return ModelFeatures(layers, head=layers[-1], last=layers[-1])
+
+
+def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str) -> tuple[Tensor, Tensor]:
     """Pooled outputs (texts, width) of the last layer for some training texts of each class, and their labels."""
     labels = torch.tensor(texts.train["labels"])
     rows = some_of_each_class(labels, texts.data.num_labels)
@@ -102,7 +119,132 @@ def teacher_features(
         return {"pooled": pool(hooks.take()["last"].float(), batch["attention_mask"], pooling)}
 
     try:
-        found = run_inference(encoder, pooled, texts.train.select(rows.tolist()), texts.collate, precision)
+        outputs = run_inference(encoder, pooled, texts.train.select(rows.tolist()), texts.collate, precision)
     finally:
         hooks.remove()
-    return torch.stack(found["pooled"]), labels[rows]
+    return torch.stack(outputs["pooled"]), labels[rows]
+
+
+# ---- layers ----
+
+
+def layer_pairs(layer_map: LayerMap, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """(student layer, teacher layer), from 0. `uniform`: the same relative depth. `skip` and `last` are those of PKD
+    (arXiv:1908.09355): the uniform ones, or the teacher's last ones, without the last layer, which the head sees.
+    Raises UserError where that leaves none, and where the student has more layers than the teacher.
+    """
+    if student_layers > teacher_layers:
+        raise UserError(
+            f"the student has {student_layers} layers to match, its teacher only {teacher_layers}: choose a student "
+            "of no more, or match no layers (--align_epochs 0, weights of 0)"
+        )
+    pairs = depth_map(student_layers, teacher_layers, "last" if layer_map == "last" else "nearest")
+    if layer_map != "uniform":
+        pairs = pairs[:-1]
+    if not pairs:
+        raise UserError(f"--layer_map {layer_map} leaves out the last layer, the student's only one: choose uniform")
+    return pairs
+
+
+def hidden_states(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    weight: float,
+    loss_name: HiddenLoss = "both",
+    layer_map: LayerMap = "uniform",
+    pooling: Pooling = "tokens",
+) -> Method:
+    """Hidden states of paired layers, averaged over the pairs; through linear regressors where the widths differ.
+
+    With a `pooling` other than tokens also, where the widths are the same and the last layers a pair, the pooled
+    states of these, which are the input of a bottleneck or a head.
+    """
+    loss = LOSSES[loss_name]
+    layers, teacher_layers = text_features(student).stages, text_features(teacher).stages
+    pairs = layer_pairs(layer_map, len(layers), len(teacher_layers))
+    method = Method({})
+    for i, j in pairs:
+        regressor = regressor_of(student, teacher)
+        method += match(f"hidden_{i}", weight / len(pairs), layers[i], teacher_layers[j], loss, regressor)
+    if width(student) == width(teacher) and pooling != "tokens" and layer_map == "uniform":
+        last, transform = (layers[-1], teacher_layers[-1]), pooled_by(pooling)
+        method += match("hidden_pooled", weight, *last, loss, transform=transform)
+    return method
+
+
+def embeddings(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, loss_name: HiddenLoss) -> Method:
+    """The outputs of the embeddings, before the first layer."""
+    features, teacher_features = (Feature(_embeddings(model), width(model)) for model in (student, teacher))
+    regressor = regressor_of(student, teacher)
+    return match("embeddings", weight, features, teacher_features, LOSSES[loss_name], regressor)
+
+
+def attentions(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, layer_map: LayerMap) -> Method:
+    """Attention distributions of paired layers (arXiv:2002.10957), averaged over the pairs.
+
+    Computed from queries and keys, so that either model may use fused attention, in as many heads as the teacher has,
+    whatever the number of the student's.
+    """
+    heads = teacher.config.num_attention_heads
+    if width(student) % heads:
+        raise UserError(
+            f"--attention_weight needs a student whose width ({width(student)}) is a multiple of the teacher's "
+            f"{heads} heads"
+        )
+    layers, teacher_layers = layer_paths(student), layer_paths(teacher)
+    pairs = layer_pairs(layer_map, len(layers), len(teacher_layers))
+    method = Method({})
+    for i, j in pairs:
+        paths, teacher_paths = (
+            [_first_named(model, names, layer) for names in (QUERIES, KEYS)]
+            for model, layer in ((student, layers[i]), (teacher, teacher_layers[j]))
+        )
+        term = FeatureTerm(paths, teacher_paths, partial(attention_kl, heads=heads))
+        method += Method(
+            {f"attention_{i}": (weight / len(pairs), term)},
+            {path: path for path in paths},
+            {path: path for path in teacher_paths},
+        )
+    return method
+
+
+def pooled_by(pooling: Pooling) -> Transform:
+    """The transform of a FeatureTerm that pools hidden states (batch, positions, width) to (batch, width)."""
+
+    def transform(states: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            raise ValueError("pooled hidden states need an attention mask")
+        return pool(states.float(), mask, pooling)
+
+    return transform
+
+
+def regressor_of(student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Linear | None:
+    """Of FitNets (arXiv:1412.6550), where the widths differ."""
+    same = width(student) == width(teacher)
+    return None if same else nn.Linear(width(student), width(teacher))
+
+
+def l2_and_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    return feature_l2(student, teacher, mask) + feature_cosine(student, teacher, mask)
+
+
+LOSSES: dict[str, FeatureLoss] = {"l2": feature_l2, "cosine": feature_cosine, "both": l2_and_cosine}
+
+
+def width(model: PreTrainedModel) -> int:
+    return int(encoder_of(model).config.hidden_size)
+
+
+def _embeddings(model: PreTrainedModel) -> str:
+    """The path of the input of the first layer: an ELECTRA projects its embeddings to the width of its layers."""
+    projected = [path for path, _ in model.named_modules() if path.split(".")[-1] == "embeddings_project"]
+    return projected[0] if projected else _first_named(model, ("embeddings",))
+
+
+def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = "") -> str:
+    """The path of the submodule with one of these names, under the path `below`."""
+    for path, _ in model.named_modules():
+        if path.startswith(f"{below}." if below else "") and path.split(".")[-1] in names:
+            return path
+    raise UserError(f"{type(model).__name__} has no part called {' or '.join(names)}: leave that weight at 0")

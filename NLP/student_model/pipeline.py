@@ -17,7 +17,7 @@ from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
-from kd.nlp.student_model.matching import hidden_states, width
+from kd.nlp.student_model.methods import hidden_states, width
 
 FEATURE_BYTES = 4 * 2**30  # above this the hidden states of a teacher are recomputed each epoch, not cached
 

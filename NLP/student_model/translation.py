@@ -20,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from kd.common.losses import soft_target_kl
 from kd.common.metrics.chance import language_warning
 from kd.common.metrics.language import token_counts, token_metrics
-from kd.common.objective import Objective, task_loss, token_targets
+from kd.common.objective import Objective, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.arguments import KDTrainingArguments
@@ -276,5 +276,5 @@ def _same_vocabulary(first: Translator, second: Translator) -> bool:
 
 def word_level(alpha: float, temperature: float, smoothing: float) -> Objective:
     """alpha * labels + (1 - alpha) * the teacher's distributions over next tokens, both means over the tokens."""
-    words = token_targets(partial(soft_target_kl, temperature=temperature))
+    words = logit_term(partial(soft_target_kl, temperature=temperature), ignore_unlabelled=True)
     return Objective(task=(alpha, task_loss(smoothing=smoothing)), words=(1 - alpha, words))

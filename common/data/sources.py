@@ -17,7 +17,6 @@ from kd.common.utils.errors import UserError
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # of datasets.DatasetDict and datasets.Dataset
-LONGEST_NAME = 200  # characters of a dataset's name in a message
 
 # What a domain knows by name: functions that return the splits of an embedded dataset, or names on the Hub.
 Known = Mapping[str, Callable[[], Mapping[str, datasets.Dataset]] | str]
@@ -52,7 +51,7 @@ def read_splits(
         found = _read_hub(dataset, source, instead)
     else:
         raise UserError(
-            f"unknown dataset {_shorten(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
+            f"unknown dataset {short(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
             "Hub name such as owner/name or owner/name:config"
         )
     return usual_names(found, dataset, needs_train)
@@ -76,12 +75,13 @@ def _exists(dataset: str) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all, with a NUL in it
         return False
     except OSError as error:
-        raise UserError(f"cannot read {_shorten(dataset)} ({reason_of(error)})") from None
+        raise UserError(f"cannot read {short(dataset)} ({reason_of(error)})") from None
     return True
 
 
-def _shorten(dataset: str) -> str:
-    return dataset if len(dataset) <= LONGEST_NAME else dataset[:LONGEST_NAME] + "..."
+def short(name: str | Path, width: int = 100) -> str:
+    """A name for a message, cut where it is long."""
+    return str(name) if len(str(name)) <= width else f"{str(name)[:width]}..."
 
 
 # ---------------------------------------------------------------- files and folders

@@ -34,6 +34,17 @@ def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[
     return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
 
 
+def with_validation(splits: Splits, labels: np.ndarray, notes: list[str], share: float = 0.1) -> Splits:
+    """The splits, with rows of train as validation where there is none; `labels` (rows,) as in `set_aside`."""
+    if "train" not in splits or any(name.startswith("validation") for name in splits):
+        return splits
+    aside = set_aside(labels, notes, share)
+    parts = {"train": ~aside, "validation": aside}
+    return splits | {
+        name: splits["train"].select(np.flatnonzero(rows)).flatten_indices() for name, rows in parts.items()
+    }
+
+
 def set_aside(labels: np.ndarray, notes: list[str], share: float = 0.1, advice: str = "") -> np.ndarray:
     """Mask (rows,) of the rows of train that become the validation split, always the same; adds a note.
 

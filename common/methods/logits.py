@@ -1,20 +1,19 @@
-"""Methods that listen to a teacher's logits alone, for classifiers of any domain.
+"""Methods that need only the teacher's logits, for classifiers of any domain.
 
-Each is a function (spec, *, settings) -> Method; the defaults are its paper's for CIFAR-100, those of
-ResNet32x4 -> ResNet8x4 where they differ. Warm-ups, curricula and decays are shares of the training, and change with
-every step; in the authors' code they change with every epoch.
+The defaults are the papers' for CIFAR-100, those of ResNet32x4 -> ResNet8x4 where they differ. Warm-ups, curricula and
+decays are shares of the training, and change with every step; in the authors' code they change with every epoch.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods import Method, TaskSpec
-from kd.common.objective import Scheduled, Term, Weight, soft_targets, task_loss, warm_up
+from kd.common.methods.method import Method, TaskSpec, labels
+from kd.common.objective import Scheduled, Term, cosine_decay, logit_term, soft_targets, warm_up
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, Share, ShareAbove0
@@ -25,29 +24,29 @@ LARGEST_RISE = 20.0  # of a learnt temperature, above 1
 
 def kd(spec: TaskSpec, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Method:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL(teacher || student)."""
-    return Method({"task": (alpha, task_loss()), "soft_targets": (1 - alpha, soft_targets(temperature))})
+    return labels(alpha) + Method({"soft_targets": (1 - alpha, soft_targets(temperature))})
 
 
 def dkd(
     spec: TaskSpec, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
 ) -> Method:
-    """Decoupled KD (Zhao et al., arXiv:2203.08679), and the labels' cross-entropy: the label's probability, of weight
+    """Decoupled KD (Zhao et al., arXiv:2203.08679), plus the labels' cross-entropy: the label's probability, of weight
     alpha, and the distribution over the other classes, of weight beta (published: 8, 6 or 2 by pair). The weights rise
     linearly from 0 over the share `warmup` of the training; in the authors' code from 1/20 in the first epoch.
     """
     _needs_classes(spec, "dkd", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
-    return Method({"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), logit_term(loss, labelled=True))})
+    return labels() + Method({"decoupled": (warm_up(1.0, warmup), logit_term(loss, labels=True))})
 
 
 def dist(
     spec: TaskSpec, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1.0, temperature: Positive = 4.0
 ) -> Method:
-    """Correlations instead of a divergence (DIST, Huang et al., arXiv:2205.10536), beside the labels: over the classes
+    """Correlations instead of a divergence (DIST, Huang et al., arXiv:2205.10536) plus the labels: over the classes
     of a sample (beta), and over the samples of a batch (gamma).
     """
     loss = partial(losses.correlation_loss, beta=beta, gamma=gamma, temperature=temperature)
-    return Method({"task": (1.0, task_loss()), "correlations": (weight, logit_term(loss))})
+    return labels() + Method({"correlations": (weight, logit_term(loss))})
 
 
 def lskd(spec: TaskSpec, *, alpha: float = 0.1, weight: float = 9.0, temperature: Positive = 2.0) -> Method:
@@ -56,7 +55,7 @@ def lskd(spec: TaskSpec, *, alpha: float = 0.1, weight: float = 9.0, temperature
     """
     _needs_classes(spec, "lskd", 2)
     loss = partial(losses.soft_target_kl, temperature=temperature)
-    return Method({"task": (alpha, task_loss()), "soft_targets": (weight, logit_term(loss, standardize=True))})
+    return labels(alpha) + Method({"soft_targets": (weight, logit_term(loss, standardize=True))})
 
 
 def dkd_ls(
@@ -67,8 +66,8 @@ def dkd_ls(
     """
     _needs_classes(spec, "dkd_ls", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
-    term = logit_term(loss, labelled=True, standardize=True)
-    return Method({"task": (1.0, task_loss()), "decoupled": (warm_up(1.0, warmup), term)})
+    term = logit_term(loss, labels=True, standardize=True)
+    return labels() + Method({"decoupled": (warm_up(1.0, warmup), term)})
 
 
 def mlkd(
@@ -125,9 +124,8 @@ def _multi_level(
     standardize: bool,
 ) -> Method:
     soft_targets = _at_all(losses.soft_target_kl, temperature, standardize=standardize)
-    return Method(
+    return labels(views * alpha) + Method(
         {  # means over a batch of several views, times their number: sums over the views
-            "task": (views * alpha, task_loss()),
             "soft_targets": (views * weight, soft_targets),
             "class_relations": (weight * class_relations, _at_all(losses.class_relations, temperature, views)),
             "sample_relations": (weight * sample_relations, _at_all(losses.sample_relations, temperature, views)),
@@ -140,13 +138,13 @@ def ctkd(spec: TaskSpec, *, alpha: Share = 0.1, curriculum: ShareAbove0 = 10 / 2
     alpha * labels: the authors' global temperature. `curriculum`: the share of the training over which the adversary
     gains its strength.
     """
-    return Method({"task": (alpha, task_loss()), "soft_targets": (1 - alpha, AdversarialTemperature(curriculum))})
+    return labels(alpha) + Method({"soft_targets": (1 - alpha, AdversarialTemperature(curriculum))})
 
 
 def wkd(
     spec: TaskSpec, *, weight: float = 600.0, temperature: Positive = 8.0, decay_from: Share = 150 / 240
 ) -> Method:
-    """Transport between logits (WKD-L, Lv et al., arXiv:2412.08139), and the labels' cross-entropy: the label's
+    """Transport between logits (WKD-L, Lv et al., arXiv:2412.08139), plus the labels' cross-entropy: the label's
     probability, and the cost of moving that of the other classes, whose weight falls with a cosine from `decay_from`
     of the training on. Moving costs 1 - exp(-(1 - similarity)) between two classes.
 
@@ -156,41 +154,27 @@ def wkd(
     PER_CLASS images of each class.
     """
     _needs_classes(spec, "wkd", 3)
-    return Method(
+    return labels() + Method(
         {
-            "task": (1.0, task_loss()),
-            "label": (1.0, logit_term(losses.label_probability, labelled=True)),
+            "label": (1.0, logit_term(losses.label_probability, labels=True)),
             "transport": (cosine_decay(weight, decay_from), transport_term(spec, temperature)),
         }
     )
 
 
-def logit_term(loss: Callable[..., Tensor], labelled: bool = False, standardize: bool = False) -> Term:
-    """A term of a loss of student's and teacher's logits (batch, classes), and of the labels (batch,)."""
-
-    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        assert student.logits is not None and teacher is not None and teacher.logits is not None
-        own, target = student.logits, teacher.logits
-        if standardize:
-            own, target = losses.standardized(own), losses.standardized(target)
-        return loss(own, target, labels) if labelled else loss(own, target)
-
-    return term
-
-
 def transport_term(spec: TaskSpec, temperature: float) -> Term:
-    """`losses.transport`, whose cost is made of the teacher's features when it is first needed."""
-    known: list[Tensor] = []
+    """`losses.transport`; its cost is computed from the teacher's features in the first step."""
 
-    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        assert student.logits is not None and teacher is not None and teacher.logits is not None
-        if not known:
-            similarity = losses.class_similarity(*spec.teacher_samples(), spec.classes)
-            known.append(1 - (similarity - 1).exp())
-        cost = known[0].to(student.logits.device)
-        return losses.transport(student.logits, teacher.logits, labels, cost, temperature)  # type: ignore[arg-type]
+    @cache
+    def cost() -> Tensor:
+        similarity = losses.class_similarity(*spec.teacher_samples(), spec.classes)
+        return 1 - (similarity - 1).exp()
 
-    return term
+    def loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        on_device = cost().to(student_logits.device)
+        return losses.transport(student_logits, teacher_logits, labels, on_device, temperature)
+
+    return logit_term(loss, labels=True)
 
 
 class AdversarialTemperature(Scheduled):
@@ -217,22 +201,12 @@ class AdversarialTemperature(Scheduled):
         return losses.soft_target_kl(student.logits, teacher.logits, temperature)
 
 
-def cosine_decay(weight: float, start: float) -> Weight:
-    """A weight that falls to 0 with a cosine over what is left of a training after the share `start`."""
-
-    def falling(progress: float) -> float:
-        done = max(0.0, progress - start) / max(1 - start, 1e-9)
-        return weight * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    return weight if weight == 0 else falling
-
-
 def _at_all(loss: Callable[..., Tensor], temperature: float, views: int = 1, standardize: bool = False) -> Term:
     """A term of the sum of a loss over the temperature and MORE_TEMPERATURES, for the first of `views`."""
 
-    def summed(own: Tensor, target: Tensor) -> Tensor:
-        own, target = (logits[: len(logits) // views] for logits in (own, target))
-        return torch.stack([loss(own, target, temperature=t) for t in (temperature, *MORE_TEMPERATURES)]).sum()
+    def summed(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        first_views = [logits[: len(logits) // views] for logits in (student_logits, teacher_logits)]
+        return torch.stack([loss(*first_views, temperature=t) for t in (temperature, *MORE_TEMPERATURES)]).sum()
 
     return logit_term(summed, standardize=standardize)
 

@@ -48,7 +48,7 @@ def main() -> None:
     data, factor, seed = data_args.load(), matching.projector_factor, training.seed
     encoder, data, pretrained = load_teacher(pair.teacher, data, seed)
     student = simkd_student(pair.student, encoder, data, factor)  # raises where the networks do not fit
-    simkd(student, encoder, data, matching, training.temperature)
+    simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} has a bottleneck already: name one with a linear head")
     shape.check(encoder.head.in_features)
@@ -70,7 +70,7 @@ def main() -> None:
 
     set_seed(seed)
     student = simkd_student(pair.student, encoder, data, factor)
-    method = simkd(student, encoder, data, matching, training.temperature)
+    method = simkd(student, encoder, matching, training.temperature)
     student = distill(run, data, "student_encoder", student, method, encoder)
     student = fill(run, data, "student", student, shape, values, args.keys, teacher)
 

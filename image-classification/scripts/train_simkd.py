@@ -27,7 +27,7 @@ def main() -> None:
     data = data_args.load()
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises where the networks do not fit
-    simkd(student, teacher, data, args, training.temperature)
+    simkd(student, teacher, args, training.temperature)
 
     name = f"simkd_{args.projector}"
     run = open_run(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
@@ -44,7 +44,7 @@ def main() -> None:
 
         set_seed(seed_run.args.seed)
         student = simkd_student(pair.student, teacher, data, args.projector_factor)
-        method = simkd(student, teacher, data, args, training.temperature)
+        method = simkd(student, teacher, args, training.temperature)
         student = distill(seed_run, data, "student", student, method, teacher)
 
         models = {

@@ -25,7 +25,8 @@ from kd.image_classification.student_model.distillation import (
     validate_teacher_views,
 )
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.matching import image_features, task_spec
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
 from kd.image_classification.student_model.sweep_students import CONTROL, PLAIN, SIMKD, SweepArguments
@@ -126,16 +127,22 @@ def distill_student(
         validate_teacher_views(args.teacher_views, data, training)
     method_for = method_of(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    method = method_for(Pair(new_classifier(pair.student, data.config), teacher, data, training.views))
-    auxiliary_parameters = method.auxiliary_parameters  # raises, as the line before, where the networks do not fit
+    student = new_classifier(pair.student, data.config)
+    for model in (student, teacher):
+        image_features(model)  # raises, as the next two lines, where the networks do not fit
+    method = method_for(task_spec(student, teacher, data, training.views))
+    auxiliary_parameters = method.auxiliary_parameters
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
     if args.more_teachers and method.teacher_features:
         raise UserError(f"--method {args.method} needs a single teacher: leave out --more_teachers")
     others = load_more_teachers(args.more_teachers, data)
 
-    models = {"teacher": teacher if pretrained else None, "more_teachers": AveragedTeacher(others) if others else None}
-    run = open_run(args.method, training, data, args, pair, data_args, **models)
+    run = open_run(
+        args.method, training, data, args, pair, data_args,
+        teacher=teacher if pretrained else None,
+        more_teachers=AveragedTeacher(others) if others else None,
+    )  # fmt: skip
     if not pretrained:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
     outputs = AveragedTeacher([teacher, *others]) if others else teacher
@@ -149,7 +156,7 @@ def distill_student(
 
         set_seed(seed_run.args.seed)
         student = new_classifier(pair.student, data.config)
-        method = method_for(Pair(student, teacher, data, training.views))
+        method = method_for(task_spec(student, teacher, data, training.views))
         student = distill(seed_run, data, "student", student, method, outputs, args.teacher_views)
 
         models = {

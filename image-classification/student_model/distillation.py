@@ -41,11 +41,13 @@ def open_run(
     data: ImageData,
     *instances: Any,
     kind: type[ImageRun] = ImageRun,
-    **pretrained: nn.Module | None,
+    teacher: nn.Module | None = None,
+    more_teachers: nn.Module | None = None,
 ) -> ImageRun:
     """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
 
-    `instances` are the script's other arguments, for the recipe; `pretrained` are models by their roles. Raises
+    `instances` are the script's other arguments, for the recipe; `teacher` and
+    `more_teachers` are pretrained. Raises
     UserError where the arguments do not fit the data, and where a run that is continued began with other data or
     models.
     """
@@ -53,7 +55,7 @@ def open_run(
     folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
     training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
     run = kind(training, *instances)
-    run.check_inputs(data.fingerprint, **pretrained)
+    run.check_inputs(data.fingerprint, teacher=teacher, more_teachers=more_teachers)
     return run
 
 

@@ -1,31 +1,23 @@
-"""SimKD: a student that learns to speak to its teacher's classifier (Chen et al., CVPR 2022, arXiv:2203.14001).
+"""SimKD: a student that reuses its teacher's classifier (Chen et al., CVPR 2022, arXiv:2203.14001).
 
-The student's last map goes through a projector into the space of the teacher's, and from there on the teacher's own,
-frozen head decides. Training matches the maps; labels are not needed. Projector and head belong to the student: they
-are trained, evaluated, saved and deployed with it.
+A projector maps the student's last map into the space of the teacher's, and the teacher's frozen head classifies it.
+Training matches the maps; labels are not needed. Projector and head belong to the student: they are evaluated, saved
+and deployed with it.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from kd.common.cli import reject_unused
-from kd.common.methods import Method
-from kd.common.objective import Terms, soft_targets, task_loss
+from kd.common.methods import Feature, Method, depth_map, labels, match
+from kd.common.objective import soft_targets, teacher_is_right
+from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, NotNegative, ShareAbove0
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.matching import (
-    FEATURE_LOSSES,
-    FeatureMatch,
-    MapShape,
-    block_paths,
-    hooked,
-    probe,
-    proportional_map,
-    share_masked,
-    some_images,
-    stage_paths,
-)
+from kd.image_classification.student_model.matching import FEATURE_LOSSES, image_features
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.projector import Projector
 
@@ -66,69 +58,64 @@ class SimKDArguments(SimKDWeights):
 def simkd_student(
     architecture: str, teacher: ImageClassifier, data: ImageData, factor: int, reuse_head: bool = True
 ) -> ImageClassifier:
-    """Backbone, projector and the teacher's head, frozen; with `reuse_head=False` a new head: its control."""
-    images = some_images(data)
-    target = probe(teacher, [], images)["map"]
-    own = probe(new_classifier(architecture, data.config), [], images)["map"]
-    shape = _projector_shape(own, target, factor)
-    bottleneck = teacher.config.bottleneck
-    student = new_classifier(architecture, data.config, projector=shape, bottleneck=bottleneck)
+    """Backbone, projector and the teacher's head, frozen; with `reuse_head=False` a new head, as its control has."""
+    projector = _projector_to(image_features(teacher).head, factor)
+    student = new_classifier(architecture, data.config, projector=projector, bottleneck=teacher.config.bottleneck)
     if reuse_head:
         student.head.load_state_dict(teacher.head.state_dict())
         student.head.requires_grad_(False)
     return student
 
 
-def simkd(
-    student: ImageClassifier, teacher: ImageClassifier, data: ImageData, args: SimKDArguments, temperature: float
-) -> Method:
-    """The objective of a student from `simkd_student`, for one of the projector variants."""
-    pairs = _pairs(student, teacher, args)
-    images = some_images(data)
-    own_paths = [path for path, _, _ in pairs if path != "map"]
-    teacher_paths = [path for _, path, _ in pairs if path != "map"]
-    own, target = probe(student, own_paths, images), probe(teacher, teacher_paths, images)
-    loss = FEATURE_LOSSES[args.feature_loss]
-    terms: Terms = {
-        "task": (args.cls_weight, task_loss()),
-        "soft_targets": (args.kl_weight, soft_targets(temperature)),
-    }
-    for number, (path, teacher_path, weight) in enumerate(pairs):
+def simkd(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments, temperature: float) -> Method:
+    """What a student from `simkd_student` is trained for, under one of the projector variants.
+
+    The student's own projector leads to the map that the teacher's head sees; other pairs of maps get an auxiliary
+    one.
+    """
+    method = labels(args.cls_weight) + Method({"soft_targets": (args.kl_weight, soft_targets(temperature))})
+    for number, (feature, teacher_feature, weight) in enumerate(_pairs(student, teacher, args)):
         projector = None
-        if path != "map":  # the student's own projector leads to the last map already
-            shape = _projector_shape(own[path], target[teacher_path], args.projector_factor)
-            projector = Projector(own[path].channels, **shape)
-        match = FeatureMatch(path, teacher_path, loss, projector, args.use_labels)
-        terms[f"feature_{number}"] = (args.feature_weight * weight, match)
-    return Method(
-        terms,
-        hooked(student, *own_paths, "map"),
-        hooked(teacher, *teacher_paths, "map"),
-        {"masked_share": share_masked} if args.use_labels else {},
-    )
+        if teacher_feature.path != image_features(teacher).head.path:
+            projector = Projector(feature.width, **_projector_to(teacher_feature, args.projector_factor))
+        method += match(
+            f"feature_{number}",
+            args.feature_weight * weight,
+            feature,
+            teacher_feature,
+            FEATURE_LOSSES[args.feature_loss],
+            projector,
+            only_where_right=args.use_labels,
+        )
+    return method + Method({}, watched={"masked_share": share_masked} if args.use_labels else {})
 
 
-def _pairs(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments) -> list[tuple[str, str, float]]:
-    """(the student's feature, the teacher's, weight), the last maps being called `map`."""
+def share_masked(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+    """The share of samples that the teacher classifies wrongly, which --use_labels leaves out."""
+    return 1 - teacher_is_right(teacher, labels).float().mean()
+
+
+def _pairs(
+    student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments
+) -> list[tuple[Feature, Feature, float]]:
+    """(the student's map, the teacher's, weight); the maps that the heads see are one of the pairs."""
+    features, teacher_features = image_features(student), image_features(teacher)
+    heads = features.head, teacher_features.head
     if args.projector == "single":
-        return [("map", "map", 1.0)]
+        return [(*heads, 1.0)]
     if args.projector == "multi":
-        own, target = stage_paths(student), stage_paths(teacher)
-        if min(len(own), len(target)) < 2:
+        if min(len(features.stages), len(teacher_features.stages)) < 2:
             raise UserError("--projector multi needs networks of at least two stages: pass --projector single")
-        return [("map", "map", args.projector_ratio), (own[-2], target[-2], 1 - args.projector_ratio)]
-    own, target = block_paths(student), block_paths(teacher)
-    depth = proportional_map(len(own), len(target))
-    inner = [(own[i], target[depth[i]], 1 / len(own)) for i in range(len(own) - 1)]
-    return [*inner, ("map", "map", 1 / len(own))]
+        ratio = args.projector_ratio
+        return [(*heads, ratio), (features.stages[-2], teacher_features.stages[-2], 1 - ratio)]
+    blocks, teacher_blocks = features.blocks, teacher_features.blocks
+    pairs = depth_map(len(blocks), len(teacher_blocks), "up")[:-1]
+    inner = [(blocks[i], teacher_blocks[j], 1 / len(blocks)) for i, j in pairs]
+    return [*inner, (*heads, 1 / len(blocks))]
 
 
-def _projector_shape(own: MapShape, target: MapShape, factor: int) -> dict:
-    if target.channels % factor:
-        raise UserError(f"--projector_factor {factor} does not divide the teacher's {target.channels} channels")
-    return {
-        "out_channels": target.channels,
-        "factor": factor,
-        "relu": target.positive,
-        "max_size": target.size if own.size > target.size else None,
-    }
+def _projector_to(teacher: Feature, factor: int) -> dict[str, Any]:
+    """The arguments of a `Projector` to a map of the teacher."""
+    if teacher.width % factor:
+        raise UserError(f"--projector_factor {factor} does not divide the teacher's {teacher.width} channels")
+    return {"out_channels": teacher.width, "factor": factor, "relu": teacher.positive, "max_size": teacher.size}

@@ -19,8 +19,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from kd.common.cli import reject_unused
-from kd.common.methods import Method, check_methods_differ, chosen, filled, flags_of
-from kd.common.objective import task_loss
+from kd.common.methods import Method, TaskSpec, check_methods_differ, chosen, filled, flags_of, labels
 from kd.common.reporting.results import RECIPE, RESULTS
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
@@ -46,7 +45,8 @@ from kd.image_classification.student_model.evaluation import (
     image_results,
     write_results,
 )
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from kd.image_classification.student_model.sweep_report import show
 from kd.image_classification.student_model.sweep_students import (
@@ -254,14 +254,14 @@ def build_student(
     if student.method == SIMKD:
         settings = SimKDArguments(**asdict(weights), projector=student.projector, feature_loss=student.feature_loss)  # type: ignore[arg-type]
         model = simkd_student(architecture, teacher, data, weights.projector_factor)
-        return model, simkd(model, teacher, data, settings, args.temperature)
+        return model, simkd(model, teacher, settings, args.temperature)
     if student.method == CONTROL:
         model = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
         model = new_classifier(architecture, data.config)
     if student.is_control:
-        return model, Method({"task": (1.0, task_loss())})
-    return model, method_of(student.method, args)(Pair(model, teacher, data, args.views))
+        return model, labels()
+    return model, method_of(student.method, args)(task_spec(model, teacher, data, args.views))
 
 
 def for_pair(spec: str, pair: PairArguments) -> str:
@@ -269,7 +269,7 @@ def for_pair(spec: str, pair: PairArguments) -> str:
     return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_settings, METHODS)
 
 
-def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[Pair], Method]:
+def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:
     """The method NAME[:setting=value]..., with the batch size for those that depend on it."""
     batch = args.per_device_train_batch_size * args.views
     return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))

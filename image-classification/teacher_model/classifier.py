@@ -111,7 +111,7 @@ AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)
 # ---- inference ----
 
 
-def folded(model: nn.Module) -> nn.Module:
+def folded(model: Network) -> Network:
     """A copy of a network for inference, whose batch norms are folded into the convolutions that they follow: the same
     function with half the layers. Submodules keep their paths. A network that cannot be traced is left unchanged.
     """
@@ -125,14 +125,14 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def frozen(teacher: Network, precision: str) -> Network:
-    """A copy for fast inference: its classifiers are folded, channels_last, and in bf16 where that is the precision."""
+    """A copy for fast inference: classifiers are folded, channels_last, and in bf16 where that is the precision."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for model in [module for module in teacher.modules() if isinstance(module, ImageClassifier)]:
         model.backbone = folded(model.backbone)
         model.projector = model.projector and folded(model.projector)
         for part in filter(None, (model.backbone, model.projector)):
-            part.to(dtype=dtype, memory_format=torch.channels_last)
+            part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return teacher
 
 

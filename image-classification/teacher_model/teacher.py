@@ -15,9 +15,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from transformers import AutoConfig, set_seed
 
-from kd.common.data.sources import no_retries_when_unreachable
+from kd.common.data.sources import no_retries_when_unreachable, short
 from kd.common.outputs import Outputs
-from kd.common.pretrained import load_model, reading, short
+from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.backbones import TIMM

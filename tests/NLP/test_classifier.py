@@ -47,7 +47,7 @@ from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.evaluation import predict, text_metrics
-from kd.nlp.student_model.matching import attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.methods import attentions, embeddings, hidden_states, layer_pairs
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script

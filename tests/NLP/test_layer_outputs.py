@@ -28,8 +28,7 @@ from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import pipeline as steps
 from kd.nlp.student_model.layers import cut_layers, layer_paths
-from kd.nlp.student_model.matching import embeddings, hidden_states
-from kd.nlp.student_model.methods import teacher_features
+from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
 from kd.nlp.student_model.pipeline import Pipeline
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
 
@@ -151,7 +150,7 @@ def test_what_is_matched_comes_before_a_final_norm(texts, kind):
 def test_pooled_features_of_a_teacher_are_those_that_are_matched(texts):
     model = classifier("ModernBERT")
     torch.manual_seed(0)
-    pooled, labels = teacher_features(model, texts, "cls", "fp32")
+    pooled, labels = teacher_samples(model, texts, "cls", "fp32")
     rows = [int(texts.train["labels"][:].index(int(label))) for label in labels[:1]]
     found = recorded(model, batch_of(texts, model, [0, 1, 2, 3, 4]), {"last": layer_paths(model)[-1]})
     firsts = found.features["last"][:, 0]
@@ -161,9 +160,8 @@ def test_pooled_features_of_a_teacher_are_those_that_are_matched(texts):
 def test_a_cut_has_the_layers_whose_outputs_it_is_aligned_to():
     model = AutoModelForSequenceClassification.from_config(BertConfig(**(SHAPE | {"num_hidden_layers": 12})))
     student = cut_layers(model, 6)
-    assert [pair for pair in hidden_states(student, model, 1.0).teacher_features] == [
-        f"layer_{j}" for j in (1, 3, 5, 7, 9, 11)
-    ]
+    paths = [layer_paths(model)[j] for j in (1, 3, 5, 7, 9, 11)]
+    assert list(hidden_states(student, model, 1.0).teacher_features.values()) == paths
     for new, old in enumerate((1, 3, 5, 7, 9, 11)):
         weights = [m.bert.encoder.layer[i].output.dense.weight for m, i in ((student, new), (model, old))]
         assert torch.equal(*weights)

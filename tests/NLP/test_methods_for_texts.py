@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from kd.common.methods import METHODS
 from kd.common.methods.relations import RELATION_METHODS
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
@@ -18,12 +19,11 @@ from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.methods import (
-    METHODS,
-    looks_inside,
-    method_terms,
-    refuse_smoothing,
-    refuse_unfit,
-    teacher_features,
+    check_method,
+    check_smoothing,
+    needs_features,
+    teacher_samples,
+    text_method,
 )
 from kd.nlp.teacher_model.teacher import tiny_bert
 from kd_testing.scripts import run_script
@@ -81,9 +81,9 @@ def test_a_student_is_distilled_by_it_and_reported_under_it(method, parts, small
 def test_padding_changes_nothing(name, teacher, texts):
     student = cut_layers(teacher, 1).eval()
     torch.manual_seed(0)
-    found = method_terms(name, KDTrainingArguments(output_dir="unused"), student, teacher, texts, "cls")
-    assert bool(found.features) == looks_inside(name) == (name in RELATION_METHODS)
-    assert bool(found.teacher_features) == looks_inside(name)
+    found = text_method(name, KDTrainingArguments(output_dir="unused"), student, teacher, texts, "cls")
+    assert bool(found.features) == needs_features(name) == (name in RELATION_METHODS)
+    assert bool(found.teacher_features) == needs_features(name)
     objective = Objective(**found.terms)
     objective.set_progress(0.5)
     tokenizer, values = texts.collate.tokenizer, []
@@ -102,7 +102,7 @@ def test_padding_changes_nothing(name, teacher, texts):
 
 
 def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
-    features, labels = teacher_features(teacher, texts, "cls", "fp32")
+    features, labels = teacher_samples(teacher, texts, "cls", "fp32")
     first = texts.train["labels"].index(int(labels[0]))
     row = {key: torch.tensor([texts.train[first][key]]) for key in texts.collate.tokenizer.model_input_names}
     with torch.no_grad():
@@ -132,18 +132,18 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(words, complaint, sma
 def test_numbers_have_no_method_but_one_and_two_classes_not_all():
     training = KDTrainingArguments(output_dir="unused")
     with pytest.raises(UserError, match="numbers: pass --method kd"):
-        refuse_unfit("dist", training, "stsb", 1)
+        check_method("dist", training, "stsb", 1)
     with pytest.raises(UserError, match="at least 3 classes"):
-        refuse_unfit("dkd", training, "rte", 2)
-    refuse_unfit("kd", training, "stsb", 1)
+        check_method("dkd", training, "rte", 2)
+    check_method("kd", training, "stsb", 1)
     smoothed = KDTrainingArguments(output_dir="unused", label_smoothing_factor=0.1)
     with pytest.raises(UserError, match="--label_smoothing_factor is for classes"):
-        refuse_smoothing(smoothed, "stsb", 1)
+        check_smoothing(smoothed, "stsb", 1)
     with pytest.raises(UserError, match="leave --label_smoothing_factor at 0"):
-        refuse_unfit("dist", smoothed, "mnli", 3)
-    refuse_smoothing(smoothed, "mnli", 3)
+        check_method("dist", smoothed, "mnli", 3)
+    check_smoothing(smoothed, "mnli", 3)
     for name in METHODS:
-        refuse_unfit(name, training, "mnli", 3)
+        check_method(name, training, "mnli", 3)
 
 
 @pytest.mark.parametrize("task", ["rte", "stsb"])

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.trainer_utils import EvalPrediction
 
 from kd.common.losses import feature_l2
-from kd.common.objective import Hint, Objective, task_loss
+from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.training.checkpoints import last_checkpoint, rotate_checkpoints
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
@@ -41,7 +42,9 @@ def error(prediction: EvalPrediction) -> dict[str, float]:
 def train(folder: Path, resume: str | bool = False, **settings) -> torch.Tensor:
     """Four epochs of three steps; all weights at the end."""
     torch.manual_seed(1)
-    objective = Objective(task=(1.0, task_loss()), hint=(1.0, Hint("hidden", feature_l2, 4, 8)))
+    objective = Objective(
+        task=(1.0, task_loss()), hint=(1.0, FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(4, 8)))
+    )
     student = model(width=4, dropout=0.3)
     trainer = KDTrainer(
         model=student, objective=objective, teacher=model(9), train_dataset=Rows(24), eval_dataset=Rows(8),

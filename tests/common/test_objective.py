@@ -7,7 +7,7 @@ from torch import nn
 
 from kd.common.features import FeatureHooks
 from kd.common.losses import feature_cosine, feature_l2, soft_target_kl
-from kd.common.objective import Hint, Objective, match, soft_targets, task_loss
+from kd.common.objective import FeatureTerm, Objective, soft_targets, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
@@ -55,28 +55,32 @@ def test_regression_terms_by_hand():
 def test_match_ignores_padding(loss):
     student, teacher, _ = pair()
     expected = loss(student.features["hidden"][:, :3], teacher.features["hidden"][:, :3])
-    torch.testing.assert_close(match("hidden", loss)(student, teacher, None), expected)
+    torch.testing.assert_close(FeatureTerm("hidden", "hidden", loss)(student, teacher, None), expected)
 
 
 def test_hint_is_a_match_through_its_regressor_and_trains_it():
     student, teacher, _ = pair()
     student = Outputs(features={"small": torch.randn(4, 5, 2)}, mask=student.mask)
-    hint = Hint("small", feature_l2, 2, 6, "hidden")
+    hint = FeatureTerm("small", "hidden", feature_l2, nn.Linear(2, 6))
     loss = hint(student, teacher, None)
-    mapped = student.features["small"] @ hint.regressor.weight.T + hint.regressor.bias
+    mapped = student.features["small"] @ hint.projector.weight.T + hint.projector.bias
     torch.testing.assert_close(loss, feature_l2(mapped[:, :3], teacher.features["hidden"][:, :3]))
     loss.backward()
-    assert hint.regressor.weight.grad.abs().sum() > 0
+    assert hint.projector.weight.grad.abs().sum() > 0
     assert set(Objective(hint=(1.0, hint)).state_dict()) == {
-        "modules_of_terms.hint.regressor.weight",
-        "modules_of_terms.hint.regressor.bias",
+        "modules_of_terms.hint.projector.weight",
+        "modules_of_terms.hint.projector.bias",
     }
 
 
 @pytest.mark.parametrize(
     ("term", "student", "missing"),
     [
-        (match("layer_7", feature_l2), Outputs(features={"layer_1": torch.zeros(1, 2)}), "layer_7.*layer_1"),
+        (
+            FeatureTerm("layer_7", "layer_7", feature_l2),
+            Outputs(features={"layer_1": torch.zeros(1, 2)}),
+            "layer_7.*layer_1",
+        ),
         (task_loss(), Outputs(logits=torch.zeros(1, 2)), "labels"),
         (soft_targets(1.0), Outputs(logits=torch.zeros(1, 2)), "teacher logits"),
     ],

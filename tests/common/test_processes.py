@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from kd.common.objective import Objective, match, task_loss
+from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.batch_norm import release_batch_norms, synchronize_batch_norms
 from kd.common.training.checkpoints import last_checkpoint
@@ -41,7 +41,7 @@ class Regressed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.regressor = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-        self.term = match("hidden", lambda own, target: (self.regressor(own) - target).square().mean())
+        self.term = FeatureTerm("hidden", "hidden", lambda own, target: (self.regressor(own) - target).square().mean())
 
     def forward(self, *inputs) -> torch.Tensor:
         return self.term(*inputs)

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import entropy
 
 from kd.common import losses
-from kd.common.methods import TaskSpec
+from kd.common.methods import Feature, ModelFeatures, TaskSpec
 from kd.common.methods.relations import RELATION_METHODS, cc
 from kd.common.outputs import Outputs
 
@@ -178,10 +178,15 @@ def test_a_batch_of_one_has_no_relations(loss):
 
 
 def task(width=4, teacher_width=6):
-    def pooled(loss):
-        return lambda student, teacher, labels: loss(student.features["pooled"], teacher.features["pooled"])
+    def features_of(width):
+        feature = Feature("pooled", width)
+        return ModelFeatures([feature], feature, feature)
 
-    return TaskSpec(3, width, teacher_width, pooled, pooled, lambda: (torch.zeros(0, teacher_width), torch.zeros(0)))
+    def as_it_is(feature, mask):
+        return feature
+
+    none = torch.zeros(0, teacher_width), torch.zeros(0)
+    return TaskSpec(3, width, teacher_width, features_of, as_it_is, as_it_is, none[1], lambda: none)
 
 
 def test_published_weights():
@@ -198,18 +203,19 @@ def test_published_weights():
 
 def test_embeddings_of_cc_cannot_shrink_to_nothing():
     _, term = cc(task(), width=16).terms["congruence"]
-    assert {name for name, _ in term.named_parameters()} == {"student_embedding.weight", "student_embedding.bias"}
-    assert "teacher_embedding" in term.state_dict(), "drawn at random, so that a training that goes on needs it"
+    loss = term.loss
+    assert {name for name, _ in loss.named_parameters()} == {"student_embedding.weight", "student_embedding.bias"}
+    assert "teacher_embedding" in loss.state_dict(), "drawn at random, so that a training that goes on needs it"
     own, said = (Outputs(features={"pooled": x}) for x in (features(6, 4), features(6, 6, seed=1)))
-    embedded = own.features["pooled"] @ term.student_embedding.weight.T + term.student_embedding.bias
-    target = said.features["pooled"] @ term.teacher_embedding.T
+    embedded = own.features["pooled"] @ loss.student_embedding.weight.T + loss.student_embedding.bias
+    target = said.features["pooled"] @ loss.teacher_embedding.T
     expected = losses.correlation_congruence(embedded, target)
     assert term(own, said, None).item() == pytest.approx(expected.item(), rel=1e-5)
-    before = term.teacher_embedding.clone()
+    before = loss.teacher_embedding.clone()
     optimizer = torch.optim.SGD(term.parameters(), lr=0.01)
     for _ in range(50):
         optimizer.zero_grad()
         term(own, said, None).backward()
         optimizer.step()
-    assert torch.equal(term.teacher_embedding, before)
-    assert term.student_embedding(own.features["pooled"]).norm() > 0.5 * target.norm()
+    assert torch.equal(loss.teacher_embedding, before)
+    assert loss.student_embedding(own.features["pooled"]).norm() > 0.5 * target.norm()

@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from kd.common.losses import feature_l2
-from kd.common.objective import Hint, Objective, match, task_loss
+from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.teacher_views import TeacherViews
@@ -41,10 +42,10 @@ def objectives() -> dict[str, Objective]:
     torch.manual_seed(3)
     return {
         "kd": kd(),
-        "hint": Objective(task=(1.0, task_loss()), hint=(0.5, Hint("inner", feature_l2, 8, 8, "hidden"))).watching(
-            size=batch_size
-        ),
-        "match": Objective(hidden=(1.0, match("hidden", feature_l2))),
+        "hint": Objective(
+            task=(1.0, task_loss()), hint=(0.5, FeatureTerm("inner", "hidden", feature_l2, nn.Linear(8, 8)))
+        ).watching(size=batch_size),
+        "match": Objective(hidden=(1.0, FeatureTerm("hidden", "hidden", feature_l2))),
     }
 
 

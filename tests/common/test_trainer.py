@@ -14,7 +14,7 @@ from torch import nn
 
 from kd.common.losses import feature_l2, soft_target_kl
 from kd.common.metrics.classification import classification_metrics
-from kd.common.objective import IGNORED, Hint, Objective, task_loss, token_targets
+from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.batching import LengthGroupedSampler
 from kd.common.training.checkpoints import last_checkpoint
@@ -81,11 +81,10 @@ def test_each_token_counts_alike_however_a_step_is_cut(tmp_path, batch, accumula
     loss = 0.5 * F.cross_entropy(own, rows.labels[counts]) + 0.5 * soft_target_kl(own, target, 2.0)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
     before = weights(student)
+    soft = logit_term(lambda own, target: soft_target_kl(own, target, 2.0), ignore_unlabelled=True)
     KDTrainer(
         model=student, teacher=teacher, train_dataset=rows,
-        objective=Objective(
-            task=(0.5, task_loss()), soft=(0.5, token_targets(lambda own, target: soft_target_kl(own, target, 2.0)))
-        ),
+        objective=Objective(task=(0.5, task_loss()), soft=(0.5, soft)),
         args=arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
                        learning_rate=1.0, max_grad_norm=0.0, max_steps=1),
     ).train()  # fmt: skip
@@ -94,18 +93,20 @@ def test_each_token_counts_alike_however_a_step_is_cut(tmp_path, batch, accumula
 
 TRAIN_ON_TWO_PROCESSES = """
 import sys, torch
+from torch import nn
 sys.path.insert(0, sys.argv[1])
 import kd.common
 from kd_testing.tiny import Rows, arguments, kd, model
 from kd.common.losses import feature_l2
 from kd.common.metrics.classification import classification_metrics
-from kd.common.objective import Hint, Objective, task_loss
+from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import end_processes
 batch = 8 // int(sys.argv[3])
 student, teacher = model(width=4), model(9)
 torch.manual_seed(1)
-objective = Objective(task=(1.0, task_loss()), hint=(1.0, Hint("hidden", feature_l2, 4, 8)))
+hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(4, 8))
+objective = Objective(task=(1.0, task_loss()), hint=(1.0, hint))
 trainer = KDTrainer(model=student, teacher=teacher, objective=objective, train_dataset=Rows(24),
     args=arguments(sys.argv[2], per_device_train_batch_size=batch, num_train_epochs=2, logging_strategy="epoch"))
 trainer.train()
@@ -163,7 +164,7 @@ def test_teacher_stays_frozen_in_eval_mode_and_out_of_optimizer_and_checkpoint(t
 
 def test_objective_parameters_are_optimized_clipped_checkpointed_and_not_shipped(tmp_path):
     torch.manual_seed(1)
-    hint = Hint("hidden", feature_l2, 4, 8)
+    hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(4, 8))
     objective = Objective(hint=(1000.0, hint))
     before = weights(hint)
     student = model(width=4)
@@ -176,7 +177,7 @@ def test_objective_parameters_are_optimized_clipped_checkpointed_and_not_shipped
 
     checkpoint = last_checkpoint(tmp_path)
     kept = load_file(f"{checkpoint}/objective.safetensors")
-    assert torch.equal(kept["modules_of_terms.hint.regressor.weight"], hint.regressor.weight)
+    assert torch.equal(kept["modules_of_terms.hint.projector.weight"], hint.projector.weight)
     assert not any("regressor" in name for name in load_file(f"{checkpoint}/model.safetensors"))
     assert any(entry.get("loss_hint") for entry in trainer.state.log_history)
 
@@ -220,7 +221,9 @@ def test_resuming_ends_in_the_same_weights(tmp_path, save_steps):
 def test_objective_parameters_resume_too(tmp_path):
     def hinted(seed):
         torch.manual_seed(seed)
-        return Objective(hint=(1.0, Hint("hidden", feature_l2, 4, 8)), task=(1.0, task_loss()))
+        return Objective(
+            hint=(1.0, FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(4, 8))), task=(1.0, task_loss())
+        )
 
     settings = {"num_train_epochs": 2, "optim": "adamw_torch", "save_strategy": "epoch"}
     whole, resumed = hinted(1), hinted(2)
@@ -319,7 +322,7 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
 def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everything, tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
     args = arguments(tmp_path, weight_decay=0.1, decay_everything=everything)
-    hint = Hint("hidden", feature_l2, 2, 3)  # its weights train beside the student
+    hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(2, 3))  # its weights train beside the student
     trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss()), hint=(1.0, hint)))
     decayed = {
         id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
@@ -379,7 +382,9 @@ def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(setting
 
 
 def test_weights_of_the_objective_that_diverge_stop_the_run_too(tmp_path):
-    objective = Objective(task=(1.0, task_loss()), hint=(1.0, Hint("hidden", feature_l2, 8, 8)))
+    objective = Objective(
+        task=(1.0, task_loss()), hint=(1.0, FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(8, 8)))
+    )
     with torch.no_grad():
         objective.register_buffer("memory", torch.zeros(2))
         objective.memory[0] = torch.nan

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from kd.common.methods import Feature
 from kd.common.pretrained import load_model
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.matching import MapShape, last_stage, probe
+from kd.image_classification.student_model.matching import image_features
 from kd.image_classification.teacher_model.backbones import COMMON, build_backbone
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import pretrained_classifier
@@ -106,9 +107,8 @@ def test_published_sizes_and_shapes(name: str) -> None:
 )
 def test_the_last_map_of_the_toolboxes(name: str, channels: int, size: int, positive: bool) -> None:
     model = classifier(name)
-    path = last_stage(model)
-    assert probe(model, [path], images())[path] == MapShape(channels, size, positive)
-    assert path == f"backbone.{model.backbone.stages[-1]}"
+    path = f"backbone.{model.backbone.stages[-1]}"
+    assert image_features(model).last == Feature(path, channels, size, positive)
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), [("mobilenetv2", 160, 2), ("shufflenetv2x1.5", 704, 4)])

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kd.common.methods import Method
+from kd.common.methods import Feature, Method
 from kd.common.outputs import Outputs
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.methods.crd import Contrast, remember
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import noise
+from kd_testing.image_pairs import Pair, noise
 from kd_testing.image_training import train
 from kd_testing.paths import REPO
 
@@ -30,13 +30,13 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 def contrast(labels: Tensor = LABELS, negatives: int = 100, seed: int = 0) -> Contrast:
     """Of features of 4 and 5 channels, in 3 dimensions."""
     torch.manual_seed(seed)
-    return Contrast((4, 5), labels, negatives, 3, temperature=0.5, momentum=0.25)
+    return Contrast(Feature("map", 4), Feature("map", 5), labels, negatives, 3, temperature=0.5, momentum=0.25)
 
 
 def said(ids: list[int], seed: int = 0) -> tuple[Outputs, Outputs]:
     generator = torch.Generator().manual_seed(seed)
-    own, target = (torch.randn(len(ids), width, generator=generator) for width in (4, 5))
-    return Outputs(features={"pooled": own}, sample_id=torch.tensor(ids)), Outputs(features={"pooled": target})
+    own, target = (torch.randn(len(ids), width, 1, 1, generator=generator) for width in (4, 5))
+    return Outputs(features={"map": own}, sample_id=torch.tensor(ids)), Outputs(features={"map": target})
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -50,7 +50,7 @@ def units(x: np.ndarray) -> np.ndarray:
 def embeddings(term: Contrast, student: Outputs, teacher: Outputs) -> tuple[np.ndarray, np.ndarray]:
     def of(linear: nn.Linear, outputs: Outputs) -> np.ndarray:
         assert outputs.features
-        return units(array(outputs.features["pooled"]) @ array(linear.weight).T + array(linear.bias))
+        return units(array(outputs.features["map"][:, :, 0, 0]) @ array(linear.weight).T + array(linear.bias))
 
     return of(term.student_embedding, student), of(term.teacher_embedding, teacher)
 
@@ -83,10 +83,10 @@ def test_the_loss_by_hand_and_z_of_the_first_batch():
 def test_gradients_reach_both_embeddings_and_the_student_and_no_memory():
     term = contrast()
     student, teacher = said([0, 3])
-    student.features["pooled"].requires_grad_()
+    student.features["map"].requires_grad_()
     term(student, teacher, None).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in term.parameters())
-    assert student.features["pooled"].grad.abs().sum() > 0
+    assert student.features["map"].grad.abs().sum() > 0
     assert {name for name, _ in term.named_parameters()} == {
         f"{role}_embedding.{part}" for role in ("student", "teacher") for part in ("weight", "bias")
     }
@@ -179,7 +179,7 @@ def new_pair(seed: int = 0) -> Pair:
 def crd(pair: Pair, seed: int = 0) -> Method:
     """With fewer negatives than there are, so that it matters which are drawn."""
     torch.manual_seed(seed)
-    return METHODS["crd"](pair, negatives=10, width=16)
+    return METHODS["crd"](pair.spec, negatives=10, width=16)
 
 
 def test_an_interrupted_training_ends_in_the_same_student_and_memories(tmp_path):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.image_networks import randomize_norms
-from kd_testing.image_pairs import both_say, noise
+from kd_testing.image_pairs import Pair, both_say, noise
 
 FAMILIES = [("resnet8", "resnet14x2"), ("shufflenetv2", "wrn_16_2"), ("mobilenetv2", "vgg8"), ("wrn_16_1", "resnet50")]
 FOUR_STAGES = ["attention", "nst", "vid", "ofd", "reviewkd", "fitnet"]
@@ -55,7 +55,7 @@ def both_maps(pair):
 
 
 def parts_of(name, pair):
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     own, said = both_say(method, pair, pair.images)
     return {part: value.item() for part, value in method.objective(own, said, LABELS).items()}
 
@@ -150,12 +150,12 @@ def test_networks_of_four_stages_are_paired(name, student, teacher):
 )
 def test_maps_of_norm(student, teacher, own_channels, target_channels):
     pair = new_pair(student, teacher)
-    method = METHODS["norm"](pair, copies=2)
+    method = METHODS["norm"](pair.spec, copies=2)
     conv = method.objective.terms["representations"].projector[0]
     assert (conv.in_channels, conv.out_channels) == (own_channels, 2 * target_channels)
     own, said = both_say(method, pair, pair.images)
     target = toolbox_maps(pair.teacher.eval(), pair.images)[-1]
-    found = said.features[method.objective.terms["representations"].teacher_name].double().numpy()
+    found = said.features[method.objective.terms["representations"].teacher_names[0]].double().numpy()
     np.testing.assert_allclose(found, target, rtol=1e-4, atol=1e-4)
 
 
@@ -173,12 +173,12 @@ def test_maps_of_norm(student, teacher, own_channels, target_channels):
 )
 def test_a_hint_is_of_the_teachers_size(student, teacher, kind, kernel, stride):
     pair = new_pair(student, teacher)
-    method = METHODS["fitnet"](pair)
+    method = METHODS["fitnet"](pair.spec)
     hint = method.objective.terms["hint"]
     conv = hint.projector[0]
     assert type(conv) is kind and conv.kernel_size == (kernel, kernel) and conv.stride == (stride, stride)
     own, said = both_say(method, pair, pair.images)
-    mapped, target = hint.projector(own.features[hint.name]), said.features[hint.teacher_name]
+    mapped, target = hint.projector(own.features[hint.student_names[0]]), said.features[hint.teacher_names[0]]
     assert mapped.shape == target.shape
     loss = method.objective(own, said, LABELS)["hint"].item()
     assert loss == pytest.approx(100 * (mapped - target).square().mean().item(), rel=1e-4)
@@ -186,15 +186,17 @@ def test_a_hint_is_of_the_teachers_size(student, teacher, kind, kernel, stride):
 
 def test_a_hint_without_a_fitting_convolution_averages_the_teachers_map_down():
     pair = new_pair("mobilenetv2", "resnet14x2", size=16)  # maps of 4 and 8 pixels: twice; of 2 and 8: four times
-    hint = METHODS["fitnet"](pair).objective.terms["hint"]
+    hint = METHODS["fitnet"](pair.spec).objective.terms["hint"]
     assert type(hint.projector[0]) is nn.ConvTranspose2d
     far = new_pair("timm:resnet10t", "resnet8", size=64)
-    method = METHODS["fitnet"](far)
+    method = METHODS["fitnet"](far.spec)
     own, said = both_say(method, far, far.images)
     term = method.objective.terms["hint"]
-    size, wanted = (x.features[n].shape[-1] for x, n in ((own, term.name), (said, term.teacher_name)))
+    size, wanted = (x.features[n].shape[-1] for x, n in ((own, term.student_names[0]), (said, term.teacher_names[0])))
     assert wanted > 2 * size and term.projector[0].kernel_size == (3, 3)
-    expected = term.projector(own.features[term.name]) - F.adaptive_avg_pool2d(said.features[term.teacher_name], size)
+    expected = term.projector(own.features[term.student_names[0]]) - F.adaptive_avg_pool2d(
+        said.features[term.teacher_names[0]], size
+    )
     assert method.objective(own, said, LABELS)["hint"].item() == pytest.approx(
         100 * expected.square().mean().item(), rel=1e-4
     )
@@ -224,7 +226,7 @@ def test_a_student_of_simkd_has_no_last_convolution(student, parameters, channel
 def test_a_teacher_of_simkd_shows_the_map_that_its_head_averages(teacher, channels, tmp_path):
     pair = new_pair("resnet8", teacher)
     student = simkd_student("resnet8", pair.teacher, pair.data, factor=2)
-    method = simkd(student, pair.teacher, pair.data, SimKDArguments(), temperature=4.0)
+    method = simkd(student, pair.teacher, SimKDArguments(), temperature=4.0)
     _, said = both_say(method, Pair(student, pair.teacher, pair.data), pair.images)
     target = said.features["map"]
     assert target.shape[1] == channels and student.config.projector["out_channels"] == channels
@@ -236,7 +238,7 @@ def test_a_teacher_of_simkd_shows_the_map_that_its_head_averages(teacher, channe
 def test_a_student_without_its_last_convolution_trains_and_loads(student, projector, tmp_path):
     pair = new_pair("resnet8", "resnet14x2")
     model = simkd_student(student, pair.teacher, pair.data, factor=2)
-    method = simkd(model, pair.teacher, pair.data, SimKDArguments(projector=projector), temperature=4.0)
+    method = simkd(model, pair.teacher, SimKDArguments(projector=projector), temperature=4.0)
     own, said = both_say(method, Pair(model, pair.teacher, pair.data), pair.images)
     sum(method.objective(own, said, LABELS).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -252,7 +254,7 @@ def test_a_student_without_its_last_convolution_trains_and_loads(student, projec
 
 def test_class_maps_are_of_length_one_where_the_authors_normalize_them():
     pair = new_pair("resnet8", "resnet14x2")
-    method = METHODS["catkd"](pair, weight=2.0, size=4, normalized=True)
+    method = METHODS["catkd"](pair.spec, weight=2.0, size=4, normalized=True)
     own, said = both_say(method, pair, pair.images)
 
     def class_maps(outputs, head):

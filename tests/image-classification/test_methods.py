@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from kd.common.methods import check_methods_differ, chosen, filled, settings_of
 from kd.common.objective import Scheduled
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.methods import METHODS, Pair
+from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import both_say, noise
+from kd_testing.image_pairs import Pair, both_say, noise
 
 NAMES = sorted(METHODS)
 WITH_WEIGHTS = {  # what trains beside the student, and never ships
@@ -31,7 +31,7 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
     pair = new_pair()
     pair.teacher.requires_grad_(False)
     before = copy.deepcopy(pair.teacher.state_dict())
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     method.objective.set_progress(0.5)
     own, said = both_say(method, pair, pair.images)
     parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
@@ -48,7 +48,7 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
 @pytest.mark.parametrize("name", NAMES)
 def test_the_task_is_the_cross_entropy_with_the_labels(name):
     pair = new_pair()
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     own, said = both_say(method, pair, pair.images)
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     parts = method.objective(own, said, labels)
@@ -59,7 +59,7 @@ def test_the_task_is_the_cross_entropy_with_the_labels(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_finite_with_confident_logits_and_in_bf16(name):
     pair = new_pair()
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     method.objective.set_progress(1.0)
     own, said = both_say(method, pair, pair.images)
     for logits in (said, own):
@@ -75,7 +75,7 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"srrl", "reviewkd"}))  # they normalize pooled features
 def test_it_is_finite_in_a_batch_of_one(name):
     pair = new_pair()
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     own, said = both_say(method, pair, pair.images[:1])
     parts = method.objective(own, said, torch.zeros(1, dtype=torch.long))
     sum(parts.values()).backward()
@@ -89,10 +89,10 @@ def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
     pair = new_pair(classes=classes)
     if name in {1: ("dkd", "dkd_ls", "wkd", "lskd", "mlkd_ls", "crd"), 2: ("dkd", "dkd_ls", "wkd")}[classes]:
         with pytest.raises(UserError, match=r"at least \d classes|all training images are of one") as caught:
-            METHODS[name](pair)
+            METHODS[name](pair.spec)
         assert "\n" not in str(caught.value)
         return
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     own, said = both_say(method, pair, pair.images)
     parts = method.objective(own, said, torch.arange(len(pair.images)) % classes)
     assert all(part.isfinite() for part in parts.values()), parts
@@ -103,11 +103,11 @@ def test_its_weights_and_memories_are_checkpointed(name):
     """What a new objective of the same method needs to go on is in the state of the old one."""
     pair = new_pair()
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     own, said = both_say(method, pair, pair.images)
     method.objective(own, said, labels)  # batch norms, memories and the like have seen a batch
     torch.manual_seed(1)
-    other = METHODS[name](pair)
+    other = METHODS[name](pair.spec)
     other.objective.load_state_dict(method.objective.state_dict())
     first, second = (m.objective.train()(own, said, labels) for m in (method, other))
     assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
@@ -199,6 +199,6 @@ def test_one_method_under_two_spellings_is_refused():
 
 def test_what_changes_in_the_course_of_a_training_is_told_how_much_of_it_is_done():
     for name in NAMES:
-        objective = METHODS[name](new_pair()).objective
+        objective = METHODS[name](new_pair().spec).objective
         objective.set_progress(0.25)
         assert all(term.progress == 0.25 for term in objective.terms.values() if isinstance(term, Scheduled))

@@ -8,22 +8,21 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from kd.common.losses import hierarchical_l2, mean_below_zero
+from kd.common.methods import Feature, depth_map
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.matching import (
-    deepest_pairs,
     maps_before_relu,
     pre_activations,
     stage_paths,
 )
-from kd.image_classification.student_model.methods import METHODS, Pair
-from kd.image_classification.student_model.methods.reviewkd import Fusion, Review
-from kd.image_classification.student_model.methods.semckd import Calibration
+from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.methods.all_stages import Calibration, Fusion, Review
 from kd.image_classification.student_model.sweep import method_of
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd_testing.image_networks import assert_alike, randomize_norms
-from kd_testing.image_pairs import as_in_training, both_say, noise
+from kd_testing.image_pairs import Pair, as_in_training, both_say, noise
 from kd_testing.image_training import train
 
 # families that show their maps before the last ReLU of a stage, and those that do not
@@ -89,13 +88,13 @@ def test_a_folded_teacher_shows_the_same_maps(name):
 def test_other_families_show_none_which_matters_for_the_teacher_of_ofd_alone(name):
     size = 64 if "timm" in name else 16
     model = network(name, size)
-    assert maps_before_relu(model) == stage_paths(model)
+    assert [map.path for map in maps_before_relu(model)] == stage_paths(model)
     with pytest.raises(UserError, match=f"{name} shows no maps before the last ReLU") as caught:
-        METHODS["ofd"](new_pair("resnet8", name, size))
+        METHODS["ofd"](new_pair("resnet8", name, size).spec)
     assert "\n" not in str(caught.value)
     if "timm" not in name:
-        METHODS["ofd"](new_pair(name, "resnet8"))
-        METHODS["reviewkd"](new_pair("resnet8", name))
+        METHODS["ofd"](new_pair(name, "resnet8").spec)
+        METHODS["reviewkd"](new_pair("resnet8", name).spec)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_other_families_show_none_which_matters_for_the_teacher_of_ofd_alone(nam
 def test_networks_of_different_families_teach_one_another(student, teacher, names):
     pair = new_pair(student, teacher)
     for name in names:
-        method = METHODS[name](pair)
+        method = METHODS[name](pair.spec)
         method.objective.set_progress(0.5)
         own, said = both_say(method, pair, pair.images)
         parts = method.objective(own, said, torch.arange(8) % 5)
@@ -120,8 +119,8 @@ def test_networks_of_different_families_teach_one_another(student, teacher, name
 
 
 def test_stages_are_paired_from_the_last_on():
-    assert deepest_pairs("abcd", "xyz") == [("b", "x"), ("c", "y"), ("d", "z")]
-    assert deepest_pairs("a", "xyz") == [("a", "z")]
+    assert depth_map(4, 3, "last") == [(1, 0), (2, 1), (3, 2)]
+    assert depth_map(1, 3, "last") == [(0, 2)]
 
 
 # ---- OFD ----
@@ -130,7 +129,7 @@ def test_stages_are_paired_from_the_last_on():
 def test_ofd_by_numpy():
     """Margins from the teacher's batch norms as they are, though the teacher that answers has them folded away."""
     pair = new_pair()
-    method = METHODS["ofd"](pair)
+    method = METHODS["ofd"](pair.spec)
     own, _ = both_say(method, pair, pair.images)
     with torch.no_grad():
         said = as_in_training(frozen(pair.teacher, "fp32"), method.teacher_features, pair.images)
@@ -138,7 +137,7 @@ def test_ofd_by_numpy():
     pairs = zip(maps_before_relu(pair.student), pre_activations(pair.teacher), strict=True)
     for number, (stage, wanted) in enumerate(pairs):
         connector = method.objective.terms[f"overhaul_{number}"].projector[0]
-        s = np.einsum("oc,bchw->bohw", array(connector.weight)[:, :, 0, 0], array(features(own)[stage]))
+        s = np.einsum("oc,bchw->bohw", array(connector.weight)[:, :, 0, 0], array(features(own)[stage.path]))
         s = (s - s.mean((0, 2, 3), keepdims=True)) / np.sqrt(s.var((0, 2, 3), keepdims=True) + 1e-5)
         norm = pair.teacher.get_submodule(wanted.norm)
         margin = array(mean_below_zero(norm.bias, norm.weight))[:, None, None]
@@ -151,7 +150,7 @@ def test_the_teacher_of_ofd_stays_in_eval_mode_through_training(tmp_path):
     pair = new_pair()
     pair.teacher.train()  # as whoever trained it may have left it
     before = {name: value.clone() for name, value in pair.teacher.state_dict().items()}
-    method = METHODS["ofd"](pair)
+    method = METHODS["ofd"](pair.spec)
     margins = [method.objective.terms[f"overhaul_{i}"].loss.margin.clone() for i in range(3)]
     weights = [p.detach().clone() for p in method.objective.parameters()]
     trainer = train(tmp_path, pair, method, max_steps=3)
@@ -171,14 +170,14 @@ def test_a_review_has_the_published_levels():
         ("mobilenetv2", "vgg13", [(12, 128), (16, 256), (48, 512), (160, 512), (1280, 512)]),
         ("resnet8x4", "resnet32x4", [(64, 64), (128, 128), (256, 256), (256, 256)]),
     ):
-        review = METHODS["reviewkd"](new_pair(student, teacher)).objective.terms["review"]
+        review = METHODS["reviewkd"](new_pair(student, teacher).spec).objective.terms["review"]
         assert [(level.enter[0].in_channels, level.leave[0].out_channels) for level in review.levels] == levels
         assert {level.enter[0].out_channels for level in review.levels} == {min(512, levels[-1][0])}
         assert [level.attention is None for level in review.levels] == [False] * (len(levels) - 1) + [True]
 
 
 def test_the_weight_of_a_review_rises_over_20_of_240_epochs():
-    objective = METHODS["reviewkd"](new_pair()).objective
+    objective = METHODS["reviewkd"](new_pair().spec).objective
     for epoch, share in ((0, 0.0), (5, 0.25), (20, 1.0), (240, 1.0)):
         objective.set_progress(epoch / 240)
         assert objective.weight("review") == pytest.approx(5 * share)
@@ -200,14 +199,14 @@ def test_a_fusion_adds_what_attention_lets_through():
 
 def test_a_review_goes_from_the_deepest_level_up():
     torch.manual_seed(0)
-    review = Review([("a", "x"), ("pooled", "pooled")], [(3, 4), (5, 6)]).eval()
-    own = Outputs(features={"a": torch.randn(2, 3, 8, 8), "pooled": torch.randn(2, 5)})
-    said = Outputs(features={"x": torch.randn(2, 4, 4, 4), "pooled": torch.randn(2, 6)})
+    review = Review([(Feature("a", 3), Feature("x", 4)), (Feature("map", 5), Feature("map", 6))]).eval()
+    own = Outputs(features={"a": torch.randn(2, 3, 8, 8), "map": torch.randn(2, 5, 1, 1)})
+    said = Outputs(features={"x": torch.randn(2, 4, 4, 4), "map": torch.randn(2, 6, 1, 1)})
     upper, lower = review.levels
-    pooled, deeper = lower(features(own)["pooled"][:, :, None, None], None, 1)
+    pooled, deeper = lower(features(own)["map"], None, 1)
     reviewed, _ = upper(features(own)["a"], deeper, 4)
     expected = hierarchical_l2(reviewed, features(said)["x"])
-    expected = expected + (pooled[:, :, 0, 0] - features(said)["pooled"]).square().mean()
+    expected = expected + (pooled - features(said)["map"]).square().mean()
     torch.testing.assert_close(review(own, said, None), expected)
 
 
@@ -217,7 +216,7 @@ def test_a_review_goes_from_the_deepest_level_up():
 def calibration(batch: int = 4) -> tuple[Calibration, Outputs, Outputs]:
     """A student of two stages, 2x2 and 1x1, and a teacher of two, 4x4 and 1x1, with four images."""
     torch.manual_seed(0)
-    term = Calibration({"a": 2, "b": 3}, {"x": 2, "y": 4}, batch).eval()
+    term = Calibration([Feature("a", 2), Feature("b", 3)], [Feature("x", 2), Feature("y", 4)], batch).eval()
     own = Outputs(features={"a": torch.randn(4, 2, 2, 2), "b": torch.randn(4, 3, 1, 1)})
     return term, own, Outputs(features={"x": torch.randn(4, 2, 4, 4), "y": torch.randn(4, 4, 1, 1)})
 
@@ -268,14 +267,14 @@ def test_a_larger_batch_is_refused_and_scripts_know_how_large_theirs_are():
     assert "\n" not in str(caught.value)
     for spec, strong, expected in (("semckd", False, 24), ("semckd", True, 48), ("semckd:batch=100", False, 100)):
         args = ImageTrainingArguments(per_device_train_batch_size=24, strong_views=strong, use_cpu=True)
-        term = method_of(spec, args)(new_pair()).objective.terms["calibration"]
+        term = method_of(spec, args)(new_pair().spec).objective.terms["calibration"]
         assert isinstance(term, Calibration) and term.batch == expected
 
 
 @pytest.mark.parametrize("name", ["reviewkd", "semckd"])
 def test_a_few_steps_move_student_and_layers_and_ship_neither(name, tmp_path):
     pair = new_pair()
-    method = METHODS[name](pair, weight=1.0)
+    method = METHODS[name](pair.spec, weight=1.0)
     before = [p.detach().clone() for p in [*pair.student.parameters(), *method.objective.parameters()]]
     train(tmp_path, pair, method, max_steps=3, learning_rate=0.01)
     after = [*pair.student.parameters(), *method.objective.parameters()]

@@ -9,22 +9,15 @@ from torch import nn
 
 from kd.common import losses
 from kd.common.cli import parse
+from kd.common.methods import depth_map
+from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.matching import (
-    FEATURE_LOSSES,
-    FeatureMatch,
-    block_paths,
-    probe,
-    proportional_map,
-    share_masked,
-    some_images,
-    stage_paths,
-)
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.matching import FEATURE_LOSSES, block_paths, image_features, stage_paths
+from kd.image_classification.student_model.simkd import SimKDArguments, share_masked, simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.projector import Projector
-from kd_testing.image_pairs import as_in_training, noise
+from kd_testing.image_pairs import as_in_training, noise, some_images
 
 PAIRS = [
     ("resnet32x4", "resnet8x4"),
@@ -57,7 +50,7 @@ def test_a_student_with_the_teachers_weights_has_no_loss_and_its_logits(loss):
     student = new_classifier("resnet14x2", data.config).eval()
     student.load_state_dict(teacher.state_dict())
     student.projector = nn.Identity()
-    method = simkd(student, teacher, data, SimKDArguments(feature_loss=loss), temperature=4.0)
+    method = simkd(student, teacher, SimKDArguments(feature_loss=loss), temperature=4.0)
     images = some_images(data)
     with torch.no_grad():
         own, said = (
@@ -76,7 +69,7 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     data = noise(32 if "timm" in student_name else 16)
     teacher = new_classifier(teacher_name, data.config)
     student = simkd_student(student_name, teacher, data, factor=2).train()
-    method = simkd(student, teacher, data, SimKDArguments(projector=projector), temperature=4.0)
+    method = simkd(student, teacher, SimKDArguments(projector=projector), temperature=4.0)
     images, labels = some_images(data), data.splits["validation"].labels[:8]
     answering = frozen(teacher, "fp32")
     with torch.no_grad():
@@ -96,12 +89,12 @@ def test_weights_of_the_projectors():
     data = noise()
     teacher = new_classifier("resnet14x2", data.config)
     student = simkd_student("resnet14", teacher, data, factor=2)
-    multi = simkd(student, teacher, data, SimKDArguments(projector="multi"), 4.0).objective
+    multi = simkd(student, teacher, SimKDArguments(projector="multi"), 4.0).objective
     assert multi.weights == pytest.approx({"feature_0": 2 / 3, "feature_1": 1 / 3})
-    layers = simkd(student, teacher, data, SimKDArguments(projector="all-layer", feature_weight=3.0), 4.0).objective
+    layers = simkd(student, teacher, SimKDArguments(projector="all-layer", feature_weight=3.0), 4.0).objective
     assert layers.weights == pytest.approx({f"feature_{i}": 3.0 / 6 for i in range(6)})
     mixed = SimKDArguments(cls_weight=0.5, kl_weight=2.0, feature_weight=0.0)
-    assert simkd(student, teacher, data, mixed, 4.0).objective.weights == {"task": 0.5, "soft_targets": 2.0}
+    assert simkd(student, teacher, mixed, 4.0).objective.weights == {"task": 0.5, "soft_targets": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +102,7 @@ def test_weights_of_the_projectors():
     [(3, 15, [4, 9, 14]), (3, 3, [0, 1, 2]), (4, 6, [1, 2, 4, 5]), (5, 3, [0, 1, 1, 2, 2]), (1, 7, [6])],
 )
 def test_blocks_are_paired_at_the_same_relative_depth(blocks, teacher_blocks, expected):
-    assert proportional_map(blocks, teacher_blocks) == expected
+    assert depth_map(blocks, teacher_blocks, "up") == list(enumerate(expected))
 
 
 def test_the_larger_map_is_averaged_down():
@@ -117,17 +110,17 @@ def test_the_larger_map_is_averaged_down():
     data = noise(32)
     large, small = new_classifier("resnet8", data.config), new_classifier("timm:resnet10t", data.config)
     images = some_images(data)
-    assert (probe(large, [], images)["map"].size, probe(small, [], images)["map"].size) == (8, 1)
+    assert (image_features(large).head.size, image_features(small).head.size) == (8, 1)
     student = simkd_student("resnet8", small, data, factor=2).eval()
     assert student.config.projector["max_size"] == 1
     assert student(images).features["map"].shape == (8, 512, 1, 1)
     other = simkd_student("timm:resnet10t", large, data, factor=2)
-    match = FeatureMatch("map", "map", losses.feature_l2)
+    match = FeatureTerm("map", "map", losses.feature_l2)
     own, target = torch.rand(2, 3, 1, 1), torch.rand(2, 3, 8, 8)
     expected = (own - target.mean((2, 3), keepdim=True)).square().mean()
     said = Outputs(logits=None, features={"map": target})
     torch.testing.assert_close(match(Outputs(logits=None, features={"map": own}), said, None), expected)
-    assert other.config.projector["max_size"] is None
+    assert other.config.projector["max_size"] == 8, "the size of the teacher's map, which the student's never exceeds"
 
 
 def test_with_labels_the_loss_is_the_mean_over_those_samples_that_the_teacher_gets_right():
@@ -137,14 +130,14 @@ def test_with_labels_the_loss_is_the_mean_over_those_samples_that_the_teacher_ge
     labels = torch.tensor([0, 2, 2, 1])  # right, wrong, right, wrong
     said, student = Outputs(logits=logits, features={"t": target}), Outputs(logits=None, features={"s": own})
     for name, loss in FEATURE_LOSSES.items():
-        masked = FeatureMatch("s", "t", loss, only_where_right=True)(student, said, labels)
-        kept = FeatureMatch("s", "t", loss)(
+        masked = FeatureTerm("s", "t", loss, only_where_right=True)(student, said, labels)
+        kept = FeatureTerm("s", "t", loss)(
             Outputs(logits=None, features={"s": own[[0, 2]]}),
             Outputs(logits=None, features={"t": target[[0, 2]]}),
             None,
         )
         torch.testing.assert_close(masked, kept, msg=name)
-        assert FeatureMatch("s", "t", loss, only_where_right=True)(student, said, (labels + 1) % 3).isfinite()
+        assert FeatureTerm("s", "t", loss, only_where_right=True)(student, said, (labels + 1) % 3).isfinite()
     assert share_masked(student, said, labels).item() == 0.5
     assert torch.equal(target, before)
 

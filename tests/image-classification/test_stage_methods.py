@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from kd.common import losses
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.methods import METHODS, Pair
-from kd.image_classification.student_model.methods.heads import class_maps
-from kd.image_classification.student_model.methods.many_to_one import n_to_one
+from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.methods.last_map import class_maps, n_to_one
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import both_say, noise
+from kd_testing.image_pairs import Pair, both_say, noise
 
 EVERY_STAGE = ("attention", "nst", "vid")
 ANY_NETWORKS = ("fitnet", "srrl", "catkd", "norm", "rkd", "sp", "pkt", "cc")
@@ -28,7 +27,7 @@ def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", size: int = 
 
 def parts_of(name: str, pair: Pair):
     """A method, what both networks say under it, and the parts of its loss."""
-    method = METHODS[name](pair)
+    method = METHODS[name](pair.spec)
     own, said = both_say(method, pair, pair.images)
     return method, own, said, method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
 
@@ -142,13 +141,13 @@ def test_n_to_one_sums_over_whole_copies_of_the_teachers_map():
 
 
 def test_weight_of_norm_goes_through_the_phases_of_240_epochs():
-    objective = METHODS["norm"](new_pair(), weight=2.0).objective
+    objective = METHODS["norm"](new_pair().spec, weight=2.0).objective
     found = {}
     for epoch in (0, 9, 10, 20, 179, 180, 210, 240):
         objective.set_progress(epoch / 240)
         found[epoch] = objective.weight("representations") / 2
     assert found == {0: 0.1, 9: 0.1, 10: 0.5, 20: 1.0, 179: 1.0, 180: 0.5, 210: 0.1, 240: 0.1}
-    assert METHODS["norm"](new_pair(), weight=0.0).objective.weights == {"task": 0.1}
+    assert METHODS["norm"](new_pair().spec, weight=0.0).objective.weights == {"task": 0.1}
 
 
 # ---- what trains, and what ships ----
@@ -203,7 +202,7 @@ def test_a_head_that_is_not_linear_is_refused(name):
     shape = {"codebooks": 4, "pairs": 8}
     teacher = new_classifier("resnet14x2", pair.data.config, bottleneck=shape)
     with pytest.raises(UserError, match="linear head, but resnet14x2 has a DiscreteKeyValueBottleneck") as error:
-        METHODS[name](Pair(pair.student, teacher, pair.data))
+        METHODS[name](Pair(pair.student, teacher, pair.data).spec)
     assert "\n" not in str(error.value)
 
 
@@ -217,7 +216,7 @@ def test_stages_of_other_sizes_are_averaged_and_of_another_number_refused(name):
     _, _, _, parts = parts_of(name, new_pair("resnet8", "shufflenetv2", size=32))
     assert len(parts) == 4 and all(part.isfinite() for part in parts.values())
     with pytest.raises(UserError, match="resnet8 has 3 and vgg8 4: choose networks with as many stages") as error:
-        METHODS[name](new_pair("resnet8", "vgg8"))
+        METHODS[name](new_pair("resnet8", "vgg8").spec)
     assert "\n" not in str(error.value)
 
 

@@ -1,13 +1,17 @@
 """Random images, and forward passes of classifiers as the trainer does them."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
 from kd.common.features import FeatureHooks
-from kd.common.methods import Method
+from kd.common.methods import Method, TaskSpec
 from kd.common.outputs import Outputs
-from kd.image_classification.data.loading import Images, SmallImageData
-from kd.image_classification.student_model.methods import Pair
+from kd.image_classification.data.loading import ImageData, Images, SmallImageData
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 
 def noise(size: int = 16, classes: int = 5) -> SmallImageData:
@@ -25,6 +29,28 @@ def noise(size: int = 16, classes: int = 5) -> SmallImageData:
         fingerprint="noise",
         notes=[],
     )
+
+
+@dataclass
+class Pair:
+    """Student and teacher before training, and their data."""
+
+    student: ImageClassifier
+    teacher: ImageClassifier
+    data: ImageData
+
+    @property
+    def spec(self) -> TaskSpec:
+        return task_spec(self.student, self.teacher, self.data)
+
+    @cached_property
+    def images(self) -> Tensor:
+        return some_images(self.data)
+
+
+def some_images(data: ImageData) -> Tensor:
+    views = data.views("validation", torch.device("cpu"))
+    return views.__getitems__(list(range(min(8, len(views)))))["pixel_values"]
 
 
 def as_in_training(model: nn.Module, paths: dict[str, str], images: Tensor) -> Outputs:

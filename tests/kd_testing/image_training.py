@@ -10,8 +10,8 @@ from torch import nn
 from kd.common.methods import Method
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
-from kd.image_classification.student_model.methods import Pair
 from kd.image_classification.teacher_model.classifier import frozen
+from kd_testing.image_pairs import Pair
 from kd_testing.tiny import arguments
 
 

@@ -1,38 +1,18 @@
-"""Methods of distilling an image classifier that leave nothing behind in the student, by name.
+"""Methods of distilling an image classifier, by name. None of them leaves anything behind in the student.
 
-Each is a function (pair, *, settings) -> Method. To add one: write it in a file here, name it in METHODS, and give it
-a test.
+To add one: write a function (spec, *, settings) -> Method in a file here, name it in METHODS, and give it a test.
 """
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
+from kd.common.methods import METHODS as METHODS_OF_ALL_DOMAINS
 from kd.common.methods import Method
-from kd.common.methods.logits import LOGIT_METHODS
-from kd.common.methods.relations import RELATION_METHODS
+from kd.image_classification.student_model.methods.all_stages import reviewkd, semckd
 from kd.image_classification.student_model.methods.crd import crd
-from kd.image_classification.student_model.methods.heads import catkd, srrl
-from kd.image_classification.student_model.methods.many_to_one import norm
-from kd.image_classification.student_model.methods.ofd import ofd
-from kd.image_classification.student_model.methods.pair import Pair
-from kd.image_classification.student_model.methods.reviewkd import reviewkd
-from kd.image_classification.student_model.methods.semckd import semckd
-from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, vid
+from kd.image_classification.student_model.methods.last_map import catkd, norm, srrl
+from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, ofd, vid
 
-
-def for_images(method: Callable[..., Method]) -> Callable[..., Method]:
-    """A method of every domain, of a pair of image classifiers."""
-
-    @wraps(method)  # which shows its settings
-    def build(pair: Pair, **settings: Any) -> Method:
-        return method(pair.task, **settings)
-
-    return build
-
-
-METHODS: dict[str, Callable[..., Method]] = {
-    **{name: for_images(method) for name, method in (LOGIT_METHODS | RELATION_METHODS).items()},
+METHODS: dict[str, Callable[..., Method]] = METHODS_OF_ALL_DOMAINS | {
     "fitnet": fitnet,
     "attention": attention,
     "nst": nst,
@@ -45,5 +25,3 @@ METHODS: dict[str, Callable[..., Method]] = {
     "semckd": semckd,
     "crd": crd,
 }
-
-__all__ = ["METHODS", "Pair"]

@@ -1,27 +1,26 @@
-"""Contrastive representation distillation: what two networks see in one image belongs together, in two it does not."""
+"""Contrastive representation distillation: features of one image are alike, features of two images are not."""
 
 import math
 
 import torch
 from accelerate.utils import gather
+from einops import pack
 from torch import Tensor, nn
 
 from kd.common.losses import noise_contrastive
 from kd.common.losses.shared import product, unit
-from kd.common.methods import Method
-from kd.common.objective import task_loss
+from kd.common.methods import Feature, Method, TaskSpec, hooked, labels
 from kd.common.outputs import Outputs
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, ShareBelow1
-from kd.image_classification.student_model.matching import hooked
-from kd.image_classification.student_model.methods.pair import Pair
+from kd.image_classification.student_model.matching import pooled
 
 FIRST_DRAW = 2**30  # the first draw has a number below this; a CPU's generator looks at 32 bits of its seed
 
 
 def crd(
-    pair: Pair,
+    spec: TaskSpec,
     *,
     weight: float = 0.8,
     negatives: int = 16384,
@@ -29,20 +28,16 @@ def crd(
     temperature: Positive = 0.07,
     momentum: ShareBelow1 = 0.5,
 ) -> Method:
-    """Contrastive representation distillation (CRD, Tian et al., arXiv:1910.10699), beside the labels.
+    """Contrastive representation distillation (CRD, Tian et al., arXiv:1910.10699), plus the labels.
 
     Embeddings of both networks' pooled features, learnt with the student, are to be alike for one image and unlike for
     `negatives` images of other classes (or as many as there are). Those are remembered from earlier batches: two
     memories of `width` numbers for each training image, which are checkpointed and never ship. They begin as random
     vectors of length 1, where the authors' are of about that length.
     """
-    widths = pair.task.student_width, pair.task.teacher_width
-    contrast = Contrast(widths, pair.data.splits["train"].labels, negatives, width, temperature, momentum)
-    return Method(
-        {"task": (1.0, task_loss()), "contrast": (weight, contrast)},
-        hooked(pair.student, "map"),
-        hooked(pair.teacher, "map"),
-    )
+    student, teacher = spec.student_features.head, spec.teacher_features.head
+    contrast = Contrast(student, teacher, spec.labels, negatives, width, temperature, momentum)
+    return labels() + Method({"contrast": (weight, contrast)}, hooked(student), hooked(teacher))
 
 
 class Contrast(nn.Module):
@@ -56,7 +51,7 @@ class Contrast(nn.Module):
     buffers, data parallelism sends those of the first process to the others with every step.
 
     Args:
-        widths: of the student's and the teacher's pooled features.
+        student, teacher: the maps whose averages are embedded.
         labels: (samples,) the class of each training image, by its `sample_id`.
         negatives: for each image; at most as many as there are of other classes, whatever its own.
         width: of the embeddings.
@@ -70,7 +65,8 @@ class Contrast(nn.Module):
 
     def __init__(
         self,
-        widths: tuple[int, int],
+        student: Feature,
+        teacher: Feature,
         labels: Tensor,
         negatives: int,
         width: int,
@@ -82,7 +78,8 @@ class Contrast(nn.Module):
         if not most:
             raise UserError("crd tells images of different classes apart, and all training images are of one")
         self.negatives, self.temperature, self.momentum = min(negatives, most), temperature, momentum
-        self.student_embedding, self.teacher_embedding = (nn.Linear(before, width) for before in widths)
+        self.student_path, self.teacher_path = student.path, teacher.path
+        self.student_embedding, self.teacher_embedding = (nn.Linear(f.width, width) for f in (student, teacher))
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, unit(torch.randn(len(labels), width)))
         self.register_buffer("log_z", torch.full((2,), math.nan))  # until the first batch
@@ -101,12 +98,13 @@ class Contrast(nn.Module):
         ids = student.sample_id
         if ids is None:
             raise ValueError("crd needs a `sample_id` column in the training data")
-        own = embedded(self.student_embedding, student.features["pooled"])
-        target = embedded(self.teacher_embedding, teacher.features["pooled"])
-        rows = torch.cat([ids[:, None], self.draw_negatives(ids)], dim=1)  # (batch, 1 + negatives)
-        loss = self._among(own, self.teacher_memory, rows, 0) + self._among(target, self.student_memory, rows, 1)
-        remember(self.student_memory, ids, own, self.momentum)
-        remember(self.teacher_memory, ids, target, self.momentum)
+        embeddings = embedded(self.student_embedding, student.features[self.student_path])
+        teacher_embeddings = embedded(self.teacher_embedding, teacher.features[self.teacher_path])
+        rows, _ = pack([ids, self.draw_negatives(ids)], "batch *")  # (batch, 1 + negatives)
+        loss = self._among(embeddings, self.teacher_memory, rows, 0)
+        loss = loss + self._among(teacher_embeddings, self.student_memory, rows, 1)
+        remember(self.student_memory, ids, embeddings, self.momentum)
+        remember(self.teacher_memory, ids, teacher_embeddings, self.momentum)
         return loss
 
     def draw_negatives(self, ids: Tensor) -> Tensor:
@@ -132,10 +130,10 @@ class Contrast(nn.Module):
         return noise_contrastive(scores - self.log_z[direction], len(memory))
 
 
-def embedded(linear: nn.Module, features: Tensor) -> Tensor:
-    """Unit vectors (batch, width) of features (batch, channels), in fp32."""
-    with torch.autocast(features.device.type, enabled=False):
-        return unit(linear(features.float()))
+def embedded(linear: nn.Module, maps: Tensor) -> Tensor:
+    """Unit vectors (batch, width) of the averages of maps (batch, channels, height, width), in fp32."""
+    with torch.autocast(maps.device.type, enabled=False):
+        return unit(linear(pooled(maps)))
 
 
 @torch.no_grad()

@@ -1,67 +1,103 @@
-"""Methods that match the maps at the ends of a network's stages, each a function (pair, *, settings) -> Method.
+"""Methods that match the maps at the ends of a network's stages, stage by stage.
 
-The defaults are the papers' for CIFAR-100, as the common toolboxes run them: beside a cross-entropy of weight 1.
+The defaults are the papers' for CIFAR-100, as the common toolboxes run them: with a cross-entropy of weight 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods import Method
-from kd.common.objective import Terms, task_loss
-from kd.image_classification.student_model.matching import FeatureMatch, MapShape, stage_paths
-from kd.image_classification.student_model.methods.pair import Pair
-from kd.image_classification.teacher_model.backbones.base import initialize
+from kd.common.methods import Feature, Method, TaskSpec, depth_map, labels, match
+from kd.common.objective import FeatureLoss, average_down
+from kd.common.utils.errors import UserError
+from kd.image_classification.student_model.matching import maps_before_relu, pre_activations
+from kd.image_classification.teacher_model.backbones.base import conv_norm, initialize
 
 FIRST_VARIANCE, LEAST_VARIANCE = 5.0, 1e-5  # of VID
 
 
-def fitnet(pair: Pair, *, weight: float = 100.0) -> Method:
-    """A hint at the middle stage, through a regressor (Romero et al., arXiv:1412.6550), and the labels' cross-entropy.
+def fitnet(spec: TaskSpec, *, weight: float = 100.0) -> Method:
+    """A hint at the middle stage, through a regressor (Romero et al., arXiv:1412.6550), plus the labels.
 
     As in the toolboxes, the regressor is a convolution, chosen by the two maps' sizes, and a batch norm. It differs in
     three ways: it ends in a ReLU only where the teacher's map is after one (that of a wide ResNet is not), the
     convolution begins with He's normal initialization, and it has no bias, which the batch norm would remove.
     """
-    own, target = _middle(stage_paths(pair.student)), _middle(stage_paths(pair.teacher))
-    own_shapes, shapes = pair.shapes([own], [target])
-    layers = hint_regressor(own_shapes[own], shapes[target])
-    hint = FeatureMatch(own, target, losses.feature_l2, layers, projector_resizes=True)
-    return Method({"task": (1.0, task_loss()), "hint": (weight, hint)}, {own: own}, {target: target})
+    student, teacher = _middle(spec.student_features.stages), _middle(spec.teacher_features.stages)
+    return labels() + match("hint", weight, student, teacher, losses.feature_l2, hint_regressor(student, teacher))
 
 
-def attention(pair: Pair, *, weight: float = 1000.0) -> Method:
-    """Attention maps of every stage (Zagoruyko and Komodakis, arXiv:1612.03928), beside the labels."""
-    return _every_stage(
-        pair, "attention", weight, lambda own, target: FeatureMatch(own, target, losses.attention_transfer)
-    )
+def attention(spec: TaskSpec, *, weight: float = 1000.0) -> Method:
+    """Attention maps of every stage (Zagoruyko and Komodakis, arXiv:1612.03928), plus the labels."""
+    return _every_stage(spec, "attention", weight, lambda student, teacher: (losses.attention_transfer, None))
 
 
-def nst(pair: Pair, *, weight: float = 50.0) -> Method:
-    """What the neurons of every stage select (Huang and Wang, arXiv:1707.01219), beside the labels."""
-    return _every_stage(pair, "selectivity", weight, lambda own, target: FeatureMatch(own, target, losses.nst))
+def nst(spec: TaskSpec, *, weight: float = 50.0) -> Method:
+    """The neuron selectivity of every stage (Huang and Wang, arXiv:1707.01219), plus the labels."""
+    return _every_stage(spec, "selectivity", weight, lambda student, teacher: (losses.nst, None))
 
 
-def vid(pair: Pair, *, weight: float = 1.0) -> Method:
-    """Information on the teacher's maps in the student's, at every stage (Ahn et al., arXiv:1904.05835), beside the
-    labels: the teacher's likelihood under Gaussians whose means and variances are learnt with the student.
+def vid(spec: TaskSpec, *, weight: float = 1.0) -> Method:
+    """Information on the teacher's maps in the student's, at every stage (Ahn et al., arXiv:1904.05835), plus the
+    labels: the teacher's likelihood under Gaussians whose means and variances are trained with the student.
     """
-    own_shapes, shapes = pair.shapes(*pair.stages())
 
-    def match(own: str, target: str) -> FeatureMatch:
-        channels = shapes[target].channels
-        means = _three_convolutions(own_shapes[own].channels, channels)
-        return FeatureMatch(own, target, LearntVariance(channels), means)
+    def variance_and_means(student: Feature, teacher: Feature) -> tuple[FeatureLoss, nn.Module]:
+        means = three_convolutions(student, teacher)
+        return TrainedVariance(teacher.width), means
 
-    return _every_stage(pair, "information", weight, match)
+    return _every_stage(spec, "information", weight, variance_and_means)
 
 
-class LearntVariance(nn.Module):
-    """`losses.variational` with a learnt variance for each channel, softplus(parameter) + LEAST_VARIANCE."""
+def ofd(spec: TaskSpec, *, weight: float = 1e-3) -> Method:
+    """Maps of every stage before its last ReLU (OFD, Heo et al., arXiv:1904.01866), plus the labels.
+
+    A stage counts half as much as the one after it. The weight is small because differences are summed over a map and
+    averaged over the batch alone, as in the authors' code. The teacher has to show its maps before their ReLU; a
+    student of a family that does not is matched by the outputs of its stages. Where one network has more stages, its
+    first ones are left out. The teacher stays in evaluation mode, as in the paper; mdistiller's runs on the statistics
+    of each batch.
+    """
+    norms = [spec.teacher.get_submodule(norm) for _, norm in pre_activations(spec.teacher)]
+    maps, teacher_maps = maps_before_relu(spec.student), maps_before_relu(spec.teacher)
+    pairs = depth_map(len(maps), len(teacher_maps), "last")
+    method = labels()
+    for number, (i, j) in enumerate(pairs):
+        connector = Regressor(
+            *conv_norm(maps[i].width, teacher_maps[j].width, 1, relu=False), size=teacher_maps[j].size
+        )
+        initialize(connector)
+        loss, halved = PartialL2(margins(norms[j])), weight * 0.5 ** (len(pairs) - 1 - number)
+        method += match(f"overhaul_{number}", halved, maps[i], teacher_maps[j], loss, connector)
+    return method
+
+
+def margins(norm: nn.Module) -> Tensor:
+    """(channels,) the mean of each channel's negative values, as the batch norm before a ReLU describes it."""
+    assert isinstance(norm, nn.BatchNorm2d), "margins are those of a teacher whose batch norms are not folded"
+    return losses.mean_below_zero(norm.bias.detach(), norm.weight.detach())
+
+
+class PartialL2(nn.Module):
+    """`losses.partial_l2` with fixed margins (channels,)."""
+
+    margin: Tensor
+
+    def __init__(self, margin: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("margin", margin, persistent=False)
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return losses.partial_l2(student, teacher, self.margin, mask)
+
+
+class TrainedVariance(nn.Module):
+    """`losses.variational` with a trained variance for each channel, softplus(parameter) + LEAST_VARIANCE."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,54 +108,78 @@ class LearntVariance(nn.Module):
         return losses.variational(means, teacher, F.softplus(self.variance) + LEAST_VARIANCE, mask)
 
 
-def regressor(channels: int, wanted: MapShape) -> nn.Module:
-    """A 1x1 convolution and batch norm to a teacher's channels, and a ReLU where its map is after one."""
-    return _normalized(nn.Conv2d(channels, wanted.channels, 1, bias=False), wanted)
+class Regressor(nn.Sequential):
+    """Layers from a student's map to the channels of a teacher's; a map larger than `size` is first averaged down."""
+
+    def __init__(self, *layers: Any, size: int | None = None) -> None:
+        super().__init__(*layers)
+        self.size = size
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps if self.size is None else average_down(maps, self.size))
 
 
-def hint_regressor(own: MapShape, wanted: MapShape) -> nn.Module:
-    """A convolution from a student's map to the channels and the size of a teacher's, a batch norm, and a ReLU where
-    the teacher's map is after one.
+def regressor(student: Feature, teacher: Feature) -> nn.Module:
+    """A 1x1 convolution and batch norm to the teacher's channels, and a ReLU where its map is after one."""
+    return Regressor(*_normalized(nn.Conv2d(student.width, teacher.width, 1, bias=False), teacher), size=teacher.size)
+
+
+def hint_regressor(student: Feature, teacher: Feature) -> nn.Module:
+    """A convolution from the student's map to the channels and the size of the teacher's, a batch norm, and a ReLU
+    where the teacher's map is after one.
 
     Of stride 2 to half the size, transposed to twice the size, without padding to any other smaller size. Where the
-    teacher's map is larger by another factor, the student's keeps its size, and the teacher's is to be averaged down.
+    teacher's map is larger by another factor, the student's keeps its size, and the teacher's is averaged down.
     """
-    channels = own.channels, wanted.channels
+    channels = student.width, teacher.width
     conv: nn.Module
-    if own.size == 2 * wanted.size:
+    if student.size == 2 * teacher.size:
         conv = nn.Conv2d(*channels, 3, stride=2, padding=1, bias=False)
-    elif 2 * own.size == wanted.size:
+    elif 2 * student.size == teacher.size:
         conv = nn.ConvTranspose2d(*channels, 4, stride=2, padding=1, bias=False)
-    elif own.size >= wanted.size:
-        conv = nn.Conv2d(*channels, 1 + own.size - wanted.size, bias=False)
+    elif student.size >= teacher.size:
+        conv = nn.Conv2d(*channels, 1 + student.size - teacher.size, bias=False)
     else:
         conv = nn.Conv2d(*channels, 3, padding=1, bias=False)
-    return _normalized(conv, wanted)
+    return _normalized(conv, teacher)
 
 
-def _normalized(conv: nn.Module, wanted: MapShape) -> nn.Module:
-    layers = nn.Sequential(conv, nn.BatchNorm2d(wanted.channels), nn.ReLU() if wanted.positive else nn.Identity())
+def _normalized(conv: nn.Module, teacher: Feature) -> nn.Sequential:
+    layers = nn.Sequential(conv, nn.BatchNorm2d(teacher.width), nn.ReLU() if teacher.positive else nn.Identity())
     initialize(layers)
     return layers
 
 
-def _three_convolutions(channels: int, wanted: int) -> nn.Module:
-    """1x1 all of them, with a ReLU in between; what they end in may be negative."""
-    return nn.Sequential(
-        nn.Conv2d(channels, wanted, 1, bias=False),
+def three_convolutions(student: Feature, teacher: Feature) -> nn.Module:
+    """Convolutions of 1x1 with ReLUs between them; their output may be negative."""
+    return Regressor(
+        nn.Conv2d(student.width, teacher.width, 1, bias=False),
         nn.ReLU(),
-        nn.Conv2d(wanted, wanted, 1, bias=False),
+        nn.Conv2d(teacher.width, teacher.width, 1, bias=False),
         nn.ReLU(),
-        nn.Conv2d(wanted, wanted, 1, bias=False),
+        nn.Conv2d(teacher.width, teacher.width, 1, bias=False),
+        size=teacher.size,
     )
 
 
-def _every_stage(pair: Pair, name: str, weight: float, match: Callable[[str, str], FeatureMatch]) -> Method:
-    """The labels, and a term `name`_i for each pair of stages, made by `match` of their paths."""
-    own, target = pair.stages()
-    terms: Terms = {f"{name}_{i}": (weight, match(*paths)) for i, paths in enumerate(zip(own, target, strict=True))}
-    return Method({"task": (1.0, task_loss())} | terms, {path: path for path in own}, {p: p for p in target})
+def _every_stage(
+    spec: TaskSpec,
+    name: str,
+    weight: float,
+    loss_and_projector: Callable[[Feature, Feature], tuple[FeatureLoss, nn.Module | None]],
+) -> Method:
+    """The labels, and a term `name`_i for each stage of student and teacher, of which there have to be as many."""
+    stages, teacher_stages = spec.student_features.stages, spec.teacher_features.stages
+    if len(stages) != len(teacher_stages):
+        raise UserError(
+            f"this method pairs stages one by one, but {spec.student.config.architecture} has {len(stages)} and "
+            f"{spec.teacher.config.architecture} {len(teacher_stages)}: choose networks with as many stages"
+        )
+    method = labels()
+    for i, (student, teacher) in enumerate(zip(stages, teacher_stages, strict=True)):
+        method += match(f"{name}_{i}", weight, student, teacher, *loss_and_projector(student, teacher))
+    return method
 
 
-def _middle(stages: list[str]) -> str:
+def _middle(stages: Sequence[Feature]) -> Feature:
     return stages[(len(stages) - 1) // 2]

@@ -1,4 +1,4 @@
-"""One door to every dataset: embedded, a local folder or a Hub name, all with the same two columns.
+"""Loads datasets - embedded, a local folder, or a Hub name - with the same two columns.
 
 `values` holds a signal, a list of numbers as long as every other; `label` its class, a name or a whole number.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.labels import read_labels
 from kd.common.data.sources import read_splits, short_name
-from kd.common.data.splits import Splits, set_aside
+from kd.common.data.splits import Splits, with_validation
 from kd.common.utils.errors import UserError
 from kd.example_domain.data.tones import tones
 
@@ -39,10 +39,7 @@ def load_data(dataset: str) -> LabelledData:
         contents += [split, values, ids]
         columns = {"values": values, "labels": ids, "sample_id": np.arange(len(rows))}
         splits[split] = datasets.Dataset.from_dict(columns).with_format("torch")
-    if "validation" not in splits:
-        aside = set_aside(labels.values["train"], notes)
-        for split, chosen in (("validation", aside), ("train", ~aside)):
-            splits[split] = splits["train"].select(np.flatnonzero(chosen))
+    splits = with_validation(splits, labels.values["train"], notes)
     return LabelledData(short_name(dataset), splits, labels.names, fingerprint_of_data(contents), notes)
 
 

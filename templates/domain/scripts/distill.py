@@ -9,18 +9,24 @@ The second takes its flags from a recipe; `distill_soft.sh` is short for it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from transformers import default_data_collator
+
 from kd.common.cli import parse, reject_unused, run
-from kd.common.objective import Objective, labels_and_soft_targets, task_loss
+from kd.common.methods import Method
+from kd.common.objective import soft_targets, task_loss
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_outputs import cache_teacher_outputs
 from kd.common.utils.ranges import Count
 from kd.example_domain.data.loading import load_data
-from kd.example_domain.student_model.distillation import Distillation
-from kd.example_domain.teacher_model.teacher import load_trained
+from kd.example_domain.student_model.distillation import report, train
+from kd.example_domain.student_model.evaluation import chance_warning, evaluate
+from kd.example_domain.teacher_model.classifier import load_trained
 
 
 @dataclass
 class Arguments:
-    """Which signals, and who teaches whom."""
+    """Data, teacher and student."""
 
     dataset: str = field(default="tones", metadata={"help": "tones, a folder of parquet or JSON files, or a Hub name"})
     teacher: str | None = field(default=None, metadata={"help": "folder of a trained classifier (default: train one)"})
@@ -49,16 +55,32 @@ def main() -> None:
         "neither labels are smoothed nor values trained", training, "label_smoothing_factor", "value_learning_rate"
     )
     data = load_data(args.dataset)
-    given = load_trained(args.teacher, data) if args.teacher else None
-    labels_only = Objective(task=(1.0, task_loss()))
-    distillation = Distillation(data, given, training, args)
-    teacher = given or distillation.trained("teacher", args.teacher_width, labels_only)
-    distillation.warn_of_guessing(teacher)
-    control = None if training.no_control else distillation.trained("control", args.student_width, labels_only)
-    objective = labels_and_soft_targets(training.alpha, training.temperature)
-    said = distillation.listen(teacher)
-    student = distillation.trained("student", args.student_width, objective, teacher_outputs=said)
-    distillation.report("kd", teacher, control, student)
+    pretrained = load_trained(args.teacher, data) if args.teacher else None
+    whole = TrainerRun(training, args)
+    whole.check_inputs(data.fingerprint, teacher=pretrained)
+
+    labels_only = Method({"task": (1.0, task_loss())})
+    teacher = pretrained or train(whole, "teacher", args.teacher_width, data, labels_only)
+    models = {"teacher": evaluate(f"width {teacher.config.width}", teacher, data)}
+    whole.warn(chance_warning(models["teacher"], data))
+    with whole.timed("teacher_outputs"):
+        folder = whole.folder / "teacher_outputs"
+        outputs = cache_teacher_outputs(teacher, data.splits["train"], default_data_collator, folder, batch_size=256)
+
+    method = Method(
+        {
+            "task": (training.alpha, task_loss()),
+            "soft_targets": (1 - training.alpha, soft_targets(training.temperature)),
+        }
+    )
+    for seed_run in whole.each_seed():
+        if not training.no_control:
+            control = train(seed_run, "control", args.student_width, data, labels_only)
+            models["control"] = evaluate(f"width {args.student_width}, labels only", control, data, teacher)
+        student = train(seed_run, "student", args.student_width, data, method, teacher_outputs=outputs)
+        models["student"] = evaluate(f"width {args.student_width}, kd", student, data, teacher)
+        report(seed_run, data, student, models)
+    whole.summarize()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from kd.common.cli import Parser, run
 from kd.common.reporting.results import show_metrics
 from kd.example_domain.data.loading import load_data
 from kd.example_domain.student_model.evaluation import evaluate
-from kd.example_domain.teacher_model.teacher import load_trained
+from kd.example_domain.teacher_model.classifier import load_trained
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Students: how they are trained, and what they are worth."""
+"""Students: training, evaluation, export."""

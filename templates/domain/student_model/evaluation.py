@@ -1,4 +1,4 @@
-"""What a classifier is worth: metrics per split, computed alike in training, at its end and afterwards."""
+"""Metrics of a classifier per split, computed alike during training, at its end and afterwards."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, default_data_collator
 
+from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.classification import agreement, classification_metrics
 from kd.common.metrics.cost import cost
 from kd.common.training.inference import NOT_INPUTS, run_inference
@@ -42,3 +43,10 @@ def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifi
     sample = default_data_collator([data.splits["validation"][0]])
     inputs = {column: value.to(model.device) for column, value in sample.items() if column not in NOT_INPUTS}
     return {"name": name, **cost(model, inputs), "metrics": metrics}
+
+
+def chance_warning(entry: dict[str, Any], data: LabelledData) -> str | None:
+    """A warning where an evaluated model is no better than chance."""
+    labels = data.splits["validation"]["labels"][:].numpy()
+    accuracy = entry["metrics"]["validation"]["accuracy"]
+    return classifier_warning(entry["name"], "accuracy", accuracy, labels, len(data.label_names))

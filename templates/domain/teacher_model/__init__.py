@@ -1,1 +1,1 @@
-"""What a teacher is and where it comes from."""
+"""The network, and loading a trained one as teacher."""

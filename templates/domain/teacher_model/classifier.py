@@ -1,4 +1,4 @@
-"""The network, teacher or student: convolutions over time, their mean, a linear layer.
+"""The network of teacher and student: convolutions over time, their mean, a linear layer.
 
 Loads alone:
 
@@ -6,12 +6,18 @@ Loads alone:
     model = Classifier.from_pretrained("runs/example-domain/distill/student")
 """
 
+from pathlib import Path
 from typing import Any
 
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kd.common.outputs import Outputs
+from kd.common.pretrained import load_model, reading
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
+from kd.example_domain.data.loading import LabelledData
 
 
 class ClassifierConfig(PreTrainedConfig):
@@ -29,7 +35,7 @@ class ClassifierConfig(PreTrainedConfig):
 
 
 class Classifier(PreTrainedModel):
-    """Signals (batch, length) -> logits (batch, classes). Feature: `pooled` (batch, width), what the head sees."""
+    """Signals (batch, length) -> logits (batch, classes). Feature: `pooled` (batch, width), the input of the head."""
 
     config_class = ClassifierConfig
     main_input_name = "values"
@@ -52,10 +58,27 @@ class Classifier(PreTrainedModel):
         """Nothing: every layer comes initialized from its constructor, and every checkpoint is complete."""
 
     def forward(self, values: Tensor) -> Outputs:
-        pooled = self.backbone(values.unsqueeze(1)).mean(2)  # (batch, 1, length) -> (batch, width, time) -> mean
+        maps = self.backbone(rearrange(values, "batch length -> batch 1 length"))
+        pooled = reduce(maps, "batch width time -> batch width", "mean")
         return Outputs(logits=self.head(pooled), features={"pooled": pooled})
 
 
 def new_classifier(label_names: list[str], width: int) -> Classifier:
     """A classifier with random weights."""
     return Classifier(ClassifierConfig(width=width, id2label=dict(enumerate(label_names))))
+
+
+def load_trained(folder: str, data: LabelledData) -> Classifier:
+    """The classifier in a folder. Raises UserError for another kind of model, and for one of other labels."""
+    if not Path(folder, "config.json").exists():
+        raise UserError(f"no classifier in folder {folder}: it has no config.json; distill.py makes one")
+    with reading(folder, "a classifier"):
+        config = ClassifierConfig.from_dict(read_json(Path(folder, "config.json")))
+    if config.model_type != ClassifierConfig.model_type:
+        raise UserError(
+            f"{folder} holds a {config.model_type}, not a classifier of example-domain: distill.py makes one"
+        )
+    if config.label_names != data.label_names:
+        raise UserError(f"{folder} knows the labels {config.label_names}, but {data.name} has {data.label_names}")
+    with reading(folder, "a classifier"):
+        return load_model(Classifier, folder)

@@ -16,8 +16,7 @@ from kd.common.utils.errors import UserError
 from kd.example_domain.data.loading import load_data
 from kd.example_domain.data.tones import OVERTONES, tones
 from kd.example_domain.student_model.evaluation import predict
-from kd.example_domain.teacher_model.classifier import Classifier
-from kd.example_domain.teacher_model.teacher import load_trained
+from kd.example_domain.teacher_model.classifier import Classifier, load_trained
 from kd_testing.scripts import run_script
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true"]

@@ -1,0 +1,161 @@
+"""What a method is made of, and what it needs to know of student, teacher and data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd.common.objective import FeatureLoss, FeatureTerm, Objective, Term, Terms, Transform, Weight, task_loss
+
+PER_CLASS = 50  # training samples of each class whose teacher features stand for the class
+Depth = Literal["nearest", "up", "last"]
+
+
+@dataclass
+class Method:
+    """What a student is trained for. `first + second` has the terms and the features of both.
+
+    terms: {name: (weight, term)} of the objective.
+    features, teacher_features: {name: path} of the submodules of student and teacher whose outputs the terms read.
+        A method without teacher features needs only the teacher's logits.
+    watched: Terms that are logged and not trained for.
+    """
+
+    terms: Terms
+    features: dict[str, str] = field(default_factory=dict)
+    teacher_features: dict[str, str] = field(default_factory=dict)
+    watched: dict[str, Term] = field(default_factory=dict)
+
+    def __add__(self, other: "Method") -> "Method":
+        repeated = self.terms.keys() & other.terms.keys()
+        if repeated:
+            raise ValueError(f"both methods have a term {', '.join(sorted(repeated))}")
+        return Method(
+            self.terms | other.terms,
+            self.features | other.features,
+            self.teacher_features | other.teacher_features,
+            self.watched | other.watched,
+        )
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(**self.terms).watching(**self.watched)
+
+    @property
+    def auxiliary_parameters(self) -> int:
+        """Number of parameters that train with the student and do not ship with it."""
+        return sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """The output of the submodule at `path`: hidden states (batch, positions, width), or maps (batch, width, size,
+    size), of which `positive` tells whether they are never negative, as after a ReLU.
+    """
+
+    path: str
+    width: int
+    size: int = 0
+    positive: bool = False
+
+
+@dataclass(frozen=True)
+class ModelFeatures:
+    """The features of a model that methods match.
+
+    stages: The outputs of its layers or stages, first to last.
+    head: What the head pools and classifies.
+    last: The last feature before pooling, as the published methods have it.
+    """
+
+    stages: Sequence[Feature]
+    head: Feature
+    last: Feature
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What methods need to know of student, teacher and data, in any domain.
+
+    features_of: The features of a model; called only by methods that need features.
+    pool: A feature that a head sees -> (batch, width), as its model pools it.
+    flatten: The last feature -> (batch, anything).
+    labels: (samples,) of the training data, by sample id.
+    teacher_samples: Computes pooled teacher features (samples, width) and labels (samples,) of training samples.
+    views: Number of views of each sample in a batch, which has the first views of all samples, then the second ones.
+    """
+
+    classes: int
+    student: Any
+    teacher: Any
+    features_of: Callable[[Any], ModelFeatures]
+    pool: Transform
+    flatten: Transform
+    labels: Tensor
+    teacher_samples: Callable[[], tuple[Tensor, Tensor]]
+    views: int = 1
+
+    @cached_property
+    def student_features(self) -> ModelFeatures:
+        return self.features_of(self.student)
+
+    @cached_property
+    def teacher_features(self) -> ModelFeatures:
+        return self.features_of(self.teacher)
+
+    def match_pooled(self, name: str, weight: Weight, loss: FeatureLoss) -> Method:
+        """A loss between the pooled features (batch, width) that the heads see."""
+        return match(name, weight, self.student_features.head, self.teacher_features.head, loss, transform=self.pool)
+
+    def match_last(self, name: str, weight: Weight, loss: FeatureLoss) -> Method:
+        """A loss between the last features before pooling, (batch, anything)."""
+        student, teacher = self.student_features.last, self.teacher_features.last
+        return match(name, weight, student, teacher, loss, transform=self.flatten)
+
+
+def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:
+    """The labels alone, as a control is trained; see `task_loss`."""
+    return Method({"task": (weight, task_loss(regression, smoothing))})
+
+
+def match(
+    name: str,
+    weight: Weight,
+    student: Feature,
+    teacher: Feature,
+    loss: FeatureLoss,
+    projector: nn.Module | None = None,
+    transform: Transform | None = None,
+    only_where_right: bool = False,
+) -> Method:
+    """A `FeatureTerm` between two features, and the features that it reads."""
+    term = FeatureTerm(student.path, teacher.path, loss, projector, transform, only_where_right)
+    return Method({name: (weight, term)}, hooked(student), hooked(teacher))
+
+
+def hooked(*features: Feature) -> dict[str, str]:
+    """{path: path}: features under the name of their path, as a Method lists them."""
+    return {feature.path: feature.path for feature in features}
+
+
+def depth_map(student_layers: int, teacher_layers: int, depth: Depth = "nearest") -> list[tuple[int, int]]:
+    """(student layer, teacher layer), from 0: which layer or stage of the student follows which of the teacher's.
+
+    nearest, up: The teacher layer at the same relative depth, rounded to the nearest layer or up. Each student layer
+        has one, the last has the last: 3 of 6 gives 1, 3, 5.
+    last: The last with the last, and so on as far as both reach.
+    """
+    if depth == "last":
+        number = min(student_layers, teacher_layers)
+        return [(student_layers - number + i, teacher_layers - number + i) for i in range(number)]
+    if depth == "up":
+        return [(i, -(-(i + 1) * teacher_layers // student_layers) - 1) for i in range(student_layers)]
+    return [(i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
+
+
+def some_of_each_class(labels: Tensor, classes: int) -> Tensor:
+    """The rows of the first PER_CLASS samples of each class, of labels (samples,)."""
+    return torch.cat([(labels == c).nonzero().flatten()[:PER_CLASS] for c in range(classes)])
