@@ -4,7 +4,7 @@
 
 Processor time until a 16-16 student's mean greedy return over 20 episodes is at least 475, judged after every round
 (BC: every pass) at no charge: making environments and student, collecting and fitting count. Then how fast a student's
-steps are collected with what the teacher says about each. Same teacher, one thread, all ways taking turns within one
+steps are collected with the teacher's outputs for each. Same teacher, one thread, all ways taking turns within one
 run, each warmed up before. `imitation` needs older packages, so imitation_worker.py runs it in an environment of its
 own; without --imitation_python its rows are left out.
 """
@@ -132,7 +132,7 @@ class Imitation:
 
 
 def our_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy) -> Collect:
-    """All that the teacher says: logits and value."""
+    """The teacher's logits and values."""
     networks = PolicyNetwork(teacher).eval(), PolicyNetwork(student).eval()
     environments = Environments(id, count)
     recorder, act = Recorder(environments), sampling(networks[1], torch.Generator().manual_seed(0))

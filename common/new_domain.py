@@ -36,6 +36,8 @@ def main() -> None:
     parser = Parser(prog="python -m kd.common.new_domain", description=__doc__)
     parser.add_argument("folder", help="letters, digits, - and _, such as bird-songs")
     folder = parser.parse_args().folder
+    if not TEMPLATE.is_dir():
+        raise UserError("a domain is made from templates/domain: run this in a checkout of the repository")
     name = checked_import_name(folder)
     refuse_taken(folder, name)
     try:

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kd.common.utils import import_name
+from kd_testing.installation import call, empty_environment
 from kd_testing.paths import REPO
 
 DOMAINS = sorted(scripts.parent for scripts in REPO.glob("*/scripts"))
@@ -72,3 +74,25 @@ def test_operators_are_declared_only_where_they_are_missing(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
+    """It holds all modules and recipes; an installation of it trains, exports, and has no template to copy."""
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    source = tmp_path / "source"  # setuptools builds inside the folder of the project
+    shutil.copytree(REPO, source, ignore=shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", ".mypy_cache"))
+    call(tmp_path, sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    (tmp_path / "elsewhere").mkdir()
+    python = empty_environment(tmp_path / "environment")
+    call(tmp_path, python, "-m", "pip", "install", *flags, wheel)
+    shutil.rmtree(source)
+    where = call(tmp_path, python, "-c", "import kd.nlp.scripts; print(kd.nlp.scripts.__path__[0])").strip()
+    assert where.startswith(str(tmp_path / "environment")) and Path(where, "base.yaml").exists()
+    words = ["--max_steps", 2, "--no_control", "--output_dir", "run"]
+    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", Path(where, "base.yaml"), *words)
+    call(tmp_path / "elsewhere", python, "-m", "kd.common.export", "run")
+    assert (tmp_path / "elsewhere" / "run" / "export" / "model.onnx").exists()
+    error = call(tmp_path, python, "-m", "kd.common.new_domain", "speech", status=2)
+    assert "checkout of the repository" in error and error.count("\n") == 1

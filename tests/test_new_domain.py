@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
 from kd.common.reporting.results import validate
+from kd_testing.installation import call, empty_environment
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
@@ -37,20 +35,9 @@ def new_domain(root: Path, name: str) -> None:
     run_script(str(root / "common" / "new_domain.py"), name)
 
 
-def call(root: Path, *words: object) -> str:
-    """The output of a command that must succeed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(list(map(str, words)), cwd=root, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
-
-
 def installed(root: Path, environment: Path) -> Path:
-    """The Python of a new virtual environment with the repository at `root`, beside the packages of this one."""
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    own = call(root, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    Path(own, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    """The Python of a new virtual environment in which the repository at `root` is installed, editable."""
+    python = empty_environment(environment)
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-index"]
     call(root, python, "-m", "pip", "install", *flags, "--editable", root)
     return python

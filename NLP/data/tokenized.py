@@ -1,12 +1,20 @@
 """Texts as token ids, ready for the trainer."""
 
 import inspect
+import os
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
+from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.nlp.data.loading import TextData
+
+MANY_ROWS = 100_000
 
 
 def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
@@ -20,10 +28,20 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Da
         lengths = [len(ids) for ids in encoded["input_ids"]]
         return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
 
-    return {
-        split: rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {split}")
-        for split, rows in data.splits.items()
-    }
+    return {split: map_rows(rows, encode) for split, rows in data.splits.items()}
+
+
+def map_rows(rows: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
+    """A dataset of what `function` returns for batches of rows, without the columns of `rows`. Many rows are processed
+    by as many processes as there are CPUs, and written to a file that is deleted when this process ends.
+    """
+    settings: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
+    if len(rows) < MANY_ROWS:
+        return rows.map(function, **settings)
+    folder = Path(get_temporary_cache_files_directory(), uuid.uuid4().hex)
+    rows.save_to_disk(folder)  # or each process would get a copy of what is in memory
+    rows = load_from_disk(folder)
+    return rows.map(function, num_proc=os.cpu_count(), cache_file_name=str(folder / "mapped.arrow"), **settings)
 
 
 class Collator(DataCollatorWithPadding):

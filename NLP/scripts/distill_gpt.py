@@ -11,13 +11,25 @@ reverse KL (arXiv:2306.08543) or generalised Jensen-Shannon divergence (arXiv:23
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kd.common.cli import parse, reject_unused, run
+from kd.common.cli import parse, reject_unused
+from kd.common.cli import run as run_main
 from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
 from kd.nlp.data.corpora import EMBEDDED, load_corpus
-from kd.nlp.student_model.language_model import CUT, LanguageDistillation
-from kd.nlp.teacher_model.causal import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
+from kd.nlp.student_model.language_model import (
+    evaluate,
+    language_task,
+    load_named_models,
+    report,
+    train_control,
+    train_student,
+    train_teacher,
+)
+from kd.nlp.student_model.sequence_distillation import CUT
+from kd.nlp.teacher_model.generative import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
+from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
 @dataclass
@@ -96,12 +108,25 @@ def main() -> None:
         reject_unused("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
-    distillation = LanguageDistillation(args, training, corpus)
-    teacher = distillation.teacher()
-    control = None if training.no_control else distillation.control()
-    student = distillation.student(teacher)
-    distillation.report(teacher, control, student)
+    pretrained_teacher, pretrained_student = load_named_models(args)
+    run = TrainerRun(training, args)
+    starts = {"teacher": pretrained_teacher, "student": pretrained_student}
+    run.check_inputs(corpus.fingerprint, **models_and_tokenizers(starts))
+    task = language_task(run, args, corpus, pretrained_teacher, pretrained_student)
+
+    teacher = train_teacher(run, task)
+    teacher_entry, choices = evaluate(run, task, "teacher", teacher)
+    for seed_run in run.each_seed():
+        models = {"teacher": teacher}
+        if not training.no_control:
+            models["control"] = train_control(seed_run, task)
+        models["student"] = train_student(seed_run, task, teacher)
+        entries = {"teacher": teacher_entry}
+        for role in list(models)[1:]:
+            entries[role], _ = evaluate(seed_run, task, role, models[role], choices)
+        report(seed_run, task, entries, models)
+    run.summarize()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -13,13 +13,26 @@ translations instead of the references; `both`: its distributions over its own t
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kd.common.cli import parse, reject_unused, run
+from kd.common.cli import parse, reject_unused
+from kd.common.cli import run as run_main
 from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
 from kd.nlp.data.translation import NUMBER_WORDS, load_translation_data
-from kd.nlp.student_model.translation import CUT, TranslationDistillation
-from kd.nlp.teacher_model.seq2seq import HEAD_WIDTH, SCRATCH
+from kd.nlp.student_model.sequence_distillation import CUT
+from kd.nlp.student_model.translation import (
+    evaluate,
+    load_named_models,
+    report,
+    train_control,
+    train_student,
+    train_teacher,
+    translate_training_set,
+    translation_task,
+)
+from kd.nlp.teacher_model.generative import HEAD_WIDTH, SCRATCH
+from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 SCRATCH_EPOCHS = 5
 
@@ -101,12 +114,24 @@ def main() -> None:
     reject_unused("a translator has no bottleneck", training, "value_learning_rate")
     data = load_translation_data(args.dataset, args.source, args.target)
     print_notes(data.name, data.notes)
-    distillation = TranslationDistillation(args, training, data)
-    teacher = distillation.teacher()
-    control = None if training.no_control else distillation.control(teacher)
-    student = distillation.student(teacher)
-    distillation.report(teacher, control, student)
+    pretrained_teacher, pretrained_student = load_named_models(args)
+    run = TrainerRun(training, args)
+    starts = {"teacher": pretrained_teacher, "student": pretrained_student}
+    run.check_inputs(data.fingerprint, **models_and_tokenizers(starts))
+    task = translation_task(run, args, data, pretrained_teacher, pretrained_student)
+
+    teacher = train_teacher(run, task)
+    evaluations = {"teacher": evaluate(run, task, "teacher", teacher)}
+    translations = None if args.method == "word" else translate_training_set(run, task, teacher)
+    for seed_run in run.each_seed():
+        if not training.no_control:
+            control = train_control(seed_run, task, teacher)
+            evaluations["control"] = evaluate(seed_run, task, "control", control)
+        student = train_student(seed_run, task, teacher, translations)
+        evaluations["student"] = evaluate(seed_run, task, "student", student)
+        report(seed_run, task, evaluations, student)
+    run.summarize()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

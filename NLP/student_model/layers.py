@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
@@ -72,3 +73,47 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
             weights[kept[layer] + name[len(layer) :]] = tensor
     student.load_state_dict(weights)
     return student
+
+
+# ---- encoder-decoders ----
+
+
+def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: int) -> PreTrainedModel:
+    """A smaller model of the same class with alternating layers of the larger one, from the first to the last, as in
+    "shrink and fine-tune" (arXiv:2010.13002). The first stays the first: in T5 it holds the position biases.
+    """
+    numbers = dict(zip(_layer_attributes(model.config), (encoder_layers, decoder_layers), strict=True))
+    config = copy.deepcopy(model.config)
+    config.update(numbers)
+    student = type(model)(config)
+    student.load_state_dict(model.state_dict(), strict=False)  # everything but layers, and the first layers
+    for new, old in ((student.get_encoder(), model.get_encoder()), (student.get_decoder(), model.get_decoder())):
+        chosen = alternating_layers(len(_layers(new)), len(_layers(old)))
+        for layer, number in zip(_layers(new), chosen, strict=True):
+            layer.load_state_dict(_layers(old)[number].state_dict())
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student
+
+
+def alternating_layers(kept: int, layers: int) -> list[int]:
+    """Evenly spaced numbers of layers (from 0), the first and the last among them: 3 of 6 gives 0, 2, 5."""
+    return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
+
+
+def number_of_layers(model: PreTrainedModel) -> tuple[int, int]:
+    """Of encoder and decoder."""
+    return len(_layers(model.get_encoder())), len(_layers(model.get_decoder()))
+
+
+def _layer_attributes(config: Any) -> tuple[str, str]:
+    """The names of the numbers of layers of encoder and decoder: of Marian and BART, or of T5."""
+    if hasattr(config, "encoder_layers"):
+        return "encoder_layers", "decoder_layers"
+    return "num_layers", "num_decoder_layers"
+
+
+def _layers(stack: Any) -> nn.ModuleList:
+    for name in ("layers", "block"):
+        if isinstance(getattr(stack, name, None), nn.ModuleList):
+            return getattr(stack, name)
+    raise UserError(f"{type(stack).__name__} has no list of layers; cutting a student from it is not supported")

@@ -46,5 +46,5 @@ class LengthGroupedSampler(Sampler[int]):
         # A short batch may only come last, or every batch after it would straddle two groups.
         full = [batch for batch in batches if len(batch) == self.batch_size]
         order = torch.randperm(len(full), generator=generator)
-        for batch in [full[i] for i in order] + [batch for batch in batches if len(batch) < self.batch_size]:
-            yield from batch.tolist()
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        return iter(torch.cat([*(full[i] for i in order), *short]).tolist())

@@ -166,7 +166,7 @@ def cache_outputs(
     is_main = PartialState().is_main_process
     missing = [n for n, path in enumerate(folders) if not _is_whole(path, key, ids[shards[n]])] if is_main else []
     missing = broadcast_object_list([missing])[0]  # one decision for all processes
-    for number in tqdm(missing, desc="teacher", disable=not is_main, leave=False):
+    for number in tqdm(missing, desc="teacher", disable=not (is_main and missing), leave=False):
         rows = dataset.select(shards[number])
         outputs = run_inference(model, call, rows, collate, precision, batch_size)
         if is_main:

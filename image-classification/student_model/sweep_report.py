@@ -1,6 +1,5 @@
 """The report of a sweep: one table and one plot, mean and standard deviation over the seeds."""
 
-import io
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES
+from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_bytes, write_text
+from kd.common.utils.files import read_json, write_text
 from kd.image_classification.student_model.sweep_students import DIVERGED, Student
 
 GROUP = ["label", "rate"]  # columns that the seeds of one student share
@@ -48,7 +47,7 @@ def show(folder: Path, students: list[Student], seeds: list[int]) -> None:
     if diverged:
         verdicts.append(f"Lost, with a loss that is not finite, and left out: {named}.")
     write_text(folder / "sweep.md", "\n\n".join([markdown(header, cells), *verdicts]) + "\n")
-    write_bytes(folder / "sweep.png", plot(rows, split, teacher["metrics"][split]["accuracy"]))
+    plot(folder / "sweep.png", rows, split, teacher["metrics"][split]["accuracy"])
     below = "\n".join([*verdicts, str(folder / "sweep.md"), str(folder / "sweep.png")])
     print_rich(header, cells, title="mean ± standard deviation over seeds", below=below)
 
@@ -111,8 +110,8 @@ def _stands_out(differences: pd.Series) -> bool:
     return bool(differences.mean() > 2 * differences.std())
 
 
-def plot(rows: pd.DataFrame, split: str, teacher_accuracy: float) -> bytes:
-    """PNG: accuracy over the learning rate, or of each student at the only one; bars are standard deviations."""
+def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) -> None:
+    """Accuracy over the learning rate, or of each student at the only one; bars are standard deviations."""
     labels, one_rate = rows["label"].unique(), rows["rate"].nunique() == 1
     spreads = rows.groupby([*GROUP, "is_control"], sort=False)[f"{split} accuracy"].agg(["mean", "std"]).fillna(0.0)
     with matplotlib.rc_context(PAPER):
@@ -123,9 +122,7 @@ def plot(rows: pd.DataFrame, split: str, teacher_accuracy: float) -> bytes:
         line = axes.axvline if one_rate else axes.axhline
         line(teacher_accuracy, color="#555555", linestyle=":", linewidth=1.2, label="teacher")
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        save_figure(figure, path)
 
 
 def _draw_rates(axes: Axes, spreads: pd.DataFrame, split: str) -> None:

@@ -26,7 +26,7 @@ from kd.reinforcement_learning.environments.registry import (
 )
 from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
-from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
+from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments
 from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
 from kd.reinforcement_learning.student_model.matching import Loss, check_loss
@@ -52,9 +52,7 @@ def main() -> None:
     for environment in args.environment:
         check_environment(environment, student_args, loss)
 
-    teachers = load_teachers(args, training)
-    for teacher in teachers:
-        check_loss(loss, teacher.agent.policy.action_space, teacher.deterministic)
+    teachers = load_teachers(args, training, loss)
     specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
 
     run = PolicyRun(args.environment, args, student_args, distill_args, training)
@@ -66,16 +64,18 @@ def main() -> None:
 
     for seed_run in run.each_seed():
         train = Distillation(seed_run, specs, distill_args, args.watch_episodes)
-        control = None if args.no_control else train.control()
-        student = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
-        cloned = None if args.no_control else train.behaviour_cloning()
+        agents: dict[str, Agents] = {}  # by role
+        if not args.no_control:
+            agents["control"] = train.control()
+        agents["student"] = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
+        if not args.no_control:
+            agents["behaviour_cloning"] = train.behaviour_cloning()
 
-        for teacher, (entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
-            environment, models = teacher.environment, {"teacher": entry}
-            for role, agents in {"control": control, "student": student, "behaviour_cloning": cloned}.items():
-                if agents is not None:
-                    models[role] = evaluate(agents[environment], environment, args.episodes, teacher.network)
-            report(seed_run, args.method, environment, models, random, "student", seed_run.folder / folder)
+        for teacher, (teacher_entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
+            environment, entries = teacher.environment, {"teacher": teacher_entry}
+            for role, of in agents.items():
+                entries[role] = evaluate(of[environment], environment, args.episodes, teacher.network)
+            report(seed_run, args.method, environment, entries, random, "student", seed_run.folder / folder)
     run.summarize()
 
 
@@ -87,8 +87,8 @@ def check_environment(environment: str, student: StudentArguments, loss: Loss) -
         check_loss(loss, shown.action_space)
 
 
-def load_teachers(args: PolicyArguments, training: TeacherArguments) -> list[Teacher]:
-    """One per environment, at its temperature."""
+def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss) -> list[Teacher]:
+    """One per environment, at its temperature. Raises UserError for a loss that a teacher does not have."""
     teachers = []
     statistics: Sequence[str | None] = args.vecnormalize or [None] * len(args.environment)
     for environment, name, vecnormalize in zip(args.environment, args.teacher, statistics, strict=True):
@@ -96,6 +96,8 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments) -> list[Tea
         agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
         network = soft_network(agent, environment, args.teacher_temperature, args.teacher_entropy)
         teachers.append(Teacher(environment, agent, network))
+    for teacher in teachers:
+        check_loss(loss, teacher.agent.policy.action_space, teacher.deterministic)
     return teachers
 
 

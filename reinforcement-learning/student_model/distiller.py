@@ -147,8 +147,8 @@ class Distiller:
 
     def _objective(self, task: Task) -> Objective:
         value_weight = self.args.value_weight if task.buffer.values() is not None else 0.0
-        student = task.student
-        return policy_and_value(self.args.loss, value_weight, student.value_std.item(), student.policy.action_space)
+        std, actions = task.student.value_std.item(), task.student.policy.action_space
+        return policy_and_value(self.args.loss, value_weight, std, actions).objective
 
     def _write(self, folder: Path) -> None:
         state = {

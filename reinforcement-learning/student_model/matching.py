@@ -1,13 +1,15 @@
-"""What a student's actions and values are trained for: compositions of common's losses."""
+"""The objective of a student's actions and values: losses between its outputs and the teacher's."""
 
 from typing import Literal
 
 import torch
+from einops import rearrange
 from gymnasium import spaces
 from torch import Tensor
 
 from kd.common import losses
-from kd.common.objective import Objective, Term
+from kd.common.methods import Method
+from kd.common.objective import FeatureLoss, FeatureTerm, Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.policies import greedy_actions
@@ -15,14 +17,36 @@ from kd.reinforcement_learning.teacher_model.policies import greedy_actions
 Loss = Literal["kl", "nll", "mse", "huber"]
 
 
-def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Objective:
-    """The policy's loss and, in units of the teacher's standard deviation, the value's squared error. Of discrete
-    actions the agreement is watched.
+def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Method:
+    """The policy's loss and, in units of the teacher's standard deviation, the value's squared error. The agreement of
+    discrete actions is logged.
 
     The value's weight is zero for a teacher without values.
     """
-    objective = Objective(policy=(1.0, TERMS[loss]), value=(value_weight / value_std**2, _value))
-    return objective.watching(agreement=_agreement) if isinstance(action_space, spaces.Discrete) else objective
+    value = FeatureTerm("value", "value", losses.regression_mse)
+    discrete = isinstance(action_space, spaces.Discrete)
+    policy = logit_term(LOSSES[loss]) if discrete else gaussian_term(loss)
+    return Method(
+        {"policy": (1.0, policy), "value": (value_weight / value_std**2, value)},
+        watched={"agreement": _agreement} if discrete else {},
+    )
+
+
+def gaussian_term(loss: Loss) -> Term:
+    """A loss of continuous actions: KL(teacher || student), or a regression of the means and, where the teacher has
+    them, of the logarithms of the standard deviations.
+    """
+    if loss == "kl":
+        return FeatureTerm(("mean", "log_std"), ("mean", "log_std"), losses.gaussian_kl)
+    terms = {name: FeatureTerm(name, name, LOSSES[loss]) for name in ("mean", "log_std")}
+
+    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        assert teacher is not None and teacher.features
+        return torch.stack(
+            [t(student, teacher, labels) for name, t in terms.items() if name in teacher.features]
+        ).sum()
+
+    return term
 
 
 def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bool = False) -> None:
@@ -35,33 +59,8 @@ def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bo
         )
 
 
-def _kl(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    """KL(teacher || student) of the action distributions; the teacher's temperature is in its logits already."""
-    assert teacher is not None
-    if student.logits is not None:
-        assert teacher.logits is not None
-        return losses.soft_target_kl(student.logits, teacher.logits)
-    own, target = student.features or {}, teacher.features or {}
-    return losses.gaussian_kl(own["mean"], own["log_std"], target["mean"], target["log_std"])
-
-
-def _nll(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    assert teacher is not None and student.logits is not None and teacher.logits is not None
-    return losses.hard_targets(student.logits, teacher.logits)
-
-
-def _mse(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    return torch.stack([losses.feature_l2(own, target) for own, target in _parameters(student, teacher)]).sum()
-
-
-def _huber(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    pairs = _parameters(student, teacher)
-    return torch.stack([losses.regression_huber(own.flatten(), target.flatten()) for own, target in pairs]).sum()
-
-
-def _value(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    assert teacher is not None
-    return losses.regression_mse((student.features or {})["value"], (teacher.features or {})["value"])
+def _huber(student: Tensor, teacher: Tensor) -> Tensor:
+    return losses.regression_huber(rearrange(student, "... -> (...)"), rearrange(teacher, "... -> (...)"))
 
 
 def _agreement(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
@@ -70,14 +69,9 @@ def _agreement(student: Outputs, teacher: Outputs | None, labels: Tensor | None)
     return (greedy_actions(student) == greedy_actions(teacher)).float().mean()
 
 
-def _parameters(student: Outputs, teacher: Outputs | None) -> list[tuple[Tensor, Tensor]]:
-    """What a regression matches: logits, or means and, of a teacher that has them, standard deviations (their log)."""
-    assert teacher is not None
-    if student.logits is not None:
-        assert teacher.logits is not None
-        return [(student.logits, teacher.logits)]
-    own, target = student.features or {}, teacher.features or {}
-    return [(own[name], target[name]) for name in ("mean", "log_std") if name in target]
-
-
-TERMS: dict[Loss, Term] = {"kl": _kl, "nll": _nll, "mse": _mse, "huber": _huber}
+LOSSES: dict[Loss, FeatureLoss] = {  # the temperature of the teacher is in its logits already
+    "kl": losses.soft_target_kl,
+    "nll": losses.hard_targets,
+    "mse": losses.feature_l2,
+    "huber": _huber,
+}

@@ -99,15 +99,7 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     policy = "CnnPolicy" if frames else "MlpPolicy"
     try:
         model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # of Stable-Baselines3 and torch, for values and keywords of any kind
         environments.close()
         raise UserError(f"{recipe.algorithm} refuses these hyper-parameters: {error}") from error
     return model

@@ -19,16 +19,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
-from kd.common.methods import Method
 from kd.common.objective import IGNORED
 from kd.common.outputs import Outputs
+from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data import corpora
 from kd.nlp.data.corpora import Corpus, load_corpus, pack
 from kd.nlp.scripts.distill_gpt import Arguments, LanguageTrainingArguments
-from kd.nlp.student_model.language_model import LanguageDistillation, divergence_of, objective
+from kd.nlp.student_model import language_model
+from kd.nlp.student_model.language_model import language_task, load_named_models, train_control, train_student
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.teacher_model.causal import byte_level_bpe, random_gpt2
+from kd.nlp.student_model.sequence_distillation import divergence_of, token_level
+from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
 
@@ -191,7 +193,7 @@ def test_gradient_of_the_objective(kind):
     logits, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
     labels = torch.randint(0, 9, (2, 4))
     labels[1, 2:] = IGNORED
-    loss = objective(0.3, divergence_of(kind, 2.0, 0.7), Method({}), smoothing=0.1)
+    loss = token_level(0.3, divergence_of(kind, 2.0, 0.7), smoothing=0.1).objective
     parts = loss(Outputs(logits=logits), Outputs(logits=teacher), labels)
     (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), logits)
     own, target = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]
@@ -363,11 +365,12 @@ def saved_gpt2(folder: Path, texts: Path, vocabulary: int) -> Path:
 def test_a_named_teacher_is_fine_tuned_and_the_control_cut_from_what_it_was(texts, gpt2, tmp_path, monkeypatch):
     args = Arguments(teacher=str(gpt2), teacher_epochs=1, student_layers=1, block_size=16)
     training = LanguageTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", precision="fp32")
-    distillation = LanguageDistillation(args, training, load_corpus(str(texts)))
-    teacher = distillation.teacher()
-    monkeypatch.setattr(distillation, "_train", lambda name, model, *_, **__: model)
+    run = TrainerRun(training, args)
+    task = language_task(run, args, load_corpus(str(texts)), *load_named_models(args))
+    teacher = language_model.train_teacher(run, task)
+    monkeypatch.setattr(language_model, "_train", lambda run, task, name, model, *_, **__: model)
     given = AutoModelForCausalLM.from_pretrained(gpt2)
-    for model, source in ((distillation.control(), given), (distillation.student(teacher), teacher)):
+    for model, source in ((train_control(run, task), given), (train_student(run, task, teacher), teacher)):
         expected = cut_layers(source, 1).state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
     assert not torch.equal(given.lm_head.weight, teacher.lm_head.weight)

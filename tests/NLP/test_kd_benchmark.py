@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from kd.common.objective import labels_and_soft_targets
 from kd.common.outputs import Outputs
+from kd.nlp.data import tokenized
 from kd.nlp.data.loading import TextData
 from kd_testing.paths import REPO
 
@@ -65,3 +66,11 @@ def test_textbook_and_project_minimise_the_same_loss(benchmark):
 def test_the_default_teacher_has_the_size_of_minilm(benchmark, data):
     encoder = benchmark["random_minilm"](data).encoder
     assert sum(p.numel() for p in encoder.parameters()) == 22_713_216  # of sentence-transformers/all-MiniLM-L6-v2
+
+
+def test_teacher_outputs_of_a_few_texts(monkeypatch, tmp_path):
+    monkeypatch.setattr(tokenized, "MANY_ROWS", 100)
+    measure = runpy.run_path(str(REPO / "benchmarks" / "teacher_outputs.py"))["measure"]
+    first, _, *table = measure(tmp_path, 300, {"layer_0": "bert.encoder.layer.0"}, 64).splitlines()
+    assert first.startswith("300 texts; 0 MiB") and len(table) == 7
+    assert all(float(line.split("|")[4].replace(",", "")) > 0 for line in table[2:])

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BertConfig, BertTokenizer, MarianConfig
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
 from kd.nlp.student_model.exportable import load
-from kd.nlp.teacher_model.seq2seq import load_translator
+from kd.nlp.teacher_model.generative import load_translator
 from kd.nlp.teacher_model.teacher import load_classifier, vocabulary
 
 DATA = TextData("two", {"train": datasets.Dataset.from_dict({"text": []})}, ["a", "b"], False, "accuracy", "")

@@ -32,8 +32,7 @@ from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load as load_exportable
 from kd.nlp.student_model.layers import load_encoder
-from kd.nlp.teacher_model.causal import byte_level_bpe, load_language_model
-from kd.nlp.teacher_model.seq2seq import load_translator
+from kd.nlp.teacher_model.generative import byte_level_bpe, load_language_model, load_translator
 from kd.nlp.teacher_model.teacher import in_label_order, load_classifier, load_trained, vocabulary
 
 TEXTS = ["good and sweet", "bad", "good good good", "bad and sour and bad"]

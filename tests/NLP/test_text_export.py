@@ -22,8 +22,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load
-from kd.nlp.teacher_model.causal import byte_level_bpe, random_gpt2
-from kd.nlp.teacher_model.seq2seq import joint_bpe, marian
+from kd.nlp.teacher_model.generative import byte_level_bpe, joint_bpe, random_gpt2, random_marian
 from kd.nlp.teacher_model.teacher import vocabulary
 from kd_testing.exports import run_readme
 from kd_testing.scripts import run_script
@@ -109,10 +108,10 @@ def test_a_language_model_goes_on_as_transformers_generate(texts, tmp_path, caps
 def test_a_translator_says_what_transformers_generate(texts, tmp_path, format):
     tokenizer = joint_bpe(texts, 200, 32)
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    folder = exported(saved(tmp_path, lively(marian(len(tokenizer), special, 32, 1, 1, 0.1, 32)), tokenizer), format)
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(
-        tmp_path / "student"
-    )  # where a position has its own place again
+    folder = exported(
+        saved(tmp_path, lively(random_marian(len(tokenizer), special, 32, 1, 1, 0.1, 32)), tokenizer), format
+    )
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")  # where a position has its own place again
     found = run_readme(folder)
     source = {name: torch.as_tensor(found["source"][name]) for name in ("input_ids", "attention_mask")}
     expected = model.generate(**source, max_length=100, num_beams=1, do_sample=False)[0].tolist()

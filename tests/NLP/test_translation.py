@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from kd.common.metrics.generation import translation_metrics
 from kd.common.outputs import Outputs
+from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data import number_words
 from kd.nlp.data.translation import PairCollator, load_translation_data
 from kd.nlp.scripts.distill_translation import Arguments, TranslationTrainingArguments
-from kd.nlp.student_model.translation import TranslationDistillation, word_level
-from kd.nlp.teacher_model.seq2seq import cut_layers, joint_bpe, marian, spread
+from kd.nlp.student_model.layers import alternating_layers, cut_translator
+from kd.nlp.student_model.sequence_distillation import divergence_of, token_level
+from kd.nlp.student_model.translation import (
+    load_named_models,
+    train_teacher,
+    translate_training_set,
+    translation_task,
+)
+from kd.nlp.teacher_model.generative import joint_bpe, random_marian
 from kd_testing.scripts import recipe_of, run_script
 
 SCRIPT = "NLP/scripts/distill_translation.py"
@@ -195,7 +204,7 @@ def test_byte_pairs_give_back_what_was_written():
 
 def tiny(layers: int = 1, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return marian(60, IDS, 32, layers, layers, dropout=0.0, max_length=20).eval()
+    return random_marian(60, IDS, 32, layers, layers, dropout=0.0, max_length=20).eval()
 
 
 def two_pairs() -> tuple[list[dict[str, Any]], Any]:
@@ -239,7 +248,7 @@ def test_word_level_gradient_is_that_of_the_tokens_one_by_one():
 
     batch = collate(features)
     labels = batch.pop("labels")
-    parts = word_level(alpha, temperature, smoothing)(
+    parts = token_level(alpha, divergence_of("forward", temperature), smoothing).objective(
         Outputs(logits=student(**batch).logits), Outputs(logits=teacher(**batch).logits), labels
     )
     found = torch.autograd.grad(sum(parts.values()), student.model.shared.weight)[0]
@@ -248,12 +257,12 @@ def test_word_level_gradient_is_that_of_the_tokens_one_by_one():
 
 @pytest.mark.parametrize(("kept", "layers", "chosen"), [(3, 6, [0, 2, 5]), (3, 12, [0, 6, 11]), (1, 4, [0])])
 def test_a_cut_keeps_alternating_layers(kept, layers, chosen):
-    assert spread(kept, layers) == chosen
+    assert alternating_layers(kept, layers) == chosen
 
 
 def test_a_cut_copies_the_chosen_layers_and_everything_else():
     model = tiny(layers=4)
-    same, cut = cut_layers(model, 4, 4), cut_layers(model, 2, 1)
+    same, cut = cut_translator(model, 4, 4), cut_translator(model, 2, 1)
     ids = torch.randint(2, 60, (2, 6))
     assert torch.equal(same(ids, decoder_input_ids=ids).logits, model(ids, decoder_input_ids=ids).logits)
     own, given = cut.state_dict(), model.state_dict()
@@ -365,21 +374,20 @@ def test_a_run_continues_to_the_same_student(finished, small, tmp_path):
         assert all(torch.equal(whole[weight], continued[weight]) for weight in whole)
 
 
-def distillation(folder: Path, small: Path, **arguments: Any) -> TranslationDistillation:
-    training = TranslationTrainingArguments(output_dir=str(folder), precision="fp32", report_to="none")
-    data = load_translation_data(str(small), "en", "de")
-    return TranslationDistillation(Arguments(dataset=str(small), max_length=12, **arguments), training, data)
-
-
 def test_sequence_level_targets_are_the_teachers_translations_of_their_own_sources(finished, small, tmp_path):
-    teacher = finished / "stages" / "teacher"
-    given = distillation(tmp_path / "run", small, teacher=str(teacher), teacher_epochs=0, beams=3)
-    model = given.teacher()
-    given.splits["train"] = given.splits["train"].shuffle(seed=1)
-    rows = given._translated_by(model)
-    assert rows["sample_id"][:] == given.splits["train"]["sample_id"][:]
+    args = Arguments(
+        dataset=str(small), max_length=12, beams=3, teacher=str(finished / "stages" / "teacher"), teacher_epochs=0
+    )
+    run = TrainerRun(
+        TranslationTrainingArguments(output_dir=str(tmp_path / "run"), precision="fp32", report_to="none"), args
+    )
+    teacher, _ = load_named_models(args)
+    task = translation_task(run, args, load_translation_data(str(small), "en", "de"), teacher, None)
+    model, given = train_teacher(run, task), task.splits["train"].shuffle(seed=1)
+    rows = translate_training_set(run, replace(task, splits=task.splits | {"train": given}), model)
+    assert rows["sample_id"][:] == given["sample_id"][:]
     assert len(list((tmp_path / "run" / "teacher_outputs").glob("*/*/outputs.arrow"))) == 1  # of 64 sentences
-    assert rows["labels"][:] != given.splits["train"]["labels"][:]
+    assert rows["labels"][:] != given["labels"][:]
     for row in rows.select(range(8)):
         ids = model.generate(torch.tensor([row["input_ids"]]), num_beams=3)[0].tolist()
         assert [0, *row["labels"]] == ids

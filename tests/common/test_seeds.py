@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kd.common.cli import parse
-from kd.common.reporting.report import read_runs
+from kd.common.reporting.comparison import read_runs
 from kd.common.reporting.results import validate
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.run import Run
@@ -45,7 +45,7 @@ def distill(folder: Path, seeds: list[int] | None, killed_in: int | None = None,
         student = one.stage("student", partial(build, "student", one.args.seed), Number.load)
         assert one.stage("teacher", lambda: build("never", 0), Number.load).value == teacher.value
         models = {"teacher": entry(TEACHER), "control": entry(20.0), "student": entry(40.0 + student.value)}
-        sizes = {"train": 9, "validation": None, "test": 4, "fingerprint": "f"}
+        sizes = {"train": 9 + one.args.seed, "validation": None, "test": 4, "fingerprint": "f"}
         results = one.results("d", "t", "m", sizes, models, "test", "score")
         one.finish(results, student, "use", domain="d")
     run.summarize()
@@ -67,6 +67,7 @@ def test_means_and_deviations_are_those_of_the_seeds(tmp_path):
     assert deviations["models"]["student"]["test"]["score"] == pytest.approx(statistics.stdev(scores))
     assert deviations["gain_over_control"] == pytest.approx(statistics.stdev(scores))
     assert deviations["retention"] == pytest.approx(statistics.stdev(scores) / TEACHER)
+    assert results["data"]["train"] == 11, "rounded"
     assert results["warnings"] == ["the teacher is weak"]
     assert "± 2.08" in (tmp_path / "report.md").read_text()
 

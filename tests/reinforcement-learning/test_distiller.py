@@ -86,7 +86,7 @@ def test_an_identical_student_is_at_zero_and_an_equal_network_gets_there(tmp_pat
     twin = model("CartPole-v1", [8], seed=2)
     twin.policy.load_state_dict(teacher.policy.state_dict())
     rows = torch.randn(500, 4)
-    objective = policy_and_value("kl", 0.5, 1.0, teacher.action_space)
+    objective = policy_and_value("kl", 0.5, 1.0, teacher.action_space).objective
     with torch.no_grad():
         parts = objective(StudentNetwork(twin.policy, None)(rows), network(rows), None)
     assert {name: part.item() for name, part in parts.items()} == {"policy": 0.0, "value": 0.0}

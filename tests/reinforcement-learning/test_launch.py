@@ -1,6 +1,7 @@
 """How the scripts may be started: in one process, and with the modules that the command line names."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from stable_baselines3 import PPO
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.environments import registry
+from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
 SCRIPTS = [f"reinforcement-learning/scripts/{name}.py" for name in ("distill_policy", "train_teacher", "evaluate")]
@@ -70,3 +72,14 @@ def test_an_environment_known_by_its_id_needs_no_word_of_the_command_line(monkey
         registry.require_module_on_command_line("os:Mine-v0", "a file")
     monkeypatch.setattr("sys.argv", ["script", "--environment=os:Mine-v0"])
     registry.require_module_on_command_line("os:Mine-v0", "a file")
+
+
+LAYERS = ("environments", "data", "teacher_model", "student_model")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_nothing_of_those_above_it(layer):
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    for path in (REPO / "reinforcement-learning" / layer).glob("*.py"):
+        imports = re.findall(r"^ *(?:from|import) kd\.reinforcement_learning\.(\w+)", path.read_text(), re.MULTILINE)
+        assert not set(imports) & set(above), path

@@ -1,0 +1,123 @@
+"""Memory and time of a teacher's outputs for a million short texts: read, tokenize, cache, iterate over batches.
+
+    python benchmarks/teacher_outputs.py
+    python benchmarks/teacher_outputs.py --texts 20000 --features
+
+The teacher is a small BERT with random weights, so that the time is that of handling the texts. Peak memory is the
+anonymous memory of this process (RssAnon of /proc/self/status); memory-mapped files are not part of it.
+"""
+
+import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
+
+import argparse
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+from tabulate import tabulate
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from kd.common.cli import run
+from kd.common.training.batching import LengthGroupedSampler, column_array
+from kd.common.training.teacher_outputs import TeacherOutputs, cache_teacher_outputs
+from kd.nlp.data.loading import load_text_data
+from kd.nlp.data.tokenized import Texts
+
+WORDS = [first + second + third for first in "bdfgklmnprst" for second in "aeiou" for third in "bdfgklmnprst"]
+CLASSES = 100
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+class Stages:
+    """Seconds, rows per second and peak memory of each stage, as lines of a table."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.lines, self.peak = rows, list[tuple[str, str, str, str]](), 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, anonymous_megabytes())
+            time.sleep(0.05)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.peak, started = 0.0, time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        peak = max(self.peak, anonymous_megabytes())
+        self.lines.append((name, f"{seconds:,.1f}", f"{self.rows / seconds:,.0f}", f"{peak:,.0f}"))
+
+
+def anonymous_megabytes() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) / 1024
+
+
+def write_texts(path: Path, number: int) -> None:
+    """Texts of 3 to 15 words, one a line, with labels, as a CSV file."""
+    generator = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        file.write("text,label\n")
+        for row in range(number):
+            words = generator.choices(WORDS, k=generator.randint(3, 15))
+            file.write(f"{' '.join(words)},class {row % CLASSES}\n")
+
+
+def iterate(texts: Texts, outputs: TeacherOutputs, batch_size: int) -> None:
+    """One epoch of batches of token ids and teacher outputs, as in training."""
+    sampler = LengthGroupedSampler(column_array(texts.train, "length"), batch_size, seed=0)
+    loader = DataLoader(texts.train, batch_size, sampler=sampler, collate_fn=texts.collate)  # type: ignore[arg-type]
+    for batch in loader:
+        found = outputs.batch(batch["sample_id"], batch["input_ids"].shape[1])
+        assert found.logits is not None and len(found.logits) == len(batch["labels"])
+
+
+def measure(folder: Path, number: int, features: dict[str, str], batch_size: int) -> str:
+    """The table, with files in a folder."""
+    write_texts(folder / "train.csv", number)
+    stages = Stages(number)
+    with stages.stage("read"):
+        data = load_text_data(str(folder))
+    with stages.stage("tokenize"):
+        vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+        texts = Texts.of(data, BertTokenizer(vocab=vocabulary, model_max_length=64))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, num_labels=CLASSES,
+    )  # fmt: skip
+    teacher = BertForSequenceClassification(config)
+    for name in ("cache", "read the cache"):
+        with stages.stage(name):
+            outputs = cache_teacher_outputs(
+                teacher, texts.train, texts.collate, folder / "cache", features=features, batch_size=batch_size
+            )
+    with stages.stage("iterate"):
+        iterate(texts, outputs, batch_size)
+    size = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
+    table = tabulate(stages.lines, ["stage", "seconds", "rows a second", "peak RssAnon, MiB"], tablefmt="github")
+    return f"{number:,} texts; {size / 2**20:,.0f} MiB of outputs on disk\n\n{table}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=1_000_000)
+    parser.add_argument("--features", action="store_true", help="also cache the hidden states of the layer")
+    parser.add_argument("--batch_size", type=int, default=256)
+    args = parser.parse_args()
+    features = {"layer_0": "bert.encoder.layer.0"} if args.features else {}
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        print(measure(Path(folder), args.texts, features, args.batch_size))
+
+
+if __name__ == "__main__":
+    run(main)
