@@ -46,8 +46,7 @@ def open_run(
 ) -> ImageRun:
     """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
 
-    `instances` are the script's other arguments, for the recipe; `teacher` and
-    `more_teachers` are pretrained. Raises
+    `instances` are the script's other arguments, for the recipe; `teacher` and `more_teachers` are pretrained. Raises
     UserError where the arguments do not fit the data, and where a run that is continued began with other data or
     models.
     """

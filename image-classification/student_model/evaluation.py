@@ -58,7 +58,13 @@ def predict(model: ImageClassifier | AveragedTeacher, data: ImageData, split: st
 
     views, description = data.views(split, model.device), f"evaluating {split}"
     outputs = run_inference(
-        model, logits, views, identity_collate, batch_size=250, description=description, workers=workers
+        model,  # type: ignore[arg-type]
+        logits,
+        views,
+        identity_collate,
+        batch_size=250,
+        description=description,
+        workers=workers,
     )
     return torch.stack(outputs["logits"]).numpy()
 

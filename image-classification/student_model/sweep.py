@@ -81,8 +81,9 @@ def sweep(
 
     `teacher_views`: folder for a table of the teacher's logits per view, for groups of students that need no features.
     """
-    axes = replace(axes, methods=[for_pair(spec, pair) for spec in axes.methods])
-    validate_sweep(axes, training)
+    methods = [for_pair(spec, pair) for spec in axes.methods]
+    validate_sweep(methods, training)
+    axes = replace(axes, methods=methods)
     data = data_args.load()
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
@@ -120,14 +121,14 @@ def sweep(
         show(run.folder, students, seeds)
 
 
-def validate_sweep(axes: SweepArguments, training: ImageTrainingArguments) -> None:
+def validate_sweep(methods: list[str], training: ImageTrainingArguments) -> None:
     """Raises UserError for arguments that students side by side cannot have."""
     if training.max_grad_norm:
         raise UserError("students side by side would be coupled by clipping: --max_grad_norm must be 0")
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
-    check_kd_flags(axes.methods, training)
-    check_methods_differ((spec, method_of(spec, training)) for spec in axes.methods if spec not in (*CONTROLS, SIMKD))
+    check_kd_flags(methods, training)
+    check_methods_differ((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
     reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
 
