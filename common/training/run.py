@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import fingerprint_of
-from kd.common.metrics.returns import normalized_return
+from kd.common.metrics.quality import normalized_return
 from kd.common.reporting.comparison import over_seeds
 from kd.common.reporting.model_card import Savable, save_student
 from kd.common.reporting.results import RECIPE, RESULTS, print_table, write_report

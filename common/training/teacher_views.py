@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class TeacherViews:
     """Logits (samples * views, classes) in fp16 under a key, in a folder.
 
-    The key (`teacher_outputs.outputs_key`) stands for the teacher's weights, the data and the precision; a table under
+    The key (`fingerprints.outputs_key`) stands for the teacher's weights, the data and the precision; a table under
     another key is not touched. What is returned went through fp16 also the first time, so that training does not
     depend on how full the table was.
     """
