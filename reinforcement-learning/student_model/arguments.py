@@ -60,7 +60,7 @@ class StudentArguments:
         if not is_image_space(observations):
             reject_unused(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
-            raise UserError(f"{environment} shows frames: give --student the width of the layer behind convolutions")
+            raise UserError(f"{environment} shows frames: pass --student the width after the convolutions")
         if self.codebooks and len(observations.shape or ()) != 1:
             raise UserError(
                 f"a key-value bottleneck takes vectors, and {environment} shows observations of shape "
@@ -122,9 +122,9 @@ class PolicyArguments(RunArguments):
         if len(self.teacher) == 1:
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
-            raise ValueError(f"give one --teacher per --environment, got {len(self.teacher)}")
+            raise ValueError(f"pass one --teacher per --environment, got {len(self.teacher)}")
         if self.vecnormalize is not None and len(self.vecnormalize) != len(self.environment):
-            raise ValueError(f"give one --vecnormalize per --environment, got {len(self.vecnormalize)}")
+            raise ValueError(f"pass one --vecnormalize per --environment, got {len(self.vecnormalize)}")
         if self.vecnormalize is not None and "train" in self.teacher:
             raise ValueError("--vecnormalize belongs to a --teacher that is a file or folder, not to one trained here")
         if len(set(self.environment)) != len(self.environment):
@@ -136,7 +136,7 @@ class PolicyArguments(RunArguments):
         if "train" not in self.teacher:
             reject_unused("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
         if self.teacher_temperature is not None:
-            reject_unused("--teacher_temperature is given", self, "teacher_entropy")
+            reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":
             reject_unused("--method ppd sets its loss and its driver", self, "loss", "driver", "value_weight")
             if self.no_control:
