@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kd.common.bottleneck.codes import CodeDataset, set_keys
+from kd.common.bottleneck.training import CodeDataset, embed_samples, encode_samples, set_keys
 from kd.common.cli import run
 from kd.common.objective import Objective, task_loss
 from kd.common.training.arguments import KDTrainingArguments
@@ -22,7 +22,6 @@ from kd.common.utils.devices import resolve_precision
 from kd.nlp.data.loading import load_text_data
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.fill import code_dataset, embed_texts, encode_texts
 from kd.nlp.teacher_model.teacher import load_classifier
 
 
@@ -68,10 +67,12 @@ def main() -> None:
     labels = dict(enumerate(data.label_names))
     model = BottleneckClassifier.around(given.encoder, labels, "mean", decoder=args.decoder)
     started = time.perf_counter()
-    embeddings = torch.stack(embed_texts(model, texts.train, texts.collate, args.precision)).to(model.device)
+    embeddings = torch.stack(embed_samples(model, texts.train, texts.collate, args.precision)).to(model.device)
     set_keys(model.bottleneck, "new", None, embeddings, seed=0)
     fitted = time.perf_counter()
-    codes = code_dataset(encode_texts(model, texts.train, texts.collate, args.precision), texts.train)
+    rows = texts.train
+    cached_codes = encode_samples(model, rows, texts.collate, args.precision)
+    codes = CodeDataset(cached_codes, torch.tensor(rows["labels"]), torch.tensor(rows["sample_id"]))
     pass_seconds = time.perf_counter() - fitted
 
     online = train(model, texts.train, texts.collate, 30, args.batch_size, args.precision)

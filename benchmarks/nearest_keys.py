@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from kd.common.bottleneck.module import nearest_keys
+from kd.common.bottleneck.keys import nearest_keys
 
 
 def naive(heads: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

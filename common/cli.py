@@ -1,7 +1,7 @@
 """Command lines of the form `script.py [recipe.yaml ...] --flag value`, parsed into dataclasses.
 
 A recipe is a flat YAML mapping: a list of flags put before those of the command line, so that argparse checks it too
-and the command line has the last word. Whatever is wrong with the input ends as one line on stderr and exit code 2.
+and the command line overrides it. Bad input ends as one line on stderr and exit code 2.
 """
 
 import json
@@ -18,7 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from kd.common.utils.ending import fail, parsed
-from kd.common.utils.ending import run as run  # beside parse, for scripts
+from kd.common.utils.ending import run as run  # scripts import parse and run from here
 from kd.common.utils.errors import UserError, explained
 from kd.common.utils.files import read_recipe, write_text
 from kd.common.utils.ranges import Range, check_ranges, ranges_of
@@ -28,8 +28,9 @@ REPEATED = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 
 class Parser(HfArgumentParser):
-    """A parser that complains in one line, without 600 lines of usage, takes no abbreviated flags, and checks the
-    ranges that the dataclasses declare and that `add_argument(..., within=...)` gives.
+    """A parser with errors of one line, without 600 lines of usage, and without abbreviated flags.
+
+    It checks the ranges that the dataclasses declare and those of `add_argument(..., within=...)`.
     """
 
     def __init__(self, dataclass_types: Any = (), **kwargs: Any) -> None:
@@ -38,7 +39,7 @@ class Parser(HfArgumentParser):
         for dataclass_type in self.dataclass_types:
             self.ranges |= ranges_of(dataclass_type)
         for action in self._actions:
-            # Lists may be empty; and report_to takes several names, which HfArgumentParser does not see.
+            # Lists may be empty; and report_to takes several names, which HfArgumentParser does not detect.
             if action.nargs == "+" or action.dest == "report_to":
                 action.nargs = "*"
 
@@ -52,7 +53,7 @@ class Parser(HfArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
         words = self._split_lists(list(sys.argv[1:] if args is None else args))
-        self._refuse_empty(words)
+        self._check_not_empty(words)
         found, others = super().parse_known_args(words, namespace)
         try:
             check_ranges(vars(found), self.ranges)
@@ -76,8 +77,8 @@ class Parser(HfArgumentParser):
                 found += [flag, *value.split(",")]
         return found
 
-    def _refuse_empty(self, words: list[str]) -> None:
-        """An empty word, such as a variable of the shell that is not set, is no value, unless it is the default."""
+    def _check_not_empty(self, words: list[str]) -> None:
+        """Refuses empty words, such as an unset shell variable, unless the default is empty, and null characters."""
         flag = "an argument"
         for word in words:
             value = word
@@ -123,9 +124,9 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
         recipe_words: list[str] = []
         while words and words[0].endswith((".yaml", ".yml")):
             recipe_words += _recipe_flags(Path(words.pop(0)), parser)
-        given = parser.flags_in(words)
+        explicit = parser.flags_in(words)
         words = recipe_words + words
-        _refuse_unknown(words, parser)
+        _check_known(words, parser)
         instances = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except json.JSONDecodeError as error:
         fail(f"{error.doc} is not valid JSON: {error.msg}")
@@ -133,15 +134,15 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
         fail(explained(error) or str(error))  # all but the first two: a __post_init__
     parsed[:] = instances
     for instance in instances:
-        instance.explicit_flags = given
+        instance.explicit_flags = explicit
         if hasattr(instance, "check_unused_flags"):
             instance.check_unused_flags()
     return instances
 
 
 def reject_unused(reason: str, arguments: Any, *names: str) -> None:
-    """Raises UserError where one of these flags, which has no effect for that reason, stood on the command line. In a
-    recipe it may stand: one recipe serves several command lines.
+    """Raises UserError where the command line has one of these flags, which have no effect for that reason. A recipe
+    may have it, because one recipe serves several command lines.
     """
     for name in names:
         if name in vars(arguments).get("explicit_flags", ()):
@@ -151,13 +152,13 @@ def reject_unused(reason: str, arguments: Any, *names: str) -> None:
 def save_recipe(path: str | Path, *instances: Any) -> None:
     """Writes all arguments as used as a recipe: parsing it with the same dataclasses gives the same arguments.
 
-    Left out: None, what no flag can set (objects given in code), and secrets (`*_token`).
+    Left out: None, what no flag can set (objects), and secrets (`*_token`).
     """
     write_text(path, yaml.safe_dump(recipe_of(*instances), sort_keys=False, allow_unicode=True))
 
 
 def recipe_of(*instances: Any) -> dict[str, Any]:
-    """What `save_recipe` writes, as plain YAML values."""
+    """The content of a recipe that `save_recipe` writes, as plain YAML values."""
     parser = Parser([type(instance) for instance in instances])
     recipe = {}
     for instance in instances:
@@ -184,7 +185,7 @@ def _recipe_flags(path: Path, parser: Parser) -> list[str]:
     return flags
 
 
-def _refuse_unknown(words: list[str], parser: Parser) -> None:
+def _check_known(words: list[str], parser: Parser) -> None:
     _, unknown = parser.parse_known_args(words)
     if not unknown:
         return
@@ -197,7 +198,7 @@ def _refuse_unknown(words: list[str], parser: Parser) -> None:
 def _flag_value(name: str, value: Any) -> Any:
     """The plain YAML value that a flag turns into `value`; None if there is none."""
     if name == "include_num_input_tokens_seen" and value == "all":
-        return True  # TrainingArguments' own word for it, which its flag does not know
+        return True  # a value of TrainingArguments that its flag does not accept
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, list | tuple):

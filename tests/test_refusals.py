@@ -87,9 +87,8 @@ OF_TRAINING = [
 ]
 CLASSIFY, BOTTLENECK = "NLP/scripts/distill_classifier.py", "NLP/scripts/distill_bottleneck.py"
 GPT, TRANSLATE, GLUE = (f"NLP/scripts/distill_{name}.py" for name in ("gpt", "translation", "glue"))
-SEARCH, NLP_EXPORT, NLP_EVALUATE, STUDY = (
-    f"NLP/scripts/{name}.py" for name in ("search", "export", "evaluate", "study_keys")
-)
+SEARCH, NLP_EXPORT, NLP_EVALUATE = (f"NLP/scripts/{name}.py" for name in ("search", "export", "evaluate"))
+STUDY = "benchmarks/key_study.py"
 IMAGES = "image-classification/scripts/"
 POLICY, RL_TEACHER, RL_EVALUATE = (
     f"reinforcement-learning/scripts/{name}.py" for name in ("distill_policy", "train_teacher", "evaluate")
@@ -251,6 +250,7 @@ def argument_types() -> list[type[Any]]:
     """All dataclasses of the scripts' command lines."""
     names = [
         "kd.common.training.arguments",
+        "kd.common.bottleneck.arguments",
         "kd.nlp.student_model.arguments",
         "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
@@ -315,7 +315,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
         *glue,
         texts.TextArguments,
         texts.PairArguments,
-        texts.BottleneckArguments,
+        texts.TextBottleneckArguments,
         texts.MatchingArguments,
         KDTrainingArguments,
     ]

@@ -9,12 +9,14 @@ base, without any bottleneck, is distill_classifier.py.
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.training.arguments import KDTrainingArguments
-from kd.nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
+from kd.nlp.student_model.arguments import PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
 
 
 def main() -> None:
-    text, pair, bottleneck, training = parse(TextArguments, PairArguments, BottleneckArguments, KDTrainingArguments)
+    text, pair, bottleneck, training = parse(
+        TextArguments, PairArguments, TextBottleneckArguments, KDTrainingArguments
+    )
     reject_unused("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")

@@ -25,7 +25,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
-from kd.nlp.student_model.arguments import BottleneckArguments, MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
 from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.glue_report import SYSTEMS, show
@@ -33,7 +33,7 @@ from kd.nlp.student_model.methods import check_method, check_smoothing
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
-OF_A_KIND = {argument.name for kind in (MatchingArguments, BottleneckArguments) for argument in fields(kind)}
+OF_A_KIND = {argument.name for kind in (MatchingArguments, TextBottleneckArguments) for argument in fields(kind)}
 
 
 @dataclass
@@ -68,7 +68,7 @@ class GlueArguments:
 
 def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
-        GlueArguments, TextArguments, PairArguments, BottleneckArguments, MatchingArguments, KDTrainingArguments
+        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, KDTrainingArguments
     )
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
@@ -108,7 +108,7 @@ def open_folders(
 
 
 def distill(
-    own: MatchingArguments | BottleneckArguments,
+    own: MatchingArguments | TextBottleneckArguments,
     text: TextArguments,
     pair: PairArguments,
     training: KDTrainingArguments,
@@ -154,7 +154,7 @@ def refuse_other_inputs(shared: Path, system: str) -> None:
             )
 
 
-def of_system(bottleneck: BottleneckArguments, system: str) -> BottleneckArguments:
+def of_system(bottleneck: TextBottleneckArguments, system: str) -> TextBottleneckArguments:
     own = copy.copy(bottleneck)
     own.bottleneck = "student" if system == "student_only" else "both"
     own.keys = "carried" if system == "keys_carried" else "new"

@@ -1,4 +1,4 @@
-"""Takes a trained classifier away: ONNX and int8 versions that need no torch, or less memory, and what each is worth.
+"""Exports a classifier to ONNX and int8, and measures size, speed and metrics of each file.
 
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos --formats onnx-int8 \\
@@ -6,7 +6,7 @@
 
 Writes model.onnx, model_int8.onnx and model_int8.safetensors (the int8 weights of torch), the tokenizer, the labels
 (config.json), the figures (export.json) and one table with the code that loads the files (export.md). The ONNX graph
-in fp32 must say what the student says on every labelled validation and test text, or nothing is written; what int8
+in fp32 must give the student's logits on every labelled validation and test text, or nothing is written; what int8
 costs is measured. All of it runs on the CPU.
 """
 
@@ -16,16 +16,25 @@ from typing import Any
 import datasets
 import numpy as np
 import onnxruntime
+import torch
 from accelerate import PartialState
 from safetensors.torch import save_model
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kd.common.cli import Parser, run
-from kd.common.export.__main__ import RECORD, output_folder
-from kd.common.export.exportable import apart, refuse_other_answers, share_of_ties
+from kd.common.export.exportable import (
+    LOAD_ONNX,
+    RECORD,
+    check_equal,
+    max_abs_difference,
+    output_folder,
+    share_of_ties,
+)
 from kd.common.export.int8 import load_int8, quantize_dynamic
 from kd.common.export.onnx import OnnxModel, quantize_onnx, to_onnx
-from kd.common.reporting.tables import print_rich
+from kd.common.metrics.cost import interleaved_latency, megabytes
+from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
 from kd.common.utils.files import write_json, write_text
@@ -33,9 +42,24 @@ from kd.common.utils.folders import writing_folder
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import measured_data
-from kd.nlp.student_model.evaluation import predict
-from kd.nlp.student_model.export_report import FILES, measured, report, table
+from kd.nlp.student_model.evaluation import metrics_by_split, one_text, predict
+from kd.nlp.student_model.exportable import classifier_usage
 from kd.nlp.teacher_model.teacher import load_trained
+
+FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
+TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
+          "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
+LOAD_INT8 = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from kd.common.export.int8 import load_int8
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # only for a student with a bottleneck
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+architecture = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+model = load_int8(architecture, f"{{folder}}/{file}")
+logits = model(**tokenizer("move fifty dollars to my savings", return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])"""
+Models = dict[str, tuple[Any, Texts]]  # a model, and the data in the tokens of its tokenizer
 
 
 def main() -> None:
@@ -53,44 +77,44 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     data = measured_data.load(args.student, args)
-    student, texts = trained(args.student, data)
-    models = {"teacher": trained(args.teacher, data)} if args.teacher else {}
-    models["student"] = student, texts
+    names = {"teacher": args.teacher, "student": args.student}
+    models = {role: load_classifier(name, data) for role, name in names.items() if name}
+    student, texts = models["student"]
     with writing_folder(folder) as partial:
-        models |= {name: (model, texts) for name, model in exported(student, texts, args.formats, partial).items()}
-        logits = {name: said_by(model, texts) for name, (model, texts) in models.items()}
+        models |= {name: (model, texts) for name, model in export(student, texts, args.formats, partial).items()}
+        logits = {name: predict_splits(model, texts) for name, (model, texts) in models.items()}
         if "onnx" in models:
-            for split, said in logits["student"].items():
-                distances = apart(said, logits["onnx"][split])
-                refuse_other_answers(args.student, distances, f"texts of {split}", tied=share_of_ties(student))
-        if "onnx" not in args.formats:
-            models.pop("onnx", None)
-            (partial / FILES["onnx"]).unlink(missing_ok=True)
-        student.config.save_pretrained(partial)
-        texts.collate.tokenizer.save_pretrained(partial)
+            for split, expected in logits["student"].items():
+                differences = max_abs_difference(expected, logits["onnx"][split])
+                check_equal(args.student, differences, f"texts of {split}", ties=share_of_ties(student))
+        if "onnx" in models and "onnx" not in args.formats:  # only the source of the int8 graph
+            del models["onnx"]
+            (partial / FILES["onnx"]).unlink()
         results = {
             "student": args.student,
             "teacher": args.teacher,
             "task": data.name,
             "data": {"fingerprint": data.fingerprint},
             "primary_metric": data.primary_metric,
-            "models": measured(models, logits, data, partial),
+            "models": measure(models, logits, data, partial),
             "command": command(),
             "environment": environment("fp32", "cpu") | {"onnxruntime": onnxruntime.__version__},
         }
+        student.config.save_pretrained(partial)
+        texts.collate.tokenizer.save_pretrained(partial)
         write_json(partial / RECORD, results)
-        write_text(partial / "export.md", report(results, student, texts.collate.tokenizer, folder))
+        write_text(partial / "export.md", report(results, student, texts, folder))
     print_rich(*table(results), title=f"{args.student}, exported", below=f"export: {folder}")
 
 
-def trained(name: str, data: TextData) -> tuple[Any, Texts]:
+def load_classifier(name: str, data: TextData) -> tuple[Any, Texts]:
     """A classifier of the data's labels in fp32, and the data in its tokens."""
-    given = load_trained(name, data)
-    return given.model.eval(), Texts.of(data, given.tokenizer)
+    classifier = load_trained(name, data)
+    return classifier.model.eval(), Texts.of(data, classifier.tokenizer)
 
 
-def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:
-    """Writes the files of the formats, and that of `onnx` for `onnx-int8`; returns what is loaded from them."""
+def export(student: PreTrainedModel, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:
+    """Writes the files of `formats`, and that of `onnx` for `onnx-int8`; returns the models loaded from them."""
     paths = {name: folder / file for name, file in FILES.items()}
     models: dict[str, Any] = {}
     if "torch-int8" in formats:
@@ -107,9 +131,60 @@ def exported(student: Any, texts: Texts, formats: list[str], folder: Path) -> di
     return models
 
 
-def said_by(model: Any, texts: Texts) -> dict[str, np.ndarray]:
+def predict_splits(model: Any, texts: Texts) -> dict[str, np.ndarray]:
     """Logits by split, of every labelled split but train."""
     return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
+
+
+def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], data: TextData, folder: Path) -> dict[str, Any]:
+    """For each model its MiB on disk, latency of one text of median length, speed-up and metrics."""
+    cpu = torch.device("cpu")
+    inputs = {name: (model, one_text(texts.splits, texts.collate, cpu)) for name, (model, texts) in models.items()}
+    latencies = interleaved_latency(inputs)
+    return {
+        name: {
+            "megabytes": (folder / FILES[name]).stat().st_size / 2**20 if name in FILES else megabytes(model),
+            "latency_ms": latencies[name],
+            "speedup": latencies["student"]["median"] / latencies[name]["median"],
+            "metrics": metrics_by_split(data, logits[name], texts.splits, logits["student"]),
+        }
+        for name, (model, texts) in models.items()
+    }
+
+
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    metric = results["primary_metric"]
+    splits = list(results["models"]["student"]["metrics"])
+    header = ["model", "MB", "latency in ms, median", "90 %", "speed-up", *(f"{split} {metric}" for split in splits)]
+    rows = []
+    for name, entry in results["models"].items():
+        figures = [entry["megabytes"], entry["latency_ms"]["median"], entry["latency_ms"]["p90"], entry["speedup"]]
+        figures += [entry["metrics"][split][metric] for split in splits]
+        figures += [entry["metrics"][split].get("agreement") for split in splits]
+        rows.append([TITLES[name], *map(number, figures)])
+    return header + [f"{split} agreement" for split in splits], rows
+
+
+def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, folder: Path) -> str:
+    environment, models = results["environment"], results["models"]
+    onnx = next((FILES[name] for name in ("onnx-int8", "onnx") if name in models), None)
+    usages = []
+    if onnx:
+        usage = classifier_usage(student, texts.collate.tokenizer)
+        usages.append(f"{LOAD_ONNX.format(folder=folder, file=onnx)}\n\n\n{usage}")
+    if "torch-int8" in models:
+        usages.append(LOAD_INT8.format(folder=folder, file=FILES["torch-int8"]))
+    sections = [
+        f"# {results['student']}, exported",
+        markdown(*table(results)),
+        f"Task {results['task']}. Latency: one text of median length, measured in turns on {environment['device']} "
+        f"(threads: {environment['threads']}) with torch {environment['torch']} and ONNX Runtime "
+        f"{environment['onnxruntime']}. Agreement: the share of predictions that are those of the student in torch "
+        "fp32.",
+        "## Load it",
+        *(f"```python\n{usage}\n```" for usage in usages),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":

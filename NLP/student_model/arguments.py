@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from kd.common.bottleneck.codes import Keys
+from kd.common.bottleneck.arguments import BottleneckArguments
 from kd.common.cli import reject_unused
 from kd.common.data.sources import print_notes
 from kd.common.methods import METHODS
@@ -79,21 +79,12 @@ class PairArguments:
 
 
 @dataclass
-class BottleneckArguments:
-    """Who has a bottleneck, and its shape."""
+class TextBottleneckArguments(BottleneckArguments):
+    """Which of the models have a bottleneck, and its shape."""
 
     bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "who has one"})
-    keys: Keys = field(default="carried", metadata={"help": "where the student's keys come from"})
     freeze_teacher_encoder: bool = field(default=False, metadata={"help": "train only the teacher's bottleneck"})
-    codebooks: Count = 32
-    pairs: Annotated[int, Range(1, 2**16)] = field(default=512, metadata={"help": "key-value pairs in a codebook"})
-    split: Literal["segment", "projection"] = "segment"
-    key_dim: Count | None = field(default=None, metadata={"help": "width of a key under the projection split"})
-    decoder: Literal["linear", "mean"] = "linear"
-    value_dim: Count = field(default=16, metadata={"help": "width of a value for the linear decoder"})
     pooling: Literal["mean", "cls", "tokens"] = "mean"
-    value_epochs: Positive = field(default=10, metadata={"help": "epochs over the cached codes"})
-    value_batch_size: Count = 256
 
     def __post_init__(self) -> None:
         if self.keys in ("carried", "reused") and self.bottleneck == "student":
@@ -101,19 +92,9 @@ class BottleneckArguments:
         if self.freeze_teacher_encoder and self.bottleneck != "both":
             raise ValueError("--freeze_teacher_encoder leaves a plain teacher untrained: it needs --bottleneck both")
 
-    def check_unused_flags(self) -> None:
-        if self.split == "segment":
-            reject_unused("a key of --split segment is as wide as a segment", self, "key_dim")
-        if self.decoder == "mean":
-            reject_unused("a value of --decoder mean is as wide as there are labels", self, "value_dim")
-
     @property
     def system(self) -> str:
         return f"keys_{self.keys}" if self.bottleneck == "both" else "student_only"
-
-    def shape(self) -> dict[str, Any]:
-        names = ("codebooks", "pairs", "split", "key_dim", "decoder", "value_dim")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

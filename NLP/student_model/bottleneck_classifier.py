@@ -1,4 +1,4 @@
-"""A text classifier that sees the world through a discrete key-value bottleneck.
+"""A text classifier with a discrete key-value bottleneck after a frozen encoder.
 
 Loads alone, once this module is imported:
 
@@ -9,9 +9,11 @@ Loads alone, once this module is imported:
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.outputs import Outputs
 
@@ -19,41 +21,28 @@ Pooling = Literal["mean", "cls", "tokens"]
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Hidden states (batch, positions, hidden) -> (batch, hidden), or as they are with `tokens`."""
+    """Pooled hidden states: (batch, positions, hidden) -> (batch, hidden), or unchanged with `tokens`."""
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "tokens":
         return hidden
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    weights = rearrange(mask, "batch position -> batch position 1").to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-class BottleneckConfig(PreTrainedConfig):
-    """Configuration of an encoder and of the bottleneck behind it.
+class BottleneckConfig(FrozenEncoderConfig):
+    """Configuration of a text encoder and of the bottleneck after it.
 
-    pooling: `mean` of the real positions or the first position (`cls`) go through the bottleneck as one vector;
-    `tokens`: every position goes through on its own and what is fetched is averaged.
-    bottleneck: arguments of `DiscreteKeyValueBottleneck` other than width and number of outputs.
+    pooling: the mean of the real positions or the first position (`cls`) is looked up as one vector; `tokens`: every
+    position is looked up, and the fetched values are averaged.
     """
 
     model_type = "bottleneck_classifier"
-    sub_configs = {"encoder_config": AutoConfig}
-    encoder_config: Any = None
     pooling: Pooling = "mean"
-    bottleneck: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.encoder_config, dict):
-            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
-        super().__post_init__(**kwargs)
 
 
-class BottleneckClassifier(PreTrainedModel):
-    """Frozen encoder -> pooling -> bottleneck -> logits.
-
-    The encoder is trained elsewhere (on labels, or to match a teacher) and frozen here: keys mean something only as
-    long as the embeddings stay put.
-    """
+class BottleneckClassifier(FrozenEncoderModel):
+    """Frozen encoder -> pooling -> bottleneck -> logits."""
 
     config_class = BottleneckConfig
     base_model_prefix = "encoder"
@@ -71,7 +60,7 @@ class BottleneckClassifier(PreTrainedModel):
 
     @classmethod
     def around(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
-        """A new, empty bottleneck behind an encoder whose weights are copied. `labels` is id2label."""
+        """A new, untrained bottleneck after an encoder whose weights are copied. `labels` is id2label."""
         config = BottleneckConfig(
             encoder_config=encoder.config,
             pooling=pooling,
@@ -80,21 +69,14 @@ class BottleneckClassifier(PreTrainedModel):
             label2id={name: i for i, name in labels.items()},
         )
         model = cls(config)
-        weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith("pooler.")}
-        model.encoder.load_state_dict(weights)
+        model.copy_encoder(encoder, without="pooler")
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Only for what a checkpoint lacks; the parts of a bottleneck stand or fall together."""
+        """Initializes a bottleneck of which a checkpoint has no tensor; its tensors only fit together."""
         if isinstance(module, DiscreteKeyValueBottleneck):
             if not any(getattr(p, "_is_hf_initialized", False) for p in [*module.parameters(), *module.buffers()]):
                 module.reset()
-
-    def train(self, mode: bool = True) -> "BottleneckClassifier":
-        """The frozen encoder stays in eval mode, or dropout would move the embeddings under the keys."""
-        super().train(mode)
-        self.encoder.eval().requires_grad_(False)
-        return self
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
@@ -111,7 +93,7 @@ class BottleneckClassifier(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> Outputs:
         """Logits (batch, labels) of texts, or of their cached codes (batch, codebooks) or (batch, positions,
-        codebooks), which skip the encoder and the search.
+        codebooks), without encoder and search.
         """
         if codes is None:
             if input_ids is None:

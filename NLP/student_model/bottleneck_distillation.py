@@ -3,36 +3,41 @@
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
-from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.arguments import Keys
+from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
-from kd.nlp.student_model.arguments import BottleneckArguments, PairArguments, TextArguments
+from kd.nlp.data.tokenized import Texts
+from kd.nlp.student_model.arguments import PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.distillation import Distillation
-from kd.nlp.student_model.fill import Filling
+from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.teacher_model.teacher import encoder_of
 
+KEY_TEXTS = 20_000  # keys are fitted to the embeddings of at most so many texts
+
 
 class BottleneckDistillation(Distillation):
-    """Fine-tunes the teacher's encoder, fills its bottleneck, aligns the student's encoder, fills its bottleneck."""
+    """Trains the teacher's encoder and its bottleneck, aligns the student's encoder, trains its bottleneck."""
 
     def __init__(
         self,
         text: TextArguments,
         pair: PairArguments,
-        bottleneck: BottleneckArguments,
+        bottleneck: TextBottleneckArguments,
         training: KDTrainingArguments,
         data: TextData,
         **kwargs: Any,
     ) -> None:
         self.bottleneck, self.method = bottleneck, bottleneck.system
         super().__init__(text, pair, training, data, bottleneck.pooling, bottleneck, **kwargs)
-        self.filling = Filling(self.pipeline, bottleneck.shape(), bottleneck.value_epochs, bottleneck.value_batch_size)
 
     def refuse_what_cannot_be(self, training: KDTrainingArguments) -> None:
         super().refuse_what_cannot_be(training)
@@ -43,7 +48,7 @@ class BottleneckDistillation(Distillation):
             reason = "--freeze_teacher_encoder leaves the teacher's encoder as it is"
             reject_unused(reason, self.pair, "teacher_epochs", "scratch_epochs")
         for classifier in filter(None, (self.given, own)):
-            self._of_shape(classifier.encoder.config.hidden_size)
+            self.bottleneck.without_weights(classifier.encoder.config.hidden_size)
         if self.bottleneck.keys not in ("carried", "reused"):
             return
         if isinstance(self.given.model, BottleneckClassifier):
@@ -57,14 +62,6 @@ class BottleneckDistillation(Distillation):
                 "choose a student of that width, --student_layers, or --keys new"
             )
 
-    def _of_shape(self, width: int) -> DiscreteKeyValueBottleneck:
-        """A bottleneck of the shape that is asked for, without its weights. Raises UserError where there is none."""
-        try:
-            with torch.device("meta"):
-                return DiscreteKeyValueBottleneck(width, self.data.num_labels, **self.bottleneck.shape())
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
     def _refuse_unfit(self, teacher: BottleneckClassifier) -> None:
         """Raises UserError where a teacher comes with a bottleneck that the student's cannot take over from."""
         name, pooling = self.pair.teacher, teacher.config.pooling
@@ -74,8 +71,8 @@ class BottleneckDistillation(Distillation):
                 "or --keys new"
             )
         try:
-            own = self._of_shape(self.given.encoder.config.hidden_size)
-            own.refuse_unfit(teacher.bottleneck, values=self.bottleneck.keys == "reused")
+            own = self.bottleneck.without_weights(self.given.encoder.config.hidden_size, self.data.num_labels)
+            own.check_compatible(teacher.bottleneck, values=self.bottleneck.keys == "reused")
         except ValueError as error:
             raise UserError(f"{error}; give the bottleneck the shape of that of {name}, or pass --keys new") from error
 
@@ -87,7 +84,7 @@ class BottleneckDistillation(Distillation):
             classifier = self.fine_tuned_teacher("teacher_encoder")
         if self.bottleneck.bottleneck == "student" or isinstance(classifier, BottleneckClassifier):
             return classifier
-        return self.stage("teacher", lambda: self.filling.fill("teacher", encoder_of(classifier), self.texts, "new"))
+        return self.with_bottleneck("teacher", encoder_of(classifier), self.texts, "new")
 
     def control(self) -> PreTrainedModel:
         """A bottleneck behind the student's encoder, both from labels alone. Where the encoder serves plain students
@@ -95,9 +92,7 @@ class BottleneckDistillation(Distillation):
         """
         epochs = self.pair.align_epochs + (self.run.args.num_train_epochs if self.shared else 0)
         trained = self.plain_control("control_encoder", epochs)
-        return self.stage(
-            "control", lambda: self.filling.fill("control", encoder_of(trained), self.student_texts, "new")
-        )
+        return self.with_bottleneck("control", encoder_of(trained), self.student_texts, "new")
 
     def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Aligned with the teacher's hidden states, then its values taught by labels and the teacher's logits."""
@@ -108,6 +103,45 @@ class BottleneckDistillation(Distillation):
         keys = self.bottleneck.keys
         logits = None if keys == "reused" else self.pipeline.listen(teacher, self.texts)
         source = teacher if isinstance(teacher, BottleneckClassifier) else None
-        return self.stage(
-            "student", lambda: self.filling.fill("student", encoder, self.student_texts, keys, source, logits)
-        )
+        return self.with_bottleneck("student", encoder, self.student_texts, keys, source, logits)
+
+    def with_bottleneck(
+        self,
+        stage: str,
+        encoder: PreTrainedModel,
+        texts: Texts,
+        keys: Keys,
+        source: BottleneckClassifier | None = None,
+        teacher_outputs: TeacherOutputs | None = None,
+    ) -> PreTrainedModel:
+        """A stage: a bottleneck after a frozen encoder, trained on labels and the teacher's cached logits."""
+        args, pipeline = self.run.args, self.pipeline
+
+        def train() -> BottleneckClassifier:
+            labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
+            model = BottleneckClassifier.around(encoder, labels, pipeline.pooling, **self.bottleneck.shape())
+            settings = self.bottleneck.value_settings(args.value_learning_rate or args.learning_rate)
+            return train_bottleneck(
+                self.run,
+                stage,
+                model,
+                keys,
+                source.bottleneck if source else None,
+                settings | {"train_sampling_strategy": "random"},
+                _samples(texts, texts.train),
+                _samples(texts, texts.validation),
+                key_rows=_at_most(texts.train, KEY_TEXTS, args.seed),
+                objective=pipeline.objective(texts.data, teacher_outputs is not None),
+                teacher_outputs=teacher_outputs,
+                compute_metrics=trainer_metrics(texts.data),
+            )
+
+        return self.stage(stage, train)
+
+
+def _samples(texts: Texts, rows: Dataset) -> Samples:
+    return Samples(rows, texts.collate, torch.tensor(rows["labels"]), torch.tensor(rows["sample_id"]))
+
+
+def _at_most(rows: Dataset, number: int, seed: int) -> Dataset:
+    return rows.shuffle(seed=seed).select(range(number)) if len(rows) > number else rows

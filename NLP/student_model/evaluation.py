@@ -9,10 +9,15 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel
 
 from kd.common.metrics.chance import classifier_warning, regressor_warning
-from kd.common.metrics.classification import agreement, classification_metrics
 from kd.common.metrics.cost import cost
-from kd.common.metrics.regression import regression_metrics
-from kd.common.metrics.scope import choose_threshold, scope_metrics, threshold_metrics
+from kd.common.metrics.quality import (
+    agreement,
+    choose_threshold,
+    classification_metrics,
+    regression_metrics,
+    scope_metrics,
+    threshold_metrics,
+)
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.nlp.data.loading import TextData
 from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...

@@ -1,6 +1,6 @@
-"""Text students as `python -m kd.common.export` takes them away: classifiers, language models, translators.
+"""Text students as `python -m kd.common.export` exports them: classifiers, language models, translators.
 
-Their exports are checked on the embedded intents.
+Their exports are compared with them on the embedded intents.
 """
 
 import inspect
@@ -42,14 +42,14 @@ text = tokenizer.encode("move fifty dollars to my savings")  # of a pair: encode
 columns = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}}
 inputs = {{name: np.array([columns[name]], dtype=np.int64) for name in {names}}}
 logits = model(inputs)
-print({said})"""
+print({prediction})"""
 
 CONTINUE = """import numpy as np
 from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
 ids = tokenizer.encode("The").ids
-for _ in range(10):  # greedy; shorter texts of a batch may be padded on the right, whatever with
+for _ in range(10):  # greedy; shorter texts of a batch may be padded on the right, with any token
     logits = model({"input_ids": np.array([ids], dtype=np.int64)})
     ids.append(int(logits[0, -1].argmax()))
 print(tokenizer.decode(ids))"""
@@ -69,7 +69,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True))"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """The student in a folder, or of that name on the Hub; what its task is called does not matter. Raises UserError
+    """The student in a folder, or of that name on the Hub; its task has no influence. Raises UserError
     where there is none.
     """
     with reading(name, "a text model"):
@@ -79,7 +79,7 @@ def load(name: str, task: str | None) -> Exportable:
 
 
 def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTrainedTokenizerBase], Exportable]]:
-    """What loads a student, and what tells how it is used."""
+    """The class that loads a student, and the function that describes it."""
     architecture = (config.architectures or [""])[0]
     if "Classif" in architecture:
         return AutoModelForSequenceClassification, _classifier
@@ -93,10 +93,10 @@ def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTr
 
 
 def classifier_usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The code that classifies a text, given `folder` and `model(inputs)`."""
+    """The code that classifies a text, after `folder` and `model(inputs)` are defined."""
     one_number = model.config.num_labels == 1
-    said = "logits[0, 0]" if one_number else "labels[str(logits.argmax())]"
-    return CLASSIFY.format(names=json.dumps(_inputs_of(model, tokenizer)), said=said)
+    prediction = "logits[0, 0]" if one_number else "labels[str(logits.argmax())]"
+    return CLASSIFY.format(names=json.dumps(_inputs_of(model, tokenizer)), prediction=prediction)
 
 
 def _classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
@@ -110,15 +110,15 @@ def _classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
     return Exportable(
         model,
         inputs=encode(texts[40:42]),
-        others=[encode(texts[:1]), encode(texts[-1:]), encode(texts)],
+        test_inputs=[encode(texts[:1]), encode(texts[-1:]), encode(texts)],
         axes={0: "batch", 1: "position"},
         usage=classifier_usage(model, tokenizer),
-        beside=_files(model, tokenizer),
+        write_files=_files(model, tokenizer),
     )
 
 
 def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
-    """Its logits at a position do not depend on what comes later, so that it needs no attention mask."""
+    """Logits do not depend on later positions, so no attention mask is needed."""
     ids = torch.tensor([id for text in _texts() for id in tokenizer(text)["input_ids"]])
 
     def blocks(rows: int, positions: int) -> dict[str, Tensor]:
@@ -128,10 +128,10 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return Exportable(
         model,
         inputs=blocks(2, 8),
-        others=[blocks(1, 1), blocks(1, 16), blocks(20, 11)],
+        test_inputs=[blocks(1, 1), blocks(1, 16), blocks(20, 11)],
         axes={0: "batch", 1: "position"},
         usage=CONTINUE,
-        beside=_files(model, tokenizer),
+        write_files=_files(model, tokenizer),
     )
 
 
@@ -150,10 +150,10 @@ def _translator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
     return Exportable(
         model,
         inputs=pairs(texts[10:12], texts[40:42]),
-        others=[pairs(texts[:1], texts[-1:]), pairs(texts[-1:], texts[:1]), pairs(texts, texts[::-1])],
+        test_inputs=[pairs(texts[:1], texts[-1:]), pairs(texts[-1:], texts[:1]), pairs(texts, texts[::-1])],
         axes={"input_ids": source_axes, "attention_mask": source_axes, "decoder_input_ids": target_axes},
         usage=TRANSLATE.format(sentence=texts[40], start=start),
-        beside=_files(model, tokenizer),
+        write_files=_files(model, tokenizer),
     )
 
 
@@ -169,7 +169,7 @@ def _inputs_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
-    """What writes tokenizer.json, which cuts as the tokenizer does, and config.json with the labels."""
+    """A function that writes tokenizer.json, with the tokenizer's truncation, and config.json with the labels."""
 
     def write(folder: Path) -> None:
         tokenizer.save_pretrained(folder)

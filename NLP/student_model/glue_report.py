@@ -5,9 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kd.common.reporting.report import Spread, show_spread
 from kd.common.reporting.results import RESULTS, validate
-from kd.common.reporting.tables import markdown, print_rich
+from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
 
@@ -63,7 +62,7 @@ def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:
                 "control": scores(first, "control", split, metric),
             } | {system: scores(results, "student", split, metric) for system, results in runs.items()}
             kept = retentions(runs["base"], split, metric)
-            cells = [show_spread(Spread.of(found)) for found in [*values.values(), kept]]
+            cells = [mean_and_deviation(found) for found in [*values.values(), kept]]
             name = metric.replace("_", " ") + split.removeprefix("validation").replace("_", ", ")
             rows.append([task, name, str(len(first)), *cells])
     return rows

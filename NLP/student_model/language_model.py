@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.methods import Method
-from kd.common.metrics.language import language_metrics
+from kd.common.metrics.quality import language_metrics
 from kd.common.pretrained import stage_loader
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError

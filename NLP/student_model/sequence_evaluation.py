@@ -10,8 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.metrics.cost import cost
-from kd.common.metrics.generation import translation_metrics
-from kd.common.metrics.language import language_metrics, token_agreement, token_counts, token_metrics
+from kd.common.metrics.quality import (
+    language_metrics,
+    token_agreement,
+    token_counts,
+    token_metrics,
+    translation_metrics,
+)
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.nlp.data.corpora import Corpus, stack
 from kd.nlp.data.translation import PairCollator, TranslationData

@@ -1,8 +1,8 @@
 """The discrete key-value bottleneck (DKVB): frozen keys that are looked up, values that are learned.
 
-An embedding is split into C heads. Each head finds the nearest of its K keys (squared L2) and fetches the value that
-belongs to it; a decoder turns the fetched values into logits. Keys are fitted once, without labels, and frozen; from
-then on an input is nothing but C integers, its *codes*, and learning touches only the values that were fetched.
+An embedding is split into C heads. Each head finds the nearest of its K keys (squared L2) and fetches the value of
+that key; a decoder maps the fetched values to logits. Keys are fitted once, without labels, and frozen; from then on
+an input is represented by C integers, its *codes*, and training updates only the values that were fetched.
 
 Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240). Keys by k-means and by the exponential
 moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1).
@@ -11,12 +11,22 @@ moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1).
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from einops import einsum, pack, rearrange, repeat, unpack
 from torch import Tensor, nn
 
-SEARCH_BYTES = 64 * 2**20  # bound on one block of the (codebooks, rows, pairs) distance table
-LAPLACE = 1e-5
+from kd.common.bottleneck.keys import (
+    assign,
+    count_codes,
+    kmeans,
+    largest_across_processes,
+    nearest_keys,
+    random_heads,
+    random_rows,
+    smoothed_mean,
+)
+
+STATISTICS_ROWS = 8192  # of embeddings at a time
 
 Split = Literal["segment", "projection"]
 Decoder = Literal["linear", "mean"]
@@ -28,18 +38,18 @@ class DiscreteKeyValueBottleneck(nn.Module):
     Args:
         dim: width of the embedding.
         num_outputs: number of classes, or 1 for regression.
-        codebooks: C, how many heads look up a pair each.
-        pairs: K, how many pairs a codebook holds (at most 65,536, so that codes fit 16 bits).
-        split: `segment` cuts the embedding into C equal pieces, `projection` multiplies it with C fixed Gaussian
-            matrices whose columns have unit length.
+        codebooks: C, the number of heads, each with its own codebook.
+        pairs: K, the number of key-value pairs per codebook (at most 65,536, so that codes fit 16 bits).
+        split: `segment` cuts the embedding into C equal segments, `projection` multiplies it by C fixed Gaussian
+            matrices with columns of unit length.
         key_dim: width of a key under `projection` (default dim / C); under `segment` it is dim / C.
-        decoder: `linear` maps the C fetched values, side by side, to logits; `mean` has no parameters: values are
+        decoder: `linear` maps the C fetched values, concatenated, to logits; `mean` has no parameters: values are
             logits and are averaged over the codebooks.
         value_dim: width of a value for the linear decoder (default 16).
 
     Buffers (all saved): keys (C, K, key_dim), key_sums (same shape) and key_counts (C, K), the moving averages whose
-    ratio is the keys, frozen, and projection (C, dim, key_dim) where there is one. Parameters: values
-    (C, K, value_dim) and the linear decoder's.
+    ratio is the keys, frozen, and projection (C, dim, key_dim) under that split. Parameters: values
+    (C, K, value_dim) and those of the linear decoder.
     """
 
     def __init__(
@@ -84,7 +94,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Random keys (standard normal); values of zero, so that a key that was never chosen says nothing."""
+        """Random keys (standard normal); values of zero, so that keys that were never chosen do not contribute."""
         if self.projection is not None:
             self.projection.copy_(F.normalize(torch.randn_like(self.projection), dim=1))
         self.keys.normal_()
@@ -95,46 +105,48 @@ class DiscreteKeyValueBottleneck(nn.Module):
         if self.decoder is not None:
             self.decoder.reset_parameters()
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The values train with --value_learning_rate, and never decay: that would erase those of unused keys."""
+        return {"value": [self.values]}
+
     # ---- embeddings -> codes -> logits ----
 
     def heads(self, embeddings: Tensor) -> Tensor:
         """Splits embeddings (..., dim) into heads (..., codebooks, key_dim), in fp32."""
-        embeddings = embeddings.float()
         if self.projection is not None:
-            return torch.einsum("...d,cdk->...ck", embeddings, self.projection)
-        return embeddings.unflatten(-1, (self.codebooks, self.key_dim))
+            return einsum(embeddings.float(), self.projection, "... d, c d k -> ... c k")
+        return rearrange(embeddings.float(), "... (c k) -> ... c k", c=self.codebooks)
 
     @torch.no_grad()
     def encode(self, embeddings: Tensor) -> Tensor:
-        """Codes (..., codebooks), int64: for each head of the embeddings (..., dim) the index of its nearest key."""
+        """Codes (..., codebooks), int64: the index of the nearest key of each head of the embeddings (..., dim)."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            heads = self.heads(embeddings)
-            rows = heads.flatten(0, -3)  # (rows, codebooks, key_dim)
-            return nearest_keys(rows, self.keys).unflatten(0, heads.shape[:-2])
+            rows, shape = pack([self.heads(embeddings)], "* c k")
+            (codes,) = unpack(nearest_keys(rows, self.keys), shape, "* c")
+            return codes
 
     def decode(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (batch, num_outputs) of codes (batch, codebooks), or the mean over the positions of codes
+        """Logits (batch, num_outputs) of codes (batch, codebooks), or averaged over the positions of codes
         (batch, positions, codebooks) that `mask` (batch, positions) keeps.
         """
-        codes = codes if codes.dim() == 3 else codes.unsqueeze(1)
-        batch, positions, _ = codes.shape
-        weights = torch.ones(batch, positions, device=codes.device) if mask is None else mask.float()
+        codes = codes if codes.dim() == 3 else rearrange(codes, "batch c -> batch 1 c")
+        weights = torch.ones(codes.shape[:2], device=codes.device) if mask is None else mask.float()
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-        offsets = torch.arange(self.codebooks, device=codes.device) * self.pairs
-        rows = (codes.long() + offsets).transpose(1, 2)  # (batch, codebooks, positions) into the flat values
-        weights = weights.unsqueeze(1).expand_as(rows)
-        table = self.values.flatten(0, 1)  # (codebooks * pairs, value_dim)
+        rows = codes.long() + torch.arange(self.codebooks, device=codes.device) * self.pairs
+        table = rearrange(self.values, "c k value -> (c k) value")
         with torch.autocast(codes.device.type, enabled=False):
             if self.decoder is None:
-                return weighted_bag(rows.flatten(1), table, weights.flatten(1) / self.codebooks)
-            fetched = weighted_bag(rows.flatten(0, 1), table, weights.flatten(0, 1))  # (batch * codebooks, value_dim)
-            return self.decoder(fetched.view(batch, -1))
+                weights = repeat(weights / self.codebooks, "batch n -> batch (c n)", c=self.codebooks)
+                return weighted_bag(rearrange(rows, "batch n c -> batch (c n)"), table, weights)
+            weights = repeat(weights, "batch n -> (batch c) n", c=self.codebooks)
+            fetched = weighted_bag(rearrange(rows, "batch n c -> (batch c) n"), table, weights)
+            return self.decoder(rearrange(fetched, "(batch c) value -> batch (c value)", c=self.codebooks))
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, num_outputs) of embeddings (batch, dim), or (batch, positions, dim) with a mask."""
         return self.decode(self.encode(embeddings), mask)
 
-    # ---- fitting and carrying keys ----
+    # ---- keys ----
 
     @torch.no_grad()
     def fit_keys(
@@ -149,14 +161,18 @@ class DiscreteKeyValueBottleneck(nn.Module):
     ) -> None:
         """Fits the keys to embeddings (rows, dim), or (rows, positions, dim) with a mask, and freezes them.
 
-        K-means on a sample, then `epochs` passes of moving averages. Labels play no part. In a distributed run every
+        K-means on a sample, then `epochs` passes of moving averages, without labels. In a distributed run every
         process passes its own rows; all end with the same keys.
         """
-        self._refuse_frozen()
-        rows = embeddings[mask.bool()] if mask is not None else embeddings.flatten(0, -2)
+        self._check_not_frozen()
+        rows = _rows(embeddings, mask)
         generator = torch.Generator().manual_seed(seed)
-        self._kmeans(self.heads(_take(rows, max(8192, 16 * self.pairs), generator)), batch_size, generator)
-        steps = _largest_across_processes(-(-len(rows) // batch_size))
+        sample = self.heads(random_rows(rows, max(8192, 16 * self.pairs), generator))
+        keys, counts = kmeans(sample, self.pairs, generator)
+        self.keys.copy_(keys)
+        self.key_counts.copy_(counts * min(1.0, batch_size / len(sample)))  # as if counted in batches of that size
+        self.key_sums.copy_(keys * rearrange(self.key_counts, "c k -> c k 1"))
+        steps = largest_across_processes(-(-len(rows) // batch_size))
         for _ in range(epochs):
             order = torch.randperm(len(rows), generator=generator).to(rows.device)
             for batch in order.tensor_split(steps):
@@ -167,40 +183,54 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def update_keys(
         self, heads: Tensor, decay: float = 0.9, expiry: float = 0.0, generator: torch.Generator | None = None
     ) -> None:
-        """One moving-average step on heads (rows, codebooks, key_dim): keys become *means* of what chose them.
+        """One moving-average step on heads (rows, codebooks, key_dim): keys become the *means* of their heads.
 
             counts <- g counts + (1 - g) n        sums <- g sums + (1 - g) s        keys = sums / smoothed counts
 
         with n and s the number and the sum of this batch's heads per key, over all processes. A key whose count falls
         below `expiry` times an even share of the batch is dead: it restarts at a random head of the batch, in all
-        three buffers, else the next step would take the restart back.
+        three buffers, since otherwise the next step would undo the restart.
         """
-        self._refuse_frozen()
-        counts, sums = self._assign(heads.float())
+        self._check_not_frozen()
+        counts, sums = assign(heads.float(), self.keys)
         self.key_counts.lerp_(counts, 1 - decay)
         self.key_sums.lerp_(sums, 1 - decay)
-        total = self.key_counts.sum(1, keepdim=True)
-        smoothed = (self.key_counts + LAPLACE) / (total + self.pairs * LAPLACE) * total
-        self.keys.copy_(self.key_sums / smoothed.unsqueeze(-1))
+        self.keys.copy_(smoothed_mean(self.key_sums, self.key_counts))
         threshold = expiry * float(counts.sum()) / (self.codebooks * self.pairs)
         dead = self.key_counts < threshold
         if dead.any():
-            self.keys[dead] = self._random_heads(heads.float(), generator)[dead]
+            self.keys[dead] = random_heads(heads.float(), self.pairs, generator)[dead]
             self.key_counts[dead] = threshold
             self.key_sums[dead] = self.keys[dead] * threshold
 
     def freeze_keys(self) -> None:
         self.frozen.fill_(True)
 
-    def refuse_unfit(self, source: "DiscreteKeyValueBottleneck", values: bool = False) -> None:
-        """Raises ValueError where the keys of another bottleneck, or with `values` all of it, do not fit in here."""
-        own, other = self._shape(values), source._shape(values)
-        differ = [f"{name} {own[name]} here, {other[name]} carried" for name in own if own[name] != other[name]]
+    def _check_not_frozen(self) -> None:
+        if self.frozen:
+            raise RuntimeError("the keys are frozen; reset() the bottleneck before fitting them again")
+
+    @torch.no_grad()
+    def carry_keys(self, source: "DiscreteKeyValueBottleneck") -> None:
+        """Copies the keys (and the projection that they were fitted under) of another bottleneck and freezes them.
+
+        Raises ValueError where the shapes differ: number of codebooks or pairs, widths or split.
+        """
+        self.check_compatible(source)
+        for name in ("keys", "key_sums", "key_counts", "projection"):
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(getattr(source, name))
+        self.freeze_keys()
+
+    def check_compatible(self, source: "DiscreteKeyValueBottleneck", values: bool = False) -> None:
+        """Raises ValueError where the keys of another bottleneck, or with `values` all its tensors, do not fit."""
+        here, other = self._shape(values), source._shape(values)
+        differ = [f"{name} {here[name]} here, {other[name]} carried" for name in here if here[name] != other[name]]
         if differ:
             raise ValueError(f"the carried keys do not fit: {'; '.join(differ)}")
 
     def _shape(self, values: bool) -> dict[str, int | str]:
-        """What keys depend on, and with `values` what values and decoder depend on too."""
+        """The shape of the keys, and with `values` that of values and decoder too."""
         shape: dict[str, int | str] = {
             "codebooks": self.codebooks,
             "pairs": self.pairs,
@@ -213,32 +243,20 @@ class DiscreteKeyValueBottleneck(nn.Module):
         return shape
 
     @torch.no_grad()
-    def carry_keys(self, source: "DiscreteKeyValueBottleneck") -> None:
-        """Takes over the keys (and the projection that they live under) of another bottleneck and freezes them.
-
-        Raises ValueError where the two do not fit: another number of codebooks or pairs, another width or split.
-        """
-        self.refuse_unfit(source)
-        for name in ("keys", "key_sums", "key_counts", "projection"):
-            if getattr(self, name) is not None:
-                getattr(self, name).copy_(getattr(source, name))
-        self.freeze_keys()
-
-    @torch.no_grad()
     def key_statistics(self, embeddings: Tensor, mask: Tensor | None = None) -> dict[str, float]:
         """How well the keys cover embeddings (rows, dim) or (rows, positions, dim), means over the codebooks.
 
         usage: share of keys chosen at least once; perplexity: exp of the entropy of the choice, at most K;
         quantisation_error: mean squared distance to the chosen key, per dimension.
         """
-        rows = embeddings[mask.bool()] if mask is not None else embeddings.flatten(0, -2)
+        rows = _rows(embeddings, mask)
         counts, errors = torch.zeros(self.codebooks, self.pairs), 0.0
-        for chunk in rows.split(8192):
+        for chunk in rows.split(STATISTICS_ROWS):
             heads = self.heads(chunk)
             codes = nearest_keys(heads, self.keys)
             chosen = self.keys[torch.arange(self.codebooks, device=codes.device), codes]
             errors += (heads - chosen).square().mean().item() * len(chunk) / len(rows)
-            counts += _count(codes, self.pairs)[0].cpu()
+            counts += count_codes(codes, self.pairs).cpu()
         shares = counts / counts.sum(1, keepdim=True)
         perplexity = torch.special.entr(shares).sum(1).exp()
         return {
@@ -247,94 +265,14 @@ class DiscreteKeyValueBottleneck(nn.Module):
             "quantisation_error": errors,
         }
 
-    def _refuse_frozen(self) -> None:
-        if self.frozen:
-            raise RuntimeError("the keys are frozen; reset() the bottleneck before fitting them again")
 
-    def _kmeans(self, heads: Tensor, batch_size: int, generator: torch.Generator, iterations: int = 10) -> None:
-        """Lloyd's algorithm from random heads (rows, codebooks, key_dim); an empty cluster keeps its place."""
-        self.keys.copy_(self._random_heads(heads, generator))
-        for _ in range(iterations):
-            counts, sums = self._assign(heads)
-            means = sums / counts.clamp(min=1).unsqueeze(-1)
-            self.keys.copy_(torch.where(counts.unsqueeze(-1) > 0, means, self.keys))
-        scale = min(1.0, batch_size / len(heads))  # as if the counts had been seen in batches of that size
-        self.key_counts.copy_(counts * scale)
-        self.key_sums.copy_(self.keys * self.key_counts.unsqueeze(-1))
-
-    def _assign(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Number (C, K) and sum (C, K, key_dim) of the heads that choose each key, over all processes."""
-        counts, sums = _count(nearest_keys(heads, self.keys), self.pairs, heads)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        return counts, sums
-
-    def _random_heads(self, heads: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Random heads (C, K, key_dim), for each codebook its own rows; the same on all processes."""
-        repeats = -(-self.pairs // len(heads))  # a row comes twice only where there are fewer rows than pairs
-        picks = [
-            torch.cat([torch.randperm(len(heads), generator=generator) for _ in range(repeats)])[: self.pairs]
-            for _ in range(self.codebooks)
-        ]
-        rows = torch.stack(picks).to(heads.device)  # (codebooks, pairs)
-        chosen = heads[rows, torch.arange(self.codebooks, device=heads.device).unsqueeze(1)]
-        if dist.is_initialized():
-            dist.broadcast(chosen, src=0)
-        return chosen
-
-
-def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
-    """Index of the nearest key (squared L2): heads (rows, C, key_dim), keys (C, K, key_dim) -> (rows, C), int64.
-
-    |x - k|^2 = |x|^2 + 2 (|k|^2 / 2 - x.k), so the argmin needs no distances; rows go through in blocks, so memory
-    stays bounded whatever their number. Exact fp32: TF32 would flip near ties.
-    """
-    half_norms = keys.square().sum(-1).unsqueeze(1) / 2  # (codebooks, 1, pairs)
-    block = max(1, SEARCH_BYTES // (4 * keys.shape[0] * keys.shape[1]))
-    if torch.compiler.is_exporting():  # a graph cannot have as many blocks as its batches will need
-        return torch.baddbmm(half_norms, heads.transpose(0, 1), keys.transpose(1, 2), alpha=-1).argmin(-1).T
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        found = [
-            torch.baddbmm(half_norms, rows.transpose(0, 1), keys.transpose(1, 2), alpha=-1).argmin(-1)
-            for rows in heads.split(block)  # each (codebooks, block)
-        ]
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-    return torch.cat(found, dim=1).T if found else heads.new_zeros(0, keys.shape[0], dtype=torch.long)
+def _rows(embeddings: Tensor, mask: Tensor | None) -> Tensor:
+    """Embeddings (..., dim) as rows (rows, dim), those that the mask keeps."""
+    return rearrange(embeddings, "... d -> (...) d") if mask is None else embeddings[mask.bool()]
 
 
 def weighted_bag(rows: Tensor, table: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums (bags, width) of the rows (bags, n) of a table; the gradient reaches only those rows."""
     if torch.compiler.is_exporting():  # ONNX has no embedding bag, only a loop over its bags
-        return (F.embedding(rows, table) * weights.unsqueeze(-1)).sum(1)
+        return (F.embedding(rows, table) * rearrange(weights, "bag n -> bag n 1")).sum(1)
     return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
-
-
-def _count(codes: Tensor, pairs: int, heads: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Counts (C, K) of codes (rows, C) and, given heads (rows, C, key_dim), their sums (C, K, key_dim)."""
-    codebooks = codes.shape[1]
-    flat = (codes + torch.arange(codebooks, device=codes.device) * pairs).flatten()
-    counts = torch.bincount(flat, minlength=codebooks * pairs).float().view(codebooks, pairs)
-    if heads is None:
-        return counts, counts.new_empty(0)
-    sums = heads.new_zeros(codebooks * pairs, heads.shape[-1]).index_add_(0, flat, heads.flatten(0, 1))
-    return counts, sums.view(codebooks, pairs, -1)
-
-
-def _take(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """At most `limit` random rows."""
-    if len(rows) <= limit:
-        return rows
-    return rows[torch.randperm(len(rows), generator=generator)[:limit].to(rows.device)]
-
-
-def _largest_across_processes(number: int) -> int:
-    """Processes must take the same number of steps, or the slower would wait forever."""
-    if not dist.is_initialized():
-        return number
-    numbers: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    return max(numbers)

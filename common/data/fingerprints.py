@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-
-from kd.common.training.teacher_outputs import outputs_key
 
 IGNORED = {"_name_or_path", "transformers_version"}  # a folder may be moved, or saved again as it was
 
@@ -34,6 +33,20 @@ def fingerprint_of(model: nn.Module | PreTrainedTokenizerBase) -> str:
     rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": model.get_vocab()}
     rules |= {"padding": None, "truncation": None, "special": model.special_tokens_map}  # use changes the first two
     return hashlib.sha256(_json(rules).encode()).hexdigest()
+
+
+def outputs_key(teacher: nn.Module, *parts: object) -> str:
+    """Key of a teacher's outputs: a hash of its weights and of whatever else decides them (data, precision, names)."""
+    weights = _checksum(teacher.state_dict().items())
+    return hashlib.sha256("\n".join([weights, *map(str, parts)]).encode()).hexdigest()
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _json(settings: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """int8 weights in torch, for inference on a CPU.
 
-Dynamic quantisation keeps weights in int8 and scales activations as they come, so it needs no calibration data. It is
-written out here, on `torch._int_mm`: torch.ao.quantization is deprecated, its weights are no safetensors, and its
+Dynamic quantisation keeps weights in int8 and scales activations at run time, so it needs no calibration data. It is
+implemented here, on `torch._int_mm`: torch.ao.quantization is deprecated, its weights are no safetensors, and its
 successor torchao does the same arithmetic through tensor subclasses, which without a compiler are slower than fp32.
 """
 
@@ -67,7 +67,7 @@ INT8: dict[type[nn.Module], Any] = {nn.Linear: Int8Linear, nn.Embedding: Int8Emb
 def quantize_dynamic(model: nn.Module) -> Any:
     """A copy of `model`, for inference on a CPU, with all its linear layers and embeddings in int8.
 
-    Subclasses of the two are left alone: who uses them may read their weights. Its `state_dict` holds plain tensors.
+    Subclasses of the two are kept: their users may read their weights. Its `state_dict` holds plain tensors.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
@@ -78,8 +78,8 @@ def quantize_dynamic(model: nn.Module) -> Any:
 
 
 def load_int8(model: nn.Module, path: str | Path) -> Any:
-    """What `safetensors.torch.save_model` made of a quantised model, in the architecture of `model`, whose own weights
-    do not matter.
+    """A quantised model that `safetensors.torch.save_model` wrote, in the architecture of `model`, whose own weights
+    are not used.
     """
     quantized = quantize_dynamic(model)
     load_model(quantized, path)

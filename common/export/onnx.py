@@ -1,8 +1,8 @@
-"""Models that leave this project: as ONNX graphs and as programs of torch.export.
+"""Models as ONNX graphs and as programs of torch.export.
 
-Both formats come from torch.export, ONNX by `dynamo=True`, the exporter that is maintained: the older one follows one
-example, and writes the sizes that it happened to have into the graph of a bottleneck. int8 weights of a graph
-are those of ONNX Runtime's dynamic quantisation.
+Both formats come from torch.export, ONNX by `dynamo=True`, the maintained exporter: the older one traces one example,
+and writes its sizes into the graph of a bottleneck. int8 weights of a graph are those of ONNX Runtime's dynamic
+quantisation.
 """
 
 import logging
@@ -37,23 +37,22 @@ class _Graph(nn.Module):
         self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return answer_of(self.model(**dict(zip(self.names, inputs, strict=True))))
+        return get_logits(self.model(**dict(zip(self.names, inputs, strict=True))))
 
 
-def answer_of(said: Any) -> Tensor:
-    """The tensor that a model answers with, or its logits."""
-    return said if isinstance(said, Tensor) else said.logits
+def get_logits(outputs: Any) -> Tensor:
+    """The tensor that a model returns, or the logits of its outputs."""
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 def to_onnx(
     model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes], output: str = "logits"
 ) -> None:
-    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `output`, which is
-    what `answer_of` finds.
+    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `output`, as of
+    `get_logits`.
 
-    `inputs` are an example on the model's device; `axes` names those of their axes whose size may change, of every
-    input alike or by input. Raises ValueError where the example has size 1 there, because that would be taken for a
-    constant.
+    `inputs` are an example on the model's device; `axes` names those of their axes whose size may change, for all
+    inputs or by input. Raises ValueError where the example has size 1 there, because that would become a constant.
     """
     shapes = tuple(axes_by_input(inputs, axes).values())
     with _quiet(), torch.no_grad():
@@ -75,7 +74,7 @@ def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, ax
     Arguments as of `to_onnx`.
     """
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = tuple(dict.fromkeys(own, dynamic) for own in axes_by_input(inputs, axes).values())
+    shapes = tuple(dict.fromkeys(by_input, dynamic) for by_input in axes_by_input(inputs, axes).values())
     with _quiet(), torch.no_grad():
         graph = _Graph(model, list(inputs)).eval()
         program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=(shapes,))
@@ -83,13 +82,13 @@ def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, ax
 
 
 def load_program(path: str | Path) -> nn.Module:
-    """What `to_program` wrote; it takes its inputs by position."""
+    """A program that `to_program` wrote; it takes its inputs by position."""
     with _quiet():
         return torch.export.load(path).module()
 
 
 def axes_by_input(inputs: dict[str, Tensor], axes: Axes | dict[str, Axes]) -> dict[str, Axes]:
-    """`axes`, given of every input alike or by input, by input. Raises ValueError as `to_onnx` does."""
+    """`axes`, for all inputs or by input, by input. Raises ValueError as `to_onnx` does."""
     by_input: Any = axes if axes.keys() == inputs.keys() else dict.fromkeys(inputs, axes)
     fixed = [name for name, value in inputs.items() if any(value.shape[axis] < 2 for axis in by_input[name])]
     if fixed:
@@ -118,7 +117,7 @@ def quantize_onnx(path: str | Path, path_int8: str | Path) -> None:
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file behind the call of the model that it was made from, on the CPU with torch's number of threads."""
+    """An ONNX file with the call of the model that was exported, on the CPU with torch's number of threads."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -127,18 +126,18 @@ class OnnxModel(nn.Module):
         options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def answer(self, **inputs: Tensor) -> Tensor:
+    def predict(self, **inputs: Tensor) -> Tensor:
         """The graph's output, whatever its name."""
-        (said,) = self.session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
-        return torch.from_numpy(said)
+        (output,) = self.session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
+        return torch.from_numpy(output)
 
     def forward(self, **inputs: Tensor) -> Outputs:
-        return Outputs(logits=self.answer(**inputs))
+        return Outputs(logits=self.predict(**inputs))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own insides."""
+    """Silences the exporters' warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -89,7 +89,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     and Komodakis, arXiv:1612.03928, with p = 2. Raises ValueError for maps of different size.
     """
     student, teacher = (
-        F.normalize(reduce(x.float().square(), "batch channel h w -> batch (h w)", "mean"), dim=1)
+        F.normalize(rearrange(x.float().square().mean(1), "batch h w -> batch (h w)"), dim=1)
         for x in (student, teacher.detach())
     )
     same_shape(student, teacher)

@@ -140,7 +140,7 @@ def class_similarity(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """
     features = features.float()
     sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
-    counts = rearrange(labels.bincount(minlength=classes).clamp(min=1), "class -> class 1")
+    counts = rearrange(labels.bincount(minlength=classes).clamp(min=1), "c -> c 1")
     centred = features - (sums / counts)[labels]
     zeros = features.new_zeros(classes)
     alignment = torch.stack(  # (classes, classes); tr(G_i G_j) is the sum of the squares of X_i X_j^T

@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs."""
+"""Metrics of quality and of cost, and the comparison with guessing."""

@@ -1,15 +1,15 @@
-"""Whether a teacher is better than guessing: what a guess without a look at the input scores, and the warning.
+"""Whether a teacher is better than guessing: the score of a guess that ignores the input, and the warning.
 
-A teacher is measured before it teaches. One that is not better than a constant answer, the mean, the frequencies of
-tokens or random actions has nothing to teach; its weights, its labels or its inputs are likely wrong. Each function
-returns the text of the warning, or None; `Run.warn` prints it and keeps it for the report.
+A teacher is measured before it is distilled from. One that is not better than a constant prediction, the mean, the
+frequencies of tokens or random actions has nothing to distill; its weights, its labels or its inputs are likely wrong.
+Each function returns the text of the warning, or None; `Run.warn` prints it and keeps it for the report.
 """
 
 import math
 
 import numpy as np
 
-from kd.common.metrics.classification import classification_metrics
+from kd.common.metrics.quality import classification_metrics
 
 QUANTILE = 1.645  # one-sided, 5 %
 

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, megabytes, FLOPs, latency."""
+"""Cost of a model: parameters, megabytes, FLOPs, latency."""
 
 import time
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from kd.common.utils.devices import synchronize
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once, buffers not."""
+    """Number of parameters, without buffers; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def megabytes(model: nn.Module) -> float:
-    """MiB (2^20 bytes) of what is saved: parameters and persistent buffers, shared ones once."""
-    tensors = set(model.state_dict(keep_vars=True).values())  # keep_vars: what is shared stays one object
+    """MiB (2^20 bytes) of the saved tensors: parameters and persistent buffers; shared ones count once."""
+    tensors = set(model.state_dict(keep_vars=True).values())  # keep_vars: a shared tensor stays one object
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
@@ -55,8 +55,8 @@ def latency(model: nn.Module, inputs: dict[str, Any], repeats: int = 30, warmup:
 def interleaved_latency(
     models: dict[str, tuple[nn.Module, dict[str, Any]]], repeats: int = 100
 ) -> dict[str, dict[str, Any]]:
-    """`latency` of several models and their inputs, in turns: whatever else the machine does hits
-    all of them alike. Each turn has a warm-up, because the one before leaves other weights in the cache.
+    """`latency` of several models and their inputs, in turns, so that other load on the machine affects
+    all of them. Each turn has a warm-up, because the one before leaves other weights in the cache.
     """
     turns = [{n: latency(model, inputs, 1, 1) for n, (model, inputs) in models.items()} for _ in range(repeats)]
     found = {}
@@ -70,7 +70,7 @@ def interleaved_latency(
 
 
 def cost(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """All of it, as it stands in results.json; latency and FLOPs are those of `inputs`."""
+    """The cost in an entry of results.json; latency and FLOPs are those of `inputs`."""
     return {
         "parameters": parameters(model),
         "megabytes": megabytes(model),

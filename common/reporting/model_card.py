@@ -1,10 +1,10 @@
-"""The folder of a student: its weights, what makes its inputs, and a model card that says how to load it."""
+"""The folder of a student: its weights, its processor, and a model card with the code that loads it."""
 
 import shlex
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from kd.common.reporting.results import (
     Results,
@@ -21,7 +21,7 @@ from kd.common.utils.folders import writing_folder
 
 
 class Savable(Protocol):
-    """A transformers model, tokenizer or image processor, or what saves itself alike."""
+    """A transformers model, tokenizer or image processor, or anything with the same method."""
 
     def save_pretrained(self, save_directory: Any) -> Any: ...
 
@@ -29,10 +29,7 @@ class Savable(Protocol):
 def save_student(
     folder: Path, student: Savable, results: Results, usage: str, processor: Savable | None = None, **metadata: Any
 ) -> None:
-    """Writes a student, with the `processor` that makes its inputs, and its model card; or nothing.
-
-    `usage` and `metadata` are as of `model_card`.
-    """
+    """Writes a student, its `processor` and its model card, atomically. `usage` and `metadata`: see `model_card`."""
     with writing_folder(folder) as partial:
         for part in (student, processor):
             if part is not None:
@@ -47,19 +44,20 @@ def model_card(results: Results, usage: str, license: str = "mit", **metadata: A
     (library_name, pipeline_tag, base_model, datasets).
     """
     metrics = [results["primary_metric"]["name"]]
-    front = {"license": license, "tags": ["knowledge-distillation"], "metrics": metrics} | metadata
+    front = ModelCardData(license=license, tags=["knowledge-distillation"], metrics=metrics, **metadata)
     student = results["models"]["student"]
     teacher = results["models"]["teacher"]
-    origin = f" from the teacher `{teacher['name']}`" if teacher else ""
-    how = f"distilled{origin} with\nthe method `{results['method']}`"
+    source = f" from the teacher `{teacher['name']}`" if teacher else ""
+    training = f"distilled{source} with\nthe method `{results['method']}`"
     if results.get("labels_only"):
-        how = "trained on the labels alone, as what a\ndistilled student is compared with"
+        training = "trained on the labels alone, as a control of\ndistillation"
     return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+{front}
+---
 
 # {results["task"]}: {results["method"]}
 
-`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, {how}.
+`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, {training}.
 {headline(results)}
 
 ## Load it
@@ -91,7 +89,7 @@ def model_card(results: Results, usage: str, license: str = "mit", **metadata: A
 def _limitations(results: Results) -> str:
     split, gain = results["primary_metric"]["split"], results["gain_over_control"]
     student = results["models"]["student"]
-    lines = [f"One run, seed {results['seed']}: the spread over seeds is not in these figures."]
+    lines = [f"One run, seed {results['seed']}: these figures do not include the spread over seeds."]
     if results["data"][split] is not None:
         lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
     if "test" not in student["metrics"]:

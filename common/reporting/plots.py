@@ -1,6 +1,6 @@
-"""Pictures: how teacher, control and student trained (curves.png), and quality against size over many runs.
+"""Plots: training curves of teacher, control and student, and quality against size over many runs.
 
-In Okabe and Ito's colours, which the colour-blind can tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
 import io
@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from kd.common.utils.files import write_bytes
 
-STYLES = {  # colour, line, marker: each alone tells the stages apart
+STYLES = {  # colour, line, marker: each alone identifies the stage
     "teacher": ("#0072B2", "-", "o"),
     "control": ("#D55E00", "--", "s"),
     "student": ("#009E73", "-", "^"),
@@ -40,7 +40,7 @@ def plot_curves(
 
     `history` maps a stage to its log dictionaries, as in the `state.log_history` of transformers.Trainer: `progress`
     (such as "epoch") with "loss" or with "eval_" + the primary metric. A model without evaluations during training,
-    such as a teacher that was downloaded, shows its final metric as a level line.
+    such as a downloaded teacher, shows its final metric as a horizontal line.
     """
     primary = results["primary_metric"]
     with matplotlib.rc_context(PAPER):
@@ -58,11 +58,11 @@ def plot_curves(
         _finish(losses, progress, "Training loss (weighted sum)")
         quantity = primary["name"] if primary["split"] == "test" else f"{primary['split']} {primary['name']}"
         _finish(metrics, progress, quantity.replace("_", " ").capitalize())  # no curve is of the test split
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_quality(path: str | Path, panels: dict[tuple[str, str], Models]) -> None:
-    """Quality against size: a panel for each (task, metric), a marker for each model; a control has its method's, but
+    """Quality against size: a panel for each (task, metric), a marker for each model; the control of a method is
     hollow. Bars are standard deviations over seeds.
     """
     columns = min(len(panels), 3)
@@ -76,7 +76,7 @@ def plot_quality(path: str | Path, panels: dict[tuple[str, str], Models]) -> Non
             _draw_models(axes, models)
         for axes in grid:
             axes.set_visible(False)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_models(axes: Axes, models: Models) -> None:
@@ -100,9 +100,10 @@ def _draw_models(axes: Axes, models: Models) -> None:
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path, **options: Any) -> None:
+    """Writes a figure as PNG, atomically; `options` of `Figure.savefig`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", **options)
     write_bytes(path, buffer.getvalue())
 
 

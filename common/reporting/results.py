@@ -1,96 +1,125 @@
-"""What one run has to show: results.json, report.md, curves.png, a table."""
+"""The results of one run: results.json and its schema, report.md, curves.png, a table."""
 
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from kd.common.reporting.plots import plot_curves
 from kd.common.reporting.tables import markdown, number, print_rich, si
 from kd.common.utils.files import write_json, write_text
 
-Results = dict[str, Any]
+Results = dict[str, Any]  # the content of results.json, as `Schema` describes it
 RECIPE, RESULTS = "recipe.yaml", "results.json"  # a run has its recipe from its start on, its results at its end
 
 
-class Nullable(dict[Any, Any]):
-    """A part of the schema whose value may be null as a whole."""
+# ---------------------------------------------------------------- the schema, version 1
 
 
-NUMBER = int | float
-MODEL = {
-    "name": str,
-    "parameters": int,
-    "megabytes": NUMBER,  # of the weights
-    "flops": NUMBER | None,  # of one forward pass of one sample
-    "latency_ms": {"batch": int, "median": NUMBER, "p90": NUMBER},
-    "metrics": {str: {str: NUMBER | list | None}},  # split -> metric -> value, or several values (an interval)
-}
-# results.json, version 1; more keys are allowed everywhere, and `str` as a key stands for any name. One run has a
-# `seed`; several of one command have `seeds`, means as figures, and `standard_deviations` (reporting/seeds.py).
-SCHEMA = {
-    "schema_version": int,
-    "domain": str,
-    "task": str,
-    "method": str,
-    "command": list,
-    "data": {"train": int | None, "validation": int | None, "test": int | None, "fingerprint": str},  # samples
-    "models": {"teacher": Nullable(MODEL), "control": Nullable(MODEL), "student": Nullable(MODEL)},
-    "primary_metric": {"split": str, "name": str},
+class Latency(BaseModel):
+    batch: int
+    median: float
+    p90: float
+
+
+class ModelResults(BaseModel):
+    name: str
+    parameters: int
+    megabytes: float  # of the weights
+    flops: float | None  # of one forward pass of one sample
+    latency_ms: Latency
+    metrics: dict[str, dict[str, float | list[Any] | None]]  # split -> metric -> value, or an interval
+
+
+class Models(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, ModelResults | None]
+    teacher: ModelResults | None
+    control: ModelResults | None
+    student: ModelResults | None
+
+
+class Data(BaseModel):  # numbers of samples
+    train: int | None
+    validation: int | None
+    test: int | None
+    fingerprint: str
+
+
+class PrimaryMetric(BaseModel):
+    split: str
+    name: str
+
+
+class Seconds(BaseModel):
+    teacher: float | None
+    teacher_outputs: float | None
+    control: float | None
+    student: float | None
+    total: float
+
+
+class Environment(BaseModel):
+    python: str
+    torch: str
+    device: str
+    threads: int
+    precision: str
+    git_commit: str | None
+
+
+class Schema(BaseModel):
+    """results.json; more keys are allowed everywhere.
+
+    One run has a `seed`. Several of one command have `seeds`, means as figures, and `standard_deviations`
+    (`comparison.over_seeds`).
+    """
+
+    schema_version: Literal[1]
+    domain: str
+    task: str
+    method: str
+    command: list[str]
+    data: Data
+    models: Models
+    primary_metric: PrimaryMetric
     # (student - floor) / (teacher - floor) of the primary metric, teacher / student where lower is better
-    "retention": NUMBER | None,
-    "gain_over_control": NUMBER | None,  # student - control, the inverse likewise: more is better
-    "seconds": {
-        "teacher": NUMBER | None,
-        "teacher_outputs": NUMBER | None,
-        "control": NUMBER | None,
-        "student": NUMBER | None,
-        "total": NUMBER,
-    },
-    "environment": {
-        "python": str,
-        "torch": str,
-        "device": str,
-        "threads": int,
-        "precision": str,
-        "git_commit": str | None,
-    },
-}
-
-
-# ---------------------------------------------------------------- one run
+    retention: float | None
+    gain_over_control: float | None  # student - control, the inverse likewise: more is better
+    seconds: Seconds
+    environment: Environment
+    seed: int | None = None
+    seeds: list[int] | None = None
+    standard_deviations: dict[str, Any] | None = None
+    warnings: list[str] = []
 
 
 def validate(results: Results) -> None:
-    """Raises ValueError, naming the place, unless `results` follows SCHEMA and is finite."""
-    _check(results, SCHEMA, "results")
-    if results["schema_version"] != 1:
-        raise ValueError(f"results.schema_version is {results['schema_version']}, this is version 1")
-    if not isinstance(results.get("seed"), int) and not isinstance(results.get("seeds"), list):
-        raise ValueError("missing key results.seed, an integer, or results.seeds, a list")
+    """Raises ValueError, one line that names the place, unless `results` follows Schema and is finite."""
+    try:
+        Schema.model_validate(results, strict=True)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        place = ".".join(["results", *map(str, error["loc"])])
+        wrong = f"{place} is {error['input']!r}: {error['msg']}"
+        raise ValueError(f"missing key {place}" if error["type"] == "missing" else wrong) from None
+    if results.get("seed") is None and results.get("seeds") is None:
+        raise ValueError("missing key results.seed, or results.seeds of several runs")
     split, name = results["primary_metric"]["split"], results["primary_metric"]["name"]
-    for stage, model in results["models"].items():
-        _check(model, Nullable(MODEL | {"metrics": {split: {name: NUMBER}}}), f"results.models.{stage}")
+    for role, model in results["models"].items():
+        metrics, place = model and model["metrics"], f"results.models.{role}.metrics"
+        if model and split not in metrics:
+            raise ValueError(f"missing key {place}.{split}")
+        if model and not isinstance(metrics[split].get(name), int | float):
+            raise ValueError(f"missing key {place}.{split}.{name}, a number")
     for figure, others in (("retention", ("teacher", "student")), ("gain_over_control", ("control", "student"))):
-        if results[figure] is not None and any(results["models"][stage] is None for stage in others):
+        if results[figure] is not None and any(results["models"][role] is None for role in others):
             raise ValueError(f"results.{figure} must be null where models.{' or models.'.join(others)} is")
     json.dumps(results, allow_nan=False)
 
 
-def _check(value: Any, schema: Any, where: str) -> None:
-    if isinstance(schema, Nullable) and value is None:
-        return
-    if not isinstance(schema, dict):
-        if not isinstance(value, schema):
-            raise ValueError(f"{where} is {value!r}, must be {getattr(schema, '__name__', schema)}")
-        return
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}, must be a dictionary")
-    for key, part in schema.items():
-        for name in value if key is str else [key]:
-            if name not in value:
-                raise ValueError(f"missing key {where}.{name}")
-            _check(value[name], part, f"{where}.{name}")
+# ---------------------------------------------------------------- one run
 
 
 def write_report(
@@ -98,8 +127,8 @@ def write_report(
 ) -> None:
     """Writes curves.png, report.md and, last, results.json: a run that has it is finished.
 
-    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`; None: there
-    are no curves.
+    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`; None:
+    without curves.
     """
     validate(results)
     folder = Path(folder)
@@ -110,7 +139,7 @@ def write_report(
 
 
 def print_table(results: Results) -> None:
-    """Prints what a run achieved: a table of the models, then retention and gain over the control."""
+    """Prints the results of a run: a table of the models, then retention and gain over the control."""
     print_rich(*model_table(results), title=title(results), below=headline(results))
 
 
@@ -145,7 +174,7 @@ def _report(results: Results) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-# ---------------------------------------------------------------- words and tables
+# ---------------------------------------------------------------- sentences and tables
 
 
 def title(results: Results) -> str:
@@ -200,9 +229,7 @@ def headline(results: Results) -> str:
 
 
 def retained(results: Results) -> str:
-    """The retention in words: a share of the teacher's score or, where no skill at all does not score 0, of the way
-    there.
-    """
+    """The retention in words: a share of the teacher's score or, with a `floor`, of the way from there to it."""
     floor = results.get("floor", 0.0)
     whole = f"the way from {number(floor)}, no skill at all, to the teacher's" if floor else "the teacher's"
     return f"{results['retention']:.1%} of {whole} {number(primary_score(results, 'teacher'))}"
@@ -235,9 +262,8 @@ def metric_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _extra_sections(results: Results) -> list[str]:
-    """What a script adds beyond the schema: plain values, or sections {name: value} or {model: {name: value}}."""
-    shown = {*SCHEMA, "seed", "seeds", "standard_deviations", "warnings"}
-    extra = {key: value for key, value in results.items() if key not in shown}
+    """Keys beyond the schema, which scripts add: plain values, or sections {name: value} or {model: {name: value}}."""
+    extra = {key: value for key, value in results.items() if key not in Schema.model_fields}
     plain = {key: value for key, value in extra.items() if not isinstance(value, dict)}
     sections = {"Notes": plain} if plain else {}
     sections |= {key: value for key, value in extra.items() if isinstance(value, dict)}

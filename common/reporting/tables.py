@@ -1,5 +1,6 @@
-"""Figures as they are shown, and tables in Markdown and in the terminal."""
+"""Formatting of figures, and tables in Markdown and in the terminal."""
 
+import statistics
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.text import Text
 
 
 def number(value: Any) -> str:
-    """A figure as it is shown, or a dash for what is absent."""
+    """A figure in four significant digits, a list of them, or a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, list):
@@ -23,6 +24,15 @@ def decimals(value: float) -> int:
     return 4 if abs(value) < 1 else max(0, 4 - len(str(int(abs(value)))))
 
 
+def mean_and_deviation(values: list[float], seeds: int | None = None) -> str:
+    """mean ± sample standard deviation (n - 1), with the number of values where it is not that of the seeds."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    deviation = f"{statistics.stdev(values):,.{decimals(mean)}f}" if len(values) > 1 else "–"
+    return f"{number(mean)} ± {deviation}" + (f" (n={len(values)})" if seeds not in (None, len(values)) else "")
+
+
 def si(value: float | None) -> str:
     if value is None:
         return "–"
@@ -33,7 +43,7 @@ def si(value: float | None) -> str:
 
 
 def _numeric_columns(header: list[str], rows: list[list[str]]) -> list[bool]:
-    """Columns of figures stand flush right."""
+    """The columns that are aligned to the right."""
     return [all(row[column][:1] in set("0123456789+-–") for row in rows) for column in range(len(header))]
 
 
@@ -47,7 +57,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def print_rich(header: list[str], rows: list[list[str]], title: str, below: str = "") -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=1000)  # a log file has room
+        console = Console(width=1000)  # no line breaks in a log file
     table = Table(title=title)
     for name, numeric in zip(header, _numeric_columns(header, rows), strict=True):
         table.add_column(name, justify="right" if numeric else "left")

@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import fingerprint_of
-from kd.common.metrics.returns import normalized_return
+from kd.common.metrics.quality import normalized_return
+from kd.common.reporting.comparison import over_seeds
 from kd.common.reporting.model_card import Savable, save_student
 from kd.common.reporting.results import RECIPE, RESULTS, print_table, write_report
-from kd.common.reporting.seeds import over_seeds
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.attention import eager_attention_on_cpu
 from kd.common.training.progress import StageProgress

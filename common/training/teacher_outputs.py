@@ -8,7 +8,7 @@ a damaged one is computed again. Only the rows of a batch are read into memory, 
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from kd.common.data.fingerprints import outputs_key
 from kd.common.features import FeatureHooks
 from kd.common.outputs import Outputs
 from kd.common.training.batching import column_array, similar_length_order
@@ -247,20 +248,6 @@ class _ArrowColumn(torch.utils.data.Dataset):
 
 
 # ---- keys ----
-
-
-def outputs_key(teacher: nn.Module, *parts: object) -> str:
-    """Key of a teacher's outputs: a hash of its weights and of whatever else decides them (data, precision, names)."""
-    weights = _checksum(teacher.state_dict().items())
-    return hashlib.sha256("\n".join([weights, *map(str, parts)]).encode()).hexdigest()
-
-
-def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def dataset_hash(dataset: Dataset) -> str:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class TeacherViews:
     """Logits (samples * views, classes) in fp16, in a folder, under a key for all that decides them.
 
-    The key (`teacher_outputs.outputs_key`) is made from the teacher's weights, the data and the precision; tables of
+    The key (`fingerprints.outputs_key`) is made from the teacher's weights, the data and the precision; tables of
     other keys are not touched. Logits are rounded to fp16 also when they are computed, so that training does not
     depend on how full the table was.
     """

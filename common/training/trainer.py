@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput, has_length
 
-from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.features import FeatureHooks
 from kd.common.objective import IGNORED, Objective
 from kd.common.outputs import Outputs
@@ -256,18 +255,17 @@ class KDTrainer(CheckpointTrainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The parent's, with the bottleneck's values in a group of their own and the objective's parameters added."""
+        """The parent's, with the parameter groups that submodules name and the objective's parameters added."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        values = [m.values for m in self.model.modules() if isinstance(m, DiscreteKeyValueBottleneck)]
-        if values and self.args.value_learning_rate is not None:
-            chosen = {id(v) for v in values}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in chosen]
-            rate = self.args.value_learning_rate
-            # Decay would wear away the values of keys that are never chosen.
-            optimizer.add_param_group({"params": values, "lr": rate, "weight_decay": 0.0})
+        for name, parameters in parameter_groups(self.model).items():
+            rate = getattr(self.args, f"{name}_learning_rate")
+            if rate is not None:
+                chosen = {id(p) for p in parameters}
+                for group in optimizer.param_groups:
+                    group["params"] = [p for p in group["params"] if id(p) not in chosen]
+                optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
         extra = [p for p in self.objective.parameters() if p.requires_grad]
         if extra:
             decay = self.args.weight_decay if self.args.decay_everything else 0.0
@@ -361,6 +359,19 @@ class KDTrainer(CheckpointTrainer):
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The groups that submodules name by a method `parameter_groups() -> {name: parameters}`.
+
+    A group is trained with --NAME_learning_rate, if it is set, and without weight decay.
+    """
+    groups: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for module in model.modules():
+        named: dict[str, list[nn.Parameter]] = getattr(module, "parameter_groups", dict)()
+        for name, parameters in named.items():
+            groups[name] += parameters
+    return groups
 
 
 def _items(batch: dict[str, Any], labels: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""The ranges of arguments, declared in their types, and what is refused because it lies outside.
+"""The ranges of arguments, declared in their types.
 
     @dataclass
     class Arguments:
@@ -58,8 +58,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 def ranges_of(arguments: type) -> dict[str, Range]:
-    """The ranges of a dataclass by field: those of its types and its parents' types, and INHERITED_RANGES where a
-    parent is not ours.
+    """The ranges of a dataclass by field: those of its types and its parents' types, and INHERITED_RANGES for fields
+    of a parent outside this project.
     """
     ranges: dict[str, Range] = dict(getattr(arguments, "INHERITED_RANGES", {}))
     for kind in reversed(arguments.__mro__):
@@ -69,7 +69,7 @@ def ranges_of(arguments: type) -> dict[str, Range]:
 
 
 def range_in(hint: Any) -> Range | None:
-    """The range that a type declares, of itself or of its items."""
+    """The range that a type declares, for itself or for its items."""
     for part in (*getattr(hint, "__metadata__", ()), *get_args(hint)):
         found = part if isinstance(part, Range) else range_in(part)
         if found is not None:

@@ -4,46 +4,34 @@
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10 \\
         --teacher runs/image-classification/teacher_cifar10
 
-The teacher's backbone is trained on labels and frozen, its bottleneck filled. The student's backbone and projector
-learn the teacher's maps as in SimKD, without labels; then its bottleneck gets keys (carried from the teacher, new ones
-fitted to its own embeddings, random ones) and values, or the teacher's keys and values together (reused). The control
-is the same network trained on the labels alone, with a bottleneck of its own.
+The teacher's backbone is trained on labels and frozen, then its bottleneck is trained. The student's backbone and
+projector learn the teacher's maps as in SimKD, without labels; then its bottleneck gets keys (those of the teacher,
+new ones fitted to its embeddings, random ones) and values, or the teacher's keys and values together (reused). The
+control is the same network trained on the labels alone, with another bottleneck.
 """
-
-from dataclasses import dataclass, field
 
 from transformers import set_seed
 
-from kd.common.bottleneck.codes import Keys
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.bottleneck import BottleneckShape, ValueArguments, fill
+from kd.image_classification.student_model.bottleneck import ImageBottleneckArguments, replace_head
 from kd.image_classification.student_model.distillation import distill, open_run, train_on_labels
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
 from kd.image_classification.teacher_model.teacher import load_teacher
 
 
-@dataclass
-class Arguments:
-    """Whose keys."""
-
-    keys: Keys = field(default="carried", metadata={"help": "where the student's keys come from"})
-
-
 def main() -> None:
-    args, shape, values, pair, matching, data_args, training = parse(
-        Arguments,
-        BottleneckShape,
-        ValueArguments,
+    bottleneck, pair, matching, data_args, training = parse(
+        ImageBottleneckArguments,
         PairArguments,
         SimKDArguments,
         DataArguments,
         ImageTrainingArguments,
     )
     pair.apply_pair(data_args, training)
-    if args.keys == "reused":
+    if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
     data, factor, seed = data_args.load(), matching.projector_factor, training.seed
     encoder, data, pretrained = load_teacher(pair.teacher, data, seed)
@@ -51,14 +39,14 @@ def main() -> None:
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} has a bottleneck already: name one with a linear head")
-    shape.check(encoder.head.in_features)
+    bottleneck.without_weights(encoder.head.in_features)
 
-    name, instances = f"keys_{args.keys}", (args, shape, values, pair, matching, data_args)
+    name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
     run = open_run(name, training, data, *instances, teacher=encoder if pretrained else None)
     if not pretrained:
         encoder = train_on_labels(run, data, "teacher_encoder", encoder, pair.teacher_epochs)
     evaluate_teacher(run, pair.teacher, encoder, data)
-    teacher = fill(run, data, "teacher", encoder, shape, values, "new")
+    teacher = replace_head(run, data, "teacher", encoder, bottleneck, "new")
     teacher_results = evaluate_teacher(run, f"{pair.teacher} + bottleneck", teacher, data)
 
     control = None
@@ -66,17 +54,17 @@ def main() -> None:
         set_seed(seed)
         control = simkd_student(pair.student, encoder, data, factor, reuse_head=False)
         control = train_on_labels(run, data, "control_encoder", control)
-        control = fill(run, data, "control", control, shape, values, "new")
+        control = replace_head(run, data, "control", control, bottleneck, "new")
 
     set_seed(seed)
     student = simkd_student(pair.student, encoder, data, factor)
     method = simkd(student, encoder, matching, training.temperature)
     student = distill(run, data, "student_encoder", student, method, encoder)
-    student = fill(run, data, "student", student, shape, values, args.keys, teacher)
+    student = replace_head(run, data, "student", student, bottleneck, bottleneck.keys, teacher)
 
     models = {
         "control": (f"{pair.student} + projector + bottleneck, labels only", control),
-        "student": (f"{pair.student} + projector + bottleneck, keys {args.keys}", student),
+        "student": (f"{pair.student} + projector + bottleneck, keys {bottleneck.keys}", student),
     }
     report(run, name, data, models, teacher_results)
 

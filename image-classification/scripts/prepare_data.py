@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kd.common.cli import parse, run
+from kd.common.reporting.plots import save_figure
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.folders import added_files, writing_folder
@@ -53,7 +54,7 @@ def main() -> None:
         with writing_folder(folder) as partial:
             for split in data.splits:
                 write_split(data, split, partial / f"{split}.parquet")
-            draw_views(data).savefig(partial / "views.png")
+            save_figure(draw_views(data), partial / "views.png")
     except OSError as error:
         raise UserError(f"cannot write {args.output} ({error.strerror}): choose another --output") from None
     print(f"written; for the other scripts: {flags(data, args.output)}")

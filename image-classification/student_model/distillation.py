@@ -8,13 +8,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from kd.common.data.fingerprints import outputs_key
 from kd.common.methods import Method
 from kd.common.objective import Objective, task_loss
 from kd.common.pretrained import stage_loader
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
-from kd.common.training.teacher_outputs import outputs_key
 from kd.common.training.teacher_views import TeacherViews
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, ViTImageProcessor
 
 from kd.common.metrics.chance import classifier_warning
-from kd.common.metrics.classification import agreement, classification_metrics, top_k_accuracy
 from kd.common.metrics.cost import cost, flops, parameters
+from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.inference import identity_collate, run_inference

@@ -1,4 +1,4 @@
-"""Image students as `python -m kd.common.export` takes them away: whatever answers to `pixel_values` with logits."""
+"""Image students as `python -m kd.common.export` exports them: whatever answers to `pixel_values` with logits."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ picture = picture.resize(size, Image.Resampling.BILINEAR).crop((left, top, left 
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """The student in a folder; what its task is called does not matter. Raises UserError where there is none."""
+    """The student in a folder; its task has no influence. Raises UserError where there is none."""
     with reading(name, "an image classifier and its image processor"):
         model = load_model(AutoModelForImageClassification, name).eval()
         processor = AutoImageProcessor.from_pretrained(name)
@@ -45,10 +45,10 @@ def load(name: str, task: str | None) -> Exportable:
     return Exportable(
         model,
         inputs={"pixel_values": images[:2]},
-        others=[{"pixel_values": images[:1]}, {"pixel_values": images}],
+        test_inputs=[{"pixel_values": images[:1]}, {"pixel_values": images}],
         axes={0: "batch"},
         usage=USAGE.format(fit=_fit(processor, size)),
-        beside=write,
+        write_files=write,
     )
 
 

@@ -1,6 +1,5 @@
 """What a class-incremental run has to show: results, and how much of the earlier classes is left after each task."""
 
-import io
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kd.common.metrics.cost import cost
-from kd.common.reporting.plots import OTHER_STYLES, STYLES
+from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.training.run import Run
-from kd.common.utils.files import write_bytes
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
 from kd.image_classification.student_model.evaluation import image_metrics, predict
@@ -84,7 +82,7 @@ def _on_the_same_classes(model: BottleneckProbe, head: HeadTraining, student: He
 def plot_forgetting(path: Path, results: dict[str, Any]) -> None:
     """Accuracy of the classes seen so far against their number, a line per head, in the colours of curves.png."""
     styles = [*(STYLES[role] for role in ("student", "teacher", "control")), *OTHER_STYLES]
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(5.2, 3.4), dpi=200, layout="constrained")
         axes = figure.subplots()
         for (name, scores), style in zip(results["accuracy_of_classes_seen"].items(), styles, strict=False):
@@ -97,6 +95,4 @@ def plot_forgetting(path: Path, results: dict[str, Any]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
+        save_figure(figure, path)

@@ -4,18 +4,27 @@ import io
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES
-from kd.common.reporting.report import Spread
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_bytes, write_text
 from kd.image_classification.student_model.cells import CONTROLS, Cell, lost_file, results_file
+
+
+class Spread(NamedTuple):
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread | None":
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None) if values else None
+
 
 Found = dict[Cell, dict[str, Any]]  # cell -> its results.json
 

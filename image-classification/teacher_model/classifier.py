@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from einops import reduce
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
@@ -82,13 +83,23 @@ class ImageClassifier(PreTrainedModel):
     ) -> Outputs:
         """Logits of images, or of the codes (batch, codebooks) that a bottleneck made of them."""
         if codes is not None:
-            assert isinstance(self.head, DiscreteKeyValueBottleneck), "only a bottleneck makes logits of codes"
-            return Outputs(logits=self.head.decode(codes), features={})
+            return Outputs(logits=self.bottleneck.decode(codes), features={})
         if pixel_values is None:
             raise ValueError("ImageClassifier needs pixel_values, or codes for its bottleneck")
         features = self.last_map(pixel_values)
         pooled = features.mean((2, 3))  # (batch, channels)
         return Outputs(logits=self.head(pooled), features={"map": features, "pooled": pooled})
+
+    @property
+    def bottleneck(self) -> DiscreteKeyValueBottleneck:
+        """The head of a classifier that has a bottleneck."""
+        assert isinstance(self.head, DiscreteKeyValueBottleneck), "the head is linear"
+        return self.head
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Pooled features (batch, channels), the input of the head, in fp32."""
+        return reduce(self.last_map(pixel_values), "batch channel h w -> batch channel", "mean").float()
 
     def last_map(self, pixel_values: Tensor) -> Tensor:
         """The map (batch, channels, h', w') whose average the head sees."""

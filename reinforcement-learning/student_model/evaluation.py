@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from kd.common import losses
 from kd.common.metrics.chance import guessing_warning
-from kd.common.metrics.classification import agreement
 from kd.common.metrics.cost import cost
-from kd.common.metrics.returns import normalized_return, return_metrics
+from kd.common.metrics.quality import agreement, normalized_return, return_metrics
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run

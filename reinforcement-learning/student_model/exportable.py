@@ -66,11 +66,11 @@ def load(name: str, task: str | None, vecnormalize: str | None = None) -> Export
     return Exportable(
         GreedyPolicy(network, policy.action_space).eval(),
         inputs={"observations": observations[:2]},
-        others=[{"observations": observations[:1]}, {"observations": observations}],
+        test_inputs=[{"observations": observations[:1]}, {"observations": observations}],
         axes={0: "batch"},
         usage=USAGE.format(environment=task, register=registration_code(task)),
         output="actions",
-        original=lambda observations: torch.as_tensor(_predict(policy, agent.statistics, observations.numpy())),
+        reference=lambda observations: torch.as_tensor(_predict(policy, agent.statistics, observations.numpy())),
         tolerance=TOLERANCE,
     )
 

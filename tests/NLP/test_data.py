@@ -16,7 +16,7 @@ import pandas
 import pyarrow.csv
 import pytest
 
-from kd.common.metrics.scope import choose_threshold, confidence, scope_metrics, threshold_metrics
+from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
 from kd.nlp.data.loading import TextData, load_text_data, with_label_order

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -24,19 +25,18 @@ from transformers import (
     DistilBertModel,
 )
 
-from kd.common.bottleneck.codes import set_keys
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.training import set_keys
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
-from kd.nlp.scripts import study_keys
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.key_study import KeyStudy
 from kd_testing.paths import REPO
 from kd_testing.processes import run_code
 from kd_testing.scripts import recipe_of, run_script
 
 SCRIPTS = REPO / "NLP" / "scripts"
 BRIEF = ["--scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
+KEY_STUDY = str(REPO / "benchmarks" / "key_study.py")
 SHORT = [*BRIEF, "--value_epochs", "2", "--pairs", "16"]
 
 
@@ -400,15 +400,16 @@ def test_a_study_of_keys_needs_an_aligned_student(tmp_path, small):
     (tmp_path / "stages" / "teacher_encoder").mkdir(parents=True)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="has no aligned student"):
-        KeyStudy(tmp_path, str(small))
+        runpy.run_path(KEY_STUDY)["KeyStudy"](tmp_path, str(small))
 
 
 @pytest.mark.slow
 def test_study_of_keys_fills_its_table(carried, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_keys, "SETTINGS", [study_keys.SETTINGS[0], study_keys.SETTINGS[-1]])
-    words = ["study_keys.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md"]
+    study = runpy.run_path(KEY_STUDY)
+    study["SETTINGS"][:] = [study["SETTINGS"][0], study["SETTINGS"][-1]]
+    words = ["key_study.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    study_keys.main()
+    study["main"]()
     table = (tmp_path / "keys.md").read_text().splitlines()
     assert table[0].endswith("| carried | new | random | reused |")
     cells = [cell.strip() for row in table[2:4] for cell in row.split("|")[2:-1]]

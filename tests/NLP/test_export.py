@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import kd.common.export.onnx
-from kd.common.bottleneck.codes import set_keys
+from kd.common.bottleneck.training import set_keys
 from kd.common.export.int8 import load_int8
 from kd.common.export.onnx import OnnxModel
 from kd.nlp.data.loading import load_text_data

@@ -17,7 +17,7 @@ from transformers import (
     DistilBertModel,
 )
 
-from kd.common.bottleneck.codes import set_keys
+from kd.common.bottleneck.training import set_keys
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from kd.common.metrics.generation import translation_metrics
+from kd.common.metrics.quality import translation_metrics
 from kd.common.outputs import Outputs
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
-from kd.common.bottleneck import module
-from kd.common.bottleneck.module import DiscreteKeyValueBottleneck, nearest_keys
+from kd.common.bottleneck import keys as key_search
+from kd.common.bottleneck.keys import nearest_keys
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 
 
 def make(dim: int = 12, outputs: int = 5, **kwargs: object) -> DiscreteKeyValueBottleneck:
@@ -29,7 +30,7 @@ def clusters(codebooks: int = 1, per_cluster: int = 200, width: int = 2) -> tupl
 
 @pytest.mark.parametrize(("rows", "codebooks", "pairs"), [(1, 1, 1), (17, 3, 8), (1000, 4, 64)])
 def test_chunked_search_equals_brute_force(monkeypatch, rows, codebooks, pairs):
-    monkeypatch.setattr(module, "SEARCH_BYTES", 7 * 4 * codebooks * pairs)  # blocks of seven rows
+    monkeypatch.setattr(key_search, "SEARCH_BYTES", 7 * 4 * codebooks * pairs)  # blocks of seven rows
     heads, keys = torch.randn(rows, codebooks, 6), torch.randn(codebooks, pairs, 6)
     brute = torch.stack([torch.cdist(heads[:, c].double(), keys[c].double()).argmin(1) for c in range(codebooks)], 1)
     assert torch.equal(nearest_keys(heads, keys), brute)
@@ -117,8 +118,9 @@ def test_dead_keys_restart_in_all_three_buffers_and_stay():
 def test_fitting_finds_the_clusters_and_survives_the_first_ema_step():
     heads, means = clusters(codebooks=2)
     bottleneck = DiscreteKeyValueBottleneck(4, 2, codebooks=2, pairs=4)
-    bottleneck._kmeans(heads, 256, torch.Generator().manual_seed(3))
+    bottleneck.fit_keys(heads.flatten(1), epochs=0, batch_size=256, seed=3)  # k-means alone
     fitted = bottleneck.keys.clone()
+    bottleneck.frozen.fill_(False)
     bottleneck.update_keys(heads, decay=0.9)
     torch.testing.assert_close(bottleneck.keys, fitted, atol=0.05, rtol=0)
     # k-means may leave two clusters under one key; the fit as a whole, with its restarts, may not

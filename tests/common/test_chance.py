@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from kd.common.metrics.chance import classifier_warning, guessing_warning, language_warning, regressor_warning
-from kd.common.metrics.classification import classification_metrics
-from kd.common.metrics.regression import regression_metrics
+from kd.common.metrics.quality import classification_metrics, regression_metrics
 
 LABELS = np.array([0] * 60 + [1] * 40)
 

@@ -13,8 +13,13 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
-from kd.common.export.__main__ import take_away
-from kd.common.export.exportable import Exportable, apart, refuse_other_answers
+from kd.common.export.exportable import (
+    Exportable,
+    check_equal,
+    export_student,
+    max_abs_difference,
+    share_of_ties,
+)
 from kd.common.export.int8 import Int8Embedding, Int8Linear, load_int8, quantize_dynamic
 from kd.common.export.onnx import OnnxModel, load_program, quantize_onnx, to_onnx, to_program
 from kd.common.metrics.cost import interleaved_latency
@@ -134,7 +139,7 @@ def test_each_input_may_have_axes_of_its_own(tmp_path):
     assert graph.output[0].name == "products"
     assert [d.dim_param for d in graph.output[0].type.tensor_type.shape.dim] == ["batch", "left", "right"]
     left, right = torch.rand(5, 1), torch.rand(5, 7)
-    torch.testing.assert_close(OnnxModel(tmp_path / "model.onnx").answer(left=left, right=right),
+    torch.testing.assert_close(OnnxModel(tmp_path / "model.onnx").predict(left=left, right=right),
                                torch.einsum("bl,br->blr", left, right))  # fmt: skip
 
 
@@ -193,7 +198,7 @@ def test_int8_weights_load_into_another_model_of_the_same_shape(mixed, tmp_path:
     assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
 
 
-# ---- taking a student away ----
+# ---- exporting a student ----
 
 USAGE = """import numpy as np
 
@@ -206,18 +211,18 @@ def tiny_exportable(**changes: Any) -> Exportable:
     given: dict[str, Any] = {
         "model": tiny_model(dropout=0.5).eval(),
         "inputs": {"x": x[:2]},
-        "others": [{"x": x[:1]}, {"x": x}],
+        "test_inputs": [{"x": x[:1]}, {"x": x}],
     }
     return Exportable(**(given | {"axes": {0: "batch"}, "usage": USAGE} | changes))
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch.export"])
-def test_a_student_is_taken_away(tmp_path, capsys, format):
+def test_a_student_is_exported(tmp_path, capsys, format):
     def write(folder: Path) -> None:
         (folder / "labels.txt").write_text("cat")
 
-    student = tiny_exportable(beside=write)
-    take_away("tiny", student, format, tmp_path / "export")
+    student = tiny_exportable(write_files=write)
+    export_student("tiny", student, format, tmp_path / "export")
     folder = tmp_path / "export"
     file = {"onnx": "model.onnx", "torch.export": "model.pt2"}[format]
     assert {path.name for path in folder.iterdir()} == {file, "labels.txt", "README.md", "export.json", "SHA256SUMS"}
@@ -229,7 +234,7 @@ def test_a_student_is_taken_away(tmp_path, capsys, format):
     assert max(check["difference"] for check in checks) < 1e-5
     assert str(folder) in capsys.readouterr().out
     found = run_readme(folder, *(["torch"] if format == "onnx" else []))
-    expected = student.answer({"x": torch.from_numpy(found["x"])})
+    expected = student.predict({"x": torch.from_numpy(found["x"])})
     np.testing.assert_allclose(found["model"]({"x": found["x"]}), expected.numpy(), atol=1e-6)
     assert capsys.readouterr().out.strip() == str(expected.argmax(1).numpy())
 
@@ -249,8 +254,8 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"original": slightly_wrong}, "on 10 of 10 rows it differs by more than 0.001, at most by 0.01; nothing"),
-        ({"original": lambda x: x}, "differs by more than 0.001, at most by inf"),
+        ({"reference": slightly_wrong}, "on 10 of 10 rows it differs by more than 0.001, at most by 0.01; nothing"),
+        ({"reference": lambda x: x}, "differs by more than 0.001, at most by inf"),
         ({"model": Branching()}, "student cannot be exported as"),
     ],
 )
@@ -258,7 +263,7 @@ def test_an_export_that_says_something_else_leaves_nothing(tmp_path, format, cha
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").write_text("an earlier one")
     with pytest.raises(UserError, match=complaint):
-        take_away("student", tiny_exportable(**changes), format, tmp_path / "export")
+        export_student("student", tiny_exportable(**changes), format, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["an earlier one"]
 
@@ -266,29 +271,29 @@ def test_an_export_that_says_something_else_leaves_nothing(tmp_path, format, cha
 def test_every_dynamic_axis_must_be_tried_at_another_size():
     x = torch.randn(9, 6)
     with pytest.raises(ValueError, match="no other size of x's batch is tried"):
-        tiny_exportable(others=[{"x": x[:2]}, {"x": x[4:6]}])
+        tiny_exportable(test_inputs=[{"x": x[:2]}, {"x": x[4:6]}])
 
 
 def test_what_is_the_same_answer():
     said = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
     close = said + np.array([[1e-4, 0], [0, 0], [0, 5e-4]])  # the tie turns
-    np.testing.assert_allclose(apart(said, close), [1e-4, 0, 5e-4])
-    refuse_other_answers("student", apart(said, close), "texts")
+    np.testing.assert_allclose(max_abs_difference(said, close), [1e-4, 0, 5e-4])
+    check_equal("student", max_abs_difference(said, close), "texts")
     for wrong in (0.1, float("nan")):
         other = said + np.array([[0, 0], [0, wrong], [0, 0]])
         with pytest.raises(UserError, match="on 1 of 3 texts"):
-            refuse_other_answers("student", apart(said, other), "texts")
-        refuse_other_answers("student", apart(said, other), "texts", tied=0.001)  # one row at least
-    assert apart(np.zeros((2, 3)), np.zeros((2, 1))).tolist() == [np.inf, np.inf]
-    assert apart(np.array([1, 3]), np.array([1, 2])).tolist() == [0, 1]
+            check_equal("student", max_abs_difference(said, other), "texts")
+        check_equal("student", max_abs_difference(said, other), "texts", ties=0.001)  # one row at least
+    assert max_abs_difference(np.zeros((2, 3)), np.zeros((2, 1))).tolist() == [np.inf, np.inf]
+    assert max_abs_difference(np.array([1, 3]), np.array([1, 2])).tolist() == [0, 1]
 
 
 def test_only_a_bottleneck_may_have_ties():
     x = torch.randn(4, 6)
     with_keys = nn.Sequential(nn.Linear(6, 4), DiscreteKeyValueBottleneck(4, 3, codebooks=2, pairs=4))
-    example: dict[str, Any] = {"inputs": {"input": x[:2]}, "others": [{"input": x}]}
-    assert tiny_exportable(model=with_keys, **example).tied > 0
-    assert tiny_exportable().tied == 0
+    example: dict[str, Any] = {"inputs": {"input": x[:2]}, "test_inputs": [{"input": x}]}
+    assert share_of_ties(tiny_exportable(model=with_keys, **example).model) > 0
+    assert share_of_ties(tiny_exportable().model) == 0
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 import sacrebleu
 import torch
 
-from kd.common.metrics.generation import translation_metrics
-from kd.common.metrics.language import token_counts, token_metrics
+from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
 from kd.common.objective import IGNORED
 
 HYPOTHESES = ["Ein Hund läuft über die Wiese.", "Zwei Männer, die reden", "Das Haus"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd.common.metrics.language import language_metrics, token_agreement, token_counts
+from kd.common.metrics.quality import language_metrics, token_agreement, token_counts
 from kd.common.objective import IGNORED
 
 

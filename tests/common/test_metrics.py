@@ -10,9 +10,8 @@ from scipy.stats import rankdata
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
-from kd.common.metrics.classification import agreement, classification_metrics, top_k_accuracy
 from kd.common.metrics.cost import cost, flops, latency, megabytes, parameters
-from kd.common.metrics.regression import regression_metrics
+from kd.common.metrics.quality import agreement, classification_metrics, regression_metrics, top_k_accuracy
 
 
 def logits_of(predicted, classes):

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from kd.common import cli
-from kd.common.reporting import report
+from kd.common.reporting import comparison
+from kd.common.reporting.__main__ import main
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import headline, print_table, write_report
 from kd.common.utils.files import read_json, write_json, write_text
@@ -84,7 +85,7 @@ def write_runs(folder: Path, *runs: dict[str, Any]) -> list[str]:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda: report.main(list(argv)))
+        cli.run(lambda: main(list(argv)))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     return error
@@ -196,10 +197,20 @@ def test_model_card_states_what_is_known(tmp_path: Path) -> None:
     assert "how much the teacher helped is unknown" in model_card(results(control=None), "")
 
 
+def averaged(folders: list[str]) -> list[dict[str, str]]:
+    """The rows of the CSV file."""
+    table = Path(folders[0]).parent / "averages.csv"
+    main([*folders, "--csv", str(table)])
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
 def test_learning_rates_of_a_sweep_are_rows_of_their_own(tmp_path: Path) -> None:
     runs = [results(seed, 0.8) | {"learning_rate": rate} for seed in (0, 1) for rate in (0.1, 0.01)]
-    rows = report.comparison(write_runs(tmp_path, *runs))
-    assert [(row["method"], row["seeds"]) for row in rows] == [("soft_targets at 0.01", 2), ("soft_targets at 0.1", 2)]
+    rows = averaged(write_runs(tmp_path, *runs))
+    assert [(row["method"], row["seeds"]) for row in rows] == [
+        ("soft_targets at 0.01", "2"),
+        ("soft_targets at 0.1", "2"),
+    ]
 
 
 def test_retention_says_where_it_counts_from() -> None:
@@ -208,24 +219,26 @@ def test_retention_says_where_it_counts_from() -> None:
     assert "97.7% of the way from -3.000, no skill at all, to the teacher's 0.9000." in headline(returns)
 
 
-def test_comparison_over_seeds(tmp_path: Path) -> None:
+def test_comparison_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [results(0, 0.80, 0.78), results(1, 0.82, 0.78), results(2, 0.87, None), results(0, method="hint")]
-    hint, soft = report.comparison(write_runs(tmp_path, *runs))
+    hint, soft = averaged(write_runs(tmp_path, *runs))
     assert (soft["domain"], soft["task"], soft["method"]) == ("NLP", "clinc150", "soft_targets")
-    assert (soft["metric"], soft["seeds"]) == ("validation accuracy", 3)
+    assert (soft["metric"], soft["seeds"]) == ("validation accuracy", "3")
     # 0.80, 0.82, 0.87: mean 0.83, squared deviations 0.0009 + 0.0001 + 0.0016 = 0.0026, over n - 1 = 2
-    assert soft["student"].mean == pytest.approx(0.83)
-    assert soft["student"].std == pytest.approx(0.0013**0.5)
+    assert float(soft["student_mean"]) == pytest.approx(0.83)
+    assert float(soft["student_std"]) == pytest.approx(0.0013**0.5)
     # gains 0.02 and 0.04: mean 0.03, squared deviations 2 * 0.0001, over n - 1 = 1
-    assert (soft["gain"].mean, soft["gain"].std) == (pytest.approx(0.03), pytest.approx(0.0002**0.5))
-    assert (soft["gain"].n, soft["control"].n, soft["control"].std) == (2, 2, 0)
-    assert hint["seeds"] == 1 and hint["student"] == report.Spread(0.81, None, 1)
+    assert float(soft["gain_mean"]) == pytest.approx(0.03)
+    assert float(soft["gain_std"]) == pytest.approx(0.0002**0.5)
+    assert float(soft["control_std"]) == 0
+    assert "0.0300 ± 0.0141 (n=2)" in capsys.readouterr().out  # one of three runs has no control
+    assert hint["seeds"] == "1" and (float(hint["student_mean"]), hint["student_std"]) == (0.81, "")
 
 
 def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = write_runs(tmp_path, results(0), results(0, 0.5))
-    assert report.comparison(folders)[0]["student"] == report.Spread(0.81, None, 1)
-    report.main(folders)
+    (row,) = averaged(folders)
+    assert (row["student_mean"], row["seeds"]) == ("0.81", "1")
     assert f"left out: {folders[1]} repeats seed 0 of NLP, clinc150, soft_targets, as {folders[0]} has it" in (
         capsys.readouterr().out
     )
@@ -234,9 +247,9 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_students_of_two_sizes_are_two_rows(tmp_path: Path) -> None:
     small = results(1, 0.7)
     small["models"]["student"]["parameters"] = 1000
-    rows = report.comparison(write_runs(tmp_path, results(0), small))
-    assert [row["parameters"].mean for row in rows] == [1000, 1_234_567]
-    assert [row["seeds"] for row in rows] == [1, 1]
+    rows = averaged(write_runs(tmp_path, results(0), small))
+    assert [float(row["parameters_mean"]) for row in rows] == [1000, 1_234_567]
+    assert [row["seeds"] for row in rows] == ["1", "1"]
 
 
 def test_runs_are_found_below_a_folder_as_under_a_shell_s_stars(tmp_path: Path) -> None:
@@ -245,7 +258,7 @@ def test_runs_are_found_below_a_folder_as_under_a_shell_s_stars(tmp_path: Path) 
     (tmp_path / "a" / "notes.md").touch()
     everything = [tmp_path, *tmp_path.rglob("*")]
     for places in ([tmp_path], [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"], everything):
-        folders, problems = report.find_runs(places)
+        folders, problems = comparison.find_runs(places)
         assert folders == [tmp_path / "a" / "b" / "0", tmp_path / "a" / "b" / "1"] and not problems
 
 
@@ -256,7 +269,7 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
     broken = [str(tmp_path / "unfinished"), str(tmp_path / "old"), str(tmp_path / "absent")]
     markdown, table, plot = tmp_path / "new" / "t.md", tmp_path / "t.csv", tmp_path / "t.png"
     files = ["--markdown", str(markdown), "--csv", str(table), "--plot", str(plot)]
-    report.main([*folders, *broken, *files])
+    main([*folders, *broken, *files])
     output = capsys.readouterr().out.replace("\n", " ")
     assert "0.8200 ± 0.0283" in output and "0.8100 ± –" in output
     assert f"left out: {broken[0]} has no results.json: it is unfinished" in output
@@ -273,7 +286,7 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_plot_has_a_point_for_each_model_and_size() -> None:
     runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
-    (panel,) = report._panels(runs).items()
+    (panel,) = comparison._panels(runs).items()
     assert panel[0] == ("clinc150", "validation accuracy")
     assert panel[1]["teacher", False] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
     assert panel[1]["soft_targets", False] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]
@@ -308,7 +321,7 @@ def test_a_damaged_run_among_others_is_named_and_left_out(
     write_runs(tmp_path, results(0), results(1))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "results.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    report.main([str(tmp_path)])
+    main([str(tmp_path)])
     output = capsys.readouterr().out
     assert "0.8100 ± 0.0000" in output
     said = output.replace("\n", " ")
@@ -321,7 +334,7 @@ def test_links_that_lead_in_a_circle_or_nowhere(tmp_path: Path, capsys: pytest.C
     (tmp_path / "self").symlink_to("self")
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "results.json").symlink_to("nothing")
-    report.main([str(tmp_path), str(tmp_path / "self")])
+    main([str(tmp_path), str(tmp_path / "self")])
     output = " ".join(capsys.readouterr().out.split())
     assert "0.8100 ± –" in output
     assert f"left out: cannot read {tmp_path}/self: Too many levels of symbolic links" in output
@@ -341,5 +354,5 @@ def test_a_folder_that_cannot_be_read_is_named(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    report.main([str(tmp_path)])
+    main([str(tmp_path)])
     assert f"left out: cannot read {tmp_path}/secret: Permission denied" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, trim_mean
 
-from kd.common.metrics.returns import normalized_return, return_metrics
+from kd.common.metrics.quality import normalized_return, return_metrics
 
 
 def test_by_hand():

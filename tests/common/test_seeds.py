@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kd.common.cli import parse
-from kd.common.reporting.report import read_runs
+from kd.common.reporting.comparison import read_runs
 from kd.common.reporting.results import validate
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.run import Run

@@ -13,13 +13,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from kd.common.data.fingerprints import outputs_key
 from kd.common.training import teacher_outputs
 from kd.common.training.teacher_outputs import (
     JoinedOutputs,
     TeacherOutputs,
     cache_outputs,
     cache_teacher_outputs,
-    outputs_key,
 )
 from kd_testing.processes import in_processes
 from kd_testing.tiny import model

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd.common.losses import feature_l2, soft_target_kl
-from kd.common.metrics.classification import classification_metrics
+from kd.common.metrics.quality import classification_metrics
 from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.batching import LengthGroupedSampler
@@ -98,7 +98,7 @@ sys.path.insert(0, sys.argv[1])
 import kd.common
 from kd_testing.tiny import Rows, arguments, kd, model
 from kd.common.losses import feature_l2
-from kd.common.metrics.classification import classification_metrics
+from kd.common.metrics.quality import classification_metrics
 from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import end_processes

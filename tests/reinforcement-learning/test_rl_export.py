@@ -42,7 +42,7 @@ def exported(run: Path, format: str) -> Any:
 def loaded(run: Path, format: str) -> Any:
     if format == "onnx":
         graph = OnnxModel(run / "export" / "model.onnx")
-        return lambda rows: graph.answer(observations=torch.as_tensor(rows)).numpy()
+        return lambda rows: graph.predict(observations=torch.as_tensor(rows)).numpy()
     program = load_program(run / "export" / "model.pt2")
     return lambda rows: program(torch.as_tensor(rows)).detach().numpy()
 

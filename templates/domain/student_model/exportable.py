@@ -24,8 +24,8 @@ def load(name: str, task: str | None) -> Exportable:
     return Exportable(
         model,
         inputs={"values": signals[:2]},
-        others=[{"values": signals[:1, LENGTH // 2 :]}, {"values": signals}],
+        test_inputs=[{"values": signals[:1, LENGTH // 2 :]}, {"values": signals}],
         axes={0: "batch", 1: "length"},
         usage=USAGE,
-        beside=model.config.save_pretrained,
+        write_files=model.config.save_pretrained,
     )

@@ -1,8 +1,14 @@
-"""Bottlenecks behind finished encoders, under every kind of keys: what the table of study_keys.py is made of.
+"""When does carrying keys pay? A student's bottleneck with keys from every source, in settings where they may matter.
 
-Encoders, aligned or not, embed the texts once; then a cell of the table trains only values, in seconds.
+    python benchmarks/key_study.py runs/NLP/keys_carried_seed* --dataset clinc_oos --markdown keys.md
+
+Reads finished runs of distill_keys_carried.sh on one dataset (one per seed): their encoders, aligned or not, embed the
+texts once; then each cell trains only values, in seconds. Cells: the student's validation accuracy, mean and standard
+deviation over the runs.
 """
 
+import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,9 +16,12 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from kd.common.bottleneck.codes import Keys, set_keys
+from kd.common.bottleneck.arguments import Keys
 from kd.common.bottleneck.module import Decoder, DiscreteKeyValueBottleneck
+from kd.common.bottleneck.training import CodeDataset, embed_samples, set_keys
+from kd.common.cli import Parser, run
 from kd.common.objective import Objective, soft_targets, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
@@ -21,10 +30,10 @@ from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.errors import UserError
+from kd.common.utils.files import write_text
 from kd.nlp.data.loading import load_text_data
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.fill import code_dataset, embed_texts
 from kd.nlp.student_model.layers import cut_layers, load_encoder
 from kd.nlp.teacher_model.teacher import load_classifier
 
@@ -34,7 +43,7 @@ GROUPS = 10  # of classes that arrive one after another
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table. `labels`: texts per class that the values may learn from (None: all)."""
+    """A row of the table. `labels`: number of labelled texts per class for the values (None: all)."""
 
     title: str
     decoder: Decoder = "linear"
@@ -59,6 +68,41 @@ SETTINGS = [
 ]
 
 
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="finished runs of distill_keys_carried.sh")
+    parser.add_argument("--dataset", required=True, help="the dataset of those runs")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    probes = []
+    for folder in args.runs:
+        study = KeyStudy(folder, args.dataset)
+        probes.append(study.linear_probe_one_after_another())
+        for setting in tqdm(SETTINGS, desc=str(folder)):
+            for keys in KEYS:
+                if keys != "reused" or (setting.labels is None and not setting.one_after_another):
+                    cells[setting.title, keys].append(study.accuracy(setting, keys))
+    table = [
+        f"| validation accuracy, {len(args.runs)} runs | " + " | ".join(KEYS) + " |",
+        "|---|" + "---|" * len(KEYS),
+    ]
+    for setting in SETTINGS:
+        row = [mean_and_deviation(cells[setting.title, keys]) for keys in KEYS]
+        table.append(f"| {setting.title} | " + " | ".join(row) + " |")
+    table.append(f"\nLinear probe, classes in {GROUPS} groups one after another: {mean_and_deviation(probes)}.")
+    if args.markdown:
+        write_text(args.markdown, "\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
 class OnCodes(nn.Module):
     """A bottleneck as a model of cached codes."""
 
@@ -71,24 +115,22 @@ class OnCodes(nn.Module):
 
 
 @dataclass
-class Embedded:
+class Embeddings:
     """One encoder's embeddings of the training and validation texts."""
 
     train: Tensor
     validation: Tensor
 
 
-def embed(encoder: Any, texts: Texts) -> Embedded:
+def embed(encoder: Any, texts: Texts) -> Embeddings:
     model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, pairs=1)
     precision = resolve_precision("auto")
-    train, validation = (
-        torch.stack(embed_texts(model, split, texts.collate, precision)) for split in (texts.train, texts.validation)
-    )
-    return Embedded(train, validation)
+    splits = texts.train, texts.validation
+    return Embeddings(*(torch.stack(embed_samples(model, rows, texts.collate, precision)) for rows in splits))
 
 
 class KeyStudy:
-    """One run's encoders and everything that is trained behind them."""
+    """One run's encoders, and the bottlenecks that are trained on their embeddings."""
 
     def __init__(self, folder: Path, dataset: str) -> None:
         self.data = load_text_data(dataset)
@@ -105,29 +147,31 @@ class KeyStudy:
         self.student = {True: embed(aligned, self.texts), False: embed(unaligned, self.texts)}
         self.labels = torch.tensor(self.texts.train["labels"])
         self.teachers: dict[tuple[Decoder, int], tuple[DiscreteKeyValueBottleneck, TeacherOutputs]] = {}
-        self.nothing_is_saved = TemporaryDirectory()  # but the trainer makes its folder
+        self.unused_folder = TemporaryDirectory()  # the trainer creates it, but saves nothing
         self.args = KDTrainingArguments(
-            output_dir=self.nothing_is_saved.name, eval_strategy="no", save_strategy="no", logging_strategy="no",
+            output_dir=self.unused_folder.name, eval_strategy="no", save_strategy="no", logging_strategy="no",
             report_to="none", disable_tqdm=True, precision="fp32", train_sampling_strategy="random",
             per_device_train_batch_size=256, num_train_epochs=10, learning_rate=3e-3, value_learning_rate=3e-2,
         )  # fmt: skip
 
     def accuracy(self, setting: Setting, keys: Keys) -> float:
-        teacher, said = self.teacher_bottleneck(setting.decoder, setting.pairs)
-        embedded = self.student[setting.aligned]
-        student = self.fresh(setting.decoder, setting.pairs)
-        set_keys(student, keys, teacher, embedded.train, seed=0)
+        """Validation accuracy of a student with those keys."""
+        teacher, teacher_outputs = self.teacher_bottleneck(setting.decoder, setting.pairs)
+        embeddings = self.student[setting.aligned]
+        student = self.untrained(setting.decoder, setting.pairs)
+        set_keys(student, keys, teacher, embeddings.train, seed=0)
         if keys != "reused":
-            codes = student.encode(embedded.train)
+            codes = student.encode(embeddings.train)
             if setting.one_after_another:
                 for classes in torch.arange(self.data.num_labels).tensor_split(GROUPS):
                     self.fit_values(student, codes, torch.isin(self.labels, classes).nonzero().flatten(), None, "sgd")
             else:
-                self.fit_values(student, codes, self.labelled(setting.labels), said)
-        return self.score(student, embedded.validation)
+                self.fit_values(student, codes, self.labelled(setting.labels), teacher_outputs)
+        with torch.no_grad():
+            return self.share_correct(student(embeddings.validation))
 
     def linear_probe_one_after_another(self) -> float:
-        """The same classes in the same order for a linear layer on the embedding: how much forgetting there is."""
+        """Validation accuracy of a linear layer that learns the same classes in the same order, for comparison."""
         torch.manual_seed(0)
         probe = nn.Linear(self.teacher.train.shape[1], self.data.num_labels)
         for classes in torch.arange(self.data.num_labels).tensor_split(GROUPS):
@@ -139,22 +183,23 @@ class KeyStudy:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-        return self._share_right(probe(self.student[True].validation))
+        return self.share_correct(probe(self.student[True].validation))
 
-    def fresh(self, decoder: Decoder, pairs: int) -> DiscreteKeyValueBottleneck:
+    def untrained(self, decoder: Decoder, pairs: int) -> DiscreteKeyValueBottleneck:
         torch.manual_seed(0)
         width = self.teacher.train.shape[1]
         return DiscreteKeyValueBottleneck(width, self.data.num_labels, pairs=pairs, decoder=decoder)
 
     def teacher_bottleneck(self, decoder: Decoder, pairs: int) -> tuple[DiscreteKeyValueBottleneck, TeacherOutputs]:
+        """The teacher's bottleneck of that shape, trained on labels, and its logits of the training texts."""
         if (decoder, pairs) not in self.teachers:
-            teacher = self.fresh(decoder, pairs)
+            teacher = self.untrained(decoder, pairs)
             set_keys(teacher, "new", None, self.teacher.train, seed=0)
             codes = teacher.encode(self.teacher.train)
             self.fit_values(teacher, codes, torch.arange(len(codes)), None)
             with torch.no_grad():
-                said = TeacherOutputs(torch.arange(len(codes)), teacher.decode(codes))
-            self.teachers[decoder, pairs] = teacher, said
+                outputs = TeacherOutputs(torch.arange(len(codes)), teacher.decode(codes))
+            self.teachers[decoder, pairs] = teacher, outputs
         return self.teachers[decoder, pairs]
 
     def fit_values(
@@ -162,31 +207,31 @@ class KeyStudy:
         bottleneck: DiscreteKeyValueBottleneck,
         codes: Tensor,
         rows: Tensor,
-        said: TeacherOutputs | None,
+        teacher_outputs: TeacherOutputs | None,
         optimizer: str = "adamw_torch",
     ) -> None:
-        """Trains values (and decoder) on some rows, with labels and, if given, the teacher's logits."""
+        """Trains values (and decoder) on some rows, with labels and, optionally, the teacher's logits."""
         terms: dict[str, Any] = {"task": (1.0, task_loss())}
-        if said is not None:
+        if teacher_outputs is not None:
             terms = {"task": (0.5, task_loss()), "soft_targets": (0.5, soft_targets(2.0))}
-        tokens = {"labels": self.labels[rows].tolist(), "sample_id": rows.tolist()}
         args = self.args
         args.optim, args.value_learning_rate = optimizer, 30.0 if optimizer == "sgd" else 3e-2
         args.num_train_epochs = 10 * max(1, len(codes) // len(rows) // 4) if optimizer != "sgd" else 10
         KDTrainer(
-            model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=said,
-            train_dataset=code_dataset(list(codes[rows]), tokens), data_collator=identity_collate,
+            model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=teacher_outputs,
+            train_dataset=CodeDataset(list(codes[rows]), self.labels[rows], rows), data_collator=identity_collate,
         ).train()  # fmt: skip
 
     def labelled(self, per_class: int | None) -> Tensor:
+        """Rows of the training texts in random order, at most so many of each class."""
         rows = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))
         if per_class is None:
             return rows
         return torch.cat([rows[self.labels[rows] == c][:per_class] for c in range(self.data.num_labels)])
 
-    @torch.no_grad()
-    def score(self, bottleneck: DiscreteKeyValueBottleneck, embeddings: Tensor) -> float:
-        return self._share_right(bottleneck(embeddings))
-
-    def _share_right(self, logits: Tensor) -> float:
+    def share_correct(self, logits: Tensor) -> float:
         return (logits.argmax(1) == torch.tensor(self.texts.validation["labels"])).float().mean().item()
+
+
+if __name__ == "__main__":
+    run(main)

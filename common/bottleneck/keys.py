@@ -1,0 +1,114 @@
+"""The keys of codebooks: nearest-key search, k-means, and moving averages across processes.
+
+C codebooks of K keys of one width: keys are (C, K, key_dim), heads, the parts of embeddings that look them up, are
+(rows, C, key_dim), codes, the indices of the nearest keys, are (rows, C).
+"""
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor
+
+SEARCH_BYTES = 64 * 2**20  # bound on one block of the (codebooks, rows, pairs) distance table
+LAPLACE = 1e-5
+
+
+def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
+    """Index of the nearest key (squared L2): heads (rows, C, key_dim), keys (C, K, key_dim) -> (rows, C), int64.
+
+    |x - k|^2 = |x|^2 + 2 (|k|^2 / 2 - x.k), so the argmin needs no distances. Rows are searched in blocks, which
+    bounds the memory for any number of rows. Exact fp32: TF32 would flip near ties.
+    """
+    if torch.compiler.is_exporting():  # a graph cannot have as many blocks as its batches will need
+        return _nearest(heads, keys)
+    block = max(1, SEARCH_BYTES // (4 * keys.shape[0] * keys.shape[1]))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return torch.cat([_nearest(rows, keys) for rows in heads.split(block)])
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def _nearest(heads: Tensor, keys: Tensor) -> Tensor:
+    half_norms = rearrange(keys.square().sum(-1) / 2, "c k -> c 1 k")
+    queries, keys = rearrange(heads, "row c d -> c row d"), rearrange(keys, "c k d -> c d k")
+    scores = torch.baddbmm(half_norms, queries, keys, alpha=-1)  # (c, row, k)
+    return rearrange(scores.argmin(-1), "c row -> row c")
+
+
+def count_codes(codes: Tensor, pairs: int) -> Tensor:
+    """How often each key is chosen (C, K), of codes (rows, C)."""
+    counts = torch.bincount(_flat(codes, pairs), minlength=codes.shape[1] * pairs)
+    return rearrange(counts.float(), "(c k) -> c k", k=pairs)
+
+
+def assign(heads: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Number (C, K) and sum (C, K, key_dim) of the heads that are nearest to each key, over all processes."""
+    codebooks, pairs, width = keys.shape
+    codes = nearest_keys(heads, keys)
+    counts = count_codes(codes, pairs)
+    sums = heads.new_zeros(codebooks * pairs, width)
+    sums.index_add_(0, _flat(codes, pairs), rearrange(heads, "row c d -> (row c) d"))
+    sums = rearrange(sums, "(c k) d -> c k d", k=pairs)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+        dist.all_reduce(sums)
+    return counts, sums
+
+
+def _flat(codes: Tensor, pairs: int) -> Tensor:
+    """Codes (rows, C) as indices (rows * C,) into the keys of all codebooks, one codebook after another."""
+    offsets = torch.arange(codes.shape[1], device=codes.device) * pairs
+    return rearrange(codes + offsets, "row c -> (row c)")
+
+
+def kmeans(heads: Tensor, pairs: int, generator: torch.Generator, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """Keys (C, K, key_dim) and their counts (C, K) by Lloyd's algorithm, starting from random heads.
+
+    The key of an empty cluster stays where it is.
+    """
+    keys = random_heads(heads, pairs, generator)
+    for _ in range(iterations):
+        counts, sums = assign(heads, keys)
+        means = sums / rearrange(counts.clamp(min=1), "c k -> c k 1")
+        keys = torch.where(rearrange(counts > 0, "c k -> c k 1"), means, keys)
+    return keys, counts
+
+
+def smoothed_mean(sums: Tensor, counts: Tensor) -> Tensor:
+    """Keys (C, K, key_dim): sums (C, K, key_dim) divided by counts (C, K) with Laplace smoothing."""
+    total = counts.sum(1, keepdim=True)
+    smoothed = (counts + LAPLACE) / (total + counts.shape[1] * LAPLACE) * total
+    return sums / rearrange(smoothed, "c k -> c k 1")
+
+
+def random_heads(heads: Tensor, pairs: int, generator: torch.Generator | None) -> Tensor:
+    """Random heads (C, pairs, key_dim), different rows for each codebook; the same on all processes."""
+    rows, codebooks, _ = heads.shape
+    repeats = -(-pairs // rows)  # a row is repeated only where there are fewer rows than pairs
+    picks = [
+        torch.cat([torch.randperm(rows, generator=generator) for _ in range(repeats)])[:pairs]
+        for _ in range(codebooks)
+    ]
+    of_codebook = rearrange(torch.arange(codebooks, device=heads.device), "c -> c 1")
+    chosen = heads[torch.stack(picks).to(heads.device), of_codebook]
+    if dist.is_initialized():
+        dist.broadcast(chosen, src=0)
+    return chosen
+
+
+def random_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """At most `limit` random rows."""
+    if len(rows) <= limit:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator)[:limit].to(rows.device)]
+
+
+def largest_across_processes(number: int) -> int:
+    """The largest number of any process: all must take the same number of steps, or the faster would wait forever."""
+    if not dist.is_initialized():
+        return number
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return max(numbers)
