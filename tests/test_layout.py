@@ -39,10 +39,9 @@ def test_domains_import_common_and_never_each_other():
 
 
 @pytest.mark.parametrize("script", sorted(REPO.glob("*/scripts/*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_name_a_recipe_and_can_be_run(script: Path):
+def test_shell_scripts_can_be_run_and_their_recipes_exist(script: Path):
     assert os.access(script, os.X_OK)
     recipes = [word.strip('"').removeprefix("$here/") for word in script.read_text().split() if ".yaml" in word]
-    assert recipes, "a .sh names a recipe"
     assert all((script.parent / recipe).exists() for recipe in recipes)
 
 
@@ -89,9 +88,9 @@ def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
     call(tmp_path, python, "-m", "pip", "install", *flags, wheel)
     shutil.rmtree(source)
     where = call(tmp_path, python, "-c", "import kd.nlp.scripts; print(kd.nlp.scripts.__path__[0])").strip()
-    assert where.startswith(str(tmp_path / "environment")) and Path(where, "base.yaml").exists()
+    assert where.startswith(str(tmp_path / "environment")) and Path(where, "clinc.yaml").exists()
     words = ["--max_steps", 2, "--no_control", "--output_dir", "run"]
-    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", Path(where, "base.yaml"), *words)
+    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", *words)
     call(tmp_path / "elsewhere", python, "-m", "kd.common.export", "run")
     assert (tmp_path / "elsewhere" / "run" / "export" / "model.onnx").exists()
     error = call(tmp_path, python, "-m", "kd.common.new_domain", "speech", status=2)

@@ -1,31 +1,49 @@
 """Distills a BERT teacher into a smaller student with a discrete key-value bottleneck; the teacher may have one too.
 
-    python NLP/scripts/distill_bottleneck.py NLP/scripts/keys_carried.yaml
+    python NLP/scripts/distill_bottleneck.py
     python NLP/scripts/distill_bottleneck.py NLP/scripts/new_keys.yaml --dataset clinc_oos --teacher bert-base-uncased
 
-The recipes keys_carried, new_keys and student_only are three of the four systems; `distill_*.sh` name them. The other,
-base, without any bottleneck, is distill_classifier.py.
+Three of the four systems have `distill_*.sh` of their names: keys_carried, which is the default, and the recipes
+new_keys and student_only. The other, base, without any bottleneck, is distill_classifier.py.
 """
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.training.arguments import KDTrainingArguments
-from kd.nlp.student_model.arguments import PairArguments, TextArguments, TextBottleneckArguments
-from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
+from kd.nlp.student_model.arguments import (
+    BottleneckTrainingArguments,
+    PairArguments,
+    TextArguments,
+    TextBottleneckArguments,
+)
+from kd.nlp.student_model.bottleneck_training import (
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+)
+from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
+from kd.nlp.student_model.report import evaluate_teacher, report
+from kd.nlp.student_model.training import open_run
 
 
 def main() -> None:
     text, pair, bottleneck, training = parse(
-        TextArguments, PairArguments, TextBottleneckArguments, KDTrainingArguments
+        TextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
     )
     reject_unused("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
-    data = text.load()
-    distillation = BottleneckDistillation(text, pair, bottleneck, training, data)
-    teacher = distillation.teacher()
-    control = None if training.no_control else distillation.control()
-    student = distillation.student(teacher)
-    distillation.report(teacher, control, student)
+    inputs = load_inputs(text, pair, training, text.load())
+    validate_arguments(inputs, pair, training)
+    validate_bottleneck(inputs, pair, bottleneck)
+    whole = open_run(inputs, training, text, pair, bottleneck)
+
+    teacher = train_bottleneck_teacher(whole, inputs, pair, bottleneck)
+    measured_teacher = evaluate_teacher(whole, inputs, teacher, pair.teacher)
+    for one in whole.each_seed():
+        inputs = inputs_of_seed(inputs, text, pair, training, one.args.seed)
+        control = None if training.no_control else train_bottleneck_control(one, inputs, pair, bottleneck)
+        student = train_bottleneck_student(one, inputs, pair, bottleneck, teacher)
+        report(one, inputs, bottleneck.system, pair.student, teacher, measured_teacher, control, student)
+    whole.summarize()
 
 
 if __name__ == "__main__":

@@ -1,30 +1,47 @@
-"""Distills a text classifier into a smaller one: soft targets, and whatever inside is to be matched.
+"""Distills a text classifier into a smaller one: soft targets, or another method, and the features to be matched.
 
-    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml
-    python NLP/scripts/distill_classifier.py NLP/scripts/base.yaml --dataset sst2 --teacher bert-base-uncased \\
+    python NLP/scripts/distill_classifier.py
+    python NLP/scripts/distill_classifier.py --seeds 0 1 2
+    python NLP/scripts/distill_classifier.py --dataset sst2 --teacher bert-base-uncased \\
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --alpha 0.1 --temperature 4
 
-The recipes base, clinc and sentiment have `distill_*.sh` of their names.
+The defaults are those of `distill_base.sh`; the recipes clinc and sentiment have `distill_*.sh` of their names.
 """
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.methods import flags_of
-from kd.common.training.arguments import KDTrainingArguments
-from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
-from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
+from kd.nlp.student_model.arguments import ClassifierTrainingArguments, MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_matching
+from kd.nlp.student_model.report import evaluate_teacher, report
+from kd.nlp.student_model.training import (
+    control_epochs,
+    load_or_train_teacher,
+    open_run,
+    train_control,
+    train_student,
+)
 
 
 def main() -> None:
-    text, pair, matching, training = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments)
+    text, pair, matching, training = parse(
+        TextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
+    )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
-    own = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
-    reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(own))
-    data = text.load()
-    distillation = ClassifierDistillation(text, pair, matching, training, data)
-    teacher = distillation.teacher()
-    control = None if training.no_control else distillation.control()
-    student = distillation.student(teacher)
-    distillation.report(teacher, control, student)
+    foreign = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
+    reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(foreign))
+    inputs = load_inputs(text, pair, training, text.load(), matching.more_teachers)
+    validate_arguments(inputs, pair, training)
+    validate_matching(inputs, pair, matching, training)
+    whole = open_run(inputs, training, text, pair, matching)
+
+    teacher = load_or_train_teacher(whole, inputs, pair)
+    measured_teacher = evaluate_teacher(whole, inputs, teacher, pair.teacher, matching.more_teachers)
+    for one in whole.each_seed():
+        inputs = inputs_of_seed(inputs, text, pair, training, one.args.seed)
+        control = None if training.no_control else train_control(one, inputs, pair, control_epochs(one, pair))
+        student = train_student(one, inputs, pair, matching, teacher)
+        report(one, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
+    whole.summarize()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@
     bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base keys_carried
 
 A task's teacher is fine-tuned once per seed and shared by all systems, as are its bottleneck, its cached logits, the
-controls and the aligned student. The same command again, also with more tasks, systems or seeds, trains only what is
-missing; a run that was killed goes on where it stopped.
+controls and the aligned student (`OUT/TASK/shared/seedN`). Each run is `OUT/TASK/SYSTEM/seedN`, its means over seeds
+`OUT/TASK/SYSTEM`. The same command again, also with more tasks, systems or seeds, trains only what is missing; a run
+that was killed continues where it stopped.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -19,17 +20,23 @@ from accelerate import PartialState
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.reporting.results import RECIPE, RESULTS
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import SEEDS_HELP, KDTrainingArguments
 from kd.common.training.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count
+from kd.common.utils.ranges import Count, Seed
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
-from kd.nlp.student_model.bottleneck_distillation import BottleneckDistillation
-from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
+from kd.nlp.student_model.bottleneck_training import (
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+)
 from kd.nlp.student_model.glue_report import SYSTEMS, show
+from kd.nlp.student_model.inputs import load_inputs, validate_arguments, validate_bottleneck, validate_matching
 from kd.nlp.student_model.methods import check_method, check_smoothing
+from kd.nlp.student_model.report import evaluate_teacher, report
+from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, open_run, train_control, train_student
 
 # Arguments that differ between two systems with a bottleneck, and those between one with and one without.
 OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
@@ -66,91 +73,121 @@ class GlueArguments:
         return str(found[0])
 
 
+@dataclass
+class GlueTrainingArguments(KDTrainingArguments):
+    """Training of every task and system."""
+
+    output_dir: str | None = "runs/NLP/glue"
+    seeds: list[Seed] | None = field(default_factory=lambda: [0], metadata={"help": SEEDS_HELP})
+
+
 def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
-        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, KDTrainingArguments
+        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, GlueTrainingArguments
     )
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
-    folder = Path(training.output_dir or "runs/NLP/glue")
+    folder = Path(training.output_dir)
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise
         classes = len(TASKS[task].label_names) or 1
         check_smoothing(training, task, classes)
         if "base" in glue.systems:
             check_method(matching.method, training, task, classes)
-    seeds, training.seeds = training.seeds or [training.seed], None  # of cells, which have one each
-    held = open_folders(folder, product(glue.tasks, seeds), training, (training, text, pair, bottleneck, matching))
-    for task, seed in product(glue.tasks, seeds):
+    seeds, training.seeds = training.seeds, None  # of runs, which have one each
+    cells = list(product(glue.tasks, seeds))
+    held = open_folders(folder, cells, training, (training, text, pair, bottleneck, matching))
+    for task, seed in cells:
         text.dataset, training.seed = sources[task], seed
         data = text.load()
-        epochs = glue.samples_per_stage / len(data.splits["train"])
+        shared, epochs = shared_folder(folder, task, seed), glue.samples_per_stage / len(data.splits["train"])
         for system in glue.systems:
             own = matching if system == "base" else of_system(bottleneck, system)
-            distill(own, text, *at_most(epochs, pair, training), data, folder / task / f"seed{seed}", system)
+            distill(system, own, text, *at_most(epochs, pair, training), data, shared)
     show(folder, glue.tasks)
     del held  # until now no other process works in the folder
 
 
 def open_folders(
-    folder: Path, cells_of: Iterable[tuple[str, int]], training: KDTrainingArguments, instances: tuple[Any, ...]
+    folder: Path, cells: Sequence[tuple[str, int]], training: KDTrainingArguments, instances: tuple[Any, ...]
 ) -> list[RunFolder]:
-    """In the main process: the table's folder and those of its cells, locked, and the latter emptied to start over."""
+    """In the main process: the table's folder and those of shared stages, locked. To start over, cells are emptied."""
     with PartialState().main_process_first():
         if not PartialState().is_main_process:
             return []
-        root = RunFolder(folder, ["glue.md"])
-        cells = [RunFolder(folder / t / f"seed{s}") for t, s in cells_of]
+        root = RunFolder(folder, ["glue.md", f"*/*/{RESULTS}", "*/*/report.md"])
         if starts_over(training):
-            for cell in cells:
-                cell.remove(instances)
-        return [root, *cells]
+            for task, seed in cells:
+                for mark in sorted((folder / task).glob(f"*/seed{seed}/{MARK}")):
+                    RunFolder(mark.parent, read_mark(mark.parent)["files"]).remove(instances)
+        return [root, *(RunFolder(shared_folder(folder, *cell)) for cell in cells)]
+
+
+def shared_folder(folder: Path, task: str, seed: int) -> Path:
+    """Of the stages that the systems of a task and seed share."""
+    return folder / task / "shared" / f"seed{seed}"
 
 
 def distill(
+    system: str,
     own: MatchingArguments | TextBottleneckArguments,
     text: TextArguments,
     pair: PairArguments,
     training: KDTrainingArguments,
     data: TextData,
     shared: Path,
-    system: str,
 ) -> None:
-    folder = shared / system
+    """A run of one system on one task with one seed; its stages but the student are stored in `shared`."""
+    folder = shared.parent.parent / system / shared.name
     training.output_dir, training.resume_from_checkpoint = str(folder), (folder / RECIPE).exists()
-    refuse_mixing(shared, system, (training, text, pair, own))
+    check_same_arguments(folder, system, (training, text, pair, own))
     if (folder / RESULTS).exists():
         print(f"{folder} is finished")
         return
-    distillation: ClassifierDistillation | BottleneckDistillation
+    inputs = load_inputs(text, pair, training, data, own.more_teachers if isinstance(own, MatchingArguments) else ())
+    validate_arguments(inputs, pair, training)
     if isinstance(own, MatchingArguments):
-        distillation = ClassifierDistillation(text, pair, own, training, data, shared=shared)
+        validate_matching(inputs, pair, own, training)
     else:
-        distillation = BottleneckDistillation(text, pair, own, training, data, shared=shared)
-    refuse_other_inputs(shared, system)
-    teacher = distillation.teacher()
-    control = None if training.no_control else distillation.control()
-    student = distillation.student(teacher)
-    distillation.report(teacher, control, student)
+        validate_bottleneck(inputs, pair, own)
+    run = open_run(inputs, training, text, pair, own)
+    check_same_inputs(folder)
+
+    epochs = control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
+    control = None
+    if isinstance(own, MatchingArguments):
+        teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder", shared)
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, own.more_teachers)
+        if not training.no_control:
+            control = train_control(run, inputs, pair, epochs, "control_encoder", shared)
+        student = train_student(run, inputs, pair, own, teacher, shared)
+    else:
+        teacher = train_bottleneck_teacher(run, inputs, pair, own, shared)
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher)
+        if not training.no_control:
+            control = train_bottleneck_control(run, inputs, pair, own, epochs, shared)
+        student = train_bottleneck_student(run, inputs, pair, own, teacher, shared)
+    method = own.method if isinstance(own, MatchingArguments) else own.system
+    report(run, inputs, method, pair.student, teacher, measured_teacher, control, student)
 
 
-def refuse_mixing(shared: Path, system: str, instances: tuple[Any, ...]) -> None:
-    """Raises UserError where systems of this cell, which share stages, were run with other arguments than these."""
-    for recipe in sorted(shared.glob(f"*/{RECIPE}")):
-        same_kind = (recipe.parent.name == "base") == (system == "base")
+def check_same_arguments(folder: Path, system: str, instances: tuple[Any, ...]) -> None:
+    """Raises UserError where systems of this task and seed, which share stages, have other arguments than these."""
+    for recipe in sorted(folder.parent.parent.glob(f"*/{folder.name}/{RECIPE}")):
+        same_kind = (recipe.parent.parent.name == "base") == (system == "base")
         refuse_other_arguments(recipe.parent, instances, OF_A_SYSTEM if same_kind else OF_A_SYSTEM | OF_A_KIND)
 
 
-def refuse_other_inputs(shared: Path, system: str) -> None:
-    """Raises UserError where systems of this cell, which share stages, began with other data or models."""
-    mine = read_mark(shared / system)["fingerprints"]
-    for mark in sorted(shared.glob(f"*/{MARK}")):
+def check_same_inputs(folder: Path) -> None:
+    """Raises UserError where systems of this task and seed, which share stages, began with other data or models."""
+    mine = read_mark(folder)["fingerprints"]
+    for mark in sorted(folder.parent.parent.glob(f"*/{folder.name}/{MARK}")):
         theirs = read_mark(mark.parent)["fingerprints"]
         changed = [name for name in mine.keys() & theirs.keys() - {RECIPE} if mine[name] != theirs[name]]
         if changed:
             raise UserError(
-                f"{shared / system} cannot share stages with {mark.parent}: {' and '.join(sorted(changed))} changed "
-                "since that run began; restore it, or choose another --output_dir"
+                f"{folder} cannot share stages with {mark.parent}: {' and '.join(sorted(changed))} changed since that "
+                "run began; restore it, or choose another --output_dir"
             )
 
 

@@ -8,19 +8,18 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset ne
 from kd.common.cli import Parser, run
 from kd.common.reporting.results import show_metrics
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import measured_data
-from kd.nlp.student_model.evaluation import evaluate
+from kd.nlp.student_model.evaluation import add_data_arguments, evaluate, load_data_of
 from kd.nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="folder or Hub name of a classifier")
-    measured_data.add_data_flags(parser)
+    add_data_arguments(parser)
     parser.add_argument("--json", help="also write the metrics to this file")
     args = parser.parse_args()
 
-    data = measured_data.load(args.model, args)
+    data = load_data_of(args.model, args)
     classifier = load_trained(args.model, data)
     texts = Texts.of(data, classifier.tokenizer)
     measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)

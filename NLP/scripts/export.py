@@ -41,8 +41,7 @@ from kd.common.utils.files import write_json, write_text
 from kd.common.utils.folders import writing_folder
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import measured_data
-from kd.nlp.student_model.evaluation import metrics_by_split, one_text, predict
+from kd.nlp.student_model.evaluation import add_data_arguments, load_data_of, metrics_by_split, one_text, predict
 from kd.nlp.student_model.exportable import classifier_usage
 from kd.nlp.teacher_model.teacher import load_trained
 
@@ -65,7 +64,7 @@ Models = dict[str, tuple[Any, Texts]]  # a model, and the data in the tokens of 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("student", help="folder or Hub name of a classifier")
-    measured_data.add_data_flags(parser)
+    add_data_arguments(parser)
     parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--teacher", help="folder or Hub name of a classifier to compare with")
     parser.add_argument("--output_dir", help="default: export, beside the student's folder")
@@ -76,7 +75,7 @@ def main() -> None:
     PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    data = measured_data.load(args.student, args)
+    data = load_data_of(args.student, args)
     names = {"teacher": args.teacher, "student": args.student}
     models = {role: load_classifier(name, data) for role, name in names.items() if name}
     student, texts = models["student"]

@@ -1,10 +1,10 @@
 """Searches the weight of the labels, the temperature and the learning rate with which a classifier is best distilled.
 
-    python NLP/scripts/search.py NLP/scripts/search.yaml --dataset intents --teacher runs/NLP/base/stages/teacher
+    python NLP/scripts/search.py --dataset intents --teacher runs/NLP/base/stages/teacher
 
 Optuna suggests, transformers' Trainer trains, the validation split decides; the test split is not read. The teacher is
-a trained classifier (here that of a run of distill_base.sh) and speaks once for all trials. A trial on labels alone,
-at the middle of the learning rates, shows what the search found. Leaves search.json, search.md, search.png, best.yaml.
+a trained classifier (here that of a run of distill_base.sh), whose logits are cached for all trials. A trial on labels
+alone, at the middle of the learning rates, is the reference. Writes search.json, search.md, search.png, best.yaml.
 """
 
 from dataclasses import replace
@@ -12,18 +12,17 @@ from dataclasses import replace
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model.arguments import SearchArguments, TextArguments
+from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
-from kd.nlp.student_model.pipeline import Pipeline
-from kd.nlp.student_model.search import Search, SearchRun
-from kd.nlp.student_model.search_report import Report
+from kd.nlp.student_model.search import SearchRun, run_trials
+from kd.nlp.student_model.search_report import write_search_report
+from kd.nlp.student_model.training import set_trainable, switch_off_dropout, teacher_logits
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     in_label_order,
@@ -34,7 +33,7 @@ from kd.nlp.teacher_model.teacher import (
 
 
 def main() -> None:
-    text, args, training = parse(TextArguments, SearchArguments, KDTrainingArguments)
+    text, args, training = parse(TextArguments, SearchArguments, SearchTrainingArguments)
     reject_unused("--search varies it", training, *args.search)
     reason = "trials keep no checkpoints, and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
@@ -50,21 +49,22 @@ def main() -> None:
     set_seed(training.seed)  # for the random head of a student that comes without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
-    for classifier in (teacher, student):
-        classifier.cut_texts(text.max_length)
+    for start in (teacher, student):
+        start.cut_texts(text.max_length)
     texts = Texts.of(data, student.tokenizer)
-    texts_of_teacher = Texts.of(data, teacher.tokenizer) if args.student else texts
-
+    teacher_texts = Texts.of(data, teacher.tokenizer) if args.student else texts
     search_run = SearchRun(training, text, args)
-    starts = {"teacher": teacher, "student": student}
-    search_run.check_inputs(data.fingerprint, **models_and_tokenizers(starts))
-    entry, _ = evaluate(args.teacher, teacher.model, data, texts_of_teacher.splits, texts_of_teacher.collate)
-    search_run.warn(guessing(entry, data, texts_of_teacher.splits))
-    said = Pipeline(search_run, "cls", search_run.folder / "teacher_outputs").listen(teacher.model, texts_of_teacher)
-    search = Search(search_run, student.model, texts, said)
-    control = None if training.no_control else search.trials("control", args.ranges_of_the_control, 1)[0]
-    trials = search.trials("trials", args.ranges, args.trials)
-    Report(text, args, search, trials, control).write()
+    search_run.check_inputs(data.fingerprint, **models_and_tokenizers({"teacher": teacher, "student": student}))
+
+    entry, _ = evaluate(args.teacher, teacher.model, data, teacher_texts.splits, teacher_texts.collate)
+    search_run.warn(guessing(entry, data, teacher_texts.splits))
+    outputs = teacher_logits(search_run, teacher.model, teacher_texts)
+    switch_off_dropout(student.model)
+    set_trainable(student.model)  # all but its embeddings, as distill_classifier.py does
+    tried = student.model, texts, outputs
+    control = None if training.no_control else run_trials(search_run, "control", args.control_ranges, 1, *tried)[0]
+    trials = run_trials(search_run, "trials", args.ranges, args.trials, *tried)
+    write_search_report(search_run, text, args, texts, trials, control)
 
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:

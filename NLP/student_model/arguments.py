@@ -8,6 +8,7 @@ from kd.common.bottleneck.arguments import BottleneckArguments
 from kd.common.cli import reject_unused
 from kd.common.data.sources import print_notes
 from kd.common.methods import METHODS
+from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.student_model.methods import HiddenLoss, LayerMap
@@ -15,6 +16,31 @@ from kd.nlp.student_model.methods import HiddenLoss, LayerMap
 Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
 SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest is to say something
+
+
+@dataclass
+class ClassifierTrainingArguments(KDTrainingArguments):
+    """Training as suits BERT and smaller encoders."""
+
+    output_dir: str | None = "runs/NLP/base"
+    learning_rate: float = field(default=1.5e-4, metadata={"help": "of encoders that learn a task"})
+    per_device_train_batch_size: int = 48
+    per_device_eval_batch_size: int = 256
+
+
+@dataclass
+class BottleneckTrainingArguments(ClassifierTrainingArguments):
+    """Likewise, for a student with a bottleneck."""
+
+    output_dir: str | None = "runs/NLP/keys_carried"
+    value_learning_rate: Positive | None = field(default=3e-2, metadata={"help": "of a bottleneck's values"})
+
+
+@dataclass
+class SearchTrainingArguments(ClassifierTrainingArguments):
+    """Likewise, for the trials of a search."""
+
+    output_dir: str | None = "runs/NLP/search"
 
 
 @dataclass
@@ -66,7 +92,7 @@ class PairArguments:
         if self.student:
             reject_unused("the control starts as --student does", self, "control_from")
 
-    def refuse_ignored_of(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
+    def reject_unused_flags(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
         """Raises UserError for flags that are not those of what was loaded: `teacher_...`, or any model."""
         if teacher_is_trained:
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "scratch_epochs")
@@ -175,7 +201,7 @@ class SearchArguments:
         return {name: tuple(getattr(self, f"{name}_range")) for name in SEARCHABLE if name in self.search}
 
     @property
-    def ranges_of_the_control(self) -> Ranges:
+    def control_ranges(self) -> Ranges:
         """Labels alone, at the middle of the learning rates: a single point."""
         ranges = {"alpha": (1.0, 1.0)}
         if "learning_rate" in self.search:

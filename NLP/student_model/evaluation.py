@@ -1,5 +1,6 @@
 """What a text model is worth: metrics per split, computed the same way during training, at its end and afterwards."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel
 
+from kd.common.data.sources import print_notes
 from kd.common.metrics.chance import classifier_warning, regressor_warning
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import (
@@ -19,8 +21,9 @@ from kd.common.metrics.quality import (
     threshold_metrics,
 )
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
-from kd.nlp.data.loading import TextData
+from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
+from kd.nlp.teacher_model.teacher import labels_of
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -101,3 +104,23 @@ def one_text(splits: dict[str, Dataset], collate: Collate, device: torch.device)
     rows = next((rows for split, rows in splits.items() if split.startswith("validation")), [*splits.values()][-1])
     middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
     return {name: value.to(device) for name, value in collate([rows[middle]]).items() if name not in NOT_INPUTS}
+
+
+# ---- data on which a saved classifier is measured ----
+
+
+def add_data_arguments(parser: ArgumentParser) -> None:
+    """The flags that `load_data_of` reads."""
+    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config], local folder or file")
+    parser.add_argument("--text_columns", nargs="+", help="one column, or two for pairs")
+    parser.add_argument("--label_column")
+
+
+def load_data_of(model: str, args: Namespace) -> TextData:
+    """The data of the flags with the labels of `model`, a folder or Hub name; no train split is needed. Prints what
+    was inferred. Raises UserError where the data have other labels.
+    """
+    kind, labels = labels_of(model)
+    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)
+    print_notes(data.name, data.notes)
+    return data

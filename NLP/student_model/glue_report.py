@@ -1,11 +1,13 @@
 """One table of GLUE: tasks by teacher, control and systems, mean and standard deviation over seeds."""
 
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kd.common.reporting.results import RESULTS, validate
+from kd.common.reporting.comparison import over_seeds
+from kd.common.reporting.results import RESULTS, validate, write_report
 from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
@@ -26,8 +28,13 @@ Runs = dict[str, list[dict[str, Any]]]  # by system, the results of all seeds
 
 
 def show(folder: Path, tasks: list[str]) -> None:
-    """Prints the table of the finished runs `folder/TASK/seedN/SYSTEM`; writes glue.md with all metrics."""
+    """Prints the table of the finished runs `folder/TASK/SYSTEM/seedN`; writes glue.md with all metrics, and the means
+    of each system.
+    """
     found = {task: read_systems(folder / task) for task in tasks}
+    for task, system in product(tasks, SYSTEMS):
+        if runs := found[task][system]:
+            write_report(folder / task / system, over_seeds(runs), None)
     found = {task: runs for task, runs in found.items() if any(runs.values())}
     if not found:
         raise UserError(f"no finished run in {folder}")
@@ -42,7 +49,7 @@ def show(folder: Path, tasks: list[str]) -> None:
 def read_systems(folder: Path) -> Runs:
     runs: Runs = {}
     for system in SYSTEMS:
-        runs[system] = [read_json(path) for path in sorted(folder.glob(f"seed*/{system}/{RESULTS}"))]
+        runs[system] = [read_json(path) for path in sorted(folder.glob(f"{system}/seed*/{RESULTS}"))]
         for results in runs[system]:
             validate(results)
     return runs

@@ -15,7 +15,6 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import Corpus, pack, stack
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths
 from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
-from kd.nlp.student_model.pipeline import switch_off_dropout
 from kd.nlp.student_model.sequence_distillation import (
     CUT,
     Splits,
@@ -36,6 +35,7 @@ from kd.nlp.student_model.sequence_evaluation import (
     first_words,
     one_line,
 )
+from kd.nlp.student_model.training import switch_off_dropout
 from kd.nlp.teacher_model.generative import SCRATCH, Generator, byte_level_bpe, load_language_model, random_gpt2
 
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}

@@ -23,10 +23,11 @@ from kd.common.methods import (
     match,
     some_of_each_class,
 )
-from kd.common.objective import FeatureLoss, FeatureTerm, Transform
+from kd.common.objective import FeatureLoss, FeatureTerm, Transform, soft_targets, task_loss
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
@@ -248,3 +249,17 @@ def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = ""
         if path.startswith(f"{below}." if below else "") and path.split(".")[-1] in names:
             return path
     raise UserError(f"{type(model).__name__} has no part called {' or '.join(names)}: leave that weight at 0")
+
+
+# ---- what a classifier is trained for ----
+
+
+def labels_only(data: TextData, training: KDTrainingArguments) -> Method:
+    return Method({"task": (1.0, task_loss(data.regression, training.label_smoothing_factor))})
+
+
+def labels_and_logits(data: TextData, training: KDTrainingArguments) -> Method:
+    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
+    alpha, task = training.alpha, task_loss(data.regression, training.label_smoothing_factor)
+    soft = soft_targets(training.temperature, data.regression)
+    return Method({"task": (alpha, task), "soft_targets": (1 - alpha, soft)})

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kd.common.data.labels import Kind
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
@@ -199,6 +200,18 @@ def in_label_order(name: str, data: TextData) -> TextData:
 def classifies(config: Any) -> bool:
     """Whether a model is a classifier of texts, by its config."""
     return (config.architectures or [""])[0].endswith(CLASSIFIERS)
+
+
+def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
+    """What a classifier predicts: classes with their names, in the order of its outputs, or scores. Of what is no
+    classifier, or names its outputs LABEL_0 and so on, nothing is known.
+    """
+    config = read_config(model)
+    if not classifies(config):
+        return None, None
+    if config.num_labels == 1:
+        return "regression", None
+    return "classification", own_label_names(model, config)
 
 
 def _same_labels(own: list[str], others: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Names of environments: which one an id stands for, its time limit, and its name in files."""
+"""Environments by their ids: their registration, time limits, folder names and fingerprints."""
 
 import hashlib
 import os

@@ -9,6 +9,7 @@ import gymnasium
 import imageio.v3
 import numpy as np
 import torch
+from einops import rearrange, repeat
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, write_bytes
@@ -16,8 +17,8 @@ from kd.reinforcement_learning.environments.registry import find_spec, time_limi
 from kd.reinforcement_learning.environments.rollouts import Act
 from kd.reinforcement_learning.environments.vector import Environments, to_environment
 
-ENLARGED = 4  # times: what a policy sees of an Atari game is 84 pixels wide
-MOST_FRAMES = 3_000  # they are kept in memory
+ENLARGED = 4  # times: the frames of an Atari game are 84 pixels wide
+MAX_FRAMES = 3_000  # held in memory
 logger = logging.getLogger(__name__)
 
 
@@ -25,15 +26,15 @@ def check_video(path: str) -> None:
     """Raises UserError, before anything is played, for a file that cannot be written or is neither mp4 nor gif."""
     file = Path(path)
     if file.suffix not in (".mp4", ".gif"):
-        raise UserError(f"--video writes an mp4 or a gif: give {file.stem or 'episode'}.mp4, not {path}")
+        raise UserError(f"--video writes an mp4 or a gif: pass {file.stem or 'episode'}.mp4, not {path}")
     if file.is_dir():
-        raise UserError(f"--video {path} is a folder: give the name of a file")
+        raise UserError(f"--video {path} is a folder: pass the name of a file")
     check_writable(file, "--video")
 
 
 def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
-    """Plays one episode and writes it, whole or not at all; where an mp4 cannot be written, a gif beside it. Returns
-    the file's path.
+    """Plays one episode and writes the whole video or nothing; a gif of the same name where an mp4 cannot be written.
+    Returns the file's path.
     """
     frames, per_second = (
         _atari_frames(act, environment, seed) if environment.startswith("ALE/") else _frames(act, environment, seed)
@@ -68,9 +69,9 @@ def _write_mp4(file: Path, frames: np.ndarray, per_second: float) -> None:
 
 
 def _has_room(frames: list[Any]) -> bool:
-    if len(frames) == MOST_FRAMES:
-        logger.warning("the video ends after %d pictures, before the end of the episode", MOST_FRAMES)
-    return len(frames) < MOST_FRAMES
+    if len(frames) == MAX_FRAMES:
+        logger.warning("the video ends after %d frames, before the end of the episode", MAX_FRAMES)
+    return len(frames) < MAX_FRAMES
 
 
 def _line(error: Exception) -> str:
@@ -78,7 +79,7 @@ def _line(error: Exception) -> str:
 
 
 def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
-    """Pictures (steps, height, width, 3) of the environment's own renderer, and how many make a second."""
+    """Frames (steps, height, width, 3) of the environment's renderer, and the frames per second."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no screen
     try:
         spec = find_spec(environment)
@@ -88,7 +89,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     except Exception as error:
         raise UserError(f"{environment} cannot be drawn here ({_line(error)}): leave out --video") from error
     while not ended and _has_room(frames):
-        action = to_environment(act(torch.as_tensor(observation).unsqueeze(0)), one.action_space)[0]
+        action = to_environment(act(rearrange(torch.as_tensor(observation), "... -> 1 ...")), one.action_space)[0]
         observation, _, terminated, truncated, _ = one.step(action)
         frames.append(one.render())
         ended = terminated or truncated
@@ -97,7 +98,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
 
 
 def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
-    """What the policy sees: the newest of its four grey frames."""
+    """The policy's input: the newest of its four grey frames, enlarged, and the frames per second."""
     one = Environments(environment, 1, seed)
     frames, ended = list[Any](), False
     while not ended and _has_room(frames):
@@ -105,5 +106,5 @@ def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, fl
         step = one.step(to_environment(act(torch.as_tensor(one.observations)), one.action_space))
         ended = bool(step.terminated[0] or step.truncated[0])
     one.close()
-    grey = np.stack(frames).repeat(ENLARGED, 1).repeat(ENLARGED, 2)  # (steps, height, width)
-    return np.stack([grey] * 3, -1), 15.0
+    enlarged = repeat(np.stack(frames), "step h w -> step (h a) (w b) rgb", a=ENLARGED, b=ENLARGED, rgb=3)
+    return enlarged, 15.0

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
+from kd.common.bottleneck.arguments import PairCount
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
@@ -16,7 +17,6 @@ from kd.common.utils.ranges import (
     NotNegative,
     Positive,
     ProperShare,
-    Range,
     check_declared,
 )
 from kd.reinforcement_learning.environments.registry import folder_name
@@ -41,9 +41,7 @@ class StudentArguments:
         default=0,
         metadata={"help": "Number of codebooks of the student's key-value bottleneck; 0 for a plain MLP."},
     )
-    pairs: Annotated[int, Range(1, 2**16)] = field(
-        default=64, metadata={"help": "Keys, and values, of each codebook."}
-    )
+    pairs: PairCount = field(default=64, metadata={"help": "Keys, and values, of each codebook."})
     key_dim: Count | None = field(
         default=None, metadata={"help": "Width of a key (default: that of an observation divided by --codebooks)."}
     )
@@ -62,7 +60,7 @@ class StudentArguments:
         if not is_image_space(observations):
             reject_unused(f"{environment} shows no frames", self, "channels")
         if is_image_space(observations) and not self.student:
-            raise UserError(f"{environment} shows frames: give --student the width of the layer behind convolutions")
+            raise UserError(f"{environment} shows frames: pass --student the width after the convolutions")
         if self.codebooks and len(observations.shape or ()) != 1:
             raise UserError(
                 f"a key-value bottleneck takes vectors, and {environment} shows observations of shape "
@@ -124,9 +122,9 @@ class PolicyArguments(RunArguments):
         if len(self.teacher) == 1:
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
-            raise ValueError(f"give one --teacher per --environment, got {len(self.teacher)}")
+            raise ValueError(f"pass one --teacher per --environment, got {len(self.teacher)}")
         if self.vecnormalize is not None and len(self.vecnormalize) != len(self.environment):
-            raise ValueError(f"give one --vecnormalize per --environment, got {len(self.vecnormalize)}")
+            raise ValueError(f"pass one --vecnormalize per --environment, got {len(self.vecnormalize)}")
         if self.vecnormalize is not None and "train" in self.teacher:
             raise ValueError("--vecnormalize belongs to a --teacher that is a file or folder, not to one trained here")
         if len(set(self.environment)) != len(self.environment):
@@ -138,7 +136,7 @@ class PolicyArguments(RunArguments):
         if "train" not in self.teacher:
             reject_unused("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
         if self.teacher_temperature is not None:
-            reject_unused("--teacher_temperature is given", self, "teacher_entropy")
+            reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":
             reject_unused("--method ppd sets its loss and its driver", self, "loss", "driver", "value_weight")
             if self.no_control:

@@ -147,7 +147,7 @@ class StudentNetwork(PolicyNetwork):
         return outputs
 
     def folded_policy(self) -> ActorCriticPolicy:
-        """A copy of the policy that gives the same outputs on raw observations."""
+        """A copy of the policy with the same outputs for raw observations."""
         policy = copy.deepcopy(self.policy)
         if self.mean is not None and self.std is not None:
             fold_input(policy, self.mean, self.std)

@@ -205,7 +205,7 @@ def _refuse_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
         if wrappers:
             raise UserError(
                 f"{policy} was trained behind {', '.join(wrappers)}, as {config} says, and wrappers of environments "
-                "are not supported: give a teacher that was trained without"
+                "are not supported: pass a teacher that was trained without"
             )
 
 

@@ -31,7 +31,7 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
 
-SAVED = "give the zip that Stable-Baselines3 wrote with model.save"
+SAVED = "pass the zip that Stable-Baselines3 wrote with model.save"
 
 
 class _Layout(NamedTuple):
@@ -169,7 +169,7 @@ def _check_space(path: Path, what: str, saved: dict[str, Any], space: spaces.Spa
     needed = " ".join(f"{type(space).__name__} {size}".split())
     if saved and trained != needed:
         raise UserError(
-            f"{path} was trained for {what} {trained}, the environment has {needed}: give a teacher of this "
+            f"{path} was trained for {what} {trained}, the environment has {needed}: pass a teacher of this "
             "environment, in this version (Ant-v4 shows 27 numbers, Ant-v5 shows 105)"
         )
 

@@ -35,7 +35,7 @@ class ObservationStatistics:
         if self.mean.shape != observation_space.shape:
             raise UserError(
                 f"{path} has statistics of observations of shape {self.mean.shape}, the environment's are "
-                f"{observation_space.shape}: give the statistics that were saved with this teacher"
+                f"{observation_space.shape}: pass the statistics that were saved with this teacher"
             )
 
 
@@ -60,14 +60,14 @@ def read_statistics(path: Path) -> ObservationStatistics | None:
         raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read as VecNormalize statistics ({error.strerror}): give the file that "
+            f"{path} cannot be read as VecNormalize statistics ({error.strerror}): pass the file that "
             "VecNormalize.save wrote"
         ) from None
     except Exception as error:  # damaged or hostile bytes raise whatever they happen to hit
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} cannot be read as VecNormalize statistics ({type(error).__name__}: {reason}): "
-            "give the file that VecNormalize.save wrote"
+            "pass the file that VecNormalize.save wrote"
         ) from None
 
 

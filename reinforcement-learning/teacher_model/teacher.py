@@ -82,8 +82,8 @@ class Teacher:
 def load_or_train_teacher(
     name: str, task: TeacherTask, training: TeacherArguments, vecnormalize: str | None, trust_pickle: bool
 ) -> Agent:
-    """The teacher in the files that `name` stands for or, for `train`, the one of the environment's folder, which is
-    trained if it does not exist.
+    """The teacher that `find_teacher` finds or, for `train`, the one in the environment's folder, which is trained if
+    it does not exist.
 
     Raises UserError where that one was trained with other arguments.
     """
@@ -130,7 +130,7 @@ def load_agent(
     """The policy in the files that `find_teacher` finds, for an environment; prints which statistics it uses."""
     files = find_teacher(name, environment, vecnormalize, flag)
     if files is None:
-        raise UserError(f"{name} stands for a teacher that distill_policy.py trains: name a file or folder here")
+        raise UserError(f"{name} means a teacher that distill_policy.py trains: pass a file or folder")
     with closing(Environments(environment, 1)) as shown:
         agent = Agent.load(files, shown.observation_space, shown.action_space, trust_pickle)
     print(f"{files.policy}: statistics of observations: {agent.source}")

@@ -43,11 +43,19 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import pipeline as steps
+from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
-from kd.nlp.student_model.classifier_distillation import ClassifierDistillation
 from kd.nlp.student_model.evaluation import predict, text_metrics
-from kd.nlp.student_model.methods import attentions, embeddings, hidden_states, layer_pairs
+from kd.nlp.student_model.inputs import Inputs, inputs_of_seed, load_inputs, validate_arguments
+from kd.nlp.student_model.methods import (
+    attentions,
+    embeddings,
+    hidden_states,
+    labels_and_logits,
+    labels_only,
+    layer_pairs,
+)
+from kd.nlp.student_model.training import initial_rate, teacher_logits
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -182,7 +190,7 @@ def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tm
     words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
     words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
     distill(small, *words, "--output_dir", tmp_path / "cached")
-    monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(training_steps, "FEATURE_BYTES", 0)
     distill(small, *words, "--output_dir", tmp_path / "live")
     logs = []
     for name in ("cached", "live"):
@@ -297,47 +305,60 @@ def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tm
     assert torch.equal(student[name.format(1)], teacher[name.format(3)]) == (source == "teacher")
 
 
-def distillation(folder: Path, small: Path, **pair: Any) -> ClassifierDistillation:
+def loaded(folder: Path, small: Path, **pair: Any) -> tuple[Inputs, PairArguments, KDTrainingArguments]:
     training = KDTrainingArguments(output_dir=str(folder), learning_rate=1e-4, report_to="none")
-    arguments = TextArguments(dataset=str(small)), PairArguments(align_epochs=0, student_layers=2, **pair)
-    return ClassifierDistillation(*arguments, MatchingArguments(), training, load_text_data(str(small)))
+    arguments = PairArguments(align_epochs=0, student_layers=2, **pair)
+    data = load_text_data(str(small))
+    return load_inputs(TextArguments(dataset=str(small)), arguments, training, data), arguments, training
 
 
 def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_path, monkeypatch):
     """At its learning rate, and with the head that the seed gives it, whatever was drawn since the run began."""
-    monkeypatch.setattr(steps.Pipeline, "finetune", lambda _, name, model, texts, epochs, rate, **__: (model, rate))
-    monkeypatch.setattr(ClassifierDistillation, "stage", lambda _, name, build: build())
+    monkeypatch.setattr(training_steps, "fine_tune", lambda run, name, model, *_, **settings: (model, settings))
     heads = []
     for drawn in range(2):
-        run = distillation(tmp_path / str(drawn), small, teacher=str(teachers[0]), control_from="tiny-bert")
+        inputs, pair, training = loaded(
+            tmp_path / str(drawn), small, teacher=str(teachers[0]), control_from="tiny-bert"
+        )
         torch.rand(drawn)
-        control, rate = run.control()
-        assert rate == run.pair.scratch_learning_rate != run.rate(run.given)
+        run: Any = SimpleNamespace(args=training)
+        control, settings = training_steps.train_control(run, inputs, pair, 1.0)
+        assert settings["learning_rate"] == pair.scratch_learning_rate != initial_rate(inputs.teacher, pair, training)
         heads.append(control.classifier.weight)
     assert torch.equal(*heads)
 
 
+def test_another_seed_gives_other_random_heads_and_the_same_pretrained_weights(small, teachers, tmp_path):
+    inputs, pair, training = loaded(tmp_path, small, teacher=str(teachers[0]), control_from="tiny-bert")
+    other = inputs_of_seed(inputs, TextArguments(dataset=str(small)), pair, training, training.seed + 1)
+    first, second = (found.control_init.model.classifier.weight for found in (inputs, other))
+    assert not torch.equal(first, second)
+    first, second = (found.teacher.model.classifier.weight for found in (inputs, other))
+    assert torch.equal(first, second)
+    assert inputs_of_seed(inputs, TextArguments(dataset=str(small)), pair, training, training.seed) is inputs
+
+
 def test_smoothed_labels_with_a_teacher_and_without(tmp_path):
     args = KDTrainingArguments(output_dir=str(tmp_path), alpha=0.3, label_smoothing_factor=0.2)
-    run: Any = SimpleNamespace(args=args)
     data = TextData("three", {}, ["a", "b", "c"], False, "accuracy", "")
     said, labels = Outputs(logits=torch.randn(4, 3)), torch.tensor([0, 2, 1, 0])
     expected = torch.nn.functional.cross_entropy(said.logits, labels, label_smoothing=0.2).item()
-    for with_teacher, alpha in ((True, 0.3), (False, 1.0)):
-        objective = steps.Pipeline(run, "cls", tmp_path).objective(data, with_teacher)
-        assert objective(said, said, labels)["task"].item() == pytest.approx(alpha * expected)
+    for method, alpha in ((labels_and_logits, 0.3), (labels_only, 1.0)):
+        parts = method(data, args).objective(said, said, labels)
+        assert parts["task"].item() == pytest.approx(alpha * expected)
 
 
 def test_other_tokens_of_any_text_are_other_teacher_outputs(small, teachers, tmp_path):
-    run: Any = SimpleNamespace(args=SimpleNamespace(precision="fp32"), timed=lambda name: nullcontext())
+    args = SimpleNamespace(precision="fp32")
+    run: Any = SimpleNamespace(args=args, shared=None, folder=tmp_path, timed=lambda name: nullcontext())
     model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
     texts = Texts.of(load_text_data(str(small)), AutoTokenizer.from_pretrained(teachers[0]))
     ids = texts.train["input_ids"][:]
     other = [*ids[:-1], [*ids[-1][:-1], ids[-1][0]]]
     changed = texts.train.remove_columns("input_ids").add_column("input_ids", other)
     for rows, number in ((texts.train, 1), (texts.train, 1), (changed, 2)):
-        steps.Pipeline(run, "cls", tmp_path).listen(model, replace(texts, splits=texts.splits | {"train": rows}))
-        assert len(list(tmp_path.iterdir())) == number
+        teacher_logits(run, model, replace(texts, splits=texts.splits | {"train": rows}))
+        assert len(list((tmp_path / "teacher_outputs").iterdir())) == number
 
 
 # ---- bad input ----
@@ -396,7 +417,7 @@ def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
         (teachers[1], "is trained already"),
     ):
         with pytest.raises(UserError, match=named):
-            distillation(tmp_path / "run", small, teacher=str(teachers[0]), control_from=str(origin))
+            validate_arguments(*loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_from=str(origin)))
     assert not (tmp_path / "run").exists()
 
 
@@ -407,7 +428,7 @@ def test_how_much_an_encoder_sees():
     assert positions(ModernBertModel(ModernBertConfig(pad_token_id=0, **shape))) == math.inf
 
 
-@pytest.mark.parametrize("recipe", ["base", "clinc", "sentiment"])
+@pytest.mark.parametrize("recipe", ["clinc", "sentiment"])
 def test_recipes_give_their_flags(recipe):
     path = REPO / "NLP" / "scripts" / f"{recipe}.yaml"
     written = yaml.safe_load(path.read_text())

@@ -45,9 +45,9 @@ def script(name: str, *words: object) -> None:
 
 
 def distill(recipe: str, *words: object) -> None:
-    plain = recipe == "base"
-    name = "distill_classifier.py" if plain else "distill_bottleneck.py"
-    script(name, SCRIPTS / f"{recipe}.yaml", recipe_of(*(BRIEF if plain else SHORT)), *words)
+    name = "distill_classifier.py" if recipe == "base" else "distill_bottleneck.py"
+    recipes = [SCRIPTS / f"{recipe}.yaml"] if recipe in ("new_keys", "student_only") else []
+    script(name, *recipes, recipe_of(*(BRIEF if recipe == "base" else SHORT)), *words)
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +234,7 @@ def test_cached_codes_train_like_texts(carried, small):
 def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
     """SIGKILL at four moments of one run, each in another stage; the end is that of the run that was never killed."""
     run = tmp_path / "run"
-    words = [SCRIPTS / "keys_carried.yaml", *SHORT, "--dataset", small, "--output_dir", run]
+    words = [*SHORT, "--dataset", small, "--output_dir", run]
     command = [sys.executable, str(SCRIPTS / "distill_bottleneck.py"), *map(str, words)]
     moments = [
         "checkpoints/teacher_encoder/checkpoint-*/model.safetensors",
@@ -423,7 +423,7 @@ def test_study_of_keys_fills_its_table(carried, small, tmp_path, monkeypatch):
 def test_two_processes_run_the_main_job(small, tmp_path):
     """Under torchrun on the CPU: one folder, one report, and about the student that one process makes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [SCRIPTS / "distill_bottleneck.py", SCRIPTS / "keys_carried.yaml", *SHORT, "--dataset", small]
+    words = [SCRIPTS / "distill_bottleneck.py", *SHORT, "--dataset", small]
     words += ["--per_device_train_batch_size", 24, "--value_batch_size", 128, "--precision", "fp32"]
     command = [*launcher, *words, "--output_dir", tmp_path / "two", "--no_control"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=400)

@@ -50,14 +50,14 @@ def results(path: Path) -> dict:
 def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     words = ["--tasks", "rte", "stsb", "--systems", "base", "keys_carried", "--output_dir", tmp_path / "glue"]
     distill(glue, *words)
-    cell = tmp_path / "glue" / "rte" / "seed0"
-    assert {path.name for path in (cell / "stages").iterdir()} == {
+    cell = tmp_path / "glue" / "rte"
+    assert {path.name for path in (cell / "shared" / "seed0" / "stages").iterdir()} == {
         "teacher_encoder", "teacher", "control_encoder", "control"}  # fmt: skip
-    assert not (cell / "keys_carried" / "stages" / "teacher_encoder").exists()
-    kd, carried = results(cell / "base"), results(cell / "keys_carried")
+    assert not (cell / "keys_carried" / "seed0" / "stages" / "teacher_encoder").exists()
+    kd, carried = results(cell / "base" / "seed0"), results(cell / "keys_carried" / "seed0")
     assert kd["seconds"]["teacher"] > 0 and carried["seconds"]["teacher"] > 0
     table = (tmp_path / "glue" / "glue.md").read_text()
-    score = results(tmp_path / "glue" / "stsb" / "seed0" / "base")["models"]["student"]["metrics"]["validation"]
+    score = results(tmp_path / "glue" / "stsb" / "base" / "seed0")["models"]["student"]["metrics"]["validation"]
     assert f"| {score['pearson']:.4f} ± –" in table and "| rte | accuracy | 1 |" in table
     assert table.count("| stsb |") == 2  # it is no classification task
 
@@ -69,8 +69,8 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     assert stopped.value.code == 2 and "codebooks (was 8, now 4)" in capsys.readouterr().err
     assert not (cell / "student_only").exists()
     distill(glue, *more)
-    assert not list(cell.glob("*/stages/teacher")) and not list(cell.glob("*/stages/control"))
-    new, only = results(cell / "new_keys"), results(cell / "student_only")
+    assert not list(cell.glob("*_*/*/stages/teacher")) and not list(cell.glob("*_*/*/stages/control"))
+    new, only = results(cell / "new_keys" / "seed0"), results(cell / "student_only" / "seed0")
     assert new["models"]["teacher"]["metrics"] == carried["models"]["teacher"]["metrics"]
     assert only["seconds"]["control"] == carried["seconds"]["control"] == new["seconds"]["control"]  # of one training
     assert all(path.stat().st_mtime_ns == before for path, before in written.items())
@@ -88,8 +88,8 @@ def test_a_student_is_the_same_whichever_system_aligned_its_encoder(glue, tmp_pa
         folder = tmp_path / systems[0]
         distill(glue, "--tasks", "rte", "--systems", *systems, "--pooling", "cls", "--no_control",
                 "--output_dir", folder)  # fmt: skip
-        assert (folder / "rte" / "seed0" / "cls" / "stages" / "student_encoder").exists()
-        students.append(load_file(folder / "rte" / "seed0" / "base" / "student" / "model.safetensors"))
+        assert (folder / "rte" / "shared" / "seed0" / "cls" / "stages" / "student_encoder").exists()
+        students.append(load_file(folder / "rte" / "base" / "seed0" / "student" / "model.safetensors"))
     assert students[0].keys() == students[1].keys()
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
 
@@ -98,20 +98,24 @@ def test_large_tasks_get_fewer_epochs(glue, tmp_path):
     folder = tmp_path / "glue"
     distill(glue, "--tasks", "rte", "--systems", "base", "--samples_per_stage", 10, "--no_control",
             "--output_dir", folder)  # fmt: skip
-    recipe = (folder / "rte" / "seed0" / "base" / "recipe.yaml").read_text()
+    recipe = (folder / "rte" / "base" / "seed0" / "recipe.yaml").read_text()
     assert "num_train_epochs: 0.5" in recipe and "align_epochs: 0.5" in recipe
 
 
 def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
-    seed = tmp_path / "glue" / "rte" / "seed0"
+    task = tmp_path / "glue" / "rte"
+    shared = task / "shared" / "seed0"
     words = ["--tasks", "rte", "--samples_per_stage", 10, "--no_control", "--output_dir", tmp_path / "glue"]
     distill(glue, *words, "--systems", "keys_carried")
-    teacher = seed / "stages" / "teacher_encoder" / "model.safetensors"
+    teacher = shared / "stages" / "teacher_encoder" / "model.safetensors"
     first = teacher.stat().st_mtime_ns
-    (seed / "thesis.tex").write_text("mine")
+    (shared / "thesis.tex").write_text("mine")
     distill(glue, *words, "--systems", "base", "--overwrite_output_dir")
-    assert (seed / "base" / "results.json").exists() and (seed / "thesis.tex").exists()
-    assert not (seed / "keys_carried" / "results.json").exists() and not (seed / "stages" / "teacher").exists()
+    assert (task / "base" / "seed0" / "results.json").exists() and (shared / "thesis.tex").exists()
+    assert (
+        not (task / "keys_carried" / "seed0" / "results.json").exists()
+        and not (shared / "stages" / "teacher").exists()
+    )
     assert teacher.stat().st_mtime_ns > first  # trained anew
 
 
@@ -132,10 +136,10 @@ def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
     folder = tmp_path / "glue"
     distill(glue, "--tasks", "mnli", "--systems", "base", "--samples_per_stage", 20, "--no_control",
             "--output_dir", folder)  # fmt: skip
-    found = results(folder / "mnli" / "seed0" / "base")
+    found = results(folder / "mnli" / "base" / "seed0")
     validate(found)
     assert found["data"]["validation"] == 40 and found["data"]["validation_mismatched"] == 20
-    card = (folder / "mnli" / "seed0" / "base" / "student" / "README.md").read_text()
+    card = (folder / "mnli" / "base" / "seed0" / "student" / "README.md").read_text()
     assert "measured on 20 samples of the validation_matched split" in card
     table = (folder / "glue.md").read_text()
     assert "| mnli | accuracy, matched | 1 |" in table and "| mnli | accuracy, mismatched | 1 |" in table

@@ -1,5 +1,6 @@
 """Hidden states are the outputs of layers, of student and teacher, cached or live, for every kind of encoder."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +27,10 @@ from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import pipeline as steps
+from kd.nlp.student_model import training as steps
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
-from kd.nlp.student_model.pipeline import Pipeline
+from kd.nlp.student_model.training import teacher_kwargs
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
 
 TEXTS = ["a red cat", "a dog", "the small cat and the big red dog and the hat", "hat", "a dog and a cat"]
@@ -67,14 +68,9 @@ def texts() -> Texts:
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> Pipeline:
-    class Timed:
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    run: Any = SimpleNamespace(args=SimpleNamespace(precision="fp32"), timed=lambda name: Timed())
-    return Pipeline(run, "cls", tmp_path)
+def run(tmp_path: Path) -> Any:
+    args = SimpleNamespace(precision="fp32")
+    return SimpleNamespace(args=args, folder=tmp_path, shared=None, timed=lambda name: nullcontext())
 
 
 def batch_of(texts: Texts, model: PreTrainedModel, rows: list[int]) -> dict[str, torch.Tensor]:
@@ -96,7 +92,7 @@ def matched(kind: str, model: PreTrainedModel) -> Method:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, texts, pipeline, kind):
+def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, texts, run, kind):
     model = classifier(kind)
     matching = matched(kind, model)
     rows = [3, 2, 0]  # another order and padding than those of the cache
@@ -105,7 +101,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     student = recorded(model, inputs, matching.features)
 
     monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
-    live = pipeline.hear(model, texts, matching)
+    live = teacher_kwargs(run, model, texts, matching)
     assert live["teacher_features"] == matching.teacher_features
     teacher = recorded(live["teacher"], inputs, live["teacher_features"])
     losses = Objective(**matching.terms)(student, teacher, None)
@@ -113,7 +109,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     assert {name: loss.item() for name, loss in losses.items()} == dict.fromkeys(losses, 0.0)
 
     monkeypatch.undo()
-    cached = pipeline.hear(model, texts, matching)["teacher_outputs"]
+    cached = teacher_kwargs(run, model, texts, matching)["teacher_outputs"]
     outputs = cached.batch(torch.tensor(rows), inputs["attention_mask"].shape[1])
     real = inputs["attention_mask"].bool()
     for name, states in outputs.features.items():
@@ -123,17 +119,17 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     assert sum(losses.values()).item() < 1e-5  # what fp16 leaves
 
 
-def test_cached_states_out_of_the_range_of_fp16_are_kept_in_fp32(texts, pipeline):
+def test_cached_states_out_of_the_range_of_fp16_are_kept_in_fp32(texts, run):
     model = classifier("BERT")
     last = layer_paths(model)[-1]
     torch.nn.init.constant_(model.get_submodule(f"{last}.output.LayerNorm").bias, 1e5)
-    cached = pipeline.listen(model, texts, {"last": last})
+    cached = teacher_kwargs(run, model, texts, Method({}, {}, {"last": last}))["teacher_outputs"]
     states = cached.batch(torch.arange(5)).features["last"]
     assert states.isfinite().all() and states.max() > 9e4
 
 
 @pytest.mark.parametrize("kind", WITH_FINAL_NORM)
-def test_what_is_matched_comes_before_a_final_norm(texts, kind):
+def test_what_is_matched_comes_before_a_final_norm(texts, run, kind):
     """A cut student has a final norm of its own, which must not be part of what its last layer is aligned to."""
     model = classifier(kind)
     inputs = batch_of(texts, model, [0, 1, 2])
@@ -145,6 +141,12 @@ def test_what_is_matched_comes_before_a_final_norm(texts, kind):
     assert not torch.allclose(found.features["layer_1"], states[2], atol=1e-2)
     norm = next(module for name, module in encoder_of(model).named_modules() if name in ("final_norm", "norm", "ln_f"))
     torch.testing.assert_close(norm(found.features["layer_1"]), states[2])
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
+    cached = teacher_kwargs(run, model, texts, Method({}, {}, paths), logits=False)["teacher_outputs"]
+    outputs, real = cached.batch(torch.arange(3), inputs["attention_mask"].shape[1]), inputs["attention_mask"].bool()
+    for name in paths:
+        states = outputs.features[name][real].float()
+        torch.testing.assert_close(states, found.features[name][real], rtol=1e-3, atol=1e-3)
 
 
 def test_pooled_features_of_a_teacher_are_those_that_are_matched(texts):

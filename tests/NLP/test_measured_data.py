@@ -10,8 +10,7 @@ import torch
 from transformers import pipeline
 
 from kd.nlp.data.loading import load_text_data
-from kd.nlp.student_model.measured_data import labels_of
-from kd.nlp.teacher_model.teacher import tiny_bert
+from kd.nlp.teacher_model.teacher import labels_of, tiny_bert
 from kd_testing.scripts import run_script
 
 WORDS = {"cold": "ice snow frost", "warm": "sun beach heat", "wet": "rain river sea"}

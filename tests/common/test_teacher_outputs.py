@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import nn
 
 from kd.common.data.fingerprints import outputs_key
+from kd.common.outputs import AveragedTeacher
 from kd.common.training import teacher_outputs
 from kd.common.training.teacher_outputs import (
     JoinedOutputs,
@@ -55,6 +56,17 @@ def test_a_sample_that_was_never_asked_about_is_an_error(stranger):
 def test_sample_ids_must_be_distinct():
     with pytest.raises(ValueError, match="distinct"):
         TeacherOutputs(torch.tensor([1, 2, 1]), torch.zeros(3, 2))
+
+
+def test_averaged_teachers_have_the_mean_of_logits_as_their_caches_have():
+    teachers = [model(0), model(1)]
+    x = torch.randn(3, 6)
+    logits = [teacher(x).logits for teacher in teachers]
+    averaged = AveragedTeacher(teachers)(x).logits
+    torch.testing.assert_close(averaged, (logits[0] + logits[1]) / 2)
+    samples = torch.arange(3)
+    joined = JoinedOutputs([TeacherOutputs(samples, each) for each in logits])
+    torch.testing.assert_close(joined.batch(samples).logits, averaged)
 
 
 def test_joined_caches_have_the_mean_of_logits_and_all_features():

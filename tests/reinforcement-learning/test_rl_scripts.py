@@ -355,6 +355,11 @@ def test_another_teacher_than_the_one_that_is_there_is_not_taken_silently(capsys
     assert "teacher_steps 600, not 700" in line_of(capsys, "--teacher_steps", 700, *TEACHER[2:])
 
 
+def test_one_teacher_is_trained_at_a_time(capsys):
+    assert "pass --seed instead of --seeds" in line_of(capsys, "--seeds", 0, 1, script="train_teacher.py")
+    assert not RUNS.exists()
+
+
 def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
     line = line_of(capsys, cart_pole, script="evaluate.py")
     assert "pass --environment" in line

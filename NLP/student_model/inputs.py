@@ -1,0 +1,214 @@
+"""What the distillation of a text classifier starts from, and the checks of arguments against it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import set_seed
+
+from kd.common.cli import reject_unused
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData
+from kd.nlp.data.tokenized import Texts
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.layers import check_cut, layer_paths
+from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
+from kd.nlp.teacher_model.teacher import Pretrained, Start, in_label_order, load_classifier, load_trained
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Data and pretrained models. Nothing is trained in place: training starts from copies.
+
+    data: with the class ids of the teacher, where it is a classifier of these labels.
+    teacher: as it was loaded; it is fine-tuned unless `teacher.trained`.
+    student: the model of --student; None: the student is cut from the teacher.
+    control_init: the encoder that the control is cut from, where the teacher is trained already.
+    ensemble: further teachers, whose logits are averaged with those of the teacher.
+    texts, student_texts: the data in the tokens of teacher and student.
+    student_layers: of a student that is cut from the teacher.
+    """
+
+    data: TextData
+    teacher: Pretrained
+    student: Pretrained | None
+    control_init: Pretrained | None
+    ensemble: list[Pretrained]
+    texts: Texts
+    student_texts: Texts
+    student_layers: int
+
+    @property
+    def starts(self) -> dict[str, Start | None]:
+        """All models by role."""
+        others: dict[str, Start | None] = {f"another_teacher_{i}": other for i, other in enumerate(self.ensemble, 1)}
+        return {"teacher": self.teacher, "student": self.student, "control_from": self.control_init} | others
+
+    @property
+    def notes(self) -> list[str]:
+        starts = [self.teacher, *self.ensemble, self.student, self.control_init]
+        return [note for start in starts if start for note in start.notes]
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether teacher and student have one vocabulary."""
+        student = self.student
+        return not student or student.tokenizer.get_vocab() == self.teacher.tokenizer.get_vocab()
+
+
+def load_inputs(
+    text: TextArguments,
+    pair: PairArguments,
+    training: KDTrainingArguments,
+    data: TextData,
+    ensemble: Sequence[str] = (),
+) -> Inputs:
+    """Loads the models that the arguments name, and tokenizes the data."""
+    data = in_label_order(pair.teacher, data)
+    others = [load_trained(name, data) for name in ensemble]
+    teacher, student, control_init = load_starts(text, pair, training, data, training.seed)
+    texts = Texts.of(data, teacher.tokenizer)
+    student_texts = Texts.of(data, student.tokenizer) if student else texts
+    layers = pair.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
+    return Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
+
+
+def load_starts(
+    text: TextArguments, pair: PairArguments, training: KDTrainingArguments, data: TextData, seed: int
+) -> tuple[Pretrained, Pretrained | None, Pretrained | None]:
+    """Teacher, student and what the control is cut from; the seed decides random heads and whole random models."""
+    set_seed(seed)
+    teacher = load_classifier(pair.teacher, data)
+    student = load_classifier(pair.student, data) if pair.student else None
+    has_control_init = pair.control_from and not (pair.student or training.no_control)
+    control_init = load_classifier(str(pair.control_from), data) if has_control_init else None
+    for start in filter(None, (teacher, student, control_init)):
+        start.cut_texts(text.max_length)
+    return teacher, student, control_init
+
+
+def inputs_of_seed(
+    inputs: Inputs, text: TextArguments, pair: PairArguments, training: KDTrainingArguments, seed: int
+) -> Inputs:
+    """The same inputs with the random weights of another seed than that of `training`."""
+    if seed == training.seed:
+        return inputs
+    teacher, student, control_init = load_starts(text, pair, training, inputs.data, seed)
+    return replace(inputs, teacher=teacher, student=student, control_init=control_init)
+
+
+# ---- before anything is written, and before hours of training rather than after ----
+
+
+def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTrainingArguments) -> None:
+    """Raises UserError for arguments that do not fit the models, of any distillation."""
+    teacher, student, control_init = inputs.teacher, inputs.student, inputs.control_init
+    layers = len(layer_paths(teacher.encoder))
+    check_smoothing(training, inputs.data.name, inputs.data.num_labels)
+    from_scratch = any(start.from_scratch for start in (teacher, student, control_init) if start)
+    pair.reject_unused_flags(teacher.trained, teacher.from_scratch, from_scratch)
+    if student is None:
+        if not 1 <= inputs.student_layers <= layers:
+            raise UserError(
+                f"--student_layers must be between 1 and the teacher's {layers}, got {inputs.student_layers}"
+            )
+        if teacher.trained and not pair.control_from and not training.no_control:
+            raise UserError(
+                f"teacher {pair.teacher} is trained already, so a control cut from it would have had a teacher: "
+                "name the encoder that it was made from with --control_from, or pass --no_control"
+            )
+        check_cut(teacher.encoder, inputs.student_layers)
+        if control_init:
+            _validate_control_init(inputs, control_init, pair)
+    elif pair.align_epochs:
+        if not inputs.same_tokens:
+            raise UserError(
+                f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so their hidden "
+                "states do not stand for the same tokens: pass --align_epochs 0, or a student with that vocabulary"
+            )
+        layer_pairs("uniform", len(layer_paths(student.encoder)), layers)
+
+
+def _validate_control_init(inputs: Inputs, control_init: Pretrained, pair: PairArguments) -> None:
+    """Raises UserError where no control can be cut from the model of --control_from."""
+    name, teacher = pair.control_from, pair.teacher
+    if control_init.trained:
+        raise UserError(f"--control_from {name} is trained already: name the encoder that {teacher} was made from")
+    if control_init.tokenizer.get_vocab() != inputs.teacher.tokenizer.get_vocab():
+        raise UserError(
+            f"--control_from {name} and teacher {teacher} have different vocabularies: name the encoder that the "
+            "teacher was made from"
+        )
+    if (layers := len(layer_paths(control_init.encoder))) < inputs.student_layers:
+        raise UserError(
+            f"--control_from {name} has fewer layers ({layers}) than the control needs ({inputs.student_layers}): "
+            "name the encoder that the teacher was made from, or pass --student_layers"
+        )
+    check_cut(control_init.encoder, inputs.student_layers)
+
+
+def validate_matching(
+    inputs: Inputs, pair: PairArguments, matching: MatchingArguments, training: KDTrainingArguments
+) -> None:
+    """Raises UserError for a method, or weights of features, that teacher and student do not allow."""
+    teacher, student = inputs.teacher, inputs.student
+    weights = matching.hidden_weight or matching.embedding_weight or matching.attention_weight
+    reads_features = bool(weights) or needs_features(matching.method)
+    has_bottleneck = isinstance(teacher.model, BottleneckClassifier)
+    leave_out = (
+        "leave --hidden_weight, --embedding_weight and --attention_weight at 0, and choose a --method of logits"
+    )
+    if reads_features and not inputs.same_tokens:
+        raise UserError(
+            f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so no features can be "
+            f"matched: {leave_out}"
+        )
+    if needs_features(matching.method) and inputs.ensemble:
+        raise UserError(f"--method {matching.method} needs a single teacher: leave out --more_teachers")
+    check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
+    if matching.attention_weight and inputs.ensemble:
+        raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
+    if reads_features and has_bottleneck:
+        raise UserError(f"teacher {pair.teacher} has a bottleneck, whose features cannot be matched: {leave_out}")
+    if all(start.from_scratch for start in (teacher, student, inputs.control_init) if start):
+        reject_unused("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
+    if matching.hidden_weight or matching.attention_weight:
+        layers = len(layer_paths(student.encoder)) if student else inputs.student_layers
+        layer_pairs(matching.layer_map, layers, len(layer_paths(teacher.encoder)))
+    if has_bottleneck and not student:
+        raise UserError(f"teacher {pair.teacher} has a bottleneck, and no plain student can be cut from it: name one")
+    if matching.student_from == "pretrained" and (teacher.trained or student):
+        raise UserError("--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it")
+
+
+def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments) -> None:
+    """Raises UserError for a bottleneck that does not fit teacher and student."""
+    teacher, student = inputs.teacher, inputs.student
+    if teacher.trained:
+        reject_unused(f"teacher {pair.teacher} is kept as it is", bottleneck, "freeze_teacher_encoder")
+    elif bottleneck.freeze_teacher_encoder:
+        reason = "--freeze_teacher_encoder leaves the teacher's encoder as it is"
+        reject_unused(reason, pair, "teacher_epochs", "scratch_epochs")
+    widths = [start.encoder.config.hidden_size for start in (teacher, student) if start]
+    shapes = [bottleneck.without_weights(width, inputs.data.num_labels) for width in widths]
+    if bottleneck.keys not in ("carried", "reused"):
+        return
+    if isinstance(teacher.model, BottleneckClassifier):
+        pooling = teacher.model.config.pooling
+        if pooling != bottleneck.pooling:
+            raise UserError(
+                f"the keys of teacher {pair.teacher} are for --pooling {pooling}, not {bottleneck.pooling}: pass "
+                "that, or --keys new"
+            )
+        try:
+            shapes[0].check_compatible(teacher.model.bottleneck, values=bottleneck.keys == "reused")
+        except ValueError as error:
+            raise UserError(
+                f"{error}; give the bottleneck the shape of that of {pair.teacher}, or pass --keys new"
+            ) from error
+    if len(set(widths)) > 1:
+        raise UserError(
+            f"student {pair.student} is {widths[1]} wide, the teacher's keys fit a width of {widths[0]}: "
+            "choose a student of that width, --student_layers, or --keys new"
+        )

@@ -1,0 +1,115 @@
+"""The report of a text distillation: teacher, control and student, measured alike."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from kd.common.training.run import TrainerRun
+from kd.nlp.data.tokenized import Texts
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
+from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split, validation_split
+from kd.nlp.student_model.inputs import Inputs
+
+USAGE = """from transformers import AutoTokenizer
+from {module} import {model}
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {model}.from_pretrained("{folder}").eval()
+logits = model(**tokenizer("some text", return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])"""
+Measured = tuple[dict[str, Any], dict[str, np.ndarray]]  # an entry of results.json, and logits by split
+
+
+def evaluate_teacher(
+    run: TrainerRun, inputs: Inputs, teacher: PreTrainedModel, name: str, ensemble: Sequence[str] = ()
+) -> Measured:
+    """The teacher, with `ensemble` the mean logits of all teachers at the cost of all. Warns of a teacher that is no
+    better than guessing.
+    """
+    data, texts = inputs.data, inputs.texts
+    measured = [evaluate(name, teacher, data, texts.splits, texts.collate)]
+    for other_name, other in zip(ensemble, inputs.ensemble, strict=True):
+        other_texts = Texts.of(data, other.tokenizer)
+        measured.append(evaluate(other_name, other.model, data, other_texts.splits, other_texts.collate))
+    for entry, _ in measured:
+        run.warn(guessing(entry, data, texts.splits))
+    if not ensemble:
+        return measured[0]
+    logits = {split: np.mean([logits[split] for _, logits in measured], axis=0) for split in measured[0][1]}
+    return _total_cost([entry for entry, _ in measured]) | {
+        "metrics": metrics_by_split(data, logits, texts.splits)
+    }, logits
+
+
+def _total_cost(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of models that all have to run, without metrics."""
+    latencies = [entry["latency_ms"] for entry in entries]
+    return {
+        "name": " + ".join(entry["name"] for entry in entries),
+        "parameters": sum(entry["parameters"] for entry in entries),
+        "megabytes": sum(entry["megabytes"] for entry in entries),
+        "flops": sum(entry["flops"] or 0 for entry in entries) or None,
+        "latency_ms": latencies[0] | {key: sum(one[key] for one in latencies) for key in ("median", "p90")},
+    }
+
+
+def report(
+    run: TrainerRun,
+    inputs: Inputs,
+    method: str,
+    student_name: str | None,
+    teacher: PreTrainedModel,
+    measured_teacher: Measured,
+    control: PreTrainedModel | None,
+    student: PreTrainedModel,
+) -> dict[str, Any] | None:
+    """Measures control and student, writes the report and the student's folder, prints the table. Returns the results,
+    in the main process.
+    """
+    entry, logits = measured_teacher
+    models: dict[str, Any] = {"teacher": entry}
+    size = student_name or f"{inputs.student_layers} layers"
+    for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
+        splits, collate = inputs.student_texts.splits, inputs.student_texts.collate
+        name = f"{size}, {trained_by}"
+        models[role] = model and evaluate(name, model, inputs.data, splits, collate, logits)[0]
+    if not PartialState().is_main_process:
+        return None
+    trained = {"teacher": teacher, "control": control, "student": student}
+    extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if run.shared else {}
+    keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
+    results = _results(run, inputs, method, models, **extra, **({"keys": keys} if keys else {}))
+    has_bottleneck = isinstance(student, BottleneckClassifier)
+    usage = USAGE.format(
+        module="kd.nlp.student_model.bottleneck_classifier" if has_bottleneck else "transformers",
+        model="BottleneckClassifier" if has_bottleneck else "AutoModelForSequenceClassification",
+        folder=run.folder / "student",
+    )
+    run.finish(results, student, usage, inputs.student_texts.collate.tokenizer)
+    return results
+
+
+def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    data = inputs.data
+    sizes = {name: len(rows) for name, rows in inputs.texts.splits.items()}
+    return run.results(
+        domain="NLP",
+        task=data.name,
+        method=method,
+        data={
+            "test": None,
+            **sizes,  # MNLI has two validation splits, which are named here as well
+            "validation": sum(n for name, n in sizes.items() if name.startswith("validation")),
+            "fingerprint": data.fingerprint,
+        },
+        models=models,
+        split=validation_split(inputs.texts.splits),
+        metric=data.primary_metric,
+        selection=run.args.selection,
+        data_notes="; ".join(data.notes) or "none",
+        model_notes="; ".join(inputs.notes) or "none",
+        **extra,
+    )
