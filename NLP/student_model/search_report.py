@@ -1,7 +1,6 @@
 """The results of a search: search.json, search.md, search.png, a recipe of the best trial, a table."""
 
 import copy
-import io
 import shlex
 import warnings
 from dataclasses import asdict
@@ -14,11 +13,11 @@ import optuna
 from optuna.visualization.matplotlib import plot_slice
 
 from kd.common.cli import save_recipe
-from kd.common.reporting.plots import STYLES
+from kd.common.reporting.plots import STYLES, save_figure
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.devices import best_device, command, environment
-from kd.common.utils.files import write_bytes, write_json, write_text
+from kd.common.utils.files import write_json, write_text
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import SEARCHABLE, PairArguments, SearchArguments, TextArguments
 from kd.nlp.student_model.evaluation import validation_split
@@ -131,7 +130,5 @@ def plot(path: Path, storage: optuna.storages.RDBStorage, metric: str, control: 
         for axes in panels:
             axes.axhline(control.value, color=colour, linestyle=line, label="labels only")
         panels[0].legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight")
+    save_figure(figure, path, dpi=200, bbox_inches="tight")
     plt.close(figure)
-    write_bytes(path, buffer.getvalue())
