@@ -1,4 +1,4 @@
-"""Which columns hold texts and labels, judged by what stands in them over all splits."""
+"""Which columns hold texts and labels, decided by their contents over all splits."""
 
 import re
 from dataclasses import dataclass
@@ -17,9 +17,7 @@ LABEL_COLUMNS = (  # the first of these groups that has a column in the data giv
     ("sentiment", "category", "topic", "emotion", "rating", "stars", "score"),
 )
 TEXT_COLUMNS = {name for task in TASKS.values() for name in task.text_columns}
-UNNAMED = re.compile(
-    r"(Unnamed: \d+|__index_level_\d+__)?"
-)  # the index of pandas, or what stood behind the last comma
+UNNAMED = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")  # the index of pandas, or after the last comma
 INDEX = re.compile(r"(.*[ _-])?(id|idx|index|row)", re.IGNORECASE)
 PAIR = re.compile(r"(.+?)[ _-]?(1|2|a|b|A|B)")
 FLAGS = "name them with --text_columns and --label_column"
@@ -51,32 +49,27 @@ def contents_of(raw: Splits) -> dict[str, Content]:
 
 
 def _content(name: str, splits: list[datasets.Dataset]) -> Content:
-    found = _content_of_values(name, splits)
-    return "other" if UNNAMED.fullmatch(name) and found != "index" else found
-
-
-def _content_of_values(name: str, splits: list[datasets.Dataset]) -> Content:
     features = [rows.features[name] for rows in splits]
     if not all(isinstance(feature, datasets.Value | datasets.ClassLabel) for feature in features):
         return "other"
+    unnamed = UNNAMED.fullmatch(name) is not None
     if any(isinstance(feature, datasets.ClassLabel) or feature.dtype == "bool" for feature in features):
-        return "classes"
+        return "other" if unnamed else "classes"
     values = [rows.select_columns([name]).with_format("arrow")[:][name] for rows in splits]
     try:
-        words = [(part.cast(pa.string()), len(part)) for part in values]
+        distinct = [part.cast(pa.string()).unique().drop_null().to_pylist() for part in values]
     except pa.ArrowException:
         return "other"
-    found = [(part.unique().drop_null().to_pylist(), size) for part, size in words]
-    filled = [word for part, _ in found for word in part if word.strip()]
-    if not filled:
-        return "other"
-    distinct = all(len(part) == size for part, size in found)
-    repeating = all(2 * len(part) <= size for part, size in found)
-    if not all(map(is_number, filled)):
-        return "classes" if repeating else "texts"
-    if distinct and (INDEX.fullmatch(name) or all(float(word).is_integer() for word in filled)):
+    filled = [string for part in distinct for string in part if string.strip()]
+    sizes = list(zip(map(len, distinct), map(len, values), strict=True))
+    numbers = all(map(is_number, filled))
+    whole = numbers and all(float(string).is_integer() for string in filled)
+    if filled and numbers and all(a == b for a, b in sizes) and (whole or INDEX.fullmatch(name)):
         return "index"
-    return "classes" if repeating else "numbers"
+    if not filled or unnamed:
+        return "other"
+    repeating = all(2 * found <= size for found, size in sizes)
+    return "classes" if repeating else "numbers" if numbers else "texts"
 
 
 def choose_columns(raw: Splits, text: list[str] | None, label: str | None) -> tuple[Columns, str]:

@@ -1,8 +1,8 @@
 """The embedded translation dataset: numbers in words, English to German, written by a small grammar, no download.
 
-It is synthetic: scores on it compare models with each other and say nothing about real translation. What makes it
-worth learning is German word order: "twenty one" is "einundzwanzig" (one and twenty), written as one word, half past
-three is "halb vier" (half four), and verbs move to the end of clauses. Numbers go up to 999,999; a template is a
+It is synthetic: scores on it compare models with each other and do not predict scores on real translation. What makes
+it worth learning is German word order: "twenty one" is "einundzwanzig" (one and twenty), written as one word, half
+past three is "halb vier" (half four), and verbs move to the end of clauses. Numbers go up to 999,999; a template is a
 sentence and its translations, whose slots, `{number}` or `{number2}`, are filled with one pair of phrases each. As
 translators differ, a third of the training pairs whose template has other wordings have one of them; validation and
 test have the usual one.

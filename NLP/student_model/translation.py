@@ -14,12 +14,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.common.data.fingerprints import outputs_key
+from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.metrics.quality import token_metrics
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import cache_outputs, dataset_hash
+from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.tokenized import Collator
 from kd.nlp.data.translation import PairCollator, TranslationData, tokenize_pairs

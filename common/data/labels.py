@@ -80,20 +80,20 @@ def read_labels(raw: Splits, column: str, kind: Kind | None = None, known: list[
     return Labels(names, rows, values, [_describe(names, values), *notes])
 
 
-def renumber(dataset: str, ids: Ids, own: list[str], names: list[str]) -> Ids:
-    """Class ids that are places in `own` as places in `names`, those of a model, which may have more classes. Case
-    is ignored where no two classes differ in it alone. Raises UserError for a label that `names` lacks.
+def renumber(dataset: str, ids: Ids, data_names: list[str], names: list[str]) -> Ids:
+    """Class ids by `data_names` as class ids by `names`, those of a model, which may have more. Case is ignored
+    where no two classes differ in it alone. Raises UserError for a label that `names` lacks.
     """
-    unambiguous = all(len({name.casefold() for name in listed}) == len(listed) for listed in (own, names))
+    unambiguous = all(len({name.casefold() for name in listed}) == len(listed) for listed in (data_names, names))
     key = str.casefold if unambiguous else str
     places = {key(name): number for number, name in enumerate(names)}
-    table = np.array([places.get(key(name), -1) for name in own])
+    table = np.array([places.get(key(name), -1) for name in data_names])
     for split, labels in ids.items():
         if (unknown := labels[table[labels] < 0]).size:
-            rows = _rows(int((labels == unknown[0]).sum()))
+            label, rows = data_names[unknown[0]], _rows(int((labels == unknown[0]).sum()))
             raise UserError(
-                f"{dataset} has the label {own[unknown[0]]!r} ({rows} of {split}), which is not among {some(names)}: "
-                "rename or remove it, or name another column with --label_column"
+                f"{dataset} has the label {label!r} ({rows} of {split}), which is not among {some(names)}: rename or "
+                "remove it, or name another column with --label_column"
             )
     return {split: table[labels] for split, labels in ids.items()}
 

@@ -6,7 +6,6 @@ columns are written in shards, each with checksums: a process that was killed co
 a damaged one is computed again. Only the rows of a batch are read into memory, whatever the size of the dataset.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -25,7 +24,7 @@ from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from kd.common.data.fingerprints import outputs_key
+from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.features import FeatureHooks
 from kd.common.outputs import Outputs
 from kd.common.training.batching import column_array, similar_length_order
@@ -245,29 +244,3 @@ class _ArrowColumn(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> Tensor:
         found = self.values[row] if self.offsets is None else self.values[self.offsets[row] : self.offsets[row + 1]]
         return torch.tensor(found)
-
-
-# ---- keys ----
-
-
-def dataset_hash(dataset: Dataset) -> str:
-    """A hash of the sample ids and model inputs of a dataset: all columns but `labels` and `length`."""
-    names = sorted(set(dataset.column_names) - {"labels", "length"})
-    digest = hashlib.sha256(repr(names).encode())
-    rows = dataset.select_columns(names).with_format("arrow")
-    for batch in rows.iter(batch_size=10_000):
-        for name in names:
-            _update(digest, batch[name].combine_chunks())
-    return digest.hexdigest()
-
-
-def _update(digest: Any, array: pa.Array) -> None:
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    if hasattr(array, "flatten") and pa.types.is_nested(array.type):
-        digest.update(np.ascontiguousarray(array.value_lengths()).data)
-        _update(digest, array.flatten())
-    elif pa.types.is_primitive(array.type):
-        digest.update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False)).data)
-    else:
-        digest.update(repr(array.to_pylist()).encode())

@@ -33,8 +33,8 @@ def main() -> None:
     pair.apply_pair(data_args, training)
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
-    data, factor, seed = data_args.load(), matching.projector_factor, training.seed
-    encoder, data, pretrained = load_teacher(pair.teacher, data, seed)
+    data, factor = data_args.load(), matching.projector_factor
+    encoder, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = simkd_student(pair.student, encoder, data, factor)  # raises where the networks do not fit
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
@@ -49,24 +49,26 @@ def main() -> None:
     teacher = replace_head(run, data, "teacher", encoder, bottleneck, "new")
     teacher_results = evaluate_teacher(run, f"{pair.teacher} + bottleneck", teacher, data)
 
-    control = None
-    if not training.no_control:
-        set_seed(seed)
-        control = simkd_student(pair.student, encoder, data, factor, reuse_head=False)
-        control = train_on_labels(run, data, "control_encoder", control)
-        control = replace_head(run, data, "control", control, bottleneck, "new")
+    for seed_run in run.each_seed():
+        control = None
+        if not training.no_control:
+            set_seed(seed_run.args.seed)
+            control = simkd_student(pair.student, encoder, data, factor, reuse_head=False)
+            control = train_on_labels(seed_run, data, "control_encoder", control)
+            control = replace_head(seed_run, data, "control", control, bottleneck, "new")
 
-    set_seed(seed)
-    student = simkd_student(pair.student, encoder, data, factor)
-    method = simkd(student, encoder, matching, training.temperature)
-    student = distill(run, data, "student_encoder", student, method, encoder)
-    student = replace_head(run, data, "student", student, bottleneck, bottleneck.keys, teacher)
+        set_seed(seed_run.args.seed)
+        student = simkd_student(pair.student, encoder, data, factor)
+        method = simkd(student, encoder, matching, training.temperature)
+        student = distill(seed_run, data, "student_encoder", student, method, encoder)
+        student = replace_head(seed_run, data, "student", student, bottleneck, bottleneck.keys, teacher)
 
-    models = {
-        "control": (f"{pair.student} + projector + bottleneck, labels only", control),
-        "student": (f"{pair.student} + projector + bottleneck, keys {bottleneck.keys}", student),
-    }
-    report(run, name, data, models, teacher_results)
+        models = {
+            "control": (f"{pair.student} + projector + bottleneck, labels only", control),
+            "student": (f"{pair.student} + projector + bottleneck, keys {bottleneck.keys}", student),
+        }
+        report(seed_run, name, data, models, teacher_results)
+    run.summarize()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A frozen encoder with a head behind it: a discrete key-value bottleneck or, as its contrast, a linear probe.
+"""A frozen encoder with a head after it: a discrete key-value bottleneck or, as its contrast, a linear probe.
 
 Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240), with random projections before the keys
 and values that are logits and are averaged over the codebooks.
@@ -7,10 +7,12 @@ and values that are logits and are averaged over the codebooks.
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification
 
+from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
@@ -18,11 +20,11 @@ from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained, trained_folder
 
-PIXELS = "pixels"  # the encoder that does nothing
+PIXELS = "pixels"  # no encoder: the pixels are the embedding
 
 
-class BottleneckProbeConfig(PreTrainedConfig):
-    """Configuration of a frozen encoder and of the head behind it.
+class BottleneckProbeConfig(FrozenEncoderConfig):
+    """Configuration of a frozen encoder and of the head after it.
 
     encoder_config: of an ImageClassifier, whose pooled features are the embedding; None: the pixels are.
     image_size, mean, std: as in ImageClassifierConfig.
@@ -30,23 +32,15 @@ class BottleneckProbeConfig(PreTrainedConfig):
     """
 
     model_type = "bottleneck_probe"
-    sub_configs = {"encoder_config": AutoConfig}
-    encoder_config: Any = None
     image_size: int = 32
     mean: list[float] | None = None
     std: list[float] | None = None
-    bottleneck: dict[str, int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.encoder_config, dict):
-            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
-        super().__post_init__(**kwargs)
 
 
-class BottleneckProbe(PreTrainedModel):
+class BottleneckProbe(FrozenEncoderModel):
     """Images (batch, 3, h, w) -> frozen encoder -> embedding (batch, width) -> head -> logits (batch, labels).
 
-    The head is a bottleneck of random projections whose values are logits and are averaged or, as its contrast, a
+    The head is a bottleneck with random projections whose values are logits and are averaged or, as its contrast, a
     linear layer; both start at zero. Loads alone, once this module is imported:
 
         model = BottleneckProbe.from_pretrained("runs/image-classification/bottleneck_class_incremental/student")
@@ -63,7 +57,7 @@ class BottleneckProbe(PreTrainedModel):
         if config.encoder_config is not None:
             self.encoder = ImageClassifier(config.encoder_config)
             width = _input_width(self.encoder.head)
-            self.encoder.head = nn.Identity()  # its classes may be others
+            self.encoder.head = nn.Identity()  # it may be of other classes
         self.head: DiscreteKeyValueBottleneck | nn.Linear
         if config.bottleneck is not None:
             shape = {"split": "projection", "decoder": "mean", **config.bottleneck}
@@ -79,37 +73,34 @@ class BottleneckProbe(PreTrainedModel):
     def around(
         cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int] | None
     ) -> "BottleneckProbe":
-        """A new head for the classes of `data` behind an encoder whose weights are copied, or behind the pixels."""
+        """An untrained head for the classes of `data` after an encoder, whose weights are copied, or after pixels."""
         encoder_config = encoder.config if encoder is not None else None
         model = cls(BottleneckProbeConfig(encoder_config=encoder_config, bottleneck=bottleneck, **data.config))
-        if model.encoder is not None and encoder is not None:
-            weights = {k: v for k, v in encoder.state_dict().items() if not k.startswith("head.")}
-            model.encoder.load_state_dict(weights)
+        if encoder is not None:
+            model.copy_encoder(encoder, without="head")
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part comes initialized from its constructor, and every checkpoint is complete."""
 
-    def train(self, mode: bool = True) -> "BottleneckProbe":
-        """The frozen encoder stays in eval mode: keys mean something only as long as the embeddings stay put."""
-        super().train(mode)
-        if self.encoder is not None:
-            self.encoder.eval().requires_grad_(False)
-        return self
+    @property
+    def bottleneck(self) -> DiscreteKeyValueBottleneck:
+        assert isinstance(self.head, DiscreteKeyValueBottleneck), "the head is linear"
+        return self.head
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Embeddings (batch, width) of images (batch, 3, h, w), in fp32."""
         if self.encoder is None:
-            return pixel_values[:, : self.channels].flatten(1).float()
+            return rearrange(pixel_values[:, : self.channels], "batch c h w -> batch (c h w)").float()
         return self.encoder(pixel_values).features["pooled"].float()
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> Outputs:
         return Outputs(logits=self.head(self.embed(pixel_values)))
 
     def cache(self, embeddings: Tensor) -> Tensor:
-        """What stays the same while the head learns: codes (images, codebooks) uint16 of the embeddings (images,
-        width), which a linear head takes as they are.
+        """The inputs of the head that training reuses: codes (images, codebooks) uint16 of the embeddings (images,
+        width), or for a linear head the embeddings.
         """
         if isinstance(self.head, nn.Linear):
             return embeddings

@@ -1,4 +1,4 @@
-"""What a class-incremental run has to show: results, and how much of the earlier classes is left after each task."""
+"""The report of a class-incremental run: results, and the accuracy that remains on the classes seen so far."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -7,16 +7,35 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from kd.common.metrics.cost import cost
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
+from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
+from kd.common.utils.folders import writing_folder
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
-from kd.image_classification.student_model.evaluation import image_metrics, predict
-from kd.image_classification.student_model.incremental import HeadTraining, History, accuracy, key_statistics
+from kd.image_classification.student_model.evaluation import image_metrics, image_processor, predict
+from kd.image_classification.student_model.incremental import HeadTraining, History, accuracy
 
-Scores = dict[str, float]  # number of classes seen (a word: it becomes a key of a JSON object) -> accuracy
+Scores = dict[str, float]  # number of classes seen (a string: the key of a JSON object) -> accuracy
+
+
+def report(
+    run: Run, method: str, data: ImageData, heads: dict[str, HeadTraining], models: dict[str, BottleneckProbe]
+) -> None:
+    """Writes the student, results, curves and the plot of a run, and prints its table."""
+    with writing_folder(run.folder / "student") as student:
+        models["student"].save_pretrained(student)
+        image_processor(data).save_pretrained(student)
+    results = incremental_results(run, method, data, heads, models)
+    plot_forgetting(run.folder / "forgetting.png", results)
+    write_report(run.folder, results, {stage: run.history[stage] for stage in heads})
+    print_table(results)
+    for name, scores in results["accuracy"].items():
+        print(f"{name}: {', '.join(f'{split} accuracy {score:.4f}' for split, score in scores.items())}")
+    print(f"report: {run.folder / 'report.md'}, plot: {run.folder / 'forgetting.png'}")
 
 
 def incremental_results(
@@ -54,9 +73,15 @@ def incremental_results(
         accuracy_of_all_classes={
             head.name: _after_each_task(run.history[stage], "all classes") for stage, head in one_by_one.items()
         },
-        keys=key_statistics(student.empty, heads["control"].samples.inputs["train"]),
+        keys=_key_statistics(student.untrained, heads["control"].samples.inputs["train"]),
         seconds_of_stages=dict(run.seconds),
     )
+
+
+def _key_statistics(model: BottleneckProbe, embeddings: Tensor) -> dict[str, float]:
+    """How many images the keys were fitted to, and how well they cover their embeddings (images, width)."""
+    statistics = model.bottleneck.key_statistics(embeddings.to(model.device))
+    return {"fitted_to_unlabelled_images": len(embeddings), **statistics}
 
 
 def _entry(name: str, model: BottleneckProbe, data: ImageData) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import gymnasium
 import imageio.v3
 import numpy as np
 import torch
+from einops import rearrange, repeat
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, write_bytes
@@ -88,7 +89,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     except Exception as error:
         raise UserError(f"{environment} cannot be drawn here ({_line(error)}): leave out --video") from error
     while not ended and _has_room(frames):
-        action = to_environment(act(torch.as_tensor(observation).unsqueeze(0)), one.action_space)[0]
+        action = to_environment(act(rearrange(torch.as_tensor(observation), "... -> 1 ...")), one.action_space)[0]
         observation, _, terminated, truncated, _ = one.step(action)
         frames.append(one.render())
         ended = terminated or truncated
@@ -105,5 +106,5 @@ def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, fl
         step = one.step(to_environment(act(torch.as_tensor(one.observations)), one.action_space))
         ended = bool(step.terminated[0] or step.truncated[0])
     one.close()
-    grey = np.stack(frames).repeat(ENLARGED, 1).repeat(ENLARGED, 2)  # (steps, height, width)
-    return np.stack([grey] * 3, -1), 15.0
+    enlarged = repeat(np.stack(frames), "step h w -> step (h a) (w b) rgb", a=ENLARGED, b=ENLARGED, rgb=3)
+    return enlarged, 15.0

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
+from kd.common.bottleneck.arguments import PairCount
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
@@ -16,7 +17,6 @@ from kd.common.utils.ranges import (
     NotNegative,
     Positive,
     ProperShare,
-    Range,
     check_declared,
 )
 from kd.reinforcement_learning.environments.registry import folder_name
@@ -41,9 +41,7 @@ class StudentArguments:
         default=0,
         metadata={"help": "Number of codebooks of the student's key-value bottleneck; 0 for a plain MLP."},
     )
-    pairs: Annotated[int, Range(1, 2**16)] = field(
-        default=64, metadata={"help": "Keys, and values, of each codebook."}
-    )
+    pairs: PairCount = field(default=64, metadata={"help": "Keys, and values, of each codebook."})
     key_dim: Count | None = field(
         default=None, metadata={"help": "Width of a key (default: that of an observation divided by --codebooks)."}
     )

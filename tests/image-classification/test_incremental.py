@@ -17,8 +17,8 @@ from kd.image_classification.data.loading import Images, SmallImageData, load_im
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.incremental import (
+    HeadInputs,
     HeadTraining,
-    Samples,
     accuracy,
     arrival,
     embed_images,
@@ -91,7 +91,7 @@ def test_the_probe_is_at_chance_on_the_classes_it_saw_first(finished, digits):
     first = arrival(digits, 1, seed=0)[:7]
     for stage, low, high in (("control", 0.0, 0.15), ("student", 0.95, 1.0)):
         model = BottleneckProbe.from_pretrained(finished / "stages" / stage)
-        samples = Samples.of(model, embed_images(model, digits), digits)
+        samples = HeadInputs.of(model, embed_images(model, digits), digits)
         assert low <= accuracy(model, samples, "test", [c for task in first for c in task]) <= high
 
 
@@ -130,7 +130,7 @@ def test_an_image_moves_only_the_values_of_its_keys(digits):
     model = BottleneckProbe.around(None, digits, SMALL)
     assert isinstance(model.head, DiscreteKeyValueBottleneck)
     embeddings = embed_images(model, digits)
-    samples = Samples.of(fit_keys(model, embeddings["train"], seed=0), embeddings, digits)
+    samples = HeadInputs.of(fit_keys(model, embeddings["train"], seed=0), embeddings, digits)
     assert samples.inputs["train"].dtype == torch.uint16
 
     def values_after(*classes: int) -> torch.Tensor:

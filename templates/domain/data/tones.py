@@ -1,6 +1,6 @@
 """The embedded dataset: short noisy tones of instruments that differ in their overtones, made from a seed.
 
-It is synthetic: scores on it compare models with each other and say nothing about real instruments.
+It is synthetic: scores on it compare models with each other and do not predict scores on real instruments.
 """
 
 import datasets
@@ -22,7 +22,7 @@ WRONG_LABELS = 0.2  # share of train whose label is drawn at random, as if annot
 
 
 def tones() -> Splits:
-    """Columns `values` (LENGTH,) and `label`; every split has samples of its own."""
+    """Columns `values` (LENGTH,) and `label`; no two splits share a sample."""
     kinds = datasets.Features(
         {"values": datasets.List(datasets.Value("float32")), "label": datasets.ClassLabel(names=list(OVERTONES))}
     )
