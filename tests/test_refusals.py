@@ -155,7 +155,12 @@ OF_SCRIPTS = [
     (IMAGES + "train_teacher.py", "--architecture timm:hf-hub:a/b", "timm knows no model"),
     (IMAGES + "train_student.py", "--train_samples -5", "--train_samples must be at least 1"),
     (IMAGES + "train_student.py", "--teacher_epochs 0", "--teacher_epochs must be above 0"),
-    (IMAGES + "train_student.py", "--methods kd --seed 3", "--seed has no effect"),
+    (IMAGES + "train_student.py", "--method kd --seeds 3 --seed 3", "--seed has no effect"),
+    (
+        IMAGES + "train_student.py",
+        "--pair resnet8_vgg8",
+        "unknown --pair resnet8_vgg8: choose from resnet32x4_resnet8x4",
+    ),
     (IMAGES + "train_student.py", "--method none --teacher_epochs 2", "--teacher_epochs has no effect"),
     (IMAGES + "train_student.py", "--methods kd --seeds -1", "--seeds must be between 0 and"),
     (IMAGES + "train_student.py", f"--teacher {LONG}/x", "File name too long"),
@@ -255,7 +260,10 @@ def argument_types() -> list[type[Any]]:
         "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
-        *(f"kd.image_classification.student_model.{name}" for name in ("arguments", "bottleneck", "cells", "simkd")),
+        *(
+            f"kd.image_classification.student_model.{name}"
+            for name in ("arguments", "bottleneck", "simkd", "sweep_students")
+        ),
         "kd.image_classification.student_model.incremental",
         *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",

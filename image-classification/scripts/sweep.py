@@ -9,18 +9,17 @@ The same command again, also with more values on an axis, trains only what is mi
 
 from kd.common.cli import parse, reject_unused, run
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.cells import SweepArguments
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import sweep
+from kd.image_classification.student_model.sweep_students import SweepArguments
 
 
 def main() -> None:
     axes, pair, weights, data, training = parse(
         SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    pair.apply_pair(data, training)
     reject_unused("--learning_rates are those of a sweep", training, "learning_rate")
-    axes.seeds, training.seeds = training.seeds or [training.seed], None
+    pair.apply_pair(data, training)
     sweep(axes, pair, weights, data, training)
 
 

@@ -35,22 +35,24 @@ def main() -> None:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
     teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
 
-    control = None
-    if not training.no_control:
-        set_seed(run.args.seed)
-        control = simkd_student(pair.student, teacher, data, args.projector_factor, reuse_head=False)
-        control = train_on_labels(run, data, "control", control)
+    for seed_run in run.each_seed():
+        control = None
+        if not training.no_control:
+            set_seed(seed_run.args.seed)
+            control = simkd_student(pair.student, teacher, data, args.projector_factor, reuse_head=False)
+            control = train_on_labels(seed_run, data, "control", control)
 
-    set_seed(run.args.seed)
-    student = simkd_student(pair.student, teacher, data, args.projector_factor)
-    method = simkd(student, teacher, args, training.temperature)
-    student = distill(run, data, "student", student, method, teacher)
+        set_seed(seed_run.args.seed)
+        student = simkd_student(pair.student, teacher, data, args.projector_factor)
+        method = simkd(student, teacher, args, training.temperature)
+        student = distill(seed_run, data, "student", student, method, teacher)
 
-    models = {
-        "control": (f"{pair.student} + projector, labels only", control),
-        "student": (f"{pair.student} + projector + teacher's head", student),
-    }
-    report(run, name, data, models, teacher_results, method.auxiliary_parameters)
+        models = {
+            "control": (f"{pair.student} + projector, labels only", control),
+            "student": (f"{pair.student} + projector + teacher's head", student),
+        }
+        report(seed_run, name, data, models, teacher_results, method.auxiliary_parameters)
+    run.summarize()
 
 
 if __name__ == "__main__":

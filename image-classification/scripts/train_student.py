@@ -12,15 +12,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.cells import CONTROL, PLAIN, SIMKD, SweepArguments
 from kd.image_classification.student_model.distillation import (
     distill,
     open_run,
@@ -28,17 +25,18 @@ from kd.image_classification.student_model.distillation import (
     validate_teacher_views,
 )
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
+from kd.image_classification.student_model.sweep_students import CONTROL, PLAIN, SIMKD, SweepArguments
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd.image_classification.teacher_model.teacher import load_teacher
+from kd.image_classification.teacher_model.teacher import AveragedTeacher, load_more_teachers, load_teacher
 
 
 @dataclass
 class Arguments:
-    """How the teacher is listened to."""
+    """How the student is trained."""
 
     method: str = field(
         default="kd",
@@ -46,6 +44,10 @@ class Arguments:
     )
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
+    )
+    more_teachers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
     )
     teacher_views: Path | None = field(
         default=None,
@@ -55,45 +57,67 @@ class Arguments:
         },
     )
 
-    def axes(self, training: ImageTrainingArguments) -> SweepArguments:
-        """Of the sweep that several methods are."""
-        methods = ",".join(self.methods).split(",")
-        wanted = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
-        controls = [] if training.no_control else [name for name in wanted if name not in methods]
-        try:
-            axes = SweepArguments(
-                [*controls, *methods], projectors=["single"], learning_rates=[training.learning_rate]
-            )
-        except ValueError as error:
-            raise UserError(f"--methods: {error}") from error
-        axes.seeds, training.seeds = training.seeds or [training.seed], None
-        return axes
-
 
 def main() -> None:
     args, pair, weights, data_args, training = parse(
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
     pair.apply_pair(data_args, training)
-    if training.seeds and not args.methods:
-        raise UserError("--seeds are those of several --methods: pass --seed for one --method")
-    if weights != SimKDWeights() and SIMKD not in ",".join(args.methods).split(","):
+    methods = ",".join(args.methods).split(",") if args.methods else [args.method]
+    if weights != SimKDWeights() and SIMKD not in methods:
         raise UserError(
             "the weights and the projector of features are those of simkd, which is none of the methods: "
             "name it in --methods, or give a method its own settings, as in fitnet:weight=10"
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is given", training, "method")
-        sweep(args.axes(training), pair, weights, data_args, training, args.teacher_views)
+        reject_unused("--methods is given", args, "method", "more_teachers")
+        axes = side_by_side(methods, training)
+        sweep(axes, pair, weights, data_args, training, args.teacher_views)
+    elif args.method == PLAIN:
+        train_plain_student(args, pair, data_args, training)
     else:
-        train_student(args, pair, data_args, training)
+        distill_student(args, pair, data_args, training)
 
 
-def train_student(
+def side_by_side(methods: list[str], training: ImageTrainingArguments) -> SweepArguments:
+    """The sweep of these methods and their controls at one learning rate."""
+    controls = [] if training.no_control else [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
+    try:
+        return SweepArguments(
+            [*(name for name in controls if name not in methods), *methods],
+            projectors=["single"],
+            learning_rates=[training.learning_rate],
+        )
+    except ValueError as error:
+        raise UserError(f"--methods: {error}") from error
+
+
+def train_plain_student(
     args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
-    """One student by one method."""
+    """A student trained on the labels alone, which other methods have as their control."""
+    check_kd_flags([PLAIN], training)
+    reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "more_teachers")
+    reject_unused(f"--method {PLAIN} has no teacher", training, "no_control")
+    data = data_args.load()
+    if args.teacher_views:
+        validate_teacher_views(args.teacher_views, data, training)
+    new_classifier(pair.student, data.config)  # raises for an unknown one before anything is written
+
+    run = open_run(PLAIN, training, data, args, pair, data_args)
+    for seed_run in run.each_seed():
+        set_seed(seed_run.args.seed)
+        student = train_on_labels(seed_run, data, "student", new_classifier(pair.student, data.config))
+        models = {"student": (f"{pair.student}, labels only", student)}
+        report(seed_run, PLAIN, data, models, labels_only=True)
+    run.summarize()
+
+
+def distill_student(
+    args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+) -> None:
+    """A student and its control, for each seed."""
     if args.method == SIMKD:
         raise UserError("simkd alone is train_simkd.py; here it is one of several --methods")
     args.method = for_pair(args.method, pair)
@@ -101,48 +125,46 @@ def train_student(
     data = data_args.load()
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)
-    if args.method == PLAIN:
-        reject_unused(f"--method {PLAIN} has no teacher", training, "teacher", "teacher_epochs", "no_control")
-        train_plain_student(pair, data, training, args, pair, data_args)
-        return
     method_for = method_of(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = new_classifier(pair.student, data.config)
-    method = method_for(task_spec(student, teacher, data, training.views))  # raises where the networks do not fit
+    for model in (student, teacher):
+        image_features(model)  # raises, as the next two lines, where the networks do not fit
+    method = method_for(task_spec(student, teacher, data, training.views))
+    auxiliary_parameters = method.auxiliary_parameters
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
+    if args.more_teachers and method.teacher_features:
+        raise UserError(f"--method {args.method} needs a single teacher: leave out --more_teachers")
+    others = load_more_teachers(args.more_teachers, data)
 
-    run = open_run(args.method, training, data, args, pair, data_args, teacher=teacher if pretrained else None)
+    run = open_run(
+        args.method, training, data, args, pair, data_args,
+        teacher=teacher if pretrained else None,
+        more_teachers=AveragedTeacher(others) if others else None,
+    )  # fmt: skip
     if not pretrained:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
-    teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+    outputs = AveragedTeacher([teacher, *others]) if others else teacher
+    teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.more_teachers]), outputs, data)
 
-    control = None
-    if not training.no_control:
-        set_seed(run.args.seed)
-        control = train_on_labels(run, data, "control", new_classifier(pair.student, data.config))
+    for seed_run in run.each_seed():
+        control = None
+        if not training.no_control:
+            set_seed(seed_run.args.seed)
+            control = train_on_labels(seed_run, data, "control", new_classifier(pair.student, data.config))
 
-    set_seed(run.args.seed)
-    student = new_classifier(pair.student, data.config)
-    method = method_for(task_spec(student, teacher, data, training.views))
-    student = distill(run, data, "student", student, method, teacher, args.teacher_views)
+        set_seed(seed_run.args.seed)
+        student = new_classifier(pair.student, data.config)
+        method = method_for(task_spec(student, teacher, data, training.views))
+        student = distill(seed_run, data, "student", student, method, outputs, args.teacher_views)
 
-    models = {
-        "control": (f"{pair.student}, labels only", control),
-        "student": (f"{pair.student}, {args.method}", student),
-    }
-    report(run, args.method, data, models, teacher_results, method.auxiliary_parameters)
-
-
-def train_plain_student(
-    pair: PairArguments, data: ImageData, training: ImageTrainingArguments, *instances: Any
-) -> None:
-    """A student trained on the labels alone, which other methods have as their control."""
-    set_seed(training.seed)
-    student = new_classifier(pair.student, data.config)  # raises for an unknown one before anything is written
-    run = open_run(PLAIN, training, data, *instances)
-    student = train_on_labels(run, data, "student", student)
-    report(run, PLAIN, data, {"student": (f"{pair.student}, labels only", student)}, labels_only=True)
+        models = {
+            "control": (f"{pair.student}, labels only", control),
+            "student": (f"{pair.student}, {args.method}", student),
+        }
+        report(seed_run, args.method, data, models, teacher_results, auxiliary_parameters)
+    run.summarize()
 
 
 if __name__ == "__main__":

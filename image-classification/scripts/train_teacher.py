@@ -31,12 +31,15 @@ def main() -> None:
         "a teacher learns from labels", training, "alpha", "temperature", "no_control", "value_learning_rate"
     )
     data = data_args.load()
-    set_seed(training.seed)
-    teacher = new_classifier(args.architecture, data.config)  # raises for an unknown one before anything is written
+    new_classifier(args.architecture, data.config)  # raises for an unknown one before anything is written
 
     run = open_run("teacher", training, data, args, data_args)
-    teacher = train_on_labels(run, data, "teacher", teacher)
-    report(run, "teacher", data, {"teacher": (args.architecture, teacher)})
+    for seed_run in run.each_seed():
+        set_seed(seed_run.args.seed)
+        teacher = new_classifier(args.architecture, data.config)
+        teacher = train_on_labels(seed_run, data, "teacher", teacher)
+        report(seed_run, "teacher", data, {"teacher": (args.architecture, teacher)})
+    run.summarize()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kd.image_classification.teacher_model.teacher import trained_folder
 
 @dataclass
 class DataArguments:
-    """Which images."""
+    """The images."""
 
     dataset: str = field(
         default="digits", metadata={"help": "digits, cifar10, cifar100, mnist, imagenet, a Hub name or a folder"}
@@ -23,12 +23,12 @@ class DataArguments:
     image_column: str | None = None
     label_column: str | None = None
     image_size: Count | None = field(
-        default=None, metadata={"help": "resize to so many pixels; above 64 by random crops"}
+        default=None, metadata={"help": "height and width in pixels; above 64 training images are random crops"}
     )
     validation_share: ShareBelow1 = field(
-        default=0.1, metadata={"help": "of train, set aside where there is no validation"}
+        default=0.1, metadata={"help": "share of train that becomes validation where there is none"}
     )
-    train_samples: Count | None = field(default=None, metadata={"help": "train on so many images, the same each time"})
+    train_samples: Count | None = field(default=None, metadata={"help": "number of training images, always the same"})
 
     def load(self, label_names: list[str] | None = None) -> ImageData:
         """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
@@ -95,7 +95,7 @@ def _set_defaults(arguments: Any, **values: Any) -> None:
 
 @dataclass
 class ImageTrainingArguments(KDTrainingArguments):
-    """Training as image classifiers are used to it: SGD with momentum, one cycle of the learning rate."""
+    """Training with the defaults of image classifiers: SGD with momentum, one cycle of the learning rate."""
 
     output_dir: str | None = field(default=None, metadata={"help": "default: runs/image-classification/METHOD"})
     num_train_epochs: float = field(default=50, metadata={"help": "of the student, and of its control"})
@@ -124,7 +124,7 @@ class ImageTrainingArguments(KDTrainingArguments):
 
     def __post_init__(self) -> None:
         if self.label_smoothing_factor:
-            raise ValueError("--label_smoothing_factor is not heard by image classifiers: leave it at 0")
+            raise ValueError("--label_smoothing_factor is not supported for image classifiers: leave it at 0")
         given = self.output_dir
         super().__post_init__()
         self.output_dir = given  # None: the script knows a better name than the parent's

@@ -40,18 +40,21 @@ def open_run(
     training: ImageTrainingArguments,
     data: ImageData,
     *instances: Any,
-    teacher: ImageClassifier | None = None,
+    kind: type[ImageRun] = ImageRun,
+    teacher: nn.Module | None = None,
+    more_teachers: nn.Module | None = None,
 ) -> ImageRun:
-    """Opens the folder of a run, by default `runs/image-classification/NAME`, on `data` and a pretrained `teacher`.
+    """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
 
-    `instances` are the script's other arguments, for the recipe. Raises UserError where the arguments do not fit the
-    data, and where a run that is continued began with other data or another teacher.
+    `instances` are the script's other arguments, for the recipe; `teacher` and `more_teachers` are pretrained. Raises
+    UserError where the arguments do not fit the data, and where a run that is continued began with other data or
+    models.
     """
     validate_training(training, data)
     folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
     training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
-    run = ImageRun(training, *instances)
-    run.check_inputs(data.fingerprint, teacher=teacher)
+    run = kind(training, *instances)
+    run.check_inputs(data.fingerprint, teacher=teacher, more_teachers=more_teachers)
     return run
 
 
@@ -90,8 +93,9 @@ def train_on_labels(
 ) -> ImageClassifier:
     """A stage without a teacher: `model` trained on the labels alone, or loaded where the stage is finished."""
     objective = Objective(task=(1.0, task_loss()))
+    settings = {} if epochs is None else {"num_train_epochs": epochs}
     processor = image_processor(data)
-    return run.stage(stage, lambda: fit(run, data, stage, model, objective, epochs), read_stage, processor)
+    return run.stage(stage, lambda: fit(run, data, stage, model, objective, settings), read_stage, processor)
 
 
 def distill(
@@ -100,7 +104,7 @@ def distill(
     stage: str,
     student: ImageClassifier,
     method: Method,
-    teacher: ImageClassifier,
+    teacher: nn.Module,
     teacher_views: Path | None = None,
 ) -> ImageClassifier:
     """A stage with a teacher: `student` trained by `method`, or loaded where the stage is finished.
@@ -130,20 +134,22 @@ def fit(
     stage: str,
     model: Model,
     objective: Objective | SideBySideObjective,
-    epochs: float | None = None,
+    settings: dict[str, Any] | None = None,
     validate: bool = True,
     **trainer: Any,
 ) -> Model:
     """Trains the model of a stage on augmented views, from its last checkpoint on.
 
-    `validate`: the accuracy on the validation images after each epoch goes into the curves; `trainer`: further
-    arguments of KDTrainer.
+    Args:
+        settings: training arguments of this stage that differ from the run's.
+        validate: the accuracy on the validation images after each epoch goes into the curves.
+        trainer: further arguments of KDTrainer.
     """
     device = best_device()
     return run.train(
         stage,
         model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-        {} if epochs is None else {"num_train_epochs": epochs},
+        settings or {},
         objective=objective,
         train_dataset=training_views(run, data, device),
         eval_dataset=data.views("validation", device) if validate and "validation" in data.splits else None,
@@ -158,7 +164,7 @@ def training_views(run: ImageRun, data: ImageData, device: torch.device) -> Imag
     return data.views("train", device, augment=True, seed=run.args.seed, strong=run.args.strong_views)
 
 
-def views_table(run: ImageRun, data: ImageData, teacher: ImageClassifier, folder: Path) -> TeacherViews:
+def views_table(run: ImageRun, data: ImageData, teacher: nn.Module, folder: Path) -> TeacherViews:
     """The table of the teacher's logits of each view of the training images; see `validate_teacher_views`."""
     views = training_views(run, data, torch.device("cpu"))
     assert isinstance(views, Views), "images whose views can be counted have these"

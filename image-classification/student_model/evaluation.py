@@ -20,10 +20,12 @@ from kd.common.training.run import TrainerRun
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import shorter_side
 from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.teacher import AveragedTeacher
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
 from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.teacher import AveragedTeacher
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = ImageClassifier.from_pretrained("{folder}").eval()
@@ -48,7 +50,7 @@ def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return image_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-def predict(model: ImageClassifier, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
+def predict(model: ImageClassifier | AveragedTeacher, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
     """Logits (images, classes) of a split in its order, always in fp32, as a user gets them who loads the model."""
 
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -56,14 +58,20 @@ def predict(model: ImageClassifier, data: ImageData, split: str, workers: int = 
 
     views, description = data.views(split, model.device), f"evaluating {split}"
     outputs = run_inference(
-        model, logits, views, identity_collate, batch_size=250, description=description, workers=workers
+        model,  # type: ignore[arg-type]
+        logits,
+        views,
+        identity_collate,
+        batch_size=250,
+        description=description,
+        workers=workers,
     )
     return torch.stack(outputs["logits"]).numpy()
 
 
 def evaluate(
     name: str,
-    model: ImageClassifier,
+    model: ImageClassifier | AveragedTeacher,
     data: ImageData,
     teacher_logits: Logits | None = None,
     workers: int = 0,
@@ -79,13 +87,16 @@ def evaluate(
         if teacher_logits is not None:
             metrics[split]["agreement"] = agreement(found, teacher_logits[split])
     image = data.views(data.selection_split, model.device).__getitems__([0])["pixel_values"]
-    entry = {"name": name, **cost(model, {"pixel_values": image}), "parts": parts(model, image), "metrics": metrics}
+    entry = {"name": name, **cost(model, {"pixel_values": image}), "metrics": metrics}
+    if isinstance(model, AveragedTeacher):
+        return entry, logits
+    entry["parts"] = parts(model, image)
     keys = getattr(model.config, "key_statistics", None)  # of a bottleneck
     return entry | ({"keys": keys} if keys else {}), logits
 
 
 def evaluate_teacher(
-    run: TrainerRun, name: str, teacher: ImageClassifier, data: ImageData
+    run: TrainerRun, name: str, teacher: ImageClassifier | AveragedTeacher, data: ImageData
 ) -> tuple[dict[str, Any], Logits]:
     """`evaluate`, with a warning in the run where the teacher is no better than chance."""
     entry, logits = evaluate(name, teacher, data, workers=run.args.dataloader_num_workers)

@@ -1,8 +1,9 @@
 """Sweeps: many students of one teacher, those of one learning rate and seed side by side.
 
-They are trained on the same batches, from one pass of the teacher. Each ends in a folder of its own with results.json
-and student/, or with lost.json where its loss or weights were not finite, which does not hold up the others; one that
-is there is not trained again, so all of a folder must have been asked for with the same flags.
+They are trained on the same batches, from one pass of the teacher. A sweep is a run with a run for each seed, `seedN`,
+inside it; all share the teacher. Each student has a folder, `seedN/students/NAME_lrX`, with results.json and student/,
+or with lost.json where it diverged; the others are unaffected. A student that is there is not trained again: the same
+command with more values on an axis trains what is missing. All other flags must stay the same.
 """
 
 import copy
@@ -18,28 +19,15 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from kd.common.cli import reject_unused
-from kd.common.data.fingerprints import fingerprint_of
 from kd.common.methods import Method, TaskSpec, check_methods_differ, chosen, filled, flags_of, labels
-from kd.common.reporting.results import RECIPE
-from kd.common.training.run_folder import REPORT_FILES, RUN_FILES, RunFolder, starts_over
+from kd.common.reporting.results import RECIPE, RESULTS
+from kd.common.training.run_folder import REPORT_FILES, RUN_FILES
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import non_finite_tensor
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.cells import (
-    CONTROL,
-    CONTROLS,
-    SIMKD,
-    Cell,
-    SweepArguments,
-    cells_of,
-    control_of,
-    is_finished,
-    lost_file,
-    results_file,
-)
 from kd.image_classification.student_model.distillation import (
     ImageRun,
     fit,
@@ -50,8 +38,9 @@ from kd.image_classification.student_model.distillation import (
     views_table,
 )
 from kd.image_classification.student_model.evaluation import (
-    chance_warning,
+    Logits,
     evaluate,
+    evaluate_teacher,
     image_processor,
     image_results,
     write_results,
@@ -60,10 +49,24 @@ from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from kd.image_classification.student_model.sweep_report import show
+from kd.image_classification.student_model.sweep_students import (
+    CONTROL,
+    CONTROLS,
+    DIVERGED,
+    SIMKD,
+    Student,
+    SweepArguments,
+    students_of,
+)
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import load_teacher
 
-SWEEP_FILES = (*RUN_FILES, "sweep.md", "sweep.png", *(f"cells/*/{name}" for name in (*REPORT_FILES, "lost.json")))
+
+class SweepRun(ImageRun):
+    """A sweep, or the students of one seed in it."""
+
+    last_file = "sweep.md"
+    files = (*RUN_FILES, "sweep.md", "sweep.png", *(f"students/*/{name}" for name in (*REPORT_FILES, DIVERGED)))
 
 
 def sweep(
@@ -74,134 +77,100 @@ def sweep(
     training: ImageTrainingArguments,
     teacher_views: Path | None = None,
 ) -> None:
-    """Trains what is missing of a sweep, and shows all of it. `teacher_views`: where a table of the teacher's logits
-    per view is kept, which serves groups of students that need no more of it.
+    """Trains what is missing of a sweep, and reports all of it.
+
+    `teacher_views`: folder for a table of the teacher's logits per view, for groups of students that need no features.
     """
+    methods = [for_pair(spec, pair) for spec in axes.methods]
+    validate_sweep(methods, training)
+    axes = replace(axes, methods=methods)
+    data = data_args.load()
+    if teacher_views:
+        validate_teacher_views(teacher_views, data, training)
+    students, seeds = list(students_of(axes)), training.seeds or [training.seed]
+    training = without_axes(training)
+    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    auxiliary_parameters = {  # raises where the networks do not fit
+        student.key: build_student(student, pair.student, teacher, data, training, weights)[1].auxiliary_parameters
+        for student in {student.key: student for student in students}.values()
+    }
+
+    given = teacher if pretrained else None
+    run = open_run("sweep", training, data, pair, weights, data_args, teacher=given, kind=SweepRun)
+    run.args.seeds = seeds
+    if not pretrained:
+        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+
+    missing = {s: [one for one in students if not one.is_finished(run.folder / f"seed{s}")] for s in seeds}
+    number = len(seeds) * len(students)
+    if PartialState().is_main_process:
+        print(f"{number - sum(map(len, missing.values()))} of {number} students are finished already")
+    if any(missing.values()):
+        teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+        for seed_run in run.each_seed():
+            for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
+                group = list(members)
+                stage, trained = train_group(seed_run, data, group, pair.student, teacher, weights, teacher_views)
+                for student in group:
+                    write_student(
+                        seed_run, data, stage, student, group, pair.student, trained[student.key], teacher_results,
+                        auxiliary_parameters[student.key],
+                    )  # fmt: skip
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        show(run.folder, students, seeds)
+
+
+def validate_sweep(methods: list[str], training: ImageTrainingArguments) -> None:
+    """Raises UserError for arguments that students side by side cannot have."""
     if training.max_grad_norm:
         raise UserError("students side by side would be coupled by clipping: --max_grad_norm must be 0")
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
-    methods = [for_pair(spec, pair) for spec in axes.methods]
     check_kd_flags(methods, training)
     check_methods_differ((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
-    axes = replace(axes, methods=methods)
     reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
     reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
-    folder, data = Path(training.output_dir or "runs/image-classification/sweep"), data_args.load()
-    if teacher_views:
-        validate_teacher_views(teacher_views, data, training)
-    cells = list(cells_of(axes))
-    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    auxiliary = {  # raises where the networks do not fit
-        cell.key: student_of(cell, pair.student, teacher, data, training, weights)[1].auxiliary_parameters
-        for cell in {cell.key: cell for cell in cells}.values()
-    }
-    opened = open_folder(folder, training, pair, weights, data_args)
-    if opened is not None:
-        opened.check_inputs(data=data.fingerprint, **({"teacher": fingerprint_of(teacher)} if pretrained else {}))
-    if not pretrained:
-        teacher = train_teacher(folder, teacher, data, pair, data_args, training)
-
-    missing = [cell for cell in cells if not is_finished(folder, cell)]
-    main_process = PartialState().is_main_process
-    if main_process:
-        print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
-    measured, logits = evaluate(pair.teacher, teacher, data) if missing else ({}, {})
-    for _, members in groupby(missing, lambda cell: (cell.learning_rate, cell.seed)):
-        group = list(members)
-        args = group_arguments(training, folder, group)
-        run = open_run("sweep", args, data, pair, weights, data_args)
-        run.warn(chance_warning(measured, data))
-        students = train_side_by_side(run, data, group, pair.student, teacher, weights, teacher_views)
-        history = run.history["student"]
-        for cell in group:
-            student = students[cell.key]
-            if non_finite_tensor(student) is not None:
-                _write_lost(lost_file(folder, cell), cell, history)
-                continue
-            entries = {"teacher": measured, "control": _control(folder, cell)}
-            entries["student"], _ = evaluate(f"{pair.student}, {cell.label}", student, data, logits)
-            results = image_results(run, cell.label, data, entries) | {
-                "learning_rate": cell.learning_rate,
-                "labels_only": cell.method in CONTROLS,
-                "parameters_trained_beside": auxiliary[cell.key],
-                "side_by_side_with": ", ".join(other.label for other in group if other != cell) or "none",
-            }
-            place = results_file(folder, cell).parent
-            write_results(place, results, data, student, {"student": losses_of(cell, history)})
-    PartialState().wait_for_everyone()
-    if main_process:
-        show(folder, cells)
 
 
-def train_teacher(
-    folder: Path,
-    teacher: ImageClassifier,
-    data: ImageData,
-    pair: PairArguments,
-    data_args: DataArguments,
-    training: ImageTrainingArguments,
-) -> ImageClassifier:
-    """The teacher that all students share, trained in a run of its own inside the sweep's folder."""
-    args = copy.copy(training)
-    args.output_dir = str(folder / "teacher")
-    args.resume_from_checkpoint = (folder / "teacher" / RECIPE).exists()
-    run = open_run("teacher", args, data, pair, data_args)
-    return train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+def without_axes(training: ImageTrainingArguments) -> ImageTrainingArguments:
+    """The arguments that all students of a sweep share, the teacher's seed among them; a sweep continues by itself."""
+    args, kind = copy.copy(training), ImageTrainingArguments
+    args.output_dir = training.output_dir or "runs/image-classification/sweep"
+    args.seed, args.seeds, args.learning_rate = kind.seed, None, kind.learning_rate
+    if (Path(args.output_dir) / RECIPE).exists() and not args.overwrite_output_dir:
+        args.resume_from_checkpoint = True
+    return args
 
 
-def open_folder(folder: Path, training: ImageTrainingArguments, *others: Any) -> RunFolder | None:
-    """In the main process: the folder of a sweep, emptied where it is to be overwritten.
-
-    Raises UserError where its cells were trained with other flags.
-    """
-    with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return None
-        opened = RunFolder(folder, SWEEP_FILES)
-        if starts_over(training):
-            opened.remove((training, *others))
-        if opened.has_begun:
-            opened.check_arguments(training, *others, may_change=("learning_rate", "seed"))  # axes
-        else:
-            opened.save_arguments(training, *others)
-        return opened
-
-
-def _control(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The finished control of a cell, where the sweep has one."""
-    control = control_of(cell)
-    if control is None or not results_file(folder, control).exists():
-        return None
-    return read_json(results_file(folder, control))["models"]["student"]
-
-
-def train_side_by_side(
+def train_group(
     run: ImageRun,
     data: ImageData,
-    cells: list[Cell],
+    students: list[Student],
     architecture: str,
     teacher: ImageClassifier,
     weights: SimKDWeights,
-    teacher_views: Path | None = None,
-) -> dict[str, ImageClassifier]:
-    """The students of cells of one learning rate and seed, by the cells' keys."""
+    teacher_views: Path | None,
+) -> tuple[str, dict[str, ImageClassifier]]:
+    """A stage that trains students of one learning rate side by side: its name, and the students by their keys."""
+    stage = _stage_of(run.folder, students)
 
-    def build() -> SideBySide:
-        students: dict[str, ImageClassifier] = {}
+    def train() -> SideBySide:
+        models: dict[str, ImageClassifier] = {}
         methods: dict[str, Method] = {}
-        for cell in cells:
-            set_seed(cell.seed)  # each starts as it would alone
-            student, method = student_of(cell, architecture, teacher, data, run.args, weights)
-            students[cell.key], methods[cell.key] = student, method
-        distilled = [methods[cell.key] for cell in cells if cell.method not in CONTROLS]
-        views = teacher_views if distilled and all(not method.teacher_features for method in distilled) else None
+        for student in students:
+            set_seed(run.args.seed)  # each starts as it would alone
+            model, method = build_student(student, architecture, teacher, data, run.args, weights)
+            models[student.key], methods[student.key] = model, method
+        distilled = [methods[student.key] for student in students if not student.is_control]
+        views = teacher_views if distilled and not any(method.teacher_features for method in distilled) else None
         return fit(
             run,
             data,
-            "student",
-            SideBySide(students),
+            stage,
+            SideBySide(models),
             SideBySideObjective({name: method.objective for name, method in methods.items()}),
+            settings={"learning_rate": students[0].learning_rate},
             validate=False,
             features=SideBySide.paths({name: method.features for name, method in methods.items()}),
             teacher=frozen(teacher, run.args.precision) if distilled else None,
@@ -212,83 +181,106 @@ def train_side_by_side(
     def load(folder: str) -> SideBySide:
         return SideBySide.from_pretrained(folder, read_stage)
 
-    trained = run.stage("student", build, load, image_processor(data)).students
-    return {name: student for name, student in trained.items() if isinstance(student, ImageClassifier)}
+    trained = run.stage(stage, train, load, image_processor(data)).students
+    return stage, {name: model for name, model in trained.items() if isinstance(model, ImageClassifier)}
 
 
-def student_of(
-    cell: Cell,
+def _stage_of(folder: Path, students: list[Student]) -> str:
+    """The stage that has trained these students already, if a run was killed before all were written, or a new one."""
+    prefix = f"lr{students[0].learning_rate:g}_"
+    for stage in sorted((folder / "stages").glob(f"{prefix}*")):
+        if all((stage / student.key).is_dir() for student in students):
+            return stage.name
+    return prefix + hashlib.sha256(" ".join(student.key for student in students).encode()).hexdigest()[:8]
+
+
+def write_student(
+    run: ImageRun,
+    data: ImageData,
+    stage: str,
+    student: Student,
+    group: list[Student],
+    architecture: str,
+    model: ImageClassifier,
+    teacher_results: tuple[dict[str, Any], Logits],
+    auxiliary_parameters: int,
+) -> None:
+    """Evaluates a trained student and writes its folder, or lost.json where it diverged."""
+    folder, history = student.folder(run.folder), run.history[stage]
+    if non_finite_tensor(model) is not None:
+        if PartialState().is_main_process:
+            write_json(folder / DIVERGED, {"epoch": _epoch_of_divergence(student, history)})
+        return
+    entries = {"teacher": teacher_results[0], "control": None}
+    if student.control is not None and (control := student.control.folder(run.folder) / RESULTS).exists():
+        entries["control"] = read_json(control)["models"]["student"]
+    entries["student"], _ = evaluate(f"{architecture}, {student.label}", model, data, teacher_results[1])
+    results = image_results(run, student.label, data, entries) | {
+        "learning_rate": student.learning_rate,
+        "labels_only": student.is_control,
+        "parameters_trained_beside": auxiliary_parameters,
+        "side_by_side_with": ", ".join(other.label for other in group if other != student) or "none",
+    }
+    results["seconds"]["student"] = run.seconds[stage]
+    write_results(folder, results, data, model, {"student": _losses_of(student, history)})
+
+
+def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A student's share of the losses logged for its group, as long as it was finite."""
+    shares = [(entry["epoch"], _share(student, entry)) for entry in history if "loss" in entry]
+    return [{"epoch": epoch, "loss": sum(share)} for epoch, share in shares if share]
+
+
+def _epoch_of_divergence(student: Student, history: list[dict[str, Any]]) -> int:
+    logged = [entry["epoch"] for entry in history if "loss" in entry and not _share(student, entry)]
+    return math.ceil([*logged, history[-1]["epoch"]][0])
+
+
+def _share(student: Student, entry: dict[str, Any]) -> list[float]:
+    return [value for name, value in entry.items() if name.startswith(f"loss_{student.key}/")]
+
+
+# ---- what a student is trained for ----
+
+
+def build_student(
+    student: Student,
     architecture: str,
     teacher: ImageClassifier,
     data: ImageData,
     args: ImageTrainingArguments,
     weights: SimKDWeights,
 ) -> tuple[ImageClassifier, Method]:
-    """A cell's student before training, and what it is trained for."""
-    if cell.method == SIMKD:
-        how = SimKDArguments(**asdict(weights), projector=cell.projector, feature_loss=cell.feature_loss)  # type: ignore[arg-type]
-        student = simkd_student(architecture, teacher, data, weights.projector_factor)
-        return student, simkd(student, teacher, how, args.temperature)
-    if cell.method == CONTROL:
-        student = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
+    """A student before training, and its method."""
+    if student.method == SIMKD:
+        settings = SimKDArguments(**asdict(weights), projector=student.projector, feature_loss=student.feature_loss)  # type: ignore[arg-type]
+        model = simkd_student(architecture, teacher, data, weights.projector_factor)
+        return model, simkd(model, teacher, settings, args.temperature)
+    if student.method == CONTROL:
+        model = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
-        student = new_classifier(architecture, data.config)
-    if cell.method in CONTROLS:
-        return student, labels()
-    return student, method_of(cell.method, args)(task_spec(student, teacher, data, args.views))
+        model = new_classifier(architecture, data.config)
+    if student.is_control:
+        return model, labels()
+    return model, method_of(student.method, args)(task_spec(model, teacher, data, args.views))
 
 
 def for_pair(spec: str, pair: PairArguments) -> str:
-    """NAME[:setting=value]..., or what stands for no method, with the pair's settings where it leaves them open."""
+    """NAME[:setting=value]... with the pair's settings where it leaves them open."""
     return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_settings, METHODS)
 
 
 def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:
-    """The method NAME[:setting=value]...; what depends on the batch is given its size."""
+    """The method NAME[:setting=value]..., with the batch size for those that depend on it."""
     batch = args.per_device_train_batch_size * args.views
     return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
 
 
 def check_kd_flags(methods: list[str], args: ImageTrainingArguments) -> None:
     """Raises UserError for an --alpha or --temperature that none of the methods takes."""
-    heard = {"temperature"} if SIMKD in methods else set()  # of its --kl_weight
+    taken = {"temperature"} if SIMKD in methods else set()  # of its --kl_weight
     for spec in methods:
-        heard |= {flag for flag in flags_of(spec, args) if f":{flag}=" not in spec}
-    for flag in {"alpha", "temperature"} - heard:
+        taken |= {flag for flag in flags_of(spec, args) if f":{flag}=" not in spec}
+    for flag in {"alpha", "temperature"} - taken:
         if getattr(args, flag) != getattr(ImageTrainingArguments, flag):
             raise UserError(f"--{flag} is that of a plain kd: give a method its own, as in {methods[-1]}:{flag}=...")
-
-
-def group_arguments(training: ImageTrainingArguments, folder: Path, cells: list[Cell]) -> ImageTrainingArguments:
-    """The training arguments of a group of cells, which continues by itself where it was interrupted, also between the
-    writing of one cell and the next.
-    """
-    args = copy.copy(training)
-    args.learning_rate, args.seed = cells[0].learning_rate, cells[0].seed
-    names = hashlib.sha256(" ".join(cell.name for cell in cells).encode()).hexdigest()[:8]
-    groups, prefix = folder / "groups", f"lr{args.learning_rate:g}_seed{args.seed}_"
-    trained = (group for group in sorted(groups.glob(f"{prefix}*")) if _has_trained(group, cells))
-    group = next(trained, groups / f"{prefix}{names}")
-    args.output_dir, args.resume_from_checkpoint = str(group), (group / RECIPE).exists()
-    return args
-
-
-def _has_trained(group: Path, cells: list[Cell]) -> bool:
-    return all((group / "stages" / "student" / cell.key).is_dir() for cell in cells)
-
-
-def losses_of(cell: Cell, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A cell's own share of the losses logged for its group, as long as it was finite."""
-    shares = [(entry["epoch"], _share(cell, entry)) for entry in history if "loss" in entry]
-    return [{"epoch": epoch, "loss": sum(share)} for epoch, share in shares if share]
-
-
-def _write_lost(path: Path, cell: Cell, history: list[dict[str, Any]]) -> None:
-    if PartialState().is_main_process:
-        logged = [entry["epoch"] for entry in history if "loss" in entry and not _share(cell, entry)]
-        write_json(path, {"epoch": math.ceil([*logged, history[-1]["epoch"]][0])})
-
-
-def _share(cell: Cell, entry: dict[str, Any]) -> list[float]:
-    prefix = f"loss_{cell.key}/"
-    return [value for key, value in entry.items() if key.startswith(prefix)]

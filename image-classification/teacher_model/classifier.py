@@ -7,7 +7,7 @@ Loads alone, in any process that has imported this module:
 """
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import reduce
@@ -19,6 +19,8 @@ from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.outputs import Outputs
 from kd.image_classification.teacher_model.backbones import build_backbone
 from kd.image_classification.teacher_model.projector import Projector
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class ImageClassifierConfig(PreTrainedConfig):
@@ -120,7 +122,7 @@ AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)
 # ---- inference ----
 
 
-def folded(model: nn.Module) -> nn.Module:
+def folded(model: Network) -> Network:
     """A copy of a network for inference, whose batch norms are folded into the convolutions that they follow: the same
     function with half the layers. Submodules keep their paths. A network that cannot be traced is left unchanged.
     """
@@ -133,15 +135,16 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def frozen(classifier: ImageClassifier, precision: str) -> ImageClassifier:
-    """A folded copy for fast inference: channels_last, and with bf16 weights where that is the precision."""
-    model = copy.deepcopy(classifier).eval().requires_grad_(False)
-    model.backbone = folded(model.backbone)
-    model.projector = model.projector and folded(model.projector)
+def frozen(teacher: Network, precision: str) -> Network:
+    """A copy for fast inference: classifiers are folded, channels_last, and in bf16 where that is the precision."""
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for part in filter(None, (model.backbone, model.projector)):
-        part.to(dtype=dtype, memory_format=torch.channels_last)
-    return model
+    for model in [module for module in teacher.modules() if isinstance(module, ImageClassifier)]:
+        model.backbone = folded(model.backbone)
+        model.projector = model.projector and folded(model.projector)
+        for part in filter(None, (model.backbone, model.projector)):
+            part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return teacher
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:

@@ -3,17 +3,20 @@
 import os
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from einops import reduce
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, set_seed
 
 from kd.common.data.sources import no_retries_when_unreachable, short
+from kd.common.outputs import Outputs
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
@@ -39,6 +42,42 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
         return model, replace(data, mean=model.config.mean, std=model.config.std), True
     set_seed(seed)
     return new_classifier(name, data.config), data, False
+
+
+class AveragedTeacher(nn.Module):
+    """Several classifiers as one teacher: the mean of their logits. It has no features."""
+
+    def __init__(self, teachers: Sequence[ImageClassifier]) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, pixel_values: Tensor) -> Outputs:
+        logits = [teacher(pixel_values).logits.float() for teacher in self.teachers]
+        return Outputs(logits=reduce(logits, "teacher batch label -> batch label", "mean"), features={})
+
+
+def load_more_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
+    """The classifiers of these folders. `data` are in the normalization of the first teacher.
+
+    Raises UserError for one that was trained with another normalization or other labels.
+    """
+    teachers = []
+    for name in names:
+        folder = trained_folder(name)
+        if folder is None:
+            raise UserError(f"--more_teachers {name} is no trained classifier: pass the folder of one")
+        teacher, normalized = load_trained(folder, data)
+        if (normalized.mean, normalized.std) != (data.mean, data.std):
+            raise UserError(
+                f"--more_teachers {name} was trained with another normalization of the images than --teacher: choose "
+                "one that was trained on the same data"
+            )
+        teachers.append(teacher)
+    return teachers
 
 
 # ---- a classifier in a folder ----

@@ -19,9 +19,9 @@ from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.arguments import DataArguments
-from kd.image_classification.student_model.cells import Cell
 from kd.image_classification.student_model.evaluation import predict
-from kd.image_classification.student_model.sweep_report import noise
+from kd.image_classification.student_model.sweep_report import noise, rows_of
+from kd.image_classification.student_model.sweep_students import Student
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.paths import REPO
@@ -159,6 +159,30 @@ def test_plain_methods_train(method, teacher, tmp_path):
     assert (tmp_path / "views").exists() == (method == "kd")
 
 
+def test_the_logits_of_several_teachers_are_averaged(teacher, tmp_path, capsys):
+    """Twice the same teacher is that teacher, at twice its cost; what needs features takes one teacher."""
+    words = [*SHORT, *PAIR, "--no_control", "--teacher", teacher]
+    script("train_student.py", *words, "--method", "kd", "--output_dir", tmp_path / "one")
+    script("train_student.py", *words, "--method", "kd", "--more_teachers", teacher, "--output_dir", tmp_path / "two")
+    one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    assert two["models"]["teacher"]["metrics"] == one["models"]["teacher"]["metrics"]
+    assert two["models"]["teacher"]["parameters"] == 2 * one["models"]["teacher"]["parameters"]
+    assert two["models"]["teacher"]["name"] == f"{teacher} + {teacher}"
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-4)
+    other = tmp_path / "other"
+    shutil.copytree(teacher / "stages" / "teacher", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"mean": [0.5]}))
+    for method, more, complaint in (("sp", teacher, "needs a single teacher"), ("kd", other, "another normalization"),
+                                    ("kd", "resnet8", "is no trained classifier")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            script("train_student.py", *words, "--method", method, "--more_teachers", more, "--output_dir",
+                   tmp_path / "refused")  # fmt: skip
+        assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize("keys", ["carried", "new", "reused"])
 def test_a_teacher_with_a_bottleneck_is_distilled_into_a_student_with_one(keys, teacher, tmp_path):
     script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--pairs", 16,
@@ -195,6 +219,24 @@ def test_two_processes_train_one_student(teacher, tmp_path):
     assert results_of(tmp_path / "run")["models"]["student"]["metrics"]["test"]["accuracy"] > 0
 
 
+def test_several_seeds_are_runs_inside_one_that_share_its_teacher(tmp_path, capsys):
+    words = [*SHORT, *PAIR, "--teacher", "resnet8"]
+    script("train_student.py", *words, "--seeds", "3,4", "--output_dir", tmp_path / "several")
+    results, each = results_of(tmp_path / "several"), [results_of(tmp_path / "several" / f"seed{s}") for s in (3, 4)]
+    assert results["seeds"] == [3, 4] and [run["seed"] for run in each] == [3, 4]
+    scores = [run["models"]["student"]["metrics"]["test"]["accuracy"] for run in each]
+    assert results["models"]["student"]["metrics"]["test"]["accuracy"] == pytest.approx(sum(scores) / 2)
+    assert [path.parent.parent.name for path in (tmp_path / "several").rglob("stages/teacher")] == ["several"]
+    script("train_student.py", *words, "--seed", 3, "--output_dir", tmp_path / "alone")
+    for folder in ("several", "several/seed3"):
+        assert all(torch.equal(w, weights(tmp_path / "alone")[k]) for k, w in weights(tmp_path / folder).items())
+    shutil.rmtree(tmp_path / "several" / "seed4")  # as if killed before it
+    (tmp_path / "several" / "results.json").unlink()
+    script("train_student.py", *words, "--seeds", "3,4", "--output_dir", tmp_path / "several",
+           "--resume_from_checkpoint")  # fmt: skip
+    assert results_of(tmp_path / "several")["models"]["student"]["metrics"] == results["models"]["student"]["metrics"]
+
+
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(teacher, simkd, tmp_path):
     for name, seed in (("same", 42), ("other", 7)):
         script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--seed", seed,
@@ -227,36 +269,28 @@ def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
     assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
 
-def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
-    words = [
-        *SHORT,
-        *PAIR,
-        "--teacher",
-        teacher,
-        "--projectors",
-        "single",
-        "all-layer",
-        "--output_dir",
-        tmp_path / "s",
-    ]
+def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
+    common = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", 0, "--output_dir", tmp_path / "s"]
+    words = [*common, "--projectors", "single", "all-layer"]
     script("sweep.py", *words, "--learning_rates", 0.05)
-    cells = tmp_path / "s" / "cells"
-    before = {path: path.stat().st_mtime_ns for path in cells.glob("*/results.json")}
+    students = tmp_path / "s" / "seed0" / "students"
+    before = {path: path.stat().st_mtime_ns for path in students.glob("*/results.json")}
     assert len(before) == 3
     script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
-    assert "3 of 10 cells are finished already" in capsys.readouterr().out
-    assert len(list(cells.glob("*/results.json"))) == 10
+    assert "3 of 10 students are finished already" in capsys.readouterr().out
+    assert len(list(students.glob("*/results.json"))) == 10
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-    groups = set((tmp_path / "s" / "groups").iterdir())
-    shutil.rmtree(cells / "kd_lr0.05_seed0")  # as if killed between the writing of two cells
+    stages = set((tmp_path / "s" / "seed0" / "stages").iterdir())
+    shutil.rmtree(students / "kd_lr0.05")  # as if killed between the writing of two students
     script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
-    assert set((tmp_path / "s" / "groups").iterdir()) == groups and (cells / "kd_lr0.05_seed0").exists()
-    card = (cells / "none_lr0.05_seed0" / "student" / "README.md").read_text()
+    assert set((tmp_path / "s" / "seed0" / "stages").iterdir()) == stages and (students / "kd_lr0.05").exists()
+    card = (students / "none_lr0.05" / "student" / "README.md").read_text()
     assert "trained on the labels alone" in card and "distilled from" not in card
-    results = results_of(cells / "simkd_single_l2_lr0.05_seed0")
-    control = results_of(cells / "control_lr0.05_seed0")["models"]["student"]["metrics"]["validation"]["accuracy"]
+    results = results_of(students / "simkd_single_l2_lr0.05")
+    control = results_of(students / "control_lr0.05")["models"]["student"]["metrics"]["validation"]["accuracy"]
     student = results["models"]["student"]["metrics"]["validation"]["accuracy"]
     assert results["gain_over_control"] == pytest.approx(student - control)
+    assert results["seed"] == 0 and results["seconds"]["student"] > 0
     table, said = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
     assert table.count("\n") == 11 and said == "One seed tells nothing about noise.\n"
     assert (tmp_path / "s" / "sweep.png").exists()
@@ -264,8 +298,18 @@ def test_a_sweep_trains_each_cell_once(teacher, tmp_path, capsys):
         script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
     assert stopped.value.code == 2 and "projector_factor (was 2, now 4)" in capsys.readouterr().err
     over = ["--projector_factor", 4, "--methods", "none", "--overwrite_output_dir"]
-    script("sweep.py", *words[:10], *words[-2:], "--learning_rates", 0.05, *over)
-    assert [path.parent.name for path in cells.glob("*/results.json")] == ["none_lr0.05_seed0"]
+    script("sweep.py", *common, "--learning_rates", 0.05, *over)
+    assert [path.parent.name for path in students.glob("*/results.json")] == ["none_lr0.05"]
+
+
+def test_a_sweep_grows_by_a_seed_and_shares_the_teacher_that_it_trains(tmp_path, capsys):
+    words = [*SHORT, *PAIR, "--teacher", "resnet8", "--methods", "none,kd", "--output_dir", tmp_path]
+    script("train_student.py", *words, "--seeds", 1)
+    before = weights(tmp_path / "seed1" / "students" / "kd_lr0.05")
+    script("train_student.py", *words, "--seeds", "0,1")
+    assert "2 of 4 students are finished already" in capsys.readouterr().out
+    assert [path.parent.parent.name for path in tmp_path.rglob("stages/teacher")] == [tmp_path.name]
+    assert all(torch.equal(w, before[name]) for name, w in weights(tmp_path / "seed1/students/kd_lr0.05").items())
 
 
 def test_a_student_whose_loss_is_not_finite_is_told_of_and_holds_up_no_other(teacher, tmp_path, capsys):
@@ -276,14 +320,13 @@ def test_a_student_whose_loss_is_not_finite_is_told_of_and_holds_up_no_other(tea
     script("train_student.py", *lost)
     capsys.readouterr()
     script("train_student.py", *lost)
-    assert "8 of 8 cells are finished already" in capsys.readouterr().out, "a lost one is not tried again"
-    for cell in (tmp_path / "spared" / "cells").iterdir():
-        for name, weight in weights(cell).items():
-            assert torch.equal(weights(tmp_path / "lost" / "cells" / cell.name)[name], weight)
-    assert {path.parent.name: path.read_text() for path in (tmp_path / "lost").rglob("lost.json")} == {
-        f"fitnet_weight_1e39_lr0.05_seed{seed}": '{\n  "epoch": 1\n}\n' for seed in (0, 1)
-    }
-    assert not list((tmp_path / "lost" / "cells").glob("fitnet*/student"))
+    assert "8 of 8 students are finished already" in capsys.readouterr().out, "a lost one is not tried again"
+    for student in (tmp_path / "spared").glob("seed*/students/*"):
+        found = weights(tmp_path / "lost" / student.relative_to(tmp_path / "spared"))
+        assert all(torch.equal(found[name], weight) for name, weight in weights(student).items())
+    lost = {path.parent.relative_to(tmp_path / "lost"): path.read_text() for path in tmp_path.rglob("lost.json")}
+    assert lost == {Path(f"seed{seed}/students/fitnet_weight_1e39_lr0.05"): '{\n  "epoch": 1\n}\n' for seed in (0, 1)}
+    assert not list((tmp_path / "lost").glob("seed*/students/fitnet*/student"))
     spared, told = ((tmp_path / run / "sweep.md").read_text() for run in ("spared", "lost"))
     seeds = "seed 0 in epoch 1, seed 1 in epoch 1"
     said = f"Lost, with a loss that is not finite, and left out: {infinite} at 0.05 ({seeds})."
@@ -307,31 +350,32 @@ def test_what_is_within_noise_by_hand():
         "fitnet": [0.59, 0.62, 0.65],
     }.items():
         for seed, (score, control) in enumerate(zip(scores, [0.60, 0.61, 0.62], strict=True)):
-            found[Cell(method, None, None, 0.1, seed)] = {
-                "primary_metric": {"split": "validation"},
-                "models": {"student": {"metrics": {"validation": {"accuracy": score}}}},
+            found[Student(method, None, None, 0.1), seed] = {
+                "models": {"student": {"metrics": {"validation": {"accuracy": score}}, "parameters": 1}},
                 "gain_over_control": None if method == "none" else score - control,
+                "parameters_trained_beside": 0,
+                "seconds": {"student": 1.0},
             }
     rule = "by two standard deviations of the difference in validation accuracy, seed by seed"
-    assert noise(found) == [
+    assert noise(rows_of(found), "validation") == [
         f"Not ahead of their control {rule}: fitnet at 0.1.",
         f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
     ]
-    taught = {cell: results | {"gain_over_control": None} for cell, results in found.items() if cell.method != "none"}
-    assert noise(taught) == [
+    taught = {key: results | {"gain_over_control": None} for key, results in found.items() if key[0].method != "none"}
+    assert noise(rows_of(taught), "validation") == [
         f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
         "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
     ]
 
 
 @pytest.mark.slow
-def test_a_cell_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
+def test_a_student_of_a_sweep_is_the_run_of_that_student_alone(teacher, tmp_path):
     common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2]
     script("sweep.py", *common, "--projectors", "multi", "single", "--learning_rates", 0.05, "--seeds", 3,
            "--output_dir", tmp_path / "s")  # fmt: skip
     script("train_simkd.py", *common, "--projector", "multi", "--learning_rate", 0.05, "--seed", 3,
            "--output_dir", tmp_path / "alone")  # fmt: skip
-    together, alone = weights(tmp_path / "s" / "cells" / "simkd_multi_l2_lr0.05_seed3"), weights(tmp_path / "alone")
+    together, alone = weights(tmp_path / "s/seed3/students/simkd_multi_l2_lr0.05"), weights(tmp_path / "alone")
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -344,7 +388,7 @@ def test_methods_side_by_side_are_what_each_is_alone(teacher, tmp_path):
     script("train_student.py", *common, "--methods", ",".join(names), "--seeds", "3", "--output_dir", tmp_path / "s")
     for name in names:
         script("train_student.py", *common, "--method", name, "--seed", 3, "--output_dir", tmp_path / name)
-        together, alone = weights(tmp_path / "s" / "cells" / f"{name}_lr0.05_seed3"), weights(tmp_path / name)
+        together, alone = weights(tmp_path / "s" / "seed3" / "students" / f"{name}_lr0.05"), weights(tmp_path / name)
         for key, value in alone.items():
             torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
 
@@ -352,10 +396,11 @@ def test_methods_side_by_side_are_what_each_is_alone(teacher, tmp_path):
 def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tmp_path, capsys):
     words = [*SHORT, *PAIR, "--teacher", teacher, "--methods", "kd,kd:temperature=2", "--seeds", "0,1"]
     script("train_student.py", *words, "--teacher_views", tmp_path / "views", "--output_dir", tmp_path / "s")
-    cells = {path.parent.name for path in (tmp_path / "s" / "cells").glob("*/results.json")}
-    assert cells == {f"{name}_lr0.05_seed{s}" for name in ("none", "kd", "kd_temperature_2") for s in (0, 1)}
+    students = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("s/seed*/students/*/results.json")}
+    names = "none", "kd", "kd_temperature_2"
+    assert students == {f"s/seed{seed}/students/{name}_lr0.05" for name in names for seed in (0, 1)}
     assert list((tmp_path / "views").rglob("logits.f16")) and (tmp_path / "s" / "sweep.png").exists()
-    assert results_of(tmp_path / "s" / "cells" / "kd_lr0.05_seed1")["gain_over_control"] is not None
+    assert results_of(tmp_path / "s/seed1/students/kd_lr0.05")["gain_over_control"] is not None
 
 
 @pytest.mark.parametrize(
@@ -396,8 +441,8 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
             ["--per_device_train_batch_size", "63", "--dataloader_drop_last", "false"],
             "64 training images leave a batch of a single one",
         ),
-        ("train_student.py", ["--methods", "kd", "--seeds", "one"], "--methods and --seeds"),
-        ("train_student.py", ["--method", "kd", "--seeds", "0,1"], "pass --seed for one --method"),
+        ("train_student.py", ["--methods", "kd", "--seeds", "one"], "invalid int value: 'one'"),
+        ("train_student.py", ["--method", "kd", "--seeds", "0,0"], "must be different seeds"),
         ("train_student.py", ["--method", "fitnet", "--feature_weight", "10"], "fitnet:weight=10"),
         ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),

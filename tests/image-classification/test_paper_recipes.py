@@ -137,10 +137,10 @@ def test_settings_of_the_pair_are_in_the_report_and_give_way_to_those_of_the_met
     ):
         dry_run(cifar100_shaped, tmp_path / name, QUICK, "--teacher", "resnet8", *words, *few)
         assert read_json(tmp_path / name / "results.json")["method"] == expected
-    dry_run(cifar100_shaped, tmp_path / "several", QUICK, "--teacher", "resnet8", "--methods", "kd,dkd", *few)
-    assert {path.name for path in (tmp_path / "several" / "cells").iterdir()} == {
-        f"{name}_lr0.05_seed0" for name in ("kd", "dkd_beta_6")
-    }
+    words = ["--teacher", "resnet8", "--methods", "kd,dkd", "--seed", 0]
+    dry_run(cifar100_shaped, tmp_path / "several", QUICK, *words, *few)
+    students = tmp_path / "several" / "seed0" / "students"
+    assert {path.name for path in students.iterdir()} == {"kd_lr0.05", "dkd_beta_6_lr0.05"}
 
 
 @pytest.mark.slow
@@ -148,8 +148,9 @@ def test_every_method_runs_with_its_defaults(cifar100_shaped, tmp_path):
     """All of them side by side, on the pair of the tables that takes the least time."""
     specs = [*METHODS, "simkd"]
     dry_run(cifar100_shaped, tmp_path / "run", QUICK, "--methods", ",".join(specs))
-    cells = {path.parent.name: read_json(path) for path in (tmp_path / "run" / "cells").glob("*/results.json")}
-    assert all(results["data"]["train"] == 128 for results in cells.values())
-    gains = {name: results["gain_over_control"] for name, results in cells.items()}
-    assert len(cells) == len(specs) + 2, "and the controls, of simkd one with its projector"
-    assert {name for name, gain in gains.items() if gain is None} == {"none_lr0.05_seed0", "control_lr0.05_seed0"}
+    folders = (tmp_path / "run").glob("seed*/students/*/results.json")
+    found = {path.parent.name: read_json(path) for path in folders}
+    assert all(results["data"]["train"] == 128 for results in found.values())
+    gains = {name: results["gain_over_control"] for name, results in found.items()}
+    assert len(found) == len(specs) + 2, "and the controls, of simkd one with its projector"
+    assert {name for name, gain in gains.items() if gain is None} == {"none_lr0.05", "control_lr0.05"}

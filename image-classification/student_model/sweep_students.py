@@ -1,4 +1,4 @@
-"""The students of a sweep: every method, loss, learning rate and seed asked for."""
+"""The students of a sweep: every method, projector, loss and learning rate asked for, and the files of each."""
 
 import re
 from collections.abc import Iterator
@@ -9,12 +9,14 @@ from typing import get_args
 
 from kd.common.cli import reject_unused
 from kd.common.methods import chosen
+from kd.common.reporting.results import RESULTS
 from kd.common.utils.ranges import Positive, check_declared
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import FeatureLossName, Variant
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"
 CONTROLS = (PLAIN, CONTROL)  # see labels only
+DIVERGED = "lost.json"  # in the place of results where a student diverged; names the epoch
 
 
 @dataclass
@@ -33,13 +35,9 @@ class SweepArguments:
         default_factory=lambda: ["l2"], metadata={"help": "l2, kl-channel, kl-spatial, cosine"}
     )
     learning_rates: list[Positive] = field(default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1])
-    seeds: list[int] = field(default_factory=lambda: [0], init=False)  # those of --seeds
 
     def __post_init__(self) -> None:
-        known = {
-            "projectors": get_args(Variant),
-            "feature_losses": get_args(FeatureLossName),
-        }
+        known = {"projectors": get_args(Variant), "feature_losses": get_args(FeatureLossName)}
         for name in ("methods", "projectors", "feature_losses", "learning_rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -58,14 +56,13 @@ class SweepArguments:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One student of a sweep."""
+class Student:
+    """One student of a sweep, whatever its seed."""
 
     method: str
     projector: str | None
     feature_loss: str | None
     learning_rate: float
-    seed: int
 
     @property
     def label(self) -> str:
@@ -73,41 +70,34 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Tells the cells of one learning rate and seed apart, in names of files and modules."""
+        """Its name among the students of one learning rate, in files and modules."""
         return re.sub(r"[^\w-]", "_", self.label)
 
     @property
-    def name(self) -> str:
-        return f"{self.key}_lr{self.learning_rate:g}_seed{self.seed}"
+    def is_control(self) -> bool:
+        return self.method in CONTROLS
+
+    @property
+    def control(self) -> "Student | None":
+        """The student that trains the same network on the labels alone."""
+        if self.is_control:
+            return None
+        method = CONTROL if self.method == SIMKD else PLAIN
+        return replace(self, method=method, projector=None, feature_loss=None)
+
+    def folder(self, seed_folder: Path) -> Path:
+        return seed_folder / "students" / f"{self.key}_lr{self.learning_rate:g}"
+
+    def is_finished(self, seed_folder: Path) -> bool:
+        return any((self.folder(seed_folder) / name).exists() for name in (RESULTS, DIVERGED))
 
 
-def cells_of(args: SweepArguments) -> Iterator[Cell]:
-    """Those of one learning rate and seed one after the other, controls first."""
+def students_of(args: SweepArguments) -> Iterator[Student]:
+    """Those of one learning rate one after the other, controls first."""
     first = sorted(args.methods, key=lambda method: method not in CONTROLS)
-    for rate, seed, method in product(args.learning_rates, args.seeds, first):
+    for rate, method in product(args.learning_rates, first):
         if method != SIMKD:
-            yield Cell(method, None, None, rate, seed)
+            yield Student(method, None, None, rate)
             continue
         for projector, loss in product(args.projectors, args.feature_losses):
-            yield Cell(method, projector, loss, rate, seed)
-
-
-def control_of(cell: Cell) -> Cell | None:
-    """The cell that trains the same network on the labels alone."""
-    if cell.method in CONTROLS:
-        return None
-    method = CONTROL if cell.method == SIMKD else PLAIN
-    return replace(cell, method=method, projector=None, feature_loss=None)
-
-
-def results_file(folder: Path, cell: Cell) -> Path:
-    return folder / "cells" / cell.name / "results.json"
-
-
-def lost_file(folder: Path, cell: Cell) -> Path:
-    """Stands in the place of results where a student's loss was not finite, and says in which epoch that was."""
-    return results_file(folder, cell).with_name("lost.json")
-
-
-def is_finished(folder: Path, cell: Cell) -> bool:
-    return results_file(folder, cell).exists() or lost_file(folder, cell).exists()
+            yield Student(method, projector, loss, rate)
