@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.features import FeatureHooks
-from kd.common.outputs import Outputs
+from kd.common.outputs import Outputs, mean_logits
 from kd.common.training.batching import column_array, similar_length_order
 from kd.common.training.inference import Collate, run_inference
 from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
@@ -79,16 +79,15 @@ class TeacherOutputs:
 
 
 class JoinedOutputs(TeacherOutputs):
-    """Several caches as one: the mean of their logits, and the features of all of them."""
+    """Several caches as one: the `mean_logits` of their teachers, and the features of all of them."""
 
     def __init__(self, caches: Sequence[TeacherOutputs]) -> None:
         self.caches = caches
 
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
         found = [cache.batch(sample_ids, positions, device) for cache in self.caches]
-        logits = [outputs.logits for outputs in found if outputs.logits is not None]
         features = {name: feature for outputs in found for name, feature in (outputs.features or {}).items()}
-        return Outputs(logits=torch.stack(logits).mean(0) if logits else None, features=features)
+        return Outputs(logits=mean_logits(found), features=features)
 
 
 def _take(column: Column, rows: list[int]) -> list[Tensor]:

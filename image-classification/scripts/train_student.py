@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
+from kd.common.outputs import AveragedTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.distillation import (
@@ -31,7 +32,7 @@ from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
 from kd.image_classification.student_model.sweep_students import CONTROL, PLAIN, SIMKD, SweepArguments
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd.image_classification.teacher_model.teacher import AveragedTeacher, load_more_teachers, load_teacher
+from kd.image_classification.teacher_model.teacher import load_more_teachers, load_teacher
 
 
 @dataclass

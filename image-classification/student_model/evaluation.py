@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction,
 from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost, flops, parameters
 from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
+from kd.common.outputs import AveragedTeacher
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.inference import identity_collate, run_inference
@@ -20,12 +21,10 @@ from kd.common.training.run import TrainerRun
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import shorter_side
 from kd.image_classification.teacher_model.classifier import ImageClassifier
-from kd.image_classification.teacher_model.teacher import AveragedTeacher
 
 USAGE = """from PIL import Image
 from transformers import AutoImageProcessor
 from kd.image_classification.teacher_model.classifier import ImageClassifier
-from kd.image_classification.teacher_model.teacher import AveragedTeacher
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = ImageClassifier.from_pretrained("{folder}").eval()

@@ -10,13 +10,11 @@ from typing import Any
 
 import timm
 import torch
-from einops import reduce
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, set_seed
 
 from kd.common.data.sources import no_retries_when_unreachable, short
-from kd.common.outputs import Outputs
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
@@ -42,22 +40,6 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
         return model, replace(data, mean=model.config.mean, std=model.config.std), True
     set_seed(seed)
     return new_classifier(name, data.config), data, False
-
-
-class AveragedTeacher(nn.Module):
-    """Several classifiers as one teacher: the mean of their logits. It has no features."""
-
-    def __init__(self, teachers: Sequence[ImageClassifier]) -> None:
-        super().__init__()
-        self.teachers = nn.ModuleList(teachers)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def forward(self, pixel_values: Tensor) -> Outputs:
-        logits = [teacher(pixel_values).logits.float() for teacher in self.teachers]
-        return Outputs(logits=reduce(logits, "teacher batch label -> batch label", "mean"), features={})
 
 
 def load_more_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:

@@ -28,7 +28,13 @@ from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments
-from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
+from kd.reinforcement_learning.student_model.evaluation import (
+    evaluate,
+    evaluate_teacher,
+    random_metrics,
+    random_warning,
+    report,
+)
 from kd.reinforcement_learning.student_model.matching import Loss, check_loss
 from kd.reinforcement_learning.student_model.student import StudentSpec
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
@@ -36,6 +42,8 @@ from kd.reinforcement_learning.teacher_model.teacher import (
     Teacher,
     TeacherArguments,
     TeacherTask,
+    average_policies,
+    load_agent,
     load_or_train_teacher,
     soft_network,
 )
@@ -60,7 +68,7 @@ def main() -> None:
         ", ".join(map(fingerprint, args.environment)),
         **{f"teacher of {teacher.environment}": teacher.network for teacher in teachers},
     )
-    measured = [evaluate_teacher(run, teacher, args.episodes) for teacher in teachers]  # (entry, random return)
+    measured = [measure_teacher(run, teacher, args.episodes) for teacher in teachers]  # (entry, random return)
 
     for seed_run in run.each_seed():
         train = Distillation(seed_run, specs, distill_args, args.watch_episodes)
@@ -88,26 +96,38 @@ def check_environment(environment: str, student: StudentArguments, loss: Loss) -
 
 
 def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss) -> list[Teacher]:
-    """One per environment, at its temperature. Raises UserError for a loss that a teacher does not have."""
+    """One per environment, at its temperature, averaged with --more_teachers. Raises UserError for a loss that a
+    teacher does not have.
+    """
+    count = len(args.environment)
+    statistics: Sequence[str | None] = args.vecnormalize or [None] * (count + len(args.more_teachers))
+    more_agents = [  # before a teacher is trained
+        load_agent(name, args.environment[0], args.trust_pickle, vecnormalize)
+        for name, vecnormalize in zip(args.more_teachers, statistics[count:], strict=True)
+    ]
+    for agent in more_agents:
+        check_loss(loss, agent.policy.action_space, agent.deterministic)
     teachers = []
-    statistics: Sequence[str | None] = args.vecnormalize or [None] * len(args.environment)
-    for environment, name, vecnormalize in zip(args.environment, args.teacher, statistics, strict=True):
+    for environment, name, vecnormalize in zip(args.environment, args.teacher, statistics[:count], strict=True):
         task = TeacherTask(environment, args.episodes, args.watch_episodes)
         agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
-        network = soft_network(agent, environment, args.teacher_temperature, args.teacher_entropy)
-        teachers.append(Teacher(environment, agent, network))
-    for teacher in teachers:
-        check_loss(loss, teacher.agent.policy.action_space, teacher.deterministic)
+        check_loss(loss, agent.policy.action_space, agent.deterministic)
+        networks = [
+            soft_network(one, environment, args.teacher_temperature, args.teacher_entropy)
+            for one in (agent, *more_agents)
+        ]
+        network = average_policies(networks) if more_agents else networks[0]
+        teachers.append(Teacher(environment, agent, network, tuple(more_agents)))
     return teachers
 
 
-def evaluate_teacher(run: Run, teacher: Teacher, episodes: int) -> tuple[dict[str, Any], float]:
+def measure_teacher(run: Run, teacher: Teacher, episodes: int) -> tuple[dict[str, Any], float]:
     """The teacher's entry in results.json and the mean return of random actions; warns of a bad teacher."""
-    environment, agent = teacher.environment, teacher.agent
-    entry = evaluate(agent, environment, episodes)
-    random = random_metrics(environment, agent.policy.action_space, episodes)
-    doubts = [time_limit_warning(environment), *agent.warnings]
-    for warning in [*doubts, random_warning(agent.name, entry["metrics"]["test"], random)]:
+    entry = evaluate_teacher(teacher, episodes)
+    random = random_metrics(teacher.environment, teacher.agent.policy.action_space, episodes)
+    doubts = [doubt for agent in teacher.agents for doubt in agent.warnings]
+    no_better_than_random = random_warning(entry["name"], entry["metrics"]["test"], random)
+    for warning in [time_limit_warning(teacher.environment), *doubts, no_better_than_random]:
         run.warn(warning)
     return entry, random["return_mean"]
 

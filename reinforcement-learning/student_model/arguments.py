@@ -83,11 +83,18 @@ class PolicyArguments(RunArguments):
             "teacher that is trained once and kept."
         },
     )
+    more_teachers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files, folders or names on the Hub of further teachers of the one environment, whose action "
+            "distributions and values are averaged with those of --teacher."
+        },
+    )
     vecnormalize: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Per environment: the file that VecNormalize.save wrote for the teacher, or none (default: the "
-            "file that is named like the teacher)."
+            "help": "Per environment, then per one of --more_teachers: the file that VecNormalize.save wrote for the "
+            "teacher, or none (default: the file that is named like the teacher)."
         },
     )
     teacher_temperature: Positive | None = field(
@@ -123,8 +130,14 @@ class PolicyArguments(RunArguments):
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
             raise ValueError(f"pass one --teacher per --environment, got {len(self.teacher)}")
-        if self.vecnormalize is not None and len(self.vecnormalize) != len(self.environment):
-            raise ValueError(f"pass one --vecnormalize per --environment, got {len(self.vecnormalize)}")
+        if self.more_teachers and len(self.environment) > 1:
+            raise ValueError("--more_teachers are teachers of one --environment: leave them out for several")
+        if self.more_teachers and self.method == "ppd":
+            raise ValueError("--method ppd needs a single teacher: leave out --more_teachers")
+        statistics = len(self.environment) + len(self.more_teachers)
+        if self.vecnormalize is not None and len(self.vecnormalize) != statistics:
+            further = " and per one of --more_teachers" if self.more_teachers else ""
+            raise ValueError(f"pass one --vecnormalize per --environment{further}, got {len(self.vecnormalize)}")
         if self.vecnormalize is not None and "train" in self.teacher:
             raise ValueError("--vecnormalize belongs to a --teacher that is a file or folder, not to one trained here")
         if len(set(self.environment)) != len(self.environment):

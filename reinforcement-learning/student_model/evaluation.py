@@ -13,6 +13,7 @@ from kd.common import losses
 from kd.common.metrics.chance import guessing_warning
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, normalized_return, return_metrics
+from kd.common.outputs import AveragedTeacher
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
@@ -21,8 +22,9 @@ from kd.common.utils.folders import writing_folder
 from kd.reinforcement_learning.data.observations import predict
 from kd.reinforcement_learning.environments.registry import fingerprint, folder_name, registration_code
 from kd.reinforcement_learning.environments.rollouts import TEST_SEED, random_actions, returns_of
-from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent
+from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.teacher import Teacher
 from kd.reinforcement_learning.teacher_model.training import curve
 
 STATES = 20_000  # on which student and teacher are compared
@@ -39,17 +41,38 @@ def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module |
     """An agent's entry in results.json: greedy returns, the mean return of sampled actions, the cost of an action and,
     with a teacher, the agreement with it in the states that the agent meets.
     """
-    network = agent.network()
+    entry = evaluate_network(agent.network(), agent.policy.action_space, environment, episodes, teacher)
+    return {"name": agent.name, "observation_statistics": agent.source} | entry
+
+
+def evaluate_teacher(teacher: Teacher, episodes: int) -> dict[str, Any]:
+    """`evaluate` for a teacher; for several, of their average and the cost of all."""
+    if not teacher.more_agents:
+        return evaluate(teacher.agent, teacher.environment, episodes)
+    entry = evaluate_network(teacher.network, teacher.agent.policy.action_space, teacher.environment, episodes)
+    return {
+        "name": " + ".join(agent.name for agent in teacher.agents),
+        "observation_statistics": " + ".join(agent.source for agent in teacher.agents),
+    } | entry
+
+
+def evaluate_network(
+    network: PolicyNetwork | AveragedTeacher,
+    action_space: spaces.Space,
+    environment: str,
+    episodes: int,
+    teacher: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Cost and metrics of an entry; see `evaluate`."""
     returns, observations = returns_of(greedy(network), environment, episodes, TEST_SEED)
     generator = torch.Generator().manual_seed(0)
     sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
     if teacher is not None:
         states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
-        metrics |= policy_agreement(predict(network, states), predict(teacher, states), agent.policy.action_space)
+        metrics |= policy_agreement(predict(network, states), predict(teacher, states), action_space)
     inputs = {"observations": observations[:1].to(network.device), "value": False}
-    entry = {"name": agent.name, "observation_statistics": agent.source} | cost(network, inputs)
-    return entry | {"metrics": {"test": metrics}}
+    return cost(network, inputs) | {"metrics": {"test": metrics}}
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:

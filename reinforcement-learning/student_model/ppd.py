@@ -115,9 +115,11 @@ def ppd_environments(spec: StudentSpec, seed: int) -> tuple[VecEnv, PolicyNetwor
     as in the student's recipe.
     """
     teacher, network = spec.teacher, spec.teacher.network
+    assert isinstance(network, PolicyNetwork), "an average of teachers has no statistics"
     statistics = None if spec.args.codebooks else teacher.agent.statistics
     environments = recipe_environments(teacher.environment, spec.recipe, seed, norm_obs=False, fixed=statistics)
     if statistics is not None:
+        temperature = network.temperature
         network = PolicyNetwork(teacher.agent.policy).to(network.device).eval()
-        network.temperature = teacher.network.temperature
+        network.temperature = temperature
     return environments, network

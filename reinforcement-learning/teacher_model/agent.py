@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
@@ -104,6 +105,11 @@ class Agent:
         return cls(
             name, model.policy, statistics, model, "none" if statistics is None else "VecNormalize of its training"
         )
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether it outputs actions without a distribution, as TD3 and DDPG do."""
+        return isinstance(self.policy, TD3Policy)
 
     def network(self) -> PolicyNetwork:
         """The policy's network, in eval mode on the policy's device, sharing its weights."""

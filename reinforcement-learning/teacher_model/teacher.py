@@ -1,6 +1,7 @@
 """The teachers of a run: loaded from files, or trained once and kept for every run that needs them."""
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from kd.common.outputs import AveragedTeacher
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import STAGE, Run
 from kd.common.training.run_folder import read_recipe
@@ -19,7 +21,7 @@ from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, ret
 from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.files import find_teacher
-from kd.reinforcement_learning.teacher_model.policies import Deterministic, QValues, greedy, temperature_for_entropy
+from kd.reinforcement_learning.teacher_model.policies import QValues, greedy, temperature_for_entropy
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
 from kd.reinforcement_learning.teacher_model.training import new_teacher, train_from_reward
 
@@ -68,15 +70,19 @@ class TeacherTask:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A policy that students of one environment learn from. `network` returns its outputs at its temperature."""
+    """The policy that students of one environment learn from. `network` returns its outputs at its temperature; with
+    `more_agents` the average of the outputs of all agents, each at its own temperature and with its own statistics.
+    Students standardize observations with the statistics of `agent`.
+    """
 
     environment: str
     agent: Agent
-    network: PolicyNetwork
+    network: PolicyNetwork | AveragedTeacher
+    more_agents: tuple[Agent, ...] = ()
 
     @property
-    def deterministic(self) -> bool:
-        return isinstance(self.network.network, Deterministic)
+    def agents(self) -> tuple[Agent, ...]:
+        return (self.agent, *self.more_agents)
 
 
 def load_or_train_teacher(
@@ -135,6 +141,15 @@ def load_agent(
         agent = Agent.load(files, shown.observation_space, shown.action_space, trust_pickle)
     print(f"{files.policy}: statistics of observations: {agent.source}")
     return agent
+
+
+def average_policies(networks: Sequence[PolicyNetwork]) -> AveragedTeacher:
+    """Several policies as one. For discrete actions the mean of their logits at their temperatures: the geometric mean
+    of their distributions, normalized. For Box actions the mean of `mean` and of `log_std`; with a deterministic
+    policy among them, which has no `log_std`, the average is deterministic. The values are averaged in the units in
+    which each policy was trained.
+    """
+    return AveragedTeacher(networks, features=("mean", "log_std", "value")).eval()
 
 
 def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:

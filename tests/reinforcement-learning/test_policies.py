@@ -18,6 +18,8 @@ from kd.reinforcement_learning.teacher_model.policies import (
     sampled_actions,
     temperature_for_entropy,
 )
+from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.teacher import average_policies
 
 
 def observations(model: BaseAlgorithm, count: int = 50) -> np.ndarray:
@@ -125,3 +127,43 @@ def test_environment_actions_stay_within_bounds():
     space = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
     clipped = to_environment(torch.tensor([[-3.0, 2.0], [0.5, 9.0]]), space)
     assert clipped.dtype == np.float32 and clipped.tolist() == [[-1.0, 2.0], [0.5, 5.0]]
+
+
+def test_an_average_of_discrete_policies_is_the_geometric_mean_at_their_temperatures():
+    models = [PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu"), DQN("MlpPolicy", "CartPole-v1", buffer_size=10)]
+    statistics = ObservationStatistics(np.full(4, 0.3), np.full(4, 4.0), 0.0, 10.0)
+    networks = [Agent("ppo", models[0].policy, statistics).network(), Agent("dqn", models[1].policy).network()]
+    networks[1].temperature = 0.05
+    rows = observations(models[0])
+    first = said(models[0], ((rows - 0.3) / 2).clip(-10, 10).astype(np.float32))
+    second = said(models[1], rows)
+    with torch.no_grad():
+        outputs = average_policies(networks)(torch.as_tensor(rows))
+    product = first.logits.softmax(-1).sqrt() * (second.logits / 0.05).softmax(-1).sqrt()
+    expected = product / product.sum(-1, keepdim=True)
+    torch.testing.assert_close(outputs.logits.softmax(-1), expected, atol=1e-6, rtol=1e-5)
+    values = (first.features["value"] + second.features["value"]) / 2
+    torch.testing.assert_close(outputs.features, {"value": values})
+    assert average_policies(networks)(torch.as_tensor(rows), value=False).features == {}
+
+
+def test_an_average_of_continuous_policies_has_the_mean_action_and_the_mean_log_std():
+    models = [
+        PPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"log_std_init": start}, seed=seed, device="cpu")
+        for seed, start in enumerate((-0.7, 0.1))
+    ]
+    rows = observations(models[0])
+    first, second = (said(model, rows).features for model in models)
+    networks = [Agent("ppo", model.policy).network() for model in models]
+    with torch.no_grad():
+        outputs = average_policies(networks)(torch.as_tensor(rows))
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.features["mean"], (first["mean"] + second["mean"]) / 2)
+    torch.testing.assert_close(outputs.features["log_std"], torch.full((len(rows), 1), -0.3))
+    torch.testing.assert_close(outputs.features["value"], (first["value"] + second["value"]) / 2)
+
+    deterministic = TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
+    networks.append(Agent("td3", deterministic.policy).network())
+    with torch.no_grad():
+        outputs = average_policies(networks)(torch.as_tensor(rows))
+    assert set(outputs.features) == {"mean", "value"}

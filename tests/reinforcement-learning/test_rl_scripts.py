@@ -347,6 +347,45 @@ def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_writte
     distill(*words, "--loss", "huber", "--no_control")
 
 
+def test_the_student_of_several_teachers_learns_their_average(cart_pole):
+    models = [
+        PPO.load(cart_pole, device="cpu"),
+        PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, device="cpu"),
+    ]
+    for model, name, bias in zip(models, ("first", "other"), ([5.0, 0.0], [0.0, 50.0]), strict=True):
+        with torch.no_grad():  # the first always goes left, the other and the average always right
+            model.policy.action_net.bias.copy_(torch.tensor(bias))
+        model.save(f"{name}.zip")
+
+    distill("--teacher", "first.zip", "--more_teachers", "other.zip", "--no_control", "--output_dir", "two")
+    results = read_json("two/results.json")
+    teacher = results["models"]["teacher"]
+    assert teacher["name"] == "ppo first + ppo other" and teacher["observation_statistics"] == "none + none"
+    assert teacher["parameters"] == sum(p.numel() for model in models for p in model.policy.parameters())
+    returns, _ = returns_of(lambda rows: torch.ones(len(rows), dtype=torch.long), "CartPole-v1", 4, TEST_SEED)
+    assert teacher["metrics"]["test"]["return_mean"] == returns.mean()
+    student = PPO.load("two/student/student.zip", device="cpu")
+    assert student.predict(np.zeros((1, 4), np.float32), deterministic=True)[0].item() == 1
+
+
+def test_teachers_that_cannot_be_averaged_are_refused_before_one_is_trained(cart_pole, capsys):
+    more = [*TEACHER, "--more_teachers", cart_pole]
+    assert "of one --environment" in line_of(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
+    assert "--method ppd needs a single teacher" in line_of(capsys, *more, "--method", "ppd")
+    assert "was trained for" in line_of(capsys, *more, "--environment", "Acrobot-v1")
+    assert "and per one of --more_teachers" in line_of(
+        capsys, "--teacher", cart_pole, "--more_teachers", cart_pole, "--vecnormalize", "none"
+    )
+    assert "pass a file or folder" in line_of(capsys, *TEACHER, "--more_teachers", "train")
+    TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
+    PPO("MlpPolicy", "Pendulum-v1", device="cpu").save("ppo.zip")
+    words = ["--environment", "Pendulum-v1", "--teacher", "ppo.zip", "--more_teachers", "td3.zip"]
+    assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
+    assert not RUNS.exists()
+    distill(*words, "--loss", "mse", "--no_control", "--output_dir", "averaged")
+    assert read_json("averaged/results.json")["models"]["teacher"]["name"] == "ppo ppo + td3 td3"
+
+
 def test_another_teacher_than_the_one_that_is_there_is_not_taken_silently(capsys):
     folder = RUNS / "teacher_CartPole-v1_ppo"
     run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--watch_episodes", 1)
