@@ -38,8 +38,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 class Stages:
     """Seconds, rows per second and peak memory of each stage, as lines of a table."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.lines, self.peak = rows, list[tuple[str, str, str, str]](), 0.0
+    def __init__(self) -> None:
+        self.lines, self.peak = list[tuple[str, str, str, str]](), 0.0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -48,12 +48,12 @@ class Stages:
             time.sleep(0.05)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, rows: int) -> Iterator[None]:
         self.peak, started = 0.0, time.perf_counter()
         yield
         seconds = time.perf_counter() - started
         peak = max(self.peak, anonymous_megabytes())
-        self.lines.append((name, f"{seconds:,.1f}", f"{self.rows / seconds:,.0f}", f"{peak:,.0f}"))
+        self.lines.append((name, f"{seconds:,.1f}", f"{rows / seconds:,.0f}", f"{peak:,.0f}"))
 
 
 def anonymous_megabytes() -> float:
@@ -83,10 +83,10 @@ def iterate(texts: Texts, outputs: TeacherOutputs, batch_size: int) -> None:
 def measure(folder: Path, number: int, features: dict[str, str], batch_size: int) -> str:
     """The table, with files in a folder."""
     write_texts(folder / "train.csv", number)
-    stages = Stages(number)
-    with stages.stage("read"):
+    stages = Stages()
+    with stages.stage("read", number):
         data = load_text_data(str(folder))
-    with stages.stage("tokenize"):
+    with stages.stage("tokenize", number):
         vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
         texts = Texts.of(data, BertTokenizer(vocab=vocabulary, model_max_length=64))
     torch.manual_seed(0)
@@ -96,14 +96,15 @@ def measure(folder: Path, number: int, features: dict[str, str], batch_size: int
     )  # fmt: skip
     teacher = BertForSequenceClassification(config)
     for name in ("cache", "read the cache"):
-        with stages.stage(name):
+        with stages.stage(name, len(texts.train)):
             outputs = cache_teacher_outputs(
                 teacher, texts.train, texts.collate, folder / "cache", features=features, batch_size=batch_size
             )
-    with stages.stage("iterate"):
+    with stages.stage("iterate", len(texts.train)):
         iterate(texts, outputs, batch_size)
     size = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
-    table = tabulate(stages.lines, ["stage", "seconds", "rows a second", "peak RssAnon, MiB"], tablefmt="github")
+    headers = ["stage", "seconds", "texts per second", "peak anonymous memory, MiB"]
+    table = tabulate(stages.lines, headers, tablefmt="github")
     return f"{number:,} texts; {size / 2**20:,.0f} MiB of outputs on disk\n\n{table}"
 
 

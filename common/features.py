@@ -1,4 +1,4 @@
-"""Named features of models that we do not own, by forward hooks."""
+"""Named features of any model, by forward hooks."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class FeatureHooks:
-    """Records what named submodules return: `FeatureHooks(bert, {"layer_2": "encoder.layer.1"})`.
+    """Records the outputs of submodules by name: `FeatureHooks(bert, {"layer_2": "encoder.layer.1"})`.
 
     Call the model, then `take()` the features of that call. Raises ValueError for a path that the model lacks.
     """

@@ -11,8 +11,8 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class Outputs(ModelOutput):
-    """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are real,
-    sample_id (batch,): which training samples these are, for terms that remember them.
+    """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are not
+    padding, sample_id (batch,) of the training samples, for terms with a memory.
 
     A ModelOutput, because accelerate turns the bf16 tensors of an autocast forward back into fp32 only inside one.
     """

@@ -34,16 +34,16 @@ def main() -> None:
     inputs = load_inputs(text, pair, training, text.load())
     validate_arguments(inputs, pair, training)
     validate_bottleneck(inputs, pair, bottleneck)
-    whole = open_run(inputs, training, text, pair, bottleneck)
+    parent_run = open_run(inputs, training, text, pair, bottleneck)
 
-    teacher = train_bottleneck_teacher(whole, inputs, pair, bottleneck)
-    measured_teacher = evaluate_teacher(whole, inputs, teacher, pair.teacher)
-    for one in whole.each_seed():
-        inputs = inputs_of_seed(inputs, text, pair, training, one.args.seed)
-        control = None if training.no_control else train_bottleneck_control(one, inputs, pair, bottleneck)
-        student = train_bottleneck_student(one, inputs, pair, bottleneck, teacher)
-        report(one, inputs, bottleneck.system, pair.student, teacher, measured_teacher, control, student)
-    whole.summarize()
+    teacher = train_bottleneck_teacher(parent_run, inputs, pair, bottleneck)
+    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher)
+    for seed_run in parent_run.each_seed():
+        inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
+        control = None if training.no_control else train_bottleneck_control(seed_run, inputs, pair, bottleneck)
+        student = train_bottleneck_student(seed_run, inputs, pair, bottleneck, teacher)
+        report(seed_run, inputs, bottleneck.system, pair.student, teacher, measured_teacher, control, student)
+    parent_run.summarize()
 
 
 if __name__ == "__main__":

@@ -32,16 +32,18 @@ def main() -> None:
     inputs = load_inputs(text, pair, training, text.load(), matching.more_teachers)
     validate_arguments(inputs, pair, training)
     validate_matching(inputs, pair, matching, training)
-    whole = open_run(inputs, training, text, pair, matching)
+    parent_run = open_run(inputs, training, text, pair, matching)
 
-    teacher = load_or_train_teacher(whole, inputs, pair)
-    measured_teacher = evaluate_teacher(whole, inputs, teacher, pair.teacher, matching.more_teachers)
-    for one in whole.each_seed():
-        inputs = inputs_of_seed(inputs, text, pair, training, one.args.seed)
-        control = None if training.no_control else train_control(one, inputs, pair, control_epochs(one, pair))
-        student = train_student(one, inputs, pair, matching, teacher)
-        report(one, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
-    whole.summarize()
+    teacher = load_or_train_teacher(parent_run, inputs, pair)
+    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.more_teachers)
+    for seed_run in parent_run.each_seed():
+        inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
+        control = (
+            None if training.no_control else train_control(seed_run, inputs, pair, control_epochs(seed_run, pair))
+        )
+        student = train_student(seed_run, inputs, pair, matching, teacher)
+        report(seed_run, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
+    parent_run.summarize()
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def main() -> None:
         data = text.load()
         shared, epochs = shared_folder(folder, task, seed), glue.samples_per_stage / len(data.splits["train"])
         for system in glue.systems:
-            own = matching if system == "base" else of_system(bottleneck, system)
-            distill(system, own, text, *at_most(epochs, pair, training), data, shared)
+            system_arguments = matching if system == "base" else of_system(bottleneck, system)
+            distill(system, system_arguments, text, *at_most(epochs, pair, training), data, shared)
     show(folder, glue.tasks)
     del held  # until now no other process works in the folder
 
@@ -130,7 +130,7 @@ def shared_folder(folder: Path, task: str, seed: int) -> Path:
 
 def distill(
     system: str,
-    own: MatchingArguments | TextBottleneckArguments,
+    system_arguments: MatchingArguments | TextBottleneckArguments,
     text: TextArguments,
     pair: PairArguments,
     training: KDTrainingArguments,
@@ -140,34 +140,35 @@ def distill(
     """A run of one system on one task with one seed; its stages but the student are stored in `shared`."""
     folder = shared.parent.parent / system / shared.name
     training.output_dir, training.resume_from_checkpoint = str(folder), (folder / RECIPE).exists()
-    check_same_arguments(folder, system, (training, text, pair, own))
+    check_same_arguments(folder, system, (training, text, pair, system_arguments))
     if (folder / RESULTS).exists():
         print(f"{folder} is finished")
         return
-    inputs = load_inputs(text, pair, training, data, own.more_teachers if isinstance(own, MatchingArguments) else ())
+    ensemble = system_arguments.more_teachers if isinstance(system_arguments, MatchingArguments) else []
+    inputs = load_inputs(text, pair, training, data, ensemble)
     validate_arguments(inputs, pair, training)
-    if isinstance(own, MatchingArguments):
-        validate_matching(inputs, pair, own, training)
+    if isinstance(system_arguments, MatchingArguments):
+        validate_matching(inputs, pair, system_arguments, training)
     else:
-        validate_bottleneck(inputs, pair, own)
-    run = open_run(inputs, training, text, pair, own)
+        validate_bottleneck(inputs, pair, system_arguments)
+    run = open_run(inputs, training, text, pair, system_arguments)
     check_same_inputs(folder)
 
     epochs = control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
     control = None
-    if isinstance(own, MatchingArguments):
+    if isinstance(system_arguments, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder", shared)
-        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, own.more_teachers)
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, ensemble)
         if not training.no_control:
             control = train_control(run, inputs, pair, epochs, "control_encoder", shared)
-        student = train_student(run, inputs, pair, own, teacher, shared)
+        student = train_student(run, inputs, pair, system_arguments, teacher, shared)
     else:
-        teacher = train_bottleneck_teacher(run, inputs, pair, own, shared)
+        teacher = train_bottleneck_teacher(run, inputs, pair, system_arguments, shared)
         measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher)
         if not training.no_control:
-            control = train_bottleneck_control(run, inputs, pair, own, epochs, shared)
-        student = train_bottleneck_student(run, inputs, pair, own, teacher, shared)
-    method = own.method if isinstance(own, MatchingArguments) else own.system
+            control = train_bottleneck_control(run, inputs, pair, system_arguments, epochs, shared)
+        student = train_bottleneck_student(run, inputs, pair, system_arguments, teacher, shared)
+    method = system_arguments.method if isinstance(system_arguments, MatchingArguments) else system_arguments.system
     report(run, inputs, method, pair.student, teacher, measured_teacher, control, student)
 
 
@@ -192,10 +193,10 @@ def check_same_inputs(folder: Path) -> None:
 
 
 def of_system(bottleneck: TextBottleneckArguments, system: str) -> TextBottleneckArguments:
-    own = copy.copy(bottleneck)
-    own.bottleneck = "student" if system == "student_only" else "both"
-    own.keys = "carried" if system == "keys_carried" else "new"
-    return own
+    system_arguments = copy.copy(bottleneck)
+    system_arguments.bottleneck = "student" if system == "student_only" else "both"
+    system_arguments.keys = "carried" if system == "keys_carried" else "new"
+    return system_arguments
 
 
 def at_most(

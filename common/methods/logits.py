@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods.method import Method, TaskSpec, labels
-from kd.common.objective import Scheduled, Term, cosine_decay, logit_term, soft_targets, warm_up
+from kd.common.methods.method import Method, TaskSpec, labels, labels_and_soft_targets
+from kd.common.objective import Scheduled, Term, cosine_decay, logit_term, warm_up
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, Share, ShareAbove0
 
 MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)  # of multi-level distillation
-LARGEST_RISE = 20.0  # of a learnt temperature, above 1
+LARGEST_RISE = 20.0  # of a trained temperature, above 1
 
 
 def kd(spec: TaskSpec, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Method:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL(teacher || student)."""
-    return labels(alpha) + Method({"soft_targets": (1 - alpha, soft_targets(temperature))})
+    return labels_and_soft_targets(alpha, temperature)
 
 
 def dkd(
@@ -134,7 +134,7 @@ def _multi_level(
 
 
 def ctkd(spec: TaskSpec, *, alpha: Share = 0.1, curriculum: ShareAbove0 = 10 / 240) -> Method:
-    """Soft targets at a temperature that is learnt against the student (Li et al., arXiv:2211.16231), and
+    """Soft targets at a temperature that is trained against the student (Li et al., arXiv:2211.16231), and
     alpha * labels: the authors' global temperature. `curriculum`: the share of the training over which the adversary
     gains its strength.
     """

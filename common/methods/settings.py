@@ -55,16 +55,16 @@ def filled(spec: str, published: Sequence[str], methods: Mapping[str, Callable[.
 
 def check_methods_differ(methods: Iterable[tuple[str, Callable[..., Any]]]) -> None:
     """Raises UserError where two specs give one method the same settings, however they are written. `methods` are
-    specs and what `chosen` makes of them.
+    specs and the results of `chosen`.
     """
-    seen: dict[Any, str] = {}
+    known: dict[Any, str] = {}
     for spec, method in methods:
         parameters = inspect.signature(method).parameters.values()  # whose defaults are the settings
         settings = tuple((p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
-        same = seen.get((_parsed(spec)[0], settings))
+        same = known.get((_parsed(spec)[0], settings))
         if same is not None:
             raise UserError(f"{same} and {spec} are the same method with the same settings: name it once")
-        seen[_parsed(spec)[0], settings] = spec
+        known[_parsed(spec)[0], settings] = spec
 
 
 def flags_of(spec: str, args: KDTrainingArguments) -> dict[str, float]:
@@ -79,7 +79,7 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _parsed(spec: str) -> tuple[str, dict[str, str]]:
-    """NAME:setting=value:... as the name and {setting: value}. Raises UserError for a setting given twice."""
+    """NAME:setting=value:... as the name and {setting: value}. Raises UserError for a setting that is set twice."""
     name, *words = spec.split(":")
     settings: dict[str, str] = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""SimKD's projector: turns a student's map into one that its teacher's classifier understands."""
+"""SimKD's projector: maps a student's last map to the space of its teacher's."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ class Projector(nn.Module):
     """Maps (batch, in_channels, h, w) -> (batch, out_channels, h', w') (Chen et al., CVPR 2022, arXiv:2203.14001).
 
     1x1, 3x3 and 1x1 convolutions with batch norm, `out_channels // factor` channels in between. Unlike in the authors'
-    code, which leaves them as PyTorch initializes them, the convolutions begin with He's normal initialization.
+    code, which leaves them as PyTorch initializes them, the convolutions have He's normal initialization.
 
     Args:
         factor: f of the paper; 2 adds 214,016 parameters from 256 to 256 channels, 8 only 26,240.
-        relu: ends with a ReLU, as what it imitates is after one.
+        relu: Ends with a ReLU, as the teacher's map is after one.
         max_size: larger maps are first averaged down to that many pixels, the size of the teacher's map.
     """
 

@@ -122,6 +122,26 @@ def test_a_teacher_of_these_labels_is_kept_as_it_is(carried, small, tmp_path):
     )
 
 
+def test_several_seeds_share_a_teacher_and_have_a_mean(small, tmp_path):
+    run = tmp_path / "run"
+    distill("keys_carried", "--dataset", small, "--output_dir", run, "--seeds", 3, 4)
+    whole, *seeds = (results(folder) for folder in (run, run / "seed3", run / "seed4"))
+    assert whole["seeds"] == [3, 4] and [one["seed"] for one in seeds] == [3, 4]
+    assert whole["shared_by_all_seeds"] == seeds[0]["shared_by_all_seeds"] == "the teacher"
+    assert seeds[0]["models"]["teacher"] == seeds[1]["models"]["teacher"]
+    assert {path.name for path in (run / "stages").iterdir()} == {"teacher_encoder", "teacher"}
+    scores = [one["models"]["student"]["metrics"]["validation"]["accuracy"] for one in seeds]
+    assert whole["models"]["student"]["metrics"]["validation"]["accuracy"] == pytest.approx(sum(scores) / 2)
+    teacher, *students = (
+        load_file(run / name / "model.safetensors") for name in ("stages/teacher", "seed3/student", "seed4/student")
+    )
+    assert all(torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"]) for student in students)
+    assert not torch.equal(*(student["bottleneck.values"] for student in students))
+    first = load_file(run / "student" / "model.safetensors")
+    assert all(torch.equal(first[name], weight) for name, weight in students[0].items())
+    assert len(list((run / "teacher_outputs").iterdir())) == 2 and not (run / "seed3" / "teacher_outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("task", "metric"),
     [

@@ -60,6 +60,8 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     score = results(tmp_path / "glue" / "stsb" / "base" / "seed0")["models"]["student"]["metrics"]["validation"]
     assert f"| {score['pearson']:.4f} ± –" in table and "| rte | accuracy | 1 |" in table
     assert table.count("| stsb |") == 2  # it is no classification task
+    means = results(tmp_path / "glue" / "rte" / "base")
+    assert means["seeds"] == [0] and means["models"]["student"]["metrics"] == kd["models"]["student"]["metrics"]
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "glue").rglob("model.safetensors")}
     capsys.readouterr()

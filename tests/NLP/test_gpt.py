@@ -322,6 +322,21 @@ def test_after_a_finished_teacher_a_run_continues_to_the_same_student(finished, 
     assert all(torch.equal(weight, weights[name]) for name, weight in found.items())
 
 
+def test_several_seeds_share_a_teacher_and_continue(texts, tmp_path):
+    found = distill(tmp_path / "run", texts, "--seeds", "0,1", "--num_train_epochs", "1", "--teacher_epochs", "1")
+    assert found["seeds"] == [0, 1]
+    runs = [json.loads((tmp_path / "run" / f"seed{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    perplexity = [run["models"]["student"]["metrics"]["validation"]["perplexity"] for run in runs]
+    mean = found["models"]["student"]["metrics"]["validation"]["perplexity"]
+    assert perplexity[0] != perplexity[1] and mean == pytest.approx(sum(perplexity) / 2)
+    assert runs[0]["models"]["teacher"] == runs[1]["models"]["teacher"]
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "seed1")
+    again = distill(tmp_path / "run", texts, "--resume_from_checkpoint", "--seeds", "0,1", "--num_train_epochs", "1",
+                    "--teacher_epochs", "1")  # fmt: skip
+    assert again["models"]["student"]["metrics"] == found["models"]["student"]["metrics"]
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_student(finished, texts, tmp_path):
     """SIGKILL at two moments: the teacher and the student go on from their checkpoints."""

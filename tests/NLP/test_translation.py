@@ -374,6 +374,17 @@ def test_a_run_continues_to_the_same_student(finished, small, tmp_path):
         assert all(torch.equal(whole[weight], continued[weight]) for weight in whole)
 
 
+def test_several_seeds_share_a_teacher_and_its_translations(small, tmp_path):
+    words = ["--seeds", "0,1", "--method", "sequence", "--num_train_epochs", 1, "--teacher_epochs", 1]
+    distill("--dataset", small, "--output_dir", tmp_path, *words)
+    found = results(tmp_path)
+    assert found["seeds"] == [0, 1]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("teacher_outputs")] == ["teacher_outputs"]
+    students = [load_file(tmp_path / f"seed{seed}" / "student" / "model.safetensors") for seed in (0, 1)]
+    assert not torch.equal(*(weights["model.shared.weight"] for weights in students))
+    assert results(tmp_path / "seed1")["seconds"]["teacher_outputs"] > 0
+
+
 def test_sequence_level_targets_are_the_teachers_translations_of_their_own_sources(finished, small, tmp_path):
     args = Arguments(
         dataset=str(small), max_length=12, beams=3, teacher=str(finished / "stages" / "teacher"), teacher_epochs=0

@@ -13,6 +13,7 @@ from kd.common.methods import depth_map
 from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
+from kd.image_classification.student_model import matching
 from kd.image_classification.student_model.matching import FEATURE_LOSSES, block_paths, image_features, stage_paths
 from kd.image_classification.student_model.simkd import SimKDArguments, share_masked, simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
@@ -83,6 +84,26 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     assert all(p.grad is not None for p in method.objective.parameters())
     assert all(p.grad is None for p in answering.parameters())
     assert not any("objective" in name for name in student.state_dict())  # what only trains never ships
+
+
+def test_each_network_is_probed_once_however_often_a_script_builds_student_and_method(monkeypatch):
+    """One forward pass of the teacher and one of the student: to check what is asked for, and to train."""
+    data, probed = noise(), []
+    monkeypatch.setattr(matching, "_KNOWN", {})
+    monkeypatch.setattr(ImageClassifier, "forward", counting(ImageClassifier.forward, probed))
+    teacher = new_classifier("resnet14x2", data.config)
+    for reuse_head in (True, False, True):
+        student = simkd_student("resnet8", teacher, data, 2, reuse_head)
+        simkd(student, teacher, SimKDArguments(projector="all-layer"), 4.0)
+    assert probed == ["resnet14x2", "resnet8"]
+
+
+def counting(forward, calls):
+    def counted(self, *args, **kwargs):
+        calls.append(self.config.architecture)
+        return forward(self, *args, **kwargs)
+
+    return counted
 
 
 def test_weights_of_the_projectors():

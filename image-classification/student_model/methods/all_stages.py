@@ -25,7 +25,7 @@ WIDEST = 512  # of the maps that knowledge review fuses
 
 
 def reviewkd(spec: TaskSpec, *, weight: float = 5.0, warmup: Share = 20 / 240) -> Method:
-    """Knowledge review (Chen et al., arXiv:2104.09044), beside the labels: the student's stages and pooled features,
+    """Knowledge review (Chen et al., arXiv:2104.09044), plus the labels: the student's stages and pooled features,
     fused from the last to the first, against the teacher's maps before their last ReLU and its pooled features.
 
     A teacher of a family that does not show its maps before a ReLU is reviewed by the maps that its stages yield.
@@ -45,7 +45,7 @@ def reviewkd(spec: TaskSpec, *, weight: float = 5.0, warmup: Share = 20 / 240) -
 
 
 class Review(nn.Module):
-    """A term: the sum over levels of `losses.hierarchical_l2` between what was fused there and the teacher's map.
+    """A term: the sum over levels of `losses.hierarchical_l2` between the fused map and the teacher's.
 
     Args:
         pairs: the maps of student and teacher, for each level, the deepest last, which is pooled.
@@ -73,8 +73,8 @@ class Review(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A map of the student (batch, channels, h, w) and what was fused below it -> (a map for the teacher's (batch,
-    target_channels, size, size), what was fused here (batch, middle, size, size)).
+    """A map of the student (batch, channels, h, w) and the fused map below it -> (a map to compare with the teacher's
+    (batch, target_channels, size, size), the fused map (batch, middle, size, size)).
 
     The two are added with weights that attention gives to either at each place. `fuses` is false for the deepest
     level, which has nothing below it.
@@ -103,9 +103,9 @@ class Fusion(nn.Module):
 def semckd(
     spec: TaskSpec, *, weight: float = 400.0, kl: float = 1.0, temperature: Positive = 4.0, batch: int = 64
 ) -> Method:
-    """Cross-layer distillation with semantic calibration (Chen et al., arXiv:2012.03236), beside labels and soft
-    targets (of weight `kl`): each stage of the student follows all of the teacher's, through projections of its own,
-    in proportions that attention gives them for each image.
+    """Cross-layer distillation with semantic calibration (Chen et al., arXiv:2012.03236), plus labels and soft
+    targets (of weight `kl`): each stage of the student follows all of the teacher's, each through a projection,
+    weighted by attention for each image.
 
     What attends are rows of similarities to the images of a batch, so that its layers have an input for each of these.
     `batch` is how many there are at most; the scripts know it. The authors skip a batch that is not full. Here images

@@ -30,10 +30,10 @@ def crd(
 ) -> Method:
     """Contrastive representation distillation (CRD, Tian et al., arXiv:1910.10699), plus the labels.
 
-    Embeddings of both networks' pooled features, learnt with the student, are to be alike for one image and unlike for
-    `negatives` images of other classes (or as many as there are). Those are remembered from earlier batches: two
-    memories of `width` numbers for each training image, which are checkpointed and never ship. They begin as random
-    vectors of length 1, where the authors' are of about that length.
+    Embeddings of both networks' pooled features, trained with the student, become alike for one image and unlike for
+    `negatives` images of other classes (or as many as there are). The embeddings of these come from earlier batches:
+    two memories of `width` numbers for each training image, which are checkpointed and never ship. They start as
+    random vectors of length 1, where the authors' are of about that length.
     """
     student, teacher = spec.student_features.head, spec.teacher_features.head
     contrast = Contrast(student, teacher, spec.labels, negatives, width, temperature, momentum)
@@ -44,18 +44,18 @@ class Contrast(nn.Module):
     """A term: `losses.noise_contrastive` of the student's embeddings among the teacher's remembered ones, plus that of
     the teacher's among the student's.
 
-    P = exp(cosine / temperature) / Z, where Z, one for each of the two, is what makes P one over the number of samples
-    on average in the first batch, and stays.
+    P = exp(cosine / temperature) / Z, where Z, one for each of the two, makes P one over the number of samples on
+    average in the first batch, and stays.
 
-    On several processes each draws negatives of its own, and all of them remember what all have seen. As with any
-    buffers, data parallelism sends those of the first process to the others with every step.
+    On several processes each draws its negatives, and all keep the embeddings of all in memory. As with any buffers,
+    data parallelism sends those of the first process to the others with every step.
 
     Args:
         student, teacher: the maps whose averages are embedded.
         labels: (samples,) the class of each training image, by its `sample_id`.
-        negatives: for each image; at most as many as there are of other classes, whatever its own.
+        negatives: for each image; at most as many as there are of other classes, for every class.
         width: of the embeddings.
-        momentum: the share of what is remembered that stays when an image is seen again.
+        momentum: the share of an embedding in memory that stays when its image occurs again.
     """
 
     student_memory: Tensor
@@ -140,7 +140,7 @@ def embedded(linear: nn.Module, maps: Tensor) -> Tensor:
 def remember(memory: Tensor, ids: Tensor, embeddings: Tensor, momentum: float) -> None:
     """Moves rows `ids` (batch,) of a memory towards embeddings (batch, width), in place, and back to length 1.
 
-    What all processes have seen is remembered. Of an image that is there twice, its first embedding is.
+    The embeddings of all processes are stored. Of an image that occurs twice, the first embedding is.
     """
     ids, embeddings = gather(ids), gather(embeddings.detach())
     moved = unit(momentum * memory[ids] + (1 - momentum) * embeddings)

@@ -24,7 +24,7 @@ PHASES = ((10 / 240, 0.1), (20 / 240, 0.5), (180 / 240, 1.0), (210 / 240, 0.5), 
 
 
 def srrl(spec: TaskSpec, *, weight: float = 1.0) -> Method:
-    """Pooled features, and what the teacher's head makes of them (Yang et al., Knowledge distillation via softmax
+    """Pooled features, and the logits of the teacher's head for them (Yang et al., Knowledge distillation via softmax
     regression representation learning, ICLR 2021), plus the labels' cross-entropy. The teacher needs a linear head.
 
     This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 is quoted
@@ -52,7 +52,7 @@ def norm(spec: TaskSpec, *, copies: int = 8, alpha: float = 0.1, weight: float =
     the phases of the authors' code.
 
     A linear layer, a 1x1 convolution with batch norm, expands the student's last map to `copies` times the teacher's
-    channels, each of which is to be the teacher's map. In the paper a second one contracts what came out, and the sum
+    channels, each of which is to be the teacher's map. In the paper a second one contracts its output, and the sum
     of the two maps goes to the student's head, into which both layers are folded in the end. That contraction is left
     out here: what is trained is what ships, so the labels train the plain student, and the expansion is a regressor.
     Nor are logits standardized under the labels' loss, as they are in the authors' code, and a teacher's map that is
