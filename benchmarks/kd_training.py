@@ -38,7 +38,7 @@ from transformers import (
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.cli import run
 from kd.common.training.inference import run_inference
-from kd.common.objective import labels_and_soft_targets
+from kd.common.methods import labels_and_soft_targets
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
@@ -176,7 +176,7 @@ class Case:
         }
         return KDTrainer(
             model=student, args=KDTrainingArguments(**settings), train_dataset=self.texts.train,
-            data_collator=self.texts.collate, objective=labels_and_soft_targets(ALPHA, TEMPERATURE),
+            data_collator=self.texts.collate, objective=labels_and_soft_targets(ALPHA, TEMPERATURE).objective,
             teacher=None if way.cached else copy.deepcopy(self.teacher),
             teacher_outputs=self.teacher_outputs if way.cached else None,
         )  # fmt: skip

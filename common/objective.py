@@ -98,17 +98,6 @@ def cosine_decay(weight: float, start: float) -> Weight:
     return weight if weight == 0 else decayed
 
 
-def labels_and_soft_targets(
-    alpha: float, temperature: float, regression: bool = False, smoothing: float = 0.0, **others: tuple[Weight, Term]
-) -> Objective:
-    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531), and any other weighted terms."""
-    return Objective(
-        task=(alpha, task_loss(regression, smoothing)),
-        soft_targets=(1 - alpha, soft_targets(temperature, regression)),
-        **others,
-    )
-
-
 def task_loss(regression: bool = False, smoothing: float = 0.0) -> Term:
     """Cross-entropy with the labels (batch,) or (batch, positions) that are not IGNORED, or mean squared error for
     regression. `smoothing`: share of the uniform distribution in the targets (arXiv:1512.00567).

@@ -20,10 +20,12 @@ from kd.common.methods import (
     chosen,
     depth_map,
     flags_of,
+    labels,
+    labels_and_soft_targets,
     match,
     some_of_each_class,
 )
-from kd.common.objective import FeatureLoss, FeatureTerm, Transform, soft_targets, task_loss
+from kd.common.objective import FeatureLoss, FeatureTerm, Transform
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
@@ -255,11 +257,10 @@ def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = ""
 
 
 def labels_only(data: TextData, training: KDTrainingArguments) -> Method:
-    return Method({"task": (1.0, task_loss(data.regression, training.label_smoothing_factor))})
+    return labels(1.0, data.regression, training.label_smoothing_factor)
 
 
 def labels_and_logits(data: TextData, training: KDTrainingArguments) -> Method:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
-    alpha, task = training.alpha, task_loss(data.regression, training.label_smoothing_factor)
-    soft = soft_targets(training.temperature, data.regression)
-    return Method({"task": (alpha, task), "soft_targets": (1 - alpha, soft)})
+    smoothing = training.label_smoothing_factor
+    return labels_and_soft_targets(training.alpha, training.temperature, data.regression, smoothing)

@@ -15,6 +15,7 @@ from kd.common.methods.method import (
     depth_map,
     hooked,
     labels,
+    labels_and_soft_targets,
     match,
     some_of_each_class,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "flags_of",
     "hooked",
     "labels",
+    "labels_and_soft_targets",
     "match",
     "settings_of",
     "some_of_each_class",

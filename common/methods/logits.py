@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods.method import Method, TaskSpec, labels
-from kd.common.objective import Scheduled, Term, cosine_decay, logit_term, soft_targets, warm_up
+from kd.common.methods.method import Method, TaskSpec, labels, labels_and_soft_targets
+from kd.common.objective import Scheduled, Term, cosine_decay, logit_term, warm_up
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, Share, ShareAbove0
@@ -24,7 +24,7 @@ LARGEST_RISE = 20.0  # of a trained temperature, above 1
 
 def kd(spec: TaskSpec, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Method:
     """Soft targets (Hinton et al., arXiv:1503.02531): alpha * labels + (1 - alpha) * T^2 * KL(teacher || student)."""
-    return labels(alpha) + Method({"soft_targets": (1 - alpha, soft_targets(temperature))})
+    return labels_and_soft_targets(alpha, temperature)
 
 
 def dkd(

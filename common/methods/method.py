@@ -8,7 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kd.common.objective import FeatureLoss, FeatureTerm, Objective, Term, Terms, Transform, Weight, task_loss
+from kd.common.objective import (
+    FeatureLoss,
+    FeatureTerm,
+    Objective,
+    Term,
+    Terms,
+    Transform,
+    Weight,
+    soft_targets,
+    task_loss,
+)
 
 PER_CLASS = 50  # training samples of each class whose teacher features stand for the class
 Depth = Literal["nearest", "up", "last"]
@@ -119,6 +129,14 @@ class TaskSpec:
 def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:
     """The labels alone, as a control is trained; see `task_loss`."""
     return Method({"task": (weight, task_loss(regression, smoothing))})
+
+
+def labels_and_soft_targets(
+    alpha: float, temperature: float, regression: bool = False, smoothing: float = 0.0
+) -> Method:
+    """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
+    soft = 1 - alpha, soft_targets(temperature, regression)
+    return labels(alpha, regression, smoothing) + Method({"soft_targets": soft})
 
 
 def match(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kd.common.bottleneck.arguments import BottleneckArguments, Keys, PairCount
 from kd.common.bottleneck.training import Samples, train_bottleneck
-from kd.common.objective import Objective, labels_and_soft_targets, task_loss
+from kd.common.methods import labels_and_soft_targets
+from kd.common.objective import Objective, task_loss
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
@@ -70,7 +71,7 @@ def replace_head(
     def train() -> ImageClassifier:
         objective, outputs = Objective(task=(1.0, task_loss())), None
         if teacher is not None and keys != "reused":
-            objective = labels_and_soft_targets(args.alpha, args.temperature)
+            objective = labels_and_soft_targets(args.alpha, args.temperature).objective
             outputs = cached_logits(run, data, teacher)
         return train_bottleneck(
             run,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kd.common.objective import labels_and_soft_targets
+from kd.common.methods import labels_and_soft_targets
 from kd.common.outputs import Outputs
 from kd.nlp.data import tokenized
 from kd.nlp.data.loading import TextData
@@ -58,7 +58,7 @@ def test_textbook_and_project_minimise_the_same_loss(benchmark):
     student = SimpleNamespace(logits=own, loss=torch.nn.functional.cross_entropy(own, labels))
     trainer = SimpleNamespace(teacher=lambda **inputs: Outputs(logits=target))
     textbook = benchmark["TextbookTrainer"].compute_loss(trainer, lambda **inputs: student, {})
-    objective = labels_and_soft_targets(benchmark["ALPHA"], benchmark["TEMPERATURE"])
+    objective = labels_and_soft_targets(benchmark["ALPHA"], benchmark["TEMPERATURE"]).objective
     parts = objective(Outputs(logits=own), Outputs(logits=target), labels)
     torch.testing.assert_close(textbook, sum(parts.values()))
 
