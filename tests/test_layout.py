@@ -1,6 +1,7 @@
 """A domain is a folder with scripts/; all of them look alike and are importable under their names."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,18 @@ def test_domains_import_common_and_never_each_other():
             imports = re.findall(r"^ *(?:import|from) kd\.(\w+)", path.read_text(), re.MULTILINE)
             foreign = set(imports) & (names.keys() - {own, "common"})
             assert not foreign, f"{path.relative_to(REPO)} imports {foreign}"
+
+
+@pytest.mark.parametrize("folder", [*DOMAINS, REPO / "templates" / "domain"], ids=lambda folder: folder.name)
+def test_teachers_know_nothing_of_students(folder: Path):
+    for path in (folder / "teacher_model").rglob("*.py"):
+        assert "student_model" not in path.read_text(), f"{path.relative_to(REPO)} names student_model"
+
+
+def test_no_folders_import_each_other(tmp_path: Path):
+    words = ["benchmarks/architecture.py", "--static", "--json", tmp_path / "figures.json"]
+    subprocess.run([sys.executable, *map(str, words)], cwd=REPO, check=True, capture_output=True, timeout=120)
+    assert json.loads((tmp_path / "figures.json").read_text())["import cycles between folders"] == "none"
 
 
 @pytest.mark.parametrize("script", sorted(REPO.glob("*/scripts/*.sh")), ids=lambda path: path.name)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kd.common.losses.shared import einsum, same_shape, unit
+from kd.common.losses.shared import product, same_shape, unit
 
 SMALLEST_MEAN = 1e-12  # of distances, to avoid dividing by zero if all samples coincide
 
@@ -92,7 +92,7 @@ def noise_contrastive(log_scores: Tensor, samples: int) -> Tensor:
 
 def _gram(vectors: Tensor) -> Tensor:
     """Inner products (..., i, j) of vectors (..., i, width)."""
-    return einsum(vectors, vectors, "... i width, ... j width -> ... i j")
+    return product(vectors, rearrange(vectors, "... j width -> ... width j"))  # faster than an einsum
 
 
 def _relative_distances(features: Tensor) -> Tensor:

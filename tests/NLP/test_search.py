@@ -224,7 +224,11 @@ def test_a_named_student_with_words_of_its_own(few, teacher, tmp_path):
 def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkeypatch):
     """Not even the first one, before there is any that could be called the best."""
     kl, calls = losses.soft_target_kl, iter(range(10**6))
-    monkeypatch.setattr(losses, "soft_target_kl", lambda *args: kl(*args) * (float("nan") if not next(calls) else 1))
+
+    def first_is_nan(*args: Any, **options: Any) -> torch.Tensor:
+        return kl(*args, **options) * (float("nan") if not next(calls) else 1)
+
+    monkeypatch.setattr(losses, "soft_target_kl", first_is_nan)
     words = [*STUDENT, "--dataset", few, "--teacher", teacher, "--trials", 2, "--no_control", "--output_dir", tmp_path]
     search(*words)
     assert [trial["state"] for trial in found(tmp_path)["trials"]] == ["diverged", "complete"]
