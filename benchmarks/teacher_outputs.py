@@ -20,10 +20,10 @@ from pathlib import Path
 
 import datasets
 import torch
-from tabulate import tabulate
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from kd.common.reporting.tables import markdown
 from kd.common.cli import run
 from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_teacher_outputs
@@ -39,7 +39,7 @@ class Stages:
     """Seconds, rows per second and peak memory of each stage, as lines of a table."""
 
     def __init__(self) -> None:
-        self.lines, self.peak = list[tuple[str, str, str, str]](), 0.0
+        self.lines, self.peak = list[list[str]](), 0.0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -53,7 +53,7 @@ class Stages:
         yield
         seconds = time.perf_counter() - started
         peak = max(self.peak, anonymous_megabytes())
-        self.lines.append((name, f"{seconds:,.1f}", f"{rows / seconds:,.0f}", f"{peak:,.0f}"))
+        self.lines.append([name, f"{seconds:,.1f}", f"{rows / seconds:,.0f}", f"{peak:,.0f}"])
 
 
 def anonymous_megabytes() -> float:
@@ -104,7 +104,7 @@ def measure(folder: Path, number: int, features: dict[str, str], batch_size: int
         iterate(texts, outputs, batch_size)
     size = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
     headers = ["stage", "seconds", "texts per second", "peak anonymous memory, MiB"]
-    table = tabulate(stages.lines, headers, tablefmt="github")
+    table = markdown(headers, stages.lines)
     return f"{number:,} texts; {size / 2**20:,.0f} MiB of outputs on disk\n\n{table}"
 
 

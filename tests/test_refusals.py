@@ -203,9 +203,9 @@ OF_SCRIPTS = [
     ("common/export/__main__.py", LONG, "File name too long"),
     ("common/export/__main__.py", "nowhere --format pickle", "invalid choice: 'pickle'"),
     ("common/export/__main__.py", "nowhere --output_dir=", "--output_dir is empty"),
-    ("common/reporting/report.py", "nowhere", "nowhere does not exist"),
-    ("common/reporting/report.py", LONG, "File name too long"),
-    ("common/reporting/report.py", "nowhere --markdown=", "--markdown is empty"),
+    ("common/reporting/__main__.py", "nowhere", "nowhere does not exist"),
+    ("common/reporting/__main__.py", LONG, "File name too long"),
+    ("common/reporting/__main__.py", "nowhere --markdown=", "--markdown is empty"),
     ("common/new_domain.py", "a/b", "gives no import name"),
     ("common/new_domain.py", LONG, "error: "),
 ]
