@@ -63,7 +63,7 @@ class Method:
 @dataclass(frozen=True)
 class Feature:
     """The output of the submodule at `path`: hidden states (batch, positions, width), or maps (batch, width, size,
-    size), of which `positive` tells whether they are never negative, as after a ReLU.
+    size), of which `positive` is whether they are never negative, as after a ReLU.
     """
 
     path: str

@@ -123,14 +123,14 @@ class Run:
             print_table(results)
             print(f"report:  {folder / 'report.md'}")
 
-    def check_inputs(self, data: str, **given: nn.Module | PreTrainedTokenizerBase | None) -> None:
-        """Stores the fingerprints of what the run began with: of its data, and of the models and tokenizers that it
-        was given, by their roles. None stands for one that the run makes itself.
+    def check_inputs(self, data: str, **inputs: nn.Module | PreTrainedTokenizerBase | None) -> None:
+        """Stores the fingerprints of what the run began with: of its data, and of the models and tokenizers, by
+        their roles. None stands for one that the run makes itself.
 
         Raises UserError where a run that is continued began with others.
         """
         if self._marked is not None:
-            begun = {role: fingerprint_of(one) for role, one in given.items() if one is not None}
+            begun = {role: fingerprint_of(one) for role, one in inputs.items() if one is not None}
             self._marked.check_inputs(data=data, **begun)
 
     def stage(
