@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, pack, rearrange, repeat, unpack
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from kd.common.bottleneck.keys import (
@@ -121,9 +121,9 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def encode(self, embeddings: Tensor) -> Tensor:
         """Codes (..., codebooks), int64: the index of the nearest key of each head of the embeddings (..., dim)."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            rows, shape = pack([self.heads(embeddings)], "* c k")
-            (codes,) = unpack(nearest_keys(rows, self.keys), shape, "* c")
-            return codes
+            heads = self.heads(embeddings)
+            codes = nearest_keys(rearrange(heads, "... c k -> (...) c k"), self.keys)
+            return codes.view(heads.shape[:-1])
 
     def decode(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, num_outputs) of codes (batch, codebooks), or averaged over the positions of codes

@@ -1,8 +1,8 @@
-"""One run's folder and its stages: what is finished stays finished, what was killed goes on where it stopped.
+"""A run: its folder, its stages and its seeds. A killed run continues where it stopped.
 
-A run is a chain of stages (train the teacher, align the student, ...), each of which ends in a model. A finished stage
-lies in `stages/NAME`, written whole or not at all; a running one keeps checkpoints in `checkpoints/NAME`. Every stage
-starts from the run's seed, so that it does not matter which process of how many finished the one before.
+A run is a chain of stages (train the teacher, align the student, ...), each of which results in a model. A finished
+stage is saved in `stages/NAME`, complete or not at all; a running one writes checkpoints to `checkpoints/NAME`. Every
+stage starts from the run's seed, so its result does not depend on which processes finished the earlier ones.
 """
 
 import copy
@@ -44,15 +44,14 @@ STAGE = "stage.json"
 
 
 class Run:
-    """Opens the output folder of `args` for a new run, or for the continuation of one.
+    """Opens the output folder of `args` for a new run, or to continue one.
 
-    `instances` are all argument objects of the script; they are saved as the run's recipe. Raises UserError where the
-    folder holds another run, or one that was started with other arguments.
+    `instances` are the other argument objects of the script; all of them are saved as the run's recipe. Raises
+    UserError where the folder holds another run, or one that was started with other arguments.
     """
 
-    last_file = RESULTS  # written when everything else is there
-    files: tuple[str, ...] = RUN_FILES  # patterns of what it writes outside of stages/ and student/
-
+    last_file = RESULTS  # a run that has it is finished
+    files: tuple[str, ...] = RUN_FILES  # patterns of the files that it writes outside of stages/ and student/
     reports: tuple[str, ...] = (".",)  # folders, inside the run's, with a report each
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
@@ -66,7 +65,7 @@ class Run:
         self._open()
 
     def _open(self, shared: str | None = None) -> None:
-        """Opens the folder; `shared`: another one, relative to it, whose finished stages this run uses."""
+        """Opens the folder. `shared`: another folder, relative to it, whose finished stages this run uses."""
         self._marked: RunFolder | None = None  # in the main process alone, which writes
         with PartialState().main_process_first():
             if PartialState().is_main_process:
@@ -76,11 +75,11 @@ class Run:
         self.shared = None if shared is None else self.folder / shared
 
     def each_seed(self) -> Iterator[Self]:
-        """A run for each seed of `--seeds`, in `seedN` inside this run's folder; this run itself where there is one
-        seed. Runs that an earlier process finished are skipped.
+        """A run for each seed of `--seeds`, in the folder `seedN` inside this one; without `--seeds` this run itself.
+        Runs that are finished are skipped.
 
-        What this run has built before, such as a teacher, its times and its warnings belong to all of them, and so do
-        the inputs that it has checked.
+        They share the stages that this run has built before, such as the teacher, with their times, and its warnings
+        and checked inputs.
         """
         if self.args.seeds is None:
             yield self
@@ -105,8 +104,8 @@ class Run:
         return run
 
     def summarize(self) -> None:
-        """In the main process, of several seeds: writes results.json and report.md with means and standard deviations,
-        and the student of the first seed; prints the table.
+        """Several seeds: writes results.json and report.md with means and standard deviations, and copies the student
+        of the first seed; prints the table. Only in the main process.
         """
         if self.args.seeds is None or not PartialState().is_main_process:
             return
@@ -123,14 +122,14 @@ class Run:
             print_table(results)
             print(f"report:  {folder / 'report.md'}")
 
-    def check_inputs(self, data: str, **inputs: nn.Module | PreTrainedTokenizerBase | None) -> None:
-        """Stores the fingerprints of what the run began with: of its data, and of the models and tokenizers, by
-        their roles. None stands for one that the run makes itself.
+    def check_inputs(self, data: str, **models: nn.Module | PreTrainedTokenizerBase | None) -> None:
+        """Stores the fingerprints of the inputs that the run began with: data (its fingerprint), and pretrained models
+        and tokenizers by role. None for a model that the run trains itself.
 
         Raises UserError where a run that is continued began with others.
         """
         if self._marked is not None:
-            begun = {role: fingerprint_of(one) for role, one in inputs.items() if one is not None}
+            begun = {role: fingerprint_of(model) for role, model in models.items() if model is not None}
             self._marked.check_inputs(data=data, **begun)
 
     def stage(
@@ -141,9 +140,11 @@ class Run:
         processor: Any = None,
         shared: Path | None = None,
     ) -> Model:
-        """The model of a stage: loaded if the stage is finished, else built, timed and saved with its `processor`, the
-        tokenizer or image processor that makes its inputs, if it needs one. Both have a `save_pretrained`. In a
-        `shared` folder other runs find it too; that they ask for the same is their caller's business.
+        """The model of a stage: loaded if the stage is finished, otherwise built, timed and saved with its
+        `processor` (tokenizer or image processor). Both have a `save_pretrained`.
+
+        `shared`: a folder for stages of several runs. The caller must ensure that these runs use the same teacher,
+        data and arguments.
         """
         folder = (shared or self.folder) / "stages" / name
         if self.shared is not None and (self.shared / "stages" / name).exists():
@@ -178,7 +179,7 @@ class Run:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the time of a block to `seconds[name]`, less what blocks inside it count as theirs."""
+        """Adds the time of a block to `seconds[name]`, without the time of timed blocks inside it."""
         started, others = time.perf_counter(), sum(self.seconds.values())
         yield
         inside = sum(self.seconds.values()) - others
@@ -193,7 +194,7 @@ class Run:
 
     @property
     def total_seconds(self) -> float:
-        """Since the start of the run; of earlier processes of a resumed run only the stages that they finished."""
+        """Since the start of the run. Earlier processes of a resumed run count with the stages that they finished."""
         return time.perf_counter() - self.started + self.seconds_before
 
     def results(
@@ -211,8 +212,8 @@ class Run:
     ) -> dict[str, Any]:
         """The run's results.json: `models` are the entries of teacher, control, student (or None) and any others,
         `split` and `metric` name the headline, `floor` is the metric's value for no skill at all (retention counts
-        from there), `extra` is whatever else the report should say. Where `lower_is_better`, as of a perplexity,
-        retention is teacher / student and the gain control - student, so that more is better of both.
+        from there), `extra` is shown in the report too. If `lower_is_better`, such as for a perplexity, retention is
+        teacher / student and the gain is control - student, so more is better for both.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
@@ -261,8 +262,8 @@ class TrainerRun(Run):
     args: KDTrainingArguments
 
     def train(self, name: str, model: Network, settings: dict[str, Any], **trainer: Any) -> Network:
-        """Trains a stage's model from its last checkpoint on. `settings` are the stage's own training arguments,
-        `trainer` the arguments of KDTrainer.
+        """Trains the model of a stage, from its last checkpoint on. `settings` are training arguments of this stage
+        that differ from the run's, `trainer` the arguments of KDTrainer.
         """
         args = copy.copy(self.args)
         args.output_dir = str(self.folder / "checkpoints" / name)
@@ -285,5 +286,5 @@ class TrainerRun(Run):
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model whose shards may lie in several processes, whole in each of them."""
+    """The complete weights, in each process, of a model that may be sharded over several."""
     return {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in model.state_dict().items()}

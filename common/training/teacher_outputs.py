@@ -7,6 +7,7 @@ a damaged one is computed again. Only the rows of a batch are read into memory, 
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -20,7 +21,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BATCHES = 32  # in a shard, which is what a killed process computes again
 SHARD_FILE = "outputs.arrow"  # read by datasets.Dataset.from_file
-Column = Any  # anything with a length and a tensor per row: Tensor, list, ConcatDataset of _ArrowColumn
+Column = Any  # anything with a length and a tensor per row: Tensor, list or _ArrowColumn
 
 
 class TeacherOutputs:
@@ -91,7 +91,7 @@ class JoinedOutputs(TeacherOutputs):
 
 
 def _take(column: Column, rows: list[int]) -> list[Tensor]:
-    taken = [column[row] for row in rows]
+    taken = column.take(rows) if isinstance(column, _ArrowColumn) else [column[row] for row in rows]
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in taken})
     return [tensor.to(dtype) for tensor in taken]
 
@@ -173,9 +173,7 @@ def cache_outputs(
     PartialState().wait_for_everyone()
     tables = [_read(path) for path in folders]
     columns: dict[str, Column] = {
-        name: ConcatDataset([_ArrowColumn(table[name]) for table in tables])
-        for name in tables[0].column_names
-        if name != "sample_id"
+        name: _ArrowColumn([table[name] for table in tables]) for name in tables[0].column_names if name != "sample_id"
     }
     return TeacherOutputs(ids[order], columns.pop("logits", None), columns)
 
@@ -226,20 +224,30 @@ def _fixed_size(values: Tensor) -> pa.Array:
     return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-class _ArrowColumn(torch.utils.data.Dataset):
-    """A column of a shard, one tensor per row, without a copy of the others."""
+class _ArrowColumn:
+    """A column of all shards, one tensor per row. Only the rows that are taken are read into memory."""
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.chunk(0)
-        self.offsets = array.offsets.to_numpy() if pa.types.is_large_list(array.type) else None
-        values = array.values if self.offsets is not None else array
-        width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else 0
-        self.values = values.flatten().to_numpy().reshape(-1, width) if width else values.to_numpy()
-        self.length = len(array)
+    def __init__(self, shards: Sequence[pa.ChunkedArray]) -> None:
+        self.shards = [_numpy(shard.chunk(0)) for shard in shards]
+        self.starts = np.cumsum([0, *map(len, shards)]).tolist()
 
     def __len__(self) -> int:
-        return self.length
+        return int(self.starts[-1])
 
-    def __getitem__(self, row: int) -> Tensor:
-        found = self.values[row] if self.offsets is None else self.values[self.offsets[row] : self.offsets[row + 1]]
-        return torch.tensor(found)
+    def take(self, rows: Sequence[int]) -> list[Tensor]:
+        found = []
+        for row in rows:
+            shard = bisect_right(self.starts, row) - 1
+            (values, offsets), place = self.shards[shard], row - self.starts[shard]
+            part = values[place] if offsets is None else values[offsets[place] : offsets[place + 1]]
+            found.append(torch.tensor(part))
+        return found
+
+
+def _numpy(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values of an array without a copy; of lists of positions also the offsets of the rows."""
+    is_list = pa.types.is_large_list(array.type)
+    values = array.values if is_list else array
+    width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else 0
+    numbers = values.flatten().to_numpy().reshape(-1, width) if width else values.to_numpy()
+    return numbers, array.offsets.to_numpy() if is_list else None
