@@ -3,7 +3,7 @@
     python benchmarks/cached_codes.py --dataset clinc_oos --encoder sentence-transformers/all-MiniLM-L6-v2
 
 Same data, same model, same batch size, same KDTrainer; the only difference is what a batch holds: codes or token ids.
-The one pass that fills the cache is counted apart, and its break-even in epochs is given.
+The one pass that fills the cache is counted apart, and its break-even in epochs is printed.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 
 from kd.common.bottleneck.training import CodeDataset, embed_samples, encode_samples, set_keys
 from kd.common.cli import run
-from kd.common.objective import Objective, task_loss
+from kd.common.methods import labels
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
@@ -38,7 +38,7 @@ def train(
             train_sampling_strategy="random" if isinstance(dataset, CodeDataset) else "group_by_length",
         )  # fmt: skip
         trainer = KDTrainer(
-            model=model, args=args, objective=Objective(task=(1.0, task_loss())), train_dataset=dataset,
+            model=model, args=args, objective=labels().objective, train_dataset=dataset,
             data_collator=collate,
         )  # fmt: skip
         started = time.perf_counter()
@@ -62,10 +62,10 @@ def main() -> None:
     args.precision = resolve_precision(args.precision)
 
     data = load_text_data(args.dataset)
-    given = load_classifier(args.encoder, data)
-    texts = Texts.of(data, given.tokenizer)
+    start = load_classifier(args.encoder, data)
+    texts = Texts.of(data, start.tokenizer)
     labels = dict(enumerate(data.label_names))
-    model = BottleneckClassifier.around(given.encoder, labels, "mean", decoder=args.decoder)
+    model = BottleneckClassifier.around(start.encoder, labels, "mean", decoder=args.decoder)
     started = time.perf_counter()
     embeddings = torch.stack(embed_samples(model, texts.train, texts.collate, args.precision)).to(model.device)
     set_keys(model.bottleneck, "new", None, embeddings, seed=0)

@@ -84,12 +84,12 @@ def main() -> None:
         return seconds_per_step(names, args.student, teacher, data, args.batch_size, args.precision)
 
     alone = [{name: measure([name]) for name in dict.fromkeys([PLAIN, *args.methods])} for _ in range(args.blocks)]
-    print(f"{'method':12} {'ms a step':>10} {'to kd':>7} {'trained beside':>15}")
+    print(f"{'method':12} {'ms a step':>10} {'to kd':>7} {'auxiliary':>15}")
     for name in alone[0]:
         ratio = statistics.median(block[name] / block[PLAIN] for block in alone)
         method = chosen(name, METHODS, batch=args.batch_size)
-        beside = method(task_spec(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
-        print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {beside:15,}")
+        auxiliary = method(task_spec(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
+        print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {auxiliary:15,}")
     pairs = [(sum(measure([name]) for name in args.together), measure(args.together)) for _ in range(args.blocks)]
     saved = statistics.median(1 - together / apart for apart, together in pairs)
     print(f"{', '.join(args.together)} side by side take {saved:.0%} less time than one after another")

@@ -2,7 +2,7 @@
 
     python imitation_worker.py --teacher WEIGHTS.npz --environment CartPole-v1
 
-`WEIGHTS.npz` is the state dict of an ActorCriticPolicy of Stable-Baselines3. Says first, in one line of JSON, what the
+`WEIGHTS.npz` is the state dict of an ActorCriticPolicy of Stable-Baselines3. Prints first, as a line of JSON, what the
 teacher reaches here and what is installed; then answers each line on stdin,
 `{"method": "dagger" or "bc", "seed": 0, "goal": 475, "settings": null or {"steps": 2000, "updates": 200, ...}}`,
 with the processor time until a student's mean greedy return was at least the goal. No settings: imitation's defaults.

@@ -3,7 +3,7 @@
     python benchmarks/kd_training.py
     python benchmarks/kd_training.py --dataset clinc_oos --teacher FOLDER_OR_NAME --student_layers 3
 
-Textbook: a subclass of transformers' Trainer that asks the teacher in every step, in fp32, on random batches padded to
+Textbook: a subclass of transformers' Trainer that runs the teacher in every step, in fp32, on random batches padded to
 their longest text. Every further line adds one thing to the line above, and the last takes the cached logits away
 again, so that the cache can be judged by what it saves. All train the same student on the same texts with the same
 loss, batch size and optimizer, in short segments that take turns; the one pass that fills the cache is counted apart.
@@ -136,9 +136,9 @@ class Case:
             return {"logits": self.teacher(**batch).logits.float()}
 
         wall, processor = time.perf_counter(), time.process_time()
-        said = run_inference(self.teacher, logits, self.texts.train, self.texts.collate, precision)
+        outputs = run_inference(self.teacher, logits, self.texts.train, self.texts.collate, precision)
         ids = torch.tensor(self.texts.train["sample_id"])
-        self.teacher_outputs = TeacherOutputs(ids, torch.stack(said["logits"]))
+        self.teacher_outputs = TeacherOutputs(ids, torch.stack(outputs["logits"]))
         return time.perf_counter() - wall, time.process_time() - processor
 
     def samples_per_second(self, way: Way | None, seed: int) -> tuple[float, float]:
@@ -184,14 +184,14 @@ class Case:
 
 def case_of(data: TextData, teacher: str | None, student_layers: int, batch_size: int, steps: int) -> Case:
     """As many texts as `steps` batches hold, drawn at random."""
-    given = load_classifier(teacher, data) if teacher else random_minilm(data)
-    given.tokenizer.model_max_length = 128
-    texts = Texts.of(data, given.tokenizer)
+    start = load_classifier(teacher, data) if teacher else random_minilm(data)
+    start.tokenizer.model_max_length = 128
+    texts = Texts.of(data, start.tokenizer)
     number = min(len(texts.train), steps * batch_size)
     if number < 2 * batch_size:
         raise UserError(f"two batches are needed to time one: {number} texts make no two of {batch_size}")
     texts.splits["train"] = texts.train.shuffle(seed=0).select(range(number)).flatten_indices()
-    return Case(given.model, cut_layers(given.model, student_layers), texts, batch_size)
+    return Case(start.model, cut_layers(start.model, student_layers), texts, batch_size)
 
 
 def random_minilm(data: TextData) -> Pretrained:
@@ -206,9 +206,9 @@ def report(rates: dict[str, list[tuple[float, float]]], cache_seconds: tuple[flo
     print("|---|---|---|---|---|")
     for name, measured in rates.items():
         cells = [name]
-        for own, base in zip(zip(*measured, strict=True), zip(*rates[TEXTBOOK], strict=True), strict=True):
-            ratio = statistics.median(o / b for o, b in zip(own, base, strict=True))
-            cells += [f"{statistics.median(own):,.0f} ({max(own):,.0f})", f"{ratio:.2f}"]
+        for rate, base in zip(zip(*measured, strict=True), zip(*rates[TEXTBOOK], strict=True), strict=True):
+            ratio = statistics.median(r / b for r, b in zip(rate, base, strict=True))
+            cells += [f"{statistics.median(rate):,.0f} ({max(rate):,.0f})", f"{ratio:.2f}"]
         print("| " + " | ".join(cells) + " |")
     names = list(rates)
     live, cached = (statistics.median(processor for _, processor in rates[name]) for name in (LIVE, names[-2]))

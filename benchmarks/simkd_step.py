@@ -4,7 +4,7 @@
 
 Plain: fp32, NCHW, teacher with its batch norms, a DataLoader that crops, flips and normalizes image by image, three
 separate modules, `loss.item()` each step. Both train on the same random images; the ratio is taken inside one run,
-blocks of either alternating. Beside it the physical side: FLOPs of a step, and what share of this machine's measured
+blocks of either alternating. And the physical side: FLOPs of a step, and what share of this machine's measured
 rate for a 3x3 bf16 convolution that is.
 """
 

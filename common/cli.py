@@ -113,7 +113,7 @@ class Parser(HfArgumentParser):
 
 
 def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: the program's own arguments).
+    """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: sys.argv).
 
     A type may have a method `check_unused_flags`, which calls `reject_unused` for flags that have no effect next to
     others.

@@ -38,7 +38,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
     Args:
         dim: width of the embedding.
         num_outputs: number of classes, or 1 for regression.
-        codebooks: C, the number of heads, each with its own codebook.
+        codebooks: C, the number of heads, each with a codebook.
         pairs: K, the number of key-value pairs per codebook (at most 65,536, so that codes fit 16 bits).
         split: `segment` cuts the embedding into C equal segments, `projection` multiplies it by C fixed Gaussian
             matrices with columns of unit length.
@@ -162,7 +162,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         """Fits the keys to embeddings (rows, dim), or (rows, positions, dim) with a mask, and freezes them.
 
         K-means on a sample, then `epochs` passes of moving averages, without labels. In a distributed run every
-        process passes its own rows; all end with the same keys.
+        process passes its rows; all end with the same keys.
         """
         self._check_not_frozen()
         rows = _rows(embeddings, mask)

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--domain", help="domain of the student, where its run has no results.json that names it")
     parser.add_argument("--task", help="task of the student, likewise; of a policy, the environment")
     parser.add_argument("--vecnormalize", metavar="FILE", help="of a policy: file of VecNormalize.save, or none")
-    parser.add_argument("--output_dir", help="default: export, in the folder of the run or beside the student")
+    parser.add_argument("--output_dir", help="default: export, in the folder of the run or next to the student")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
 

@@ -160,7 +160,7 @@ def run_of(student: str) -> Path | None:
 
 
 def output_folder(student: str, output_dir: str | None, overwrite: bool) -> Path:
-    """The folder of an export: `output_dir`, or `export` in that of the run or beside the student. Raises UserError
+    """The folder of an export: `output_dir`, or `export` in that of the run or next to the student. Raises UserError
     where it would replace something else.
     """
     path = Path(student).resolve()

@@ -63,7 +63,7 @@ class Method:
 @dataclass(frozen=True)
 class Feature:
     """The output of the submodule at `path`: hidden states (batch, positions, width), or maps (batch, width, size,
-    size), of which `positive` tells whether they are never negative, as after a ReLU.
+    size), of which `positive` is whether they are never negative, as after a ReLU.
     """
 
     path: str
@@ -119,11 +119,6 @@ class TaskSpec:
     def match_pooled(self, name: str, weight: Weight, loss: FeatureLoss) -> Method:
         """A loss between the pooled features (batch, width) that the heads see."""
         return match(name, weight, self.student_features.head, self.teacher_features.head, loss, transform=self.pool)
-
-    def match_last(self, name: str, weight: Weight, loss: FeatureLoss) -> Method:
-        """A loss between the last features before pooling, (batch, anything)."""
-        student, teacher = self.student_features.last, self.teacher_features.last
-        return match(name, weight, student, teacher, loss, transform=self.flatten)
 
 
 def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:

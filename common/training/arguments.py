@@ -64,7 +64,7 @@ class KDTrainingArguments(TrainingArguments):
     )
     temperature: Positive = field(default=2.0, metadata={"help": "softens teacher's and student's logits alike"})
     value_learning_rate: Positive | None = field(
-        default=None, metadata={"help": "learning rate of a bottleneck's values; --learning_rate unless given"}
+        default=None, metadata={"help": "learning rate of a bottleneck's values; default: --learning_rate"}
     )
     report_to: None | str | list[str] = field(
         default="tensorboard", metadata={"help": "where curves go as they grow: tensorboard, none, wandb, ..."}
@@ -136,7 +136,7 @@ class KDTrainingArguments(TrainingArguments):
 
     @property
     def selection(self) -> str:
-        """What a report says of which epoch of its stages was kept, and what chose it."""
+        """For the report: which epoch of its stages was kept, and by which metric."""
         if not self.load_best_model_at_end:
             return "last epoch of every stage; no split chose anything"
         metric = str(self.metric_for_best_model).removeprefix("eval_")

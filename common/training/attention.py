@@ -17,7 +17,7 @@ def eager_attention_on_cpu(model: nn.Module, dataset: Any, precision: str, devic
 
     There a forward and backward pass through torch's fused kernel takes up to seven times as long as matrix products
     and a softmax do. Without gradients it is no slower overall, so it comes back. Figures: benchmarks/README.md.
-    Short is what the column `length` of `dataset` (in tokens) says.
+    The lengths are the column `length` of `dataset`, in tokens.
     """
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     short = "length" in getattr(dataset, "column_names", ()) and column_array(dataset, "length").max() <= LONGEST

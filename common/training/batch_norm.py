@@ -1,6 +1,6 @@
 """Batch norm over the batch of all processes, and of batches that are too small for it.
 
-Several processes with a part of the batch each must normalise as one process with the whole batch does. torch's own
+Several processes with a part of the batch each must normalise as one process with the whole batch does. torch's
 SyncBatchNorm computes on GPUs alone, and would be saved as another module; here modules stay what they are.
 """
 
@@ -33,9 +33,7 @@ def synchronize_batch_norms(*modules: nn.Module) -> None:
         if type(norm).forward is _BatchNorm.forward:
             norm.forward = partial(_synchronized, norm)  # type: ignore[method-assign]
         else:
-            logger.warning(
-                "%s has a forward of its own: its statistics stay those of each process", type(norm).__name__
-            )
+            logger.warning("%s has another forward: its statistics stay those of each process", type(norm).__name__)
 
 
 def release_batch_norms(*modules: nn.Module) -> None:

@@ -129,10 +129,10 @@ def check_report_to(args: TrainingArguments) -> None:
 
 def check_optimizer(args: TrainingArguments) -> None:
     """Raises ValueError where the optimizer, its --optim_args or the learning rate's schedule cannot be made."""
-    given = _optim_args(args.optim_args)
+    values = _optim_args(args.optim_args)
     plain = _made(args, None)[1]
     kind, keywords = _made(args, args.optim_args)
-    for name, value in given.items():
+    for name, value in values.items():
         _check_optim_arg(args, kind, plain, name, value)
     parameter = torch.nn.Parameter(torch.zeros(1))
     if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
@@ -164,8 +164,8 @@ def _made(args: TrainingArguments, optim_args: str | None) -> tuple[Any, dict[st
     try:
         return Trainer.get_optimizer_cls_and_kwargs(args)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        said = f"--optim {_named(args.optim)}" + (f" with --optim_args {optim_args}" if optim_args else "")
-        raise ValueError(f"{said} cannot be made: {error}") from error
+        setting = f"--optim {_named(args.optim)}" + (f" with --optim_args {optim_args}" if optim_args else "")
+        raise ValueError(f"{setting} cannot be made: {error}") from error
     finally:
         args.optim_args = before
 

@@ -34,10 +34,10 @@ def log_line(logs: dict[str, Any]) -> str:
         return f"{logs['train_runtime']:.0f} s, {logs['train_samples_per_second']:.0f} samples a second"
     if "loss" in logs:
         parts = _figures(logs, "loss_")
-        said = f"loss {logs['loss']:.4g}" + (f" ({parts})" if parts else "")
+        text = f"loss {logs['loss']:.4g}" + (f" ({parts})" if parts else "")
     else:
-        said = f"evaluation {_figures(logs, 'eval_', TIMES)}"
-    return f"epoch {logs.get('epoch', 0):.3g}: {said}"
+        text = f"evaluation {_figures(logs, 'eval_', TIMES)}"
+    return f"epoch {logs.get('epoch', 0):.3g}: {text}"
 
 
 def _figures(logs: dict[str, Any], prefix: str, without: frozenset[str] = frozenset()) -> str:

@@ -75,5 +75,5 @@ def _of(name: str, all_students: Outputs) -> Outputs:
     """One student's outputs, with its hooked features, out of those of a SideBySide."""
     features: dict[str, Any] = all_students.features or {}
     hooked = {key.removeprefix(f"{name}/"): value for key, value in features.items() if key.startswith(f"{name}/")}
-    own = features[name]
-    return Outputs(logits=own["logits"], features={**own["features"], **hooked}, sample_id=all_students.sample_id)
+    plain = features[name]
+    return Outputs(logits=plain["logits"], features={**plain["features"], **hooked}, sample_id=all_students.sample_id)

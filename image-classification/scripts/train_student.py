@@ -27,10 +27,18 @@ from kd.image_classification.student_model.distillation import (
 )
 from kd.image_classification.student_model.evaluation import evaluate_teacher, report
 from kd.image_classification.student_model.matching import image_features, task_spec
-from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.methods import (
+    CONTROL,
+    METHODS,
+    PLAIN,
+    SIMKD,
+    check_kd_flags,
+    for_pair,
+    method_of,
+)
 from kd.image_classification.student_model.simkd import SimKDWeights
-from kd.image_classification.student_model.sweep import check_kd_flags, for_pair, method_of, sweep
-from kd.image_classification.student_model.sweep_students import CONTROL, PLAIN, SIMKD, SweepArguments
+from kd.image_classification.student_model.sweep import sweep
+from kd.image_classification.student_model.sweep_students import SweepArguments
 from kd.image_classification.teacher_model.classifier import new_classifier
 from kd.image_classification.teacher_model.teacher import load_more_teachers, load_teacher
 
@@ -68,11 +76,11 @@ def main() -> None:
     if weights != SimKDWeights() and SIMKD not in methods:
         raise UserError(
             "the weights and the projector of features are those of simkd, which is none of the methods: "
-            "name it in --methods, or give a method its own settings, as in fitnet:weight=10"
+            "name it in --methods, or set those of a method, as in fitnet:weight=10"
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is given", args, "method", "more_teachers")
+        reject_unused("--methods is set", args, "method", "more_teachers")
         axes = side_by_side(methods, training)
         sweep(axes, pair, weights, data_args, training, args.teacher_views)
     elif args.method == PLAIN:

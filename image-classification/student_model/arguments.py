@@ -125,6 +125,6 @@ class ImageTrainingArguments(KDTrainingArguments):
     def __post_init__(self) -> None:
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported for image classifiers: leave it at 0")
-        given = self.output_dir
+        output_dir = self.output_dir
         super().__post_init__()
-        self.output_dir = given  # None: the script knows a better name than the parent's
+        self.output_dir = output_dir  # None: the script knows a better name than the parent's

@@ -18,8 +18,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, NotNegative, ShareAbove0
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.matching import FEATURE_LOSSES, image_features
-from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.projector import Projector
+from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, new_classifier
 
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
@@ -70,7 +69,7 @@ def simkd_student(
 def simkd(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments, temperature: float) -> Method:
     """What a student from `simkd_student` is trained for, under one of the projector variants.
 
-    The student's own projector leads to the map that the teacher's head sees; other pairs of maps get an auxiliary
+    The student's projector leads to the map that the teacher's head sees; other pairs of maps get an auxiliary
     one.
     """
     method = labels(args.cls_weight) + Method({"soft_targets": (args.kl_weight, soft_targets(temperature))})

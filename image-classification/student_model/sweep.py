@@ -9,17 +9,16 @@ command with more values on an axis trains what is missing. All other flags must
 import copy
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from transformers import set_seed
 
 from kd.common.cli import reject_unused
-from kd.common.methods import Method, TaskSpec, check_methods_differ, chosen, filled, flags_of, labels
+from kd.common.methods import Method, check_methods_differ, labels
 from kd.common.reporting.results import RECIPE, RESULTS
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
@@ -46,18 +45,17 @@ from kd.image_classification.student_model.evaluation import (
     write_results,
 )
 from kd.image_classification.student_model.matching import task_spec
-from kd.image_classification.student_model.methods import METHODS
-from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
-from kd.image_classification.student_model.sweep_report import show
-from kd.image_classification.student_model.sweep_students import (
+from kd.image_classification.student_model.methods import (
     CONTROL,
     CONTROLS,
-    DIVERGED,
     SIMKD,
-    Student,
-    SweepArguments,
-    students_of,
+    check_kd_flags,
+    for_pair,
+    method_of,
 )
+from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
+from kd.image_classification.student_model.sweep_report import show
+from kd.image_classification.student_model.sweep_students import DIVERGED, Student, SweepArguments, students_of
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import load_teacher
 
@@ -95,8 +93,8 @@ def sweep(
         for student in {student.key: student for student in students}.values()
     }
 
-    given = teacher if pretrained else None
-    run = open_run("sweep", training, data, pair, weights, data_args, teacher=given, kind=SweepRun)
+    start = teacher if pretrained else None
+    run = open_run("sweep", training, data, pair, weights, data_args, teacher=start, kind=SweepRun)
     run.args.seeds = seeds
     if not pretrained:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
@@ -110,12 +108,9 @@ def sweep(
         for seed_run in run.each_seed():
             for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
                 group = list(members)
-                stage, trained = train_group(seed_run, data, group, pair.student, teacher, weights, teacher_views)
-                for student in group:
-                    write_student(
-                        seed_run, data, stage, student, group, pair.student, trained[student.key], teacher_results,
-                        auxiliary_parameters[student.key],
-                    )  # fmt: skip
+                stage = _stage_of(seed_run.folder, group)
+                trained = train_group(seed_run, data, stage, group, pair.student, teacher, weights, teacher_views)
+                write_group(seed_run, data, stage, trained, teacher_results, auxiliary_parameters)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         show(run.folder, students, seeds)
@@ -146,14 +141,14 @@ def without_axes(training: ImageTrainingArguments) -> ImageTrainingArguments:
 def train_group(
     run: ImageRun,
     data: ImageData,
+    stage: str,
     students: list[Student],
     architecture: str,
     teacher: ImageClassifier,
     weights: SimKDWeights,
     teacher_views: Path | None,
-) -> tuple[str, dict[str, ImageClassifier]]:
-    """A stage that trains students of one learning rate side by side: its name, and the students by their keys."""
-    stage = _stage_of(run.folder, students)
+) -> dict[Student, ImageClassifier]:
+    """A stage that trains students of one learning rate side by side."""
 
     def train() -> SideBySide:
         models: dict[str, ImageClassifier] = {}
@@ -182,7 +177,7 @@ def train_group(
         return SideBySide.from_pretrained(folder, read_stage)
 
     trained = run.stage(stage, train, load, image_processor(data)).students
-    return stage, {name: model for name, model in trained.items() if isinstance(model, ImageClassifier)}
+    return {student: cast(ImageClassifier, trained[student.key]) for student in students}
 
 
 def _stage_of(folder: Path, students: list[Student]) -> str:
@@ -194,35 +189,35 @@ def _stage_of(folder: Path, students: list[Student]) -> str:
     return prefix + hashlib.sha256(" ".join(student.key for student in students).encode()).hexdigest()[:8]
 
 
-def write_student(
+def write_group(
     run: ImageRun,
     data: ImageData,
     stage: str,
-    student: Student,
-    group: list[Student],
-    architecture: str,
-    model: ImageClassifier,
+    trained: dict[Student, ImageClassifier],
     teacher_results: tuple[dict[str, Any], Logits],
-    auxiliary_parameters: int,
+    auxiliary_parameters: dict[str, int],
 ) -> None:
-    """Evaluates a trained student and writes its folder, or lost.json where it diverged."""
-    folder, history = student.folder(run.folder), run.history[stage]
-    if non_finite_tensor(model) is not None:
-        if PartialState().is_main_process:
-            write_json(folder / DIVERGED, {"epoch": _epoch_of_divergence(student, history)})
-        return
-    entries = {"teacher": teacher_results[0], "control": None}
-    if student.control is not None and (control := student.control.folder(run.folder) / RESULTS).exists():
-        entries["control"] = read_json(control)["models"]["student"]
-    entries["student"], _ = evaluate(f"{architecture}, {student.label}", model, data, teacher_results[1])
-    results = image_results(run, student.label, data, entries) | {
-        "learning_rate": student.learning_rate,
-        "labels_only": student.is_control,
-        "parameters_trained_beside": auxiliary_parameters,
-        "side_by_side_with": ", ".join(other.label for other in group if other != student) or "none",
-    }
-    results["seconds"]["student"] = run.seconds[stage]
-    write_results(folder, results, data, model, {"student": _losses_of(student, history)})
+    """Evaluates the students of a stage and writes their folders, with lost.json for one that diverged."""
+    history = run.history[stage]
+    for student, model in trained.items():  # controls first, which the others refer to
+        folder = student.folder(run.folder)
+        if non_finite_tensor(model) is not None:
+            if PartialState().is_main_process:
+                write_json(folder / DIVERGED, {"epoch": _epoch_of_divergence(student, history)})
+            continue
+        entries = {"teacher": teacher_results[0], "control": None}
+        if student.control is not None and (control := student.control.folder(run.folder) / RESULTS).exists():
+            entries["control"] = read_json(control)["models"]["student"]
+        name = f"{model.config.architecture}, {student.label}"
+        entries["student"], _ = evaluate(name, model, data, teacher_results[1])
+        results = image_results(run, student.label, data, entries) | {
+            "learning_rate": student.learning_rate,
+            "labels_only": student.is_control,
+            "parameters_trained_beside": auxiliary_parameters[student.key],
+            "side_by_side_with": ", ".join(other.label for other in trained if other != student) or "none",
+        }
+        results["seconds"]["student"] = run.seconds[stage]
+        write_results(folder, results, data, model, {"student": _losses_of(student, history)})
 
 
 def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -263,24 +258,3 @@ def build_student(
     if student.is_control:
         return model, labels()
     return model, method_of(student.method, args)(task_spec(model, teacher, data, args.views))
-
-
-def for_pair(spec: str, pair: PairArguments) -> str:
-    """NAME[:setting=value]... with the pair's settings where it leaves them open."""
-    return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_settings, METHODS)
-
-
-def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:
-    """The method NAME[:setting=value]..., with the batch size for those that depend on it."""
-    batch = args.per_device_train_batch_size * args.views
-    return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
-
-
-def check_kd_flags(methods: list[str], args: ImageTrainingArguments) -> None:
-    """Raises UserError for an --alpha or --temperature that none of the methods takes."""
-    taken = {"temperature"} if SIMKD in methods else set()  # of its --kl_weight
-    for spec in methods:
-        taken |= {flag for flag in flags_of(spec, args) if f":{flag}=" not in spec}
-    for flag in {"alpha", "temperature"} - taken:
-        if getattr(args, flag) != getattr(ImageTrainingArguments, flag):
-            raise UserError(f"--{flag} is that of a plain kd: give a method its own, as in {methods[-1]}:{flag}=...")

@@ -45,7 +45,7 @@ def show(folder: Path, students: list[Student], seeds: list[int]) -> None:
     rows = rows_of(results)
     (header, cells), verdicts = table(rows), noise(rows, split)
     if diverged:
-        verdicts.append(f"Lost, with a loss that is not finite, and left out: {named}.")
+        verdicts.append(f"Diverged, with a loss that is not finite, and left out: {named}.")
     write_text(folder / "sweep.md", "\n\n".join([markdown(header, cells), *verdicts]) + "\n")
     plot(folder / "sweep.png", rows, split, teacher["metrics"][split]["accuracy"])
     below = "\n".join([*verdicts, str(folder / "sweep.md"), str(folder / "sweep.png")])
@@ -63,7 +63,7 @@ def rows_of(results: dict[tuple[Student, int], dict[str, Any]]) -> pd.DataFrame:
             **{f"{split} accuracy": m["accuracy"] for split, m in found["models"]["student"]["metrics"].items()},
             "gain over control": found["gain_over_control"],
             "parameters": found["models"]["student"]["parameters"],
-            "trained beside": found["parameters_trained_beside"],
+            "auxiliary parameters": found["parameters_trained_beside"],
             "seconds of its group": found["seconds"]["student"],
         }
         for (student, seed), found in results.items()
@@ -73,7 +73,7 @@ def rows_of(results: dict[tuple[Student, int], dict[str, Any]]) -> pd.DataFrame:
 def table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """One row per method, projector, loss and learning rate."""
     means = [name for name in rows if name.endswith(" accuracy")] + ["gain over control"]
-    sizes = ["parameters", "trained beside"]
+    sizes = ["parameters", "auxiliary parameters"]
     cells = []
     for (label, rate), runs in rows.groupby(GROUP, sort=False):
         figures = [_spread(runs[name]) for name in means] + [number(int(runs[name].iloc[0])) for name in sizes]
@@ -91,7 +91,7 @@ def noise(rows: pd.DataFrame, split: str) -> list[str]:
     if rows.empty:
         return []
     if rows["seed"].nunique() < 2:
-        return ["One seed tells nothing about noise."]
+        return ["One seed does not show noise."]
     scores = rows.pivot(index="seed", columns="name", values=f"{split} accuracy")
     gains = rows.pivot(index="seed", columns="name", values="gain over control")
     names = list(rows["name"].unique())

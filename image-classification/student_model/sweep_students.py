@@ -11,11 +11,9 @@ from kd.common.cli import reject_unused
 from kd.common.methods import chosen
 from kd.common.reporting.results import RESULTS
 from kd.common.utils.ranges import Positive, check_declared
-from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.methods import CONTROL, CONTROLS, METHODS, PLAIN, SIMKD
 from kd.image_classification.student_model.simkd import FeatureLossName, Variant
 
-PLAIN, CONTROL, SIMKD = "none", "control", "simkd"
-CONTROLS = (PLAIN, CONTROL)  # see labels only
 DIVERGED = "lost.json"  # in the place of results where a student diverged; names the epoch
 
 

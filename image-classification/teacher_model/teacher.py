@@ -151,7 +151,7 @@ def pretrained_classifier(
     Args:
         checkpoint: file of weights of timm's network (.safetensors, or torch.save's); otherwise those on the Hub.
         label_names: by class id; otherwise ImageNet's.
-        image_size, mean, std: of the images that the weights were trained on; otherwise as timm says.
+        image_size, mean, std: of the images that the weights were trained on; otherwise timm's.
     """
     weights = known_weights(name)
     labels = label_names or _imagenet_labels(name, weights.num_classes)
@@ -192,7 +192,7 @@ def _copy_weights(model: ImageClassifier, name: str, original: Any) -> None:
 
 
 def _load(name: str, checkpoint: str | None, classes: int) -> Any:
-    """timm's own network with its classifier, and with weights from the file or else from the Hub."""
+    """timm's network with its classifier, and with weights from the file or else from the Hub."""
     if checkpoint is None:
         try:
             with no_retries_when_unreachable():
@@ -209,13 +209,13 @@ def _load(name: str, checkpoint: str | None, classes: int) -> Any:
     overlay = {"file": checkpoint, "num_classes": classes, "custom_load": False}
     try:
         return timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # each format has its own for a file that is broken or of another network
+    except Exception as error:  # each format has another for a file that is broken or of another network
         reason = textwrap.shorten(str(error), 300)
         raise UserError(f"{checkpoint} holds no weights of timm's {name} with {classes} classes ({reason})") from error
 
 
 def _imagenet_labels(name: str, classes: int) -> list[str]:
-    """The words of WordNet for each class; classes of the same words are told apart by their ids there."""
+    """The words of WordNet for each class; classes of the same words are distinguished by their ids there."""
     subset = infer_imagenet_subset({"num_classes": classes})
     if subset is None:
         raise UserError(f"timm's {name} knows {classes} classes, which are not ImageNet's: pass label_names")

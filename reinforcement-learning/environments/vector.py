@@ -46,7 +46,7 @@ class Environments:
     Environment i gets the seed `seed + i`, except where all share one generator (the vector entry point of CartPole).
     The caller clips actions to the bounds of a Box: see `to_environment`.
 
-    Atari ids (ALE/...) come as four 84x84 grey frames, with sticky actions as their id says. `training` clips their
+    Atari ids (ALE/...) come as four 84x84 grey frames, with the sticky actions of their id. `training` clips their
     rewards to -1, 0, 1 and makes a lost life the end of an episode. The whole game then restarts, unlike in SB3's
     AtariWrapper: training never gets past a first life, so only training=False gives a game's score.
     Other environments ignore `training`.

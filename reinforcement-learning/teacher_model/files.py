@@ -204,8 +204,8 @@ def _refuse_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
             wrappers.append(f"VecFrameStack of {settings['frame_stack']}")
         if wrappers:
             raise UserError(
-                f"{policy} was trained behind {', '.join(wrappers)}, as {config} says, and wrappers of environments "
-                "are not supported: pass a teacher that was trained without"
+                f"{policy} was trained behind {', '.join(wrappers)}, according to {config}, and wrappers "
+                "of environments are not supported: pass a teacher that was trained without"
             )
 
 

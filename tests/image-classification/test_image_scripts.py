@@ -292,7 +292,7 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     assert results["gain_over_control"] == pytest.approx(student - control)
     assert results["seed"] == 0 and results["seconds"]["student"] > 0
     table, said = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
-    assert table.count("\n") == 11 and said == "One seed tells nothing about noise.\n"
+    assert table.count("\n") == 11 and said == "One seed does not show noise.\n"
     assert (tmp_path / "s" / "sweep.png").exists()
     with pytest.raises(SystemExit) as stopped:
         script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
@@ -329,7 +329,7 @@ def test_a_student_whose_loss_is_not_finite_is_told_of_and_holds_up_no_other(tea
     assert not list((tmp_path / "lost").glob("seed*/students/fitnet*/student"))
     spared, told = ((tmp_path / run / "sweep.md").read_text() for run in ("spared", "lost"))
     seeds = "seed 0 in epoch 1, seed 1 in epoch 1"
-    said = f"Lost, with a loss that is not finite, and left out: {infinite} at 0.05 ({seeds})."
+    said = f"Diverged, with a loss that is not finite, and left out: {infinite} at 0.05 ({seeds})."
     assert [line.rsplit("|", 2)[0] for line in told.splitlines()] == [
         line.rsplit("|", 2)[0] for line in [*spared.splitlines(), "", said]
     ]

@@ -17,9 +17,8 @@ from kd.image_classification.student_model.matching import (
     pre_activations,
     stage_paths,
 )
-from kd.image_classification.student_model.methods import METHODS
+from kd.image_classification.student_model.methods import METHODS, method_of
 from kd.image_classification.student_model.methods.all_stages import Calibration, Fusion, Review
-from kd.image_classification.student_model.sweep import method_of
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd_testing.image_networks import assert_alike, randomize_norms
 from kd_testing.image_pairs import Pair, as_in_training, both_say, noise

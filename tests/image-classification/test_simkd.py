@@ -16,8 +16,7 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.student_model import matching
 from kd.image_classification.student_model.matching import FEATURE_LOSSES, block_paths, image_features, stage_paths
 from kd.image_classification.student_model.simkd import SimKDArguments, share_masked, simkd, simkd_student
-from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
-from kd.image_classification.teacher_model.projector import Projector
+from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, frozen, new_classifier
 from kd_testing.image_pairs import as_in_training, noise, some_images
 
 PAIRS = [

@@ -612,7 +612,7 @@ def test_what_rl_zoo3_says_of_a_wrapper_or_another_environment(tmp_path: Path) -
     config, args = (tmp_path / "CartPole-v1" / name for name in ("config.yml", "args.yml"))
     for setting in ("env_wrapper: [{a.b.Wrapper: {c: 0.5}}]", "vec_env_wrapper: a.b.Wrapper"):
         config.write_text(setting)
-        assert "trained behind a.b.Wrapper, as" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
+        assert "trained behind a.b.Wrapper, according to" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
     config.write_text("frame_stack: 4\nenv_wrapper: stable_baselines3.common.atari_wrappers.AtariWrapper")
     assert "VecFrameStack of 4" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
     touch(tmp_path / "atari" / "ALE-Pong-v5.zip", tmp_path / "atari" / "ALE-Pong-v5" / "config.yml")

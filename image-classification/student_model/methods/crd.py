@@ -76,7 +76,7 @@ class Contrast(nn.Module):
         super().__init__()
         most = len(labels) - int(labels.bincount().max())
         if not most:
-            raise UserError("crd tells images of different classes apart, and all training images are of one")
+            raise UserError("crd contrasts images of different classes, and all training images are of one")
         self.negatives, self.temperature, self.momentum = min(negatives, most), temperature, momentum
         self.student_path, self.teacher_path = student.path, teacher.path
         self.student_embedding, self.teacher_embedding = (nn.Linear(f.width, width) for f in (student, teacher))

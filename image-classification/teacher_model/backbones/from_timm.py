@@ -47,7 +47,7 @@ class TimmBackbone(Backbone):
 
 
 def known_weights(name: str) -> Any:
-    """What timm says (PretrainedCfg) of the weights NAME, `architecture` or `architecture.tag`; they need not be here.
+    """timm's description (PretrainedCfg) of the weights NAME, `architecture` or `architecture.tag`; no file is needed.
 
     Raises UserError for an architecture or a tag that timm does not know.
     """

@@ -72,8 +72,8 @@ def test_a_finished_run_is_continued_with_its_stages_and_a_teacher_can_be_given(
     after = results_of(finished)
     for role in ("teacher", "control", "student"):
         assert before["models"][role]["metrics"] == after["models"][role]["metrics"]
-    given = ["--teacher", finished / "stages" / "teacher", "--no_control", "--output_dir", tmp_path / "run"]
-    script("distill.py", *QUIET, *given, "--num_train_epochs", 1)
+    options = ["--teacher", finished / "stages" / "teacher", "--no_control", "--output_dir", tmp_path / "run"]
+    script("distill.py", *QUIET, *options, "--num_train_epochs", 1)
     again = results_of(tmp_path / "run")
     assert again["models"]["teacher"]["metrics"] == before["models"]["teacher"]["metrics"]
     assert again["models"]["control"] is None and not (tmp_path / "run" / "stages" / "teacher").exists()
