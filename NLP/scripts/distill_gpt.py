@@ -5,7 +5,7 @@
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus: by forward KL (arXiv:1503.02531),
-reverse KL (arXiv:2306.08543) or generalised Jensen-Shannon divergence (arXiv:2306.13649), all on the corpus' own text.
+reverse KL (arXiv:2306.08543) or generalised Jensen-Shannon divergence (arXiv:2306.13649), all on the corpus.
 """
 
 from dataclasses import dataclass, field

@@ -7,7 +7,7 @@
         --student cut --student_encoder_layers 3 --student_decoder_layers 1 --learning_rate 3e-4
 
 `word`: the teacher's distribution over each next token of the references; `sequence`: the teacher's beam-search
-translations instead of the references; `both`: its distributions over its own translations.
+translations instead of the references; `both`: its distributions over its translations.
 """
 
 from dataclasses import dataclass, field

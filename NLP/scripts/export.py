@@ -67,7 +67,7 @@ def main() -> None:
     add_data_arguments(parser)
     parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--teacher", help="folder or Hub name of a classifier to compare with")
-    parser.add_argument("--output_dir", help="default: export, beside the student's folder")
+    parser.add_argument("--output_dir", help="default: export, next to the student's folder")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
 

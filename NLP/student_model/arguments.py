@@ -15,7 +15,7 @@ from kd.nlp.student_model.methods import HiddenLoss, LayerMap
 
 Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
-SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest is to say something
+SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest is the text
 
 
 @dataclass
@@ -139,7 +139,7 @@ class MatchingArguments:
         default="teacher", metadata={"help": "the student is cut from the fine-tuned teacher, or from what it was"}
     )
     student_learning_rate: Positive | None = field(
-        default=None, metadata={"help": "of a student that learns from a teacher; --learning_rate unless given"}
+        default=None, metadata={"help": "of a student that learns from a teacher; default: --learning_rate"}
     )
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "weight of matching hidden states while fine-tuning"}

@@ -1,6 +1,6 @@
 """Distillation of an encoder-decoder translator: teacher, its translations, control, student, evaluation and report.
 
-Word-level: the teacher's distribution over each next token; sequence-level: the teacher's own translations as targets
+Word-level: the teacher's distribution over each next token; sequence-level: the teacher's translations as targets
 (Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947).
 """
 

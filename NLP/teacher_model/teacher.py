@@ -72,9 +72,9 @@ class Start(Protocol):
 
 def models_and_tokenizers(starts: Mapping[str, Start | None]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
     """By role, for `Run.check_inputs`, those that there are."""
-    given = {role: start for role, start in starts.items() if start is not None}
-    models = {role: start.model for role, start in given.items()}
-    return models | {f"{role}_tokenizer": start.tokenizer for role, start in given.items()}
+    present = {role: start for role, start in starts.items() if start is not None}
+    models = {role: start.model for role, start in present.items()}
+    return models | {f"{role}_tokenizer": start.tokenizer for role, start in present.items()}
 
 
 def load_classifier(name: str, data: TextData) -> Pretrained:
@@ -160,18 +160,18 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
     if config.problem_type == "multi_label_classification":
         raise UserError(f"{name} gives a text several labels, {data.name} has one for each text: name another model")
-    own = _label_names(name, config, data)
-    same = [a.lower() for a in own] == [b.lower() for b in data.label_names]
-    if same:
+    labels = _label_names(name, config, data)
+    if _lower(labels) == _lower(data.label_names):
         return True
-    if _same_labels(own, data.label_names):
-        first = next(i for i, (a, b) in enumerate(zip(own, data.label_names, strict=True)) if a.lower() != b.lower())
+    if _same_labels(labels, data.label_names):
+        pairs = zip(_lower(labels), _lower(data.label_names), strict=True)
+        first = next(i for i, (label, other) in enumerate(pairs) if label != other)
         raise UserError(
-            f"the label order of {name} differs: label {first} is {own[first]!r} for this model and "
+            f"the label order of {name} differs: label {first} is {labels[first]!r} for this model and "
             f"{data.label_names[first]!r} for the data and the models that were named before it"
         )
     raise UserError(
-        f"{name} classifies {len(own)} labels ({_some(own)}), {data.name} has {len(data.label_names)} "
+        f"{name} classifies {len(labels)} labels ({_some(labels)}), {data.name} has {len(data.label_names)} "
         f"({_some(data.label_names)}): name a classifier of the same labels, or an encoder without a head"
     )
 
@@ -184,17 +184,17 @@ def in_label_order(name: str, data: TextData) -> TextData:
     """
     if name == TINY_BERT or data.regression or not classifies(config := read_config(name)) or config.num_labels == 1:
         return data
-    own = _label_names(name, config, data)
-    if not _same_labels(own, data.label_names) or [a.lower() for a in own] == [b.lower() for b in data.label_names]:
+    labels = _label_names(name, config, data)
+    if not _same_labels(labels, data.label_names) or _lower(labels) == _lower(data.label_names):
         return data
     if data.primary_metric == "f1":
         raise UserError(
-            f"{name} has the labels of {data.name} in another order ({_some(own)} instead of "
+            f"{name} has the labels of {data.name} in another order ({_some(labels)} instead of "
             f"{_some(data.label_names)}), and F1 is that of label 1: reorder its head and its id2label"
         )
-    note = f"class ids are those of {name}: {_some(own)}"
+    note = f"class ids are those of {name}: {_some(labels)}"
     print(f"note: {note}")
-    return replace(with_label_order(data, own), notes=[*data.notes, note])
+    return replace(with_label_order(data, labels), notes=[*data.notes, note])
 
 
 def classifies(config: Any) -> bool:
@@ -211,29 +211,33 @@ def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
         return None, None
     if config.num_labels == 1:
         return "regression", None
-    return "classification", own_label_names(model, config)
+    return "classification", named_labels(model, config)
 
 
-def _same_labels(own: list[str], others: list[str]) -> bool:
-    return sorted(map(str.lower, own)) == sorted(map(str.lower, others))
+def _same_labels(labels: list[str], others: list[str]) -> bool:
+    return sorted(_lower(labels)) == sorted(_lower(others))
 
 
-def own_label_names(name: str, config: Any) -> list[str] | None:
+def _lower(labels: list[str]) -> list[str]:
+    return [label.lower() for label in labels]
+
+
+def named_labels(name: str, config: Any) -> list[str] | None:
     """What the classifier NAME calls its labels, by class id; None where they are LABEL_0 and so on."""
     names = {int(i): str(label) for i, label in config.id2label.items()}
     if sorted(names) != list(range(len(names))):
         raise UserError(
             f"id2label in the config.json of {name} must name the labels 0 to {len(names) - 1}, one by one"
         )
-    own = [names[i] for i in range(len(names))]
-    return None if own == [f"{GENERIC}{i}" for i in range(len(own))] else own
+    labels = [names[i] for i in range(len(names))]
+    return None if labels == [f"{GENERIC}{i}" for i in range(len(labels))] else labels
 
 
 def _label_names(name: str, config: Any, data: TextData) -> list[str]:
     """By class id. Raises UserError for those that were never named, unless those of the data are the same numbers."""
-    own = own_label_names(name, config)
-    if own is not None:
-        return own
+    labels = named_labels(name, config)
+    if labels is not None:
+        return labels
     number = len(config.id2label)
     if data.label_names in ([str(i) for i in range(number)], [f"{GENERIC}{i}" for i in range(number)]):
         return data.label_names
