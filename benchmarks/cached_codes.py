@@ -14,7 +14,7 @@ import torch
 
 from kd.common.bottleneck.training import CodeDataset, embed_samples, encode_samples, set_keys
 from kd.common.cli import run
-from kd.common.objective import Objective, task_loss
+from kd.common.methods import labels
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
@@ -38,7 +38,7 @@ def train(
             train_sampling_strategy="random" if isinstance(dataset, CodeDataset) else "group_by_length",
         )  # fmt: skip
         trainer = KDTrainer(
-            model=model, args=args, objective=Objective(task=(1.0, task_loss())), train_dataset=dataset,
+            model=model, args=args, objective=labels().objective, train_dataset=dataset,
             data_collator=collate,
         )  # fmt: skip
         started = time.perf_counter()

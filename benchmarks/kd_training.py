@@ -3,7 +3,7 @@
     python benchmarks/kd_training.py
     python benchmarks/kd_training.py --dataset clinc_oos --teacher FOLDER_OR_NAME --student_layers 3
 
-Textbook: a subclass of transformers' Trainer that asks the teacher in every step, in fp32, on random batches padded to
+Textbook: a subclass of transformers' Trainer that runs the teacher in every step, in fp32, on random batches padded to
 their longest text. Every further line adds one thing to the line above, and the last takes the cached logits away
 again, so that the cache can be judged by what it saves. All train the same student on the same texts with the same
 loss, batch size and optimizer, in short segments that take turns; the one pass that fills the cache is counted apart.

@@ -22,7 +22,7 @@ from kd.common.bottleneck.arguments import Keys
 from kd.common.bottleneck.module import Decoder, DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import CodeDataset, embed_samples, set_keys
 from kd.common.cli import Parser, run
-from kd.common.objective import Objective, soft_targets, task_loss
+from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import identity_collate
@@ -211,14 +211,12 @@ class KeyStudy:
         optimizer: str = "adamw_torch",
     ) -> None:
         """Trains values (and decoder) on some rows, with labels and, optionally, the teacher's logits."""
-        terms: dict[str, Any] = {"task": (1.0, task_loss())}
-        if teacher_outputs is not None:
-            terms = {"task": (0.5, task_loss()), "soft_targets": (0.5, soft_targets(2.0))}
+        method = labels() if teacher_outputs is None else labels_and_soft_targets(0.5, 2.0)
         args = self.args
         args.optim, args.value_learning_rate = optimizer, 30.0 if optimizer == "sgd" else 3e-2
         args.num_train_epochs = 10 * max(1, len(codes) // len(rows) // 4) if optimizer != "sgd" else 10
         KDTrainer(
-            model=OnCodes(bottleneck), args=args, objective=Objective(**terms), teacher_outputs=teacher_outputs,
+            model=OnCodes(bottleneck), args=args, objective=method.objective, teacher_outputs=teacher_outputs,
             train_dataset=CodeDataset(list(codes[rows]), self.labels[rows], rows), data_collator=identity_collate,
         ).train()  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Distilling a CartPole-v1 policy: this project against `imitation` (BC and DAgger) and Stable-Baselines3's own ways.
+"""Distilling a CartPole-v1 policy: this project against `imitation` (BC and DAgger) and Stable-Baselines3.
 
     python benchmarks/policy_distillation.py --imitation_python imitation-venv/bin/python --json figures.json
 
@@ -162,11 +162,11 @@ def plain_collection(id: str, teacher: BasePolicy, student: BasePolicy, **env_kw
     return collect
 
 
-def in_turns(ways: dict[str, Callable[..., Any]], repetitions: int, **given: Any) -> dict[str, list[Any]]:
+def in_turns(ways: dict[str, Callable[..., Any]], repetitions: int, **keywords: Any) -> dict[str, list[Any]]:
     measured: dict[str, list[Any]] = {name: [] for name in ways}
     for repetition in range(repetitions):
         for name, way in ways.items():
-            measured[name].append(way(repetition, **given))
+            measured[name].append(way(repetition, **keywords))
     return measured
 
 

@@ -3,25 +3,23 @@
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc cola stsb --seeds 0 1 2
     bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base keys_carried
 
-A task's teacher is fine-tuned once per seed and shared by all systems, as are its bottleneck, its cached logits, the
-controls and the aligned student (`OUT/TASK/shared/seedN`). Each run is `OUT/TASK/SYSTEM/seedN`, its means over seeds
-`OUT/TASK/SYSTEM`. The same command again, also with more tasks, systems or seeds, trains only what is missing; a run
-that was killed continues where it stopped.
+`OUT/TASK/SYSTEM` is a run of several seeds. A task's teacher is fine-tuned once per seed and shared by all systems, as
+are its bottleneck, its cached outputs, the controls and the aligned students (`OUT/TASK/shared/seedN`). The same
+command again, also with more tasks, systems or seeds, trains only what is missing; a run that was killed continues.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.reporting.results import RECIPE, RESULTS
+from kd.common.reporting.results import RECIPE
 from kd.common.training.arguments import SEEDS_HELP, KDTrainingArguments
-from kd.common.training.run_folder import MARK, RunFolder, read_mark, refuse_other_arguments, starts_over
+from kd.common.training.run import TrainerRun
+from kd.common.training.run_folder import RunFolder, starts_over
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Seed
 from kd.nlp.data.loading import TextData
@@ -32,15 +30,19 @@ from kd.nlp.student_model.bottleneck_training import (
     train_bottleneck_student,
     train_bottleneck_teacher,
 )
-from kd.nlp.student_model.glue_report import SYSTEMS, show
-from kd.nlp.student_model.inputs import load_inputs, validate_arguments, validate_bottleneck, validate_matching
+from kd.nlp.student_model.glue_report import SYSTEMS, finished_seeds, show
+from kd.nlp.student_model.inputs import (
+    Inputs,
+    inputs_of_seed,
+    load_inputs,
+    validate_arguments,
+    validate_bottleneck,
+    validate_matching,
+)
 from kd.nlp.student_model.methods import check_method, check_smoothing
 from kd.nlp.student_model.report import evaluate_teacher, report
-from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, open_run, train_control, train_student
-
-# Arguments that differ between two systems with a bottleneck, and those between one with and one without.
-OF_A_SYSTEM = {"output_dir", "bottleneck", "keys"}
-OF_A_KIND = {argument.name for kind in (MatchingArguments, TextBottleneckArguments) for argument in fields(kind)}
+from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, train_control, train_student
+from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
 @dataclass
@@ -81,115 +83,106 @@ class GlueTrainingArguments(KDTrainingArguments):
     seeds: list[Seed] | None = field(default_factory=lambda: [0], metadata={"help": SEEDS_HELP})
 
 
+class GlueRun(TrainerRun):
+    """The run of a system on a task. All systems share the stages of a seed but the student; only those of the same
+    pooling share the encoder that is aligned to the teacher's pooled states.
+    """
+
+    may_change = frozenset({"seeds"})
+    shared_by_seeds = "../../shared/seed{seed}"
+
+    def stage_folder(self, name: str) -> Path:
+        if name == "student" or self.shared is None:
+            return self.folder / "stages" / name
+        pooling = next((one.pooling for one in self.instances if isinstance(one, TextBottleneckArguments)), "cls")
+        return self.shared / "stages" / (f"{name}_{pooling}" if name == "student_encoder" else name)
+
+
 def main() -> None:
     glue, text, pair, bottleneck, matching, training = parse(
         GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, GlueTrainingArguments
     )
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
-    folder = Path(training.output_dir)
+    folder = Path(str(training.output_dir))
     sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
     for task in glue.tasks:  # likewise
         classes = len(TASKS[task].label_names) or 1
         check_smoothing(training, task, classes)
         if "base" in glue.systems:
             check_method(matching.method, training, task, classes)
-    seeds, training.seeds = training.seeds, None  # of runs, which have one each
-    cells = list(product(glue.tasks, seeds))
-    held = open_folders(folder, cells, training, (training, text, pair, bottleneck, matching))
-    for task, seed in cells:
-        text.dataset, training.seed = sources[task], seed
-        data = text.load()
-        shared, epochs = shared_folder(folder, task, seed), glue.samples_per_stage / len(data.splits["train"])
-        for system in glue.systems:
-            system_arguments = matching if system == "base" else of_system(bottleneck, system)
-            distill(system, system_arguments, text, *at_most(epochs, pair, training), data, shared)
-    show(folder, glue.tasks)
-    del held  # until now no other process works in the folder
-
-
-def open_folders(
-    folder: Path, cells: Sequence[tuple[str, int]], training: KDTrainingArguments, instances: tuple[Any, ...]
-) -> list[RunFolder]:
-    """In the main process: the table's folder and those of shared stages, locked. To start over, cells are emptied."""
+    training.seed = 0  # of the inputs that a task begins with, whatever its seeds are
     with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return []
-        root = RunFolder(folder, ["glue.md", f"*/*/{RESULTS}", "*/*/report.md"])
-        if starts_over(training):
-            for task, seed in cells:
-                for mark in sorted((folder / task).glob(f"*/seed{seed}/{MARK}")):
-                    RunFolder(mark.parent, read_mark(mark.parent)["files"]).remove(instances)
-        return [root, *(RunFolder(shared_folder(folder, *cell)) for cell in cells)]
+        lock = RunFolder(folder, ["glue.md"]) if PartialState().is_main_process else None
+    for task in glue.tasks:
+        text.dataset = sources[task]
+        data = text.load()
+        limited = at_most(glue.samples_per_stage / len(data.splits["train"]), pair, training)
+        distill_task(folder / task, glue.systems, data, text, *limited, bottleneck, matching)
+    show(folder, glue.tasks)
+    del lock  # until now no other process works in the folder
 
 
-def shared_folder(folder: Path, task: str, seed: int) -> Path:
-    """Of the stages that the systems of a task and seed share."""
-    return folder / task / "shared" / f"seed{seed}"
-
-
-def distill(
-    system: str,
-    system_arguments: MatchingArguments | TextBottleneckArguments,
+def distill_task(
+    folder: Path,
+    systems: list[str],
+    data: TextData,
     text: TextArguments,
     pair: PairArguments,
     training: KDTrainingArguments,
-    data: TextData,
-    shared: Path,
+    bottleneck: TextBottleneckArguments,
+    matching: MatchingArguments,
 ) -> None:
-    """A run of one system on one task with one seed; its stages but the student are stored in `shared`."""
-    folder = shared.parent.parent / system / shared.name
-    training.output_dir, training.resume_from_checkpoint = str(folder), (folder / RECIPE).exists()
-    check_same_arguments(folder, system, (training, text, pair, system_arguments))
-    if (folder / RESULTS).exists():
-        print(f"{folder} is finished")
-        return
-    ensemble = system_arguments.more_teachers if isinstance(system_arguments, MatchingArguments) else []
-    inputs = load_inputs(text, pair, training, data, ensemble)
+    """Distills all systems on one task. They share stages, so also later ones need the same arguments and inputs."""
+    inputs = load_inputs(text, pair, training, data, matching.more_teachers if "base" in systems else [])
     validate_arguments(inputs, pair, training)
-    if isinstance(system_arguments, MatchingArguments):
-        validate_matching(inputs, pair, system_arguments, training)
-    else:
-        validate_bottleneck(inputs, pair, system_arguments)
-    run = open_run(inputs, training, text, pair, system_arguments)
-    check_same_inputs(folder)
+    if "base" in systems:
+        validate_matching(inputs, pair, matching, training)
+    settings = {system: matching if system == "base" else of_system(bottleneck, system) for system in systems}
+    for setting in settings.values():
+        if isinstance(setting, TextBottleneckArguments):
+            validate_bottleneck(inputs, pair, setting)
+    open_run(folder, inputs, training, text, pair, bottleneck, matching)
+    for system, setting in settings.items():
+        system_run = open_run(folder / system, inputs, training, text, pair, setting)
+        for seed_run in system_run.each_seed():
+            distill(seed_run, inputs_of_seed(inputs, text, pair, training, seed_run.args.seed), pair, setting)
+        system_run.summarize()
 
+
+def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> GlueRun:
+    """Opens a folder for a run of all seeds that are asked for or were finished before, or continues it."""
+    training = copy.copy(training)
+    training.output_dir = str(folder)
+    training.resume_from_checkpoint = (folder / RECIPE).exists() and not starts_over(training)
+    if training.resume_from_checkpoint:
+        training.seeds = list(dict.fromkeys([*finished_seeds(folder), *(training.seeds or [])]))
+    opened = GlueRun(training, *arguments)
+    opened.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
+    return opened
+
+
+def distill(
+    run: GlueRun, inputs: Inputs, pair: PairArguments, system: MatchingArguments | TextBottleneckArguments
+) -> None:
+    """The run of one seed."""
     epochs = control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
     control = None
-    if isinstance(system_arguments, MatchingArguments):
-        teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder", shared)
-        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, ensemble)
-        if not training.no_control:
-            control = train_control(run, inputs, pair, epochs, "control_encoder", shared)
-        student = train_student(run, inputs, pair, system_arguments, teacher, shared)
+    if isinstance(system, MatchingArguments):
+        teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system.more_teachers)
+        if not run.args.no_control:
+            control = train_control(run, inputs, pair, epochs, "control_encoder")
+        student = train_student(run, inputs, pair, system, teacher)
     else:
-        teacher = train_bottleneck_teacher(run, inputs, pair, system_arguments, shared)
+        inputs = replace(inputs, ensemble=[])
+        teacher = train_bottleneck_teacher(run, inputs, pair, system)
         measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher)
-        if not training.no_control:
-            control = train_bottleneck_control(run, inputs, pair, system_arguments, epochs, shared)
-        student = train_bottleneck_student(run, inputs, pair, system_arguments, teacher, shared)
-    method = system_arguments.method if isinstance(system_arguments, MatchingArguments) else system_arguments.system
+        if not run.args.no_control:
+            control = train_bottleneck_control(run, inputs, pair, system, epochs)
+        student = train_bottleneck_student(run, inputs, pair, system, teacher)
+    method = system.method if isinstance(system, MatchingArguments) else system.system
     report(run, inputs, method, pair.student, teacher, measured_teacher, control, student)
-
-
-def check_same_arguments(folder: Path, system: str, instances: tuple[Any, ...]) -> None:
-    """Raises UserError where systems of this task and seed, which share stages, have other arguments than these."""
-    for recipe in sorted(folder.parent.parent.glob(f"*/{folder.name}/{RECIPE}")):
-        same_kind = (recipe.parent.parent.name == "base") == (system == "base")
-        refuse_other_arguments(recipe.parent, instances, OF_A_SYSTEM if same_kind else OF_A_SYSTEM | OF_A_KIND)
-
-
-def check_same_inputs(folder: Path) -> None:
-    """Raises UserError where systems of this task and seed, which share stages, began with other data or models."""
-    mine = read_mark(folder)["fingerprints"]
-    for mark in sorted(folder.parent.parent.glob(f"*/{folder.name}/{MARK}")):
-        theirs = read_mark(mark.parent)["fingerprints"]
-        changed = [name for name in mine.keys() & theirs.keys() - {RECIPE} if mine[name] != theirs[name]]
-        if changed:
-            raise UserError(
-                f"{folder} cannot share stages with {mark.parent}: {' and '.join(sorted(changed))} changed since that "
-                "run began; restore it, or choose another --output_dir"
-            )
 
 
 def of_system(bottleneck: TextBottleneckArguments, system: str) -> TextBottleneckArguments:

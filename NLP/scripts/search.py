@@ -22,7 +22,8 @@ from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials
 from kd.nlp.student_model.search_report import write_search_report
-from kd.nlp.student_model.training import set_trainable, switch_off_dropout, teacher_logits
+from kd.nlp.student_model.teacher_outputs import cached_outputs
+from kd.nlp.student_model.training import set_trainable, switch_off_dropout
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     in_label_order,
@@ -58,7 +59,7 @@ def main() -> None:
 
     entry, _ = evaluate(args.teacher, teacher.model, data, teacher_texts.splits, teacher_texts.collate)
     search_run.warn(guessing(entry, data, teacher_texts.splits))
-    outputs = teacher_logits(search_run, teacher.model, teacher_texts)
+    outputs = cached_outputs(search_run, teacher.model, teacher_texts)
     switch_off_dropout(student.model)
     set_trainable(student.model)  # all but its embeddings, as distill_classifier.py does
     tried = student.model, texts, outputs
@@ -69,11 +70,11 @@ def main() -> None:
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:
     """The student that every trial starts with: named, or cut from the teacher."""
-    given = load_classifier(args.student, data) if args.student else teacher
-    if isinstance(given.model, BottleneckClassifier):
+    start = load_classifier(args.student, data) if args.student else teacher
+    if isinstance(start.model, BottleneckClassifier):
         raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")
     if args.student:
-        return given
+        return start
     layers = args.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
     return Pretrained(cut_layers(teacher.model, layers), teacher.tokenizer)
 

@@ -1,9 +1,4 @@
-"""Teacher, control and student with a discrete key-value bottleneck after a frozen text encoder.
-
-`folder` is where a stage is stored, None for the run's own.
-"""
-
-from pathlib import Path
+"""Teacher, control and student with a discrete key-value bottleneck after a frozen text encoder."""
 
 import torch
 from datasets import Dataset
@@ -19,12 +14,12 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.methods import labels_and_logits, labels_only
+from kd.nlp.student_model.teacher_outputs import cached_outputs
 from kd.nlp.student_model.training import (
     align,
     load_or_train_teacher,
     read_stage,
     student_from,
-    teacher_logits,
     train_control,
 )
 from kd.nlp.teacher_model.teacher import encoder_of
@@ -42,9 +37,8 @@ def train_classifier_bottleneck(
     *,
     source: BottleneckClassifier | None = None,
     teacher_outputs: TeacherOutputs | None = None,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
-    """The stage `name`: a bottleneck after a frozen encoder, trained on labels and, if given, the teacher's logits."""
+    """The stage `name`: a bottleneck after a frozen encoder, trained on labels and the teacher's logits, if any."""
 
     def train() -> PreTrainedModel:
         args = run.args
@@ -67,7 +61,7 @@ def train_classifier_bottleneck(
             compute_metrics=trainer_metrics(texts.data),
         )
 
-    return run.stage(name, train, read_stage, texts.collate.tokenizer, folder)
+    return run.stage(name, train, read_stage, texts.collate.tokenizer)
 
 
 def _samples(texts: Texts, rows: Dataset) -> Samples:
@@ -83,19 +77,16 @@ def train_bottleneck_teacher(
     inputs: Inputs,
     pair: PairArguments,
     bottleneck: TextBottleneckArguments,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """A fine-tuned classifier, whose head a bottleneck replaces where the system has the teacher have one."""
     classifier = (
         inputs.teacher.model
         if bottleneck.freeze_teacher_encoder
-        else load_or_train_teacher(run, inputs, pair, "teacher_encoder", folder)
+        else load_or_train_teacher(run, inputs, pair, "teacher_encoder")
     )
     if bottleneck.bottleneck == "student" or isinstance(classifier, BottleneckClassifier):
         return classifier
-    return train_classifier_bottleneck(
-        run, "teacher", encoder_of(classifier), inputs.texts, bottleneck, "new", folder=folder
-    )
+    return train_classifier_bottleneck(run, "teacher", encoder_of(classifier), inputs.texts, bottleneck, "new")
 
 
 def train_bottleneck_control(
@@ -104,15 +95,14 @@ def train_bottleneck_control(
     pair: PairArguments,
     bottleneck: TextBottleneckArguments,
     encoder_epochs: float | None = None,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """A bottleneck behind the student's encoder, both trained on labels alone; the encoder by default for as many
     epochs as the student's is aligned.
     """
     epochs = pair.align_epochs if encoder_epochs is None else encoder_epochs
-    classifier = train_control(run, inputs, pair, epochs, "control_encoder", folder)
+    classifier = train_control(run, inputs, pair, epochs, "control_encoder")
     encoder = encoder_of(classifier)
-    return train_classifier_bottleneck(run, "control", encoder, inputs.student_texts, bottleneck, "new", folder=folder)
+    return train_classifier_bottleneck(run, "control", encoder, inputs.student_texts, bottleneck, "new")
 
 
 def train_bottleneck_student(
@@ -121,14 +111,11 @@ def train_bottleneck_student(
     pair: PairArguments,
     bottleneck: TextBottleneckArguments,
     teacher: PreTrainedModel,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
-    """The student: its encoder aligned with the teacher's, then its values trained on labels and the teacher's logits.
-    `folder`: where runs of other systems find the aligned encoder and the teacher's outputs.
-    """
+    """The encoder is aligned with the teacher's, then the values are trained on labels and the teacher's logits."""
     keys = bottleneck.keys
     encoder = align(run, encoder_of(student_from(inputs, encoder_of(teacher))), teacher, inputs, pair,
-                    bottleneck.pooling, folder)  # fmt: skip
+                    bottleneck.pooling)  # fmt: skip
     return train_classifier_bottleneck(
         run,
         "student",
@@ -137,5 +124,5 @@ def train_bottleneck_student(
         bottleneck,
         keys,
         source=teacher if isinstance(teacher, BottleneckClassifier) else None,
-        teacher_outputs=None if keys == "reused" else teacher_logits(run, teacher, inputs.texts, folder),
+        teacher_outputs=None if keys == "reused" else cached_outputs(run, teacher, inputs.texts),
     )

@@ -88,12 +88,12 @@ def metrics_by_split(
     labels = {split: np.asarray(splits[split]["labels"]) for split in logits}
     chooses = next((split for split in logits if split.startswith("validation")), None)
     threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names) if chooses else None
-    metrics = {split: text_metrics(data, said, labels[split]) for split, said in logits.items()}
-    for split, said in logits.items():
+    metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
+    for split, scores in logits.items():
         if threshold is not None:
-            metrics[split] |= threshold_metrics(said, labels[split], data.label_names, threshold)
+            metrics[split] |= threshold_metrics(scores, labels[split], data.label_names, threshold)
         if teacher_logits is not None and not data.regression:
-            metrics[split]["agreement"] = agreement(said, teacher_logits[split])
+            metrics[split]["agreement"] = agreement(scores, teacher_logits[split])
     return metrics
 
 

@@ -1,13 +1,11 @@
 """One table of GLUE: tasks by teacher, control and systems, mean and standard deviation over seeds."""
 
 from collections.abc import Iterable
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kd.common.reporting.comparison import over_seeds
-from kd.common.reporting.results import RESULTS, validate, write_report
+from kd.common.reporting.results import RESULTS, validate
 from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
@@ -28,13 +26,8 @@ Runs = dict[str, list[dict[str, Any]]]  # by system, the results of all seeds
 
 
 def show(folder: Path, tasks: list[str]) -> None:
-    """Prints the table of the finished runs `folder/TASK/SYSTEM/seedN`; writes glue.md with all metrics, and the means
-    of each system.
-    """
+    """Prints the table of the finished runs `folder/TASK/SYSTEM/seedN`; writes glue.md with all metrics."""
     found = {task: read_systems(folder / task) for task in tasks}
-    for task, system in product(tasks, SYSTEMS):
-        if runs := found[task][system]:
-            write_report(folder / task / system, over_seeds(runs), None)
     found = {task: runs for task, runs in found.items() if any(runs.values())}
     if not found:
         raise UserError(f"no finished run in {folder}")
@@ -49,10 +42,17 @@ def show(folder: Path, tasks: list[str]) -> None:
 def read_systems(folder: Path) -> Runs:
     runs: Runs = {}
     for system in SYSTEMS:
-        runs[system] = [read_json(path) for path in sorted(folder.glob(f"{system}/seed*/{RESULTS}"))]
+        runs[system] = [
+            read_json(folder / system / f"seed{seed}" / RESULTS) for seed in finished_seeds(folder / system)
+        ]
         for results in runs[system]:
             validate(results)
     return runs
+
+
+def finished_seeds(folder: Path) -> list[int]:
+    """Of the runs `folder/seedN`."""
+    return sorted(int(path.parent.name.removeprefix("seed")) for path in folder.glob(f"seed*/{RESULTS}"))
 
 
 def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:

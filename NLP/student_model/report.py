@@ -79,7 +79,8 @@ def report(
     if not PartialState().is_main_process:
         return None
     trained = {"teacher": teacher, "control": control, "student": student}
-    extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if run.shared else {}
+    teacher_of_all = run.shared == run.folder / ".."  # the runs of distill_glue.py share other stages
+    extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_of_all else {}
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
     results = _results(run, inputs, method, models, **extra, **({"keys": keys} if keys else {}))
     has_bottleneck = isinstance(student, BottleneckClassifier)

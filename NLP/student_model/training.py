@@ -1,10 +1,6 @@
-"""The steps of distilling a text classifier: teacher, control and student, each a stage of a run.
-
-`folder` is where a stage is stored, None for the run's own: distill_glue.py shares stages between runs.
-"""
+"""The steps of distilling a text classifier: teacher, control and student, each a stage of a run."""
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
-from kd.common.utils.errors import UserError
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
 from kd.nlp.student_model.bottleneck_classifier import Pooling
@@ -34,11 +27,9 @@ from kd.nlp.student_model.methods import (
     labels_and_logits,
     labels_only,
     text_method,
-    width,
 )
+from kd.nlp.student_model.teacher_outputs import teacher_kwargs
 from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
-
-FEATURE_BYTES = 4 * 2**30  # above this the teacher runs in every step instead of its hidden states being cached
 
 read_stage = stage_loader(AutoModelForSequenceClassification)
 
@@ -72,70 +63,6 @@ def classifier_method(
     return method
 
 
-# ---- the teacher's outputs ----
-
-
-def teacher_logits(
-    run: TrainerRun, teacher: PreTrainedModel, texts: Texts, folder: Path | None = None
-) -> TeacherOutputs:
-    """The cached logits of a teacher for the training texts."""
-    return _cached(run, teacher, texts, {}, True, folder)
-
-
-def teacher_kwargs(
-    run: TrainerRun,
-    teacher: PreTrainedModel,
-    texts: Texts,
-    method: Method,
-    *,
-    logits: bool = True,
-    ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
-    folder: Path | None = None,
-) -> dict[str, Any]:
-    """The arguments of KDTrainer for a frozen teacher: its cached outputs or, where the features that `method` reads
-    exceed FEATURE_BYTES, the live model. Both record features by hooks on the same submodules.
-
-    Args:
-        logits: whether the method reads logits.
-        ensemble: further teachers, with the texts in their tokens, whose logits are averaged with the teacher's: the
-            geometric mean of their distributions (arXiv:1503.02531).
-
-    Raises UserError where an ensemble would have to run live.
-    """
-    paths = method.teacher_features
-    if column_array(texts.train, "length").sum() * len(paths) * width(teacher) * 2 > FEATURE_BYTES:
-        if ensemble:
-            raise UserError("the hidden states are too many to cache, which several teachers need: name one")
-        return {"teacher": teacher, "teacher_features": paths}
-    first = _cached(run, teacher, texts, paths, logits, folder)
-    others = [_cached(run, model, tokens, {}, True, folder) for model, tokens in ensemble]
-    return {"teacher_outputs": JoinedOutputs([first, *others]) if others else first}
-
-
-def _cached(
-    run: TrainerRun,
-    teacher: PreTrainedModel,
-    texts: Texts,
-    features: dict[str, str],
-    logits: bool,
-    folder: Path | None,
-) -> TeacherOutputs:
-    place = (folder or run.shared or run.folder) / "teacher_outputs"
-    with run.timed("teacher_outputs"):
-        return cache_teacher_outputs(
-            teacher,
-            texts.train,
-            texts.collate,
-            place,
-            features=features,
-            logits=logits,
-            precision=run.args.precision,
-        )
-
-
-# ---- training ----
-
-
 def fine_tune(
     run: TrainerRun,
     name: str,
@@ -148,7 +75,6 @@ def fine_tune(
     freeze_embeddings: bool = True,
     teacher: dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """The stage `name`: a classifier trained end to end, on labels alone, or with a teacher (see `teacher_kwargs`) and
     then without dropout. `tokenizer` is saved with it, that of `texts` by default.
@@ -172,7 +98,7 @@ def fine_tune(
             **(teacher or {}),
         )
 
-    return run.stage(name, train, read_stage, tokenizer or texts.collate.tokenizer, folder)
+    return run.stage(name, train, read_stage, tokenizer or texts.collate.tokenizer)
 
 
 def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
@@ -181,7 +107,7 @@ def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArg
 
 
 def load_or_train_teacher(
-    run: TrainerRun, inputs: Inputs, pair: PairArguments, name: str = "teacher", folder: Path | None = None
+    run: TrainerRun, inputs: Inputs, pair: PairArguments, name: str = "teacher"
 ) -> PreTrainedModel:
     """A teacher that is trained already as it is, any other fine-tuned on the labels as the stage `name`."""
     start = inputs.teacher
@@ -196,7 +122,6 @@ def load_or_train_teacher(
         epochs=pair.scratch_epochs if start.from_scratch else pair.teacher_epochs,
         learning_rate=initial_rate(start, pair, run.args),
         freeze_embeddings=not start.from_scratch,
-        folder=folder,
     )
 
 
@@ -206,7 +131,6 @@ def train_control(
     pair: PairArguments,
     epochs: float,
     name: str = "control",
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """The student without the teacher: the same cut of the encoder as it was loaded, as many epochs, labels alone."""
     start = inputs.student or inputs.control_init or inputs.teacher
@@ -220,7 +144,6 @@ def train_control(
         epochs=epochs,
         learning_rate=initial_rate(start, pair, run.args),
         freeze_embeddings=not start.from_scratch,
-        folder=folder,
     )
 
 
@@ -240,7 +163,6 @@ def align(
     inputs: Inputs,
     pair: PairArguments,
     pooling: Pooling,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
     """The stage `student_encoder`: the student's encoder, in place, trained on texts without labels to have the hidden
     states of the teacher's layers at the same relative depth, and without dropout. No epochs leave it as it is.
@@ -267,7 +189,7 @@ def align(
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
             not_for_student=texts.unused_by(encoder),
-            **teacher_kwargs(run, target, texts, method, logits=False, folder=folder),
+            **teacher_kwargs(run, target, texts, method, logits=False),
         )
 
     def load(stage: str) -> PreTrainedModel:
@@ -277,8 +199,7 @@ def align(
         encoder.load_state_dict(encoder.state_dict() | kept)
         return encoder
 
-    place = folder and folder / pooling  # the pooled states are aligned too
-    return run.stage(name, train, load, inputs.student_texts.collate.tokenizer, place)
+    return run.stage(name, train, load, inputs.student_texts.collate.tokenizer)
 
 
 def control_epochs(run: TrainerRun, pair: PairArguments) -> float:
@@ -292,17 +213,14 @@ def train_student(
     pair: PairArguments,
     matching: MatchingArguments,
     teacher: PreTrainedModel,
-    folder: Path | None = None,
 ) -> PreTrainedModel:
-    """The student: its encoder aligned with the teacher's, then all of it trained on labels and the teacher's outputs.
-    `folder`: where runs of other systems find the aligned encoder and the teacher's outputs.
-    """
+    """The encoder is aligned with the teacher's, then all of it is trained on labels and the teacher's outputs."""
     texts = inputs.texts if inputs.same_tokens else inputs.student_texts
     student = student_from(inputs, teacher, matching.student_from)
-    align(run, encoder_of(student), teacher, inputs, pair, "cls", folder)
+    align(run, encoder_of(student), teacher, inputs, pair, "cls")
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
-    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble, folder=folder)
+    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble)
     rate = matching.student_learning_rate
     return fine_tune(
         run,

@@ -120,11 +120,6 @@ class TaskSpec:
         """A loss between the pooled features (batch, width) that the heads see."""
         return match(name, weight, self.student_features.head, self.teacher_features.head, loss, transform=self.pool)
 
-    def match_last(self, name: str, weight: Weight, loss: FeatureLoss) -> Method:
-        """A loss between the last features before pooling, (batch, anything)."""
-        student, teacher = self.student_features.last, self.teacher_features.last
-        return match(name, weight, student, teacher, loss, transform=self.flatten)
-
 
 def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:
     """The labels alone, as a control is trained; see `task_loss`."""

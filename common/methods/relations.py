@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.methods.method import Method, TaskSpec, labels
+from kd.common.methods.method import Method, TaskSpec, labels, match
 
 
 def rkd(spec: TaskSpec, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Method:
@@ -20,7 +20,9 @@ def rkd(spec: TaskSpec, *, distance_weight: float = 25.0, angle_weight: float = 
 
 def sp(spec: TaskSpec, *, weight: float = 3000.0) -> Method:
     """Similarities of the last features before pooling (SP, arXiv:1907.09682), plus the labels."""
-    return labels() + spec.match_last("similarities", weight, losses.similarity_preserving)
+    last, teacher_last = spec.student_features.last, spec.teacher_features.last
+    loss = losses.similarity_preserving
+    return labels() + match("similarities", weight, last, teacher_last, loss, transform=spec.flatten)
 
 
 def pkt(spec: TaskSpec, *, weight: float = 30000.0) -> Method:

@@ -63,11 +63,11 @@ def regressor_warning(
 
 
 def language_warning(
-    name: str, perplexity: float, train: np.ndarray, tokens: np.ndarray, vocabulary: int, split: str = "validation"
+    name: str, perplexity: float, train: np.ndarray, tokens: np.ndarray, vocabulary: int
 ) -> str | None:
     """For the perplexity of next tokens, against that of the tokens' frequencies in `train` (add-one smoothed)."""
     counts = np.bincount(train, minlength=vocabulary) + 1
     guess = math.exp(-np.log(counts / counts.sum())[tokens].mean())
     return guessing_warning(
-        name, f"{split} perplexity", perplexity, guess, "the frequencies of the tokens", lower_is_better=True
+        name, "validation perplexity", perplexity, guess, "the frequencies of the tokens", lower_is_better=True
     )

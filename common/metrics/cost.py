@@ -44,12 +44,7 @@ def latency(model: nn.Module, inputs: dict[str, Any], repeats: int = 30, warmup:
             model(**inputs)
             synchronize(device)
             seconds.append(time.perf_counter() - started)
-    milliseconds = 1000 * np.array(seconds[warmup:])
-    return {
-        "batch": len(next(iter(inputs.values()))),
-        "median": float(np.median(milliseconds)),
-        "p90": float(np.quantile(milliseconds, 0.9)),
-    }
+    return {"batch": len(next(iter(inputs.values())))} | _quantiles(1000 * np.array(seconds[warmup:]))
 
 
 def interleaved_latency(
@@ -59,14 +54,11 @@ def interleaved_latency(
     all of them. Each turn has a warm-up, because the one before leaves other weights in the cache.
     """
     turns = [{n: latency(model, inputs, 1, 1) for n, (model, inputs) in models.items()} for _ in range(repeats)]
-    found = {}
-    for name in models:
-        milliseconds = [turn[name]["median"] for turn in turns]
-        found[name] = turns[0][name] | {
-            "median": float(np.median(milliseconds)),
-            "p90": float(np.quantile(milliseconds, 0.9)),
-        }
-    return found
+    return {n: turns[0][n] | _quantiles(np.array([turn[n]["median"] for turn in turns])) for n in models}
+
+
+def _quantiles(milliseconds: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(milliseconds)), "p90": float(np.quantile(milliseconds, 0.9))}
 
 
 def cost(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

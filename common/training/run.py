@@ -53,6 +53,8 @@ class Run:
     last_file = RESULTS  # a run that has it is finished
     files: tuple[str, ...] = RUN_FILES  # patterns of the files that it writes outside of stages/ and student/
     reports: tuple[str, ...] = (".",)  # folders, inside the run's, with a report each
+    may_change: frozenset[str] = frozenset()  # arguments that may be others when the run is continued
+    shared_by_seeds = ".."  # where runs in seedN find stages, relative to their folder; may contain {seed}
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.instances, self.folder = args, instances, Path(str(args.output_dir))
@@ -70,7 +72,7 @@ class Run:
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 self._marked = RunFolder(self.folder, self.files, shared)
-                self._marked.begin(self.args, (self.args, *self.instances), self.last_file)
+                self._marked.begin(self.args, (self.args, *self.instances), self.last_file, self.may_change)
         shared = read_mark(self.folder).get("shared")
         self.shared = None if shared is None else self.folder / shared
 
@@ -97,7 +99,7 @@ class Run:
         run.args.resume_from_checkpoint, run.args.overwrite_output_dir = (run.folder / RECIPE).exists(), False
         run.history, run.seconds, run.warnings = dict(self.history), dict(self.seconds), list(self.warnings)
         run.started, run.seconds_before = time.perf_counter(), sum(self.seconds.values())
-        run._open(shared="..")
+        run._open(self.shared_by_seeds.format(seed=seed))
         if self._marked is not None and run._marked is not None:
             inputs = {name: value for name, value in self._marked.fingerprints.items() if name != RECIPE}
             run._marked.check_inputs(**inputs)
@@ -138,17 +140,11 @@ class Run:
         build: Callable[[], Model],
         load: Callable[[str], Model],
         processor: Any = None,
-        shared: Path | None = None,
     ) -> Model:
         """The model of a stage: loaded if the stage is finished, otherwise built, timed and saved with its
         `processor` (tokenizer or image processor). Both have a `save_pretrained`.
-
-        `shared`: a folder for stages of several runs. The caller must ensure that these runs use the same teacher,
-        data and arguments.
         """
-        folder = (shared or self.folder) / "stages" / name
-        if self.shared is not None and (self.shared / "stages" / name).exists():
-            folder = self.shared / "stages" / name
+        folder = self.stage_folder(name)
         if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
             if damage := find_damage(folder):
                 raise UserError(f"{damage}: remove {folder}, then --resume_from_checkpoint trains that stage again")
@@ -171,6 +167,12 @@ class Run:
             self._remove_checkpoints(name)
         PartialState().wait_for_everyone()
         return model
+
+    def stage_folder(self, name: str) -> Path:
+        """Where a stage is stored: in the `shared` folder if it is there already, otherwise in the run's."""
+        if self.shared is not None and (self.shared / "stages" / name).exists():
+            return self.shared / "stages" / name
+        return self.folder / "stages" / name
 
     def _remove_checkpoints(self, name: str) -> None:
         """Those of a finished stage; a run that was killed meanwhile does it when it is continued."""

@@ -90,11 +90,17 @@ class RunFolder:
         write_json(self.path / MARK, mark)
         return mark
 
-    def begin(self, args: RunSettings, instances: tuple[Any, ...], last_file: str = RESULTS) -> None:
+    def begin(
+        self,
+        args: RunSettings,
+        instances: tuple[Any, ...],
+        last_file: str = RESULTS,
+        may_change: Collection[str] = (),
+    ) -> None:
         """Starts a run with `args` and the other argument objects `instances`, continues it, or starts over.
 
         Raises UserError where `args` ask for none of these and there is a run, and where a run that is continued was
-        started with other arguments. `last_file` is the one that a finished run has.
+        started with other arguments, but for those in `may_change`. A finished run has the file `last_file`.
         """
         if starts_over(args):
             self.remove(instances)
@@ -109,7 +115,7 @@ class RunFolder:
                 "--overwrite_output_dir, or choose another --output_dir"
             )
         else:
-            self.check_arguments(*instances)
+            self.check_arguments(*instances, may_change=may_change)
 
     @property
     def has_begun(self) -> bool:

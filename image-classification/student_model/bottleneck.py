@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kd.common.bottleneck.arguments import BottleneckArguments, Keys, PairCount
 from kd.common.bottleneck.training import Samples, train_bottleneck
-from kd.common.methods import labels_and_soft_targets
-from kd.common.objective import Objective, task_loss
+from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
@@ -69,9 +68,9 @@ def replace_head(
     args = run.args
 
     def train() -> ImageClassifier:
-        objective, outputs = Objective(task=(1.0, task_loss())), None
+        method, outputs = labels(), None
         if teacher is not None and keys != "reused":
-            objective = labels_and_soft_targets(args.alpha, args.temperature).objective
+            method = labels_and_soft_targets(args.alpha, args.temperature)
             outputs = cached_logits(run, data, teacher)
         return train_bottleneck(
             run,
@@ -83,7 +82,7 @@ def replace_head(
             _samples(data, "train"),
             _samples(data, "validation") if "validation" in data.splits else None,
             batch_size=BATCH_SIZE,
-            objective=objective,
+            objective=method.objective,
             teacher_outputs=outputs,
             compute_metrics=trainer_metrics,
         )

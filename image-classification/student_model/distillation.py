@@ -9,8 +9,8 @@ from accelerate import PartialState
 from torch import nn
 
 from kd.common.data.fingerprints import outputs_key
-from kd.common.methods import Method
-from kd.common.objective import Objective, task_loss
+from kd.common.methods import Method, labels
+from kd.common.objective import Objective
 from kd.common.pretrained import stage_loader
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
@@ -92,7 +92,7 @@ def train_on_labels(
     run: ImageRun, data: ImageData, stage: str, model: ImageClassifier, epochs: float | None = None
 ) -> ImageClassifier:
     """A stage without a teacher: `model` trained on the labels alone, or loaded where the stage is finished."""
-    objective = Objective(task=(1.0, task_loss()))
+    objective = labels().objective
     settings = {} if epochs is None else {"num_train_epochs": epochs}
     processor = image_processor(data)
     return run.stage(stage, lambda: fit(run, data, stage, model, objective, settings), read_stage, processor)

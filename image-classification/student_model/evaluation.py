@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, ViTImageProcessor
+from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
 from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost, flops, parameters
@@ -49,7 +49,7 @@ def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return image_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-def predict(model: ImageClassifier | AveragedTeacher, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
+def predict(model: PreTrainedModel | AveragedTeacher, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
     """Logits (images, classes) of a split in its order, always in fp32, as a user gets them who loads the model."""
 
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def predict(model: ImageClassifier | AveragedTeacher, data: ImageData, split: st
 
 def evaluate(
     name: str,
-    model: ImageClassifier | AveragedTeacher,
+    model: PreTrainedModel | AveragedTeacher,
     data: ImageData,
     teacher_logits: Logits | None = None,
     workers: int = 0,
@@ -87,7 +87,7 @@ def evaluate(
             metrics[split]["agreement"] = agreement(found, teacher_logits[split])
     image = data.views(data.selection_split, model.device).__getitems__([0])["pixel_values"]
     entry = {"name": name, **cost(model, {"pixel_values": image}), "metrics": metrics}
-    if isinstance(model, AveragedTeacher):
+    if not isinstance(model, ImageClassifier):
         return entry, logits
     entry["parts"] = parts(model, image)
     keys = getattr(model.config, "key_statistics", None)  # of a bottleneck

@@ -9,14 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from kd.common.metrics.cost import cost
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.folders import writing_folder
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
-from kd.image_classification.student_model.evaluation import image_metrics, image_processor, predict
+from kd.image_classification.student_model.evaluation import evaluate, image_processor
 from kd.image_classification.student_model.incremental import HeadTraining, History, accuracy
 
 Scores = dict[str, float]  # number of classes seen (a string: the key of a JSON object) -> accuracy
@@ -47,7 +46,7 @@ def incremental_results(
     trained i.i.d.: on the same classes) and on all classes.
     """
     student = heads["student"]
-    entries = {stage: _entry(heads[stage].name, model, data) for stage, model in models.items()}
+    entries = {stage: evaluate(heads[stage].name, model, data)[0] for stage, model in models.items()}  # on images
     sizes = {name: len(images) for name, images in data.splits.items()}
     one_by_one = {stage: head for stage, head in heads.items() if head.tasks == student.tasks}
     seen = {head.name: _after_each_task(run.history[stage], "classes seen") for stage, head in one_by_one.items()}
@@ -82,17 +81,6 @@ def _key_statistics(model: BottleneckProbe, embeddings: Tensor) -> dict[str, flo
     """How many images the keys were fitted to, and how well they cover their embeddings (images, width)."""
     statistics = model.bottleneck.key_statistics(embeddings.to(model.device))
     return {"fitted_to_unlabelled_images": len(embeddings), **statistics}
-
-
-def _entry(name: str, model: BottleneckProbe, data: ImageData) -> dict[str, Any]:
-    """A model's entry in results.json, measured as it will be used: on images, not on cached codes."""
-    metrics = {
-        split: image_metrics(predict(model, data, split), images.labels.numpy())  # type: ignore[arg-type]
-        for split, images in data.splits.items()
-        if split != "train"
-    }
-    image = data.views(data.selection_split, model.device).__getitems__([0])["pixel_values"]
-    return {"name": name, **cost(model, {"pixel_values": image}), "metrics": metrics}
 
 
 def _after_each_task(history: History, of: str) -> Scores:

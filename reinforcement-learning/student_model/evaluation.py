@@ -97,7 +97,7 @@ def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], spa
 
 def random_metrics(environment: str, action_space: spaces.Space, episodes: int) -> dict[str, Any]:
     """`return_metrics` of random actions."""
-    return return_metrics(returns_of(random_actions(action_space, 0), environment, episodes, TEST_SEED)[0])
+    return return_metrics(returns_of(random_actions(action_space), environment, episodes, TEST_SEED)[0])
 
 
 def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 
-class TaughtSamples(NamedTuple):
+class DistillationSamples(NamedTuple):
     """A minibatch of Stable-Baselines3's rollout buffer, with the teacher's outputs."""
 
     observations: Tensor
@@ -39,7 +39,7 @@ class TaughtSamples(NamedTuple):
     teacher: Outputs
 
 
-class TaughtRollouts(RolloutBuffer):
+class DistillationRollouts(RolloutBuffer):
     """A rollout buffer that runs the teacher once per rollout."""
 
     teacher: nn.Module
@@ -50,20 +50,20 @@ class TaughtRollouts(RolloutBuffer):
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None
-    ) -> TaughtSamples:
+    ) -> DistillationSamples:
         if not self.teacher_outputs:  # observations are flat by now: (steps * environments, ...)
             self.teacher_outputs = predict(self.teacher, torch.as_tensor(self.observations))
         outputs = {name: values[batch_inds].to(self.device) for name, values in self.teacher_outputs.items()}
-        return TaughtSamples(*super()._get_samples(batch_inds, env), to_outputs(outputs))
+        return DistillationSamples(*super()._get_samples(batch_inds, env), to_outputs(outputs))
 
 
 class PPD(PPO):
     """PPO with a teacher, a network for the observations of the environments; it is not saved."""
 
     def __init__(self, *args: Any, teacher: nn.Module, teacher_weight: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **({"rollout_buffer_class": TaughtRollouts} | kwargs))
+        super().__init__(*args, **({"rollout_buffer_class": DistillationRollouts} | kwargs))
         self.teacher_weight = teacher_weight
-        assert isinstance(self.rollout_buffer, TaughtRollouts)
+        assert isinstance(self.rollout_buffer, DistillationRollouts)
         self.rollout_buffer.teacher = teacher
 
     def train(self) -> None:
@@ -79,7 +79,7 @@ class PPD(PPO):
                 self.policy.optimizer.step()
         self._n_updates += self.n_epochs
 
-    def _loss(self, samples: TaughtSamples, clip: float) -> Tensor:
+    def _loss(self, samples: DistillationSamples, clip: float) -> Tensor:
         discrete = isinstance(self.action_space, spaces.Discrete)
         distribution = self.policy.get_distribution(samples.observations)
         actions = samples.actions.long().flatten() if discrete else samples.actions

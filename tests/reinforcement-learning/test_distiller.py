@@ -265,7 +265,7 @@ def test_play_counts_whole_episodes_of_every_environment():
     random = random_metrics("KnownAnswer-v0", Environments("KnownAnswer-v0", 1).action_space, 200)
     assert random["return_mean"] == pytest.approx(2.5, abs=0.4)
     drawn, _ = play(
-        random_actions(Environments("KnownAnswerBox-v0", 1).action_space, 0), Environments("KnownAnswerBox-v0", 2), 4
+        random_actions(Environments("KnownAnswerBox-v0", 1).action_space), Environments("KnownAnswerBox-v0", 2), 4
     )
     assert len(drawn) == 4 and (drawn < 9).all()
 

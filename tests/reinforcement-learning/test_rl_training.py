@@ -15,7 +15,7 @@ from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.environments.rollouts import returns_of
 from kd.reinforcement_learning.environments.vector import training_environments
-from kd.reinforcement_learning.student_model.ppd import PPD, TaughtSamples
+from kd.reinforcement_learning.student_model.ppd import PPD, DistillationSamples
 from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, check_steps, linear, training_recipe
@@ -213,7 +213,7 @@ def test_the_distillation_term_by_hand(ratio, factor, remaining, weight):
     actions = distribution.sample()
     collecting = distribution.log_prob(actions).detach() - math.log(ratio)
     none = torch.zeros(64)
-    samples = TaughtSamples(rows, actions[:, None].float(), none, collecting, none, none, teacher(rows))
+    samples = DistillationSamples(rows, actions[:, None].float(), none, collecting, none, none, teacher(rows))
     p, q = teacher(rows).logits.softmax(-1), distribution.distribution.probs
     expected = weight * factor * (p * (p / q).log()).sum(-1).mean()
     assert model._loss(samples, clip=0.2).item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)

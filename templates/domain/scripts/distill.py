@@ -12,8 +12,7 @@ from typing import Literal
 from transformers import default_data_collator
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.methods import Method
-from kd.common.objective import soft_targets, task_loss
+from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_teacher_outputs
@@ -59,23 +58,17 @@ def main() -> None:
     whole = TrainerRun(training, args)
     whole.check_inputs(data.fingerprint, teacher=pretrained)
 
-    labels_only = Method({"task": (1.0, task_loss())})
-    teacher = pretrained or train(whole, "teacher", args.teacher_width, data, labels_only)
+    teacher = pretrained or train(whole, "teacher", args.teacher_width, data, labels())
     models = {"teacher": evaluate(f"width {teacher.config.width}", teacher, data)}
     whole.warn(chance_warning(models["teacher"], data))
     with whole.timed("teacher_outputs"):
         folder = whole.folder / "teacher_outputs"
         outputs = cache_teacher_outputs(teacher, data.splits["train"], default_data_collator, folder, batch_size=256)
 
-    method = Method(
-        {
-            "task": (training.alpha, task_loss()),
-            "soft_targets": (1 - training.alpha, soft_targets(training.temperature)),
-        }
-    )
+    method = labels_and_soft_targets(training.alpha, training.temperature)
     for seed_run in whole.each_seed():
         if not training.no_control:
-            control = train(seed_run, "control", args.student_width, data, labels_only)
+            control = train(seed_run, "control", args.student_width, data, labels())
             models["control"] = evaluate(f"width {args.student_width}, labels only", control, data, teacher)
         student = train(seed_run, "student", args.student_width, data, method, teacher_outputs=outputs)
         models["student"] = evaluate(f"width {args.student_width}, kd", student, data, teacher)
