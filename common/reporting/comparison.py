@@ -23,20 +23,23 @@ def over_seeds(runs: list[Results]) -> Results:
     """The results of runs that differ in their seed alone, as one that follows the schema.
 
     Every number is the mean over the runs. `seeds` replaces `seed`; `standard_deviations` (sample, n - 1) holds those
-    of `retention`, `gain_over_control` and, by model and split, the metrics. Intervals over the examples of one run
-    have no mean: they are null where they differ.
+    of `retention`, `gain_over_control` and, by model and split, the metrics; of a model with the same metrics in all
+    runs, such as a shared teacher, there are none. Intervals over the examples of one run have no mean: they are null
+    where they differ.
     """
     merged = _merge([{key: value for key, value in run.items() if key != "seed"} for run in runs], _mean)
     merged["data"] |= {name: round(count) for name, count in merged["data"].items() if isinstance(count, float)}
     merged["seeds"] = [run["seed"] for run in runs]
     merged["warnings"] = list(dict.fromkeys(text for run in runs for text in run.get("warnings", [])))
+    metrics = [{role: model["metrics"] for role, model in run["models"].items() if model} for run in runs]
+    same = {role for role in metrics[0] if all(found.get(role) == metrics[0][role] for found in metrics)}
     figures = [
         {
             "retention": run["retention"],
             "gain_over_control": run["gain_over_control"],
-            "models": {role: model["metrics"] for role, model in run["models"].items() if model},
+            "models": {role: values for role, values in found.items() if role not in same},
         }
-        for run in runs
+        for run, found in zip(runs, metrics, strict=True)
     ]
     merged["standard_deviations"] = _merge(figures, _deviation)
     return merged

@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +21,12 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import CHECKSUMS, find_damage, read_checksums, write_checksums
+from kd.common.utils.folders import CHECKSUMS, find_damage, read_checksums, write_checksums, writing_folder
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
 NEEDED = {STATE, "scheduler.pt"}  # whatever else a checkpoint holds; the scheduler stands for the optimizer
+KEPT = 2  # by save_checkpoint: the newest and, in case that is damaged, the one before
 Answer = TypeVar("Answer")
 
 
@@ -34,16 +36,30 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=_step)
 
 
-def last_checkpoint(folder: str | Path, with_best: bool = False) -> str | None:
-    """The newest checkpoint in a folder from which training can continue, or None. A warning names what is wrong with
-    newer ones. `with_best` as of `problem_of`.
-    """
+def newest_checkpoint(folder: str | Path, problem_in: Callable[[Path], str | None] = find_damage) -> Path | None:
+    """The newest checkpoint in a folder without a problem, or None. A warning names the problem of each newer one."""
     for checkpoint in reversed(checkpoints_in(folder)):
-        problem = problem_of(checkpoint, with_best)
+        problem = problem_in(checkpoint)
         if problem is None:
-            return str(checkpoint)
+            return checkpoint
         logger.warning("not continuing from %s: %s", checkpoint.name, problem)
     return None
+
+
+def save_checkpoint(folder: Path, number: int, write: Callable[[Path], None]) -> None:
+    """Writes `folder/checkpoint-NUMBER` by `write(path)`, with checksums, then removes all but the newest two."""
+    path = folder / f"checkpoint-{number}"
+    remove_checkpoint(path)  # damaged, or training would have continued from it
+    with writing_folder(path) as unfinished:
+        write(unfinished)
+    for old in checkpoints_in(folder)[:-KEPT]:
+        remove_checkpoint(old)
+
+
+def last_checkpoint(folder: str | Path, with_best: bool = False) -> str | None:
+    """The newest checkpoint of a Trainer from which training can continue, or None; `with_best` as of `problem_of`."""
+    checkpoint = newest_checkpoint(folder, partial(problem_of, with_best=with_best))
+    return None if checkpoint is None else str(checkpoint)
 
 
 def problem_of(checkpoint: Path, with_best: bool = False) -> str | None:

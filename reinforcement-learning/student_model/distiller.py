@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kd.common.objective import Objective
+from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.common.utils.ranges import Count, NotNegative, Positive
@@ -28,7 +29,6 @@ from kd.reinforcement_learning.environments.rollouts import Act, Recorder, mixtu
 from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork
 from kd.reinforcement_learning.teacher_model.policies import sampling
-from kd.reinforcement_learning.teacher_model.training import newest_checkpoint, save_checkpoint
 
 STATE = "state.pt"  # of a checkpoint
 Driver = Literal["teacher", "student", "dagger", "mixed"]

@@ -6,7 +6,6 @@ the checkpoint of a segment's start is all that the rest depends on; environment
 not be.
 """
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 from tqdm.auto import tqdm
 
-from kd.common.training.checkpoints import checkpoints_in, remove_checkpoint
+from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
-from kd.common.utils.folders import find_damage, writing_folder
 from kd.reinforcement_learning.environments.registry import folder_name
 from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.environments.vector import training_environments
@@ -39,10 +37,8 @@ from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, Training
 from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 SEGMENTS = 10
-KEPT_CHECKPOINTS = 2  # the newest, and the one before, in case the newest is damaged
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
 REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]
 Evaluate = Callable[[BaseAlgorithm], dict[str, float]]
@@ -130,29 +126,6 @@ def mean_returns(run: Run, networks: dict[str, nn.Module], episodes: int) -> dic
 def curve(environment: str) -> str:
     """The name of an environment's mean return in the log of a stage."""
     return f"eval_return_mean {environment}"
-
-
-# ---- checkpoints: whole folders with checksums ----
-
-
-def save_checkpoint(folder: Path, number: int, write: Callable[[Path], None]) -> None:
-    """Writes `folder/checkpoint-NUMBER` by `write(path)`, then removes all but the newest two."""
-    path = folder / f"checkpoint-{number}"
-    remove_checkpoint(path)  # damaged, or training would have continued from it
-    with writing_folder(path) as partial:
-        write(partial)
-    for old in checkpoints_in(folder)[:-KEPT_CHECKPOINTS]:
-        remove_checkpoint(old)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint in a folder, or None; logs a warning for each damaged one."""
-    for path in reversed(checkpoints_in(folder)):
-        damage = find_damage(path)
-        if damage is None:
-            return path
-        logger.warning("not continuing from %s: %s", path.name, damage)
-    return None
 
 
 # ---- segments ----

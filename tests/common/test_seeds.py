@@ -65,6 +65,7 @@ def test_means_and_deviations_are_those_of_the_seeds(tmp_path):
     assert results["gain_over_control"] == pytest.approx(statistics.fmean(scores) - 20)
     deviations = results["standard_deviations"]
     assert deviations["models"]["student"]["test"]["score"] == pytest.approx(statistics.stdev(scores))
+    assert "teacher" not in deviations["models"]  # one for all seeds
     assert deviations["gain_over_control"] == pytest.approx(statistics.stdev(scores))
     assert deviations["retention"] == pytest.approx(statistics.stdev(scores) / TEACHER)
     assert results["data"]["train"] == 11, "rounded"

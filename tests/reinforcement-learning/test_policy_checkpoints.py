@@ -12,6 +12,7 @@ import pytest
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import Observations
 from kd.reinforcement_learning.environments.rollouts import Recorder
@@ -22,7 +23,7 @@ from kd.reinforcement_learning.student_model.student import StudentNetwork, Stud
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.teacher import Teacher
-from kd.reinforcement_learning.teacher_model.training import new_teacher, newest_checkpoint, save_checkpoint, train
+from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 
 PPO_ROW = {"environments": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1, "normalize": True}
 
