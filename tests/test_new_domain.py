@@ -48,7 +48,7 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A repository with the domain bird-songs, and a Python in which it is installed."""
     folder = tmp_path_factory.mktemp("birds")
     root = copy_into(folder / "repository")
-    said = call(root, sys.executable, "-m", "kd.common.new_domain", "bird-songs")
+    said = call(root, sys.executable, "common/new_domain.py", "bird-songs")
     assert "python bird-songs/scripts/distill.py" in said
     return root, installed(root, folder / "environment")
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
 from kd.common.cli import Parser, run
 from kd.common.export.exportable import (
     LOAD_ONNX,

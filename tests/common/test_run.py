@@ -162,7 +162,7 @@ def test_shards_in_two_processes_train_and_resume_to_whole_weights_of_one_studen
     script.write_text(TRAIN_SHARDED)
     for name in ("whole", "sharded"):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*launcher, script, REPO / "tests" / "helpers", tmp_path / name, name]
+        command = [*launcher, script, REPO / "tests", tmp_path / name, name]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-6000:]
     students = [

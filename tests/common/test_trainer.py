@@ -21,6 +21,7 @@ from kd.common.training.checkpoints import last_checkpoint
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
+from kd_testing.paths import REPO
 from kd_testing.tiny import Rows, TinyClassifier, arguments, break_second_step, kd, model
 
 
@@ -132,7 +133,7 @@ def test_two_processes_train_like_one(tmp_path):
             sys.executable,
             *launcher,
             str(script),
-            str(Path(__file__).parent / "helpers"),
+            str(REPO / "tests"),
             str(folder),
             str(processes),
         ]

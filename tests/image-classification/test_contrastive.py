@@ -250,9 +250,7 @@ def test_two_processes_remember_the_same_of_all_images(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        [*command, str(REPO / "tests" / "helpers"), str(tmp_path)], capture_output=True, text=True, timeout=180
-    )
+    done = subprocess.run([*command, str(REPO / "tests"), str(tmp_path)], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-6000:]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     start = crd(new_pair()).objective.terms["contrast"]
