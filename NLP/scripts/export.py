@@ -10,6 +10,8 @@ in fp32 must give the student's logits on every labelled validation and test tex
 costs is measured. All of it runs on the CPU.
 """
 
+import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
+
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
 from kd.common.cli import Parser, run
 from kd.common.export.exportable import (
     LOAD_ONNX,
