@@ -17,7 +17,7 @@ NEEDED = ("common", "typings", "templates", "tests/kd_testing", "tests/conftest.
           "tests/test_layout.py", "tests/test_documents.py", "setup.py", "pyproject.toml", "requirements.txt",
           "README.md", "CONTRIBUTING.md")  # fmt: skip
 LAYOUT = ("a_domain_is_importable_and_complete", "domains_import_common_and_never_each_other",
-          "shell_scripts_name_a_recipe_and_can_be_run")  # fmt: skip
+          "shell_scripts_can_be_run_and_their_recipes_exist")  # fmt: skip
 
 
 def copy_into(root: Path) -> Path:
