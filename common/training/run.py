@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 import datasets
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
@@ -87,16 +88,18 @@ class Run:
             yield self
             return
         for seed in self.args.seeds:
-            run = self._of_seed(seed)
-            if not (run.folder / self.last_file).exists():
+            files = [self.folder / f"seed{seed}" / name for name in (RECIPE, self.last_file)]
+            begun, finished = broadcast_object_list([file.exists() for file in files])  # the same in all processes
+            run = self._of_seed(seed, resume=begun)
+            if not finished:
                 yield run
 
-    def _of_seed(self, seed: int) -> Self:
+    def _of_seed(self, seed: int, resume: bool) -> Self:
         run = copy.copy(self)
         run.folder = self.folder / f"seed{seed}"
         run.args = copy.copy(self.args)
         run.args.seed, run.args.seeds, run.args.output_dir = seed, None, str(run.folder)
-        run.args.resume_from_checkpoint, run.args.overwrite_output_dir = (run.folder / RECIPE).exists(), False
+        run.args.resume_from_checkpoint, run.args.overwrite_output_dir = resume, False
         run.history, run.seconds, run.warnings = dict(self.history), dict(self.seconds), list(self.warnings)
         run.started, run.seconds_before = time.perf_counter(), sum(self.seconds.values())
         run._open(self.shared_by_seeds.format(seed=seed))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 
 from kd.common.cli import parse
 from kd.common.reporting.comparison import read_runs
@@ -14,6 +15,7 @@ from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
+from kd_testing.processes import in_processes
 from kd_testing.tiny import Number
 
 TEACHER = 80.0
@@ -103,6 +105,16 @@ def test_starting_over_removes_the_runs_of_all_seeds(tmp_path):
     (tmp_path / "seed0" / "notes.txt").write_text("mine")
     assert distill(tmp_path, [5, 6], overwrite_output_dir=True) == ["teacher 5", "student 5", "student 6"]
     assert not (tmp_path / "seed3").exists() and (tmp_path / "seed0" / "notes.txt").read_text() == "mine"
+
+
+def test_several_processes_share_each_seed(tmp_path):
+    def of_group() -> list[str]:
+        PartialState(cpu=True)  # as KDTrainingArguments make it
+        return distill(tmp_path / "run", [3, 0])
+
+    built = in_processes(2, tmp_path / "processes", of_group)
+    assert built == [["teacher 3", "student 3", "student 0"]] * 2
+    assert read_json(tmp_path / "run" / "results.json")["seeds"] == [3, 0]
 
 
 def test_one_seed_is_the_run_itself(tmp_path):
