@@ -103,7 +103,7 @@ def byte_level_bpe(texts: Iterable[str], size: int, positions: int) -> GPT2Token
     learned = ByteLevelBPETokenizer()
     learned.train_from_iterator(texts, size, show_progress=False, special_tokens=[END_OF_TEXT])
     model = json.loads(learned.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in model["merges"]]  # as it takes them, whatever its annotation says
+    merges: Any = [tuple(pair) for pair in model["merges"]]  # tuples, although the annotation has strings
     return GPT2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=positions)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from kd.common.cli import reject_unused
-from kd.common.training.checks import RANGES, check_optimizer, check_report_to, refuse_unsupported
+from kd.common.training.checks import RANGES, check_optimizer, check_report_to, check_supported
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.ranges import Positive, Range, Seed, Share, check_declared
 
@@ -109,7 +109,7 @@ class KDTrainingArguments(TrainingArguments):
             raise ValueError(f"--lr_milestones must be in order, each once, got {self.lr_milestones}")
         cuda = torch.cuda.is_available() and not self.use_cpu
         self.precision = resolve_precision(self.precision, torch.device("cuda" if cuda else "cpu"))
-        refuse_unsupported(self)
+        check_supported(self)
         self.bf16, self.use_cpu = self.precision == "bf16", not cuda
         super().__post_init__()
         self.do_eval = False  # what the parent derives, and nothing here reads

@@ -85,7 +85,7 @@ UNSUPPORTED = {
 OPTIMIZER_RANGES = {"momentum": _BELOW_1, "dampening": Range(0, 1), "alpha": _BELOW_1}
 
 
-def refuse_unsupported(args: TrainingArguments) -> None:
+def check_supported(args: TrainingArguments) -> None:
     """Raises ValueError for the first flag with a value that could have no effect."""
     for name, reason in UNSUPPORTED.items():
         value, default = getattr(args, name), _default(type(args), name)

@@ -136,7 +136,7 @@ class RunFolder:
             raise UserError(
                 f"{recipe} is missing, damaged or edited: restore it, or start over with --overwrite_output_dir"
             )
-        refuse_other_arguments(self.path, instances, may_change)
+        check_same_arguments(self.path, instances, may_change)
 
     def check_inputs(self, **fingerprints: str) -> None:
         """Stores the fingerprints of what the run began with, such as data and teacher.
@@ -222,7 +222,7 @@ def read_mark(folder: Path) -> dict[str, Any]:
     return mark
 
 
-def refuse_other_arguments(folder: Path, instances: tuple[Any, ...], may_change: Collection[str] = ()) -> None:
+def check_same_arguments(folder: Path, instances: tuple[Any, ...], may_change: Collection[str] = ()) -> None:
     """Raises UserError where the run in a folder was started with other arguments than what `may_change`."""
     before = read_recipe(folder)
     after = yaml.safe_load(yaml.safe_dump(recipe_of(*instances))) or {}

@@ -161,7 +161,7 @@ def find_files(folder: Path) -> Files:
 
 
 def is_picture(path: Path) -> bool:
-    """A file with the suffix of a picture is one, whatever it holds: damage is reported by whoever reads it."""
+    """Whether a file has the suffix of a picture; a damaged one is reported when it is read."""
     suffixes, formats = _decodable()
     if path.suffix.lower() in suffixes:
         return True
