@@ -47,8 +47,7 @@ def open_run(
     """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
 
     `instances` are the script's other arguments, for the recipe; `teacher` and `ensemble_teachers` are pretrained.
-    Raises UserError where the arguments do not fit the data, and where a run that is continued began with other data or
-    models.
+    Raises UserError where the arguments do not fit the data, or a continued run began with other data or models.
     """
     validate_training(training, data)
     folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
@@ -83,8 +82,8 @@ def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainin
     check_writable(folder, "--teacher_views")
     if isinstance(data, LargeImageData) or training.strong_augmentation:
         raise UserError(
-            "views of large images and those of --strong_augmentation cannot be counted, so there is no table of them: "
-            "leave out --teacher_views"
+            "views of large images and those of --strong_augmentation cannot be counted, so no table can hold "
+            "them: leave out --teacher_views"
         )
 
 
