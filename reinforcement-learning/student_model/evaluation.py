@@ -13,7 +13,7 @@ from kd.common import losses
 from kd.common.metrics.chance import guessing_warning
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, normalized_return, return_metrics
-from kd.common.outputs import AveragedTeacher
+from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
@@ -57,7 +57,7 @@ def evaluate_teacher(teacher: Teacher, episodes: int) -> dict[str, Any]:
 
 
 def evaluate_network(
-    network: PolicyNetwork | AveragedTeacher,
+    network: PolicyNetwork | EnsembleTeacher,
     action_space: spaces.Space,
     environment: str,
     episodes: int,
