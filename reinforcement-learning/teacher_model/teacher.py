@@ -16,9 +16,8 @@ from kd.common.training.run import STAGE, Run
 from kd.common.training.run_folder import read_recipe
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count
-from kd.reinforcement_learning.environments.registry import fingerprint, folder_name
-from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.data.environments import Environments, fingerprint, folder_name
+from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.files import find_teacher
 from kd.reinforcement_learning.teacher_model.policies import QValues, greedy, temperature_for_entropy
