@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, default_data_collator
 
-from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import agreement, classification_metrics
+from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.example_domain.data.loading import LabelledData
 from kd.example_domain.teacher_model.classifier import Classifier
