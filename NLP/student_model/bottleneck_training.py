@@ -8,7 +8,7 @@ from kd.common.bottleneck.arguments import Keys
 from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import PairArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import trainer_metrics

@@ -10,7 +10,7 @@ from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.methods import width
 
 FEATURE_BYTES = 4 * 2**30  # above this the teacher runs in every step instead of its hidden states being cached

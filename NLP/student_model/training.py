@@ -13,7 +13,7 @@ from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
 from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics

@@ -25,8 +25,7 @@ from kd.common.features import FeatureHooks
 from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model import teacher_outputs as steps
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
