@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from kd.common.methods import labels_and_soft_targets
 from kd.common.outputs import Outputs
+from kd.nlp.data import loading
 from kd.nlp.data.loading import TextData
 from kd_testing.paths import REPO
 
