@@ -353,7 +353,7 @@ def test_what_is_within_noise_by_hand():
             found[Student(method, None, None, 0.1), seed] = {
                 "models": {"student": {"metrics": {"validation": {"accuracy": score}}, "parameters": 1}},
                 "gain_over_control": None if method == "none" else score - control,
-                "parameters_trained_beside": 0,
+                "auxiliary_parameters": 0,
                 "seconds": {"student": 1.0},
             }
     rule = "by two standard deviations of the difference in validation accuracy, seed by seed"
