@@ -64,8 +64,8 @@ def _check_logits(logits: np.ndarray, labels: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------- out-of-scope texts
-# Few training examples have the out-of-scope label, and overall accuracy hides how badly they are classified. Texts are
-# therefore also predicted out of scope when the confidence is low: the maximum softmax probability of Hendrycks and
+# Few training examples have the out-of-scope label, and overall accuracy hides how badly they are classified. So texts
+# are also predicted out of scope when the confidence is low: the maximum softmax probability of Hendrycks and
 # Gimpel, ICLR 2017 (arXiv:1610.02136), over the in-scope classes. Larson et al. 2019 (arXiv:1909.02027) compare both
 # ways on CLINC150 and also choose the threshold on validation.
 
