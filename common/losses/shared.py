@@ -20,7 +20,7 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     if values.dim() > weights.dim():
         values = values.mean(tuple(range(weights.dim(), values.dim())))
     if values.shape != weights.shape:
-        raise ValueError(f"shapes differ: {tuple(values.shape)} and a mask {tuple(weights.shape)}")
+        raise ValueError(f"shapes differ: {tuple(values.shape)} and {tuple(weights.shape)} of the weights")
     weights = weights.float()
     # Normalizing the weights, not the loss: dividing the loss by a sum near zero would make its gradient infinite.
     return (values * (weights / weights.sum().clamp(min=torch.finfo(torch.float32).tiny))).sum()
