@@ -29,13 +29,13 @@ def main() -> None:
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     foreign = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
     reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(foreign))
-    inputs = load_inputs(text, pair, training, text.load(), matching.more_teachers)
+    inputs = load_inputs(text, pair, training, text.load(), matching.ensemble_teachers)
     validate_arguments(inputs, pair, training)
     validate_matching(inputs, pair, matching, training)
     parent_run = open_run(inputs, training, text, pair, matching)
 
     teacher = load_or_train_teacher(parent_run, inputs, pair)
-    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.more_teachers)
+    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.ensemble_teachers)
     for seed_run in parent_run.each_seed():
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = (

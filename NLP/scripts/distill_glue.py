@@ -54,7 +54,7 @@ class GlueArguments:
     glue_folder: Path | None = field(
         default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
     )
-    samples_per_stage: Count = field(
+    max_samples_seen: Count = field(
         default=200_000,
         metadata={"help": "texts that fine-tuning and alignment see at most, each, so large tasks get fewer epochs"},
     )
@@ -117,7 +117,7 @@ def main() -> None:
     for task in glue.tasks:
         text.dataset = sources[task]
         data = text.load()
-        limited = at_most(glue.samples_per_stage / len(data.splits["train"]), pair, training)
+        limited = at_most(glue.max_samples_seen / len(data.splits["train"]), pair, training)
         distill_task(folder / task, glue.systems, data, text, *limited, bottleneck, matching)
     show(folder, glue.tasks)
     del lock  # until now no other process works in the folder
@@ -134,7 +134,7 @@ def distill_task(
     matching: MatchingArguments,
 ) -> None:
     """Distills all systems on one task. They share stages, so also later ones need the same arguments and inputs."""
-    inputs = load_inputs(text, pair, training, data, matching.more_teachers if "base" in systems else [])
+    inputs = load_inputs(text, pair, training, data, matching.ensemble_teachers if "base" in systems else [])
     validate_arguments(inputs, pair, training)
     if "base" in systems:
         validate_matching(inputs, pair, matching, training)
@@ -170,7 +170,7 @@ def distill(
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
-        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system.more_teachers)
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system.ensemble_teachers)
         if not run.args.no_control:
             control = train_control(run, inputs, pair, epochs, "control_encoder")
         student = train_student(run, inputs, pair, system, teacher)
@@ -200,7 +200,7 @@ def at_most(
     """
     pair, training = copy.copy(pair), copy.copy(training)
     training.num_train_epochs = min(training.num_train_epochs, epochs)
-    for name in ("teacher_epochs", "align_epochs", "scratch_epochs"):
+    for name in ("teacher_epochs", "align_epochs", "from_scratch_epochs"):
         setattr(pair, name, min(getattr(pair, name), epochs))
     return pair, training
 

@@ -103,7 +103,7 @@ def fine_tune(
 
 def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
     """The learning rate of fine-tuning from these weights, or from a cut of them."""
-    return pair.scratch_learning_rate if start.from_scratch else training.learning_rate
+    return pair.from_scratch_learning_rate if start.from_scratch else training.learning_rate
 
 
 def load_or_train_teacher(
@@ -119,7 +119,7 @@ def load_or_train_teacher(
         copy.deepcopy(start.model),  # the control is cut from what was loaded
         inputs.texts,
         labels_only(inputs.data, run.args),
-        epochs=pair.scratch_epochs if start.from_scratch else pair.teacher_epochs,
+        epochs=pair.from_scratch_epochs if start.from_scratch else pair.teacher_epochs,
         learning_rate=initial_rate(start, pair, run.args),
         freeze_embeddings=not start.from_scratch,
     )

@@ -34,7 +34,7 @@ RUN_FILES = (  # patterns of paths inside a run's folder; `*` also matches slash
     "tensorboard/*/events.out.tfevents.*",
 )
 TEMPORARY = (".*.[0-9]*.tmp", ".*.writing.[0-9]*", ".*.old.[0-9]*")  # names of unfinished files and folders
-NAMES_NO_FILE = {"report_to", "run_name", "driver"}  # flags whose values may equal the name of a run's folder
+NAMES_NO_FILE = {"report_to", "run_name", "rollout_policy"}  # flags whose values may equal the name of a run's folder
 MAY_CHANGE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # when a run is continued
 
 

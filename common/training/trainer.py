@@ -268,14 +268,14 @@ class KDTrainer(CheckpointTrainer):
                 optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
         extra = [p for p in self.objective.parameters() if p.requires_grad]
         if extra:
-            decay = self.args.weight_decay if self.args.decay_everything else 0.0
+            decay = self.args.weight_decay if self.args.decay_norm_and_bias else 0.0
             optimizer.add_param_group({"params": extra, "weight_decay": decay})
             optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and convolutions; no biases, no norms of any kind, unless everything is to decay."""
-        if self.args.decay_everything:
+        if self.args.decay_norm_and_bias:
             return [name for name, _ in model.named_parameters()]
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]

@@ -102,5 +102,5 @@ class LargeImageData(ImageData):
     ) -> LargeViews:
         """The centre of each image, or (`augment`) a random part of it, mirrored half of the time."""
         if strong:
-            raise UserError("--strong_views are made of images of 64 pixels or less: leave it out")
+            raise UserError("--strong_augmentation needs images of at most 64 pixels: leave it out")
         return LargeViews(self.splits[split], self.size, self.mean, self.std, device, augment, seed)

@@ -38,19 +38,19 @@ def load_image_data(
     label_column: str | None = None,
     image_size: int | None = None,
     validation_share: float = 0.1,
-    train_samples: int | None = None,
+    max_train_samples: int | None = None,
     label_names: list[str] | None = None,
 ) -> ImageData:
     """Loads `dataset` and sets a stratified share of train aside where it has no validation split.
 
     image_size: resize to that many pixels; otherwise all images must be square and of one size. Above
         LARGEST_IN_MEMORY, and for ImageNet, the images are a LargeImageData.
-    train_samples: keep that many training images, the same ones every time, the classes in proportion.
+    max_train_samples: keep that many training images, the same ones every time, the classes in proportion.
     label_names: the classes, by id, of a model that is to be evaluated. The dataset has these or some of them. A train
         split is not needed, and not returned.
     """
     splits, class_names, notes = read_rows(dataset, image_column, label_column, label_names)
-    splits = _divide(dataset, splits, validation_share, train_samples, notes)
+    splits = _divide(dataset, splits, validation_share, max_train_samples, notes)
     if label_names is not None:
         splits.pop("train", None)
         ids = {split: rows.labels.numpy() for split, rows in splits.items()}
@@ -69,7 +69,7 @@ def load_image_data(
 
 
 def _divide(
-    dataset: str, splits: dict[str, Rows], validation_share: float, train_samples: int | None, notes: list[str]
+    dataset: str, splits: dict[str, Rows], validation_share: float, max_train_samples: int | None, notes: list[str]
 ) -> dict[str, Rows]:
     """Train with so many images, and validation, where there is to be one, and test."""
     train = splits.get("train")
@@ -78,9 +78,9 @@ def _divide(
         splits["validation"], train = (train[torch.from_numpy(chosen)] for chosen in (aside, ~aside))
     if train is not None and not {"validation", "test"} & splits.keys():
         raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
-    if train is not None and train_samples is not None and train_samples < len(train):
+    if train is not None and max_train_samples is not None and max_train_samples < len(train):
         whole = len(train)
-        train = train[torch.from_numpy(stratified(train.labels.numpy(), train_samples / whole))]
+        train = train[torch.from_numpy(stratified(train.labels.numpy(), max_train_samples / whole))]
         notes.append(f"{len(train):,} of the {whole:,} training images were used")
     divided = splits if train is None else splits | {"train": train}
     return {name: divided[name] for name in SPLITS if name in divided}

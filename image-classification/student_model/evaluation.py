@@ -161,7 +161,7 @@ def report(
         entries[role] = None if model is None else evaluate(name, model, data, logits, workers)[0]
     _, student = models.get("student", ("", None))
     results = image_results(run, method, data, entries)
-    results |= {"parameters_trained_beside": auxiliary_parameters, "labels_only": labels_only}
+    results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
     write_results(run.folder, results, data, student, run.history)
     if PartialState().is_main_process:
         print_table(results)

@@ -213,7 +213,7 @@ def write_group(
         results = image_results(run, student.label, data, entries) | {
             "learning_rate": student.learning_rate,
             "labels_only": student.is_control,
-            "parameters_trained_beside": auxiliary_parameters[student.key],
+            "auxiliary_parameters": auxiliary_parameters[student.key],
             "side_by_side_with": ", ".join(other.label for other in trained if other != student) or "none",
         }
         results["seconds"]["student"] = run.seconds[stage]

@@ -41,7 +41,7 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
     return new_classifier(name, data.config), data, False
 
 
-def load_more_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
+def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
     """The classifiers of these folders. `data` are in the normalization of the first teacher.
 
     Raises UserError for one that was trained with another normalization or other labels.
@@ -50,12 +50,12 @@ def load_more_teachers(names: Sequence[str], data: ImageData) -> list[ImageClass
     for name in names:
         folder = trained_folder(name)
         if folder is None:
-            raise UserError(f"--more_teachers {name} is no trained classifier: pass the folder of one")
+            raise UserError(f"--ensemble_teachers {name} is no trained classifier: pass the folder of one")
         teacher, normalized = load_trained(folder, data)
         if (normalized.mean, normalized.std) != (data.mean, data.std):
             raise UserError(
-                f"--more_teachers {name} was trained with another normalization of the images than --teacher: choose "
-                "one that was trained on the same data"
+                f"--ensemble_teachers {name} was trained with another normalization of the images than --teacher: "
+                "choose one that was trained on the same data"
             )
         teachers.append(teacher)
     return teachers

@@ -95,7 +95,7 @@ def new_student(
         policy |= {"features_extractor_class": frames.FrameFeatures, "features_extractor_kwargs": features}
     elif args.codebooks:
         features = {"features_dim": FEATURES, "codebooks": args.codebooks}
-        features |= {"pairs": args.pairs, "key_dim": args.key_dim}
+        features |= {"codebook_size": args.codebook_size, "key_dim": args.key_dim}
         policy |= {"features_extractor_class": BottleneckFeatures, "features_extractor_kwargs": features}
     policy["net_arch"] = {"pi": args.student[images:], "vf": args.student[1:] if images else value}
     kind, device = ("CnnPolicy", "auto") if images else ("MlpPolicy", "cpu")  # small networks are faster there

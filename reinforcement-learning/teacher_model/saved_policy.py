@@ -214,9 +214,9 @@ def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
     prefix = f"{layout.extractor}."
     extractor = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     if "bottleneck.keys" in extractor:
-        codebooks, pairs, key_dim = extractor["bottleneck.keys"].shape
+        codebooks, codebook_size, key_dim = extractor["bottleneck.keys"].shape
         sizes = {"features_dim": len(extractor["bottleneck.decoder.weight"]), "key_dim": key_dim}
-        sizes |= {"codebooks": codebooks, "pairs": pairs}
+        sizes |= {"codebooks": codebooks, "codebook_size": codebook_size}
         return {"features_extractor_class": BottleneckFeatures, "features_extractor_kwargs": sizes}
     if "linear.0.weight" in extractor:
         channels = [len(weight) for name, weight in extractor.items() if re.fullmatch(r"cnn\.\d+\.weight", name)]

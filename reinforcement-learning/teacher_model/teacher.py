@@ -65,7 +65,7 @@ class TeacherTask:
 
     environment: str = field(default="CartPole-v1", metadata={"help": "Id of a Gymnasium environment."})
     episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
-    watch_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
+    eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def train_teacher(run: Run, model: BaseAlgorithm, task: TeacherTask, training: T
     run.check_inputs(fingerprint(task.environment))
 
     def build() -> Agent:
-        train_from_reward(run, "teacher", task.environment, model, recipe.steps, task.watch_episodes)
+        train_from_reward(run, "teacher", task.environment, model, recipe.steps, task.eval_episodes)
         return Agent.trained(recipe.algorithm, model)
 
     return run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))

@@ -278,7 +278,7 @@ def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_c
 
 
 def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
-    words = ["--teacher", teachers[0], "--more_teachers", teachers[1], "--no_control", "--max_steps", 1]
+    words = ["--teacher", teachers[0], "--ensemble_teachers", teachers[1], "--no_control", "--max_steps", 1]
     distill(small, *words, "--output_dir", tmp_path / "run")
     found = results(tmp_path / "run")["models"]["teacher"]
     data = load_text_data(str(small))
@@ -299,7 +299,7 @@ def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
 @pytest.mark.parametrize("source", ["teacher", "pretrained"])
 def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tmp_path, source):
     """A student that learns nothing, at a rate too small for fp32, shows what it was cut from."""
-    words = ["--student_from", source, "--max_steps", 2, "--scratch_learning_rate", 1e-2, "--no_control"]
+    words = ["--student_from", source, "--max_steps", 2, "--from_scratch_learning_rate", 1e-2, "--no_control"]
     distill(small, *words, "--student_learning_rate", 1e-50, "--output_dir", tmp_path)
     student = load_file(tmp_path / "student" / "model.safetensors")
     teacher = load_file(tmp_path / "stages" / "teacher" / "model.safetensors")
@@ -320,18 +320,22 @@ def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_pa
     heads = []
     for drawn in range(2):
         inputs, pair, training = loaded(
-            tmp_path / str(drawn), small, teacher=str(teachers[0]), control_from="tiny-bert"
+            tmp_path / str(drawn), small, teacher=str(teachers[0]), control_init="tiny-bert"
         )
         torch.rand(drawn)
         run: Any = SimpleNamespace(args=training)
         control, settings = training_steps.train_control(run, inputs, pair, 1.0)
-        assert settings["learning_rate"] == pair.scratch_learning_rate != initial_rate(inputs.teacher, pair, training)
+        assert (
+            settings["learning_rate"]
+            == pair.from_scratch_learning_rate
+            != initial_rate(inputs.teacher, pair, training)
+        )
         heads.append(control.classifier.weight)
     assert torch.equal(*heads)
 
 
 def test_another_seed_gives_other_random_heads_and_the_same_pretrained_weights(small, teachers, tmp_path):
-    inputs, pair, training = loaded(tmp_path, small, teacher=str(teachers[0]), control_from="tiny-bert")
+    inputs, pair, training = loaded(tmp_path, small, teacher=str(teachers[0]), control_init="tiny-bert")
     other = inputs_of_seed(inputs, TextArguments(dataset=str(small)), pair, training, training.seed + 1)
     first, second = (found.control_init.model.classifier.weight for found in (inputs, other))
     assert not torch.equal(first, second)
@@ -383,8 +387,8 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         (["--max_length", "513"], "sees at most 512 tokens"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
         (["--label_smoothing_factor", "0.1", "--method", "dist"], "leave --label_smoothing_factor at 0"),
-        (["--more_teachers", "{untrained}"], "is no trained classifier"),
-        (["--more_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
+        (["--ensemble_teachers", "{untrained}"], "is no trained classifier"),
+        (["--ensemble_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
         (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
         (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),
         (["--student", "distilbert-base-uncased", "--max_steps", "5"], "cannot be reached"),
@@ -419,7 +423,7 @@ def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
         (teachers[1], "is trained already"),
     ):
         with pytest.raises(UserError, match=named):
-            validate_arguments(*loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_from=str(origin)))
+            validate_arguments(*loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_init=str(origin)))
     assert not (tmp_path / "run").exists()
 
 

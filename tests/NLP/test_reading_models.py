@@ -91,7 +91,7 @@ def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
     ))  # fmt: skip
     saved(tmp_path / "marian", marian.to(dtype))
     folder = str(saved(tmp_path / "bert", bert().to(dtype)))
-    behind = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, pairs=4)
+    behind = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, codebook_size=4)
     behind.to(dtype).save_pretrained(tmp_path / "bottleneck")
     models: dict[str, Any] = {
         "classifier": load_classifier(folder, two_labels()).model,

@@ -81,7 +81,7 @@ def test_a_run_is_started_over_from_inside_its_folder(tmp_path: Path, monkeypatc
     @dataclass
     class Words:
         report_to: str = "tensorboard"
-        driver: str = "student"
+        rollout_policy: str = "student"
 
     finished(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -253,7 +253,7 @@ def test_values_have_their_own_rate_and_no_decay(tmp_path):
     class WithBottleneck(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bottleneck = DiscreteKeyValueBottleneck(6, 3, codebooks=2, pairs=4)
+            self.bottleneck = DiscreteKeyValueBottleneck(6, 3, codebooks=2, codebook_size=4)
 
         def forward(self, x):
             return Outputs(logits=self.bottleneck(x))
@@ -322,7 +322,7 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
 @pytest.mark.parametrize("everything", [False, True])
 def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everything, tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
-    args = arguments(tmp_path, weight_decay=0.1, decay_everything=everything)
+    args = arguments(tmp_path, weight_decay=0.1, decay_norm_and_bias=everything)
     hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(2, 3))  # its weights train beside the student
     trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss()), hint=(1.0, hint)))
     decayed = {

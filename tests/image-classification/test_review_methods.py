@@ -265,7 +265,7 @@ def test_a_larger_batch_is_refused_and_scripts_know_how_large_theirs_are():
         term(own, said, None)
     assert "\n" not in str(caught.value)
     for spec, strong, expected in (("semckd", False, 24), ("semckd", True, 48), ("semckd:batch=100", False, 100)):
-        args = ImageTrainingArguments(per_device_train_batch_size=24, strong_views=strong, use_cpu=True)
+        args = ImageTrainingArguments(per_device_train_batch_size=24, strong_augmentation=strong, use_cpu=True)
         term = method_of(spec, args)(new_pair().spec).objective.terms["calibration"]
         assert isinstance(term, Calibration) and term.batch == expected
 

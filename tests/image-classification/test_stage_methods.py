@@ -199,7 +199,7 @@ def test_class_maps_reach_the_students_head_and_leave_it_to_the_student():
 @pytest.mark.parametrize("name", ["srrl", "catkd"])
 def test_a_head_that_is_not_linear_is_refused(name):
     pair = new_pair()
-    shape = {"codebooks": 4, "pairs": 8}
+    shape = {"codebooks": 4, "codebook_size": 8}
     teacher = new_classifier("resnet14x2", pair.data.config, bottleneck=shape)
     with pytest.raises(UserError, match="linear head, but resnet14x2 has a DiscreteKeyValueBottleneck") as error:
         METHODS[name](Pair(pair.student, teacher, pair.data).spec)

@@ -138,17 +138,17 @@ def test_cutout_is_a_square_of_up_to_half_the_width_that_the_border_may_cut():
 @pytest.mark.parametrize("script, words", [("train_simkd.py", []), ("train_student.py", ["--method", "kd"])])
 def test_a_student_and_its_control_are_trained_on_both(script, words, tmp_path: Path):
     run_script(f"image-classification/scripts/{script}", "--teacher", "resnet8", "--student", "resnet8", *words,
-               "--strong_views", "--train_samples", 64, "--num_train_epochs", 1, "--report_to", "none",
+               "--strong_augmentation", "--max_train_samples", 64, "--num_train_epochs", 1, "--report_to", "none",
                "--output_dir", tmp_path / "run")  # fmt: skip
     results = read_json(tmp_path / "run" / "results.json")
     assert results["models"]["control"] and results["models"]["student"]
-    assert "strong_views: true" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "strong_augmentation: true" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
 def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path, capsys):
     with pytest.raises(UserError, match="64 pixels or less"):
         large(photos_in(tmp_path / "photos")).views("train", CPU, augment=True, strong=True)
-    words = ["--strong_views", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
+    words = ["--strong_augmentation", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
         run_script("image-classification/scripts/train_student.py", *words)
     assert stopped.value.code == 2 and "there is no table of them" in capsys.readouterr().err
