@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput, has_length
 
-from kd.common.features import FeatureHooks
 from kd.common.objective import IGNORED, Objective
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batch_norm import (
     TOO_SMALL,

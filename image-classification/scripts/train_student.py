@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.outputs import AveragedTeacher
+from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.distillation import (
@@ -150,11 +150,11 @@ def distill_student(
     run = open_run(
         args.method, training, data, args, pair, data_args,
         teacher=teacher if pretrained else None,
-        ensemble_teachers=AveragedTeacher(others) if others else None,
+        ensemble_teachers=EnsembleTeacher(others) if others else None,
     )  # fmt: skip
     if not pretrained:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
-    outputs = AveragedTeacher([teacher, *others]) if others else teacher
+    outputs = EnsembleTeacher([teacher, *others]) if others else teacher
     teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.ensemble_teachers]), outputs, data)
 
     for seed_run in run.each_seed():

@@ -18,13 +18,13 @@ from typing import Any
 from kd.common.cli import parse, run
 from kd.common.training.run import Run
 from kd.common.training.run_folder import check_is_run_or_empty
-from kd.reinforcement_learning.environments.registry import (
+from kd.reinforcement_learning.data.environments import (
+    Environments,
     fingerprint,
     require_module_on_command_line,
     require_single_process,
     time_limit_warning,
 )
-from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments

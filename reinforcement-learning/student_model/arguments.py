@@ -19,7 +19,7 @@ from kd.common.utils.ranges import (
     ProperShare,
     check_declared,
 )
-from kd.reinforcement_learning.environments.registry import folder_name
+from kd.reinforcement_learning.data.environments import folder_name
 
 
 @dataclass

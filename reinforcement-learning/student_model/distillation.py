@@ -15,10 +15,8 @@ from kd.common.reporting.results import RESULTS
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
 from kd.common.training.run_folder import REPORT_FILES
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.registry import folder_name
-from kd.reinforcement_learning.environments.rollouts import Recorder
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.data.environments import Environments, folder_name
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies

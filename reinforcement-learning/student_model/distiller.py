@@ -24,8 +24,7 @@ from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.common.utils.ranges import Count, NotNegative, Positive
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Act, Recorder, mixture
+from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, mixture
 from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork
 from kd.reinforcement_learning.teacher_model.policies import sampling

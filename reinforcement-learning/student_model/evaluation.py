@@ -13,15 +13,14 @@ from kd.common import losses
 from kd.common.metrics.chance import guessing_warning
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, normalized_return, return_metrics
-from kd.common.outputs import AveragedTeacher
+from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.files import write_text
 from kd.common.utils.folders import writing_folder
-from kd.reinforcement_learning.data.observations import predict
-from kd.reinforcement_learning.environments.registry import fingerprint, folder_name, registration_code
-from kd.reinforcement_learning.environments.rollouts import TEST_SEED, random_actions, returns_of
+from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
 from kd.reinforcement_learning.teacher_model.teacher import Teacher
@@ -57,7 +56,7 @@ def evaluate_teacher(teacher: Teacher, episodes: int) -> dict[str, Any]:
 
 
 def evaluate_network(
-    network: PolicyNetwork | AveragedTeacher,
+    network: PolicyNetwork | EnsembleTeacher,
     action_space: spaces.Space,
     environment: str,
     episodes: int,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.vector import training_environments
+from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.teacher_model import frames
 from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork

@@ -10,15 +10,14 @@ from typing import Any, Literal
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from kd.common.outputs import AveragedTeacher
+from kd.common.outputs import EnsembleTeacher
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import STAGE, Run
 from kd.common.training.run_folder import read_recipe
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count
-from kd.reinforcement_learning.environments.registry import fingerprint, folder_name
-from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.data.environments import Environments, fingerprint, folder_name
+from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.files import find_teacher
 from kd.reinforcement_learning.teacher_model.policies import QValues, greedy, temperature_for_entropy
@@ -77,7 +76,7 @@ class Teacher:
 
     environment: str
     agent: Agent
-    network: PolicyNetwork | AveragedTeacher
+    network: PolicyNetwork | EnsembleTeacher
     more_agents: tuple[Agent, ...] = ()
 
     @property
@@ -143,13 +142,13 @@ def load_agent(
     return agent
 
 
-def average_policies(networks: Sequence[PolicyNetwork]) -> AveragedTeacher:
+def average_policies(networks: Sequence[PolicyNetwork]) -> EnsembleTeacher:
     """Several policies as one. For discrete actions the mean of their logits at their temperatures: the geometric mean
     of their distributions, normalized. For Box actions the mean of `mean` and of `log_std`; with a deterministic
     policy among them, which has no `log_std`, the average is deterministic. The values are averaged in the units in
     which each policy was trained.
     """
-    return AveragedTeacher(networks, features=("mean", "log_std", "value")).eval()
+    return EnsembleTeacher(networks, features=("mean", "log_std", "value")).eval()
 
 
 def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:

@@ -28,9 +28,8 @@ from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
-from kd.reinforcement_learning.environments.registry import folder_name
-from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.environments.vector import training_environments
+from kd.reinforcement_learning.data.environments import folder_name, training_environments
+from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps

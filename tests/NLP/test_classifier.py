@@ -34,11 +34,10 @@ from transformers import (
 )
 
 from kd.common.cli import parse
-from kd.common.features import FeatureHooks
 from kd.common.losses import attention_kl, feature_cosine, feature_l2
 from kd.common.methods import Method
 from kd.common.objective import Objective
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, load_text_data

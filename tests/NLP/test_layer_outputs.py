@@ -21,10 +21,9 @@ from transformers import (
     RobertaConfig,
 )
 
-from kd.common.features import FeatureHooks
 from kd.common.methods import Method
 from kd.common.objective import Objective
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
 from kd.nlp.student_model import teacher_outputs as steps

@@ -6,9 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from kd.common.features import FeatureHooks
 from kd.common.methods import Method, TaskSpec
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.image_classification.data.loading import ImageData, Images, SmallImageData
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.teacher_model.classifier import ImageClassifier

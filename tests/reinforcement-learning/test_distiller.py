@@ -11,9 +11,8 @@ from torch import nn
 
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Recorder, mixture, play, random_actions, returns_of
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder, mixture, play, random_actions, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics

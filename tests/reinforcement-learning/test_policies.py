@@ -9,7 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.outputs import Outputs
-from kd.reinforcement_learning.environments.vector import to_environment
+from kd.reinforcement_learning.data.environments import to_environment
 from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.policies import (
     entropy,

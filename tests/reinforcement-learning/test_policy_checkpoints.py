@@ -14,9 +14,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Recorder
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student

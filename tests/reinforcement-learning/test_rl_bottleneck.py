@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from kd.common.metrics.cost import parameters
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Recorder, returns_of
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task

@@ -14,7 +14,7 @@ from torch import nn
 
 from kd.common.export.onnx import OnnxModel, load_program
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.vector import SB3Environments
+from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.exportable import load
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student

@@ -19,9 +19,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from kd.common.utils.files import read_json
-from kd.reinforcement_learning.environments import video
-from kd.reinforcement_learning.environments.rollouts import TEST_SEED, returns_of
-from kd.reinforcement_learning.environments.vector import SB3Environments
+from kd.reinforcement_learning.data import video
+from kd.reinforcement_learning.data.environments import SB3Environments
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, returns_of
 from kd.reinforcement_learning.student_model import distiller
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script

@@ -13,8 +13,8 @@ from torch import nn
 
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.rollouts import returns_of
-from kd.reinforcement_learning.environments.vector import training_environments
+from kd.reinforcement_learning.data.environments import training_environments
+from kd.reinforcement_learning.data.rollouts import returns_of
 from kd.reinforcement_learning.student_model.ppd import PPD, DistillationSamples
 from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import greedy

@@ -12,7 +12,7 @@ import torch
 from stable_baselines3 import PPO
 
 from kd.common.metrics.cost import parameters
-from kd.reinforcement_learning.environments.vector import SB3Environments
+from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student, share_bodies
 from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
