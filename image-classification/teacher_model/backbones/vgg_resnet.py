@@ -7,8 +7,8 @@ five groups of convolutions is the stem and the other four are the stages.
 
 ResNets with three stages (He et al., arXiv:1512.03385, section 4.2) have depth 6n + 2, which counts the stem, two
 convolutions per block and the classifier. `resnet20` has a stem of 16 channels and stages of 16, 32 and 64;
-`resnet38x2` has stages twice as wide; `resnet32x4` and `resnet8x4` have stages four times as wide (64, 128 and 256) and
-a stem of 32.
+`resnet38x2` has stages twice as wide; `resnet32x4` and `resnet8x4` have stages four times as wide (64, 128, 256) and a
+stem of 32.
 
 ResNets with four stages (table 1 of the paper): `resnet18`, `resnet34` and `resnet50` are those for ImageNet, except
 for the stem: a 3x3 convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper uses a ResNet50
