@@ -25,11 +25,6 @@ from kd.common.utils.ranges import Count, Seed
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tasks import GLUE_TASKS, TASKS
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
-from kd.nlp.student_model.bottleneck_training import (
-    train_bottleneck_control,
-    train_bottleneck_student,
-    train_bottleneck_teacher,
-)
 from kd.nlp.student_model.glue_report import SYSTEMS, finished_seeds, show
 from kd.nlp.student_model.inputs import (
     Inputs,
@@ -41,7 +36,14 @@ from kd.nlp.student_model.inputs import (
 )
 from kd.nlp.student_model.methods import check_method, check_smoothing
 from kd.nlp.student_model.report import evaluate_teacher, report
-from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, train_control, train_student
+from kd.nlp.student_model.training import (
+    load_or_train_teacher,
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+    train_control,
+    train_student,
+)
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
@@ -166,7 +168,7 @@ def distill(
     run: GlueRun, inputs: Inputs, pair: PairArguments, system: MatchingArguments | TextBottleneckArguments
 ) -> None:
     """The run of one seed."""
-    epochs = control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
+    epochs = pair.align_epochs + run.args.num_train_epochs  # of all controls, because they share the encoder
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")

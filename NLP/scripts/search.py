@@ -22,8 +22,7 @@ from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials
 from kd.nlp.student_model.search_report import write_search_report
-from kd.nlp.student_model.teacher_outputs import cached_outputs
-from kd.nlp.student_model.training import set_trainable, switch_off_dropout
+from kd.nlp.student_model.training import cached_outputs, set_trainable, switch_off_dropout
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     in_label_order,

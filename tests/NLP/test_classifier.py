@@ -42,7 +42,6 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import teacher_outputs
 from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import predict, text_metrics
@@ -55,8 +54,7 @@ from kd.nlp.student_model.methods import (
     labels_only,
     layer_pairs,
 )
-from kd.nlp.student_model.teacher_outputs import cached_outputs
-from kd.nlp.student_model.training import initial_rate
+from kd.nlp.student_model.training import cached_outputs, initial_rate
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -191,7 +189,7 @@ def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tm
     words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
     words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
     distill(small, *words, "--output_dir", tmp_path / "cached")
-    monkeypatch.setattr(teacher_outputs, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(training_steps, "FEATURE_BYTES", 0)
     distill(small, *words, "--output_dir", tmp_path / "live")
     logs = []
     for name in ("cached", "live"):

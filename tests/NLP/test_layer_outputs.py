@@ -26,10 +26,10 @@ from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import teacher_outputs as steps
+from kd.nlp.student_model import training
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
-from kd.nlp.student_model.teacher_outputs import teacher_kwargs
+from kd.nlp.student_model.training import teacher_kwargs
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
 
 TEXTS = ["a red cat", "a dog", "the small cat and the big red dog and the hat", "hat", "a dog and a cat"]
@@ -99,7 +99,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
     student = recorded(model, inputs, matching.features)
 
-    monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(training, "FEATURE_BYTES", 0)
     live = teacher_kwargs(run, model, texts, matching)
     assert live["teacher_features"] == matching.teacher_features
     teacher = recorded(live["teacher"], inputs, live["teacher_features"])
