@@ -1,8 +1,8 @@
 """MobileNetV2 and ShuffleNets for small images, as the distillation papers use them.
 
 MobileNetV2 (Sandler et al., arXiv:1801.04381): `mobilenetv2x1.0` has the paper's width, `mobilenetv2` half of it.
-Unlike in the paper, the blocks of 24 channels keep the size, ReLUs are not capped at 6, and the first block starts with
-a 1x1 convolution as the others do, although it adds no channels.
+Unlike in the paper, the blocks of 24 channels keep the size, ReLUs are not capped at 6, and the first block starts
+with a 1x1 convolution as the others do, although it adds no channels.
 
 ShuffleNetV1 (Zhang et al., arXiv:1707.01083): `shufflenetv1` has the paper's three groups and width 1. Unlike in the
 paper, a ReLU also follows the depth-wise convolutions. ShuffleNetV2 (Ma et al., arXiv:1807.11164): `shufflenetv2` is
@@ -139,7 +139,7 @@ class ShuffleNetV1(Backbone):
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:
-    """Two maps (batch, channels, h, w) -> (batch, 2 * channels, h, w) with alternating channels, the paper's shuffle."""
+    """Two maps (batch, channels, h, w) -> (batch, 2 * channels, h, w) with alternating channels."""
     return torch.channel_shuffle(torch.cat([first, second], dim=1), 2)
 
 
