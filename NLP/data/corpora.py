@@ -24,8 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import fingerprint_of_data
 from kd.common.data.readers import READERS, read_text
-from kd.common.data.sources import list_folder, read_folder, read_splits, short_name
-from kd.common.data.splits import SPLIT_NAMES, Splits
+from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_splits, short_name
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import contents_of, is_text, texts_of

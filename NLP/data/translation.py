@@ -8,8 +8,7 @@ import numpy as np
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import fingerprint_of_data
-from kd.common.data.sources import read_splits, short_name
-from kd.common.data.splits import Splits, with_validation
+from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 

@@ -22,7 +22,7 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import Ranges
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.methods import labels_and_logits

@@ -21,7 +21,7 @@ from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics

@@ -21,7 +21,7 @@ from kd.common.reporting.plots import plot_curves
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Collator
+from kd.nlp.data.loading import Collator
 from kd.nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
 from kd.nlp.student_model.sequence_distillation import (

@@ -40,8 +40,7 @@ from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import predict, text_metrics

@@ -24,8 +24,7 @@ from transformers import (
 from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model import training
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
