@@ -2,8 +2,8 @@
 
 VGG with batch norm (Simonyan & Zisserman, arXiv:1409.1556): `vgg11`, `vgg13`, `vgg16` and `vgg19` are the paper's A,
 B, D and E; `vgg8` has one convolution per group. The last two of the paper's five poolings are left out, so 32x32
-images end in 4x4 maps. One linear classifier replaces the paper's three. As in the distillation toolboxes, the first of the
-five groups of convolutions is the stem and the other four are the stages.
+images end in 4x4 maps. One linear classifier replaces the paper's three. As in the distillation toolboxes, the
+first of the five groups of convolutions is the stem and the other four are the stages.
 
 ResNets with three stages (He et al., arXiv:1512.03385, section 4.2) have depth 6n + 2, which counts the stem, two
 convolutions per block and the classifier. `resnet20` has a stem of 16 channels and stages of 16, 32 and 64;
