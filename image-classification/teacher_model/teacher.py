@@ -18,8 +18,7 @@ from kd.common.data.sources import offline_if_unreachable, shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.teacher_model.backbones import TIMM
-from kd.image_classification.teacher_model.backbones.from_timm import known_weights
+from kd.image_classification.teacher_model.backbones import TIMM, known_weights
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
 
 IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
