@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from kd.common.utils.ending import fail, parsed
-from kd.common.utils.ending import run as run  # scripts import parse and run from here
-from kd.common.utils.errors import UserError, explained
+from kd.common.utils.errors import UserError, explained, fail, parsed
+from kd.common.utils.errors import run as run  # scripts import parse and run from here
 from kd.common.utils.files import read_recipe, write_text
 from kd.common.utils.ranges import Range, check_ranges, ranges_of
 

@@ -29,8 +29,7 @@ from kd.common.outputs import FeatureHooks
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
 from kd.nlp.teacher_model.teacher import encoder_of

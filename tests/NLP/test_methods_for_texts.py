@@ -14,8 +14,7 @@ from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.methods import (

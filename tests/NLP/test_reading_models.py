@@ -27,8 +27,7 @@ from transformers import (
 
 from kd.common.pretrained import load_model, load_tokenizer, reading, stage_loader
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load as load_exportable
 from kd.nlp.student_model.layers import load_encoder
