@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from kd.common.data.fingerprints import fingerprint_of
+from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
 from kd.common.reporting.comparison import over_seeds
 from kd.common.reporting.model_card import Savable, save_student
@@ -133,7 +133,7 @@ class Run:
         Raises UserError where a run that is continued began with others.
         """
         if self._marked is not None:
-            begun = {role: fingerprint_of(model) for role, model in models.items() if model is not None}
+            begun = {role: model_fingerprint(model) for role, model in models.items() if model is not None}
             self._marked.check_inputs(data=data, **begun)
 
     def stage(

@@ -14,7 +14,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from kd.common.data.sources import no_retries_when_unreachable
+from kd.common.data.sources import offline_if_unreachable
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.statistics import read_statistics
 
@@ -93,7 +93,7 @@ def _policy_in(folder: Path, name: str, environment: str) -> Path:
 def _download(name: str) -> Path:
     allowed, ignored = ["*.zip", "*.pkl", CONFIG, ARGS], [METRICS_ZIP, "*replay_buffer*"]
     try:
-        with no_retries_when_unreachable():
+        with offline_if_unreachable():
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed, ignore_patterns=ignored))
     except RepositoryNotFoundError:
         raise UserError(

@@ -220,7 +220,7 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     student = DistilBertForSequenceClassification(
         DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
     )
-    assert texts.unused_by(student) == ["token_type_ids"] and texts.unused_by(made.model) == []
+    assert texts.unused_inputs(student) == ["token_type_ids"] and texts.unused_inputs(made.model) == []
     for name, model in (("bert", made.model), ("distil", student)):
         model.save_pretrained(tmp_path / name)
         made.tokenizer.save_pretrained(tmp_path / name)

@@ -12,7 +12,7 @@ from kd.common.utils.files import read_json
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME
-from kd.image_classification.teacher_model.backbones.from_timm import known_weights
+from kd.image_classification.teacher_model.backbones import known_weights
 from kd_testing.paths import REPO
 from kd_testing.pictures import pixels, write
 from kd_testing.scripts import run_script
