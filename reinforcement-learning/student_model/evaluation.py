@@ -10,9 +10,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.metrics.chance import guessing_warning
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import agreement, normalized_return, return_metrics
+from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
@@ -102,8 +101,8 @@ def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -
     """The warning for a teacher that is no better than random actions, from the `return_metrics` of both."""
     score, chance = teacher["return_mean"], random["return_mean"]
     error = sum(metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)) ** 0.5
-    if score <= chance or guessing_warning(name, "mean return", score, chance, "random actions", error) is None:
-        return guessing_warning(name, "mean return", score, chance, "random actions")
+    if score <= chance or chance_warning(name, "mean return", score, chance, "random actions", error) is None:
+        return chance_warning(name, "mean return", score, chance, "random actions")
     return (
         f"teacher {name} is not clearly better than random actions: its mean return is {score:.4g}, theirs "
         f"{chance:.4g}, in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"

@@ -285,11 +285,11 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
     monkeypatch.setattr(distiller.Distiller, "_fit", teaches)
     with pytest.raises(SystemExit):
         distill("--teacher", "left.zip", "--output_dir", "left", "--no_control")
-    assert "warning: teacher ppo left is no better than guessing: its mean return is" in warned[0]
+    assert "warning: teacher ppo left is no better than chance: its mean return is" in warned[0]
     monkeypatch.setattr(distiller.Distiller, "_fit", fit)
     distill("--teacher", "left.zip", "--output_dir", "left", "--no_control", "--resume_from_checkpoint")
     results = read_json("left/results.json")
-    assert any("no better than guessing" in warning for warning in results["warnings"])
+    assert any("no better than chance" in warning for warning in results["warnings"])
     assert "**Warning:** teacher ppo left" in Path("left/report.md").read_text()
 
 
