@@ -16,8 +16,7 @@ from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
-from kd.common.utils.files import write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling

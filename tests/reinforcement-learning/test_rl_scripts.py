@@ -221,7 +221,7 @@ def test_a_video_is_whole_or_a_line(cart_pole, monkeypatch, capsys):
     Path("file").touch()
     Path("c.gif").write_text("of somebody else")
     for name in ("file/c.gif", "file/deeper/c.mp4"):
-        assert "is no folder that may be written to" in line_of(capsys, *words, name, script="evaluate.py")
+        assert "is not a writable folder" in line_of(capsys, *words, name, script="evaluate.py")
     with monkeypatch.context() as broken:
         broken.setattr(video.imageio.v3, "imwrite", lambda path, *_, **__: Path(path).write_text("half") and 1 / 0)
         assert "c.gif exists: pass --video" in line_of(capsys, *words, "c.mp4", script="evaluate.py")
