@@ -52,7 +52,7 @@ def test_the_task_is_the_cross_entropy_with_the_labels(name):
     own, said = forward_both(method, pair, pair.images)
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     parts = method.objective(own, said, labels)
-    weight = method.objective.weight("task")
+    weight = method.objective.current_weights()["task"]
     assert parts["task"].item() == pytest.approx(weight * F.cross_entropy(own.logits, labels).item(), rel=1e-5)
 
 

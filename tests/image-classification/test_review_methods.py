@@ -179,7 +179,7 @@ def test_the_weight_of_a_review_rises_over_20_of_240_epochs():
     objective = METHODS["reviewkd"](new_pair().spec).objective
     for epoch, share in ((0, 0.0), (5, 0.25), (20, 1.0), (240, 1.0)):
         objective.set_progress(epoch / 240)
-        assert objective.weight("review") == pytest.approx(5 * share)
+        assert objective.current_weights()["review"] == pytest.approx(5 * share)
 
 
 def test_a_fusion_adds_what_attention_lets_through():

@@ -145,7 +145,7 @@ def test_weight_of_norm_goes_through_the_phases_of_240_epochs():
     found = {}
     for epoch in (0, 9, 10, 20, 179, 180, 210, 240):
         objective.set_progress(epoch / 240)
-        found[epoch] = objective.weight("representations") / 2
+        found[epoch] = objective.current_weights()["representations"] / 2
     assert found == {0: 0.1, 9: 0.1, 10: 0.5, 20: 1.0, 179: 1.0, 180: 0.5, 210: 0.1, 240: 0.1}
     assert METHODS["norm"](new_pair().spec, weight=0.0).objective.weights == {"task": 0.1}
 
