@@ -207,7 +207,7 @@ def translate_training_set(run: TrainerRun, task: TranslationTask, teacher: PreT
 
 
 def evaluate(run: TrainerRun, task: TranslationTask, role: str, model: PreTrainedModel) -> Translated:
-    """See `evaluate_translator`. Warns of a teacher that is no better than guessing."""
+    """See `evaluate_translator`. Warns of a teacher that is no better than chance."""
     translator = Generator(model, task.tokenizer)
     found = evaluate_translator(_name(task, role, model), translator, task.data, task.splits, task.args.beams)
     if role == "teacher":

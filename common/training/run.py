@@ -35,8 +35,7 @@ from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, rea
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
+from kd.common.utils.files import CHECKSUMS, find_damage, read_json, write_json, writing_folder
 
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)

@@ -269,7 +269,7 @@ def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_c
         assert metrics[0] == pytest.approx(metrics[1])
     for one in found:  # random weights
         [warning] = one["warnings"]
-        assert "is no better than guessing: its validation accuracy is" in warning
+        assert "is no better than chance: its validation accuracy is" in warning
     assert capsys.readouterr().err.count("warning: teacher ") == 2
 
 
