@@ -53,7 +53,7 @@ def reading(name: str | Path, expected: str, instead: str = "") -> Iterator[None
 
 
 def load_model(kind: Any, name: str | Path, whole: bool = True, notes: list[str] | None = None, **kwargs: Any) -> Any:
-    """Calls `kind.from_pretrained(name, **kwargs)` in fp32. Raises UserError for weights that do not fit or are damaged.
+    """Calls `kind.from_pretrained(name, **kwargs)` in fp32. Raises UserError for weights that do not fit.
 
     Args:
         whole: if False, a missing head is initialized at random, and weights of other heads are ignored.

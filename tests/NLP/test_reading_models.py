@@ -210,7 +210,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "config of a number": (break_file("config.json", b'{"model_type": "bert", "hidden_size": "x"}'), "hidden_size"),
     "unknown architecture": (break_file("config.json", b'{"model_type": "none"}'), "model type `none`"),
     "custom code": (
-        break_file("config.json", b'{"model_type": "none", "auto_map": {"AutoConfig": "x.Y"}}'), "which is not executed"),
+        break_file("config.json", b'{"model_type": "none", "auto_map": {"AutoConfig": "x.Y"}}'), "not executed"),
     "damaged tokenizer": (break_file("tokenizer.json", b"{"), "cannot read a text encoder from"),
     "damaged tokenizer_config": (break_file("tokenizer_config.json", b"{"), "cannot read a text encoder from"),
     "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
