@@ -16,7 +16,7 @@ from datasets import Dataset, load_from_disk
 from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.common.data.fingerprints import fingerprint_of_data
+from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import Kind, read_labels, renumber
 from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
@@ -141,7 +141,7 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
             for column in (name for name in splits[split].column_names if name != "sample_id"):
                 yield [split, column, splits[split][:][column]]
 
-    return fingerprint_of_data(parts())
+    return data_fingerprint(parts())
 
 
 MANY_ROWS = 100_000
@@ -202,7 +202,7 @@ class Texts:
         """The first validation split."""
         return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
 
-    def unused_by(self, model: PreTrainedModel) -> list[str]:
+    def unused_inputs(self, model: PreTrainedModel) -> list[str]:
         """Inputs of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
         accepted = inspect.signature(model.forward).parameters
         return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]

@@ -137,7 +137,7 @@ def train_trial(
         train_dataset=texts.train,
         eval_dataset=texts.validation,
         data_collator=texts.collate,
-        not_for_student=texts.unused_by(model),
+        not_for_student=texts.unused_inputs(model),
         compute_metrics=trainer_metrics(data),
         callbacks=[pruning],
     )

@@ -144,7 +144,7 @@ def fine_tune(
             train_dataset=texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
-            not_for_student=texts.unused_by(model),
+            not_for_student=texts.unused_inputs(model),
             compute_metrics=trainer_metrics(texts.data),
             **(teacher or {}),
         )
@@ -287,7 +287,7 @@ def align(
             features=method.features,
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
-            not_for_student=texts.unused_by(encoder),
+            not_for_student=texts.unused_inputs(encoder),
             **teacher_kwargs(run, teacher_encoder, texts, method, logits=False),
         )
 

@@ -137,7 +137,7 @@ def read_splits(
         found = _read_hub(dataset, source, instead)
     else:
         raise UserError(
-            f"unknown dataset {short(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
+            f"unknown dataset {shorten(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
             "Hub name such as owner/name or owner/name:config"
         )
     return usual_names(found, dataset, needs_train)
@@ -161,11 +161,11 @@ def _exists(dataset: str) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all, with a NUL in it
         return False
     except OSError as error:
-        raise UserError(f"cannot read {short(dataset)} ({reason_of(error)})") from None
+        raise UserError(f"cannot read {shorten(dataset)} ({reason_of(error)})") from None
     return True
 
 
-def short(name: str | Path, width: int = 100) -> str:
+def shorten(name: str | Path, width: int = 100) -> str:
     """A name for a message, cut where it is long."""
     return str(name) if len(str(name)) <= width else f"{str(name)[:width]}..."
 
@@ -246,7 +246,7 @@ def _read_hub(dataset: str, source: str, instead: str) -> Splits:
     """All splits of `source`, owner/name[:config] on the Hub or in its cache; `dataset` is its name in messages."""
     name, _, config = source.partition(":")
     try:
-        with no_retries_when_unreachable():
+        with offline_if_unreachable():
             return dict(datasets.load_dataset(name, config or None))
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
@@ -263,7 +263,7 @@ def _read_hub(dataset: str, source: str, instead: str) -> Splits:
 
 
 @contextmanager
-def no_retries_when_unreachable(name: str = "") -> Iterator[None]:
+def offline_if_unreachable(name: str = "") -> Iterator[None]:
     """Asks the Hub once. Where it does not answer, its clients use the cache at once and not a minute later. Where
     `name` is a local folder, the Hub is not asked.
     """

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kd.common.data.fingerprints import fingerprint_of_data
+from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import renumber, some
 from kd.common.data.sources import set_aside, short_name, stratified
 from kd.common.utils.errors import UserError
@@ -149,7 +149,7 @@ def load_image_data(
         ids = renumber(dataset, ids, class_names, label_names)
         splits = {split: replace(rows, labels=torch.from_numpy(ids[split])) for split, rows in splits.items()}
         class_names = label_names
-        if image_size and any(rows.picture(0).size != (image_size, image_size) for rows in splits.values()):
+        if image_size and any(rows.image(0).size != (image_size, image_size) for rows in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name = short_name(dataset)
@@ -214,7 +214,7 @@ def _small_images(
         std=std,
         size=pixels.shape[1],
         flip=pixels.shape[-1] == 3,  # what is grey is mostly writing, which has no mirror image
-        fingerprint=fingerprint_of_data(contents()),
+        fingerprint=data_fingerprint(contents()),
         notes=notes,
     )
 
@@ -238,13 +238,13 @@ def _fit_in_memory(splits: dict[str, Rows], size: int, notes: list[str]) -> bool
 
 
 def _bytes_of(splits: dict[str, Rows], width: int, height: int) -> int:
-    channels = len(next(iter(splits.values())).picture(0).getbands())
+    channels = len(next(iter(splits.values())).image(0).getbands())
     return sum(map(len, splits.values())) * width * height * channels
 
 
 def _decode_all(splits: dict[str, Rows], size: int | None) -> dict[str, Images]:
     if size is None:
-        width, height = next(iter(splits.values())).picture(0).size
+        width, height = next(iter(splits.values())).image(0).size
         needed = _bytes_of(splits, width, height)
         if needed > MEMORY:
             raise UserError(
@@ -263,7 +263,7 @@ def _decode(rows: Rows, size: int | None) -> Images:
     """Grey images are of one channel, unless there are others in colour."""
     pixels: np.ndarray[Any, Any] | None = None
     for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", leave=False, disable=len(rows) < 5000):
-        picture = rows.picture(row)
+        picture = rows.image(row)
         if size is not None and picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BILINEAR)
         array = np.atleast_3d(np.asarray(picture))  # (height, width, channels)
@@ -300,7 +300,7 @@ def _large_images(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         size=size,
-        fingerprint=fingerprint_of_data(_contents_of_files(splits, label_names, size)),
+        fingerprint=data_fingerprint(_contents_of_files(splits, label_names, size)),
         notes=notes,
     )
 

@@ -24,7 +24,7 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.data.folders import read_class_folders
 
 
-class PictureError(UserError):
+class ImageError(UserError):
     """A picture that cannot be used. One line also from a worker process, which adds its traceback in front."""
 
     def __init__(self, message: str) -> None:
@@ -73,14 +73,14 @@ class Rows:
                 self.check(row)  # which refuses it in one line
         return sizes
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """Grey (mode L) or in colour (RGB), turned upright."""
         encoded = self.encoded(row)
         with self._decoding(row, len(encoded)):
             return _eight_bit(datasets.Image().decode_example({"bytes": encoded, "path": None}))
 
     def check(self, row: int) -> None:
-        """Raises PictureError where the beginning of a picture's file is that of none, or of one that is not used."""
+        """Raises ImageError where the beginning of a picture's file is that of none, or of one that is not used."""
         with self._opened(row) as file, self._decoding(row, file.seek(0, io.SEEK_END)), Image.open(file) as picture:
             _refuse_deep(picture)
 
@@ -90,12 +90,12 @@ class Rows:
         stored = self.stored(row)
         held, path = stored.get("bytes"), stored.get("path")
         if held is None and not path:
-            raise PictureError(f"{self.where(row)} is missing: remove the row or give it a picture")
+            raise ImageError(f"{self.where(row)} is missing: remove the row or give it a picture")
         try:
             with io.BytesIO(held) if held is not None else Path(str(path)).open("rb") as file:
                 yield file
         except OSError as error:
-            raise PictureError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
+            raise ImageError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
 
     @contextmanager
     def _decoding(self, row: int, size: int) -> Iterator[None]:
@@ -109,7 +109,7 @@ class Rows:
             reason = f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
         except Exception as error:  # damaged bytes: OSError, SyntaxError, zlib.error, whatever the decoder raises
             reason = " ".join(str(error).split())
-        raise PictureError(f"{self.where(row)} cannot be read ({reason}): replace or remove it")
+        raise ImageError(f"{self.where(row)} cannot be read ({reason}): replace or remove it")
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

@@ -158,7 +158,7 @@ class LargeViews(ImageViews):
 
     def view(self, row: int) -> Tensor:
         """(size, size, 3) uint8: this epoch's view of an image."""
-        picture = self.rows.picture(row).convert("RGB")
+        picture = self.rows.image(row).convert("RGB")
         with torch.random.fork_rng(devices=[], enabled=self.augment):
             if self.augment:
                 seed = random_numbers(self.seed, int(self.epoch), row, 1).item()

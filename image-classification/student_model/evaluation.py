@@ -10,9 +10,8 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
-from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
+from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning, top_k_accuracy
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
@@ -151,6 +150,7 @@ def image_results(run: TrainerRun, method: str, data: ImageData, entries: dict[s
     """results.json of entries that `evaluate` returned, by role. An entry is None if the run has no such model."""
     parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
     keys = {role: entry["keys"] for role, entry in entries.items() if entry and "keys" in entry}
+    extra: dict[str, Any] = {"keys": keys} if keys else {}
     models = {
         role: entry and {name: value for name, value in entry.items() if name not in ("parts", "keys")}
         for role, entry in entries.items()
@@ -169,7 +169,7 @@ def image_results(run: TrainerRun, method: str, data: ImageData, entries: dict[s
         data_notes="; ".join(data.notes) or "none",
         parameters_of_parts={role: part["parameters"] for role, part in parts.items()},
         flops_of_parts={role: part["flops"] for role, part in parts.items()},
-        **({"keys": keys} if keys else {}),
+        **extra,
     )
 
 
@@ -191,10 +191,7 @@ def write_results(
 def image_processor(data: ImageData) -> BaseImageProcessor:
     """Resizes, crops and normalizes images as the evaluation of a classifier of `data` does."""
     size: dict[str, Any] = {"height": data.size, "width": data.size}
-    channels: dict[str, Any] = {
-        "image_mean": (data.mean * 3)[:3],
-        "image_std": (data.std * 3)[:3],
-    }  # one channel for grey images
+    channels: dict[str, Any] = {"image_mean": (data.mean * 3)[:3], "image_std": (data.std * 3)[:3]}  # grey: one value
     if isinstance(data, LargeImageData):
         shorter = {"shortest_edge": shorter_side(data.size)}
         return CLIPImageProcessor(size=shorter, crop_size=size, resample=Image.Resampling.BILINEAR, **channels)

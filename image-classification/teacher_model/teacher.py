@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from transformers import AutoConfig, set_seed
 
-from kd.common.data.sources import no_retries_when_unreachable, short
+from kd.common.data.sources import offline_if_unreachable, shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
@@ -76,7 +76,7 @@ def trained_folder(name: str, student_first: bool = False) -> Path | None:
                 return folder
         is_folder, is_file = Path(name).is_dir(), Path(name).is_file()
     except OSError as error:
-        raise UserError(f"cannot read folder {short(name)}: {error.strerror}") from error
+        raise UserError(f"cannot read folder {shorten(name)}: {error.strerror}") from error
     if is_folder:
         raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py creates one")
     if is_file:
@@ -86,7 +86,7 @@ def trained_folder(name: str, student_first: bool = False) -> Path | None:
             "weights of timm"
         )
     if "/" in name and not name.startswith(TIMM):
-        raise UserError(f"there is no folder {short(name)}: train_teacher.py --output_dir FOLDER creates one")
+        raise UserError(f"there is no folder {shorten(name)}: train_teacher.py --output_dir FOLDER creates one")
     return None
 
 
@@ -195,7 +195,7 @@ def _load(name: str, checkpoint: str | None, classes: int) -> Any:
     """timm's network with its classifier, and with weights from the file or from the Hub."""
     if checkpoint is None:
         try:
-            with no_retries_when_unreachable():
+            with offline_if_unreachable():
                 return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError, ValueError) as error:
             reason = textwrap.shorten(str(error), 300).rstrip(".")

@@ -546,7 +546,7 @@ def test_a_teacher_that_is_no_better_than_guessing_is_called_out_before_it_teach
     words = [*SHORT, *PAIR, "--no_control", "--num_train_epochs", 1]
     script("train_student.py", *words, "--teacher", folder, "--output_dir", tmp_path / "run")
     [warning] = results_of(tmp_path / "run")["warnings"]
-    assert warning.startswith(f"teacher {folder} is no better than guessing: its validation accuracy is ")
+    assert warning.startswith(f"teacher {folder} is no better than chance: its validation accuracy is ")
     assert f"warning: {warning}" in capsys.readouterr().err
     assert f"**Warning:** {warning}" in (tmp_path / "run" / "report.md").read_text()
 

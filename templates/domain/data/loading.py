@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from kd.common.data.fingerprints import fingerprint_of_data
+from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import read_labels
 from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
@@ -78,7 +78,7 @@ def load_data(dataset: str) -> LabelledData:
         columns = {"values": values, "labels": ids, "sample_id": np.arange(len(rows))}
         splits[split] = datasets.Dataset.from_dict(columns).with_format("torch")
     splits = with_validation(splits, labels.values["train"], notes)
-    return LabelledData(short_name(dataset), splits, labels.names, fingerprint_of_data(contents), notes)
+    return LabelledData(short_name(dataset), splits, labels.names, data_fingerprint(contents), notes)
 
 
 def _values(split: str, rows: datasets.Dataset) -> np.ndarray:

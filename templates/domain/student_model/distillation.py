@@ -8,9 +8,8 @@ import torch
 from transformers import EvalPrediction, default_data_collator
 
 from kd.common.methods import Method
-from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import agreement, classification_metrics
+from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning
 from kd.common.pretrained import stage_loader
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.run import TrainerRun
