@@ -270,7 +270,8 @@ class TeacherViews:
     """Logits (samples * views, classes) in fp16 in a folder, row sample_id * views + view.
 
     Each row has a checksum, 0 while the row is empty. A row that does not match its checksum is computed again: it was
-    damaged, truncated or never filled. Several processes may fill a table, because all write the same values. Computed logits are rounded to fp16 too, so training does not depend on how many rows were filled.
+    damaged, truncated or never filled. Several processes may fill a table, because all write the same values.
+    Computed logits are rounded to fp16 too, so training does not depend on how many rows were filled.
 
     Args:
         key: Identifies the teacher's weights, the data and the precision (`fingerprints.outputs_key`). Tables of other
