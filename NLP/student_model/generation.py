@@ -12,8 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.losses import jensen_shannon, soft_target_kl
 from kd.common.methods import Method
-from kd.common.metrics.chance import language_warning
-from kd.common.metrics.quality import token_counts
+from kd.common.metrics.quality import language_warning, token_counts
 from kd.common.objective import IGNORED, Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
@@ -189,7 +188,7 @@ class GenerationTask(ABC):
 
     # ---- results ----
 
-    def warn_if_guessing(self, run: TrainerRun, entry: dict[str, Any], vocabulary: int) -> None:
+    def warn_if_at_chance(self, run: TrainerRun, entry: dict[str, Any], vocabulary: int) -> None:
         """Warns if a teacher, by its entry in results.json, predicts no better than the frequencies of the tokens."""
         perplexity = entry["metrics"]["validation"]["perplexity"]
         train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))

@@ -146,7 +146,7 @@ class LanguageTask(GenerationTask):
         self, run: TrainerRun, role: str, model: PreTrainedModel, teacher: LanguageEvaluation | None = None
     ) -> LanguageEvaluation:
         """Evaluates a model on every split but train. With the `teacher`'s evaluation, this includes how often both
-        models choose the same token. Warns if the teacher is no better than guessing.
+        models choose the same token. Warns if the teacher is no better than chance.
         """
         metrics, choices = {}, {}
         for split, blocks in self.splits.items():
@@ -160,7 +160,7 @@ class LanguageTask(GenerationTask):
         block = {"input_ids": self.splits["validation"][:1]["input_ids"].to(model.device)}
         entry = {"name": self._name(role, model), **cost(model, block), "metrics": metrics}
         if role == "teacher":
-            self.warn_if_guessing(run, entry, model.config.vocab_size)
+            self.warn_if_at_chance(run, entry, model.config.vocab_size)
         return LanguageEvaluation(entry, choices)
 
     def _name(self, role: str, model: PreTrainedModel) -> str:

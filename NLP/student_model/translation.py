@@ -27,8 +27,8 @@ from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Collator
-from kd.nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
+from kd.nlp.data.loading import Collator
+from kd.nlp.data.translation import TranslationCollator, TranslationData, tokenize_translation
 from kd.nlp.student_model.generation import CUT, GenerationTask, Splits, check_same_vocabulary
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
 from kd.nlp.teacher_model.generative import (
@@ -88,7 +88,7 @@ class TranslationTask(GenerationTask):
 
     @staticmethod
     def tokenize(args: Any, data: TranslationData, tokenizer: PreTrainedTokenizerBase) -> Splits:
-        return tokenize_pairs(data, tokenizer, args.source_prefix)
+        return tokenize_translation(data, tokenizer, args.source_prefix)
 
     # ---- models ----
 
@@ -121,7 +121,7 @@ class TranslationTask(GenerationTask):
         return float(rate or training.learning_rate)
 
     def collator(self, model: PreTrainedModel) -> Callable[[Any], dict[str, Any]]:
-        return PairCollator(self.tokenizer, model)
+        return TranslationCollator(self.tokenizer, model)
 
     def token_metrics(self, counts: np.ndarray) -> dict[str, float]:
         return token_metrics(counts)
@@ -155,7 +155,7 @@ class TranslationTask(GenerationTask):
 
     def evaluate(self, run: TrainerRun, role: str, model: PreTrainedModel) -> TranslationEvaluation:
         """Evaluates a model on every split but train, with greedy and with beam search. Warns if the teacher is no
-        better than guessing. Always in fp32, as for a user who loads the model.
+        better than chance. Always in fp32, as for a user who loads the model.
         """
         translator = Generator(model, self.tokenizer)
         metrics: dict[str, dict[str, float]] = {}
@@ -176,7 +176,7 @@ class TranslationTask(GenerationTask):
         costs = cost(model, median_pair(translator, validation))
         entry = {"name": self._name(role, model), **costs, "metrics": metrics}
         if role == "teacher":
-            self.warn_if_guessing(run, entry, model.config.vocab_size)
+            self.warn_if_at_chance(run, entry, model.config.vocab_size)
         return TranslationEvaluation(entry, seconds, signatures)
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
@@ -209,7 +209,7 @@ class TranslationTask(GenerationTask):
 
 def teacher_forced_metrics(translator: Generator, rows: Dataset) -> dict[str, float]:
     """token_accuracy and perplexity of the reference tokens, each predicted from the reference tokens before it."""
-    model, collate = translator.model, PairCollator(translator.tokenizer, translator.model)
+    model, collate = translator.model, TranslationCollator(translator.tokenizer, translator.model)
 
     def with_targets(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate(features)
@@ -233,5 +233,5 @@ def seconds_per_100(translator: Generator, rows: Dataset, beams: int) -> float:
 def median_pair(translator: Generator, rows: Dataset) -> dict[str, Tensor]:
     """The inputs of a sentence pair of median length, for measuring latency and FLOPs of a forward pass."""
     middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
-    batch = PairCollator(translator.tokenizer, translator.model)([rows[middle]])
+    batch = TranslationCollator(translator.tokenizer, translator.model)([rows[middle]])
     return {name: value.to(translator.model.device) for name, value in batch.items() if name not in NOT_INPUTS}

@@ -10,9 +10,8 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
-from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
+from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning, top_k_accuracy
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
