@@ -31,8 +31,7 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_text
-from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers, load_encoder
 from kd.nlp.teacher_model.teacher import load_classifier
@@ -47,7 +46,7 @@ class Setting:
 
     title: str
     decoder: Decoder = "linear"
-    pairs: int = 512
+    codebook_size: int = 512
     labels: int | None = None
     aligned: bool = True
     one_after_another: bool = False
@@ -56,9 +55,9 @@ class Setting:
 SETTINGS = [
     Setting("all labels, linear decoder, K = 512"),
     Setting("all labels, mean decoder, K = 512", "mean"),
-    Setting("linear decoder, K = 64", pairs=64),
-    Setting("linear decoder, K = 16", pairs=16),
-    Setting("mean decoder, K = 16", "mean", pairs=16),
+    Setting("linear decoder, K = 64", codebook_size=64),
+    Setting("linear decoder, K = 16", codebook_size=16),
+    Setting("mean decoder, K = 16", "mean", codebook_size=16),
     Setting("20 labels per class, linear decoder", labels=20),
     Setting("5 labels per class, linear decoder", labels=5),
     Setting("5 labels per class, mean decoder", "mean", labels=5),
@@ -123,7 +122,7 @@ class Embeddings:
 
 
 def embed(encoder: Any, texts: Texts) -> Embeddings:
-    model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, pairs=1)
+    model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, codebook_size=1)
     precision = resolve_precision("auto")
     splits = texts.train, texts.validation
     return Embeddings(*(torch.stack(embed_samples(model, rows, texts.collate, precision)) for rows in splits))
@@ -156,9 +155,9 @@ class KeyStudy:
 
     def accuracy(self, setting: Setting, keys: Keys) -> float:
         """Validation accuracy of a student with those keys."""
-        teacher, teacher_outputs = self.teacher_bottleneck(setting.decoder, setting.pairs)
+        teacher, teacher_outputs = self.teacher_bottleneck(setting.decoder, setting.codebook_size)
         embeddings = self.student[setting.aligned]
-        student = self.untrained(setting.decoder, setting.pairs)
+        student = self.untrained(setting.decoder, setting.codebook_size)
         set_keys(student, keys, teacher, embeddings.train, seed=0)
         if keys != "reused":
             codes = student.encode(embeddings.train)
@@ -185,22 +184,24 @@ class KeyStudy:
                     optimizer.step()
         return self.share_correct(probe(self.student[True].validation))
 
-    def untrained(self, decoder: Decoder, pairs: int) -> DiscreteKeyValueBottleneck:
+    def untrained(self, decoder: Decoder, codebook_size: int) -> DiscreteKeyValueBottleneck:
         torch.manual_seed(0)
         width = self.teacher.train.shape[1]
-        return DiscreteKeyValueBottleneck(width, self.data.num_labels, pairs=pairs, decoder=decoder)
+        return DiscreteKeyValueBottleneck(width, self.data.num_labels, codebook_size=codebook_size, decoder=decoder)
 
-    def teacher_bottleneck(self, decoder: Decoder, pairs: int) -> tuple[DiscreteKeyValueBottleneck, TeacherOutputs]:
+    def teacher_bottleneck(
+        self, decoder: Decoder, codebook_size: int
+    ) -> tuple[DiscreteKeyValueBottleneck, TeacherOutputs]:
         """The teacher's bottleneck of that shape, trained on labels, and its logits of the training texts."""
-        if (decoder, pairs) not in self.teachers:
-            teacher = self.untrained(decoder, pairs)
+        if (decoder, codebook_size) not in self.teachers:
+            teacher = self.untrained(decoder, codebook_size)
             set_keys(teacher, "new", None, self.teacher.train, seed=0)
             codes = teacher.encode(self.teacher.train)
             self.fit_values(teacher, codes, torch.arange(len(codes)), None)
             with torch.no_grad():
                 outputs = TeacherOutputs(torch.arange(len(codes)), teacher.decode(codes))
-            self.teachers[decoder, pairs] = teacher, outputs
-        return self.teachers[decoder, pairs]
+            self.teachers[decoder, codebook_size] = teacher, outputs
+        return self.teachers[decoder, codebook_size]
 
     def fit_values(
         self,

@@ -1,10 +1,10 @@
 """Memory and time of the nearest-key search, in blocks against all distances at once.
 
     python benchmarks/nearest_keys.py
-    python benchmarks/nearest_keys.py --codebooks 64 --pairs 4096 --key_dim 12 --rows 16384
+    python benchmarks/nearest_keys.py --codebooks 64 --codebook_size 4096 --key_dim 12 --rows 16384
 
 Each side runs in a process of its own and reports how far its peak resident memory rose above what it was before. All
-distances at once for the default shape (32 texts of 512 tokens, 64 codebooks of 4,096 pairs) would need 17 GB, so that
+distances at once for the default shape (32 texts of 512 tokens, 64 codebooks of 4,096 keys) would need 17 GB, so that
 side runs on `--naive_rows` rows, and its memory is scaled up in the last column.
 """
 
@@ -21,12 +21,12 @@ from kd.common.bottleneck.keys import nearest_keys
 
 
 def naive(heads: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return torch.cdist(heads.transpose(0, 1), keys).argmin(-1).T  # (codebooks, rows, pairs) at once
+    return torch.cdist(heads.transpose(0, 1), keys).argmin(-1).T  # (codebooks, rows, codebook_size) at once
 
 
-def measure(side: str, codebooks: int, pairs: int, key_dim: int, rows: int) -> dict[str, float]:
+def measure(side: str, codebooks: int, codebook_size: int, key_dim: int, rows: int) -> dict[str, float]:
     torch.manual_seed(0)
-    heads, keys = torch.randn(rows, codebooks, key_dim), torch.randn(codebooks, pairs, key_dim)
+    heads, keys = torch.randn(rows, codebooks, key_dim), torch.randn(codebooks, codebook_size, key_dim)
     search = {"blocks": nearest_keys, "naive": naive}[side]
     search(heads[:2], keys)  # what libraries allocate once
     before, started = _peak(), time.perf_counter()
@@ -42,7 +42,7 @@ def _peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codebooks", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=4096)
+    parser.add_argument("--codebook_size", type=int, default=4096)
     parser.add_argument("--key_dim", type=int, default=12)
     parser.add_argument("--rows", type=int, default=32 * 512, help="texts times tokens")
     parser.add_argument("--naive_rows", type=int, default=2048)
@@ -50,9 +50,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = {"blocks": args.rows, "naive": args.naive_rows}
     if args.side:
-        print(json.dumps(measure(args.side, args.codebooks, args.pairs, args.key_dim, rows[args.side])))
+        print(json.dumps(measure(args.side, args.codebooks, args.codebook_size, args.key_dim, rows[args.side])))
         return
-    print(f"C = {args.codebooks}, K = {args.pairs}, key width {args.key_dim}, {args.rows} rows")
+    print(f"C = {args.codebooks}, K = {args.codebook_size}, key width {args.key_dim}, {args.rows} rows")
     print("| search | rows | peak MiB | ms per 1,000 rows | peak MiB at all rows |\n|---|---|---|---|---|")
     for side, n in rows.items():
         command = [sys.executable, *sys.argv, "--side", side]

@@ -31,14 +31,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from kd.common.cli import run
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import VALIDATION_SEED, Recorder, returns_of
-from kd.reinforcement_learning.environments.vector import Environments, training_environments
+from kd.reinforcement_learning.data.environments import Environments, training_environments
+from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, load_or_train_teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher

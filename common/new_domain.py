@@ -16,7 +16,7 @@ from pathlib import Path
 from kd.common.cli import Parser, run
 from kd.common.utils import import_name
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import writing_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "templates" / "domain"

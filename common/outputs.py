@@ -1,4 +1,4 @@
-"""The outputs of every model of this project, teacher or student, in any domain."""
+"""Named outputs of any model, teacher or student, in any domain: logits, and features recorded by forward hooks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Outputs(ModelOutput):
     """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are not
     padding, sample_id (batch,) of the training samples, for terms with a memory.
 
-    A ModelOutput, because accelerate turns the bf16 tensors of an autocast forward back into fp32 only inside one.
+    A ModelOutput, because accelerate casts the bf16 tensors of an autocast forward back to fp32 only inside one.
     """
 
     logits: Tensor | None = None
@@ -24,9 +24,39 @@ class Outputs(ModelOutput):
     sample_id: Tensor | None = None
 
 
-class AveragedTeacher(nn.Module):
-    """Several teachers of the same inputs as one: the mean of their logits (`mean_logits`), and of those of the named
-    `features` that all of them output. It outputs no other features.
+class FeatureHooks:
+    """Records the outputs of submodules by name: `FeatureHooks(bert, {"layer_2": "encoder.layer.1"})`.
+
+    Call the model, then `take()` the features of that call. Raises ValueError for a path that the model lacks.
+    """
+
+    def __init__(self, model: nn.Module, paths: dict[str, str]) -> None:
+        modules = dict(model.named_modules())
+        missing = [path for path in paths.values() if path not in modules]
+        if missing:
+            raise ValueError(f"{type(model).__name__} has no submodule {', '.join(missing)}")
+        self._features: dict[str, Tensor] = {}
+        self._handles = [modules[path].register_forward_hook(self._recorder(name)) for name, path in paths.items()]
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._features[name] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+    def take(self) -> dict[str, Tensor]:
+        """Returns the features of the last call and clears them, so that no graph is kept alive."""
+        features, self._features = self._features, {}
+        return features
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class EnsembleTeacher(nn.Module):
+    """Several teachers of the same inputs as one. It outputs the mean of their logits (`mean_logits`), and the mean of
+    each of the named `features` that all of them output.
     """
 
     def __init__(self, teachers: Iterable[nn.Module], features: Sequence[str] = ()) -> None:
@@ -39,20 +69,20 @@ class AveragedTeacher(nn.Module):
 
     def forward(self, *args: Any, **inputs: Any) -> Outputs:
         outputs: list[Outputs] = [teacher(*args, **inputs) for teacher in self.teachers]
-        averaged = {}
+        means = {}
         for name in self.features:
             values = [one.features[name] for one in outputs if one.features and name in one.features]
             if len(values) == len(outputs):
-                averaged[name] = _mean(values)
-        return Outputs(logits=mean_logits(outputs), features=averaged)
+                means[name] = _mean(values)
+        return Outputs(logits=mean_logits(outputs), features=means)
 
 
 def mean_logits(outputs: Sequence[Outputs]) -> Tensor | None:
-    """The mean of the logits (batch, classes) of several teachers, whose softmax is the geometric mean of their
-    distributions, normalized (Hinton et al., arXiv:1503.02531). None if no teacher outputs logits.
+    """The mean of the logits (batch, classes) of several teachers. Its softmax is the normalized geometric mean of
+    their distributions (Hinton et al., arXiv:1503.02531). None if no teacher outputs logits.
 
-    It is the average of teachers in every domain: of live ones (`AveragedTeacher`), and of cached outputs
-    (`JoinedOutputs`) where each teacher has its own tokenizer.
+    Used in every domain: by `EnsembleTeacher`, and for the cached outputs of teachers with different tokenizers
+    (`JoinedOutputs`).
     """
     logits = [one.logits for one in outputs if one.logits is not None]
     return _mean(logits) if logits else None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from kd.common.data.readers import reason_of
-from kd.common.data.sources import no_retries_when_unreachable, short
+from kd.common.data.sources import offline_if_unreachable, shorten
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import non_finite_tensor
 
@@ -40,8 +40,8 @@ def reading(name: str | Path, what: str, instead: str = "") -> Iterator[None]:
     """
     try:
         if Path(name).is_file():
-            raise UserError(f"{short(name)} is a file: pass a folder with config.json and weights, or a Hub name")
-        with no_retries_when_unreachable(str(name)):
+            raise UserError(f"{shorten(name)} is a file: pass a folder with config.json and weights, or a Hub name")
+        with offline_if_unreachable(str(name)):
             yield
     except (UserError, MemoryError):
         raise
@@ -60,14 +60,14 @@ def load_model(
     if prefix:
         model, misfit, _ = _load(kind, name, whole, settings | {"key_mapping": {f"^{re.escape(prefix)}": ""}})
     if misfit:
-        raise UserError(f"the weights of {short(name)} do not fit its config.json: {misfit}")
+        raise UserError(f"the weights of {shorten(name)} do not fit its config.json: {misfit}")
     if prefix:
-        note = f"the weights of {short(name)} are read without the prefix {prefix!r} of their names"
+        note = f"the weights of {shorten(name)} are read without the prefix {prefix!r} of their names"
         print(f"note: {note}")
         if notes is not None:
             notes.append(note)
     if (tensor := non_finite_tensor(model)) is not None:
-        raise UserError(f"the weights of {short(name)} are damaged: {tensor} is not finite")
+        raise UserError(f"the weights of {shorten(name)} are damaged: {tensor} is not finite")
     return model
 
 
@@ -75,7 +75,7 @@ def load_tokenizer(kind: Any, name: str | Path) -> Any:
     """`kind.from_pretrained(name)`. Raises UserError where there are no files of a tokenizer."""
     tokenizer = kind.from_pretrained(str(name), trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"{short(name)} has no tokenizer: save it there with tokenizer.save_pretrained")
+        raise UserError(f"{shorten(name)} has no tokenizer: save it there with tokenizer.save_pretrained")
     return tokenizer
 
 
@@ -138,9 +138,9 @@ def _explain(name: str, what: str, instead: str, error: Exception) -> str:
         cause = f"no {cause}"
     if not os.path.isdir(name):  # Path.is_dir raises where a name is too long
         return (
-            f"no model {short(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
+            f"no model {shorten(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
             f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
         )
     if not {"config.json", "tokenizer.json"} & set(os.listdir(name)):
-        return f"no model in {short(name)}: it has no config.json; name the folder of {what}, as a run's student"
-    return f"cannot read {what} from {short(name)}: {cause}"
+        return f"no model in {shorten(name)}: it has no config.json; name the folder of {what}, as a run's student"
+    return f"cannot read {what} from {shorten(name)}: {cause}"

@@ -95,7 +95,7 @@ def policies(folder: Path) -> tuple[str, list[object], Changes]:
         model.save(folder / "teacher.zip")
 
     save(1.0)
-    words = "--steps 64 --rounds 1 --updates 2 --episodes 2 --watch_episodes 2 --num_envs 2".split()
+    words = "--steps 64 --rounds 1 --updates 2 --episodes 2 --eval_episodes 2 --num_envs 2".split()
     return (
         "reinforcement-learning/scripts/distill_policy.py",
         [*words, "--teacher", folder / "teacher.zip"],

@@ -14,14 +14,14 @@ from kd.nlp.student_model.arguments import (
     TextArguments,
     TextBottleneckArguments,
 )
-from kd.nlp.student_model.bottleneck_training import (
+from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
+from kd.nlp.student_model.report import evaluate_teacher, report
+from kd.nlp.student_model.training import (
+    open_run,
     train_bottleneck_control,
     train_bottleneck_student,
     train_bottleneck_teacher,
 )
-from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
-from kd.nlp.student_model.report import evaluate_teacher, report
-from kd.nlp.student_model.training import open_run
 
 
 def main() -> None:
@@ -40,7 +40,9 @@ def main() -> None:
     measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher)
     for seed_run in parent_run.each_seed():
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
-        control = None if training.no_control else train_bottleneck_control(seed_run, inputs, pair, bottleneck)
+        control = None
+        if not training.no_control:
+            control = train_bottleneck_control(seed_run, inputs, pair, bottleneck, encoder_epochs=pair.align_epochs)
         student = train_bottleneck_student(seed_run, inputs, pair, bottleneck, teacher)
         report(seed_run, inputs, bottleneck.system, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

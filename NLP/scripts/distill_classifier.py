@@ -14,7 +14,6 @@ from kd.nlp.student_model.arguments import ClassifierTrainingArguments, Matching
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_matching
 from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
-    control_epochs,
     load_or_train_teacher,
     open_run,
     train_control,
@@ -29,18 +28,18 @@ def main() -> None:
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     foreign = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
     reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(foreign))
-    inputs = load_inputs(text, pair, training, text.load(), matching.more_teachers)
+    inputs = load_inputs(text, pair, training, text.load(), matching.ensemble_teachers)
     validate_arguments(inputs, pair, training)
     validate_matching(inputs, pair, matching, training)
     parent_run = open_run(inputs, training, text, pair, matching)
 
     teacher = load_or_train_teacher(parent_run, inputs, pair)
-    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.more_teachers)
+    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.ensemble_teachers)
     for seed_run in parent_run.each_seed():
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
-        control = (
-            None if training.no_control else train_control(seed_run, inputs, pair, control_epochs(seed_run, pair))
-        )
+        control = None
+        if not training.no_control:
+            control = train_control(seed_run, inputs, pair, epochs=pair.align_epochs + training.num_train_epochs)
         student = train_student(seed_run, inputs, pair, matching, teacher)
         report(seed_run, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

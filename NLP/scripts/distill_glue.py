@@ -22,14 +22,9 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Seed
+from kd.nlp.data.columns import GLUE_TASKS, TASKS
 from kd.nlp.data.loading import TextData
-from kd.nlp.data.tasks import GLUE_TASKS, TASKS
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
-from kd.nlp.student_model.bottleneck_training import (
-    train_bottleneck_control,
-    train_bottleneck_student,
-    train_bottleneck_teacher,
-)
 from kd.nlp.student_model.glue_report import SYSTEMS, finished_seeds, show
 from kd.nlp.student_model.inputs import (
     Inputs,
@@ -41,7 +36,14 @@ from kd.nlp.student_model.inputs import (
 )
 from kd.nlp.student_model.methods import check_method, check_smoothing
 from kd.nlp.student_model.report import evaluate_teacher, report
-from kd.nlp.student_model.training import control_epochs, load_or_train_teacher, train_control, train_student
+from kd.nlp.student_model.training import (
+    load_or_train_teacher,
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+    train_control,
+    train_student,
+)
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
@@ -54,7 +56,7 @@ class GlueArguments:
     glue_folder: Path | None = field(
         default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
     )
-    samples_per_stage: Count = field(
+    max_samples_seen: Count = field(
         default=200_000,
         metadata={"help": "texts that fine-tuning and alignment see at most, each, so large tasks get fewer epochs"},
     )
@@ -117,7 +119,7 @@ def main() -> None:
     for task in glue.tasks:
         text.dataset = sources[task]
         data = text.load()
-        limited = at_most(glue.samples_per_stage / len(data.splits["train"]), pair, training)
+        limited = at_most(glue.max_samples_seen / len(data.splits["train"]), pair, training)
         distill_task(folder / task, glue.systems, data, text, *limited, bottleneck, matching)
     show(folder, glue.tasks)
     del lock  # until now no other process works in the folder
@@ -134,7 +136,7 @@ def distill_task(
     matching: MatchingArguments,
 ) -> None:
     """Distills all systems on one task. They share stages, so also later ones need the same arguments and inputs."""
-    inputs = load_inputs(text, pair, training, data, matching.more_teachers if "base" in systems else [])
+    inputs = load_inputs(text, pair, training, data, matching.ensemble_teachers if "base" in systems else [])
     validate_arguments(inputs, pair, training)
     if "base" in systems:
         validate_matching(inputs, pair, matching, training)
@@ -166,11 +168,11 @@ def distill(
     run: GlueRun, inputs: Inputs, pair: PairArguments, system: MatchingArguments | TextBottleneckArguments
 ) -> None:
     """The run of one seed."""
-    epochs = control_epochs(run, pair)  # also of a bottleneck's control, which shares its encoder
+    epochs = pair.align_epochs + run.args.num_train_epochs  # of all controls, because they share the encoder
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
-        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system.more_teachers)
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system.ensemble_teachers)
         if not run.args.no_control:
             control = train_control(run, inputs, pair, epochs, "control_encoder")
         student = train_student(run, inputs, pair, system, teacher)
@@ -200,7 +202,7 @@ def at_most(
     """
     pair, training = copy.copy(pair), copy.copy(training)
     training.num_train_epochs = min(training.num_train_epochs, epochs)
-    for name in ("teacher_epochs", "align_epochs", "scratch_epochs"):
+    for name in ("teacher_epochs", "align_epochs", "from_scratch_epochs"):
         setattr(pair, name, min(getattr(pair, name), epochs))
     return pair, training
 

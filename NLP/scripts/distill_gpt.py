@@ -59,7 +59,7 @@ class Arguments:
     student_layers: Count = field(default=1, metadata={"help": "of a student that is cut or from scratch"})
     student_width: Count = field(default=64, metadata={"help": "of a student from scratch"})
     dropout: ShareBelow1 = field(default=0.1, metadata={"help": "of models from scratch, while they have no teacher"})
-    scratch_learning_rate: Positive = field(default=2e-3, metadata={"help": "--learning_rate for random weights"})
+    from_scratch_learning_rate: Positive = field(default=2e-3, metadata={"help": "--learning_rate for random weights"})
 
     divergence: Literal["forward", "reverse", "js"] = field(
         default="forward", metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon"}
@@ -84,7 +84,7 @@ class Arguments:
         if self.student not in (CUT, SCRATCH):
             reject_unused("--student names a model", self, "student_layers")
         if SCRATCH not in (self.teacher, self.student):
-            reject_unused("no model has random weights", self, "dropout", "scratch_learning_rate")
+            reject_unused("no model has random weights", self, "dropout", "from_scratch_learning_rate")
         if self.divergence != "js":
             reject_unused("--divergence is not js", self, "js_beta")
 
@@ -105,7 +105,9 @@ def main() -> None:
     args, training = parse(Arguments, LanguageTrainingArguments)
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
-        reject_unused("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
+        reject_unused(
+            "models of random weights are trained at --from_scratch_learning_rate", training, "learning_rate"
+        )
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
     pretrained_teacher, pretrained_student = load_named_models(args)

@@ -13,8 +13,7 @@ from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing
@@ -22,8 +21,7 @@ from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials
 from kd.nlp.student_model.search_report import write_search_report
-from kd.nlp.student_model.teacher_outputs import cached_outputs
-from kd.nlp.student_model.training import set_trainable, switch_off_dropout
+from kd.nlp.student_model.training import cached_outputs, set_trainable, switch_off_dropout
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     in_label_order,

@@ -74,11 +74,13 @@ class PairArguments:
     )
     student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
     student_layers: Count | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
-    control_from: str | None = field(
+    control_init: str | None = field(
         default=None, metadata={"help": "encoder that the control is cut from, where --teacher is trained already"}
     )
-    scratch_epochs: Positive = field(default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"})
-    scratch_learning_rate: Positive = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
+    from_scratch_epochs: Positive = field(
+        default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"}
+    )
+    from_scratch_learning_rate: Positive = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
     align_epochs: NotNegative = field(default=6, metadata={"help": "matching the teacher's hidden states; 0: none"})
     align_learning_rate: Positive = field(default=5e-4, metadata={"help": "matching bears more than fine-tuning does"})
 
@@ -90,18 +92,18 @@ class PairArguments:
         if not self.align_epochs:
             reject_unused("--align_epochs is 0", self, "align_learning_rate")
         if self.student:
-            reject_unused("the control starts as --student does", self, "control_from")
+            reject_unused("the control starts as --student does", self, "control_init")
 
     def reject_unused_flags(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
         """Raises UserError for flags that are not those of what was loaded: `teacher_...`, or any model."""
         if teacher_is_trained:
-            reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "scratch_epochs")
+            reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "from_scratch_epochs")
         elif teacher_from_scratch:
-            reject_unused(f"{self.teacher} has random weights and --scratch_epochs", self, "teacher_epochs")
+            reject_unused(f"{self.teacher} has random weights and --from_scratch_epochs", self, "teacher_epochs")
         else:
-            reject_unused(f"{self.teacher} has no random weights", self, "scratch_epochs")
+            reject_unused(f"{self.teacher} has no random weights", self, "from_scratch_epochs")
         if not from_scratch:
-            reject_unused("no model has random weights", self, "scratch_learning_rate")
+            reject_unused("no model has random weights", self, "from_scratch_learning_rate")
 
 
 @dataclass
@@ -127,7 +129,7 @@ class TextBottleneckArguments(BottleneckArguments):
 class MatchingArguments:
     """What a plain student learns besides labels and soft targets, and from whom."""
 
-    more_teachers: list[str] = field(
+    ensemble_teachers: list[str] = field(
         default_factory=list,
         metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
     )

@@ -8,8 +8,7 @@ from transformers import set_seed
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
@@ -43,7 +42,7 @@ class Inputs:
     def starts(self) -> dict[str, Start | None]:
         """All models by role."""
         others: dict[str, Start | None] = {f"another_teacher_{i}": other for i, other in enumerate(self.ensemble, 1)}
-        return {"teacher": self.teacher, "student": self.student, "control_from": self.control_init} | others
+        return {"teacher": self.teacher, "student": self.student, "control_init": self.control_init} | others
 
     @property
     def notes(self) -> list[str]:
@@ -81,8 +80,8 @@ def load_starts(
     set_seed(seed)
     teacher = load_classifier(pair.teacher, data)
     student = load_classifier(pair.student, data) if pair.student else None
-    has_control_init = pair.control_from and not (pair.student or training.no_control)
-    control_init = load_classifier(str(pair.control_from), data) if has_control_init else None
+    has_control_init = pair.control_init and not (pair.student or training.no_control)
+    control_init = load_classifier(str(pair.control_init), data) if has_control_init else None
     for start in filter(None, (teacher, student, control_init)):
         start.cut_texts(text.max_length)
     return teacher, student, control_init
@@ -113,10 +112,10 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
             raise UserError(
                 f"--student_layers must be between 1 and the teacher's {layers}, got {inputs.student_layers}"
             )
-        if teacher.trained and not pair.control_from and not training.no_control:
+        if teacher.trained and not pair.control_init and not training.no_control:
             raise UserError(
                 f"teacher {pair.teacher} is trained already, so a control cut from it would have had a teacher: "
-                "name the encoder that it was made from with --control_from, or pass --no_control"
+                "name the encoder that it was made from with --control_init, or pass --no_control"
             )
         check_cut(teacher.encoder, inputs.student_layers)
         if control_init:
@@ -131,18 +130,18 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
 
 
 def _validate_control_init(inputs: Inputs, control_init: Pretrained, pair: PairArguments) -> None:
-    """Raises UserError where no control can be cut from the model of --control_from."""
-    name, teacher = pair.control_from, pair.teacher
+    """Raises UserError where no control can be cut from the model of --control_init."""
+    name, teacher = pair.control_init, pair.teacher
     if control_init.trained:
-        raise UserError(f"--control_from {name} is trained already: name the encoder that {teacher} was made from")
+        raise UserError(f"--control_init {name} is trained already: name the encoder that {teacher} was made from")
     if control_init.tokenizer.get_vocab() != inputs.teacher.tokenizer.get_vocab():
         raise UserError(
-            f"--control_from {name} and teacher {teacher} have different vocabularies: name the encoder that the "
+            f"--control_init {name} and teacher {teacher} have different vocabularies: name the encoder that the "
             "teacher was made from"
         )
     if (layers := len(layer_paths(control_init.encoder))) < inputs.student_layers:
         raise UserError(
-            f"--control_from {name} has fewer layers ({layers}) than the control needs ({inputs.student_layers}): "
+            f"--control_init {name} has fewer layers ({layers}) than the control needs ({inputs.student_layers}): "
             "name the encoder that the teacher was made from, or pass --student_layers"
         )
     check_cut(control_init.encoder, inputs.student_layers)
@@ -165,14 +164,16 @@ def validate_matching(
             f"matched: {leave_out}"
         )
     if needs_features(matching.method) and inputs.ensemble:
-        raise UserError(f"--method {matching.method} needs a single teacher: leave out --more_teachers")
+        raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
     if matching.attention_weight and inputs.ensemble:
-        raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --more_teachers")
+        raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --ensemble_teachers")
     if reads_features and has_bottleneck:
         raise UserError(f"teacher {pair.teacher} has a bottleneck, whose features cannot be matched: {leave_out}")
     if all(start.from_scratch for start in (teacher, student, inputs.control_init) if start):
-        reject_unused("models of random weights are trained at --scratch_learning_rate", training, "learning_rate")
+        reject_unused(
+            "models of random weights are trained at --from_scratch_learning_rate", training, "learning_rate"
+        )
     if matching.hidden_weight or matching.attention_weight:
         layers = len(layer_paths(student.encoder)) if student else inputs.student_layers
         layer_pairs(matching.layer_map, layers, len(layer_paths(teacher.encoder)))
@@ -189,7 +190,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
         reject_unused(f"teacher {pair.teacher} is kept as it is", bottleneck, "freeze_teacher_encoder")
     elif bottleneck.freeze_teacher_encoder:
         reason = "--freeze_teacher_encoder leaves the teacher's encoder as it is"
-        reject_unused(reason, pair, "teacher_epochs", "scratch_epochs")
+        reject_unused(reason, pair, "teacher_epochs", "from_scratch_epochs")
     widths = [start.encoder.config.hidden_size for start in (teacher, student) if start]
     shapes = [bottleneck.without_weights(width, inputs.data.num_labels) for width in widths]
     if bottleneck.keys not in ("carried", "reused"):

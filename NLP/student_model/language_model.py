@@ -106,7 +106,7 @@ def train_teacher(run: TrainerRun, task: LanguageTask) -> PreTrainedModel:
         if pretrained is not None:
             model, rate = copy.deepcopy(pretrained), run.args.learning_rate  # the control is cut from the original
         else:
-            model, rate = random_model(task, args.teacher_layers, args.teacher_width), args.scratch_learning_rate
+            model, rate = random_model(task, args.teacher_layers, args.teacher_width), args.from_scratch_learning_rate
         return _train(run, task, "teacher", model, rate, num_train_epochs=args.teacher_epochs)
 
     return run.stage("teacher", build, read_model, task.tokenizer)
@@ -153,7 +153,7 @@ def random_model(task: LanguageTask, layers: int, width: int) -> PreTrainedModel
 def student_rate(run: TrainerRun, task: LanguageTask) -> float:
     args = task.args
     from_scratch = args.student == SCRATCH or (args.student == CUT and task.pretrained_teacher is None)
-    return float(args.scratch_learning_rate if from_scratch else run.args.learning_rate)
+    return float(args.from_scratch_learning_rate if from_scratch else run.args.learning_rate)
 
 
 def _train(
@@ -195,7 +195,7 @@ def _train(
 def evaluate(
     run: TrainerRun, task: LanguageTask, role: str, model: PreTrainedModel, teacher_choices: Choices | None = None
 ) -> tuple[dict[str, Any], Choices]:
-    """See `evaluate_language_model`. Warns of a teacher that is no better than guessing."""
+    """See `evaluate_language_model`. Warns of a teacher that is no better than chance."""
     batch_size = run.args.per_device_eval_batch_size
     entry, choices = evaluate_language_model(
         _name(task, role, model), model, task.corpus, task.blocks, batch_size, teacher_choices

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kd.common.features import FeatureHooks
 from kd.common.losses import attention_kl, feature_cosine, feature_l2
 from kd.common.methods import (
     METHODS,
@@ -26,11 +25,11 @@ from kd.common.methods import (
     some_of_each_class,
 )
 from kd.common.objective import FeatureLoss, FeatureTerm, Transform
+from kd.common.outputs import FeatureHooks
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
 from kd.nlp.teacher_model.teacher import encoder_of

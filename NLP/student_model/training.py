@@ -1,21 +1,29 @@
-"""The steps of distilling a text classifier: teacher, control and student, each a stage of a run."""
+"""The stages of distilling a text classifier, with or without a bottleneck: teacher, control and student."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from kd.common.bottleneck.arguments import Keys
+from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
-from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
-from kd.nlp.student_model.bottleneck_classifier import Pooling
+from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import Texts
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextBottleneckArguments
+from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.layers import cut_layers
@@ -27,40 +35,80 @@ from kd.nlp.student_model.methods import (
     labels_and_logits,
     labels_only,
     text_method,
+    width,
 )
-from kd.nlp.student_model.teacher_outputs import teacher_kwargs
 from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
+
+FEATURE_BYTES = 4 * 2**30  # larger hidden states are not cached: the teacher runs in every step
+KEY_TEXTS = 20_000  # keys are fitted to the embeddings of at most this many texts
 
 read_stage = stage_loader(AutoModelForSequenceClassification)
 
 
 def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> TrainerRun:
-    """Opens the output folder for a run that starts from `inputs`, or continues one that did."""
+    """Opens the output folder for a new run, or continues the run in it.
+
+    Raises UserError if that run started from other data or models.
+    """
     run = TrainerRun(training, *arguments)
     run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
     return run
 
 
-def classifier_method(
-    matching: MatchingArguments,
-    training: KDTrainingArguments,
-    student: PreTrainedModel,
+# ---- outputs of the frozen teacher ----
+
+
+def teacher_kwargs(
+    run: TrainerRun,
     teacher: PreTrainedModel,
     texts: Texts,
-) -> Method:
-    """What a plain student is trained for; the seed decides the initial weights of auxiliary modules."""
-    set_seed(training.seed)
-    if matching.method == PLAIN:
-        method = labels_and_logits(texts.data, training)
-    else:
-        method = text_method(matching.method, training, student, teacher, texts, "cls")
-    if weight := matching.hidden_weight:
-        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
-    if weight := matching.embedding_weight:
-        method += embeddings(student, teacher, weight, matching.hidden_loss)
-    if weight := matching.attention_weight:
-        method += attentions(student, teacher, weight, matching.layer_map)
-    return method
+    method: Method,
+    *,
+    logits: bool = True,
+    ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
+) -> dict[str, Any]:
+    """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features that
+    `method` reads exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
+
+    Args:
+        logits: Whether the method reads logits.
+        ensemble: Further teachers, each with the texts in its tokens. Their logits are averaged with the teacher's,
+            which is the geometric mean of the distributions (arXiv:1503.02531).
+
+    Raises UserError if an ensemble would have to run in every step.
+    """
+    paths = method.teacher_features
+    if column_array(texts.train, "length").sum() * len(paths) * width(teacher) * 2 > FEATURE_BYTES:
+        if ensemble:
+            raise UserError("an ensemble needs cached hidden states, and these are too many to cache: use one teacher")
+        return {"teacher": teacher, "teacher_features": paths}
+    first = cached_outputs(run, teacher, texts, paths, logits)
+    others = [cached_outputs(run, model, tokens) for model, tokens in ensemble]
+    return {"teacher_outputs": JoinedOutputs([first, *others]) if others else first}
+
+
+def cached_outputs(
+    run: TrainerRun,
+    teacher: PreTrainedModel,
+    texts: Texts,
+    features: dict[str, str] | None = None,
+    logits: bool = True,
+) -> TeacherOutputs:
+    """The teacher's outputs for the training texts: logits, and outputs of submodules by name, {name: path}."""
+    folder = (run.shared or run.folder) / "teacher_outputs"
+    with run.timed("teacher_outputs"):
+        return cache_teacher_outputs(
+            teacher,
+            texts.train,
+            texts.collate,
+            folder,
+            features=features,
+            logits=logits,
+            precision=run.args.precision,
+        )
+
+
+# ---- plain classifiers ----
 
 
 def fine_tune(
@@ -76,8 +124,11 @@ def fine_tune(
     teacher: dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """The stage `name`: a classifier trained end to end, on labels alone, or with a teacher (see `teacher_kwargs`) and
-    then without dropout. `tokenizer` is saved with it, that of `texts` by default.
+    """The stage `name`: trains a whole classifier.
+
+    Args:
+        teacher: Result of `teacher_kwargs`. The model then trains without dropout. None trains on labels alone.
+        tokenizer: Saved with the model. Default: the tokenizer of `texts`.
     """
 
     def train() -> PreTrainedModel:
@@ -93,7 +144,7 @@ def fine_tune(
             train_dataset=texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
-            not_for_student=texts.unused_by(model),
+            not_for_student=texts.unused_inputs(model),
             compute_metrics=trainer_metrics(texts.data),
             **(teacher or {}),
         )
@@ -101,38 +152,31 @@ def fine_tune(
     return run.stage(name, train, read_stage, tokenizer or texts.collate.tokenizer)
 
 
-def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
-    """The learning rate of fine-tuning from these weights, or from a cut of them."""
-    return pair.scratch_learning_rate if start.from_scratch else training.learning_rate
-
-
 def load_or_train_teacher(
     run: TrainerRun, inputs: Inputs, pair: PairArguments, name: str = "teacher"
 ) -> PreTrainedModel:
-    """A teacher that is trained already as it is, any other fine-tuned on the labels as the stage `name`."""
+    """The loaded teacher if it already classifies these labels. Otherwise the stage `name` fine-tunes it on labels."""
     start = inputs.teacher
     if start.trained:
         return start.model
     return fine_tune(
         run,
         name,
-        copy.deepcopy(start.model),  # the control is cut from what was loaded
+        copy.deepcopy(start.model),  # the control is cut from the original
         inputs.texts,
         labels_only(inputs.data, run.args),
-        epochs=pair.scratch_epochs if start.from_scratch else pair.teacher_epochs,
+        epochs=pair.from_scratch_epochs if start.from_scratch else pair.teacher_epochs,
         learning_rate=initial_rate(start, pair, run.args),
         freeze_embeddings=not start.from_scratch,
     )
 
 
 def train_control(
-    run: TrainerRun,
-    inputs: Inputs,
-    pair: PairArguments,
-    epochs: float,
-    name: str = "control",
+    run: TrainerRun, inputs: Inputs, pair: PairArguments, epochs: float, name: str = "control"
 ) -> PreTrainedModel:
-    """The student without the teacher: the same cut of the encoder as it was loaded, as many epochs, labels alone."""
+    """The stage `name`: the student without the teacher. The network and the number of epochs are the student's; its
+    weights come from the model before fine-tuning, and it trains on labels alone.
+    """
     start = inputs.student or inputs.control_init or inputs.teacher
     model = copy.deepcopy(start.model) if inputs.student else cut_layers(start.model, inputs.student_layers)
     return fine_tune(
@@ -147,66 +191,6 @@ def train_control(
     )
 
 
-def student_from(
-    inputs: Inputs, teacher: PreTrainedModel, source: Literal["teacher", "pretrained"] = "teacher"
-) -> PreTrainedModel:
-    """The student before its training: that of --student, or a cut of the trained teacher or of what it was."""
-    if inputs.student:
-        return copy.deepcopy(inputs.student.model)
-    return cut_layers(teacher if source == "teacher" else inputs.teacher.model, inputs.student_layers)
-
-
-def align(
-    run: TrainerRun,
-    encoder: PreTrainedModel,
-    teacher: PreTrainedModel,
-    inputs: Inputs,
-    pair: PairArguments,
-    pooling: Pooling,
-) -> PreTrainedModel:
-    """The stage `student_encoder`: the student's encoder, in place, trained on texts without labels to have the hidden
-    states of the teacher's layers at the same relative depth, and without dropout. No epochs leave it as it is.
-
-    A pooler is left alone: not every system that shares the stage has one.
-    """
-    name, texts = "student_encoder", inputs.texts
-    if not pair.align_epochs:
-        return encoder
-
-    def train() -> PreTrainedModel:
-        switch_off_dropout(encoder)
-        for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
-            if part is not None:
-                part.requires_grad_(False)  # copied from the teacher, or without effect on the hidden states
-        target = encoder_of(teacher)
-        method = hidden_states(encoder, target, 1.0, pooling=pooling)
-        return run.train(
-            name,
-            encoder,
-            {"num_train_epochs": pair.align_epochs, "learning_rate": pair.align_learning_rate},
-            objective=method.objective,
-            features=method.features,
-            train_dataset=texts.train.remove_columns("labels"),
-            data_collator=texts.collate,
-            not_for_student=texts.unused_by(encoder),
-            **teacher_kwargs(run, target, texts, method, logits=False),
-        )
-
-    def load(stage: str) -> PreTrainedModel:
-        with reading(stage, "a finished stage"):
-            aligned = load_file(Path(stage) / SAFE_WEIGHTS_NAME)
-        kept = {weight: tensor for weight, tensor in aligned.items() if not weight.startswith("pooler.")}
-        encoder.load_state_dict(encoder.state_dict() | kept)
-        return encoder
-
-    return run.stage(name, train, load, inputs.student_texts.collate.tokenizer)
-
-
-def control_epochs(run: TrainerRun, pair: PairArguments) -> float:
-    """As many as the student has, of alignment and of fine-tuning."""
-    return pair.align_epochs + run.args.num_train_epochs
-
-
 def train_student(
     run: TrainerRun,
     inputs: Inputs,
@@ -214,9 +198,9 @@ def train_student(
     matching: MatchingArguments,
     teacher: PreTrainedModel,
 ) -> PreTrainedModel:
-    """The encoder is aligned with the teacher's, then all of it is trained on labels and the teacher's outputs."""
+    """Aligns the student's encoder with the teacher's, then trains the classifier on labels and teacher outputs."""
     texts = inputs.texts if inputs.same_tokens else inputs.student_texts
-    student = student_from(inputs, teacher, matching.student_from)
+    student = initial_student(inputs, teacher, matching.student_from)
     align(run, encoder_of(student), teacher, inputs, pair, "cls")
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
@@ -235,6 +219,88 @@ def train_student(
     )
 
 
+def initial_student(
+    inputs: Inputs, teacher: PreTrainedModel, source: Literal["teacher", "pretrained"] = "teacher"
+) -> PreTrainedModel:
+    """The untrained student: the model of --student, or a cut of the trained (or of the original) teacher."""
+    if inputs.student:
+        return copy.deepcopy(inputs.student.model)
+    return cut_layers(teacher if source == "teacher" else inputs.teacher.model, inputs.student_layers)
+
+
+def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
+    """The learning rate of fine-tuning from these weights, or from a cut of them."""
+    return pair.from_scratch_learning_rate if start.from_scratch else training.learning_rate
+
+
+def classifier_method(
+    matching: MatchingArguments,
+    training: KDTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Texts,
+) -> Method:
+    """The method of a plain student. The seed determines the initial weights of auxiliary modules."""
+    set_seed(training.seed)
+    if matching.method == PLAIN:
+        method = labels_and_logits(texts.data, training)
+    else:
+        method = text_method(matching.method, training, student, teacher, texts, "cls")
+    if weight := matching.hidden_weight:
+        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
+    if weight := matching.embedding_weight:
+        method += embeddings(student, teacher, weight, matching.hidden_loss)
+    if weight := matching.attention_weight:
+        method += attentions(student, teacher, weight, matching.layer_map)
+    return method
+
+
+def align(
+    run: TrainerRun,
+    encoder: PreTrainedModel,
+    teacher: PreTrainedModel,
+    inputs: Inputs,
+    pair: PairArguments,
+    pooling: Pooling,
+) -> PreTrainedModel:
+    """The stage `student_encoder`: trains the student's encoder, in place, to match the hidden states of the teacher's
+    layers at the same relative depth. It uses no labels and no dropout. --align_epochs 0 skips the stage.
+
+    A pooler keeps its weights, because not every system that shares this stage has one.
+    """
+    name, texts = "student_encoder", inputs.texts
+    if not pair.align_epochs:
+        return encoder
+
+    def train() -> PreTrainedModel:
+        switch_off_dropout(encoder)
+        for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
+            if part is not None:
+                part.requires_grad_(False)  # copied from the teacher, or without effect on the hidden states
+        teacher_encoder = encoder_of(teacher)
+        method = hidden_states(encoder, teacher_encoder, 1.0, pooling=pooling)
+        return run.train(
+            name,
+            encoder,
+            {"num_train_epochs": pair.align_epochs, "learning_rate": pair.align_learning_rate},
+            objective=method.objective,
+            features=method.features,
+            train_dataset=texts.train.remove_columns("labels"),
+            data_collator=texts.collate,
+            not_for_student=texts.unused_inputs(encoder),
+            **teacher_kwargs(run, teacher_encoder, texts, method, logits=False),
+        )
+
+    def load(stage: str) -> PreTrainedModel:
+        with reading(stage, "a finished stage"):
+            aligned = load_file(Path(stage) / SAFE_WEIGHTS_NAME)
+        kept = {weight: tensor for weight, tensor in aligned.items() if not weight.startswith("pooler.")}
+        encoder.load_state_dict(encoder.state_dict() | kept)
+        return encoder
+
+    return run.stage(name, train, load, inputs.student_texts.collate.tokenizer)
+
+
 def set_trainable(model: PreTrainedModel, freeze_embeddings: bool = True) -> None:
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(not freeze_embeddings)
@@ -244,3 +310,102 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+# ---- classifiers with a bottleneck after a frozen encoder ----
+
+
+def train_bottleneck_teacher(
+    run: TrainerRun, inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments
+) -> PreTrainedModel:
+    """A fine-tuned classifier. With --bottleneck both, a bottleneck then replaces its head."""
+    if bottleneck.freeze_teacher_encoder:
+        classifier = inputs.teacher.model
+    else:
+        classifier = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
+    if bottleneck.bottleneck == "student" or isinstance(classifier, BottleneckClassifier):
+        return classifier
+    return add_bottleneck(run, "teacher", encoder_of(classifier), inputs.texts, bottleneck)
+
+
+def train_bottleneck_control(
+    run: TrainerRun,
+    inputs: Inputs,
+    pair: PairArguments,
+    bottleneck: TextBottleneckArguments,
+    encoder_epochs: float,
+) -> PreTrainedModel:
+    """The student's network without the teacher: its encoder, then its bottleneck, train on labels alone."""
+    classifier = train_control(run, inputs, pair, encoder_epochs, "control_encoder")
+    return add_bottleneck(run, "control", encoder_of(classifier), inputs.student_texts, bottleneck)
+
+
+def train_bottleneck_student(
+    run: TrainerRun,
+    inputs: Inputs,
+    pair: PairArguments,
+    bottleneck: TextBottleneckArguments,
+    teacher: PreTrainedModel,
+) -> PreTrainedModel:
+    """Aligns the student's encoder with the teacher's, then trains the values on labels and the teacher's logits."""
+    keys = bottleneck.keys
+    student = initial_student(inputs, encoder_of(teacher))
+    encoder = align(run, encoder_of(student), teacher, inputs, pair, bottleneck.pooling)
+    return add_bottleneck(
+        run,
+        "student",
+        encoder,
+        inputs.student_texts,
+        bottleneck,
+        keys,
+        source=teacher if isinstance(teacher, BottleneckClassifier) else None,
+        teacher_outputs=None if keys == "reused" else cached_outputs(run, teacher, inputs.texts),
+    )
+
+
+def add_bottleneck(
+    run: TrainerRun,
+    name: str,
+    encoder: PreTrainedModel,
+    texts: Texts,
+    bottleneck: TextBottleneckArguments,
+    keys: Keys = "new",
+    *,
+    source: BottleneckClassifier | None = None,
+    teacher_outputs: TeacherOutputs | None = None,
+) -> PreTrainedModel:
+    """The stage `name`: trains a bottleneck after a frozen encoder, on labels and on the teacher's logits, if any.
+
+    `source` is the model whose keys are carried or reused.
+    """
+
+    def train() -> PreTrainedModel:
+        args = run.args
+        labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
+        model = BottleneckClassifier.around(encoder, labels, bottleneck.pooling, **bottleneck.shape())
+        settings = bottleneck.value_settings(args.value_learning_rate or args.learning_rate)
+        method = labels_only if teacher_outputs is None else labels_and_logits
+        return train_bottleneck(
+            run,
+            name,
+            model,
+            keys,
+            source.bottleneck if source else None,
+            settings | {"train_sampling_strategy": "random"},
+            _samples(texts, texts.train),
+            _samples(texts, texts.validation),
+            key_rows=_random_rows(texts.train, KEY_TEXTS, args.seed),
+            objective=method(texts.data, args).objective,
+            teacher_outputs=teacher_outputs,
+            compute_metrics=trainer_metrics(texts.data),
+        )
+
+    return run.stage(name, train, read_stage, texts.collate.tokenizer)
+
+
+def _samples(texts: Texts, rows: Dataset) -> Samples:
+    return Samples(rows, texts.collate, torch.tensor(rows["labels"]), torch.tensor(rows["sample_id"]))
+
+
+def _random_rows(rows: Dataset, most: int, seed: int) -> Dataset:
+    return rows.shuffle(seed=seed).select(range(most)) if len(rows) > most else rows

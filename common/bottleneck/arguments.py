@@ -11,8 +11,8 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Positive, Range
 
 Keys = Literal["carried", "new", "random", "reused"]
-PairCount = Annotated[int, Range(1, 2**16)]
-SHAPE = ("codebooks", "pairs", "split", "key_dim", "decoder", "value_dim")
+CodebookSize = Annotated[int, Range(1, 2**16)]
+SHAPE = ("codebooks", "codebook_size", "split", "key_dim", "decoder", "value_dim")
 
 
 @dataclass
@@ -21,7 +21,9 @@ class BottleneckArguments:
 
     keys: Keys = field(default="carried", metadata={"help": "where the student's keys come from"})
     codebooks: Count = 32
-    pairs: PairCount = field(default=512, metadata={"help": "key-value pairs in a codebook"})
+    codebook_size: CodebookSize = field(
+        default=512, metadata={"help": "Number of keys, and of values, in each codebook."}
+    )
     split: Split = "segment"
     key_dim: Count | None = field(default=None, metadata={"help": "width of a key under the projection split"})
     decoder: Decoder = "linear"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-SEARCH_BYTES = 64 * 2**20  # bound on one block of the (codebooks, rows, pairs) distance table
+SEARCH_BYTES = 64 * 2**20  # bound on one block of the (codebooks, rows, codebook_size) distance table
 LAPLACE = 1e-5
 
 
@@ -37,38 +37,40 @@ def _nearest(heads: Tensor, keys: Tensor) -> Tensor:
     return rearrange(scores.argmin(-1), "c row -> row c")
 
 
-def count_codes(codes: Tensor, pairs: int) -> Tensor:
+def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
     """How often each key is chosen (C, K), of codes (rows, C)."""
-    counts = torch.bincount(_flat(codes, pairs), minlength=codes.shape[1] * pairs)
-    return rearrange(counts.float(), "(c k) -> c k", k=pairs)
+    counts = torch.bincount(_flat(codes, codebook_size), minlength=codes.shape[1] * codebook_size)
+    return rearrange(counts.float(), "(c k) -> c k", k=codebook_size)
 
 
 def assign(heads: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Number (C, K) and sum (C, K, key_dim) of the heads that are nearest to each key, over all processes."""
-    codebooks, pairs, width = keys.shape
+    codebooks, codebook_size, width = keys.shape
     codes = nearest_keys(heads, keys)
-    counts = count_codes(codes, pairs)
-    sums = heads.new_zeros(codebooks * pairs, width)
-    sums.index_add_(0, _flat(codes, pairs), rearrange(heads, "row c d -> (row c) d"))
-    sums = rearrange(sums, "(c k) d -> c k d", k=pairs)
+    counts = count_codes(codes, codebook_size)
+    sums = heads.new_zeros(codebooks * codebook_size, width)
+    sums.index_add_(0, _flat(codes, codebook_size), rearrange(heads, "row c d -> (row c) d"))
+    sums = rearrange(sums, "(c k) d -> c k d", k=codebook_size)
     if dist.is_initialized():
         dist.all_reduce(counts)
         dist.all_reduce(sums)
     return counts, sums
 
 
-def _flat(codes: Tensor, pairs: int) -> Tensor:
+def _flat(codes: Tensor, codebook_size: int) -> Tensor:
     """Codes (rows, C) as indices (rows * C,) into the keys of all codebooks, one codebook after another."""
-    offsets = torch.arange(codes.shape[1], device=codes.device) * pairs
+    offsets = torch.arange(codes.shape[1], device=codes.device) * codebook_size
     return rearrange(codes + offsets, "row c -> (row c)")
 
 
-def kmeans(heads: Tensor, pairs: int, generator: torch.Generator, iterations: int = 10) -> tuple[Tensor, Tensor]:
+def kmeans(
+    heads: Tensor, codebook_size: int, generator: torch.Generator, iterations: int = 10
+) -> tuple[Tensor, Tensor]:
     """Keys (C, K, key_dim) and their counts (C, K) by Lloyd's algorithm, starting from random heads.
 
     The key of an empty cluster stays where it is.
     """
-    keys = random_heads(heads, pairs, generator)
+    keys = random_heads(heads, codebook_size, generator)
     for _ in range(iterations):
         counts, sums = assign(heads, keys)
         means = sums / rearrange(counts.clamp(min=1), "c k -> c k 1")
@@ -83,12 +85,12 @@ def smoothed_mean(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / rearrange(smoothed, "c k -> c k 1")
 
 
-def random_heads(heads: Tensor, pairs: int, generator: torch.Generator | None) -> Tensor:
-    """Random heads (C, pairs, key_dim), different rows for each codebook; the same on all processes."""
+def random_heads(heads: Tensor, codebook_size: int, generator: torch.Generator | None) -> Tensor:
+    """Random heads (codebooks, codebook_size, key_dim), other rows for each codebook; equal on all processes."""
     rows, codebooks, _ = heads.shape
-    repeats = -(-pairs // rows)  # a row is repeated only where there are fewer rows than pairs
+    repeats = -(-codebook_size // rows)  # a row is repeated only where there are fewer rows than keys
     picks = [
-        torch.cat([torch.randperm(rows, generator=generator) for _ in range(repeats)])[:pairs]
+        torch.cat([torch.randperm(rows, generator=generator) for _ in range(repeats)])[:codebook_size]
         for _ in range(codebooks)
     ]
     of_codebook = rearrange(torch.arange(codebooks, device=heads.device), "c -> c 1")

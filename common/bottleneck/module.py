@@ -39,7 +39,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         dim: width of the embedding.
         num_outputs: number of classes, or 1 for regression.
         codebooks: C, the number of heads, each with a codebook.
-        pairs: K, the number of key-value pairs per codebook (at most 65,536, so that codes fit 16 bits).
+        codebook_size: K, the number of key-value pairs per codebook (at most 65,536, so that codes fit 16 bits).
         split: `segment` cuts the embedding into C equal segments, `projection` multiplies it by C fixed Gaussian
             matrices with columns of unit length.
         key_dim: width of a key under `projection` (default dim / C); under `segment` it is dim / C.
@@ -57,32 +57,32 @@ class DiscreteKeyValueBottleneck(nn.Module):
         dim: int,
         num_outputs: int,
         codebooks: int = 32,
-        pairs: int = 512,
+        codebook_size: int = 512,
         split: Split = "segment",
         key_dim: int | None = None,
         decoder: Decoder = "linear",
         value_dim: int = 16,
     ) -> None:
         super().__init__()
-        if not 1 <= pairs <= 2**16:
-            raise ValueError(f"pairs must be between 1 and 65536, got {pairs}")
+        if not 1 <= codebook_size <= 2**16:
+            raise ValueError(f"codebook_size must be between 1 and 65536, got {codebook_size}")
         if split == "segment" and dim % codebooks:
             divisors = [c for c in range(1, dim + 1) if dim % c == 0]
             raise ValueError(
                 f"{codebooks} codebooks do not divide an embedding of width {dim}: use one of {divisors}, "
                 "or the projection split"
             )
-        self.codebooks, self.pairs, self.dim = codebooks, pairs, dim
+        self.codebooks, self.codebook_size, self.dim = codebooks, codebook_size, dim
         self.key_dim = dim // codebooks if split == "segment" else key_dim or max(1, dim // codebooks)
         self.value_dim = num_outputs if decoder == "mean" else value_dim
 
         projection = torch.empty(codebooks, dim, self.key_dim) if split == "projection" else None
         self.register_buffer("projection", projection)
-        self.register_buffer("keys", torch.empty(codebooks, pairs, self.key_dim))
-        self.register_buffer("key_sums", torch.empty(codebooks, pairs, self.key_dim))
-        self.register_buffer("key_counts", torch.empty(codebooks, pairs))
+        self.register_buffer("keys", torch.empty(codebooks, codebook_size, self.key_dim))
+        self.register_buffer("key_sums", torch.empty(codebooks, codebook_size, self.key_dim))
+        self.register_buffer("key_counts", torch.empty(codebooks, codebook_size))
         self.register_buffer("frozen", torch.empty((), dtype=torch.bool))
-        self.values = nn.Parameter(torch.empty(codebooks, pairs, self.value_dim))
+        self.values = nn.Parameter(torch.empty(codebooks, codebook_size, self.value_dim))
         self.decoder = nn.Linear(codebooks * value_dim, num_outputs) if decoder == "linear" else None
         self.reset()
 
@@ -132,7 +132,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         codes = codes if codes.dim() == 3 else rearrange(codes, "batch c -> batch 1 c")
         weights = torch.ones(codes.shape[:2], device=codes.device) if mask is None else mask.float()
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-        rows = codes.long() + torch.arange(self.codebooks, device=codes.device) * self.pairs
+        rows = codes.long() + torch.arange(self.codebooks, device=codes.device) * self.codebook_size
         table = rearrange(self.values, "c k value -> (c k) value")
         with torch.autocast(codes.device.type, enabled=False):
             if self.decoder is None:
@@ -167,8 +167,8 @@ class DiscreteKeyValueBottleneck(nn.Module):
         self._check_not_frozen()
         rows = _rows(embeddings, mask)
         generator = torch.Generator().manual_seed(seed)
-        sample = self.heads(random_rows(rows, max(8192, 16 * self.pairs), generator))
-        keys, counts = kmeans(sample, self.pairs, generator)
+        sample = self.heads(random_rows(rows, max(8192, 16 * self.codebook_size), generator))
+        keys, counts = kmeans(sample, self.codebook_size, generator)
         self.keys.copy_(keys)
         self.key_counts.copy_(counts * min(1.0, batch_size / len(sample)))  # as if counted in batches of that size
         self.key_sums.copy_(keys * rearrange(self.key_counts, "c k -> c k 1"))
@@ -196,10 +196,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
         self.key_counts.lerp_(counts, 1 - decay)
         self.key_sums.lerp_(sums, 1 - decay)
         self.keys.copy_(smoothed_mean(self.key_sums, self.key_counts))
-        threshold = expiry * float(counts.sum()) / (self.codebooks * self.pairs)
+        threshold = expiry * float(counts.sum()) / (self.codebooks * self.codebook_size)
         dead = self.key_counts < threshold
         if dead.any():
-            self.keys[dead] = random_heads(heads.float(), self.pairs, generator)[dead]
+            self.keys[dead] = random_heads(heads.float(), self.codebook_size, generator)[dead]
             self.key_counts[dead] = threshold
             self.key_sums[dead] = self.keys[dead] * threshold
 
@@ -214,7 +214,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def carry_keys(self, source: "DiscreteKeyValueBottleneck") -> None:
         """Copies the keys (and the projection that they were fitted under) of another bottleneck and freezes them.
 
-        Raises ValueError where the shapes differ: number of codebooks or pairs, widths or split.
+        Raises ValueError where the shapes differ: number or size of codebooks, widths or split.
         """
         self.check_compatible(source)
         for name in ("keys", "key_sums", "key_counts", "projection"):
@@ -233,7 +233,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         """The shape of the keys, and with `values` that of values and decoder too."""
         shape: dict[str, int | str] = {
             "codebooks": self.codebooks,
-            "pairs": self.pairs,
+            "codebook_size": self.codebook_size,
             "key width": self.key_dim,
             "embedding width": self.dim,
             "split": "segment" if self.projection is None else "projection",
@@ -250,13 +250,13 @@ class DiscreteKeyValueBottleneck(nn.Module):
         quantisation_error: mean squared distance to the chosen key, per dimension.
         """
         rows = _rows(embeddings, mask)
-        counts, errors = torch.zeros(self.codebooks, self.pairs), 0.0
+        counts, errors = torch.zeros(self.codebooks, self.codebook_size), 0.0
         for chunk in rows.split(STATISTICS_ROWS):
             heads = self.heads(chunk)
             codes = nearest_keys(heads, self.keys)
             chosen = self.keys[torch.arange(self.codebooks, device=codes.device), codes]
             errors += (heads - chosen).square().mean().item() * len(chunk) / len(rows)
-            counts += count_codes(codes, self.pairs).cpu()
+            counts += count_codes(codes, self.codebook_size).cpu()
         shares = counts / counts.sum(1, keepdim=True)
         perplexity = torch.special.entr(shares).sum(1).exp()
         return {

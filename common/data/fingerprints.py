@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 IGNORED = {"_name_or_path", "transformers_version"}  # a folder may be moved, or saved again as it was
 
 
-def fingerprint_of_data(parts: Iterable[object]) -> str:
+def data_fingerprint(parts: Iterable[object]) -> str:
     """A hash of parts in their order: bytes and arrays by their bytes, anything else by its JSON."""
     digest = hashlib.sha256()
     for part in parts:
@@ -26,7 +26,7 @@ def fingerprint_of_data(parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(model: nn.Module | PreTrainedTokenizerBase) -> str:
+def model_fingerprint(model: nn.Module | PreTrainedTokenizerBase) -> str:
     """A hash of all that decides what a model or tokenizer computes, wherever its files are."""
     if isinstance(model, nn.Module):
         configurations: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]

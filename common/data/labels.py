@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kd.common.data.splits import Splits
+from kd.common.data.sources import Splits
 from kd.common.utils.errors import UserError
 
 # What labels are: classes or scores; "ids" are classes whose numbers are whole, from 0, with -1 for no label.

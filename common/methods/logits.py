@@ -82,8 +82,8 @@ def mlkd(
     """Multi-level logit distillation (Jin et al., CVPR 2023): alpha * labels, soft targets, relations of classes and
     relations of samples, each of the last three summed over the temperature and MORE_TEMPERATURES.
 
-    The published figures are those of two views of each image, `--strong_views`. As in the authors' code, the labels'
-    loss and the soft targets are then sums over the views, and the relations are those of the first, weak ones.
+    The published figures are those of two views of each image, `--strong_augmentation`. As in the authors' code, the
+    labels' loss and the soft targets are then sums over the views. The relations are those of the first, weak views.
 
     Two slips of that code are not reproduced. At two of the five temperatures its soft targets of strong views are
     computed from the weak views' logits. And what should leave out the samples and classes that the teacher is most

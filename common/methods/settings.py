@@ -46,7 +46,7 @@ def filled(spec: str, published: Sequence[str], methods: Mapping[str, Callable[.
     names = [_parsed(other)[0] for other in published]
     repeated = next((other for i, other in enumerate(names) if other in names[:i]), None)
     if repeated:
-        raise UserError(f"--method_settings has two entries for {repeated}: join them, as in {repeated}:a=1:b=2")
+        raise UserError(f"--method_args has two entries for {repeated}: join them, as in {repeated}:a=1:b=2")
     for other in published:
         chosen(other, methods)
     open_ones = {k: v for other in published if _parsed(other)[0] == name for k, v in _parsed(other)[1].items()}

@@ -83,7 +83,7 @@ class KDTrainingArguments(TrainingArguments):
     lr_milestones: list[Positive] | None = field(
         default=None, metadata={"help": "epochs after which the learning rate falls to a tenth, instead of a schedule"}
     )
-    decay_everything: bool = field(
+    decay_norm_and_bias: bool = field(
         default=False, metadata={"help": "weight decay on biases and norms too, as older protocols have it"}
     )
     precision: Literal["auto", "fp32", "bf16"] = field(

@@ -19,8 +19,16 @@ from kd.common.cli import recipe_of, save_recipe
 from kd.common.reporting.results import RECIPE, RESULTS
 from kd.common.utils.devices import command
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import CHECKSUMS, LOCK, FolderLock, lock_folder, read_checksums, sha256
+from kd.common.utils.files import (
+    CHECKSUMS,
+    LOCK,
+    FolderLock,
+    lock_folder,
+    read_checksums,
+    read_json,
+    sha256,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ RUN_FILES = (  # patterns of paths inside a run's folder; `*` also matches slash
     "tensorboard/*/events.out.tfevents.*",
 )
 TEMPORARY = (".*.[0-9]*.tmp", ".*.writing.[0-9]*", ".*.old.[0-9]*")  # names of unfinished files and folders
-NAMES_NO_FILE = {"report_to", "run_name", "driver"}  # flags whose values may equal the name of a run's folder
+NAMES_NO_FILE = {"report_to", "run_name", "rollout_policy"}  # flags whose values may equal the name of a run's folder
 MAY_CHANGE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # when a run is continued
 
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput, has_length
 
-from kd.common.features import FeatureHooks
 from kd.common.objective import IGNORED, Objective
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batch_norm import (
     TOO_SMALL,
@@ -35,12 +34,11 @@ from kd.common.training.batch_norm import (
 )
 from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
-from kd.common.training.divergence import DivergenceMonitor
-from kd.common.training.interrupts import deferred_interrupts, raise_if
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.teacher_views import TeacherViews
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, recording_interrupts
+from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
 
 OBJECTIVE_FILE = "objective.safetensors"
 
@@ -104,13 +102,14 @@ class KDTrainer(CheckpointTrainer):
             synchronize_batch_norms(self.model, objective)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        with deferred_interrupts() as self._interrupted:
+        with recording_interrupts() as self._interrupted:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- one step ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise_if(self._interrupted)
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
         try:
             with self._watching_for_single_values():
                 return super().training_step(*args, **kwargs)
@@ -153,7 +152,7 @@ class KDTrainer(CheckpointTrainer):
         parts = self.objective_in_step(student, teacher, labels)
         loss, parts = self._divergence.drop_diverged(self.state.global_step + 1, parts)
         loss = loss * share
-        if self._divergence.is_due(self.state.global_step):
+        if self.args.device.type == "cpu" or self.state.global_step % CHECK_EVERY == 0:
             self._check_finite()
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)
@@ -268,14 +267,14 @@ class KDTrainer(CheckpointTrainer):
                 optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
         extra = [p for p in self.objective.parameters() if p.requires_grad]
         if extra:
-            decay = self.args.weight_decay if self.args.decay_everything else 0.0
+            decay = self.args.weight_decay if self.args.decay_norm_and_bias else 0.0
             optimizer.add_param_group({"params": extra, "weight_decay": decay})
             optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and convolutions; no biases, no norms of any kind, unless everything is to decay."""
-        if self.args.decay_everything:
+        if self.args.decay_norm_and_bias:
             return [name for name, _ in model.named_parameters()]
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]

@@ -11,7 +11,7 @@ import datasets
 from PIL import Image
 
 from kd.common.data.labels import in_order, some
-from kd.common.data.splits import SPLIT_NAMES, Splits
+from kd.common.data.sources import SPLIT_NAMES, Splits
 from kd.common.utils.errors import UserError
 
 PLACE = "pictures belong into SPLIT/CLASS/, such as train/cat/1.png"

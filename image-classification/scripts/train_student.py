@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.outputs import AveragedTeacher
+from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.distillation import (
@@ -40,7 +40,7 @@ from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import sweep
 from kd.image_classification.student_model.sweep_students import SweepArguments
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd.image_classification.teacher_model.teacher import load_more_teachers, load_teacher
+from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Arguments:
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
     )
-    more_teachers: list[str] = field(
+    ensemble_teachers: list[str] = field(
         default_factory=list,
         metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
     )
@@ -80,7 +80,7 @@ def main() -> None:
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is set", args, "method", "more_teachers")
+        reject_unused("--methods is set", args, "method", "ensemble_teachers")
         axes = side_by_side(methods, training)
         sweep(axes, pair, weights, data_args, training, args.teacher_views)
     elif args.method == PLAIN:
@@ -107,7 +107,7 @@ def train_plain_student(
 ) -> None:
     """A student trained on the labels alone, which other methods have as their control."""
     check_kd_flags([PLAIN], training)
-    reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "more_teachers")
+    reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "ensemble_teachers")
     reject_unused(f"--method {PLAIN} has no teacher", training, "no_control")
     data = data_args.load()
     if args.teacher_views:
@@ -143,19 +143,19 @@ def distill_student(
     auxiliary_parameters = method.auxiliary_parameters
     if args.teacher_views is not None and method.teacher_features:
         raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
-    if args.more_teachers and method.teacher_features:
-        raise UserError(f"--method {args.method} needs a single teacher: leave out --more_teachers")
-    others = load_more_teachers(args.more_teachers, data)
+    if args.ensemble_teachers and method.teacher_features:
+        raise UserError(f"--method {args.method} needs a single teacher: leave out --ensemble_teachers")
+    others = load_ensemble_teachers(args.ensemble_teachers, data)
 
     run = open_run(
         args.method, training, data, args, pair, data_args,
         teacher=teacher if pretrained else None,
-        more_teachers=AveragedTeacher(others) if others else None,
+        ensemble_teachers=EnsembleTeacher(others) if others else None,
     )  # fmt: skip
     if not pretrained:
         teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
-    outputs = AveragedTeacher([teacher, *others]) if others else teacher
-    teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.more_teachers]), outputs, data)
+    outputs = EnsembleTeacher([teacher, *others]) if others else teacher
+    teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.ensemble_teachers]), outputs, data)
 
     for seed_run in run.each_seed():
         control = None

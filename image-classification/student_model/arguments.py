@@ -28,7 +28,9 @@ class DataArguments:
     validation_share: ShareBelow1 = field(
         default=0.1, metadata={"help": "share of train that becomes validation where there is none"}
     )
-    train_samples: Count | None = field(default=None, metadata={"help": "number of training images, always the same"})
+    max_train_samples: Count | None = field(
+        default=None, metadata={"help": "number of training images, always the same"}
+    )
 
     def load(self, label_names: list[str] | None = None) -> ImageData:
         """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
@@ -38,7 +40,7 @@ class DataArguments:
             self.label_column,
             self.image_size,
             self.validation_share,
-            self.train_samples,
+            self.max_train_samples,
             label_names,
         )
         print_notes(data.name, data.notes)
@@ -53,7 +55,7 @@ class PairArguments:
         default=None,
         metadata={
             "help": "a pair of the CIFAR-100 tables, as resnet32x4_vgg8: sets --dataset, --teacher, --student, "
-            "--method_settings and, where published, --learning_rate"
+            "--method_args and, where published, --learning_rate"
         },
     )
     teacher: str = field(
@@ -61,7 +63,7 @@ class PairArguments:
     )
     teacher_epochs: Positive | None = field(default=None, metadata={"help": "default: as many as the student's"})
     student: str = field(default="resnet8x4", metadata={"help": "architecture: resnet8x4, vgg8, timm:NAME, ..."})
-    method_settings: list[str] = field(
+    method_args: list[str] = field(
         default_factory=list,
         metadata={
             "help": "settings of methods for this pair, each NAME:setting=value:..., where --method leaves them open"
@@ -76,7 +78,7 @@ class PairArguments:
             raise UserError(f"unknown --pair {self.pair}: choose from {', '.join(PAIRS_BY_NAME)}")
         teacher, student = PAIRS_BY_NAME[self.pair]
         settings, rate = PAIRS[teacher, student], learning_rate(student)
-        _set_defaults(self, teacher=teacher, student=student, method_settings=settings)
+        _set_defaults(self, teacher=teacher, student=student, method_args=settings)
         _set_defaults(data, dataset="cifar100")
         if rate is not None:
             _set_defaults(training, learning_rate=rate)
@@ -111,7 +113,7 @@ class ImageTrainingArguments(KDTrainingArguments):
     train_sampling_strategy: Literal["random", "sequential"] = "random"  # all images are of one size
     dataloader_drop_last: bool = field(default=True, metadata={"help": "training batches of one size only"})
     dataloader_pin_memory: bool = False  # small images lie on the device already
-    strong_views: bool = field(
+    strong_augmentation: bool = field(
         default=False, metadata={"help": "show each image of a batch a second time, under RandAugment and cutout"}
     )
     alpha: Share = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
@@ -120,7 +122,7 @@ class ImageTrainingArguments(KDTrainingArguments):
     @property
     def views(self) -> int:
         """Of each image in a batch."""
-        return 2 if self.strong_views else 1
+        return 2 if self.strong_augmentation else 1
 
     def __post_init__(self) -> None:
         if self.label_smoothing_factor:

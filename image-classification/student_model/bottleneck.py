@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.common.bottleneck.arguments import BottleneckArguments, Keys, PairCount
+from kd.common.bottleneck.arguments import BottleneckArguments, CodebookSize, Keys
 from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.training.inference import identity_collate, run_inference
@@ -26,7 +26,7 @@ BATCH_SIZE = 250  # of the frozen networks
 class ImageBottleneckArguments(BottleneckArguments):
     """Shape of the bottleneck, source of the student's keys, and training of the values."""
 
-    pairs: PairCount = field(default=256, metadata={"help": "key-value pairs in a codebook"})
+    codebook_size: CodebookSize = field(default=256, metadata={"help": "key-value pairs in a codebook"})
     value_epochs: Positive = field(default=20, metadata={"help": "epochs over the cached codes"})
 
     def value_settings(self, rate: float) -> dict[str, Any]:

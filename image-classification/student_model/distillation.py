@@ -42,19 +42,18 @@ def open_run(
     *instances: Any,
     kind: type[ImageRun] = ImageRun,
     teacher: nn.Module | None = None,
-    more_teachers: nn.Module | None = None,
+    ensemble_teachers: nn.Module | None = None,
 ) -> ImageRun:
     """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
 
-    `instances` are the script's other arguments, for the recipe; `teacher` and `more_teachers` are pretrained. Raises
-    UserError where the arguments do not fit the data, and where a run that is continued began with other data or
-    models.
+    `instances` are the script's other arguments, for the recipe; `teacher` and `ensemble_teachers` are pretrained.
+    Raises UserError where the arguments do not fit the data, or a continued run began with other data or models.
     """
     validate_training(training, data)
     folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
     training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
     run = kind(training, *instances)
-    run.check_inputs(data.fingerprint, teacher=teacher, more_teachers=more_teachers)
+    run.check_inputs(data.fingerprint, teacher=teacher, ensemble_teachers=ensemble_teachers)
     return run
 
 
@@ -62,7 +61,7 @@ def validate_training(training: ImageTrainingArguments, data: ImageData) -> None
     """Raises UserError for workers, views and batch sizes that do not fit the data."""
     if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
         raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
-    if training.strong_views:
+    if training.strong_augmentation:
         data.views("train", torch.device("cpu"), augment=True, strong=True)  # raises where there are none
     batch, images = training.per_device_train_batch_size * PartialState().num_processes, len(data.splits["train"])
     if training.dataloader_drop_last and images < batch:
@@ -81,10 +80,10 @@ def validate_training(training: ImageTrainingArguments, data: ImageData) -> None
 def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainingArguments) -> None:
     """Raises UserError where the folder of --teacher_views cannot be written, and where views cannot be counted."""
     check_writable(folder, "--teacher_views")
-    if isinstance(data, LargeImageData) or training.strong_views:
+    if isinstance(data, LargeImageData) or training.strong_augmentation:
         raise UserError(
-            "views of large images and those of --strong_views cannot be counted, so there is no table of them: leave "
-            "out --teacher_views"
+            "views of large images and those of --strong_augmentation cannot be counted, so no table can hold "
+            "them: leave out --teacher_views"
         )
 
 
@@ -161,7 +160,7 @@ def fit(
 
 def training_views(run: ImageRun, data: ImageData, device: torch.device) -> ImageViews:
     """The augmented training images."""
-    return data.views("train", device, augment=True, seed=run.args.seed, strong=run.args.strong_views)
+    return data.views("train", device, augment=True, seed=run.args.seed, strong=run.args.strong_augmentation)
 
 
 def views_table(run: ImageRun, data: ImageData, teacher: nn.Module, folder: Path) -> TeacherViews:

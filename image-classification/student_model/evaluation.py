@@ -10,10 +10,9 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
-from kd.common.metrics.chance import classifier_warning
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
-from kd.common.outputs import AveragedTeacher
+from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning, top_k_accuracy
+from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.inference import identity_collate, run_inference
@@ -49,7 +48,7 @@ def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return image_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-def predict(model: PreTrainedModel | AveragedTeacher, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
+def predict(model: PreTrainedModel | EnsembleTeacher, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
     """Logits (images, classes) of a split in its order, always in fp32, as a user gets them who loads the model."""
 
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,7 +69,7 @@ def predict(model: PreTrainedModel | AveragedTeacher, data: ImageData, split: st
 
 def evaluate(
     name: str,
-    model: PreTrainedModel | AveragedTeacher,
+    model: PreTrainedModel | EnsembleTeacher,
     data: ImageData,
     teacher_logits: Logits | None = None,
     workers: int = 0,
@@ -95,7 +94,7 @@ def evaluate(
 
 
 def evaluate_teacher(
-    run: TrainerRun, name: str, teacher: ImageClassifier | AveragedTeacher, data: ImageData
+    run: TrainerRun, name: str, teacher: ImageClassifier | EnsembleTeacher, data: ImageData
 ) -> tuple[dict[str, Any], Logits]:
     """`evaluate`, with a warning in the run where the teacher is no better than chance."""
     entry, logits = evaluate(name, teacher, data, workers=run.args.dataloader_num_workers)
@@ -161,7 +160,7 @@ def report(
         entries[role] = None if model is None else evaluate(name, model, data, logits, workers)[0]
     _, student = models.get("student", ("", None))
     results = image_results(run, method, data, entries)
-    results |= {"parameters_trained_beside": auxiliary_parameters, "labels_only": labels_only}
+    results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
     write_results(run.folder, results, data, student, run.history)
     if PartialState().is_main_process:
         print_table(results)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kd.common.bottleneck.arguments import PairCount
+from kd.common.bottleneck.arguments import CodebookSize
 from kd.common.bottleneck.training import embed_samples
 from kd.common.pretrained import stage_loader
 from kd.common.training.inference import identity_collate
@@ -47,7 +47,7 @@ class IncrementalArguments:
 
     encoder: str = field(default=PIXELS, metadata={"help": "pixels, or the folder of a trained image classifier"})
     codebooks: Count = field(default=64, metadata={"help": "how many heads look up a key each"})
-    pairs: PairCount = field(default=256, metadata={"help": "key-value pairs per codebook"})
+    codebook_size: CodebookSize = field(default=256, metadata={"help": "key-value pairs per codebook"})
     key_dim: Count = field(default=32, metadata={"help": "width of a key, and of the random projection before it"})
     classes_per_task: Count = field(default=1, metadata={"help": "classes that arrive together"})
     order_seed: Seed | None = field(default=None, metadata={"help": "of the order of the classes; default: --seed"})
@@ -58,7 +58,7 @@ class IncrementalArguments:
 
     @property
     def bottleneck(self) -> dict[str, int]:
-        return {"codebooks": self.codebooks, "pairs": self.pairs, "key_dim": self.key_dim}
+        return {"codebooks": self.codebooks, "codebook_size": self.codebook_size, "key_dim": self.key_dim}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def embed_images(model: BottleneckProbe, data: ImageData) -> dict[str, Tensor]:
 def fit_keys(model: BottleneckProbe, embeddings: Tensor, seed: int) -> BottleneckProbe:
     """Fits the keys of a bottleneck to embeddings (images, width), without labels, and freezes them."""
     head = model.bottleneck.to(best_device())
-    title = f"fitting {head.codebooks} x {head.pairs} keys to {len(embeddings):,} images"
+    title = f"fitting {head.codebooks} x {head.codebook_size} keys to {len(embeddings):,} images"
     with tqdm(total=1, desc=title, leave=False):
         head.fit_keys(embeddings.to(best_device()), seed=seed)
     return model

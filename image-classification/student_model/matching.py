@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from kd.common import losses
-from kd.common.features import FeatureHooks
 from kd.common.methods import Feature, ModelFeatures, TaskSpec, some_of_each_class
 from kd.common.objective import FeatureLoss
+from kd.common.outputs import FeatureHooks
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError

@@ -2,7 +2,7 @@
 
 They are trained on the same batches, from one pass of the teacher. A sweep is a run with a run for each seed, `seedN`,
 inside it; all share the teacher. Each student has a folder, `seedN/students/NAME_lrX`, with results.json and student/,
-or with lost.json where it diverged; the others are unaffected. A student that is there is not trained again: the same
+or with diverged.json if it diverged; the others are unaffected. A student that is there is not trained again: the same
 command with more values on an axis trains what is missing. All other flags must stay the same.
 """
 
@@ -197,7 +197,7 @@ def write_group(
     teacher_results: tuple[dict[str, Any], Logits],
     auxiliary_parameters: dict[str, int],
 ) -> None:
-    """Evaluates the students of a stage and writes their folders, with lost.json for one that diverged."""
+    """Evaluates the students of a stage and writes their folders, with diverged.json for one that diverged."""
     history = run.history[stage]
     for student, model in trained.items():  # controls first, which the others refer to
         folder = student.folder(run.folder)
@@ -213,7 +213,7 @@ def write_group(
         results = image_results(run, student.label, data, entries) | {
             "learning_rate": student.learning_rate,
             "labels_only": student.is_control,
-            "parameters_trained_beside": auxiliary_parameters[student.key],
+            "auxiliary_parameters": auxiliary_parameters[student.key],
             "side_by_side_with": ", ".join(other.label for other in trained if other != student) or "none",
         }
         results["seconds"]["student"] = run.seconds[stage]

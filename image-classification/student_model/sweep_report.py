@@ -63,7 +63,7 @@ def rows_of(results: dict[tuple[Student, int], dict[str, Any]]) -> pd.DataFrame:
             **{f"{split} accuracy": m["accuracy"] for split, m in found["models"]["student"]["metrics"].items()},
             "gain over control": found["gain_over_control"],
             "parameters": found["models"]["student"]["parameters"],
-            "auxiliary parameters": found["parameters_trained_beside"],
+            "auxiliary parameters": found["auxiliary_parameters"],
             "seconds of its group": found["seconds"]["student"],
         }
         for (student, seed), found in results.items()

@@ -14,7 +14,7 @@ from kd.common.utils.ranges import Positive, check_declared
 from kd.image_classification.student_model.methods import CONTROL, CONTROLS, METHODS, PLAIN, SIMKD
 from kd.image_classification.student_model.simkd import FeatureLossName, Variant
 
-DIVERGED = "lost.json"  # in the place of results where a student diverged; names the epoch
+DIVERGED = "diverged.json"  # in the place of results where a student diverged; names the epoch
 
 
 @dataclass

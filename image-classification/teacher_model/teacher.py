@@ -14,12 +14,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from transformers import AutoConfig, set_seed
 
-from kd.common.data.sources import no_retries_when_unreachable, short
+from kd.common.data.sources import offline_if_unreachable, shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.teacher_model.backbones import TIMM
-from kd.image_classification.teacher_model.backbones.from_timm import known_weights
+from kd.image_classification.teacher_model.backbones import TIMM, known_weights
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
 
 IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
@@ -42,7 +41,7 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
     return new_classifier(name, data.config), data, False
 
 
-def load_more_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
+def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
     """The classifiers of these folders. `data` are in the normalization of the first teacher.
 
     Raises UserError for one that was trained with another normalization or other labels.
@@ -51,12 +50,12 @@ def load_more_teachers(names: Sequence[str], data: ImageData) -> list[ImageClass
     for name in names:
         folder = trained_folder(name)
         if folder is None:
-            raise UserError(f"--more_teachers {name} is no trained classifier: pass the folder of one")
+            raise UserError(f"--ensemble_teachers {name} is no trained classifier: pass the folder of one")
         teacher, normalized = load_trained(folder, data)
         if (normalized.mean, normalized.std) != (data.mean, data.std):
             raise UserError(
-                f"--more_teachers {name} was trained with another normalization of the images than --teacher: choose "
-                "one that was trained on the same data"
+                f"--ensemble_teachers {name} was trained with another normalization of the images than --teacher: "
+                "choose one that was trained on the same data"
             )
         teachers.append(teacher)
     return teachers
@@ -76,7 +75,7 @@ def trained_folder(name: str, student_first: bool = False) -> Path | None:
                 return folder
         is_folder, is_file = Path(name).is_dir(), Path(name).is_file()
     except OSError as error:
-        raise UserError(f"cannot read folder {short(name)}: {error.strerror}") from error
+        raise UserError(f"cannot read folder {shorten(name)}: {error.strerror}") from error
     if is_folder:
         raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py makes one")
     if is_file:
@@ -86,7 +85,7 @@ def trained_folder(name: str, student_first: bool = False) -> Path | None:
             "save_pretrained make a folder"
         )
     if "/" in name and not name.startswith(TIMM):
-        raise UserError(f"there is no folder {short(name)}: train_teacher.py --output_dir FOLDER makes one")
+        raise UserError(f"there is no folder {shorten(name)}: train_teacher.py --output_dir FOLDER makes one")
     return None
 
 
@@ -195,7 +194,7 @@ def _load(name: str, checkpoint: str | None, classes: int) -> Any:
     """timm's network with its classifier, and with weights from the file or else from the Hub."""
     if checkpoint is None:
         try:
-            with no_retries_when_unreachable():
+            with offline_if_unreachable():
                 return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError, ValueError) as error:
             reason = textwrap.shorten(str(error), 300).rstrip(".")

@@ -1,1 +1,1 @@
-"""Observations and the teacher's outputs for them."""
+"""Environments, and the observations and returns that policies collect in them."""

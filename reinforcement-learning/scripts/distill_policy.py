@@ -18,13 +18,13 @@ from typing import Any
 from kd.common.cli import parse, run
 from kd.common.training.run import Run
 from kd.common.training.run_folder import check_is_run_or_empty
-from kd.reinforcement_learning.environments.registry import (
+from kd.reinforcement_learning.data.environments import (
+    Environments,
     fingerprint,
     require_module_on_command_line,
     require_single_process,
     time_limit_warning,
 )
-from kd.reinforcement_learning.environments.vector import Environments
 from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments
@@ -71,7 +71,7 @@ def main() -> None:
     measured = [measure_teacher(run, teacher, args.episodes) for teacher in teachers]  # (entry, random return)
 
     for seed_run in run.each_seed():
-        train = Distillation(seed_run, specs, distill_args, args.watch_episodes)
+        train = Distillation(seed_run, specs, distill_args, args.eval_episodes)
         agents: dict[str, Agents] = {}  # by role
         if not args.no_control:
             agents["control"] = train.control()
@@ -96,20 +96,20 @@ def check_environment(environment: str, student: StudentArguments, loss: Loss) -
 
 
 def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss) -> list[Teacher]:
-    """One per environment, at its temperature, averaged with --more_teachers. Raises UserError for a loss that a
+    """One per environment, at its temperature, averaged with --ensemble_teachers. Raises UserError for a loss that a
     teacher does not have.
     """
     count = len(args.environment)
-    statistics: Sequence[str | None] = args.vecnormalize or [None] * (count + len(args.more_teachers))
+    statistics: Sequence[str | None] = args.vecnormalize or [None] * (count + len(args.ensemble_teachers))
     more_agents = [  # before a teacher is trained
         load_agent(name, args.environment[0], args.trust_pickle, vecnormalize)
-        for name, vecnormalize in zip(args.more_teachers, statistics[count:], strict=True)
+        for name, vecnormalize in zip(args.ensemble_teachers, statistics[count:], strict=True)
     ]
     for agent in more_agents:
         check_loss(loss, agent.policy.action_space, agent.deterministic)
     teachers = []
     for environment, name, vecnormalize in zip(args.environment, args.teacher, statistics[:count], strict=True):
-        task = TeacherTask(environment, args.episodes, args.watch_episodes)
+        task = TeacherTask(environment, args.episodes, args.eval_episodes)
         agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
         check_loss(loss, agent.policy.action_space, agent.deterministic)
         networks = [

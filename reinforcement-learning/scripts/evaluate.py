@@ -16,13 +16,13 @@ from kd.common.reporting.results import RESULTS, show_metrics
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.common.utils.ranges import MOST, Range
-from kd.reinforcement_learning.environments.registry import (
+from kd.reinforcement_learning.data.environments import (
     require_module_on_command_line,
     require_single_process,
     time_limit_warning,
 )
-from kd.reinforcement_learning.environments.rollouts import TEST_SEED
-from kd.reinforcement_learning.environments.video import check_video, write_video
+from kd.reinforcement_learning.data.rollouts import TEST_SEED
+from kd.reinforcement_learning.data.video import check_video, write_video
 from kd.reinforcement_learning.student_model.evaluation import evaluate
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.teacher import load_agent

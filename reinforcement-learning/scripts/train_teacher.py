@@ -11,7 +11,7 @@ from kd.common.cli import parse, run
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.registry import (
+from kd.reinforcement_learning.data.environments import (
     require_module_on_command_line,
     require_single_process,
     time_limit_warning,

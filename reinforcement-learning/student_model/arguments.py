@@ -7,7 +7,7 @@ from typing import Literal
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from kd.common.bottleneck.arguments import PairCount
+from kd.common.bottleneck.arguments import CodebookSize
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
@@ -19,7 +19,7 @@ from kd.common.utils.ranges import (
     ProperShare,
     check_declared,
 )
-from kd.reinforcement_learning.environments.registry import folder_name
+from kd.reinforcement_learning.data.environments import folder_name
 
 
 @dataclass
@@ -41,7 +41,7 @@ class StudentArguments:
         default=0,
         metadata={"help": "Number of codebooks of the student's key-value bottleneck; 0 for a plain MLP."},
     )
-    pairs: PairCount = field(default=64, metadata={"help": "Keys, and values, of each codebook."})
+    codebook_size: CodebookSize = field(default=64, metadata={"help": "Keys, and values, of each codebook."})
     key_dim: Count | None = field(
         default=None, metadata={"help": "Width of a key (default: that of an observation divided by --codebooks)."}
     )
@@ -53,7 +53,7 @@ class StudentArguments:
 
     def check_unused_flags(self) -> None:
         if not self.codebooks:
-            reject_unused("--codebooks is 0", self, "pairs", "key_dim")
+            reject_unused("--codebooks is 0", self, "codebook_size", "key_dim")
 
     def check(self, environment: str, observations: spaces.Space) -> None:
         """Raises UserError for a student that does not fit the observations of an environment."""
@@ -83,7 +83,7 @@ class PolicyArguments(RunArguments):
             "teacher that is trained once and kept."
         },
     )
-    more_teachers: list[str] = field(
+    ensemble_teachers: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Files, folders or names on the Hub of further teachers of the one environment, whose action "
@@ -93,8 +93,8 @@ class PolicyArguments(RunArguments):
     vecnormalize: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Per environment, then per one of --more_teachers: the file that VecNormalize.save wrote for the "
-            "teacher, or none (default: the file that is named like the teacher)."
+            "help": "Per environment, then per one of --ensemble_teachers: the file that VecNormalize.save wrote for "
+            "the teacher, or none (default: the file that is named like the teacher)."
         },
     )
     teacher_temperature: Positive | None = field(
@@ -105,7 +105,7 @@ class PolicyArguments(RunArguments):
         default=0.1, metadata={"help": "Mean entropy of a DQN's soft actions, as a share of the maximum."}
     )
     episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
-    watch_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
+    eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
     method: Literal["distill", "ppd"] = field(
         default="distill",
         metadata={
@@ -130,13 +130,13 @@ class PolicyArguments(RunArguments):
             self.teacher = self.teacher * len(self.environment)
         if not self.environment or len(self.teacher) != len(self.environment):
             raise ValueError(f"pass one --teacher per --environment, got {len(self.teacher)}")
-        if self.more_teachers and len(self.environment) > 1:
-            raise ValueError("--more_teachers are teachers of one --environment: leave them out for several")
-        if self.more_teachers and self.method == "ppd":
-            raise ValueError("--method ppd needs a single teacher: leave out --more_teachers")
-        statistics = len(self.environment) + len(self.more_teachers)
+        if self.ensemble_teachers and len(self.environment) > 1:
+            raise ValueError("--ensemble_teachers are teachers of one --environment: leave them out for several")
+        if self.ensemble_teachers and self.method == "ppd":
+            raise ValueError("--method ppd needs a single teacher: leave out --ensemble_teachers")
+        statistics = len(self.environment) + len(self.ensemble_teachers)
         if self.vecnormalize is not None and len(self.vecnormalize) != statistics:
-            further = " and per one of --more_teachers" if self.more_teachers else ""
+            further = " and per one of --ensemble_teachers" if self.ensemble_teachers else ""
             raise ValueError(f"pass one --vecnormalize per --environment{further}, got {len(self.vecnormalize)}")
         if self.vecnormalize is not None and "train" in self.teacher:
             raise ValueError("--vecnormalize belongs to a --teacher that is a file or folder, not to one trained here")
@@ -151,7 +151,9 @@ class PolicyArguments(RunArguments):
         if self.teacher_temperature is not None:
             reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":
-            reject_unused("--method ppd sets its loss and its driver", self, "loss", "driver", "value_weight")
+            reject_unused(
+                "--method ppd sets its loss and rollout policy", self, "loss", "rollout_policy", "value_weight"
+            )
             if self.no_control:
                 reason = (
                     "--method ppd trains with PPO's hyper-parameters, and --no_control leaves out behaviour cloning"

@@ -15,16 +15,14 @@ from kd.common.reporting.results import RESULTS
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
 from kd.common.training.run_folder import REPORT_FILES
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.registry import folder_name
-from kd.reinforcement_learning.environments.rollouts import Recorder
-from kd.reinforcement_learning.environments.vector import Environments
+from kd.reinforcement_learning.data.environments import Environments, folder_name
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
-from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import sampling
-from kd.reinforcement_learning.teacher_model.training import mean_returns, recipe_environments, train_from_reward
+from kd.reinforcement_learning.teacher_model.teacher import Agent, mean_returns, train_from_reward
+from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 
 class Agents(dict[str, Agent]):
@@ -86,7 +84,7 @@ class Distillation:
     def behaviour_cloning(self) -> Agents:
         """A baseline: the teacher always acts, and its greedy actions are the targets."""
         discrete = all(isinstance(spec.teacher.agent.policy.action_space, spaces.Discrete) for spec in self.specs)
-        args = replace(self.args, driver="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
+        args = replace(self.args, rollout_policy="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
         return self._distilled("behaviour_cloning", "behaviour cloning", args)
 
     @property
@@ -124,9 +122,9 @@ class Distillation:
     def _fit_bottleneck(self, spec: StudentSpec, model: PPO) -> None:
         """Fits the keys of a bottleneck to the teacher's observations in the first round, as in distillation."""
         if spec.args.codebooks:
-            driver = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
+            rollout_policy = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
             with closing(Environments(spec.teacher.environment, self.args.num_envs, self._seed)) as environments:
-                observations = Recorder(environments).collect(driver, self._steps // self.args.rounds)
+                observations = Recorder(environments).collect(rollout_policy, self._steps // self.args.rounds)
             StudentNetwork(model.policy, None).prepare(observations)
 
     def _distilled(self, stage: str, name: str, args: DistillArguments) -> Agents:

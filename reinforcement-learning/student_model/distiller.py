@@ -1,7 +1,7 @@
 """Policy distillation as a plain loop: collect observations, run the teacher once on each, fit the student.
 
 Rounds of collecting and fitting over all that has been collected (DAgger, arXiv:1011.0686), with the teacher's action
-distribution as target (Rusu et al., arXiv:1511.06295). The driver is the policy that acts while observations are
+distribution as target (Rusu et al., arXiv:1511.06295). The rollout policy acts while observations are
 collected: the teacher, the student, the teacher in the first round and then the student (dagger), or a mixture whose
 share of the teacher falls from 1 to 0 (mixed).
 """
@@ -24,14 +24,13 @@ from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.common.utils.ranges import Count, NotNegative, Positive
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Act, Recorder, mixture
+from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, mixture
 from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork
 from kd.reinforcement_learning.teacher_model.policies import sampling
 
 STATE = "state.pt"  # of a checkpoint
-Driver = Literal["teacher", "student", "dagger", "mixed"]
+RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
 Evaluate = Callable[[], dict[str, float]]
 
 
@@ -39,7 +38,9 @@ Evaluate = Callable[[], dict[str, float]]
 class DistillArguments:
     """How a student is distilled."""
 
-    driver: Driver = field(default="dagger", metadata={"help": "Policy that acts while observations are collected."})
+    rollout_policy: RolloutPolicy = field(
+        default="dagger", metadata={"help": "Policy that acts while observations are collected."}
+    )
     loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
     steps: Count = field(default=20_000, metadata={"help": "Environment steps in total."})
     rounds: Count = field(default=10, metadata={"help": "Rounds of collecting and fitting."})
@@ -101,7 +102,7 @@ class Distiller:
     def _collect(self, task: Task, number: int) -> None:
         """Adds the observations of a round, with the teacher's outputs, to the buffer of a task."""
         steps = (self._steps(number + 1) - self._steps(number)) // len(self.tasks)
-        observations = task.recorder.collect(self._driver(task, number), steps)
+        observations = task.recorder.collect(self._rollout_policy(task, number), steps)
         if number == 0:
             task.student.prepare(observations)
         task.buffer.append(observations, task.teacher)
@@ -110,14 +111,14 @@ class Distiller:
         if values is not None:
             task.student.set_value_scale(values, preserve=number > 0)
 
-    def _driver(self, task: Task, number: int) -> Act:
+    def _rollout_policy(self, task: Task, number: int) -> Act:
         teacher, student = sampling(task.teacher, self.generator), sampling(task.student, self.generator)
         teacher_share = {
             "teacher": 1.0,
             "student": 0.0,
             "dagger": float(number == 0),
             "mixed": 1 - number / max(self.args.rounds - 1, 1),
-        }[self.args.driver]
+        }[self.args.rollout_policy]
         if teacher_share in (0.0, 1.0):
             return teacher if teacher_share else student
         return mixture(teacher, student, teacher_share, self.generator)

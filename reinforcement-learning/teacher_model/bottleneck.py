@@ -21,14 +21,19 @@ class BottleneckFeatures(BaseFeaturesExtractor):
     """
 
     def __init__(
-        self, observation_space: spaces.Box, features_dim: int, codebooks: int, pairs: int, key_dim: int | None = None
+        self,
+        observation_space: spaces.Box,
+        features_dim: int,
+        codebooks: int,
+        codebook_size: int,
+        key_dim: int | None = None,
     ) -> None:
         super().__init__(observation_space, features_dim)
         (width,) = observation_space.shape
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         self.bottleneck = DiscreteKeyValueBottleneck(
-            width, features_dim, codebooks, pairs, "projection", key_dim, value_dim=VALUE_DIM
+            width, features_dim, codebooks, codebook_size, "projection", key_dim, value_dim=VALUE_DIM
         )
 
     mean: Tensor

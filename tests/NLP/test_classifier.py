@@ -34,16 +34,13 @@ from transformers import (
 )
 
 from kd.common.cli import parse
-from kd.common.features import FeatureHooks
 from kd.common.losses import attention_kl, feature_cosine, feature_l2
 from kd.common.methods import Method
 from kd.common.objective import Objective
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import teacher_outputs
+from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import predict, text_metrics
@@ -56,8 +53,7 @@ from kd.nlp.student_model.methods import (
     labels_only,
     layer_pairs,
 )
-from kd.nlp.student_model.teacher_outputs import cached_outputs
-from kd.nlp.student_model.training import initial_rate
+from kd.nlp.student_model.training import cached_outputs, initial_rate
 from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -192,7 +188,7 @@ def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tm
     words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
     words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
     distill(small, *words, "--output_dir", tmp_path / "cached")
-    monkeypatch.setattr(teacher_outputs, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(training_steps, "FEATURE_BYTES", 0)
     distill(small, *words, "--output_dir", tmp_path / "live")
     logs = []
     for name in ("cached", "live"):
@@ -224,7 +220,7 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     student = DistilBertForSequenceClassification(
         DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
     )
-    assert texts.unused_by(student) == ["token_type_ids"] and texts.unused_by(made.model) == []
+    assert texts.unused_inputs(student) == ["token_type_ids"] and texts.unused_inputs(made.model) == []
     for name, model in (("bert", made.model), ("distil", student)):
         model.save_pretrained(tmp_path / name)
         made.tokenizer.save_pretrained(tmp_path / name)
@@ -273,12 +269,12 @@ def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_c
         assert metrics[0] == pytest.approx(metrics[1])
     for one in found:  # random weights
         [warning] = one["warnings"]
-        assert "is no better than guessing: its validation accuracy is" in warning
+        assert "is no better than chance: its validation accuracy is" in warning
     assert capsys.readouterr().err.count("warning: teacher ") == 2
 
 
 def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
-    words = ["--teacher", teachers[0], "--more_teachers", teachers[1], "--no_control", "--max_steps", 1]
+    words = ["--teacher", teachers[0], "--ensemble_teachers", teachers[1], "--no_control", "--max_steps", 1]
     distill(small, *words, "--output_dir", tmp_path / "run")
     found = results(tmp_path / "run")["models"]["teacher"]
     data = load_text_data(str(small))
@@ -299,7 +295,7 @@ def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
 @pytest.mark.parametrize("source", ["teacher", "pretrained"])
 def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tmp_path, source):
     """A student that learns nothing, at a rate too small for fp32, shows what it was cut from."""
-    words = ["--student_from", source, "--max_steps", 2, "--scratch_learning_rate", 1e-2, "--no_control"]
+    words = ["--student_from", source, "--max_steps", 2, "--from_scratch_learning_rate", 1e-2, "--no_control"]
     distill(small, *words, "--student_learning_rate", 1e-50, "--output_dir", tmp_path)
     student = load_file(tmp_path / "student" / "model.safetensors")
     teacher = load_file(tmp_path / "stages" / "teacher" / "model.safetensors")
@@ -320,18 +316,22 @@ def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_pa
     heads = []
     for drawn in range(2):
         inputs, pair, training = loaded(
-            tmp_path / str(drawn), small, teacher=str(teachers[0]), control_from="tiny-bert"
+            tmp_path / str(drawn), small, teacher=str(teachers[0]), control_init="tiny-bert"
         )
         torch.rand(drawn)
         run: Any = SimpleNamespace(args=training)
         control, settings = training_steps.train_control(run, inputs, pair, 1.0)
-        assert settings["learning_rate"] == pair.scratch_learning_rate != initial_rate(inputs.teacher, pair, training)
+        assert (
+            settings["learning_rate"]
+            == pair.from_scratch_learning_rate
+            != initial_rate(inputs.teacher, pair, training)
+        )
         heads.append(control.classifier.weight)
     assert torch.equal(*heads)
 
 
 def test_another_seed_gives_other_random_heads_and_the_same_pretrained_weights(small, teachers, tmp_path):
-    inputs, pair, training = loaded(tmp_path, small, teacher=str(teachers[0]), control_from="tiny-bert")
+    inputs, pair, training = loaded(tmp_path, small, teacher=str(teachers[0]), control_init="tiny-bert")
     other = inputs_of_seed(inputs, TextArguments(dataset=str(small)), pair, training, training.seed + 1)
     first, second = (found.control_init.model.classifier.weight for found in (inputs, other))
     assert not torch.equal(first, second)
@@ -383,8 +383,8 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         (["--max_length", "513"], "sees at most 512 tokens"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
         (["--label_smoothing_factor", "0.1", "--method", "dist"], "leave --label_smoothing_factor at 0"),
-        (["--more_teachers", "{untrained}"], "is no trained classifier"),
-        (["--more_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
+        (["--ensemble_teachers", "{untrained}"], "is no trained classifier"),
+        (["--ensemble_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
         (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
         (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),
         (["--student", "distilbert-base-uncased", "--max_steps", "5"], "cannot be reached"),
@@ -419,7 +419,7 @@ def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
         (teachers[1], "is trained already"),
     ):
         with pytest.raises(UserError, match=named):
-            validate_arguments(*loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_from=str(origin)))
+            validate_arguments(*loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_init=str(origin)))
     assert not (tmp_path / "run").exists()
 
 

@@ -35,9 +35,9 @@ from kd_testing.processes import run_code
 from kd_testing.scripts import recipe_of, run_script
 
 SCRIPTS = REPO / "NLP" / "scripts"
-BRIEF = ["--scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
+BRIEF = ["--from_scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
 KEY_STUDY = str(REPO / "benchmarks" / "key_study.py")
-SHORT = [*BRIEF, "--value_epochs", "2", "--pairs", "16"]
+SHORT = [*BRIEF, "--value_epochs", "2", "--codebook_size", "16"]
 
 
 def script(name: str, *words: object) -> None:

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from kd.common.reporting.results import validate
-from kd.nlp.data.tasks import GLUE_TASKS, TASKS
+from kd.nlp.data.columns import GLUE_TASKS, TASKS
 from kd.nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
 from kd_testing.scripts import run_script
 
-BRIEF = "--teacher tiny-bert --scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
-BRIEF += " --pairs 8 --report_to none --per_device_train_batch_size 16"
+BRIEF = (
+    "--teacher tiny-bert --from_scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
+)
+BRIEF += " --codebook_size 8 --report_to none --per_device_train_batch_size 16"
 COLOURS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree", "lamp")
 
 
@@ -111,7 +113,7 @@ def test_more_seeds_train_only_what_is_missing(glue, tmp_path):
 
 def test_large_tasks_get_fewer_epochs(glue, tmp_path):
     folder = tmp_path / "glue"
-    distill(glue, "--tasks", "rte", "--systems", "base", "--samples_per_stage", 10, "--no_control",
+    distill(glue, "--tasks", "rte", "--systems", "base", "--max_samples_seen", 10, "--no_control",
             "--output_dir", folder)  # fmt: skip
     recipe = (folder / "rte" / "base" / "seed0" / "recipe.yaml").read_text()
     assert "num_train_epochs: 0.5" in recipe and "align_epochs: 0.5" in recipe
@@ -120,7 +122,7 @@ def test_large_tasks_get_fewer_epochs(glue, tmp_path):
 def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
     task = tmp_path / "glue" / "rte"
     shared = task / "shared" / "seed0"
-    words = ["--tasks", "rte", "--samples_per_stage", 10, "--no_control", "--output_dir", tmp_path / "glue"]
+    words = ["--tasks", "rte", "--max_samples_seen", 10, "--no_control", "--output_dir", tmp_path / "glue"]
     distill(glue, *words, "--systems", "keys_carried")
     teacher = shared / "stages" / "teacher_encoder" / "model.safetensors"
     first = teacher.stat().st_mtime_ns
@@ -149,7 +151,7 @@ def test_systems_with_changed_data_share_no_stages(glue, tmp_path, capsys):
 
 def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
     folder = tmp_path / "glue"
-    distill(glue, "--tasks", "mnli", "--systems", "base", "--samples_per_stage", 20, "--no_control",
+    distill(glue, "--tasks", "mnli", "--systems", "base", "--max_samples_seen", 20, "--no_control",
             "--output_dir", folder)  # fmt: skip
     found = results(folder / "mnli" / "base" / "seed0")
     validate(found)
@@ -186,7 +188,7 @@ def test_all_eight_tasks_are_known_by_their_own_metrics():
         (["--tasks", "wnli"], "--tasks must be some of cola"),
         (["--systems", "dino"], "--systems must be some of base"),
         (["--tasks", "cola"], "holds neither cola nor glue_cola"),
-        (["--tasks", "rte", "--samples_per_stage", "0"], "--samples_per_stage must be at least 1"),
+        (["--tasks", "rte", "--max_samples_seen", "0"], "--max_samples_seen must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(glue, tmp_path, capsys, words, named):

@@ -21,16 +21,14 @@ from transformers import (
     RobertaConfig,
 )
 
-from kd.common.features import FeatureHooks
 from kd.common.methods import Method
 from kd.common.objective import Objective
-from kd.common.outputs import Outputs
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
-from kd.nlp.student_model import teacher_outputs as steps
+from kd.common.outputs import FeatureHooks, Outputs
+from kd.nlp.data.loading import TextData, Texts
+from kd.nlp.student_model import training
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
-from kd.nlp.student_model.teacher_outputs import teacher_kwargs
+from kd.nlp.student_model.training import teacher_kwargs
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
 
 TEXTS = ["a red cat", "a dog", "the small cat and the big red dog and the hat", "hat", "a dog and a cat"]
@@ -75,7 +73,7 @@ def run(tmp_path: Path) -> Any:
 
 def batch_of(texts: Texts, model: PreTrainedModel, rows: list[int]) -> dict[str, torch.Tensor]:
     batch = texts.collate([texts.train[i] for i in rows])
-    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.unused_by(model)}
+    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.unused_inputs(model)}
 
 
 def recorded(model: PreTrainedModel, inputs: dict[str, torch.Tensor], paths: dict[str, str]) -> Outputs:
@@ -97,10 +95,10 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     matching = matched(kind, model)
     rows = [3, 2, 0]  # another order and padding than those of the cache
     inputs = batch_of(texts, model, rows)
-    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_inputs(model))}, texts.collate)
     student = recorded(model, inputs, matching.features)
 
-    monkeypatch.setattr(steps, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(training, "FEATURE_BYTES", 0)
     live = teacher_kwargs(run, model, texts, matching)
     assert live["teacher_features"] == matching.teacher_features
     teacher = recorded(live["teacher"], inputs, live["teacher_features"])
@@ -141,7 +139,7 @@ def test_what_is_matched_comes_before_a_final_norm(texts, run, kind):
     assert not torch.allclose(found.features["layer_1"], states[2], atol=1e-2)
     norm = next(module for name, module in encoder_of(model).named_modules() if name in ("final_norm", "norm", "ln_f"))
     torch.testing.assert_close(norm(found.features["layer_1"]), states[2])
-    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_inputs(model))}, texts.collate)
     cached = teacher_kwargs(run, model, texts, Method({}, {}, paths), logits=False)["teacher_outputs"]
     outputs, real = cached.batch(torch.arange(3), inputs["attention_mask"].shape[1]), inputs["attention_mask"].bool()
     for name in paths:

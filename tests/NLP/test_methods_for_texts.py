@@ -14,8 +14,7 @@ from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.methods import (
@@ -118,7 +117,7 @@ def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
         (["--method", "fitnet"], "there is no method 'fitnet'"),
         (["--method", "dist:tau=1"], "method dist has no setting 'tau'"),
         (["--method", "dkd:warmup=2"], "method dkd: warmup must be between 0 and 1, got 2"),
-        (["--method", "sp", "--more_teachers", "TEACHER"], "needs a single teacher"),
+        (["--method", "sp", "--ensemble_teachers", "TEACHER"], "needs a single teacher"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(words, complaint, small, folder, tmp_path, capsys):
@@ -160,7 +159,7 @@ def test_glue_refuses_a_method_before_any_task_is_trained(task, tmp_path, capsys
 def test_a_teacher_with_a_bottleneck_teaches_a_plain_student_by_its_logits(small, folder, tmp_path, capsys):
     data = load_text_data(str(small))
     encoder = AutoModelForSequenceClassification.from_pretrained(folder).base_model
-    made = BottleneckClassifier.around(encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, pairs=8)
+    made = BottleneckClassifier.around(encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, codebook_size=8)
     made.config.key_statistics = {}  # of keys that are fitted, as a run leaves them
     made.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "teacher")

@@ -27,8 +27,7 @@ from transformers import (
 
 from kd.common.pretrained import load_model, load_tokenizer, reading, stage_loader
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load as load_exportable
 from kd.nlp.student_model.layers import load_encoder
@@ -91,7 +90,7 @@ def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
     ))  # fmt: skip
     saved(tmp_path / "marian", marian.to(dtype))
     folder = str(saved(tmp_path / "bert", bert().to(dtype)))
-    behind = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, pairs=4)
+    behind = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, codebook_size=4)
     behind.to(dtype).save_pretrained(tmp_path / "bottleneck")
     models: dict[str, Any] = {
         "classifier": load_classifier(folder, two_labels()).model,

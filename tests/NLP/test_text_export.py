@@ -66,7 +66,7 @@ def test_a_classifier(texts, tmp_path, capsys, kind, format):
     config = DistilBertConfig(vocab_size=len(tokenizer), **SIZES)
     if kind == "bottleneck":
         model: Any = BottleneckClassifier.around(
-            DistilBertModel(config), LABELS["id2label"], "mean", codebooks=4, pairs=8
+            DistilBertModel(config), LABELS["id2label"], "mean", codebooks=4, codebook_size=8
         )
         set_keys(model.bottleneck, "new", None, torch.randn(50, 32), 0)
         torch.nn.init.normal_(model.bottleneck.values)

@@ -15,7 +15,7 @@ from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 
 
 def make(dim: int = 12, outputs: int = 5, **kwargs: object) -> DiscreteKeyValueBottleneck:
-    return DiscreteKeyValueBottleneck(dim, outputs, **{"codebooks": 3, "pairs": 8, **kwargs})  # type: ignore[arg-type]
+    return DiscreteKeyValueBottleneck(dim, outputs, **{"codebooks": 3, "codebook_size": 8, **kwargs})  # type: ignore[arg-type]
 
 
 def clusters(codebooks: int = 1, per_cluster: int = 200, width: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,10 +28,10 @@ def clusters(codebooks: int = 1, per_cluster: int = 200, width: int = 2) -> tupl
 # ---- search ----
 
 
-@pytest.mark.parametrize(("rows", "codebooks", "pairs"), [(1, 1, 1), (17, 3, 8), (1000, 4, 64)])
-def test_chunked_search_equals_brute_force(monkeypatch, rows, codebooks, pairs):
-    monkeypatch.setattr(key_search, "SEARCH_BYTES", 7 * 4 * codebooks * pairs)  # blocks of seven rows
-    heads, keys = torch.randn(rows, codebooks, 6), torch.randn(codebooks, pairs, 6)
+@pytest.mark.parametrize(("rows", "codebooks", "codebook_size"), [(1, 1, 1), (17, 3, 8), (1000, 4, 64)])
+def test_chunked_search_equals_brute_force(monkeypatch, rows, codebooks, codebook_size):
+    monkeypatch.setattr(key_search, "SEARCH_BYTES", 7 * 4 * codebooks * codebook_size)  # blocks of seven rows
+    heads, keys = torch.randn(rows, codebooks, 6), torch.randn(codebooks, codebook_size, 6)
     brute = torch.stack([torch.cdist(heads[:, c].double(), keys[c].double()).argmin(1) for c in range(codebooks)], 1)
     assert torch.equal(nearest_keys(heads, keys), brute)
 
@@ -61,7 +61,7 @@ def test_splits(split):
 
 def test_ema_converges_to_cluster_means():
     heads, means = clusters()
-    bottleneck = DiscreteKeyValueBottleneck(2, 2, codebooks=1, pairs=4)
+    bottleneck = DiscreteKeyValueBottleneck(2, 2, codebooks=1, codebook_size=4)
     bottleneck.keys.copy_(means.unsqueeze(0) + torch.randn(1, 4, 2))
     bottleneck.key_sums.copy_(bottleneck.keys)
     for _ in range(60):
@@ -87,7 +87,7 @@ def test_key_norms_stay_bounded_by_the_data():
 
 def test_ema_agrees_with_vector_quantize_pytorch():
     theirs = Codebook(dim=4, codebook_size=8, decay=0.8, threshold_ema_dead_code=0, eps=1e-5)
-    ours = DiscreteKeyValueBottleneck(4, 2, codebooks=1, pairs=8)
+    ours = DiscreteKeyValueBottleneck(4, 2, codebooks=1, codebook_size=8)
     ours.keys.copy_(theirs.embed)
     ours.key_sums.copy_(theirs.embed_avg)
     ours.key_counts.copy_(theirs.cluster_size)
@@ -102,7 +102,7 @@ def test_ema_agrees_with_vector_quantize_pytorch():
 
 def test_dead_keys_restart_in_all_three_buffers_and_stay():
     heads, _ = clusters()
-    bottleneck = DiscreteKeyValueBottleneck(2, 2, codebooks=1, pairs=4)
+    bottleneck = DiscreteKeyValueBottleneck(2, 2, codebooks=1, codebook_size=4)
     bottleneck.keys.copy_(torch.tensor([[[10.0, 10.0], [-10.0, 10.0], [10.0, -10.0], [500.0, 500.0]]]))
     bottleneck.key_sums.copy_(bottleneck.keys)
     bottleneck.key_counts[0, 3] = 1e-6
@@ -117,7 +117,7 @@ def test_dead_keys_restart_in_all_three_buffers_and_stay():
 
 def test_fitting_finds_the_clusters_and_survives_the_first_ema_step():
     heads, means = clusters(codebooks=2)
-    bottleneck = DiscreteKeyValueBottleneck(4, 2, codebooks=2, pairs=4)
+    bottleneck = DiscreteKeyValueBottleneck(4, 2, codebooks=2, codebook_size=4)
     bottleneck.fit_keys(heads.flatten(1), epochs=0, batch_size=256, seed=3)  # k-means alone
     fitted = bottleneck.keys.clone()
     bottleneck.frozen.fill_(False)
@@ -135,7 +135,7 @@ def test_fitting_finds_the_clusters_and_survives_the_first_ema_step():
 
 
 def test_statistics_by_hand():
-    bottleneck = DiscreteKeyValueBottleneck(1, 2, codebooks=1, pairs=4)
+    bottleneck = DiscreteKeyValueBottleneck(1, 2, codebooks=1, codebook_size=4)
     bottleneck.keys.copy_(torch.tensor([[[0.0], [10.0], [20.0], [30.0]]]))
     found = bottleneck.key_statistics(torch.tensor([[1.0], [1.0], [-1.0], [12.0]]))
     assert found["usage"] == 0.5
@@ -145,7 +145,7 @@ def test_statistics_by_hand():
 
 
 def test_frozen_keys_stay_when_they_are_to_be_fitted_again():
-    fitted = DiscreteKeyValueBottleneck(4, 2, codebooks=2, pairs=3)
+    fitted = DiscreteKeyValueBottleneck(4, 2, codebooks=2, codebook_size=3)
     fitted.fit_keys(torch.randn(50, 4))
     keys = fitted.keys.clone()
     with pytest.raises(RuntimeError, match="frozen"):
@@ -188,7 +188,7 @@ def test_carried_keys_give_the_teachers_codes(split):
     ("other", "named"),
     [
         ({"dim": 24}, "width"),
-        ({"pairs": 16}, "pairs"),
+        ({"codebook_size": 16}, "codebook_size"),
         ({"codebooks": 4}, "codebooks"),
         ({"split": "projection"}, "split"),
     ],
@@ -273,7 +273,7 @@ torch.manual_seed(0)
 stream = torch.randn(10, 64, 12)
 def make():
     torch.manual_seed(1)
-    return DiscreteKeyValueBottleneck(12, 5, codebooks=3, pairs=8)
+    return DiscreteKeyValueBottleneck(12, 5, codebooks=3, codebook_size=8)
 def step(bottleneck, rows):
     bottleneck.update_keys(bottleneck.heads(rows), decay=0.8)
 half = make()

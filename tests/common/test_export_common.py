@@ -290,7 +290,7 @@ def test_what_is_the_same_answer():
 
 def test_only_a_bottleneck_may_have_ties():
     x = torch.randn(4, 6)
-    with_keys = nn.Sequential(nn.Linear(6, 4), DiscreteKeyValueBottleneck(4, 3, codebooks=2, pairs=4))
+    with_keys = nn.Sequential(nn.Linear(6, 4), DiscreteKeyValueBottleneck(4, 3, codebooks=2, codebook_size=4))
     example: dict[str, Any] = {"inputs": {"input": x[:2]}, "test_inputs": [{"input": x}]}
     assert share_of_ties(tiny_exportable(model=with_keys, **example).model) > 0
     assert share_of_ties(tiny_exportable().model) == 0

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kd.common.features import FeatureHooks
 from kd.common.losses import feature_cosine, feature_l2, soft_target_kl
 from kd.common.objective import FeatureTerm, Objective, soft_targets, task_loss
-from kd.common.outputs import Outputs
+from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd_testing.tiny import Rows, model

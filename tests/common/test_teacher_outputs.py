@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import nn
 
 from kd.common.data.fingerprints import outputs_key
-from kd.common.outputs import AveragedTeacher
+from kd.common.outputs import EnsembleTeacher
 from kd.common.training import teacher_outputs
 from kd.common.training.teacher_outputs import (
     JoinedOutputs,
@@ -62,7 +62,7 @@ def test_averaged_teachers_have_the_mean_of_logits_as_their_caches_have():
     teachers = [model(0), model(1)]
     x = torch.randn(3, 6)
     logits = [teacher(x).logits for teacher in teachers]
-    averaged = AveragedTeacher(teachers)(x).logits
+    averaged = EnsembleTeacher(teachers)(x).logits
     torch.testing.assert_close(averaged, (logits[0] + logits[1]) / 2)
     samples = torch.arange(3)
     joined = JoinedOutputs([TeacherOutputs(samples, each) for each in logits])

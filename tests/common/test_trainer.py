@@ -253,7 +253,7 @@ def test_values_have_their_own_rate_and_no_decay(tmp_path):
     class WithBottleneck(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bottleneck = DiscreteKeyValueBottleneck(6, 3, codebooks=2, pairs=4)
+            self.bottleneck = DiscreteKeyValueBottleneck(6, 3, codebooks=2, codebook_size=4)
 
         def forward(self, x):
             return Outputs(logits=self.bottleneck(x))
@@ -322,7 +322,7 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
 @pytest.mark.parametrize("everything", [False, True])
 def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everything, tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
-    args = arguments(tmp_path, weight_decay=0.1, decay_everything=everything)
+    args = arguments(tmp_path, weight_decay=0.1, decay_norm_and_bias=everything)
     hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(2, 3))  # its weights train beside the student
     trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss()), hint=(1.0, hint)))
     decayed = {
@@ -442,9 +442,9 @@ class Finalized:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
 @pytest.mark.parametrize("step", [5, 12])
-def test_ctrl_c_ends_training_even_where_python_drops_it_and_the_run_goes_on(lost, step, tmp_path):
+def test_ctrl_c_ends_training_even_if_python_drops_it_and_the_run_can_resume(dropped, step, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     settings = {"num_train_epochs": 4, "save_strategy": "epoch", "optim": "adamw_torch"}
     whole, stopped, resumed = model(dropout=0.3), model(dropout=0.3), model(7, dropout=0.3)
@@ -454,7 +454,7 @@ def test_ctrl_c_ends_training_even_where_python_drops_it_and_the_run_goes_on(los
     def press(*_) -> None:
         calls.append(1)
         if len(calls) == step:
-            Finalized() if lost else os.kill(os.getpid(), signal.SIGINT)
+            Finalized() if dropped else os.kill(os.getpid(), signal.SIGINT)
 
     handle = stopped.register_forward_hook(press)
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.common.data.splits import stratified
+from kd.common.data.sources import stratified
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
 from kd.image_classification.data.sources import read_rows
@@ -67,14 +67,14 @@ def test_train_samples_are_the_same_ones_every_time() -> None:
     labels = np.array([0] * 300 + [1] * 100)
     assert np.array_equal(stratified(labels, 0.1), stratified(labels, 0.1))
     assert labels[stratified(labels, 0.1)].tolist() == [0] * 30 + [1] * 10
-    whole, part = small("digits"), small("digits", train_samples=200)
+    whole, part = small("digits"), small("digits", max_train_samples=200)
     assert sizes(part) == {"train": 200, "validation": 144, "test": 359}
     assert set(Counter(part.splits["train"].labels.tolist()).values()) <= {19, 20, 21}
     assert {p.numpy().tobytes() for p in part.splits["train"].pixels} <= {
         p.numpy().tobytes() for p in whole.splits["train"].pixels
     }
-    assert part.fingerprint == small("digits", train_samples=200).fingerprint and "200 of the" in part.notes[-1]
-    assert small("digits", train_samples=9999).fingerprint == whole.fingerprint
+    assert part.fingerprint == small("digits", max_train_samples=200).fingerprint and "200 of the" in part.notes[-1]
+    assert small("digits", max_train_samples=9999).fingerprint == whole.fingerprint
 
 
 def test_mean_and_standard_deviation(colour: str) -> None:
@@ -191,7 +191,7 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, labels: list) -
 
 
 def test_cifar(shared: Path) -> None:
-    data = small(shared / "data" / "cifar100", train_samples=500)
+    data = small(shared / "data" / "cifar100", max_train_samples=500)
     assert sizes(data) == {"train": 500, "validation": 5000, "test": 10000} and data.size == 32 and data.flip
     assert data.label_names[:2] == ["apple", "aquarium_fish"] and "'fine_label' holds the labels" in data.notes[0]
     for split, each in {"train": 5, "validation": 50, "test": 100}.items():

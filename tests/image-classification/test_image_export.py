@@ -25,12 +25,12 @@ PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
 def student_of(kind: str, data: Any) -> Any:
     """With random weights, and running statistics that are not those of a new network."""
     if kind == "probe":
-        model: Any = BottleneckProbe.around(None, data, {"codebooks": 4, "pairs": 8, "key_dim": 3})
+        model: Any = BottleneckProbe.around(None, data, {"codebooks": 4, "codebook_size": 8, "key_dim": 3})
         head, width = model.head, 3 * data.size**2
     else:
         parts: dict[str, Any] = {"projector": PROJECTOR} if kind == "simkd" else {}
         if kind == "bottleneck":
-            parts["bottleneck"] = {"codebooks": 4, "pairs": 8}
+            parts["bottleneck"] = {"codebooks": 4, "codebook_size": 8}
         model = new_classifier("resnet8", data.config, **parts)
         model.train()(torch.randn(50, 3, data.size, data.size))
         head, width = model.head, 64

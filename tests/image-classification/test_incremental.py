@@ -30,7 +30,7 @@ from kd_testing.processes import run_code
 from kd_testing.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("digits_once")
-SMALL = {"codebooks": 8, "pairs": 16, "key_dim": 6}
+SMALL = {"codebooks": 8, "codebook_size": 16, "key_dim": 6}
 SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", value)]
 
 
@@ -266,7 +266,7 @@ def refused(capsys, *words: object) -> str:
         (["--dataset", "nonsense"], "unknown dataset 'nonsense'"),
         (["--encoder", "nonsense"], "unknown encoder 'nonsense'"),
         (["--codebooks", 0], "--codebooks must be at least 1"),
-        (["--pairs", 70000], "--pairs must be between 1 and 65536"),
+        (["--codebook_size", 70000], "--codebook_size must be between 1 and 65536"),
         (["--classes_per_task", 0], "--classes_per_task must be at least 1"),
         (["--classes_per_task", 11], "--classes_per_task must be at most the 10 classes of digits"),
         (["--value_learning_rate", -1], "--value_learning_rate must be above 0"),

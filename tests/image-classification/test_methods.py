@@ -12,7 +12,7 @@ from kd.common.objective import Scheduled
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import Pair, both_say, noise
+from kd_testing.image_pairs import Pair, forward_both, noise
 
 NAMES = sorted(METHODS)
 WITH_WEIGHTS = {  # what trains beside the student, and never ships
@@ -33,7 +33,7 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
     before = copy.deepcopy(pair.teacher.state_dict())
     method = METHODS[name](pair.spec)
     method.objective.set_progress(0.5)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
     sum(parts.values()).backward()
     assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
@@ -49,10 +49,10 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
 def test_the_task_is_the_cross_entropy_with_the_labels(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     parts = method.objective(own, said, labels)
-    weight = method.objective.weight("task")
+    weight = method.objective.current_weights()["task"]
     assert parts["task"].item() == pytest.approx(weight * F.cross_entropy(own.logits, labels).item(), rel=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
     method.objective.set_progress(1.0)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     for logits in (said, own):
         logits["logits"] = 200 * logits.logits
         logits["features"] = {key: value.bfloat16() for key, value in logits.features.items()}
@@ -76,7 +76,7 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
 def test_it_is_finite_in_a_batch_of_one(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images[:1])
+    own, said = forward_both(method, pair, pair.images[:1])
     parts = method.objective(own, said, torch.zeros(1, dtype=torch.long))
     sum(parts.values()).backward()
     assert all(part.isfinite() for part in parts.values()), parts
@@ -93,7 +93,7 @@ def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
         assert "\n" not in str(caught.value)
         return
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     parts = method.objective(own, said, torch.arange(len(pair.images)) % classes)
     assert all(part.isfinite() for part in parts.values()), parts
 
@@ -104,7 +104,7 @@ def test_its_weights_and_memories_are_checkpointed(name):
     pair = new_pair()
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     method.objective(own, said, labels)  # batch norms, memories and the like have seen a batch
     torch.manual_seed(1)
     other = METHODS[name](pair.spec)

@@ -12,7 +12,7 @@ from kd.common.utils.files import read_json
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME
-from kd.image_classification.teacher_model.backbones.from_timm import known_weights
+from kd.image_classification.teacher_model.backbones import known_weights
 from kd_testing.paths import REPO
 from kd_testing.pictures import pixels, write
 from kd_testing.scripts import run_script
@@ -40,7 +40,7 @@ def dry_run(dataset: str, folder: Path, pair: str, *words: object) -> None:
     "pair", [pytest.param(p, marks=[] if p == QUICK else pytest.mark.slow) for p in PAIRS_BY_NAME]
 )
 def test_every_pair_of_the_tables_runs(pair, cifar100_shaped, tmp_path):
-    few = ["--train_samples", 32, "--per_device_train_batch_size", 16, "--no_control"]
+    few = ["--max_train_samples", 32, "--per_device_train_batch_size", 16, "--no_control"]
     dry_run(cifar100_shaped, tmp_path / "run", pair, "--method", "kd", *few)
     results = read_json(tmp_path / "run" / "results.json")
     assert results["data"]["train"] == 32 and results["method"] == "kd"
@@ -53,11 +53,11 @@ def test_every_pair_of_the_tables_runs(pair, cifar100_shaped, tmp_path):
 
 def test_a_pair_gives_way_to_the_flags_of_the_command_line(tmp_path):
     (tmp_path / "recipe.yaml").write_text("learning_rate: 0.05\nstudent: vgg8\n")
-    words = ["--pair", "vgg13_mobilenetv2", "--teacher", "resnet8", "--method_settings", "kd:alpha=0"]
+    words = ["--pair", "vgg13_mobilenetv2", "--teacher", "resnet8", "--method_args", "kd:alpha=0"]
     types = PairArguments, DataArguments, ImageTrainingArguments
     pair, data, training = parse(*types, argv=[str(tmp_path / "recipe.yaml"), *words])
     pair.apply_pair(data, training)
-    assert (pair.teacher, pair.student, pair.method_settings) == ("resnet8", "mobilenetv2", ["kd:alpha=0"])
+    assert (pair.teacher, pair.student, pair.method_args) == ("resnet8", "mobilenetv2", ["kd:alpha=0"])
     assert data.dataset == "cifar100" and training.learning_rate == 0.01
 
 
@@ -117,7 +117,7 @@ def test_a_pair_has_the_settings_behind_its_figures(pair):
 def test_multi_level_distillation_has_its_published_protocol():
     """The configurations of its figures: 480 epochs whose milestones are those of 240, and half the learning rate."""
     recipe = yaml.safe_load((RECIPES / "strong.yaml").read_text())
-    assert recipe["strong_views"] is True and recipe["num_train_epochs"] == 480
+    assert recipe["strong_augmentation"] is True and recipe["num_train_epochs"] == 480
     assert recipe["lr_milestones"] == [150, 180, 210] and recipe["learning_rate"] == 0.025
 
 
@@ -129,8 +129,8 @@ def test_imagenet_has_the_teacher_of_its_figure():
 
 
 def test_settings_of_the_pair_are_in_the_report_and_give_way_to_those_of_the_method(cifar100_shaped, tmp_path):
-    few = ["--train_samples", 16, "--per_device_train_batch_size", 8, "--no_control", "--student", "resnet8"]
-    few += ["--method_settings", "dkd:beta=6", "lskd:temperature=3"]
+    few = ["--max_train_samples", 16, "--per_device_train_batch_size", 8, "--no_control", "--student", "resnet8"]
+    few += ["--method_args", "dkd:beta=6", "lskd:temperature=3"]
     for name, words, expected in (
         ("bare", ["--method", "dkd"], "dkd:beta=6"),
         ("given", ["--method", "dkd:beta=1:alpha=2"], "dkd:beta=1:alpha=2"),

@@ -39,7 +39,7 @@ def test_a_prepared_folder_is_the_same_data(
     for name, flags, keywords in (
         ("digits", [], {}),
         (colour, ["--validation_share", 0.25], {"validation_share": 0.25}),
-        (colour, ["--image_size", 6, "--train_samples", 20], {"image_size": 6, "train_samples": 20}),
+        (colour, ["--image_size", 6, "--max_train_samples", 20], {"image_size": 6, "max_train_samples": 20}),
     ):
         folder = tmp_path / f"prepared{len(flags)}"
         prepare(monkeypatch, "--dataset", name, "--output", folder, *flags)

@@ -9,10 +9,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.image_classification.data import strong_views
+from kd.image_classification.data import views as views_module
 from kd.image_classification.data.loading import load_image_data
-from kd.image_classification.data.strong_views import AUGMENTATIONS, StrongViews, cut_out, draw_changes
-from kd.image_classification.data.views import Views
+from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_changes
 from kd_testing.pictures import large, photos_in, pixels
 from kd_testing.scripts import run_script
 
@@ -42,8 +41,8 @@ def test_a_batch_holds_the_usual_views_and_then_other_crops_of_the_same_images_c
 
 def test_crops_of_the_two_views_are_drawn_apart(monkeypatch):
     """Without operations and cutout a strong view is a crop: of 50 a share of 1 in 50 is the weak one by chance."""
-    monkeypatch.setattr(strong_views, "OPERATIONS", 0)
-    monkeypatch.setattr(strong_views, "CUT_OUT", 0.0)
+    monkeypatch.setattr(views_module, "OPERATIONS", 0)
+    monkeypatch.setattr(views_module, "CUT_OUT", 0.0)
     images = torch.from_numpy(pixels(60, 16, 16, 3))
     kind = [0.5] * 3, [0.25] * 3, 2, True
     views, plain = (k(images, torch.zeros(60, dtype=torch.long), *kind) for k in (StrongViews, Views))
@@ -138,17 +137,17 @@ def test_cutout_is_a_square_of_up_to_half_the_width_that_the_border_may_cut():
 @pytest.mark.parametrize("script, words", [("train_simkd.py", []), ("train_student.py", ["--method", "kd"])])
 def test_a_student_and_its_control_are_trained_on_both(script, words, tmp_path: Path):
     run_script(f"image-classification/scripts/{script}", "--teacher", "resnet8", "--student", "resnet8", *words,
-               "--strong_views", "--train_samples", 64, "--num_train_epochs", 1, "--report_to", "none",
+               "--strong_augmentation", "--max_train_samples", 64, "--num_train_epochs", 1, "--report_to", "none",
                "--output_dir", tmp_path / "run")  # fmt: skip
     results = read_json(tmp_path / "run" / "results.json")
     assert results["models"]["control"] and results["models"]["student"]
-    assert "strong_views: true" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "strong_augmentation: true" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
 def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path, capsys):
-    with pytest.raises(UserError, match="64 pixels or less"):
+    with pytest.raises(UserError, match="at most 64 pixels"):
         large(photos_in(tmp_path / "photos")).views("train", CPU, augment=True, strong=True)
-    words = ["--strong_views", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
+    words = ["--strong_augmentation", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
         run_script("image-classification/scripts/train_student.py", *words)
     assert stopped.value.code == 2 and "there is no table of them" in capsys.readouterr().err

@@ -11,16 +11,14 @@ from torch import nn
 
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Recorder, mixture, play, random_actions, returns_of
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder, mixture, play, random_actions, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
 from kd.reinforcement_learning.student_model.matching import check_loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd_testing import known_answer  # noqa: F401 - registers the environments
 
@@ -123,10 +121,10 @@ def test_only_what_was_acted_on_is_a_row():
 
 
 @pytest.mark.parametrize(
-    ("driver", "expected"),
+    ("rollout_policy", "expected"),
     [("teacher", [1, 1, 1]), ("student", [0, 0, 0]), ("dagger", [1, 0, 0]), ("mixed", [1, None, 0])],
 )
-def test_drivers(driver, expected, tmp_path, monkeypatch):
+def test_rollout_policies(rollout_policy, expected, tmp_path, monkeypatch):
     """A teacher that always goes right and a student that always goes left tell who acted."""
 
     class Always(nn.Module):
@@ -140,7 +138,7 @@ def test_drivers(driver, expected, tmp_path, monkeypatch):
     one = task("CartPole-v1", Always(1), model("CartPole-v1", []))
     one.student.forward = Always(0).forward
     monkeypatch.setattr(Distiller, "_fit", lambda self, number: {"loss": 0.0})
-    Distiller([one], arguments(driver=driver, rounds=3, steps=600), tmp_path, 0).learn(nothing)
+    Distiller([one], arguments(rollout_policy=rollout_policy, rounds=3, steps=600), tmp_path, 0).learn(nothing)
     shares = [
         float(np.mean(one.recorder.actions[start:end]))
         for start, end in zip(one.marks[:-1], one.marks[1:], strict=True)
@@ -166,7 +164,7 @@ def test_a_killed_distillation_ends_as_if_never_killed(environment, at, tmp_path
 
     def run(folder: Path, rounds_until_death: int | None) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         one = task(environment, teacher, model(environment, [8]))
-        distiller = Distiller([one], arguments(driver="mixed"), folder, seed=5)
+        distiller = Distiller([one], arguments(rollout_policy="mixed"), folder, seed=5)
         calls = 0
 
         def watch() -> dict[str, float]:

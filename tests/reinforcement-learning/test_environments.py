@@ -16,12 +16,18 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments import registry as registry_module
-from kd.reinforcement_learning.environments import rollouts, vector
-from kd.reinforcement_learning.environments.registry import registration_code, time_limit_warning
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments, Step, training_environments
-from kd.reinforcement_learning.teacher_model.agent import Agent
+from kd.reinforcement_learning.data import environments as environments_module
+from kd.reinforcement_learning.data import rollouts
+from kd.reinforcement_learning.data.environments import (
+    Environments,
+    SB3Environments,
+    Step,
+    registration_code,
+    time_limit_warning,
+    training_environments,
+)
 from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd_testing import known_answer
 from kd_testing.known_answer import KnownAnswer, KnownAnswerBox
 
@@ -161,7 +167,7 @@ def test_nothing_is_rendered_unless_asked(registry):
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
 def test_an_environment_without_a_time_limit_gets_one_and_a_warning(registry, monkeypatch, mode):
-    monkeypatch.setattr(registry_module, "EPISODE_STEPS", 7)
+    monkeypatch.setattr(environments_module, "EPISODE_STEPS", 7)
     gym.register("Endless-v0", KnownAnswer)
     environments = Environments("Endless-v0", 2, autoreset=mode)
     found, rows = rollouts.play(
@@ -422,7 +428,7 @@ def test_arguments_that_the_environment_does_not_take():
 @pytest.mark.parametrize(("id", "fault"), [("FrozenLake-v1", "Discrete"), ("Blackjack-v1", "Tuple")])
 def test_observations_that_are_no_box(id, fault):
     message = complaint(id, 2)
-    assert message == f"environment {id} has {fault} observations; {vector.SUPPORTED}"
+    assert message == f"environment {id} has {fault} observations; {environments_module.SUPPORTED}"
 
 
 def test_frames_whose_channels_come_last(monkeypatch):
@@ -441,7 +447,7 @@ def test_frames_whose_channels_come_last(monkeypatch):
 )
 def test_actions_that_are_not_supported(space, fault, monkeypatch):
     monkeypatch.setattr(KnownAnswer, "action_space", space)
-    assert complaint("KnownAnswer-v0", 2) == f"environment KnownAnswer-v0 has {fault}; {vector.SUPPORTED}"
+    assert complaint("KnownAnswer-v0", 2) == f"environment KnownAnswer-v0 has {fault}; {environments_module.SUPPORTED}"
 
 
 def test_making_environments_is_quiet(capfd, tmp_path, monkeypatch):
@@ -459,7 +465,7 @@ def test_making_environments_is_quiet(capfd, tmp_path, monkeypatch):
 def test_other_warnings_of_mujoco_are_passed_on():
     mujoco = pytest.importorskip("mujoco")
     before = mujoco.get_mju_user_warning()
-    with pytest.warns(UserWarning, match="MuJoCo: out of memory"), vector._quiet_mujoco():
+    with pytest.warns(UserWarning, match="MuJoCo: out of memory"), environments_module._quiet_mujoco():
         mujoco.get_mju_user_warning()("settotalmass is deprecated")
         mujoco.get_mju_user_warning()("out of memory")
     assert mujoco.get_mju_user_warning() is before

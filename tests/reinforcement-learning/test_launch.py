@@ -8,7 +8,7 @@ import pytest
 from stable_baselines3 import PPO
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments import registry
+from kd.reinforcement_learning.data.environments import require_module_on_command_line
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
@@ -67,14 +67,14 @@ def test_a_damaged_results_file_is_one_line(content, capsys):
 
 def test_an_environment_known_by_its_id_needs_no_word_of_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
-    registry.require_module_on_command_line("ALE/Pong-v5", "a file")
+    require_module_on_command_line("ALE/Pong-v5", "a file")
     with pytest.raises(UserError, match="would run its code"):
-        registry.require_module_on_command_line("os:Mine-v0", "a file")
+        require_module_on_command_line("os:Mine-v0", "a file")
     monkeypatch.setattr("sys.argv", ["script", "--environment=os:Mine-v0"])
-    registry.require_module_on_command_line("os:Mine-v0", "a file")
+    require_module_on_command_line("os:Mine-v0", "a file")
 
 
-LAYERS = ("environments", "data", "teacher_model", "student_model")
+LAYERS = ("data", "teacher_model", "student_model")
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -14,15 +14,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Recorder
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student
-from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd.reinforcement_learning.teacher_model.teacher import Agent, Teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 
 PPO_ROW = {"environments": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1, "normalize": True}

@@ -13,27 +13,24 @@ from torch import Tensor, nn
 from kd.common.metrics.cost import parameters
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.observations import Observations
-from kd.reinforcement_learning.environments.rollouts import Recorder, returns_of
-from kd.reinforcement_learning.environments.vector import Environments, SB3Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
+from kd.reinforcement_learning.data.rollouts import Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student, share_bodies
-from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, greedy
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd.reinforcement_learning.teacher_model.teacher import Agent, Teacher
 from kd_testing import known_answer  # noqa: F401 - registers the environments
 
 QUESTIONS = "KnownAnswer-v0"
 RECIPE = training_recipe(
     "ppo", QUESTIONS, {"environments": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "normalize": True}
 )
-LOOKED_UP = StudentArguments(student=[], codebooks=16, pairs=32)
+LOOKED_UP = StudentArguments(student=[], codebooks=16, codebook_size=32)
 
 
 def arguments(**changes: Any) -> DistillArguments:
@@ -145,7 +142,7 @@ def test_however_it_is_trained_it_is_the_same_student_with_the_same_keys(tmp_pat
 
 
 def test_what_is_saved_acts_as_before(tmp_path):
-    model = student("CartPole-v1", StudentArguments(student=[8], codebooks=5, pairs=7, key_dim=3))
+    model = student("CartPole-v1", StudentArguments(student=[8], codebooks=5, codebook_size=7, key_dim=3))
     rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     StudentNetwork(model.policy, None).prepare(torch.as_tensor(rows))
     with torch.no_grad():
@@ -168,7 +165,7 @@ def test_sizes():
 
 
 def test_students_of_several_environments_share_what_is_behind_their_bottlenecks():
-    args = StudentArguments(student=[8], codebooks=4, pairs=8)
+    args = StudentArguments(student=[8], codebooks=4, codebook_size=8)
     first, twin = student(args=args).policy, student(args=args, seed=1).policy
     share_bodies([first, twin])
     assert twin.mlp_extractor.policy_net[0] is first.mlp_extractor.policy_net[0]
@@ -181,7 +178,9 @@ def test_frames_have_no_bottleneck():
         StudentArguments(codebooks=16).check("Pictures-v0", frames)
 
 
-@pytest.mark.parametrize("wrong", [{"codebooks": -1}, {"pairs": 0}, {"pairs": 2**16 + 1}, {"key_dim": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"codebooks": -1}, {"codebook_size": 0}, {"codebook_size": 2**16 + 1}, {"key_dim": 0}]
+)
 def test_sizes_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ValueError, match="--(codebooks|pairs|key_dim) must be"):
+    with pytest.raises(ValueError, match="--(codebooks|codebook_size|key_dim) must be"):
         StudentArguments(**wrong)

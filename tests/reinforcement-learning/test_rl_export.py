@@ -14,7 +14,7 @@ from torch import nn
 
 from kd.common.export.onnx import OnnxModel, load_program
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.vector import SB3Environments
+from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.exportable import load
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
@@ -110,7 +110,7 @@ def test_what_vecnormalize_knows_is_inside(tmp_path, format):
 
 
 def test_a_policy_with_a_bottleneck_and_the_code_of_its_readme(tmp_path, capsys):
-    args = StudentArguments(student=[], student_value=[], codebooks=4, pairs=8)
+    args = StudentArguments(student=[], student_value=[], codebooks=4, codebook_size=8)
     model = new_student(SB3Environments("CartPole-v1", 2), args, training_recipe("ppo", "CartPole-v1"), seed=0)
     StudentNetwork(model.policy, None).prepare(torch.as_tensor(observations("CartPole-v1")))
     torch.nn.init.normal_(model.policy.features_extractor.bottleneck.values)

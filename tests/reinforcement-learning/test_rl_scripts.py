@@ -19,16 +19,16 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from kd.common.utils.files import read_json
-from kd.reinforcement_learning.environments import video
-from kd.reinforcement_learning.environments.rollouts import TEST_SEED, returns_of
-from kd.reinforcement_learning.environments.vector import SB3Environments
+from kd.reinforcement_learning.data import video
+from kd.reinforcement_learning.data.environments import SB3Environments
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, returns_of
 from kd.reinforcement_learning.student_model import distiller
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
 
 SCRIPTS = "reinforcement-learning/scripts"
 RUNS = Path("runs/reinforcement-learning")
-LITTLE = "--steps 400 --rounds 2 --updates 20 --episodes 4 --watch_episodes 2 --num_envs 4".split()
+LITTLE = "--steps 400 --rounds 2 --updates 20 --episodes 4 --eval_episodes 2 --num_envs 4".split()
 TEACHER = ["--teacher_steps", "600", "--hyperparameters", '{"environments": 4}']
 
 
@@ -165,7 +165,7 @@ def test_other_algorithms_teach(algorithm, environment):
     settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
     run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
                "--teacher_steps", 150, "--hyperparameters", json.dumps(settings),
-               "--episodes", 2, "--watch_episodes", 1)  # fmt: skip
+               "--episodes", 2, "--eval_episodes", 1)  # fmt: skip
     folder = RUNS / f"teacher_{environment}_{algorithm}"
     assert read_json(folder / "results.json")["models"]["student"] is None
     distill("--environment", environment, "--teacher", folder, "--no_control")
@@ -221,7 +221,7 @@ def test_a_video_is_whole_or_a_line(cart_pole, monkeypatch, capsys):
     Path("file").touch()
     Path("c.gif").write_text("of somebody else")
     for name in ("file/c.gif", "file/deeper/c.mp4"):
-        assert "is no folder that may be written to" in line_of(capsys, *words, name, script="evaluate.py")
+        assert "is not a writable folder" in line_of(capsys, *words, name, script="evaluate.py")
     with monkeypatch.context() as broken:
         broken.setattr(video.imageio.v3, "imwrite", lambda path, *_, **__: Path(path).write_text("half") and 1 / 0)
         assert "c.gif exists: pass --video" in line_of(capsys, *words, "c.mp4", script="evaluate.py")
@@ -285,11 +285,11 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
     monkeypatch.setattr(distiller.Distiller, "_fit", teaches)
     with pytest.raises(SystemExit):
         distill("--teacher", "left.zip", "--output_dir", "left", "--no_control")
-    assert "warning: teacher ppo left is no better than guessing: its mean return is" in warned[0]
+    assert "warning: teacher ppo left is no better than chance: its mean return is" in warned[0]
     monkeypatch.setattr(distiller.Distiller, "_fit", fit)
     distill("--teacher", "left.zip", "--output_dir", "left", "--no_control", "--resume_from_checkpoint")
     results = read_json("left/results.json")
-    assert any("no better than guessing" in warning for warning in results["warnings"])
+    assert any("no better than chance" in warning for warning in results["warnings"])
     assert "**Warning:** teacher ppo left" in Path("left/report.md").read_text()
 
 
@@ -308,7 +308,7 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
         (["--hyperparameters", "[1]"], "must be a JSON object"),
         (["--hyperparameters", '{"policy_kwargs": 3}'], "policy_kwargs must be an object"),
         (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
-        (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
+        (["--hyperparameters", '{"batch_size": 0}'], "invalid hyper-parameters of ppo"),
         (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
         (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
         (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
@@ -357,7 +357,7 @@ def test_the_student_of_several_teachers_learns_their_average(cart_pole):
             model.policy.action_net.bias.copy_(torch.tensor(bias))
         model.save(f"{name}.zip")
 
-    distill("--teacher", "first.zip", "--more_teachers", "other.zip", "--no_control", "--output_dir", "two")
+    distill("--teacher", "first.zip", "--ensemble_teachers", "other.zip", "--no_control", "--output_dir", "two")
     results = read_json("two/results.json")
     teacher = results["models"]["teacher"]
     assert teacher["name"] == "ppo first + ppo other" and teacher["observation_statistics"] == "none + none"
@@ -369,17 +369,17 @@ def test_the_student_of_several_teachers_learns_their_average(cart_pole):
 
 
 def test_teachers_that_cannot_be_averaged_are_refused_before_one_is_trained(cart_pole, capsys):
-    more = [*TEACHER, "--more_teachers", cart_pole]
+    more = [*TEACHER, "--ensemble_teachers", cart_pole]
     assert "of one --environment" in line_of(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
     assert "--method ppd needs a single teacher" in line_of(capsys, *more, "--method", "ppd")
     assert "was trained for" in line_of(capsys, *more, "--environment", "Acrobot-v1")
-    assert "and per one of --more_teachers" in line_of(
-        capsys, "--teacher", cart_pole, "--more_teachers", cart_pole, "--vecnormalize", "none"
+    assert "and per one of --ensemble_teachers" in line_of(
+        capsys, "--teacher", cart_pole, "--ensemble_teachers", cart_pole, "--vecnormalize", "none"
     )
-    assert "pass a file or folder" in line_of(capsys, *TEACHER, "--more_teachers", "train")
+    assert "pass a file or folder" in line_of(capsys, *TEACHER, "--ensemble_teachers", "train")
     TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
     PPO("MlpPolicy", "Pendulum-v1", device="cpu").save("ppo.zip")
-    words = ["--environment", "Pendulum-v1", "--teacher", "ppo.zip", "--more_teachers", "td3.zip"]
+    words = ["--environment", "Pendulum-v1", "--teacher", "ppo.zip", "--ensemble_teachers", "td3.zip"]
     assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
     assert not RUNS.exists()
     distill(*words, "--loss", "mse", "--no_control", "--output_dir", "averaged")
@@ -388,7 +388,7 @@ def test_teachers_that_cannot_be_averaged_are_refused_before_one_is_trained(cart
 
 def test_another_teacher_than_the_one_that_is_there_is_not_taken_silently(capsys):
     folder = RUNS / "teacher_CartPole-v1_ppo"
-    run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--watch_episodes", 1)
+    run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--eval_episodes", 1)
     assert (folder / "results.json").exists()
     capsys.readouterr()
     assert "teacher_steps 600, not 700" in line_of(capsys, "--teacher_steps", 700, *TEACHER[2:])
@@ -409,7 +409,7 @@ def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
 
 @pytest.mark.slow
 def test_pong_from_frames_to_small_students_of_one_teacher():
-    short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--watch_episodes", 1]
+    short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--eval_episodes", 1]
     frames, written = np.zeros((1, 4, 84, 84), np.uint8), set()
     for size, words in ((25, []), (7, ["--no_control"]), (4, ["--no_control"])):
         command = ["bash", REPO / SCRIPTS / "distill_pong.sh", size, "--teacher_steps", 1024, *short, *words]

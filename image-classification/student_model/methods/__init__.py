@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = METHODS_OF_ALL_DOMAINS | {
 
 def for_pair(spec: str, pair: PairArguments) -> str:
     """NAME[:setting=value]... with the pair's settings where it leaves them open."""
-    return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_settings, METHODS)
+    return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_args, METHODS)
 
 
 def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
-from kd.example_domain.data.loading import load_data
-from kd.example_domain.data.tones import OVERTONES, tones
-from kd.example_domain.student_model.evaluation import predict
+from kd.example_domain.data.loading import OVERTONES, load_data, tones
+from kd.example_domain.student_model.distillation import predict
 from kd.example_domain.teacher_model.classifier import Classifier, load_trained
 from kd_testing.scripts import run_script
 

@@ -1,4 +1,4 @@
-"""An episode as a video, in an mp4 or a gif."""
+"""Writes a video of an episode, as mp4 or gif."""
 
 import logging
 import os
@@ -13,17 +13,16 @@ from einops import rearrange, repeat
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, write_bytes
-from kd.reinforcement_learning.environments.registry import find_spec, time_limit
-from kd.reinforcement_learning.environments.rollouts import Act
-from kd.reinforcement_learning.environments.vector import Environments, to_environment
+from kd.reinforcement_learning.data.environments import Environments, find_spec, time_limit, to_environment
+from kd.reinforcement_learning.data.rollouts import Act
 
-ENLARGED = 4  # times: the frames of an Atari game are 84 pixels wide
+SCALE = 4  # the frames of an Atari game are 84 pixels wide
 MAX_FRAMES = 3_000  # held in memory
 logger = logging.getLogger(__name__)
 
 
 def check_video(path: str) -> None:
-    """Raises UserError, before anything is played, for a file that cannot be written or is neither mp4 nor gif."""
+    """Raises UserError for a file that cannot be written or is neither mp4 nor gif."""
     file = Path(path)
     if file.suffix not in (".mp4", ".gif"):
         raise UserError(f"--video writes an mp4 or a gif: pass {file.stem or 'episode'}.mp4, not {path}")
@@ -33,8 +32,8 @@ def check_video(path: str) -> None:
 
 
 def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
-    """Plays one episode and writes the whole video or nothing; a gif of the same name where an mp4 cannot be written.
-    Returns the file's path.
+    """Plays one episode and writes its video, or a gif of the same name if an mp4 cannot be written. Returns the path
+    of the file, which is never incomplete.
     """
     frames, per_second = (
         _atari_frames(act, environment, seed) if environment.startswith("ALE/") else _frames(act, environment, seed)
@@ -44,7 +43,7 @@ def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
         try:
             _write_mp4(file, frames, per_second)
             return file
-        except Exception as error:  # whatever this machine's ffmpeg, or its absence, leads to
+        except Exception as error:  # of ffmpeg, or because it is missing
             if gif.exists():
                 raise UserError(
                     f"cannot write {file} ({_line(error)}), and {gif} exists: pass --video a gif"
@@ -79,7 +78,7 @@ def _line(error: Exception) -> str:
 
 
 def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
-    """Frames (steps, height, width, 3) of the environment's renderer, and the frames per second."""
+    """Frames (steps, height, width, 3) that the environment renders, and the frames per second."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no screen
     try:
         spec = find_spec(environment)
@@ -98,7 +97,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
 
 
 def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
-    """The policy's input: the newest of its four grey frames, enlarged, and the frames per second."""
+    """The newest of the four grey frames that the policy observes, enlarged, and the frames per second."""
     one = Environments(environment, 1, seed)
     frames, ended = list[Any](), False
     while not ended and _has_room(frames):
@@ -106,5 +105,5 @@ def _atari_frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, fl
         step = one.step(to_environment(act(torch.as_tensor(one.observations)), one.action_space))
         ended = bool(step.terminated[0] or step.truncated[0])
     one.close()
-    enlarged = repeat(np.stack(frames), "step h w -> step (h a) (w b) rgb", a=ENLARGED, b=ENLARGED, rgb=3)
+    enlarged = repeat(np.stack(frames), "step h w -> step (h a) (w b) rgb", a=SCALE, b=SCALE, rgb=3)
     return enlarged, 15.0

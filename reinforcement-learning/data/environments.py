@@ -1,15 +1,19 @@
-"""Several copies of one Gymnasium environment that restart by themselves, and the same as a VecEnv.
+"""Gymnasium environments: specifications, vectors of copies that restart by themselves, and the same as a VecEnv.
 
-Transitions are the same for every vector environment underneath and both autoreset modes: the steps in which `acting`
-is True.
+The transitions do not depend on the vector environment or the autoreset mode: they are the steps in which `acting` is
+True.
 """
 
+import hashlib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
@@ -23,12 +27,107 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 from torch import Tensor
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.environments.registry import find_spec, time_limit, unusable
 
+EPISODE_STEPS = 10_000  # maximum length of an episode, for environments without a time limit
+MODULES = {"ALE/": "ale_py"}  # modules that register environments when they are imported, by prefix of the id
 SUPPORTED = (
-    "supported are Box observations, of frames with their channels first, and Discrete (from 0) or bounded "
-    "one-dimensional Box actions"
+    "supported are Box observations (frames: channels first) and Discrete (from 0) or bounded one-dimensional Box "
+    "actions"
 )
+
+# ---- specifications ----
+
+
+def find_spec(id: str) -> EnvSpec:
+    """The registered environment; `module:id` imports the module first, as in gym.make."""
+    module, _, name = id.rpartition(":")
+    module = module or _registering_module(name)
+    try:
+        if module:
+            import_module(module)
+    except ImportError as error:
+        raise environment_error(id, error) from error
+    if name not in gym.registry:
+        raise UserError(f"unknown environment {id}{_did_you_mean(name)}")
+    return gym.registry[name]
+
+
+def environment_error(id: str, error: Exception) -> UserError:
+    """The error for an environment that cannot be made, with a hint if the reason is known."""
+    hint = ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        hint = f"; try pip install {error.name.split('.')[0]}"
+    elif isinstance(error, ImportError):  # Hopper-v3 is registered only to raise that it has moved
+        hint = _did_you_mean(id)
+    elif isinstance(error, OSError) and id.startswith("ALE/"):
+        hint = "; the ROM files are part of pip install ale_py"
+    reason = f"{error or type(error).__name__}{hint}"
+    return UserError(" ".join(f"environment {id} cannot be made: {reason}".split()))
+
+
+def _did_you_mean(name: str) -> str:
+    """The most similar id; among equally similar ones the highest version."""
+    matches = get_close_matches(name, [other for other in gym.registry if other != name], n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def time_limit(spec: EnvSpec) -> dict[str, Any]:
+    """The argument of gym.make that limits the episodes of an environment registered without a time limit."""
+    limited = spec.max_episode_steps is not None or "max_episode_steps" in spec.kwargs or spec.namespace == "ALE"
+    return {} if limited else {"max_episode_steps": EPISODE_STEPS}
+
+
+def time_limit_warning(id: str) -> str | None:
+    if not time_limit(find_spec(id)):
+        return None
+    return (
+        f"environment {id} has no time limit: its episodes are cut after {EPISODE_STEPS:,} steps; register it with "
+        "max_episode_steps for another limit"
+    )
+
+
+def registration_code(id: str) -> str:
+    """The line of code that registers an environment which Gymnasium does not register itself, or nothing."""
+    module = _registering_module(id)
+    return f"import {module}  # registers the environment\n" if module else ""
+
+
+def _registering_module(id: str) -> str:
+    return next((module for prefix, module in MODULES.items() if id.startswith(prefix)), "")
+
+
+def folder_name(id: str) -> str:
+    return id.replace("/", "-").replace(":", "-")
+
+
+def fingerprint(id: str) -> str:
+    """Hash of the environment's specification and Gymnasium's version."""
+    spec = f"{gym.__version__} {gym.spec(id.rpartition(':')[2])}"
+    return hashlib.sha256(spec.encode()).hexdigest()[:12]
+
+
+def require_module_on_command_line(id: str, source: str) -> None:
+    """Raises UserError if the file `source` names an environment as `module:id` and the command line does not:
+    importing the module runs its code.
+    """
+    module, _, name = id.rpartition(":")
+    if module and not any(id in word for word in sys.argv[1:]):
+        raise UserError(
+            f"{source} names the environment {id}, and importing {module} would run its code: pass "
+            f"--environment {id} if you trust it, or the registered {name} alone"
+        )
+
+
+def require_single_process() -> None:
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1:
+        raise UserError(
+            f"policies are trained and evaluated in one process, not in {processes}: start the script with python "
+            "instead of torchrun or accelerate launch"
+        )
+
+
+# ---- vectors of environments ----
 
 
 @dataclass
@@ -36,22 +135,20 @@ class Step:
     rewards: np.ndarray  # (count,) float, 0 where the environment only restarted
     terminated: np.ndarray  # (count,) bool
     truncated: np.ndarray  # (count,) bool
-    # (count, ...): what the actions led to; differs from the next observations where SAME_STEP has restarted already.
+    # (count, ...): before any restart; the next observations differ from them where SAME_STEP has restarted already.
     final_observations: np.ndarray
 
 
 class Environments:
-    """`count` copies of one Gymnasium environment, stepped side by side and restarted by themselves.
+    """`count` copies of one Gymnasium environment, which are stepped together and restart by themselves.
 
-    Environment i gets the seed `seed + i`, except where all share one generator (the vector entry point of CartPole).
-    The caller clips actions to the bounds of a Box: see `to_environment`.
+    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). The
+    caller clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time
+    limit are truncated after EPISODE_STEPS.
 
-    Atari ids (ALE/...) come as four 84x84 grey frames, with the sticky actions of their id. `training` clips their
-    rewards to -1, 0, 1 and makes a lost life the end of an episode. The whole game then restarts, unlike in SB3's
-    AtariWrapper: training never gets past a first life, so only training=False gives a game's score.
-    Other environments ignore `training`.
-
-    Episodes of an environment that was registered without a time limit are truncated after EPISODE_STEPS.
+    Atari games (ALE/...) return four 84x84 grey frames and use the sticky actions of their id. `training` clips their
+    rewards to -1, 0, 1 and ends an episode at the loss of a life. The whole game then restarts, unlike in
+    Stable-Baselines3's AtariWrapper, so only training=False measures a game's score. Other environments ignore it.
     """
 
     def __init__(
@@ -72,8 +169,8 @@ class Environments:
             env_kwargs = _atari_kwargs(training, env_kwargs)
         try:
             self.vector = _make(spec, count, self.autoreset, env_kwargs)
-        except Exception as error:  # foreign code: whatever it raises is about the id, the arguments or a package
-            raise unusable(id, error) from error
+        except Exception as error:  # of the environment's code: about the id, an argument or a package
+            raise environment_error(id, error) from error
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         if fault := _unsupported(self.observation_space, self.action_space):
@@ -82,9 +179,9 @@ class Environments:
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
-        """Starts all anew; without a seed, their random generators go on where they are."""
-        self.observations: np.ndarray = self.vector.reset(seed=seed)[0]  # (count, ...), on which the next actions act
-        self.acting = np.ones(self.count, dtype=bool)  # False where the next step only restarts, ignoring the action
+        """Restarts all environments; without a seed their random generators continue."""
+        self.observations: np.ndarray = self.vector.reset(seed=seed)[0]  # (count, ...)
+        self.acting = np.ones(self.count, dtype=bool)  # False where the next step ignores the action and restarts
 
     def step(self, actions: np.ndarray) -> Step:
         """Acts in all environments, (count,) or (count, actions), and updates `observations` and `acting`."""
@@ -106,13 +203,13 @@ class Environments:
 
 
 def _atari_kwargs(training: bool, env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    if env_kwargs.get("life_loss_info"):  # the step after would act; ale_py's SAME_STEP leaves final_obs undefined
+    if env_kwargs.get("life_loss_info"):  # ale_py leaves final_obs undefined
         raise UserError("life_loss_info ends episodes without a restart; use episodic_life=True, which restarts")
     return {"num_threads": 1, "reward_clipping": training, "episodic_life": training} | env_kwargs
 
 
 def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[str, Any]) -> VectorEnv:
-    """By the environment's vector entry point, unless it has none or that one does not support the autoreset mode."""
+    """Uses the environment's vector entry point if it has one that supports the autoreset mode."""
     env_kwargs = time_limit(spec) | env_kwargs
     vectorized = spec.vector_entry_point
     if vectorized and "max_episode_steps" in env_kwargs and "max_episode_steps" not in _parameters(vectorized):
@@ -138,7 +235,7 @@ def _parameters(entry_point: Any) -> set[str]:
 
 @contextmanager
 def _quiet_mujoco() -> Iterator[None]:
-    """MuJoCo 4 complains about `settotalmass` in HalfCheetah's model, per copy and in ./MUJOCO_LOG.TXT: not here."""
+    """Drops the warnings of MuJoCo 4 about `settotalmass` in HalfCheetah's model, which also go to MUJOCO_LOG.TXT."""
     mujoco = sys.modules.get("mujoco")  # loaded by now, if the environment uses it
     if mujoco is None:
         yield
@@ -157,7 +254,7 @@ def _quiet_mujoco() -> Iterator[None]:
 
 
 def _unsupported(observation_space: gym.Space, action_space: gym.Space) -> str:
-    """What is wrong with the spaces, or nothing."""
+    """Describes a space that is not supported; empty if both are."""
     if not isinstance(observation_space, Box):
         return f"{type(observation_space).__name__} observations"
     if is_image_space(observation_space) and not is_image_space_channels_first(observation_space):
@@ -181,13 +278,13 @@ class SB3Environments(VecEnv):
     """`Environments` as a VecEnv, with its arguments. The first reset() starts from `seed`, as after seed(seed)."""
 
     def __init__(self, id: str, count: int, seed: int = 0, training: bool = False, **env_kwargs: Any) -> None:
-        # VecEnv promises the first observation of the next episode at once, and the last one in the infos.
+        # A VecEnv returns the first observation of the next episode at once, and the last one in the infos.
         self.environments = Environments(id, count, seed, training, AutoresetMode.SAME_STEP, **env_kwargs)
         super().__init__(count, self.environments.observation_space, self.environments.action_space)
         self.seed(seed)
 
     def reset(self) -> np.ndarray:
-        self.environments.reset(self._seeds[0])  # environment i gets seed + i here as there
+        self.environments.reset(self._seeds[0])
         self._reset_seeds()
         return self.environments.observations
 
@@ -206,24 +303,21 @@ class SB3Environments(VecEnv):
         self.environments.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the vector environment (`render_mode`, `metadata`, `spec`), the same for each."""
+        """An attribute of the vector environment, such as `render_mode`, repeated for each environment."""
         return [getattr(self.environments.vector, attr_name) for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
         return [False for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        raise NotImplementedError("these environments are configured when they are made")
+        raise NotImplementedError("the attributes of these environments are fixed")
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        raise NotImplementedError("a vector environment has no separate environments to call")
+        raise NotImplementedError("a vector environment has no single environments to call")
 
 
 def training_environments(id: str, count: int, seed: int, **env_kwargs: Any) -> VecMonitor:
-    """Environments for `learn`, with the returns and lengths of their episodes in its log.
-
-    Atari games end with the first life and clip rewards: see `Environments`.
-    """
+    """Environments for `learn`, which logs the returns and lengths of their episodes; `training` of `Environments`."""
     return VecMonitor(SB3Environments(id, count, seed, training=True, **env_kwargs))

@@ -1,0 +1,145 @@
+"""Rollouts: the returns of episodes, and observations with the teacher's outputs, the data of policy distillation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+from einops import rearrange
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from kd.common.outputs import Outputs
+from kd.reinforcement_learning.data.environments import Environments, to_environment
+
+Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
+
+TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far apart, and from the seeds of any training
+PARALLEL_ENVIRONMENTS = 20
+CHUNK = 4096  # observations in one forward of the teacher
+
+
+def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -> Act:
+    """Chooses for each environment and step between `first`, with probability `share`, and `second` (DAgger)."""
+
+    def act(observations: Tensor) -> Tensor:
+        one, other = first(observations), second(observations)
+        choice = torch.rand(len(one), generator=generator).to(one.device) < share
+        return torch.where(rearrange(choice, "n -> n" + " 1" * (one.dim() - 1)), one, other)
+
+    return act
+
+
+def random_actions(space: spaces.Space) -> Act:
+    """Actions drawn uniformly from the action space, with a fixed seed."""
+    space.seed(0)
+    return lambda observations: torch.as_tensor(np.stack([space.sample() for _ in observations]))
+
+
+class Recorder:
+    """Steps environments and records the actions, from which another process can restore the same state."""
+
+    def __init__(self, environments: Environments) -> None:
+        self.environments, self.actions = environments, list[np.ndarray]()
+
+    def collect(self, act: Act, steps: int) -> Tensor:
+        """Takes at least `steps` steps, and at least one, summed over all environments. Returns the observations that
+        were acted on (rows, ...).
+        """
+        rows, count = [], 0
+        while count < max(steps, 1):
+            actions = act(torch.as_tensor(self.environments.observations))
+            rows.append(self._step(to_environment(actions, self.environments.action_space)))
+            count += len(rows[-1])
+        return torch.cat(rows)
+
+    def replay(self, actions: np.ndarray) -> Tensor:
+        """Repeats recorded actions (steps, environments, ...); returns the same observations as `collect`."""
+        return torch.cat([self._step(step) for step in actions])
+
+    def _step(self, actions: np.ndarray) -> Tensor:
+        """Returns the observations that were acted on; a step that only restarts an environment adds no row."""
+        rows = torch.as_tensor(self.environments.observations)[torch.as_tensor(self.environments.acting)]
+        self.actions.append(actions)
+        self.environments.step(actions)
+        return rows
+
+
+def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarray, Tensor]:
+    """Returns (episodes,) of whole episodes, and the observations acted on in them (rows, ...).
+
+    Every environment plays the same number of episodes, up to one, so that short episodes are not favoured.
+    """
+    shares = np.full(environments.count, episodes // environments.count)
+    shares[: episodes % environments.count] += 1
+    running, finished, rows = np.zeros(environments.count), [], []
+    while (shares > 0).any():
+        observations, counts = torch.as_tensor(environments.observations), environments.acting & (shares > 0)
+        rows.append(observations[torch.as_tensor(counts)])
+        step = environments.step(to_environment(act(observations), environments.action_space))
+        running += step.rewards * counts
+        ended = (step.terminated | step.truncated) & counts
+        finished += running[ended].tolist()
+        running[ended], shares = 0.0, shares - ended
+    return np.array(finished), torch.cat(rows)
+
+
+def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:
+    """`play` in new environments."""
+    with closing(Environments(environment, min(episodes, PARALLEL_ENVIRONMENTS), seed)) as environments:
+        return play(act, environments, episodes)
+
+
+class Observations:
+    """A ring buffer of `capacity` observations, in their dtype (uint8 for frames), with the teacher's outputs. The
+    teacher runs once on each.
+    """
+
+    def __init__(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.observations = torch.empty(capacity, *shape, dtype=dtype)
+        self.teacher_outputs: dict[str, Tensor] = {}
+        self.capacity, self.place, self.seen = capacity, 0, 0
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def append(self, rows: Tensor, teacher: nn.Module) -> None:
+        """Adds observations (rows, ...) with the teacher's outputs, in place of the oldest rows if it is full."""
+        for chunk in rows.to(self.observations.dtype).split(min(CHUNK, self.capacity)):
+            places = (self.place + torch.arange(len(chunk))) % self.capacity
+            self.observations[places] = chunk
+            for name, values in predict(teacher, chunk).items():
+                if name not in self.teacher_outputs:
+                    self.teacher_outputs[name] = torch.empty(self.capacity, *values.shape[1:])
+                self.teacher_outputs[name][places] = values
+            self.place, self.seen = (self.place + len(chunk)) % self.capacity, self.seen + len(chunk)
+
+    def batches(
+        self, batch_size: int, number: int, generator: torch.Generator, device: torch.device
+    ) -> Iterator[tuple[Tensor, Outputs]]:
+        """`number` batches of (observations, teacher outputs) on a device, from passes in random order."""
+        order = torch.empty(0, dtype=torch.long)
+        batch_size = min(batch_size, len(self))
+        for _ in range(number):
+            if len(order) < batch_size:
+                order = torch.randperm(len(self), generator=generator)
+            rows, order = order[:batch_size], order[batch_size:]
+            teacher = {name: values[rows].to(device) for name, values in self.teacher_outputs.items()}
+            yield self.observations[rows].to(device), to_outputs(teacher)
+
+    def values(self) -> Tensor | None:
+        """The teacher's values (rows,), or None for a teacher without values."""
+        return self.teacher_outputs["value"][: len(self)] if "value" in self.teacher_outputs else None
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, observations: Tensor) -> dict[str, Tensor]:
+    """The outputs {name: (rows, ...)} of a policy network, in float32 on the CPU."""
+    outputs: Outputs = network(observations.to(next(network.parameters()).device))
+    named = {} if outputs.logits is None else {"logits": outputs.logits}
+    return {name: values.float().cpu() for name, values in (named | (outputs.features or {})).items()}
+
+
+def to_outputs(named: dict[str, Tensor]) -> Outputs:
+    """The inverse of `predict`: Outputs of named tensors."""
+    return Outputs(logits=named.get("logits"), features={name: x for name, x in named.items() if name != "logits"})

@@ -1,1 +1,0 @@
-"""Code that builds environments."""
