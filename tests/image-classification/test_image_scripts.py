@@ -568,7 +568,7 @@ def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path,
     config = json.loads((copy / "config.json").read_text())
     cases = {
         "the label order of": {"id2label": {str(i): str(9 - i) for i in range(10)}},
-        "knows 10 labels": {"id2label": {str(i): f"c{i}" for i in range(10)}},
+        "has 10 labels": {"id2label": {str(i): f"c{i}" for i in range(10)}},
         "pass --image_size 16": {"image_size": 16},
     }
     for complaint, change in cases.items():
