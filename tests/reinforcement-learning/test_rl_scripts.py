@@ -308,7 +308,7 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
         (["--hyperparameters", "[1]"], "must be a JSON object"),
         (["--hyperparameters", '{"policy_kwargs": 3}'], "policy_kwargs must be an object"),
         (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
-        (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
+        (["--hyperparameters", '{"batch_size": 0}'], "invalid hyper-parameters of ppo"),
         (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
         (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
         (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
