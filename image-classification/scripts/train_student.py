@@ -140,6 +140,7 @@ def distill_student(
     others = load_ensemble_teachers(args.ensemble_teachers, data)
     student = new_classifier(pair.student, data.config)
     method = method_for(task_spec(student, teacher, data, training.views))
+    auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
     check_compatible(args, method, student, teacher)
 
     run = open_run(
@@ -167,7 +168,7 @@ def distill_student(
             "control": (f"{pair.student}, labels only", control),
             "student": (f"{pair.student}, {args.method}", student),
         }
-        report(seed_run, args.method, data, models, teacher_results, method.auxiliary_parameters)
+        report(seed_run, args.method, data, models, teacher_results, auxiliary_parameters)
     run.summarize()
 
 
