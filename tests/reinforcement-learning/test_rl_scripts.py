@@ -316,7 +316,7 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
         (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
         (["--hyperparameters", '{"batch_size": 0}'], "invalid hyper-parameters of ppo"),
         (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
-        (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
+        (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, between 0 and 1"),
         (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
         (["--teacher", "{cart_pole}", "--vecnormalize", "nowhere.pkl"], "there is no file nowhere.pkl"),
         (["--teacher", "{cart_pole}", "--vecnormalize", "none", "none"], "one --vecnormalize per --environment"),
