@@ -137,7 +137,7 @@ def test_resumed_run_gives_the_same_student(cart_pole, monkeypatch):
     assert stop.value.code == 130
     monkeypatch.setattr(distiller.Distiller, "_fit", original)
     distill(*words, "interrupted", "--resume_from_checkpoint")
-    assert same_policy(Path("whole/student/student.zip"), Path("killed/student/student.zip"))
+    assert same_policy(Path("whole/student/student.zip"), Path("interrupted/student/student.zip"))
     whole, interrupted = (read_json(f"{name}/results.json")["models"] for name in ("whole", "interrupted"))
     for role in whole:
         assert whole[role]["metrics"] == interrupted[role]["metrics"], role
