@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
-from transformers import dynamic_module_utils
 
-from kd.common.utils.devices import end_processes
 from kd.common.utils.errors import explained
 from kd.common.utils.startup import exit_on_interrupt
 
@@ -47,7 +45,10 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
+    if "transformers" in sys.modules:
+        from transformers import dynamic_module_utils
+
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
     if signal.getsignal(signal.SIGINT) is exit_on_interrupt:  # everything is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed.clear()
@@ -64,7 +65,10 @@ def run(main: Callable[[], None]) -> None:
 def _main_or_one_line(main: Callable[[], None]) -> None:
     try:
         main()
-        end_processes()
+        if "torch" in sys.modules:
+            from kd.common.utils.devices import end_processes
+
+            end_processes()
         sys.stdout.flush()
     except BrokenPipeError as error:
         if error.filename is not None:

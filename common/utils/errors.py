@@ -4,8 +4,6 @@ import errno
 import pickle
 from collections.abc import Iterator
 
-import torch
-
 OUT_OF_MEMORY = "out of memory: pass a smaller batch size or model"
 PICKLE = "a file of weights is damaged or holds a pickle that would run code, which is not loaded"
 # Faults of the operating system that explain an exception which another library raised while it handled them.
@@ -41,7 +39,7 @@ def explained(error: BaseException) -> str | None:
     for cause in chain(error):
         if isinstance(cause, UserError) and cause is error:
             return last_line(cause)
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        if isinstance(cause, MemoryError):
             return OUT_OF_MEMORY
         if isinstance(cause, pickle.UnpicklingError):
             return f"{PICKLE}: save the model anew, as safetensors" if "Weights only" in str(cause) else None

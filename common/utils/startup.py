@@ -11,6 +11,7 @@ import importlib.util
 import os
 import signal
 import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,26 @@ def handle_interrupts_while_importing() -> None:
         signal.signal(signal.SIGINT, exit_on_interrupt)
 
 
+class BeforeTorchvision(MetaPathFinder):
+    """Calls `declare_missing_operators` before torchvision is found, and leaves finding it to the other finders."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "torchvision" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            declare_missing_operators()
+
+
+def declare_operators_before_torchvision() -> None:
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, BeforeTorchvision())
+
+
 def declare_missing_operators() -> list[str]:
     """Declares those schemas that are missing; returns their names. Call before the first import of torchvision.
 
     A no-op where torchvision is absent, already imported, or has a C++ library that loads.
     """
-    import torch  # takes seconds, in which Ctrl-C already has its handler
+    import torch  # takes seconds, which scripts that need no torchvision save
 
     if "torchvision" in sys.modules or _operator_library_loads():
         return []

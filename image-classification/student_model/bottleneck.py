@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.common.bottleneck.arguments import BottleneckArguments, CodebookSize, Keys
 from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import labels, labels_and_soft_targets
+from kd.common.training.arguments import BottleneckArguments, CodebookSize, Keys
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
