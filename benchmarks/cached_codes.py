@@ -19,8 +19,7 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import identity_collate
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import resolve_precision
-from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.teacher_model.teacher import load_classifier
 

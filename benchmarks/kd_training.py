@@ -45,7 +45,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.devices import resolve_precision
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.training import switch_off_dropout
 from kd.nlp.teacher_model.teacher import Pretrained, label_config, load_classifier, tiny_bert
 

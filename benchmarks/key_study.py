@@ -30,8 +30,7 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_text
-from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers, load_encoder
 from kd.nlp.teacher_model.teacher import load_classifier

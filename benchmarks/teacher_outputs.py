@@ -28,7 +28,7 @@ from kd.common.cli import run
 from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_teacher_outputs
 from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 
 WORDS = [first + second + third for first in "bdfgklmnprst" for second in "aeiou" for third in "bdfgklmnprst"]
 CLASSES = 100

@@ -51,7 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits_once() -> Iterator[None]:
     """Each script that a test runs would write the embedded digits as PNG and read them again: half a CPU-second."""
-    from kd.image_classification.data import loading, rows, sources
+    from kd.image_classification.data import loading, sources
 
     digits, decode = cache(sources.embedded_digits), loading._decode
     decoded: dict[tuple[str, bytes, int | None], loading.Images] = {}
@@ -60,7 +60,7 @@ def digits_once() -> Iterator[None]:
     def fingerprints() -> set[str]:
         return {sources._stored(split, raw, "image")._fingerprint for split, raw in digits().items()}
 
-    def decode_once(split: rows.Rows, size: int | None) -> loading.Images:
+    def decode_once(split: sources.Rows, size: int | None) -> loading.Images:
         if split.source._fingerprint not in fingerprints():
             return decode(split, size)
         key = split.source._fingerprint, split.places.numpy().tobytes(), size

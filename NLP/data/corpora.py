@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd.common.data.fingerprints import fingerprint_of_data
+from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.readers import READERS, read_text
-from kd.common.data.sources import list_folder, read_folder, read_splits, short_name
-from kd.common.data.splits import SPLIT_NAMES, Splits
+from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_splits, short_name
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import contents_of, is_text, texts_of
@@ -54,7 +53,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of_data([self.splits])
+        return data_fingerprint([self.splits])
 
     def size(self, split: str) -> int:
         """Bytes of a split's text in UTF-8."""

@@ -1,21 +1,27 @@
 """Loads text datasets - embedded, known by name, local, or on the Hub - with the same columns."""
 
-from collections.abc import Iterator
+import inspect
+import os
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset, load_from_disk
+from datasets.fingerprint import get_temporary_cache_files_directory
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.common.data.fingerprints import fingerprint_of_data
-from kd.common.data.labels import Kind, read_labels, renumber
-from kd.common.data.sources import read_splits, short_name
-from kd.common.data.splits import Splits, with_validation
+from kd.common.data.fingerprints import data_fingerprint
+from kd.common.data.labels import Kind, map_label_ids, read_labels
+from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
-from kd.nlp.data.columns import FLAGS, Columns, choose_columns, recognise
+from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, recognise
 from kd.nlp.data.intents import load_intents
-from kd.nlp.data.tasks import TASKS
 
 KNOWN = {name: task.hub or load_intents for name, task in TASKS.items()}
 # Texts of digits alone may have been written as whole numbers, and a column of nothing as null.
@@ -72,7 +78,7 @@ def load_text_data(
     known_task = recognise(columns, known_labels or labels.names, regression)
     # F1 is that of class 1, so the label order of a known task also applies to a CSV file.
     names = known_labels or (list(known_task.label_names) if known_task else []) or labels.names
-    ids = labels.values if regression else renumber(name, labels.values, labels.names, names)
+    ids = labels.values if regression else map_label_ids(name, labels.values, labels.names, names)
     notes += [chosen, *labels.notes]
     splits = {split: _rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
     splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
@@ -98,7 +104,7 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
         raise UserError(f"{data.name} has scores, not classes: its labels have no order of names")
     tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
     ids = {split: table["label"].to_numpy() for split, table in tables.items()}
-    ids = renumber(data.name, ids, data.label_names, names)
+    ids = map_label_ids(data.name, ids, data.label_names, names)
     splits = {
         split: datasets.Dataset(table.set_column(table.column_names.index("label"), "label", pa.array(ids[split])))
         for split, table in tables.items()
@@ -135,4 +141,68 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
             for column in (name for name in splits[split].column_names if name != "sample_id"):
                 yield [split, column, splits[split][:][column]]
 
-    return fingerprint_of_data(parts())
+    return data_fingerprint(parts())
+
+
+MANY_ROWS = 100_000
+
+
+def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+    """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping).
+
+    Longer texts are cut to the tokenizer's `model_max_length`, which is saved with it.
+    """
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
+
+    return {split: map_rows(rows, encode) for split, rows in data.splits.items()}
+
+
+def map_rows(rows: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
+    """A dataset of what `function` returns for batches of rows, without the columns of `rows`. Many rows are processed
+    by as many processes as there are CPUs, and written to a file that is deleted when this process ends.
+    """
+    settings: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
+    if len(rows) < MANY_ROWS:
+        return rows.map(function, **settings)
+    folder = Path(get_temporary_cache_files_directory(), uuid.uuid4().hex)
+    rows.save_to_disk(folder)  # or each process would get a copy of what is in memory
+    rows = load_from_disk(folder)
+    return rows.map(function, num_proc=os.cpu_count(), cache_file_name=str(folder / "mapped.arrow"), **settings)
+
+
+class Collator(DataCollatorWithPadding):
+    """Pads to the longest text of the batch; leaves out the column that only served to group."""
+
+    def __call__(self, features: list[dict]) -> dict:
+        return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))
+
+
+@dataclass
+class Texts:
+    """A dataset tokenized with one tokenizer."""
+
+    data: TextData
+    splits: dict[str, Dataset]
+    collate: Collator
+
+    @classmethod
+    def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
+        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
+
+    @property
+    def train(self) -> Dataset:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Dataset:
+        """The first validation split."""
+        return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
+
+    def unused_inputs(self, model: PreTrainedModel) -> list[str]:
+        """Inputs of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
+        accepted = inspect.signature(model.forward).parameters
+        return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]

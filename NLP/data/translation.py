@@ -7,9 +7,8 @@ import datasets
 import numpy as np
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from kd.common.data.fingerprints import fingerprint_of_data
-from kd.common.data.sources import read_splits, short_name
-from kd.common.data.splits import Splits, with_validation
+from kd.common.data.fingerprints import data_fingerprint
+from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 
@@ -45,7 +44,7 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
         name=short_name(dataset),
         languages=(source, target),
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
-        fingerprint=fingerprint_of_data([texts]),
+        fingerprint=data_fingerprint([texts]),
         notes=notes,
     )
 
@@ -71,7 +70,7 @@ def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> data
     return datasets.Dataset.from_dict(columns)
 
 
-def tokenize_pairs(data: TranslationData, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Splits:
+def tokenize_translation(data: TranslationData, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Splits:
     """Every split with input_ids, attention_mask, labels (the target's tokens), sample_id and length, which is that of
     both sides. Longer sentences are cut to the tokenizer's `model_max_length`. `prefix` goes before every source, as
     T5's "translate English to German: ".
@@ -93,7 +92,7 @@ def tokenize_pairs(data: TranslationData, tokenizer: PreTrainedTokenizerBase, pr
     }
 
 
-class PairCollator(DataCollatorForSeq2Seq):
+class TranslationCollator(DataCollatorForSeq2Seq):
     """Pads both sides to the longest of the batch, labels with IGNORED, and makes the decoder's inputs of the labels;
     leaves out the column that only served to group.
     """

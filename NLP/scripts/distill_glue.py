@@ -22,8 +22,8 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Seed
+from kd.nlp.data.columns import GLUE_TASKS, TASKS
 from kd.nlp.data.loading import TextData
-from kd.nlp.data.tasks import GLUE_TASKS, TASKS
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.glue_report import SYSTEMS, finished_seeds, show
 from kd.nlp.student_model.inputs import (

@@ -13,8 +13,7 @@ from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing

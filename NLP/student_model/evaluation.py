@@ -10,13 +10,14 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel
 
 from kd.common.data.sources import print_notes
-from kd.common.metrics.chance import classifier_warning, regressor_warning
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import (
     agreement,
     choose_threshold,
     classification_metrics,
+    classifier_warning,
     regression_metrics,
+    regressor_warning,
     scope_metrics,
     threshold_metrics,
 )
@@ -62,7 +63,7 @@ def evaluate(
 
 
 def guessing(entry: dict[str, Any], data: TextData, splits: dict[str, Dataset]) -> str | None:
-    """The warning where a measured teacher (its `entry`) is no better than guessing."""
+    """The warning where a measured teacher (its `entry`) is no better than chance."""
     name, split, metric = entry["name"], validation_split(splits), data.primary_metric
     metrics, labels = entry["metrics"][split], np.asarray(splits[split]["labels"])
     if data.regression:

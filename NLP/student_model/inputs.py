@@ -9,8 +9,7 @@ from kd.common.bottleneck.module import without_weights
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths

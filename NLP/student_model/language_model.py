@@ -195,7 +195,7 @@ def _train(
 def evaluate(
     run: TrainerRun, task: LanguageTask, role: str, model: PreTrainedModel, teacher_choices: Choices | None = None
 ) -> tuple[dict[str, Any], Choices]:
-    """See `evaluate_language_model`. Warns of a teacher that is no better than guessing."""
+    """See `evaluate_language_model`. Warns of a teacher that is no better than chance."""
     batch_size = run.args.per_device_eval_batch_size
     entry, choices = evaluate_language_model(
         _name(task, role, model), model, task.corpus, task.blocks, batch_size, teacher_choices

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from kd.common.training.run import TrainerRun
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split, validation_split
 from kd.nlp.student_model.inputs import Inputs

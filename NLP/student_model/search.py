@@ -22,7 +22,7 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import Ranges
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.methods import labels_and_logits
@@ -137,7 +137,7 @@ def train_trial(
         train_dataset=texts.train,
         eval_dataset=texts.validation,
         data_collator=texts.collate,
-        not_for_student=texts.unused_by(model),
+        not_for_student=texts.unused_inputs(model),
         compute_metrics=trainer_metrics(data),
         callbacks=[pruning],
     )

@@ -18,7 +18,7 @@ from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.files import write_json, write_text
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import SEARCHABLE, PairArguments, SearchArguments, TextArguments
 from kd.nlp.student_model.evaluation import validation_split
 from kd.nlp.student_model.search import SearchRun, Trial, best

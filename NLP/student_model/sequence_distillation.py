@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.losses import jensen_shannon, soft_target_kl
 from kd.common.methods import Method
-from kd.common.metrics.chance import language_warning
-from kd.common.metrics.quality import token_counts
+from kd.common.metrics.quality import language_warning, token_counts
 from kd.common.objective import IGNORED, Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.run import TrainerRun

@@ -19,7 +19,7 @@ from kd.common.metrics.quality import (
 )
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.nlp.data.corpora import Corpus, stack
-from kd.nlp.data.translation import PairCollator, TranslationData
+from kd.nlp.data.translation import TranslationCollator, TranslationData
 from kd.nlp.teacher_model.generative import Generator, translate
 
 Choices = dict[str, np.ndarray]  # the most probable next tokens (blocks, positions), by split
@@ -113,7 +113,7 @@ def evaluate_translator(
 
 def teacher_forced_metrics(translator: Generator, rows: Dataset) -> dict[str, float]:
     """token_accuracy and perplexity of the reference's tokens, each predicted from those before it."""
-    model, collate = translator.model, PairCollator(translator.tokenizer, translator.model)
+    model, collate = translator.model, TranslationCollator(translator.tokenizer, translator.model)
 
     def with_targets(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate(features)
@@ -137,5 +137,5 @@ def seconds_per_100(translator: Generator, rows: Dataset, beams: int) -> float:
 def median_pair(translator: Generator, rows: Dataset) -> dict[str, Tensor]:
     """A pair of median length, on which latency and FLOPs of one forward pass are measured."""
     middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
-    batch = PairCollator(translator.tokenizer, translator.model)([rows[middle]])
+    batch = TranslationCollator(translator.tokenizer, translator.model)([rows[middle]])
     return {name: value.to(translator.model.device) for name, value in batch.items() if name not in NOT_INPUTS}

@@ -20,7 +20,7 @@ from kd.common.training.batching import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
@@ -143,7 +143,7 @@ def fine_tune(
             train_dataset=texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
-            not_for_student=texts.unused_by(model),
+            not_for_student=texts.unused_inputs(model),
             compute_metrics=trainer_metrics(texts.data),
             **(teacher or {}),
         )
@@ -286,7 +286,7 @@ def align(
             features=method.features,
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
-            not_for_student=texts.unused_by(encoder),
+            not_for_student=texts.unused_inputs(encoder),
             **teacher_kwargs(run, teacher_encoder, texts, method, logits=False),
         )
 

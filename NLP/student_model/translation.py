@@ -21,8 +21,8 @@ from kd.common.reporting.plots import plot_curves
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Collator
-from kd.nlp.data.translation import PairCollator, TranslationData, tokenize_pairs
+from kd.nlp.data.loading import Collator
+from kd.nlp.data.translation import TranslationCollator, TranslationData, tokenize_translation
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
 from kd.nlp.student_model.sequence_distillation import (
     CUT,
@@ -93,7 +93,7 @@ def translation_task(
         return joint_bpe([*train["source"], *train["target"]], args.vocabulary_size, args.max_length)
 
     tokenizer = teacher.tokenizer if teacher else learn_tokenizer(run, learn)
-    splits = tokenize_pairs(data, tokenizer, args.source_prefix)
+    splits = tokenize_translation(data, tokenizer, args.source_prefix)
     return TranslationTask(args, data, tokenizer, splits, teacher and teacher.model, student and student.model)
 
 
@@ -178,7 +178,7 @@ def _train(
     args = run.args
     alpha = 1.0 if teacher is None else args.alpha
     method = token_level(alpha, divergence_of("forward", args.temperature), args.label_smoothing_factor)
-    collate = PairCollator(task.tokenizer, model)
+    collate = TranslationCollator(task.tokenizer, model)
     validation = task.splits["validation"]
     return train_on_tokens(run, name, model, method, train, validation, collate, token_metrics, teacher, **settings)
 
@@ -207,7 +207,7 @@ def translate_training_set(run: TrainerRun, task: TranslationTask, teacher: PreT
 
 
 def evaluate(run: TrainerRun, task: TranslationTask, role: str, model: PreTrainedModel) -> Translated:
-    """See `evaluate_translator`. Warns of a teacher that is no better than guessing."""
+    """See `evaluate_translator`. Warns of a teacher that is no better than chance."""
     translator = Generator(model, task.tokenizer)
     found = evaluate_translator(_name(task, role, model), translator, task.data, task.splits, task.args.beams)
     if role == "teacher":

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
-from kd.nlp.data.tokenized import Collator
+from kd.nlp.data.loading import Collator
 
 SCRATCH = "scratch"
 NO_DOWNLOAD = f"pass a local folder, or {SCRATCH}, which needs no download"

@@ -5,41 +5,37 @@ from kd.common.losses.features import (
     attention_kl,
     attention_transfer,
     channel_kl,
+    correlation_congruence,
     feature_cosine,
     feature_l2,
     hierarchical_l2,
     mean_below_zero,
+    noise_contrastive,
     nst,
     partial_l2,
-    spatial_kl,
-    stage_attention,
-    variational,
-)
-from kd.common.losses.logits import (
-    class_relations,
-    class_similarity,
-    correlation_loss,
-    decoupled_kd,
-    label_probability,
-    sample_relations,
-    standardized,
-    transport,
-)
-from kd.common.losses.predictions import (
-    gaussian_kl,
-    hard_targets,
-    jensen_shannon,
-    regression_huber,
-    regression_mse,
-    soft_target_kl,
-)
-from kd.common.losses.relations import (
-    correlation_congruence,
-    noise_contrastive,
     pkt,
     rkd_angle,
     rkd_distance,
     similarity_preserving,
+    spatial_kl,
+    stage_attention,
+    variational,
+)
+from kd.common.losses.predictions import (
+    class_relations,
+    class_similarity,
+    correlation_loss,
+    decoupled_kd,
+    gaussian_kl,
+    hard_targets,
+    jensen_shannon,
+    label_probability,
+    regression_huber,
+    regression_mse,
+    sample_relations,
+    soft_target_kl,
+    standardized,
+    transport,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Building blocks of the losses."""
+"""Functions that several losses use."""
 
 import einops
 import torch
@@ -19,7 +19,8 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
         return values.mean()
     if values.dim() > weights.dim():
         values = values.mean(tuple(range(weights.dim(), values.dim())))
-    same_shape(values, weights)
+    if values.shape != weights.shape:
+        raise ValueError(f"shapes differ: {tuple(values.shape)} and {tuple(weights.shape)} of the weights")
     weights = weights.float()
     # Normalizing the weights, not the loss: dividing the loss by a sum near zero would make its gradient infinite.
     return (values * (weights / weights.sum().clamp(min=torch.finfo(torch.float32).tiny))).sum()
@@ -44,10 +45,6 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def same_shape(first: Tensor, second: Tensor) -> None:
+    """Raises ValueError for shapes that differ, which would broadcast."""
     if first.shape != second.shape:
         raise ValueError(f"shapes differ: {tuple(first.shape)} and {tuple(second.shape)}")
-
-
-def check_direction(direction: str) -> None:
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")

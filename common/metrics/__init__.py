@@ -1,1 +1,1 @@
-"""Metrics of quality and of cost, and the comparison with guessing."""
+"""Metrics of quality and of cost."""

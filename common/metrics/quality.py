@@ -1,4 +1,8 @@
-"""Metrics of models: of classifiers, regressors, language models, translators and policies."""
+"""Metrics of classifiers, regressors, language models, translators and policies, and chance-level warnings.
+
+A teacher that is no better than a constant prediction, token frequencies or random actions has nothing to distill: its
+weights, its labels or its inputs are probably wrong. The warning functions return the text of a warning, or None.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +18,16 @@ from torch import Tensor
 from kd.common.objective import IGNORED
 
 OUT_OF_SCOPE = "oos"  # the label of texts that belong to no other class
-RESAMPLES = 2000  # of the bootstrap of returns
+RESAMPLES = 2000  # bootstrap resamples of the returns
+AT_CHANCE = "is no better than chance"  # part of every chance-level warning
+QUANTILE = 1.645  # one-sided, 5 %
 
 
 # ---------------------------------------------------------------- classification
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """accuracy, f1_macro, matthews, and for two classes the binary f1 of class 1."""
+    """Returns accuracy, f1_macro, matthews and, for two classes, the binary f1 of class 1."""
     _check_logits(logits, labels)
     predicted = logits.argmax(axis=1)
     metrics = {
@@ -44,7 +50,7 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 
 
 def agreement(student_logits: np.ndarray, teacher_logits: np.ndarray) -> float:
-    """Share of samples for which student and teacher choose the same class."""
+    """Share of samples for which student and teacher predict the same class."""
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"need two arrays of logits (samples, classes), got {student_logits.shape} and {teacher_logits.shape}"
@@ -58,11 +64,10 @@ def _check_logits(logits: np.ndarray, labels: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------- out-of-scope texts
-# A class for what belongs to no other is learned badly from few examples, and overall accuracy hides it. So a text may
-# also be refused for lack of confidence: the maximum softmax probability of Hendrycks and Gimpel, "A Baseline for
-# Detecting Misclassified and Out-of-Distribution Examples in Neural Networks", ICLR 2017 (arXiv:1610.02136), here over
-# the in-scope classes. Larson et al. 2019 (arXiv:1909.02027) compare both ways on CLINC150, and choose the threshold
-# on validation too.
+# Few training examples have the out-of-scope label, and overall accuracy hides how badly they are classified. So texts
+# are also predicted out of scope when the confidence is low: the maximum softmax probability of Hendrycks and
+# Gimpel, ICLR 2017 (arXiv:1610.02136), over the in-scope classes. Larson et al. 2019 (arXiv:1909.02027) compare both
+# ways on CLINC150 and also choose the threshold on validation.
 
 
 def scope_metrics(logits: np.ndarray, labels: np.ndarray, label_names: list[str]) -> dict[str, float]:
@@ -76,10 +81,10 @@ def scope_metrics(logits: np.ndarray, labels: np.ndarray, label_names: list[str]
 
 
 def choose_threshold(logits: np.ndarray, labels: np.ndarray, label_names: list[str]) -> float | None:
-    """The threshold on the confidence with the highest accuracy over all rows, for rows of the validation split.
+    """Returns the confidence threshold with the highest accuracy on these rows (of the validation split).
 
-    Candidates are the confidences of the rows; of equally good ones the lowest is taken, which refuses fewest texts.
-    None for tasks without the label "oos", and where no row has it.
+    Candidates are the confidences of the rows. Ties go to the lowest, which predicts the fewest texts out of scope.
+    Returns None for tasks without the label "oos", and where no row has it.
     """
     if OUT_OF_SCOPE not in label_names:
         return None
@@ -90,16 +95,17 @@ def choose_threshold(logits: np.ndarray, labels: np.ndarray, label_names: list[s
     sure = confidence(logits, oos)
     order = sure.argsort(kind="stable")
     right = logits.argmax(axis=-1) == labels
-    gains = (outside.astype(int) - right)[order]  # what refusing a row adds to the rows that are right
-    candidates, below = np.unique(sure[order], return_index=True)  # number of rows that a candidate refuses
+    gains = (outside.astype(int) - right)[order]  # change in correct rows if this row is predicted out of scope
+    candidates, below = np.unique(sure[order], return_index=True)  # number of rows below each candidate
     return float(candidates[np.concatenate([[0], gains.cumsum()])[below].argmax()])
 
 
 def threshold_metrics(
     logits: np.ndarray, labels: np.ndarray, label_names: list[str], threshold: float
 ) -> dict[str, float]:
-    """oos_threshold, and accuracy_threshold, accuracy_in_scope_threshold and oos_recall_threshold (where they have
-    rows): a text is out of scope if that class has the largest logit, or if the confidence is below the threshold.
+    """Returns oos_threshold, and accuracy_threshold, accuracy_in_scope_threshold and oos_recall_threshold (where they
+    have rows). A text is predicted out of scope if that class has the largest logit or if the confidence is below the
+    threshold.
     """
     oos = label_names.index(OUT_OF_SCOPE)
     predicted = np.where(confidence(logits, oos) < threshold, oos, logits.argmax(axis=-1))
@@ -108,7 +114,7 @@ def threshold_metrics(
 
 
 def confidence(logits: np.ndarray, oos: int) -> np.ndarray:
-    """The largest probability (rows,) that logits (rows, classes) give to a class other than number `oos`."""
+    """Returns the largest probability (rows,) of logits (rows, classes) among the classes other than `oos`."""
     return np.delete(softmax(logits.astype(np.float64), axis=-1), oos, axis=-1).max(axis=-1)
 
 
@@ -122,9 +128,9 @@ def _by_scope(predicted: np.ndarray, labels: np.ndarray, oos: int) -> dict[str, 
 
 
 def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """pearson, spearman and mse of predictions and targets (samples,).
+    """Returns pearson, spearman and mse of predictions and targets (samples,).
 
-    A correlation with a constant is undefined and reported as 0, because JSON has no NaN.
+    The correlation with a constant is undefined and reported as 0, because JSON has no NaN.
     """
     if predictions.shape != targets.shape or predictions.ndim != 1:
         raise ValueError(f"need two arrays (samples,), got {predictions.shape} and {targets.shape}")
@@ -141,8 +147,8 @@ def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str
 
 
 def token_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch, 3): the sum of the labels' negative log-likelihoods, the number of labels that have the largest logit,
-    and the number of labels that count: what `token_metrics` needs of logits that are too many to be stored.
+    """Reduces logits, which are too large to store, to counts (batch, 3) for `token_metrics`: the sum of the negative
+    log-likelihoods, the number of correct tokens and the number of labels that are not IGNORED.
     """
     counts = labels != IGNORED
     nll = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
@@ -151,23 +157,25 @@ def token_counts(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_metrics(counts: np.ndarray) -> dict[str, float]:
-    """token_accuracy and perplexity of next tokens, given those before them, from `token_counts` (sequences, 3)."""
+    """Returns token_accuracy and perplexity of next-token prediction from `token_counts` (sequences, 3)."""
     nll, right, number = np.asarray(counts, dtype=np.float64).sum(axis=0)
     return {"token_accuracy": float(right / number), "perplexity": float(np.exp(nll / number))}
 
 
 def language_metrics(counts: np.ndarray, size: int) -> dict[str, float]:
-    """token_accuracy, perplexity and bits_per_byte from `token_counts` (sequences, 3) of a text of `size` bytes.
+    """Returns token_accuracy, perplexity and bits_per_byte from `token_counts` (sequences, 3) of `size` bytes of text.
 
-    Perplexity, exp of the mean negative log-likelihood of a token, depends on the vocabulary; bits_per_byte, which
-    spreads the sum over the text's bytes in UTF-8, does not.
+    Perplexity is exp of the mean negative log-likelihood per token and depends on the vocabulary. bits_per_byte
+    divides by the UTF-8 bytes of the text and does not.
     """
     nats = float(np.asarray(counts, dtype=np.float64)[:, 0].sum())
     return {**token_metrics(counts), "bits_per_byte": nats / (math.log(2) * size)}
 
 
 def token_agreement(choices: np.ndarray, teacher_choices: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the labels (sequences, positions) but the IGNORED for which student and teacher choose the same."""
+    """Share of positions, without IGNORED labels, at which student and teacher predict the same token; all arguments
+    are (sequences, positions).
+    """
     return float((choices == teacher_choices)[labels != IGNORED].mean())
 
 
@@ -177,10 +185,10 @@ def token_agreement(choices: np.ndarray, teacher_choices: np.ndarray, labels: np
 def translation_metrics(
     hypotheses: Sequence[str], references: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Corpus bleu and chrf, 0 to 100, against one reference each, and sacreBLEU's signature of either: the settings
-    under which two figures may be compared (arXiv:1804.08771). Texts are detokenized.
+    """Returns corpus bleu and chrf (0 to 100, one reference per hypothesis) and the sacreBLEU signature of each, which
+    records its settings (arXiv:1804.08771). Texts are detokenized.
     """
-    from sacrebleu.metrics import BLEU, CHRF  # here: domains without texts need not install it
+    from sacrebleu.metrics import BLEU, CHRF  # imported here: domains without texts do not need it
 
     if len(hypotheses) != len(references) or not references:
         raise ValueError(f"need one reference per hypothesis, got {len(references)} for {len(hypotheses)}")
@@ -193,20 +201,20 @@ def translation_metrics(
 
 
 def return_metrics(returns: np.ndarray, seed: int = 0) -> dict[str, float | int | list[float]]:
-    """return_mean, return_std, return_iqm, return_ci95 and episodes of returns (episodes,).
+    """Returns return_mean, return_std, return_iqm, return_ci95 and episodes of returns (episodes,).
 
-    return_std is that of the sample (n - 1), 0 for one episode. return_iqm is the interquartile mean, without the
-    lowest and the highest quarter, each rounded down to whole episodes (arXiv:2108.13264). return_ci95 is [low, high]
-    of the mean, a percentile bootstrap that depends only on the returns and `seed`; it is too narrow for few
-    episodes, and does not cover the variation between training runs. Raises ValueError for no episodes, another shape
-    and returns that are not finite.
+    return_std is the sample standard deviation (n - 1), 0 for one episode. return_iqm is the interquartile mean: it
+    drops the lowest and the highest quarter, each rounded down to whole episodes (arXiv:2108.13264). return_ci95 is
+    [low, high] of the mean, a percentile bootstrap that depends only on the returns and `seed`. It is too narrow for
+    few episodes and does not cover the variation between training runs. Raises ValueError for no episodes, other
+    shapes and returns that are not finite.
     """
     if returns.ndim != 1 or not returns.size:
         raise ValueError(f"need returns (episodes,) of at least one episode, got {returns.shape}")
     if not np.isfinite(returns).all():
         raise ValueError("returns must be finite, got NaN or infinity")
     returns = returns.astype(np.float64)
-    # Relative to the first return, so that rounding adds no deviation where all are equal.
+    # Offsets from the first return, so that equal returns have a deviation of exactly 0.
     origin = returns[0]
     offsets = returns - origin
     means = np.random.default_rng(seed).choice(offsets, size=(RESAMPLES, offsets.size)).mean(axis=1)
@@ -221,8 +229,72 @@ def return_metrics(returns: np.ndarray, seed: int = 0) -> dict[str, float | int 
 
 
 def normalized_return(value: float, random: float, teacher: float) -> float | None:
-    """(value - random) / (teacher - random): 0 is a random policy and 1 is the teacher, for negative returns as well.
+    """Returns (value - random) / (teacher - random): 0 for a random policy, 1 for the teacher, whatever the signs.
 
-    None where the teacher is no better than a random policy, which leaves no scale.
+    Returns None if the teacher is no better than a random policy.
     """
     return None if teacher <= random else (value - random) / (teacher - random)
+
+
+# ---------------------------------------------------------------- chance
+
+
+def chance_warning(
+    name: str,
+    metric: str,
+    value: float,
+    chance: float,
+    baseline: str,
+    standard_error: float = 0.0,
+    lower_is_better: bool = False,
+) -> str | None:
+    """Returns the warning if the teacher's `value` is not finite, or does not exceed `chance`, the score of `baseline`
+    (such as "random actions"), by more than the noise of the measurement (`standard_error`) explains.
+    """
+    gain = chance - value if lower_is_better else value - chance
+    if gain > QUANTILE * standard_error:
+        return None
+    return (
+        f"teacher {name} {AT_CHANCE}: its {metric} is {value:.4g} and that of {baseline} is {chance:.4g}; "
+        "check its weights, labels and inputs before distilling from it"
+    )
+
+
+def classifier_warning(
+    name: str, metric: str, value: float, labels: np.ndarray, classes: int, split: str = "validation"
+) -> str | None:
+    """Compares accuracy, matthews or the f1 of two classes with the best constant prediction. `labels` (samples,) are
+    class ids; negative ones are ignored.
+    """
+    labels = labels[labels >= 0]
+    frequent = int(np.bincount(labels, minlength=classes).argmax())
+    constants = {frequent, 1} if classes == 2 else {frequent}
+    chance = max(classification_metrics(np.eye(classes)[[c] * len(labels)], labels)[metric] for c in constants)
+    error = math.sqrt(chance * (1 - chance) / len(labels)) if chance > 0 else 1 / math.sqrt(len(labels))
+    return chance_warning(name, f"{split} {metric}", value, chance, "the best constant prediction", error)
+
+
+def regressor_warning(
+    name: str, metrics: dict[str, float], targets: np.ndarray, metric: str = "spearman", split: str = "validation"
+) -> str | None:
+    """Compares the correlation (`metric`) with 0, and the mse with that of predicting the mean of the targets.
+    `metrics` are `regression_metrics`.
+    """
+    targets = targets[np.isfinite(targets)]
+    error = 1 / math.sqrt(len(targets))
+    return chance_warning(
+        name, f"{split} {metric}", metrics[metric], 0.0, "a constant prediction", error
+    ) or chance_warning(
+        name, f"{split} mse", metrics["mse"], float(np.var(targets)), "the mean of the targets", lower_is_better=True
+    )
+
+
+def language_warning(
+    name: str, perplexity: float, train: np.ndarray, tokens: np.ndarray, vocabulary: int
+) -> str | None:
+    """Compares the perplexity of next tokens with that of the token frequencies in `train` (add-one smoothed)."""
+    counts = np.bincount(train, minlength=vocabulary) + 1
+    chance = math.exp(-np.log(counts / counts.sum())[tokens].mean())
+    return chance_warning(
+        name, "validation perplexity", perplexity, chance, "the token frequencies", lower_is_better=True
+    )

@@ -16,8 +16,7 @@ from kd.common.reporting.results import (
     retained,
 )
 from kd.common.reporting.tables import markdown
-from kd.common.utils.files import write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import write_text, writing_folder
 
 
 class Savable(Protocol):

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from kd.common.data.fingerprints import fingerprint_of
+from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
 from kd.common.reporting.comparison import over_seeds
 from kd.common.reporting.model_card import Savable, save_student
@@ -35,8 +35,7 @@ from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, rea
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
+from kd.common.utils.files import CHECKSUMS, find_damage, read_json, write_json, writing_folder
 
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
@@ -134,7 +133,7 @@ class Run:
         Raises UserError where a run that is continued began with others.
         """
         if self._marked is not None:
-            begun = {role: fingerprint_of(model) for role, model in models.items() if model is not None}
+            begun = {role: model_fingerprint(model) for role, model in models.items() if model is not None}
             self._marked.check_inputs(data=data, **begun)
 
     def stage(

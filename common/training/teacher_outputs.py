@@ -28,7 +28,7 @@ from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.outputs import FeatureHooks, Outputs, mean_logits
 from kd.common.training.batching import column_array, similar_length_order
 from kd.common.training.inference import Collate, run_inference
-from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
+from kd.common.utils.files import CHECKSUMS, find_damage, writing_folder
 
 logger = logging.getLogger(__name__)
 

@@ -34,12 +34,11 @@ from kd.common.training.batch_norm import (
 )
 from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
-from kd.common.training.divergence import DivergenceMonitor
-from kd.common.training.interrupts import deferred_interrupts, raise_if
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.teacher_views import TeacherViews
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, recording_interrupts
+from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
 
 OBJECTIVE_FILE = "objective.safetensors"
 
@@ -103,13 +102,14 @@ class KDTrainer(CheckpointTrainer):
             synchronize_batch_norms(self.model, objective)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        with deferred_interrupts() as self._interrupted:
+        with recording_interrupts() as self._interrupted:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- one step ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise_if(self._interrupted)
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
         try:
             with self._watching_for_single_values():
                 return super().training_step(*args, **kwargs)
@@ -152,7 +152,7 @@ class KDTrainer(CheckpointTrainer):
         parts = self.objective_in_step(student, teacher, labels)
         loss, parts = self._divergence.drop_diverged(self.state.global_step + 1, parts)
         loss = loss * share
-        if self._divergence.is_due(self.state.global_step):
+        if self.args.device.type == "cpu" or self.state.global_step % CHECK_EVERY == 0:
             self._check_finite()
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)

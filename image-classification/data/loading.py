@@ -1,8 +1,8 @@
 """Loads image datasets: small images into one uint8 tensor in memory, large ones as files that are decoded later."""
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,14 +11,106 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kd.common.data.fingerprints import fingerprint_of_data
-from kd.common.data.labels import renumber, some
-from kd.common.data.sources import short_name
-from kd.common.data.splits import set_aside, stratified
+from kd.common.data.fingerprints import data_fingerprint
+from kd.common.data.labels import map_label_ids, shorten_list
+from kd.common.data.sources import choose_validation, short_name, stratified
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.dataset import ImageData, Images, LargeImageData, SmallImageData
-from kd.image_classification.data.rows import Rows
-from kd.image_classification.data.sources import read_rows
+from kd.image_classification.data.sources import Rows, read_rows
+from kd.image_classification.data.views import ImageViews, LargeViews, StrongViews, Views
+
+
+class Split(Protocol):
+    """Images of which the labels (images,) int64 are known."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A dataset of square images: train (not where a model is only evaluated), and validation or test or both."""
+
+    name: str
+    splits: Mapping[str, Split]
+    label_names: list[str]  # by class id
+    mean: list[float]  # per channel, of pixels between 0 and 1; a single one where all images are grey
+    std: list[float]
+    size: int  # of the model's input, in pixels
+    fingerprint: str  # of the contents
+    notes: list[str] = field(default_factory=list)  # what a reader of a report should know
+
+    @property
+    def selection_split(self) -> str:
+        """The split on which choices are made and headlines reported: test only where nothing was set aside."""
+        return "validation" if "validation" in self.splits else "test"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The part of a classifier's configuration that depends on the data."""
+        return {
+            "image_size": self.size,
+            "mean": self.mean,
+            "std": self.std,
+            "id2label": dict(enumerate(self.label_names)),
+            "label2id": {name: i for i, name in enumerate(self.label_names)},
+        }
+
+    def views(
+        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
+    ) -> ImageViews:
+        """The images of a split, each always the same, or (`augment`) another view of it in every epoch, or (`strong`)
+        two. Raises UserError for `strong` where there are no such views.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split in memory: pixels (images, height, width, channels) uint8 and labels (images,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallImageData(ImageData):
+    """A dataset of small images, whole in memory; mean and std are those of its training pixels."""
+
+    splits: dict[str, Images]
+    flip: bool  # whether an image and its mirror image show the same
+
+    def views(
+        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
+    ) -> Views:
+        """The images of a split as they are, or with random crops (and flips, where they mean the same)."""
+        images = self.splits[split]
+        padding, flip = (max(1, self.size // 8), self.flip) if augment else (0, False)
+        kind = StrongViews if strong else Views
+        return kind(images.pixels.to(device), images.labels, self.mean, self.std, padding, flip, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeImageData(ImageData):
+    """A dataset of images of any shape, decoded when a batch needs them.
+
+    Training needs `--dataloader_num_workers`, of which each decodes some hundred images a second.
+    """
+
+    splits: dict[str, Rows]
+
+    def views(
+        self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
+    ) -> LargeViews:
+        """The centre of each image, or (`augment`) a random part of it, mirrored half of the time."""
+        if strong:
+            raise UserError("--strong_augmentation needs images of at most 64 pixels: leave it out")
+        return LargeViews(self.splits[split], self.size, self.mean, self.std, device, augment, seed)
+
 
 __all__ = ["ImageData", "Images", "LargeImageData", "SmallImageData", "load_image_data"]
 
@@ -54,10 +146,10 @@ def load_image_data(
     if label_names is not None:
         splits.pop("train", None)
         ids = {split: rows.labels.numpy() for split, rows in splits.items()}
-        ids = renumber(dataset, ids, class_names, label_names)
+        ids = map_label_ids(dataset, ids, class_names, label_names)
         splits = {split: replace(rows, labels=torch.from_numpy(ids[split])) for split, rows in splits.items()}
         class_names = label_names
-        if image_size and any(rows.picture(0).size != (image_size, image_size) for rows in splits.values()):
+        if image_size and any(rows.image(0).size != (image_size, image_size) for rows in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name = short_name(dataset)
@@ -74,7 +166,7 @@ def _divide(
     """Train with so many images, and validation, where there is to be one, and test."""
     train = splits.get("train")
     if train is not None and "validation" not in splits and validation_share > 0:
-        aside = set_aside(train.labels.numpy(), notes, validation_share, " or pass another --validation_share")
+        aside = choose_validation(train.labels.numpy(), notes, validation_share, " or pass another --validation_share")
         splits["validation"], train = (train[torch.from_numpy(chosen)] for chosen in (aside, ~aside))
     if train is not None and not {"validation", "test"} & splits.keys():
         raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
@@ -93,7 +185,9 @@ def _missing_classes(splits: dict[str, Rows], names: list[str]) -> list[str]:
         there = set(rows.labels.tolist())
         missing = [name for number, name in enumerate(names) if number not in there]
         if missing:
-            lines.append(f"classes without an image in {split}: {len(missing):,} of {len(names):,} ({some(missing)})")
+            lines.append(
+                f"classes without an image in {split}: {len(missing):,} of {len(names):,} ({shorten_list(missing)})"
+            )
     return lines
 
 
@@ -122,7 +216,7 @@ def _small_images(
         std=std,
         size=pixels.shape[1],
         flip=pixels.shape[-1] == 3,  # what is grey is mostly writing, which has no mirror image
-        fingerprint=fingerprint_of_data(contents()),
+        fingerprint=data_fingerprint(contents()),
         notes=notes,
     )
 
@@ -146,13 +240,13 @@ def _fit_in_memory(splits: dict[str, Rows], size: int, notes: list[str]) -> bool
 
 
 def _bytes_of(splits: dict[str, Rows], width: int, height: int) -> int:
-    channels = len(next(iter(splits.values())).picture(0).getbands())
+    channels = len(next(iter(splits.values())).image(0).getbands())
     return sum(map(len, splits.values())) * width * height * channels
 
 
 def _decode_all(splits: dict[str, Rows], size: int | None) -> dict[str, Images]:
     if size is None:
-        width, height = next(iter(splits.values())).picture(0).size
+        width, height = next(iter(splits.values())).image(0).size
         needed = _bytes_of(splits, width, height)
         if needed > MEMORY:
             raise UserError(
@@ -171,7 +265,7 @@ def _decode(rows: Rows, size: int | None) -> Images:
     """Grey images are of one channel, unless there are others in colour."""
     pixels: np.ndarray[Any, Any] | None = None
     for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", leave=False, disable=len(rows) < 5000):
-        picture = rows.picture(row)
+        picture = rows.image(row)
         if size is not None and picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BILINEAR)
         array = np.atleast_3d(np.asarray(picture))  # (height, width, channels)
@@ -208,7 +302,7 @@ def _large_images(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         size=size,
-        fingerprint=fingerprint_of_data(_contents_of_files(splits, label_names, size)),
+        fingerprint=data_fingerprint(_contents_of_files(splits, label_names, size)),
         notes=notes,
     )
 

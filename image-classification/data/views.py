@@ -6,13 +6,19 @@ teacher and student see the same one, a resumed run sees what it would have seen
 can be looked up by its number.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
-from kd.image_classification.data.rows import Rows
+from kd.image_classification.data.sources import Rows
 
 
 class ImageViews(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -152,7 +158,7 @@ class LargeViews(ImageViews):
 
     def view(self, row: int) -> Tensor:
         """(size, size, 3) uint8: this epoch's view of an image."""
-        picture = self.rows.picture(row).convert("RGB")
+        picture = self.rows.image(row).convert("RGB")
         with torch.random.fork_rng(devices=[], enabled=self.augment):
             if self.augment:
                 seed = random_numbers(self.seed, int(self.epoch), row, 1).item()
@@ -170,3 +176,105 @@ def random_numbers(seed: int, epoch: int, row: int, count: int) -> np.ndarray:
 def shorter_side(size: int) -> int:
     """What the shorter side is resized to before the centre is cut out: 256 for 224."""
     return round(size * 256 / 224)
+
+
+OPERATIONS = 2  # on each image
+CUT_OUT = 0.5  # of the width, at most
+
+
+def _shear_x(image: Tensor, shear: float) -> Tensor:
+    return F.affine(image, 0.0, [0, 0], 1.0, [math.degrees(math.atan(shear)), 0.0], center=[0, 0])
+
+
+def _shear_y(image: Tensor, shear: float) -> Tensor:
+    return F.affine(image, 0.0, [0, 0], 1.0, [0.0, math.degrees(math.atan(shear))], center=[0, 0])
+
+
+def _translate_x(image: Tensor, share: float) -> Tensor:
+    return F.affine(image, 0.0, [round(share * image.shape[-1]), 0], 1.0, [0.0, 0.0])
+
+
+def _translate_y(image: Tensor, share: float) -> Tensor:
+    return F.affine(image, 0.0, [0, round(share * image.shape[-2])], 1.0, [0.0, 0.0])
+
+
+# RandAugment's operations on images (channels, height, width) uint8, and the range of the magnitude of each, with the
+# ranges of MLKD's code. What comes in from outside the image is black.
+AUGMENTATIONS: tuple[tuple[Callable[[Tensor, float], Tensor], float, float], ...] = (
+    (lambda image, _: F.autocontrast(image), 0.0, 0.0),
+    (F.adjust_brightness, 0.05, 0.95),
+    (F.adjust_saturation, 0.05, 0.95),
+    (F.adjust_contrast, 0.05, 0.95),
+    (lambda image, _: F.equalize(image), 0.0, 0.0),
+    (lambda image, _: image, 0.0, 0.0),
+    (lambda image, bits: F.posterize(image, int(bits)), 4.0, 8.0),
+    (F.rotate, -30.0, 30.0),
+    (F.adjust_sharpness, 0.05, 0.95),
+    (_shear_x, -0.3, 0.3),
+    (_shear_y, -0.3, 0.3),
+    (F.solarize, 0.0, 256.0),
+    (_translate_x, -0.3, 0.3),
+    (_translate_y, -0.3, 0.3),
+)
+
+
+class StrongViews(Views):
+    """A batch holds its images twice: pixel_values (2 * batch, 3, height, width) are the views of `Views`, then other
+    crops of the same images, changed; labels and sample_id (2 * batch,).
+
+    Crop and change are a function of (seed, epoch, image) alone. There is no `view`: such views cannot be counted, so
+    nothing can be looked up by their number.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.epoch = torch.tensor(0).share_memory_()  # workers see it, also those that outlive an epoch
+        super().__init__(*args, **kwargs)
+        self.grey = self.mean.round().to(torch.uint8)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.epoch.fill_(epoch)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        weak = super().__getitems__(rows)
+        drawn = np.stack([random_numbers(self.seed, int(self.epoch), row, 2) for row in rows]).astype(np.int64)
+        views = torch.from_numpy(drawn[:, 0] % self.number_of_views).to(weak["sample_id"].device)
+        crops = rearrange(self.crop(weak["sample_id"], views), "batch h w channels -> batch channels h w")
+        changed = [self._changed(int(seed), image) for seed, image in zip(drawn[:, 1], crops, strict=True)]
+        strong = rearrange(torch.stack(changed), "batch channels h w -> batch h w channels")
+        return {
+            "pixel_values": torch.cat([weak["pixel_values"], self.normalized(strong)]),
+            "labels": weak["labels"].repeat(2),
+            "sample_id": weak["sample_id"].repeat(2),
+        }
+
+    def _changed(self, seed: int, image: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        for change in draw_changes(generator):
+            image = change(image)
+        return cut_out(image, self.grey, generator)
+
+
+def draw_changes(generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
+    """OPERATIONS of the AUGMENTATIONS, the same one maybe twice, each with a magnitude drawn from its range."""
+    numbers = torch.randint(len(AUGMENTATIONS), (OPERATIONS,), generator=generator).tolist()
+    shares = torch.rand(OPERATIONS, generator=generator).tolist()
+    drawn = [(*AUGMENTATIONS[number], share) for number, share in zip(numbers, shares, strict=True)]
+    return [partial(_apply, operation, low + share * (high - low)) for operation, low, high, share in drawn]
+
+
+def cut_out(image: Tensor, fill: Tensor, generator: torch.Generator) -> Tensor:
+    """Fills a square of up to CUT_OUT of the width of an image (channels, height, width) with a value for each channel
+    (channels,). Its centre is anywhere in the image, whose border may cut it.
+    """
+    share, across, down = torch.rand(3, generator=generator).tolist()
+    height, width = image.shape[-2:]
+    side = share * CUT_OUT * width
+    left, top = int(max(0.0, across * width - side / 2)), int(max(0.0, down * height - side / 2))
+    image = image.clone()
+    image[:, top : top + round(side), left : left + round(side)] = rearrange(fill, "channels -> channels 1 1")
+    return image
+
+
+def _apply(operation: Callable[[Tensor, float], Tensor], magnitude: float, image: Tensor) -> Tensor:
+    return operation(image, magnitude)

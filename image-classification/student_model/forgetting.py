@@ -12,7 +12,7 @@ from torch import Tensor
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import writing_folder
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
 from kd.image_classification.student_model.evaluation import evaluate, image_processor

@@ -10,21 +10,17 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kd.common import losses
-from kd.common.metrics.chance import guessing_warning
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import agreement, normalized_return, return_metrics
+from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import model_card
 from kd.common.reporting.results import print_table, write_report
 from kd.common.training.run import Run
-from kd.common.utils.files import write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
-from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
-from kd.reinforcement_learning.teacher_model.training import curve
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, curve_name
 
 STATES = 20_000  # on which student and teacher are compared
 USAGE = """{register}import gymnasium
@@ -103,8 +99,8 @@ def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -
     """The warning for a teacher that is no better than random actions, from the `return_metrics` of both."""
     score, chance = teacher["return_mean"], random["return_mean"]
     error = sum(metrics["return_std"] ** 2 / metrics["episodes"] for metrics in (teacher, random)) ** 0.5
-    if score <= chance or guessing_warning(name, "mean return", score, chance, "random actions", error) is None:
-        return guessing_warning(name, "mean return", score, chance, "random actions")
+    if score <= chance or chance_warning(name, "mean return", score, chance, "random actions", error) is None:
+        return chance_warning(name, "mean return", score, chance, "random actions")
     return (
         f"teacher {name} is not clearly better than random actions: its mean return is {score:.4g}, theirs "
         f"{chance:.4g}, in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
@@ -171,7 +167,7 @@ def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
 
 def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return under the name that is plotted."""
-    name = curve(environment)
+    name = curve_name(environment)
     return {
         stage: [entry | {"eval_return_mean": entry[name]} for entry in log if name in entry]
         for stage, log in run.history.items()

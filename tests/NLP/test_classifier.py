@@ -40,8 +40,7 @@ from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import predict, text_metrics
@@ -221,7 +220,7 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     student = DistilBertForSequenceClassification(
         DistilBertConfig(vocab_size=size, dim=32, hidden_dim=16, n_layers=2, n_heads=2)
     )
-    assert texts.unused_by(student) == ["token_type_ids"] and texts.unused_by(made.model) == []
+    assert texts.unused_inputs(student) == ["token_type_ids"] and texts.unused_inputs(made.model) == []
     for name, model in (("bert", made.model), ("distil", student)):
         model.save_pretrained(tmp_path / name)
         made.tokenizer.save_pretrained(tmp_path / name)
@@ -270,7 +269,7 @@ def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_c
         assert metrics[0] == pytest.approx(metrics[1])
     for one in found:  # random weights
         [warning] = one["warnings"]
-        assert "is no better than guessing: its validation accuracy is" in warning
+        assert "is no better than chance: its validation accuracy is" in warning
     assert capsys.readouterr().err.count("warning: teacher ") == 2
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kd.common.reporting.results import validate
-from kd.nlp.data.tasks import GLUE_TASKS, TASKS
+from kd.nlp.data.columns import GLUE_TASKS, TASKS
 from kd.nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
 from kd_testing.scripts import run_script
 

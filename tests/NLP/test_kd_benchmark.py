@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from kd.common.methods import labels_and_soft_targets
 from kd.common.outputs import Outputs
-from kd.nlp.data import tokenized
+from kd.nlp.data import loading
 from kd.nlp.data.loading import TextData
 from kd_testing.paths import REPO
 
@@ -69,7 +69,7 @@ def test_the_default_teacher_has_the_size_of_minilm(benchmark, data):
 
 
 def test_teacher_outputs_of_a_few_texts(monkeypatch, tmp_path):
-    monkeypatch.setattr(tokenized, "MANY_ROWS", 100)
+    monkeypatch.setattr(loading, "MANY_ROWS", 100)
     measure = runpy.run_path(str(REPO / "benchmarks" / "teacher_outputs.py"))["measure"]
     first, _, *table = measure(tmp_path, 300, {"layer_0": "bert.encoder.layer.0"}, 64).splitlines()
     assert first.startswith("300 texts; 0 MiB") and len(table) == 7

@@ -24,8 +24,7 @@ from transformers import (
 from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model import training
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
@@ -74,7 +73,7 @@ def run(tmp_path: Path) -> Any:
 
 def batch_of(texts: Texts, model: PreTrainedModel, rows: list[int]) -> dict[str, torch.Tensor]:
     batch = texts.collate([texts.train[i] for i in rows])
-    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.unused_by(model)}
+    return {name: batch[name] for name in WORDS.model_input_names if name not in texts.unused_inputs(model)}
 
 
 def recorded(model: PreTrainedModel, inputs: dict[str, torch.Tensor], paths: dict[str, str]) -> Outputs:
@@ -96,7 +95,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     matching = matched(kind, model)
     rows = [3, 2, 0]  # another order and padding than those of the cache
     inputs = batch_of(texts, model, rows)
-    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_inputs(model))}, texts.collate)
     student = recorded(model, inputs, matching.features)
 
     monkeypatch.setattr(training, "FEATURE_BYTES", 0)
@@ -140,7 +139,7 @@ def test_what_is_matched_comes_before_a_final_norm(texts, run, kind):
     assert not torch.allclose(found.features["layer_1"], states[2], atol=1e-2)
     norm = next(module for name, module in encoder_of(model).named_modules() if name in ("final_norm", "norm", "ln_f"))
     torch.testing.assert_close(norm(found.features["layer_1"]), states[2])
-    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_by(model))}, texts.collate)
+    texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_inputs(model))}, texts.collate)
     cached = teacher_kwargs(run, model, texts, Method({}, {}, paths), logits=False)["teacher_outputs"]
     outputs, real = cached.batch(torch.arange(3), inputs["attention_mask"].shape[1]), inputs["attention_mask"].bool()
     for name in paths:

@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from kd.common.methods import METHODS
-from kd.common.methods.relations import RELATION_METHODS
+from kd.common.methods.classification import RELATION_METHODS
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.nlp.data.loading import load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.methods import (
@@ -116,7 +115,7 @@ def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
     [
         (["--method", "dkdd"], "there is no method 'dkdd'"),
         (["--method", "fitnet"], "there is no method 'fitnet'"),
-        (["--method", "dist:tau=1"], "method dist has no setting 'tau'"),
+        (["--method", "dist:tau=1"], "method dist has no argument 'tau'"),
         (["--method", "dkd:warmup=2"], "method dkd: warmup must be between 0 and 1, got 2"),
         (["--method", "sp", "--ensemble_teachers", "TEACHER"], "needs a single teacher"),
     ],

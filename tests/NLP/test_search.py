@@ -23,8 +23,7 @@ from kd.common import losses
 from kd.common.objective import Objective
 from kd.common.training.trainer import KDTrainer
 from kd.nlp.data.intents import load_intents
-from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.data.tokenized import Texts
+from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.teacher_model.teacher import label_config, tiny_bert
 from kd_testing.paths import REPO

@@ -19,7 +19,7 @@ from kd.common.outputs import Outputs
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data import number_words
-from kd.nlp.data.translation import PairCollator, load_translation_data
+from kd.nlp.data.translation import TranslationCollator, load_translation_data
 from kd.nlp.scripts.distill_translation import Arguments, TranslationTrainingArguments
 from kd.nlp.student_model.layers import alternating_layers, cut_translator
 from kd.nlp.student_model.sequence_distillation import divergence_of, token_level
@@ -214,7 +214,7 @@ def two_pairs() -> tuple[list[dict[str, Any]], Any]:
         {"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [8, 9, 1], "length": 7},
         {"input_ids": [9, 1], "attention_mask": [1] * 2, "labels": [4, 5, 6, 7, 1], "length": 7},
     ]
-    return features, PairCollator(tokenizer, tiny())
+    return features, TranslationCollator(tokenizer, tiny())
 
 
 def test_padding_changes_no_logits():

@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from kd.common import cli
 from kd.common.reporting.tables import print_rich
-from kd.common.utils import ending
+from kd.common.utils import errors
 from kd.common.utils.errors import UserError
 from kd_testing.paths import REPO
 from kd_testing.processes import Child
@@ -342,7 +342,7 @@ def test_of_several_processes_one_prints_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: list[int]
 ) -> None:
     """As torchrun starts processes: when one has ended with an error, it ends the others."""
-    monkeypatch.setattr(ending, "PATIENCE", 1.0)
+    monkeypatch.setattr(errors, "PATIENCE", 1.0)
 
     def start(rank: int) -> Child:
         def main() -> None:

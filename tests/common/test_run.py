@@ -38,14 +38,14 @@ def results(folder: Path, floor: float, lower_is_better: bool = False, **scores:
 
 def test_a_warning_is_printed_once_and_stands_in_results_and_report(tmp_path, capsys):
     run = Run(RunArguments(output_dir=str(tmp_path)))
-    for text in ("the teacher is no better than guessing", None, "the teacher is no better than guessing"):
+    for text in ("the teacher is no better than chance", None, "the teacher is no better than chance"):
         run.warn(text)
-    assert capsys.readouterr().err == "warning: the teacher is no better than guessing\n"
+    assert capsys.readouterr().err == "warning: the teacher is no better than chance\n"
     data = {"train": None, "validation": None, "test": 4, "fingerprint": "f"}
     found = run.results("d", "t", "m", data, {"student": entry(1.0)}, "test", "score")
     write_report(tmp_path, found, {})
-    assert read_json(tmp_path / "results.json")["warnings"] == ["the teacher is no better than guessing"]
-    assert (tmp_path / "report.md").read_text().count("**Warning:** the teacher is no better than guessing") == 1
+    assert read_json(tmp_path / "results.json")["warnings"] == ["the teacher is no better than chance"]
+    assert (tmp_path / "report.md").read_text().count("**Warning:** the teacher is no better than chance") == 1
 
 
 @pytest.mark.parametrize(

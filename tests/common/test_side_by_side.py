@@ -108,16 +108,16 @@ def train_beside(folder, students: dict[str, Objective], **settings) -> KDTraine
     return trainer
 
 
-def test_a_student_whose_loss_is_not_finite_is_lost_alone_and_stays_lost(tmp_path, caplog):
+def test_a_diverged_student_stays_diverged_and_leaves_the_others_unaffected(tmp_path, caplog):
     spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=4).model.students["kd"].state_dict()
     students = {"kd": kd(), "loud": exploding(True), "quiet": exploding(False)}
     caplog.clear()
-    trainer = train_beside(tmp_path / "lost", students, num_train_epochs=4)
+    trainer = train_beside(tmp_path / "diverged", students, num_train_epochs=4)
     steps = len(Rows()) // 8
     assert steps < 5 < 2 * steps, "in the second epoch"
-    told = [record.getMessage() for record in caplog.records if " diverged: " in record.getMessage()]
-    assert told[0] == "loud diverged: its loss is not finite at step 5 (loud/bad = inf)"
-    assert told[1].startswith("quiet diverged: its loss is not finite at step 5 (quiet/bad = ") and len(told) == 2
+    logs = [record.getMessage() for record in caplog.records if " diverged: " in record.getMessage()]
+    assert logs[0] == "loud diverged: its loss is not finite at step 5 (loud/bad = inf)"
+    assert logs[1].startswith("quiet diverged: its loss is not finite at step 5 (quiet/bad = ") and len(logs) == 2
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     json.dumps(trainer.state.log_history, allow_nan=False)
     assert [{key for key in entry if "/" in key} for entry in losses[1:]] == [
@@ -125,10 +125,10 @@ def test_a_student_whose_loss_is_not_finite_is_lost_alone_and_stays_lost(tmp_pat
     ] * 3
     assert "loss_quiet/bad" in losses[0]
     resumed = train_beside(
-        tmp_path / "lost",
+        tmp_path / "diverged",
         {"kd": kd(), "loud": kd(), "quiet": kd()},  # which would be finite again
         num_train_epochs=4,
-        resume_from_checkpoint=str(tmp_path / "lost" / f"checkpoint-{3 * steps}"),
+        resume_from_checkpoint=str(tmp_path / "diverged" / f"checkpoint-{3 * steps}"),
     )
     for trained in (trainer.model.students, resumed.model.students):
         for key, weight in trained["kd"].state_dict().items():
@@ -136,7 +136,7 @@ def test_a_student_whose_loss_is_not_finite_is_lost_alone_and_stays_lost(tmp_pat
         assert not any(weight.isfinite().all() for name in ("loud", "quiet") for weight in trained[name].parameters())
 
 
-def test_a_group_of_which_all_are_lost_stops(tmp_path):
+def test_training_stops_once_every_student_has_diverged(tmp_path):
     trainer = train_beside(tmp_path, {"one": exploding(True), "other": exploding(False)}, num_train_epochs=4)
     assert trainer.state.global_step == 5
     json.dumps(trainer.state.log_history, allow_nan=False)

@@ -442,9 +442,9 @@ class Finalized:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
 @pytest.mark.parametrize("step", [5, 12])
-def test_ctrl_c_ends_training_even_where_python_drops_it_and_the_run_goes_on(lost, step, tmp_path):
+def test_ctrl_c_ends_training_even_if_python_drops_it_and_the_run_can_resume(dropped, step, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     settings = {"num_train_epochs": 4, "save_strategy": "epoch", "optim": "adamw_torch"}
     whole, stopped, resumed = model(dropout=0.3), model(dropout=0.3), model(7, dropout=0.3)
@@ -454,7 +454,7 @@ def test_ctrl_c_ends_training_even_where_python_drops_it_and_the_run_goes_on(los
     def press(*_) -> None:
         calls.append(1)
         if len(calls) == step:
-            Finalized() if lost else os.kill(os.getpid(), signal.SIGINT)
+            Finalized() if dropped else os.kill(os.getpid(), signal.SIGINT)
 
     handle = stopped.register_forward_hook(press)
     try:

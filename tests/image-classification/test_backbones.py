@@ -21,7 +21,7 @@ from kd.image_classification.student_model.matching import image_features
 from kd.image_classification.teacher_model.backbones import COMMON, build_backbone
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import pretrained_classifier
-from kd_testing.image_networks import assert_alike, randomize_norms
+from kd_testing.image_networks import assert_close_features, randomize_norms
 
 # name: parameters with a head for 100 classes, channels of the last map, its size for images of 32 and of 8 pixels,
 # and (channels, size) at the ends of the stages for images of 32 pixels
@@ -234,8 +234,8 @@ def test_folding_changes_nothing_but_the_number_of_layers(name: str, left: int) 
         x = images()
         expected = model(x)
         found = fast(x)
-    assert_alike(found.logits, expected.logits)
-    assert_alike(found.features["map"], expected.features["map"])
+    assert_close_features(found.logits, expected.logits)
+    assert_close_features(found.features["map"], expected.features["map"])
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *FROM_TIMM])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.common.data.splits import stratified
+from kd.common.data.sources import stratified
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
 from kd.image_classification.data.sources import read_rows

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.common.data.splits import holdout
+from kd.common.data.sources import holdout
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import load_image_data
 from kd_testing.pictures import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write

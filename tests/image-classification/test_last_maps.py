@@ -12,7 +12,7 @@ from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.image_networks import randomize_norms
-from kd_testing.image_pairs import Pair, both_say, noise
+from kd_testing.image_pairs import Pair, forward_both, noise
 
 FAMILIES = [("resnet8", "resnet14x2"), ("shufflenetv2", "wrn_16_2"), ("mobilenetv2", "vgg8"), ("wrn_16_1", "resnet50")]
 FOUR_STAGES = ["attention", "nst", "vid", "ofd", "reviewkd", "fitnet"]
@@ -56,7 +56,7 @@ def both_maps(pair):
 
 def parts_of(name, pair):
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     return {part: value.item() for part, value in method.objective(own, said, LABELS).items()}
 
 
@@ -153,7 +153,7 @@ def test_maps_of_norm(student, teacher, own_channels, target_channels):
     method = METHODS["norm"](pair.spec, copies=2)
     conv = method.objective.terms["representations"].projector[0]
     assert (conv.in_channels, conv.out_channels) == (own_channels, 2 * target_channels)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     target = toolbox_maps(pair.teacher.eval(), pair.images)[-1]
     found = said.features[method.objective.terms["representations"].teacher_names[0]].double().numpy()
     np.testing.assert_allclose(found, target, rtol=1e-4, atol=1e-4)
@@ -177,7 +177,7 @@ def test_a_hint_is_of_the_teachers_size(student, teacher, kind, kernel, stride):
     hint = method.objective.terms["hint"]
     conv = hint.projector[0]
     assert type(conv) is kind and conv.kernel_size == (kernel, kernel) and conv.stride == (stride, stride)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     mapped, target = hint.projector(own.features[hint.student_names[0]]), said.features[hint.teacher_names[0]]
     assert mapped.shape == target.shape
     loss = method.objective(own, said, LABELS)["hint"].item()
@@ -190,7 +190,7 @@ def test_a_hint_without_a_fitting_convolution_averages_the_teachers_map_down():
     assert type(hint.projector[0]) is nn.ConvTranspose2d
     far = new_pair("timm:resnet10t", "resnet8", size=64)
     method = METHODS["fitnet"](far.spec)
-    own, said = both_say(method, far, far.images)
+    own, said = forward_both(method, far, far.images)
     term = method.objective.terms["hint"]
     size, wanted = (x.features[n].shape[-1] for x, n in ((own, term.student_names[0]), (said, term.teacher_names[0])))
     assert wanted > 2 * size and term.projector[0].kernel_size == (3, 3)
@@ -227,7 +227,7 @@ def test_a_teacher_of_simkd_shows_the_map_that_its_head_averages(teacher, channe
     pair = new_pair("resnet8", teacher)
     student = simkd_student("resnet8", pair.teacher, pair.data, factor=2)
     method = simkd(student, pair.teacher, SimKDArguments(), temperature=4.0)
-    _, said = both_say(method, Pair(student, pair.teacher, pair.data), pair.images)
+    _, said = forward_both(method, Pair(student, pair.teacher, pair.data), pair.images)
     target = said.features["map"]
     assert target.shape[1] == channels and student.config.projector["out_channels"] == channels
     torch.testing.assert_close(pair.teacher.head(target.mean((2, 3))), said.logits)
@@ -239,7 +239,7 @@ def test_a_student_without_its_last_convolution_trains_and_loads(student, projec
     pair = new_pair("resnet8", "resnet14x2")
     model = simkd_student(student, pair.teacher, pair.data, factor=2)
     method = simkd(model, pair.teacher, SimKDArguments(projector=projector), temperature=4.0)
-    own, said = both_say(method, Pair(model, pair.teacher, pair.data), pair.images)
+    own, said = forward_both(method, Pair(model, pair.teacher, pair.data), pair.images)
     sum(method.objective(own, said, LABELS).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.eval().save_pretrained(tmp_path)
@@ -255,7 +255,7 @@ def test_a_student_without_its_last_convolution_trains_and_loads(student, projec
 def test_class_maps_are_of_length_one_where_the_authors_normalize_them():
     pair = new_pair("resnet8", "resnet14x2")
     method = METHODS["catkd"](pair.spec, weight=2.0, size=4, normalized=True)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
 
     def class_maps(outputs, head):
         weight = head.weight.detach().double().numpy()

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd.common.methods import check_methods_differ, chosen, filled, settings_of
+from kd.common.methods import arguments_of, check_methods_differ, fill_arguments, parse_method
 from kd.common.objective import Scheduled
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import Pair, both_say, noise
+from kd_testing.image_pairs import Pair, forward_both, noise
 
 NAMES = sorted(METHODS)
 WITH_WEIGHTS = {  # what trains beside the student, and never ships
@@ -33,7 +33,7 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
     before = copy.deepcopy(pair.teacher.state_dict())
     method = METHODS[name](pair.spec)
     method.objective.set_progress(0.5)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
     sum(parts.values()).backward()
     assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
@@ -49,10 +49,10 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
 def test_the_task_is_the_cross_entropy_with_the_labels(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     parts = method.objective(own, said, labels)
-    weight = method.objective.weight("task")
+    weight = method.objective.current_weights()["task"]
     assert parts["task"].item() == pytest.approx(weight * F.cross_entropy(own.logits, labels).item(), rel=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
     method.objective.set_progress(1.0)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     for logits in (said, own):
         logits["logits"] = 200 * logits.logits
         logits["features"] = {key: value.bfloat16() for key, value in logits.features.items()}
@@ -76,7 +76,7 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
 def test_it_is_finite_in_a_batch_of_one(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images[:1])
+    own, said = forward_both(method, pair, pair.images[:1])
     parts = method.objective(own, said, torch.zeros(1, dtype=torch.long))
     sum(parts.values()).backward()
     assert all(part.isfinite() for part in parts.values()), parts
@@ -93,7 +93,7 @@ def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
         assert "\n" not in str(caught.value)
         return
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     parts = method.objective(own, said, torch.arange(len(pair.images)) % classes)
     assert all(part.isfinite() for part in parts.values()), parts
 
@@ -104,7 +104,7 @@ def test_its_weights_and_memories_are_checkpointed(name):
     pair = new_pair()
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     method.objective(own, said, labels)  # batch norms, memories and the like have seen a batch
     torch.manual_seed(1)
     other = METHODS[name](pair.spec)
@@ -119,18 +119,18 @@ def test_it_has_a_docstring_with_its_paper(name):
 
 
 def test_settings_are_checked():
-    assert list(settings_of(METHODS["kd"])) == ["alpha", "temperature"]
-    assert chosen("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
-    assert chosen("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
+    assert list(arguments_of(METHODS["kd"])) == ["alpha", "temperature"]
+    assert parse_method("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
+    assert parse_method("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
         "alpha": 0.3,
         "temperature": 1.5,
     }
-    assert chosen("catkd:normalized=True", METHODS).keywords == {"normalized": True}
+    assert parse_method("catkd:normalized=True", METHODS).keywords == {"normalized": True}
     for spec, complaint in (
         ("kdd", "did you mean kd?"),
-        ("kd:alphas=1", "no setting 'alphas'; did you mean alpha?"),
-        ("kd:alpha=much", "kd: alpha=much is none"),
-        ("kd:alpha", "kd: alpha= is none"),
+        ("kd:alphas=1", "no argument 'alphas'; did you mean alpha?"),
+        ("kd:alpha=much", "kd: alpha=much is invalid"),
+        ("kd:alpha", "kd: alpha= is invalid"),
         ("dkd:warmup=2", "dkd: warmup must be between 0 and 1, got 2"),
         ("dist:temperature=0", "dist: temperature must be above 0, got 0"),
         ("norm:copies=0", "norm: copies must be at least 1, got 0"),
@@ -146,45 +146,45 @@ def test_settings_are_checked():
         ("crd:momentum=1", "crd: momentum must be at least 0 and below 1, got 1"),
         ("crd:negatives=0", "crd: negatives must be .*, got 0"),
         ("semckd:batch=0", "semckd: batch must be .*, got 0"),
-        ("catkd:size=2.5", "catkd: size=2.5 is none"),
-        ("catkd:normalized=maybe", "catkd: normalized=maybe is none, give a value such as normalized=true"),
-        ("sp:weight=1_0", "sp: weight=1_0 is none"),
+        ("catkd:size=2.5", "catkd: size=2.5 is invalid"),
+        ("catkd:normalized=maybe", "catkd: normalized=maybe is invalid, pass a value such as normalized=true"),
+        ("sp:weight=1_0", "sp: weight=1_0 is invalid"),
         ("dkd:beta=2:beta=3", "dkd: beta is set twice, to 2 and to 3: set it once"),
-        ("mlkd:views=2", "mlkd has no setting 'views'"),
+        ("mlkd:views=2", "mlkd has no argument 'views'"),
     ):
         with pytest.raises(UserError, match=complaint.replace("?", r"\?")) as caught:
-            chosen(spec, METHODS)
+            parse_method(spec, METHODS)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="kd: alpha must be .*, got nan"):  # as flags give it
-        chosen("kd", METHODS, alpha=float("nan"))
+        parse_method("kd", METHODS, alpha=float("nan"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
 def test_no_setting_of_any_method_takes_what_is_no_number_or_negative(name, value):
-    for setting in settings_of(METHODS[name]):
+    for setting in arguments_of(METHODS[name]):
         with pytest.raises(UserError, match=rf"method {name}: {setting}(={value}| must be .*, got {value})"):
-            chosen(f"{name}:{setting}={value}", METHODS)
+            parse_method(f"{name}:{setting}={value}", METHODS)
 
 
 def test_settings_of_a_pair_fill_what_a_spec_leaves_open():
     published = ["dkd:beta=6", "dkd_ls:alpha=15:beta=30"]
-    assert filled("dkd", published, METHODS) == "dkd:beta=6"
-    assert filled("dkd:alpha=2", published, METHODS) == "dkd:beta=6:alpha=2"
-    assert filled("dkd_ls:beta=1", published, METHODS) == "dkd_ls:alpha=15:beta=1"
-    assert filled("kd", published, METHODS) == "kd"
+    assert fill_arguments("dkd", published, METHODS) == "dkd:beta=6"
+    assert fill_arguments("dkd:alpha=2", published, METHODS) == "dkd:beta=6:alpha=2"
+    assert fill_arguments("dkd_ls:beta=1", published, METHODS) == "dkd_ls:alpha=15:beta=1"
+    assert fill_arguments("kd", published, METHODS) == "kd"
     for wrong, complaint in (
         (["dkd:beta=6", "dkd:alpha=2"], "two entries for dkd"),
         (["dkdd:beta=6"], "no method 'dkdd'"),
-        (["dkd:gamma=6"], "no setting 'gamma'"),
+        (["dkd:gamma=6"], "no argument 'gamma'"),
     ):
         with pytest.raises(UserError, match=complaint):
-            filled("kd", wrong, METHODS)
+            fill_arguments("kd", wrong, METHODS)
 
 
 def test_one_method_under_two_spellings_is_refused():
     def of(*specs):
-        return [(spec, chosen(spec, METHODS, alpha=0.1)) for spec in specs]
+        return [(spec, parse_method(spec, METHODS, alpha=0.1)) for spec in specs]
 
     check_methods_differ(of("kd", "kd:temperature=2", "lskd", "dkd:beta=2", "dkd:beta=3", "mlkd", "mlkd_ls"))
     for first, second in (

@@ -17,11 +17,11 @@ from kd.image_classification.student_model.matching import (
     pre_activations,
     stage_paths,
 )
-from kd.image_classification.student_model.methods import METHODS, method_of
+from kd.image_classification.student_model.methods import METHODS, image_method
 from kd.image_classification.student_model.methods.all_stages import Calibration, Fusion, Review
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
-from kd_testing.image_networks import assert_alike, randomize_norms
-from kd_testing.image_pairs import Pair, as_in_training, both_say, noise
+from kd_testing.image_networks import assert_close_features, randomize_norms
+from kd_testing.image_pairs import Pair, forward_both, forward_with_features, noise
 from kd_testing.image_training import train
 
 # families that show their maps before the last ReLU of a stage, and those that do not
@@ -55,7 +55,7 @@ def features(outputs: Outputs) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def recorded(model: ImageClassifier, paths: list[str], images: Tensor) -> dict[str, Tensor]:
-    return features(as_in_training(model, {path: path for path in paths}, images))
+    return features(forward_with_features(model, {path: path for path in paths}, images))
 
 
 @pytest.mark.parametrize("name", SHOWING)
@@ -80,7 +80,7 @@ def test_a_folded_teacher_shows_the_same_maps(name):
     images, paths = torch.randn(2, 3, 16, 16), [path for path, _ in pre_activations(model)]
     whole, fast = recorded(model, paths, images), recorded(frozen(model, "fp32"), paths, images)
     for path in paths:
-        assert_alike(fast[path], whole[path])
+        assert_close_features(fast[path], whole[path])
 
 
 @pytest.mark.parametrize("name", HIDING)
@@ -110,7 +110,7 @@ def test_networks_of_different_families_teach_one_another(student, teacher, name
     for name in names:
         method = METHODS[name](pair.spec)
         method.objective.set_progress(0.5)
-        own, said = both_say(method, pair, pair.images)
+        own, said = forward_both(method, pair, pair.images)
         parts = method.objective(own, said, torch.arange(8) % 5)
         torch.stack(list(parts.values())).sum().backward()
         assert all(part.item() > 0 for part in parts.values()), name
@@ -129,9 +129,9 @@ def test_ofd_by_numpy():
     """Margins from the teacher's batch norms as they are, though the teacher that answers has them folded away."""
     pair = new_pair()
     method = METHODS["ofd"](pair.spec)
-    own, _ = both_say(method, pair, pair.images)
+    own, _ = forward_both(method, pair, pair.images)
     with torch.no_grad():
-        said = as_in_training(frozen(pair.teacher, "fp32"), method.teacher_features, pair.images)
+        said = forward_with_features(frozen(pair.teacher, "fp32"), method.teacher_features, pair.images)
     parts = method.objective(own, said, torch.arange(8) % 5)
     pairs = zip(maps_before_relu(pair.student), pre_activations(pair.teacher), strict=True)
     for number, (stage, wanted) in enumerate(pairs):
@@ -179,7 +179,7 @@ def test_the_weight_of_a_review_rises_over_20_of_240_epochs():
     objective = METHODS["reviewkd"](new_pair().spec).objective
     for epoch, share in ((0, 0.0), (5, 0.25), (20, 1.0), (240, 1.0)):
         objective.set_progress(epoch / 240)
-        assert objective.weight("review") == pytest.approx(5 * share)
+        assert objective.current_weights()["review"] == pytest.approx(5 * share)
 
 
 def test_a_fusion_adds_what_attention_lets_through():
@@ -266,7 +266,7 @@ def test_a_larger_batch_is_refused_and_scripts_know_how_large_theirs_are():
     assert "\n" not in str(caught.value)
     for spec, strong, expected in (("semckd", False, 24), ("semckd", True, 48), ("semckd:batch=100", False, 100)):
         args = ImageTrainingArguments(per_device_train_batch_size=24, strong_augmentation=strong, use_cpu=True)
-        term = method_of(spec, args)(new_pair().spec).objective.terms["calibration"]
+        term = image_method(spec, args)(new_pair().spec).objective.terms["calibration"]
         assert isinstance(term, Calibration) and term.batch == expected
 
 

@@ -17,7 +17,7 @@ from kd.image_classification.student_model import matching
 from kd.image_classification.student_model.matching import FEATURE_LOSSES, block_paths, image_features, stage_paths
 from kd.image_classification.student_model.simkd import SimKDArguments, share_masked, simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, frozen, new_classifier
-from kd_testing.image_pairs import as_in_training, noise, some_images
+from kd_testing.image_pairs import forward_with_features, noise, some_images
 
 PAIRS = [
     ("resnet32x4", "resnet8x4"),
@@ -54,8 +54,8 @@ def test_a_student_with_the_teachers_weights_has_no_loss_and_its_logits(loss):
     images = some_images(data)
     with torch.no_grad():
         own, said = (
-            as_in_training(student, method.features, images),
-            as_in_training(teacher, method.teacher_features, images),
+            forward_with_features(student, method.features, images),
+            forward_with_features(teacher, method.teacher_features, images),
         )
     parts = method.objective(own, said, None)
     assert set(parts) == {"feature_0"}
@@ -73,8 +73,8 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     images, labels = some_images(data), data.splits["validation"].labels[:8]
     answering = frozen(teacher, "fp32")
     with torch.no_grad():
-        said = as_in_training(answering, method.teacher_features, images)
-    parts = method.objective(as_in_training(student, method.features, images), said, labels)
+        said = forward_with_features(answering, method.teacher_features, images)
+    parts = method.objective(forward_with_features(student, method.features, images), said, labels)
     sum(parts.values()).backward()
     expected = {"single": 1, "multi": 2, "all-layer": len(block_paths(student))}[projector]
     assert len(parts) == expected and all(part.item() > 0 for part in parts.values())

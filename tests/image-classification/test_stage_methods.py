@@ -13,7 +13,7 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.methods.last_map import class_maps, n_to_one
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import Pair, both_say, noise
+from kd_testing.image_pairs import Pair, forward_both, noise
 
 EVERY_STAGE = ("attention", "nst", "vid")
 ANY_NETWORKS = ("fitnet", "srrl", "catkd", "norm", "rkd", "sp", "pkt", "cc")
@@ -28,7 +28,7 @@ def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", size: int = 
 def parts_of(name: str, pair: Pair):
     """A method, what both networks say under it, and the parts of its loss."""
     method = METHODS[name](pair.spec)
-    own, said = both_say(method, pair, pair.images)
+    own, said = forward_both(method, pair, pair.images)
     return method, own, said, method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
 
 
@@ -145,7 +145,7 @@ def test_weight_of_norm_goes_through_the_phases_of_240_epochs():
     found = {}
     for epoch in (0, 9, 10, 20, 179, 180, 210, 240):
         objective.set_progress(epoch / 240)
-        found[epoch] = objective.weight("representations") / 2
+        found[epoch] = objective.current_weights()["representations"] / 2
     assert found == {0: 0.1, 9: 0.1, 10: 0.5, 20: 1.0, 179: 1.0, 180: 0.5, 210: 0.1, 240: 0.1}
     assert METHODS["norm"](new_pair().spec, weight=0.0).objective.weights == {"task": 0.1}
 

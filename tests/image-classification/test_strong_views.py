@@ -9,10 +9,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.image_classification.data import strong_views
+from kd.image_classification.data import views as views_module
 from kd.image_classification.data.loading import load_image_data
-from kd.image_classification.data.strong_views import AUGMENTATIONS, StrongViews, cut_out, draw_changes
-from kd.image_classification.data.views import Views
+from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_changes
 from kd_testing.pictures import large, photos_in, pixels
 from kd_testing.scripts import run_script
 
@@ -42,8 +41,8 @@ def test_a_batch_holds_the_usual_views_and_then_other_crops_of_the_same_images_c
 
 def test_crops_of_the_two_views_are_drawn_apart(monkeypatch):
     """Without operations and cutout a strong view is a crop: of 50 a share of 1 in 50 is the weak one by chance."""
-    monkeypatch.setattr(strong_views, "OPERATIONS", 0)
-    monkeypatch.setattr(strong_views, "CUT_OUT", 0.0)
+    monkeypatch.setattr(views_module, "OPERATIONS", 0)
+    monkeypatch.setattr(views_module, "CUT_OUT", 0.0)
     images = torch.from_numpy(pixels(60, 16, 16, 3))
     kind = [0.5] * 3, [0.25] * 3, 2, True
     views, plain = (k(images, torch.zeros(60, dtype=torch.long), *kind) for k in (StrongViews, Views))
@@ -146,7 +145,7 @@ def test_a_student_and_its_control_are_trained_on_both(script, words, tmp_path: 
 
 
 def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path, capsys):
-    with pytest.raises(UserError, match="64 pixels or less"):
+    with pytest.raises(UserError, match="at most 64 pixels"):
         large(photos_in(tmp_path / "photos")).views("train", CPU, augment=True, strong=True)
     words = ["--strong_augmentation", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:

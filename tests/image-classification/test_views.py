@@ -136,7 +136,7 @@ def test_large_and_small_images_are_split_alike(photos: str) -> None:
     in_memory = small(photos, image_size=8, validation_share=0.2)
     for split, images in large(photos).splits.items():
         assert torch.equal(images.labels, in_memory.splits[split].labels)
-        assert images.picture(1).size == (100, 80)
+        assert images.image(1).size == (100, 80)
     assert sizes(large(photos, max_train_samples=6)) == {"train": 6, "validation": 4, "test": 4}
 
 

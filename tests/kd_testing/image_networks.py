@@ -16,6 +16,6 @@ def randomize_norms(model: nn.Module) -> None:
                 nn.init.uniform_(tensor, -0.5, 0.5)
 
 
-def assert_alike(found: Tensor, expected: Tensor) -> None:
+def assert_close_features(found: Tensor, expected: Tensor) -> None:
     """Up to rounding, which in a deep network of random norms is that of its largest values."""
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(10, expected.abs().max().item()))

@@ -52,7 +52,7 @@ def some_images(data: ImageData) -> Tensor:
     return views.__getitems__(list(range(min(8, len(views)))))["pixel_values"]
 
 
-def as_in_training(model: nn.Module, paths: dict[str, str], images: Tensor) -> Outputs:
+def forward_with_features(model: nn.Module, paths: dict[str, str], images: Tensor) -> Outputs:
     """Named features of the model, and of its hooked submodules."""
     hooks = FeatureHooks(model, paths)
     output = model(images)
@@ -61,8 +61,8 @@ def as_in_training(model: nn.Module, paths: dict[str, str], images: Tensor) -> O
     return Outputs(logits=output.logits, features=features, sample_id=torch.arange(len(images)))
 
 
-def both_say(method: Method, pair: Pair, images: Tensor) -> tuple[Outputs, Outputs]:
+def forward_both(method: Method, pair: Pair, images: Tensor) -> tuple[Outputs, Outputs]:
     """What student and teacher say of images: with gradients in training mode, and without in evaluation mode."""
     with torch.no_grad():
-        said = as_in_training(pair.teacher.eval(), method.teacher_features, images)
-    return as_in_training(pair.student.train(), method.features, images), said
+        said = forward_with_features(pair.teacher.eval(), method.teacher_features, images)
+    return forward_with_features(pair.student.train(), method.features, images), said

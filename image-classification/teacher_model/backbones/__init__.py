@@ -2,20 +2,27 @@
 
 import difflib
 import re
+import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import timm
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from kd.common.utils.errors import UserError
 from kd.image_classification.teacher_model.backbones.base import Backbone
-from kd.image_classification.teacher_model.backbones.from_timm import TimmBackbone
-from kd.image_classification.teacher_model.backbones.mobilenet import MobileNetV2
-from kd.image_classification.teacher_model.backbones.resnet import WideResNet, four_stage_resnet, three_stage_resnet
-from kd.image_classification.teacher_model.backbones.shufflenet import ShuffleNetV1, ShuffleNetV2
-from kd.image_classification.teacher_model.backbones.vgg import VGG
+from kd.image_classification.teacher_model.backbones.mobile import MobileNetV2, ShuffleNetV1, ShuffleNetV2
+from kd.image_classification.teacher_model.backbones.vgg_resnet import (
+    VGG,
+    WideResNet,
+    four_stage_resnet,
+    three_stage_resnet,
+)
 
 TIMM = "timm:"
-FAMILIES: dict[str, Callable[..., Backbone]] = {  # the groups of a pattern are numbers, and the arguments
+FAMILIES: dict[str, Callable[..., Backbone]] = {  # the groups of a pattern are the arguments
     r"resnet(18|34|50)": four_stage_resnet,
     r"resnet(\d+)(?:x(\d+))?": three_stage_resnet,
     r"wrn_(\d+)_(\d+)": WideResNet,
@@ -24,7 +31,7 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {  # the groups of a pattern are 
     r"shufflenetv1": ShuffleNetV1,
     r"shufflenetv2(?:x(\d+(?:\.\d+)?))?": ShuffleNetV2,
 }
-COMMON = (  # what the distillation literature compares
+COMMON = (  # the networks of the distillation literature
     *("resnet8x4", "resnet32x4", "resnet20", "resnet32", "resnet56", "resnet110", "resnet18", "resnet50"),
     *("wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg13"),
     *("mobilenetv2", "mobilenetv2x1.0", "shufflenetv1", "shufflenetv2", "shufflenetv2x1.5"),
@@ -33,7 +40,7 @@ EXAMPLES = "resnet8x4, resnet32x4, resnet56, wrn_40_2, vgg8, mobilenetv2, shuffl
 
 
 def build_backbone(name: str) -> Backbone:
-    """The backbone NAME with random weights. Raises UserError for a name that is none."""
+    """The backbone NAME with random weights. Raises UserError for an unknown name."""
     if name.startswith(TIMM):
         return TimmBackbone(name.removeprefix(TIMM))
     for pattern, family in FAMILIES.items():
@@ -47,8 +54,77 @@ def build_backbone(name: str) -> Backbone:
 
 
 def _guess(name: str) -> str:
-    """What was probably meant, to end a message with."""
+    """`; did you mean ...?` for a misspelt name, or nothing."""
     if timm.is_model(name):
         return f"; did you mean {TIMM}{name}?"
     close = difflib.get_close_matches(name.lower(), COMMON, n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+# ---- timm ----
+
+
+class TimmBackbone(Backbone):
+    """timm's network without pooling and classifier: (batch, 3, h, w) -> last map (batch, num_features, h', w').
+
+    `stages` are timm's, without those whose maps are at least half as large as the image. The network decides how
+    small an image may be. Raises UserError for a name that timm does not know, and for a network whose last features
+    are not a map.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        input_size = known_weights(name).input_size
+        try:
+            self.model = timm.create_model(name, num_classes=0, global_pool="")
+            shape = _output_shape(self.model, input_size)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(_no_map(name, textwrap.shorten(str(error), 200))) from error
+        if len(shape) != 4 or shape[1] != getattr(self.model, "head_hidden_size", None):
+            raise UserError(_no_map(name, f"they have shape {tuple(shape)} for a batch of one"))
+        self.num_features = shape[1]
+        modules: list[Any] = list(self.model.modules())
+        for module in modules:
+            if getattr(module, "inplace", False):
+                module.inplace = False  # a hook may have recorded the module's input
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(key, buffer)  # persistent: from_pretrained restores only saved buffers
+        paths = {path for path, _ in self.model.named_modules()}
+        info = [entry for entry in getattr(self.model, "feature_info", []) if entry["module"] in paths]
+        self.stages = [f"model.{entry['module']}" for entry in info if entry["reduction"] > 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def known_weights(name: str) -> Any:
+    """timm's PretrainedCfg of the weights NAME, `architecture` or `architecture.tag`; needs no file.
+
+    Raises UserError for an architecture or a tag that timm does not know.
+    """
+    architecture, _, tag = name.partition(".")
+    try:
+        weights = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(other.removeprefix(f"{architecture}.") for other in timm.list_pretrained(f"{architecture}.*"))
+        raise UserError(f"timm knows no weights {tag!r} of {architecture}, only {tags or 'none'}") from error
+    if weights is None:
+        close = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
+        raise UserError(f"timm knows no model {name!r}" + (f"; did you mean one of {close}?" if close else ""))
+    return weights
+
+
+def _output_shape(model: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
+    """The shape of the output for one image, computed on the meta device."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {path: tensor.to("meta") for path, tensor in state.items()}
+    output = functional_call(model.eval(), on_meta, (torch.empty(1, *input_size, device="meta"),))
+    model.train()
+    return output.shape
+
+
+def _no_map(name: str, reason: str) -> str:
+    return (
+        f"the last features of timm's {name} are no map (channels, h, w) ({reason}): choose a convolutional network "
+        "such as timm:resnet18"
+    )

@@ -1,4 +1,4 @@
-"""What every backbone for small images has in common."""
+"""The base class of all backbones for small images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class PreActivation(NamedTuple):
-    """path: of the submodule that yields what the ReLU at the end of a stage sees; norm: of the batch norm in it."""
+    """path: the submodule that returns the input of a stage's last ReLU; norm: the batch norm that produces it."""
 
     path: str
     norm: str
@@ -16,10 +16,11 @@ class PreActivation(NamedTuple):
 class Backbone(nn.Module):
     """Images (batch, 3, h, w) -> last map (batch, num_features, h', w').
 
-    `stages` are the paths of the submodules at whose ends the resolution is about to change; a stage that is a
-    Sequential is made of blocks. `pre_activations` has one for each stage, and none where stages do not end in a ReLU
-    of what a submodule yields. `last` is the 1x1 convolution, with batch norm and ReLU, that MobileNetV2 and
-    ShuffleNetV2 have after their stages.
+    Attributes:
+        stages: paths of the submodules after which the resolution changes. A stage that is a Sequential consists of
+            blocks.
+        pre_activations: one for each stage; empty where stages do not end in a ReLU of a submodule's output.
+        last: the 1x1 convolution, batch norm and ReLU of MobileNetV2 and ShuffleNetV2 after their stages.
     """
 
     num_features: int
@@ -35,28 +36,28 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def add_stage(self, *blocks: nn.Module) -> str:
-        """Appends `layer1`, `layer2`, ..., a Sequential of the blocks; returns the path of the last of them."""
+        """Appends a Sequential of the blocks as `layer1`, `layer2`, ...; returns the path of its last block."""
         path = f"layer{len(self.stages) + 1}"
         self.add_module(path, nn.Sequential(*blocks))
         self.stages.append(path)
         return f"{path}.{len(blocks) - 1}"
 
     def add_last(self, channels: int, out_channels: int) -> None:
-        """Adds `last`; to be called after the stages are added."""
+        """Adds `last`. Call it after the last `add_stage`."""
         self.last, self.num_features = conv_norm(channels, out_channels, kernel=1), out_channels
 
     def remove_last(self) -> None:
-        """Removes `last` where there is one: the backbone then returns the map of its last stage."""
+        """Removes `last`, if there is one: the backbone then returns the map of its last stage."""
         if self.last is not None:
             conv = self.last[0]
             assert isinstance(conv, nn.Conv2d)
             self.num_features, self.last = conv.in_channels, None
 
     def initialize_head(self, head: nn.Linear) -> None:
-        """Initializes a linear classifier on this backbone as the distillation toolboxes do: here, as PyTorch does."""
+        """Initializes a linear classifier on this backbone. The default keeps PyTorch's initialization."""
 
-    def through_stages(self, x: Tensor) -> Tensor:
-        """The last map, of the output of the stem."""
+    def forward_stages(self, x: Tensor) -> Tensor:
+        """Output of the stem -> last map."""
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return x if self.last is None else self.last(x)
@@ -73,7 +74,7 @@ def conv_norm(
 ) -> nn.Sequential:
     """Convolution, batch norm and ReLU: (batch, channels, h, w) -> (batch, out_channels, h / stride, w / stride).
 
-    The ReLU is not in place, as what a submodule returned may have been recorded.
+    The ReLU is not in place, because a hook may have recorded its input.
     """
     layers = [
         nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=bias),
@@ -83,7 +84,7 @@ def conv_norm(
 
 
 def initialize(backbone: nn.Module) -> None:
-    """He's normal initialization (fan out) of convolutions, without a bias; batch norms start as the identity."""
+    """Initializes convolutions with He's normal distribution (fan out) and their biases with zeros."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -91,7 +92,7 @@ def initialize(backbone: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def small_head(head: nn.Linear) -> None:
-    """The initialization of classifiers in the toolboxes' VGG and MobileNetV2."""
+def initialize_small_head(head: nn.Linear) -> None:
+    """Initializes a classifier as the distillation toolboxes do on VGG and MobileNetV2: N(0, 0.01²), zero bias."""
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)

@@ -18,8 +18,7 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_teacher_outputs
 from kd.common.utils.ranges import Count
 from kd.example_domain.data.loading import load_data
-from kd.example_domain.student_model.distillation import report, train
-from kd.example_domain.student_model.evaluation import chance_warning, evaluate
+from kd.example_domain.student_model.distillation import chance_warning, evaluate, report, train
 from kd.example_domain.teacher_model.classifier import load_trained
 
 

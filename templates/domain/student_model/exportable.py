@@ -4,7 +4,7 @@ import torch
 
 from kd.common.export.exportable import Exportable
 from kd.common.pretrained import load_model, reading
-from kd.example_domain.data.tones import LENGTH
+from kd.example_domain.data.loading import LENGTH
 from kd.example_domain.teacher_model.classifier import Classifier
 
 USAGE = f"""import json

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
-from kd.example_domain.data.loading import load_data
-from kd.example_domain.data.tones import OVERTONES, tones
-from kd.example_domain.student_model.evaluation import predict
+from kd.example_domain.data.loading import OVERTONES, load_data, tones
+from kd.example_domain.student_model.distillation import predict
 from kd.example_domain.teacher_model.classifier import Classifier, load_trained
 from kd_testing.scripts import run_script
 
@@ -92,7 +91,7 @@ def test_what_is_no_teacher_of_these_labels_is_refused(finished: Path, tmp_path:
     with pytest.raises(UserError, match="do not fit its config.json: missing: backbone.*; unknown: net.backbone"):
         load_trained(str(tmp_path / "copy"), whole)
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         load_trained(str(tmp_path / "copy"), whole)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="holds a bert"):

@@ -1,25 +1,82 @@
-"""Residual networks for small images (He et al., arXiv:1512.03385), as the distillation papers use them.
+"""VGGs and residual networks for small images, as the distillation papers use them.
 
-Of three stages (the paper's section 4.2), by a depth of 6n + 2 that counts the stem, two convolutions a block and the
-classifier: `resnet20` has stages of 16, 32 and 64 channels and a stem of 16; `resnet38x2` has stages twice as wide,
-`resnet32x4` and `resnet8x4` have stages four times as wide (64, 128 and 256) and a stem of 32.
+VGG with batch norm (Simonyan & Zisserman, arXiv:1409.1556): `vgg11`, `vgg13`, `vgg16` and `vgg19` are the paper's A,
+B, D and E; `vgg8` has one convolution per group. The last two of the paper's five poolings are left out, so 32x32
+images end in 4x4 maps. One linear classifier replaces the paper's three. As in the distillation toolboxes, the
+first of the five groups of convolutions is the stem and the other four are the stages.
 
-Of four stages (its table 1): `resnet18`, `resnet34` and `resnet50` are those for ImageNet but for the stem, a 3x3
-convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper's ResNet50 has three stages.
+ResNets with three stages (He et al., arXiv:1512.03385, section 4.2) have depth 6n + 2, which counts the stem, two
+convolutions per block and the classifier. `resnet20` has a stem of 16 channels and stages of 16, 32 and 64;
+`resnet38x2` has stages twice as wide; `resnet32x4` and `resnet8x4` have stages four times as wide (64, 128, 256) and a
+stem of 32.
 
-Wide residual networks (Zagoruyko & Komodakis, arXiv:1605.07146): `wrn_40_2` has depth 40 and is twice as wide. Depth
-6n + 4 has n blocks of two convolutions in each of three stages.
+ResNets with four stages (table 1 of the paper): `resnet18`, `resnet34` and `resnet50` are those for ImageNet, except
+for the stem: a 3x3 convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper uses a ResNet50
+with three stages.
+
+Wide ResNets (Zagoruyko & Komodakis, arXiv:1605.07146): `wrn_40_2` has depth 40 and width 2. Depth 6n + 4 has n blocks
+of two convolutions in each of three stages.
 """
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.image_classification.teacher_model.backbones.base import Backbone, PreActivation, initialize
+from kd.image_classification.teacher_model.backbones.base import (
+    Backbone,
+    PreActivation,
+    conv_norm,
+    initialize,
+    initialize_small_head,
+)
+
+# ---- VGG ----
+
+WIDTHS = (64, 128, 256, 512, 512)  # channels of each group
+CONVOLUTIONS = {  # depth: convolutions in each group
+    8: (1, 1, 1, 1, 1),
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+POOLED = ("stem", "layer1", "layer2")  # groups followed by max pooling
+
+
+class VGG(Backbone):
+    """Images (batch, 3, h, w) of at least 8 pixels -> last map (batch, 512, h / 8, w / 8), after the ReLU."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        if depth not in CONVOLUTIONS:
+            raise ValueError(f"the depth of a VGG is one of {', '.join(map(str, CONVOLUTIONS))}, got {depth}")
+        groups, channels = [], 3
+        for width, convolutions in zip(WIDTHS, CONVOLUTIONS[depth], strict=True):
+            groups.append([conv_norm(channels if i == 0 else width, width, bias=True) for i in range(convolutions)])
+            channels = width
+        self.stem = nn.Sequential(*groups[0])
+        norms = [f"{self.add_stage(*group)}.1" for group in groups[1:]]
+        self.pre_activations = [PreActivation(norm, norm) for norm in norms]
+        self.num_features = channels
+        initialize(self)
+
+    def initialize_head(self, head: nn.Linear) -> None:
+        initialize_small_head(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for group in ("stem", *self.stages):
+            x = self.get_submodule(group)(x)
+            if group in POOLED:
+                x = F.max_pool2d(x, 2)
+        return x
+
+
+# ---- residual networks ----
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; what it returns is after the ReLU."""
+    """Two 3x3 convolutions and a shortcut; the output is after the ReLU."""
 
     expansion = 1
     last_norm = "bn2"
@@ -30,7 +87,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.before_relu = nn.Identity()  # where hooks find the sum
+        self.before_relu = nn.Identity()  # hooks record the sum here
         self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +96,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last to `4 * channels`, and a shortcut; what it returns is after the ReLU."""
+    """1x1, 3x3 and 1x1 convolutions, the last to `4 * channels`, and a shortcut; the output is after the ReLU."""
 
     expansion = 4
     last_norm = "bn3"
@@ -52,7 +109,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
-        self.before_relu = nn.Identity()  # where hooks find the sum
+        self.before_relu = nn.Identity()  # hooks record the sum here
         self.shortcut = _shortcut(in_channels, channels * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,13 +125,13 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class ResNet(Backbone):
-    """Images (batch, 3, h, w) -> last map, after the ReLU; every stage but the first halves the size.
+    """Images (batch, 3, h, w) -> last map, after the ReLU. Each stage except the first halves the size.
 
     Args:
-        block: what stages are made of.
+        block: class of the blocks.
         stem: channels of the first convolution.
-        channels: of each stage's blocks; the map has `block.expansion` times those of the last stage.
-        blocks: in each stage.
+        channels: inside the blocks of each stage; a stage returns `block.expansion` times as many.
+        blocks: number of blocks in each stage.
     """
 
     def __init__(
@@ -94,7 +151,7 @@ class ResNet(Backbone):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.through_stages(self.bn1(self.conv1(x)).relu())
+        return self.forward_stages(self.bn1(self.conv1(x)).relu())
 
 
 def three_stage_resnet(depth: int, width: int = 1) -> ResNet:
@@ -108,7 +165,7 @@ def three_stage_resnet(depth: int, width: int = 1) -> ResNet:
 
 
 def four_stage_resnet(depth: int) -> ResNet:
-    """Images (batch, 3, h, w) -> last map (batch, 512, h / 8, w / 8), of depth 50 with 2048 channels."""
+    """Images (batch, 3, h, w) -> last map (batch, 512, h / 8, w / 8); 2048 channels at depth 50."""
     block = Bottleneck if depth == 50 else BasicBlock
     return ResNet(block, 64, (64, 128, 256, 512), (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3))
 
@@ -117,7 +174,7 @@ def four_stage_resnet(depth: int) -> ResNet:
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before either 3x3 convolution; what it returns is a sum, before any ReLU."""
+    """Batch norm and ReLU before each of two 3x3 convolutions; the output is a sum, before any ReLU."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -149,7 +206,7 @@ class WideResNet(Backbone):
             first = PreActivationBlock(before, after, stride=2 if self.stages else 1)
             self.add_stage(first, *(PreActivationBlock(after, after, stride=1) for _ in range(blocks_per_stage - 1)))
         self.bn = nn.BatchNorm2d(widths[-1])
-        norms = ["layer2.0.bn1", "layer3.0.bn1", "bn"]  # a stage's last ReLU is the first one behind it
+        norms = ["layer2.0.bn1", "layer3.0.bn1", "bn"]  # the first ReLU after each stage
         self.pre_activations = [PreActivation(norm, norm) for norm in norms]
         self.num_features = widths[-1]
         initialize(self)
@@ -158,4 +215,4 @@ class WideResNet(Backbone):
         nn.init.zeros_(head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.through_stages(self.conv1(x))).relu()
+        return self.bn(self.forward_stages(self.conv1(x))).relu()
