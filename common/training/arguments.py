@@ -108,7 +108,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     report_to: None | str | list[str] = field(
         default="tensorboard", metadata={"help": "Trackers of the training curves: tensorboard, wandb, none, ..."}
     )
-    save_total_limit: int | None = 2
+    save_total_limit: Count | None = 2
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     remove_unused_columns: bool = False  # `sample_id` is no argument of any model
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
