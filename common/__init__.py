@@ -1,6 +1,6 @@
 """The core that all domains share. It imports no domain and knows no dataset."""
 
-from kd.common.utils.startup import declare_operators_before_torchvision, handle_interrupts_while_importing
+from kd.common.utils.startup import declare_operators_before_torchvision, prepare_script
 
-handle_interrupts_while_importing()
+prepare_script()
 declare_operators_before_torchvision()

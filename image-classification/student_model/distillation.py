@@ -15,7 +15,7 @@ from kd.common.pretrained import stage_loader
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
-from kd.common.training.teacher_views import TeacherViews
+from kd.common.training.teacher_outputs import TeacherViews
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable
