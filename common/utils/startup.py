@@ -11,8 +11,11 @@ import importlib.util
 import os
 import signal
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -38,7 +41,7 @@ def prepare_script() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_on_interrupt)
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
 
 
 def declare_missing_operators() -> list[str]:
