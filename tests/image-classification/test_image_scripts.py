@@ -365,9 +365,7 @@ def test_noise_sentences_computed_by_hand():
         f"Not ahead of their control {rule}: fitnet at 0.1.",
         f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
     ]
-    distilled = {
-        key: results | {"gain_over_control": None} for key, results in found.items() if key[0].method != "none"
-    }
+    students = {key: one | {"gain_over_control": None} for key, one in found.items() if key[0].method != "none"}
     assert noise(rows_of(students), "validation") == [
         f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
         "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
@@ -460,9 +458,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
 )
 def test_bad_input_is_one_line_and_nothing_is_written(name, words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    short = (
-        [] if name == "evaluate.py" else ["--num_train_epochs", 1, "--max_train_samples", 64, "--report_to", "none"]
-    )
+    few = [] if name == "evaluate.py" else ["--num_train_epochs", 1, "--max_train_samples", 64, "--report_to", "none"]
     with pytest.raises(SystemExit) as stopped:
         script(name, *words, *few)
     error = capsys.readouterr().err.strip().splitlines()[-1]
