@@ -92,7 +92,7 @@ def run_trials(
     texts: Texts,
     teacher_outputs: TeacherOutputs,
 ) -> list[Trial]:
-    """Runs trials until the study `name` has `count` finished ones, with parameters from `ranges`. Returns all of them.
+    """Runs trials until the study `name` has `count` finished ones, with parameters from `ranges`. Returns them all.
 
     Suggestions depend only on the seed and the finished trials, so a continued search gives the same trials. A trial
     whose process was killed is run again. Each trial trains a copy of the student.
