@@ -481,7 +481,7 @@ def test_a_folder_of_new_pictures_is_evaluated_by_name(teacher, tmp_path, capsys
     accuracy = (logits.argmax(1) == test.labels[chosen].numpy()).mean()
     assert measured["metrics"] == {"test": measured["metrics"]["test"]}
     assert measured["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
-    for note in ("files that are no pictures, left out: 1 (notes.txt)", "in test: 8 of 10 (0, 1, 2, 4, 5, ...)"):
+    for note in ("files that are not images, left out: 1 (notes.txt)", "in test: 8 of 10 (0, 1, 2, 4, 5, ...)"):
         assert note in said and any(note in line for line in measured["data_notes"])
     (tmp_path / "new" / "7").rename(tmp_path / "new" / "seven")
     with pytest.raises(SystemExit) as stopped:
