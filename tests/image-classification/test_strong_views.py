@@ -150,6 +150,6 @@ def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path,
     words = ["--strong_augmentation", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
         run_script("image-classification/scripts/train_student.py", *words)
-    assert stopped.value.code == 2 and "there is no table of them" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--teacher_views" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert isinstance(load_image_data("digits").views("train", CPU, augment=True, strong=True), StrongViews)
