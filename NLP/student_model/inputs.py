@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers import set_seed
 
+from kd.common.bottleneck.module import without_weights
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
@@ -13,7 +14,7 @@ from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, Tex
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
 from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
-from kd.nlp.teacher_model.teacher import Pretrained, Start, in_label_order, load_classifier, load_trained
+from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Inputs:
     student_layers: int
 
     @property
-    def starts(self) -> dict[str, Start | None]:
+    def starts(self) -> dict[str, Pretrained | None]:
         """All pretrained models by role."""
-        others: dict[str, Start | None] = {f"ensemble_teacher_{i}": other for i, other in enumerate(self.ensemble, 1)}
+        others: dict[str, Pretrained | None] = {f"ensemble_teacher_{i}": t for i, t in enumerate(self.ensemble, 1)}
         return {"teacher": self.teacher, "student": self.student, "control_init": self.control_init} | others
 
     @property
@@ -83,7 +84,7 @@ def load_starts(
     has_control_init = pair.control_init and not (pair.student or training.no_control)
     control_init = load_classifier(str(pair.control_init), data) if has_control_init else None
     for start in filter(None, (teacher, student, control_init)):
-        start.cut_texts(text.max_length)
+        start.set_max_length(text.max_length)
     return teacher, student, control_init
 
 
@@ -189,7 +190,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
         reason = "--freeze_teacher_encoder does not train the teacher's encoder"
         reject_unused(reason, pair, "teacher_epochs", "from_scratch_epochs")
     widths = [start.encoder.config.hidden_size for start in (teacher, student) if start]
-    shapes = [bottleneck.without_weights(width, inputs.data.num_labels) for width in widths]
+    shapes = [without_weights(width, inputs.data.num_labels, bottleneck.shape()) for width in widths]
     if bottleneck.keys not in ("carried", "reused"):
         return
     if isinstance(teacher.model, BottleneckClassifier):
