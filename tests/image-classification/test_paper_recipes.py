@@ -62,8 +62,8 @@ def test_command_line_flags_override_those_of_a_pair(tmp_path):
 
 
 # Arguments of the runs with the published figures. KD and MLKD with logit standardization: (temperature, weight), the
-# authors' logs; DKD with it: (temperature, weight, beta), the same; DKD: beta, mdistiller's configurations; ReviewKD: weight,
-# the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations.
+# authors' logs; DKD with it: (temperature, weight, beta), the same; DKD: beta, mdistiller's configurations; ReviewKD:
+# weight, the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations.
 PUBLISHED: dict[str, dict[str, tuple]] = {
     "resnet32x4_resnet8x4": {"dkd": (8,), "lskd": (2, 9), "dkd_ls": (2, 9, 8), "mlkd_ls": (2, 9), "reviewkd": (5,),
                              "catkd": (15, 2, False)},
