@@ -199,8 +199,9 @@ def arguments_of(system: str, bottleneck: TextBottleneckArguments) -> TextBottle
 def limit_epochs(
     epochs: float, pair: PairArguments, training: KDTrainingArguments
 ) -> tuple[PairArguments, KDTrainingArguments]:
-    """Copies with at most `epochs` of fine-tuning the teacher, of alignment and of fine-tuning the student. The values of
-    a bottleneck keep their epochs, because they train on cached codes.
+    """Copies with at most `epochs` of fine-tuning the teacher, of alignment and of fine-tuning the student.
+
+    The values of a bottleneck keep their epochs, because they train on cached codes.
     """
     pair, training = copy.copy(pair), copy.copy(training)
     training.num_train_epochs = min(training.num_train_epochs, epochs)
