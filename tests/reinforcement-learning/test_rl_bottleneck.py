@@ -78,7 +78,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path):
+def test_keys_are_fitted_in_the_first_round_and_only_values_are_trained(tmp_path):
     one, rounds = task(spec()), []
     before = extractor(one.student.policy).bottleneck.values.clone()
 
@@ -165,7 +165,7 @@ def test_saved_student_selects_the_same_actions(tmp_path):
         assert_equal(policy.state_dict(), model.policy.state_dict())
 
 
-def test_sizes():
+def test_parameter_counts():
     """16 codebooks of 32 values of 4 numbers, decoded to 16 features; then linear heads to 4 actions and a value."""
     assert parameters(student().policy) == 16 * 32 * 4 + (16 * 4 * 16 + 16) + (16 * 4 + 4) + (16 + 1)
 
