@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from functools import partialmethod
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,26 @@ def prepare_script() -> None:
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
 
 
+class BeforeTorchvision(MetaPathFinder):
+    """Calls `declare_missing_operators` before torchvision is found, and leaves finding it to the other finders."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "torchvision" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            declare_missing_operators()
+
+
+def declare_operators_before_torchvision() -> None:
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, BeforeTorchvision())
+
+
 def declare_missing_operators() -> list[str]:
     """Declares the missing schemas and returns their names. Call it before the first import of torchvision.
 
     Does nothing if torchvision is absent or already imported, or if its C++ library loads.
     """
-    import torch  # takes seconds, during which Ctrl-C is handled already
+    import torch  # takes seconds, which scripts without torchvision save
 
     if "torchvision" in sys.modules or _operator_library_loads():
         return []

@@ -12,6 +12,7 @@ teacher's keys and values. The control is the same network with new keys, traine
 
 from transformers import set_seed
 
+from kd.common.bottleneck.module import without_weights
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
@@ -39,7 +40,8 @@ def main() -> None:
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
-    bottleneck.without_weights(encoder.head.in_features)
+    width: int = encoder.head.in_features  # type: ignore[assignment]
+    without_weights(width, len(data.label_names), bottleneck.shape())
 
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
     run = open_run(name, training, data, *instances, teacher=encoder if pretrained else None)
