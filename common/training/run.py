@@ -123,8 +123,7 @@ class Run:
                 with writing_folder(folder / "student") as partial:
                     shutil.copytree(student, partial, ignore=shutil.ignore_patterns(CHECKSUMS), dirs_exist_ok=True)
             write_report(folder, results, None)
-            print_table(results)
-            print(f"report:  {folder / 'report.md'}")
+            self.show(results)
 
     def check_inputs(self, data: str, **models: nn.Module | PreTrainedTokenizerBase | None) -> None:
         """Stores the fingerprints of the run's inputs.
@@ -259,8 +258,12 @@ class Run:
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)
             write_report(self.folder, results, self.history)
-            print_table(results)
-            print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
+            self.show(results)
+
+    def show(self, results: dict[str, Any]) -> None:
+        """Prints the results and where they are."""
+        print_table(results)
+        print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
 
 
 class TrainerRun(Run):
