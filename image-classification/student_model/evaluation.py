@@ -13,8 +13,7 @@ from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction,
 from kd.common.metrics.cost import cost, flops, parameters
 from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning, top_k_accuracy
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.model_card import save_student
-from kd.common.reporting.results import print_table, write_report
+from kd.common.reporting.report import print_table, save_student, write_report
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.image_classification.data.loading import ImageData, LargeImageData

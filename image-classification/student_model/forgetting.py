@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
-from kd.common.reporting.results import print_table, write_report
+from kd.common.reporting.report import print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.folders import writing_folder
 from kd.image_classification.data.loading import ImageData
