@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from kd.common.cli import run
-from kd.common.methods import Method, chosen
+from kd.common.methods import Method, parse_method
 from kd.common.training.inference import identity_collate
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.trainer import KDTrainer
@@ -35,7 +35,7 @@ def seconds_per_step(
     """Of students by these methods, trained side by side; the first step is not counted."""
     students = {name: new_classifier(architecture, data.config) for name in names}
     methods: dict[str, Method] = {
-        name: chosen(name, METHODS, batch=batch)(task_spec(student, teacher, data))
+        name: parse_method(name, METHODS, batch=batch)(task_spec(student, teacher, data))
         for name, student in students.items()
     }
     clock = Clock()
@@ -87,7 +87,7 @@ def main() -> None:
     print(f"{'method':12} {'ms a step':>10} {'to kd':>7} {'auxiliary':>15}")
     for name in alone[0]:
         ratio = statistics.median(block[name] / block[PLAIN] for block in alone)
-        method = chosen(name, METHODS, batch=args.batch_size)
+        method = parse_method(name, METHODS, batch=args.batch_size)
         auxiliary = method(task_spec(new_classifier(args.student, data.config), teacher, data)).auxiliary_parameters
         print(f"{name:12} {1000 * statistics.median(b[name] for b in alone):10.0f} {ratio:7.2f} {auxiliary:15,}")
     pairs = [(sum(measure([name]) for name in args.together), measure(args.together)) for _ in range(args.blocks)]

@@ -36,8 +36,7 @@ from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observation
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, load_or_train_teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher

@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from kd.common.reporting.tables import markdown
 from kd.common.cli import run
-from kd.common.training.batching import LengthGroupedSampler, column_array
+from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_teacher_outputs
 from kd.nlp.data.loading import load_text_data
 from kd.nlp.data.loading import Texts

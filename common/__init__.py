@@ -1,6 +1,6 @@
 """The core that all domains share. It imports no domain and knows no dataset."""
 
-from kd.common.utils.startup import declare_missing_operators, handle_interrupts_while_importing
+from kd.common.utils.startup import declare_missing_operators, prepare_script
 
-handle_interrupts_while_importing()
+prepare_script()
 declare_missing_operators()

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from kd.common.utils.errors import UserError, explained, fail, parsed
 from kd.common.utils.errors import run as run  # scripts import parse and run from here
-from kd.common.utils.files import read_recipe, write_text
+from kd.common.utils.files import write_text
 from kd.common.utils.ranges import Range, check_ranges, ranges_of
 
 # Deprecated names under which TrainingArguments repeats the values of activation_checkpointing*.
@@ -170,7 +170,7 @@ def recipe_of(*instances: Any) -> dict[str, Any]:
 
 def _recipe_flags(path: Path, parser: Parser) -> list[str]:
     flags: list[str] = []
-    for key, value in read_recipe(path).items():
+    for key, value in _read_recipe(path).items():
         action = parser.flag(str(key))
         if action is None:
             raise UserError(f"{path}: unknown key {key}{parser.nearest(str(key))}")
@@ -225,3 +225,51 @@ def _settable(action: Action | None, value: Any) -> bool:
 
 def _unsaved(name: str) -> bool:
     return name in REPEATED or name.endswith("_token")
+
+
+# ---- reading recipes ----
+
+
+class _WordLoader(yaml.SafeLoader):
+    """Keeps each scalar as the word in the file (`no`, `1e-3`), because it becomes a flag's value; null is None.
+    Duplicate keys and tags, which would convert a word, are errors.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_recipe(path: Path) -> dict[str, str | list[str] | None]:
+    """A YAML file of `key: word`, `key: [words]` and `key: null`. Raises UserError, one line, for anything else."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _WordLoader)
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"recipe {path} must be a mapping of `flag: value` lines, not a {type(found).__name__}")
+    for key, value in found.items():
+        if isinstance(value, dict):
+            raise UserError(f"{path}: {key} is a mapping, but a recipe is flat; write it as a JSON string")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise UserError(f"{path}: {key} is a list with items other than words and numbers")
+    return found

@@ -1,4 +1,4 @@
-"""Lays out a new domain at the root of the repository: a copy of the template under its name.
+"""Creates a new domain at the root of the repository: a copy of the template under a new name.
 
     python -m kd.common.new_domain speech
 
@@ -16,20 +16,20 @@ from pathlib import Path
 from kd.common.cli import Parser, run
 from kd.common.utils import import_name
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import writing_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "templates" / "domain"
 PLACEHOLDER = re.compile("example([-_])domain")  # the folder, the import name
 
-NEXT = """{folder}/ is laid out, its test in tests/{folder}/. Next, from {root}:
+NEXT = """created {folder}/ and tests/{folder}/. Next, from {root}:
 
     pip install -r requirements.txt
     python {folder}/scripts/distill.py
     python {folder}/scripts/evaluate.py runs/{folder}/distill/student
     pytest -q tests/{folder} tests/test_layout.py
 
-{folder}/README.md says where your data and models go."""
+{folder}/README.md explains where to put your data and models."""
 
 
 def main() -> None:
@@ -37,34 +37,34 @@ def main() -> None:
     parser.add_argument("folder", help="letters, digits, - and _, such as bird-songs")
     folder = parser.parse_args().folder
     if not TEMPLATE.is_dir():
-        raise UserError("a domain is made from templates/domain: run this in a checkout of the repository")
-    name = checked_import_name(folder)
-    refuse_taken(folder, name)
+        raise UserError("templates/domain is missing: run this in a checkout of the repository")
+    name = validate_import_name(folder)
+    check_name_is_free(folder, name)
     try:
-        lay_out(folder, name)
+        create_domain(folder, name)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
     print(NEXT.format(folder=folder, root=ROOT))
 
 
-def checked_import_name(folder: str) -> str:
-    """What a domain's folder is imported as. Raises UserError where that cannot be imported."""
+def validate_import_name(folder: str) -> str:
+    """The import name of a domain's folder. Raises UserError if it is not a valid one."""
     name = import_name(folder)
     if not re.fullmatch(r"[a-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
-        raise UserError(f"{folder!r} gives no import name: take letters, digits, - and _, such as bird-songs")
+        raise UserError(f"{folder!r} gives no import name: use letters, digits, - and _, as in bird-songs")
     return name
 
 
-def refuse_taken(folder: str, name: str) -> None:
-    """Raises UserError where something else has that name."""
+def check_name_is_free(folder: str, name: str) -> None:
+    """Raises UserError if another file or folder uses that name."""
     for place in (ROOT, ROOT / "typings" / "kd", ROOT / "tests"):
         for path in place.iterdir():
             if import_name(path.stem) == name:
                 raise UserError(f"the name {folder} is taken, by {path.relative_to(ROOT)}: choose another")
 
 
-def lay_out(folder: str, name: str) -> None:
-    """Domain, test and link; where something fails, none of them."""
+def create_domain(folder: str, name: str) -> None:
+    """Creates the domain, its test and its link; none of them if one step fails."""
 
     def renamed(text: str) -> str:
         return PLACEHOLDER.sub(lambda found: folder if found[1] == "-" else name, text)
@@ -80,15 +80,15 @@ def lay_out(folder: str, name: str) -> None:
             target = tests / renamed(place.name) if place.parts[0] == "tests" else domain / place
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(renamed(source.read_text(encoding="utf-8")), encoding="utf-8")
-            shutil.copymode(source, target)  # a .sh can be run
-        _tidy(domain, tests)
+            shutil.copymode(source, target)  # keeps .sh files executable
+        _format(domain, tests)
         (ROOT / "typings" / "kd" / name).symlink_to(f"../../{folder}", target_is_directory=True)
 
 
-def _tidy(*folders: Path) -> None:
-    """Under another name imports come in another order, and lines have other lengths."""
-    for words in (["check", "--select", "I", "--fix"], ["format"]):
-        command = [sys.executable, "-m", "ruff", *words, "--no-cache", "--quiet", *map(str, folders)]
+def _format(*folders: Path) -> None:
+    """Sorts imports and wraps lines again: both depend on the name of the domain."""
+    for arguments in (["check", "--select", "I", "--fix"], ["format"]):
+        command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--quiet", *map(str, folders)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             reason = done.stdout + done.stderr

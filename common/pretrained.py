@@ -1,7 +1,7 @@
-"""Reading saved models: in fp32, with weights that fit, and with an error of one line where that fails.
+"""Loads saved models in fp32, checks that all weights fit, and reports failures in one line.
 
-`from_pretrained` alone loads half-precision weights in half precision, fills in random numbers for weights that are
-missing, and raises whatever its parsers raise. All models and tokenizers of this project are read here.
+`from_pretrained` alone keeps half-precision weights, initializes missing weights at random, and raises the exceptions
+of its parsers. This module loads all models and tokenizers of the project.
 """
 
 import os
@@ -24,19 +24,22 @@ from kd.common.utils.finite import non_finite_tensor
 WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)+)")  # DataParallel, torch.compile, attributes of a wrapper
 POOLER = re.compile(r"(^|\.)pooler\.")
 LAYER = re.compile(r"(^|\.)\d+\.")
-HARMLESS = re.compile(  # unknown weights of parts that a model of another head lacks, and buffers no longer stored
+IGNORED_WEIGHTS = re.compile(  # weights of other heads, and buffers that are no longer saved
     r"(^|\.)(pooler|cls|lm_head|lm_predictions|mask_predictions|generator_predictions|generator_lm_head|mlm|"
     r"vocab_(projector|transform|layer_norm)|discriminator_predictions|qa_outputs|position_ids|masked_bias|inv_freq|"
     r"final_logits_bias)(\.|$)|\.attn\.bias$"
 )
-SHOWN = 3  # names of weights in a message
+MAX_NAMES = 3  # names of weights in a message
 
 
 @contextmanager
-def reading(name: str | Path, what: str, instead: str = "") -> Iterator[None]:
-    """Whatever fails while the files of NAME (a folder, or a name on the Hub) are read becomes a UserError of one line
-    with its cause. `what`: what NAME should be, as "a text encoder"; `instead`: what else may be passed for a
-    name on the Hub.
+def reading(name: str | Path, expected: str, instead: str = "") -> Iterator[None]:
+    """Turns any exception while the files of `name` are read into a UserError of one line.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        expected: the expected contents, such as "a text encoder", for the message.
+        instead: an alternative for the user if the Hub has no such model.
     """
     try:
         if Path(name).is_file():
@@ -45,20 +48,20 @@ def reading(name: str | Path, what: str, instead: str = "") -> Iterator[None]:
             yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # each parser has its own kinds for a file that is damaged, or of something else
-        raise UserError(_explain(str(name), what, instead, error)) from error
+    except Exception as error:  # each parser raises other types for a damaged file or an unknown format
+        raise UserError(_explain(str(name), expected, instead, error)) from error
 
 
-def load_model(
-    kind: Any, name: str | Path, whole: bool = True, notes: list[str] | None = None, **settings: Any
-) -> Any:
-    """`kind.from_pretrained(name, **settings)` in fp32. Raises UserError where weights are missing or unknown; without
-    `whole` a head may be missing, whose weights are then random, and other heads are left out. What was changed to
-    make the weights fit is printed and added to `notes`.
+def load_model(kind: Any, name: str | Path, whole: bool = True, notes: list[str] | None = None, **kwargs: Any) -> Any:
+    """Calls `kind.from_pretrained(name, **kwargs)` in fp32. Raises UserError for weights that do not fit.
+
+    Args:
+        whole: if False, a missing head is initialized at random, and weights of other heads are ignored.
+        notes: receives a note, which is also printed, if a prefix of the weights' names was removed.
     """
-    model, misfit, prefix = _load(kind, name, whole, settings)
+    model, misfit, prefix = _load(kind, name, whole, kwargs)
     if prefix:
-        model, misfit, _ = _load(kind, name, whole, settings | {"key_mapping": {f"^{re.escape(prefix)}": ""}})
+        model, misfit, _ = _load(kind, name, whole, kwargs | {"key_mapping": {f"^{re.escape(prefix)}": ""}})
     if misfit:
         raise UserError(f"the weights of {shorten(name)} do not fit its config.json: {misfit}")
     if prefix:
@@ -72,7 +75,7 @@ def load_model(
 
 
 def load_tokenizer(kind: Any, name: str | Path) -> Any:
-    """`kind.from_pretrained(name)`. Raises UserError where there are no files of a tokenizer."""
+    """Calls `kind.from_pretrained(name)`. Raises UserError if `name` has no tokenizer."""
     tokenizer = kind.from_pretrained(str(name), trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{shorten(name)} has no tokenizer: save it there with tokenizer.save_pretrained")
@@ -80,7 +83,7 @@ def load_tokenizer(kind: Any, name: str | Path) -> Any:
 
 
 def stage_loader(kind: Any, load: Callable[[Any, str | Path], Any] = load_model) -> Callable[[str | Path], Any]:
-    """What `Run.stage` reads a finished stage with: `load` is load_model or load_tokenizer."""
+    """The function with which `Run.stage` loads a finished stage. `load`: load_model or load_tokenizer."""
 
     def read(folder: str | Path) -> Any:
         with reading(folder, "a finished stage"):
@@ -89,19 +92,19 @@ def stage_loader(kind: Any, load: Callable[[Any, str | Path], Any] = load_model)
     return read
 
 
-def _load(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) -> tuple[Any, str, str]:
-    """The model, what is wrong with its weights, and the prefix of all unknown names where others are missing."""
+def _load(kind: Any, name: str | Path, whole: bool, kwargs: dict[str, Any]) -> tuple[Any, str, str]:
+    """The model, a description of the weights that do not fit, and a prefix that all unknown weights share, if any."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # no table of missing and unknown weights
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # hides its table of missing and unknown weights
     try:
         model, info = kind.from_pretrained(
             str(name),
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             trust_remote_code=False,
             weights_only=True,
-            **settings,
+            **kwargs,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -114,7 +117,7 @@ def _load(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) ->
     missing = sorted(filter(needed, info["missing_keys"]))
     resized = sorted(f"{key} {tuple(a)} instead of {tuple(b)}" for key, a, b in info["mismatched_keys"] if needed(key))
     unknown = sorted(
-        key for key in info["unexpected_keys"] if not HARMLESS.search(key) and (whole or LAYER.search(key))
+        key for key in info["unexpected_keys"] if not IGNORED_WEIGHTS.search(key) and (whole or LAYER.search(key))
     )
     parts = {"missing": missing, "unknown": unknown, "of another size": resized}
     misfit = "; ".join(f"{part}: {_some(keys)}" for part, keys in parts.items() if keys)
@@ -123,24 +126,24 @@ def _load(kind: Any, name: str | Path, whole: bool, settings: dict[str, Any]) ->
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+    return ", ".join(keys[:MAX_NAMES]) + (f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else "")
 
 
-def _explain(name: str, what: str, instead: str, error: Exception) -> str:
+def _explain(name: str, expected: str, instead: str, error: Exception) -> str:
     cause = reason_of(error).rstrip(".")
     if isinstance(error, pickle.UnpicklingError):
-        cause = "a .bin file is damaged, or holds more than tensors and is therefore not unpickled"
+        cause = "a .bin file is damaged, or contains more than tensors and is not unpickled"
     elif isinstance(error, SafetensorError):
-        cause = f"its weights are damaged or cut short ({cause})"
+        cause = f"its weights are damaged or truncated ({cause})"
     elif "trust_remote_code" in str(error):
-        cause = "it needs code of its own, which is not run"
+        cause = "it needs custom code, which is not executed"
     elif isinstance(error, KeyError):
         cause = f"no {cause}"
     if not os.path.isdir(name):  # Path.is_dir raises where a name is too long
         return (
-            f"no model {shorten(name)}: it is no folder with config.json, weights and what else {what} needs, and the "
-            f"Hugging Face Hub has no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
+            f"no model {shorten(name)}: it is not a folder with the files of {expected}, and the Hugging Face Hub has "
+            f"no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")
         )
     if not {"config.json", "tokenizer.json"} & set(os.listdir(name)):
-        return f"no model in {shorten(name)}: it has no config.json; name the folder of {what}, as a run's student"
-    return f"cannot read {what} from {shorten(name)}: {cause}"
+        return f"no model in {shorten(name)}: it has no config.json; pass a folder of {expected}, as RUN/student"
+    return f"cannot read {expected} from {shorten(name)}: {cause}"

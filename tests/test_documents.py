@@ -10,7 +10,7 @@ import pytest
 from kd_testing.paths import REPO
 from kd_testing.processes import run_code
 
-DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("*/README.md")})
+DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("*/README.md"), *REPO.glob("*/RESULTS.md")})
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 FILE = re.compile(
     r"(?<![\w/.-])(?:NLP|image-classification|reinforcement-learning|benchmarks|common|tests)/[\w./-]+\.\w+"

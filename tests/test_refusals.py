@@ -78,7 +78,7 @@ OF_TRAINING = [
     ("--dataloader_persistent_workers", "--dataloader_persistent_workers has no effect without workers"),
     ("--output_dir=", "--output_dir is empty"),
     ("--no_such_flag", "unknown flag --no_such_flag"),
-    ("twice.yaml", "alpha stands there twice"),
+    ("twice.yaml", "duplicate key alpha"),
     ("latin.yaml", "latin.yaml is not valid YAML"),
     ("folder.yaml", "cannot read recipe folder.yaml"),
     ("python.yaml", "python.yaml is not valid YAML"),

@@ -17,7 +17,7 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.labels import Kind, read_labels, renumber
+from kd.common.data.labels import Kind, map_label_ids, read_labels
 from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, recognise
@@ -78,7 +78,7 @@ def load_text_data(
     known_task = recognise(columns, known_labels or labels.names, regression)
     # F1 is that of class 1, so the label order of a known task also applies to a CSV file.
     names = known_labels or (list(known_task.label_names) if known_task else []) or labels.names
-    ids = labels.values if regression else renumber(name, labels.values, labels.names, names)
+    ids = labels.values if regression else map_label_ids(name, labels.values, labels.names, names)
     notes += [chosen, *labels.notes]
     splits = {split: _rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
     splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
@@ -104,7 +104,7 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
         raise UserError(f"{data.name} has scores, not classes: its labels have no order of names")
     tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
     ids = {split: table["label"].to_numpy() for split, table in tables.items()}
-    ids = renumber(data.name, ids, data.label_names, names)
+    ids = map_label_ids(data.name, ids, data.label_names, names)
     splits = {
         split: datasets.Dataset(table.set_column(table.column_names.index("label"), "label", pa.array(ids[split])))
         for split, table in tables.items()

@@ -9,7 +9,7 @@ The defaults are those of `distill_base.sh`; the recipes clinc and sentiment hav
 """
 
 from kd.common.cli import parse, reject_unused, run
-from kd.common.methods import flags_of
+from kd.common.methods import kd_flags
 from kd.nlp.student_model.arguments import ClassifierTrainingArguments, MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_matching
 from kd.nlp.student_model.report import evaluate_teacher, report
@@ -26,7 +26,7 @@ def main() -> None:
         TextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
     )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
-    foreign = {"alpha", "temperature"} - flags_of(matching.method, training).keys()
+    foreign = {"alpha", "temperature"} - kd_flags(matching.method, training).keys()
     reject_unused(f"--method {matching.method} has settings of its own", training, *sorted(foreign))
     inputs = load_inputs(text, pair, training, text.load(), matching.ensemble_teachers)
     validate_arguments(inputs, pair, training)

@@ -15,21 +15,11 @@ from kd.common.cli import parse, reject_unused
 from kd.common.cli import run as run_main
 from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
 from kd.nlp.data.corpora import EMBEDDED, load_corpus
-from kd.nlp.student_model.language_model import (
-    evaluate,
-    language_task,
-    load_named_models,
-    report,
-    train_control,
-    train_student,
-    train_teacher,
-)
-from kd.nlp.student_model.sequence_distillation import CUT
+from kd.nlp.student_model.generation import CUT, open_run
+from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.teacher_model.generative import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
-from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
 @dataclass
@@ -110,23 +100,20 @@ def main() -> None:
         )
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
-    pretrained_teacher, pretrained_student = load_named_models(args)
-    run = TrainerRun(training, args)
-    starts = {"teacher": pretrained_teacher, "student": pretrained_student}
-    run.check_inputs(corpus.fingerprint, **models_and_tokenizers(starts))
-    task = language_task(run, args, corpus, pretrained_teacher, pretrained_student)
+    named_models = load_named_models(args)
+    run = open_run(training, args, corpus, *named_models)
+    task = LanguageTask.of(run, args, corpus, *named_models)
 
-    teacher = train_teacher(run, task)
-    teacher_entry, choices = evaluate(run, task, "teacher", teacher)
+    teacher = task.train_teacher(run)
+    measured_teacher = task.evaluate(run, "teacher", teacher)
     for seed_run in run.each_seed():
-        models = {"teacher": teacher}
+        models, evaluations = {"teacher": teacher}, {"teacher": measured_teacher}
         if not training.no_control:
-            models["control"] = train_control(seed_run, task)
-        models["student"] = train_student(seed_run, task, teacher)
-        entries = {"teacher": teacher_entry}
-        for role in list(models)[1:]:
-            entries[role], _ = evaluate(seed_run, task, role, models[role], choices)
-        report(seed_run, task, entries, models)
+            models["control"] = task.train_control(seed_run, teacher)
+            evaluations["control"] = task.evaluate(seed_run, "control", models["control"], measured_teacher)
+        models["student"] = task.train_student(seed_run, teacher)
+        evaluations["student"] = task.evaluate(seed_run, "student", models["student"], measured_teacher)
+        task.report(seed_run, evaluations, models)
     run.summarize()
 
 

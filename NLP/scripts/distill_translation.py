@@ -17,22 +17,11 @@ from kd.common.cli import parse, reject_unused
 from kd.common.cli import run as run_main
 from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
 from kd.nlp.data.translation import NUMBER_WORDS, load_translation_data
-from kd.nlp.student_model.sequence_distillation import CUT
-from kd.nlp.student_model.translation import (
-    evaluate,
-    load_named_models,
-    report,
-    train_control,
-    train_student,
-    train_teacher,
-    translate_training_set,
-    translation_task,
-)
+from kd.nlp.student_model.generation import CUT, open_run
+from kd.nlp.student_model.translation import TranslationTask, load_named_models
 from kd.nlp.teacher_model.generative import HEAD_WIDTH, SCRATCH
-from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 SCRATCH_EPOCHS = 5
 
@@ -114,22 +103,20 @@ def main() -> None:
     reject_unused("a translator has no bottleneck", training, "value_learning_rate")
     data = load_translation_data(args.dataset, args.source, args.target)
     print_notes(data.name, data.notes)
-    pretrained_teacher, pretrained_student = load_named_models(args)
-    run = TrainerRun(training, args)
-    starts = {"teacher": pretrained_teacher, "student": pretrained_student}
-    run.check_inputs(data.fingerprint, **models_and_tokenizers(starts))
-    task = translation_task(run, args, data, pretrained_teacher, pretrained_student)
+    named_models = load_named_models(args)
+    run = open_run(training, args, data, *named_models)
+    task = TranslationTask.of(run, args, data, *named_models)
 
-    teacher = train_teacher(run, task)
-    evaluations = {"teacher": evaluate(run, task, "teacher", teacher)}
-    translations = None if args.method == "word" else translate_training_set(run, task, teacher)
+    teacher = task.train_teacher(run)
+    evaluations = {"teacher": task.evaluate(run, "teacher", teacher)}
+    translations = None if args.method == "word" else task.translate_training_set(run, teacher)
     for seed_run in run.each_seed():
         if not training.no_control:
-            control = train_control(seed_run, task, teacher)
-            evaluations["control"] = evaluate(seed_run, task, "control", control)
-        student = train_student(seed_run, task, teacher, translations)
-        evaluations["student"] = evaluate(seed_run, task, "student", student)
-        report(seed_run, task, evaluations, student)
+            control = task.train_control(seed_run, teacher)
+            evaluations["control"] = task.evaluate(seed_run, "control", control)
+        student = task.train_student(seed_run, teacher, translations)
+        evaluations["student"] = task.evaluate(seed_run, "student", student)
+        task.report(seed_run, evaluations, student)
     run.summarize()
 
 

@@ -40,7 +40,7 @@ from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
 from kd.common.utils.files import write_json, write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import writing_folder
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.evaluation import add_data_arguments, load_data_of, metrics_by_split, one_text, predict

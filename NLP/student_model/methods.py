@@ -16,12 +16,12 @@ from kd.common.methods import (
     Method,
     ModelFeatures,
     TaskSpec,
-    chosen,
     depth_map,
-    flags_of,
+    kd_flags,
     labels,
     labels_and_soft_targets,
     match,
+    parse_method,
     some_of_each_class,
 )
 from kd.common.objective import FeatureLoss, FeatureTerm, Transform
@@ -52,7 +52,7 @@ def text_method(
     pooling: Pooling,
 ) -> Method:
     """The method NAME[:setting=value]... of a student and its teacher. Raises UserError as `check_method` does."""
-    method: Method = chosen(spec, METHODS, **flags_of(spec, training))(
+    method: Method = parse_method(spec, METHODS, **kd_flags(spec, training))(
         TaskSpec(
             classes=texts.data.num_labels,
             student=student,
@@ -74,7 +74,7 @@ def check_method(spec: str, training: KDTrainingArguments, dataset: str, classes
     if training.label_smoothing_factor and spec != PLAIN:
         raise UserError(f"--method {spec} takes labels as they are: leave --label_smoothing_factor at 0")
     if classes > 1:
-        chosen(spec, METHODS, **flags_of(spec, training))(_without_models(classes))
+        parse_method(spec, METHODS, **kd_flags(spec, training))(_without_models(classes))
 
 
 def check_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -> None:
@@ -85,7 +85,7 @@ def check_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -
 
 def needs_features(spec: str) -> bool:
     """Whether a method needs more of a teacher than its logits."""
-    return bool(chosen(spec, METHODS)(_without_models(classes=3)).teacher_features)
+    return bool(parse_method(spec, METHODS)(_without_models(classes=3)).teacher_features)
 
 
 def _without_models(classes: int) -> TaskSpec:

@@ -17,7 +17,7 @@ from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.batching import column_array
+from kd.common.training.inference import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
 from kd.common.utils.errors import UserError

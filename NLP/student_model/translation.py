@@ -1,41 +1,36 @@
-"""Distillation of an encoder-decoder translator: teacher, its translations, control, student, evaluation and report.
+"""Distillation of an encoder-decoder translator: models, the teacher's translations, training, evaluation and report.
 
-Word-level: the teacher's distribution over each next token; sequence-level: the teacher's translations as targets
-(Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947).
+Word-level distillation learns the teacher's distribution over each next token; sequence-level distillation learns the
+teacher's translations (Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947).
 """
 
 import copy
 import json
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import dataset_hash, outputs_key
-from kd.common.metrics.quality import token_metrics
-from kd.common.pretrained import stage_loader
+from kd.common.metrics.cost import cost
+from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
 from kd.common.reporting.plots import plot_curves
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
 from kd.nlp.data.translation import TranslationCollator, TranslationData, tokenize_translation
+from kd.nlp.student_model.generation import CUT, GenerationTask, Splits, check_same_vocabulary
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
-from kd.nlp.student_model.sequence_distillation import (
-    CUT,
-    Splits,
-    check_same_vocabulary,
-    divergence_of,
-    learn_tokenizer,
-    sequence_results,
-    token_level,
-    train_on_tokens,
-    warn_of_guessing,
-)
-from kd.nlp.student_model.sequence_evaluation import Translated, evaluate_translator
 from kd.nlp.teacher_model.generative import (
     SCRATCH,
     Generator,
@@ -44,203 +39,199 @@ from kd.nlp.teacher_model.generative import (
     load_translator,
     random_marian,
     special_ids_of,
+    translate,
 )
 
+TIMED = 20  # sentences that are translated one at a time to measure the time
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModelForSeq2SeqLM.from_pretrained("{folder}").eval()
 ids = model.generate(**tokenizer({sentence}, return_tensors="pt"))  # greedy, unless num_beams is more than 1
 print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
-read_model = stage_loader(AutoModelForSeq2SeqLM)
 
 
 def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
-    """Teacher and student of --teacher and --student, None where these are not names.
+    """The models of --teacher and --student; None for `scratch` and `cut`. `args` are those of distill_translation.py.
 
-    Raises UserError where they cannot be distilled as `args` (those of scripts/distill_translation.py) ask.
+    Raises UserError if this student cannot be distilled from this teacher.
     """
     teacher = None if args.teacher == SCRATCH else load_translator(args.teacher, args.max_length)
     student = None if args.student in (SCRATCH, CUT) else load_translator(args.student, args.max_length)
     if args.student == CUT:
         layers = number_of_layers(teacher.model) if teacher else (args.teacher_layers, args.teacher_layers)
-        for side, kept, number in zip(("encoder", "decoder"), student_layers(args), layers, strict=True):
-            if kept > number:
-                raise UserError(f"--student_{side}_layers {kept} cannot be cut from the teacher's {number}")
+        kept = args.student_encoder_layers, args.student_decoder_layers
+        for side, number, most in zip(("encoder", "decoder"), kept, layers, strict=True):
+            if number > most:
+                raise UserError(f"--student_{side}_layers {number} cannot be cut from the teacher's {most}")
     check_same_vocabulary(args, student, teacher)
     return teacher, student
 
 
-@dataclass(frozen=True)
-class TranslationTask:
-    """What all models of a run share. `args` are those of scripts/distill_translation.py."""
+class TranslationEvaluation(NamedTuple):
+    """A model's entry in results.json, the seconds to translate 100 sentences, and the signatures of sacreBLEU."""
 
-    args: Any
-    data: TranslationData
-    tokenizer: PreTrainedTokenizerBase
-    splits: Splits
-    pretrained_teacher: PreTrainedModel | None
-    pretrained_student: PreTrainedModel | None
+    entry: dict[str, Any]
+    seconds: dict[str, float]
+    signatures: dict[str, str]
 
 
-def translation_task(
-    run: TrainerRun, args: Any, data: TranslationData, teacher: Generator | None, student: Generator | None
-) -> TranslationTask:
-    """The data in the teacher's tokens, or in those of a vocabulary that is learned for a teacher from scratch."""
+class TranslationTask(GenerationTask):
+    """The distillation of a translator. `data` is TranslationData; `splits` hold it in tokens."""
 
-    def learn() -> PreTrainedTokenizerBase:
+    auto_class = AutoModelForSeq2SeqLM
+
+    @staticmethod
+    def learn_tokenizer(args: Any, data: TranslationData) -> PreTrainedTokenizerBase:
         train = data.splits["train"]
         return joint_bpe([*train["source"], *train["target"]], args.vocabulary_size, args.max_length)
 
-    tokenizer = teacher.tokenizer if teacher else learn_tokenizer(run, learn)
-    splits = tokenize_translation(data, tokenizer, args.source_prefix)
-    return TranslationTask(args, data, tokenizer, splits, teacher and teacher.model, student and student.model)
+    @staticmethod
+    def tokenize(args: Any, data: TranslationData, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        return tokenize_translation(data, tokenizer, args.source_prefix)
+
+    # ---- models ----
+
+    def initial_teacher(self) -> PreTrainedModel:
+        args, tokenizer = self.args, self.tokenizer
+        if self.pretrained_teacher is not None:
+            return copy.deepcopy(self.pretrained_teacher)
+        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
+        ids["decoder_start_token_id"] = ids["pad_token_id"]
+        layers = args.teacher_layers
+        return random_marian(len(tokenizer), ids, args.teacher_width, layers, layers, args.dropout, args.max_length)
+
+    def initial_control(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        return self.initial_student(self.initial_teacher() if self.args.student == CUT else teacher)
+
+    def initial_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        args = self.args
+        layers = args.student_encoder_layers, args.student_decoder_layers
+        if self.pretrained_student is not None:
+            return copy.deepcopy(self.pretrained_student)
+        if args.student == CUT:
+            return cut_translator(teacher, *layers)
+        vocabulary, ids = teacher.config.vocab_size, special_ids_of(teacher)
+        return random_marian(vocabulary, ids, args.student_width, *layers, args.dropout, args.max_length)
+
+    # ---- training ----
+
+    def learning_rate(self, training: KDTrainingArguments, role: str) -> float:
+        rate = self.args.teacher_learning_rate if role == "teacher" else None
+        return float(rate or training.learning_rate)
+
+    def collator(self, model: PreTrainedModel) -> Callable[[Any], dict[str, Any]]:
+        return TranslationCollator(self.tokenizer, model)
+
+    def token_metrics(self, counts: np.ndarray) -> dict[str, float]:
+        return token_metrics(counts)
+
+    def train_student(
+        self, run: TrainerRun, teacher: PreTrainedModel, translations: Dataset | None = None
+    ) -> PreTrainedModel:
+        """The stage `student`: trains on the teacher's distributions (--method word), on its `translations`
+        (sequence), or on both.
+        """
+        distributions_of = None if self.args.method == "sequence" else teacher
+        return self.stage(run, "student", partial(self.initial_student, teacher), distributions_of, translations)
+
+    def translate_training_set(self, run: TrainerRun, teacher: PreTrainedModel) -> Dataset:
+        """The train split with the teacher's translations as labels. They are computed once and cached."""
+        rows, beams, precision = self.splits["train"], self.args.beams, run.args.precision
+        sources = rows.select_columns(["sample_id", "input_ids", "attention_mask", "length"])
+        key = outputs_key(teacher, dataset_hash(sources), beams, self.args.max_length, precision)
+        call, collate, folder = beam_search(teacher, beams), Collator(self.tokenizer), run.folder / "teacher_outputs"
+        with run.timed("teacher_outputs"):
+            translations = cache_outputs(teacher, call, sources, collate, folder, key, precision)
+
+        def relabel(batch: dict[str, list]) -> dict[str, list]:
+            labels = translations.feature("tokens", torch.tensor(batch["sample_id"]))
+            lengths = [len(source) + len(target) for source, target in zip(batch["input_ids"], labels, strict=True)]
+            return {"labels": [tokens.tolist() for tokens in labels], "length": lengths}
+
+        return rows.map(relabel, batched=True, load_from_cache_file=False, new_fingerprint=key)
+
+    # ---- evaluation and report ----
+
+    def evaluate(self, run: TrainerRun, role: str, model: PreTrainedModel) -> TranslationEvaluation:
+        """Evaluates a model on every split but train, with greedy and with beam search. Warns if the teacher is no
+        better than chance. Always in fp32, as for a user who loads the model.
+        """
+        translator = Generator(model, self.tokenizer)
+        metrics: dict[str, dict[str, float]] = {}
+        signatures: dict[str, str] = {}
+        for split in (split for split in self.splits if split != "train"):
+            rows, references = self.splits[split], self.data.splits[split]["target"][:]
+            metrics[split] = teacher_forced_metrics(translator, rows)
+            for suffix, beams in (("", 1), ("_beam", self.args.beams)):
+                ids = translate(translator, rows, beams, description="evaluating")
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                scores, signatures = translation_metrics(texts, references)
+                metrics[split] |= {metric + suffix: score for metric, score in scores.items()}
+        validation = self.splits["validation"]
+        seconds = {
+            f"seconds_per_100_{decoding}": seconds_per_100(translator, validation, beams)
+            for decoding, beams in (("greedy", 1), ("beam", self.args.beams))
+        }
+        costs = cost(model, median_pair(translator, validation))
+        entry = {"name": self._name(role, model), **costs, "metrics": metrics}
+        if role == "teacher":
+            self.warn_if_at_chance(run, entry, model.config.vocab_size)
+        return TranslationEvaluation(entry, seconds, signatures)
+
+    def _name(self, role: str, model: PreTrainedModel) -> str:
+        if role == "teacher" and self.pretrained_teacher is not None:
+            return str(self.args.teacher)
+        layers = "+".join(map(str, number_of_layers(model)))
+        return f"{model.config.model_type} of {layers} layers, width {model.config.hidden_size}"
+
+    def report(self, run: TrainerRun, evaluations: dict[str, TranslationEvaluation], student: PreTrainedModel) -> None:
+        """Writes the results and the student's folder. `evaluations` by role: teacher, control (unless --no_control)
+        and student.
+        """
+        results = self.results(
+            run,
+            f"{self.data.name} {'-'.join(self.data.languages)}",
+            {role: evaluation.entry for role, evaluation in evaluations.items()},
+            method=self.args.method,
+            metric="bleu",  # of greedy decoding, the fastest one
+            decoding={role: evaluation.seconds for role, evaluation in evaluations.items()},
+            sacrebleu=evaluations["student"].signatures,
+        )
+        example = self.args.source_prefix + self.data.splits["validation"]["source"][0]
+        usage = USAGE.format(folder=run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
+        card = {"library_name": "transformers", "pipeline_tag": "translation"}
+        run.finish(results, student, usage, self.tokenizer, **card)
+        if PartialState().is_main_process:  # BLEU is only measured at the end, so it has no curve
+            curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
+            plot_curves(run.folder / "curves.png", run.history, curve)
 
 
-# ---- models ----
+def teacher_forced_metrics(translator: Generator, rows: Dataset) -> dict[str, float]:
+    """token_accuracy and perplexity of the reference tokens, each predicted from the reference tokens before it."""
+    model, collate = translator.model, TranslationCollator(translator.tokenizer, translator.model)
+
+    def with_targets(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(features)
+        return batch | {"targets": batch["labels"]}  # labels are not passed to models
+
+    def call(targets: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        return {"counts": token_counts(model(**batch).logits, targets)}
+
+    counts = run_inference(model, call, rows, with_targets, description="evaluating")["counts"]
+    return token_metrics(torch.stack(counts).numpy())
 
 
-def train_teacher(run: TrainerRun, task: TranslationTask) -> PreTrainedModel:
-    """Trained on the data, from random or pretrained weights; a pretrained one without epochs stays as it is."""
-    args = task.args
-    if task.pretrained_teacher is not None and args.teacher_epochs == 0:
-        return task.pretrained_teacher
-
-    def build() -> PreTrainedModel:
-        rate = args.teacher_learning_rate or run.args.learning_rate
-        settings = {"num_train_epochs": args.teacher_epochs, "learning_rate": rate}
-        return _train(run, task, "teacher", initial_teacher(task), task.splits["train"], **settings)
-
-    return run.stage("teacher", build, read_model, task.tokenizer)
+def seconds_per_100(translator: Generator, rows: Dataset, beams: int) -> float:
+    """Seconds to translate 100 sentences one at a time, measured on TIMED of the rows."""
+    few = rows.select(range(0, len(rows), -(-len(rows) // TIMED)))
+    started = time.perf_counter()
+    translate(translator, few, beams, batch_size=1)
+    return 100 * (time.perf_counter() - started) / len(few)
 
 
-def train_control(run: TrainerRun, task: TranslationTask, teacher: PreTrainedModel) -> PreTrainedModel:
-    """The student without a teacher: the same start, but for a cut, which is made from the teacher before it was
-    trained; as many updates, labels only.
-    """
-
-    def build() -> PreTrainedModel:
-        source = initial_teacher(task) if task.args.student == CUT else teacher
-        return _train(run, task, "control", initial_student(task, source), task.splits["train"])
-
-    return run.stage("control", build, read_model, task.tokenizer)
-
-
-def train_student(
-    run: TrainerRun, task: TranslationTask, teacher: PreTrainedModel, translations: Dataset | None
-) -> PreTrainedModel:
-    """Trained on the teacher's distributions (word), on its `translations` (sequence), or on both."""
-
-    def build() -> PreTrainedModel:
-        train = task.splits["train"] if translations is None else translations
-        word_level = None if task.args.method == "sequence" else teacher
-        return _train(run, task, "student", initial_student(task, teacher), train, word_level)
-
-    return run.stage("student", build, read_model, task.tokenizer)
-
-
-def initial_teacher(task: TranslationTask) -> PreTrainedModel:
-    """The teacher before it is trained here."""
-    args, tokenizer = task.args, task.tokenizer
-    if task.pretrained_teacher is not None:
-        return copy.deepcopy(task.pretrained_teacher)
-    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
-    ids["decoder_start_token_id"] = ids["pad_token_id"]
-    layers = args.teacher_layers
-    return random_marian(len(tokenizer), ids, args.teacher_width, layers, layers, args.dropout, args.max_length)
-
-
-def initial_student(task: TranslationTask, source: PreTrainedModel) -> PreTrainedModel:
-    """A student before it is trained; a cut is made from `source`."""
-    args = task.args
-    if task.pretrained_student is not None:
-        return copy.deepcopy(task.pretrained_student)
-    if args.student == CUT:
-        return cut_translator(source, *student_layers(args))
-    vocabulary, ids = source.config.vocab_size, special_ids_of(source)
-    return random_marian(vocabulary, ids, args.student_width, *student_layers(args), args.dropout, args.max_length)
-
-
-def student_layers(args: Any) -> tuple[int, int]:
-    return args.student_encoder_layers, args.student_decoder_layers
-
-
-def _train(
-    run: TrainerRun,
-    task: TranslationTask,
-    name: str,
-    model: PreTrainedModel,
-    train: Dataset,
-    teacher: PreTrainedModel | None = None,
-    **settings: Any,
-) -> PreTrainedModel:
-    """On the labels of `train`, and with a teacher on its distributions over them too."""
-    args = run.args
-    alpha = 1.0 if teacher is None else args.alpha
-    method = token_level(alpha, divergence_of("forward", args.temperature), args.label_smoothing_factor)
-    collate = TranslationCollator(task.tokenizer, model)
-    validation = task.splits["validation"]
-    return train_on_tokens(run, name, model, method, train, validation, collate, token_metrics, teacher, **settings)
-
-
-# ---- the teacher's translations ----
-
-
-def translate_training_set(run: TrainerRun, task: TranslationTask, teacher: PreTrainedModel) -> Dataset:
-    """The training split with the teacher's translations as labels, computed once and cached by sample id."""
-    rows, beams, precision = task.splits["train"], task.args.beams, run.args.precision
-    sources = rows.select_columns(["sample_id", "input_ids", "attention_mask", "length"])
-    key = outputs_key(teacher, dataset_hash(sources), beams, task.args.max_length, precision)
-    call, collate, folder = beam_search(teacher, beams), Collator(task.tokenizer), run.folder / "teacher_outputs"
-    with run.timed("teacher_outputs"):
-        translations = cache_outputs(teacher, call, sources, collate, folder, key, precision)
-
-    def relabel(batch: dict[str, list]) -> dict[str, list]:
-        labels = translations.feature("tokens", torch.tensor(batch["sample_id"]))
-        lengths = [len(source) + len(target) for source, target in zip(batch["input_ids"], labels, strict=True)]
-        return {"labels": [tokens.tolist() for tokens in labels], "length": lengths}
-
-    return rows.map(relabel, batched=True, load_from_cache_file=False, new_fingerprint=key)
-
-
-# ---- evaluation and report ----
-
-
-def evaluate(run: TrainerRun, task: TranslationTask, role: str, model: PreTrainedModel) -> Translated:
-    """See `evaluate_translator`. Warns of a teacher that is no better than chance."""
-    translator = Generator(model, task.tokenizer)
-    found = evaluate_translator(_name(task, role, model), translator, task.data, task.splits, task.args.beams)
-    if role == "teacher":
-        warn_of_guessing(run, found[0], task.splits, model.config.vocab_size)
-    return found
-
-
-def _name(task: TranslationTask, role: str, model: PreTrainedModel) -> str:
-    if role == "teacher" and task.pretrained_teacher is not None:
-        return str(task.args.teacher)
-    layers = "+".join(map(str, number_of_layers(model)))
-    return f"{model.config.model_type} of {layers} layers, width {model.config.hidden_size}"
-
-
-def report(
-    run: TrainerRun, task: TranslationTask, evaluations: dict[str, Translated], student: PreTrainedModel
-) -> None:
-    """Writes the results and the student's folder. `evaluations` by role: teacher, control (if any), student."""
-    results = sequence_results(
-        run,
-        f"{task.data.name} {'-'.join(task.data.languages)}",
-        task.data,
-        task.splits,
-        {role: entry for role, (entry, _, _) in evaluations.items()},
-        method=task.args.method,
-        metric="bleu",  # greedy: a student is made to be fast, and that is the fast way to decode
-        decoding={role: seconds for role, (_, seconds, _) in evaluations.items()},
-        sacrebleu=evaluations["student"][2],
-    )
-    example = task.args.source_prefix + task.data.splits["validation"]["source"][0]
-    usage = USAGE.format(folder=run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
-    card = {"library_name": "transformers", "pipeline_tag": "translation"}
-    run.finish(results, student, usage, task.tokenizer, **card)
-    if PartialState().is_main_process:  # instead of a curve of BLEU, which is only measured at the end
-        curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
-        plot_curves(run.folder / "curves.png", run.history, curve)
+def median_pair(translator: Generator, rows: Dataset) -> dict[str, Tensor]:
+    """The inputs of a sentence pair of median length, for measuring latency and FLOPs of a forward pass."""
+    middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
+    batch = TranslationCollator(translator.tokenizer, translator.model)([rows[middle]])
+    return {name: value.to(translator.model.device) for name, value in batch.items() if name not in NOT_INPUTS}

@@ -12,11 +12,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = {"_name_or_path", "transformers_version"}  # a folder may be moved, or saved again as it was
+NOT_HASHED = {"_name_or_path", "transformers_version"}  # these change when a folder is moved or saved again
 
 
 def data_fingerprint(parts: Iterable[object]) -> str:
-    """A hash of parts in their order: bytes and arrays by their bytes, anything else by its JSON."""
+    """Hashes parts in order: bytes and arrays by their bytes, anything else by its JSON."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -27,23 +27,25 @@ def data_fingerprint(parts: Iterable[object]) -> str:
 
 
 def model_fingerprint(model: nn.Module | PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides what a model or tokenizer computes, wherever its files are."""
+    """Hashes everything that determines the outputs of a model or tokenizer, wherever its files are."""
     if isinstance(model, nn.Module):
-        configurations: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
-        return outputs_key(model, *(_json(one.to_dict()) for one in configurations if hasattr(one, "to_dict")))
+        configs: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+        return outputs_key(
+            model, *(_config_json(config.to_dict()) for config in configs if hasattr(config, "to_dict"))
+        )
     backend = getattr(model, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": model.get_vocab()}
-    rules |= {"padding": None, "truncation": None, "special": model.special_tokens_map}  # use changes the first two
-    return hashlib.sha256(_json(rules).encode()).hexdigest()
+    rules |= {"padding": None, "truncation": None, "special": model.special_tokens_map}  # calls change the first two
+    return hashlib.sha256(_config_json(rules).encode()).hexdigest()
 
 
-def _json(settings: dict[str, Any]) -> str:
-    kept = {name: value for name, value in settings.items() if name not in IGNORED}
-    return json.dumps(kept, sort_keys=True, default=str)
+def _config_json(config: dict[str, Any]) -> str:
+    hashed = {name: value for name, value in config.items() if name not in NOT_HASHED}
+    return json.dumps(hashed, sort_keys=True, default=str)
 
 
 def outputs_key(teacher: nn.Module, *parts: object) -> str:
-    """Key of a teacher's outputs: a hash of its weights and of whatever else decides them (data, precision, names)."""
+    """Key of cached teacher outputs: hashes the weights and `parts` (data, precision, names of features)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -52,7 +54,7 @@ def outputs_key(teacher: nn.Module, *parts: object) -> str:
 
 
 def dataset_hash(dataset: Dataset) -> str:
-    """A hash of the sample ids and model inputs of a dataset: all columns but `labels` and `length`."""
+    """Hashes the sample ids and model inputs of a dataset: all columns except `labels` and `length`."""
     names = sorted(set(dataset.column_names) - {"labels", "length"})
     digest = hashlib.sha256(repr(names).encode())
     rows = dataset.select_columns(names).with_format("arrow")

@@ -1,7 +1,7 @@
-"""One file of rows - parquet, CSV or JSON - as a dataset. What is wrong with a file is one line that names it.
+"""Reads a parquet, CSV or JSON file as a dataset, with an error of one line for a damaged one.
 
-The columns of a CSV file are strings: what a column holds is decided over all splits, not from the first megabyte of
-one file, where `007` would be the number 7 and a test file of `true` and `false` would have other labels than train.
+The columns of a CSV file stay strings, because types are inferred over all splits. Inferred from one file, `007` would
+become the number 7, and `true` a boolean in one split and a string in another.
 """
 
 import codecs
@@ -17,27 +17,27 @@ import pyarrow.parquet
 
 from kd.common.utils.errors import UserError
 
-LONGEST_REASON = 300  # characters of what a parser reports, which may quote a whole row
+MAX_REASON = 300  # characters of a parser's message, which may quote a whole row
 OTHER_DELIMITERS = {b";": "semicolons", b"\t": "tabs", b"|": "vertical bars"}
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32 LE starts like UTF-16 LE's
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32 LE starts with the BOM of UTF-16 LE
 SCALARS = str | int | float | bool | None
 
 
 def read_rows(path: Path) -> datasets.Dataset:
-    """The rows of a file whose suffix is in READERS. Raises UserError where it cannot be read."""
+    """Reads a file whose suffix is in READERS. Raises UserError if it cannot be read."""
     try:
         table = READERS[path.suffix.lower()](path)
-        table.validate(full=True)  # a damaged parquet file may give strings that are no UTF-8
-        return datasets.Dataset(_plain(table))
+        table.validate(full=True)  # strings of a damaged parquet file may not be UTF-8
+        return datasets.Dataset(_decode_dictionaries(table))
     except UserError:
         raise
-    except Exception as error:  # of a damaged file: OSError, ArrowException, KeyError, whatever the parser raises
-        advice = "" if getattr(error, "errno", None) else f": {_advice(path)}"  # not where the system refuses
+    except Exception as error:  # a damaged file: OSError, ArrowException, KeyError, depending on the parser
+        advice = "" if getattr(error, "errno", None) else f": {_advice(path)}"  # errno: an error of the system
         raise UserError(f"cannot read {path} ({reason_of(error)}){advice}") from None
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark. Raises UserError where it cannot be read."""
+    """Reads a UTF-8 text file, with or without a byte order mark. Raises UserError if it cannot be read."""
     try:
         return _utf8(path).decode("utf-8")
     except OSError as error:
@@ -45,14 +45,14 @@ def read_text(path: Path) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception reports, in one line of bounded length."""
+    """The message of an exception in one line of bounded length."""
     reason = (
         getattr(error, "strerror", None)
         or getattr(error, "msg", None)
         or " ".join(str(error).split())
         or type(error).__name__
     )
-    return reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + " ..."
+    return reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
 
 
 def _utf8(path: Path) -> bytes:
@@ -61,48 +61,48 @@ def _utf8(path: Path) -> bytes:
         raise UserError(f"{path} is UTF-16 or UTF-32, not UTF-8: convert it")
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if (place := raw.find(b"\0")) >= 0:
-        where = f"line {_line(raw, place)}"
-        raise UserError(f"{path} holds a NUL byte ({where}): convert it to UTF-8 if it is UTF-16, or remove the byte")
+        line = _line_number(raw, place)
+        raise UserError(f"{path} holds a NUL byte (line {line}): convert it from UTF-16, or remove the byte")
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = f"byte 0x{raw[error.start]:02x} in line {_line(raw, error.start)}"
+        where = f"byte 0x{raw[error.start]:02x} in line {_line_number(raw, error.start)}"
         raise UserError(f"{path} is not UTF-8 ({where}): convert it, for example from Windows-1252") from None
     return raw
 
 
-def _line(raw: bytes, place: int) -> int:
+def _line_number(raw: bytes, place: int) -> int:
     return raw.count(b"\n", 0, place) + 1
 
 
 def _read_parquet(path: Path) -> pa.Table:
     with pyarrow.parquet.ParquetFile(path) as file:
-        _refuse_repeated(path, file.schema_arrow.names)
+        _check_unique(path, file.schema_arrow.names)
         return file.read()
 
 
 def _read_csv(path: Path) -> pa.Table:
     raw = _utf8(path)
     if not raw.strip():
-        raise UserError(f"{path} is empty: give it a line of column names and rows")
+        raise UserError(f"{path} is empty: add a line of column names, and rows")
     header = raw.lstrip(b"\r\n").splitlines()[0]
     for mark, name in OTHER_DELIMITERS.items():
         if mark in header and b"," not in header:
             raise UserError(
-                f"{path} has one column {header.decode()!r}: its columns are separated by {name}; separate them by "
-                "commas, and quote texts that hold a comma"
+                f"{path} has one column {header.decode()!r}: its columns are separated by {name}; use "
+                "commas, and quote texts that contain one"
             )
-    # One thread: only then does a parsing error name the row.
+    # One thread, so that a parsing error reports its row.
     read = pyarrow.csv.ReadOptions(use_threads=False)
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     names = pyarrow.csv.open_csv(pa.py_buffer(raw), read, parse).schema.names
-    _refuse_repeated(path, names)
+    _check_unique(path, names)
     convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names})
     return pyarrow.csv.read_csv(pa.py_buffer(raw), read, parse, convert)
 
 
 def _read_json(path: Path) -> pa.Table:
-    """Either one list of objects or one object per line."""
+    """Reads one list of objects, or one object per line."""
     text = _utf8(path).decode("utf-8")
     listed = text.lstrip().startswith("[")
     try:
@@ -115,10 +115,10 @@ def _read_json(path: Path) -> pa.Table:
         raise UserError(f"{path} is empty: {_advice(path)}")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"row {number} of {path} is no JSON object but a {type(row).__name__}: {_advice(path)}")
+            raise UserError(f"row {number} of {path} is not a JSON object but a {type(row).__name__}: {_advice(path)}")
     if len(rows) == 1 and any(_holds_rows(value) for value in rows[0].values()):
         raise UserError(f"{path} is one JSON object of {', '.join(rows[0])}: {_advice(path)}")
-    names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack some
+    names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack columns
     return pa.table({name: _array([row.get(name) for row in rows]) for name in names})
 
 
@@ -149,14 +149,14 @@ def _is_one_value(text: str) -> bool:
 
 
 def _holds_rows(value: Any) -> bool:
-    """Whether a value is a table by itself, as in {"data": [{...}]}, or a column of pandas, {"0": ..., "1": ...}."""
+    """Whether a value is a nested table, as in {"data": [{...}]}, or a column of pandas, {"0": ..., "1": ...}."""
     if isinstance(value, list):
         return bool(value) and isinstance(value[0], dict)
     return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
 
 
 def _array(values: list[Any]) -> pa.Array:
-    """Values of several types, such as 1 and "1", become strings."""
+    """An Arrow array. Mixed types, such as 1 and "1", become strings."""
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
@@ -165,14 +165,14 @@ def _array(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def _refuse_repeated(path: Path, names: list[str]) -> None:
+def _check_unique(path: Path, names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"{path} has two columns {repeated[0]!r}: rename or remove one")
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Dictionary-encoded columns (pandas' categories) decoded, since datasets does not read them."""
+def _decode_dictionaries(table: pa.Table) -> pa.Table:
+    """Decodes pandas' categories, which datasets does not read."""
     for place, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
@@ -181,12 +181,12 @@ def _plain(table: pa.Table) -> pa.Table:
 
 def _advice(path: Path) -> str:
     return {
-        ".parquet": "write it again, as parquet",
-        ".csv": "give it a line of column names and rows of as many values, and quote texts that hold a comma",
-    }.get(path.suffix.lower(), "give it one list of objects, or one object per line")
+        ".parquet": "write it again",
+        ".csv": "use as many values in each row as column names, and quote texts that contain a comma",
+    }.get(path.suffix.lower(), "use one list of objects, or one object per line")
 
 
-# Read without datasets' own cache, which would copy every file to disk.
+# These do not use the cache of datasets, which would copy each file to disk.
 READERS: dict[str, Callable[[Path], pa.Table]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,

@@ -1,4 +1,7 @@
-"""Reading a dataset by its name: an embedded one, a local file or folder, or one of the Hugging Face Hub."""
+"""The splits of a dataset by its name: embedded, a local file or folder, or a dataset of the Hugging Face Hub.
+
+A missing validation split is made from train. Its rows do not depend on the seed of a run.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,110 +21,31 @@ Splits = dict[str, datasets.Dataset]
 
 SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
 SPLIT_NAMES |= {name: "validation" for name in ("valid", "dev", "val")}
-SPLIT_SEED = 0  # not the seed of a run: another run must not train on rows that measured the first
-
-
-def usual_names(found: Splits, dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
-    """Renames dev, valid and val to validation. A split with another name is not used, and a note reports it.
-
-    Raises UserError where there is no train split although `needs_train`, no known split, or a split without rows.
-    """
-    splits: Splits = {}
-    for name, rows in found.items():
-        usual = SPLIT_NAMES.get(name)
-        if usual in splits:
-            raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
-        if usual:
-            splits[usual] = rows
-    if needs_train and "train" not in splits:
-        raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
-    if not splits:
-        raise UserError(f"{dataset} has no known split, only {', '.join(found)}: name one of its files test.*")
-    ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
-    if empty := [name for name, rows in ordered.items() if not len(rows)]:
-        raise UserError(f"the {empty[0]} split is empty: it needs at least one row")
-    return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
-
-
-def with_validation(splits: Splits, labels: np.ndarray, notes: list[str], share: float = 0.1) -> Splits:
-    """The splits, with rows of train as validation where there is none; `labels` (rows,) as in `set_aside`."""
-    if "train" not in splits or any(name.startswith("validation") for name in splits):
-        return splits
-    aside = set_aside(labels, notes, share)
-    parts = {"train": ~aside, "validation": aside}
-    return splits | {
-        name: splits["train"].select(np.flatnonzero(rows)).flatten_indices() for name, rows in parts.items()
-    }
-
-
-def set_aside(labels: np.ndarray, notes: list[str], share: float = 0.1, advice: str = "") -> np.ndarray:
-    """Mask (rows,) of the rows of train that become the validation split, always the same; adds a note.
-
-    Args:
-        labels: of train (rows,), class ids (integers) or scores (floats); all equal where rows have no label.
-        share: of all rows, and of each class.
-        advice: what to pass, in addition to a validation split, where train is too small.
-    """
-    chosen = holdout(labels, share)
-    percent = f"{share * 100:.4g}%"
-    if not chosen.any():
-        raise UserError(
-            f"no validation split, and too few training rows to set {percent} of them aside, {len(labels):,}: add a "
-            f"validation split{advice}"
-        )
-    how = "stratified" if len(np.unique(labels)) > 1 else "random"
-    notes.append(
-        f"no validation split: {chosen.sum():,} rows of train, a {how} {percent}, were set aside, the same whatever "
-        "the seed"
-    )
-    return chosen
-
-
-def holdout(labels: np.ndarray, share: float) -> np.ndarray:
-    """Mask (rows,) of a stratified `share`. Of each class (integer labels) a row remains outside of it."""
-    chosen = stratified(labels, share)
-    if np.issubdtype(labels.dtype, np.integer):
-        order = _by_label(labels)
-        emptied = ~np.isin(labels, labels[~chosen])
-        first_of_class = order[np.unique(labels[order], return_index=True)[1]]
-        chosen[first_of_class[emptied[first_of_class]]] = False
-    return chosen
-
-
-def stratified(labels: np.ndarray, share: float) -> np.ndarray:
-    """Mask (rows,) of a `share` of the rows: evenly spaced ones in the order of their labels."""
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[_by_label(labels)[np.diff(np.floor(np.arange(len(labels) + 1) * share + 0.5)) > 0]] = True
-    return chosen
-
-
-def _by_label(labels: np.ndarray) -> np.ndarray:
-    """The rows in the order of their labels; those of a label in a random order, always the same."""
-    return np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(labels)), labels))
+SPLIT_SEED = 0  # fixed: no run may train on rows that were validation rows of another
 
 
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # of datasets.DatasetDict and datasets.Dataset
 
-# What a domain knows by name: functions that return the splits of an embedded dataset, or names on the Hub.
-Known = Mapping[str, Callable[[], Mapping[str, datasets.Dataset]] | str]
+# Datasets of a domain by name: a function that returns the splits of an embedded one, or a name on the Hub.
+KnownDatasets = Mapping[str, Callable[[], Mapping[str, datasets.Dataset]] | str]
 
 
 def read_splits(
     dataset: str,
-    known: Known,
+    known: KnownDatasets,
     contents: str = "parquet, CSV or JSON files",
     read: Callable[[Path], Splits] | None = None,
     needs_train: bool = True,
 ) -> tuple[Splits, list[str]]:
-    """The splits of a dataset by their usual names, and notes on what is not used.
+    """Reads the splits of a dataset. Also returns notes on splits that are not used.
 
     Args:
-        dataset: a name in `known`, a local folder or file, or owner/name[:config] of the Hub. A file holds the split
-            that it is named after, or else train, or test where no train split is needed.
-        known: the datasets that the domain knows by name.
-        contents: what a folder may hold, for messages.
+        dataset: a name in `known`, a local folder or file, or owner/name[:config] of the Hub. A file is the split in
+            its name; otherwise train, or test if `needs_train` is False.
+        known: the embedded datasets of a domain, and short names for datasets of the Hub.
+        contents: the supported contents of a folder, for messages.
         read: reads a folder; default: `read_folder`.
         needs_train: whether a missing train split is an error.
     """
@@ -140,7 +64,7 @@ def read_splits(
             f"unknown dataset {shorten(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
             "Hub name such as owner/name or owner/name:config"
         )
-    return usual_names(found, dataset, needs_train)
+    return _rename_splits(found, dataset, needs_train)
 
 
 def short_name(dataset: str) -> str:
@@ -149,7 +73,7 @@ def short_name(dataset: str) -> str:
 
 
 def print_notes(name: str, notes: list[str]) -> None:
-    """Prints what was inferred of a dataset and what of it is not used, in the first process only."""
+    """Prints the notes on a dataset, in the first process only."""
     if process()[0] == 0:
         for note in notes:
             print(f"{name}: {note}")
@@ -158,7 +82,7 @@ def print_notes(name: str, notes: list[str]) -> None:
 def _exists(dataset: str) -> bool:
     try:
         Path(dataset).stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all, with a NUL in it
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL character, so not a path
         return False
     except OSError as error:
         raise UserError(f"cannot read {shorten(dataset)} ({reason_of(error)})") from None
@@ -166,23 +90,23 @@ def _exists(dataset: str) -> bool:
 
 
 def shorten(name: str | Path, width: int = 100) -> str:
-    """A name for a message, cut where it is long."""
+    """A name of at most `width` characters, for a message."""
     return str(name) if len(str(name)) <= width else f"{str(name)[:width]}..."
 
 
 # ---------------------------------------------------------------- files and folders
 
 
-def read_file(path: Path, otherwise: str) -> Splits:
-    """The one split that a file holds: the one that it is named after, or else `otherwise`."""
+def read_file(path: Path, default: str) -> Splits:
+    """Reads a file as the split in its name, or else as `default`."""
     if path.suffix.lower() not in READERS:
-        raise UserError(f"{path} is no parquet, CSV or JSON file (.parquet, .csv, .json, .jsonl): convert it")
+        raise UserError(f"{path} is not a parquet, CSV or JSON file (.parquet, .csv, .json, .jsonl): convert it")
     name = SHARD.sub("", path.stem)
-    return {name if name in SPLIT_NAMES else otherwise: read_rows(path)}
+    return {name if name in SPLIT_NAMES else default: read_rows(path)}
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What is in a folder, sorted. Raises UserError where that cannot be read."""
+    """The sorted contents of a folder. Raises UserError if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -190,47 +114,49 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Splits:
-    """One file per split, or shards such as train-00000-of-00002.parquet. A file that is not named after a split is
-    not read: its rows are an empty dataset.
+    """Reads one file per split, or shards such as train-00000-of-00002.parquet. Any other file becomes an empty split:
+    it is not read.
     """
     by_split: dict[str, list[Path]] = {}
     for path in list_folder(folder):
         if path.suffix.lower() in READERS:
             by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
     if not by_split or (SPLIT_NAMES.keys().isdisjoint(by_split) and any((folder / n).exists() for n in SAVED_TO_DISK)):
-        raise UserError(_nothing_to_read(folder))
+        raise UserError(_no_files_message(folder))
     unread = datasets.Dataset.from_dict({})
-    return {name: _read(folder, name, paths) if name in SPLIT_NAMES else unread for name, paths in by_split.items()}
+    return {
+        name: _read_shards(folder, name, paths) if name in SPLIT_NAMES else unread for name, paths in by_split.items()
+    }
 
 
-def _nothing_to_read(folder: Path) -> str:
+def _no_files_message(folder: Path) -> str:
     inside = list_folder(folder)
     if any((folder / name).exists() for name in SAVED_TO_DISK):
         return f"{folder} was written by save_to_disk: write its splits with to_parquet instead, as train.parquet"
     for path in inside:
         if path.is_dir() and any(file.suffix.lower() in READERS for file in list_folder(path)):
-            return f"no parquet, CSV or JSON file in folder {folder}, but in {path}: name that folder"
+            return f"no parquet, CSV or JSON file in folder {folder}, but in {path}: pass that folder"
     names = ", ".join(path.name for path in inside[:5]) or "nothing"
-    tabs = "; a .tsv file is read once commas separate its columns" if any(p.suffix == ".tsv" for p in inside) else ""
+    tabs = "; convert .tsv files to comma-separated .csv files" if any(p.suffix == ".tsv" for p in inside) else ""
     return (
         f"no parquet, CSV or JSON file in folder {folder}, which holds {names}: put train.parquet (or .csv, .jsonl) "
         f"there{tabs}"
     )
 
 
-def _read(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset:
+def _read_shards(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset:
     shards = [SHARD.search(path.stem) for path in paths]
     if len(paths) > 1 and (len({path.suffix for path in paths}) > 1 or not all(shards)):
         raise UserError(f"several files for split {name} in {folder} ({', '.join(p.name for p in paths)}): keep one")
     numbers = sorted((int(shard[1]), int(shard[2])) for shard in shards if shard)
     if numbers and numbers != [(i, numbers[0][1]) for i in range(numbers[0][1])]:
         raise UserError(
-            f"{folder} has {len(paths)} of the {numbers[0][1]} files of split {name}: add those that are missing"
+            f"{folder} has {len(paths)} of the {numbers[0][1]} files of split {name}: add the missing files"
         )
     parts = [read_rows(path) for path in paths]
     for path, part in zip(paths, parts, strict=True):
         if set(part.column_names) != set(parts[0].column_names):
-            raise UserError(f"{path} has other columns than {paths[0].name}: give both the same")
+            raise UserError(f"{path} has other columns than {paths[0].name}: use the same columns in both")
     try:
         return datasets.concatenate_datasets(parts)
     except (ValueError, TypeError) as error:
@@ -243,18 +169,18 @@ def _read(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset:
 
 
 def _read_hub(dataset: str, source: str, instead: str) -> Splits:
-    """All splits of `source`, owner/name[:config] on the Hub or in its cache; `dataset` is its name in messages."""
+    """All splits of `source`, owner/name[:config], from the Hub or its cache. Messages call it `dataset`."""
     name, _, config = source.partition(":")
     try:
         with offline_if_unreachable():
             return dict(datasets.load_dataset(name, config or None))
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
-            f"{dataset} is neither a folder here nor a dataset on the Hub that you may read: {instead}"
+            f"{dataset} is neither a local folder nor a dataset on the Hub that you may read: {instead}"
         ) from None
     except ConnectionError:
         raise UserError(
-            f"{dataset} is no folder here, is not cached, and the Hub cannot be reached: {instead}"
+            f"{dataset} is not a local folder, is not cached, and the Hub cannot be reached: {instead}"
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -264,8 +190,8 @@ def _read_hub(dataset: str, source: str, instead: str) -> Splits:
 
 @contextmanager
 def offline_if_unreachable(name: str = "") -> Iterator[None]:
-    """Asks the Hub once. Where it does not answer, its clients use the cache at once and not a minute later. Where
-    `name` is a local folder, the Hub is not asked.
+    """Sends the Hub one request, and switches its clients to offline mode if that fails: they would retry for a minute
+    before they use the cache. Sends nothing if `name` is a local folder.
     """
     if name and Path(name).is_dir():
         yield
@@ -274,9 +200,88 @@ def offline_if_unreachable(name: str = "") -> Iterator[None]:
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP client of the day raises: offline mode, no name, refused, timeout, proxy
+    except Exception:  # depends on the HTTP client: offline mode, DNS, refused connection, timeout, proxy
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+# ---------------------------------------------------------------- split names, and the validation split
+
+
+def _rename_splits(found: Splits, dataset: str, needs_train: bool) -> tuple[Splits, list[str]]:
+    """Renames dev, valid and val to validation, and drops splits of any other name with a note."""
+    splits: Splits = {}
+    for name, rows in found.items():
+        usual = SPLIT_NAMES.get(name)
+        if usual in splits:
+            raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
+        if usual:
+            splits[usual] = rows
+    if needs_train and "train" not in splits:
+        raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
+    if not splits:
+        raise UserError(f"{dataset} has no known split, only {', '.join(found)}: name one of its files test.*")
+    ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
+    if empty := [name for name, rows in ordered.items() if not len(rows)]:
+        raise UserError(f"the {empty[0]} split is empty: it needs at least one row")
+    return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
+
+
+def with_validation(splits: Splits, labels: np.ndarray, notes: list[str], share: float = 0.1) -> Splits:
+    """Moves rows of train to a validation split unless there is one. `labels` (rows,): see `choose_validation`."""
+    if "train" not in splits or any(name.startswith("validation") for name in splits):
+        return splits
+    chosen = choose_validation(labels, notes, share)
+    parts = {"train": ~chosen, "validation": chosen}
+    return splits | {
+        name: splits["train"].select(np.flatnonzero(rows)).flatten_indices() for name, rows in parts.items()
+    }
+
+
+def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, advice: str = "") -> np.ndarray:
+    """Mask (rows,) of the train rows that become the validation split, the same in every run. Adds a note.
+
+    Args:
+        labels: labels of train (rows,): class ids (integers), scores (floats), or all equal.
+        share: fraction of all rows, and of each class.
+        advice: a further remedy for the error message if train is too small.
+    """
+    chosen = holdout(labels, share)
+    percent = f"{share * 100:.4g}%"
+    if not chosen.any():
+        raise UserError(
+            f"no validation split, and too few training rows to set {percent} of them aside, {len(labels):,}: add a "
+            f"validation split{advice}"
+        )
+    sampling = "stratified" if len(np.unique(labels)) > 1 else "random"
+    notes.append(
+        f"no validation split: {chosen.sum():,} rows of train, a {sampling} {percent}, were set aside, the same for "
+        "every seed"
+    )
+    return chosen
+
+
+def holdout(labels: np.ndarray, share: float) -> np.ndarray:
+    """Mask (rows,) of a stratified `share`. At least one row of each class (integer labels) stays outside."""
+    chosen = stratified(labels, share)
+    if np.issubdtype(labels.dtype, np.integer):
+        order = _by_label(labels)
+        emptied = ~np.isin(labels, labels[~chosen])
+        first_of_class = order[np.unique(labels[order], return_index=True)[1]]
+        chosen[first_of_class[emptied[first_of_class]]] = False
+    return chosen
+
+
+def stratified(labels: np.ndarray, share: float) -> np.ndarray:
+    """Mask (rows,) of a `share` of the rows, evenly spaced after sorting by label."""
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[_by_label(labels)[np.diff(np.floor(np.arange(len(labels) + 1) * share + 0.5)) > 0]] = True
+    return chosen
+
+
+def _by_label(labels: np.ndarray) -> np.ndarray:
+    """Row indices sorted by label, in a fixed random order within each label."""
+    return np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(labels)), labels))

@@ -21,8 +21,7 @@ from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown, print_rich
 from kd.common.utils.devices import command, environment
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import write_json, write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import write_json, write_text, writing_folder
 
 RECORD = "export.json"  # every export has it, and nothing else
 TOLERANCE = 1e-3  # of a logit, so a prediction may only change where the two largest are closer than twice that

@@ -1,12 +1,11 @@
 """Methods of distillation by name: what a student is trained for, and the features that this needs.
 
-A method is a function (spec, *, settings) -> Method. The defaults of its settings are its paper's. METHODS has those
-that fit classifiers of every domain; a domain may add its own to the table.
+A method is a function (spec, *, arguments) -> Method, whose defaults are its paper's. METHODS holds those for
+classifiers of every domain; a domain may add to the table.
 """
 
-from collections.abc import Callable
-
-from kd.common.methods.logits import LOGIT_METHODS
+from kd.common.methods.arguments import arguments_of, check_methods_differ, fill_arguments, kd_flags, parse_method
+from kd.common.methods.classification import METHODS
 from kd.common.methods.method import (
     Feature,
     Method,
@@ -19,10 +18,6 @@ from kd.common.methods.method import (
     match,
     some_of_each_class,
 )
-from kd.common.methods.relations import RELATION_METHODS
-from kd.common.methods.settings import check_methods_differ, chosen, filled, flags_of, settings_of
-
-METHODS: dict[str, Callable[..., Method]] = LOGIT_METHODS | RELATION_METHODS
 
 __all__ = [
     "METHODS",
@@ -30,15 +25,15 @@ __all__ = [
     "Method",
     "ModelFeatures",
     "TaskSpec",
+    "arguments_of",
     "check_methods_differ",
-    "chosen",
     "depth_map",
-    "filled",
-    "flags_of",
+    "fill_arguments",
     "hooked",
+    "kd_flags",
     "labels",
     "labels_and_soft_targets",
     "match",
-    "settings_of",
+    "parse_method",
     "some_of_each_class",
 ]

@@ -1,4 +1,4 @@
-"""What a method is made of, and what it needs to know of student, teacher and data."""
+"""What a method returns (`Method`), what it gets (`TaskSpec`), and functions that build both."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,18 +20,18 @@ from kd.common.objective import (
     task_loss,
 )
 
-PER_CLASS = 50  # training samples of each class whose teacher features stand for the class
+PER_CLASS = 50  # number of training samples that represent a class
 Depth = Literal["nearest", "up", "last"]
 
 
 @dataclass
 class Method:
-    """What a student is trained for. `first + second` has the terms and the features of both.
+    """The objective of a student and the features that it reads. `first + second` joins two methods.
 
     terms: {name: (weight, term)} of the objective.
     features, teacher_features: {name: path} of the submodules of student and teacher whose outputs the terms read.
-        A method without teacher features needs only the teacher's logits.
-    watched: Terms that are logged and not trained for.
+        Without teacher features, the teacher's logits suffice.
+    watched: Terms that are logged and not optimized.
     """
 
     terms: Terms
@@ -56,14 +56,14 @@ class Method:
 
     @property
     def auxiliary_parameters(self) -> int:
-        """Number of parameters that train with the student and do not ship with it."""
+        """Number of parameters that are trained with the student and not saved with it."""
         return sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
 class Feature:
     """The output of the submodule at `path`: hidden states (batch, positions, width), or maps (batch, width, size,
-    size), of which `positive` is whether they are never negative, as after a ReLU.
+    size). `positive` maps are never negative, as after a ReLU.
     """
 
     path: str
@@ -76,9 +76,9 @@ class Feature:
 class ModelFeatures:
     """The features of a model that methods match.
 
-    stages: The outputs of its layers or stages, first to last.
-    head: What the head pools and classifies.
-    last: The last feature before pooling, as the published methods have it.
+    stages: The outputs of its layers or stages, from first to last.
+    head: The feature that the head pools and classifies.
+    last: The last feature before pooling, as defined by the published methods.
     """
 
     stages: Sequence[Feature]
@@ -88,14 +88,14 @@ class ModelFeatures:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What methods need to know of student, teacher and data, in any domain.
+    """Student, teacher and data of any domain, as methods need them.
 
-    features_of: The features of a model; called only by methods that need features.
-    pool: A feature that a head sees -> (batch, width), as its model pools it.
-    flatten: The last feature -> (batch, anything).
-    labels: (samples,) of the training data, by sample id.
+    features_of: Returns the features of a model; called only by methods that need features.
+    pool: Pools the input of a head to (batch, width), as the model does.
+    flatten: Flattens the last feature to (batch, any width).
+    labels: (samples,) of the training data, indexed by sample id.
     teacher_samples: Computes pooled teacher features (samples, width) and labels (samples,) of training samples.
-    views: Number of views of each sample in a batch, which has the first views of all samples, then the second ones.
+    views: Number of views of each sample in a batch: first view one of all samples, then view two, and so on.
     """
 
     classes: int
@@ -117,12 +117,12 @@ class TaskSpec:
         return self.features_of(self.teacher)
 
     def match_pooled(self, name: str, weight: Weight, loss: FeatureLoss) -> Method:
-        """A loss between the pooled features (batch, width) that the heads see."""
+        """A loss between the pooled features (batch, width), which are the inputs of the heads."""
         return match(name, weight, self.student_features.head, self.teacher_features.head, loss, transform=self.pool)
 
 
 def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:
-    """The labels alone, as a control is trained; see `task_loss`."""
+    """The labels alone, as in a control; see `task_loss`."""
     return Method({"task": (weight, task_loss(regression, smoothing))})
 
 
@@ -144,22 +144,22 @@ def match(
     transform: Transform | None = None,
     only_where_right: bool = False,
 ) -> Method:
-    """A `FeatureTerm` between two features, and the features that it reads."""
+    """A method of one `FeatureTerm` between two features."""
     term = FeatureTerm(student.path, teacher.path, loss, projector, transform, only_where_right)
     return Method({name: (weight, term)}, hooked(student), hooked(teacher))
 
 
 def hooked(*features: Feature) -> dict[str, str]:
-    """{path: path}: features under the name of their path, as a Method lists them."""
+    """{path: path} of features, for a Method that names each feature by its path."""
     return {feature.path: feature.path for feature in features}
 
 
 def depth_map(student_layers: int, teacher_layers: int, depth: Depth = "nearest") -> list[tuple[int, int]]:
-    """(student layer, teacher layer), from 0: which layer or stage of the student follows which of the teacher's.
+    """Matches layers or stages: (student layer, teacher layer), counted from 0.
 
-    nearest, up: The teacher layer at the same relative depth, rounded to the nearest layer or up. Each student layer
-        has one, the last has the last: 3 of 6 gives 1, 3, 5.
-    last: The last with the last, and so on as far as both reach.
+    nearest, up: Each student layer has the teacher layer at the same relative depth, rounded to the nearest layer or
+        up. The last layers match: 3 of 6 gives 1, 3, 5.
+    last: The last layers match, the ones before them match, and so on, as long as both models have layers.
     """
     if depth == "last":
         number = min(student_layers, teacher_layers)

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Group(NamedTuple):
-    """What runs that differ only in their seed have in common. The method of a sweep run includes its learning rate."""
+    """What runs that differ only in their seed share. The method of a sweep run includes its learning rate."""
 
     domain: str
     task: str
@@ -142,8 +142,8 @@ def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
 
 
 def _contains_runs(folder: Path, finished: set[Path]) -> bool:
-    """Whether a folder only groups runs, as OUT/TASK of GLUE does: it contains finished runs, but no finished seed run,
-    which would make it an unfinished run of several seeds.
+    """Whether a folder only groups runs, such as OUT/TASK of GLUE: it contains finished runs, but no finished seed
+    run. With one it is an unfinished run of several seeds.
     """
     below = [run for run in finished if folder in run.parents]
     return bool(below) and not any(run.parent == folder and run.name.startswith("seed") for run in below)
@@ -224,7 +224,9 @@ def _panels(groups: dict[Group, list[Results]]) -> dict[tuple[str, str], list[Po
             if scores:
                 deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
                 size = models[0]["models"][role]["parameters"]
-                point = Point(role if role != "student" else group.method, role, size, statistics.fmean(scores), deviation)
+                point = Point(
+                    role if role != "student" else group.method, role, size, statistics.fmean(scores), deviation
+                )
                 points = panels.setdefault((group.task, group.metric), [])
                 points += [point] if point not in points else []
     return panels

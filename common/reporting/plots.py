@@ -4,16 +4,17 @@ The colours are those of Okabe and Ito, which colour-blind readers can distingui
 """
 
 import io
-import itertools
 import math
 import re
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from kd.common.reporting.tables import words
 from kd.common.utils.files import write_bytes
@@ -26,103 +27,100 @@ STYLES = {  # colour, line, marker: each alone identifies the stage
 OTHER_STYLES = [("#CC79A7", "-.", "D"), ("#E69F00", ":", "v"), ("#56B4E9", "--", "P"), ("#000000", "-", "X")]
 PAPER: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 GREY = "0.45"
+FINAL_SIZE = 9  # of the circles around final scores
 LABEL_SIZE, LABEL_DISTANCE, LABEL_HEIGHT = 7, 8, 9.5  # of the labels of points, in typographic points
 History = dict[str, list[dict[str, Any]]]  # stage -> its log
 Curve = list[tuple[float, float]]
+Style = tuple[str, str, str]
 
 
 # ---------------------------------------------------------------- training curves
 
 
 def plot_curves(path: str | Path, history: History, results: dict[str, Any], progress: str = "epoch") -> None:
-    """A panel for each kind of training loss and one for the primary metric on evaluation data, over `progress`, with
+    """A panel for the primary metric on evaluation data and one for each kind of training loss, over `progress`, with
     a line per stage.
 
     `history` maps a stage to its log dictionaries, as in the `state.log_history` of transformers.Trainer: `progress`
     (such as "epoch") with "loss", its parts "loss_NAME", or "eval_" + the primary metric. The final score of each
-    model, as in the table of the report, is a large marker; without evaluations during training, as of a downloaded
+    model, as in the table of the report, is a circle; without evaluations during training, as of a downloaded
     teacher, it is a dotted line.
     """
-    losses = _losses(history, progress)
-    columns = min(len(losses) + 1, 3)
-    rows = math.ceil((len(losses) + 1) / columns)
+    losses, styles = _losses(history, progress), _styles(history, results)
+    count = len(losses) + 1
+    columns = 2 if count == 4 else min(count, 3)
+    rows = math.ceil(count / columns)
+    end = max((entry[progress] for log in history.values() for entry in log if progress in entry), default=1)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(max(3.1 * columns, 6.2), 2.6 * rows + 0.4), dpi=200, layout="constrained")
         metric, *panels = figure.subplots(rows, columns, squeeze=False).flat
-        styles = _styles(history, results)
         _draw_metric(metric, history, results, progress, styles)
-        _label(metric, progress, words(results["primary_metric"]["name"]))
         for axes, (kind, curves) in zip(panels, losses.items(), strict=False):
+            axes.set_ylabel(_capitalized(f"{kind} loss (weighted)" if kind else "training loss"))
             for stage, curve in curves.items():
                 _draw(axes, stage, styles[stage], curve)
-            _label(axes, progress, f"{kind} loss (weighted)" if kind else "training loss")
-        for axes in panels[len(losses) :]:
-            axes.set_visible(False)
+        for axes in figure.axes:
+            axes.set_visible(bool(axes.lines))
+            axes.set(xlabel=_capitalized(progress.replace("_", " ")), xlim=(0, 1.04 * end))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=end >= 3, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(EngFormatter(sep="") if end >= 10_000 else ScalarFormatter())
+            axes.grid(alpha=0.25, linewidth=0.6)
         _add_legend(figure)
         save_figure(figure, path)
 
 
 def _losses(history: History, progress: str) -> dict[str, dict[str, Curve]]:
-    """Kind of loss -> stage -> curve. A kind sums the numbered parts of an objective, such as hidden_0 and hidden_1.
-    The kind of a log without parts is empty.
+    """Kind of loss -> stage -> curve. A kind is the sum of numbered parts, such as hidden_0 and hidden_1. A log
+    without parts has one loss, of the kind "".
     """
     losses: dict[str, dict[str, Curve]] = {}
     for stage, log in history.items():
-        parts = dict.fromkeys(name for entry in log for name in entry if name.startswith("loss_")) or {"loss": None}
         kinds: dict[str, list[str]] = {}
-        for part in parts:
-            kinds.setdefault(words(re.sub(r"(_\d+|_pooled)*$", "", part.removeprefix("loss").removeprefix("_"))), []).append(part)
-        for kind, names in kinds.items():
-            logged = [entry for entry in log if progress in entry and all(name in entry for name in names)]
+        for part in dict.fromkeys(name for entry in log for name in entry if name.startswith("loss_")) or ["loss"]:
+            kind = re.sub(r"(_\d+|_pooled)*$", "", part.removeprefix("loss").removeprefix("_"))
+            kinds.setdefault(words(kind), []).append(part)
+        for kind, parts in kinds.items():
+            logged = [entry for entry in log if progress in entry and all(part in entry for part in parts)]
             if logged:
-                curve = [(entry[progress], sum(entry[name] for name in names)) for entry in logged]
+                curve = [(entry[progress], sum(entry[part] for part in parts)) for entry in logged]
                 losses.setdefault(kind, {})[stage] = curve
     return losses
 
 
 def _draw_metric(
-    axes: Axes, history: History, results: dict[str, Any], progress: str, styles: dict[str, tuple[str, str, str]]
+    axes: Axes, history: History, results: dict[str, Any], progress: str, styles: dict[str, Style]
 ) -> None:
     """The evaluations during training, the final scores, and chance level."""
-    primary = results["primary_metric"]
-    for stage, style in styles.items():
-        key = f"eval_{primary['name']}"
-        curve = [(entry[progress], entry[key]) for entry in history.get(stage, []) if {key, progress} <= entry.keys()]
-        model = results["models"].get(stage)
-        final = model["metrics"][primary["split"]][primary["name"]] if model else None
-        _draw(axes, stage, style, curve)
-        if final is not None and curve:
-            axes.plot(curve[-1][0], final, style[2], color=style[0], markerfacecolor="none", ms=8, mew=1.3, clip_on=False)
-        elif final is not None:
-            axes.axhline(final, color=style[0], linestyle=":", linewidth=1.3, label=words(stage))
+    split, name = results["primary_metric"]["split"], results["primary_metric"]["name"]
+    axes.set_ylabel(_capitalized(words(name) if split == "test" else f"{split} {words(name)}"))  # no curve is of test
+    for stage, (colour, line, marker) in styles.items():
+        logged = [entry for entry in history.get(stage, []) if f"eval_{name}" in entry and progress in entry]
+        curve = [(entry[progress], entry[f"eval_{name}"]) for entry in logged]
+        _draw(axes, stage, (colour, line, marker), curve)
+        if (model := results["models"].get(stage)) is None:
+            continue
+        final = model["metrics"][split][name]
+        if curve:
+            axes.plot(curve[-1][0], final, "o", color=colour, markerfacecolor="none", ms=FINAL_SIZE, mew=1.1)
+        else:
+            axes.axhline(final, color=colour, linestyle=":", linewidth=1.3, label=words(stage))
     if results.get("chance") is not None:
         axes.axhline(results["chance"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="chance")
     if results.get("lower_is_better"):
         axes.set_yscale("log")
 
 
-def _styles(history: History, results: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+def _styles(history: History, results: dict[str, Any]) -> dict[str, Style]:
     stages = dict.fromkeys([*STYLES, *results["models"], *history])
-    others = [stage for stage in stages if stage not in STYLES]
-    return STYLES | {stage: OTHER_STYLES[i % len(OTHER_STYLES)] for i, stage in enumerate(others)}
+    return STYLES | dict(zip((stage for stage in stages if stage not in STYLES), cycle(OTHER_STYLES), strict=False))
 
 
-def _draw(axes: Axes, stage: str, style: tuple[str, str, str], curve: Curve) -> None:
+def _draw(axes: Axes, stage: str, style: Style, curve: Curve) -> None:
     if not curve:
         return
     colour, line, marker = style
-    every = max(1, len(curve) // 12)
-    axes.plot(*zip(*curve, strict=True), line, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.3, label=words(stage))
-
-
-def _label(axes: Axes, progress: str, quantity: str) -> None:
-    axes.set_xlabel(_capitalized(progress.replace("_", " ")))
-    axes.set_ylabel(_capitalized(quantity))
-    last = max((max(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 2 or line.get_marker() != "None"), default=1)
-    axes.set_xlim(0, last * 1.04)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=last >= 3, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.25, linewidth=0.6)
+    every, (places, values) = max(1, len(curve) // 12), zip(*curve, strict=True)
+    axes.plot(places, values, line, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.3, label=words(stage))
 
 
 def _capitalized(text: str) -> str:
@@ -131,9 +129,14 @@ def _capitalized(text: str) -> str:
 
 def _add_legend(figure: Figure) -> None:
     """One legend below all panels."""
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if any(line.get_markersize() == FINAL_SIZE for axes in figure.axes for line in axes.lines):
+        entries["final score"] = Line2D([], [], marker="o", linestyle="", color=GREY, markerfacecolor="none")
+    if entries:
+        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=6, frameon=False)
 
 
 def save_figure(figure: Figure, path: str | Path, **options: Any) -> None:
@@ -157,8 +160,8 @@ class Point(NamedTuple):
 
 
 def plot_quality(path: str | Path, panels: dict[tuple[str, str], list[Point]]) -> None:
-    """Quality against size: a panel for each (task, metric), a labelled point for each model. Controls are hollow; bars
-    are standard deviations over seeds.
+    """Quality against size: a panel for each (task, metric), a labelled point for each model. Controls are hollow, and
+    bars are standard deviations over seeds.
     """
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
@@ -178,7 +181,7 @@ def plot_quality(path: str | Path, panels: dict[tuple[str, str], list[Point]]) -
 
 
 def _draw_points(axes: Axes, points: list[Point]) -> None:
-    for label, role, size, mean, deviation in points:
+    for _, role, size, mean, deviation in points:
         colour, _, marker = STYLES[role]
         face = "none" if role == "control" else colour
         axes.errorbar(size, mean, deviation, fmt="none", color=colour, elinewidth=1, capsize=2)

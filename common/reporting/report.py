@@ -10,8 +10,7 @@ from kd.common.metrics.quality import AT_CHANCE
 from kd.common.reporting.plots import plot_curves
 from kd.common.reporting.results import RESULTS, Results, Schema, primary_score, validate
 from kd.common.reporting.tables import markdown, number, percent, print_rich, si, words
-from kd.common.utils.files import write_json, write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import write_json, write_text, writing_folder
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -35,7 +34,7 @@ def write_report(
 def print_table(results: Results) -> None:
     """Prints the table of the models and the headline of a run."""
     header, rows = model_table(results)
-    print_rich(header[:-1], [row[:-1] for row in rows], title(results), headline(results))
+    print_rich(header[:-1], [row[:-1] for row in rows], title(results), "\n".join(_sentences(results)))
 
 
 def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
@@ -93,7 +92,16 @@ def model_table(results: Results) -> Table:
     """A row for each model: score, size and speed."""
     models = {stage: model for stage, model in results["models"].items() if model}
     batches = ", ".join(str(batch) for batch in sorted({model["latency_ms"]["batch"] for model in models.values()}))
-    header = ["model", "name", _metric(results), "parameters", "MB", "FLOPs", f"ms (batch {batches})", "90th percentile"]
+    header = [
+        "model",
+        "name",
+        _metric(results),
+        "parameters",
+        "MB",
+        "FLOPs",
+        f"ms (batch {batches})",
+        "90th percentile",
+    ]
     rows = []
     for stage, model in models.items():
         latency = [number(model["latency_ms"][key]) for key in ("median", "p90")]
@@ -151,19 +159,24 @@ def title(results: Results) -> str:
 
 
 def headline(results: Results) -> str:
-    """The student's score beside those of teacher, chance and control, its size and its speed."""
+    """The student's score compared with teacher, control and chance, and its size and speed."""
+    return " ".join(_sentences(results))
+
+
+def _sentences(results: Results) -> list[str]:
     if not results["models"]["student"]:
-        return "No student was trained."
-    sentences = [f"The student reaches a {_metric(results)} of {_score(results, 'student')}{_against_teacher(results)}"]
+        return ["No student was trained."]
+    score = _score(results, "student")
+    sentences = [f"The student reaches a {_metric(results)} of {score}{_against_teacher(results)}."]
     control, gain = results["models"]["control"], results["gain_over_control"]
     if gain is not None:
         difference = f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
-        sentences.append(f"The control ({control['name']}) reaches {_score(results, 'control')}: {difference}")
-    if results.get("chance") is not None:
-        sentences.append(f"Chance level is {number(results['chance'])}")
+        sentences.append(f"The control ({control['name']}) reaches {_score(results, 'control')}: {difference}.")
+    if results.get("chance") not in (None, results.get("floor")):
+        sentences.append(f"Chance level is {number(results['chance'])}.")
     if results["models"]["teacher"]:
         sentences.append(_size(results))
-    return ". ".join(sentences) + "."
+    return sentences
 
 
 def _against_teacher(results: Results) -> str:
@@ -175,7 +188,9 @@ def _against_teacher(results: Results) -> str:
     if results["retention"] is None or lower:
         return f", the teacher's is {score}" + (" (lower is better)" if lower else "")
     share, floor = f"{results['retention']:.1%}", results.get("floor", 0.0)
-    return f", {share} of " + (f"the way from {number(floor)} (no skill) to " if floor else "") + f"the teacher's {score}"
+    return (
+        f", {share} of " + (f"the way from {number(floor)} (no skill) to " if floor else "") + f"the teacher's {score}"
+    )
 
 
 def _useless_teacher(results: Results) -> str | None:
@@ -193,7 +208,7 @@ def _size(results: Results) -> str:
     teacher, student = results["models"]["teacher"], results["models"]["student"]
     size = student["parameters"] / max(teacher["parameters"], 1)
     seconds = student["latency_ms"]["median"] / max(teacher["latency_ms"]["median"], 1e-9)
-    return f"The student has {percent(size)} of the teacher's parameters and needs {percent(seconds)} of its time"
+    return f"The student has {percent(size)} of the teacher's parameters and needs {percent(seconds)} of its time."
 
 
 def _metric(results: Results) -> str:
@@ -220,7 +235,7 @@ class Savable(Protocol):
 def save_student(
     folder: Path, student: Savable, results: Results, usage: str, processor: Savable | None = None, **metadata: Any
 ) -> None:
-    """Writes a student, its `processor` and its model card, atomically. See `model_card` for `usage` and `metadata`."""
+    """Writes a student, its `processor` and its model card, atomically; `usage` and `metadata` as of `model_card`."""
     with writing_folder(folder) as partial:
         for part in (student, processor):
             if part is not None:

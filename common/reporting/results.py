@@ -14,6 +14,7 @@ RECIPE, RESULTS = "recipe.yaml", "results.json"  # written when a run starts, an
 
 # ---------------------------------------------------------------- the schema, version 1
 
+
 class Latency(BaseModel):
     batch: int
     median: float

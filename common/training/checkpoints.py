@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import CHECKSUMS, find_damage, read_checksums, write_checksums, writing_folder
+from kd.common.utils.files import CHECKSUMS, find_damage, read_checksums, write_checksums, writing_folder
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"

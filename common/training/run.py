@@ -1,8 +1,8 @@
 """A run: its folder, its stages and its seeds. A killed run continues where it stopped.
 
-A run is a chain of stages (train the teacher, align the student, ...), each of which results in a model. A finished
-stage is saved in `stages/NAME`, complete or not at all; a running one writes checkpoints to `checkpoints/NAME`. Every
-stage starts from the run's seed, so its result does not depend on which processes finished the earlier ones.
+A run is a sequence of stages (train the teacher, align the student, ...), each of which produces a model. A finished
+stage is saved in `stages/NAME`, complete or not at all; a running stage writes checkpoints to `checkpoints/NAME`. Each
+stage starts from the run's seed, so its result does not depend on which processes finished the earlier stages.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import datasets
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -28,33 +28,34 @@ from kd.common.metrics.quality import normalized_return
 from kd.common.reporting.report import Savable, print_table, save_student, write_report
 from kd.common.reporting.results import RECIPE, RESULTS, over_seeds
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.attention import eager_attention_on_cpu
-from kd.common.training.progress import StageProgress
+from kd.common.training.inference import eager_attention_on_cpu
 from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
+from kd.common.utils.files import CHECKSUMS, find_damage, read_json, write_json, writing_folder
 
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
 
 STAGE = "stage.json"
+TIMES = frozenset({"runtime", "samples_per_second", "steps_per_second"})
 
 
 class Run:
     """Opens the output folder of `args` for a new run, or to continue one.
 
-    `instances` are the other argument objects of the script; all of them are saved as the run's recipe. Raises
-    UserError where the folder holds another run, or one that was started with other arguments.
+    Args:
+        instances: The other argument objects of the script. All arguments are saved as the run's recipe.
+
+    Raises UserError if the folder contains another run, or one that was started with other arguments.
     """
 
-    last_file = RESULTS  # a run that has it is finished
+    last_file = RESULTS  # a run with this file is finished
     files: tuple[str, ...] = RUN_FILES  # patterns of the files that it writes outside of stages/ and student/
-    reports: tuple[str, ...] = (".",)  # folders, inside the run's, with a report each
-    may_change: frozenset[str] = frozenset()  # arguments that may be others when the run is continued
-    shared_by_seeds = ".."  # where runs in seedN find stages, relative to their folder; may contain {seed}
+    reports: tuple[str, ...] = (".",)  # folders with a report, relative to the run's folder
+    may_change: frozenset[str] = frozenset()  # arguments that may change when the run is continued
+    shared_by_seeds = ".."  # where seed runs look for stages, relative to their folder; may contain {seed}
 
     def __init__(self, args: RunSettings, *instances: Any) -> None:
         self.args, self.instances, self.folder = args, instances, Path(str(args.output_dir))
@@ -62,26 +63,26 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
-        transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
+        transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its bar
         datasets.disable_progress_bars()
         self._open()
 
     def _open(self, shared: str | None = None) -> None:
         """Opens the folder. `shared`: another folder, relative to it, whose finished stages this run uses."""
-        self._marked: RunFolder | None = None  # in the main process alone, which writes
+        self._run_folder: RunFolder | None = None  # only in the main process, which writes
         with PartialState().main_process_first():
             if PartialState().is_main_process:
-                self._marked = RunFolder(self.folder, self.files, shared)
-                self._marked.begin(self.args, (self.args, *self.instances), self.last_file, self.may_change)
+                self._run_folder = RunFolder(self.folder, self.files, shared)
+                self._run_folder.begin(self.args, (self.args, *self.instances), self.last_file, self.may_change)
         shared = read_mark(self.folder).get("shared")
         self.shared = None if shared is None else self.folder / shared
 
     def each_seed(self) -> Iterator[Self]:
-        """A run for each seed of `--seeds`, in the folder `seedN` inside this one; without `--seeds` this run itself.
-        Runs that are finished are skipped.
+        """A run for each seed of `--seeds`, in the folder `seedN` inside this one; without `--seeds`, this run.
+        Finished seed runs are skipped.
 
-        They share the stages that this run has built before, such as the teacher, with their times, and its warnings
-        and checked inputs.
+        They share the stages that this run has finished, such as the teacher, with their times, and its warnings and
+        checked inputs.
         """
         if self.args.seeds is None:
             yield self
@@ -89,11 +90,11 @@ class Run:
         for seed in self.args.seeds:
             files = [self.folder / f"seed{seed}" / name for name in (RECIPE, self.last_file)]
             begun, finished = broadcast_object_list([file.exists() for file in files])  # the same in all processes
-            run = self._of_seed(seed, resume=begun)
+            run = self._seed_run(seed, resume=begun)
             if not finished:
                 yield run
 
-    def _of_seed(self, seed: int, resume: bool) -> Self:
+    def _seed_run(self, seed: int, resume: bool) -> Self:
         run = copy.copy(self)
         run.folder = self.folder / f"seed{seed}"
         run.args = copy.copy(self.args)
@@ -102,14 +103,14 @@ class Run:
         run.history, run.seconds, run.warnings = dict(self.history), dict(self.seconds), list(self.warnings)
         run.started, run.seconds_before = time.perf_counter(), sum(self.seconds.values())
         run._open(self.shared_by_seeds.format(seed=seed))
-        if self._marked is not None and run._marked is not None:
-            inputs = {name: value for name, value in self._marked.fingerprints.items() if name != RECIPE}
-            run._marked.check_inputs(**inputs)
+        if self._run_folder is not None and run._run_folder is not None:
+            inputs = {name: value for name, value in self._run_folder.fingerprints.items() if name != RECIPE}
+            run._run_folder.check_inputs(**inputs)
         return run
 
     def summarize(self) -> None:
-        """Several seeds: writes results.json and report.md with means and standard deviations, and copies the student
-        of the first seed; prints the table. Only in the main process.
+        """With several seeds, in the main process: writes results.json and report.md with means and standard
+        deviations, copies the first seed's student, and prints the table.
         """
         if self.args.seeds is None or not PartialState().is_main_process:
             return
@@ -117,34 +118,31 @@ class Run:
             folder, runs = self.folder / name, [self.folder / f"seed{seed}" / name for seed in self.args.seeds]
             results = over_seeds([read_json(run / RESULTS) for run in runs]) | {"command": command()}
             results["seconds"]["total"] = self.total_seconds
-            if (runs[0] / "student").exists():
+            if (student := runs[0] / "student").exists():
                 with writing_folder(folder / "student") as partial:
-                    shutil.copytree(
-                        runs[0] / "student", partial, ignore=shutil.ignore_patterns(CHECKSUMS), dirs_exist_ok=True
-                    )
+                    shutil.copytree(student, partial, ignore=shutil.ignore_patterns(CHECKSUMS), dirs_exist_ok=True)
             write_report(folder, results, None)
             print_table(results)
             print(f"report:  {folder / 'report.md'}")
 
     def check_inputs(self, data: str, **models: nn.Module | PreTrainedTokenizerBase | None) -> None:
-        """Stores the fingerprints of the inputs that the run began with: data (its fingerprint), and pretrained models
-        and tokenizers by role. None for a model that the run trains itself.
+        """Stores the fingerprints of the run's inputs.
 
-        Raises UserError where a run that is continued began with others.
+        Args:
+            data: Fingerprint of the data.
+            models: Pretrained models and tokenizers by role; None for a model that the run trains.
+
+        Raises UserError if a run that is continued began with other inputs.
         """
-        if self._marked is not None:
-            begun = {role: model_fingerprint(model) for role, model in models.items() if model is not None}
-            self._marked.check_inputs(data=data, **begun)
+        if self._run_folder is not None:
+            roles = {role: model_fingerprint(model) for role, model in models.items() if model is not None}
+            self._run_folder.check_inputs(data=data, **roles)
 
     def stage(
-        self,
-        name: str,
-        build: Callable[[], Model],
-        load: Callable[[str], Model],
-        processor: Any = None,
+        self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any = None
     ) -> Model:
         """The model of a stage: loaded if the stage is finished, otherwise built, timed and saved with its
-        `processor` (tokenizer or image processor). Both have a `save_pretrained`.
+        `processor` (tokenizer or image processor). Both must have `save_pretrained`.
         """
         folder = self.stage_folder(name)
         if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
@@ -163,23 +161,22 @@ class Run:
                 model.save_pretrained(partial)  # type: ignore[attr-defined]
                 if processor is not None:
                     processor.save_pretrained(partial)
-                write_json(
-                    partial / STAGE, {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
-                )
+                record = {"seconds": self.seconds[name], "history": self.history.setdefault(name, [])}
+                write_json(partial / STAGE, record)
             self._remove_checkpoints(name)
         PartialState().wait_for_everyone()
         return model
 
     def stage_folder(self, name: str) -> Path:
-        """Where a stage is stored: in the `shared` folder if it is there already, otherwise in the run's."""
+        """Where a stage is stored: in the `shared` folder if it is there already, otherwise in the run's folder."""
         if self.shared is not None and (self.shared / "stages" / name).exists():
             return self.shared / "stages" / name
         return self.folder / "stages" / name
 
     def _remove_checkpoints(self, name: str) -> None:
-        """Those of a finished stage; a run that was killed meanwhile does it when it is continued."""
-        if self._marked is not None:
-            self._marked.remove_below(f"checkpoints/{name}")
+        """Removes the checkpoints of a finished stage. If a run is killed before, it does so when it is continued."""
+        if self._run_folder is not None:
+            self._run_folder.remove_below(f"checkpoints/{name}")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -190,7 +187,7 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
     def warn(self, text: str | None) -> None:
-        """Prints a warning, if there is one, in the main process, and keeps it for the report."""
+        """Prints a warning once, in the main process, and stores it for the report. None is ignored."""
         if text and text not in self.warnings:
             self.warnings.append(text)
             if PartialState().is_main_process:
@@ -198,7 +195,7 @@ class Run:
 
     @property
     def total_seconds(self) -> float:
-        """Since the start of the run. Earlier processes of a resumed run count with the stages that they finished."""
+        """Time since the start of the run. Of a resumed run, earlier processes count with their finished stages."""
         return time.perf_counter() - self.started + self.seconds_before
 
     def results(
@@ -214,10 +211,15 @@ class Run:
         lower_is_better: bool = False,
         **extra: Any,
     ) -> dict[str, Any]:
-        """The run's results.json: `models` are the entries of teacher, control, student (or None) and any others,
-        `split` and `metric` name the headline, `floor` is the metric's value for no skill at all (retention counts
-        from there), `extra` is shown in the report too. If `lower_is_better`, such as for a perplexity, retention is
-        teacher / student and the gain is control - student, so more is better for both.
+        """The content of the run's results.json.
+
+        Args:
+            models: Entries of teacher, control, student (or None) and any other models.
+            split, metric: The headline figure.
+            floor: The metric's value without any skill, from which retention counts.
+            lower_is_better: Such as for perplexity. Retention is then teacher / student and the gain is
+                control - student, so more is better for both.
+            extra: Further entries, which the report shows.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
@@ -251,8 +253,8 @@ class Run:
     def finish(
         self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
     ) -> None:
-        """In the main process: writes the student's folder and the report, and prints the table. Arguments are those
-        of `model_card.save_student`.
+        """In the main process: writes the student's folder and the report, and prints the table. The arguments are
+        those of `model_card.save_student`.
         """
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)
@@ -267,8 +269,11 @@ class TrainerRun(Run):
     args: KDTrainingArguments
 
     def train(self, name: str, model: Network, settings: dict[str, Any], **trainer: Any) -> Network:
-        """Trains the model of a stage, from its last checkpoint on. `settings` are training arguments of this stage
-        that differ from the run's, `trainer` the arguments of KDTrainer.
+        """Trains the model of a stage, starting from its last checkpoint.
+
+        Args:
+            settings: Training arguments of this stage that differ from the run's.
+            trainer: Arguments of KDTrainer.
         """
         args = copy.copy(self.args)
         args.output_dir = str(self.folder / "checkpoints" / name)
@@ -276,20 +281,54 @@ class TrainerRun(Run):
             args.eval_strategy = "no"
         for setting, value in settings.items():
             setattr(args, setting, value)
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # what its callback reads
-        trained = copy.deepcopy(model) if args.fsdp else model  # FSDP leaves a model in shards, for good
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
+        trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
-        if loop.pop_callback(ProgressCallback):  # not in notebooks, which have one of their own
+        if loop.pop_callback(ProgressCallback):  # not in notebooks, which use another callback
             loop.add_callback(StageProgress(name.replace("_", " ")))
         with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
             loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         loop.finish()
-        if args.fsdp:
-            model.load_state_dict(full_state(trained))
+        if args.fsdp:  # all weights, in each process
+            weights = trained.state_dict().items()
+            model.load_state_dict({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights})
         self.history[name] = loop.state.log_history
         return model
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The complete weights, in each process, of a model that may be sharded over several."""
-    return {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in model.state_dict().items()}
+class StageProgress(ProgressCallback):
+    """transformers' progress bar with the name of the stage, and logs in readable lines."""
+
+    training_bar: Any  # None before and after training, and in all processes but the main one
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.stage)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs is not None:
+            self.training_bar.write(f"{self.stage}, {log_line(logs)}")
+
+
+def log_line(logs: dict[str, Any]) -> str:
+    """`epoch 2: loss 1.18 (task 1.10, soft targets 0.08)`, `epoch 2: evaluation accuracy 0.49, f1 0.42`, or the
+    duration of the training.
+    """
+    if "train_runtime" in logs:
+        return f"{logs['train_runtime']:.0f} s, {logs['train_samples_per_second']:.0f} samples per second"
+    prefix = "loss_" if "loss" in logs else "eval_"
+    figures = ", ".join(
+        f"{name.removeprefix(prefix).replace('_', ' ')} {value:.4g}"
+        for name, value in logs.items()
+        if name.startswith(prefix) and isinstance(value, int | float) and name.removeprefix(prefix) not in TIMES
+    )
+    if prefix == "loss_":
+        figures = f"loss {logs['loss']:.4g}" + (f" ({figures})" if figures else "")
+    else:
+        figures = f"evaluation {figures}"
+    return f"epoch {logs.get('epoch', 0):.3g}: {figures}"

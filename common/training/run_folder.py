@@ -19,8 +19,16 @@ from kd.common.cli import recipe_of, save_recipe
 from kd.common.reporting.results import RECIPE, RESULTS
 from kd.common.utils.devices import command
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json
-from kd.common.utils.folders import CHECKSUMS, LOCK, FolderLock, lock_folder, read_checksums, sha256
+from kd.common.utils.files import (
+    CHECKSUMS,
+    LOCK,
+    FolderLock,
+    lock_folder,
+    read_checksums,
+    read_json,
+    sha256,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 

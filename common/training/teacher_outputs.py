@@ -1,12 +1,21 @@
-"""Cached outputs of a frozen teacher: computed once, stored as memory-mapped Arrow columns, read by sample id.
+"""Cached outputs of a frozen teacher: for a dataset (`TeacherOutputs`), or for the views of images (`TeacherViews`).
 
-The outputs of a frozen teacher are the same for every epoch, student and seed. Rows are found by sample id, never by
-position, so that shuffling, resuming or another batch size cannot pair a sample with the outputs of another. The
-columns are written in shards, each with checksums: a process that was killed continues after its last whole shard, and
-a damaged one is computed again. Only the rows of a batch are read into memory, whatever the size of the dataset.
+A frozen teacher's outputs are the same in every epoch, for every student and seed. They are looked up by sample id,
+never by position, so shuffling, resuming or another batch size cannot assign them to another sample.
+
+`TeacherOutputs` are computed in one pass and stored as memory-mapped Arrow columns, in shards with checksums: a killed
+process continues after its last complete shard, and a damaged shard is computed again. Only the rows of a batch are
+read into memory, whatever the size of the dataset.
+
+`TeacherViews` are a table that training fills as it reaches the views. If a sample has a countable number of views (81
+crops x 2 flips of a small image), the first run fills the table, and later runs (another student or seed) read it. The
+file is sparse and memory-mapped: 50,000 images x 162 views x 100 classes take 1.6 GB.
 """
 
+import json
 import logging
+import math
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -26,14 +35,14 @@ from transformers import PreTrainedModel
 
 from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.outputs import FeatureHooks, Outputs, mean_logits
-from kd.common.training.batching import column_array, similar_length_order
-from kd.common.training.inference import Collate, run_inference
-from kd.common.utils.folders import CHECKSUMS, find_damage, writing_folder
+from kd.common.training.inference import Collate, column_array, run_inference, similar_length_order
+from kd.common.utils.errors import UserError
+from kd.common.utils.files import CHECKSUMS, find_damage, write_text, writing_folder
 
 logger = logging.getLogger(__name__)
 
-SHARD_BATCHES = 32  # in a shard, which is what a killed process computes again
-SHARD_FILE = "outputs.arrow"  # read by datasets.Dataset.from_file
+SHARD_BATCHES = 32  # batches in a shard, which a killed process computes again
+SHARD_FILE = "outputs.arrow"  # datasets.Dataset.from_file reads it
 Column = Any  # anything with a length and a tensor per row: Tensor, list or _ArrowColumn
 
 
@@ -55,20 +64,20 @@ class TeacherOutputs:
             raise ValueError("sample ids must be distinct")
 
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
-        """Outputs of these samples, features padded with zeros to `positions` (batch, positions, width).
+        """Outputs of these samples, with features padded with zeros to (batch, positions, width).
 
         Raises KeyError for a sample that is not in the cache.
         """
-        rows = self._rows_of(sample_ids.cpu())
-        features = {name: _padded(_take(column, rows), positions).to(device) for name, column in self.features.items()}
-        logits = None if self.logits is None else _stacked(self.logits, rows).to(device)
+        rows = self._rows(sample_ids.cpu())
+        features = {name: _batched(column, rows, positions).to(device) for name, column in self.features.items()}
+        logits = None if self.logits is None else _batched(self.logits, rows).to(device)
         return Outputs(logits=logits, features=features)
 
     def feature(self, name: str, sample_ids: Tensor) -> list[Tensor]:
         """One feature of these samples, without padding."""
-        return _take(self.features[name], self._rows_of(sample_ids))
+        return _take(self.features[name], self._rows(sample_ids))
 
-    def _rows_of(self, ids: Tensor) -> list[int]:
+    def _rows(self, ids: Tensor) -> list[int]:
         places = torch.searchsorted(self._sorted_ids, ids).clamp(max=len(self._sorted_ids) - 1)
         unknown = ids[self._sorted_ids[places] != ids]
         if len(unknown):
@@ -84,30 +93,30 @@ class JoinedOutputs(TeacherOutputs):
         self.caches = caches
 
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
-        found = [cache.batch(sample_ids, positions, device) for cache in self.caches]
-        features = {name: feature for outputs in found for name, feature in (outputs.features or {}).items()}
-        return Outputs(logits=mean_logits(found), features=features)
+        outputs = [cache.batch(sample_ids, positions, device) for cache in self.caches]
+        features = {name: feature for one in outputs for name, feature in (one.features or {}).items()}
+        return Outputs(logits=mean_logits(outputs), features=features)
 
 
 def _take(column: Column, rows: list[int]) -> list[Tensor]:
-    taken = column.take(rows) if isinstance(column, _ArrowColumn) else [column[row] for row in rows]
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in taken})
-    return [tensor.to(dtype) for tensor in taken]
+    tensors = column.take(rows) if isinstance(column, _ArrowColumn) else [column[row] for row in rows]
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    return [tensor.to(dtype) for tensor in tensors]
 
 
-def _stacked(column: Column, rows: list[int]) -> Tensor:
-    return column[rows] if isinstance(column, Tensor) else torch.stack(_take(column, rows))
-
-
-def _padded(rows: list[Tensor], positions: int | None) -> Tensor:
-    if rows[0].dim() == 1:
-        return torch.stack(rows)
-    padded = pad_sequence(rows, batch_first=True)
+def _batched(column: Column, rows: list[int], positions: int | None = None) -> Tensor:
+    """Rows of a column as one tensor (batch, ...). Rows (positions, width) are padded."""
+    if isinstance(column, Tensor) and column.dim() == 2:
+        return column[rows]
+    tensors = _take(column, rows)
+    if tensors[0].dim() < 2:
+        return torch.stack(tensors)
+    padded = pad_sequence(tensors, batch_first=True)
     missing = (positions or padded.shape[1]) - padded.shape[1]
     return nn.functional.pad(padded, (0, 0, 0, missing))
 
 
-# ---- computing and storing ----
+# ---- computing and storing the outputs of a dataset ----
 
 
 def cache_teacher_outputs(
@@ -123,16 +132,18 @@ def cache_teacher_outputs(
 ) -> TeacherOutputs:
     """Runs a teacher once over a dataset with a column `sample_id`, or reads what an earlier call stored in `folder`.
 
-    `features` are outputs of submodules, {name: path}, recorded by the same hooks as those of a live teacher, and kept
-    in fp16 unless a value is out of its range. The cache belongs to the teacher's weights, the model inputs in
-    `dataset`, and the arguments. See `cache_outputs`.
+    The cache is valid for the teacher's weights, the model inputs in `dataset`, and these arguments.
+
+    Args:
+        features: {name: path of a submodule} whose outputs are stored as features, in fp16 unless a value is out of
+            its range. The same hooks record them as for a live teacher.
     """
     paths = dict(features or {})
 
     def call(**batch: Any) -> dict[str, Tensor]:
-        found = teacher(**batch)
+        model_output = teacher(**batch)
         outputs = {name: _half_precision(feature) for name, feature in hooks.take().items()}
-        return outputs | ({"logits": found.logits.float()} if logits else {})
+        return outputs | ({"logits": model_output.logits.float()} if logits else {})
 
     key = outputs_key(teacher, dataset_hash(dataset), precision, sorted(paths.items()), logits)
     hooks = FeatureHooks(teacher, paths)
@@ -152,19 +163,19 @@ def cache_outputs(
     precision: str = "fp32",
     batch_size: int = 64,
 ) -> TeacherOutputs:
-    """The outputs of `call`, as in `run_inference`, stored in `folder` under a key for all that decides them.
+    """The outputs of `call`, as in `run_inference`, stored in `folder` under a key that identifies all inputs.
 
-    Computes and stores shard by shard those that are missing, damaged or of another key. Several processes share the
-    work; the first one writes. An output named `logits` becomes the logits, any other a feature.
+    Computes and stores the shards that are missing, damaged or of another key. Several processes share the work; the
+    first one writes. An output named `logits` becomes the logits, any other a feature.
     """
     order = similar_length_order(dataset)
     shards = [rows.tolist() for rows in order.split(SHARD_BATCHES * batch_size)]
     folders = [Path(folder) / key[:20] / f"{number:05}" for number in range(len(shards))]
     ids = torch.from_numpy(column_array(dataset, "sample_id"))
     is_main = PartialState().is_main_process
-    missing = [n for n, path in enumerate(folders) if not _is_whole(path, key, ids[shards[n]])] if is_main else []
+    missing = [n for n, path in enumerate(folders) if not _is_complete(path, key, ids[shards[n]])] if is_main else []
     missing = broadcast_object_list([missing])[0]  # one decision for all processes
-    for number in tqdm(missing, desc="teacher", disable=not (is_main and missing), leave=False):
+    for number in tqdm(missing, "teacher", leave=False) if is_main and missing else missing:
         rows = dataset.select(shards[number])
         outputs = run_inference(model, call, rows, collate, precision, batch_size)
         if is_main:
@@ -177,29 +188,29 @@ def cache_outputs(
     return TeacherOutputs(ids[order], columns.pop("logits", None), columns)
 
 
-def _half_precision(states: Tensor) -> Tensor:
-    """In fp16, unless a value is out of its range, as single ones of large models are."""
-    half = states.half()
-    return half if half.isfinite().all() else states.float()
+def _half_precision(feature: Tensor) -> Tensor:
+    """In fp16, unless a value is out of its range, as a few values of large models are."""
+    half = feature.half()
+    return half if half.isfinite().all() else feature.float()
 
 
-def _is_whole(folder: Path, key: str, sample_ids: Tensor) -> bool:
+def _is_complete(folder: Path, key: str, sample_ids: Tensor) -> bool:
     if not folder.exists():
         return False
     damage = find_damage(folder)
     if damage is None:
         table = _read(folder)
-        is_ours = (table.schema.metadata or {}).get(b"key") == key.encode()
-        if is_ours and np.array_equal(table["sample_id"].to_numpy(), sample_ids):
+        same_key = (table.schema.metadata or {}).get(b"key") == key.encode()
+        if same_key and np.array_equal(table["sample_id"].to_numpy(), sample_ids):
             return True
-        damage = f"{folder} belongs to something else"
-    logger.warning("teacher outputs: %s; computing them anew", damage)
+        damage = f"{folder} was stored for another teacher or dataset"
+    logger.warning("teacher outputs: %s; computing them again", damage)
     return False
 
 
 def _write(folder: Path, key: str, outputs: dict[str, list[Tensor]]) -> None:
     table = pa.table({name: _arrow_array(rows) for name, rows in outputs.items()}, metadata={"key": key})
-    for name in (SHARD_FILE, CHECKSUMS):  # of a shard that is damaged
+    for name in (SHARD_FILE, CHECKSUMS):  # of a damaged shard
         (folder / name).unlink(missing_ok=True)
     with writing_folder(folder) as partial, pa.ipc.new_stream(str(partial / SHARD_FILE), table.schema) as writer:
         writer.write_table(table)
@@ -211,7 +222,7 @@ def _read(folder: Path) -> pa.Table:
 
 
 def _arrow_array(rows: list[Tensor]) -> pa.Array:
-    """Numbers as they are, vectors of one size as fixed-size lists, anything else as lists of positions."""
+    """Scalars as numbers, vectors of one size as fixed-size lists, anything else as lists of positions."""
     if len({row.shape for row in rows}) == 1 and rows[0].dim() < 2:
         return _fixed_size(torch.stack(rows))
     offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int64())
@@ -224,7 +235,7 @@ def _fixed_size(values: Tensor) -> pa.Array:
 
 
 class _ArrowColumn:
-    """A column of all shards, one tensor per row. Only the rows that are taken are read into memory."""
+    """A column of all shards, with one tensor per row. Only the rows that are taken are read into memory."""
 
     def __init__(self, shards: Sequence[pa.ChunkedArray]) -> None:
         self.shards = [_numpy(shard.chunk(0)) for shard in shards]
@@ -234,19 +245,90 @@ class _ArrowColumn:
         return int(self.starts[-1])
 
     def take(self, rows: Sequence[int]) -> list[Tensor]:
-        found = []
+        tensors = []
         for row in rows:
             shard = bisect_right(self.starts, row) - 1
             (values, offsets), place = self.shards[shard], row - self.starts[shard]
             part = values[place] if offsets is None else values[offsets[place] : offsets[place + 1]]
-            found.append(torch.tensor(part))
-        return found
+            tensors.append(torch.tensor(part))
+        return tensors
 
 
 def _numpy(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values of an array without a copy; of lists of positions also the offsets of the rows."""
+    """Values of an array without a copy; for lists of positions also the offsets of the rows."""
     is_list = pa.types.is_large_list(array.type)
     values = array.values if is_list else array
     width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else 0
     numbers = values.flatten().to_numpy().reshape(-1, width) if width else values.to_numpy()
     return numbers, array.offsets.to_numpy() if is_list else None
+
+
+# ---- a table of all views ----
+
+
+class TeacherViews:
+    """Logits (samples * views, classes) in fp16 in a folder, row sample_id * views + view.
+
+    Each row has a checksum, 0 while the row is empty. A row that does not match its checksum is computed again: it was
+    damaged, truncated or never filled. Several processes may fill a table, because all write the same values.
+    Computed logits are rounded to fp16 too, so training does not depend on how many rows were filled.
+
+    Args:
+        key: Identifies the teacher's weights, the data and the precision (`fingerprints.outputs_key`). Tables of other
+            keys in the folder are not changed.
+    """
+
+    def __init__(self, folder: str | Path, key: str, samples: int, views: int, classes: int) -> None:
+        self.views = views
+        path = Path(folder) / key[:20]
+        path.mkdir(parents=True, exist_ok=True)
+        description = json.dumps({"samples": samples, "views": views, "classes": classes, "key": key})
+        shape = path / "shape.json"  # for people who read the folder
+        if not shape.exists() or shape.read_bytes() != description.encode():
+            write_text(shape, description)
+        self._start = zlib.crc32(description.encode())  # rows of a table of another shape do not match
+        self.logits = _table(path / "logits.f16", np.dtype(np.float16), (samples * views, classes))
+        self.checksums = _table(path / "checksums.u32", np.dtype(np.uint32), (samples * views,))
+        self._damage_reported = False
+
+    def batch(self, sample_ids: Tensor, views: Tensor, compute: Callable[[Tensor], Tensor]) -> Outputs:
+        """Logits (batch, classes) of views (batch,) of samples (batch,).
+
+        `compute(rows)` returns the teacher's logits for those rows of the batch that are not in the table.
+        """
+        rows = (sample_ids * self.views + views).cpu().numpy()
+        logits, checksums = self.logits[rows], self.checksums[rows]
+        missing = np.flatnonzero(self._row_checksums(rows, logits) != checksums)
+        if len(missing):
+            if checksums[missing].any() and not self._damage_reported:
+                logger.warning("%s is damaged: rows with a wrong checksum are computed again", self.logits.filename)
+                self._damage_reported = True
+            logits[missing] = compute(torch.from_numpy(missing).to(sample_ids.device)).float().cpu().numpy()
+            self._write(rows[missing], logits[missing])
+        return Outputs(logits=torch.from_numpy(logits).float().to(sample_ids.device))
+
+    def _row_checksums(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """Checksums of the logits and the number of each row, so no row matches in place of another; never 0."""
+        starts = (int(row + self._start) % 2**32 for row in rows)
+        checksums = (zlib.crc32(values, start) or 1 for values, start in zip(logits, starts, strict=True))
+        return np.fromiter(checksums, np.uint32, len(rows))
+
+    def _write(self, rows: np.ndarray, logits: np.ndarray) -> None:
+        """Uses ordinary writes: on a full disk, a write to mapped memory would kill the process. Checksums are written
+        last, so a killed run leaves no row with a checksum and no logits.
+        """
+        for table, values in ((self.logits, logits), (self.checksums, self._row_checksums(rows, logits))):
+            try:
+                with open(str(table.filename), "r+b") as file:
+                    for row, value in zip(rows, values, strict=True):
+                        file.seek(int(row) * value.nbytes)
+                        file.write(value.tobytes())
+            except OSError as error:
+                raise UserError(f"cannot write {table.filename}: {error.strerror}") from None
+
+
+def _table(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A file as an array. It is extended with zeros that take no disk space; its other content is kept."""
+    with path.open("ab") as file:
+        file.truncate(math.prod(shape) * dtype.itemsize)
+    return np.memmap(path, dtype, mode="r", shape=shape)

@@ -32,11 +32,10 @@ from kd.common.training.batch_norm import (
     release_batch_norms,
     synchronize_batch_norms,
 )
-from kd.common.training.batching import LengthGroupedSampler, column_array
 from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
+from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.side_by_side import SideBySideObjective
-from kd.common.training.teacher_outputs import TeacherOutputs
-from kd.common.training.teacher_views import TeacherViews
+from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
 from kd.common.utils.errors import UserError, recording_interrupts
 from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
 

@@ -1,9 +1,9 @@
-"""What importing the project does first, before anything that takes seconds to import: Ctrl-C, and torchvision.
+"""What importing the project does first, before slow imports: signals, progress bars and torchvision's operators.
 
-torchvision's wheels are built against CUDA torch. With a CPU-only torch their C++ library does not load, so the
-operators `torchvision::nms` and `torchvision::qnms` are never declared, and `import torchvision` (hence timm, and the
-Trainer of transformers) fails while it registers their meta functions. Declaring the two schemas is sufficient:
-nothing in this project calls the operators themselves.
+torchvision's wheels are built for CUDA torch. With a CPU-only torch their C++ library does not load, so the operators
+`torchvision::nms` and `torchvision::qnms` are never declared, and `import torchvision` (hence timm, and the Trainer of
+transformers) fails while it registers their meta functions. Declaring the two schemas is sufficient: nothing in this
+project calls the operators.
 """
 
 import importlib.machinery
@@ -18,32 +18,35 @@ SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_libraries: list[Any] = []  # a torch.library.Library withdraws its declarations when it is garbage-collected
+_libraries: list[Any] = []  # a garbage-collected torch.library.Library withdraws its declarations
 
 
 def exit_on_interrupt(*_: object) -> None:
-    """Handler of Ctrl-C while a script still imports, where imported code would swallow or garble an exception."""
+    """Handler of Ctrl-C during imports, where imported code would swallow or garble an exception."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
-def handle_interrupts_while_importing() -> None:
-    """Installs `exit_on_interrupt` in the project's programs, not in notebooks and other programs.
-
-    `kd.common.cli.run` restores Python's handler.
+def prepare_script() -> None:
+    """In the project's scripts, but not in notebooks and other programs: handles Ctrl-C during imports by
+    `exit_on_interrupt`, until `kd.common.cli.run` restores Python's handler, and disables tqdm's progress bars unless
+    stderr is a terminal.
     """
     module = any(word.startswith("kd.common.") for word in sys.orig_argv[1:3])
-    is_script = module or Path(sys.argv[0]).resolve().parent.name == "scripts"
-    if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if not module and Path(sys.argv[0]).resolve().parent.name != "scripts":
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_on_interrupt)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
 
 
 def declare_missing_operators() -> list[str]:
-    """Declares those schemas that are missing; returns their names. Call before the first import of torchvision.
+    """Declares the missing schemas and returns their names. Call it before the first import of torchvision.
 
-    A no-op where torchvision is absent, already imported, or has a C++ library that loads.
+    Does nothing if torchvision is absent or already imported, or if its C++ library loads.
     """
-    import torch  # takes seconds, in which Ctrl-C already has its handler
+    import torch  # takes seconds, during which Ctrl-C is handled already
 
     if "torchvision" in sys.modules or _operator_library_loads():
         return []
@@ -52,7 +55,7 @@ def declare_missing_operators() -> list[str]:
     for name, schema in SCHEMAS.items():
         try:
             library.define(schema)
-        except RuntimeError:  # declared already
+        except RuntimeError:  # already declared
             continue
         declared.append(name)
     _libraries.append(library)
@@ -64,7 +67,7 @@ def _operator_library_loads() -> bool:
 
     spec = importlib.util.find_spec("torchvision")  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:
-        return True  # without torchvision there is nothing to declare
+        return True  # nothing to declare without torchvision
     details = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
     extension = importlib.machinery.FileFinder(spec.submodule_search_locations[0], details).find_spec("_C")
     if extension is None or extension.origin is None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import datasets
 from PIL import Image
 
-from kd.common.data.labels import in_order, some
+from kd.common.data.labels import shorten_list, sort_labels
 from kd.common.data.sources import SPLIT_NAMES, Splits
 from kd.common.utils.errors import UserError
 
@@ -35,7 +35,7 @@ def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Split
         _check_split(root, split, place, pictures[split], files)
     notes += _left_out(root, places, pictures, files)
     classes = {split: [_class_of(place, path) for path in pictures[split]] for split, place in places.items()}
-    names = in_order({name for of_split in classes.values() for name in of_split if name is not None})
+    names = sort_labels({name for of_split in classes.values() for name in of_split if name is not None})
     ids: dict[str | None, int | None] = {None: None, **{name: number for number, name in enumerate(names)}}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     columns = {
@@ -68,7 +68,7 @@ def _split_folders(root: Path, files: "Files", needs_train: bool) -> dict[str, P
         _refuse_classless(root, files.pictures[0], files)
     if not needs_train:
         return {"test": root}
-    raise UserError(f"{root} has no train split, only {some([path.name for path in inside])}: {PLACE}")
+    raise UserError(f"{root} has no train split, only {shorten_list([path.name for path in inside])}: {PLACE}")
 
 
 def _check_split(root: Path, split: str, place: Path, pictures: list[Path], files: "Files") -> None:
@@ -125,7 +125,7 @@ def _instead(root: Path, others: list[Path]) -> str:
 
 
 def _names(root: Path, paths: list[Path]) -> str:
-    return some([str(path.relative_to(root)) for path in paths])
+    return shorten_list([str(path.relative_to(root)) for path in paths])
 
 
 # ---------------------------------------------------------------- which files are pictures

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.labels import renumber, some
-from kd.common.data.sources import set_aside, short_name, stratified
+from kd.common.data.labels import map_label_ids, shorten_list
+from kd.common.data.sources import choose_validation, short_name, stratified
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.sources import Rows, read_rows
 from kd.image_classification.data.views import ImageViews, LargeViews, StrongViews, Views
@@ -146,7 +146,7 @@ def load_image_data(
     if label_names is not None:
         splits.pop("train", None)
         ids = {split: rows.labels.numpy() for split, rows in splits.items()}
-        ids = renumber(dataset, ids, class_names, label_names)
+        ids = map_label_ids(dataset, ids, class_names, label_names)
         splits = {split: replace(rows, labels=torch.from_numpy(ids[split])) for split, rows in splits.items()}
         class_names = label_names
         if image_size and any(rows.image(0).size != (image_size, image_size) for rows in splits.values()):
@@ -166,7 +166,7 @@ def _divide(
     """Train with so many images, and validation, where there is to be one, and test."""
     train = splits.get("train")
     if train is not None and "validation" not in splits and validation_share > 0:
-        aside = set_aside(train.labels.numpy(), notes, validation_share, " or pass another --validation_share")
+        aside = choose_validation(train.labels.numpy(), notes, validation_share, " or pass another --validation_share")
         splits["validation"], train = (train[torch.from_numpy(chosen)] for chosen in (aside, ~aside))
     if train is not None and not {"validation", "test"} & splits.keys():
         raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
@@ -185,7 +185,9 @@ def _missing_classes(splits: dict[str, Rows], names: list[str]) -> list[str]:
         there = set(rows.labels.tolist())
         missing = [name for number, name in enumerate(names) if number not in there]
         if missing:
-            lines.append(f"classes without an image in {split}: {len(missing):,} of {len(names):,} ({some(missing)})")
+            lines.append(
+                f"classes without an image in {split}: {len(missing):,} of {len(names):,} ({shorten_list(missing)})"
+            )
     return lines
 
 

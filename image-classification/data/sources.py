@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from kd.common.data.labels import read_labels, some
+from kd.common.data.labels import read_labels, shorten_list
 from kd.common.data.readers import READERS
-from kd.common.data.sources import SPLIT_NAMES, Known, Splits, holdout, list_folder, read_folder, read_splits
+from kd.common.data.sources import SPLIT_NAMES, KnownDatasets, Splits, holdout, list_folder, read_folder, read_splits
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.folders import read_class_folders
 
@@ -141,7 +141,7 @@ def embedded_digits() -> Splits:
     return {"train": rows.select(np.flatnonzero(~test)), "test": rows.select(np.flatnonzero(test))}
 
 
-KNOWN: Known = {
+KNOWN: KnownDatasets = {
     "digits": embedded_digits,
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
@@ -196,7 +196,7 @@ def _read_folder(folder: Path, needs_train: bool, notes: list[str]) -> Splits:
         return read_class_folders(folder, needs_train, notes)
     unread = [path.name for path in inside if path.is_dir() and path.name in SPLIT_NAMES]
     if unread:
-        notes.append(f"folders are not read where there are parquet files: {some(unread)}")
+        notes.append(f"folders are not read where there are parquet files: {shorten_list(unread)}")
     return read_folder(folder)
 
 

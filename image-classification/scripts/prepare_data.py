@@ -27,7 +27,7 @@ from kd.common.cli import parse, run
 from kd.common.reporting.plots import save_figure
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import added_files, writing_folder
+from kd.common.utils.files import added_files, writing_folder
 from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, channel_statistics
 from kd.image_classification.student_model.arguments import DataArguments
 

@@ -15,15 +15,15 @@ from kd.common.cli import parse, run
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
 from kd.image_classification.student_model.arguments import DataArguments
-from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe, load_encoder
-from kd.image_classification.student_model.forgetting import report
+from kd.image_classification.student_model.bottleneck import BottleneckProbe, load_encoder
 from kd.image_classification.student_model.incremental import (
     HeadInputs,
     HeadTraining,
     IncrementalArguments,
-    arrival,
     embed_images,
     fitted_bottleneck,
+    report,
+    split_tasks,
     trained_head,
 )
 
@@ -40,7 +40,7 @@ def main() -> None:
     args, data_args, run_args = parse(IncrementalArguments, DataArguments, RunArguments)
     run_args.output_dir = run_args.output_dir or f"runs/image-classification/{METHOD}"
     encoder, data = load_encoder(args.encoder, data_args.load())
-    arrival(data, args.classes_per_task, run_args.seed)  # raises where the classes do not fit
+    split_tasks(data, args.classes_per_task, run_args.seed)  # raises where the classes do not fit
     run = ForgettingRun(run_args, args, data_args)
     run.check_inputs(data.fingerprint, encoder=encoder)
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     for seed_run in run.each_seed():
         seed = seed_run.args.seed if args.order_seed is None else args.order_seed
-        tasks = arrival(data, args.classes_per_task, seed)
+        tasks = split_tasks(data, args.classes_per_task, seed)
         bottleneck = fitted_bottleneck(seed_run, encoder, data, args, embeddings["train"])
         with seed_run.timed("codes"):
             codes, vectors = (HeadInputs.of(model, embeddings, data) for model in (bottleneck, linear))

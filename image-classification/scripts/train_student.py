@@ -33,8 +33,8 @@ from kd.image_classification.student_model.methods import (
     PLAIN,
     SIMKD,
     check_kd_flags,
-    for_pair,
-    method_of,
+    image_method,
+    with_pair_arguments,
 )
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import sweep
@@ -129,12 +129,12 @@ def distill_student(
     """A student and its control, for each seed."""
     if args.method == SIMKD:
         raise UserError("simkd alone is train_simkd.py; here it is one of several --methods")
-    args.method = for_pair(args.method, pair)
+    args.method = with_pair_arguments(args.method, pair)
     check_kd_flags([args.method], training)
     data = data_args.load()
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)
-    method_for = method_of(args.method, training)
+    method_for = image_method(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = new_classifier(pair.student, data.config)
     for model in (student, teacher):

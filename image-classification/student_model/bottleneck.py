@@ -1,25 +1,42 @@
-"""A discrete key-value bottleneck instead of the head of an image classifier."""
+"""Discrete key-value bottlenecks of image classifiers: one that replaces the head of a classifier, and a probe, which
+is a bottleneck (or, for comparison, a linear layer) after a frozen encoder or after the pixels.
+
+The probe is that of Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240): keys after random
+projections, and values that are logits and are averaged over the codebooks.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from kd.common.bottleneck.arguments import BottleneckArguments, CodebookSize, Keys
+from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import labels, labels_and_soft_targets
+from kd.common.outputs import Outputs
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
+from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.distillation import ImageRun, read_stage
 from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
+from kd.image_classification.teacher_model.teacher import load_trained, trained_folder
 
 VALUE_LEARNING_RATE = 3e-2
-BATCH_SIZE = 250  # of the frozen networks
+BATCH_SIZE = 250  # for inference with the frozen networks
+PIXELS = "pixels"  # no encoder: the pixels are the embedding
+
+
+# ---- a bottleneck instead of a head ----
 
 
 @dataclass
@@ -30,7 +47,7 @@ class ImageBottleneckArguments(BottleneckArguments):
     value_epochs: Positive = field(default=20, metadata={"help": "epochs over the cached codes"})
 
     def value_settings(self, rate: float) -> dict[str, Any]:
-        """Training arguments for the values: AdamW, whatever the convolutions are trained with."""
+        """Training arguments for the values: AdamW, independent of the optimizer of the convolutions."""
         return {
             "dataloader_drop_last": False,
             "optim": "adamw_torch",
@@ -43,7 +60,7 @@ class ImageBottleneckArguments(BottleneckArguments):
 
 
 def with_bottleneck(encoder: ImageClassifier, shape: dict[str, Any]) -> ImageClassifier:
-    """The same backbone and projector, copied, with an untrained bottleneck instead of the head."""
+    """A copy of the classifier with an untrained bottleneck instead of its head."""
     config = ImageClassifierConfig(**{**encoder.config.to_dict(), "bottleneck": shape})
     model = ImageClassifier(config)
     weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith("head.")}
@@ -60,10 +77,10 @@ def replace_head(
     keys: Keys,
     teacher: ImageClassifier | None = None,
 ) -> ImageClassifier:
-    """A stage: a bottleneck instead of the head of a frozen classifier, trained, or loaded if the stage is finished.
+    """A stage: replaces the head of a frozen classifier by a bottleneck and trains it, or loads the finished stage.
 
-    Keys are fitted without labels; then (unless they are `reused`) the values learn from labels, and from the soft
-    targets of a `teacher`, whose bottleneck is the source of keys that are carried or reused.
+    Keys are fitted without labels. Unless they are `reused`, the values are then trained on the labels and on the soft
+    targets of a `teacher`. Carried and reused keys come from the bottleneck of the `teacher`.
     """
     args = run.args
 
@@ -96,7 +113,7 @@ def _samples(data: ImageData, split: str) -> Samples:
 
 
 def cached_logits(run: ImageRun, data: ImageData, teacher: ImageClassifier) -> TeacherOutputs:
-    """The teacher's logits of the training images, without augmentation."""
+    """Computes the teacher's logits for the training images, without augmentation."""
 
     def logits(**batch: Tensor) -> dict[str, Tensor]:
         return {"logits": teacher(**batch).logits.float()}
@@ -107,3 +124,117 @@ def cached_logits(run: ImageRun, data: ImageData, teacher: ImageClassifier) -> T
             teacher, logits, views, identity_collate, run.args.precision, BATCH_SIZE, description="teacher"
         )
     return TeacherOutputs(torch.arange(len(views)), torch.stack(outputs["logits"]))
+
+
+# ---- a probe after a frozen encoder ----
+
+
+class BottleneckProbeConfig(FrozenEncoderConfig):
+    """Configuration of a frozen encoder and of the head after it.
+
+    encoder_config: of an ImageClassifier, whose pooled features are the embedding; None if the pixels are.
+    image_size, mean, std: as in ImageClassifierConfig.
+    bottleneck: codebooks, codebook_size and key_dim of a `DiscreteKeyValueBottleneck`; None for a linear head.
+    """
+
+    model_type = "bottleneck_probe"
+    image_size: int = 32
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class BottleneckProbe(FrozenEncoderModel):
+    """Images (batch, 3, h, w) -> frozen encoder -> embedding (batch, width) -> head -> logits (batch, labels).
+
+    The head is a bottleneck with random projections and the mean decoder, or a linear layer. Both start at zero. The
+    model loads without the encoder's run, once this module is imported:
+
+        model = BottleneckProbe.from_pretrained("runs/image-classification/bottleneck_class_incremental/student")
+    """
+
+    config_class = BottleneckProbeConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: BottleneckProbeConfig) -> None:
+        super().__init__(config)
+        self.channels = len(config.mean or [0.0])  # grey images come as three equal channels
+        width, self.encoder = self.channels * config.image_size**2, None
+        if config.encoder_config is not None:
+            self.encoder = ImageClassifier(config.encoder_config)
+            width = _input_width(self.encoder.head)
+            self.encoder.head = nn.Identity()  # its classes may differ
+        self.head: DiscreteKeyValueBottleneck | nn.Linear
+        if config.bottleneck is not None:
+            shape = {"split": "projection", "decoder": "mean", **config.bottleneck}
+            self.head = DiscreteKeyValueBottleneck(width, config.num_labels, **shape)  # type: ignore[arg-type]
+        else:
+            self.head = nn.Linear(width, config.num_labels or 1)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        self.post_init()
+        self.train(False)
+
+    @classmethod
+    def around(
+        cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int] | None
+    ) -> "BottleneckProbe":
+        """An untrained head for the classes of `data`, after a copy of the encoder or (None) after the pixels."""
+        encoder_config = encoder.config if encoder is not None else None
+        model = cls(BottleneckProbeConfig(encoder_config=encoder_config, bottleneck=bottleneck, **data.config))
+        if encoder is not None:
+            model.copy_encoder(encoder, without="head")
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Does nothing: constructors initialize all parts, and every checkpoint is complete."""
+
+    @property
+    def bottleneck(self) -> DiscreteKeyValueBottleneck:
+        assert isinstance(self.head, DiscreteKeyValueBottleneck), "the head is linear"
+        return self.head
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Embeddings (batch, width) of images (batch, 3, h, w), in fp32."""
+        if self.encoder is None:
+            return rearrange(pixel_values[:, : self.channels], "batch c h w -> batch (c h w)").float()
+        return self.encoder(pixel_values).features["pooled"].float()
+
+    def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> Outputs:
+        return Outputs(logits=self.head(self.embed(pixel_values)))
+
+    def cache(self, embeddings: Tensor) -> Tensor:
+        """Inputs of the head that training reuses: codes (images, codebooks), uint16, of the embeddings (images,
+        width), or the embeddings for a linear head.
+        """
+        if isinstance(self.head, nn.Linear):
+            return embeddings
+        parts = tqdm(embeddings.split(2048), desc="encoding", leave=False, disable=len(embeddings) < 5000)
+        return torch.cat([self.head.encode(part.to(self.device)).to(torch.uint16).cpu() for part in parts])
+
+    def classify(self, cached: Tensor) -> Tensor:
+        """Logits (batch, labels) of rows of `cache`, without encoder and key search."""
+        cached = cached.to(self.device)
+        return self.head(cached) if isinstance(self.head, nn.Linear) else self.head.decode(cached)
+
+
+def _input_width(head: Any) -> int:
+    return head.in_features if isinstance(head, nn.Linear) else head.dim
+
+
+AutoConfig.register(BottleneckProbeConfig.model_type, BottleneckProbeConfig)
+AutoModelForImageClassification.register(BottleneckProbeConfig, BottleneckProbe)
+
+
+def load_encoder(name: str, data: ImageData) -> tuple[ImageClassifier | None, ImageData]:
+    """The classifier in a folder, or None for the pixels, and the data normalized as in its training.
+
+    It may be trained on other classes. Raises UserError for an unknown name and for images of another size.
+    """
+    if name == PIXELS:
+        return None, data
+    folder = trained_folder(name)
+    if folder is None:
+        raise UserError(f"unknown --encoder {name!r}: pass {PIXELS} or the folder of a trained image classifier")
+    return load_trained(folder, data, any_labels=True)

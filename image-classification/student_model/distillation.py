@@ -1,4 +1,4 @@
-"""Training image classifiers in a run: on labels alone, or distilled from a teacher."""
+"""Training of image classifiers in a run: on labels alone, or with a teacher."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from kd.common.pretrained import stage_loader
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
-from kd.common.training.teacher_views import TeacherViews
+from kd.common.training.teacher_outputs import TeacherViews
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable
@@ -50,7 +50,7 @@ def open_run(
     Raises UserError where the arguments do not fit the data, or a continued run began with other data or models.
     """
     validate_training(training, data)
-    folder = re.sub(r"[^\w-]+", "_", name)  # a method's settings have colons
+    folder = re.sub(r"[^\w-]+", "_", name)  # a method with arguments contains colons
     training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
     run = kind(training, *instances)
     run.check_inputs(data.fingerprint, teacher=teacher, ensemble_teachers=ensemble_teachers)
@@ -60,9 +60,9 @@ def open_run(
 def validate_training(training: ImageTrainingArguments, data: ImageData) -> None:
     """Raises UserError for workers, views and batch sizes that do not fit the data."""
     if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
-        raise UserError("small images lie on the GPU, out of reach of workers: pass --dataloader_num_workers 0")
+        raise UserError("workers cannot load small images, which lie on the GPU: pass --dataloader_num_workers 0")
     if training.strong_augmentation:
-        data.views("train", torch.device("cpu"), augment=True, strong=True)  # raises where there are none
+        data.views("train", torch.device("cpu"), augment=True, strong=True)  # raises UserError if unsupported
     batch, images = training.per_device_train_batch_size * PartialState().num_processes, len(data.splits["train"])
     if training.dataloader_drop_last and images < batch:
         raise UserError(
@@ -70,7 +70,7 @@ def validate_training(training: ImageTrainingArguments, data: ImageData) -> None
             "--per_device_train_batch_size, or --dataloader_drop_last false"
         )
     last = batch if training.dataloader_drop_last else images % batch or batch
-    if last * training.views == 1:  # batch norms of pooled features would raise, those of maps see one image alone
+    if last * training.views == 1:  # batch norms of pooled features need two samples
         raise UserError(
             f"{images} training images leave a batch of a single one, too few for batch norms: pass another "
             "--per_device_train_batch_size, or --dataloader_drop_last true"
@@ -78,7 +78,7 @@ def validate_training(training: ImageTrainingArguments, data: ImageData) -> None
 
 
 def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainingArguments) -> None:
-    """Raises UserError where the folder of --teacher_views cannot be written, and where views cannot be counted."""
+    """Raises UserError if the folder of --teacher_views is not writable, or the views are not countable."""
     check_writable(folder, "--teacher_views")
     if isinstance(data, LargeImageData) or training.strong_augmentation:
         raise UserError(
@@ -90,11 +90,13 @@ def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainin
 def train_on_labels(
     run: ImageRun, data: ImageData, stage: str, model: ImageClassifier, epochs: float | None = None
 ) -> ImageClassifier:
-    """A stage without a teacher: `model` trained on the labels alone, or loaded where the stage is finished."""
-    objective = labels().objective
+    """A stage without a teacher: trains `model` on the labels alone, or loads it if the stage is finished."""
     settings = {} if epochs is None else {"num_train_epochs": epochs}
-    processor = image_processor(data)
-    return run.stage(stage, lambda: fit(run, data, stage, model, objective, settings), read_stage, processor)
+
+    def train() -> ImageClassifier:
+        return fit(run, data, stage, model, labels().objective, settings)
+
+    return run.stage(stage, train, read_stage, image_processor(data))
 
 
 def distill(
@@ -106,9 +108,9 @@ def distill(
     teacher: nn.Module,
     teacher_views: Path | None = None,
 ) -> ImageClassifier:
-    """A stage with a teacher: `student` trained by `method`, or loaded where the stage is finished.
+    """A stage with a teacher: trains `student` with `method`, or loads it if the stage is finished.
 
-    `teacher_views`: folder for a table of the teacher's logits per view, for methods that need no features.
+    `teacher_views`: folder for a table of the teacher's logits of each view, for methods that need no features.
     """
 
     def train() -> ImageClassifier:
@@ -137,12 +139,12 @@ def fit(
     validate: bool = True,
     **trainer: Any,
 ) -> Model:
-    """Trains the model of a stage on augmented views, from its last checkpoint on.
+    """Trains the model of a stage on augmented images, starting from its last checkpoint.
 
     Args:
         settings: training arguments of this stage that differ from the run's.
-        validate: the accuracy on the validation images after each epoch goes into the curves.
-        trainer: further arguments of KDTrainer.
+        validate: log the accuracy on the validation images after each epoch.
+        trainer: other arguments of KDTrainer.
     """
     device = best_device()
     return run.train(
@@ -164,8 +166,8 @@ def training_views(run: ImageRun, data: ImageData, device: torch.device) -> Imag
 
 
 def views_table(run: ImageRun, data: ImageData, teacher: nn.Module, folder: Path) -> TeacherViews:
-    """The table of the teacher's logits of each view of the training images; see `validate_teacher_views`."""
+    """The table of the teacher's logits of each view. Call `validate_teacher_views` first."""
     views = training_views(run, data, torch.device("cpu"))
-    assert isinstance(views, Views), "images whose views can be counted have these"
+    assert isinstance(views, Views), "only these views are countable"
     key = outputs_key(teacher, data.fingerprint, data.config, views.number_of_views, run.args.precision)
     return TeacherViews(folder, key, len(views), views.number_of_views, len(data.label_names))

@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from kd.common.export.exportable import Exportable
 from kd.common.pretrained import load_model, reading
-from kd.image_classification.student_model import bottleneck_probe  # noqa: F401  registers it with AutoModel...
+from kd.image_classification.student_model import bottleneck  # noqa: F401  registers it with AutoModel...
 
 USAGE = """import json
 

@@ -1,37 +1,45 @@
-"""Classes that arrive one after another, never to be seen again, and how heads on a frozen encoder learn them.
+"""Class-incremental learning on a frozen encoder: tasks of a few classes each, one after another.
 
 The protocol of Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240): the keys are fitted to
-images without labels and frozen; then values alone are trained, by SGD and softmax cross-entropy over all classes,
-without task ids or masks. An image updates only the values that it fetches, so later classes leave most of what was
-learned unchanged. A linear probe, whose every weight every image updates, is the contrast.
+images without labels and frozen. Then only the values are trained, by SGD and softmax cross-entropy over all classes,
+without task ids or masks. An image updates only the values that it fetches, so later tasks change few values of
+earlier classes. The control is a linear probe, in which every image updates every weight.
 """
 
 import copy
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kd.common.bottleneck.arguments import CodebookSize
 from kd.common.bottleneck.training import embed_samples
 from kd.common.pretrained import stage_loader
+from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
+from kd.common.reporting.report import print_table, write_report
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import Run
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
+from kd.common.utils.files import writing_folder
 from kd.common.utils.ranges import Count, Positive, Seed
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.bottleneck_probe import PIXELS, BottleneckProbe
-from kd.image_classification.student_model.evaluation import image_processor
+from kd.image_classification.student_model.bottleneck import PIXELS, BottleneckProbe
+from kd.image_classification.student_model.evaluation import evaluate, image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
-Tasks = list[list[int]]  # the class ids of each task, in the order of arrival
+Tasks = list[list[int]]  # the class ids of each task, in training order
 History = list[dict[str, Any]]
+Scores = dict[str, float]  # number of classes seen (a string, the key of a JSON object) -> accuracy
 read_stage = stage_loader(BottleneckProbe)
 
 
@@ -39,10 +47,10 @@ read_stage = stage_loader(BottleneckProbe)
 class IncrementalArguments:
     """The frozen encoder, the bottleneck after it, and the training of the heads.
 
-    The defaults were chosen on MNIST's validation split. The learning rate of the values looks large because their
-    gradients are divided by the batch and by the codebooks. A much larger one fits the classes of the moment better
-    and forgets more; a tiny one leaves all probabilities alike, so that values merely count and the order no longer
-    matters, not even to a linear probe.
+    The defaults were chosen on MNIST's validation split. The learning rate of the values is large because their
+    gradients are divided by the batch size and the number of codebooks. A much larger one fits the current classes
+    better and forgets more. With a tiny one all probabilities stay equal, so that values only count samples and the
+    order of the classes has no effect, not even on a linear probe.
     """
 
     encoder: str = field(default=PIXELS, metadata={"help": "pixels, or the folder of a trained image classifier"})
@@ -63,9 +71,9 @@ class IncrementalArguments:
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """By split: the cached inputs of a head (`BottleneckProbe.cache`; a row per image) and labels (images,).
+    """The cached inputs of a head (`BottleneckProbe.cache`, a row per image) and the labels (images,) by split.
 
-    Accuracy is measured on `selection` during training, and reported on `report`.
+    Accuracy is computed on the split `selection` during training, and on the split `report` after each task.
     """
 
     inputs: dict[str, Tensor]
@@ -85,18 +93,18 @@ class HeadInputs:
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """An untrained head (and its name in the report), and what it learns in which order."""
+    """An untrained head, its name in the report, its data, tasks and learning rate."""
 
     name: str
     untrained: BottleneckProbe
     samples: HeadInputs
-    tasks: Tasks  # a single one of all classes: i.i.d.
+    tasks: Tasks  # a single task of all classes for i.i.d. training
     learning_rate: float
 
 
-def arrival(data: ImageData, classes_per_task: int, seed: int) -> Tasks:
-    """The classes in random order, split into tasks; the last has the remainder. Raises UserError for too many classes
-    per task, and where a split has no image of a class.
+def split_tasks(data: ImageData, classes_per_task: int, seed: int) -> Tasks:
+    """Shuffles the classes and splits them into tasks; the last task has the remainder. Raises UserError for too many
+    classes per task, and for a class without images in a split.
     """
     names = data.label_names
     if classes_per_task > len(names):
@@ -112,7 +120,7 @@ def arrival(data: ImageData, classes_per_task: int, seed: int) -> Tasks:
 
 
 def embed_images(model: BottleneckProbe, data: ImageData) -> dict[str, Tensor]:
-    """Embeddings (images, width) of every split, on the CPU."""
+    """Computes embeddings (images, width) of every split, on the CPU."""
     views = {split: data.views(split, best_device()) for split in data.splits}
     return {split: torch.stack(embed_samples(model, v, identity_collate, "fp32", 250)) for split, v in views.items()}
 
@@ -143,7 +151,7 @@ def fitted_bottleneck(
 def trained_head(
     run: Run, data: ImageData, stage: str, head: HeadTraining, args: IncrementalArguments
 ) -> BottleneckProbe:
-    """A stage: a head trained on its tasks; its history is kept in the run."""
+    """A stage: trains a head on its tasks, and adds its history to the run's."""
 
     def train() -> BottleneckProbe:
         model, run.history[stage] = train_head(head, args.epochs_per_task, args.batch_size, run.args.seed)
@@ -153,11 +161,12 @@ def trained_head(
 
 
 def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> tuple[BottleneckProbe, History]:
-    """Trains a copy of `head.untrained` on one task after the other, `epochs` passes over the images of each.
+    """Trains a copy of `head.untrained` on one task after another, for `epochs` passes over the images of each.
 
-    SGD without momentum or weight decay, which would move values that no image of the task fetches. The history has an
-    entry per pass over a task, its `epoch` counted in passes over all training images: the training loss, accuracy on
-    the selection split and, after the last pass, accuracy on the report split, of the classes seen so far and of all.
+    Uses SGD without momentum and weight decay, which would change values that no image of the task fetches. The
+    history has an entry for each pass over a task. Its `epoch` counts passes over all training images. It has the
+    training loss, the accuracy on the selection split and, after the last pass, the accuracy on the report split for
+    the classes seen so far and for all classes.
     """
     model, samples, labels = copy.deepcopy(head.untrained), head.samples, head.samples.labels["train"]
     model.to(best_device())  # type: ignore[arg-type]
@@ -171,7 +180,9 @@ def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> t
             rows = of_task[torch.randperm(len(of_task), generator=generator)]
             loss = _train_epoch(model, samples, rows.split(batch_size), optimizer)
             if not math.isfinite(loss):
-                raise UserError(f"the loss of {head.name} is {loss} in pass {len(history) + 1}: lower its rate")
+                raise UserError(
+                    f"the loss of {head.name} is {loss} in pass {len(history) + 1}: lower its learning rate"
+                )
             samples_seen += len(rows)
             entry = {"epoch": samples_seen / len(labels), "loss": loss, "classes_seen": len(classes_seen)}
             history.append(entry | {"eval_accuracy": accuracy(model, samples, samples.selection)})
@@ -185,7 +196,7 @@ def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> t
 def _train_epoch(
     model: BottleneckProbe, samples: HeadInputs, batches: tuple[Tensor, ...], optimizer: torch.optim.Optimizer
 ) -> float:
-    """A step per batch of rows; returns the mean loss of an image."""
+    """Takes a step for each batch of rows; returns the mean loss over the images."""
     total = torch.zeros((), device=model.device)
     for rows in batches:
         labels = samples.labels["train"][rows].to(model.device)
@@ -199,10 +210,98 @@ def _train_epoch(
 
 @torch.no_grad()
 def accuracy(model: BottleneckProbe, samples: HeadInputs, split: str, classes: list[int] | None = None) -> float:
-    """Accuracy on a split's images (of those `classes`), predicted among all classes."""
+    """Accuracy on the images of a split, or on those of `classes` only; predictions are over all classes."""
     inputs, labels = samples.inputs[split], samples.labels[split]
     if classes is not None:
         rows = torch.isin(labels, torch.tensor(classes))
         inputs, labels = inputs[rows], labels[rows]
     predictions = torch.cat([model.classify(part).argmax(1).cpu() for part in inputs.split(8192)])
     return (predictions == labels).double().mean().item()
+
+
+# ---- report ----
+
+
+def report(
+    run: Run, method: str, data: ImageData, heads: dict[str, HeadTraining], models: dict[str, BottleneckProbe]
+) -> None:
+    """Writes the student, results, curves and the plot of a run, and prints the results."""
+    with writing_folder(run.folder / "student") as student:
+        models["student"].save_pretrained(student)
+        image_processor(data).save_pretrained(student)
+    results = incremental_results(run, method, data, heads, models)
+    plot_forgetting(run.folder / "forgetting.png", results)
+    write_report(run.folder, results, {stage: run.history[stage] for stage in heads})
+    print_table(results)
+    for name, scores in results["accuracy"].items():
+        print(f"{name}: {', '.join(f'{split} accuracy {score:.4f}' for split, score in scores.items())}")
+    print(f"report: {run.folder / 'report.md'}, plot: {run.folder / 'forgetting.png'}")
+
+
+def incremental_results(
+    run: Run, method: str, data: ImageData, heads: dict[str, HeadTraining], models: dict[str, BottleneckProbe]
+) -> dict[str, Any]:
+    """The content of results.json for trained heads: `student`, `teacher`, `control` and others.
+
+    It adds to the schema the accuracy of all heads on the classes seen so far, after each task, and on all classes.
+    Heads trained i.i.d. are evaluated on the same classes.
+    """
+    student, vectors = heads["student"], heads["control"].samples.inputs["train"]
+    keys = student.untrained.bottleneck.key_statistics(vectors.to(student.untrained.device))
+    entries = {stage: evaluate(heads[stage].name, model, data)[0] for stage, model in models.items()}  # on images
+    sizes = {name: len(images) for name, images in data.splits.items()}
+    one_by_one = {stage: head for stage, head in heads.items() if head.tasks == student.tasks}
+    seen = {head.name: _after_each_task(run.history[stage], "classes seen") for stage, head in one_by_one.items()}
+    seen |= {
+        head.name: _on_the_same_classes(models[stage], head, student)
+        for stage, head in heads.items()
+        if stage not in one_by_one
+    }
+    return run.results(
+        domain="image-classification",
+        task=data.name,
+        method=method,
+        data={name: sizes.get(name) for name in ("train", "validation", "test")} | {"fingerprint": data.fingerprint},
+        models={role: entries[role] for role in ("teacher", "control", "student")},
+        split=data.selection_split,
+        metric="accuracy",
+        selection="last pass; nothing was selected on any split",
+        data_notes="; ".join(data.notes) or "none",
+        order_of_classes=", ".join(data.label_names[c] for task in student.tasks for c in task),
+        split_measured_after_each_task=student.samples.report,
+        accuracy={e["name"]: {split: m["accuracy"] for split, m in e["metrics"].items()} for e in entries.values()},
+        accuracy_of_classes_seen={head.name: seen[head.name] for head in heads.values()},
+        accuracy_of_all_classes={
+            head.name: _after_each_task(run.history[stage], "all classes") for stage, head in one_by_one.items()
+        },
+        keys={"fitted_to_unlabelled_images": len(vectors), **keys},
+        seconds_of_stages=dict(run.seconds),
+    )
+
+
+def _after_each_task(history: History, name: str) -> Scores:
+    return {str(entry["classes_seen"]): entry[name] for entry in history if name in entry}
+
+
+def _on_the_same_classes(model: BottleneckProbe, head: HeadTraining, student: HeadTraining) -> Scores:
+    split = head.samples.report
+    return {str(len(seen)): accuracy(model, head.samples, split, seen) for seen in accumulate(student.tasks)}
+
+
+def plot_forgetting(path: Path, results: dict[str, Any]) -> None:
+    """Plots the accuracy on the classes seen so far against their number, a line for each head."""
+    styles = [*(STYLES[role] for role in ("student", "teacher", "control")), *OTHER_STYLES]
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(5.2, 3.4), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        for (name, scores), style in zip(results["accuracy_of_classes_seen"].items(), styles, strict=False):
+            colour, line, marker = style
+            classes = [int(number) for number in scores]
+            axes.plot(classes, list(scores.values()), line, color=colour, marker=marker, ms=4, lw=1.4, label=name)
+        axes.set_xlabel(f"Classes of {results['task']} seen so far")
+        axes.set_ylabel(f"{results['split_measured_after_each_task'].capitalize()} accuracy of these classes")
+        axes.set_ylim(0, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.legend(frameon=False)
+        save_figure(figure, path)

@@ -50,8 +50,8 @@ from kd.image_classification.student_model.methods import (
     CONTROLS,
     SIMKD,
     check_kd_flags,
-    for_pair,
-    method_of,
+    image_method,
+    with_pair_arguments,
 )
 from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
 from kd.image_classification.student_model.sweep_report import show
@@ -79,7 +79,7 @@ def sweep(
 
     `teacher_views`: folder for a table of the teacher's logits per view, for groups of students that need no features.
     """
-    methods = [for_pair(spec, pair) for spec in axes.methods]
+    methods = [with_pair_arguments(spec, pair) for spec in axes.methods]
     validate_sweep(methods, training)
     axes = replace(axes, methods=methods)
     data = data_args.load()
@@ -123,7 +123,7 @@ def validate_sweep(methods: list[str], training: ImageTrainingArguments) -> None
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
     check_kd_flags(methods, training)
-    check_methods_differ((spec, method_of(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
+    check_methods_differ((spec, image_method(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
     reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
 
@@ -257,4 +257,4 @@ def build_student(
         model = new_classifier(architecture, data.config)
     if student.is_control:
         return model, labels()
-    return model, method_of(student.method, args)(task_spec(model, teacher, data, args.views))
+    return model, image_method(student.method, args)(task_spec(model, teacher, data, args.views))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from kd.common.cli import reject_unused
-from kd.common.methods import chosen
+from kd.common.methods import parse_method
 from kd.common.reporting.results import RESULTS
 from kd.common.utils.ranges import Positive, check_declared
 from kd.image_classification.student_model.methods import CONTROL, CONTROLS, METHODS, PLAIN, SIMKD
@@ -46,7 +46,7 @@ class SweepArguments:
         check_declared(self)
         for method in self.methods:
             if method not in (*CONTROLS, SIMKD):
-                chosen(method, METHODS)
+                parse_method(method, METHODS)
 
     def check_unused_flags(self) -> None:
         if SIMKD not in self.methods:

@@ -1,6 +1,6 @@
-"""An image classifier, teacher or student: backbone, then (for SimKD students) a projector, then a head.
+"""An image classifier, teacher or student: backbone, projector (only in SimKD students) and head.
 
-Loads alone, in any process that has imported this module:
+A saved classifier loads in any process that imports this module:
 
     from kd.image_classification.teacher_model.classifier import ImageClassifier
     model = ImageClassifier.from_pretrained("runs/image-classification/simkd/student")
@@ -27,13 +27,13 @@ Network = TypeVar("Network", bound=nn.Module)
 class Projector(nn.Module):
     """Maps (batch, in_channels, h, w) -> (batch, out_channels, h', w') (Chen et al., CVPR 2022, arXiv:2203.14001).
 
-    1x1, 3x3 and 1x1 convolutions with batch norm, `out_channels // factor` channels in between. Unlike in the authors'
-    code, which leaves them as PyTorch initializes them, the convolutions have He's normal initialization.
+    1x1, 3x3 and 1x1 convolutions with batch norm and `out_channels // factor` channels in between. The convolutions
+    have He's normal initialization; the authors' code keeps PyTorch's.
 
     Args:
-        factor: f of the paper; 2 adds 214,016 parameters from 256 to 256 channels, 8 only 26,240.
-        relu: Ends with a ReLU, as the teacher's map is after one.
-        max_size: larger maps are first averaged down to that many pixels, the size of the teacher's map.
+        factor: f in the paper. From 256 to 256 channels, 2 adds 214,016 parameters and 8 adds 26,240.
+        relu: end with a ReLU, for a teacher's map that is after a ReLU.
+        max_size: size of the teacher's map in pixels; larger inputs are averaged down to it first.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Projector(nn.Module):
 
 
 class ImageClassifierConfig(PreTrainedConfig):
-    """Everything that decides the shape of an ImageClassifier.
+    """Configuration of an ImageClassifier.
 
     architecture: name of a backbone (`resnet8x4`, `timm:resnet18`).
-    image_size, mean, std: what its inputs are: square, pixels between 0 and 1 less `mean`, divided by `std`.
+    image_size, mean, std: inputs are square images, (pixels between 0 and 1 - `mean`) / `std`.
     projector: arguments of `Projector`, for a student that reuses its teacher's head. As in SimKD, the projector reads
-        the map of the last stage: the backbone has no last 1x1 convolution (`Backbone.last`).
-    bottleneck: arguments of `DiscreteKeyValueBottleneck` other than width and outputs, where the head is one.
+        the map of the last stage, so the backbone has no last 1x1 convolution (`Backbone.last`).
+    bottleneck: arguments of `DiscreteKeyValueBottleneck` except width and outputs; None for a linear head.
     """
 
     model_type = "image_classifier"
@@ -91,8 +91,8 @@ class ImageClassifierConfig(PreTrainedConfig):
 class ImageClassifier(PreTrainedModel):
     """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
 
-    Features: `map`, the map whose average the head sees, and `pooled`, that average. What is trained is what is
-    evaluated, saved and exported.
+    Features: `map`, the last map, and `pooled`, its average, which is the head's input. The trained module is the one
+    that is evaluated, saved and exported.
     """
 
     config_class = ImageClassifierConfig
@@ -118,12 +118,12 @@ class ImageClassifier(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every part comes initialized from its constructor, and every checkpoint is complete."""
+        """Nothing: constructors initialize all parts, and checkpoints are complete."""
 
     def forward(
         self, pixel_values: Tensor | None = None, codes: Tensor | None = None, return_dict: bool | None = None
     ) -> Outputs:
-        """Logits of images, or of the codes (batch, codebooks) that a bottleneck made of them."""
+        """Logits and features of images, or logits of a bottleneck's codes (batch, codebooks)."""
         if codes is not None:
             return Outputs(logits=self.bottleneck.decode(codes), features={})
         if pixel_values is None:
@@ -134,7 +134,7 @@ class ImageClassifier(PreTrainedModel):
 
     @property
     def bottleneck(self) -> DiscreteKeyValueBottleneck:
-        """The head of a classifier that has a bottleneck."""
+        """The head, which must be a bottleneck."""
         assert isinstance(self.head, DiscreteKeyValueBottleneck), "the head is linear"
         return self.head
 
@@ -144,14 +144,14 @@ class ImageClassifier(PreTrainedModel):
         return reduce(self.last_map(pixel_values), "batch channel h w -> batch channel", "mean").float()
 
     def last_map(self, pixel_values: Tensor) -> Tensor:
-        """The map (batch, channels, h', w') whose average the head sees."""
-        # In one memory format always: the kernels of another would round otherwise.
+        """The map (batch, channels, h', w') whose average is the head's input."""
+        # Always channels_last, because the kernels of the two memory formats round differently.
         features = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
         return features if self.projector is None else self.projector(features)
 
 
 def new_classifier(architecture: str, data_config: dict[str, Any], **parts: Any) -> ImageClassifier:
-    """A classifier with random weights for data that `data_config` (ImageData.config) describes."""
+    """A classifier with random weights. `data_config`: `ImageData.config` of the training images."""
     return ImageClassifier(ImageClassifierConfig(architecture=architecture, **data_config, **parts))
 
 
@@ -162,39 +162,39 @@ AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)
 # ---- inference ----
 
 
-def folded(model: Network) -> Network:
-    """A copy of a network for inference, whose batch norms are folded into the convolutions that they follow: the same
-    function with half the layers. Submodules keep their paths. A network that cannot be traced is left unchanged.
-    """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for conv_path, norm_path in _pairs(model):
-        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
-        model.set_submodule(norm_path, nn.Identity())
-    return model
-
-
 def frozen(teacher: Network, precision: str) -> Network:
-    """A copy for fast inference: classifiers are folded, channels_last, and in bf16 where that is the precision."""
+    """A frozen copy for fast inference: channels_last, bf16 if that is the precision, and batch norms folded into the
+    convolutions before them.
+    """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for model in [module for module in teacher.modules() if isinstance(module, ImageClassifier)]:
-        model.backbone = folded(model.backbone)
-        model.projector = model.projector and folded(model.projector)
         for part in filter(None, (model.backbone, model.projector)):
+            _fold_batch_norms(part)
             part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return teacher
 
 
-def _pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """(path of a convolution, path of the batch norm that alone reads it), by following the data through the graph."""
+def _fold_batch_norms(model: nn.Module) -> None:
+    """Folds batch norms into the convolutions that they follow: the same function with half the layers.
+
+    Submodules keep their paths. A model that cannot be traced is left unchanged.
+    """
+    for conv_path, norm_path in _conv_norm_paths(model):
+        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        model.set_submodule(conv_path, fuse_conv_bn_eval(conv, norm))
+        model.set_submodule(norm_path, nn.Identity())
+
+
+def _conv_norm_paths(model: nn.Module) -> list[tuple[str, str]]:
+    """(path of a convolution, path of the batch norm that alone reads its output), from the traced graph."""
     try:
         graph = fx.symbolic_trace(model).graph
     except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, NotImplementedError):
         return []
     modules = dict(model.named_modules())
-    pairs = []
+    paths = []
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None
         if (
@@ -204,5 +204,5 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
             and type(modules[str(node.target)]) is nn.BatchNorm2d
             and type(modules[str(before.target)]) is nn.Conv2d
         ):
-            pairs.append((str(before.target), str(node.target)))
-    return pairs
+            paths.append((str(before.target), str(node.target)))
+    return paths

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: the folder of a trained classifier, timm's pretrained networks, or an architecture."""
+"""Loading teachers: the folder of a trained classifier, a pretrained network of timm, or an untrained architecture."""
 
 import os
 import textwrap
@@ -21,15 +21,15 @@ from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.backbones import TIMM, known_weights
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
 
-IMAGENET_CLASSES = 1000  # whose order is that of their WordNet ids, everywhere
+IMAGENET_CLASSES = 1000  # always in the order of their WordNet ids
 TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
 def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier, ImageData, bool]:
-    """The teacher NAME, the data in its normalization, and whether it is pretrained.
+    """The teacher NAME, the data in its normalization, and whether the teacher is pretrained.
 
-    Pretrained are the classifier of a folder, and timm's network where the data have ImageNet's classes. Any other
-    NAME is an architecture: a new network, initialized with `seed`, and the data unchanged.
+    Pretrained: the classifier of a folder, and a network of timm if the data have ImageNet's classes. Any other NAME
+    is an architecture, which is initialized with `seed`; the data are then unchanged.
     """
     folder = trained_folder(name)
     if folder:
@@ -42,9 +42,9 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
 
 
 def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
-    """The classifiers of these folders. `data` are in the normalization of the first teacher.
+    """The classifiers of these folders. `data` has the normalization of --teacher.
 
-    Raises UserError for one that was trained with another normalization or other labels.
+    Raises UserError for a classifier that was trained with another normalization or other labels.
     """
     teachers = []
     for name in names:
@@ -65,34 +65,35 @@ def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageC
 
 
 def trained_folder(name: str, student_first: bool = False) -> Path | None:
-    """The folder of a trained classifier: NAME itself, or the teacher (else the student) of the run NAME, or the other
-    way round. None where NAME is not a path. Raises UserError for a path without a classifier.
+    """The folder of a trained classifier: NAME itself, or the teacher or student of the run NAME.
+
+    None if NAME is not a path. Raises UserError for a path without a classifier. `student_first`: prefer the student.
     """
-    of_run = [Path(name, "stages", "teacher"), Path(name, "student")]
+    in_run = [Path(name, "stages", "teacher"), Path(name, "student")]
     try:
-        for folder in (Path(name), *(reversed(of_run) if student_first else of_run)):
+        for folder in (Path(name), *(reversed(in_run) if student_first else in_run)):
             if (folder / "config.json").exists():
                 return folder
         is_folder, is_file = Path(name).is_dir(), Path(name).is_file()
     except OSError as error:
         raise UserError(f"cannot read folder {shorten(name)}: {error.strerror}") from error
     if is_folder:
-        raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py makes one")
+        raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py creates one")
     if is_file:
         raise UserError(
-            f"{name} is a file: pass the folder of a classifier that train_teacher.py made, the name of a network to "
-            f"train, or {TIMM}NAME; of a file of timm's weights pretrained_classifier(NAME, checkpoint=...) and "
-            "save_pretrained make a folder"
+            f"{name} is a file: pass the folder of a classifier that train_teacher.py created, the name of a network "
+            f"to train, or {TIMM}NAME; pretrained_classifier(NAME, checkpoint=FILE).save_pretrained(FOLDER) converts "
+            "weights of timm"
         )
     if "/" in name and not name.startswith(TIMM):
-        raise UserError(f"there is no folder {shorten(name)}: train_teacher.py --output_dir FOLDER makes one")
+        raise UserError(f"there is no folder {shorten(name)}: train_teacher.py --output_dir FOLDER creates one")
     return None
 
 
 def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tuple[ImageClassifier, ImageData]:
-    """The classifier of a folder, and the data in the normalization that it was trained with.
+    """The classifier of a folder, and the data in its normalization.
 
-    Raises UserError for another kind of model, another size of images and, unless `any_labels`, another label order.
+    Raises UserError for another kind of model, another image size and, unless `any_labels`, other labels.
     """
     config = trained_config(folder)
     if not any_labels:
@@ -126,8 +127,8 @@ def _check_labels(folder: Path, labels: list[str], data: ImageData) -> None:
             f"this model and {data.label_names[first]!r} in the data"
         )
     raise UserError(
-        f"{folder} knows {len(labels)} labels ({', '.join(labels[:3])}, ...), {data.name} has {len(data.label_names)} "
-        f"({', '.join(data.label_names[:3])}, ...): name a teacher of the same labels"
+        f"{folder} has {len(labels)} labels ({', '.join(labels[:3])}, ...), {data.name} has {len(data.label_names)} "
+        f"({', '.join(data.label_names[:3])}, ...): pass a teacher with the same labels"
     )
 
 
@@ -144,13 +145,13 @@ def pretrained_classifier(
 ) -> ImageClassifier:
     """timm's NAME (`resnet18`, `resnet18.a1_in1k`) with pretrained weights, in evaluation mode.
 
-    Raises UserError for weights that cannot be had, and for a network that does not end in a map, global average
-    pooling and one linear layer, as an ImageClassifier does: its logits have to be those of timm's network.
+    Raises UserError for weights that cannot be loaded, and for a network that does not end in a map, global average
+    pooling and one linear layer, as an ImageClassifier does. The logits are compared with those of timm's network.
 
     Args:
-        checkpoint: file of weights of timm's network (.safetensors, or torch.save's); otherwise those on the Hub.
-        label_names: by class id; otherwise ImageNet's.
-        image_size, mean, std: of the images that the weights were trained on; otherwise timm's.
+        checkpoint: file with weights of timm's network (.safetensors or torch.save); default: the weights on the Hub.
+        label_names: by class id; default: ImageNet's.
+        image_size, mean, std: of the images that the weights were trained on; default: timm's.
     """
     weights = known_weights(name)
     labels = label_names or _imagenet_labels(name, weights.num_classes)
@@ -172,26 +173,26 @@ def pretrained_classifier(
         _copy_weights(model, name, original)
         difference = (model(images).logits - expected).abs().max() / expected.abs().max()
     if not difference <= TOLERANCE:
-        raise UserError(_other_head(name, f"the logits would differ by {difference:.2%}"))
+        raise UserError(_unsupported_head(name, f"the logits would differ by {difference:.2%}"))
     return model
 
 
 def _copy_weights(model: ImageClassifier, name: str, original: Any) -> None:
-    """Copies all weights of timm's network, which loses its classifier."""
+    """Copies all weights of timm's network, and removes its classifier."""
     head = original.get_classifier()
     if not isinstance(head, nn.Linear):
-        raise UserError(_other_head(name, f"its classifier is {textwrap.shorten(str(head), 200)}"))
+        raise UserError(_unsupported_head(name, f"its classifier is {textwrap.shorten(str(head), 200)}"))
     try:
         model.head.load_state_dict(head.state_dict())
         original.reset_classifier(0, "")
-        buffers = dict(original.named_buffers())  # those that timm does not save, too
+        buffers = dict(original.named_buffers())  # also those that timm does not save
         model.backbone.get_submodule("model").load_state_dict({**original.state_dict(), **buffers})
     except (AssertionError, RuntimeError, TypeError) as error:
-        raise UserError(_other_head(name, textwrap.shorten(str(error), 200))) from error
+        raise UserError(_unsupported_head(name, textwrap.shorten(str(error), 200))) from error
 
 
 def _load(name: str, checkpoint: str | None, classes: int) -> Any:
-    """timm's network with its classifier, and with weights from the file or else from the Hub."""
+    """timm's network with its classifier, and with weights from the file or from the Hub."""
     if checkpoint is None:
         try:
             with offline_if_unreachable():
@@ -200,21 +201,21 @@ def _load(name: str, checkpoint: str | None, classes: int) -> Any:
             reason = textwrap.shorten(str(error), 300).rstrip(".")
             raise UserError(
                 f"cannot get timm's pretrained weights of {name} ({reason}): pass the local folder of a trained "
-                "classifier instead of this name, or with it a checkpoint, the file of these weights"
+                "classifier instead, or the file of these weights as checkpoint"
             ) from error
     if not os.path.isfile(checkpoint):
         raise UserError(f"there is no file {checkpoint}: pass one with weights of timm's {name}")
-    # As many classes are promised as are asked for, or timm would leave the classifier out without a word.
+    # With another number of classes timm would silently skip the weights of the classifier.
     overlay = {"file": checkpoint, "num_classes": classes, "custom_load": False}
     try:
         return timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # each format has another for a file that is broken or of another network
+    except Exception as error:  # each format has its own exceptions for damaged files and other networks
         reason = textwrap.shorten(str(error), 300)
         raise UserError(f"{checkpoint} holds no weights of timm's {name} with {classes} classes ({reason})") from error
 
 
 def _imagenet_labels(name: str, classes: int) -> list[str]:
-    """The words of WordNet for each class; classes of the same words are distinguished by their ids there."""
+    """WordNet's description of each class; WordNet ids distinguish classes with the same description."""
     subset = infer_imagenet_subset({"num_classes": classes})
     if subset is None:
         raise UserError(f"timm's {name} knows {classes} classes, which are not ImageNet's: pass label_names")
@@ -227,7 +228,7 @@ def _imagenet_labels(name: str, classes: int) -> list[str]:
     ]
 
 
-def _other_head(name: str, reason: str) -> str:
+def _unsupported_head(name: str, reason: str) -> str:
     return (
         f"timm's {name} does not end in global average pooling and one linear layer ({reason}): choose a network that "
         "does, such as resnet18"

@@ -20,9 +20,9 @@ from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
-from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import sampling
-from kd.reinforcement_learning.teacher_model.training import mean_returns, recipe_environments, train_from_reward
+from kd.reinforcement_learning.teacher_model.teacher import Agent, mean_returns, train_from_reward
+from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 
 class Agents(dict[str, Agent]):

@@ -15,14 +15,11 @@ from kd.common.metrics.quality import agreement, chance_warning, normalized_retu
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.report import model_card, print_table, write_report
 from kd.common.training.run import Run
-from kd.common.utils.files import write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
-from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
-from kd.reinforcement_learning.teacher_model.training import curve
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, curve_name
 
 STATES = 20_000  # on which student and teacher are compared
 USAGE = """{register}import gymnasium
@@ -169,7 +166,7 @@ def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
 
 def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return under the name that is plotted."""
-    name = curve(environment)
+    name = curve_name(environment)
     return {
         stage: [entry | {"eval_return_mean": entry[name]} for entry in log if name in entry]
         for stage, log in run.history.items()

@@ -15,9 +15,12 @@ from kd.common.export.exportable import Exportable
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, registration_code
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Recorder
-from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, greedy_actions
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.policies import (
+    ObservationStatistics,
+    PolicyNetwork,
+    greedy,
+    greedy_actions,
+)
 from kd.reinforcement_learning.teacher_model.teacher import load_agent
 
 TOLERANCE = 1e-4  # in the units of the actions; Discrete actions must be equal

@@ -22,18 +22,16 @@ from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.teacher_model import frames
-from kd.reinforcement_learning.teacher_model.agent import MODEL, Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model import policies
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
-from kd.reinforcement_learning.teacher_model.policies import ActorCritic
+from kd.reinforcement_learning.teacher_model.policies import ActorCritic, ObservationStatistics, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
 from kd.reinforcement_learning.teacher_model.saved_policy import read_model
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher
 
 FEATURES = 16  # width of the output of a bottleneck
 
-cloudpickle.register_pickle_by_value(frames)  # a zip holds the class itself and loads without this project
+cloudpickle.register_pickle_by_value(policies)  # a zip contains FrameFeatures and loads without this project
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def new_student(
     features: dict[str, Any]
     if images:
         features = {"features_dim": args.student[0], "channels": tuple(args.channels)}
-        policy |= {"features_extractor_class": frames.FrameFeatures, "features_extractor_kwargs": features}
+        policy |= {"features_extractor_class": policies.FrameFeatures, "features_extractor_kwargs": features}
     elif args.codebooks:
         features = {"features_dim": FEATURES, "codebooks": args.codebooks}
         features |= {"codebook_size": args.codebook_size, "key_dim": args.key_dim}

@@ -1,31 +1,35 @@
-"""The files of a teacher: a zip of Stable-Baselines3, the VecNormalize statistics that belong to it, its settings.
+"""The files of a teacher: a zip of Stable-Baselines3, its VecNormalize statistics and its settings.
 
-A teacher is named by a zip, a folder of this project or of rl_zoo3, or a repository on the Hub. The settings of
-rl_zoo3 (config.yml and args.yml) are read without running them: a tagged YAML value is read as the plain value.
+A teacher is named by a zip, a folder of this project or of rl_zoo3, or a repository on the Hub. Nothing in the files
+is executed: tagged YAML values in the settings of rl_zoo3 (config.yml and args.yml) are read as plain values, and each
+name in the pickle of VecNormalize is replaced by an object that only stores its arguments.
 """
 
+import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
+import numpy as np
 import yaml
+from gymnasium import spaces
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kd.common.data.sources import offline_if_unreachable
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.teacher_model.statistics import read_statistics
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ZIPS_OF_A_RUN = ("model.zip", "stages/teacher/model.zip", "student.zip", "student/student.zip")
-METRICS_ZIP = "train_eval_metrics.zip"  # rl_zoo3 pushes it to the Hub with every model; it holds no model
+METRICS_ZIP = "train_eval_metrics.zip"  # rl_zoo3 pushes it to the Hub with every model; it contains no model
 STATISTICS_NAMES = ("vecnormalize.pkl", "vec_normalize.pkl")  # of rl_zoo3, locally and on the Hub
 NO_STATISTICS = "none"  # value of --vecnormalize
 OTHER_PICKLES = re.compile(r"replay_buffer|demonstrations|study", re.IGNORECASE)  # of Stable-Baselines3 and rl_zoo3
 CONFIG, ARGS = "config.yml", "args.yml"
-ATARI_WRAPPER = "AtariWrapper"  # its preprocessing is that of the Atari environments here
+ATARI_WRAPPER = "AtariWrapper"  # the Atari environments of this project preprocess in the same way
 INSTEAD = "pass --teacher a local .zip that Stable-Baselines3 saved, a folder with one, or owner/name on the Hub"
 
 
@@ -33,7 +37,7 @@ INSTEAD = "pass --teacher a local .zip that Stable-Baselines3 saved, a folder wi
 class TeacherFiles:
     """A zip of Stable-Baselines3 and its VecNormalize statistics, if any.
 
-    `raw`: the user states that the model has no statistics. `warnings`: what is uncertain about the files.
+    `raw`: the user states that the model has no statistics. `warnings`: doubts about the files.
     """
 
     policy: Path
@@ -45,7 +49,7 @@ class TeacherFiles:
 def find_teacher(
     name: str, environment: str, vecnormalize: str | None = None, flag: str = "--vecnormalize"
 ) -> TeacherFiles | None:
-    """The files of the teacher `name`, or None for `train`; downloads from the Hub. `vecnormalize` is the value of
+    """Finds the files of the teacher `name`, on the Hub if necessary; None for `train`. `vecnormalize` is the value of
     `flag`: the file of its statistics, or `none`.
     """
     if name == "train":
@@ -54,30 +58,30 @@ def find_teacher(
     if path.is_file():
         policy = path
     elif path.is_dir():
-        policy = _policy_in(path, name, folder)
+        policy = _find_zip(path, name, folder)
     elif HUB_ID.fullmatch(name) and path.suffix != ".zip":
-        policy = _policy_in(_download(name), name, folder)
+        policy = _find_zip(_download(name), name, folder)
     else:
         raise UserError(f"there is no teacher at {name}: {INSTEAD}")
-    places = _places(policy, folder)
-    _refuse_wrappers(policy, places, atari=environment.startswith("ALE/"))
+    places = _search_folders(policy, folder)
+    _check_wrappers(policy, places, atari=environment.startswith("ALE/"))
     statistics, warnings = _find_statistics(policy, places, vecnormalize, flag)
-    warnings += _other_training(policy, places, environment)
+    warnings += _training_warnings(policy, places, environment)
     return TeacherFiles(policy, statistics, vecnormalize == NO_STATISTICS, tuple(warnings))
 
 
-def _places(policy: Path, environment: str) -> list[Path]:
-    """Folders that may hold statistics and settings of a zip: its folder, and those in it that are named like the zip
-    or like the environment.
+def _search_folders(policy: Path, environment: str) -> list[Path]:
+    """Folders that may contain the statistics and settings of a zip: its folder, and subfolders that have the name of
+    the zip or of the environment.
     """
     places = [policy.parent, policy.with_suffix(""), policy.parent / environment]
     agents = [config.parent for config in sorted(policy.parent.glob(f"*/{CONFIG}"))]
     if policy.name == "best_model.zip" or (len(agents) == 1 and not policy.with_suffix("").is_dir()):
-        places += agents  # the zip is named like none, and the id of the environment may have changed since
+        places += agents  # the environment may have had another id when the agent was trained
     return list(dict.fromkeys(places))
 
 
-def _policy_in(folder: Path, name: str, environment: str) -> Path:
+def _find_zip(folder: Path, name: str, environment: str) -> Path:
     for usual in (*ZIPS_OF_A_RUN, f"{environment}.zip", "best_model.zip"):
         if (folder / usual).is_file():
             return folder / usual
@@ -97,65 +101,19 @@ def _download(name: str) -> Path:
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed, ignore_patterns=ignored))
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name} is neither a file or folder here nor a model on the Hub that you may read: {INSTEAD}"
+            f"{name} is neither a local file or folder nor a model on the Hub that you may read: {INSTEAD}"
         ) from None
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{name} is no file or folder here, is not cached, and the Hub cannot be reached: "
+            f"{name} is neither a local file or folder nor cached, and the Hub cannot be reached: "
             "pass --teacher a local .zip that Stable-Baselines3 saved"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name} from the Hub ({' '.join(str(error).split())}): {INSTEAD}") from None
 
 
-# ---- statistics ----
-
-
-def _find_statistics(policy: Path, places: list[Path], chosen: str | None, flag: str) -> tuple[Path | None, list[str]]:
-    """The `chosen` statistics of a model, or those in `places`, or None; and warnings.
-
-    Raises UserError where a place has statistics whose name does not match the model, and where the settings of
-    rl_zoo3 require statistics.
-    """
-    if chosen == NO_STATISTICS:
-        return None, []
-    if chosen is not None:
-        if not Path(chosen).is_file():
-            raise UserError(
-                f"there is no file {chosen}: pass {flag} the file that VecNormalize.save wrote, or {NO_STATISTICS}"
-            )
-        return Path(chosen), []
-    for file in [*_statistics_of_checkpoint(policy), *(place / name for place in places for name in STATISTICS_NAMES)]:
-        if file.is_file():
-            return file, []
-    others = [file for place in places for file in sorted(place.glob("*.pkl")) if not OTHER_PICKLES.search(file.name)]
-    for file in others:
-        if _has_statistics(file):
-            raise UserError(
-                f"{file} has statistics of observations, and its name does not match {policy}: pass "
-                f"{flag} {file} to use them, or {flag} {NO_STATISTICS}"
-            )
-    for config in _files(places, CONFIG):
-        if _normalizes_observations(config):
-            raise UserError(
-                f"{policy} was trained on normalized observations, according to {config}, and its statistics "
-                f"are missing: put the file that VecNormalize saved at {policy.parent / STATISTICS_NAMES[0]}, or pass "
-                f"{flag}"
-            )
-    return None, [f"{file} is not used: it has no statistics of observations" for file in others]
-
-
-def _statistics_of_checkpoint(policy: Path) -> list[Path]:
-    """The name that Stable-Baselines3's CheckpointCallback gives the statistics of PREFIX_N_steps.zip."""
-    parts = re.fullmatch(r"(.+)_(\d+_steps)\.zip", policy.name)
-    return [policy.with_name(f"{parts[1]}_vecnormalize_{parts[2]}.pkl")] if parts else []
-
-
-def _has_statistics(file: Path) -> bool:
-    try:
-        return read_statistics(file) is not None
-    except UserError:
-        return False
+def _files(places: Iterable[Path], name: str) -> list[Path]:
+    return [place / name for place in places if (place / name).is_file()]
 
 
 # ---- settings of rl_zoo3 ----
@@ -179,7 +137,7 @@ _PlainLoader.add_multi_constructor("", _plain)
 def _read_settings(path: Path) -> dict[Any, Any]:
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-        if isinstance(settings, list):  # the arguments of an OrderedDict, of which the first is its pairs
+        if isinstance(settings, list):  # the arguments of an OrderedDict; the first is a list of keys and values
             settings = dict(settings[0])
         if isinstance(settings, dict):
             return settings
@@ -194,8 +152,8 @@ def _normalizes_observations(config: Path) -> bool:
     return bool(normalize) and not re.search(r"norm_obs\W+False", str(normalize))
 
 
-def _refuse_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
-    """Raises UserError where the agent was trained in a wrapper that is not applied here."""
+def _check_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
+    """Raises UserError if the agent was trained in a wrapper that this project does not apply."""
     for config in _files(places, CONFIG):
         settings = _read_settings(config)
         named = re.findall(r"[A-Za-z_][\w.]*\.\w+", f"{settings.get('env_wrapper')} {settings.get('vec_env_wrapper')}")
@@ -204,13 +162,13 @@ def _refuse_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
             wrappers.append(f"VecFrameStack of {settings['frame_stack']}")
         if wrappers:
             raise UserError(
-                f"{policy} was trained behind {', '.join(wrappers)}, according to {config}, and wrappers "
+                f"{policy} was trained in {', '.join(wrappers)}, according to {config}, and wrappers "
                 "of environments are not supported: pass a teacher that was trained without"
             )
 
 
-def _other_training(policy: Path, places: Iterable[Path], environment: str) -> list[str]:
-    """Warnings where args.yml names another environment, or arguments of the environment that are not used here."""
+def _training_warnings(policy: Path, places: Iterable[Path], environment: str) -> list[str]:
+    """Warnings if args.yml names another environment, or arguments of the environment that are not used here."""
     warnings = []
     for args in _files(places, ARGS):
         settings = _read_settings(args)
@@ -225,5 +183,138 @@ def _other_training(policy: Path, places: Iterable[Path], environment: str) -> l
     return warnings
 
 
-def _files(places: Iterable[Path], name: str) -> list[Path]:
-    return [place / name for place in places if (place / name).is_file()]
+# ---- statistics of observations ----
+
+
+def _find_statistics(policy: Path, places: list[Path], chosen: str | None, flag: str) -> tuple[Path | None, list[str]]:
+    """The `chosen` statistics of a model, or those in `places`, or None; and warnings.
+
+    Raises UserError if the name of the statistics does not match the model, and if the settings of rl_zoo3 require
+    statistics that are missing.
+    """
+    if chosen == NO_STATISTICS:
+        return None, []
+    if chosen is not None:
+        if not Path(chosen).is_file():
+            raise UserError(
+                f"there is no file {chosen}: pass {flag} the file that VecNormalize.save wrote, or {NO_STATISTICS}"
+            )
+        return Path(chosen), []
+    names = [place / name for place in places for name in STATISTICS_NAMES]
+    if step := re.fullmatch(r"(.+)_(\d+_steps)\.zip", policy.name):  # of Stable-Baselines3's CheckpointCallback
+        names.insert(0, policy.with_name(f"{step[1]}_vecnormalize_{step[2]}.pkl"))
+    if found := next((file for file in names if file.is_file()), None):
+        return found, []
+    others = [file for place in places for file in sorted(place.glob("*.pkl")) if not OTHER_PICKLES.search(file.name)]
+    for file in others:
+        if _has_statistics(file):
+            raise UserError(
+                f"{file} has statistics of observations, and its name does not match {policy}: pass "
+                f"{flag} {file} to use them, or {flag} {NO_STATISTICS}"
+            )
+    for config in _files(places, CONFIG):
+        if _normalizes_observations(config):
+            raise UserError(
+                f"{policy} was trained on normalized observations, according to {config}, and its statistics "
+                f"are missing: put the file that VecNormalize saved at {policy.parent / STATISTICS_NAMES[0]}, or pass "
+                f"{flag}"
+            )
+    return None, [f"{file} is not used: it has no statistics of observations" for file in others]
+
+
+def _has_statistics(file: Path) -> bool:
+    try:
+        return read_statistics(file) is not None
+    except UserError:
+        return False
+
+
+def read_statistics(path: Path) -> ObservationStatistics | None:
+    """The statistics in a file that VecNormalize.save wrote, or None if it does not normalize observations.
+
+    Unlike VecNormalize.load this calls nothing that the pickle names, and needs neither the gym nor the numpy version
+    with which it was saved.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _statistics_in(_InertUnpickler(file).load().state, path)
+    except UserError:
+        raise
+    except Exception as error:  # damaged or malicious bytes raise any exception
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} cannot be read as VecNormalize statistics ({' '.join(str(reason).split())}): pass the file that "
+            "VecNormalize.save wrote"
+        ) from None
+
+
+def _statistics_in(saved: dict[str, Any], path: Path) -> ObservationStatistics | None:
+    if not saved["norm_obs"]:
+        return None
+    if isinstance(saved["obs_rms"], dict):
+        raise UserError(f"{path} normalizes Dict observations, which are not supported: flatten them to one Box")
+    moments = saved["obs_rms"].state
+    mean, var = _array(moments["mean"]), _array(moments["var"])
+    if mean.shape != var.shape:
+        raise ValueError("mean and variance differ in shape")
+    found = ObservationStatistics(mean, var, float(_array(saved["epsilon"])), float(_array(saved["clip_obs"])))
+    if not (np.isfinite(mean).all() and (found.var + found.epsilon > 0).all() and np.isfinite(found.std).all()):
+        raise ValueError("its moments are not finite, or its variances not positive")
+    return found
+
+
+def check_statistics(statistics: ObservationStatistics, observation_space: spaces.Space, path: Path) -> None:
+    """Raises UserError if statistics, read from `path`, do not fit the observations of an environment."""
+    if statistics.mean.shape != observation_space.shape:
+        raise UserError(
+            f"{path} has statistics of observations of shape {statistics.mean.shape}, the environment's are "
+            f"{observation_space.shape}: pass the statistics that were saved with this teacher"
+        )
+
+
+class _Inert:
+    """Replaces every class and function that a pickle names: stores its arguments and does nothing."""
+
+    name = ""
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any, **_: Any) -> "_Inert":
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Ignores an entry of a dict: no statistics are in one."""
+
+    def extend(self, items: Any) -> None:
+        """Ignores items of a list: no statistics are in one."""
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type[_Inert]:
+        return type("_Inert", (_Inert,), {"name": f"{module}.{name}"})
+
+
+def _array(value: Any) -> np.ndarray:
+    """A number, or an array of floats in one of numpy's three pickle formats, as float64."""
+    if isinstance(value, int | float):
+        return np.array(value, np.float64)
+    order: Literal["C", "F"] = "C"
+    match value.name.removeprefix("numpy.").removeprefix("_").removeprefix("core."):
+        case "multiarray._reconstruct":
+            _, shape, dtype, fortran, raw = value.state
+            order = "F" if fortran else "C"
+        case "numeric._frombuffer":  # pickle protocol 5
+            raw, dtype, shape, order = value.arguments
+        case "multiarray.scalar":
+            (dtype, raw), shape = value.arguments, ()
+        case name:
+            raise ValueError(f"{name} where numbers should be")
+    if dtype.arguments[0] not in ("f4", "f8"):
+        raise ValueError(f"numbers of type {dtype.arguments[0]}")
+    flat = np.frombuffer(raw, dtype.state[1] + dtype.arguments[0])
+    return flat.astype(np.float64).reshape(shape, order=order)

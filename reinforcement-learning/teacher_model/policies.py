@@ -1,15 +1,16 @@
-"""The networks of Stable-Baselines3 policies, with one forward for every algorithm, and their actions.
+"""Policies of Stable-Baselines3: their networks, with one forward for every algorithm, their inputs and their actions.
 
 `network(observations) -> Outputs` returns the parameters of the action distribution and a value:
 
 - Discrete actions: `logits` (batch, actions).
 - Box actions: features `mean` and, unless the policy is deterministic, `log_std`, both (batch, actions), in the units
   of the environment's actions.
-- Either: feature `value` (batch,), the expected return.
+- Both: feature `value` (batch,), the expected return.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from einops import rearrange, reduce
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
@@ -24,7 +26,51 @@ from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
 
+KERNELS = ((8, 4), (4, 2), (3, 1))  # sizes and strides of Mnih et al. 2015
 QUADRATURE_NODES = 16
+
+# ---- observations ----
+
+
+@dataclass(frozen=True)
+class ObservationStatistics:
+    """Statistics of VecNormalize: observations become (o - mean) / sqrt(var + epsilon), clipped to +-clip."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    epsilon: float
+    clip: float
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.var + self.epsilon)
+
+
+class FrameFeatures(BaseFeaturesExtractor):
+    """Three convolutions and a layer of `features_dim`: the DQN network (32, 64, 64 and 512) at any size.
+
+    Rusu et al. (arXiv:1511.06295) distill into (16, 32, 32 and 256), (16, 16, 16 and 128) and (16, 16, 16 and 64):
+    25, 7 and 4 % of its parameters. A zip of Stable-Baselines3 contains this class, which therefore uses only torch
+    and Stable-Baselines3.
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int, channels: tuple[int, ...]) -> None:
+        super().__init__(observation_space, features_dim)
+        layers: list[nn.Module] = []
+        width = observation_space.shape[0]
+        for channel, (kernel, stride) in zip(channels, KERNELS, strict=True):
+            layers += [nn.Conv2d(width, channel, kernel, stride), nn.ReLU()]
+            width = channel
+        self.cnn = nn.Sequential(*layers, nn.Flatten())
+        with torch.no_grad():
+            size = self.cnn(torch.zeros(1, *observation_space.shape)).shape[1]
+        self.linear = nn.Sequential(nn.Linear(size, features_dim), nn.ReLU())
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.linear(self.cnn(observations))
+
+
+# ---- networks ----
 
 
 class ActorCritic(nn.Module):
@@ -62,10 +108,11 @@ class QValues(nn.Module):
 
 
 class SquashedGaussian(nn.Module):
-    """SAC: a Gaussian followed by tanh, approximated by a Gaussian.
+    """SAC: a Gaussian followed by tanh, approximated by a Gaussian, since the forward KL to a Gaussian student depends
+    only on mean and variance.
 
-    Its mean is the action of the deterministic policy, its standard deviation that of tanh(u), by Gauss-Hermite
-    quadrature. The forward KL to a Gaussian student depends on mean and variance alone.
+    The mean is the action of the deterministic policy; the standard deviation is that of tanh(u), by Gauss-Hermite
+    quadrature.
     """
 
     def __init__(self, policy: SACPolicy) -> None:
@@ -126,16 +173,14 @@ class ActionUnits(nn.Module):
 
 
 def _least(values: tuple[Tensor, ...]) -> Tensor:
-    """The smallest of several critics' values, each (batch, 1) -> (batch,)."""
+    """The minimum of the values of several critics, each (batch, 1) -> (batch,)."""
     return reduce(list(values), "critic batch 1 -> batch", "min")
 
 
-def network_of(policy: BasePolicy) -> nn.Module:
-    """The network of a policy, sharing its weights. Raises TypeError for an unknown kind."""
-    for kind, network in NETWORKS.items():
-        if isinstance(policy, kind):
-            return network(policy)
-    raise TypeError(f"no network for a {type(policy).__name__}")
+def _prepared(policy: BasePolicy, observations: Tensor) -> Tensor:
+    prepared = preprocess_obs(observations, policy.observation_space, normalize_images=policy.normalize_images)
+    assert isinstance(prepared, Tensor)
+    return prepared
 
 
 NETWORKS: dict[type[BasePolicy], type[nn.Module]] = {
@@ -146,16 +191,50 @@ NETWORKS: dict[type[BasePolicy], type[nn.Module]] = {
 }
 
 
+class PolicyNetwork(nn.Module):
+    """The network of a policy, which shares its weights and takes raw observations (batch, ...). Logits are divided by
+    `temperature`. Raises TypeError for an unknown kind of policy.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, policy: BasePolicy, statistics: ObservationStatistics | None = None) -> None:
+        super().__init__()
+        network = next((network for kind, network in NETWORKS.items() if isinstance(policy, kind)), None)
+        if network is None:
+            raise TypeError(f"no network for a {type(policy).__name__}")
+        self.network, self.temperature = network(policy), 1.0
+        self.clip = float("inf") if statistics is None else statistics.clip
+        for name in ("mean", "std"):
+            value = None if statistics is None else torch.as_tensor(getattr(statistics, name), dtype=torch.float32)
+            self.register_buffer(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, observations: Tensor, value: bool = True) -> Outputs:
+        if self.mean is not None and self.std is not None:
+            observations = ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
+        outputs: Outputs = self.network(observations, value=value)
+        logits = None if outputs.logits is None else outputs.logits / self.temperature
+        return Outputs(logits=logits, features=outputs.features)
+
+
+# ---- temperature and actions ----
+
+
 def temperature_for_entropy(logits: Tensor, share: float) -> float:
-    """The T at which the mean entropy of softmax(logits / T) is `share` times its maximum, by bisection.
+    """The temperature T at which the mean entropy of softmax(logits / T) is `share` times its maximum, by bisection.
 
     Logits are (batch, actions). Q-values have the scale of the returns, so no temperature fits all environments; the
-    0.01 of Rusu et al. (arXiv:1511.06295) belongs to clipped Atari rewards. Raises ValueError unless 0 < share < 1.
+    0.01 of Rusu et al. (arXiv:1511.06295) is for clipped Atari rewards. Raises ValueError unless 0 < share < 1.
     """
     if not 0 < share < 1:
-        raise ValueError(f"the entropy's share must be between 0 and 1, got {share}")
+        raise ValueError(f"the share of the entropy must be between 0 and 1, got {share}")
     target = share * math.log(logits.shape[-1])
-    low, high = -20.0, 20.0  # log T; the entropy grows with it
+    low, high = -20.0, 20.0  # log T, with which the entropy increases
     for _ in range(50):
         middle = (low + high) / 2
         if entropy(logits / math.exp(middle)).mean() < target:
@@ -177,7 +256,7 @@ def greedy_actions(outputs: Outputs) -> Tensor:
 
 
 def sampled_actions(outputs: Outputs, generator: torch.Generator) -> Tensor:
-    """Actions drawn from the distribution; for a deterministic policy its actions."""
+    """Samples actions from the distribution; a deterministic policy has one action."""
     if outputs.logits is not None:
         noise = torch.rand(outputs.logits.shape, generator=generator).clamp(min=1e-20)
         return (outputs.logits - (-noise.log()).log().to(outputs.logits.device)).argmax(-1)  # Gumbel-max
@@ -199,7 +278,7 @@ def greedy(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def sampling(network: nn.Module, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """Observations -> actions drawn from the policy's distribution."""
+    """Observations -> actions sampled from the policy's distribution."""
 
     @torch.inference_mode()
     def act(observations: Tensor) -> Tensor:
@@ -211,12 +290,6 @@ def sampling(network: nn.Module, generator: torch.Generator) -> Callable[[Tensor
 def _policy_outputs(network: nn.Module, observations: Tensor) -> Outputs:
     outputs: Outputs = network(observations.to(next(network.parameters()).device), value=False)
     return outputs
-
-
-def _prepared(policy: BasePolicy, observations: Tensor) -> Tensor:
-    prepared = preprocess_obs(observations, policy.observation_space, normalize_images=policy.normalize_images)
-    assert isinstance(prepared, Tensor)
-    return prepared
 
 
 def _features(outputs: Outputs) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Hyper-parameters of each algorithm on each environment: rows of hyperparameters.yaml as constructor keywords."""
+"""Hyper-parameters of each algorithm and environment: rows of hyperparameters.yaml as constructor keywords."""
 
 import inspect
 import math
@@ -15,12 +15,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
-# Keywords of the algorithms that are no hyper-parameters, or have no JSON value.
+# Keywords that are not hyper-parameters, or have no JSON value.
 RESERVED = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
 RESERVED |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
 RESERVED |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
 MOST = 10**12  # steps or rows
-# The type of each number, and its least and greatest value.
+# The type of each number, and its lowest and highest value.
 RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
     "environments": (int, 1, 4096),
     "learning_starts": (int, 0, MOST),
@@ -39,7 +39,7 @@ SCHEDULES = {"learning_rate", "clip_range", "clip_range_vf"}  # may be linear_X
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """`steps` of all `environments` together; `normalize`: observations and rewards, by VecNormalize."""
+    """`steps` is summed over all `environments`. `normalize`: VecNormalize normalizes observations and rewards."""
 
     algorithm: str
     steps: int
@@ -49,10 +49,9 @@ class TrainingRecipe:
 
 
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
-    """The row of an environment (that of ALE for every Atari game, else the default), with `changes` on top.
+    """The row of an environment, or of ALE for an Atari game, or the default; `changes` override it.
 
-    Raises ValueError for unknown and unsupported hyper-parameters, for numbers out of range, and for an activation
-    function that torch.nn does not have.
+    Raises ValueError for unknown and unsupported hyper-parameters, and for values out of range.
     """
     rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
@@ -66,8 +65,8 @@ def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | 
 
 
 def check_steps(recipe: TrainingRecipe) -> None:
-    """Raises ValueError where a recipe has too few steps for an update, and where the batch size of PPO does not
-    divide its rollouts.
+    """Raises ValueError if a recipe has too few steps for an update, or if the batch size of PPO does not divide its
+    rollouts.
     """
     defaults = inspect.signature(ALGORITHMS[recipe.algorithm]).parameters
     settings = {name: parameter.default for name, parameter in defaults.items()} | recipe.keywords
@@ -98,12 +97,12 @@ def _check(algorithm: str, row: dict[str, Any]) -> None:
         raise ValueError(f"policy_kwargs must be an object of keywords, got {row['policy_kwargs']!r}")
     for name, value in row.items():
         automatic = algorithm == "sac" and name == "ent_coef" and str(value).startswith("auto")
-        if name in RANGES and not automatic and (fault := _fault(name, value)):
-            raise ValueError(f"{algorithm} refuses these hyper-parameters: {name} must be {fault}, got {value!r}")
+        if name in RANGES and not automatic and (required := _violated_range(name, value)):
+            raise ValueError(f"invalid hyper-parameters of {algorithm}: {name} must be {required}, got {value!r}")
 
 
-def _fault(name: str, value: Any) -> str | None:
-    """What a number must be, or None where it is."""
+def _violated_range(name: str, value: Any) -> str | None:
+    """Describes the values that a number may have; None if `value` is one of them."""
     kind, low, high = RANGES[name]
     if value is None and name in OPTIONAL:
         return None
@@ -133,8 +132,8 @@ def _value(name: str, value: Any) -> Any:
 
 
 def linear(start: float) -> Callable[[float], float]:
-    """A schedule of the remaining share of training: from `start` to 0. It stays 0 in the last rollout, which may end
-    after the last step of the training.
+    """A schedule of the remaining share of training, from `start` to 0. The share is negative in a last rollout that
+    ends after the last step.
     """
 
     def schedule(remaining: float) -> float:

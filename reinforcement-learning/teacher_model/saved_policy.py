@@ -1,9 +1,9 @@
-"""The policy in a zip of Stable-Baselines3, built from its weights without unpickling anything.
+"""Builds the policy in a zip of Stable-Baselines3 from its weights, without unpickling anything.
 
-Such a zip holds `policy.pth`, a state dict, and `data`, a JSON whose values are plain, or pickles with readable
-descriptions. Names and shapes of the weights determine the networks, plain values and descriptions the rest; the
-spaces are those of the environment. So no code in the file runs, and a zip saved under the old `gym` loads like any
-other. A policy of a custom class needs its pickles, and so the user's trust.
+The zip contains `policy.pth`, a state dict, and `data`, a JSON of plain values and of pickles with readable
+descriptions. The networks follow from the names and shapes of the weights, other arguments from the plain values and
+descriptions, and the spaces are those of the environment. So no code in the file runs, and zips of the old `gym` load
+too. Only a policy of a custom class needs its pickles, and --trust_pickle.
 """
 
 import io
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
-from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
+from kd.reinforcement_learning.teacher_model.policies import FrameFeatures
 
 SAVED = "pass the zip that Stable-Baselines3 wrote with model.save"
 
@@ -50,18 +50,17 @@ Q_VALUES = _Layout(DQNPolicy, nn.ReLU, "q_net.features_extractor", ("q_net.q_net
 GAUSSIAN = _Layout(SACPolicy, nn.ReLU, "actor.features_extractor", ("actor.latent_pi", "actor.mu"), ("critic.qf0",))
 DETERMINISTIC = _Layout(TD3Policy, nn.ReLU, "actor.features_extractor", ("actor.mu",), ("critic.qf0",))
 
-# By name: the class that unpickles it, its layout, and a setting that distinguishes it from those below (PPO has all
-# settings of A2C).
+# The class that unpickles an algorithm, its layout, and a setting that those below lack (PPO has all settings of A2C).
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
     "ppo": (PPO, ACTOR_CRITIC, "clip_range"),
-    "trpo": (A2C, ACTOR_CRITIC, "cg_max_steps"),  # of sb3-contrib, with the policy of Stable-Baselines3
+    "trpo": (A2C, ACTOR_CRITIC, "cg_max_steps"),  # of sb3-contrib; its policy is that of A2C
     "a2c": (A2C, ACTOR_CRITIC, "gae_lambda"),
     "dqn": (DQN, Q_VALUES, "exploration_fraction"),
     "sac": (SAC, GAUSSIAN, "target_entropy"),
     "td3": (TD3, DETERMINISTIC, "target_policy_noise"),
     "ddpg": (DDPG, DETERMINISTIC, "target_policy_noise"),
 }
-# Algorithms of sb3-contrib by a part of their policy's module, and by a setting that no other has.
+# Algorithms of sb3-contrib: part of the module of their policy, name, and a setting that only they have.
 CONTRIB = {
     "tqc": ("TQC", "top_quantiles_to_drop_per_net"),
     "qrdqn": ("QR-DQN", "n_quantiles"),
@@ -79,14 +78,14 @@ Weights = dict[str, Tensor]
 def load_policy(
     path: Path, observation_space: spaces.Space, action_space: spaces.Space, trust_pickle: bool = False
 ) -> tuple[str, BasePolicy]:
-    """(algorithm, policy in eval mode on the CPU) of a zip that Stable-Baselines3 saved, for an environment's spaces.
+    """Loads a zip that Stable-Baselines3 saved, for the spaces of an environment: (algorithm, policy in eval mode on
+    the CPU). With `trust_pickle` Stable-Baselines3 unpickles it, which can run any code.
 
-    Raises UserError where the zip cannot be read or was trained for other spaces, and where its weights fit no
-    standard policy; with `trust_pickle` Stable-Baselines3 unpickles it, which can run any code.
+    Raises UserError if the zip cannot be read, was trained for other spaces, or has weights of no standard policy.
     """
     data, weights = read_model(path)
     name = _algorithm(path, data)
-    _refuse_unsupported(path, data, weights)
+    _check_supported(path, data, weights)
     _check_space(path, "observations", _description(data, "observation_space"), observation_space)
     _check_space(path, "actions", _description(data, "action_space"), action_space)
     if trust_pickle:
@@ -97,14 +96,14 @@ def load_policy(
     return name, policy
 
 
-def behind_vec_normalize(path: Path) -> bool:
-    """Whether the zip of an on-policy algorithm records that it was trained behind VecNormalize."""
+def trained_with_vec_normalize(path: Path) -> bool:
+    """Whether the zip of an on-policy algorithm records that it was trained with VecNormalize."""
     data, _ = read_model(path)
     return ALGORITHMS[_algorithm(path, data)][1] is ACTOR_CRITIC and data.get("_last_original_obs") is not None
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
-    """The settings, as JSON, and the weights of the policy in a zip. Raises UserError where it is damaged."""
+    """The settings, as JSON, and the weights of the policy in a zip. Raises UserError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             settings, stored = archive.read("data"), archive.read("policy.pth")
@@ -114,7 +113,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
         raise UserError(f"there is no file {path}: {SAVED}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # damaged bytes raise any exception, here and below
+    except Exception as error:  # damaged bytes raise any exception
         raise UserError(f"cannot read {path} as a zip ({' '.join(str(error).split())}): {SAVED}") from None
     try:
         data = json.loads(settings)
@@ -122,7 +121,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
         assert isinstance(data, dict)
         assert all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items())
     except Exception:
-        raise UserError(f"{path} is damaged, or its policy.pth holds more than weights: {SAVED}") from None
+        raise UserError(f"{path} is damaged, or its policy.pth contains more than weights: {SAVED}") from None
     return data, weights
 
 
@@ -132,7 +131,7 @@ def _description(data: dict[str, Any], name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# ---- what is supported ----
+# ---- checks ----
 
 
 def _algorithm(path: Path, data: dict[str, Any]) -> str:
@@ -142,12 +141,12 @@ def _algorithm(path: Path, data: dict[str, Any]) -> str:
             raise UserError(f"{path} was trained by {contrib} of sb3-contrib, which is not supported yet: {TEACHERS}")
     name = next((name for name, (_, _, setting) in ALGORITHMS.items() if setting in data), None)
     if name is None or module.startswith("sb3_contrib"):
-        raise UserError(f"{path} is of an unknown algorithm: {TEACHERS}")
+        raise UserError(f"{path} was trained by an unknown algorithm: {TEACHERS}")
     without_tricks = data.get("policy_delay") == 1 and data.get("target_noise_clip") == 0
     return "ddpg" if name == "td3" and without_tricks else name
 
 
-def _refuse_unsupported(path: Path, data: dict[str, Any], weights: Weights) -> None:
+def _check_supported(path: Path, data: dict[str, Any], weights: Weights) -> None:
     log_std = weights.get("log_std", weights.get("actor.log_std"))
     if log_std is not None and log_std.ndim == 2:
         raise UserError(f"{path} explores with gSDE, which is not supported: train a teacher with use_sde=False")
@@ -160,8 +159,8 @@ def _refuse_unsupported(path: Path, data: dict[str, Any], weights: Weights) -> N
         raise UserError(f"{path} was trained on Dict observations, which are not supported: flatten them to one Box")
 
 
-def _check_space(path: Path, what: str, saved: dict[str, Any], space: spaces.Space) -> None:
-    """Compares the description of a saved space with the environment's."""
+def _check_space(path: Path, part: str, saved: dict[str, Any], space: spaces.Space) -> None:
+    """Raises UserError if the description of a saved space differs from the environment's space."""
     kind = re.sub(r".*\.|'>", "", str(saved.get(":type:")))  # of <class 'gymnasium.spaces.box.Box'>
     size = saved.get("n", saved.get("nvec", saved.get("_shape", saved.get("shape"))))
     trained = " ".join(f"{kind} {size}".split())
@@ -169,12 +168,12 @@ def _check_space(path: Path, what: str, saved: dict[str, Any], space: spaces.Spa
     needed = " ".join(f"{type(space).__name__} {size}".split())
     if saved and trained != needed:
         raise UserError(
-            f"{path} was trained for {what} {trained}, the environment has {needed}: pass a teacher of this "
-            "environment, in this version (Ant-v4 shows 27 numbers, Ant-v5 shows 105)"
+            f"{path} was trained for {part} {trained}, the environment has {needed}: pass a teacher of this "
+            "environment and version (Ant-v4 has 27 numbers, Ant-v5 has 105)"
         )
 
 
-# ---- from weights ----
+# ---- a policy from its weights ----
 
 
 def _build_policy(path: Path, name: str, data: dict[str, Any], weights: Weights, *both: spaces.Space) -> BasePolicy:
@@ -184,15 +183,15 @@ def _build_policy(path: Path, name: str, data: dict[str, Any], weights: Weights,
         policy.load_state_dict(_with_both_extractors(weights) if layout is ACTOR_CRITIC else weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise UserError(
-            f"{path} holds a custom policy, whose weights fit no standard one of {name.upper()}: pass --trust_pickle "
-            "to let Stable-Baselines3 unpickle it; a pickle can run any code, so only for files you trust"
+            f"{path} contains a custom policy, whose weights fit no standard one of {name.upper()}: pass "
+            "--trust_pickle if you trust the file; Stable-Baselines3 then unpickles it, which can run any code"
         ) from None
     return policy
 
 
 def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """The policy's constructor arguments. Raises where a class is not Stable-Baselines3's, torch's or this project's:
-    another class may use weights of the same shapes differently.
+    """The policy's constructor arguments. Raises an error for classes from outside Stable-Baselines3, torch and this
+    project: they may use weights of the same shapes differently.
     """
     chosen = _description(data, "policy_kwargs")
     extractor = str(chosen.get("features_extractor_class", "stable_baselines3."))
@@ -208,8 +207,8 @@ def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[
 
 
 def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
-    """The features extractor of frames or of a bottleneck; plain vectors need none. Stable-Baselines3's NatureCNN has
-    the layers of FrameFeatures.
+    """The features extractor of frames or of a bottleneck; vectors need none. NatureCNN of Stable-Baselines3 has the
+    layers of FrameFeatures.
     """
     prefix = f"{layout.extractor}."
     extractor = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
@@ -238,30 +237,30 @@ def _networks(layout: _Layout, weights: Weights) -> dict[str, Any]:
 
 
 def _hidden_widths(weights: Weights, parts: tuple[str, ...]) -> list[int]:
-    """Widths of all linear layers but the last of a network, whose parts are layers or sequences of layers."""
+    """Widths of all linear layers but the last in the `parts` of a network: layers or sequences of layers."""
     pattern = "|".join(rf"{re.escape(part)}(\.\d+)?\.weight" for part in parts)
     return [len(weight) for name, weight in weights.items() if re.fullmatch(pattern, name)][:-1]
 
 
 def _with_both_extractors(weights: Weights) -> Weights:
-    """Before 1.7 an actor-critic policy had one extractor under one name; now it has three names."""
+    """Adds the two names that the extractor of an actor-critic policy has since Stable-Baselines3 1.7."""
     shared = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
     return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in shared.items()} | weights
 
 
-# ---- from pickles, of files that the user trusts ----
+# ---- a policy from its pickles, with --trust_pickle ----
 
 
 def _unpickled_policy(
     path: Path, algorithm: type[BaseAlgorithm], observation_space: spaces.Space, action_space: spaces.Space
 ) -> BasePolicy:
     replaced = {"observation_space": observation_space, "action_space": action_space, "learning_rate": 0.0}
-    replaced |= dict.fromkeys(("lr_schedule", "clip_range", "exploration_schedule"), _zero)  # bytecode, maybe old
-    replaced |= {"buffer_size": 1, "n_steps": 1, "seed": None}  # no memory for data; a seed would be set globally
+    replaced |= dict.fromkeys(("lr_schedule", "clip_range", "exploration_schedule"), _zero)  # pickled bytecode
+    replaced |= {"buffer_size": 1, "n_steps": 1, "seed": None}  # no replay memory; a seed would be set globally
     try:
         with legacy_gym():
             return algorithm.load(path, device="cpu", custom_objects=replaced).policy
-    except Exception as error:  # unpickled code runs, and may raise any exception
+    except Exception as error:  # unpickled code may raise any exception
         reason = " ".join(str(error).split())
         raise UserError(
             f"Stable-Baselines3 cannot unpickle {path} ({type(error).__name__}: {reason}): {SAVED}"
@@ -275,7 +274,7 @@ def _zero(_: float) -> float:
 
 @contextmanager
 def legacy_gym() -> Iterator[None]:
-    """Lets pickles find gymnasium under its old name `gym` inside the block, unless a real gym is installed."""
+    """Makes gymnasium importable as `gym` for pickles inside the block, unless gym is installed."""
     if "gym" in sys.modules or find_spec("gym"):
         yield
         return

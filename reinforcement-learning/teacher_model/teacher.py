@@ -1,4 +1,4 @@
-"""The teachers of a run: loaded from files, or trained once and kept for every run that needs them."""
+"""Teachers: agents that are loaded from files, or trained from reward once and reused by later runs."""
 
 import json
 from collections.abc import Sequence
@@ -8,22 +8,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.td3.policies import TD3Policy
+from torch import nn
 
 from kd.common.outputs import EnsembleTeacher
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import STAGE, Run
 from kd.common.training.run_folder import read_recipe
+from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
+from kd.common.utils.finite import check_finite_weights, non_finite_tensor
 from kd.common.utils.ranges import Count
 from kd.reinforcement_learning.data.environments import Environments, fingerprint, folder_name
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
-from kd.reinforcement_learning.teacher_model.files import find_teacher
-from kd.reinforcement_learning.teacher_model.policies import QValues, greedy, temperature_for_entropy
+from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
+from kd.reinforcement_learning.teacher_model.policies import (
+    ObservationStatistics,
+    PolicyNetwork,
+    QValues,
+    greedy,
+    temperature_for_entropy,
+)
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
-from kd.reinforcement_learning.teacher_model.training import new_teacher, train_from_reward
+from kd.reinforcement_learning.teacher_model.saved_policy import load_policy, trained_with_vec_normalize
+from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 
+MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
 CALIBRATION_EPISODES = 8
 
 
@@ -67,40 +81,128 @@ class TeacherTask:
     eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The policy that students of one environment learn from. `network` returns its outputs at its temperature; with
-    `more_agents` the average of the outputs of all agents, each at its own temperature and with its own statistics.
-    Students standardize observations with the statistics of `agent`.
+# ---- agents ----
+
+
+@dataclass
+class Agent:
+    """A policy of Stable-Baselines3 with the statistics of its observations: a teacher, control or student.
+
+    `model` is the algorithm of the policy, None if only the policy was loaded. `source` describes in the report where
+    the statistics come from. `warnings` are doubts about a loaded policy.
     """
 
-    environment: str
-    agent: Agent
-    network: PolicyNetwork | EnsembleTeacher
-    more_agents: tuple[Agent, ...] = ()
+    name: str
+    policy: BasePolicy
+    statistics: ObservationStatistics | None = None
+    model: BaseAlgorithm | None = None
+    source: str = "none"
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def load(
+        cls,
+        files: TeacherFiles,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        trust_pickle: bool = False,
+    ) -> "Agent":
+        """Raises UserError for damaged files, and for a policy of other spaces."""
+        algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
+        if is_image_space(observation_space):
+            policy.to(best_device())  # smaller networks are faster on the CPU
+        if (weight := non_finite_tensor(policy)) is not None:
+            raise UserError(f"{files.policy} has weights that are not finite ({weight}): its training diverged")
+        name, warnings = f"{algorithm} {files.policy.stem}", files.warnings
+        if files.statistics is None:
+            if not files.raw and trained_with_vec_normalize(files.policy):
+                warnings += (
+                    f"{files.policy} was trained with VecNormalize, and no statistics were found: observations are "
+                    "not normalized, which is right only if VecNormalize normalized rewards; else pass --vecnormalize",
+                )
+            return cls(name, policy, warnings=warnings)
+        statistics, source = read_statistics(files.statistics), str(files.statistics)
+        if statistics is None:
+            source += " (does not normalize observations)"
+        else:
+            check_statistics(statistics, observation_space, files.statistics)
+        return cls(name, policy, statistics, source=source, warnings=warnings)
+
+    @classmethod
+    def trained(cls, name: str, model: BaseAlgorithm) -> "Agent":
+        """The agent of a model that this process trained, with the statistics of its VecNormalize, if any."""
+        normalizer = model.get_vec_normalize_env()
+        if normalizer is None or not normalizer.norm_obs:
+            return cls(name, model.policy, model=model)
+        moments: Any = normalizer.obs_rms
+        statistics = ObservationStatistics(moments.mean, moments.var, normalizer.epsilon, normalizer.clip_obs)
+        return cls(name, model.policy, statistics, model, "VecNormalize of its training")
 
     @property
-    def agents(self) -> tuple[Agent, ...]:
-        return (self.agent, *self.more_agents)
+    def deterministic(self) -> bool:
+        """Whether the policy has no action distribution, as in TD3 and DDPG."""
+        return isinstance(self.policy, TD3Policy)
+
+    def network(self) -> PolicyNetwork:
+        """The policy's network, in eval mode on the policy's device, sharing its weights."""
+        return PolicyNetwork(self.policy, self.statistics).to(self.policy.device).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model.zip, as Stable-Baselines3 saves it, and vecnormalize.pkl."""
+        assert self.model is not None, "only a whole model can be saved"
+        check_finite_weights(self.policy, when=f"at the end of the training of {self.name}")
+        self.model.save(Path(folder, MODEL))
+        if self.statistics is not None:
+            normalizer = self.model.get_vec_normalize_env()
+            assert normalizer is not None
+            normalizer.save(str(Path(folder, STATISTICS)))
+
+
+def load_agent(
+    name: str,
+    environment: str,
+    trust_pickle: bool = False,
+    vecnormalize: str | None = None,
+    flag: str = "--vecnormalize",
+) -> Agent:
+    """Loads the policy in the files that `find_teacher` finds; prints which statistics of observations it uses."""
+    files = find_teacher(name, environment, vecnormalize, flag)
+    if files is None:
+        raise UserError(f"{name} means a teacher that distill_policy.py trains: pass a file or folder")
+    with closing(Environments(environment, 1)) as environments:
+        agent = Agent.load(files, environments.observation_space, environments.action_space, trust_pickle)
+    print(f"{files.policy}: statistics of observations: {agent.source}")
+    return agent
+
+
+# ---- training from reward ----
 
 
 def load_or_train_teacher(
     name: str, task: TeacherTask, training: TeacherArguments, vecnormalize: str | None, trust_pickle: bool
 ) -> Agent:
-    """The teacher that `find_teacher` finds or, for `train`, the one in the environment's folder, which is trained if
-    it does not exist.
-
-    Raises UserError where that one was trained with other arguments.
+    """Loads the teacher `name`. For `train`, loads the teacher in the environment's folder, or trains it if there is
+    none. Raises UserError if that one was trained with other arguments.
     """
     if name != "train":
         return load_agent(name, task.environment, trust_pickle, vecnormalize)
     folder = training.folder(task.environment)
     if (folder / "stages" / "teacher" / STAGE).exists():
-        _refuse_other_training(folder, training)
+        _check_same_arguments(folder, training)
         return load_agent(str(folder), task.environment)
     args = RunArguments(output_dir=str(folder), resume_from_checkpoint=True)
     model = new_teacher(task.environment, training.recipe(task.environment), args.seed)
     return train_teacher(Run(args, task, training), model, task, training)
+
+
+def _check_same_arguments(folder: Path, training: TeacherArguments) -> None:
+    before = read_recipe(folder)
+    for name, value in asdict(training).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: name it with "
+                "--teacher, or train another with train_teacher.py and --overwrite_output_dir"
+            )
 
 
 def train_teacher(run: Run, model: BaseAlgorithm, task: TeacherTask, training: TeacherArguments) -> Agent:
@@ -115,45 +217,64 @@ def train_teacher(run: Run, model: BaseAlgorithm, task: TeacherTask, training: T
     return run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))
 
 
-def _refuse_other_training(folder: Path, training: TeacherArguments) -> None:
-    before = read_recipe(folder)
-    for name, value in asdict(training).items():
-        if before.get(name) != value:
-            raise UserError(
-                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: name it with "
-                "--teacher, or train another with train_teacher.py and --overwrite_output_dir"
-            )
+def train_from_reward(
+    run: Run, stage: str, environment: str, model: BaseAlgorithm, steps: int, eval_episodes: int
+) -> None:
+    """Trains a model by its algorithm inside a stage of `run`, and adds its log to the history of the stage."""
+
+    def evaluate(model: BaseAlgorithm) -> dict[str, float]:
+        return mean_returns(run, {environment: Agent.trained(stage, model).network()}, eval_episodes)
+
+    folder = run.folder / "checkpoints" / stage / folder_name(environment)
+    log = train(model, steps, folder, run.args.seed, evaluate, description=f"{stage} {environment}")
+    run.history[stage] = run.history.get(stage, []) + log
 
 
-def load_agent(
-    name: str,
-    environment: str,
-    trust_pickle: bool = False,
-    vecnormalize: str | None = None,
-    flag: str = "--vecnormalize",
-) -> Agent:
-    """The policy in the files that `find_teacher` finds, for an environment; prints which statistics it uses."""
-    files = find_teacher(name, environment, vecnormalize, flag)
-    if files is None:
-        raise UserError(f"{name} means a teacher that distill_policy.py trains: pass a file or folder")
-    with closing(Environments(environment, 1)) as shown:
-        agent = Agent.load(files, shown.observation_space, shown.action_space, trust_pickle)
-    print(f"{files.policy}: statistics of observations: {agent.source}")
-    return agent
+def mean_returns(run: Run, networks: dict[str, nn.Module], episodes: int) -> dict[str, float]:
+    """Mean returns of greedy actions by environment, for the curves. The time does not count for the stage."""
+    with run.timed("evaluation"):
+        return {
+            curve_name(environment): float(returns_of(greedy(net), environment, episodes, VALIDATION_SEED)[0].mean())
+            for environment, net in networks.items()
+        }
+
+
+def curve_name(environment: str) -> str:
+    """The name of an environment's mean return in the log of a stage."""
+    return f"eval_return_mean {environment}"
+
+
+# ---- the teacher of a student ----
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of one environment. `network` has the outputs that students learn: those of `agent` at its
+    temperature or, with `more_agents`, the average of all agents, each at its temperature and with its statistics.
+    Students standardize observations with the statistics of `agent`.
+    """
+
+    environment: str
+    agent: Agent
+    network: PolicyNetwork | EnsembleTeacher
+    more_agents: tuple[Agent, ...] = ()
+
+    @property
+    def agents(self) -> tuple[Agent, ...]:
+        return (self.agent, *self.more_agents)
 
 
 def average_policies(networks: Sequence[PolicyNetwork]) -> EnsembleTeacher:
-    """Several policies as one. For discrete actions the mean of their logits at their temperatures: the geometric mean
-    of their distributions, normalized. For Box actions the mean of `mean` and of `log_std`; with a deterministic
-    policy among them, which has no `log_std`, the average is deterministic. The values are averaged in the units in
-    which each policy was trained.
+    """Averages policies. For discrete actions it averages the logits at their temperatures, which is the normalized
+    geometric mean of the distributions; for Box actions it averages `mean` and `log_std`. With a deterministic policy,
+    which has no `log_std`, the average is deterministic. Values keep the units in which each policy was trained.
     """
     return EnsembleTeacher(networks, features=("mean", "log_std", "value")).eval()
 
 
 def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:
-    """The network of a teacher at `temperature` or, for a DQN without one, at the temperature where the mean entropy
-    of its actions in its states is `entropy` times the maximum.
+    """The network of an agent at `temperature`. For a DQN without one, at the temperature where the mean entropy of
+    its actions, in the states of its greedy policy, is `entropy` times the maximum.
     """
     network = agent.network()
     if temperature is not None:

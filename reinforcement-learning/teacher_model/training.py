@@ -1,9 +1,8 @@
-"""Training from reward by the algorithm of a Stable-Baselines3 model: of a teacher, a control, a PPD student.
+"""Trains a Stable-Baselines3 model from reward by its algorithm: a teacher, a control or a PPD student.
 
-Training runs in segments, and a killed training ends as if never killed. At the start of each segment the model is
-saved, every random generator is seeded anew and all environments restart, whether training was interrupted or not. So
-the checkpoint of a segment's start is all that the rest depends on; environments, most of which cannot be saved, need
-not be.
+Training runs in segments, so that an interrupted training gives the same result as an uninterrupted one. In both, each
+segment starts with a checkpoint of the model, new seeds for all random generators and a reset of all environments,
+most of which cannot be saved. The rest of the training depends only on that checkpoint.
 """
 
 from collections.abc import Callable
@@ -20,20 +19,15 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_setattr
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
-from torch import nn
 from tqdm.auto import tqdm
 
 from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
-from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
-from kd.reinforcement_learning.data.environments import folder_name, training_environments
-from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.teacher_model.agent import Agent
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.data.environments import training_environments
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
 from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 SEGMENTS = 10
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
@@ -43,7 +37,7 @@ History = list[dict[str, Any]]
 Evaluate = Callable[[BaseAlgorithm], dict[str, float]]
 
 
-# ---- a training in a run ----
+# ---- environments and models ----
 
 
 def recipe_environments(
@@ -53,9 +47,8 @@ def recipe_environments(
     norm_obs: bool = True,
     fixed: ObservationStatistics | None = None,
 ) -> VecEnv:
-    """The environments of a recipe, in VecNormalize if it normalizes; without `norm_obs` of rewards only.
-
-    With `fixed` observations are normalized by these statistics, whatever the recipe.
+    """The environments of a recipe, in a VecNormalize if it normalizes; `norm_obs=False` normalizes only rewards. With
+    `fixed`, these statistics normalize observations, and do not change.
     """
     environments: VecEnv = training_environments(environment, recipe.environments, seed)
     if not recipe.normalize and fixed is None:
@@ -76,12 +69,12 @@ class _FixedMoments(RunningMeanStd):
         self.mean, self.var = statistics.mean, statistics.var
 
     def update(self, arr: Any) -> None:
-        """Keeps the moments."""
+        """Does nothing: the moments are fixed."""
 
 
 def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgorithm:
     """An untrained teacher in its environments, with the default networks of its algorithm. Raises UserError for
-    hyper-parameters that the algorithm refuses.
+    invalid hyper-parameters.
     """
     try:
         check_steps(recipe)
@@ -90,41 +83,15 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     environments = recipe_environments(environment, recipe, seed)
     frames = is_image_space(environments.observation_space)
     algorithm: Any = ALGORITHMS[recipe.algorithm]
-    device = "cpu" if recipe.algorithm == "ppo" and not frames else "auto"  # small networks are faster on the CPU
+    # Small networks are faster on the CPU.
+    device = "cpu" if recipe.algorithm == "ppo" and not frames else "auto"
     policy = "CnnPolicy" if frames else "MlpPolicy"
     try:
         model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
-    except Exception as error:  # of Stable-Baselines3 and torch, for values and keywords of any kind
+    except Exception as error:  # of Stable-Baselines3 or torch, for any value or keyword
         environments.close()
-        raise UserError(f"{recipe.algorithm} refuses these hyper-parameters: {error}") from error
+        raise UserError(f"invalid hyper-parameters of {recipe.algorithm}: {error}") from error
     return model
-
-
-def train_from_reward(
-    run: Run, stage: str, environment: str, model: BaseAlgorithm, steps: int, eval_episodes: int
-) -> None:
-    """Trains a model by its algorithm inside a stage of `run`, and adds its log to the history of the stage."""
-
-    def evaluate(model: BaseAlgorithm) -> dict[str, float]:
-        return mean_returns(run, {environment: Agent.trained(stage, model).network()}, eval_episodes)
-
-    folder = run.folder / "checkpoints" / stage / folder_name(environment)
-    log = train(model, steps, folder, run.args.seed, evaluate, description=f"{stage} {environment}")
-    run.history[stage] = run.history.get(stage, []) + log
-
-
-def mean_returns(run: Run, networks: dict[str, nn.Module], episodes: int) -> dict[str, float]:
-    """Mean returns of greedy actions by environment, for the curves. Their time is not counted for the stage."""
-    with run.timed("evaluation"):
-        return {
-            curve(environment): float(returns_of(greedy(network), environment, episodes, VALIDATION_SEED)[0].mean())
-            for environment, network in networks.items()
-        }
-
-
-def curve(environment: str) -> str:
-    """The name of an environment's mean return in the log of a stage."""
-    return f"eval_return_mean {environment}"
 
 
 # ---- segments ----
@@ -133,16 +100,15 @@ def curve(environment: str) -> str:
 def train(
     model: BaseAlgorithm, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str = ""
 ) -> History:
-    """Trains `model` for `steps` environment steps, from the last segment in `folder` on if there is one.
-
-    Returns the log: at the end of each segment `evaluate(model)` and the `environment_steps` so far.
+    """Trains `model` for `steps` environment steps, and continues from the last checkpoint in `folder`, if any.
+    Returns the log: the `environment_steps` and `evaluate(model)` at the end of each segment.
     """
     segments = Segments(steps, folder, seed, evaluate, description)
     checkpoint = newest_checkpoint(folder)
     done = 0 if checkpoint is None else segments.restore(model, checkpoint)
     try:
         model.learn(steps - done, callback=segments, reset_num_timesteps=False)
-    except ValueError:  # of torch.distributions, for parameters that are not finite
+    except ValueError:  # torch.distributions raises it for parameters that are not finite
         segments.check()
         raise
     finally:
@@ -152,7 +118,7 @@ def train(
 
 
 class Segments(BaseCallback):
-    """Saves and restarts at the beginning of each segment; keeps the log."""
+    """Writes a checkpoint and restarts at the beginning of each segment; records the log."""
 
     def __init__(self, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str) -> None:
         super().__init__()
@@ -162,7 +128,7 @@ class Segments(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self.arrays:
-            _put_arrays(self.model, self.arrays)  # after the reset at the start of `learn`, which counts
+            _put_arrays(self.model, self.arrays)  # the reset at the start of `learn` has changed them
 
     def _on_step(self) -> bool:
         self.bar.update(self.model.num_timesteps - self.bar.n)
@@ -202,7 +168,7 @@ class Segments(BaseCallback):
         write_json(folder / "state.json", {"counters": counters, "history": self.history})
 
     def restore(self, model: BaseAlgorithm, folder: Path) -> int:
-        """Restores the state of the last segment's start into `model`; the number of steps until then."""
+        """Restores a checkpoint into `model`; returns its number of environment steps."""
         state = read_json(folder / "state.json")
         _, parameters, variables = load_from_zip_file(folder / "model.zip", device=model.device, load_data=False)
         model.set_parameters(parameters, exact_match=True, device=model.device)
@@ -228,7 +194,7 @@ def _replay(model: BaseAlgorithm) -> ReplayBuffer | None:
 
 
 def _arrays(model: BaseAlgorithm) -> dict[str, np.ndarray]:
-    """What a model's zip lacks: the running means of VecNormalize and the rows of the replay buffer."""
+    """The state that a model's zip lacks: running means of VecNormalize and the replay buffer."""
     arrays: dict[str, np.ndarray] = {}
     for name, means in _running_means(model).items():
         arrays |= {f"{name}_{part}": np.asarray(getattr(means, part)) for part in ("mean", "var", "count")}

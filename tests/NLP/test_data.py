@@ -320,7 +320,7 @@ def test_validation_is_carved_from_train_by_class_and_never_from_test(tmp_path: 
     assert not parts[0] & parts[1] and parts[0] | parts[1] == set(train["text"])
     assert data.splits["test"]["text"][:] == test["text"]
     assert data.splits["validation"]["sample_id"][:] == list(range(20))
-    assert "set aside, the same whatever the seed" in data.notes[-1]
+    assert "set aside, the same for every seed" in data.notes[-1]
     np.random.seed(1)
     assert load_text_data(folder).fingerprint == data.fingerprint
 

@@ -26,10 +26,9 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data import corpora
 from kd.nlp.data.corpora import Corpus, load_corpus, pack
 from kd.nlp.scripts.distill_gpt import Arguments, LanguageTrainingArguments
-from kd.nlp.student_model import language_model
-from kd.nlp.student_model.language_model import language_task, load_named_models, train_control, train_student
+from kd.nlp.student_model.generation import divergence_of, token_level
+from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.layers import cut_layers
-from kd.nlp.student_model.sequence_distillation import divergence_of, token_level
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
@@ -381,11 +380,11 @@ def test_a_named_teacher_is_fine_tuned_and_the_control_cut_from_what_it_was(text
     args = Arguments(teacher=str(gpt2), teacher_epochs=1, student_layers=1, block_size=16)
     training = LanguageTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", precision="fp32")
     run = TrainerRun(training, args)
-    task = language_task(run, args, load_corpus(str(texts)), *load_named_models(args))
-    teacher = language_model.train_teacher(run, task)
-    monkeypatch.setattr(language_model, "_train", lambda run, task, name, model, *_, **__: model)
+    task = LanguageTask.of(run, args, load_corpus(str(texts)), *load_named_models(args))
+    teacher = task.train_teacher(run)
+    monkeypatch.setattr(LanguageTask, "train", lambda task, run, role, model, *_, **__: model)
     given = AutoModelForCausalLM.from_pretrained(gpt2)
-    for model, source in ((train_control(run, task), given), (train_student(run, task, teacher), teacher)):
+    for model, source in ((task.train_control(run, teacher), given), (task.train_student(run, teacher), teacher)):
         expected = cut_layers(source, 1).state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
     assert not torch.equal(given.lm_head.weight, teacher.lm_head.weight)

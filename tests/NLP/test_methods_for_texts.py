@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from kd.common.methods import METHODS
-from kd.common.methods.relations import RELATION_METHODS
+from kd.common.methods.classification import RELATION_METHODS
 from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
@@ -115,7 +115,7 @@ def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
     [
         (["--method", "dkdd"], "there is no method 'dkdd'"),
         (["--method", "fitnet"], "there is no method 'fitnet'"),
-        (["--method", "dist:tau=1"], "method dist has no setting 'tau'"),
+        (["--method", "dist:tau=1"], "method dist has no argument 'tau'"),
         (["--method", "dkd:warmup=2"], "method dkd: warmup must be between 0 and 1, got 2"),
         (["--method", "sp", "--ensemble_teachers", "TEACHER"], "needs a single teacher"),
     ],

@@ -198,19 +198,19 @@ def pickled(thing: Any) -> Any:
 
 
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "empty weights": (break_file("model.safetensors", b""), "damaged or cut short"),
+    "empty weights": (break_file("model.safetensors", b""), "damaged or truncated"),
     "cut weights": (lambda f: break_file("model.safetensors", (f / "model.safetensors").read_bytes()[:-99])(f),
-                    "damaged or cut short"),
+                    "damaged or truncated"),
     "no weights": (break_file("model.safetensors", None), "no file named model.safetensors"),
-    "a pickled model": (pickled(lambda weights: bert()), "holds more than tensors and is therefore not unpickled"),
+    "a pickled model": (pickled(lambda weights: bert()), "contains more than tensors and is not unpickled"),
     "a pickled list": (pickled(lambda weights: [1, 2]), "cannot read a text encoder from"),
     "a wrapped dict": (pickled(lambda weights: {"state_dict": weights, "epoch": 3}), "unknown: epoch, state_dict"),
     "damaged config": (break_file("config.json", b"{"), "config.json' is not a valid JSON file"),
     "config of other bytes": (break_file("config.json", b"\xff\xfe\x00"), "config.json' is not a valid JSON file"),
     "config of a number": (break_file("config.json", b'{"model_type": "bert", "hidden_size": "x"}'), "hidden_size"),
     "unknown architecture": (break_file("config.json", b'{"model_type": "none"}'), "model type `none`"),
-    "code of its own": (
-        break_file("config.json", b'{"model_type": "none", "auto_map": {"AutoConfig": "x.Y"}}'), "which is not run"),
+    "custom code": (
+        break_file("config.json", b'{"model_type": "none", "auto_map": {"AutoConfig": "x.Y"}}'), "not executed"),
     "damaged tokenizer": (break_file("tokenizer.json", b"{"), "cannot read a text encoder from"),
     "damaged tokenizer_config": (break_file("tokenizer_config.json", b"{"), "cannot read a text encoder from"),
     "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),

@@ -21,14 +21,9 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data import number_words
 from kd.nlp.data.translation import TranslationCollator, load_translation_data
 from kd.nlp.scripts.distill_translation import Arguments, TranslationTrainingArguments
+from kd.nlp.student_model.generation import divergence_of, token_level
 from kd.nlp.student_model.layers import alternating_layers, cut_translator
-from kd.nlp.student_model.sequence_distillation import divergence_of, token_level
-from kd.nlp.student_model.translation import (
-    load_named_models,
-    train_teacher,
-    translate_training_set,
-    translation_task,
-)
+from kd.nlp.student_model.translation import TranslationTask, load_named_models
 from kd.nlp.teacher_model.generative import joint_bpe, random_marian
 from kd_testing.scripts import recipe_of, run_script
 
@@ -393,9 +388,9 @@ def test_sequence_level_targets_are_the_teachers_translations_of_their_own_sourc
         TranslationTrainingArguments(output_dir=str(tmp_path / "run"), precision="fp32", report_to="none"), args
     )
     teacher, _ = load_named_models(args)
-    task = translation_task(run, args, load_translation_data(str(small), "en", "de"), teacher, None)
-    model, given = train_teacher(run, task), task.splits["train"].shuffle(seed=1)
-    rows = translate_training_set(run, replace(task, splits=task.splits | {"train": given}), model)
+    task = TranslationTask.of(run, args, load_translation_data(str(small), "en", "de"), teacher, None)
+    model, given = task.train_teacher(run), task.splits["train"].shuffle(seed=1)
+    rows = replace(task, splits=task.splits | {"train": given}).translate_training_set(run, model)
     assert rows["sample_id"][:] == given["sample_id"][:]
     assert len(list((tmp_path / "run" / "teacher_outputs").glob("*/*/outputs.arrow"))) == 1  # of 64 sentences
     assert rows["labels"][:] != given["labels"][:]

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from kd.common.training.attention import LONGEST, eager_attention_on_cpu
+from kd.common.training.inference import SHORT, eager_attention_on_cpu
 
 
 def encoder() -> BertModel:
@@ -29,7 +29,7 @@ def test_plain_inside_and_fused_again_outside_with_the_same_answer():
     model, ids = encoder(), torch.arange(12).view(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     before = model(ids, mask).last_hidden_state
-    with eager_attention_on_cpu(model, texts(LONGEST), "bf16", "cpu"):
+    with eager_attention_on_cpu(model, texts(SHORT), "bf16", "cpu"):
         assert model.config._attn_implementation == "eager"
         torch.testing.assert_close(model(ids, mask).last_hidden_state[mask.bool()], before[mask.bool()])
     assert model.config._attn_implementation == "sdpa"
@@ -38,7 +38,7 @@ def test_plain_inside_and_fused_again_outside_with_the_same_answer():
 @pytest.mark.parametrize(
     ("dataset", "precision", "device"),
     [
-        (texts(LONGEST + 1), "bf16", "cpu"),
+        (texts(SHORT + 1), "bf16", "cpu"),
         (texts(9), "fp32", "cpu"),
         (texts(9), "bf16", "cuda"),
         (Dataset.from_dict({"x": [1]}), "bf16", "cpu"),

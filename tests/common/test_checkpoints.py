@@ -19,7 +19,7 @@ from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.training.checkpoints import last_checkpoint, rotate_checkpoints
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import CHECKSUMS, write_checksums
+from kd.common.utils.files import CHECKSUMS, write_checksums
 from kd_testing.processes import fork
 from kd_testing.tiny import Rows, arguments, model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd.common.utils.errors import UserError
-from kd.common.utils.folders import CHECKSUMS, find_damage, read_checksums, write_checksums
+from kd.common.utils.files import CHECKSUMS, find_damage, read_checksums, write_checksums
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import torch
 from kd.common.utils import devices
 from kd.common.utils.devices import environment, git_commit
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json, write_text
-from kd.common.utils.folders import writing_folder
+from kd.common.utils.files import read_json, write_json, write_text, writing_folder
 from kd_testing.processes import Child
 
 

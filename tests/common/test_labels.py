@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kd.common.data.labels import Labels, in_order, read_labels, renumber
+from kd.common.data.labels import Labels, map_label_ids, read_labels, sort_labels
 from kd.common.utils.errors import UserError
 
 NAMED = datasets.ClassLabel(names=["neg", "pos"])
@@ -183,17 +183,17 @@ def refused_declared(validation: list) -> str:
 def test_ids_become_those_of_a_model_by_name(case: Callable[[str], str]) -> None:
     ids = {"train": np.array([0, 1]), "test": np.array([1, 1])}
     own, names = ["cat", "dog"], [case(name) for name in ("dog", "emu", "cat")]
-    found = renumber("pets", ids, own, names)
+    found = map_label_ids("pets", ids, own, names)
     assert found["train"].tolist() == [2, 0] and found["test"].tolist() == [0, 0]
     with pytest.raises(
         UserError, match=r"pets has the label 'dog' \(1 row of train\), which is not among Dog, DOG, cat"
     ):
-        renumber("pets", ids, own, ["Dog", "DOG", "cat"])
+        map_label_ids("pets", ids, own, ["Dog", "DOG", "cat"])
 
 
 def test_numbers_come_first_and_by_size() -> None:
-    assert in_order({"10", "2", "b", "1", "a", "a10", "a2"}) == ["1", "2", "10", "a", "a10", "a2", "b"]
-    assert in_order({"10", "02", "09", "-1"}) == ["-1", "02", "09", "10"]
+    assert sort_labels({"10", "2", "b", "1", "a", "a10", "a2"}) == ["1", "2", "10", "a", "a10", "a2", "b"]
+    assert sort_labels({"10", "02", "09", "-1"}) == ["-1", "02", "09", "10"]
 
 
 def test_a_column_of_row_numbers_is_no_label() -> None:

@@ -15,7 +15,7 @@ from scipy.stats import pearsonr, zscore
 
 from kd.common import losses
 from kd.common.methods import TaskSpec
-from kd.common.methods.logits import LOGIT_METHODS, AdversarialTemperature
+from kd.common.methods.classification import LOGIT_METHODS, AdversarialTemperature
 from kd.common.objective import cosine_decay
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError

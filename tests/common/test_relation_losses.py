@@ -7,7 +7,7 @@ from scipy.stats import entropy
 
 from kd.common import losses
 from kd.common.methods import Feature, ModelFeatures, TaskSpec
-from kd.common.methods.relations import RELATION_METHODS, cc
+from kd.common.methods.classification import RELATION_METHODS, cc
 from kd.common.outputs import Outputs
 
 RELATIONS = {  # with the scales of the features that they do not see

@@ -13,8 +13,7 @@ import torch
 from kd.common.reporting.report import show_metrics, write_report
 from kd.common.reporting.results import validate
 from kd.common.training.arguments import RunArguments
-from kd.common.training.progress import log_line
-from kd.common.training.run import Run, TrainerRun
+from kd.common.training.run import Run, TrainerRun, log_line
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd_testing.paths import REPO
@@ -115,7 +114,7 @@ def test_progress_names_the_stage_and_reads_like_a_sentence(tmp_path, capsys):
     TrainerRun(args).train("student", model(), {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
     out, err = capsys.readouterr()
     assert re.search(r"^student, epoch 1: loss [\d.]+ \(task [\d.]+, soft targets [\d.]+\)$", out, re.M)
-    assert re.search(r"^student, \d+ s, \d+ samples a second$", out, re.M)
+    assert re.search(r"^student, \d+ s, \d+ samples per second$", out, re.M)
     assert "student: 100%" in err and "{" not in out
 
 

@@ -16,10 +16,9 @@ from torch import nn
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
 from kd.common.training.run_folder import MARK, RunFolder
-from kd.common.utils import folders
+from kd.common.utils import files as files_module
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json
-from kd.common.utils.folders import CHECKSUMS, writing_folder
+from kd.common.utils.files import CHECKSUMS, read_json, writing_folder
 from kd_testing.processes import Child
 from kd_testing.tiny import Number
 
@@ -167,7 +166,7 @@ def holding(folder: Path, with_worker: bool = False) -> Child:
     """Another process that holds the folder, until it is killed."""
 
     def hold() -> None:
-        folders._held.clear()  # what this process holds, the other does not
+        files_module._locks.clear()  # the locks of this process are not those of the child
         held = RunFolder(folder)
         if with_worker and os.fork() == 0:
             time.sleep(5)
@@ -215,7 +214,7 @@ def test_a_file_system_without_locks_is_a_warning(
     def unsupported(file: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(folders, "_lock", unsupported)
+    monkeypatch.setattr(files_module, "_lock", unsupported)
     Run(arguments(tmp_path), Inputs())
     assert "cannot be locked (No locks available)" in caplog.text
 

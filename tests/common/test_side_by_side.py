@@ -12,7 +12,7 @@ from kd.common.losses import feature_l2
 from kd.common.objective import FeatureTerm, Objective, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
-from kd.common.training.teacher_views import TeacherViews
+from kd.common.training.teacher_outputs import TeacherViews
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd_testing.tiny import Rows, TinyClassifier, arguments, kd, model

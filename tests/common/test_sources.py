@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_csv_file_is_named(tmp_path: Path, content: str | b
         (json.dumps({"version": 1, "data": [{"text": "a"}]}, indent=1), "is one JSON object"),
         (json.dumps({"version": 1, "data": [{"text": "a"}]}), "is one JSON object of version, data"),
         ('[["a", 1]]', "row 0 of"),
-        ("5", "no JSON object but a int"),
+        ("5", "not a JSON object but a int"),
         ('{"text": "a"}\n{"text": ', "line 2"),
         ("[" * 100_000, "recursion"),
         ('[{"text": "\\ud800"}]', "surrogates"),
@@ -171,5 +171,5 @@ def test_a_file_is_the_split_that_it_is_called_after(tmp_path: Path) -> None:
     assert splits(tmp_path / "new.csv", needs_train=False)["test"]["text"][:] == ["a"]
     assert splits(tmp_path / "test.csv", needs_train=False)["test"]["text"][:] == ["b"]
     assert "no train split" in refused(tmp_path / "test.csv")
-    assert re.search(r"new.xlsx is no parquet, CSV or JSON file", refused(tmp_path / "new.xlsx"))
+    assert re.search(r"new.xlsx is not a parquet, CSV or JSON file", refused(tmp_path / "new.xlsx"))
     assert short_name(str(tmp_path / "new.csv")) == "new.csv"

@@ -255,7 +255,7 @@ def test_a_damaged_or_foreign_shard_is_computed_again(tmp_path, caplog, spoil):
     with caplog.at_level(logging.WARNING):
         cached(tmp_path, teacher)
     assert teacher.calls == calls + 2  # two batches a shard
-    assert "anew" in caplog.text
+    assert "computing them again" in caplog.text
     assert (path.parent / "notes.txt").read_text() == "of a user"
     (path.parent / "notes.txt").unlink()
     assert contents(tmp_path) == before

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from kd.common.bottleneck.training import set_keys
-from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
+from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.exports import run_readme

@@ -426,8 +426,8 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 cannot see images of 4 pixels"),
         ("train_student.py", ["--seed", "-1"], "--seed must be between 0"),
         ("train_student.py", ["--method", "simkd"], "train_simkd.py"),
-        ("train_student.py", ["--method", "dkd", "--temperature", "2"], "--temperature is that of a plain kd"),
-        ("train_student.py", ["--method", "kd:alpha=0.5", "--alpha", "0.2"], "--alpha is that of a plain kd"),
+        ("train_student.py", ["--method", "dkd", "--temperature", "2"], "--temperature applies to plain kd only"),
+        ("train_student.py", ["--method", "kd:alpha=0.5", "--alpha", "0.2"], "--alpha applies to plain kd only"),
         ("train_student.py", ["--method", "lskd:alpha=0:weight=0"], "at least one term"),
         ("sweep.py", ["--load_best_model_at_end", "true"], "needs --metric_for_best_model"),
         ("sweep.py", ["--load_best_model_at_end", "true", "--metric_for_best_model", "accuracy"], "leave out --load"),
@@ -568,7 +568,7 @@ def test_a_teacher_of_other_labels_or_another_size_is_refused(teacher, tmp_path,
     config = json.loads((copy / "config.json").read_text())
     cases = {
         "the label order of": {"id2label": {str(i): str(9 - i) for i in range(10)}},
-        "knows 10 labels": {"id2label": {str(i): f"c{i}" for i in range(10)}},
+        "has 10 labels": {"id2label": {str(i): f"c{i}" for i in range(10)}},
         "pass --image_size 16": {"image_size": 16},
     }
     for complaint, change in cases.items():

@@ -1,4 +1,4 @@
-"""Classes one after another, from end to end on the embedded digits: what is kept, what is lost, what may move."""
+"""Class-incremental learning from end to end on the embedded digits: accuracy, frozen weights, resuming, errors."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ from transformers import BertConfig
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.reporting.results import validate
 from kd.image_classification.data.loading import Images, SmallImageData, load_image_data
-from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
+from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.incremental import (
     HeadInputs,
     HeadTraining,
     accuracy,
-    arrival,
     embed_images,
     fit_keys,
+    split_tasks,
     train_head,
 )
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
@@ -69,10 +69,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-# ---- the claim ----
+# ---- results ----
 
 
-def test_the_bottleneck_keeps_what_the_probe_forgets(finished):
+def test_the_probe_forgets_and_the_bottleneck_does_not(finished):
     found = results(finished)
     validate(found)
     scores = {name: splits["test"] for name, splits in found["accuracy"].items()}
@@ -87,8 +87,8 @@ def test_the_bottleneck_keeps_what_the_probe_forgets(finished):
     assert found["keys"]["usage"] > 0.95
 
 
-def test_the_probe_is_at_chance_on_the_classes_it_saw_first(finished, digits):
-    first = arrival(digits, 1, seed=0)[:7]
+def test_only_the_probe_fails_on_the_first_classes(finished, digits):
+    first = split_tasks(digits, 1, seed=0)[:7]
     for stage, low, high in (("control", 0.0, 0.15), ("student", 0.95, 1.0)):
         model = BottleneckProbe.from_pretrained(finished / "stages" / stage)
         samples = HeadInputs.of(model, embed_images(model, digits), digits)
@@ -104,20 +104,20 @@ def test_accuracy_after_each_task_ends_in_the_final_accuracy(finished):
     one_by_one = found["accuracy_of_all_classes"]
     assert set(one_by_one) == {"bottleneck, class by class", "linear probe, class by class"}
     for name, scores in one_by_one.items():
-        assert found["accuracy_of_classes_seen"][name]["1"] == 1.0  # of one class, all are right
-        assert scores["1"] < 0.3  # of ten classes, only those of one can be
+        assert found["accuracy_of_classes_seen"][name]["1"] == 1.0  # with one class, every prediction is correct
+        assert scores["1"] < 0.3  # images of the other nine classes cannot be correct
     assert sorted(found["order_of_classes"].split(", ")) == [str(digit) for digit in range(10)]
 
 
-def test_a_run_leaves_its_files(finished):
+def test_a_run_writes_its_files(finished):
     for name in ("recipe.yaml", "report.md", "curves.png", "forgetting.png", "student/preprocessor_config.json"):
         assert (finished / name).stat().st_size > 0
 
 
-# ---- what may move ----
+# ---- which weights training changes ----
 
 
-def test_value_training_leaves_the_keys_as_they_were(finished):
+def test_value_training_does_not_change_the_keys(finished):
     fitted = weights(finished / "stages" / "keys")
     assert not fitted["head.values"].any()
     for folder in ("student", "stages/teacher"):
@@ -126,7 +126,7 @@ def test_value_training_leaves_the_keys_as_they_were(finished):
         assert [name for name in fitted if not torch.equal(fitted[name], trained[name])] == ["head.values"]
 
 
-def test_an_image_moves_only_the_values_of_its_keys(digits):
+def test_an_image_changes_only_the_values_of_its_keys(digits):
     model = BottleneckProbe.around(None, digits, SMALL)
     assert isinstance(model.head, DiscreteKeyValueBottleneck)
     embeddings = embed_images(model, digits)
@@ -146,11 +146,11 @@ def test_an_image_moves_only_the_values_of_its_keys(digits):
     first, second = values_after(3), values_after(3, 5)
     assert 0 < chosen_by(3).sum() < 8 * 16
     assert torch.equal(first.ne(0).any(-1), chosen_by(3))
-    assert torch.equal(second.ne(first).any(-1), chosen_by(5))  # no momentum or decay moves the rest
-    assert not model.head.values.any()  # the empty model is copied, not trained
+    assert torch.equal(second.ne(first).any(-1), chosen_by(5))  # no momentum or decay changes the others
+    assert not model.head.values.any()  # the untrained model was copied
 
 
-def test_labels_play_no_part_in_the_keys(digits):
+def test_keys_do_not_depend_on_labels(digits):
     permutation = torch.randperm(len(digits.splits["train"]))
     images = digits.splits["train"]
     other = replace(digits, splits=digits.splits | {"train": Images(images.pixels, images.labels[permutation])})
@@ -162,16 +162,16 @@ def test_labels_play_no_part_in_the_keys(digits):
     assert torch.equal(*keys)
 
 
-def test_cached_codes_say_what_images_say(finished, digits):
+def test_cached_codes_give_the_logits_of_the_images(finished, digits):
     model = BottleneckProbe.from_pretrained(finished / "student")
     pixels = digits.views("test", model.device).__getitems__(list(range(50)))["pixel_values"]
     assert torch.equal(model.classify(model.cache(model.embed(pixels))), model(pixels).logits)
 
 
-# ---- the same again ----
+# ---- reproducibility ----
 
 
-def test_the_same_seed_gives_the_same_values_and_another_seed_others(small, tmp_path):
+def test_a_seed_determines_the_values(small, tmp_path):
     script(*SMALL_FLAGS, "--output_dir", tmp_path / "same")
     script(*SMALL_FLAGS, "--output_dir", tmp_path / "other", "--seed", 1)
     first, same, other = (weights(folder / "student") for folder in (small, tmp_path / "same", tmp_path / "other"))
@@ -180,7 +180,7 @@ def test_the_same_seed_gives_the_same_values_and_another_seed_others(small, tmp_
     assert results(small)["order_of_classes"] != results(tmp_path / "other")["order_of_classes"]
 
 
-def test_a_run_that_stopped_continues_to_the_same_end(small, tmp_path):
+def test_a_resumed_run_gives_the_same_results(small, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small, run)
     (run / "results.json").unlink()
@@ -193,7 +193,7 @@ def test_a_run_that_stopped_continues_to_the_same_end(small, tmp_path):
 
 LOGITS_IN_ANOTHER_PROCESS = """
 import sys, numpy, torch
-from kd.image_classification.student_model.bottleneck_probe import BottleneckProbe
+from kd.image_classification.student_model.bottleneck import BottleneckProbe
 model = BottleneckProbe.from_pretrained(sys.argv[1])
 images = torch.from_numpy(numpy.load(sys.argv[2]))
 numpy.save(sys.argv[3], model(images).logits.detach().numpy())
@@ -230,27 +230,27 @@ def encoder(tmp_path, digits) -> Path:
 def test_a_trained_network_is_a_frozen_encoder(encoder, digits, tmp_path):
     words = ["--encoder", encoder, "--classes_per_task", 4, "--epochs_per_task", 1, *SMALL_FLAGS]
     script(*words, "--output_dir", tmp_path / "run")
-    given, student = (
+    original, student = (
         ImageClassifier.from_pretrained(encoder),
         BottleneckProbe.from_pretrained(tmp_path / "run" / "student"),
     )
     assert student.encoder is not None
     kept = student.encoder.state_dict()
     assert kept
-    assert all(torch.equal(given.state_dict()[name], kept[name]) for name in kept)
+    assert all(torch.equal(original.state_dict()[name], kept[name]) for name in kept)
     assert not any(parameter.requires_grad for parameter in student.encoder.parameters())
     assert not student.train().encoder.training
     assert (student.config.mean, student.config.id2label[9]) == ([0.5], "9")
     pixels = torch.randn(3, 3, 8, 8)
-    assert torch.equal(student.embed(pixels), given(pixels).features["pooled"].detach())
+    assert torch.equal(student.embed(pixels), original(pixels).features["pooled"].detach())
     found = results(tmp_path / "run")
     assert list(found["accuracy_of_classes_seen"]["bottleneck, class by class"]) == ["4", "8", "10"]
 
 
-# ---- bad input: one line, exit code 2, nothing half-written ----
+# ---- errors: one line, exit code 2, no files ----
 
 
-def refused(capsys, *words: object) -> str:
+def error_of(capsys, *words: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         script(*words)
     error = capsys.readouterr().err
@@ -264,7 +264,7 @@ def refused(capsys, *words: object) -> str:
     ("words", "named"),
     [
         (["--dataset", "nonsense"], "unknown dataset 'nonsense'"),
-        (["--encoder", "nonsense"], "unknown encoder 'nonsense'"),
+        (["--encoder", "nonsense"], "unknown --encoder 'nonsense'"),
         (["--codebooks", 0], "--codebooks must be at least 1"),
         (["--codebook_size", 70000], "--codebook_size must be between 1 and 65536"),
         (["--classes_per_task", 0], "--classes_per_task must be at least 1"),
@@ -274,7 +274,7 @@ def refused(capsys, *words: object) -> str:
     ],
 )  # fmt: skip
 def test_bad_flags(capsys, tmp_path, words, named):
-    assert named in refused(capsys, *words, "--output_dir", tmp_path / "run")
+    assert named in error_of(capsys, *words, "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -287,15 +287,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path):
     assert not (tmp_path / "run" / "stages" / "control").exists()
 
 
-def test_an_encoder_that_is_none(capsys, tmp_path, encoder):
+def test_invalid_encoders(capsys, tmp_path, encoder):
     (tmp_path / "empty").mkdir()
-    assert "it has no config.json" in refused(capsys, "--encoder", tmp_path / "empty")
+    assert "it has no config.json" in error_of(capsys, "--encoder", tmp_path / "empty")
     BertConfig().save_pretrained(tmp_path / "bert")
-    assert "holds a bert, not an image classifier" in refused(capsys, "--encoder", tmp_path / "bert")
-    assert "pass --image_size 8" in refused(capsys, "--encoder", encoder, "--image_size", 16)
+    assert "holds a bert, not an image classifier" in error_of(capsys, "--encoder", tmp_path / "bert")
+    assert "pass --image_size 8" in error_of(capsys, "--encoder", encoder, "--image_size", 16)
 
 
-def test_finished_runs_are_not_overwritten_unless_asked(capsys, finished):
+def test_finished_runs_are_not_overwritten_by_default(capsys, finished):
     before = (finished / "results.json").read_bytes()
-    assert "--overwrite_output_dir" in refused(capsys, "--output_dir", finished)
+    assert "--overwrite_output_dir" in error_of(capsys, "--output_dir", finished)
     assert (finished / "results.json").read_bytes() == before

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd.common.methods import check_methods_differ, chosen, filled, settings_of
+from kd.common.methods import arguments_of, check_methods_differ, fill_arguments, parse_method
 from kd.common.objective import Scheduled
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
@@ -119,18 +119,18 @@ def test_it_has_a_docstring_with_its_paper(name):
 
 
 def test_settings_are_checked():
-    assert list(settings_of(METHODS["kd"])) == ["alpha", "temperature"]
-    assert chosen("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
-    assert chosen("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
+    assert list(arguments_of(METHODS["kd"])) == ["alpha", "temperature"]
+    assert parse_method("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
+    assert parse_method("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
         "alpha": 0.3,
         "temperature": 1.5,
     }
-    assert chosen("catkd:normalized=True", METHODS).keywords == {"normalized": True}
+    assert parse_method("catkd:normalized=True", METHODS).keywords == {"normalized": True}
     for spec, complaint in (
         ("kdd", "did you mean kd?"),
-        ("kd:alphas=1", "no setting 'alphas'; did you mean alpha?"),
-        ("kd:alpha=much", "kd: alpha=much is none"),
-        ("kd:alpha", "kd: alpha= is none"),
+        ("kd:alphas=1", "no argument 'alphas'; did you mean alpha?"),
+        ("kd:alpha=much", "kd: alpha=much is invalid"),
+        ("kd:alpha", "kd: alpha= is invalid"),
         ("dkd:warmup=2", "dkd: warmup must be between 0 and 1, got 2"),
         ("dist:temperature=0", "dist: temperature must be above 0, got 0"),
         ("norm:copies=0", "norm: copies must be at least 1, got 0"),
@@ -146,45 +146,45 @@ def test_settings_are_checked():
         ("crd:momentum=1", "crd: momentum must be at least 0 and below 1, got 1"),
         ("crd:negatives=0", "crd: negatives must be .*, got 0"),
         ("semckd:batch=0", "semckd: batch must be .*, got 0"),
-        ("catkd:size=2.5", "catkd: size=2.5 is none"),
-        ("catkd:normalized=maybe", "catkd: normalized=maybe is none, give a value such as normalized=true"),
-        ("sp:weight=1_0", "sp: weight=1_0 is none"),
+        ("catkd:size=2.5", "catkd: size=2.5 is invalid"),
+        ("catkd:normalized=maybe", "catkd: normalized=maybe is invalid, pass a value such as normalized=true"),
+        ("sp:weight=1_0", "sp: weight=1_0 is invalid"),
         ("dkd:beta=2:beta=3", "dkd: beta is set twice, to 2 and to 3: set it once"),
-        ("mlkd:views=2", "mlkd has no setting 'views'"),
+        ("mlkd:views=2", "mlkd has no argument 'views'"),
     ):
         with pytest.raises(UserError, match=complaint.replace("?", r"\?")) as caught:
-            chosen(spec, METHODS)
+            parse_method(spec, METHODS)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="kd: alpha must be .*, got nan"):  # as flags give it
-        chosen("kd", METHODS, alpha=float("nan"))
+        parse_method("kd", METHODS, alpha=float("nan"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
 def test_no_setting_of_any_method_takes_what_is_no_number_or_negative(name, value):
-    for setting in settings_of(METHODS[name]):
+    for setting in arguments_of(METHODS[name]):
         with pytest.raises(UserError, match=rf"method {name}: {setting}(={value}| must be .*, got {value})"):
-            chosen(f"{name}:{setting}={value}", METHODS)
+            parse_method(f"{name}:{setting}={value}", METHODS)
 
 
 def test_settings_of_a_pair_fill_what_a_spec_leaves_open():
     published = ["dkd:beta=6", "dkd_ls:alpha=15:beta=30"]
-    assert filled("dkd", published, METHODS) == "dkd:beta=6"
-    assert filled("dkd:alpha=2", published, METHODS) == "dkd:beta=6:alpha=2"
-    assert filled("dkd_ls:beta=1", published, METHODS) == "dkd_ls:alpha=15:beta=1"
-    assert filled("kd", published, METHODS) == "kd"
+    assert fill_arguments("dkd", published, METHODS) == "dkd:beta=6"
+    assert fill_arguments("dkd:alpha=2", published, METHODS) == "dkd:beta=6:alpha=2"
+    assert fill_arguments("dkd_ls:beta=1", published, METHODS) == "dkd_ls:alpha=15:beta=1"
+    assert fill_arguments("kd", published, METHODS) == "kd"
     for wrong, complaint in (
         (["dkd:beta=6", "dkd:alpha=2"], "two entries for dkd"),
         (["dkdd:beta=6"], "no method 'dkdd'"),
-        (["dkd:gamma=6"], "no setting 'gamma'"),
+        (["dkd:gamma=6"], "no argument 'gamma'"),
     ):
         with pytest.raises(UserError, match=complaint):
-            filled("kd", wrong, METHODS)
+            fill_arguments("kd", wrong, METHODS)
 
 
 def test_one_method_under_two_spellings_is_refused():
     def of(*specs):
-        return [(spec, chosen(spec, METHODS, alpha=0.1)) for spec in specs]
+        return [(spec, parse_method(spec, METHODS, alpha=0.1)) for spec in specs]
 
     check_methods_differ(of("kd", "kd:temperature=2", "lskd", "dkd:beta=2", "dkd:beta=3", "mlkd", "mlkd_ls"))
     for first, second in (

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kd.common.cli import parse
-from kd.common.methods import chosen, filled
+from kd.common.methods import fill_arguments, parse_method
 from kd.common.utils.files import read_json
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods import METHODS
@@ -104,8 +104,8 @@ def as_published(name: str, settings: dict) -> tuple:
 def test_a_pair_has_the_settings_behind_its_figures(pair):
     settings = PAIRS[PAIRS_BY_NAME[pair]]
     for name, expected in PUBLISHED[pair].items():
-        spec = filled(name, settings, METHODS)
-        parameters = inspect.signature(chosen(spec, METHODS)).parameters
+        spec = fill_arguments(name, settings, METHODS)
+        parameters = inspect.signature(parse_method(spec, METHODS)).parameters
         found = as_published(name, {key: p.default for key, p in parameters.items()})
         assert found == pytest.approx(expected), name
         if name == "dkd":

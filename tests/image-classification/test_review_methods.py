@@ -17,7 +17,7 @@ from kd.image_classification.student_model.matching import (
     pre_activations,
     stage_paths,
 )
-from kd.image_classification.student_model.methods import METHODS, method_of
+from kd.image_classification.student_model.methods import METHODS, image_method
 from kd.image_classification.student_model.methods.all_stages import Calibration, Fusion, Review
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd_testing.image_networks import assert_close_features, randomize_norms
@@ -266,7 +266,7 @@ def test_a_larger_batch_is_refused_and_scripts_know_how_large_theirs_are():
     assert "\n" not in str(caught.value)
     for spec, strong, expected in (("semckd", False, 24), ("semckd", True, 48), ("semckd:batch=100", False, 100)):
         args = ImageTrainingArguments(per_device_train_batch_size=24, strong_augmentation=strong, use_cpu=True)
-        term = method_of(spec, args)(new_pair().spec).objective.terms["calibration"]
+        term = image_method(spec, args)(new_pair().spec).objective.terms["calibration"]
         assert isinstance(term, Calibration) and term.batch == expected
 
 

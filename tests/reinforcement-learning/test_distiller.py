@@ -18,8 +18,7 @@ from kd.reinforcement_learning.student_model.distiller import DistillArguments, 
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
 from kd.reinforcement_learning.student_model.matching import check_loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.teacher_model.agent import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd_testing import known_answer  # noqa: F401 - registers the environments
 

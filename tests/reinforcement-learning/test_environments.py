@@ -26,8 +26,8 @@ from kd.reinforcement_learning.data.environments import (
     time_limit_warning,
     training_environments,
 )
-from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd_testing import known_answer
 from kd_testing.known_answer import KnownAnswer, KnownAnswerBox
 

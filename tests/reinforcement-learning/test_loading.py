@@ -25,12 +25,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.teacher_model.agent import Agent
-from kd.reinforcement_learning.teacher_model.files import TeacherFiles, find_teacher
-from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
+from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
+from kd.reinforcement_learning.teacher_model.policies import FrameFeatures, ObservationStatistics
 from kd.reinforcement_learning.teacher_model.saved_policy import legacy_gym, load_policy
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics, read_statistics
-from kd.reinforcement_learning.teacher_model.teacher import load_agent
+from kd.reinforcement_learning.teacher_model.teacher import Agent, load_agent
 
 
 class Pictures(gym.Env[np.ndarray, Any]):
@@ -348,7 +346,7 @@ def test_trpo_of_sb3_contrib_has_a_policy_of_stable_baselines(tmp_path: Path) ->
         ("qrdqn/CartPole-v1_1", "CartPole-v1", "QR-DQN of sb3-contrib"),
         ("ars/Swimmer-v3_1", "Swimmer-v5", "ARS of sb3-contrib"),
         ("sac/Pendulum-v1_1", "Pendulum-v1", "gSDE"),
-        ("ppo/Swimmer-v3_1", "Swimmer-v5", "behind sb3_contrib.common.wrappers.TimeFeatureWrapper"),
+        ("ppo/Swimmer-v3_1", "Swimmer-v5", "trained in sb3_contrib.common.wrappers.TimeFeatureWrapper"),
         ("ppo/Hopper-v3_1", "Hopper-v3", "did you mean Hopper-v5?"),
         ("trpo/Swimmer-v3_1", "Swimmer-v5", ""),
         ("ppo/MountainCar-v0_1", "MountainCar-v0", ""),
@@ -457,8 +455,8 @@ def test_statistics_of_other_observations_are_refused(tmp_path: Path) -> None:
     env = normalizing(path)
     statistics = read_statistics(path)
     assert statistics is not None
-    statistics.check(env.observation_space, path)
-    message = error_of(statistics.check, spaces_of("CartPole-v1")[0], path)
+    check_statistics(statistics, env.observation_space, path)
+    message = error_of(check_statistics, statistics, spaces_of("CartPole-v1")[0], path)
     assert "(3,)" in message and "(4,)" in message and str(path) in message
     env.obs_rms = {"position": env.obs_rms}
     path.write_bytes(pickle.dumps(env))
@@ -599,7 +597,7 @@ def test_a_policy_trained_behind_vec_normalize_without_statistics_is_warned_of(t
 
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
     PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8).save(path := tmp_path / "a.zip")
-    assert "was trained behind VecNormalize, and no statistics were found" in warnings_of(path)
+    assert "was trained with VecNormalize, and no statistics were found" in warnings_of(path)
     assert warnings_of(path, raw=True) == ""
     PPO("MlpPolicy", "Pendulum-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8).save(path)
     assert warnings_of(path) == ""
@@ -612,7 +610,7 @@ def test_what_rl_zoo3_says_of_a_wrapper_or_another_environment(tmp_path: Path) -
     config, args = (tmp_path / "CartPole-v1" / name for name in ("config.yml", "args.yml"))
     for setting in ("env_wrapper: [{a.b.Wrapper: {c: 0.5}}]", "vec_env_wrapper: a.b.Wrapper"):
         config.write_text(setting)
-        assert "trained behind a.b.Wrapper, according to" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
+        assert "trained in a.b.Wrapper, according to" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
     config.write_text("frame_stack: 4\nenv_wrapper: stable_baselines3.common.atari_wrappers.AtariWrapper")
     assert "VecFrameStack of 4" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
     touch(tmp_path / "atari" / "ALE-Pong-v5.zip", tmp_path / "atari" / "ALE-Pong-v5" / "config.yml")

@@ -10,16 +10,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.outputs import Outputs
 from kd.reinforcement_learning.data.environments import to_environment
-from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.policies import (
+    ObservationStatistics,
+    PolicyNetwork,
     entropy,
     greedy_actions,
-    network_of,
     sampled_actions,
     temperature_for_entropy,
 )
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
-from kd.reinforcement_learning.teacher_model.teacher import average_policies
+from kd.reinforcement_learning.teacher_model.teacher import Agent, average_policies
 
 
 def observations(model: BaseAlgorithm, count: int = 50) -> np.ndarray:
@@ -30,7 +29,7 @@ def observations(model: BaseAlgorithm, count: int = 50) -> np.ndarray:
 
 def said(model: BaseAlgorithm, rows: np.ndarray, value: bool = True) -> Outputs:
     with torch.no_grad():
-        outputs: Outputs = network_of(model.policy)(torch.as_tensor(rows), value=value)
+        outputs: Outputs = PolicyNetwork(model.policy)(torch.as_tensor(rows), value=value)
     return outputs
 
 

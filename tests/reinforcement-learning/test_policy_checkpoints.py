@@ -19,9 +19,9 @@ from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student
-from kd.reinforcement_learning.teacher_model.agent import Agent, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd.reinforcement_learning.teacher_model.teacher import Agent, Teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 
 PPO_ROW = {"environments": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1, "normalize": True}

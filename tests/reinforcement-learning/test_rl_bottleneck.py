@@ -19,13 +19,11 @@ from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student, share_bodies
-from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, greedy
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
-from kd.reinforcement_learning.teacher_model.teacher import Teacher
+from kd.reinforcement_learning.teacher_model.teacher import Agent, Teacher
 from kd_testing import known_answer  # noqa: F401 - registers the environments
 
 QUESTIONS = "KnownAnswer-v0"

@@ -221,7 +221,7 @@ def test_a_video_is_whole_or_a_line(cart_pole, monkeypatch, capsys):
     Path("file").touch()
     Path("c.gif").write_text("of somebody else")
     for name in ("file/c.gif", "file/deeper/c.mp4"):
-        assert "is no folder that may be written to" in line_of(capsys, *words, name, script="evaluate.py")
+        assert "is not a writable folder" in line_of(capsys, *words, name, script="evaluate.py")
     with monkeypatch.context() as broken:
         broken.setattr(video.imageio.v3, "imwrite", lambda path, *_, **__: Path(path).write_text("half") and 1 / 0)
         assert "c.gif exists: pass --video" in line_of(capsys, *words, "c.mp4", script="evaluate.py")
@@ -308,7 +308,7 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
         (["--hyperparameters", "[1]"], "must be a JSON object"),
         (["--hyperparameters", '{"policy_kwargs": 3}'], "policy_kwargs must be an object"),
         (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
-        (["--hyperparameters", '{"batch_size": 0}'], "ppo refuses these hyper-parameters"),
+        (["--hyperparameters", '{"batch_size": 0}'], "invalid hyper-parameters of ppo"),
         (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
         (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
         (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),

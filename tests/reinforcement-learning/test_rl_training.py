@@ -16,9 +16,9 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.data.rollouts import returns_of
 from kd.reinforcement_learning.student_model.ppd import PPD, DistillationSamples
-from kd.reinforcement_learning.teacher_model.agent import Agent
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, check_steps, linear, training_recipe
+from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 from kd_testing import known_answer  # noqa: F401 - registers the environments
 
@@ -132,8 +132,8 @@ def test_hyper_parameters_out_of_range_are_refused(changes, expected):
         ("ppo", {"batch_size": 96}, "batch_size 96 does not divide"),
         ("dqn", {"steps": 100, "learning_starts": 100}, "raise --teacher_steps or lower learning_starts"),
         ("dqn", {"buffer_size": 10**15}, "buffer_size must be"),
-        ("dqn", {"buffer_size": 10**12}, "dqn refuses these hyper-parameters: Unable to allocate"),
-        ("ppo", {"policy_kwargs": {"net_arch": [-1]}}, "ppo refuses these hyper-parameters"),
+        ("dqn", {"buffer_size": 10**12}, "invalid hyper-parameters of dqn: Unable to allocate"),
+        ("ppo", {"policy_kwargs": {"net_arch": [-1]}}, "invalid hyper-parameters of ppo"),
     ],
 )
 def test_hyper_parameters_that_do_not_fit_together_are_refused_before_training(algorithm, changes, expected):

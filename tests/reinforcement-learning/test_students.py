@@ -15,9 +15,8 @@ from kd.common.metrics.cost import parameters
 from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student, share_bodies
-from kd.reinforcement_learning.teacher_model.frames import FrameFeatures
+from kd.reinforcement_learning.teacher_model.policies import FrameFeatures, ObservationStatistics
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.statistics import ObservationStatistics
 
 FRAMES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
@@ -88,7 +87,7 @@ WITHOUT_US = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("reinforcement_learning", "common"):
+        if name.split(".")[0] == "kd":
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Absent())
 import numpy as np

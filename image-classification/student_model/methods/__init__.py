@@ -1,12 +1,12 @@
-"""Methods of distilling an image classifier, by name. None of them leaves anything behind in the student.
+"""Methods for image classifiers, by name. None of them changes the architecture of the student.
 
-To add one: write a function (spec, *, settings) -> Method in a file here, name it in METHODS, and give it a test.
+To add one, write a function (spec, *, arguments) -> Method in a file of this folder, add it to METHODS, and test it.
 """
 
 from collections.abc import Callable
 
 from kd.common.methods import METHODS as METHODS_OF_ALL_DOMAINS
-from kd.common.methods import Method, TaskSpec, chosen, filled, flags_of
+from kd.common.methods import Method, TaskSpec, fill_arguments, kd_flags, parse_method
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods.all_stages import reviewkd, semckd
@@ -14,7 +14,7 @@ from kd.image_classification.student_model.methods.crd import crd
 from kd.image_classification.student_model.methods.last_map import catkd, norm, srrl
 from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, ofd, vid
 
-PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # other students of the scripts, by the names on the command line
+PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # further choices of --method and --methods
 CONTROLS = (PLAIN, CONTROL)  # trained on the labels alone, without and with SimKD's projector
 
 METHODS: dict[str, Callable[..., Method]] = METHODS_OF_ALL_DOMAINS | {
@@ -32,22 +32,22 @@ METHODS: dict[str, Callable[..., Method]] = METHODS_OF_ALL_DOMAINS | {
 }
 
 
-def for_pair(spec: str, pair: PairArguments) -> str:
-    """NAME[:setting=value]... with the pair's settings where it leaves them open."""
-    return spec if spec in (*CONTROLS, SIMKD) else filled(spec, pair.method_args, METHODS)
+def with_pair_arguments(spec: str, pair: PairArguments) -> str:
+    """NAME[:argument=value]... with the pair's arguments added where `spec` does not set them."""
+    return spec if spec in (*CONTROLS, SIMKD) else fill_arguments(spec, pair.method_args, METHODS)
 
 
-def method_of(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:
-    """The method NAME[:setting=value]..., with the batch size for those that depend on it."""
+def image_method(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec], Method]:
+    """The method NAME[:argument=value]..., with the batch size for methods that depend on it."""
     batch = args.per_device_train_batch_size * args.views
-    return chosen(spec, METHODS, batch=batch, **flags_of(spec, args))
+    return parse_method(spec, METHODS, batch=batch, **kd_flags(spec, args))
 
 
 def check_kd_flags(methods: list[str], args: ImageTrainingArguments) -> None:
-    """Raises UserError for an --alpha or --temperature that none of the methods takes."""
-    taken = {"temperature"} if SIMKD in methods else set()  # of its --kl_weight
+    """Raises UserError for an --alpha or --temperature that none of the methods uses."""
+    used = {"temperature"} if SIMKD in methods else set()  # by its --kl_weight
     for spec in methods:
-        taken |= {flag for flag in flags_of(spec, args) if f":{flag}=" not in spec}
-    for flag in {"alpha", "temperature"} - taken:
+        used |= {flag for flag in kd_flags(spec, args) if f":{flag}=" not in spec}
+    for flag in {"alpha", "temperature"} - used:
         if getattr(args, flag) != getattr(ImageTrainingArguments, flag):
-            raise UserError(f"--{flag} is that of a plain kd: set it in the method, as in {methods[-1]}:{flag}=...")
+            raise UserError(f"--{flag} applies to plain kd only: set it in the method, as in {methods[-1]}:{flag}=...")

@@ -91,7 +91,7 @@ def test_what_is_no_teacher_of_these_labels_is_refused(finished: Path, tmp_path:
     with pytest.raises(UserError, match="do not fit its config.json: missing: backbone.*; unknown: net.backbone"):
         load_trained(str(tmp_path / "copy"), whole)
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         load_trained(str(tmp_path / "copy"), whole)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="holds a bert"):

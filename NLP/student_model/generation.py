@@ -1,0 +1,234 @@
+"""Shared by the distillation of language models and of translators: stages, the objective on tokens, results."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kd.common.losses import jensen_shannon, soft_target_kl
+from kd.common.methods import Method
+from kd.common.metrics.quality import language_warning, token_counts
+from kd.common.objective import IGNORED, Divergence, logit_term, task_loss
+from kd.common.pretrained import load_tokenizer, stage_loader
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.run import TrainerRun
+from kd.common.utils.errors import UserError
+from kd.nlp.teacher_model.generative import SCRATCH, Generator
+from kd.nlp.teacher_model.teacher import models_and_tokenizers
+
+CUT = "cut"
+Splits = dict[str, Dataset]
+
+
+def check_same_vocabulary(args: Any, student: Generator | None, teacher: Generator | None) -> None:
+    """Raises UserError if a named student does not have the vocabulary of a named teacher."""
+    if student and (teacher is None or not student.has_vocabulary_of(teacher)):
+        raise UserError(
+            f"student {args.student} and teacher {args.teacher} have different vocabularies: pass --student "
+            f"{SCRATCH} or {CUT}, or a student with the teacher's tokenizer"
+        )
+
+
+def open_run(
+    training: KDTrainingArguments, args: Any, data: Any, teacher: Generator | None, student: Generator | None
+) -> TrainerRun:
+    """Opens the output folder for a new run, or continues the run in it. `data` has a fingerprint.
+
+    Raises UserError if that run started from other data or models.
+    """
+    run = TrainerRun(training, args)
+    run.check_inputs(data.fingerprint, **models_and_tokenizers({"teacher": teacher, "student": student}))
+    return run
+
+
+@dataclass(frozen=True)
+class GenerationTask(ABC):
+    """The data and the models of a run, and the stages that train these.
+
+    args: Arguments of the script.
+    data: Corpus or TranslationData.
+    splits: The data in tokens.
+    pretrained_teacher, pretrained_student: Models that were named; None for random weights or a cut.
+    """
+
+    args: Any
+    data: Any
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    pretrained_teacher: PreTrainedModel | None
+    pretrained_student: PreTrainedModel | None
+
+    auto_class: ClassVar[Any]  # loads a finished stage
+    settings: ClassVar[dict[str, Any]] = {}  # training arguments of all stages
+
+    @classmethod
+    def of(cls, run: TrainerRun, args: Any, data: Any, teacher: Generator | None, student: Generator | None) -> Self:
+        """Tokenizes the data with the teacher's tokenizer. A teacher with random weights needs a new tokenizer, which
+        is a stage, so that a continued run keeps its vocabulary.
+        """
+        if teacher is None:
+            read = stage_loader(AutoTokenizer, load_tokenizer)
+            tokenizer = run.stage("tokenizer", lambda: cls.learn_tokenizer(args, data), read)
+        else:
+            tokenizer = teacher.tokenizer
+        splits = cls.tokenize(args, data, tokenizer)
+        return cls(args, data, tokenizer, splits, teacher and teacher.model, student and student.model)
+
+    # ---- defined by subclasses ----
+
+    @staticmethod
+    @abstractmethod
+    def learn_tokenizer(args: Any, data: Any) -> PreTrainedTokenizerBase: ...
+
+    @staticmethod
+    @abstractmethod
+    def tokenize(args: Any, data: Any, tokenizer: PreTrainedTokenizerBase) -> Splits: ...
+
+    @abstractmethod
+    def initial_teacher(self) -> PreTrainedModel:
+        """The teacher before training."""
+
+    @abstractmethod
+    def initial_control(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The control before training. Its weights contain nothing that the teacher learned in this run."""
+
+    @abstractmethod
+    def initial_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The student before training. A cut has layers of the trained teacher."""
+
+    @abstractmethod
+    def learning_rate(self, training: KDTrainingArguments, role: str) -> float: ...
+
+    @abstractmethod
+    def collator(self, model: PreTrainedModel) -> Callable[[Any], dict[str, Any]]: ...
+
+    @abstractmethod
+    def token_metrics(self, counts: np.ndarray) -> dict[str, float]:
+        """Validation metrics of `token_counts` (sequences, 3)."""
+
+    def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:
+        """Labels, and with a teacher also its distributions over the next token."""
+        alpha = 1.0 if teacher is None else training.alpha
+        return token_level(alpha, self.divergence(training), training.label_smoothing_factor)
+
+    def divergence(self, training: KDTrainingArguments) -> Divergence:
+        return divergence_of("forward", training.temperature)
+
+    # ---- stages ----
+
+    def train_teacher(self, run: TrainerRun) -> PreTrainedModel:
+        """The stage `teacher`: trains on labels. With --teacher_epochs 0, a pretrained teacher stays unchanged."""
+        epochs = self.args.teacher_epochs
+        if self.pretrained_teacher is not None and epochs == 0:
+            return self.pretrained_teacher
+        return self.stage(run, "teacher", self.initial_teacher, num_train_epochs=epochs)
+
+    def train_control(self, run: TrainerRun, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The stage `control`: the student's network and number of updates, on labels alone."""
+        return self.stage(run, "control", partial(self.initial_control, teacher))
+
+    def train_student(self, run: TrainerRun, teacher: PreTrainedModel) -> PreTrainedModel:
+        """The stage `student`: trains on labels and on the teacher's distributions over the next token."""
+        return self.stage(run, "student", partial(self.initial_student, teacher), teacher)
+
+    def stage(
+        self,
+        run: TrainerRun,
+        role: str,
+        initial: Callable[[], PreTrainedModel],
+        teacher: PreTrainedModel | None = None,
+        rows: Dataset | None = None,
+        **settings: Any,
+    ) -> PreTrainedModel:
+        """Trains the result of `initial`, or loads the finished stage.
+
+        Args:
+            teacher: Computes the distributions that the model learns; None trains on labels alone.
+            rows: Training data. Default: the train split.
+            settings: Training arguments of this stage.
+        """
+
+        def build() -> PreTrainedModel:
+            return self.train(run, role, initial(), teacher, rows, **settings)
+
+        return run.stage(role, build, stage_loader(self.auto_class), self.tokenizer)
+
+    def train(
+        self,
+        run: TrainerRun,
+        role: str,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        rows: Dataset | None,
+        **settings: Any,
+    ) -> PreTrainedModel:
+        """Metrics are computed from `token_counts`, because logits (batch, positions, vocabulary) are too large to
+        gather.
+        """
+        method = self.method(run.args, model, teacher)
+        return run.train(
+            role,
+            model,
+            {"learning_rate": self.learning_rate(run.args, role)} | self.settings | settings,
+            objective=method.objective,
+            features=method.features,
+            teacher=teacher,
+            teacher_features=method.teacher_features,
+            train_dataset=self.splits["train"] if rows is None else rows,
+            eval_dataset=self.splits["validation"],
+            data_collator=self.collator(model),
+            preprocess_logits_for_metrics=token_counts,
+            compute_metrics=lambda prediction: self.token_metrics(np.asarray(prediction.predictions)),
+        )
+
+    # ---- results ----
+
+    def warn_if_at_chance(self, run: TrainerRun, entry: dict[str, Any], vocabulary: int) -> None:
+        """Warns if a teacher, by its entry in results.json, predicts no better than the frequencies of the tokens."""
+        perplexity = entry["metrics"]["validation"]["perplexity"]
+        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
+        run.warn(language_warning(entry["name"], perplexity, train, validation, vocabulary))
+
+    def results(self, run: TrainerRun, task: str, models: dict[str, Any], **headline: Any) -> dict[str, Any]:
+        """The run's results.json. See `Run.results` for `headline`."""
+        splits = self.splits
+        sizes = {split: len(splits[split]) if split in splits else None for split in ("train", "validation", "test")}
+        return run.results(
+            domain="NLP",
+            task=task,
+            data={**sizes, "fingerprint": self.data.fingerprint},
+            models=models,
+            split="validation",
+            selection=run.args.selection,
+            data_notes="; ".join(self.data.notes) or "none",
+            **headline,
+        )
+
+
+# ---- the objective on tokens ----
+
+
+def divergence_of(name: str, temperature: float, js_beta: float = 0.5) -> Divergence:
+    """The divergence between the student's and the teacher's distribution over the next token: `forward` or `reverse`
+    KL, or `js`, the generalized Jensen-Shannon divergence.
+    """
+    if name == "js":
+        return partial(jensen_shannon, temperature=temperature, beta=js_beta)
+    return partial(soft_target_kl, temperature=temperature, direction=name)
+
+
+def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) -> Method:
+    """alpha * cross-entropy with (smoothed) labels + (1 - alpha) * divergence from the teacher, means over tokens."""
+    labels, teacher = task_loss(smoothing=smoothing), logit_term(divergence, ignore_unlabelled=True)
+    return Method({"task": (alpha, labels), "tokens": (1 - alpha, teacher)})
+
+
+def label_tokens(rows: Dataset) -> np.ndarray:
+    """The labels (tokens,) of all rows, without IGNORED ones."""
+    labels = rows.select_columns(["labels"]).with_format("arrow")[:]["labels"].combine_chunks().flatten().to_numpy()
+    return np.asarray(labels[labels != IGNORED])
