@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kd.common.bottleneck.arguments import Keys
 from kd.common.bottleneck.module import Decoder, DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import CodeDataset, embed_samples, set_keys
 from kd.common.cli import Parser, run
 from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.outputs import Outputs
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import KDTrainingArguments, Keys
 from kd.common.training.inference import identity_collate
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer

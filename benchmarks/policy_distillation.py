@@ -34,7 +34,7 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, training_environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
@@ -90,7 +90,7 @@ class Ours:
             since = time.process_time()
             return {}
 
-        task = Task(Recorder(environments), self.teacher, network, buffer)
+        task = DistillationTask(Recorder(environments), self.teacher, network, buffer)
         with tempfile.TemporaryDirectory() as folder, suppress(Reached):
             Distiller([task], self.args, Path(folder), seed).learn(watch)
         environments.close()

@@ -1,6 +1,6 @@
 """The core that all domains share. It imports no domain and knows no dataset."""
 
-from kd.common.utils.startup import declare_missing_operators, prepare_script
+from kd.common.utils.startup import declare_operators_before_torchvision, prepare_script
 
 prepare_script()
-declare_missing_operators()
+declare_operators_before_torchvision()

@@ -1,21 +1,23 @@
 """Command lines of the form `script.py [recipe.yaml ...] --flag value`, parsed into dataclasses.
 
 A recipe is a flat YAML mapping: a list of flags put before those of the command line, so that argparse checks it too
-and the command line overrides it. Bad input ends as one line on stderr and exit code 2.
+and the command line overrides it. Bad input ends as one line on stderr and exit code 2. Nothing here imports torch or
+transformers, so that `--help` is quick.
 """
 
 import json
 import sys
-from argparse import Action, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, HelpFormatter, Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from enum import Enum
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from kd.common.utils.errors import UserError, explained, fail, parsed
 from kd.common.utils.errors import run as run  # scripts import parse and run from here
@@ -24,23 +26,73 @@ from kd.common.utils.ranges import Range, check_ranges, ranges_of
 
 # Deprecated names under which TrainingArguments repeats the values of activation_checkpointing*.
 REPEATED = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
 
-class Parser(HfArgumentParser):
-    """A parser with errors of one line, without 600 lines of usage, and without abbreviated flags.
+class Formatter(HelpFormatter):
+    """Help of 100 columns: the description as written, each flag with the type of its value, defaults stated once."""
 
-    It checks the ranges that the dataclasses declare and those of `add_argument(..., within=...)`.
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip()
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[-1]
+        return f"{flag} {self._format_args(action, '')}".rstrip()
+
+    def _format_args(self, action: Action, default_metavar: str) -> str:
+        if action.nargs in (0, "?"):  # --flag is short for --flag true
+            return ""
+        kind = "true|false" if action.type is _boolean else getattr(action.type, "__name__", "str").lower()
+        word = action.metavar or ("|".join(map(str, action.choices)) if action.choices else kind)
+        return f"[{word} ...]" if action.nargs == "*" else str(word)
+
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        if action.default in (None, SUPPRESS, False, "", []) or "(default" in text:
+            return text
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f"{text} (default: {getattr(default, 'value', default)})"
+
+
+class Parser(ArgumentParser):
+    """A parser of dataclasses' fields and `add_argument`, with errors of one line and without abbreviated flags.
+
+    A flag is named like its field, with hyphens or underscores. The parser checks the ranges that the dataclasses
+    declare and those of `add_argument(..., within=...)`.
     """
 
-    def __init__(self, dataclass_types: Any = (), **kwargs: Any) -> None:
+    def __init__(self, dataclass_types: Iterable[type] = (), **kwargs: Any) -> None:
         self.ranges: dict[str, Range] = {}
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        for dataclass_type in self.dataclass_types:
-            self.ranges |= ranges_of(dataclass_type)
-        for action in self._actions:
-            # Lists may be empty; and report_to takes several names, which HfArgumentParser does not detect.
-            if action.nargs == "+" or action.dest == "report_to":
-                action.nargs = "*"
+        self.dataclass_types = list(dataclass_types)
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=Formatter, **kwargs)
+        for kind in self.dataclass_types:
+            self._add_fields(kind)
+            self.ranges |= ranges_of(kind)
+        run = self.add_argument_group("Help")
+        run.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+        if any(hasattr(kind, "complete") for kind in self.dataclass_types):
+            text = "Show this help with all flags of transformers.TrainingArguments and exit."
+            run.add_argument("--help_all", "--help-all", action="help", help=text)
+
+    def _add_fields(self, kind: type) -> None:
+        """Adds the fields of a dataclass, in a group for each class that is the first to declare some of them."""
+        hints, groups = get_type_hints(kind), dict[type, list[Field[Any]]]()
+        for field in fields(kind):
+            if field.init:
+                groups.setdefault(_owner(kind, field.name), []).append(field)
+        for owner in sorted(groups, key=kind.__mro__.index):
+            group = self.add_argument_group(_title(owner))
+            for field in groups[owner]:
+                options = _options(hints[field.name], field) | {"help": _help(kind, field.name)}
+                group.add_argument(f"--{field.name}", **options)
+                if options.get("const") and field.default is True:
+                    help = f"Turns --{field.name} off."
+                    group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=help)
 
     def add_argument(self, *names: Any, within: Range | None = None, **kwargs: Any) -> Action:
         action = super().add_argument(*names, **kwargs)
@@ -51,7 +103,7 @@ class Parser(HfArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
-        words = self._split_lists(list(sys.argv[1:] if args is None else args))
+        words = self._split_lists([self._spelled(word) for word in (sys.argv[1:] if args is None else args)])
         self._check_not_empty(words)
         found, others = super().parse_known_args(words, namespace)
         try:
@@ -59,6 +111,12 @@ class Parser(HfArgumentParser):
         except ValueError as error:
             self.error(str(error))
         return found, others
+
+    @staticmethod
+    def _spelled(word: str) -> str:
+        """`--some-flag=a-b` as --some_flag=a-b."""
+        flag, equals, value = word.partition("=")
+        return flag[:2] + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
     def _split_lists(self, words: list[str]) -> list[str]:
         """A list of numbers may also be written with commas: `--seeds 0,1,2` is `--seeds 0 1 2`."""
@@ -100,7 +158,7 @@ class Parser(HfArgumentParser):
 
     def flags_in(self, words: Iterable[str]) -> frozenset[str]:
         """The arguments that words of a command line set."""
-        actions = [self._option_string_actions.get(word.split("=")[0]) for word in words if word.startswith("--")]
+        actions = [self.flag(word.split("=")[0].removeprefix("--")) for word in words if word.startswith("--")]
         return frozenset(action.dest for action in actions if action is not None)
 
     def nearest(self, word: str) -> str:
@@ -111,6 +169,23 @@ class Parser(HfArgumentParser):
         return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def show_help(*dataclass_types: type, argv: list[str] | None = None) -> None:
+    """Prints the help and exits, where the words (default: sys.argv) ask for it. A script calls it before it imports
+    what takes seconds.
+
+    `--help` shows the fields that have a help text; those of a type with a class method `complete` are all in the
+    type that it returns, of which `--help_all` shows all fields.
+    """
+    words = set(sys.argv[1:] if argv is None else argv)
+    if not words & {"-h", "--help", "--help_all", "--help-all"}:
+        return
+    if words & {"--help_all", "--help-all"}:
+        dataclass_types = tuple(map(_complete, dataclass_types))
+    usage = f"python {_script()} [recipe.yaml ...] [--flag value ...]"
+    Parser(dataclass_types, usage=usage, description=sys.modules["__main__"].__doc__).print_help()
+    sys.exit(0)
+
+
 def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
     """One instance per dataclass type from `[recipe.yaml ...] --flag value` (default: sys.argv).
 
@@ -118,7 +193,9 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
     others.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(dataclass_types)
+    show_help(*dataclass_types, argv=words)
+    kinds = [_complete(kind) for kind in dataclass_types]
+    parser = Parser(kinds)
     try:
         recipe_words: list[str] = []
         while words and words[0].endswith((".yaml", ".yml")):
@@ -126,7 +203,10 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
         explicit = parser.flags_in(words)
         words = recipe_words + words
         _check_known(words, parser)
-        instances = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        values = vars(parser.parse_args(words))
+        instances = tuple(
+            kind(**{field.name: values[field.name] for field in fields(kind) if field.init}) for kind in kinds
+        )
     except json.JSONDecodeError as error:
         fail(f"{error.doc} is not valid JSON: {error.msg}")
     except (UserError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -158,7 +238,7 @@ def save_recipe(path: str | Path, *instances: Any) -> None:
 
 def recipe_of(*instances: Any) -> dict[str, Any]:
     """The content of a recipe that `save_recipe` writes, as plain YAML values."""
-    parser = Parser([type(instance) for instance in instances])
+    parser = Parser(type(instance) for instance in instances)
     recipe = {}
     for instance in instances:
         for name in (field.name for field in fields(instance) if field.init and not _unsaved(field.name)):
@@ -225,6 +305,79 @@ def _settable(action: Action | None, value: Any) -> bool:
 
 def _unsaved(name: str) -> bool:
     return name in REPEATED or name.endswith("_token")
+
+
+# ---- dataclass fields as flags ----
+
+
+def _complete(kind: type) -> type:
+    return kind.complete() if hasattr(kind, "complete") else kind
+
+
+def _script() -> str:
+    path = Path(sys.argv[0])
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
+
+
+def _owner(kind: type, name: str) -> type:
+    """The class that is the first to declare a field of `kind`, if possible one of this project."""
+    declaring = [base for base in kind.__mro__ if name in get_annotations(base)]
+    ours = [base for base in declaring if not base.__module__.startswith("transformers.")]
+    return (ours or declaring)[-1]
+
+
+def _title(kind: type) -> str:
+    """The first sentence of a class's docstring."""
+    if kind.__module__.startswith("transformers."):
+        return f"Other flags of transformers.{kind.__name__}"
+    return (kind.__doc__ or kind.__name__).split(".")[0].strip()
+
+
+def _help(kind: type, name: str) -> str:
+    """The help text of a field, which a class inherits where it only changes the default. A field without one is
+    hidden in types with a method `complete`.
+    """
+    for base in kind.__mro__:
+        field = vars(base).get("__dataclass_fields__", {}).get(name)
+        if field is not None and "help" in field.metadata:
+            return str(field.metadata["help"]).replace("%", "%%")
+    return SUPPRESS if hasattr(kind, "complete") else ""
+
+
+def _options(hint: Any, field: Field[Any]) -> dict[str, Any]:
+    """The arguments of `add_argument` for a field with this type."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    options = {name: value for name, value in field.metadata.items() if name != "help"}
+    options |= {"required": True} if default is MISSING else {"default": default}
+    kind = _plain_type(hint)
+    if get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)):
+        choices = list(get_args(kind)) or [choice.value for choice in kind]
+        by_name = {str(choice): choice for choice in choices}
+        return {"choices": choices, "type": lambda word: by_name.get(word, word)} | options
+    if kind is bool:
+        # --flag is short for --flag true, unless None is a third value.
+        return {"type": _boolean} | ({} if default is None else {"nargs": "?", "const": True}) | options
+    if get_origin(kind) is list:  # which may be empty
+        if isinstance(default, str):  # of TrainingArguments, where a single word may stand for a list
+            options["default"] = [default] if default else None
+        return {"type": _plain_type(get_args(kind)[0]), "nargs": "*"} | options
+    return {"type": kind} | options
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type of a flag's value: a union's bool, enumeration, list, str or only type."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    enumerations = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    return next((kind for kind in (bool, *enumerations, *lists, str) if kind in kinds), kinds[0])
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() not in BOOLEANS:
+        raise ArgumentTypeError(f"{word} is neither true nor false")
+    return BOOLEANS[word.lower()]
 
 
 # ---- reading recipes ----

@@ -78,6 +78,7 @@ def test_operators_are_declared_only_where_they_are_missing(tmp_path):
     """A second call finds them declared; where torchvision's own library loads, nothing is declared at all."""
     code = (
         "from unittest import mock; import torch; from kd.common.utils import startup\n"
+        "startup.declare_missing_operators()\n"
         "assert startup.declare_missing_operators() == [], 'declared twice'\n"
         "with mock.patch.object(startup, '_operator_library_loads', lambda: True), "
         "mock.patch.object(torch.library, 'Library', side_effect=AssertionError):\n"

@@ -1,9 +1,8 @@
-"""Corpora of plain text for language models, and their tokens packed into blocks.
+"""Plain text corpora for language models, and their tokens packed into blocks.
 
-The embedded corpus `python` is English that every Python carries: the language reference for `help()`
-(`pydoc_data.topics`) and the docstrings of the standard library, about 1.7 MB once repeated paragraphs are left out.
-It is under the Python Software Foundation License, stays where it is, and differs a little from one Python version to
-the next.
+The embedded corpus `python` is English text of the Python installation: the language reference for `help()`
+(`pydoc_data.topics`) and the docstrings of the standard library, about 1.7 MB without repeated paragraphs. It is under
+the Python Software Foundation License and differs slightly between Python versions.
 """
 
 import ast
@@ -27,12 +26,12 @@ from kd.common.data.readers import READERS, read_text
 from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_splits, short_name
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
-from kd.nlp.data.columns import contents_of, is_text, texts_of
+from kd.nlp.data.columns import infer_contents, is_text, text_columns
 
 EMBEDDED = "python"
-TOKENIZED_AT_ONCE = 1000  # documents
+DOCUMENTS_PER_CALL = 1000  # of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
-NOT_EVERYWHERE = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
+EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
@@ -43,25 +42,25 @@ Documents = dict[str, list[str]]
 class Corpus:
     """Documents by split: train, validation and perhaps test.
 
-    A document that is one line with its newline is part of a longer text, as in WikiText or a .txt file, and the next
-    one goes on with it; any other is complete.
+    A document that is a single line with its newline is part of a longer text, as in WikiText or a .txt file, and the
+    next document continues it. Any other document is complete.
     """
 
     name: str
     splits: Documents
-    notes: list[str] = field(default_factory=list)  # what a reader of a report should know
+    notes: list[str] = field(default_factory=list)  # for the report
 
     @property
     def fingerprint(self) -> str:
         return data_fingerprint([self.splits])
 
     def size(self, split: str) -> int:
-        """Bytes of a split's text in UTF-8."""
+        """Size of a split's text in UTF-8 bytes."""
         return sum(len(document.encode()) for document in self.splits[split])
 
 
 def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
-    """Loads `python`, a folder (parquet, CSV, JSON or .txt, one file per split) or owner/name[:config] of the Hub."""
+    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub."""
     if dataset == EMBEDDED:
         note = f"reference and docstrings of Python {platform.python_version()}, PSF License"
         return Corpus(dataset, split_by_name(python_texts()), [note])
@@ -71,14 +70,14 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     notes.append(f"column {column!r} holds the texts")
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
-        splits = _set_end_aside(splits, notes)
+        splits = _split_off_end(splits, notes)
     return Corpus(short_name(dataset), splits, notes)
 
 
 def python_texts() -> dict[str, str]:
-    """The topics of `help()` and, by module or package, the library's docstrings, without repeated paragraphs.
+    """The topics of `help()` and the library's docstrings by module or package, without repeated paragraphs.
 
-    Raises UserError where the installation lacks them, as stripped-down ones do.
+    Raises UserError if a minimal installation of Python lacks them.
     """
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
@@ -87,30 +86,30 @@ def python_texts() -> dict[str, str]:
     docstrings = _docstrings(Path(sysconfig.get_path("stdlib"))) if topics else {}
     if not topics or not docstrings:
         raise UserError(
-            "this Python lacks pydoc_data.topics or the sources of its library, the embedded corpus: install all of "
-            "the standard library, or pass --dataset with a folder or a Hub name"
+            "this Python installation lacks the embedded corpus (pydoc_data.topics, or the sources of its library): "
+            "install the whole standard library, or pass --dataset with a folder or a Hub name"
         )
     documents = {f"help/{name}": text for name, text in topics.items()}
     documents |= {f"library/{name}": "\n\n".join(texts) for name, texts in docstrings.items()}
-    return without_repeats({name: HEADING_RULE.sub("", text) for name, text in documents.items()})
+    return drop_repeated_paragraphs({name: HEADING_RULE.sub("", text) for name, text in documents.items()})
 
 
 def _docstrings(library: Path) -> dict[str, list[str]]:
-    """By module or package; without tests, and without what some installations leave out or add."""
+    """Docstrings by module or package, without tests and without parts that not every installation has."""
     found: dict[str, list[str]] = {}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
-        if NOT_EVERYWHERE.isdisjoint(parts):
+        if EXCLUDED.isdisjoint(parts):
             nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, DOCUMENTED))
             texts = filter(None, map(ast.get_docstring, nodes))
             found.setdefault(parts[0].removesuffix(".py"), []).extend(texts)
     return found
 
 
-def without_repeats(documents: dict[str, str]) -> dict[str, str]:
-    """Each paragraph stays in the shortest of the documents that hold it, so that no split holds what another does.
+def drop_repeated_paragraphs(documents: dict[str, str]) -> dict[str, str]:
+    """Keeps each paragraph only in the shortest document that contains it, so that splits share no paragraph.
 
-    Whole sections stand in several topics of `help()`. What is left empty is no document.
+    Several topics of `help()` contain the same sections. Drops documents that become empty.
     """
     seen: set[str] = set()
     kept = {}
@@ -124,7 +123,7 @@ def without_repeats(documents: dict[str, str]) -> dict[str, str]:
 
 
 def split_by_name(documents: dict[str, str]) -> Documents:
-    """A tenth of the documents each to validation and test. The name alone decides, whatever else there is."""
+    """Assigns a tenth of the documents each to validation and test. The split depends only on the document's name."""
     splits: Documents = {"train": [], "validation": [], "test": []}
     for name, text in sorted(documents.items()):
         splits[{0: "validation", 1: "test"}.get(zlib.crc32(name.encode()) % 10, "train")].append(text)
@@ -132,7 +131,7 @@ def split_by_name(documents: dict[str, str]) -> Documents:
 
 
 def _read_folder(folder: Path) -> Splits:
-    """Plain text, SPLIT.txt, where there is nothing else."""
+    """Reads SPLIT.txt files if the folder has no other files."""
     inside = list_folder(folder)
     plain = [path for path in inside if path.suffix == ".txt" and path.stem in SPLIT_NAMES]
     if plain and not any(path.suffix.lower() in READERS for path in inside):
@@ -141,42 +140,42 @@ def _read_folder(folder: Path) -> Splits:
 
 
 def _lines(path: Path) -> datasets.Dataset:
-    """Every line with its newline, whichever way of breaking lines the file has."""
+    """One row per line with its newline, for any line ending."""
     return datasets.Dataset.from_dict({"text": list(io.StringIO(read_text(path), newline=None))})
 
 
 def _text_column(raw: Splits, column: str | None) -> str:
-    """The column that is named, else `text`, else the only one of texts in all splits."""
-    strings, contents = texts_of(raw), contents_of(raw)
+    """The column that the flag names, else `text`, else the only text column of all splits."""
+    strings, contents = text_columns(raw), infer_contents(raw)
     texts = [name for name in strings if contents.get(name) in ("texts", "classes")]
     chosen = column or ("text" if "text" in strings else texts[0] if len(texts) == 1 else None)
     if chosen is None or chosen not in strings:
         raise UserError(
-            f"cannot tell the text column among {', '.join(contents)}"
-            f"{f': {column!r} holds no texts' if column else ''}; name one with --text_column"
+            f"cannot infer the text column among {', '.join(contents)}"
+            f"{f': {column!r} holds no texts' if column else ''}; pass --text_column"
         )
     return chosen
 
 
 def _texts(split: str, rows: datasets.Dataset, column: str, notes: list[str]) -> list[str]:
-    """The documents of a split; rows without text are left out."""
+    """The documents of a split. Rows without text are left out."""
     if column not in rows.features or not is_text(rows.features[column]):
-        raise UserError(f"the {split} split has no column {column!r} of texts; name one with --text_column")
+        raise UserError(f"the {split} split has no column {column!r} of texts; pass --text_column")
     texts = [text for text in rows[:][column] if text]
     if not "".join(texts).strip():
-        raise UserError(f"the {split} split holds no text in column {column!r}: it needs at least one document")
+        raise UserError(f"the {split} split holds no text in column {column!r}: add at least one document")
     if len(texts) < len(rows):
         notes.append(f"{len(rows) - len(texts):,} of {len(rows):,} rows of {split} hold no text and are left out")
     return texts
 
 
-def _set_end_aside(splits: Documents, notes: list[str]) -> Documents:
-    """The end of train in one piece becomes validation: consecutive lines of a document are correlated."""
+def _split_off_end(splits: Documents, notes: list[str]) -> Documents:
+    """Moves the last tenth of train to validation, in one piece: consecutive lines of a document are correlated."""
     documents = splits["train"]
     number = len(documents) // 10
     if not number:
         raise UserError(
-            f"no validation split, and too few documents in train to set some aside ({len(documents)}): add a file "
+            f"no validation split, and too few documents in train to make one ({len(documents)}): add a file "
             "validation.*"
         )
     notes.append("no validation split: the last tenth of train's documents was set aside")
@@ -187,20 +186,19 @@ def _set_end_aside(splits: Documents, notes: list[str]) -> Documents:
 
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> datasets.Dataset:
-    """All tokens in one row, cut into blocks: `input_ids` and `labels` (block_size,), which are one token ahead, and
-    `length`, the block_size.
+    """Concatenates the tokens of all documents and cuts them into blocks: `input_ids` (block_size,), `labels`
+    (block_size,), which are one token ahead, and `length`, the block_size.
 
-    The stream is `end document end document end ...`, the end-of-text token standing before and after each complete
-    document. Of every token but the first of the stream exactly one label is made. Where two blocks meet, the last
-    label of one is the first input of the next, which sees nothing of what came before it. The last block is filled up
-    with end-of-text tokens whose labels are IGNORED.
+    The stream is `end document end document end ...`, with an end-of-text token before and after each complete
+    document. Every token except the first one is a label exactly once: the last label of a block is the first input of
+    the next. The last block is padded with end-of-text tokens whose labels are IGNORED.
     """
     end = tokenizer.eos_token_id
     pieces = [torch.tensor([end])]
-    for start in range(0, len(documents), TOKENIZED_AT_ONCE):
-        some = documents[start : start + TOKENIZED_AT_ONCE]
-        encoded = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for document, ids in zip(some, encoded, strict=True):
+    for start in range(0, len(documents), DOCUMENTS_PER_CALL):
+        chunk = documents[start : start + DOCUMENTS_PER_CALL]
+        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for document, ids in zip(chunk, encoded, strict=True):
             pieces.append(torch.tensor(ids if _is_line(document) else [*ids, end], dtype=torch.long))
     stream = torch.cat(pieces)
     missing = -(len(stream) - 1) % block_size
@@ -215,5 +213,5 @@ def _is_line(document: str) -> bool:
 
 
 def stack(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch; leaves out the length, which all share."""
+    """Collates blocks to a batch. Drops `length`, which is the same for all."""
     return {name: torch.stack([block[name] for block in blocks]) for name in blocks[0] if name != "length"}

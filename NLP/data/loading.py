@@ -1,4 +1,4 @@
-"""Loads text datasets - embedded, known by name, local, or on the Hub - with the same columns."""
+"""Loads text datasets - embedded, known by name, local, or on the Hub - and tokenizes them."""
 
 import inspect
 import os
@@ -20,12 +20,13 @@ from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import Kind, map_label_ids, read_labels
 from kd.common.data.sources import Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
-from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, recognise
+from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
 from kd.nlp.data.intents import load_intents
 
 KNOWN = {name: task.hub or load_intents for name, task in TASKS.items()}
-# Texts of digits alone may have been written as whole numbers, and a column of nothing as null.
+# Texts that consist of digits may be stored as integers, and an empty column as null.
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
+MANY_ROWS = 100_000  # tokenized by several processes
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class TextData:
     label_names: list[str]  # by class id; empty for regression
     regression: bool
     primary_metric: str
-    fingerprint: str  # of the contents, the same wherever they were loaded from
-    notes: list[str] = field(default_factory=list)  # what a reader of a report should know
+    fingerprint: str  # of the contents, wherever they were loaded from
+    notes: list[str] = field(default_factory=list)  # for the report
 
     @property
     def num_labels(self) -> int:
@@ -53,69 +54,67 @@ def load_text_data(
     known_labels: list[str] | None = None,
     needs_train: bool = True,
 ) -> TextData:
-    """Loads `dataset`, a name in TASKS, a folder or file, or owner/name[:config]. Rows without a label are left out. A
-    missing validation split is set aside from train, the same each time. The notes report it, and what was inferred.
+    """Loads `dataset`: a name in TASKS, a folder or file, or owner/name[:config] of the Hub.
+
+    Rows without a label are left out. A missing validation split is made from train, the same in every run. The notes
+    report what was inferred and left out.
 
     Args:
-        task: decides where labels could be classes as well as scores.
-        known_labels: the labels, by id, of a saved classifier that is to be evaluated.
+        task: resolves labels that could be either classes or scores.
+        known_labels: the labels, by id, of the classifier that is evaluated.
         needs_train: whether a missing train split is an error.
 
-    Raises UserError where there is no such dataset, column, text or label.
+    Raises UserError if the dataset, a column, a text or the labels are missing or ambiguous.
     """
     raw, notes = read_splits(dataset, KNOWN, needs_train=needs_train)
     if dataset in TASKS:
         task = "regression" if TASKS[dataset].regression else "classification"
         raw = {split: rows for split, rows in raw.items() if split != "test" or TASKS[dataset].labelled_test}
-    columns, chosen = choose_columns(raw, text_columns, label_column)
+    columns, note = choose_columns(raw, text_columns, label_column)
     try:
         labels = read_labels(raw, columns.label, task, known_labels)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     name, regression = dataset if dataset in TASKS else short_name(dataset), not labels.names
     if regression and known_labels:
-        raise UserError(f"{name} has scores, not classes: its labels have no order of names")
-    known_task = recognise(columns, known_labels or labels.names, regression)
-    # F1 is that of class 1, so the label order of a known task also applies to a CSV file.
-    names = known_labels or (list(known_task.label_names) if known_task else []) or labels.names
+        raise UserError(f"{name} has scores, not classes: the classifier cannot be evaluated on it")
+    spec = known_task(columns, known_labels or labels.names, regression)
+    # F1 is computed for class 1, so the label order of a known task also applies to a local file.
+    names = known_labels or (list(spec.label_names) if spec else []) or labels.names
     ids = labels.values if regression else map_label_ids(name, labels.values, labels.names, names)
-    notes += [chosen, *labels.notes]
-    splits = {split: _rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
+    notes += [note, *labels.notes]
+    splits = {split: _select(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
     splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
-    splits = {split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()}
     return TextData(
         name=name,
-        splits=splits,
+        splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
         label_names=names,
         regression=regression,
-        primary_metric=known_task.metric if known_task else "spearman" if regression else "accuracy",
+        primary_metric=spec.metric if spec else "spearman" if regression else "accuracy",
         fingerprint=_fingerprint(splits, names),
         notes=notes,
     )
 
 
 def with_label_order(data: TextData, names: list[str]) -> TextData:
-    """The same rows with label ids that are places in `names`, as a model's `id2label` has them. Names are compared
-    without regard to case where that is unambiguous; `names` may hold more labels than the data.
+    """The same rows with class ids by `names`, as in a model's `id2label`; `names` may hold more labels than the data.
 
-    Raises UserError where a label of the data is not among `names`.
+    Ignores case unless two labels differ only in case. Raises UserError for a label that `names` lacks.
     """
     if data.regression:
-        raise UserError(f"{data.name} has scores, not classes: its labels have no order of names")
+        raise UserError(f"{data.name} has scores, not classes: it does not fit a classifier")
     tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
     ids = {split: table["label"].to_numpy() for split, table in tables.items()}
     ids = map_label_ids(data.name, ids, data.label_names, names)
     splits = {
-        split: datasets.Dataset(table.set_column(table.column_names.index("label"), "label", pa.array(ids[split])))
+        split: Dataset(table.set_column(table.column_names.index("label"), "label", pa.array(ids[split])))
         for split, table in tables.items()
     }
     return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
 
 
-def _rows(
-    split: str, raw: datasets.Dataset, columns: Columns, labelled: np.ndarray, labels: np.ndarray
-) -> datasets.Dataset:
-    """The columns text, perhaps text_pair, and label of the rows that are `labelled`."""
+def _select(split: str, raw: Dataset, columns: Columns, labelled: np.ndarray, labels: np.ndarray) -> Dataset:
+    """The columns text, text_pair (if there are two text columns) and label of the rows `labelled`."""
     found: dict[str, pa.Array] = {}
     for new, name in zip(("text", "text_pair"), columns.text, strict=False):
         if name not in raw.features:
@@ -123,7 +122,7 @@ def _rows(
                 f"the {split} split lacks column {name!r} that train has: its columns are {raw.column_names}"
             )
         texts = raw.select_columns([name]).with_format("arrow")[:][name]
-        if not any(fits(texts.type) for fits in TEXT_TYPES):
+        if not any(matches(texts.type) for matches in TEXT_TYPES):
             raise UserError(f"column {name!r} of the {split} split holds {texts.type}, not texts: {FLAGS}")
         texts = texts.cast(pa.large_string())
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy()
@@ -131,7 +130,7 @@ def _rows(
             raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
         found[new] = texts.take(pa.array(labelled))
     kinds = {name: datasets.Value("string") for name in found} | {"label": datasets.Value(str(labels.dtype))}
-    return datasets.Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
+    return Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
 
 
 def _fingerprint(splits: Splits, label_names: list[str]) -> str:
@@ -144,38 +143,11 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
     return data_fingerprint(parts())
 
 
-MANY_ROWS = 100_000
-
-
-def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
-    """Every split with the tokenizer's columns, labels, sample_id and length (in tokens, for grouping).
-
-    Longer texts are cut to the tokenizer's `model_max_length`, which is saved with it.
-    """
-
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
-
-    return {split: map_rows(rows, encode) for split, rows in data.splits.items()}
-
-
-def map_rows(rows: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
-    """A dataset of what `function` returns for batches of rows, without the columns of `rows`. Many rows are processed
-    by as many processes as there are CPUs, and written to a file that is deleted when this process ends.
-    """
-    settings: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
-    if len(rows) < MANY_ROWS:
-        return rows.map(function, **settings)
-    folder = Path(get_temporary_cache_files_directory(), uuid.uuid4().hex)
-    rows.save_to_disk(folder)  # or each process would get a copy of what is in memory
-    rows = load_from_disk(folder)
-    return rows.map(function, num_proc=os.cpu_count(), cache_file_name=str(folder / "mapped.arrow"), **settings)
+# ---------------------------------------------------------------- tokens
 
 
 class Collator(DataCollatorWithPadding):
-    """Pads to the longest text of the batch; leaves out the column that only served to group."""
+    """Pads to the longest text of the batch. Drops `length`, which is only for grouping."""
 
     def __call__(self, features: list[dict]) -> dict:
         return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))
@@ -183,7 +155,11 @@ class Collator(DataCollatorWithPadding):
 
 @dataclass
 class Texts:
-    """A dataset tokenized with one tokenizer."""
+    """A dataset tokenized with one tokenizer.
+
+    Splits have the tokenizer's columns, labels, sample_id and length (in tokens). Longer texts are truncated to the
+    tokenizer's `model_max_length`, which is saved with it.
+    """
 
     data: TextData
     splits: dict[str, Dataset]
@@ -191,7 +167,13 @@ class Texts:
 
     @classmethod
     def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
-        return cls(data, tokenize(data, tokenizer), Collator(tokenizer))
+        def encode(rows: dict[str, list]) -> dict[str, list]:
+            encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
+
+        splits = {split: _map(rows, encode) for split, rows in data.splits.items()}
+        return cls(data, splits, Collator(tokenizer))
 
     @property
     def train(self) -> Dataset:
@@ -203,6 +185,19 @@ class Texts:
         return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
 
     def unused_inputs(self, model: PreTrainedModel) -> list[str]:
-        """Inputs of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
+        """Columns of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
         accepted = inspect.signature(model.forward).parameters
         return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]
+
+
+def _map(rows: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
+    """Maps batches of rows to new columns. Many rows are mapped by one process per CPU, and written to a file that is
+    deleted when this process ends.
+    """
+    kwargs: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
+    if len(rows) < MANY_ROWS:
+        return rows.map(function, **kwargs)
+    folder = Path(get_temporary_cache_files_directory(), uuid.uuid4().hex)
+    rows.save_to_disk(folder)  # otherwise each process would copy the rows in memory
+    rows = load_from_disk(folder)
+    return rows.map(function, num_proc=os.cpu_count(), cache_file_name=str(folder / "mapped.arrow"), **kwargs)

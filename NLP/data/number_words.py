@@ -1,11 +1,10 @@
 """The embedded translation dataset: numbers in words, English to German, written by a small grammar, no download.
 
-It is synthetic: scores on it compare models with each other and do not predict scores on real translation. What makes
-it worth learning is German word order: "twenty one" is "einundzwanzig" (one and twenty), written as one word, half
-past three is "halb vier" (half four), and verbs move to the end of clauses. Numbers go up to 999,999; a template is a
-sentence and its translations, whose slots, `{number}` or `{number2}`, are filled with one pair of phrases each. As
-translators differ, a third of the training pairs whose template has other wordings have one of them; validation and
-test have the usual one.
+It is synthetic: scores on it compare models with each other, and do not predict scores on real translation. The task
+is German word order: "twenty one" is "einundzwanzig" (one and twenty), written as one word, half past three is "halb
+vier" (half four), and verbs move to the end of clauses. Numbers go up to 999,999. A template is a sentence with its
+translations; each slot, `{number}` or `{number2}`, is filled with a phrase in both languages. In train, a third of the
+sentences whose template has several translations use another one than the first; validation and test use the first.
 """
 
 import random
@@ -16,7 +15,7 @@ from itertools import islice
 import datasets
 
 SIZES = {"train": 12000, "validation": 500, "test": 500}
-OTHER_WORDING = 1 / 3  # train only
+OTHER_TRANSLATION = 1 / 3  # train only
 
 ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -51,7 +50,7 @@ MONTHS = {
     "december": "Dezember",
 }  # fmt: skip
 
-TEMPLATES = {  # "|" separates the usual wording in German from others
+TEMPLATES = {  # "|" separates German translations
     "{number}": "{number}",
     "the {ordinal}": "der {ordinal}",
     "minus {number}": "minus {number}",
@@ -101,18 +100,18 @@ def german(number: int) -> str:
         return GERMAN[number]
     if number < 100:
         tens = GERMAN_TENS[number // 10 - 2]
-        return f"{_inside(number % 10)}und{tens}" if number % 10 else tens
+        return f"{_prefix(number % 10)}und{tens}" if number % 10 else tens
     if number < 1000:
-        return _joined(f"{_inside(number // 100)}hundert", "", number % 100, german)
-    return _joined(f"{_inside(number // 1000)}tausend", "", number % 1000, german)
+        return _joined(f"{_prefix(number // 100)}hundert", "", number % 100, german)
+    return _joined(f"{_prefix(number // 1000)}tausend", "", number % 1000, german)
 
 
 def _joined(head: str, between: str, rest: int, words: Callable[[int], str]) -> str:
     return f"{head}{between}{words(rest)}" if rest else head
 
 
-def _inside(number: int) -> str:
-    """A German number inside of a longer one, where a final "eins" is "ein"."""
+def _prefix(number: int) -> str:
+    """A German number as the beginning of a longer one: a final "eins" becomes "ein"."""
     words = german(number)
     return words[:-1] if words.endswith("eins") else words
 
@@ -143,7 +142,7 @@ def year(number: int) -> tuple[str, str]:
 
 
 def time(hour: int, minutes: int) -> tuple[str, str]:
-    """Twelve hours and multiples of five minutes; German counts around the half hour to come."""
+    """Twelve hours and multiples of five minutes. German times refer to the next half hour."""
     following = hour % 12 + 1
     distance = minutes if minutes <= 30 else 60 - minutes
     this = hour if minutes <= 30 else following
@@ -160,8 +159,8 @@ def time(hour: int, minutes: int) -> tuple[str, str]:
     return words, f"{german(distance)} {seite} {german(this)}"
 
 
-class _Writer:
-    """Draws pairs of sentences. Numbers are drawn by their number of digits, so that small ones are not rare."""
+class _Generator:
+    """Draws sentences with their translations. Numbers are drawn by number of digits, so that small ones occur."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(f"number_words {seed}")
@@ -170,7 +169,7 @@ class _Writer:
         return self.rng.randrange(2, 10 ** self.rng.randint(1, digits))
 
     def phrase(self, kind: str) -> tuple[str, str]:
-        """One filling of a slot in both languages."""
+        """A phrase for a slot in both languages."""
         words = {"things": THINGS, "name": NAMES, "city": CITIES, "day": DAYS, "month": MONTHS}
         if kind in words:
             return self.rng.choice(list(words[kind].items()))
@@ -184,28 +183,30 @@ class _Writer:
         number = self.below({"number": 6, "small": 2, "digit": 1}[kind])
         return english(number), german(number)
 
-    def pair(self) -> tuple[str, list[str]]:
-        """English, and German in all wordings, the usual one first."""
+    def sentence(self) -> tuple[str, list[str]]:
+        """An English sentence, and its German translations."""
         source, targets = self.rng.choice(list(TEMPLATES.items()))
         filled = {slot: self.phrase(slot.rstrip("2")) for slot in re.findall(r"{(\w+)}", source)}
         english_words, german_words = ({slot: phrases[side] for slot, phrases in filled.items()} for side in (0, 1))
         return source.format(**english_words), [target.format(**german_words) for target in targets.split("|")]
 
-    def wording(self, wordings: list[str], split: str) -> str:
-        usual, *others = wordings
-        return self.rng.choice(others) if others and split == "train" and self.rng.random() < OTHER_WORDING else usual
+    def choose(self, translations: list[str], split: str) -> str:
+        usual, *others = translations
+        return (
+            self.rng.choice(others) if others and split == "train" and self.rng.random() < OTHER_TRANSLATION else usual
+        )
 
 
 def load_number_words(seed: int = 0) -> datasets.DatasetDict:
-    """Returns train, validation and test with the columns en and de; no English text occurs twice."""
-    writer, found = _Writer(seed), dict[str, list[str]]()
+    """Generates train, validation and test with the columns en and de. No English sentence occurs twice."""
+    generator, found = _Generator(seed), dict[str, list[str]]()
     while len(found) < sum(SIZES.values()):
-        source, wordings = writer.pair()
-        found.setdefault(source, wordings)
+        source, targets = generator.sentence()
+        found.setdefault(source, targets)
     pairs = list(found.items())
-    writer.rng.shuffle(pairs)  # short sentences come up again soon, so the last to come would be the longer ones
+    generator.rng.shuffle(pairs)  # new sentences get longer, since short ones repeat soon
     splits, rest = {}, iter(pairs)
     for split, size in SIZES.items():
-        rows = [{"en": source, "de": writer.wording(wordings, split)} for source, wordings in islice(rest, size)]
+        rows = [{"en": source, "de": generator.choose(targets, split)} for source, targets in islice(rest, size)]
         splits[split] = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict(splits)

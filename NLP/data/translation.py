@@ -1,4 +1,4 @@
-"""Loads every translation dataset - embedded, local, or on the Hub - and tokenizes its sentences."""
+"""Loads translation datasets - embedded, local, or on the Hub - and tokenizes their sentences."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
-MOST_SET_ASIDE = 1000  # sentences, where there is no validation split
+MAX_VALIDATION = 1000  # sentences that are moved from train to a missing validation split
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,27 @@ class TranslationData:
     """Every split has the columns source, target (texts) and sample_id."""
 
     name: str
-    languages: tuple[str, str]  # the columns that source and target came from
+    languages: tuple[str, str]  # the original names of the columns source and target
     splits: Splits
-    fingerprint: str  # of the contents, the same wherever they were loaded from
+    fingerprint: str  # of the contents, wherever they were loaded from
     notes: list[str] = field(default_factory=list)
 
 
 def load_translation_data(dataset: str, source: str, target: str) -> TranslationData:
-    """Loads `dataset` (number_words, a folder, or owner/name[:config]), in which `source` and `target` are columns of
-    texts or keys of a column `translation`. A missing validation split is carved from train, the same each time.
+    """Loads `dataset`: number_words, a folder, or owner/name[:config]. A missing validation split is made from train,
+    the same in every run.
 
-    Raises UserError where there is no such dataset, column or text.
+    Args:
+        source, target: text columns, or keys of a column `translation`.
+
+    Raises UserError if the dataset, a column or a text is missing.
     """
     raw, notes = read_splits(dataset, {NUMBER_WORDS: load_number_words})
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
-    splits = {split: _pairs(split, rows, source, target) for split, rows in raw.items()}
+    splits = {split: _source_and_target(split, rows, source, target) for split, rows in raw.items()}
     number = len(splits["train"])
-    splits = with_validation(splits, np.zeros(number), notes, min(0.1, MOST_SET_ASIDE / number))
+    splits = with_validation(splits, np.zeros(number), notes, min(0.1, MAX_VALIDATION / number))
     texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
     return TranslationData(
         name=short_name(dataset),
@@ -49,8 +52,8 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
     )
 
 
-def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> datasets.Dataset:
-    """The columns source and target, and nothing else."""
+def _source_and_target(split: str, rows: datasets.Dataset, source: str, target: str) -> datasets.Dataset:
+    """Selects and renames the columns source and target."""
     nested = rows.features.get("translation")  # the Hub's layout: {"en": ..., "de": ...} in one column
     if isinstance(nested, dict | datasets.Translation) and not {source, target} & set(rows.column_names):
         pairs = [pair or {} for pair in rows["translation"][:]]
@@ -60,8 +63,8 @@ def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> data
     for side, name in (("source", source), ("target", target)):
         if name not in rows.column_names:
             raise UserError(
-                f"the {split} split has no {name!r}, only {', '.join(rows.column_names)}: name the columns of the two "
-                "languages with --source and --target"
+                f"the {split} split has no {name!r}, only {', '.join(rows.column_names)}: pass the names of the two "
+                "columns as --source and --target"
             )
         columns[side] = rows[name][:]
         for row, text in enumerate(columns[side]):
@@ -71,9 +74,11 @@ def _pairs(split: str, rows: datasets.Dataset, source: str, target: str) -> data
 
 
 def tokenize_translation(data: TranslationData, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> Splits:
-    """Every split with input_ids, attention_mask, labels (the target's tokens), sample_id and length, which is that of
-    both sides. Longer sentences are cut to the tokenizer's `model_max_length`. `prefix` goes before every source, as
-    T5's "translate English to German: ".
+    """Tokenizes every split: input_ids, attention_mask, labels (target tokens), sample_id and length (source plus
+    target). Longer sentences are truncated to the tokenizer's `model_max_length`.
+
+    Args:
+        prefix: is added to each source sentence, as T5's "translate English to German: ".
     """
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
@@ -93,8 +98,8 @@ def tokenize_translation(data: TranslationData, tokenizer: PreTrainedTokenizerBa
 
 
 class TranslationCollator(DataCollatorForSeq2Seq):
-    """Pads both sides to the longest of the batch, labels with IGNORED, and makes the decoder's inputs of the labels;
-    leaves out the column that only served to group.
+    """Pads sources and labels (with IGNORED) to the longest of the batch, and derives decoder inputs from labels.
+    Drops `length`, which is only for grouping.
     """
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from kd.common.cli import parse, reject_unused, run
 from kd.common.reporting.results import RECIPE
-from kd.common.training.arguments import SEEDS_HELP, KDTrainingArguments
+from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
 from kd.common.utils.errors import UserError
@@ -82,7 +82,7 @@ class GlueTrainingArguments(KDTrainingArguments):
     """Training of every task and system."""
 
     output_dir: str | None = "runs/NLP/glue"
-    seeds: list[Seed] | None = field(default_factory=lambda: [0], metadata={"help": SEEDS_HELP})
+    seeds: list[Seed] | None = field(default_factory=lambda: [0])
 
 
 class GlueRun(TrainerRun):

@@ -19,7 +19,7 @@ from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperSha
 from kd.nlp.data.corpora import EMBEDDED, load_corpus
 from kd.nlp.student_model.generation import CUT, open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
-from kd.nlp.teacher_model.generative import HEAD_WIDTH, SCRATCH, SMALLEST_VOCABULARY
+from kd.nlp.teacher_model.generative import HEAD_WIDTH, MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Arguments:
     )
     teacher_layers: Count = field(default=4, metadata={"help": "of a teacher from scratch"})
     teacher_width: Count = field(default=128, metadata={"help": "of a teacher from scratch"})
-    vocabulary_size: Annotated[int, Range(SMALLEST_VOCABULARY, MOST)] = field(
+    vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = field(
         default=2048,
         metadata={"help": "byte-level BPE of a teacher from scratch: the bytes, the end of text, and more"},
     )

@@ -49,7 +49,7 @@ def main() -> None:
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
     for start in (teacher, student):
-        start.cut_texts(text.max_length)
+        start.set_max_length(text.max_length)
     texts = Texts.of(data, student.tokenizer)
     teacher_texts = Texts.of(data, teacher.tokenizer) if args.student else texts
     search_run = SearchRun(training, text, args)

@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kd.common.bottleneck.arguments import BottleneckArguments
 from kd.common.cli import reject_unused
 from kd.common.data.sources import print_notes
 from kd.common.methods import METHODS
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import BottleneckArguments, KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
 from kd.nlp.data.loading import TextData, load_text_data
 from kd.nlp.student_model.methods import HiddenLoss, LayerMap

@@ -1,10 +1,11 @@
-"""What the distillation of a text classifier starts from, and the checks of arguments against it."""
+"""The data and pretrained models of a text classifier's distillation, and checks of the arguments against them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import set_seed
 
+from kd.common.bottleneck.module import without_weights
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
@@ -13,20 +14,20 @@ from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, Tex
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
 from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
-from kd.nlp.teacher_model.teacher import Pretrained, Start, in_label_order, load_classifier, load_trained
+from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Data and pretrained models. Nothing is trained in place: training starts from copies.
+    """Data and pretrained models. Training copies the models and leaves these unchanged.
 
-    data: with the class ids of the teacher, where it is a classifier of these labels.
-    teacher: as it was loaded; it is fine-tuned unless `teacher.trained`.
-    student: the model of --student; None: the student is cut from the teacher.
-    control_init: the encoder that the control is cut from, where the teacher is trained already.
-    ensemble: further teachers, whose logits are averaged with those of the teacher.
-    texts, student_texts: the data in the tokens of teacher and student.
-    student_layers: of a student that is cut from the teacher.
+    data: uses the class ids of the teacher if it is a classifier of these labels.
+    teacher: fine-tuned by the run unless `teacher.trained`.
+    student: the model of --student; None if the student is cut from the teacher.
+    control_init: the encoder that the control is cut from if the teacher is already trained.
+    ensemble: further teachers, whose logits are averaged with the teacher's.
+    texts, student_texts: the data, tokenized for teacher and student.
+    student_layers: number of layers of a student that is cut from the teacher.
     """
 
     data: TextData
@@ -39,9 +40,9 @@ class Inputs:
     student_layers: int
 
     @property
-    def starts(self) -> dict[str, Start | None]:
-        """All models by role."""
-        others: dict[str, Start | None] = {f"another_teacher_{i}": other for i, other in enumerate(self.ensemble, 1)}
+    def starts(self) -> dict[str, Pretrained | None]:
+        """All pretrained models by role."""
+        others: dict[str, Pretrained | None] = {f"ensemble_teacher_{i}": t for i, t in enumerate(self.ensemble, 1)}
         return {"teacher": self.teacher, "student": self.student, "control_init": self.control_init} | others
 
     @property
@@ -51,7 +52,7 @@ class Inputs:
 
     @property
     def same_tokens(self) -> bool:
-        """Whether teacher and student have one vocabulary."""
+        """Whether teacher and student have the same vocabulary."""
         student = self.student
         return not student or student.tokenizer.get_vocab() == self.teacher.tokenizer.get_vocab()
 
@@ -63,7 +64,7 @@ def load_inputs(
     data: TextData,
     ensemble: Sequence[str] = (),
 ) -> Inputs:
-    """Loads the models that the arguments name, and tokenizes the data."""
+    """Loads all models and tokenizes the data."""
     data = in_label_order(pair.teacher, data)
     others = [load_trained(name, data) for name in ensemble]
     teacher, student, control_init = load_starts(text, pair, training, data, training.seed)
@@ -76,32 +77,29 @@ def load_inputs(
 def load_starts(
     text: TextArguments, pair: PairArguments, training: KDTrainingArguments, data: TextData, seed: int
 ) -> tuple[Pretrained, Pretrained | None, Pretrained | None]:
-    """Teacher, student and what the control is cut from; the seed decides random heads and whole random models."""
+    """Loads teacher, student and the control's initial model. The seed initializes what has no weights."""
     set_seed(seed)
     teacher = load_classifier(pair.teacher, data)
     student = load_classifier(pair.student, data) if pair.student else None
     has_control_init = pair.control_init and not (pair.student or training.no_control)
     control_init = load_classifier(str(pair.control_init), data) if has_control_init else None
     for start in filter(None, (teacher, student, control_init)):
-        start.cut_texts(text.max_length)
+        start.set_max_length(text.max_length)
     return teacher, student, control_init
 
 
 def inputs_of_seed(
     inputs: Inputs, text: TextArguments, pair: PairArguments, training: KDTrainingArguments, seed: int
 ) -> Inputs:
-    """The same inputs with the random weights of another seed than that of `training`."""
+    """The same inputs, with random weights of another seed."""
     if seed == training.seed:
         return inputs
     teacher, student, control_init = load_starts(text, pair, training, inputs.data, seed)
     return replace(inputs, teacher=teacher, student=student, control_init=control_init)
 
 
-# ---- before anything is written, and before hours of training rather than after ----
-
-
 def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTrainingArguments) -> None:
-    """Raises UserError for arguments that do not fit the models, of any distillation."""
+    """Raises UserError for arguments of any method that do not fit the models, before anything is written."""
     teacher, student, control_init = inputs.teacher, inputs.student, inputs.control_init
     layers = len(layer_paths(teacher.encoder))
     check_smoothing(training, inputs.data.name, inputs.data.num_labels)
@@ -114,8 +112,8 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
             )
         if teacher.trained and not pair.control_init and not training.no_control:
             raise UserError(
-                f"teacher {pair.teacher} is trained already, so a control cut from it would have had a teacher: "
-                "name the encoder that it was made from with --control_init, or pass --no_control"
+                f"teacher {pair.teacher} is trained already, so a control cut from it would learn from a teacher: "
+                "pass the pretrained encoder of the teacher as --control_init, or pass --no_control"
             )
         check_cut(teacher.encoder, inputs.student_layers)
         if control_init:
@@ -124,25 +122,25 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
         if not inputs.same_tokens:
             raise UserError(
                 f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so their hidden "
-                "states do not stand for the same tokens: pass --align_epochs 0, or a student with that vocabulary"
+                "states belong to different tokens: pass --align_epochs 0, or a student with the teacher's vocabulary"
             )
         layer_pairs("uniform", len(layer_paths(student.encoder)), layers)
 
 
 def _validate_control_init(inputs: Inputs, control_init: Pretrained, pair: PairArguments) -> None:
-    """Raises UserError where no control can be cut from the model of --control_init."""
+    """Raises UserError if the control cannot be cut from the model of --control_init."""
     name, teacher = pair.control_init, pair.teacher
     if control_init.trained:
-        raise UserError(f"--control_init {name} is trained already: name the encoder that {teacher} was made from")
+        raise UserError(f"--control_init {name} is trained already: pass the pretrained encoder of {teacher}")
     if control_init.tokenizer.get_vocab() != inputs.teacher.tokenizer.get_vocab():
         raise UserError(
-            f"--control_init {name} and teacher {teacher} have different vocabularies: name the encoder that the "
-            "teacher was made from"
+            f"--control_init {name} and teacher {teacher} have different vocabularies: pass the pretrained encoder "
+            "of the teacher"
         )
     if (layers := len(layer_paths(control_init.encoder))) < inputs.student_layers:
         raise UserError(
             f"--control_init {name} has fewer layers ({layers}) than the control needs ({inputs.student_layers}): "
-            "name the encoder that the teacher was made from, or pass --student_layers"
+            "pass the pretrained encoder of the teacher, or --student_layers"
         )
     check_cut(control_init.encoder, inputs.student_layers)
 
@@ -150,35 +148,35 @@ def _validate_control_init(inputs: Inputs, control_init: Pretrained, pair: PairA
 def validate_matching(
     inputs: Inputs, pair: PairArguments, matching: MatchingArguments, training: KDTrainingArguments
 ) -> None:
-    """Raises UserError for a method, or weights of features, that teacher and student do not allow."""
+    """Raises UserError for a method or feature weights that teacher and student do not support."""
     teacher, student = inputs.teacher, inputs.student
     weights = matching.hidden_weight or matching.embedding_weight or matching.attention_weight
     reads_features = bool(weights) or needs_features(matching.method)
     has_bottleneck = isinstance(teacher.model, BottleneckClassifier)
-    leave_out = (
-        "leave --hidden_weight, --embedding_weight and --attention_weight at 0, and choose a --method of logits"
-    )
+    logits_only = "set --hidden_weight, --embedding_weight and --attention_weight to 0, and use a --method on logits"
     if reads_features and not inputs.same_tokens:
         raise UserError(
             f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so no features can be "
-            f"matched: {leave_out}"
+            f"matched: {logits_only}"
         )
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
     if matching.attention_weight and inputs.ensemble:
-        raise UserError("--attention_weight needs a single teacher: leave it at 0, or leave out --ensemble_teachers")
+        raise UserError("--attention_weight needs a single teacher: set it to 0, or leave out --ensemble_teachers")
     if reads_features and has_bottleneck:
-        raise UserError(f"teacher {pair.teacher} has a bottleneck, whose features cannot be matched: {leave_out}")
+        raise UserError(f"teacher {pair.teacher} has a bottleneck, whose features cannot be matched: {logits_only}")
     if all(start.from_scratch for start in (teacher, student, inputs.control_init) if start):
         reject_unused(
-            "models of random weights are trained at --from_scratch_learning_rate", training, "learning_rate"
+            "models without pretrained weights train at --from_scratch_learning_rate", training, "learning_rate"
         )
     if matching.hidden_weight or matching.attention_weight:
         layers = len(layer_paths(student.encoder)) if student else inputs.student_layers
         layer_pairs(matching.layer_map, layers, len(layer_paths(teacher.encoder)))
     if has_bottleneck and not student:
-        raise UserError(f"teacher {pair.teacher} has a bottleneck, and no plain student can be cut from it: name one")
+        raise UserError(
+            f"teacher {pair.teacher} has a bottleneck, so it cannot be cut to a plain student: pass --student"
+        )
     if matching.student_from == "pretrained" and (teacher.trained or student):
         raise UserError("--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it")
 
@@ -187,12 +185,12 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
     """Raises UserError for a bottleneck that does not fit teacher and student."""
     teacher, student = inputs.teacher, inputs.student
     if teacher.trained:
-        reject_unused(f"teacher {pair.teacher} is kept as it is", bottleneck, "freeze_teacher_encoder")
+        reject_unused(f"teacher {pair.teacher} is not trained", bottleneck, "freeze_teacher_encoder")
     elif bottleneck.freeze_teacher_encoder:
-        reason = "--freeze_teacher_encoder leaves the teacher's encoder as it is"
+        reason = "--freeze_teacher_encoder does not train the teacher's encoder"
         reject_unused(reason, pair, "teacher_epochs", "from_scratch_epochs")
     widths = [start.encoder.config.hidden_size for start in (teacher, student) if start]
-    shapes = [bottleneck.without_weights(width, inputs.data.num_labels) for width in widths]
+    shapes = [without_weights(width, inputs.data.num_labels, bottleneck.shape()) for width in widths]
     if bottleneck.keys not in ("carried", "reused"):
         return
     if isinstance(teacher.model, BottleneckClassifier):
@@ -200,16 +198,16 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
         if pooling != bottleneck.pooling:
             raise UserError(
                 f"the keys of teacher {pair.teacher} are for --pooling {pooling}, not {bottleneck.pooling}: pass "
-                "that, or --keys new"
+                f"--pooling {pooling}, or --keys new"
             )
         try:
             shapes[0].check_compatible(teacher.model.bottleneck, values=bottleneck.keys == "reused")
         except ValueError as error:
             raise UserError(
-                f"{error}; give the bottleneck the shape of that of {pair.teacher}, or pass --keys new"
+                f"{error}; use the shape of the bottleneck of {pair.teacher}, or pass --keys new"
             ) from error
     if len(set(widths)) > 1:
         raise UserError(
-            f"student {pair.student} is {widths[1]} wide, the teacher's keys fit a width of {widths[0]}: "
-            "choose a student of that width, --student_layers, or --keys new"
+            f"student {pair.student} has width {widths[1]}, but the teacher's keys have width {widths[0]}: pass a "
+            "student of that width, --student_layers, or --keys new"
         )

@@ -12,11 +12,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from kd.common.bottleneck.arguments import Keys
 from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import KDTrainingArguments, Keys
 from kd.common.training.inference import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs

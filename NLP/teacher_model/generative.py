@@ -1,4 +1,4 @@
-"""Causal language models and encoder-decoder translators: loaded by name, or made from random weights."""
+"""Causal language models and encoder-decoder translators as teachers: loaded by name, or with random weights."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -43,8 +43,8 @@ NO_DOWNLOAD = f"pass a local folder, or {SCRATCH}, which needs no download"
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 HEAD_WIDTH = 32  # channels of an attention head
-SMALLEST_VOCABULARY = 257  # every byte, and the end of text
-POSITIONS = 256  # the fewest of a translator from random weights
+MIN_VOCABULARY_SIZE = 257  # all bytes, and the end-of-text token
+MIN_POSITIONS = 256  # of a translator with random weights
 
 
 class Generator(NamedTuple):
@@ -54,7 +54,7 @@ class Generator(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
     def has_vocabulary_of(self, other: "Generator") -> bool:
-        """Whether a logit of either model stands for the same token."""
+        """Whether the logits of both models belong to the same tokens."""
         config, other_config = self.model.config, other.model.config
         return (
             config.vocab_size == other_config.vocab_size
@@ -69,20 +69,20 @@ class Generator(NamedTuple):
 def load_language_model(name: str, block_size: int) -> Generator:
     """The causal language model NAME (Hub name or folder).
 
-    Raises UserError where it could not be loaded, or its context length is smaller than `block_size`.
+    Raises UserError if it cannot be loaded, or if its context length is smaller than `block_size`.
     """
     with reading(name, "a causal language model", NO_DOWNLOAD):
         model, tokenizer = load_model(AutoModelForCausalLM, name), load_tokenizer(AutoTokenizer, name)
     positions = getattr(model.config, "max_position_embeddings", block_size)
     if positions < block_size:
-        raise UserError(f"{name} sees {positions} tokens: pass a --block_size of at most {positions}")
+        raise UserError(f"the context length of {name} is {positions}: pass a --block_size of at most {positions}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token (eos_token), which separates documents")
     return Generator(model, tokenizer)
 
 
 def random_gpt2(vocabulary: int, end: int, layers: int, width: int, positions: int, dropout: float) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights, for `vocabulary` tokens of which `end` ends a text."""
+    """A GPT-2 with random weights. `vocabulary` is the number of tokens, `end` the id of the end-of-text token."""
     config = GPT2Config(
         vocab_size=vocabulary,
         n_layer=layers,
@@ -99,7 +99,7 @@ def random_gpt2(vocabulary: int, end: int, layers: int, width: int, positions: i
 
 
 def byte_level_bpe(texts: Iterable[str], size: int, positions: int) -> GPT2Tokenizer:
-    """GPT-2's tokenizer with a vocabulary of `size` tokens learned from `texts`, for a model of so many positions."""
+    """GPT-2's tokenizer with `size` tokens learned from `texts`, for a model with this number of positions."""
     learned = ByteLevelBPETokenizer()
     learned.train_from_iterator(texts, size, show_progress=False, special_tokens=[END_OF_TEXT])
     model = json.loads(learned.to_str())["model"]
@@ -111,14 +111,16 @@ def byte_level_bpe(texts: Iterable[str], size: int, positions: int) -> GPT2Token
 
 
 def load_translator(name: str, max_length: int) -> Generator:
-    """The encoder-decoder NAME (Hub name or folder), which generates at most `max_length` tokens, greedily by default.
+    """The encoder-decoder NAME (Hub name or folder). By default it generates greedily, at most `max_length` tokens.
 
-    Raises UserError where it could not be loaded, or is no encoder-decoder.
+    Raises UserError if it cannot be loaded, or if it is not an encoder-decoder.
     """
     with reading(name, "an encoder-decoder", NO_DOWNLOAD):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-            raise UserError(f"{name} ({config.model_type}) is no encoder-decoder: give a model such as Marian or T5")
+            raise UserError(
+                f"{name} ({config.model_type}) is not an encoder-decoder: use a model such as Marian or T5"
+            )
         tokenizer = load_tokenizer(AutoTokenizer, name)
         model = load_model(AutoModelForSeq2SeqLM, name)
     tokenizer.model_max_length = max_length  # saved with it
@@ -126,8 +128,8 @@ def load_translator(name: str, max_length: int) -> Generator:
 
 
 def _with_greedy_decoding(model: PreTrainedModel, max_length: int) -> PreTrainedModel:
-    """The model with the decoding that is reported as its default, which is saved with it. Settings of beam search are
-    unset: a configuration of greedy decoding that has them cannot be saved.
+    """Makes greedy decoding the default of a model, in place; it is saved with the model. Arguments of beam search are
+    unset, because a configuration of greedy decoding cannot be saved with them.
     """
     only_beams = {"early_stopping": None, "length_penalty": None}
     model.generation_config.update(max_length=max_length, num_beams=1, do_sample=False, use_cache=True, **only_beams)
@@ -143,8 +145,9 @@ def random_marian(
     dropout: float,
     max_length: int,
 ) -> PreTrainedModel:
-    """A Marian model with random weights, after Vaswani et al. (arXiv:1706.03762): feed-forward layers of four times
-    the width, one matrix for source, target and output tokens. `special_ids` are those of SPECIAL_IDS.
+    """A Marian model with random weights, as in Vaswani et al. (arXiv:1706.03762): feed-forward layers four times as
+    wide as the model, and one embedding matrix for source, target and output. `special_ids` has a value for each of
+    SPECIAL_IDS.
     """
     config = MarianConfig(
         vocab_size=vocabulary,
@@ -158,7 +161,7 @@ def random_marian(
         activation_function="relu",
         dropout=dropout,
         scale_embedding=True,
-        max_position_embeddings=max(POSITIONS, max_length),
+        max_position_embeddings=max(MIN_POSITIONS, max_length),
         forced_eos_token_id=special_ids["eos_token_id"],
         **special_ids,
     )
@@ -172,7 +175,7 @@ def special_ids_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def joint_bpe(texts: Iterable[str], size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding (arXiv:1508.07909) learned on both languages together, which share one vocabulary."""
+    """A byte-pair encoding (arXiv:1508.07909) with one vocabulary, learned from both languages."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
@@ -201,9 +204,7 @@ def translate(
     batch_size: int = 64,
     description: str = "",
 ) -> list[list[int]]:
-    """The translation of each row as token ids, in the order of the rows. Rows have input_ids, attention_mask and
-    length.
-    """
+    """Token ids of the translation of each row. `rows` has the columns input_ids, attention_mask and length."""
     model, tokenizer = translator
     sources = rows.select_columns(["input_ids", "attention_mask", "length"])
     call = beam_search(model, beams)
@@ -212,8 +213,8 @@ def translate(
 
 
 def beam_search(model: PreTrainedModel, beams: int) -> Callable[..., dict[str, list[Tensor]]]:
-    """A function of a batch that returns `tokens`: the translation of each sample without start and padding, with its
-    end. One beam is greedy decoding.
+    """A function of a batch that returns `tokens`: the translation of each sample, with the end-of-sequence token but
+    without start token and padding. One beam is greedy decoding.
     """
 
     def call(**batch: Tensor) -> dict[str, list[Tensor]]:

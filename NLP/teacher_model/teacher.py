@@ -1,11 +1,11 @@
-"""Where a text teacher comes from: the Hub, a folder, or the embedded tiny BERT, which starts from random weights."""
+"""Text encoders and classifiers as teachers: from the Hub, from a folder, or the embedded tiny BERT."""
 
 import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -27,18 +27,19 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
 
 TINY_BERT = "tiny-bert"
-INSTEAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
-POSITION_TABLES = ("position_embeddings", "wpe")  # of BERT and its kind, of GPT-2
-CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # architectures of classifiers end in these
-GENERIC = "LABEL_"  # the names of classes that were never named
+NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
+POSITION_TABLES = ("position_embeddings", "wpe")  # of BERT and similar encoders, of GPT-2
+CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
+UNNAMED = "LABEL_"  # transformers names the classes LABEL_0, LABEL_1, ... by default
 
 
 @dataclass
 class Pretrained:
-    """A classifier for the data at hand and its tokenizer.
+    """A classifier for the labels of a dataset, and its tokenizer.
 
-    from_scratch: the weights are random; trained: it is a classifier of these very labels already; notes: what was
-    set or left out to make model and tokenizer fit.
+    from_scratch: The weights are random.
+    trained: The model is already a classifier of these labels.
+    notes: Changes that were needed so that weights, config and tokenizer fit.
     """
 
     model: PreTrainedModel
@@ -51,44 +52,52 @@ class Pretrained:
     def encoder(self) -> Any:
         return encoder_of(self.model)
 
-    def cut_texts(self, max_length: int) -> None:
-        """Has the tokenizer cut texts to `max_length` tokens, also once it is saved, so that evaluation cuts alike.
-        Raises UserError where the encoder cannot see as many.
+    def set_max_length(self, max_length: int) -> None:
+        """Makes the tokenizer truncate texts to `max_length` tokens. A saved tokenizer does so too.
+
+        Raises UserError if the encoder has fewer positions.
         """
-        if max_length > (most := positions(self.encoder)):
-            raise UserError(f"--max_length {max_length}: the {type(self.model).__name__} sees at most {most} tokens")
+        if max_length > (most := max_positions(self.encoder)):
+            raise UserError(f"--max_length {max_length}: the {type(self.model).__name__} takes at most {most} tokens")
         self.tokenizer.model_max_length = max_length
 
 
-class Start(Protocol):
-    """A model that a run begins with, and its tokenizer."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-
-
-def models_and_tokenizers(starts: Mapping[str, Start | None]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
-    """By role, for `Run.check_inputs`, those that there are."""
+def models_and_tokenizers(starts: Mapping[str, Any]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
+    """The arguments of `Run.check_inputs`. `starts` are objects with a model and a tokenizer, or None, by role."""
     present = {role: start for role, start in starts.items() if start is not None}
     models = {role: start.model for role, start in present.items()}
     return models | {f"{role}_tokenizer": start.tokenizer for role, start in present.items()}
 
 
+def encoder_of(classifier: PreTrainedModel) -> Any:
+    """The model without its head or bottleneck."""
+    return classifier.base_model
+
+
+def max_positions(encoder: nn.Module) -> float:
+    """The maximum number of tokens: the rows of the position table without RoBERTa's padding rows, or infinity if the
+    encoder has no such table.
+    """
+    for path, module in encoder.named_modules():
+        if path.endswith(POSITION_TABLES) and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return math.inf
+
+
+# ---- loading ----
+
+
 def load_classifier(name: str, data: TextData) -> Pretrained:
     """The model NAME (Hub name, folder, or `tiny-bert`) in fp32, with a head for the labels of `data`.
 
-    Raises UserError where the model cannot be read, its weights do not fit it, or it has been trained for other labels
-    or another label order; `in_label_order` gives the data in that of the model.
+    Raises UserError if the model cannot be read, if its weights do not fit its config, or if it is a classifier of
+    other labels or of another label order; see `in_label_order`.
     """
     if name == TINY_BERT:
         return tiny_bert(data)
     notes: list[str] = []
-    config = read_config(name)
-    trained = is_trained(name, config, data)
-    with reading(name, "a text encoder", INSTEAD):
+    trained = is_trained(name, read_config(name), data)
+    with reading(name, "a text encoder", NO_DOWNLOAD):
         tokenizer = load_tokenizer(AutoTokenizer, name)
         labels = {} if trained else label_config(data)
         model = load_model(AutoModelForSequenceClassification, name, whole=trained, notes=notes, **labels)
@@ -98,14 +107,24 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     return Pretrained(model, tokenizer, trained=trained, notes=notes)
 
 
+def load_trained(name: str, data: TextData) -> Pretrained:
+    """The classifier NAME of the labels of `data`. Raises UserError as `load_classifier` does, and for an encoder
+    without a head.
+    """
+    classifier = load_classifier(name, data)
+    if not classifier.trained:
+        raise UserError(f"{name} is not a trained classifier: it has no head for the labels of {data.name}")
+    return classifier
+
+
 def read_config(name: str) -> Any:
-    with reading(name, "a text encoder", INSTEAD):
+    with reading(name, "a text encoder", NO_DOWNLOAD):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
-    """Gives a decoder-only model, which was never padded, its end-of-text token as padding. A classifier of that kind
-    reads the last token that is no padding.
+    """Uses the end-of-text token as the padding token of a decoder without one. A classifier of that kind reads the
+    last token that is not padding.
     """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -117,31 +136,11 @@ def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_trained(name: str, data: TextData) -> Pretrained:
-    """The classifier NAME, which must have been trained for the labels of `data`. Raises UserError else."""
-    classifier = load_classifier(name, data)
-    if not classifier.trained:
-        raise UserError(f"{name} is no trained classifier: it has no head for the labels of {data.name}")
-    return classifier
-
-
-def encoder_of(classifier: PreTrainedModel) -> Any:
-    """The model without its head or bottleneck."""
-    return classifier.base_model
-
-
-def positions(encoder: nn.Module) -> float:
-    """How many tokens an encoder can see: the rows of its table of positions, less those that RoBERTa has for padding;
-    infinite where there is no such table.
-    """
-    for path, module in encoder.named_modules():
-        if path.endswith(POSITION_TABLES) and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return math.inf
+# ---- labels ----
 
 
 def label_config(data: TextData) -> dict:
-    """id2label, label2id and, for regression, the single unnamed output."""
+    """id2label and label2id, or a single unnamed output for regression."""
     if data.regression:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
@@ -151,16 +150,19 @@ def label_config(data: TextData) -> dict:
 
 
 def is_trained(name: str, config: Any, data: TextData) -> bool:
-    """Whether a checkpoint is a classifier of the data's labels, in the data's order; others are refused."""
-    if not classifies(config):
+    """Whether the checkpoint NAME is a classifier of the labels of `data`, in the same order.
+
+    Raises UserError if it is a classifier of other labels or of another order.
+    """
+    if not is_classifier(config):
         return False
     if data.regression or config.num_labels == 1:
         if data.regression and config.num_labels == 1:
             return True
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
     if config.problem_type == "multi_label_classification":
-        raise UserError(f"{name} gives a text several labels, {data.name} has one for each text: name another model")
-    labels = _label_names(name, config, data)
+        raise UserError(f"{name} assigns several labels to a text, {data.name} has one per text: use another model")
+    labels = _checked_labels(name, config, data)
     if _lower(labels) == _lower(data.label_names):
         return True
     if _same_labels(labels, data.label_names):
@@ -177,14 +179,16 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
 
 
 def in_label_order(name: str, data: TextData) -> TextData:
-    """The data with the class ids of NAME, where that is a classifier of the same labels in another order, else as
-    they are.
+    """The data with the class ids of NAME, if that is a classifier of the same labels in another order; otherwise the
+    data unchanged.
 
-    Raises UserError where the metric of the data, F1, is that of class 1, which would be another class.
+    Raises UserError if the primary metric is F1, which would then count another class as positive.
     """
-    if name == TINY_BERT or data.regression or not classifies(config := read_config(name)) or config.num_labels == 1:
+    if name == TINY_BERT or data.regression or not is_classifier(config := read_config(name)):
         return data
-    labels = _label_names(name, config, data)
+    if config.num_labels == 1:
+        return data
+    labels = _checked_labels(name, config, data)
     if not _same_labels(labels, data.label_names) or _lower(labels) == _lower(data.label_names):
         return data
     if data.primary_metric == "f1":
@@ -197,21 +201,45 @@ def in_label_order(name: str, data: TextData) -> TextData:
     return replace(with_label_order(data, labels), notes=[*data.notes, note])
 
 
-def classifies(config: Any) -> bool:
-    """Whether a model is a classifier of texts, by its config."""
-    return (config.architectures or [""])[0].endswith(CLASSIFIERS)
-
-
 def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
-    """What a classifier predicts: classes with their names, in the order of its outputs, or scores. Of what is no
-    classifier, or names its outputs LABEL_0 and so on, nothing is known.
+    """The task and the class names, by output, of a saved classifier. None for what its config does not state: the
+    task of a model without a head; the names of a regression, or of classes LABEL_0, LABEL_1, ...
     """
     config = read_config(model)
-    if not classifies(config):
+    if not is_classifier(config):
         return None, None
     if config.num_labels == 1:
         return "regression", None
     return "classification", named_labels(model, config)
+
+
+def is_classifier(config: Any) -> bool:
+    return (config.architectures or [""])[0].endswith(CLASSIFIERS)
+
+
+def named_labels(name: str, config: Any) -> list[str] | None:
+    """The labels of the classifier NAME by class id; None for LABEL_0, LABEL_1, ..."""
+    names = {int(i): str(label) for i, label in config.id2label.items()}
+    if sorted(names) != list(range(len(names))):
+        raise UserError(
+            f"id2label in the config.json of {name} must name the labels 0 to {len(names) - 1}, one by one"
+        )
+    labels = [names[i] for i in range(len(names))]
+    return None if labels == [f"{UNNAMED}{i}" for i in range(len(labels))] else labels
+
+
+def _checked_labels(name: str, config: Any, data: TextData) -> list[str]:
+    """`named_labels`. Raises UserError for unnamed labels, unless the labels of `data` are the same numbers."""
+    labels = named_labels(name, config)
+    if labels is not None:
+        return labels
+    number = len(config.id2label)
+    if data.label_names in ([str(i) for i in range(number)], [f"{UNNAMED}{i}" for i in range(number)]):
+        return data.label_names
+    raise UserError(
+        f"{name} does not name its {number} labels ({UNNAMED}0, ...), so they cannot be matched with the "
+        f"{len(data.label_names)} of {data.name} ({_some(data.label_names)}): name them in id2label of its config.json"
+    )
 
 
 def _same_labels(labels: list[str], others: list[str]) -> bool:
@@ -222,34 +250,11 @@ def _lower(labels: list[str]) -> list[str]:
     return [label.lower() for label in labels]
 
 
-def named_labels(name: str, config: Any) -> list[str] | None:
-    """What the classifier NAME calls its labels, by class id; None where they are LABEL_0 and so on."""
-    names = {int(i): str(label) for i, label in config.id2label.items()}
-    if sorted(names) != list(range(len(names))):
-        raise UserError(
-            f"id2label in the config.json of {name} must name the labels 0 to {len(names) - 1}, one by one"
-        )
-    labels = [names[i] for i in range(len(names))]
-    return None if labels == [f"{GENERIC}{i}" for i in range(len(labels))] else labels
-
-
-def _label_names(name: str, config: Any, data: TextData) -> list[str]:
-    """By class id. Raises UserError for those that were never named, unless those of the data are the same numbers."""
-    labels = named_labels(name, config)
-    if labels is not None:
-        return labels
-    number = len(config.id2label)
-    if data.label_names in ([str(i) for i in range(number)], [f"{GENERIC}{i}" for i in range(number)]):
-        return data.label_names
-    raise UserError(
-        f"{name} does not name its {number} labels ({GENERIC}0, ...), so that it cannot be checked which is which of "
-        f"the {len(data.label_names)} of {data.name} ({_some(data.label_names)}): name them in id2label of its "
-        "config.json"
-    )
-
-
 def _some(labels: list[str], most: int = 10) -> str:
     return ", ".join(labels[:most]) + (", ..." if len(labels) > most else "")
+
+
+# ---- the embedded model ----
 
 
 def tiny_bert(data: TextData) -> Pretrained:
@@ -269,10 +274,9 @@ def tiny_bert(data: TextData) -> Pretrained:
 
 
 def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:
-    """WordPiece vocabulary of the most frequent words that occur twice, and of all letters for the rest.
+    """A WordPiece vocabulary: the most frequent words that occur at least twice, and all letters for other words.
 
-    Not learned with the tokenizers library: its result differs from process to process, and a run that is continued
-    must find the vocabulary that it started with.
+    The tokenizers library would learn another vocabulary in each process, but a continued run needs the same one.
     """
     normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
     counts = Counter(word for t in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(t)))

@@ -8,7 +8,7 @@ Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240). 
 moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from kd.common.bottleneck.keys import (
     random_rows,
     smoothed_mean,
 )
+from kd.common.utils.errors import UserError
 
 STATISTICS_ROWS = 8192  # of embeddings at a time
 
@@ -264,6 +265,15 @@ class DiscreteKeyValueBottleneck(nn.Module):
             "perplexity": perplexity.mean().item(),
             "quantisation_error": errors,
         }
+
+
+def without_weights(width: int, num_outputs: int, shape: dict[str, Any]) -> DiscreteKeyValueBottleneck:
+    """A bottleneck of this shape on the meta device. Raises UserError for an embedding width that it cannot split."""
+    try:
+        with torch.device("meta"):
+            return DiscreteKeyValueBottleneck(width, num_outputs, **shape)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _rows(embeddings: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,8 +13,8 @@ from einops import pack, rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kd.common.bottleneck.arguments import Keys
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.training.arguments import Keys
 from kd.common.training.inference import Collate, identity_collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.utils.devices import best_device, process

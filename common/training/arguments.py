@@ -1,51 +1,52 @@
-"""Arguments of a distillation run: all of transformers' TrainingArguments and what distillation adds."""
+"""Arguments that the domains share: the run, training, and the discrete key-value bottleneck.
+
+Nothing here imports torch or transformers, so that `--help` is quick.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import torch
-from transformers import TrainingArguments
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kd.common.cli import reject_unused
-from kd.common.training.checks import RANGES, check_optimizer, check_report_to, check_supported
-from kd.common.utils.devices import resolve_precision
-from kd.common.utils.ranges import Positive, Range, Seed, Share, check_declared
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1, check_declared
 
-SEEDS_HELP = "seeds of several runs, such as 0,1,2, whose mean and standard deviation are reported"
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+else:
+    TrainingArguments = object
 
-
-def check_seeds(args: Any) -> None:
-    """Raises ValueError for a seed that is named twice in `args.seeds`. The first seed also trains what all share."""
-    seeds: list[int] | None = args.seeds
-    if seeds is None:
-        return
-    if not seeds:
-        raise ValueError("--seeds must name at least one seed")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds must be different seeds, each named once, got {', '.join(map(str, seeds))}")
-    args.seed = seeds[0]
+Keys = Literal["carried", "new", "random", "reused"]
+CodebookSize = Annotated[int, Range(1, 2**16)]
+Strategy = Literal["no", "steps", "epoch"]
 
 
 @dataclass
 class RunArguments:
-    """What every run must know, for those that transformers' Trainer does not train."""
+    """The run."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "where the run's folder is made (default: runs/<domain>/<name>)"}
+        default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME of the method)."}
     )
-    seed: Seed = field(default=0, metadata={"help": "of everything random in the run"})
-    seeds: list[Seed] | None = field(default=None, metadata={"help": SEEDS_HELP})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
+    seed: Seed = field(default=0, metadata={"help": "Random seed for initialization, data order and dropout."})
+    seeds: list[Seed] | None = field(
+        default=None, metadata={"help": "Random seeds of several runs, whose mean and deviation are reported."}
     )
     resume_from_checkpoint: bool = field(
-        default=False, metadata={"help": "continue the run in the output folder where it stopped"}
+        default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
     )
-    precision: ClassVar[Literal["fp32"]] = "fp32"
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the earlier run in --output_dir."})
+    precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
 
     def __post_init__(self) -> None:
         check_declared(self)
-        check_seeds(self)
+        if self.seeds is None:
+            return
+        if not self.seeds:
+            raise ValueError("--seeds must name at least one seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            shown = ", ".join(map(str, self.seeds))
+            raise ValueError(f"--seeds must be different seeds, each named once, got {shown}")
+        self.seed = self.seeds[0]  # which also trains what all seeds share
 
     def check_unused_flags(self) -> None:
         """Raises UserError for a flag of the command line that another flag leaves without effect."""
@@ -54,64 +55,94 @@ class RunArguments:
 
 
 @dataclass
-class KDTrainingArguments(TrainingArguments):
-    """Everything about training that is not about one domain. Raises ValueError, one line, for what cannot be."""
+class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc]
+    """Training.
 
-    INHERITED_RANGES: ClassVar[dict[str, Range]] = RANGES
+    An instance is a `transformers.TrainingArguments` too, with all of its arguments; see `complete`. Raises ValueError
+    with one line for invalid arguments, and for those that cannot have an effect.
+    """
 
-    alpha: Share = field(
-        default=0.5, metadata={"help": "weight of the labels' loss; the teacher's soft targets get 1 - alpha"}
+    num_train_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of the student and of its control."})
+    max_steps: Annotated[int, Range(1, MOST, or_else=-1)] = field(
+        default=-1, metadata={"help": "Update steps of every stage, instead of epochs; -1 for epochs."}
     )
-    temperature: Positive = field(default=2.0, metadata={"help": "softens teacher's and student's logits alike"})
+    per_device_train_batch_size: Count = field(default=8, metadata={"help": "Training samples per device and step."})
+    per_device_eval_batch_size: Count = field(default=8, metadata={"help": "Evaluation samples per device and step."})
+    learning_rate: Positive = field(default=5e-5, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "Schedule of the learning rate: linear, cosine, constant, ..."}
+    )
+    lr_milestones: list[Positive] | None = field(
+        default=None,
+        metadata={"help": "Epochs after which the learning rate is divided by 10, instead of a schedule."},
+    )
+    warmup_steps: NotNegative = field(
+        default=0.1, metadata={"help": "Warmup steps of the learning rate; below 1, a share of all steps."}
+    )
+    weight_decay: NotNegative = field(
+        default=0.0, metadata={"help": "Weight decay of all weights but norms and biases."}
+    )
+    decay_norm_and_bias: bool = field(default=False, metadata={"help": "Also decay norms and biases."})
+    alpha: Share = field(
+        default=0.5, metadata={"help": "Weight of the labels' loss; the soft targets have weight 1 - alpha."}
+    )
+    temperature: Positive = field(
+        default=2.0, metadata={"help": "Temperature of the logits of teacher and student in the soft targets."}
+    )
     value_learning_rate: Positive | None = field(
-        default=None, metadata={"help": "learning rate of a bottleneck's values; default: --learning_rate"}
+        default=None, metadata={"help": "Learning rate of a bottleneck's values (default: --learning_rate)."}
+    )
+    label_smoothing_factor: ShareBelow1 = field(default=0.0, metadata={"help": "Label smoothing."})
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        default="auto", metadata={"help": "Precision; auto is bf16 on hardware that supports it natively, else fp32."}
+    )
+    no_control: bool = field(
+        default=False, metadata={"help": "Do not train the control, the same student without the teacher."}
+    )
+    eval_strategy: Strategy = field(default="epoch", metadata={"help": "When to evaluate on the validation split."})
+    logging_strategy: Strategy = field(default="epoch", metadata={"help": "When to log."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "Keep the checkpoint with the best --metric_for_best_model."}
     )
     report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "where curves go as they grow: tensorboard, none, wandb, ..."}
+        default="tensorboard", metadata={"help": "Trackers of the training curves: tensorboard, wandb, none, ..."}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
-    logging_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
-    save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep of a running stage"})
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(
-        default="group_by_length", metadata={"help": "group_by_length for little padding"}
-    )
+    save_total_limit: Count | None = 2
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     remove_unused_columns: bool = False  # `sample_id` is no argument of any model
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     logging_nan_inf_filter: bool = False  # the trainer stops on a loss that is not finite instead of hiding it
-    warmup_steps: float = field(default=0.1, metadata={"help": "steps, or below 1 a share of all steps"})
-    lr_milestones: list[Positive] | None = field(
-        default=None, metadata={"help": "epochs after which the learning rate falls to a tenth, instead of a schedule"}
-    )
-    decay_norm_and_bias: bool = field(
-        default=False, metadata={"help": "weight decay on biases and norms too, as older protocols have it"}
-    )
-    precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto", metadata={"help": "auto: bf16 where the hardware computes it natively, else fp32"}
-    )
-    seeds: list[Seed] | None = field(default=None, metadata={"help": SEEDS_HELP})
-    no_control: bool = field(
-        default=False, metadata={"help": "skip the same student trained without the teacher (not recommended)"}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "start over in an output folder that holds an earlier run"}
-    )
-    resume_from_checkpoint: bool = field(  # type: ignore[assignment]
-        default=False, metadata={"help": "continue the run in the output folder where it stopped"}
-    )
+
+    @classmethod
+    def complete(cls) -> type["KDTrainingArguments"]:
+        """The type of instances: a subclass of this class and of `transformers.TrainingArguments`, which takes seconds
+        to import and is not needed for `--help`.
+        """
+        complete: type[KDTrainingArguments] = _complete(cls)  # type: ignore[arg-type]
+        return complete
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "KDTrainingArguments":
+        return object.__new__(cls.complete())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as an instance of the class with a module-level name."""
+        return KDTrainingArguments.__new__, (type(self).__base__,), vars(self)
 
     def __post_init__(self) -> None:
-        check_declared(self)
-        check_seeds(self)
+        from transformers import TrainingArguments
+
+        from kd.common.training.checks import check_optimizer, check_report_to, check_supported, resolve_device
+
+        super().__post_init__()
         if self.lr_milestones is not None and self.max_steps > 0:
-            raise ValueError("--lr_milestones are epochs: give --num_train_epochs, not --max_steps")
+            raise ValueError("--lr_milestones are epochs: pass --num_train_epochs instead of --max_steps")
         if self.lr_milestones is not None and sorted(set(self.lr_milestones)) != self.lr_milestones:
             raise ValueError(f"--lr_milestones must be in order, each once, got {self.lr_milestones}")
-        cuda = torch.cuda.is_available() and not self.use_cpu
-        self.precision = resolve_precision(self.precision, torch.device("cuda" if cuda else "cpu"))
+        resolve_device(self)
         check_supported(self)
-        self.bf16, self.use_cpu = self.precision == "bf16", not cuda
-        super().__post_init__()
+        self.bf16 = self.precision == "bf16"
+        TrainingArguments.__post_init__(self)
         self.do_eval = False  # what the parent derives, and nothing here reads
         check_report_to(self)
         check_optimizer(self)
@@ -123,8 +154,7 @@ class KDTrainingArguments(TrainingArguments):
 
     def check_unused_flags(self) -> None:
         """Raises UserError for a flag of the command line that another flag leaves without effect."""
-        if self.seeds:
-            reject_unused("--seeds is set", self, "seed")
+        super().check_unused_flags()
         if self.max_steps > 0:
             reject_unused("--max_steps sets the length of every stage", self, "num_train_epochs")
         for name in ("eval", "logging", "save"):
@@ -143,3 +173,56 @@ class KDTrainingArguments(TrainingArguments):
         return (
             f"best checkpoint by {metric} of every stage that is validated; validation chose, so its figures flatter"
         )
+
+
+@cache
+def _complete(kind: Any) -> Any:
+    from transformers import TrainingArguments
+
+    from kd.common.training.checks import RANGES
+
+    if issubclass(kind, TrainingArguments):
+        return kind
+    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "INHERITED_RANGES": RANGES}
+    return dataclass(type(kind.__name__, (kind, TrainingArguments), body))
+
+
+@dataclass
+class BottleneckArguments:
+    """The discrete key-value bottleneck."""
+
+    keys: Keys = field(default="carried", metadata={"help": "Source of the student's keys."})
+    codebooks: Count = field(default=32, metadata={"help": "Number of codebooks."})
+    codebook_size: CodebookSize = field(default=512, metadata={"help": "Number of keys, and of values, per codebook."})
+    split: Literal["segment", "projection"] = field(
+        default="segment", metadata={"help": "How an embedding is split into heads."}
+    )
+    key_dim: Count | None = field(
+        default=None, metadata={"help": "Width of a key under --split projection (default: width / codebooks)."}
+    )
+    decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from the values to logits."})
+    value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})
+    value_epochs: Positive = field(default=10, metadata={"help": "Epochs of the values on the cached codes."})
+    value_batch_size: Count = field(default=256, metadata={"help": "Samples per step of the values."})
+
+    def check_unused_flags(self) -> None:
+        if self.split == "segment":
+            reject_unused("a key of --split segment is as wide as a segment", self, "key_dim")
+        if self.decoder == "mean":
+            reject_unused("a value of --decoder mean is as wide as there are labels", self, "value_dim")
+
+    def shape(self) -> dict[str, Any]:
+        """The arguments of DiscreteKeyValueBottleneck other than its widths."""
+        names = ("codebooks", "codebook_size", "split", "key_dim", "decoder", "value_dim")
+        return {name: getattr(self, name) for name in names}
+
+    def value_settings(self, rate: float) -> dict[str, Any]:
+        """Training arguments for the values: `rate` for them, a tenth of it for the decoder, which learns from every
+        sample, whereas a value learns only from those that choose its key.
+        """
+        return {
+            "num_train_epochs": self.value_epochs,
+            "per_device_train_batch_size": self.value_batch_size,
+            "learning_rate": rate / 10,
+            "value_learning_rate": rate,
+        }

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
+from kd.common.utils.devices import resolve_precision
 from kd.common.utils.ranges import MOST, Range
 
 _COUNT, _SEED, _BELOW_1 = Range(1, MOST), Range(0, 2**32 - 1), Range(0, 1, below=True)
@@ -83,6 +84,13 @@ UNSUPPORTED = {
     "save_only_model": "a run could not be continued from such a checkpoint",
 }
 OPTIMIZER_RANGES = {"momentum": _BELOW_1, "dampening": Range(0, 1), "alpha": _BELOW_1}
+
+
+def resolve_device(args: TrainingArguments) -> None:
+    """Sets --use_cpu and, where it is auto, --precision by the hardware."""
+    args.use_cpu = args.use_cpu or not torch.cuda.is_available()
+    device = torch.device("cpu" if args.use_cpu else "cuda")
+    args.precision = resolve_precision(args.precision, device)  # type: ignore[attr-defined]
 
 
 def check_supported(args: TrainingArguments) -> None:

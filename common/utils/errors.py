@@ -14,11 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
-from transformers import dynamic_module_utils
 
-from kd.common.utils.devices import end_processes
 from kd.common.utils.startup import exit_on_interrupt
 
 OUT_OF_MEMORY = "out of memory: pass a smaller batch size or model"
@@ -66,7 +63,7 @@ def explained(error: BaseException) -> str | None:
     for cause in _causes(error):
         if isinstance(cause, UserError) and cause is error:
             return _message(cause)
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        if isinstance(cause, MemoryError):
             return OUT_OF_MEMORY
         if isinstance(cause, pickle.UnpicklingError):
             return f"{PICKLE}: save the model again, as safetensors" if "Weights only" in str(cause) else None
@@ -124,7 +121,10 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
+    if "transformers" in sys.modules:
+        from transformers import dynamic_module_utils
+
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
     if signal.getsignal(signal.SIGINT) is exit_on_interrupt:  # everything is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed.clear()
@@ -145,7 +145,10 @@ def run(main: Callable[[], None]) -> None:
 def _main_or_one_line(main: Callable[[], None]) -> None:
     try:
         main()
-        end_processes()
+        if "torch" in sys.modules:
+            from kd.common.utils.devices import end_processes
+
+            end_processes()
         sys.stdout.flush()
     except BrokenPipeError as error:
         if error.filename is not None:

@@ -11,8 +11,12 @@ import importlib.util
 import os
 import signal
 import sys
+from functools import partialmethod
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -38,7 +42,21 @@ def prepare_script() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_on_interrupt)
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
+
+
+class BeforeTorchvision(MetaPathFinder):
+    """Calls `declare_missing_operators` before torchvision is found, and leaves finding it to the other finders."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "torchvision" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            declare_missing_operators()
+
+
+def declare_operators_before_torchvision() -> None:
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, BeforeTorchvision())
 
 
 def declare_missing_operators() -> list[str]:
@@ -46,7 +64,7 @@ def declare_missing_operators() -> list[str]:
 
     Does nothing if torchvision is absent or already imported, or if its C++ library loads.
     """
-    import torch  # takes seconds, during which Ctrl-C is handled already
+    import torch  # takes seconds, which scripts without torchvision save
 
     if "torchvision" in sys.modules or _operator_library_loads():
         return []

@@ -1,17 +1,18 @@
-"""Distills a teacher with a discrete key-value bottleneck into a student with one, on images.
+"""Distills an image classifier with a discrete key-value bottleneck into a smaller one.
 
     python image-classification/scripts/distill_bottleneck.py --keys carried
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10 \\
         --teacher runs/image-classification/teacher_cifar10
 
 The teacher's backbone is trained on labels and frozen, then its bottleneck is trained. The student's backbone and
-projector learn the teacher's maps as in SimKD, without labels; then its bottleneck gets keys (those of the teacher,
-new ones fitted to its embeddings, random ones) and values, or the teacher's keys and values together (reused). The
-control is the same network trained on the labels alone, with another bottleneck.
+projector learn the teacher's maps as in SimKD, without labels. The student's bottleneck then gets keys (carried from
+the teacher, new ones fitted to the student's embeddings, or random ones) and trains its values, or reuses the
+teacher's keys and values. The control is the same network with new keys, trained on the labels alone.
 """
 
 from transformers import set_seed
 
+from kd.common.bottleneck.module import without_weights
 from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
@@ -35,11 +36,12 @@ def main() -> None:
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
     data, factor = data_args.load(), matching.projector_factor
     encoder, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    student = simkd_student(pair.student, encoder, data, factor)  # raises where the networks do not fit
+    student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
-        raise UserError(f"teacher {pair.teacher} has a bottleneck already: name one with a linear head")
-    bottleneck.without_weights(encoder.head.in_features)
+        raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
+    width: int = encoder.head.in_features  # type: ignore[assignment]
+    without_weights(width, len(data.label_names), bottleneck.shape())
 
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
     run = open_run(name, training, data, *instances, teacher=encoder if pretrained else None)

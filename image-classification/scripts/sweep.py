@@ -1,10 +1,10 @@
-"""Many students of one teacher: methods x projectors x losses x learning rates x seeds, in one table and one plot.
+"""Trains students of one teacher for all methods x projectors x losses x learning rates x seeds.
 
     python image-classification/scripts/sweep.py --teacher runs/image-classification/teacher --seeds 0 1 2
     python image-classification/scripts/sweep.py image-classification/scripts/fast.yaml --dataset cifar10 \\
         --teacher runs/image-classification/teacher_cifar10 --methods none control kd simkd --learning_rates 0.1
 
-The same command again, also with more values on an axis, trains only what is missing.
+The result is one table and one plot. Running the command again, also with more values, trains only missing students.
 """
 
 from kd.common.cli import parse, reject_unused, run
@@ -18,7 +18,7 @@ def main() -> None:
     axes, pair, weights, data, training = parse(
         SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
-    reject_unused("--learning_rates are those of a sweep", training, "learning_rate")
+    reject_unused("a sweep has --learning_rates", training, "learning_rate")
     pair.apply_pair(data, training)
     sweep(axes, pair, weights, data, training)
 

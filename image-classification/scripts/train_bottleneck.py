@@ -1,12 +1,12 @@
-"""Learns classes one after another behind a frozen encoder: a discrete key-value bottleneck against a linear probe.
+"""Class-incremental training on a frozen encoder: a discrete key-value bottleneck compared with a linear probe.
 
     python image-classification/scripts/train_bottleneck.py
     python image-classification/scripts/train_bottleneck.py --dataset mnist
     python image-classification/scripts/train_bottleneck.py --dataset mnist --encoder FOLDER --image_size 32
 
-In the report, `student` is the bottleneck and `control` a linear probe, both trained class by class, and `teacher` the
-same bottleneck trained i.i.d., on all classes at once and in as many passes over the images. FOLDER is a run of
-train_teacher.py, on other data: one on these has seen the labels of all classes already.
+In the report, `student` is the bottleneck and `control` a linear probe, both trained class by class. `teacher` is the
+same bottleneck trained i.i.d. on all classes, with as many passes over the images. FOLDER is a run of train_teacher.py
+on another dataset, because an encoder trained on this one has seen the labels of all classes.
 """
 
 from accelerate import PartialState
@@ -31,7 +31,7 @@ METHOD = "bottleneck_class_incremental"
 
 
 class ForgettingRun(Run):
-    """A run with one more plot."""
+    """A run with an additional plot."""
 
     files = (*Run.files, "forgetting.png")
 
@@ -40,7 +40,7 @@ def main() -> None:
     args, data_args, run_args = parse(IncrementalArguments, DataArguments, RunArguments)
     run_args.output_dir = run_args.output_dir or f"runs/image-classification/{METHOD}"
     encoder, data = load_encoder(args.encoder, data_args.load())
-    split_tasks(data, args.classes_per_task, run_args.seed)  # raises where the classes do not fit
+    split_tasks(data, args.classes_per_task, run_args.seed)  # raises UserError if the classes do not fit
     run = ForgettingRun(run_args, args, data_args)
     run.check_inputs(data.fingerprint, encoder=encoder)
 

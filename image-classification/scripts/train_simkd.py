@@ -1,11 +1,11 @@
-"""SimKD: distills a teacher into a student that reuses the teacher's classifier, with a control.
+"""Trains a student with SimKD: it reuses the teacher's classifier. A control shows what the teacher adds.
 
     python image-classification/scripts/train_simkd.py
     python image-classification/scripts/train_simkd.py --projector all-layer
     python image-classification/scripts/train_simkd.py image-classification/scripts/paper.yaml --dataset cifar100 \\
         --teacher runs/image-classification/teacher_cifar100 --student resnet8x4
 
-The control is the same network, projector included, trained on the labels alone.
+The control is the same network, including the projector, trained on the labels alone.
 """
 
 from transformers import set_seed
@@ -26,7 +26,7 @@ def main() -> None:
         reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises where the networks do not fit
+    student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises UserError if they do not fit
     simkd(student, teacher, args, training.temperature)
 
     name = f"simkd_{args.projector}"

@@ -1,4 +1,4 @@
-"""Distills a teacher into a plain student by a method that leaves nothing behind in it, with a control.
+"""Distills a teacher into a student whose architecture the method does not change, with a control.
 
     python image-classification/scripts/train_student.py --method kd
     python image-classification/scripts/train_student.py --method dkd:beta=2:warmup=0
@@ -6,8 +6,8 @@
     python image-classification/scripts/train_student.py image-classification/scripts/paper.yaml --dataset cifar100 \\
         --teacher runs/image-classification/teacher_cifar100 --method attention
 
-`--method none` trains the student on the labels alone: what the other methods have as their control. Several
-`--methods` are trained side by side on the same batches, from one pass of the teacher, into one table.
+`--method none` trains the student on the labels alone, as the control of the other methods. Several `--methods` are
+trained side by side on the same batches, with one forward pass of the teacher, and reported in one table.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
+from kd.common.methods import Method
 from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
@@ -39,7 +40,7 @@ from kd.image_classification.student_model.methods import (
 from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import sweep
 from kd.image_classification.student_model.sweep_students import SweepArguments
-from kd.image_classification.teacher_model.classifier import new_classifier
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
 
 
@@ -75,8 +76,8 @@ def main() -> None:
     methods = ",".join(args.methods).split(",") if args.methods else [args.method]
     if weights != SimKDWeights() and SIMKD not in methods:
         raise UserError(
-            "the weights and the projector of features are those of simkd, which is none of the methods: "
-            "name it in --methods, or set those of a method, as in fitnet:weight=10"
+            "the weights of SimKD's terms and its projector apply to simkd only: add it to --methods, or set an "
+            "argument of another method, as in fitnet:weight=10"
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 def side_by_side(methods: list[str], training: ImageTrainingArguments) -> SweepArguments:
-    """The sweep of these methods and their controls at one learning rate."""
+    """A sweep of the methods and their controls at one learning rate."""
     controls = [] if training.no_control else [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
     try:
         return SweepArguments(
@@ -105,14 +106,14 @@ def side_by_side(methods: list[str], training: ImageTrainingArguments) -> SweepA
 def train_plain_student(
     args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
-    """A student trained on the labels alone, which other methods have as their control."""
+    """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
     reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "ensemble_teachers")
     reject_unused(f"--method {PLAIN} has no teacher", training, "no_control")
     data = data_args.load()
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)
-    new_classifier(pair.student, data.config)  # raises for an unknown one before anything is written
+    new_classifier(pair.student, data.config)  # raises UserError before anything is written
 
     run = open_run(PLAIN, training, data, args, pair, data_args)
     for seed_run in run.each_seed():
@@ -126,9 +127,9 @@ def train_plain_student(
 def distill_student(
     args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
-    """A student and its control, for each seed."""
+    """Trains a student and its control, for each seed."""
     if args.method == SIMKD:
-        raise UserError("simkd alone is train_simkd.py; here it is one of several --methods")
+        raise UserError("--method simkd is train_simkd.py; here simkd is one of several --methods")
     args.method = with_pair_arguments(args.method, pair)
     check_kd_flags([args.method], training)
     data = data_args.load()
@@ -136,16 +137,11 @@ def distill_student(
         validate_teacher_views(args.teacher_views, data, training)
     method_for = image_method(args.method, training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    student = new_classifier(pair.student, data.config)
-    for model in (student, teacher):
-        image_features(model)  # raises, as the next two lines, where the networks do not fit
-    method = method_for(task_spec(student, teacher, data, training.views))
-    auxiliary_parameters = method.auxiliary_parameters
-    if args.teacher_views is not None and method.teacher_features:
-        raise UserError(f"--teacher_views keeps logits, --method {args.method} needs more of the teacher")
-    if args.ensemble_teachers and method.teacher_features:
-        raise UserError(f"--method {args.method} needs a single teacher: leave out --ensemble_teachers")
     others = load_ensemble_teachers(args.ensemble_teachers, data)
+    student = new_classifier(pair.student, data.config)
+    method = method_for(task_spec(student, teacher, data, training.views))
+    auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
+    check_compatible(args, method, student, teacher)
 
     run = open_run(
         args.method, training, data, args, pair, data_args,
@@ -174,6 +170,16 @@ def distill_student(
         }
         report(seed_run, args.method, data, models, teacher_results, auxiliary_parameters)
     run.summarize()
+
+
+def check_compatible(args: Arguments, method: Method, student: ImageClassifier, teacher: ImageClassifier) -> None:
+    """Raises UserError if a network cannot process the images, or the method needs features that flags exclude."""
+    for model in (student, teacher):
+        image_features(model)
+    if args.teacher_views is not None and method.teacher_features:
+        raise UserError(f"--teacher_views stores logits, but --method {args.method} needs features of the teacher")
+    if args.ensemble_teachers and method.teacher_features:
+        raise UserError(f"--method {args.method} needs a single teacher: leave out --ensemble_teachers")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Trains an image classifier on labels alone, for use as a teacher.
+"""Trains a teacher: an image classifier, on labels alone.
 
     python image-classification/scripts/train_teacher.py
     python image-classification/scripts/train_teacher.py image-classification/scripts/paper.yaml \\
         --dataset cifar100 --architecture resnet32x4 --output_dir runs/image-classification/teacher_cifar100
 
-The run's folder is what `--teacher` of the other scripts takes.
+Pass the run's folder as --teacher to the other scripts.
 """
 
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ class Arguments:
 def main() -> None:
     args, data_args, training = parse(Arguments, DataArguments, ImageTrainingArguments)
     reject_unused(
-        "a teacher learns from labels", training, "alpha", "temperature", "no_control", "value_learning_rate"
+        "a teacher is trained on labels alone", training, "alpha", "temperature", "no_control", "value_learning_rate"
     )
     data = data_args.load()
-    new_classifier(args.architecture, data.config)  # raises for an unknown one before anything is written
+    new_classifier(args.architecture, data.config)  # raises UserError before anything is written
 
     run = open_run("teacher", training, data, args, data_args)
     for seed_run in run.each_seed():

@@ -1,15 +1,17 @@
-"""Sweeps: many students of one teacher, those of one learning rate and seed side by side.
+"""Sweeps: many students of one teacher. Those of one learning rate and seed are trained side by side.
 
-They are trained on the same batches, from one pass of the teacher. A sweep is a run with a run for each seed, `seedN`,
-inside it; all share the teacher. Each student has a folder, `seedN/students/NAME_lrX`, with results.json and student/,
-or with diverged.json if it diverged; the others are unaffected. A student that is there is not trained again: the same
-command with more values on an axis trains what is missing. All other flags must stay the same.
+They share the batches and one forward pass of the teacher. A sweep is a run that contains a run for each seed,
+`seedN`; all share the teacher. Each student has a folder `seedN/students/NAME_lrX` with results.json and student/, or
+with diverged.json if it diverged, which does not affect the others. Running the same command again, also with more
+values, trains only the missing students. All other flags must stay the same.
 """
 
 import copy
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +69,9 @@ class SweepRun(ImageRun):
     files = (*RUN_FILES, "sweep.md", "sweep.png", *(f"students/*/{name}" for name in (*REPORT_FILES, DIVERGED)))
 
 
+Build = Callable[[Student, ImageClassifier], tuple[ImageClassifier, Method]]  # `build_student` of a sweep
+
+
 def sweep(
     axes: SweepArguments,
     pair: PairArguments,
@@ -75,22 +80,23 @@ def sweep(
     training: ImageTrainingArguments,
     teacher_views: Path | None = None,
 ) -> None:
-    """Trains what is missing of a sweep, and reports all of it.
+    """Trains the missing students of a sweep, and reports all of them.
 
-    `teacher_views`: folder for a table of the teacher's logits per view, for groups of students that need no features.
+    `teacher_views`: folder for a table of the teacher's logits of each view, for groups of students that need no
+    features.
     """
     methods = [with_pair_arguments(spec, pair) for spec in axes.methods]
     validate_sweep(methods, training)
-    axes = replace(axes, methods=methods)
+    students, seeds = list(students_of(replace(axes, methods=methods))), training.seeds or [training.seed]
     data = data_args.load()
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
-    students, seeds = list(students_of(axes)), training.seeds or [training.seed]
-    training = without_axes(training)
+    training = shared_arguments(training)
     teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
-    auxiliary_parameters = {  # raises where the networks do not fit
-        student.key: build_student(student, pair.student, teacher, data, training, weights)[1].auxiliary_parameters
-        for student in {student.key: student for student in students}.values()
+    build = partial(build_student, architecture=pair.student, data=data, args=training, weights=weights)
+    auxiliary_parameters = {  # raises UserError if the networks do not fit
+        key: build(student, teacher)[1].auxiliary_parameters
+        for key, student in {student.key: student for student in students}.items()
     }
 
     start = teacher if pretrained else None
@@ -108,8 +114,8 @@ def sweep(
         for seed_run in run.each_seed():
             for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
                 group = list(members)
-                stage = _stage_of(seed_run.folder, group)
-                trained = train_group(seed_run, data, stage, group, pair.student, teacher, weights, teacher_views)
+                stage = _find_stage(seed_run.folder, group)
+                trained = train_group(seed_run, data, stage, group, teacher, build, teacher_views)
                 write_group(seed_run, data, stage, trained, teacher_results, auxiliary_parameters)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
@@ -117,19 +123,19 @@ def sweep(
 
 
 def validate_sweep(methods: list[str], training: ImageTrainingArguments) -> None:
-    """Raises UserError for arguments that students side by side cannot have."""
+    """Raises UserError for arguments that students side by side do not support."""
     if training.max_grad_norm:
-        raise UserError("students side by side would be coupled by clipping: --max_grad_norm must be 0")
+        raise UserError("gradient clipping would couple students side by side: --max_grad_norm must be 0")
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
     check_kd_flags(methods, training)
     check_methods_differ((spec, image_method(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
-    reject_unused("students side by side are measured at their end", training, "eval_strategy", "eval_steps")
+    reject_unused("students side by side are evaluated at the end only", training, "eval_strategy", "eval_steps")
     reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
 
 
-def without_axes(training: ImageTrainingArguments) -> ImageTrainingArguments:
-    """The arguments that all students of a sweep share, the teacher's seed among them; a sweep continues by itself."""
+def shared_arguments(training: ImageTrainingArguments) -> ImageTrainingArguments:
+    """The arguments that all students share, with the teacher's seed. A sweep that was started is continued."""
     args, kind = copy.copy(training), ImageTrainingArguments
     args.output_dir = training.output_dir or "runs/image-classification/sweep"
     args.seed, args.seeds, args.learning_rate = kind.seed, None, kind.learning_rate
@@ -138,14 +144,35 @@ def without_axes(training: ImageTrainingArguments) -> ImageTrainingArguments:
     return args
 
 
+def build_student(
+    student: Student,
+    teacher: ImageClassifier,
+    architecture: str,
+    data: ImageData,
+    args: ImageTrainingArguments,
+    weights: SimKDWeights,
+) -> tuple[ImageClassifier, Method]:
+    """An untrained student and its method."""
+    if student.method == SIMKD:
+        simkd_args = SimKDArguments(**asdict(weights), projector=student.projector, feature_loss=student.feature_loss)  # type: ignore[arg-type]
+        model = simkd_student(architecture, teacher, data, weights.projector_factor)
+        return model, simkd(model, teacher, simkd_args, args.temperature)
+    if student.method == CONTROL:
+        model = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
+    else:
+        model = new_classifier(architecture, data.config)
+    if student.is_control:
+        return model, labels()
+    return model, image_method(student.method, args)(task_spec(model, teacher, data, args.views))
+
+
 def train_group(
     run: ImageRun,
     data: ImageData,
     stage: str,
     students: list[Student],
-    architecture: str,
     teacher: ImageClassifier,
-    weights: SimKDWeights,
+    build: Build,
     teacher_views: Path | None,
 ) -> dict[Student, ImageClassifier]:
     """A stage that trains students of one learning rate side by side."""
@@ -155,8 +182,7 @@ def train_group(
         methods: dict[str, Method] = {}
         for student in students:
             set_seed(run.args.seed)  # each starts as it would alone
-            model, method = build_student(student, architecture, teacher, data, run.args, weights)
-            models[student.key], methods[student.key] = model, method
+            models[student.key], methods[student.key] = build(student, teacher)
         distilled = [methods[student.key] for student in students if not student.is_control]
         views = teacher_views if distilled and not any(method.teacher_features for method in distilled) else None
         return fit(
@@ -180,8 +206,8 @@ def train_group(
     return {student: cast(ImageClassifier, trained[student.key]) for student in students}
 
 
-def _stage_of(folder: Path, students: list[Student]) -> str:
-    """The stage that has trained these students already, if a run was killed before all were written, or a new one."""
+def _find_stage(folder: Path, students: list[Student]) -> str:
+    """The stage that already contains these students, if a run was killed before writing all of them, or a new one."""
     prefix = f"lr{students[0].learning_rate:g}_"
     for stage in sorted((folder / "stages").glob(f"{prefix}*")):
         if all((stage / student.key).is_dir() for student in students):
@@ -197,9 +223,9 @@ def write_group(
     teacher_results: tuple[dict[str, Any], Logits],
     auxiliary_parameters: dict[str, int],
 ) -> None:
-    """Evaluates the students of a stage and writes their folders, with diverged.json for one that diverged."""
+    """Evaluates the students of a stage and writes their folders, or diverged.json for a student that diverged."""
     history = run.history[stage]
-    for student, model in trained.items():  # controls first, which the others refer to
+    for student, model in trained.items():  # controls first, because the others are compared with them
         folder = student.folder(run.folder)
         if non_finite_tensor(model) is not None:
             if PartialState().is_main_process:
@@ -221,7 +247,7 @@ def write_group(
 
 
 def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A student's share of the losses logged for its group, as long as it was finite."""
+    """A student's losses in the log of its group, as long as they were finite."""
     shares = [(entry["epoch"], _share(student, entry)) for entry in history if "loss" in entry]
     return [{"epoch": epoch, "loss": sum(share)} for epoch, share in shares if share]
 
@@ -233,28 +259,3 @@ def _epoch_of_divergence(student: Student, history: list[dict[str, Any]]) -> int
 
 def _share(student: Student, entry: dict[str, Any]) -> list[float]:
     return [value for name, value in entry.items() if name.startswith(f"loss_{student.key}/")]
-
-
-# ---- what a student is trained for ----
-
-
-def build_student(
-    student: Student,
-    architecture: str,
-    teacher: ImageClassifier,
-    data: ImageData,
-    args: ImageTrainingArguments,
-    weights: SimKDWeights,
-) -> tuple[ImageClassifier, Method]:
-    """A student before training, and its method."""
-    if student.method == SIMKD:
-        settings = SimKDArguments(**asdict(weights), projector=student.projector, feature_loss=student.feature_loss)  # type: ignore[arg-type]
-        model = simkd_student(architecture, teacher, data, weights.projector_factor)
-        return model, simkd(model, teacher, settings, args.temperature)
-    if student.method == CONTROL:
-        model = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
-    else:
-        model = new_classifier(architecture, data.config)
-    if student.is_control:
-        return model, labels()
-    return model, image_method(student.method, args)(task_spec(model, teacher, data, args.views))

@@ -1,4 +1,4 @@
-"""The students of a sweep: every method, projector, loss and learning rate asked for, and the files of each."""
+"""The students of a sweep: each combination of method, projector, loss and learning rate, and its files."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from kd.common.utils.ranges import Positive, check_declared
 from kd.image_classification.student_model.methods import CONTROL, CONTROLS, METHODS, PLAIN, SIMKD
 from kd.image_classification.student_model.simkd import FeatureLossName, Variant
 
-DIVERGED = "diverged.json"  # in the place of results where a student diverged; names the epoch
+DIVERGED = "diverged.json"  # replaces the results of a student that diverged; contains the epoch
 
 
 @dataclass
@@ -55,7 +55,7 @@ class SweepArguments:
 
 @dataclass(frozen=True)
 class Student:
-    """One student of a sweep, whatever its seed."""
+    """One student of a sweep, for all seeds."""
 
     method: str
     projector: str | None
@@ -68,7 +68,7 @@ class Student:
 
     @property
     def key(self) -> str:
-        """Its name among the students of one learning rate, in files and modules."""
+        """Name of its files and modules, unique among the students of one learning rate."""
         return re.sub(r"[^\w-]", "_", self.label)
 
     @property
@@ -77,7 +77,7 @@ class Student:
 
     @property
     def control(self) -> "Student | None":
-        """The student that trains the same network on the labels alone."""
+        """The student with the same network, trained on the labels alone; None for a control."""
         if self.is_control:
             return None
         method = CONTROL if self.method == SIMKD else PLAIN
@@ -91,9 +91,9 @@ class Student:
 
 
 def students_of(args: SweepArguments) -> Iterator[Student]:
-    """Those of one learning rate one after the other, controls first."""
-    first = sorted(args.methods, key=lambda method: method not in CONTROLS)
-    for rate, method in product(args.learning_rates, first):
+    """All students, grouped by learning rate, controls first."""
+    controls_first = sorted(args.methods, key=lambda method: method not in CONTROLS)
+    for rate, method in product(args.learning_rates, controls_first):
         if method != SIMKD:
             yield Student(method, None, None, rate)
             continue

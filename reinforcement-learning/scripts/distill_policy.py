@@ -26,8 +26,7 @@ from kd.reinforcement_learning.data.environments import (
     time_limit_warning,
 )
 from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
-from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
-from kd.reinforcement_learning.student_model.distiller import DistillArguments
+from kd.reinforcement_learning.student_model.distiller import Agents, DistillArguments, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.evaluation import (
     evaluate,
     evaluate_teacher,
@@ -45,6 +44,7 @@ from kd.reinforcement_learning.teacher_model.teacher import (
     average_policies,
     load_agent,
     load_or_train_teacher,
+    mean_returns,
     soft_network,
 )
 
@@ -68,7 +68,7 @@ def main() -> None:
         ", ".join(map(fingerprint, args.environment)),
         **{f"teacher of {teacher.environment}": teacher.network for teacher in teachers},
     )
-    measured = [measure_teacher(run, teacher, args.episodes) for teacher in teachers]  # (entry, random return)
+    measured = [measure_teacher(run, teacher, args, distill_args.steps) for teacher in teachers]
 
     for seed_run in run.each_seed():
         train = Distillation(seed_run, specs, distill_args, args.eval_episodes)
@@ -90,18 +90,18 @@ def main() -> None:
 def check_environment(environment: str, student: StudentArguments, loss: Loss) -> None:
     """Raises UserError for an environment that cannot be made, or that does not fit the student or the loss."""
     require_module_on_command_line(environment, "the recipe")
-    with closing(Environments(environment, 1)) as shown:
-        student.check(environment, shown.observation_space)
-        check_loss(loss, shown.action_space)
+    with closing(Environments(environment, 1)) as environments:
+        student.check(environment, environments.observation_space)
+        check_loss(loss, environments.action_space)
 
 
 def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss) -> list[Teacher]:
-    """One per environment, at its temperature, averaged with --ensemble_teachers. Raises UserError for a loss that a
-    teacher does not have.
+    """One teacher per environment, at its temperature, averaged with --ensemble_teachers. Raises UserError for a loss
+    that needs another kind of teacher.
     """
     count = len(args.environment)
     statistics: Sequence[str | None] = args.vecnormalize or [None] * (count + len(args.ensemble_teachers))
-    more_agents = [  # before a teacher is trained
+    more_agents = [  # fails before a teacher is trained
         load_agent(name, args.environment[0], args.trust_pickle, vecnormalize)
         for name, vecnormalize in zip(args.ensemble_teachers, statistics[count:], strict=True)
     ]
@@ -121,14 +121,20 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss)
     return teachers
 
 
-def measure_teacher(run: Run, teacher: Teacher, episodes: int) -> tuple[dict[str, Any], float]:
-    """The teacher's entry in results.json and the mean return of random actions; warns of a bad teacher."""
-    entry = evaluate_teacher(teacher, episodes)
-    random = random_metrics(teacher.environment, teacher.agent.policy.action_space, episodes)
-    doubts = [doubt for agent in teacher.agents for doubt in agent.warnings]
-    no_better_than_random = random_warning(entry["name"], entry["metrics"]["test"], random)
-    for warning in [time_limit_warning(teacher.environment), *doubts, no_better_than_random]:
-        run.warn(warning)
+def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: int) -> tuple[dict[str, Any], float]:
+    """The teacher's entry in results.json and the mean return of random actions; warns of a bad teacher. The teacher's
+    curve is its mean return on the episodes of the students' curves, from step 0 to `steps`.
+    """
+    environment = teacher.environment
+    entry = evaluate_teacher(teacher, args.episodes)
+    validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
+    run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
+    random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)
+    run.warn(time_limit_warning(environment))
+    for agent in teacher.agents:
+        for warning in agent.warnings:
+            run.warn(warning)
+    run.warn(random_warning(entry["name"], entry["metrics"]["test"], random))
     return entry, random["return_mean"]
 
 

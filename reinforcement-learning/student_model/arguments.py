@@ -7,9 +7,8 @@ from typing import Literal
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
-from kd.common.bottleneck.arguments import CodebookSize
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import RunArguments
+from kd.common.training.arguments import CodebookSize, RunArguments
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import (
     Count,

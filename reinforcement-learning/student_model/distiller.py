@@ -1,33 +1,44 @@
-"""Policy distillation as a plain loop: collect observations, run the teacher once on each, fit the student.
+"""Distillation of policies: the loop that collects observations and fits students, and the stages of a run.
 
-Rounds of collecting and fitting over all that has been collected (DAgger, arXiv:1011.0686), with the teacher's action
-distribution as target (Rusu et al., arXiv:1511.06295). The rollout policy acts while observations are
-collected: the teacher, the student, the teacher in the first round and then the student (dagger), or a mixture whose
-share of the teacher falls from 1 to 0 (mixed).
+Rounds of collecting and of fitting to all that has been collected (DAgger, arXiv:1011.0686), with the teacher's action
+distribution as target (Rusu et al., arXiv:1511.06295). The teacher runs once on each observation. The rollout policy
+acts while observations are collected: the teacher, the student, the teacher in the first round and then the student
+(dagger), or a mixture whose share of the teacher falls from 1 to 0 (mixed).
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kd.common.objective import Objective
+from kd.common.reporting.results import RESULTS
+from kd.common.training.arguments import RunArguments
 from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
+from kd.common.training.run import Run
+from kd.common.training.run_folder import REPORT_FILES
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.common.utils.ranges import Count, NotNegative, Positive
+from kd.reinforcement_learning.data.environments import Environments, folder_name
 from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, mixture
 from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
-from kd.reinforcement_learning.student_model.student import StudentNetwork
+from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
+from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
 from kd.reinforcement_learning.teacher_model.policies import sampling
+from kd.reinforcement_learning.teacher_model.teacher import Agent, mean_returns, train_from_reward
+from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 STATE = "state.pt"  # of a checkpoint
 RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
@@ -54,25 +65,28 @@ class DistillArguments:
     buffer_size: Count = field(default=1_000_000, metadata={"help": "Observations kept; the oldest are dropped."})
 
 
+# ---- the loop ----
+
+
 @dataclass
-class Task:
+class DistillationTask:
     """The distillation in one environment."""
 
     recorder: Recorder
     teacher: nn.Module
     student: StudentNetwork
     buffer: Observations
-    marks: list[int] = field(default_factory=lambda: [0])  # recorded steps at the end of each round
+    round_ends: list[int] = field(default_factory=lambda: [0])  # recorded steps at the end of each round
 
 
 class Distiller:
-    """Distills one task, or several whose students share layers, one minibatch of each per update.
+    """Distills one task, or several whose students share layers; each update uses one minibatch of every task.
 
-    Checkpoints in `folder` hold the weights, the optimizer, the random state and the recorded actions, from which
-    environments and buffers are restored: a killed distillation continues and ends as if never killed.
+    Checkpoints in `folder` contain the weights, the optimizer, the random state and the recorded actions, from which
+    environments and buffers are restored. So an interrupted distillation gives the same student.
     """
 
-    def __init__(self, tasks: list[Task], args: DistillArguments, folder: Path, seed: int) -> None:
+    def __init__(self, tasks: list[DistillationTask], args: DistillArguments, folder: Path, seed: int) -> None:
         self.tasks, self.args, self.folder = tasks, args, folder
         self.generator = torch.Generator().manual_seed(seed)
         self.students = nn.ModuleList(task.student for task in tasks)
@@ -80,7 +94,7 @@ class Distiller:
         self.cpu_seconds, self.history = 0.0, list[dict[str, Any]]()
 
     def learn(self, evaluate: Evaluate, description: str = "") -> list[dict[str, Any]]:
-        """Runs the remaining rounds; the log has an entry per round: means of the losses and `evaluate()`."""
+        """Runs the remaining rounds. Returns the log: mean losses and `evaluate()` of each round."""
         if (checkpoint := newest_checkpoint(self.folder)) is not None:
             self._restore(checkpoint / STATE)
         for number in tqdm(range(len(self.history), self.args.rounds), description, unit="round", leave=False):
@@ -96,22 +110,22 @@ class Distiller:
         return self.history
 
     def _steps(self, rounds: int) -> int:
-        """Environment steps of all tasks at the end of so many rounds."""
+        """Environment steps of all tasks after `rounds` rounds."""
         return self.args.steps * rounds // self.args.rounds
 
-    def _collect(self, task: Task, number: int) -> None:
-        """Adds the observations of a round, with the teacher's outputs, to the buffer of a task."""
+    def _collect(self, task: DistillationTask, number: int) -> None:
+        """Collects the observations of a round and adds them, with the teacher's outputs, to the buffer."""
         steps = (self._steps(number + 1) - self._steps(number)) // len(self.tasks)
         observations = task.recorder.collect(self._rollout_policy(task, number), steps)
         if number == 0:
             task.student.prepare(observations)
         task.buffer.append(observations, task.teacher)
-        task.marks.append(len(task.recorder.actions))
+        task.round_ends.append(len(task.recorder.actions))
         values = task.buffer.values()
         if values is not None:
             task.student.set_value_scale(values, preserve=number > 0)
 
-    def _rollout_policy(self, task: Task, number: int) -> Act:
+    def _rollout_policy(self, task: DistillationTask, number: int) -> Act:
         teacher, student = sampling(task.teacher, self.generator), sampling(task.student, self.generator)
         teacher_share = {
             "teacher": 1.0,
@@ -124,7 +138,7 @@ class Distiller:
         return mixture(teacher, student, teacher_share, self.generator)
 
     def _fit(self, number: int) -> dict[str, float]:
-        """The minibatches of a round; the means of the loss and its terms."""
+        """Fits the students in a round. Returns the means of the loss and its terms."""
         args, updates, tasks = self.args, self.args.updates, self.tasks
         batches = [t.buffer.batches(args.batch_size, updates, self.generator, t.student.device) for t in tasks]
         objectives = [self._objective(task) for task in tasks]
@@ -138,7 +152,8 @@ class Distiller:
                 parts = objective(student, teacher, None)
                 loss = torch.stack(list(parts.values())).sum()
                 loss.backward()
-                for name, value in (parts | {"loss": loss} | objective.watch(student, teacher, None)).items():
+                logged = {f"loss_{name}": part for name, part in parts.items()} | {"loss": loss}
+                for name, value in (logged | objective.watch(student, teacher, None)).items():
                     sums[name] = sums.get(name, 0) + value.detach() / (updates * len(tasks))
             self.optimizer.step()
         means = {name: value.item() for name, value in sums.items()}
@@ -146,7 +161,7 @@ class Distiller:
             raise UserError(f"the loss is not finite in round {number + 1} ({means}): try a lower --learning_rate")
         return means
 
-    def _objective(self, task: Task) -> Objective:
+    def _objective(self, task: DistillationTask) -> Objective:
         value_weight = self.args.value_weight if task.buffer.values() is not None else 0.0
         std, actions = task.student.value_std.item(), task.student.policy.action_space
         return policy_and_value(self.args.loss, value_weight, std, actions).objective
@@ -159,7 +174,7 @@ class Distiller:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "actions": [torch.as_tensor(np.stack(task.recorder.actions)) for task in self.tasks],
-            "marks": [task.marks for task in self.tasks],
+            "round_ends": [task.round_ends for task in self.tasks],
         }
         torch.save(state, folder / STATE)
 
@@ -169,7 +184,148 @@ class Distiller:
         self.students.load_state_dict(state["students"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        for task, actions, marks in zip(self.tasks, state["actions"], state["marks"], strict=True):
-            task.marks = marks
-            for start, end in pairwise(marks):  # round by round, for teacher outputs that are equal to the last bit
+        for task, actions, ends in zip(self.tasks, state["actions"], state["round_ends"], strict=True):
+            task.round_ends = ends
+            for start, end in pairwise(ends):  # in the same batches, so that teacher outputs are bitwise equal
                 task.buffer.append(task.recorder.replay(actions[start:end].numpy()), task.teacher)
+
+
+# ---- the stages of a run ----
+
+
+class Agents(dict[str, Agent]):
+    """Agents by environment, saved in a folder each."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        for environment, agent in self.items():
+            (path := Path(folder, folder_name(environment))).mkdir()
+            agent.save_pretrained(path)
+
+
+class PolicyRun(Run):
+    """A run with a report on each environment; those of several environments are in subfolders."""
+
+    def __init__(self, environments: list[str], args: RunArguments, *instances: Any) -> None:
+        if len(environments) > 1:
+            self.reports = tuple(map(folder_name, environments))
+            self.last_file = f"{self.reports[-1]}/{RESULTS}"
+            self.files = (*Run.files, *(f"{folder}/{name}" for folder in self.reports for name in REPORT_FILES))
+        super().__init__(args, *instances)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Trains students as stages of `run`, one per environment; those of several environments share their body.
+
+    Every method loads the agents of a stage that is finished.
+    """
+
+    run: Run
+    specs: list[StudentSpec]
+    args: DistillArguments
+    eval_episodes: int
+
+    def control(self) -> Agents:
+        """The same student, trained by PPO from reward alone, with as many environment steps, rounded up to whole
+        rollouts.
+        """
+
+        def build(spec: StudentSpec) -> PPO:
+            environment, raw = spec.teacher.environment, spec.args.codebooks > 0
+            return spec.new(self._seed, recipe_environments(environment, spec.recipe, self._seed, norm_obs=not raw))
+
+        return self._from_reward("control", "PPO from reward", build)
+
+    def ppd_student(self, teacher_weight: float) -> Agents:
+        """Trains a student by proximal policy distillation."""
+
+        def build(spec: StudentSpec) -> PPO:
+            environments, teacher = ppd_environments(spec, self._seed)
+            return spec.new(self._seed, environments, algorithm=PPD, teacher=teacher, teacher_weight=teacher_weight)
+
+        return self._from_reward("student", "student (PPD)", build)
+
+    def student(self) -> Agents:
+        """Trains a student with the Distiller."""
+        return self._distilled("student", "student", self.args)
+
+    def behaviour_cloning(self) -> Agents:
+        """Trains a baseline: the teacher always acts, and its greedy actions are the targets."""
+        discrete = all(isinstance(spec.teacher.agent.policy.action_space, spaces.Discrete) for spec in self.specs)
+        args = replace(self.args, rollout_policy="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
+        return self._distilled("behaviour_cloning", "behaviour cloning", args)
+
+    @property
+    def _seed(self) -> int:
+        return self.run.args.seed
+
+    @property
+    def _steps(self) -> int:
+        """Environment steps in each environment."""
+        return self.args.steps // len(self.specs)
+
+    def _stage(self, stage: str, name: str, build: Callable[[], Agents]) -> Agents:
+        def load(folder: str) -> Agents:
+            agents = Agents()
+            for spec in self.specs:
+                environment = spec.teacher.environment
+                agents[environment] = spec.load(name, Path(folder, folder_name(environment)), self._seed)
+            return agents
+
+        return self.run.stage(stage, build, load)
+
+    def _from_reward(self, stage: str, name: str, untrained: Callable[[StudentSpec], PPO]) -> Agents:
+        def build() -> Agents:
+            agents = Agents()
+            for spec in self.specs:
+                environment, model = spec.teacher.environment, untrained(spec)
+                self._fit_bottleneck(spec, model)
+                train_from_reward(self.run, stage, environment, model, self._steps, self.eval_episodes)
+                statistics = Agent.trained(name, model).statistics
+                agents[environment] = spec.with_policy(name, self._seed, model.policy, statistics)
+            return agents
+
+        return self._stage(stage, name, build)
+
+    def _fit_bottleneck(self, spec: StudentSpec, model: PPO) -> None:
+        """Fits the keys of a bottleneck to observations of the teacher, as many as in a round of distillation."""
+        if spec.args.codebooks:
+            rollout_policy = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
+            with closing(Environments(spec.teacher.environment, self.args.num_envs, self._seed)) as environments:
+                observations = Recorder(environments).collect(rollout_policy, self._steps // self.args.rounds)
+            StudentNetwork(model.policy, None).prepare(observations)
+
+    def _distilled(self, stage: str, name: str, args: DistillArguments) -> Agents:
+        def build() -> Agents:
+            models = [spec.new(self._seed) for spec in self.specs]
+            share_bodies([model.policy for model in models])
+            tasks = {
+                spec.teacher.environment: self._task(spec, model)
+                for spec, model in zip(self.specs, models, strict=True)
+            }
+            networks: dict[str, nn.Module] = {environment: task.student for environment, task in tasks.items()}
+
+            def evaluate() -> dict[str, float]:
+                return mean_returns(self.run, networks, self.eval_episodes)
+
+            distiller = Distiller(list(tasks.values()), args, self.run.folder / "checkpoints" / stage, self._seed)
+            self.run.history[stage] = distiller.learn(evaluate, description=stage)
+            agents = Agents()
+            for spec, (environment, task) in zip(self.specs, tasks.items(), strict=True):
+                task.recorder.environments.close()
+                agents[environment] = spec.with_policy(name, self._seed, task.student.folded_policy())
+            return agents
+
+        return self._stage(stage, name, build)
+
+    def _task(self, spec: StudentSpec, model: PPO) -> DistillationTask:
+        environments = Environments(spec.teacher.environment, self.args.num_envs, self._seed)
+        space = environments.observation_space
+        dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
+        rows = min(self.args.buffer_size, self._steps + self.args.num_envs * self.args.rounds)
+        return DistillationTask(
+            Recorder(environments),
+            spec.teacher.network,
+            StudentNetwork(model.policy, spec.teacher.agent.statistics).to(model.device),
+            Observations(rows, space.shape or (), dtype),
+        )

@@ -1,4 +1,4 @@
-"""Evaluation of policies: returns, agreement with the teacher, cost; and the report of a run."""
+"""Evaluation of policies: returns, agreement with the teacher and cost; the report of a run."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_a
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, curve_name
 
-STATES = 20_000  # on which student and teacher are compared
+STATES = 20_000  # at most, for the agreement of student and teacher
 USAGE = """{register}import gymnasium
 from stable_baselines3 import PPO
 
@@ -33,14 +33,14 @@ actions, _ = model.predict(observations, deterministic=True)"""
 
 def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module | None = None) -> dict[str, Any]:
     """An agent's entry in results.json: greedy returns, the mean return of sampled actions, the cost of an action and,
-    with a teacher, the agreement with it in the states that the agent meets.
+    with a teacher, the agreement with it in the states that the agent visits.
     """
     entry = evaluate_network(agent.network(), agent.policy.action_space, environment, episodes, teacher)
     return {"name": agent.name, "observation_statistics": agent.source} | entry
 
 
 def evaluate_teacher(teacher: Teacher, episodes: int) -> dict[str, Any]:
-    """`evaluate` for a teacher; for several, of their average and the cost of all."""
+    """`evaluate` for a teacher, or for the average of several; its cost is that of all of them."""
     if not teacher.more_agents:
         return evaluate(teacher.agent, teacher.environment, episodes)
     entry = evaluate_network(teacher.network, teacher.agent.policy.action_space, teacher.environment, episodes)
@@ -70,8 +70,9 @@ def evaluate_network(
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
-    """`agreement`: the share of states with the same greedy action or, for Box actions, 1 - mean |difference| / range;
-    and KL(teacher || student) where both have a distribution. Arguments are those of `predict` for the same states.
+    """Compares the outputs of `predict` for the same states. `agreement` is the share of states with the same greedy
+    action or, for Box actions, 1 - mean |difference| / range. `kl` is KL(teacher || student) if both have a
+    distribution.
     """
     if isinstance(space, spaces.Discrete):
         divergence = losses.soft_target_kl(student["logits"], teacher["logits"])
@@ -118,11 +119,15 @@ def report(
     """Writes the report on one environment to `folder` (default: the run's) and prints its table.
 
     Args:
-        models: results of `evaluate` by role: teacher, student, ...
+        models: results of `evaluate` by role: teacher, student, ... The last mean return of each log is added as the
+            split `validation`.
         random: mean return of random actions.
         student_stage: the stage of the student, which is copied to `folder/student`.
     """
     folder = folder or run.folder
+    history = _history(run, environment)
+    for role in models.keys() & history.keys():
+        models[role]["metrics"]["validation"] = {"return_mean": history[role][-1]["eval_return_mean"]}
     teacher = models["teacher"]["metrics"]["test"]
     for entry in models.values():
         metrics = entry["metrics"]["test"]
@@ -144,6 +149,7 @@ def report(
         split="test",
         metric="return_mean",
         floor=random,
+        chance=random,
         return_of_random_actions=random,
         selection="the policy after the last update; no evaluation chose anything",
         **extra,
@@ -151,7 +157,7 @@ def report(
     )
     if student_stage:
         _save_student(run.folder / "stages" / student_stage / folder_name(environment), folder / "student", results)
-    write_report(folder, results, _history(run, environment), progress="environment_steps")
+    write_report(folder, results, history, progress="environment_steps")
     print_table(results)
     print(f"report: {folder / 'report.md'}")
 
@@ -167,7 +173,5 @@ def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
 def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return under the name that is plotted."""
     name = curve_name(environment)
-    return {
-        stage: [entry | {"eval_return_mean": entry[name]} for entry in log if name in entry]
-        for stage, log in run.history.items()
-    }
+    logs = {stage: [entry for entry in log if name in entry] for stage, log in run.history.items()}
+    return {stage: [entry | {"eval_return_mean": entry[name]} for entry in log] for stage, log in logs.items() if log}

@@ -2,10 +2,10 @@
 
     loss = PPO's loss + weight * E[max(r, clip(r, 1 - eps, 1 + eps)) * KL(teacher || student)]
 
-r is the ratio of the action's probabilities under the present and the collecting student, eps PPO's clip range. The
-student acts and is trained on rewards, so it can become better than its teacher, which runs once on each observation.
-Unlike in the paper, the weight falls linearly to 0 over the training, as in kickstarting (arXiv:1803.03835): a
-constant weight keeps the student close to a teacher that is worse.
+r is the ratio of the action's probabilities under the current student and the one that collected the rollout, eps is
+PPO's clip range. The student acts and is trained on rewards, so it can become better than its teacher, which runs once
+on each observation. Unlike in the paper, the weight falls linearly to 0 during training, as in kickstarting
+(arXiv:1803.03835): a constant weight would keep the student close to a worse teacher.
 """
 
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class DistillationRollouts(RolloutBuffer):
 
 
 class PPD(PPO):
-    """PPO with a teacher, a network for the observations of the environments; it is not saved."""
+    """PPO with a teacher: a network for the observations of the environments, which is not saved."""
 
     def __init__(self, *args: Any, teacher: nn.Module, teacher_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **({"rollout_buffer_class": DistillationRollouts} | kwargs))
@@ -95,9 +95,9 @@ class PPD(PPO):
         divergence = divergence if discrete else divergence.sum(-1)  # (batch,)
         distillation = (torch.max(ratio, clipped) * divergence).mean()
         entropy = distribution.entropy()
-        assert entropy is not None  # categorical and Gaussian distributions have one
+        assert entropy is not None  # of a categorical or Gaussian distribution
         terms = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
-        remaining = max(0.0, self._current_progress_remaining)  # the last rollout may end after the last step
+        remaining = max(0.0, self._current_progress_remaining)  # negative in a rollout that ends after the last step
         return terms + self.teacher_weight * remaining * distillation
 
 
@@ -109,10 +109,10 @@ def _distribution(outputs: Outputs) -> Distribution:
 
 
 def ppd_environments(spec: StudentSpec, seed: int) -> tuple[VecEnv, PolicyNetwork]:
-    """Environments with observations for student and teacher alike, and the teacher's network for these observations.
+    """Environments for student and teacher, and the teacher's network for their observations.
 
-    Observations are normalized by the teacher's statistics, if it has any and the student has no bottleneck; rewards
-    as in the student's recipe.
+    The teacher's statistics, if any, normalize observations unless the student has a bottleneck. The student's recipe
+    determines whether rewards are normalized.
     """
     teacher, network = spec.teacher, spec.teacher.network
     assert isinstance(network, PolicyNetwork), "an average of teachers has no statistics"

@@ -1,8 +1,8 @@
-"""Students: ordinary Stable-Baselines3 PPO models of any size.
+"""Students: Stable-Baselines3 PPO models of any size.
 
-A student is distilled on standardized observations and values, which is easier; afterwards both are folded into its
-first and last layers, so that `PPO.load("student.zip")` works on raw observations without this project.
-A student with a key-value bottleneck standardizes observations itself, and needs the project.
+A student is distilled on standardized observations and values. The statistics are then folded into its first and last
+layers, so that `PPO.load("student.zip")` works on raw observations without this project. A student with a key-value
+bottleneck standardizes observations itself, and needs this project.
 """
 
 import copy
@@ -36,20 +36,20 @@ cloudpickle.register_pickle_by_value(policies)  # a zip contains FrameFeatures a
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """A teacher, and how its students and their control are made: their sizes, and PPO's recipe."""
+    """A teacher, and the sizes and the PPO recipe of its students and their control."""
 
     teacher: Teacher
     args: StudentArguments
     recipe: TrainingRecipe
 
     def new(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
-        """An untrained student, the same for the same seed, in `environments` or those of its recipe."""
+        """An untrained student, determined by `seed`, in `environments` or those of its recipe."""
         if environments is None:
             environments = training_environments(self.teacher.environment, self.recipe.environments, seed)
         return new_student(environments, self.args, self.recipe, seed, **keywords)
 
     def load(self, name: str, folder: Path, seed: int) -> Agent:
-        """The student that a stage has saved. Raises UserError where the file is another model."""
+        """Loads the student that a stage saved. Raises UserError if the file is another model."""
         model = self.new(seed)
         _, weights = read_model(folder / MODEL)
         try:
@@ -96,12 +96,12 @@ def new_student(
         features |= {"codebook_size": args.codebook_size, "key_dim": args.key_dim}
         policy |= {"features_extractor_class": BottleneckFeatures, "features_extractor_kwargs": features}
     policy["net_arch"] = {"pi": args.student[images:], "vf": args.student[1:] if images else value}
-    kind, device = ("CnnPolicy", "auto") if images else ("MlpPolicy", "cpu")  # small networks are faster there
+    kind, device = ("CnnPolicy", "auto") if images else ("MlpPolicy", "cpu")  # small networks are faster on the CPU
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
 
 
 class StudentNetwork(PolicyNetwork):
-    """The student in distillation: its value is the output of the value network * value_std + value_mean.
+    """The student during distillation: its value is value_std * output of the value network + value_mean.
 
     Unlike VecNormalize it does not clip observations, because clipping cannot be folded into a layer.
     """
@@ -111,7 +111,7 @@ class StudentNetwork(PolicyNetwork):
 
     def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
         if isinstance(policy.features_extractor, BottleneckFeatures):
-            statistics = None  # it standardizes observations itself
+            statistics = None  # the bottleneck standardizes observations
         super().__init__(policy, statistics)
         self.clip = float("inf")
         self.register_buffer("value_mean", torch.zeros(()))
@@ -129,8 +129,8 @@ class StudentNetwork(PolicyNetwork):
 
     @torch.no_grad()
     def set_value_scale(self, values: Tensor, preserve: bool) -> None:
-        """Sets the mean and standard deviation that scale the output of the value network to those of values (rows,).
-        With `preserve` the outputs stay equal (van Hasselt et al., arXiv:1602.07714).
+        """Sets `value_mean` and `value_std` to those of values (rows,). With `preserve` the weights change so that the
+        student's values do not (van Hasselt et al., arXiv:1602.07714).
         """
         mean, std = values.mean().to(self.device), values.std(correction=0).clamp(min=1e-6).to(self.device)
         if preserve:
@@ -145,7 +145,7 @@ class StudentNetwork(PolicyNetwork):
         return outputs
 
     def folded_policy(self) -> ActorCriticPolicy:
-        """A copy of the policy with the same outputs for raw observations."""
+        """A copy of the policy for raw observations, with the same outputs."""
         policy = copy.deepcopy(self.policy)
         if self.mean is not None and self.std is not None:
             fold_input(policy, self.mean, self.std)
@@ -155,7 +155,7 @@ class StudentNetwork(PolicyNetwork):
 
 @torch.no_grad()
 def fold_input(policy: ActorCriticPolicy, mean: Tensor, std: Tensor) -> None:
-    """Changes the first layers so that they standardize observations: W (o - mean) / std + b."""
+    """Folds the standardization of observations into the first layers: W (o - mean) / std + b."""
     paths = [(policy.mlp_extractor.policy_net, policy.action_net), (policy.mlp_extractor.value_net, policy.value_net)]
     for body, head in paths:
         layer = next((layer for layer in body if isinstance(layer, nn.Linear)), head)
@@ -167,16 +167,16 @@ def fold_input(policy: ActorCriticPolicy, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def fold_output(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
-    """Changes a last layer so that its output is the old one * std + mean."""
+    """Folds a scale into a last layer: its output becomes output * std + mean."""
     layer.weight.mul_(std)
     layer.bias.mul_(std).add_(mean)
 
 
 def share_bodies(students: list[ActorCriticPolicy]) -> None:
-    """Replaces layers of all students by the first student's where place and shape are equal, except the heads.
+    """Replaces layers of all students, except the heads, by the first student's layers of the same name and shape.
 
-    Each student keeps layers of other shapes, such as the first layer for observations of another width, and its
-    bottleneck, whose keys belong to one environment.
+    Students keep layers of other shapes, such as the first layer for observations of another width, and their
+    bottleneck, whose keys are fitted to one environment.
     """
     first = students[0]
     for other in students[1:]:

@@ -54,7 +54,7 @@ from kd.nlp.student_model.methods import (
     layer_pairs,
 )
 from kd.nlp.student_model.training import cached_outputs, initial_rate
-from kd.nlp.teacher_model.teacher import positions, tiny_bert, vocabulary
+from kd.nlp.teacher_model.teacher import max_positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
@@ -380,10 +380,10 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         (["--student", "{deep}", "--align_epochs", "1"], "has 5 layers to match, its teacher only 4"),
         (["--teacher", "{uneven}"], "the layers of ModernBertModel are not built alike"),
         (["--max_length", "4"], "--max_length must be at least 8"),
-        (["--max_length", "513"], "sees at most 512 tokens"),
+        (["--max_length", "513"], "takes at most 512 tokens"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
         (["--label_smoothing_factor", "0.1", "--method", "dist"], "leave --label_smoothing_factor at 0"),
-        (["--ensemble_teachers", "{untrained}"], "is no trained classifier"),
+        (["--ensemble_teachers", "{untrained}"], "is not a trained classifier"),
         (["--ensemble_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
         (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
         (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),
@@ -425,9 +425,9 @@ def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
 
 def test_how_much_an_encoder_sees():
     shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    assert positions(BertModel(BertConfig(max_position_embeddings=20, **shape))) == 20
-    assert positions(RobertaModel(RobertaConfig(max_position_embeddings=20, **shape))) == 18
-    assert positions(ModernBertModel(ModernBertConfig(pad_token_id=0, **shape))) == math.inf
+    assert max_positions(BertModel(BertConfig(max_position_embeddings=20, **shape))) == 20
+    assert max_positions(RobertaModel(RobertaConfig(max_position_embeddings=20, **shape))) == 18
+    assert max_positions(ModernBertModel(ModernBertConfig(pad_token_id=0, **shape))) == math.inf
 
 
 @pytest.mark.parametrize("recipe", ["clinc", "sentiment"])

@@ -244,6 +244,6 @@ def test_bad_input(capsys, scoped, exported, tmp_path):
         tmp_path / "encoder"
     )
     AutoTokenizer.from_pretrained(student).save_pretrained(tmp_path / "encoder")
-    assert "no trained classifier" in refused(capsys, tmp_path / "encoder", scoped)
+    assert "not a trained classifier" in refused(capsys, tmp_path / "encoder", scoped)
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
     assert (exported / "export.json").read_bytes() == before

@@ -70,7 +70,7 @@ def test_the_embedded_corpus_holds_help_and_docstrings_once_and_without_rules(em
 
 def test_a_repeated_paragraph_stays_in_the_shortest_document():
     documents = {"long": "a  b\n\nown\n \nc\nd", "short": "c d", "none": "a\nb"}
-    assert corpora.without_repeats(documents) == {"short": "c d", "none": "a\nb", "long": "own"}
+    assert corpora.drop_repeated_paragraphs(documents) == {"short": "c d", "none": "a\nb", "long": "own"}
 
 
 def test_a_python_without_the_texts_is_told_so(monkeypatch):

@@ -290,9 +290,9 @@ def test_a_decoder_without_a_padding_token_classifies_padded_texts_as_single_one
 
     with torch.no_grad():
         assert torch.allclose(logits([0, 1, 2, 3]), torch.cat([logits([i]) for i in range(4)]), atol=1e-5)
-    found.cut_texts(32)
-    with pytest.raises(UserError, match="sees at most 1024 tokens"):
-        found.cut_texts(2000)
+    found.set_max_length(32)
+    with pytest.raises(UserError, match="takes at most 1024 tokens"):
+        found.set_max_length(2000)
 
 
 # ---- labels ----
@@ -330,7 +330,7 @@ def test_several_labels_for_a_text_are_refused(tmp_path):
     folder = saved(tmp_path, bert())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
-    with pytest.raises(UserError, match="gives a text several labels"):
+    with pytest.raises(UserError, match="assigns several labels to a text"):
         load_trained(str(folder), two_labels())
 
 

@@ -318,9 +318,9 @@ def test_a_finished_search_is_not_overwritten_unless_asked(few, teacher, finishe
         (["--search"], "got none"),
         (["--student_layers", "9"], "between 1 and the teacher's 2"),
         (["--student", "x", "--student_layers", "1"], "choose one"),
-        (["--teacher", "tiny-bert"], "no trained classifier"),
+        (["--teacher", "tiny-bert"], "not a trained classifier"),
         (["--teacher", "no/such-model"], "no model no/such-model"),
-        (["--max_length", "513"], "--max_length 513: the BertForSequenceClassification sees at most 512 tokens"),
+        (["--max_length", "513"], "--max_length 513: the BertForSequenceClassification takes at most 512 tokens"),
     ],
 )
 def test_bad_flags(few, teacher, tmp_path, capsys, words, named):

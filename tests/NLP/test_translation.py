@@ -487,4 +487,4 @@ def test_a_model_that_is_no_translator_is_refused(capsys, tmp_path, small, t5):
     with pytest.raises(SystemExit) as stopped:
         distill("--output_dir", tmp_path / "run", "--dataset", small, "--teacher", bert)
     assert stopped.value.code == 2
-    assert "(bert) is no encoder-decoder" in capsys.readouterr().err
+    assert "(bert) is not an encoder-decoder" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A run: its stages, what its results say, and training in shards."""
 
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,21 @@ def test_progress_names_the_stage_and_reads_like_a_sentence(tmp_path, capsys):
     assert re.search(r"^student, epoch 1: loss [\d.]+ \(task [\d.]+, soft targets [\d.]+\)$", out, re.M)
     assert re.search(r"^student, \d+ s, \d+ samples per second$", out, re.M)
     assert "student: 100%" in err and "{" not in out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_scripts_show_progress_bars_only_on_a_terminal(terminal, tmp_path):
+    script = tmp_path / "scripts" / "script.py"
+    script.parent.mkdir()
+    script.write_text("import kd.common\nfrom tqdm.auto import tqdm\nlist(tqdm(range(3), ncols=50))\n")
+    reader, writer = os.openpty() if terminal else os.pipe()
+    environment = os.environ | {"PYTHONPATH": str(REPO / "typings")}
+    assert subprocess.run([sys.executable, script], env=environment, stderr=writer, timeout=60).returncode == 0
+    os.write(writer, b"end")
+    output = b""
+    while not output.endswith(b"end"):
+        output += os.read(reader, 10_000)
+    assert (b"100%" in output) == terminal
 
 
 def test_an_evaluation_as_a_line():

@@ -416,7 +416,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--projector_factor", "3"], "does not divide the teacher's"),
         ("train_simkd.py", ["--feature_weight", "0"], "not all be zero"),
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
-        ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs more of the teacher"),
+        ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs features of the teacher"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
         ("train_simkd.py", ["--teacher", "runs/nowhere"], "there is no folder runs/nowhere"),
         ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),

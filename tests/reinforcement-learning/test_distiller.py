@@ -14,7 +14,7 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder, mixture, play, random_actions, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
 from kd.reinforcement_learning.student_model.matching import check_loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
@@ -43,10 +43,10 @@ class Knowing(nn.Module):
         return Outputs(features=features | {"mean": mean, "log_std": torch.full_like(mean, -2.0)})
 
 
-def task(environment: str, teacher: nn.Module, student: PPO, count: int = 4, seed: int = 0) -> Task:
+def task(environment: str, teacher: nn.Module, student: PPO, count: int = 4, seed: int = 0) -> DistillationTask:
     environments = Environments(environment, count, seed)
     buffer = Observations(100_000, environments.observation_space.shape or (), torch.float32)
-    return Task(Recorder(environments), teacher, StudentNetwork(student.policy, None), buffer)
+    return DistillationTask(Recorder(environments), teacher, StudentNetwork(student.policy, None), buffer)
 
 
 def arguments(**changes: Any) -> DistillArguments:
@@ -91,7 +91,7 @@ def test_an_identical_student_is_at_zero_and_an_equal_network_gets_there(tmp_pat
 
     one = task("CartPole-v1", network, model("CartPole-v1", [8], seed=3))
     history = Distiller([one], arguments(updates=500, learning_rate=0.01), tmp_path, 0).learn(nothing)
-    assert history[-1]["policy"] < 1e-3
+    assert history[-1]["loss_policy"] < 1e-3
     assert history[-1]["agreement"] > 0.97
 
 
@@ -99,7 +99,7 @@ def test_more_rounds_than_steps_collect_something_in_each(tmp_path):
     teacher = PolicyNetwork(model("CartPole-v1", [8]).policy)
     one = task("CartPole-v1", teacher, model("CartPole-v1", []))
     history = Distiller([one], arguments(steps=1, rounds=3, updates=1), tmp_path, 0).learn(nothing)
-    assert len(history) == 3 and len(set(one.marks)) == 4
+    assert len(history) == 3 and len(set(one.round_ends)) == 4
 
 
 def test_only_what_was_acted_on_is_a_row():
@@ -141,7 +141,7 @@ def test_rollout_policies(rollout_policy, expected, tmp_path, monkeypatch):
     Distiller([one], arguments(rollout_policy=rollout_policy, rounds=3, steps=600), tmp_path, 0).learn(nothing)
     shares = [
         float(np.mean(one.recorder.actions[start:end]))
-        for start, end in zip(one.marks[:-1], one.marks[1:], strict=True)
+        for start, end in zip(one.round_ends[:-1], one.round_ends[1:], strict=True)
     ]
     for share, wanted in zip(shares, expected, strict=True):
         assert 0.3 < share < 0.7 if wanted is None else share == wanted

@@ -17,7 +17,7 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
@@ -53,7 +53,7 @@ def distilled(folder: Path, call: int | None = None, **changes: Any) -> dict[str
     environments = Environments("CartPole-v1", 4)
     buffer = Observations(1000, (4,), torch.float32)
     student = StudentNetwork(model([8], 0).policy, None)
-    task = Task(Recorder(environments), PolicyNetwork(model([16], 7).policy), student, buffer)
+    task = DistillationTask(Recorder(environments), PolicyNetwork(model([16], 7).policy), student, buffer)
     args = DistillArguments(**({"steps": 400, "rounds": 4, "updates": 10, "num_envs": 4} | changes))
     Distiller([task], args, folder, seed=5).learn(dies_at(call))
     return student.state_dict()

@@ -16,8 +16,13 @@ from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distillation import Distillation, PolicyRun
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, Distiller, Task
+from kd.reinforcement_learning.student_model.distiller import (
+    DistillArguments,
+    Distillation,
+    DistillationTask,
+    Distiller,
+    PolicyRun,
+)
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student, share_bodies
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, greedy
@@ -50,10 +55,11 @@ def spec(args: StudentArguments = LOOKED_UP) -> StudentSpec:
     return StudentSpec(Teacher(QUESTIONS, agent, agent.network().cpu()), args, RECIPE)
 
 
-def task(one: StudentSpec, seed: int = 0) -> Task:
+def task(one: StudentSpec, seed: int = 0) -> DistillationTask:
     environments = Environments(QUESTIONS, 4, seed)
     network = StudentNetwork(one.new(seed).policy, one.teacher.agent.statistics)
-    return Task(Recorder(environments), one.teacher.network, network, Observations(10_000, (4,), torch.float32))
+    buffer = Observations(10_000, (4,), torch.float32)
+    return DistillationTask(Recorder(environments), one.teacher.network, network, buffer)
 
 
 def extractor(policy: Any) -> BottleneckFeatures:

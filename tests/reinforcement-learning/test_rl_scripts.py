@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data import video
 from kd.reinforcement_learning.data.environments import SB3Environments
-from kd.reinforcement_learning.data.rollouts import TEST_SEED, returns_of
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.student_model import distiller
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
@@ -60,6 +60,12 @@ def line_of(capsys: pytest.CaptureFixture[str], *words: object, script: str = "d
     return lines[0]
 
 
+def mean_return(zip: Path, episodes: int, seed: int) -> float:
+    model = PPO.load(zip, device="cpu")
+    act = lambda rows: torch.as_tensor(model.predict(rows.numpy(), deterministic=True)[0])  # noqa: E731
+    return float(returns_of(act, "CartPole-v1", episodes, seed)[0].mean())
+
+
 def same_policy(first: Path, second: Path) -> bool:
     states = [PPO.load(path, device="cpu").policy.state_dict() for path in (first, second)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -81,11 +87,11 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
     assert results["retention"] == (pytest.approx(way) if teacher > random else None)
     assert Image.open(run / "curves.png").width > 500
 
-    student = PPO.load(run / "student" / "student.zip", device="cpu")
-    returns, _ = returns_of(
-        lambda rows: torch.as_tensor(student.predict(rows.numpy(), deterministic=True)[0]), "CartPole-v1", 4, TEST_SEED
-    )
-    assert returns.mean() == test["return_mean"]
+    teacher_zip = RUNS / "teacher_CartPole-v1_ppo" / "stages" / "teacher" / "model.zip"
+    zips = {"student": run / "student" / "student.zip", "teacher": teacher_zip}
+    for role, path in zips.items():  # the episodes of the curves and of the table are the same for both
+        assert mean_return(path, 4, TEST_SEED) == models[role]["metrics"]["test"]["return_mean"]
+        assert mean_return(path, 2, VALIDATION_SEED) == models[role]["metrics"]["validation"]["return_mean"]
     run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 4, "--json", "again.json")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
     assert "PPO.load" in (run / "student" / "README.md").read_text()
