@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -327,13 +328,14 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_plot_has_a_point_for_each_model_and_size() -> None:
     runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
+    mean, deviation = statistics.fmean([0.80, 0.84]), statistics.stdev([0.80, 0.84])
     groups = {comparison.Group.of(run): [other for other in runs if other["method"] == run["method"]] for run in runs}
     (panel,) = comparison._panels(groups).items()
     assert panel[0] == ("clinc150", "validation accuracy")
     assert panel[1] == [
         Point("teacher", "teacher", 109_482_240, 0.9, 0.0),  # once for both methods
         Point("control", "control", 1_234_567, 0.78, 0.0),
-        Point("soft_targets", "student", 1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5)),
+        Point("soft_targets", "student", 1_234_567, mean, deviation),
         Point("hint", "student", 1_234_567, 0.81, 0.0),
     ]
 
