@@ -21,8 +21,7 @@ def main() -> None:
 
     data = load_data_of(args.model, args)
     classifier = load_trained(args.model, data)
-    texts = Texts.of(data, classifier.tokenizer)
-    measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)
+    measured, _ = evaluate(args.model, classifier.model, Texts.of(data, classifier.tokenizer))
     show_metrics(args.model, measured, args.json)
 
 

@@ -16,7 +16,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.evaluation import evaluate, guessing
+from kd.nlp.student_model.evaluation import chance_warning, evaluate
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials
@@ -55,8 +55,8 @@ def main() -> None:
     search_run = SearchRun(training, text, args)
     search_run.check_inputs(data.fingerprint, **models_and_tokenizers({"teacher": teacher, "student": student}))
 
-    entry, _ = evaluate(args.teacher, teacher.model, data, teacher_texts.splits, teacher_texts.collate)
-    search_run.warn(guessing(entry, data, teacher_texts.splits))
+    entry, _ = evaluate(args.teacher, teacher.model, teacher_texts)
+    search_run.warn(chance_warning(entry, teacher_texts))
     outputs = cached_outputs(search_run, teacher.model, teacher_texts)
     switch_off_dropout(student.model)
     set_trainable(student.model)  # all but its embeddings, as distill_classifier.py does

@@ -11,7 +11,7 @@ from kd.common.metrics.quality import constant_score
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.evaluation import evaluate, guessing, metrics_by_split, validation_split
+from kd.nlp.student_model.evaluation import chance_warning, evaluate, metrics_by_split, validation_split
 from kd.nlp.student_model.inputs import Inputs
 
 USAGE = """from transformers import AutoTokenizer
@@ -30,19 +30,16 @@ def evaluate_teacher(
     """Evaluates the teacher, or the mean logits and the total cost of the teacher and an `ensemble`. Warns about each
     teacher that is no better than chance.
     """
-    data, texts = inputs.data, inputs.texts
-    evaluations = [evaluate(name, teacher, data, texts.splits, texts.collate)]
+    texts = inputs.texts
+    evaluations = [evaluate(name, teacher, texts)]
     for other_name, other in zip(ensemble, inputs.ensemble, strict=True):
-        other_texts = Texts.of(data, other.tokenizer)
-        evaluations.append(evaluate(other_name, other.model, data, other_texts.splits, other_texts.collate))
+        evaluations.append(evaluate(other_name, other.model, Texts.of(inputs.data, other.tokenizer)))
     for entry, _ in evaluations:
-        run.warn(guessing(entry, data, texts.splits))
+        run.warn(chance_warning(entry, texts))
     if not ensemble:
         return evaluations[0]
     logits = {split: np.mean([logits[split] for _, logits in evaluations], axis=0) for split in evaluations[0][1]}
-    return _total_cost([entry for entry, _ in evaluations]) | {
-        "metrics": metrics_by_split(data, logits, texts.splits)
-    }, logits
+    return _total_cost([entry for entry, _ in evaluations]) | {"metrics": metrics_by_split(texts, logits)}, logits
 
 
 def _total_cost(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,9 +71,7 @@ def report(
     models: dict[str, Any] = {"teacher": entry}
     size = student_name or f"{inputs.student_layers} layers"
     for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
-        splits, collate = inputs.student_texts.splits, inputs.student_texts.collate
-        name = f"{size}, {trained_by}"
-        models[role] = model and evaluate(name, model, inputs.data, splits, collate, logits)[0]
+        models[role] = model and evaluate(f"{size}, {trained_by}", model, inputs.student_texts, logits)[0]
     if not PartialState().is_main_process:
         return None
     trained = {"teacher": teacher, "control": control, "student": student}

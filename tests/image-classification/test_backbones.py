@@ -1,4 +1,4 @@
-"""Backbones: the published sizes and shapes, maps that stay as recorded, folding, saving, and weights from timm."""
+"""Backbones: published sizes and shapes, recorded maps, folding of batch norms, saving, and weights from timm."""
 
 import copy
 import json
@@ -23,8 +23,8 @@ from kd.image_classification.teacher_model.classifier import ImageClassifier, fr
 from kd.image_classification.teacher_model.teacher import pretrained_classifier
 from kd_testing.image_networks import assert_close_features, randomize_norms
 
-# name: parameters with a head for 100 classes, channels of the last map, its size for images of 32 and of 8 pixels,
-# and (channels, size) at the ends of the stages for images of 32 pixels
+# name: (parameters with a head for 100 classes, channels of the last map, its size for 32x32 and for 8x8 images,
+# (channels, size) after each stage for 32x32 images)
 NETWORKS: dict[str, tuple[int, int, int, int, list[tuple[int, int]]]] = {
     "resnet20": (278_324, 64, 8, 2, [(16, 32), (32, 16), (64, 8)]),
     "resnet32": (472_756, 64, 8, 2, [(16, 32), (32, 16), (64, 8)]),
@@ -55,13 +55,13 @@ NETWORKS: dict[str, tuple[int, int, int, int, list[tuple[int, int]]]] = {
     "shufflenetv2x1.5": (2_580_548, 1024, 4, 1, [(176, 16), (352, 8), (704, 4)]),
     "shufflenetv2x2.0": (5_549_320, 2048, 4, 1, [(244, 16), (488, 8), (976, 4)]),
 }
-# one of every family, and of timm's one with buffers that timm does not save and one whose head widens the last map
+# one per family, and of timm: one with buffers that timm does not save, and one whose head widens the last map
 ONE_OF_EACH = ["resnet20", "resnet50", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
 FROM_TIMM = ["timm:resnet18", "timm:resnetblur18", "timm:mobilenetv3_small_050"]
 
 
 def classifier(architecture: str, num_labels: int = 100) -> ImageClassifier:
-    """With batch norms as after training, so that leaving one out would show."""
+    """Batch norms have random statistics, so that omitting one changes the output."""
     model = new_classifier(architecture, {"num_labels": num_labels})
     randomize_norms(model)
     return model.eval()
@@ -94,7 +94,7 @@ def test_published_sizes_and_shapes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "channels", "size", "positive"),
-    [  # feat_s[-2] of RepDistiller's and mdistiller's networks for images of 32 pixels, by hand from their code
+    [  # feat_s[-2] of RepDistiller's and mdistiller's networks for 32x32 images, read from their code
         ("resnet8x4", 256, 8, True),
         ("resnet50", 2048, 4, True),
         ("wrn_16_2", 128, 8, False),  # before the last batch norm and ReLU
@@ -105,16 +105,14 @@ def test_published_sizes_and_shapes(name: str) -> None:
         ("shufflenetv2x1.5", 704, 4, True),
     ],
 )
-def test_the_last_map_of_the_toolboxes(name: str, channels: int, size: int, positive: bool) -> None:
+def test_the_last_map_is_that_of_the_toolboxes(name: str, channels: int, size: int, positive: bool) -> None:
     model = classifier(name)
     path = f"backbone.{model.backbone.stages[-1]}"
     assert image_features(model).last == Feature(path, channels, size, positive)
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), [("mobilenetv2", 160, 2), ("shufflenetv2x1.5", 704, 4)])
-def test_without_its_last_convolution_a_backbone_returns_the_map_of_its_last_stage(
-    name: str, channels: int, size: int
-) -> None:
+def test_remove_last_returns_the_map_of_the_last_stage(name: str, channels: int, size: int) -> None:
     whole = classifier(name).backbone
     cut = copy.deepcopy(whole)
     cut.remove_last()
@@ -131,9 +129,9 @@ def test_without_its_last_convolution_a_backbone_returns_the_map_of_its_last_sta
     assert plain.num_features == 64
 
 
-def test_weights_begin_as_in_the_toolboxes():
-    """Standard deviations: sqrt(2 / (k * k * out)) of He's; 1 / sqrt(3 * fan in) of PyTorch's convolutions, whose
-    uniform distribution reaches to 1 / sqrt(fan in); 0.01 or PyTorch's of the heads.
+def test_initialization_is_that_of_the_toolboxes():
+    """Standard deviations: sqrt(2 / (k * k * out)) with He's initialization; 1 / sqrt(3 * fan in) with PyTorch's,
+    which is uniform up to 1 / sqrt(fan in); 0.01 or PyTorch's for heads.
     """
     he, pytorch = (lambda conv: math.sqrt(2 / (conv.kernel_size[0] ** 2 * conv.out_channels))), None
     for name, expected, deviation, bias in (
@@ -158,7 +156,7 @@ def test_weights_begin_as_in_the_toolboxes():
 
 
 def changed(folder: Path, **values: Any) -> Path:
-    """The folder of a saved classifier, whose config.json has other values."""
+    """The folder of a saved classifier, with `values` changed in its config.json."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
     return folder
@@ -167,7 +165,7 @@ def changed(folder: Path, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"architecture": "vgg11"}, "missing: backbone.layer2.1.0.bias"),  # more convolutions, no others
+        ({"architecture": "vgg11"}, "missing: backbone.layer2.1.0.bias"),  # only adds convolutions
         ({"architecture": "resnet8"}, "missing: backbone"),
         ({"architecture": "resnet20"}, "missing: backbone"),
         ({"id2label": {0: "a"}, "label2id": {"a": 0}}, r"of another size: head.bias \(5,\) instead of \(1,\)"),
@@ -175,7 +173,7 @@ def changed(folder: Path, **values: Any) -> Path:
     ],
 )
 @pytest.mark.parametrize("load", [ImageClassifier, AutoModelForImageClassification])
-def test_weights_of_another_network_are_one_line(
+def test_weights_of_another_network_raise_one_line(
     load: Any, values: dict[str, Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     classifier("vgg8", num_labels=5).save_pretrained(tmp_path)
@@ -189,8 +187,8 @@ def test_common_names_are_tested() -> None:
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *FROM_TIMM])
-def test_what_hooks_record_stays_as_it_is(name: str) -> None:
-    """Of a stage or block, output and input are still those of its computation when the whole network is through."""
+def test_hooks_record_maps_that_are_not_modified_later(name: str) -> None:
+    """After a forward pass, the recorded input and output of a stage or block still belong together."""
     backbone = classifier(name).backbone
     paths = list(backbone.stages)
     for path in backbone.stages:
@@ -217,8 +215,11 @@ def test_what_hooks_record_stays_as_it_is(name: str) -> None:
     [
         ("resnet20", 0),
         ("resnet50", 0),
-        ("wrn_16_2", 6),  # those that read a sum, or not alone: bn1 of all blocks but the first, and the last one
-        ("wrn_16_1", 7),  # bn1 of the first block, too: its shortcut also reads the stem
+        (
+            "wrn_16_2",
+            6,
+        ),  # those that read a sum, or a map with other readers: most bn1, and the last bn
+        ("wrn_16_1", 7),  # also bn1 of the first block, because its shortcut reads the stem
         ("vgg8", 0),
         ("mobilenetv2", 0),
         ("shufflenetv1", 0),
@@ -226,7 +227,7 @@ def test_what_hooks_record_stays_as_it_is(name: str) -> None:
         ("timm:resnet18", 0),
     ],
 )
-def test_folding_changes_nothing_but_the_number_of_layers(name: str, left: int) -> None:
+def test_folding_keeps_the_outputs(name: str, left: int) -> None:
     model = classifier(name)
     fast = frozen(model, "fp32")
     assert norms(fast) == left < norms(model)
@@ -239,7 +240,7 @@ def test_folding_changes_nothing_but_the_number_of_layers(name: str, left: int) 
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, *FROM_TIMM])
-def test_saved_and_loaded_it_says_the_same(name: str, tmp_path: Path) -> None:
+def test_a_loaded_model_returns_the_same_logits(name: str, tmp_path: Path) -> None:
     model = classifier(name, num_labels=5)
     model.save_pretrained(tmp_path)
     loaded = ImageClassifier.from_pretrained(tmp_path)
@@ -249,7 +250,7 @@ def test_saved_and_loaded_it_says_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_every_parameter_learns(name: str) -> None:
+def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = classifier(name).train()
     model(images()).logits.square().sum().backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
@@ -275,13 +276,13 @@ def test_every_parameter_learns(name: str) -> None:
         ("timm:inception_next_atto", "Cannot disable pooling"),
     ],
 )
-def test_a_wrong_name_is_one_line(name: str, message: str) -> None:
+def test_an_unknown_name_raises_one_line(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_backbone(name)
     assert "\n" not in str(caught.value)
 
 
-# ---- pretrained networks of timm; the Hub is not needed: a file of random weights takes its place ----
+# ---- pretrained networks of timm, from a file of random weights instead of the Hub ----
 
 
 def checkpoint(folder: Path, name: str, num_classes: int = 1000) -> tuple[nn.Module, str]:
@@ -292,7 +293,7 @@ def checkpoint(folder: Path, name: str, num_classes: int = 1000) -> tuple[nn.Mod
     return original, str(path)
 
 
-def test_pretrained_says_what_timm_says(tmp_path: Path) -> None:
+def test_pretrained_returns_the_logits_of_timm(tmp_path: Path) -> None:
     original, path = checkpoint(tmp_path, "resnetblur18")
     model = pretrained_classifier("resnetblur18", checkpoint=path, image_size=64)
     config: Any = model.config
@@ -304,11 +305,11 @@ def test_pretrained_says_what_timm_says(tmp_path: Path) -> None:
     loaded = ImageClassifier.from_pretrained(tmp_path / "saved").eval()
     x = images(64)
     with torch.no_grad():
-        for ours in (model, loaded):
-            torch.testing.assert_close(ours(x).logits, original(x), rtol=0, atol=1e-4)
+        for restored in (model, loaded):
+            torch.testing.assert_close(restored(x).logits, original(x), rtol=0, atol=1e-4)
 
 
-def test_weights_of_timm_in_half_precision_and_of_a_wrapper(tmp_path: Path) -> None:
+def test_checkpoints_in_half_precision_and_from_a_wrapper(tmp_path: Path) -> None:
     original, _ = checkpoint(tmp_path, "test_resnet", num_classes=2)
     weights = original.state_dict()
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -318,19 +319,19 @@ def test_weights_of_timm_in_half_precision_and_of_a_wrapper(tmp_path: Path) -> N
         model = pretrained_classifier("test_resnet", str(tmp_path / file), label_names=["cat", "dog"])
         found = model.state_dict()
         for name, tensor in expected.items():
-            own = found[name.replace("fc.", "head.") if name.startswith("fc.") else f"backbone.model.{name}"]
-            assert own.dtype == tensor.float().dtype or not tensor.is_floating_point()
-            assert torch.equal(own, tensor.to(own.dtype)), name
+            copied = found[name.replace("fc.", "head.") if name.startswith("fc.") else f"backbone.model.{name}"]
+            assert copied.dtype == tensor.float().dtype or not tensor.is_floating_point()
+            assert torch.equal(copied, tensor.to(copied.dtype)), name
 
 
-def test_pretrained_with_own_labels_and_normalization(tmp_path: Path) -> None:
+def test_pretrained_with_other_labels_and_normalization(tmp_path: Path) -> None:
     _, path = checkpoint(tmp_path, "test_resnet", num_classes=2)
     model = pretrained_classifier("test_resnet", path, label_names=["cat", "dog"], mean=[0.1] * 3, std=[0.2] * 3)
     assert model.config.id2label == {0: "cat", 1: "dog"} and model.config.image_size == 160
     assert model.config.mean == [0.1] * 3 and model.config.std == [0.2] * 3
 
 
-def test_pretrained_refuses_another_head(tmp_path: Path) -> None:
+def test_pretrained_rejects_other_heads(tmp_path: Path) -> None:
     name = "mobilenetv3_small_050"  # has a layer with an activation between pooling and classifier
     _, path = checkpoint(tmp_path, name)
     with pytest.raises(UserError, match=r"does not end in global average pooling .* logits would differ by \d"):
@@ -343,20 +344,20 @@ def test_pretrained_refuses_another_head(tmp_path: Path) -> None:
         pretrained_classifier("test_vit", path)
 
 
-def test_pretrained_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_rejects_invalid_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = checkpoint(tmp_path, "test_resnet", num_classes=2)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not weights")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    refused: list[tuple[dict[str, Any], str]] = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"checkpoint": path}, "holds no weights of timm's test_resnet with 1000 classes"),
         ({"checkpoint": str(broken)}, "holds no weights of timm's test_resnet"),
         ({"checkpoint": str(tmp_path / "absent")}, "there is no file"),
         ({"label_names": ["cat", "dog"]}, "knows 1000 classes, not the 2 of label_names"),
         ({}, "cannot get timm's pretrained weights of test_resnet .* pass the local folder of a trained classifier"),
     ]
-    for arguments, message in refused:
+    for arguments, message in cases:
         with pytest.raises(UserError, match=message) as caught:
             pretrained_classifier("test_resnet", **arguments)
         assert "\n" not in str(caught.value)
