@@ -1,5 +1,5 @@
-"""Measures a saved student or teacher on every labelled split but train, exactly as the run that made it did. Data
-with a test split alone, or of one file, can be measured too.
+"""Evaluates a saved classifier on every labelled split but train, exactly as its run did. The data may also be a
+single file, or have only a test split.
 
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json

@@ -1,4 +1,4 @@
-"""Students with a key-value bottleneck: keys fitted once, values learned, the same student however it is trained."""
+"""Students with a key-value bottleneck: keys fitted once, trained values, resuming."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +47,7 @@ def student(environment: str = QUESTIONS, args: StudentArguments = LOOKED_UP, se
 
 
 def spec(args: StudentArguments = LOOKED_UP) -> StudentSpec:
-    """Its teacher knows the answers; it is used to observations that are normalized, by 5 and 2."""
+    """A student of a perfect teacher, whose observations are normalized by 5 and 2."""
     teacher = student(args=StudentArguments(student=[]))
     with torch.no_grad():
         cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
@@ -78,7 +78,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path):
+def test_keys_are_fitted_in_the_first_round_and_only_values_are_trained(tmp_path):
     one, rounds = task(spec()), []
     before = extractor(one.student.policy).bottleneck.values.clone()
 
@@ -96,7 +96,7 @@ def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path
     assert not torch.equal(bottleneck.values, before)
 
 
-def test_a_distilled_student_with_a_bottleneck_knows_most_answers(tmp_path):
+def test_a_distilled_student_with_a_bottleneck_is_mostly_correct(tmp_path):
     one = task(spec())
     Distiller([one], arguments(steps=1800, updates=80, learning_rate=0.03), tmp_path, 0).learn(dict)
     returns, _ = returns_of(greedy(StudentNetwork(one.student.folded_policy(), None)), QUESTIONS, 50, seed=9)
@@ -107,7 +107,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_distillation_ends_as_if_never_killed_and_fits_no_keys_again(tmp_path, monkeypatch):
+def test_a_resumed_distillation_gives_the_same_student_with_the_same_keys(tmp_path, monkeypatch):
     fits = []
     fit = BottleneckFeatures.fit
     monkeypatch.setattr(BottleneckFeatures, "fit", lambda self, rows: (fits.append(len(rows)), fit(self, rows)))
@@ -132,8 +132,8 @@ def test_a_killed_distillation_ends_as_if_never_killed_and_fits_no_keys_again(tm
     assert len(fits) == 2
 
 
-def test_however_it_is_trained_it_is_the_same_student_with_the_same_keys(tmp_path):
-    """Behind reward normalization and with a teacher that has statistics: it sees observations as they are."""
+def test_all_training_methods_start_from_the_same_student_and_keys(tmp_path):
+    """With reward normalization and a teacher with statistics, the student gets raw observations."""
     run, other = (PolicyRun([QUESTIONS], RunArguments(output_dir=str(tmp_path / name))) for name in ("run", "other"))
     one = spec()
     stages = Distillation(run, [one], arguments(), 2)
@@ -147,7 +147,7 @@ def test_however_it_is_trained_it_is_the_same_student_with_the_same_keys(tmp_pat
     assert_equal(loaded.state_dict(), policies[1].state_dict())
 
 
-def test_what_is_saved_acts_as_before(tmp_path):
+def test_a_saved_student_acts_the_same(tmp_path):
     model = student("CartPole-v1", StudentArguments(student=[8], codebooks=5, codebook_size=7, key_dim=3))
     rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     StudentNetwork(model.policy, None).prepare(torch.as_tensor(rows))
@@ -165,12 +165,12 @@ def test_what_is_saved_acts_as_before(tmp_path):
         assert_equal(policy.state_dict(), model.policy.state_dict())
 
 
-def test_sizes():
+def test_parameter_counts():
     """16 codebooks of 32 values of 4 numbers, decoded to 16 features; then linear heads to 4 actions and a value."""
     assert parameters(student().policy) == 16 * 32 * 4 + (16 * 4 * 16 + 16) + (16 * 4 + 4) + (16 + 1)
 
 
-def test_students_of_several_environments_share_what_is_behind_their_bottlenecks():
+def test_students_of_several_environments_share_the_layers_after_the_bottleneck():
     args = StudentArguments(student=[8], codebooks=4, codebook_size=8)
     first, twin = student(args=args).policy, student(args=args, seed=1).policy
     share_bodies([first, twin])
@@ -178,7 +178,7 @@ def test_students_of_several_environments_share_what_is_behind_their_bottlenecks
     assert extractor(twin).bottleneck is not extractor(first).bottleneck
 
 
-def test_frames_have_no_bottleneck():
+def test_image_observations_cannot_have_a_bottleneck():
     frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     with pytest.raises(UserError, match=r"shape \(4, 84, 84\): leave out --codebooks"):
         StudentArguments(codebooks=16).check("Pictures-v0", frames)
@@ -187,6 +187,6 @@ def test_frames_have_no_bottleneck():
 @pytest.mark.parametrize(
     "wrong", [{"codebooks": -1}, {"codebook_size": 0}, {"codebook_size": 2**16 + 1}, {"key_dim": 0}]
 )
-def test_sizes_that_cannot_be_are_refused(wrong):
+def test_invalid_sizes_are_errors(wrong):
     with pytest.raises(ValueError, match="--(codebooks|codebook_size|key_dim) must be"):
         StudentArguments(**wrong)
