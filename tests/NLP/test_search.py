@@ -342,7 +342,7 @@ def test_a_regression_has_no_temperature(tmp_path, capsys):
     assert found(tmp_path / "run")["metric"] == "spearman"
     assert (
         found(tmp_path / "run")["fingerprint"] == load_text_data(str(tmp_path)).fingerprint
-    )  # the same validation split
+    )
 
 
 def error_of(capsys, folder: Path, *words: object) -> str:
