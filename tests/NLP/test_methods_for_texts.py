@@ -1,4 +1,4 @@
-"""`distill_classifier.py --method`: the methods of all domains on texts."""
+"""`distill_classifier.py --method`: the methods of every domain on texts."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ BRIEF = ["--align_epochs", 0, "--num_train_epochs", 1, "--report_to", "none", "-
 
 @pytest.fixture(scope="session")
 def folder(small, tmp_path_factory) -> Path:
-    """A classifier of the intents with random weights, large enough for different logits of different texts."""
+    """A classifier of the intents with random weights, large enough for distinct logits of texts."""
     torch.manual_seed(1)
     made = tiny_bert(load_text_data(str(small)))
     folder = tmp_path_factory.mktemp("models") / "teacher"
@@ -67,17 +67,17 @@ def distill(small: Path, teacher: Path, *words: object) -> None:
         ("cc", {"loss_task", "loss_congruence"}),
     ],
 )
-def test_a_method_is_trained_and_reported(method, parts, small, folder, tmp_path):
+def test_a_student_is_distilled_and_reported(method, parts, small, folder, tmp_path):
     distill(small, folder, "--method", method, "--student_layers", 1, "--no_control", "--output_dir", tmp_path / "r")
     assert json.loads((tmp_path / "r" / "results.json").read_text())["method"] == method
     logged = json.loads((tmp_path / "r" / "stages" / "student" / "stage.json").read_text())["history"][0]
     assert {key for key in logged if key.startswith("loss_")} == parts
     shipped = load_file(tmp_path / "r" / "student" / "model.safetensors")
-    assert all(key.startswith(("bert.", "classifier.")) for key in shipped), "auxiliary parameters are not saved"
+    assert all(key.startswith(("bert.", "classifier.")) for key in shipped), "auxiliary parameters must not ship"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_padding_does_not_change_the_loss(name, teacher, texts):
+def test_padding_has_no_effect(name, teacher, texts):
     student = cut_layers(teacher, 1).eval()
     torch.manual_seed(0)
     found = text_method(name, KDTrainingArguments(output_dir="unused"), student, teacher, texts, "cls")
@@ -95,12 +95,12 @@ def test_padding_does_not_change_the_loss(name, teacher, texts):
                 output = network(**batch, output_hidden_states=True)
             last = {feature: output.hidden_states[-1] for feature in features}
             outputs.append(Outputs(logits=output.logits, features=last, mask=batch["attention_mask"]))
-        parts = objective(*outputs, torch.tensor([0, 1]))
+        parts = objective(outputs[0], outputs[1], torch.tensor([0, 1]))
         values.append(torch.stack(list(parts.values())).detach())
     torch.testing.assert_close(values[0], values[1], rtol=1e-3, atol=1e-5)
 
 
-def test_teacher_samples_are_the_inputs_of_its_head(teacher, texts):
+def test_the_teachers_features_are_the_inputs_of_its_head(teacher, texts):
     features, labels = teacher_samples(teacher, texts, "cls", "fp32")
     first = texts.train["labels"].index(int(labels[0]))
     row = {key: torch.tensor([texts.train[first][key]]) for key in texts.collate.tokenizer.model_input_names}
@@ -120,7 +120,7 @@ def test_teacher_samples_are_the_inputs_of_its_head(teacher, texts):
         (["--method", "sp", "--ensemble_teachers", "TEACHER"], "needs a single teacher"),
     ],
 )
-def test_invalid_methods_give_one_line_and_no_files(words, message, small, folder, tmp_path, capsys):
+def test_errors_are_one_line_and_nothing_is_written(words, message, small, folder, tmp_path, capsys):
     words = [str(folder) if word == "TEACHER" else word for word in words]
     with pytest.raises(SystemExit) as stopped:
         distill(small, folder, *words, "--no_control", "--output_dir", tmp_path / "r")
@@ -128,7 +128,7 @@ def test_invalid_methods_give_one_line_and_no_files(words, message, small, folde
     assert not (tmp_path / "r").exists()
 
 
-def test_methods_for_regression_and_for_two_classes():
+def test_regression_has_only_kd_and_two_classes_have_some_methods():
     training = KDTrainingArguments(output_dir="unused")
     with pytest.raises(UserError, match="numbers: pass --method kd"):
         check_method("dist", training, "stsb", 1)
@@ -146,7 +146,7 @@ def test_methods_for_regression_and_for_two_classes():
 
 
 @pytest.mark.parametrize("task", ["rte", "stsb"])
-def test_glue_rejects_a_method_before_the_first_task_trains(task, tmp_path, capsys):
+def test_glue_checks_the_method_before_training(task, tmp_path, capsys):
     (tmp_path / "mnli").mkdir()
     (tmp_path / task).mkdir()
     with pytest.raises(SystemExit) as stopped:
@@ -156,11 +156,11 @@ def test_glue_rejects_a_method_before_the_first_task_trains(task, tmp_path, caps
     assert not (tmp_path / "r").exists()
 
 
-def test_a_plain_student_of_a_teacher_with_a_bottleneck_learns_from_logits(small, folder, tmp_path, capsys):
+def test_a_teacher_with_a_bottleneck_distills_its_logits_into_a_plain_student(small, folder, tmp_path, capsys):
     data = load_text_data(str(small))
     encoder = AutoModelForSequenceClassification.from_pretrained(folder).base_model
     made = BottleneckClassifier.around(encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, codebook_size=8)
-    made.config.key_statistics = {}  # as if the keys were fitted
+    made.config.key_statistics = {}  # of keys that are fitted, as a run leaves them
     made.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "teacher")
     words = ["--student", folder, "--no_control"]

@@ -340,9 +340,7 @@ def test_a_regression_has_no_temperature(tmp_path, capsys):
     assert "--search alpha learning_rate" in error_of(capsys, tmp_path / "run", *words)
     search(*words, "--search", "alpha", "--trials", 1, "--seed", 5)
     assert found(tmp_path / "run")["metric"] == "spearman"
-    assert (
-        found(tmp_path / "run")["fingerprint"] == load_text_data(str(tmp_path)).fingerprint
-    )
+    assert found(tmp_path / "run")["fingerprint"] == load_text_data(str(tmp_path)).fingerprint
 
 
 def error_of(capsys, folder: Path, *words: object) -> str:
