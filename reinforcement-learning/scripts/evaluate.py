@@ -12,7 +12,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from kd.common.cli import Parser, run
-from kd.common.reporting.results import RESULTS, show_metrics
+from kd.common.reporting.report import show_metrics
+from kd.common.reporting.results import RESULTS
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.common.utils.ranges import MOST, Range

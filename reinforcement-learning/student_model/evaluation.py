@@ -14,8 +14,7 @@ from kd.common import losses
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.model_card import model_card
-from kd.common.reporting.results import print_table, write_report
+from kd.common.reporting.report import model_card, print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
@@ -143,6 +142,7 @@ def report(
         split="test",
         metric="return_mean",
         floor=random,
+        chance=random,
         return_of_random_actions=random,
         selection="the policy after the last update; no evaluation chose anything",
         **extra,
