@@ -4,7 +4,7 @@
 
 First table: CPU time until a 16-16 student's mean greedy return over 20 episodes reaches 475. It includes creating
 environments and student, collecting and fitting, but not the evaluation after each round (BC: after each epoch).
-Second table: collected steps per CPU-second, with the teacher's outputs for each step. All implementations use the same
+Second table: collected steps per CPU-second, with the teacher's outputs. All implementations use the same
 teacher and one thread, take turns within one run, and are warmed up. `imitation` needs older packages, so
 imitation_worker.py runs it in a separate environment; without --imitation_python its rows are left out.
 """
@@ -44,7 +44,7 @@ CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
 EPISODES = 20
 RECIPES = {id: training_recipe("ppo", id) for id in (CARTPOLE, LANDER)}
 INSTALL_IMITATION = (
-    "without imitation; for it `python3.11 -m venv imitation-venv && imitation-venv/bin/pip install -r "
+    "install imitation with `python3.11 -m venv imitation-venv && imitation-venv/bin/pip install -r "
     "benchmarks/imitation_requirements.txt`, then --imitation_python imitation-venv/bin/python"
 )
 
