@@ -35,8 +35,8 @@ print(actions)"""
 
 
 class GreedyPolicy(nn.Module):
-    """Maps observations (batch, ...) to actions: the most probable Discrete actions (batch,), or the mean (batch, actions)
-    clipped to the bounds of a Box.
+    """Maps observations (batch, ...) to actions: the most probable Discrete actions (batch,), or the means (batch,
+    actions) clipped to the bounds of a Box.
     """
 
     low: Tensor | None
