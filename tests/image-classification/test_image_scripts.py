@@ -20,8 +20,8 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import predict
+from kd.image_classification.student_model.sweep import Student
 from kd.image_classification.student_model.sweep_report import noise, rows_of
-from kd.image_classification.student_model.sweep_students import Student
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.paths import REPO
