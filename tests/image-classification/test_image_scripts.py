@@ -240,7 +240,7 @@ def test_runs_of_several_seeds_share_the_teacher(tmp_path, capsys):
 
 
 def test_the_seed_determines_the_student(teacher, simkd, tmp_path):
-    for name, seed in (("same", 42), ("other", 7)):
+    for name, seed in (("same", 0), ("other", 7)):
         script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--seed", seed,
                "--output_dir", tmp_path / name)  # fmt: skip
     same, other = weights(tmp_path / "same"), weights(tmp_path / "other")
