@@ -180,7 +180,7 @@ def validate_sweep(students: list[Student], training: ImageTrainingArguments) ->
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
     methods = list(dict.fromkeys(student.method for student in students))
     if len(set(students)) < len(students):
-        raise UserError("--methods must name no method twice")
+        raise UserError("--methods has the same method twice: name it once")
     check_kd_flags(methods, training)
     check_methods_differ((spec, image_method(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     reject_unused("students side by side are evaluated at the end only", training, "eval_strategy", "eval_steps")
