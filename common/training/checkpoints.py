@@ -86,8 +86,8 @@ def best_checkpoint(checkpoint: Path) -> Path | None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint if it exists, checksums first, so that a partly removed one is not used. If it is a symbolic
-    link, only the link is removed.
+    """Removes a checkpoint if it exists, checksums first, so that a partly removed one is not used. Does not follow a
+    symbolic link.
     """
     if checkpoint.is_symlink():
         checkpoint.unlink()
