@@ -14,8 +14,14 @@ from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model import matching
-from kd.image_classification.student_model.matching import FEATURE_LOSSES, block_paths, image_features, stage_paths
-from kd.image_classification.student_model.simkd import SimKDArguments, share_masked, simkd, simkd_student
+from kd.image_classification.student_model.matching import block_paths, image_features, stage_paths
+from kd.image_classification.student_model.simkd import (
+    FEATURE_LOSSES,
+    SimKDArguments,
+    share_masked,
+    simkd,
+    simkd_student,
+)
 from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, frozen, new_classifier
 from kd_testing.image_pairs import forward_with_features, noise, some_images
 
