@@ -6,8 +6,8 @@
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
-rollouts. For several environments one body is distilled with a head for each; each environment gets a report and an
-ordinary student.
+rollouts. For several environments one body is distilled with a head for each; each environment has a report and a
+student that loads alone.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def main() -> None:
         PolicyArguments, StudentArguments, DistillArguments, TeacherArguments
     )
     args.output_dir = args.output_dir or str(args.default_folder())
-    check_is_run_or_empty(Path(args.output_dir))  # like the next checks, before a teacher is trained
+    check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, like the next checks
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
     for environment in args.environment:
         check_environment(environment, student_args, loss)

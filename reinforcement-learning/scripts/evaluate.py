@@ -4,7 +4,7 @@
     python reinforcement-learning/scripts/evaluate.py student.zip --environment CartPole-v1 --teacher teacher.zip
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1 --video cart.mp4
 
-MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baselines3, a folder, owner/name on the Hub.
+MODEL is a zip of Stable-Baselines3, a folder or owner/name on the Hub, as for --teacher of distill_policy.py.
 """
 
 import sys
@@ -69,7 +69,7 @@ def arguments() -> Namespace:
 
 
 def environment_of(folder: Path) -> str:
-    """The environment of a run of this project. Raises UserError where results.json names a module to import."""
+    """The environment of a run of this project. Raises UserError if results.json names a module to import."""
     for place in (folder, folder.parent):
         if (place / RESULTS).exists():
             results = read_json(place / RESULTS)
@@ -78,7 +78,7 @@ def environment_of(folder: Path) -> str:
                 raise UserError(f"{place / RESULTS} is damaged: pass --environment, such as --environment CartPole-v1")
             require_module_on_command_line(task, str(place / RESULTS))
             return task
-    raise UserError(f"which environment is {folder} for? pass --environment, such as --environment CartPole-v1")
+    raise UserError(f"the environment of {folder} is unknown: pass --environment, such as --environment CartPole-v1")
 
 
 if __name__ == "__main__":
