@@ -65,9 +65,10 @@ class SimKDArguments(SimKDWeights):
 def simkd_student(
     architecture: str, teacher: ImageClassifier, data: ImageData, factor: int, reuse_head: bool = True
 ) -> ImageClassifier:
-    """Backbone, projector and a frozen copy of the teacher's head; `reuse_head=False` builds the control's new
-    head.""" projector = _projector_to(image_features(teacher).head, factor) student = new_classifier(architecture,
-    data.config, projector=projector, bottleneck=teacher.config.bottleneck) if reuse_head:
+    """Backbone, projector and a frozen copy of the teacher's head; with `reuse_head=False` the control's new head."""
+    projector = _projector_to(image_features(teacher).head, factor)
+    student = new_classifier(architecture, data.config, projector=projector, bottleneck=teacher.config.bottleneck)
+    if reuse_head:
         student.head.load_state_dict(teacher.head.state_dict())
         student.head.requires_grad_(False)
     return student
