@@ -6,7 +6,7 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset ne
 """
 
 from kd.common.cli import Parser, run
-from kd.common.reporting.results import show_metrics
+from kd.common.reporting.report import show_metrics
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.evaluation import add_data_arguments, evaluate, load_data_of
 from kd.nlp.teacher_model.teacher import load_trained

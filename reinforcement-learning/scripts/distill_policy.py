@@ -29,7 +29,6 @@ from kd.reinforcement_learning.student_model.arguments import PolicyArguments, S
 from kd.reinforcement_learning.student_model.distiller import Agents, DistillArguments, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.evaluation import (
     evaluate,
-    evaluate_teacher,
     random_metrics,
     random_warning,
     report,
@@ -82,7 +81,7 @@ def main() -> None:
         for teacher, (teacher_entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
             environment, entries = teacher.environment, {"teacher": teacher_entry}
             for role, of in agents.items():
-                entries[role] = evaluate(of[environment], environment, args.episodes, teacher.network)
+                entries[role] = evaluate([of[environment]], environment, args.episodes, teacher=teacher.network)
             report(seed_run, args.method, environment, entries, random, "student", seed_run.folder / folder)
     run.summarize()
 
@@ -126,7 +125,7 @@ def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: in
     curve is its mean return on the episodes of the students' curves, from step 0 to `steps`.
     """
     environment = teacher.environment
-    entry = evaluate_teacher(teacher, args.episodes)
+    entry = evaluate(teacher.agents, environment, args.episodes, teacher.network if teacher.more_agents else None)
     validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
     run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)

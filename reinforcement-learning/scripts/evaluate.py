@@ -12,7 +12,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from kd.common.cli import Parser, run
-from kd.common.reporting.results import RESULTS, show_metrics
+from kd.common.reporting.report import show_metrics
+from kd.common.reporting.results import RESULTS
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.common.utils.ranges import MOST, Range
@@ -41,7 +42,7 @@ def main() -> None:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
 
-    entry = evaluate(agent, environment, args.episodes, teacher.network() if teacher else None)
+    entry = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
     show_metrics(args.model, entry, args.json)
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")

@@ -34,7 +34,7 @@ def main() -> None:
     run = Run(args, task, training)
     teacher = train_teacher(run, model, task, training)
 
-    entry = evaluate(teacher, environment, task.episodes)
+    entry = evaluate([teacher], environment, task.episodes)
     random = random_metrics(environment, teacher.policy.action_space, task.episodes)
     run.warn(time_limit_warning(environment))
     run.warn(random_warning(teacher.name, entry["metrics"]["test"], random))

@@ -91,7 +91,7 @@ def test_identical_student_has_zero_loss_and_equal_network_converges_to_it(tmp_p
 
     one = task("CartPole-v1", network, model("CartPole-v1", [8], seed=3))
     history = Distiller([one], arguments(updates=500, learning_rate=0.01), tmp_path, 0).learn(no_metrics)
-    assert history[-1]["policy"] < 1e-3
+    assert history[-1]["loss_policy"] < 1e-3
     assert history[-1]["agreement"] > 0.97
 
 
