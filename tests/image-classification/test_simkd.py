@@ -94,7 +94,7 @@ def test_every_variant_trains_student_and_all_projectors(projector, teacher_name
 def test_each_architecture_is_probed_once(monkeypatch):
     """A script builds student and method several times, but probes teacher and student once each."""
     data, probed = noise(), []
-    monkeypatch.setattr(matching, "_KNOWN", {})
+    monkeypatch.setattr(matching, "_CACHE", {})
     monkeypatch.setattr(ImageClassifier, "forward", counting(ImageClassifier.forward, probed))
     teacher = new_classifier("resnet14x2", data.config)
     for reuse_head in (True, False, True):
