@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.outputs import Outputs
 
 Pooling = Literal["mean", "cls", "tokens"]
