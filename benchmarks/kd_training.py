@@ -44,9 +44,8 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.devices import resolve_precision
 from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.student_model.layers import cut_layers
+from kd.nlp.student_model.layers import cut_layers, switch_off_dropout
 from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.training import switch_off_dropout
 from kd.nlp.teacher_model.teacher import Pretrained, label_config, load_classifier, tiny_bert
 
 ALPHA, TEMPERATURE = 0.5, 2.0
