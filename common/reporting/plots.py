@@ -38,8 +38,8 @@ Style = tuple[str, str, str]
 
 
 def plot_curves(path: str | Path, history: History, results: dict[str, Any], progress: str = "epoch") -> None:
-    """A panel for the primary metric on evaluation data and one for each kind of training loss that was logged more than
-    once, over `progress`, with a line per stage.
+    """A panel for the primary metric on evaluation data and one for each kind of training loss that was logged more
+    than once, over `progress`, with a line per stage.
 
     `history` maps a stage to its log dictionaries, as in the `state.log_history` of transformers.Trainer: `progress`
     (such as "epoch") with "loss", its parts "loss_NAME", or "eval_" + the primary metric. The final score of each
