@@ -13,6 +13,7 @@ trained side by side on the same batches, with one forward pass of the teacher, 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
@@ -38,8 +39,8 @@ from kd.image_classification.student_model.methods import (
     with_pair_arguments,
 )
 from kd.image_classification.student_model.simkd import SimKDWeights
-from kd.image_classification.student_model.sweep import sweep
-from kd.image_classification.student_model.sweep_students import SweepArguments
+from kd.image_classification.student_model.sweep import students_of, sweep
+from kd.image_classification.student_model.sweep_report import show
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
 
@@ -73,34 +74,39 @@ def main() -> None:
         Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
     )
     pair.apply_pair(data_args, training)
-    methods = ",".join(args.methods).split(",") if args.methods else [args.method]
-    if weights != SimKDWeights() and SIMKD not in methods:
+    args.methods = ",".join(args.methods).split(",") if args.methods else []  # --methods kd,dkd
+    if weights != SimKDWeights() and SIMKD not in (args.methods or [args.method]):
         raise UserError(
             "the weights of SimKD's terms and its projector apply to simkd only: add it to --methods, or set an "
             "argument of another method, as in fitnet:weight=10"
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is set", args, "method", "ensemble_teachers")
-        axes = side_by_side(methods, training)
-        sweep(axes, pair, weights, data_args, training, args.teacher_views)
+        train_side_by_side(args, pair, weights, data_args, training)
     elif args.method == PLAIN:
         train_plain_student(args, pair, data_args, training)
     else:
         distill_student(args, pair, data_args, training)
 
 
-def side_by_side(methods: list[str], training: ImageTrainingArguments) -> SweepArguments:
-    """A sweep of the methods and their controls at one learning rate."""
-    controls = [] if training.no_control else [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
-    try:
-        return SweepArguments(
-            [*(name for name in controls if name not in methods), *methods],
-            projectors=["single"],
-            learning_rates=[training.learning_rate],
-        )
-    except ValueError as error:
-        raise UserError(f"--methods: {error}") from error
+def train_side_by_side(
+    args: Arguments,
+    pair: PairArguments,
+    weights: SimKDWeights,
+    data_args: DataArguments,
+    training: ImageTrainingArguments,
+) -> None:
+    """Trains the students of several methods and their controls side by side, at one learning rate."""
+    reject_unused("--methods is set", args, "method", "ensemble_teachers")
+    methods = [with_pair_arguments(spec, pair) for spec in args.methods]
+    if not training.no_control:
+        controls = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
+        methods = [*(name for name in controls if name not in methods), *methods]
+    students = students_of(methods, ["single"], ["l2"], [training.learning_rate])
+
+    folder = sweep(students, pair, weights, data_args, training, args.teacher_views)
+    if PartialState().is_main_process:
+        show(folder, students, training.seeds or [training.seed])
 
 
 def train_plain_student(

@@ -14,7 +14,7 @@ from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
-from kd.image_classification.student_model.sweep_students import DIVERGED, Student
+from kd.image_classification.student_model.sweep import DIVERGED, Student
 
 GROUP = ["label", "rate"]  # columns that identify a student
 

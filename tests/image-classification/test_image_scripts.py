@@ -20,8 +20,8 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import predict
+from kd.image_classification.student_model.sweep import Student
 from kd.image_classification.student_model.sweep_report import compare_students, rows_of
-from kd.image_classification.student_model.sweep_students import Student
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.paths import REPO
@@ -240,7 +240,7 @@ def test_runs_of_several_seeds_share_the_teacher(tmp_path, capsys):
 
 
 def test_the_seed_determines_the_student(teacher, simkd, tmp_path):
-    for name, seed in (("same", 42), ("other", 7)):
+    for name, seed in (("same", 0), ("other", 7)):
         script("train_simkd.py", *SHORT, *PAIR, "--teacher", teacher, "--no_control", "--seed", seed,
                "--output_dir", tmp_path / name)  # fmt: skip
     same, other = weights(tmp_path / "same"), weights(tmp_path / "other")
