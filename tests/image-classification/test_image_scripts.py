@@ -425,7 +425,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--validation_share", "0.9999"], "10 training images do not fill a batch of 64"),
         ("train_simkd.py", ["--validation_share", "1e-5"], "too few training rows to set 0.001% of them aside"),
         ("train_student.py", ["--teacher_views", "/dev/null/x"], "--teacher_views /dev/null/x cannot be written"),
-        ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 cannot see images of 4 pixels"),
+        ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 does not support images of 4 pixels"),
         ("train_student.py", ["--seed", "-1"], "--seed must be between 0"),
         ("train_student.py", ["--method", "simkd"], "train_simkd.py"),
         ("train_student.py", ["--method", "dkd", "--temperature", "2"], "--temperature applies to plain kd only"),
