@@ -76,7 +76,7 @@ def load_trained(folder: str, data: LabelledData) -> Classifier:
         config = ClassifierConfig.from_dict(read_json(Path(folder, "config.json")))
     if config.model_type != ClassifierConfig.model_type:
         raise UserError(
-            f"{folder} holds a {config.model_type}, not a classifier of example-domain: pass a student of distill.py"
+            f"{folder} holds a {config.model_type}, not a model of example-domain: pass a student of distill.py"
         )
     if config.label_names != data.label_names:
         raise UserError(
