@@ -259,12 +259,10 @@ def argument_types() -> list[type[Any]]:
         "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
-        *(
-            f"kd.image_classification.student_model.{name}"
-            for name in ("arguments", "bottleneck", "simkd", "sweep_students")
-        ),
+        *(f"kd.image_classification.student_model.{name}" for name in ("arguments", "bottleneck", "simkd")),
         "kd.image_classification.student_model.incremental",
-        *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
+        *(f"kd.image_classification.scripts.{name}" for name in ("prepare_data", "sweep", "train_student")),
+        "kd.image_classification.scripts.train_teacher",
         "kd.reinforcement_learning.student_model.arguments",
         "kd.reinforcement_learning.student_model.distiller",
         "kd.reinforcement_learning.teacher_model.teacher",
