@@ -1,6 +1,6 @@
 """What a text model is worth: metrics per split, computed the same way during training, at its end and afterwards."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -108,13 +108,6 @@ def one_text(splits: dict[str, Dataset], collate: Collate, device: torch.device)
 
 
 # ---- data on which a saved classifier is measured ----
-
-
-def add_data_arguments(parser: ArgumentParser) -> None:
-    """The flags that `load_data_of` reads."""
-    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config], local folder or file")
-    parser.add_argument("--text_columns", nargs="+", help="one column, or two for pairs")
-    parser.add_argument("--label_column")
 
 
 def load_data_of(model: str, args: Namespace) -> TextData:
