@@ -58,12 +58,12 @@ def digits_once() -> Iterator[None]:
 
     @cache
     def fingerprints() -> set[str]:
-        return {sources._stored(split, raw, "image")._fingerprint for split, raw in digits().items()}
+        return {sources.image_files(split, raw, "image")._fingerprint for split, raw in digits().items()}
 
-    def decode_once(split: sources.Rows, size: int | None) -> loading.Images:
+    def decode_once(split: sources.StoredImages, size: int | None) -> loading.Images:
         if split.source._fingerprint not in fingerprints():
             return decode(split, size)
-        key = split.source._fingerprint, split.places.numpy().tobytes(), size
+        key = split.source._fingerprint, split.indices.numpy().tobytes(), size
         if key not in decoded:
             decoded[key] = decode(split, size)
         return loading.Images(decoded[key].pixels.clone(), split.labels)

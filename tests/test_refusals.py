@@ -152,7 +152,7 @@ OF_SCRIPTS = [
     (IMAGES + "train_teacher.py", "--image_size 0", "--image_size must be at least 1"),
     (IMAGES + "train_teacher.py", "--temperature 3", "--temperature has no effect"),
     (IMAGES + "train_teacher.py", "--train_sampling_strategy group_by_length", "invalid choice"),
-    (IMAGES + "train_teacher.py", "--architecture timm:hf-hub:a/b", "timm knows no model"),
+    (IMAGES + "train_teacher.py", "--architecture timm:hf-hub:a/b", "timm has no model"),
     (IMAGES + "train_student.py", "--max_train_samples -5", "--max_train_samples must be at least 1"),
     (IMAGES + "train_student.py", "--teacher_epochs 0", "--teacher_epochs must be above 0"),
     (IMAGES + "train_student.py", "--method kd --seeds 3 --seed 3", "--seed has no effect"),

@@ -1,10 +1,10 @@
-"""Distills a BERT teacher into a smaller student with a discrete key-value bottleneck; the teacher may have one too.
+"""Distills a text classifier into a smaller one with a discrete key-value bottleneck; the teacher may have one too.
 
     python NLP/scripts/distill_bottleneck.py
     python NLP/scripts/distill_bottleneck.py NLP/scripts/new_keys.yaml --dataset clinc_oos
 
-Three of the four systems have `distill_*.sh` of their names: keys_carried, which is the default, and the recipes
-new_keys and student_only. The other, base, without any bottleneck, is distill_classifier.py.
+`distill_keys_carried.sh` runs the defaults, `distill_new_keys.sh` and `distill_student_only.sh` the recipes of these
+names. distill_classifier.py distills a student without a bottleneck.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -31,9 +31,9 @@ from kd.nlp.student_model.training import (
 
 def main() -> None:
     text, pair, bottleneck, training = parse(*ARGUMENTS)
-    reject_unused("the stages have --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
+    reject_unused("stages train for --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":
-        reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
+        reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
     inputs = load_inputs(text, pair, training, text.load())
     validate_arguments(inputs, pair, training)
     validate_bottleneck(inputs, pair, bottleneck)

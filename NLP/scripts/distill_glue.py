@@ -1,4 +1,4 @@
-"""Distills GLUE tasks by every system, over seeds, into one table.
+"""Distills GLUE tasks with several systems and seeds, and writes one table.
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
     bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base
@@ -59,8 +59,8 @@ from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
 class GlueRun(TrainerRun):
-    """The run of a system on a task. All systems share the stages of a seed but the student; only those of the same
-    pooling share the encoder that is aligned to the teacher's pooled states.
+    """The run of a system on a task. All systems share the stages of a seed, except the student. Systems with the same
+    pooling share the aligned encoder, because alignment matches pooled hidden states.
     """
 
     may_change = frozenset({"seeds"})
@@ -78,22 +78,22 @@ def main() -> None:
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
     folder = Path(str(training.output_dir))
-    sources = {task: glue.source(task) for task in glue.tasks}  # refuses now what would fail after hours of training
-    for task in glue.tasks:  # likewise
+    sources = {task: glue.source(task) for task in glue.tasks}
+    for task in glue.tasks:  # before the first task trains for hours
         classes = len(TASKS[task].label_names) or 1
         check_smoothing(training, task, classes)
         if "base" in glue.systems:
             check_method(matching.method, training, task, classes)
-    training.seed = 0  # of the inputs that a task begins with, whatever its seeds are
+    training.seed = 0  # of the initial models of a task, independent of --seeds
     with PartialState().main_process_first():
         lock = RunFolder(folder, ["glue.md"]) if PartialState().is_main_process else None
     for task in glue.tasks:
         text.dataset = sources[task]
         data = text.load()
-        limited = at_most(glue.max_samples_seen / len(data.splits["train"]), pair, training)
+        limited = limit_epochs(glue.max_samples_seen / len(data.splits["train"]), pair, training)
         distill_task(folder / task, glue.systems, data, text, *limited, bottleneck, matching)
     show(folder, glue.tasks)
-    del lock  # until now no other process works in the folder
+    del lock  # releases the folder for other processes
 
 
 def distill_task(
@@ -106,25 +106,26 @@ def distill_task(
     bottleneck: TextBottleneckArguments,
     matching: MatchingArguments,
 ) -> None:
-    """Distills all systems on one task. They share stages, so also later ones need the same arguments and inputs."""
+    """Distills all systems on one task. They share stages, so later systems need the same arguments and inputs."""
     inputs = load_inputs(text, pair, training, data, matching.ensemble_teachers if "base" in systems else [])
     validate_arguments(inputs, pair, training)
     if "base" in systems:
         validate_matching(inputs, pair, matching, training)
-    settings = {system: matching if system == "base" else of_system(bottleneck, system) for system in systems}
-    for setting in settings.values():
-        if isinstance(setting, TextBottleneckArguments):
-            validate_bottleneck(inputs, pair, setting)
+    arguments = {system: matching if system == "base" else arguments_of(system, bottleneck) for system in systems}
+    for system_arguments in arguments.values():
+        if isinstance(system_arguments, TextBottleneckArguments):
+            validate_bottleneck(inputs, pair, system_arguments)
     open_run(folder, inputs, training, text, pair, bottleneck, matching)
-    for system, setting in settings.items():
-        system_run = open_run(folder / system, inputs, training, text, pair, setting)
+    for system, system_arguments in arguments.items():
+        system_run = open_run(folder / system, inputs, training, text, pair, system_arguments)
         for seed_run in system_run.each_seed():
-            distill(seed_run, inputs_of_seed(inputs, text, pair, training, seed_run.args.seed), pair, setting)
+            seed_inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
+            distill(seed_run, seed_inputs, pair, system_arguments)
         system_run.summarize()
 
 
 def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> GlueRun:
-    """Opens a folder for a run of all seeds that are asked for or were finished before, or continues it."""
+    """Opens a folder for a new run, or continues the run in it. Its seeds are those of --seeds and finished ones."""
     training = copy.copy(training)
     training.output_dir = str(folder)
     training.resume_from_checkpoint = (folder / RECIPE).exists() and not starts_over(training)
@@ -138,8 +139,8 @@ def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *argum
 def distill(
     run: GlueRun, inputs: Inputs, pair: PairArguments, system: MatchingArguments | TextBottleneckArguments
 ) -> None:
-    """The run of one seed."""
-    epochs = pair.align_epochs + run.args.num_train_epochs  # of all controls, because they share the encoder
+    """Distills a system with one seed."""
+    epochs = pair.align_epochs + run.args.num_train_epochs  # of all controls, because systems share their encoder
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
@@ -158,18 +159,20 @@ def distill(
     report(run, inputs, method, pair.student, teacher, measured_teacher, control, student)
 
 
-def of_system(bottleneck: TextBottleneckArguments, system: str) -> TextBottleneckArguments:
+def arguments_of(system: str, bottleneck: TextBottleneckArguments) -> TextBottleneckArguments:
+    """The arguments of a system with a bottleneck."""
     system_arguments = copy.copy(bottleneck)
     system_arguments.bottleneck = "student" if system == "student_only" else "both"
     system_arguments.keys = "carried" if system == "keys_carried" else "new"
     return system_arguments
 
 
-def at_most(
+def limit_epochs(
     epochs: float, pair: PairArguments, training: KDTrainingArguments
 ) -> tuple[PairArguments, KDTrainingArguments]:
-    """Copies in which teacher's fine-tuning, alignment and student's fine-tuning take at most `epochs` each. The
-    control takes those of the latter two; values, which train on cached codes, keep theirs.
+    """Copies with at most `epochs` of fine-tuning the teacher, of alignment and of fine-tuning the student.
+
+    The values of a bottleneck keep their epochs, because they train on cached codes.
     """
     pair, training = copy.copy(pair), copy.copy(training)
     training.num_train_epochs = min(training.num_train_epochs, epochs)

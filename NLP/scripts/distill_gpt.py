@@ -4,9 +4,9 @@
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
-The student learns the teacher's distribution over each next token of the corpus: by forward KL (kd,
-arXiv:1503.02531), reverse KL (reverse_kl, arXiv:2306.08543) or generalized Jensen-Shannon divergence (js,
-arXiv:2306.13649), all on the corpus.
+The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
+arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
+divergence (js, arXiv:2306.13649).
 """
 
 from dataclasses import dataclass, field

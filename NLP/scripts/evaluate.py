@@ -1,5 +1,5 @@
-"""Measures a saved student or teacher on every labelled split but train, exactly as the run that made it did. Data
-with a test split alone, or of one file, can be measured too.
+"""Evaluates a saved classifier on every labelled split but train, exactly as its run did. The data may also be a
+single file, or have only a test split.
 
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json
@@ -15,7 +15,7 @@ PARSER.add_argument("--json", metavar="file", help="Also write the metrics to th
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from kd.common.reporting.results import show_metrics
+from kd.common.reporting.report import show_metrics
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.evaluation import evaluate, load_data_of
 from kd.nlp.teacher_model.teacher import load_trained
@@ -25,8 +25,7 @@ def main() -> None:
     args = PARSER.parse_args()
     data = load_data_of(args.model, args)
     classifier = load_trained(args.model, data)
-    texts = Texts.of(data, classifier.tokenizer)
-    measured, _ = evaluate(args.model, classifier.model, data, texts.splits, texts.collate)
+    measured, _ = evaluate(args.model, classifier.model, Texts.of(data, classifier.tokenizer))
     show_metrics(args.model, measured, args.json)
 
 

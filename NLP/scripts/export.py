@@ -52,7 +52,7 @@ from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
 from kd.common.utils.files import write_json, write_text, writing_folder
 from kd.nlp.data.loading import TextData, Texts
-from kd.nlp.student_model.evaluation import load_data_of, metrics_by_split, one_text, predict
+from kd.nlp.student_model.evaluation import load_data_of, median_text, metrics_by_split, predict_splits
 from kd.nlp.student_model.exportable import classifier_usage
 from kd.nlp.teacher_model.teacher import load_trained
 
@@ -98,7 +98,7 @@ def main() -> None:
             "task": data.name,
             "data": {"fingerprint": data.fingerprint},
             "primary_metric": data.primary_metric,
-            "models": measure(models, logits, data, partial),
+            "models": measure(models, logits, partial),
             "command": command(),
             "environment": environment("fp32", "cpu") | {"onnxruntime": onnxruntime.__version__},
         }
@@ -133,22 +133,17 @@ def export(student: PreTrainedModel, texts: Texts, formats: list[str], folder: P
     return models
 
 
-def predict_splits(model: Any, texts: Texts) -> dict[str, np.ndarray]:
-    """Logits by split, of every labelled split but train."""
-    return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
-
-
-def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], data: TextData, folder: Path) -> dict[str, Any]:
+def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], folder: Path) -> dict[str, Any]:
     """For each model its MiB on disk, latency of one text of median length, speed-up and metrics."""
     cpu = torch.device("cpu")
-    inputs = {name: (model, one_text(texts.splits, texts.collate, cpu)) for name, (model, texts) in models.items()}
+    inputs = {name: (model, median_text(texts, cpu)) for name, (model, texts) in models.items()}
     latencies = interleaved_latency(inputs)
     return {
         name: {
             "megabytes": (folder / FILES[name]).stat().st_size / 2**20 if name in FILES else megabytes(model),
             "latency_ms": latencies[name],
             "speedup": latencies["student"]["median"] / latencies[name]["median"],
-            "metrics": metrics_by_split(data, logits[name], texts.splits, logits["student"]),
+            "metrics": metrics_by_split(texts, logits[name], logits["student"]),
         }
         for name, (model, texts) in models.items()
     }

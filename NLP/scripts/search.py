@@ -1,10 +1,11 @@
-"""Searches the weight of the labels, the temperature and the learning rate with which a classifier is best distilled.
+"""Searches the weight of the labels, the temperature and the learning rate for distilling a classifier.
 
     python NLP/scripts/search.py --dataset intents --teacher runs/NLP/base/stages/teacher
 
-Optuna suggests, transformers' Trainer trains, the validation split decides; the test split is not read. The teacher is
-a trained classifier (here that of a run of distill_base.sh), whose logits are cached for all trials. A trial on labels
-alone, at the middle of the learning rates, is the reference. Writes search.json, search.md, search.png, best.yaml.
+Optuna suggests hyperparameters, transformers' Trainer trains a student with them, and the validation split decides.
+The test split is not used. The teacher is a trained classifier (here of a run of distill_base.sh). Its logits are
+cached for all trials. The control is a trial on labels alone, at the geometric mean of the learning rates. Writes
+search.json, search.md, search.png and best.yaml.
 """
 
 from dataclasses import replace
@@ -21,7 +22,7 @@ from transformers import set_seed
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.evaluation import evaluate, guessing
+from kd.nlp.student_model.evaluation import chance_warning, evaluate
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials
@@ -39,18 +40,20 @@ from kd.nlp.teacher_model.teacher import (
 def main() -> None:
     text, args, training = parse(*ARGUMENTS)
     reject_unused("--search varies it", training, *args.search)
-    reason = "trials keep no checkpoints, and have no bottleneck"
+    reason = "trials save no checkpoints and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
     if training.load_best_model_at_end:
-        raise UserError("trials keep no checkpoints: leave out --load_best_model_at_end")
+        raise UserError("trials save no checkpoints: leave out --load_best_model_at_end")
     if training.world_size > 1:
-        raise UserError("a search runs in one process: call this script without torchrun or accelerate launch")
+        raise UserError("a search runs in one process: start it without torchrun or accelerate launch")
     data = in_label_order(args.teacher, text.load())
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
     if data.regression and "temperature" in args.search:
-        raise UserError(f"{data.name} is a regression, whose loss has no temperature: --search alpha learning_rate")
+        raise UserError(
+            f"{data.name} is a regression, and its loss has no temperature: pass --search alpha learning_rate"
+        )
     check_smoothing(training, data.name, data.num_labels)
-    set_seed(training.seed)  # for the random head of a student that comes without one
+    set_seed(training.seed)  # for the random head of a student without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
     for start in (teacher, student):
@@ -60,19 +63,21 @@ def main() -> None:
     search_run = SearchRun(training, text, args)
     search_run.check_inputs(data.fingerprint, **models_and_tokenizers({"teacher": teacher, "student": student}))
 
-    entry, _ = evaluate(args.teacher, teacher.model, data, teacher_texts.splits, teacher_texts.collate)
-    search_run.warn(guessing(entry, data, teacher_texts.splits))
+    entry, _ = evaluate(args.teacher, teacher.model, teacher_texts)
+    search_run.warn(chance_warning(entry, teacher_texts))
     outputs = cached_outputs(search_run, teacher.model, teacher_texts)
     switch_off_dropout(student.model)
-    set_trainable(student.model)  # all but its embeddings, as distill_classifier.py does
-    tried = student.model, texts, outputs
-    control = None if training.no_control else run_trials(search_run, "control", args.control_ranges, 1, *tried)[0]
-    trials = run_trials(search_run, "trials", args.ranges, args.trials, *tried)
+    set_trainable(student.model)  # except its embeddings, as in distill_classifier.py
+    inputs = student.model, texts, outputs
+    control = None
+    if not training.no_control:
+        control = run_trials(search_run, "control", args.control_ranges, 1, *inputs)[0]
+    trials = run_trials(search_run, "trials", args.ranges, args.trials, *inputs)
     write_search_report(search_run, text, args, texts, trials, control)
 
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:
-    """The student that every trial starts with: named, or cut from the teacher."""
+    """The initial student of every trial: the model of --student, or a cut of the teacher."""
     start = load_classifier(args.student, data) if args.student else teacher
     if isinstance(start.model, BottleneckClassifier):
         raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")

@@ -1,6 +1,6 @@
 """A text classifier with a discrete key-value bottleneck after a frozen encoder.
 
-Loads alone, once this module is imported:
+Importing this module registers the architecture with transformers' Auto classes:
 
     from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
     model = BottleneckClassifier.from_pretrained("runs/NLP/keys_carried/student")
@@ -33,8 +33,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 class BottleneckConfig(FrozenEncoderConfig):
     """Configuration of a text encoder and of the bottleneck after it.
 
-    pooling: the mean of the real positions or the first position (`cls`) is looked up as one vector; `tokens`: every
-    position is looked up, and the fetched values are averaged.
+    pooling: The bottleneck looks up one vector, the `mean` of the positions or the first position (`cls`); or with
+        `tokens` each position, and averages the fetched values.
     """
 
     model_type = "bottleneck_classifier"
@@ -52,7 +52,7 @@ class BottleneckClassifier(FrozenEncoderModel):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config)
         if hasattr(self.encoder, "pooler"):
-            self.encoder.pooler = None  # the bottleneck reads the hidden states; nothing would train or use a pooler
+            self.encoder.pooler = None  # the bottleneck reads the hidden states
         self.bottleneck = DiscreteKeyValueBottleneck(
             config.encoder_config.hidden_size, config.num_labels or 1, **(config.bottleneck or {})
         )
@@ -60,7 +60,7 @@ class BottleneckClassifier(FrozenEncoderModel):
 
     @classmethod
     def around(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
-        """A new, untrained bottleneck after an encoder whose weights are copied. `labels` is id2label."""
+        """An untrained bottleneck after a copy of an encoder. `labels` is id2label."""
         config = BottleneckConfig(
             encoder_config=encoder.config,
             pooling=pooling,
@@ -73,7 +73,7 @@ class BottleneckClassifier(FrozenEncoderModel):
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initializes a bottleneck of which a checkpoint has no tensor; its tensors only fit together."""
+        """Initializes a bottleneck if a checkpoint has none of its tensors; they must not be mixed."""
         if isinstance(module, DiscreteKeyValueBottleneck):
             if not any(getattr(p, "_is_hf_initialized", False) for p in [*module.parameters(), *module.buffers()]):
                 module.reset()

@@ -1,4 +1,4 @@
-"""What a text model is worth: metrics per split, computed the same way during training, at its end and afterwards."""
+"""Evaluation of text classifiers and regressions: metrics per split, the same during training and afterwards."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -22,13 +22,15 @@ from kd.common.metrics.quality import (
     threshold_metrics,
 )
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
-from kd.nlp.data.loading import TextData, load_text_data
+from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
 from kd.nlp.teacher_model.teacher import labels_of
 
+Logits = dict[str, np.ndarray]  # (texts, classes) by split
+
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of the task, out-of-scope figures included where the task has that class."""
+    """The metrics of the task, including those of out-of-scope texts if the data have that class."""
     if data.regression:
         return regression_metrics(logits.reshape(-1), labels)
     return classification_metrics(logits, labels) | scope_metrics(logits, labels, data.label_names)
@@ -39,54 +41,39 @@ def trainer_metrics(data: TextData) -> Callable[[EvalPrediction], dict[str, floa
     return lambda prediction: text_metrics(data, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-def predict(model: PreTrainedModel, texts: Dataset, collate: Collate) -> np.ndarray:
-    """Logits (texts, classes) in the order of the dataset. Always fp32: what a user gets who just loads the model."""
+def evaluate(
+    name: str, model: PreTrainedModel, texts: Texts, teacher_logits: Logits | None = None
+) -> tuple[dict[str, Any], Logits]:
+    """A model's entry in results.json, and its logits. The entry has the agreement with `teacher_logits`."""
+    logits = predict_splits(model, texts)
+    metrics = metrics_by_split(texts, logits, teacher_logits)
+    return {"name": name, **cost(model, median_text(texts, model.device)), "metrics": metrics}, logits
 
-    def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+
+def predict_splits(model: Any, texts: Texts) -> Logits:
+    """Logits of every split but train."""
+    return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
+
+
+def predict(model: PreTrainedModel, rows: Dataset, collate: Collate) -> np.ndarray:
+    """Logits (texts, classes) of each row. Always in fp32, as for a user who loads the model."""
+
+    def call(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
 
-    return torch.stack(run_inference(model, logits, texts, collate, description="evaluating")["logits"]).numpy()
-
-
-def evaluate(
-    name: str,
-    model: PreTrainedModel,
-    data: TextData,
-    splits: dict[str, Dataset],
-    collate: Collate,
-    teacher_logits: dict[str, np.ndarray] | None = None,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A model's entry in results.json, and its logits by split, with which a student's agreement is measured."""
-    logits = {split: predict(model, rows, collate) for split, rows in splits.items() if split != "train"}
-    metrics = metrics_by_split(data, logits, splits, teacher_logits)
-    return {"name": name, **cost(model, one_text(splits, collate, model.device)), "metrics": metrics}, logits
-
-
-def guessing(entry: dict[str, Any], data: TextData, splits: dict[str, Dataset]) -> str | None:
-    """The warning where a measured teacher (its `entry`) is no better than chance."""
-    name, split, metric = entry["name"], validation_split(splits), data.primary_metric
-    metrics, labels = entry["metrics"][split], np.asarray(splits[split]["labels"])
-    if data.regression:
-        return regressor_warning(name, metrics, labels, metric, split)
-    return classifier_warning(name, metric, metrics[metric], labels, data.num_labels, split)
-
-
-def validation_split(splits: Iterable[str]) -> str:
-    """The first, where there are several."""
-    return next(name for name in splits if name.startswith("validation"))
+    return torch.stack(run_inference(model, call, rows, collate, description="evaluating")["logits"]).numpy()
 
 
 def metrics_by_split(
-    data: TextData,
-    logits: dict[str, np.ndarray],
-    splits: dict[str, Dataset],
-    teacher_logits: dict[str, np.ndarray] | None = None,
+    texts: Texts, logits: Logits, teacher_logits: Logits | None = None
 ) -> dict[str, dict[str, float]]:
-    """The metrics of logits by split. Where there are out-of-scope texts, also those with a threshold on the
-    confidence: the (first) validation split chooses it, and without one there is no threshold. With `teacher_logits`
-    the agreement.
+    """The metrics of the logits by split, including the agreement with `teacher_logits`.
+
+    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The first validation split
+    chooses the threshold; without a validation split there is none.
     """
-    labels = {split: np.asarray(splits[split]["labels"]) for split in logits}
+    data = texts.data
+    labels = {split: np.asarray(texts.splits[split]["labels"]) for split in logits}
     chooses = next((split for split in logits if split.startswith("validation")), None)
     threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names) if chooses else None
     metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
@@ -98,21 +85,36 @@ def metrics_by_split(
     return metrics
 
 
-def one_text(splits: dict[str, Dataset], collate: Collate, device: torch.device) -> dict[str, torch.Tensor]:
-    """A text of median length of the validation split, or of the one split there is: what latency and FLOPs are
-    measured on.
+def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
+    """A warning if a teacher, by its entry in results.json, is no better than chance on validation."""
+    data, name, split = texts.data, entry["name"], validation_split(texts.splits)
+    metric, metrics, labels = data.primary_metric, entry["metrics"][split], np.asarray(texts.splits[split]["labels"])
+    if data.regression:
+        return regressor_warning(name, metrics, labels, metric, split)
+    return classifier_warning(name, metric, metrics[metric], labels, data.num_labels, split)
+
+
+def validation_split(splits: Iterable[str]) -> str:
+    """The first validation split: MNLI has two."""
+    return next(name for name in splits if name.startswith("validation"))
+
+
+def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
+    """The inputs of a text of median length, for measuring latency and FLOPs. It comes from the first validation
+    split, or from the last split if there is none.
     """
+    splits = texts.splits
     rows = next((rows for split, rows in splits.items() if split.startswith("validation")), [*splits.values()][-1])
     middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
-    return {name: value.to(device) for name, value in collate([rows[middle]]).items() if name not in NOT_INPUTS}
+    return {name: t.to(device) for name, t in texts.collate([rows[middle]]).items() if name not in NOT_INPUTS}
 
 
-# ---- data on which a saved classifier is measured ----
+# ---- data for evaluating a saved classifier ----
 
 
 def load_data_of(model: str, args: Namespace) -> TextData:
-    """The data of the flags with the labels of `model`, a folder or Hub name; no train split is needed. Prints what
-    was inferred. Raises UserError where the data have other labels.
+    """The data that the flags name, with the class ids of `model` (folder or Hub name). No train split is needed.
+    Prints what was inferred. Raises UserError if the data have other labels.
     """
     kind, labels = labels_of(model)
     data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)

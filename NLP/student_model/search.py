@@ -1,7 +1,7 @@
-"""Trials of distillation settings, suggested by Optuna.
+"""Hyperparameter search with Optuna.
 
-Every trial trains the same student from the same weights, with the same seed, on labels and the teacher's cached
-logits, and is measured on the validation split. Trials are kept in a database in the run's folder.
+All trials train the same student from the same weights and with the same seed, on labels and on the teacher's cached
+logits. They are evaluated on the validation split, and stored in a database in the run's folder.
 """
 
 import copy
@@ -35,38 +35,43 @@ optuna.logging.set_verbosity(logging.WARNING)  # a line per trial would break th
 
 @dataclass(frozen=True)
 class Trial:
-    """`value` is the primary metric on validation after the last epoch of a complete trial, at the last evaluation of
-    one that was pruned (worse than the median of the others at that step) or diverged (the loss was not finite).
+    """A finished trial.
+
+    number: Counted from 1.
+    value: The primary metric on validation: after the last epoch of a complete trial, or at the last evaluation of a
+        pruned or diverged one.
+    state: complete; pruned (worse than the median of the other trials at the same step); or diverged (the loss became
+        infinite or NaN).
     """
 
-    number: int  # from 1
+    number: int
     parameters: dict[str, float]
     value: float | None
     seconds: float
-    state: str  # complete, pruned or diverged
+    state: str
 
     @property
     def score(self) -> float:
-        """The value, for sorting."""
+        """The value, or minus infinity if there is none."""
         return -math.inf if self.value is None else self.value
 
 
 class SearchRun(TrainerRun):
-    """A run whose outputs are those of a search."""
+    """The run of a search: its output files and its database."""
 
     last_file = "search.json"
     files = (*TrainerRun.files, "search.json", "search.md", "search.png", "best.yaml", "checkpoints/search.db*")
 
     @property
     def storage(self) -> optuna.storages.RDBStorage:
-        """SQLite: a process that is killed while it writes leaves no broken line, as in a journal file."""
+        """SQLite, because a journal file is damaged if the process is killed while it writes."""
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
         return optuna.storages.RDBStorage(f"sqlite:///{folder.resolve() / 'search.db'}")
 
 
 class Pruning(TrainerCallback):
-    """Reports each evaluation to a trial, and stops a training that Optuna's pruner finds hopeless."""
+    """Reports each evaluation to the trial, and stops training if Optuna's pruner prunes it."""
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:
         self.trial, self.metric, self.pruned = trial, f"eval_{metric}", False
@@ -87,10 +92,10 @@ def run_trials(
     texts: Texts,
     teacher_outputs: TeacherOutputs,
 ) -> list[Trial]:
-    """`count` finished trials of parameters from `ranges`: those of the study `name`, and the ones that it lacks.
+    """Runs trials until the study `name` has `count` finished ones, with parameters from `ranges`. Returns them all.
 
-    Suggestions follow from the seed and the finished trials alone, so interruptions change nothing; a trial that was
-    running when its process was killed is run again. The student is copied for each trial.
+    Suggestions depend only on the seed and the finished trials, so a continued search gives the same trials. A trial
+    whose process was killed is run again. Each trial trains a copy of the student.
     """
     study = optuna.create_study(study_name=name, storage=run.storage, direction="maximize", load_if_exists=True)
     for killed in study.get_trials(states=(TrialState.RUNNING,)):
@@ -107,7 +112,7 @@ def run_trials(
             )
             bar.update()
             bar.set_postfix_str(f"last {metric} {number(finished_trials(study)[-1].value)}")
-    return [_plain(i, trial) for i, trial in enumerate(finished_trials(study), 1)]
+    return [_summary(i, trial) for i, trial in enumerate(finished_trials(study), 1)]
 
 
 def train_trial(
@@ -119,8 +124,9 @@ def train_trial(
     texts: Texts,
     teacher_outputs: TeacherOutputs,
 ) -> float:
-    """Trains one trial; returns the primary metric on validation. Raises TrialPruned where the trial was stopped, or
-    the loss is not finite.
+    """Trains one trial and returns the primary metric on validation.
+
+    Raises TrialPruned if the trial is pruned or diverges.
     """
     data, args = texts.data, copy.copy(run.args)
     for parameter, (low, high) in ranges.items():
@@ -141,10 +147,10 @@ def train_trial(
         compute_metrics=trainer_metrics(data),
         callbacks=[pruning],
     )
-    trainer.remove_callback(PrinterCallback)  # there is one bar, over trials
+    trainer.remove_callback(PrinterCallback)  # there is one progress bar, over trials
     try:
         trainer.train()
-    except UserError as error:  # a loss that is not finite is a fault of these parameters, not of others
+    except UserError as error:  # the loss became infinite or NaN with these parameters
         trial.set_user_attr("diverged", str(error))
         raise optuna.TrialPruned(str(error)) from error
     if pruning.pruned:
@@ -156,10 +162,10 @@ def train_trial(
 
 
 def best(trials: list[Trial]) -> Trial:
-    """The complete trial of the highest value, the first of equals. Raises UserError where every trial diverged."""
+    """The complete trial with the highest value, the first one in a tie. Raises UserError if every trial diverged."""
     complete = [trial for trial in trials if trial.state == "complete"]
     if not complete:
-        raise UserError("no trial came to its end: every loss became infinite or NaN; search lower learning rates")
+        raise UserError("all trials diverged (the loss became infinite or NaN): lower --learning_rate_range")
     return max(complete, key=lambda trial: trial.score)
 
 
@@ -167,7 +173,7 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 
-def _plain(place: int, trial: FrozenTrial) -> Trial:
+def _summary(number: int, trial: FrozenTrial) -> Trial:
     state = "diverged" if "diverged" in trial.user_attrs else trial.state.name.lower()
     seconds = trial.duration.total_seconds() if trial.duration else 0.0
-    return Trial(place, dict(trial.params), trial.value, seconds, state)
+    return Trial(number, dict(trial.params), trial.value, seconds, state)

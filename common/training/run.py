@@ -25,9 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
-from kd.common.reporting.comparison import over_seeds
-from kd.common.reporting.model_card import Savable, save_student
-from kd.common.reporting.results import RECIPE, RESULTS, print_table, write_report
+from kd.common.reporting.report import Savable, print_table, save_student, write_report
+from kd.common.reporting.results import RECIPE, RESULTS, over_seeds
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import eager_attention_on_cpu
 from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
@@ -243,6 +242,7 @@ class Run:
             "primary_metric": {"split": split, "name": metric},
             "retention": retention,
             "floor": floor,
+            "lower_is_better": lower_is_better,
             "gain_over_control": gain,
             "seconds": seconds | {"total": self.total_seconds},
             "environment": environment(self.args.precision, best_device()),

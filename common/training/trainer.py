@@ -1,12 +1,12 @@
-"""The trainer of all supervised distillation: transformers' Trainer with an objective and a frozen teacher.
+"""KDTrainer: transformers' Trainer with an objective and a frozen teacher.
 
 What it adds to its parent:
 
-- The loss is an `Objective` over named outputs, whose parts are logged.
-- The teacher is frozen, in eval mode, and in no optimizer or checkpoint; or only its cached outputs are there.
+- The loss is an `Objective` over named outputs, whose terms are logged.
+- The teacher is frozen and in eval mode, and not part of optimizer and checkpoints. Cached outputs can replace it.
 - The gradient of a step is that of its samples as one batch, for any number of accumulation steps and processes.
 - A non-finite loss or weight stops the run, or excludes one of several students.
-- A checkpoint counts only while it is whole.
+- Training resumes only from complete checkpoints (`CheckpointTrainer`).
 """
 
 import math
@@ -43,19 +43,19 @@ OBJECTIVE_FILE = "objective.safetensors"
 
 
 class KDTrainer(CheckpointTrainer):
-    """Trains `model` for `objective`, with a live teacher, with cached teacher outputs, or with neither.
+    """Trains `model` to minimize `objective`, with a live teacher, with cached teacher outputs, or without a teacher.
 
     Args:
-        objective: the loss. Its parameters (auxiliary parameters) are optimized, clipped and checkpointed with the
+        objective: The loss. Its parameters (auxiliary parameters) are optimized, clipped and checkpointed with the
             student's, and never ship.
-        teacher: a model that runs under no_grad on the same inputs.
-        teacher_outputs: cached outputs of a teacher for the training samples; batches must hold `sample_id`.
-        teacher_views: a table of the logits of `teacher` for each view; batches must hold `sample_id` and `view`.
+        teacher: Runs under no_grad on the same inputs.
+        teacher_outputs: Cached outputs of a teacher for the training samples. Batches need `sample_id`.
+        teacher_views: A table of the logits of `teacher` for each view. Batches need `sample_id` and `view`.
         features, teacher_features: {name: path of a submodule} whose outputs become named features of either model.
-        not_for_student: inputs that only the teacher takes.
+        not_for_student: Inputs that only the teacher takes.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
+    loss_is_scaled_for_ga = True  # compute_loss scales each micro-batch by its share of the step's samples
     args: KDTrainingArguments
     model: nn.Module
     objective: Objective | SideBySideObjective
@@ -109,29 +109,27 @@ class KDTrainer(CheckpointTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._interrupted.is_set():
             raise KeyboardInterrupt
+        is_first = self.state.global_step == self._initial_global_step
         try:
-            with self._watching_for_single_values():
+            with self._checking_last_batch() if is_first else nullcontext():
                 return super().training_step(*args, **kwargs)
         except ValueError as error:
-            if "more than 1 value per channel" in str(error):  # of torch's batch norm
+            if "more than 1 value per channel" in str(error):  # from torch's batch norm
                 raise UserError(TOO_SMALL) from None
             raise
 
-    def _watching_for_single_values(self) -> AbstractContextManager[None]:
-        """In the first step, where the last batch of an epoch will hold one sample: an error now, not after an epoch.
-        With several processes accelerate fills up the last batches.
+    def _checking_last_batch(self) -> AbstractContextManager[None]:
+        """If the last batch of an epoch will have one sample, raises UserError in the first step for a batch norm that
+        could not train on it. With several processes accelerate completes the last batches.
         """
-        batch, is_first = self._train_batch_size, self.state.global_step == self._initial_global_step
-        if not is_first or self.args.world_size > 1 or not has_length(self.train_dataset):
+        if self.args.world_size > 1 or self.args.dataloader_drop_last or not has_length(self.train_dataset):
             return nullcontext()
-        samples = len(self.train_dataset)
+        samples, batch = len(self.train_dataset), self._train_batch_size
         batches = math.ceil(samples / batch)
-        ends_with_one = samples - (batches - 1) * batch == 1 and not self.args.dataloader_drop_last
-        if not ends_with_one or batches > self.state.max_steps * self.args.gradient_accumulation_steps:
+        is_reached = batches <= self.state.max_steps * self.args.gradient_accumulation_steps
+        if samples - (batches - 1) * batch > 1 or not is_reached:
             return nullcontext()
         return checking_batch_norm_inputs(min(batch, samples), self.model, self.objective)
-
-    # ---- the loss of one micro-batch ----
 
     def compute_loss(
         self,
@@ -140,10 +138,12 @@ class KDTrainer(CheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """The loss of one micro-batch."""
         labels, sample_ids, views = (inputs.pop(name, None) for name in ("labels", "sample_id", "view"))
-        size = _items(inputs, labels)
-        # The mean over the step's items is what one big batch would give; data parallel averages over processes.
-        share = 1.0 if num_items_in_batch is None else size * self.args.world_size / num_items_in_batch
+        # The mean over the step's items is the loss of one big batch; data parallelism averages over processes.
+        share = 1.0
+        if num_items_in_batch is not None:
+            share = _items(inputs, labels) * self.args.world_size / num_items_in_batch
         student = self._student_forward(model, inputs)
         student.sample_id = sample_ids
         teacher = self._teacher_forward(inputs, sample_ids, views)
@@ -160,17 +160,22 @@ class KDTrainer(CheckpointTrainer):
         self._parts_weight += share  # one per optimizer step
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int:
-        """Number of samples, or of tokens that count, in this optimizer step over all micro-batches and processes."""
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Number of samples, or of tokens with a label, in this optimizer step over all micro-batches and processes.
+        None if the step is one micro-batch.
+        """
+        if self.args.world_size == 1 and len(batch_samples) == 1:
+            return None
         number = sum(_items(batch, batch.get("labels")) for batch in batch_samples)
         if self.args.world_size == 1:
-            return number  # on the host: a copy to a GPU would wait for it
+            return number  # stays on the host: a copy to a GPU would wait for it
         return self.accelerator.gather(torch.tensor(number, device=device)).sum()
 
     def _student_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
         student_inputs = {name: value for name, value in inputs.items() if name not in self.not_for_student}
-        return _named_outputs(model(**student_inputs), self._hooks.take(), inputs)
+        return _named_outputs(model(**student_inputs), self._hooks, inputs)
 
+    @torch.no_grad()
     def _teacher_forward(
         self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None
     ) -> Outputs | None:
@@ -179,26 +184,23 @@ class KDTrainer(CheckpointTrainer):
                 raise ValueError("cached teacher outputs need a `sample_id` column in the training data")
             mask = inputs.get("attention_mask")
             return self.teacher_outputs.batch(sample_ids, None if mask is None else mask.shape[1], self.args.device)
-        if self.teacher is None:
+        if self.teacher is None or self._teacher_hooks is None:
             return None
-        if self.teacher_views is not None:
-            if sample_ids is None or views is None:
-                raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
-            return self.teacher_views.batch(sample_ids, views, lambda rows: self._teacher_logits(inputs, rows))
-        return self._run_teacher(inputs)
-
-    @torch.no_grad()
-    def _run_teacher(self, inputs: dict[str, Any]) -> Outputs:
-        assert self.teacher is not None and self._teacher_hooks is not None
-        return _named_outputs(self.teacher(**inputs), self._teacher_hooks.take(), inputs)
+        if self.teacher_views is None:
+            return _named_outputs(self.teacher(**inputs), self._teacher_hooks, inputs)
+        if sample_ids is None or views is None:
+            raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
+        return self.teacher_views.batch(sample_ids, views, lambda rows: self._teacher_logits(inputs, rows))
 
     def _teacher_logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-        logits = self._run_teacher({name: value[rows] for name, value in inputs.items()}).logits
+        assert self.teacher is not None and self._teacher_hooks is not None
+        batch = {name: value[rows] for name, value in inputs.items()}
+        logits = _named_outputs(self.teacher(**batch), self._teacher_hooks, batch).logits
         assert logits is not None
         return logits
 
     def _check_finite(self, weights: bool = False) -> None:
-        """Stops the training where the recorded losses, or the weights, of all students are non-finite."""
+        """Stops the training if the recorded losses, or the weights, of all students are not finite."""
         any_left = self._divergence.check_losses(lambda: last_checkpoint(str(self.args.output_dir)))
         if any_left and weights:
             any_left = self._divergence.check_weights(self.state.global_step, self._modules_by_student())
@@ -227,7 +229,7 @@ class KDTrainer(CheckpointTrainer):
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, "mean")
             means = {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
-            logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # without diverged students
+            logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # no diverged students
             self._parts.clear()
             self._parts_weight.zero_()
         super().log(logs, start_time)
@@ -241,7 +243,7 @@ class KDTrainer(CheckpointTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Logits and labels only: an evaluation loss would need teacher outputs for the evaluation data."""
+        """Returns logits and labels but no loss, which would need teacher outputs for the evaluation data."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
         for name in ("sample_id", "view"):
@@ -253,7 +255,7 @@ class KDTrainer(CheckpointTrainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The parent's, with the parameter groups that submodules name and the objective's parameters added."""
+        """The parent's optimizer, with the parameter groups of submodules and the auxiliary parameters added."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -272,7 +274,7 @@ class KDTrainer(CheckpointTrainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices and convolutions; no biases, no norms of any kind, unless everything is to decay."""
+        """Matrices and convolutions; biases and norms of any kind only with --decay_norm_and_bias."""
         if self.args.decay_norm_and_bias:
             return [name for name, _ in model.named_parameters()]
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
@@ -281,13 +283,13 @@ class KDTrainer(CheckpointTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The parent's, or a tenth of the learning rate after each of `lr_milestones` (in epochs)."""
+        """The parent's schedule, or a tenth of the learning rate after each of `lr_milestones` (in epochs)."""
         if self.args.lr_milestones is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         steps_per_epoch = num_training_steps / self.args.num_train_epochs
         milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
         optimizer = optimizer or self.optimizer
-        assert optimizer is not None, "the optimizer comes before its schedule"
+        assert optimizer is not None, "create the optimizer before its schedule"
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.1 ** sum(step >= milestone for milestone in milestones)
         )
@@ -317,7 +319,7 @@ class KDTrainer(CheckpointTrainer):
         return LengthGroupedSampler(lengths, step, self.args.seed)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """`dataloader_drop_last` applies to training batches only: evaluation covers all samples."""
+        """Applies `dataloader_drop_last` to training batches only: evaluation covers all samples."""
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
         try:
@@ -326,7 +328,7 @@ class KDTrainer(CheckpointTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self.train_dataset, "set_epoch"):  # accelerate forgets it on several processes and after resuming
+        if hasattr(self.train_dataset, "set_epoch"):  # accelerate omits it with several processes and after resuming
             self.train_dataset.set_epoch(epoch)  # type: ignore[union-attr]
         return super()._run_epoch(model, epoch, *args, **kwargs)
 
@@ -351,18 +353,20 @@ class KDTrainer(CheckpointTrainer):
         self._hooks.remove()
         if self._teacher_hooks is not None:
             self._teacher_hooks.remove()
-        for model in (m for m in (self.model_wrapped, self.teacher) if m is not None):  # a compiled one has no truth
+        for model in (
+            m for m in (self.model_wrapped, self.teacher) if m is not None
+        ):  # bool() of a compiled model fails
             unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            # What accelerate leaves behind: with the mark, the next trainer would not autocast it or its copies.
+            # accelerate leaves these; with the first, the next trainer would not autocast the model or its copies.
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The groups that submodules name by a method `parameter_groups() -> {name: parameters}`.
+    """The groups that submodules return from a method `parameter_groups() -> {name: parameters}`.
 
-    A group is trained with --NAME_learning_rate, if it is set, and without weight decay.
+    If --NAME_learning_rate is set, a group trains with that rate and without weight decay.
     """
     groups: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in model.modules():
@@ -373,14 +377,14 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
-    """How many items a micro-batch's mean is over: samples, or the positions whose labels are not IGNORED."""
+    """Number of items that a micro-batch's mean is over: samples, or positions whose label is not IGNORED."""
     if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
         return int((labels != IGNORED).sum())
     return len(next(iter(batch.values())))
 
 
-def _named_outputs(output: Any, hooked: dict[str, Tensor], inputs: dict[str, Any]) -> Outputs:
-    """The output of any model as `Outputs`, with its hooked features."""
+def _named_outputs(output: Any, hooks: FeatureHooks, inputs: dict[str, Any]) -> Outputs:
+    """The output of any model as `Outputs`, with the features that its hooks recorded."""
     logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
     features = (output.get("features") if hasattr(output, "get") else None) or {}
-    return Outputs(logits=logits, features={**features, **hooked}, mask=inputs.get("attention_mask"))
+    return Outputs(logits=logits, features={**features, **hooks.take()}, mask=inputs.get("attention_mask"))

@@ -1,4 +1,4 @@
-"""Loads image datasets: small images into one uint8 tensor in memory, large ones as files that are decoded later."""
+"""Loads image datasets: small images into one uint8 tensor in memory, large ones as files that views decode."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,21 @@ from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import map_label_ids, shorten_list
 from kd.common.data.sources import choose_validation, short_name, stratified
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.sources import Rows, read_rows
+from kd.image_classification.data.sources import StoredImages, read_images
 from kd.image_classification.data.views import ImageViews, LargeViews, StrongViews, Views
+
+MAX_SIZE_IN_MEMORY = 64  # pixels; larger images are decoded for each batch
+MEMORY = 8 * 2**30  # bytes for the pixels of a dataset
+IMAGENET_SIZE = 224
+SPLITS = ("train", "validation", "test")
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of pretrained networks
+READ_AT_ONCE = 2**30  # bytes of files up to which the fingerprint reads all of them
+HASHED = 500  # minimum number of images that the fingerprint reads of a larger split
+CHECKED = 50_000  # maximum number of images of a split that are checked before training
 
 
 class Split(Protocol):
-    """Images of which the labels (images,) int64 are known."""
+    """Images with labels (images,) int64."""
 
     @property
     def labels(self) -> Tensor: ...
@@ -30,20 +39,20 @@ class Split(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """A dataset of square images: train (not where a model is only evaluated), and validation or test or both."""
+    """A dataset of square images: train (unless a model is only evaluated), and validation or test or both."""
 
     name: str
     splits: Mapping[str, Split]
     label_names: list[str]  # by class id
-    mean: list[float]  # per channel, of pixels between 0 and 1; a single one where all images are grey
+    mean: list[float]  # per channel, of pixels between 0 and 1; a single value if all images are grey
     std: list[float]
     size: int  # of the model's input, in pixels
     fingerprint: str  # of the contents
-    notes: list[str] = field(default_factory=list)  # what a reader of a report should know
+    notes: list[str] = field(default_factory=list)  # for the report
 
     @property
     def selection_split(self) -> str:
-        """The split on which choices are made and headlines reported: test only where nothing was set aside."""
+        """The split for model selection and headline metrics: test only if there is no validation split."""
         return "validation" if "validation" in self.splits else "test"
 
     @property
@@ -60,8 +69,11 @@ class ImageData:
     def views(
         self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
     ) -> ImageViews:
-        """The images of a split, each always the same, or (`augment`) another view of it in every epoch, or (`strong`)
-        two. Raises UserError for `strong` where there are no such views.
+        """The images of a split.
+
+        Args:
+            augment: draw another view of each image in every epoch.
+            strong: also return a strongly augmented view of each image. Raises UserError for large images.
         """
         raise NotImplementedError
 
@@ -79,15 +91,15 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class SmallImageData(ImageData):
-    """A dataset of small images, whole in memory; mean and std are those of its training pixels."""
+    """Small images in memory. Mean and std are those of the training pixels."""
 
     splits: dict[str, Images]
-    flip: bool  # whether an image and its mirror image show the same
+    flip: bool  # whether a mirrored image keeps its class
 
     def views(
         self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
     ) -> Views:
-        """The images of a split as they are, or with random crops (and flips, where they mean the same)."""
+        """Views of a split: whole images, or (`augment`) random crops, mirrored half of the time if `flip`."""
         images = self.splits[split]
         padding, flip = (max(1, self.size // 8), self.flip) if augment else (0, False)
         kind = StrongViews if strong else Views
@@ -96,32 +108,20 @@ class SmallImageData(ImageData):
 
 @dataclass(frozen=True, kw_only=True)
 class LargeImageData(ImageData):
-    """A dataset of images of any shape, decoded when a batch needs them.
+    """Images of any shape, decoded for each batch.
 
-    Training needs `--dataloader_num_workers`, of which each decodes some hundred images a second.
+    Training needs `--dataloader_num_workers`: each worker decodes a few hundred images per second.
     """
 
-    splits: dict[str, Rows]
+    splits: dict[str, StoredImages]
 
     def views(
         self, split: str, device: torch.device, augment: bool = False, seed: int = 0, strong: bool = False
     ) -> LargeViews:
-        """The centre of each image, or (`augment`) a random part of it, mirrored half of the time."""
+        """Views of a split: center crops, or (`augment`) random resized crops, mirrored half of the time."""
         if strong:
             raise UserError("--strong_augmentation needs images of at most 64 pixels: leave it out")
         return LargeViews(self.splits[split], self.size, self.mean, self.std, device, augment, seed)
-
-
-__all__ = ["ImageData", "Images", "LargeImageData", "SmallImageData", "load_image_data"]
-
-LARGEST_IN_MEMORY = 64  # pixels across; what is resized to more is decoded when it is needed
-MEMORY = 8 * 2**30  # bytes that the pixels of a dataset may take
-IMAGENET_SIZE = 224
-SPLITS: list[str] = ["train", "validation", "test"]
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # which pretrained networks expect
-READ_AT_ONCE = 2**30  # bytes of files that the fingerprint reads whole: a second or two
-HASHED = 500  # images of a larger split of which the fingerprint reads at least so many
-CHECKED = 50_000  # images of a split of which at most about so many are opened before training
 
 
 def load_image_data(
@@ -133,72 +133,72 @@ def load_image_data(
     max_train_samples: int | None = None,
     label_names: list[str] | None = None,
 ) -> ImageData:
-    """Loads `dataset` and sets a stratified share of train aside where it has no validation split.
+    """Loads `dataset`, and moves a stratified share of train to a missing validation split.
 
-    image_size: resize to that many pixels; otherwise all images must be square and of one size. Above
-        LARGEST_IN_MEMORY, and for ImageNet, the images are a LargeImageData.
-    max_train_samples: keep that many training images, the same ones every time, the classes in proportion.
-    label_names: the classes, by id, of a model that is to be evaluated. The dataset has these or some of them. A train
-        split is not needed, and not returned.
+    Args:
+        image_size: resize to that many pixels; otherwise all images must be square and of one size. Above
+            MAX_SIZE_IN_MEMORY, and for ImageNet, the result is a LargeImageData.
+        max_train_samples: maximum number of training images, a fixed stratified sample.
+        label_names: the classes, by id, of a model that is evaluated. The dataset has some or all of them. Its train
+            split is optional, and not returned.
     """
-    splits, class_names, notes = read_rows(dataset, image_column, label_column, label_names)
-    splits = _divide(dataset, splits, validation_share, max_train_samples, notes)
+    splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
+    splits = _make_validation(dataset, splits, validation_share, max_train_samples, notes)
     if label_names is not None:
         splits.pop("train", None)
-        ids = {split: rows.labels.numpy() for split, rows in splits.items()}
+        ids = {split: images.labels.numpy() for split, images in splits.items()}
         ids = map_label_ids(dataset, ids, class_names, label_names)
-        splits = {split: replace(rows, labels=torch.from_numpy(ids[split])) for split, rows in splits.items()}
+        splits = {split: replace(images, labels=torch.from_numpy(ids[split])) for split, images in splits.items()}
         class_names = label_names
-        if image_size and any(rows.image(0).size != (image_size, image_size) for rows in splits.values()):
+        if image_size and any(images.image(0).size != (image_size, image_size) for images in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name = short_name(dataset)
     if dataset == "imagenet":
         return _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
-    if image_size is not None and (image_size > LARGEST_IN_MEMORY or not _fit_in_memory(splits, image_size, notes)):
+    if image_size is not None and (image_size > MAX_SIZE_IN_MEMORY or not _fits_memory(splits, image_size, notes)):
         return _large_images(name, splits, class_names, image_size, notes)
     return _small_images(name, splits, class_names, image_size, notes)
 
 
-def _divide(
-    dataset: str, splits: dict[str, Rows], validation_share: float, max_train_samples: int | None, notes: list[str]
-) -> dict[str, Rows]:
-    """Train with so many images, and validation, where there is to be one, and test."""
+def _make_validation(
+    dataset: str, splits: dict[str, StoredImages], share: float, max_train_samples: int | None, notes: list[str]
+) -> dict[str, StoredImages]:
+    """Moves a share of train to a missing validation split, then limits the number of training images."""
     train = splits.get("train")
-    if train is not None and "validation" not in splits and validation_share > 0:
-        aside = choose_validation(train.labels.numpy(), notes, validation_share, " or pass another --validation_share")
-        splits["validation"], train = (train[torch.from_numpy(chosen)] for chosen in (aside, ~aside))
+    if train is not None and "validation" not in splits and share > 0:
+        chosen = choose_validation(train.labels.numpy(), notes, share, " or pass another --validation_share")
+        splits["validation"], train = (train[torch.from_numpy(part)] for part in (chosen, ~chosen))
     if train is not None and not {"validation", "test"} & splits.keys():
         raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
     if train is not None and max_train_samples is not None and max_train_samples < len(train):
-        whole = len(train)
-        train = train[torch.from_numpy(stratified(train.labels.numpy(), max_train_samples / whole))]
-        notes.append(f"{len(train):,} of the {whole:,} training images were used")
-    divided = splits if train is None else splits | {"train": train}
-    return {name: divided[name] for name in SPLITS if name in divided}
+        total = len(train)
+        train = train[torch.from_numpy(stratified(train.labels.numpy(), max_train_samples / total))]
+        notes.append(f"{len(train):,} of the {total:,} training images were used")
+    splits = splits if train is None else splits | {"train": train}
+    return {name: splits[name] for name in SPLITS if name in splits}
 
 
-def _missing_classes(splits: dict[str, Rows], names: list[str]) -> list[str]:
-    """One line for each split that lacks some classes."""
-    lines = []
-    for split, rows in splits.items():
-        there = set(rows.labels.tolist())
-        missing = [name for number, name in enumerate(names) if number not in there]
+def _missing_classes(splits: dict[str, StoredImages], names: list[str]) -> list[str]:
+    """One note per split that lacks some classes."""
+    notes = []
+    for split, images in splits.items():
+        present = set(images.labels.tolist())
+        missing = [name for i, name in enumerate(names) if i not in present]
         if missing:
-            lines.append(
-                f"classes without an image in {split}: {len(missing):,} of {len(names):,} ({shorten_list(missing)})"
-            )
-    return lines
+            number = f"{len(missing):,} of {len(names):,}"
+            notes.append(f"classes without an image in {split}: {number} ({shorten_list(missing)})")
+    return notes
 
 
 # ---------------------------------------------------------------- small images
 
 
 def _small_images(
-    name: str, splits: dict[str, Rows], label_names: list[str], size: int | None, notes: list[str]
+    name: str, splits: dict[str, StoredImages], label_names: list[str], size: int | None, notes: list[str]
 ) -> SmallImageData:
     images = _decode_all(splits, size)
-    pixels = next(iter(images.values())).pixels  # those of train, where it is there
+    pixels = next(iter(images.values())).pixels  # of train, if there is a train split
     mean, std = channel_statistics(pixels)
 
     def contents() -> Iterator[object]:
@@ -215,14 +215,14 @@ def _small_images(
         mean=mean,
         std=std,
         size=pixels.shape[1],
-        flip=pixels.shape[-1] == 3,  # what is grey is mostly writing, which has no mirror image
+        flip=pixels.shape[-1] == 3,  # grey images are mostly writing, which must not be mirrored
         fingerprint=data_fingerprint(contents()),
         notes=notes,
     )
 
 
 def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of pixels (images, h, w, channels), on a scale from 0 to 1."""
+    """Mean and standard deviation per channel of pixels (images, h, w, channels), scaled to 0 to 1."""
     sums = torch.zeros(2, pixels.shape[-1], dtype=torch.float64)
     for chunk in pixels.split(4096):
         values = chunk.double() / 255
@@ -232,28 +232,28 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     return [round(value, 4) for value in mean.tolist()], [max(round(value, 4), 1e-4) for value in std.tolist()]
 
 
-def _fit_in_memory(splits: dict[str, Rows], size: int, notes: list[str]) -> bool:
-    needed = _bytes_of(splits, size, size)
+def _fits_memory(splits: dict[str, StoredImages], size: int, notes: list[str]) -> bool:
+    needed = _pixel_bytes(splits, size, size)
     if needed > MEMORY:
-        notes.append(f"decoded when needed: in memory the images would take {needed / 2**30:.1f} GiB")
+        notes.append(f"decoded for each batch: in memory the images would take {needed / 2**30:.1f} GiB")
     return needed <= MEMORY
 
 
-def _bytes_of(splits: dict[str, Rows], width: int, height: int) -> int:
+def _pixel_bytes(splits: dict[str, StoredImages], width: int, height: int) -> int:
     channels = len(next(iter(splits.values())).image(0).getbands())
     return sum(map(len, splits.values())) * width * height * channels
 
 
-def _decode_all(splits: dict[str, Rows], size: int | None) -> dict[str, Images]:
+def _decode_all(splits: dict[str, StoredImages], size: int | None) -> dict[str, Images]:
     if size is None:
         width, height = next(iter(splits.values())).image(0).size
-        needed = _bytes_of(splits, width, height)
+        needed = _pixel_bytes(splits, width, height)
         if needed > MEMORY:
             raise UserError(
                 f"images of {width}x{height} pixels would take {needed / 2**30:.1f} GiB in memory: pass --image_size "
-                f"N; above {LARGEST_IN_MEMORY} they are decoded when they are needed"
+                f"N; above {MAX_SIZE_IN_MEMORY} they are decoded for each batch"
             )
-    images = {name: _decode(rows, size) for name, rows in splits.items()}
+    images = {name: _decode(stored, size) for name, stored in splits.items()}
     sizes = sorted({split.pixels.shape[1] for split in images.values()})
     if len(sizes) > 1:
         raise UserError(f"the splits hold images of different sizes ({sizes} pixels): pass --image_size N")
@@ -261,40 +261,40 @@ def _decode_all(splits: dict[str, Rows], size: int | None) -> dict[str, Images]:
     return {name: Images(i.pixels.expand(-1, -1, -1, channels), i.labels) for name, i in images.items()}
 
 
-def _decode(rows: Rows, size: int | None) -> Images:
-    """Grey images are of one channel, unless there are others in colour."""
+def _decode(stored: StoredImages, size: int | None) -> Images:
+    """Decodes a split: one channel if all images are grey, else three."""
     pixels: np.ndarray[Any, Any] | None = None
-    for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", leave=False, disable=len(rows) < 5000):
-        picture = rows.image(row)
-        if size is not None and picture.size != (size, size):
-            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-        array = np.atleast_3d(np.asarray(picture))  # (height, width, channels)
+    for row in tqdm(range(len(stored)), desc=f"decoding {stored.split}", leave=False, disable=len(stored) < 5000):
+        image = stored.image(row)
+        if size is not None and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        array = np.atleast_3d(np.asarray(image))  # (height, width, channels)
         if pixels is None:
-            pixels = np.empty((len(rows), *array.shape), dtype=np.uint8)
+            pixels = np.empty((len(stored), *array.shape), dtype=np.uint8)
         height, width = pixels.shape[1:3]
         if array.shape[:2] != (height, width) or height != width:
-            first = f", {rows.where(0)} {width}x{height}" if row else ""
+            first = f", {stored.describe(0)} {width}x{height}" if row else ""
             raise UserError(
-                f"{rows.where(row)} is {array.shape[1]}x{array.shape[0]} pixels{first}: images must be square and of "
-                "one size; pass --image_size N to resize them"
+                f"{stored.describe(row)} is {array.shape[1]}x{array.shape[0]} pixels{first}: images must be square "
+                "and of one size; pass --image_size N to resize them"
             )
         if array.shape[2] > pixels.shape[3]:
             pixels = np.repeat(pixels, array.shape[2], axis=3)
         pixels[row] = array
-    return Images(torch.from_numpy(pixels), rows.labels)
+    return Images(torch.from_numpy(pixels), stored.labels)
 
 
 # ---------------------------------------------------------------- large images
 
 
 def _large_images(
-    name: str, splits: dict[str, Rows], label_names: list[str], size: int, notes: list[str]
+    name: str, splits: dict[str, StoredImages], label_names: list[str], size: int, notes: list[str]
 ) -> LargeImageData:
-    """Opens the pictures, without decoding them: what is none is found now and not after hours of training."""
-    for split, rows in splits.items():
-        places = range(0, len(rows), -(-len(rows) // CHECKED))
-        for row in tqdm(places, desc=f"checking {split}", leave=False, disable=len(places) < 5000):
-            rows.check(row)
+    """Checks the headers of the images, so that a damaged file is reported before training."""
+    for split, images in splits.items():
+        checked = range(0, len(images), -(-len(images) // CHECKED))
+        for row in tqdm(checked, desc=f"checking {split}", leave=False, disable=len(checked) < 5000):
+            images.check(row)
     return LargeImageData(
         name=name,
         splits=splits,
@@ -302,21 +302,21 @@ def _large_images(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         size=size,
-        fingerprint=data_fingerprint(_contents_of_files(splits, label_names, size)),
+        fingerprint=data_fingerprint(_file_contents(splits, label_names, size)),
         notes=notes,
     )
 
 
-def _contents_of_files(splits: dict[str, Rows], label_names: list[str], size: int) -> Iterator[object]:
-    """All labels and the sizes of all files in their order, and what the files hold: all of them or, where that would
-    take minutes, evenly spaced ones.
+def _file_contents(splits: dict[str, StoredImages], label_names: list[str], size: int) -> Iterator[object]:
+    """For the fingerprint: all labels and file sizes in order, and the contents of all files or, if that would take
+    minutes, of evenly spaced ones.
     """
     yield [label_names, size]
     for name in sorted(splits):
-        rows = splits[name]
-        sizes = rows.file_sizes()
-        yield f"{name} {len(rows)}".encode()
-        yield rows.labels.numpy()
+        images = splits[name]
+        sizes = images.file_sizes()
+        yield f"{name} {len(images)}".encode()
+        yield images.labels.numpy()
         yield sizes
-        for row in range(0, len(rows), 1 if sizes.sum() <= READ_AT_ONCE else max(1, len(rows) // HASHED)):
-            yield rows.encoded(row)
+        for row in range(0, len(images), 1 if sizes.sum() <= READ_AT_ONCE else max(1, len(images) // HASHED)):
+            yield images.encoded(row)

@@ -1,4 +1,4 @@
-"""Where images come from - embedded, known by name, local, or the Hub - and which columns hold images and labels."""
+"""Where images come from - embedded, known by name, local, or the Hub - and how their files are read and decoded."""
 
 import io
 import os
@@ -19,118 +19,23 @@ from torch import Tensor
 
 from kd.common.data.labels import read_labels, shorten_list
 from kd.common.data.readers import READERS
-from kd.common.data.sources import SPLIT_NAMES, KnownDatasets, Splits, holdout, list_folder, read_folder, read_splits
+from kd.common.data.sources import (
+    SPLIT_NAMES,
+    KnownDatasets,
+    Splits,
+    holdout,
+    list_folder,
+    read_folder,
+    read_splits,
+)
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.folders import read_class_folders
-
-
-class ImageError(UserError):
-    """A picture that cannot be used. One line also from a worker process, which adds its traceback in front."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Pictures as they are stored: those at `places` (images,) of a raw split, with labels (images,) int64."""
-
-    split: str  # the name of the raw split, for messages: a validation split may have been cut out of train
-    source: datasets.Dataset  # of one column `image`, {"bytes", "path"}
-    places: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, chosen: Tensor) -> "Rows":
-        return Rows(self.split, self.source, self.places[chosen], self.labels[chosen])
-
-    def stored(self, row: int) -> dict[str, Any]:
-        """What the dataset has of a picture: the `bytes` of its file, or the `path` to it."""
-        return self.source[int(self.places[row])]["image"] or {}
-
-    def where(self, row: int) -> str:
-        stored = self.stored(row)
-        by_number = f"image {int(self.places[row])} of {self.split}"
-        return by_number if stored.get("bytes") is not None else stored.get("path") or by_number
-
-    def encoded(self, row: int) -> bytes:
-        """The file of a picture, PNG or JPEG as it may be."""
-        with self._opened(row) as file:
-            return file.read()
-
-    def file_sizes(self) -> np.ndarray:
-        """Bytes (images,) int64 of each file, without reading any."""
-        images = self.source.with_format("arrow")[:]["image"]
-        lengths = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), -1).to_numpy()
-        paths = pc.struct_field(images, "path").to_pylist()
-        sizes = lengths.astype(np.int64)[self.places.numpy()]
-        for row in np.flatnonzero(sizes < 0).tolist():
-            try:
-                sizes[row] = os.stat(paths[int(self.places[row])] or "").st_size
-            except OSError:
-                self.check(row)  # which refuses it in one line
-        return sizes
-
-    def image(self, row: int) -> Image.Image:
-        """Grey (mode L) or in colour (RGB), turned upright."""
-        encoded = self.encoded(row)
-        with self._decoding(row, len(encoded)):
-            return _eight_bit(datasets.Image().decode_example({"bytes": encoded, "path": None}))
-
-    def check(self, row: int) -> None:
-        """Raises ImageError where the beginning of a picture's file is that of none, or of one that is not used."""
-        with self._opened(row) as file, self._decoding(row, file.seek(0, io.SEEK_END)), Image.open(file) as picture:
-            _refuse_deep(picture)
-
-    @contextmanager
-    def _opened(self, row: int) -> Iterator[BinaryIO]:
-        """The file of a picture; what the operating system refuses is one line."""
-        stored = self.stored(row)
-        held, path = stored.get("bytes"), stored.get("path")
-        if held is None and not path:
-            raise ImageError(f"{self.where(row)} is missing: remove the row or give it a picture")
-        try:
-            with io.BytesIO(held) if held is not None else Path(str(path)).open("rb") as file:
-                yield file
-        except OSError as error:
-            raise ImageError(f"{self.where(row)} cannot be read ({error.strerror}): replace or remove it") from None
-
-    @contextmanager
-    def _decoding(self, row: int, size: int) -> Iterator[None]:
-        """Turns whatever a decoder raises about a file of `size` bytes into one line."""
-        try:
-            yield
-            return
-        except UnidentifiedImageError:
-            reason = "it is no picture" if size else "the file is empty"
-        except Image.DecompressionBombError:
-            reason = f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
-        except Exception as error:  # damaged bytes: OSError, SyntaxError, zlib.error, whatever the decoder raises
-            reason = " ".join(str(error).split())
-        raise ImageError(f"{self.where(row)} cannot be read ({reason}): replace or remove it")
-
-
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    _refuse_deep(picture)
-    if picture.mode in ("L", "RGB"):
-        return picture
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # as Pillow asks for
-    return picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
-
-
-def _refuse_deep(picture: Image.Image) -> None:
-    if picture.mode[0] in "IF":  # pillow would clip what is above 255, so nearly everything, to white
-        raise ValueError("it has more than 8 bits per pixel, and is to be converted to 8")
-
 
 LABELS = ("label", "fine_label", "labels", "class", "target")  # columns, in the order of preference
 
 
 def embedded_digits() -> Splits:
-    """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998), of which a fifth is test."""
+    """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998). A fifth of them is test."""
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     features = datasets.Features(
@@ -150,12 +55,114 @@ KNOWN: KnownDatasets = {
 }
 
 
-def read_rows(
-    dataset: str, image_column: str | None = None, label_column: str | None = None, known: list[str] | None = None
-) -> tuple[dict[str, Rows], list[str], list[str]]:
-    """The rows of `dataset` that have a label, the names of its classes by id, and notes on what was left out.
+class ImageError(UserError):
+    """An image that cannot be used. The message stays one line when a worker process adds its traceback."""
 
-    known: the classes of a model that is only evaluated on the dataset, which then needs no train split.
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Image files of a split, with labels (images,) int64.
+
+    split: the split that the dataset stores them in; for messages, since validation may be a part of train.
+    source: the stored split, one column `image` {"bytes", "path"}.
+    indices: rows of `source` (images,).
+    """
+
+    split: str
+    source: datasets.Dataset
+    indices: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, chosen: Tensor) -> "StoredImages":
+        return StoredImages(self.split, self.source, self.indices[chosen], self.labels[chosen])
+
+    def describe(self, row: int) -> str:
+        """The path of an image, or its row number, for messages."""
+        stored, number = self._stored(row), f"image {int(self.indices[row])} of {self.split}"
+        return number if stored.get("bytes") is not None else stored.get("path") or number
+
+    def encoded(self, row: int) -> bytes:
+        """The bytes of an image file, PNG or JPEG as stored."""
+        with self._open(row) as file:
+            return file.read()
+
+    def file_sizes(self) -> np.ndarray:
+        """Bytes (images,) int64 of each file, without reading the files."""
+        images = self.source.with_format("arrow")[:]["image"]
+        lengths = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), -1).to_numpy()
+        paths = pc.struct_field(images, "path").to_pylist()
+        sizes = lengths.astype(np.int64)[self.indices.numpy()]
+        for row in np.flatnonzero(sizes < 0).tolist():
+            try:
+                sizes[row] = os.stat(paths[int(self.indices[row])] or "").st_size
+            except OSError:
+                self.check(row)  # raises ImageError
+        return sizes
+
+    def image(self, row: int) -> Image.Image:
+        """Decodes an image as grey (mode L) or RGB, turned upright."""
+        encoded = self.encoded(row)
+        with self._decoding_errors(row, len(encoded)):
+            image = datasets.Image().decode_example({"bytes": encoded, "path": None})
+            _check_depth(image)
+            if image.mode in ("L", "RGB"):
+                return image
+            if "transparency" in image.info:
+                image = image.convert("RGBA")  # Pillow warns otherwise
+            return image.convert("L" if image.mode in ("1", "LA") else "RGB")
+
+    def check(self, row: int) -> None:
+        """Raises ImageError if the header of a file is not that of a supported image."""
+        with self._open(row) as file, self._decoding_errors(row, file.seek(0, io.SEEK_END)), Image.open(file) as image:
+            _check_depth(image)
+
+    def _stored(self, row: int) -> dict[str, Any]:
+        return self.source[int(self.indices[row])]["image"] or {}
+
+    @contextmanager
+    def _open(self, row: int) -> Iterator[BinaryIO]:
+        stored = self._stored(row)
+        content, path = stored.get("bytes"), stored.get("path")
+        if content is None and not path:
+            raise ImageError(f"{self.describe(row)} is missing: remove the row or add an image")
+        try:
+            with io.BytesIO(content) if content is not None else Path(str(path)).open("rb") as file:
+                yield file
+        except OSError as error:
+            raise ImageError(f"{self.describe(row)} cannot be read ({error.strerror}): replace or remove it") from None
+
+    @contextmanager
+    def _decoding_errors(self, row: int, size: int) -> Iterator[None]:
+        """Turns any exception of a decoder about a file of `size` bytes into an ImageError."""
+        try:
+            yield
+            return
+        except UnidentifiedImageError:
+            reason = "it is not an image" if size else "the file is empty"
+        except Image.DecompressionBombError:
+            reason = f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+        except Exception as error:  # a damaged file: OSError, SyntaxError, zlib.error, depending on the decoder
+            reason = " ".join(str(error).split())
+        raise ImageError(f"{self.describe(row)} cannot be read ({reason}): replace or remove it")
+
+
+def _check_depth(image: Image.Image) -> None:
+    if image.mode[0] in "IF":  # Pillow would clip all values above 255
+        raise ValueError("it has more than 8 bits per pixel: convert it to 8")
+
+
+def read_images(
+    dataset: str, image_column: str | None = None, label_column: str | None = None, known: list[str] | None = None
+) -> tuple[dict[str, StoredImages], list[str], list[str]]:
+    """The labelled images of `dataset` by split, the class names by id, and notes on what is not used.
+
+    known: the class names of a model that is evaluated on the dataset, which then needs no train split.
     """
     raw, notes = read_image_splits(dataset, known is None)
     image, label = _choose_columns(next(iter(raw.values())), image_column, label_column, notes)
@@ -164,17 +171,17 @@ def read_rows(
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     splits = {}
-    for split, places in labels.rows.items():
-        pictures = _stored(split, raw[split], image)
-        splits[split] = Rows(split, pictures, torch.from_numpy(places), torch.from_numpy(labels.values[split]))
+    for split, indices in labels.rows.items():
+        files = image_files(split, raw[split], image)
+        splits[split] = StoredImages(split, files, torch.from_numpy(indices), torch.from_numpy(labels.values[split]))
     return splits, labels.names, notes + labels.notes
 
 
 def read_image_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
-    """The splits by their usual names, and notes on what was left out."""
+    """The splits of a dataset, and notes on what is not used."""
     path = Path(dataset)
     if dataset not in KNOWN and path.suffix.lower() not in READERS and _is_file(path):
-        raise UserError(f"{dataset} is a file: unpack it if it is an archive, and pass --dataset with the folder")
+        raise UserError(f"{dataset} is a file: unpack it if it is an archive, and pass the folder as --dataset")
     notes: list[str] = []
     contents = "parquet files or one folder of images per class"
     read = partial(_read_folder, needs_train=needs_train, notes=notes)
@@ -185,18 +192,18 @@ def read_image_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, l
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # too long a name, which read_splits refuses
+    except OSError:  # the name is too long: read_splits reports it
         return False
 
 
 def _read_folder(folder: Path, needs_train: bool, notes: list[str]) -> Splits:
-    """Parquet files named by split, or SPLIT/CLASS/picture.png."""
-    inside = list_folder(folder)
-    if not any(path.suffix == ".parquet" for path in inside):
+    """Reads parquet files named by split, or SPLIT/CLASS/NAME.png."""
+    contents = list_folder(folder)
+    if not any(path.suffix == ".parquet" for path in contents):
         return read_class_folders(folder, needs_train, notes)
-    unread = [path.name for path in inside if path.is_dir() and path.name in SPLIT_NAMES]
+    unread = [path.name for path in contents if path.is_dir() and path.name in SPLIT_NAMES]
     if unread:
-        notes.append(f"folders are not read where there are parquet files: {shorten_list(unread)}")
+        notes.append(f"folders are not read, since there are parquet files: {shorten_list(unread)}")
     return read_folder(folder)
 
 
@@ -204,23 +211,20 @@ def _read_folder(folder: Path, needs_train: bool, notes: list[str]) -> Splits:
 
 
 def _choose_columns(rows: datasets.Dataset, image: str | None, label: str | None, notes: list[str]) -> tuple[str, str]:
-    """The columns that are named, else the first that may hold images or labels, which a note reports."""
+    """The columns that flags name, else the first candidates. A note reports a choice among several."""
     features = rows.features
     for name in filter(None, (image, label)):
         if name not in features:
             raise UserError(f"there is no column {name!r}: the columns are {', '.join(features)}")
     if image is not None and not _holds_images(features[image]):
-        raise UserError(
-            f"column {image!r} holds no images (names of files are not read): name another with --image_column"
-        )
-    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        raise UserError(f"column {image!r} holds no images (file names are not read): pass another --image_column")
     images = [image] if image else [name for name, kind in features.items() if _holds_images(kind)]
     labels = [label] if label else [name for name in LABELS if name in features]
     if not images or not labels:
-        what = "images (names of files are not read): name it with --image_column"
-        what = "labels: name it with --label_column" if images else what
-        raise UserError(f"no column of {what}; the columns are {', '.join(features)}")
+        missing = "labels: pass --label_column" if images else "images (file names are not read): pass --image_column"
+        raise UserError(f"no column of {missing}; the columns are {', '.join(features)}")
     if label is None:
+        classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         labels += [name for name in classes if name not in labels]
     for kind, flag, names in (("images", "--image_column", images), ("labels", "--label_column", labels)):
         if len(names) > 1:
@@ -229,19 +233,19 @@ def _choose_columns(rows: datasets.Dataset, image: str | None, label: str | None
 
 
 def _holds_images(kind: object) -> bool:
-    """Whether a column is one of pictures, also where the file does not declare it."""
+    """Whether a column may hold images, also if the file does not declare it."""
     if isinstance(kind, datasets.Value):
         return kind.dtype in ("binary", "large_binary")
     return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
 
 
-def _stored(split: str, rows: datasets.Dataset, image: str) -> datasets.Dataset:
-    """The pictures as files, {"bytes", "path"}, in one column `image`."""
+def image_files(split: str, rows: datasets.Dataset, image: str) -> datasets.Dataset:
+    """The column of images as files, {"bytes", "path"}, under the name `image`."""
     if image not in rows.features:
         raise UserError(
             f"the {split} split lacks column {image!r} that train has: its columns are {', '.join(rows.column_names)}"
         )
     if not _holds_images(rows.features[image]):
-        raise UserError(f"column {image!r} of {split} holds no images: give it the type that it has in train")
-    pictures = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return pictures if image == "image" else pictures.rename_column(image, "image")
+        raise UserError(f"column {image!r} of {split} holds no images: use the same type as in train")
+    files = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return files if image == "image" else files.rename_column(image, "image")

@@ -11,7 +11,7 @@ size and normalization are the model's.
 from dataclasses import replace
 
 from kd.common.cli import Parser, parse, run
-from kd.common.reporting.results import show_metrics
+from kd.common.reporting.report import show_metrics
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import evaluate

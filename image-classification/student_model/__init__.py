@@ -1,1 +1,1 @@
-"""Image students, and what ships with them."""
+"""Image students, their training and its reports."""

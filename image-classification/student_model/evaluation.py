@@ -11,10 +11,15 @@ from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning, top_k_accuracy
+from kd.common.metrics.quality import (
+    agreement,
+    classification_metrics,
+    classifier_warning,
+    constant_score,
+    top_k_accuracy,
+)
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.model_card import save_student
-from kd.common.reporting.results import print_table, write_report
+from kd.common.reporting.report import print_table, save_student, write_report
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.image_classification.data.loading import ImageData, LargeImageData
@@ -165,6 +170,7 @@ def image_results(run: TrainerRun, method: str, data: ImageData, entries: dict[s
         models=models,
         split=data.selection_split,
         metric="accuracy",
+        chance=constant_score(data.splits[data.selection_split].labels.numpy(), len(data.label_names), "accuracy"),
         selection=run.args.selection,
         data_notes="; ".join(data.notes) or "none",
         parameters_of_parts={role: part["parameters"] for role, part in parts.items()},

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from kd.common.bottleneck.training import embed_samples
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
-from kd.common.reporting.results import print_table, write_report
+from kd.common.reporting.report import print_table, write_report
 from kd.common.training.arguments import CodebookSize
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import Run

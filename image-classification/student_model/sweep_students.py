@@ -42,7 +42,7 @@ class SweepArguments:
                 raise ValueError(f"--{name} must name at least one value, and none twice, got {values}")
             wrong = [value for value in values if name in known and value not in known[name]]
             if wrong:
-                raise ValueError(f"--{name} knows no {wrong[0]!r}: choose from {', '.join(known[name])}")
+                raise ValueError(f"unknown --{name} {wrong[0]!r}: choose from {', '.join(known[name])}")
         check_declared(self)
         for method in self.methods:
             if method not in (*CONTROLS, SIMKD):

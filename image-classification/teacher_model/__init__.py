@@ -1,1 +1,1 @@
-"""Image teachers: what they are and where they come from."""
+"""Image teachers: backbones, classifiers, and loading them."""

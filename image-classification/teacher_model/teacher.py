@@ -156,7 +156,7 @@ def pretrained_classifier(
     weights = known_weights(name)
     labels = label_names or _imagenet_labels(name, weights.num_classes)
     if checkpoint is None and len(labels) != weights.num_classes:
-        raise UserError(f"timm's {name} knows {weights.num_classes} classes, not the {len(labels)} of label_names")
+        raise UserError(f"timm's {name} has {weights.num_classes} classes, not the {len(labels)} of label_names")
     size = image_size or weights.input_size[-1]
     data_config = {
         "image_size": size,
@@ -218,7 +218,7 @@ def _imagenet_labels(name: str, classes: int) -> list[str]:
     """WordNet's description of each class; WordNet ids distinguish classes with the same description."""
     subset = infer_imagenet_subset({"num_classes": classes})
     if subset is None:
-        raise UserError(f"timm's {name} knows {classes} classes, which are not ImageNet's: pass label_names")
+        raise UserError(f"timm's {name} has {classes} classes, which are not ImageNet's: pass label_names")
     info = ImageNetInfo(subset)
     descriptions = info.label_descriptions()
     count = Counter(descriptions)

@@ -6,8 +6,8 @@
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
-rollouts. For several environments one body is distilled with a head for each; each environment gets a report and an
-ordinary student.
+rollouts. For several environments one body is distilled with a head for each; each environment has a report and a
+student that loads alone.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,6 @@ from kd.reinforcement_learning.student_model.arguments import PolicyArguments, S
 from kd.reinforcement_learning.student_model.distiller import Agents, DistillArguments, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.evaluation import (
     evaluate,
-    evaluate_teacher,
     random_metrics,
     random_warning,
     report,
@@ -55,7 +54,7 @@ def main() -> None:
         PolicyArguments, StudentArguments, DistillArguments, TeacherArguments
     )
     args.output_dir = args.output_dir or str(args.default_folder())
-    check_is_run_or_empty(Path(args.output_dir))  # like the next checks, before a teacher is trained
+    check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, like the next checks
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
     for environment in args.environment:
         check_environment(environment, student_args, loss)
@@ -82,7 +81,7 @@ def main() -> None:
         for teacher, (teacher_entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
             environment, entries = teacher.environment, {"teacher": teacher_entry}
             for role, of in agents.items():
-                entries[role] = evaluate(of[environment], environment, args.episodes, teacher.network)
+                entries[role] = evaluate([of[environment]], environment, args.episodes, teacher=teacher.network)
             report(seed_run, args.method, environment, entries, random, "student", seed_run.folder / folder)
     run.summarize()
 
@@ -126,7 +125,7 @@ def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: in
     curve is its mean return on the episodes of the students' curves, from step 0 to `steps`.
     """
     environment = teacher.environment
-    entry = evaluate_teacher(teacher, args.episodes)
+    entry = evaluate(teacher.agents, environment, args.episodes, teacher.network if teacher.more_agents else None)
     validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
     run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)

@@ -4,7 +4,7 @@
     python reinforcement-learning/scripts/evaluate.py student.zip --environment CartPole-v1 --teacher teacher.zip
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1 --video cart.mp4
 
-MODEL is whatever --teacher of distill_policy.py takes: a zip of Stable-Baselines3, a folder, owner/name on the Hub.
+MODEL is a zip of Stable-Baselines3, a folder or owner/name on the Hub, as for --teacher of distill_policy.py.
 """
 
 import sys
@@ -12,7 +12,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from kd.common.cli import Parser, run
-from kd.common.reporting.results import RESULTS, show_metrics
+from kd.common.reporting.report import show_metrics
+from kd.common.reporting.results import RESULTS
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.common.utils.ranges import MOST, Range
@@ -41,7 +42,7 @@ def main() -> None:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
 
-    entry = evaluate(agent, environment, args.episodes, teacher.network() if teacher else None)
+    entry = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
     show_metrics(args.model, entry, args.json)
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
@@ -69,7 +70,7 @@ def arguments() -> Namespace:
 
 
 def environment_of(folder: Path) -> str:
-    """The environment of a run of this project. Raises UserError where results.json names a module to import."""
+    """The environment of a run of this project. Raises UserError if results.json names a module to import."""
     for place in (folder, folder.parent):
         if (place / RESULTS).exists():
             results = read_json(place / RESULTS)
@@ -78,7 +79,7 @@ def environment_of(folder: Path) -> str:
                 raise UserError(f"{place / RESULTS} is damaged: pass --environment, such as --environment CartPole-v1")
             require_module_on_command_line(task, str(place / RESULTS))
             return task
-    raise UserError(f"which environment is {folder} for? pass --environment, such as --environment CartPole-v1")
+    raise UserError(f"the environment of {folder} is unknown: pass --environment, such as --environment CartPole-v1")
 
 
 if __name__ == "__main__":

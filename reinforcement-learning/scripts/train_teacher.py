@@ -4,7 +4,7 @@
     python reinforcement-learning/scripts/train_teacher.py --environment Pendulum-v1 --algorithm sac
     python reinforcement-learning/scripts/train_teacher.py --environment ALE/Pong-v5 --teacher_steps 100000
 
-The run's folder is what `--teacher` of distill_policy.py takes; that script also looks for it in the default folder.
+`--teacher` of distill_policy.py takes the run's folder; the default folder is found by that script itself.
 """
 
 from kd.common.cli import parse, run
@@ -30,11 +30,11 @@ def main() -> None:
     require_module_on_command_line(environment, "the recipe")
     args.output_dir = args.output_dir or str(training.folder(environment))
 
-    model = new_teacher(environment, training.recipe(environment), args.seed)  # refuses before the folder is made
+    model = new_teacher(environment, training.recipe(environment), args.seed)  # fails before the folder is made
     run = Run(args, task, training)
     teacher = train_teacher(run, model, task, training)
 
-    entry = evaluate(teacher, environment, task.episodes)
+    entry = evaluate([teacher], environment, task.episodes)
     random = random_metrics(environment, teacher.policy.action_space, task.episodes)
     run.warn(time_limit_warning(environment))
     run.warn(random_warning(teacher.name, entry["metrics"]["test"], random))

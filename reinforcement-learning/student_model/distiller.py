@@ -152,7 +152,8 @@ class Distiller:
                 parts = objective(student, teacher, None)
                 loss = torch.stack(list(parts.values())).sum()
                 loss.backward()
-                for name, value in (parts | {"loss": loss} | objective.watch(student, teacher, None)).items():
+                logged = {f"loss_{name}": part for name, part in parts.items()} | {"loss": loss}
+                for name, value in (logged | objective.watch(student, teacher, None)).items():
                     sums[name] = sums.get(name, 0) + value.detach() / (updates * len(tasks))
             self.optimizer.step()
         means = {name: value.item() for name, value in sums.items()}

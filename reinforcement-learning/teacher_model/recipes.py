@@ -1,7 +1,6 @@
 """Hyper-parameters of each algorithm and environment: rows of hyperparameters.yaml as constructor keywords."""
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +12,9 @@ import yaml
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import Range
+
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
 # Keywords that are not hyper-parameters, or have no JSON value.
@@ -20,19 +22,18 @@ RESERVED = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "st
 RESERVED |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
 RESERVED |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
 MOST = 10**12  # steps or rows
-# The type of each number, and its lowest and highest value.
-RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "environments": (int, 1, 4096),
-    "learning_starts": (int, 0, MOST),
-    "gradient_steps": (int, -1, MOST),
-    **dict.fromkeys(("steps", "n_steps", "n_epochs", "batch_size", "buffer_size"), (int, 1, MOST)),
-    **dict.fromkeys(("target_update_interval", "train_freq"), (int, 1, MOST)),
-    **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"), (float, 0, math.inf)),
-    **dict.fromkeys(("target_kl", "ent_coef", "vf_coef"), (float, 0, math.inf)),
-    **dict.fromkeys(("gamma", "gae_lambda", "tau"), (float, 0, 1)),
-    **{f"exploration_{part}": (float, 0, 1) for part in ("fraction", "initial_eps", "final_eps")},
+RANGES: dict[str, tuple[type[int] | type[float], Range]] = {
+    "environments": (int, Range(1, 4096)),
+    "learning_starts": (int, Range(0, MOST)),
+    "gradient_steps": (int, Range(1, MOST, or_else=-1)),
+    **dict.fromkeys(("steps", "n_steps", "n_epochs", "batch_size", "buffer_size"), (int, Range(1, MOST))),
+    **dict.fromkeys(("target_update_interval", "train_freq"), (int, Range(1, MOST))),
+    **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"), (float, Range(0, above=True))),
+    **dict.fromkeys(("target_kl", "ent_coef", "vf_coef"), (float, Range(0))),
+    **dict.fromkeys(("gamma", "gae_lambda"), (float, Range(0, 1))),
+    "tau": (float, Range(0, 1, above=True)),
+    **{f"exploration_{part}": (float, Range(0, 1)) for part in ("fraction", "initial_eps", "final_eps")},
 }
-NOT_ZERO = {"learning_rate", "clip_range", "clip_range_vf", "max_grad_norm", "gradient_steps", "tau"}
 OPTIONAL = {"clip_range_vf", "target_kl"}  # may be null
 SCHEDULES = {"learning_rate", "clip_range", "clip_range_vf"}  # may be linear_X
 
@@ -65,24 +66,24 @@ def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | 
 
 
 def check_steps(recipe: TrainingRecipe) -> None:
-    """Raises ValueError if a recipe has too few steps for an update, or if the batch size of PPO does not divide its
+    """Raises UserError if a recipe has too few steps for an update, or if the batch size of PPO does not divide its
     rollouts.
     """
     defaults = inspect.signature(ALGORITHMS[recipe.algorithm]).parameters
-    settings = {name: parameter.default for name, parameter in defaults.items()} | recipe.keywords
-    if settings.get("learning_starts", 0) >= recipe.steps:
-        raise ValueError(
-            f"learning_starts is {settings['learning_starts']}, and the training has {recipe.steps} steps: raise "
+    keywords = {name: parameter.default for name, parameter in defaults.items()} | recipe.keywords
+    if keywords.get("learning_starts", 0) >= recipe.steps:
+        raise UserError(
+            f"learning_starts is {keywords['learning_starts']}, and the training has {recipe.steps} steps: raise "
             "--teacher_steps or lower learning_starts"
         )
     if recipe.algorithm != "ppo":
         return
-    rollout, batch_size = settings["n_steps"] * recipe.environments, settings["batch_size"]
-    text = f"a rollout is n_steps * environments = {settings['n_steps']} * {recipe.environments} = {rollout} steps"
+    rollout, batch_size = keywords["n_steps"] * recipe.environments, keywords["batch_size"]
+    text = f"a rollout is n_steps * environments = {keywords['n_steps']} * {recipe.environments} = {rollout} steps"
     if rollout > recipe.steps:
-        raise ValueError(f"{text}, and the training has {recipe.steps}: raise --teacher_steps or lower n_steps")
+        raise UserError(f"{text}, and the training has {recipe.steps}: raise --teacher_steps or lower n_steps")
     if batch_size < rollout and rollout % batch_size:
-        raise ValueError(f"{text}, which batch_size {batch_size} does not divide: choose one that does")
+        raise UserError(f"{text}, which batch_size {batch_size} does not divide: choose one that does")
 
 
 def _check(algorithm: str, row: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def _check(algorithm: str, row: dict[str, Any]) -> None:
 
 def _violated_range(name: str, value: Any) -> str | None:
     """Describes the values that a number may have; None if `value` is one of them."""
-    kind, low, high = RANGES[name]
+    kind, limits = RANGES[name]
     if value is None and name in OPTIONAL:
         return None
     if name in SCHEDULES and isinstance(value, str) and value.startswith("linear_"):
@@ -111,11 +112,10 @@ def _violated_range(name: str, value: Any) -> str | None:
             value = float(value.removeprefix("linear_"))
         except ValueError:
             return "a number or linear_NUMBER"
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    if fits and low <= value <= high and (kind is float or value == int(value)) and (value or name not in NOT_ZERO):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value in limits and (kind is float or value == int(value)):
         return None
-    text = f"from {low} to {high}" if high < math.inf else f"{low} or more"
-    return f"a {'finite' if kind is float else 'whole'} number, {text}{', but not 0' if name in NOT_ZERO else ''}"
+    return f"a {'finite' if kind is float else 'whole'} number, {limits}"
 
 
 def _value(name: str, value: Any) -> Any:

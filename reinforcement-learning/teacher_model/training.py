@@ -76,10 +76,7 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     """An untrained teacher in its environments, with the default networks of its algorithm. Raises UserError for
     invalid hyper-parameters.
     """
-    try:
-        check_steps(recipe)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_steps(recipe)
     environments = recipe_environments(environment, recipe, seed)
     frames = is_image_space(environments.observation_space)
     algorithm: Any = ALGORITHMS[recipe.algorithm]

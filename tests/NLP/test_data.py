@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import datasets
 import huggingface_hub
@@ -19,7 +20,7 @@ import pytest
 from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
-from kd.nlp.data.loading import TextData, load_text_data, with_label_order
+from kd.nlp.data.loading import TextData, Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import metrics_by_split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -551,16 +552,17 @@ def test_only_validation_chooses_the_threshold() -> None:
     labels = {split: generator.integers(0, 3, size=60) for split in ("test", "validation")}
     logits = {split: generator.normal(size=(60, 3)) for split in labels}
     splits = {split: datasets.Dataset.from_dict({"labels": values}) for split, values in labels.items()}
-    data = TextData("scoped", splits, SCOPED, False, "accuracy", "")
-    first = metrics_by_split(data, logits, splits)
+    data, collate = TextData("scoped", splits, SCOPED, False, "accuracy", ""), MagicMock()
+    texts = Texts(data, splits, collate)
+    first = metrics_by_split(texts, logits)
     assert first["test"]["oos_threshold"] == first["validation"]["oos_threshold"] > 0
     assert first["validation"]["accuracy_threshold"] >= first["validation"]["accuracy"]
     for other in (10 * logits["test"], np.eye(3)[labels["test"]], -logits["test"]):
-        again = metrics_by_split(data, logits | {"test": other}, splits)
+        again = metrics_by_split(texts, logits | {"test": other})
         assert again["validation"] == first["validation"]
         assert again["test"]["oos_threshold"] == first["test"]["oos_threshold"]
         assert again["test"] != first["test"]
-    flipped = metrics_by_split(data, logits | {"validation": np.eye(3)[labels["validation"]]}, splits)
+    flipped = metrics_by_split(texts, logits | {"validation": np.eye(3)[labels["validation"]]})
     assert flipped["test"]["oos_threshold"] != first["test"]["oos_threshold"]
-    inside = {"validation": datasets.Dataset.from_dict({"labels": labels["validation"] % 2})}
-    assert "oos_threshold" not in metrics_by_split(data, {"validation": logits["validation"]}, inside)["validation"]
+    inside = Texts(data, {"validation": datasets.Dataset.from_dict({"labels": labels["validation"] % 2})}, collate)
+    assert "oos_threshold" not in metrics_by_split(inside, {"validation": logits["validation"]})["validation"]

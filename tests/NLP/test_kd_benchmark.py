@@ -1,4 +1,4 @@
-"""benchmarks/kd_training.py on a handful of texts: its table, and that textbook and project minimise the same loss."""
+"""benchmarks/kd_training.py on a few texts: its table, and the equality of the textbook loss and the project's."""
 
 import re
 import runpy
@@ -29,7 +29,7 @@ def data() -> TextData:
     return TextData("few", {"train": rows, "validation": rows}, ["lights", "weather"], False, "accuracy", "few")
 
 
-def test_every_way_trains_and_has_its_line(benchmark, data, capsys):
+def test_every_variant_trains_and_has_a_row(benchmark, data, capsys):
     case = benchmark["case_of"](data, "tiny-bert", student_layers=1, batch_size=4, steps=3)
     seconds = case.fill_cache("fp32")
     rates = {name: [case.samples_per_second(way, 0)] for name, way in benchmark["ladder"]("fp32").items()}
@@ -43,7 +43,7 @@ def test_every_way_trains_and_has_its_line(benchmark, data, capsys):
     assert re.search(r"cache of 12 texts took .* epochs", cache)
 
 
-def test_rates_are_what_the_table_says(benchmark, capsys):
+def test_the_table_has_mean_rates_and_ratios(benchmark, capsys):
     names = list(benchmark["ladder"]("bf16"))
     rates = {name: [(10.0 * i, 5.0 * i), (20.0 * i, 5.0 * i)] for i, name in enumerate(names, start=1)}
     rates[names[-1]] = [(5.0, 5.0), (5.0, 5.0)]
@@ -53,13 +53,13 @@ def test_rates_are_what_the_table_says(benchmark, capsys):
     assert "after 2.0 epochs" in cache  # 72 CPU-seconds an epoch with the teacher in every step, 9 without
 
 
-def test_textbook_and_project_minimise_the_same_loss(benchmark):
-    own, target, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
-    student = SimpleNamespace(logits=own, loss=torch.nn.functional.cross_entropy(own, labels))
-    trainer = SimpleNamespace(teacher=lambda **inputs: Outputs(logits=target))
+def test_the_textbook_loss_equals_the_projects(benchmark):
+    logits, targets, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    student = SimpleNamespace(logits=logits, loss=torch.nn.functional.cross_entropy(logits, labels))
+    trainer = SimpleNamespace(teacher=lambda **inputs: Outputs(logits=targets))
     textbook = benchmark["TextbookTrainer"].compute_loss(trainer, lambda **inputs: student, {})
     objective = labels_and_soft_targets(benchmark["ALPHA"], benchmark["TEMPERATURE"]).objective
-    parts = objective(Outputs(logits=own), Outputs(logits=target), labels)
+    parts = objective(Outputs(logits=logits), Outputs(logits=targets), labels)
     torch.testing.assert_close(textbook, sum(parts.values()))
 
 

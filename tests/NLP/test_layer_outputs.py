@@ -1,4 +1,4 @@
-"""Hidden states are the outputs of layers, of student and teacher, cached or live, for every kind of encoder."""
+"""Hidden states are the outputs of layers, for student and teacher, cached or live, in every kind of encoder."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,7 +55,7 @@ def classifier(kind: str) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_config(CONFIGS[kind])
     for name, weight in model.named_parameters():
         if "norm" in name.lower() or "ln_f" in name:
-            torch.nn.init.uniform_(weight, 0.5, 2.0)  # a norm that changes what it is given
+            torch.nn.init.uniform_(weight, 0.5, 2.0)  # a norm that changes its input
     return model.eval()
 
 
@@ -90,7 +90,7 @@ def matched(kind: str, model: PreTrainedModel) -> Method:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, texts, run, kind):
+def test_a_student_equal_to_its_teacher_has_zero_loss_live_and_cached(monkeypatch, texts, run, kind):
     model = classifier(kind)
     matching = matched(kind, model)
     rows = [3, 2, 0]  # another order and padding than those of the cache
@@ -117,7 +117,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_live_and_cached(monkeypatch, 
     assert sum(losses.values()).item() < 1e-5  # what fp16 leaves
 
 
-def test_cached_states_out_of_the_range_of_fp16_are_kept_in_fp32(texts, run):
+def test_cached_states_beyond_fp16_are_stored_in_fp32(texts, run):
     model = classifier("BERT")
     last = layer_paths(model)[-1]
     torch.nn.init.constant_(model.get_submodule(f"{last}.output.LayerNorm").bias, 1e5)
@@ -127,8 +127,8 @@ def test_cached_states_out_of_the_range_of_fp16_are_kept_in_fp32(texts, run):
 
 
 @pytest.mark.parametrize("kind", WITH_FINAL_NORM)
-def test_what_is_matched_comes_before_a_final_norm(texts, run, kind):
-    """A cut student has a final norm of its own, which must not be part of what its last layer is aligned to."""
+def test_layers_are_matched_before_a_final_norm(texts, run, kind):
+    """The final norms of student and teacher differ, so the last layers are aligned before them."""
     model = classifier(kind)
     inputs = batch_of(texts, model, [0, 1, 2])
     paths = {f"layer_{i}": path for i, path in enumerate(layer_paths(model))}
@@ -147,7 +147,7 @@ def test_what_is_matched_comes_before_a_final_norm(texts, run, kind):
         torch.testing.assert_close(states, found.features[name][real], rtol=1e-3, atol=1e-3)
 
 
-def test_pooled_features_of_a_teacher_are_those_that_are_matched(texts):
+def test_pooled_features_of_a_teacher_are_the_matched_ones(texts):
     model = classifier("ModernBERT")
     torch.manual_seed(0)
     pooled, labels = teacher_samples(model, texts, "cls", "fp32")
@@ -157,7 +157,7 @@ def test_pooled_features_of_a_teacher_are_those_that_are_matched(texts):
     assert rows and all(any(torch.allclose(row, first, atol=1e-5) for first in firsts) for row in pooled)
 
 
-def test_a_cut_has_the_layers_whose_outputs_it_is_aligned_to():
+def test_a_cut_student_has_the_layers_that_it_is_aligned_to():
     model = AutoModelForSequenceClassification.from_config(BertConfig(**(SHAPE | {"num_hidden_layers": 12})))
     student = cut_layers(model, 6)
     paths = [layer_paths(model)[j] for j in (1, 3, 5, 7, 9, 11)]

@@ -32,7 +32,7 @@ BRIEF = ["--align_epochs", 0, "--num_train_epochs", 1, "--report_to", "none", "-
 
 @pytest.fixture(scope="session")
 def folder(small, tmp_path_factory) -> Path:
-    """A classifier of the intents with random weights, large enough to tell texts apart."""
+    """A classifier of the intents with random weights, large enough for distinct logits of texts."""
     torch.manual_seed(1)
     made = tiny_bert(load_text_data(str(small)))
     folder = tmp_path_factory.mktemp("models") / "teacher"
@@ -67,17 +67,17 @@ def distill(small: Path, teacher: Path, *words: object) -> None:
         ("cc", {"loss_task", "loss_congruence"}),
     ],
 )
-def test_a_student_is_distilled_by_it_and_reported_under_it(method, parts, small, folder, tmp_path):
+def test_a_student_is_distilled_and_reported(method, parts, small, folder, tmp_path):
     distill(small, folder, "--method", method, "--student_layers", 1, "--no_control", "--output_dir", tmp_path / "r")
     assert json.loads((tmp_path / "r" / "results.json").read_text())["method"] == method
     logged = json.loads((tmp_path / "r" / "stages" / "student" / "stage.json").read_text())["history"][0]
     assert {key for key in logged if key.startswith("loss_")} == parts
     shipped = load_file(tmp_path / "r" / "student" / "model.safetensors")
-    assert all(key.startswith(("bert.", "classifier.")) for key in shipped), "what trained beside it stays behind"
+    assert all(key.startswith(("bert.", "classifier.")) for key in shipped), "auxiliary parameters must not ship"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_padding_changes_nothing(name, teacher, texts):
+def test_padding_has_no_effect(name, teacher, texts):
     student = cut_layers(teacher, 1).eval()
     torch.manual_seed(0)
     found = text_method(name, KDTrainingArguments(output_dir="unused"), student, teacher, texts, "cls")
@@ -89,18 +89,18 @@ def test_padding_changes_nothing(name, teacher, texts):
     for length in (12, 17):
         two = ["wake me at six", "what is the weather like"]
         batch = tokenizer(two, padding="max_length", max_length=length, return_tensors="pt")
-        said = []
+        outputs = []
         for network, features in ((student, found.features), (teacher, found.teacher_features)):
             with torch.no_grad():
                 output = network(**batch, output_hidden_states=True)
             last = {feature: output.hidden_states[-1] for feature in features}
-            said.append(Outputs(logits=output.logits, features=last, mask=batch["attention_mask"]))
-        parts = objective(said[0], said[1], torch.tensor([0, 1]))
+            outputs.append(Outputs(logits=output.logits, features=last, mask=batch["attention_mask"]))
+        parts = objective(outputs[0], outputs[1], torch.tensor([0, 1]))
         values.append(torch.stack(list(parts.values())).detach())
     torch.testing.assert_close(values[0], values[1], rtol=1e-3, atol=1e-5)
 
 
-def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
+def test_the_teachers_features_are_the_inputs_of_its_head(teacher, texts):
     features, labels = teacher_samples(teacher, texts, "cls", "fp32")
     first = texts.train["labels"].index(int(labels[0]))
     row = {key: torch.tensor([texts.train[first][key]]) for key in texts.collate.tokenizer.model_input_names}
@@ -111,7 +111,7 @@ def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("words", "message"),
     [
         (["--method", "dkdd"], "there is no method 'dkdd'"),
         (["--method", "fitnet"], "there is no method 'fitnet'"),
@@ -120,15 +120,15 @@ def test_the_teachers_features_are_those_that_its_head_sees(teacher, texts):
         (["--method", "sp", "--ensemble_teachers", "TEACHER"], "needs a single teacher"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_nothing_is_written(words, complaint, small, folder, tmp_path, capsys):
+def test_errors_are_one_line_and_nothing_is_written(words, message, small, folder, tmp_path, capsys):
     words = [str(folder) if word == "TEACHER" else word for word in words]
     with pytest.raises(SystemExit) as stopped:
         distill(small, folder, *words, "--no_control", "--output_dir", tmp_path / "r")
-    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 
-def test_numbers_have_no_method_but_one_and_two_classes_not_all():
+def test_regression_has_only_kd_and_two_classes_have_some_methods():
     training = KDTrainingArguments(output_dir="unused")
     with pytest.raises(UserError, match="numbers: pass --method kd"):
         check_method("dist", training, "stsb", 1)
@@ -146,7 +146,7 @@ def test_numbers_have_no_method_but_one_and_two_classes_not_all():
 
 
 @pytest.mark.parametrize("task", ["rte", "stsb"])
-def test_glue_refuses_a_method_before_any_task_is_trained(task, tmp_path, capsys):
+def test_glue_checks_the_method_before_training(task, tmp_path, capsys):
     (tmp_path / "mnli").mkdir()
     (tmp_path / task).mkdir()
     with pytest.raises(SystemExit) as stopped:
@@ -156,7 +156,7 @@ def test_glue_refuses_a_method_before_any_task_is_trained(task, tmp_path, capsys
     assert not (tmp_path / "r").exists()
 
 
-def test_a_teacher_with_a_bottleneck_teaches_a_plain_student_by_its_logits(small, folder, tmp_path, capsys):
+def test_a_teacher_with_a_bottleneck_distills_its_logits_into_a_plain_student(small, folder, tmp_path, capsys):
     data = load_text_data(str(small))
     encoder = AutoModelForSequenceClassification.from_pretrained(folder).base_model
     made = BottleneckClassifier.around(encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, codebook_size=8)

@@ -70,7 +70,7 @@ def test_ema_converges_to_cluster_means():
 
 
 def test_key_norms_stay_bounded_by_the_data():
-    """The published defect moved keys towards *sums*; their norms grew with the number of hits."""
+    """In the published defect, keys moved towards *sums*, and their norms grew with the number of hits."""
     x = torch.randn(4096, 12)
     bottleneck = make()
     bottleneck.fit_keys(x, epochs=3, batch_size=512)
@@ -78,7 +78,7 @@ def test_key_norms_stay_bounded_by_the_data():
     assert bottleneck.keys.norm(dim=-1).max() <= longest
 
     sums = make()
-    for batch in x.split(512):  # what the published code does; this test must be able to tell
+    for batch in x.split(512):  # what the published code does; this test must detect it
         codes = sums.encode(batch)
         hits = F.one_hot(codes, 8).float()
         sums.keys.lerp_(torch.einsum("nck,ncd->ckd", hits, sums.heads(batch)), 0.8)
@@ -100,7 +100,7 @@ def test_ema_agrees_with_vector_quantize_pytorch():
         torch.testing.assert_close(ours.key_counts, theirs.cluster_size)
 
 
-def test_dead_keys_restart_in_all_three_buffers_and_stay():
+def test_dead_keys_restart_in_all_three_buffers():
     heads, _ = clusters()
     bottleneck = DiscreteKeyValueBottleneck(2, 2, codebooks=1, codebook_size=4)
     bottleneck.keys.copy_(torch.tensor([[[10.0, 10.0], [-10.0, 10.0], [10.0, -10.0], [500.0, 500.0]]]))
@@ -144,7 +144,7 @@ def test_statistics_by_hand():
     assert found["quantisation_error"] == pytest.approx((1 + 1 + 1 + 4) / 4)
 
 
-def test_frozen_keys_stay_when_they_are_to_be_fitted_again():
+def test_fitting_again_does_not_change_frozen_keys():
     fitted = DiscreteKeyValueBottleneck(4, 2, codebooks=2, codebook_size=3)
     fitted.fit_keys(torch.randn(50, 4))
     keys = fitted.keys.clone()
@@ -193,7 +193,7 @@ def test_carried_keys_give_the_teachers_codes(split):
         ({"split": "projection"}, "split"),
     ],
 )
-def test_carrying_keys_that_do_not_fit_says_what_differs(other, named):
+def test_carrying_keys_of_another_shape_names_the_difference(other, named):
     with pytest.raises(ValueError, match=named):
         make(**other).carry_keys(make())
 
@@ -260,7 +260,7 @@ def test_state_dict_round_trip(split):
     assert other.frozen
 
 
-def test_width_that_does_not_divide_is_named():
+def test_an_indivisible_width_is_an_error():
     with pytest.raises(ValueError, match=r"5 codebooks do not divide .* width 12: use one of \[1, 2, 3, 4, 6, 12\]"):
         make(codebooks=5)
 

@@ -1,4 +1,4 @@
-"""Losses on several levels and losses that tell pairs apart: by hand, by integration, and against numpy."""
+"""Losses of several levels and contrastive losses: closed forms, integration, and numpy."""
 
 import math
 
@@ -26,12 +26,12 @@ def slope_is_the_gradient(loss, x):
     assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=2e-2, abs=1e-3)
 
 
-# ---- the mean of what a ReLU hides ----
+# ---- the mean below zero ----
 
 
 @pytest.mark.parametrize("mean", [-2.0, -0.3, 0.0, 0.7, 2.5])
 @pytest.mark.parametrize("deviation", [0.2, 1.0, 3.0])
-def test_the_mean_below_zero_is_that_of_integration(mean, deviation):
+def test_the_mean_below_zero_equals_integration(mean, deviation):
     density = norm(mean, deviation).pdf
     below = min(mean, 0) - 40 * deviation
     weighted, mass = (quad(f, below, 0, epsabs=0, limit=500)[0] for f in (lambda x: x * density(x), density))
@@ -41,13 +41,13 @@ def test_the_mean_below_zero_is_that_of_integration(mean, deviation):
 
 
 @pytest.mark.parametrize("z", [5.0, 40.0, 1e3, 1e6])
-def test_the_mean_below_zero_holds_where_that_is_improbable(z):
-    """The first terms of the asymptotic series: -1/z + 2/z^3, of deviation 1."""
+def test_the_mean_below_zero_is_accurate_for_small_probabilities(z):
+    """Compares with the asymptotic series -1/z + 2/z^3 for deviation 1."""
     found = losses.mean_below_zero(torch.tensor(z), torch.tensor(1.0)).item()
     assert found == pytest.approx(-1 / z + 2 / z**3, rel=0.02, abs=1e-9)
 
 
-def test_the_mean_below_zero_of_no_deviation_is_the_mean_or_nothing():
+def test_the_mean_below_zero_without_deviation_is_the_mean_or_zero():
     means = torch.tensor([-3.0, 0.0, 2.0, 1e4, -1e4])
     found = losses.mean_below_zero(means, torch.zeros(5))
     torch.testing.assert_close(found, means.clamp(max=0), rtol=0, atol=1e-9)
@@ -57,7 +57,7 @@ def test_the_mean_below_zero_of_no_deviation_is_the_mean_or_nothing():
 
 
 def test_partial_l2_by_hand():
-    """Margin -1. Per column: a positive target counts always; a negative one only from above, from the margin on."""
+    """Margin -1. A positive target always counts; a negative one counts only if the student is above the margin."""
     target = torch.tensor([[2.0, 2.0, -0.5, -0.5, -3.0, -3.0, -3.0]])
     student = torch.tensor([[3.0, -1.0, 0.5, -0.8, 0.0, -2.0, -1.0]])
     expected = 1 + 9 + 1 + 0 + 1 + 0 + 0  # to 2, 2, -0.5, hidden, -1, hidden, at the margin
@@ -65,7 +65,7 @@ def test_partial_l2_by_hand():
     assert loss.item() == pytest.approx(expected)
 
 
-def test_partial_l2_sums_over_a_map_and_averages_over_the_batch_with_a_margin_for_each_channel():
+def test_partial_l2_sums_over_maps_and_averages_over_the_batch():
     student, teacher, margin = maps(3, 2, 2, 2), 2 * maps(3, 2, 2, 2, seed=1), torch.tensor([-0.1, -1.5])
     expected = np.zeros(3)
     for b, c, y, x in np.ndindex(3, 2, 2, 2):
@@ -77,7 +77,7 @@ def test_partial_l2_sums_over_a_map_and_averages_over_the_batch_with_a_margin_fo
     slope_is_the_gradient(lambda x: losses.partial_l2(x, teacher, margin), student)
 
 
-def test_partial_l2_lets_a_hidden_student_be():
+def test_partial_l2_has_no_gradient_below_the_relu():
     student = torch.full((1, 1, 2, 2), -5.0, requires_grad=True)
     losses.partial_l2(student, torch.full((1, 1, 2, 2), -2.0), torch.tensor([-1.0])).backward()
     assert torch.equal(student.grad, torch.zeros(1, 1, 2, 2))
@@ -97,16 +97,16 @@ def averaged(x, size):
     [(8, {8: 1, 4: 1 / 2, 2: 1 / 4, 1: 1 / 8}), (4, {4: 1, 2: 1 / 2, 1: 1 / 4}), (2, {2: 1, 1: 1 / 2}), (1, {1: 1})],
 )
 def test_hierarchical_l2_by_hand(size, weights):
-    own, target = maps(2, 3, size, size), maps(2, 3, size, size, seed=1)
-    a, b = own.double().numpy(), target.double().numpy()
+    pred, target = maps(2, 3, size, size), maps(2, 3, size, size, seed=1)
+    a, b = pred.double().numpy(), target.double().numpy()
     expected = sum(w * np.square(averaged(a, s) - averaged(b, s)).mean() for s, w in weights.items())
-    assert losses.hierarchical_l2(own, target).item() == pytest.approx(expected / sum(weights.values()), rel=1e-5)
-    slope_is_the_gradient(lambda x: losses.hierarchical_l2(x, target), own)
+    assert losses.hierarchical_l2(pred, target).item() == pytest.approx(expected / sum(weights.values()), rel=1e-5)
+    slope_is_the_gradient(lambda x: losses.hierarchical_l2(x, target), pred)
 
 
 def test_hierarchical_l2_of_a_constant_difference_is_its_square():
-    own = maps(2, 3, 8, 8)
-    assert losses.hierarchical_l2(own, own + 3).item() == pytest.approx(9, rel=1e-5)
+    pred = maps(2, 3, 8, 8)
+    assert losses.hierarchical_l2(pred, pred + 3).item() == pytest.approx(9, rel=1e-5)
 
 
 # ---- stages with stages ----
@@ -129,20 +129,20 @@ def test_attended_mean_by_hand():
         losses.attended_mean(distances, attention[:1])
 
 
-# ---- one pair among many ----
+# ---- contrastive ----
 
 
 def test_noise_contrastive_by_hand():
     scores = np.array([[0.5, 0.1, 0.2], [0.3, 0.4, 0.01]])  # P; two negatives out of ten samples, so c = 0.2
     expected = 0.0
-    for own, *others in scores:
-        expected += (-math.log(own / (own + 0.2)) - sum(math.log(0.2 / (p + 0.2)) for p in others)) / 2
+    for pred, *others in scores:
+        expected += (-math.log(pred / (pred + 0.2)) - sum(math.log(0.2 / (p + 0.2)) for p in others)) / 2
     log_scores = torch.tensor(scores).log()
     assert losses.noise_contrastive(log_scores, samples=10).item() == pytest.approx(expected, rel=1e-6)
     slope_is_the_gradient(lambda x: losses.noise_contrastive(x, 10), log_scores.float())
 
 
-def test_noise_contrastive_stays_finite_and_wants_negatives():
+def test_noise_contrastive_is_finite_and_needs_negatives():
     scores = torch.tensor([[-200.0, 200.0, 0.0]], requires_grad=True)
     loss = losses.noise_contrastive(scores, 1000)
     loss.backward()

@@ -1,4 +1,4 @@
-"""Losses of logits against numbers that come from elsewhere, and the methods that are made of them."""
+"""Losses of logits against independent computations, and the methods that use them."""
 
 import math
 from collections.abc import Callable
@@ -56,15 +56,15 @@ def task_of(classes: int, views: int = 1) -> TaskSpec:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_is_the_slope_and_the_teachers_is_none(name):
+def test_gradient_is_the_slope_and_reaches_only_the_student(name):
     student, teacher = pair()
     value = value_of(name, student, teacher)
     value.backward()
     assert value.shape == () and teacher.grad is None
     direction, step = torch.randn(student.shape, generator=torch.Generator().manual_seed(1)), 1e-2
     with torch.no_grad():
-        ahead, behind = (value_of(name, student + sign * step * direction, teacher) for sign in (1, -1))
-    slope = ((ahead - behind) / (2 * step)).item()
+        above, below = (value_of(name, student + sign * step * direction, teacher) for sign in (1, -1))
+    slope = ((above - below) / (2 * step)).item()
     assert slope == pytest.approx((student.grad * direction).sum().item(), rel=2e-2, abs=1e-3)
 
 
@@ -87,7 +87,7 @@ def test_finite_with_confident_logits(name, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_order_of_the_batch_says_nothing_and_shapes_must_be_the_same(name):
+def test_the_order_of_the_batch_has_no_effect_and_shapes_must_match(name):
     student, teacher = (t.detach() for t in pair())
     order = torch.tensor([2, 0, 3, 1])
     moved = value_of(name, student[order], teacher[order], LABELS[order])
@@ -99,9 +99,9 @@ def test_the_order_of_the_batch_says_nothing_and_shapes_must_be_the_same(name):
 
 def test_decoupled_kd_by_hand():
     student, teacher = (t.detach() for t in pair())
-    own, target = softmax(student.double().numpy() / 3, 1), softmax(teacher.double().numpy() / 3, 1)
+    pred, target = softmax(student.double().numpy() / 3, 1), softmax(teacher.double().numpy() / 3, 1)
     total = 0.0
-    for s, t, label in zip(own, target, LABELS.tolist(), strict=True):
+    for s, t, label in zip(pred, target, LABELS.tolist(), strict=True):
         binary = t[label] * math.log(t[label] / s[label]) + (1 - t[label]) * math.log((1 - t[label]) / (1 - s[label]))
         q, p = np.delete(t, label) / (1 - t[label]), np.delete(s, label) / (1 - s[label])
         total += 9 * (0.5 * binary + 2.0 * (q * np.log(q / p)).sum()) / 4
@@ -109,14 +109,14 @@ def test_decoupled_kd_by_hand():
     assert found.item() == pytest.approx(total, rel=1e-5)
 
 
-def test_decoupled_kd_is_hintons_where_the_others_weigh_what_they_have():
+def test_decoupled_kd_generalizes_hintons_kd():
     student, teacher = (t[:1] for t in pair())
     rest = 1 - F.softmax(teacher / 4, dim=1)[0, LABELS[0]].item()
     found = losses.decoupled_kd(student, teacher, LABELS[:1], alpha=1.0, beta=rest, temperature=4.0)
     assert found.item() == pytest.approx(losses.soft_target_kl(student, teacher, 4.0).item(), rel=1e-5)
 
 
-def test_two_classes_leave_no_others_to_decouple():
+def test_decoupled_methods_need_three_classes():
     two = torch.zeros(4, 2)
     for loss in (losses.decoupled_kd, partial(losses.transport, cost=torch.eye(2))):
         with pytest.raises(ValueError, match="at least 3 classes, got 2"):
@@ -126,7 +126,7 @@ def test_two_classes_leave_no_others_to_decouple():
             LOGIT_METHODS[name](task_of(2))
 
 
-def test_a_single_class_leaves_no_logits_to_standardize():
+def test_standardized_methods_need_two_classes():
     with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         losses.standardized(torch.zeros(4, 1))
     for name in ("lskd", "mlkd_ls"):
@@ -135,7 +135,7 @@ def test_a_single_class_leaves_no_logits_to_standardize():
 
 
 @pytest.mark.parametrize("name", LOGIT_METHODS)
-def test_a_batch_of_one_and_the_fewest_classes_have_a_finite_loss(name):
+def test_a_batch_of_one_with_the_fewest_classes_is_finite(name):
     classes = {"dkd": 3, "dkd_ls": 3, "wkd": 3, "lskd": 2, "mlkd_ls": 2}.get(name, 1)
     student, teacher = torch.randn(1, classes, requires_grad=True), torch.randn(1, classes)
     task = replace(task_of(classes), teacher_samples=lambda: (torch.randn(9, 6), torch.arange(9) % classes))
@@ -145,20 +145,20 @@ def test_a_batch_of_one_and_the_fewest_classes_have_a_finite_loss(name):
     assert all(part.isfinite() for part in parts.values()) and student.grad.isfinite().all()
 
 
-def test_dist_is_made_of_pearsons_correlations_and_falls_as_they_rise():
+def test_dist_is_one_minus_pearsons_correlations():
     student, teacher = (t.detach() for t in pair())
-    own, target = softmax(student.numpy() / 4, 1), softmax(teacher.numpy() / 4, 1)
-    between = 1 - np.mean([pearsonr(s, t).statistic for s, t in zip(own, target, strict=True)])
-    within = 1 - np.mean([pearsonr(s, t).statistic for s, t in zip(own.T, target.T, strict=True)])
+    pred, target = softmax(student.numpy() / 4, 1), softmax(teacher.numpy() / 4, 1)
+    between = 1 - np.mean([pearsonr(s, t).statistic for s, t in zip(pred, target, strict=True)])
+    within = 1 - np.mean([pearsonr(s, t).statistic for s, t in zip(pred.T, target.T, strict=True)])
     found = losses.correlation_loss(student, teacher, beta=1.5, gamma=0.5)
     assert found.item() == pytest.approx(16 * (1.5 * between + 0.5 * within), rel=1e-4)
-    for beta, gamma in ((1.0, 0.0), (0.0, 1.0)):  # either term on its own
+    for beta, gamma in ((1.0, 0.0), (0.0, 1.0)):  # either term on its pred
         nearer = [torch.lerp(-teacher, teacher, x) for x in (0.0, 0.7, 1.0)]
         values = [losses.correlation_loss(logits, teacher, beta, gamma) for logits in nearer]
         assert values[0] > values[1] > values[2], "to descend is to correlate"
 
 
-def test_standardized_logits_are_z_scores_and_blind_to_shift_and_scale():
+def test_standardized_logits_are_z_scores_invariant_to_shift_and_scale():
     student, teacher = (t.detach() for t in pair())
     np.testing.assert_allclose(losses.standardized(student), zscore(student.numpy(), 1, ddof=1), rtol=1e-4, atol=1e-5)
     changed = student * torch.tensor([[2.0], [3.0], [0.5], [9.0]]) + torch.tensor([[1.0], [-5.0], [0.0], [7.0]])
@@ -169,58 +169,58 @@ def test_standardized_logits_are_z_scores_and_blind_to_shift_and_scale():
 
 def test_relations_by_hand():
     student, teacher = (t.detach() for t in pair())
-    own, target = softmax(student.numpy() / 2, 1), softmax(teacher.numpy() / 2, 1)
-    classes = np.square(target.T @ target - own.T @ own).sum() / CLASSES
-    samples = np.square(target @ target.T - own @ own.T).sum() / 4
+    pred, target = softmax(student.numpy() / 2, 1), softmax(teacher.numpy() / 2, 1)
+    classes = np.square(target.T @ target - pred.T @ pred).sum() / CLASSES
+    samples = np.square(target @ target.T - pred @ pred.T).sum() / 4
     assert losses.class_relations(student, teacher, 2.0).item() == pytest.approx(classes, rel=1e-4)
     assert losses.sample_relations(student, teacher, 2.0).item() == pytest.approx(samples, rel=1e-4)
 
 
-def test_transport_is_the_cheapest_plan_where_there_is_little_entropy():
+def test_transport_with_little_entropy_is_the_optimal_plan():
     student, teacher = (2 * t.detach() for t in pair())
     found = losses.transport(student, teacher, LABELS, COST, temperature=1.0, regularization=0.003, iterations=3000)
     expected = 0.0
     for s, t, label in zip(student.numpy(), teacher.numpy(), LABELS.tolist(), strict=True):
-        own, target = (softmax(np.delete(x, label).astype(np.float64)) for x in (s, t))
+        pred, target = (softmax(np.delete(x, label).astype(np.float64)) for x in (s, t))
         cost, n = np.delete(np.delete(COST.numpy(), label, 0), label, 1), CLASSES - 1
         sums = np.vstack([np.kron(np.eye(n), np.ones(n)), np.kron(np.ones(n), np.eye(n))])
-        expected += linprog(cost.ravel(), A_eq=sums, b_eq=np.concatenate([own, target])).fun / 4
+        expected += linprog(cost.ravel(), A_eq=sums, b_eq=np.concatenate([pred, target])).fun / 4
     assert found.item() == pytest.approx(expected, rel=0.02, abs=1e-3)
 
 
 def sinkhorn_without_the_label(student, teacher, labels, cost, temperature):
-    """WKD-L as its authors compute it: the label is no row or column at all, and probabilities are no logarithms."""
+    """WKD-L as in the authors' code: without row and column of the label, and not in log space."""
     total = 0.0
     for s, t, label in zip(student, teacher, labels.tolist(), strict=True):
         rest = [i for i in range(len(s)) if i != label]
-        own, target = ((logits[rest] / temperature).softmax(0) for logits in (s, t))
+        pred, target = ((logits[rest] / temperature).softmax(0) for logits in (s, t))
         among = cost[rest][:, rest]
-        kernel, u = (-among / 0.05).exp(), torch.full_like(own, 1 / len(rest))
+        kernel, u = (-among / 0.05).exp(), torch.full_like(pred, 1 / len(rest))
         for _ in range(10):
             v = target / (kernel.T @ u)
-            u = own / (kernel @ v)
+            u = pred / (kernel @ v)
         total = total + (u[:, None] * kernel * v * among).sum() / len(student)
     return total
 
 
 @pytest.mark.parametrize("classes", [4, 10])
 def test_transport_and_its_gradient_are_those_of_the_published_iterations(classes):
-    """After ten iterations the plan still depends on the start, in which the label takes no part."""
+    """After ten iterations the plan still depends on the initialization, which excludes the label."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(6, classes, generator=generator, dtype=torch.float64) for _ in range(2))
     features = torch.randn(20 * classes, 6, generator=generator), torch.arange(20 * classes) % classes
     cost = 1 - (losses.class_similarity(*features, classes) - 1).exp()
     labels = torch.arange(6) % classes
-    own, reference = student.clone().requires_grad_(), student.clone().requires_grad_()
-    value = losses.transport(own, teacher, labels, cost, temperature=2.0)
+    pred, reference = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = losses.transport(pred, teacher, labels, cost, temperature=2.0)
     expected = sinkhorn_without_the_label(reference, teacher, labels, cost.double(), 2.0)
     value.backward()
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(own.grad, reference.grad, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(pred.grad, reference.grad, rtol=1e-3, atol=1e-7)
 
 
-def test_transport_says_nothing_of_the_label_and_is_cheaper_the_nearer_the_student_is():
+def test_transport_ignores_the_label_and_falls_as_the_student_approaches():
     student, teacher = (t.detach() for t in pair())
     other = student.scatter(1, LABELS[:, None], 50.0)
     loss = partial(losses.transport, labels=LABELS, cost=COST, temperature=2.0)
@@ -230,12 +230,12 @@ def test_transport_says_nothing_of_the_label_and_is_cheaper_the_nearer_the_stude
 
 def test_the_labels_probability_by_hand():
     student, teacher = (t.detach() for t in pair())
-    own, target = softmax(student.numpy(), 1), softmax(teacher.numpy(), 1)
-    expected = np.mean([-t[i] * math.log(s[i]) for s, t, i in zip(own, target, LABELS.tolist(), strict=True)])
+    pred, target = softmax(student.numpy(), 1), softmax(teacher.numpy(), 1)
+    expected = np.mean([-t[i] * math.log(s[i]) for s, t, i in zip(pred, target, LABELS.tolist(), strict=True)])
     assert losses.label_probability(student, teacher, LABELS).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_classes_that_vary_alike_are_alike():
+def test_classes_with_equal_covariance_are_similar():
     labels = torch.arange(40) % 4
     spread = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]])
     noise = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -253,7 +253,7 @@ def test_classes_that_vary_alike_are_alike():
             assert similarity[i, j].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_learnt_temperature_works_against_the_student():
+def test_a_trained_temperature_is_adversarial():
     student, teacher = pair()
     term = AdversarialTemperature(curriculum=0.5)
     sigmoid = term.parameter.detach().sigmoid()
@@ -268,7 +268,7 @@ def test_a_learnt_temperature_works_against_the_student():
         assert gradient.item() == pytest.approx(-strength * (slope * 20 * sigmoid * (1 - sigmoid)).item(), abs=1e-7)
 
 
-def test_the_weight_of_transport_falls_at_the_end():
+def test_the_weight_of_transport_decays_at_the_end():
     weight = cosine_decay(600.0, 0.5)
     assert callable(weight)
     assert [weight(p) for p in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([600, 600, 300, 0], abs=1e-6)
@@ -280,7 +280,7 @@ def over_temperatures(loss, student, teacher, first):
 
 
 @pytest.mark.parametrize(("batch", "classes"), [(20, 10), (40, 10), (30, 3)])
-def test_relations_of_sure_predictions_grow_with_the_images_of_a_class(batch, classes):
+def test_relations_of_confident_predictions_grow_with_the_images_per_class(batch, classes):
     """By hand, a sure teacher of as many images of each class against a student that knows nothing: the Gram matrix of
     classes is batch / classes on its diagonal against batch / classes^2 everywhere, that of samples 1 between images
     of one class against 1 / classes everywhere.
@@ -305,8 +305,8 @@ def test_relations_have_factors_and_drop_out_at_zero(name):
 
 
 @pytest.mark.parametrize(("name", "weight", "first"), [("mlkd", 0.9, 4.0), ("mlkd_ls", 9.0, 2.0)])
-def test_of_two_views_mlkd_sums_labels_and_soft_targets_and_relates_the_weak_ones(name, weight, first):
-    """By numpy, from the authors' code: CE and KL of either view, Gram matrices of the weak one alone."""
+def test_mlkd_sums_losses_over_two_views_and_relates_the_weak_ones(name, weight, first):
+    """By numpy, as in the authors' code: CE and KL of both views, Gram matrices of the weak view."""
     (weak, weak_t), (strong, strong_t) = ([t.detach().double().numpy() for t in pair(seed)] for seed in (0, 1))
     labels = LABELS.numpy()
     expected = dict.fromkeys(("task", "soft_targets", "class_relations", "sample_relations"), 0.0)
@@ -328,24 +328,24 @@ def test_of_two_views_mlkd_sums_labels_and_soft_targets_and_relates_the_weak_one
 
 
 @pytest.mark.parametrize("name", LOGIT_METHODS)
-def test_a_method_is_its_losses_at_its_weights(name):
+def test_a_method_is_the_weighted_sum_of_its_losses(name):
     student, teacher = (t.detach() for t in pair())
     objective = LOGIT_METHODS[name](task_of(CLASSES)).objective
     objective.set_progress(0.2)
     parts = objective(Outputs(logits=student), Outputs(logits=teacher), LABELS)
     alpha = 0.1 if name in ("kd", "lskd", "mlkd", "mlkd_ls", "ctkd") else 1.0
     assert parts.pop("task").item() == pytest.approx(alpha * F.cross_entropy(student, LABELS).item(), rel=1e-5)
-    own, target = losses.standardized(student), losses.standardized(teacher)
+    pred, target = losses.standardized(student), losses.standardized(teacher)
     relations = losses.class_relations, losses.sample_relations
     expected = {
         "kd": [0.9 * losses.soft_target_kl(student, teacher, 4.0)],
         "dkd": [losses.decoupled_kd(student, teacher, LABELS, 1.0, 8.0, 4.0)],
         "dist": [2 * losses.correlation_loss(student, teacher)],
-        "lskd": [9 * losses.soft_target_kl(own, target, 2.0)],
-        "dkd_ls": [losses.decoupled_kd(own, target, LABELS, 9.0, 72.0, 2.0)],
+        "lskd": [9 * losses.soft_target_kl(pred, target, 2.0)],
+        "dkd_ls": [losses.decoupled_kd(pred, target, LABELS, 9.0, 72.0, 2.0)],
         "mlkd": [0.9 * over_temperatures(loss, student, teacher, 4.0) for loss in (losses.soft_target_kl, *relations)],
         "mlkd_ls": [
-            9 * over_temperatures(losses.soft_target_kl, own, target, 2.0),
+            9 * over_temperatures(losses.soft_target_kl, pred, target, 2.0),
             *(9 * over_temperatures(loss, student, teacher, 2.0) for loss in relations),
         ],
         "ctkd": [0.9 * losses.soft_target_kl(student, teacher, 1 + 20 / (1 + math.exp(-1)))],

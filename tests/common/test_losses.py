@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand and against other implementations, and where they could go wrong."""
+"""Losses against closed forms and other implementations, and at numerical edge cases."""
 
 import math
 
@@ -64,7 +64,7 @@ def pair(shape, seed=0, scale=1.0):
 
 
 @cases(LOSSES)
-def test_gradient_reaches_the_student_and_never_the_teacher(loss, shape):
+def test_gradient_reaches_only_the_student(loss, shape):
     student, teacher = pair(shape)
     value = loss(student, teacher)
     value.backward()
@@ -122,7 +122,7 @@ def test_finite_at_extreme_values(loss, shape, dtype):
 
 
 @cases(LOSSES)
-def test_shapes_that_differ_are_refused_with_both_shapes(loss, shape):
+def test_different_shapes_are_an_error_with_both_shapes(loss, shape):
     student, teacher = torch.zeros(shape), torch.zeros((*shape[:-1], shape[-1] + 1))
     with pytest.raises(ValueError, match=r"shapes differ: \(") as error:
         loss(student, teacher)
@@ -131,7 +131,7 @@ def test_shapes_that_differ_are_refused_with_both_shapes(loss, shape):
 
 
 @cases(LOSSES)
-def test_order_of_the_batch_does_not_matter(loss, shape):
+def test_the_order_of_the_batch_has_no_effect(loss, shape):
     student, teacher = pair(shape)
     order = torch.arange(shape[0]).flip(0)
     assert loss(student[order], teacher[order]).item() == pytest.approx(loss(student, teacher).item(), rel=1e-5)
@@ -191,7 +191,7 @@ def test_sample_weights_are_a_weighted_mean():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
-def test_weights_all_zero_give_zero_loss_and_zero_gradient(temperature):
+def test_zero_weights_give_zero_loss_and_zero_gradient(temperature):
     student, teacher = pair((3, 5))
     loss = losses.soft_target_kl(student, teacher, temperature, sample_weights=torch.zeros(3))
     loss.backward()
@@ -210,7 +210,7 @@ def test_weights_all_zero_give_zero_loss_and_zero_gradient(temperature):
         ({"sample_weights": torch.ones(2)}, r"\(3,\) and \(2,\)"),
     ],
 )
-def test_soft_target_kl_refuses(options, message):
+def test_soft_target_kl_errors(options, message):
     with pytest.raises(ValueError, match=message):
         losses.soft_target_kl(torch.zeros(3, 5), torch.zeros(3, 5), **options)
 
@@ -223,7 +223,7 @@ def test_hard_targets_by_hand():
 
 
 def gaussians(shape=(16, 3)):
-    """Mean of student and teacher, log_std of student and teacher."""
+    """Means of student and teacher, log_std of student and teacher."""
     return *pair(shape, 0), *pair(shape, 1)
 
 
@@ -263,7 +263,7 @@ def test_gaussian_kl_keeps_its_digits_near_equality(direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_gaussian_kl_trains_mean_and_std_of_the_student_and_nothing_of_the_teacher(direction):
+def test_gaussian_kl_trains_only_mean_and_std_of_the_student(direction):
     student_mean, teacher_mean, student_log_std, teacher_log_std = gaussians()
     losses.gaussian_kl(student_mean, student_log_std, teacher_mean, teacher_log_std, direction).backward()
     assert student_mean.grad.abs().sum() > 0
@@ -272,7 +272,7 @@ def test_gaussian_kl_trains_mean_and_std_of_the_student_and_nothing_of_the_teach
     assert teacher_log_std.grad is None
 
 
-def test_gaussian_kl_does_not_depend_on_the_batch_size_and_weights_are_a_weighted_mean():
+def test_gaussian_kl_is_a_weighted_mean_over_the_batch():
     student_mean, teacher_mean, student_log_std, teacher_log_std = gaussians((3, 2))
     ordered = (student_mean, student_log_std, teacher_mean, teacher_log_std)
     each = [losses.gaussian_kl(*(t[i : i + 1] for t in ordered)).item() for i in range(3)]
@@ -310,8 +310,8 @@ def test_forward_gaussian_kl_has_its_minimum_at_the_moments_of_the_teacher():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_gaussian_kl_is_finite_where_policies_clip_the_std(direction, dtype):
-    for own, target in [(-20.0, 2.0), (2.0, -20.0)]:
-        log_std = torch.full((2, 3), own, dtype=dtype, requires_grad=True)
+    for pred, target in [(-20.0, 2.0), (2.0, -20.0)]:
+        log_std = torch.full((2, 3), pred, dtype=dtype, requires_grad=True)
         mean, teacher_log_std = torch.zeros(2, 3, dtype=dtype), torch.tensor(target, dtype=dtype)
         loss = losses.gaussian_kl(mean, log_std, mean + 1, teacher_log_std, direction)
         loss.backward()
@@ -331,7 +331,7 @@ def test_gaussian_kl_is_finite_where_policies_clip_the_std(direction, dtype):
         ({"sample_weights": torch.ones(4, 1)}, r"\(4,\) and \(4, 1\)"),
     ],
 )
-def test_gaussian_kl_refuses(changes, message):
+def test_gaussian_kl_errors(changes, message):
     mean, log_std = torch.zeros(4, 3), torch.zeros(3)
     usual = {"student_mean": mean, "student_log_std": log_std, "teacher_mean": mean, "teacher_log_std": log_std}
     with pytest.raises(ValueError, match=message):
@@ -339,7 +339,7 @@ def test_gaussian_kl_refuses(changes, message):
 
 
 @pytest.mark.parametrize("loss", [losses.channel_kl, losses.spatial_kl])
-def test_map_divergences_refuse_a_temperature_of_zero(loss):
+def test_map_divergences_need_a_positive_temperature(loss):
     with pytest.raises(ValueError, match="positive"):
         loss(torch.zeros(MAPS), torch.zeros(MAPS), temperature=0.0)
 
@@ -356,7 +356,7 @@ def test_features_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 @pytest.mark.parametrize("loss", [losses.feature_l2, losses.feature_cosine])
-def test_masked_positions_change_nothing(loss, dtype):
+def test_masked_positions_have_no_effect(loss, dtype):
     student, teacher = pair((2, 3, 4))  # (batch, positions, channels)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).to(dtype)
     value = loss(student, teacher, mask)
@@ -369,7 +369,7 @@ def test_masked_positions_change_nothing(loss, dtype):
 
 
 @pytest.mark.parametrize("loss", [losses.feature_l2, losses.feature_cosine])
-def test_mask_that_keeps_nothing_gives_zero_loss_and_zero_gradient(loss):
+def test_an_empty_mask_gives_zero_loss_and_zero_gradient(loss):
     student, teacher = pair((2, 3, 4))
     value = loss(student, teacher, torch.zeros(2, 3))
     value.backward()
@@ -378,7 +378,7 @@ def test_mask_that_keeps_nothing_gives_zero_loss_and_zero_gradient(loss):
 
 
 @pytest.mark.parametrize("loss", [losses.feature_l2, losses.feature_cosine])
-def test_mask_of_another_shape_is_refused_and_not_broadcast(loss):
+def test_a_mask_of_another_shape_does_not_broadcast(loss):
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 1\)"):
         loss(*pair((2, 3, 4)), torch.ones(2, 1))
 
@@ -403,14 +403,14 @@ def test_map_divergences_are_mean_entropies_of_scipy(loss, axis, temperature):
     assert loss(student, teacher, temperature=temperature).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_map_divergences_look_along_different_axes():
+def test_map_divergences_use_different_axes():
     per_channel = torch.randn(2, 3, 1, 1).expand(MAPS)  # constant over places
     zeros = torch.zeros(MAPS)
     assert losses.spatial_kl(zeros, per_channel).item() == pytest.approx(0, abs=1e-6)
     assert losses.channel_kl(zeros, per_channel) > 1e-3
 
 
-def test_maps_of_other_height_and_width_but_as_many_places_are_refused():
+def test_transposed_map_sizes_are_an_error():
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 5\) and \(2, 3, 5, 4\)"):
         losses.spatial_kl(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 5, 4))
 
@@ -432,7 +432,7 @@ def test_regression_of_one_sample_and_of_integer_labels(loss):
     assert loss(torch.tensor([[2.0]]), torch.tensor([1])).item() == pytest.approx(loss(torch.ones(1), torch.zeros(1)))
 
 
-def test_regression_refuses_as_many_numbers_in_another_shape():
+def test_regression_errors_for_other_shapes_of_equal_size():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
         losses.regression_mse(torch.zeros(2, 3), torch.zeros(3, 2))
 
@@ -463,7 +463,7 @@ def test_generalised_jensen_shannon_by_hand(beta):
         losses.jensen_shannon(q, p, beta=1.0)
 
 
-def test_soft_targets_of_tokens_are_those_of_the_places_that_count():
+def test_soft_targets_of_tokens_ignore_masked_positions():
     student, teacher = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     flat = mask.bool().flatten()
@@ -475,7 +475,7 @@ def test_soft_targets_of_tokens_are_those_of_the_places_that_count():
 
 
 def test_attention_kl_is_that_of_the_probabilities_of_a_bert_layer():
-    """Against the attention probabilities that BERT itself reports, of padded texts."""
+    """Compares with the attention probabilities that BERT returns for padded texts."""
     from transformers import BertConfig, BertModel
 
     shape = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
@@ -496,12 +496,12 @@ def test_attention_kl_is_that_of_the_probabilities_of_a_bert_layer():
     assert losses.attention_kl(*parts, 4, mask).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_attention_kl_ignores_padding_and_takes_other_widths():
-    own, target = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
+def test_attention_kl_ignores_padding_and_accepts_other_widths():
+    pred, target = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
     mask = torch.ones(2, 3)
-    loss = losses.attention_kl(own, own, target, target, 4, mask)
-    padded = [F.pad(x, (0, 0, 0, 2), value=7.0) for x in (own, own, target, target)]
+    loss = losses.attention_kl(pred, pred, target, target, 4, mask)
+    padded = [F.pad(x, (0, 0, 0, 2), value=7.0) for x in (pred, pred, target, target)]
     assert losses.attention_kl(*padded, 4, F.pad(mask, (0, 2))).item() == pytest.approx(loss.item(), rel=1e-5)
-    assert losses.attention_kl(own, own, own, own, 2, mask).item() == pytest.approx(0, abs=1e-7)
+    assert losses.attention_kl(pred, pred, pred, pred, 2, mask).item() == pytest.approx(0, abs=1e-7)
     with pytest.raises(ValueError, match="3 heads"):
-        losses.attention_kl(own, own, target, target, 3)
+        losses.attention_kl(pred, pred, target, target, 3)

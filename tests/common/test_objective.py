@@ -1,4 +1,4 @@
-"""Objectives, feature hooks, and one pass over a dataset."""
+"""Objectives, feature hooks, and inference over a dataset."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def pair() -> tuple[Outputs, Outputs, torch.Tensor]:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_terms_add_up_to_the_loss_they_are_made_of(alpha):
+def test_terms_sum_to_the_loss(alpha):
     student, teacher, labels = pair()
     objective = Objective(task=(alpha, task_loss()), soft_targets=(1 - alpha, soft_targets(3.0)))
     parts = objective(student, teacher, labels)
@@ -30,7 +30,7 @@ def test_terms_add_up_to_the_loss_they_are_made_of(alpha):
     torch.testing.assert_close(sum(parts.values()), expected)
 
 
-def test_a_term_of_weight_zero_asks_for_nothing():
+def test_a_term_of_weight_zero_needs_no_inputs():
     student, _, labels = pair()
     assert set(Objective(task=(1.0, task_loss()), soft_targets=(0.0, soft_targets(2.0)))(student, None, labels)) == {
         "task"
@@ -57,7 +57,7 @@ def test_match_ignores_padding(loss):
     torch.testing.assert_close(FeatureTerm("hidden", "hidden", loss)(student, teacher, None), expected)
 
 
-def test_hint_is_a_match_through_its_regressor_and_trains_it():
+def test_a_feature_term_trains_its_projector():
     student, teacher, _ = pair()
     student = Outputs(features={"small": torch.randn(4, 5, 2)}, mask=student.mask)
     hint = FeatureTerm("small", "hidden", feature_l2, nn.Linear(2, 6))
@@ -84,12 +84,12 @@ def test_hint_is_a_match_through_its_regressor_and_trains_it():
         (soft_targets(1.0), Outputs(logits=torch.zeros(1, 2)), "teacher logits"),
     ],
 )
-def test_what_is_missing_is_named(term, student, missing):
+def test_errors_name_the_missing_input(term, student, missing):
     with pytest.raises(ValueError, match=missing):
         term(student, None, None)
 
 
-def test_hooks_record_what_submodules_return_and_forget_it():
+def test_hooks_record_outputs_of_submodules_and_clear_them():
     network = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
     hooks = FeatureHooks(network, {"before": "0", "after": "1"})
     x = torch.randn(3, 6)
@@ -112,15 +112,15 @@ class RowsWithLength(Rows):
         return {"x": self.x[rows].tolist(), "labels": self.labels[rows].tolist()}
 
 
-def test_one_pass_gives_every_row_in_the_order_of_the_dataset():
+def test_inference_keeps_the_order_of_the_dataset():
     network, rows = model(dropout=0.5).train(), RowsWithLength(37)
 
     def collate(samples):
         return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
 
-    said = run_inference(network, lambda x: {"logits": network(x).logits}, rows, collate, batch_size=5)["logits"]
+    logits = run_inference(network, lambda x: {"logits": network(x).logits}, rows, collate, batch_size=5)["logits"]
     network.eval()
-    torch.testing.assert_close(torch.stack(said), network(rows.x).logits.detach())
+    torch.testing.assert_close(torch.stack(logits), network(rows.x).logits.detach())
     network.train()
     run_inference(network, lambda x: {"logits": network(x).logits}, rows, collate)
     assert network.training  # left as it was found

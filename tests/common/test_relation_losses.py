@@ -1,4 +1,4 @@
-"""Losses between the relations of samples: by hand, against loops over triplets, and where points coincide."""
+"""Losses between relations of samples: closed forms, loops over triplets, and coinciding points."""
 
 import numpy as np
 import pytest
@@ -27,23 +27,23 @@ def features(batch=6, width=5, seed=0):
     return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- numbers ----
+# ---- values ----
 
 
 def test_similarities_by_hand():
-    own = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # Q is the identity
+    pred = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # Q is the identity
     target = torch.tensor(
         [[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]]
     )  # F F^T = [[2, 4], [4, 8]]: both rows are (1, 2) / sqrt 5
     a, b = 5**-0.5, 2 * 5**-0.5
     expected = ((1 - a) ** 2 + b**2 + a**2 + (1 - b) ** 2) / 4
-    assert losses.similarity_preserving(own, target).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.similarity_preserving(pred, target).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_relative_distances_by_hand():
-    own, target = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]])
+    pred, target = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]])
     # Distances 1, 2, 3 over their mean 2, and 1, 1, 2 over 4/3: two pairs of three differ by 1/4, each counted twice.
-    assert losses.rkd_distance(own, target).item() == pytest.approx(4 * 0.5 * 0.25**2 / 9, rel=1e-6)
+    assert losses.rkd_distance(pred, target).item() == pytest.approx(4 * 0.5 * 0.25**2 / 9, rel=1e-6)
     # Of those that are not zero the mean is 1, so that 1, 1, 0 are compared with 3/4, 3/4, 3/2.
     coinciding = torch.tensor([[0.0], [1.0], [0.0]])
     expected = 2 * (2 * 0.5 * 0.25**2 + (1.5 - 0.5)) / 9
@@ -51,7 +51,7 @@ def test_relative_distances_by_hand():
 
 
 def test_angles_against_a_loop_over_triplets():
-    own, target = features(), features(width=7, seed=1)
+    pred, target = features(), features(width=7, seed=1)
 
     def angles(x):
         x, size = x.double().numpy(), len(x)
@@ -62,13 +62,13 @@ def test_angles_against_a_loop_over_triplets():
                 found[i, j, k] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         return found
 
-    gap = np.abs(angles(own) - angles(target))
+    gap = np.abs(angles(pred) - angles(target))
     expected = np.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
-    assert losses.rkd_angle(own, target).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.rkd_angle(pred, target).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_neighbours_against_scipys_entropy():
-    own, target = features(), features(width=7, seed=1)
+    pred, target = features(), features(width=7, seed=1)
 
     def neighbours(x):
         x = x.double().numpy()
@@ -76,23 +76,23 @@ def test_neighbours_against_scipys_entropy():
         similarity = (x @ x.T + 1) / 2
         return similarity / similarity.sum(1, keepdims=True)
 
-    expected = entropy(neighbours(target), neighbours(own), axis=1).sum() / 6**2
-    assert losses.pkt(own, target).item() == pytest.approx(expected, rel=1e-4)
+    expected = entropy(neighbours(target), neighbours(pred), axis=1).sum() / 6**2
+    assert losses.pkt(pred, target).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_congruence_by_hand():
-    own, target = torch.tensor([[1.0, -2.0], [0.0, 3.0], [1.0, 1.0]]), torch.zeros(3, 2)
-    assert losses.correlation_congruence(own, target).item() == pytest.approx(((1 * 0 + 2 * 3) + (0 * 1 + 3 * 1)) / 2)
-    assert losses.correlation_congruence(own[[1, 0, 2]], target).item() == pytest.approx((6 + (1 + 2)) / 2)
+    pred, target = torch.tensor([[1.0, -2.0], [0.0, 3.0], [1.0, 1.0]]), torch.zeros(3, 2)
+    assert losses.correlation_congruence(pred, target).item() == pytest.approx(((1 * 0 + 2 * 3) + (0 * 1 + 3 * 1)) / 2)
+    assert losses.correlation_congruence(pred[[1, 0, 2]], target).item() == pytest.approx((6 + (1 + 2)) / 2)
     with pytest.raises(ValueError, match="shapes differ"):
-        losses.correlation_congruence(own, torch.zeros(3, 3))
+        losses.correlation_congruence(pred, torch.zeros(3, 3))
 
 
-# ---- what all of them have to keep to ----
+# ---- properties of all losses ----
 
 
 @each(RELATIONS)
-def test_widths_may_differ_and_batches_may_not(loss):
+def test_widths_may_differ_but_batch_sizes_may_not(loss):
     assert loss(features(), features(width=9, seed=1)) > 1e-4
     with pytest.raises(ValueError, match="shapes differ"):
         loss(features(), features(batch=5))
@@ -106,7 +106,7 @@ def test_zero_at_equality_and_above_zero_elsewhere(loss):
 
 
 @each(RELATIONS)
-def test_a_scale_and_a_rotation_say_nothing(loss):
+def test_scale_and_rotation_have_no_effect(loss):
     rotation = torch.linalg.qr(features(5, 5, seed=2)).Q
     assert loss(3 * features() @ rotation, features()).item() == pytest.approx(0, abs=1e-6)
 
@@ -118,29 +118,29 @@ def test_distances_and_angles_do_not_depend_on_the_origin(loss):
 
 
 @each(RELATIONS)
-def test_order_of_the_batch_does_not_matter(loss):
-    own, target, order = features(), features(seed=1), torch.tensor([3, 0, 5, 1, 4, 2])
-    assert loss(own[order], target[order]).item() == pytest.approx(loss(own, target).item(), rel=1e-5)
+def test_the_order_of_the_batch_has_no_effect(loss):
+    pred, target, order = features(), features(seed=1), torch.tensor([3, 0, 5, 1, 4, 2])
+    assert loss(pred[order], target[order]).item() == pytest.approx(loss(pred, target).item(), rel=1e-5)
 
 
 @each(ALL)
-def test_gradient_reaches_the_student_and_never_the_teacher_and_is_the_slope(loss):
-    own, target = features().requires_grad_(), features(seed=1).requires_grad_()
-    loss(own, target).backward()
+def test_gradient_is_the_slope_and_reaches_only_the_student(loss):
+    pred, target = features().requires_grad_(), features(seed=1).requires_grad_()
+    loss(pred, target).backward()
     assert target.grad is None
     direction, step = features(seed=2), 1e-3  # small, for the corners of absolute values
     with torch.no_grad():
-        slope = (loss(own + step * direction, target) - loss(own - step * direction, target)) / (2 * step)
+        slope = (loss(pred + step * direction, target) - loss(pred - step * direction, target)) / (2 * step)
     assert slope.abs() > 1e-4
-    assert slope == pytest.approx((own.grad * direction).sum().item(), rel=2e-2)
+    assert slope == pytest.approx((pred.grad * direction).sum().item(), rel=2e-2)
 
 
 @each(ALL)
 def test_low_precision_is_computed_in_fp32(loss):
-    own, target = features().bfloat16(), features(seed=1).bfloat16()
-    expected = loss(own.float(), target.float())
+    pred, target = features().bfloat16(), features(seed=1).bfloat16()
+    expected = loss(pred.float(), target.float())
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss(own, target)
+        found = loss(pred, target)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -158,20 +158,20 @@ def test_coinciding_points_and_dead_features_are_finite(loss, dtype):
     }
     for name, batch in batches.items():
         for other in (features(seed=1), batch):
-            own = batch.to(dtype).requires_grad_()
-            value = loss(own, other.to(dtype))
+            pred = batch.to(dtype).requires_grad_()
+            value = loss(pred, other.to(dtype))
             value.backward()
-            assert value.isfinite() and own.grad.isfinite().all(), name
+            assert value.isfinite() and pred.grad.isfinite().all(), name
             if loss is not losses.correlation_congruence and name != "huge":
-                assert own.grad.abs().max() < 100, name  # no division by the length of nothing
+                assert pred.grad.abs().max() < 100, name  # no division by a length of zero
 
 
 @each(ALL)
 def test_a_batch_of_one_has_no_relations(loss):
-    own = features(1).requires_grad_()
-    value = loss(own, features(1, seed=1))
+    pred = features(1).requires_grad_()
+    value = loss(pred, features(1, seed=1))
     value.backward()
-    assert value.item() == pytest.approx(0, abs=1e-6) and own.grad.isfinite().all()
+    assert value.item() == pytest.approx(0, abs=1e-6) and pred.grad.isfinite().all()
 
 
 # ---- methods ----
@@ -201,21 +201,21 @@ def test_published_weights():
     }
 
 
-def test_embeddings_of_cc_cannot_shrink_to_nothing():
+def test_embeddings_of_cc_cannot_shrink_to_zero():
     _, term = cc(task(), width=16).terms["congruence"]
     loss = term.loss
     assert {name for name, _ in loss.named_parameters()} == {"student_embedding.weight", "student_embedding.bias"}
-    assert "teacher_embedding" in loss.state_dict(), "drawn at random, so that a training that goes on needs it"
-    own, said = (Outputs(features={"pooled": x}) for x in (features(6, 4), features(6, 6, seed=1)))
-    embedded = own.features["pooled"] @ loss.student_embedding.weight.T + loss.student_embedding.bias
-    target = said.features["pooled"] @ loss.teacher_embedding.T
+    assert "teacher_embedding" in loss.state_dict(), "random, so it must be checkpointed"
+    student, teacher = (Outputs(features={"pooled": x}) for x in (features(6, 4), features(6, 6, seed=1)))
+    embedded = student.features["pooled"] @ loss.student_embedding.weight.T + loss.student_embedding.bias
+    target = teacher.features["pooled"] @ loss.teacher_embedding.T
     expected = losses.correlation_congruence(embedded, target)
-    assert term(own, said, None).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert term(student, teacher, None).item() == pytest.approx(expected.item(), rel=1e-5)
     before = loss.teacher_embedding.clone()
     optimizer = torch.optim.SGD(term.parameters(), lr=0.01)
     for _ in range(50):
         optimizer.zero_grad()
-        term(own, said, None).backward()
+        term(student, teacher, None).backward()
         optimizer.step()
     assert torch.equal(loss.teacher_embedding, before)
-    assert loss.student_embedding(own.features["pooled"]).norm() > 0.5 * target.norm()
+    assert loss.student_embedding(student.features["pooled"]).norm() > 0.5 * target.norm()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kd.common.reporting.results import show_metrics, validate, write_report
+from kd.common.reporting.report import show_metrics, write_report
+from kd.common.reporting.results import validate
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run, TrainerRun, log_line
 from kd.common.utils.errors import UserError
@@ -122,7 +123,7 @@ def test_progress_names_the_stage_and_reads_like_a_sentence(tmp_path, capsys):
 def test_scripts_show_progress_bars_only_on_a_terminal(terminal, tmp_path):
     script = tmp_path / "scripts" / "script.py"
     script.parent.mkdir()
-    script.write_text("import kd.common\nfrom tqdm.auto import tqdm\nlist(tqdm(range(3), ncols=50))\n")
+    script.write_text("import kd.common\nfrom tqdm.auto import tqdm\nlist(tqdm(range(3), ncols=50, nrows=9))\n")
     reader, writer = os.openpty() if terminal else os.pipe()
     environment = os.environ | {"PYTHONPATH": str(REPO / "typings")}
     assert subprocess.run([sys.executable, script], env=environment, stderr=writer, timeout=60).returncode == 0

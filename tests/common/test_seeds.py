@@ -9,7 +9,7 @@ import pytest
 from accelerate import PartialState
 
 from kd.common.cli import parse
-from kd.common.reporting.comparison import read_runs
+from kd.common.reporting.__main__ import read_runs
 from kd.common.reporting.results import validate
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.run import Run

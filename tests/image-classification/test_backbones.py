@@ -269,7 +269,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
         ("mobilenetv2x0.01", "at least 0.0625, got 0.01"),
         ("shufflenetv2x3", "one of 0.5, 1, 1.5, 2, got 3"),
         ("quite something else", "choose one such as [^;]*$"),
-        ("timm:resnetx18", "timm knows no model 'resnetx18'; did you mean one of resnet18,"),
+        ("timm:resnetx18", "timm has no model 'resnetx18'; did you mean one of resnet18,"),
         ("timm:resnet18.nobody", "no weights 'nobody' of resnet18, only a1_in1k, "),
         ("timm:test_vit", r"are no map .* \(1, 101, 64\) for a batch of one\): choose a convolutional network"),
         ("timm:test_mambaout", r"are no map .* \(1, 5, 5, 256\)"),  # channels come last
@@ -354,7 +354,7 @@ def test_pretrained_rejects_invalid_arguments(tmp_path: Path, monkeypatch: pytes
         ({"checkpoint": path}, "holds no weights of timm's test_resnet with 1000 classes"),
         ({"checkpoint": str(broken)}, "holds no weights of timm's test_resnet"),
         ({"checkpoint": str(tmp_path / "absent")}, "there is no file"),
-        ({"label_names": ["cat", "dog"]}, "knows 1000 classes, not the 2 of label_names"),
+        ({"label_names": ["cat", "dog"]}, "has 1000 classes, not the 2 of label_names"),
         ({}, "cannot get timm's pretrained weights of test_resnet .* pass the local folder of a trained classifier"),
     ]
     for arguments, message in cases:

@@ -1,6 +1,4 @@
-"""Contrastive representation distillation: its numbers by numpy, whom it is told from, what it remembers, and that a
-training which is interrupted goes on as if it had not been.
-"""
+"""Contrastive representation distillation: its loss by numpy, negatives, memory banks, and resuming."""
 
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from kd.common.outputs import Outputs
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
-from kd.image_classification.student_model.methods.crd import Contrast, remember
+from kd.image_classification.student_model.methods.last_map import Contrast, remember
 from kd.image_classification.teacher_model.classifier import new_classifier
 from kd_testing.image_pairs import Pair, noise
 from kd_testing.image_training import train
@@ -28,15 +26,15 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 def contrast(labels: Tensor = LABELS, negatives: int = 100, seed: int = 0) -> Contrast:
-    """Of features of 4 and 5 channels, in 3 dimensions."""
+    """A term for features of 4 and 5 channels, embedded in 3 dimensions."""
     torch.manual_seed(seed)
     return Contrast(Feature("map", 4), Feature("map", 5), labels, negatives, 3, temperature=0.5, momentum=0.25)
 
 
-def said(ids: list[int], seed: int = 0) -> tuple[Outputs, Outputs]:
+def outputs_of(ids: list[int], seed: int = 0) -> tuple[Outputs, Outputs]:
     generator = torch.Generator().manual_seed(seed)
-    own, target = (torch.randn(len(ids), width, 1, 1, generator=generator) for width in (4, 5))
-    return Outputs(features={"map": own}, sample_id=torch.tensor(ids)), Outputs(features={"map": target})
+    pred, target = (torch.randn(len(ids), width, 1, 1, generator=generator) for width in (4, 5))
+    return Outputs(features={"map": pred}, sample_id=torch.tensor(ids)), Outputs(features={"map": target})
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -55,9 +53,9 @@ def embeddings(term: Contrast, student: Outputs, teacher: Outputs) -> tuple[np.n
     return of(term.student_embedding, student), of(term.teacher_embedding, teacher)
 
 
-def expected_direction(own: np.ndarray, memory: np.ndarray, ids: list[int], z: float | None = None):
-    """The loss of one network's embeddings against all images of other classes, as the paper writes it, and Z."""
-    scores = np.exp(own @ memory.T / 0.5)  # (batch, samples)
+def expected_direction(pred: np.ndarray, memory: np.ndarray, ids: list[int], z: float | None = None):
+    """The loss of one network's embeddings with all images of other classes, by the paper's formula, and Z."""
+    scores = np.exp(pred @ memory.T / 0.5)  # (batch, samples)
     rows = [[i, *np.flatnonzero(LABELS.numpy() != LABELS[i].item())] for i in ids]
     chosen = np.array([scores[k, row] for k, row in enumerate(rows)])  # the positive first
     z = chosen.mean() * len(memory) if z is None else z
@@ -65,24 +63,24 @@ def expected_direction(own: np.ndarray, memory: np.ndarray, ids: list[int], z: f
     return (-np.log(p[:, 0] / (p[:, 0] + c)) - np.log(c / (p[:, 1:] + c)).sum(1)).mean(), z
 
 
-# ---- the numbers ----
+# ---- the loss, by numpy ----
 
 
-def test_the_loss_by_hand_and_z_of_the_first_batch():
+def test_the_loss_and_the_constant_z_of_the_first_batch():
     term = contrast()
     constants: list[float | None] = [None, None]
     for step, ids in enumerate([[0, 3], [1, 5], [3, 2]]):
-        student, teacher = said(ids, seed=step)
-        own, target = embeddings(term, student, teacher)
-        first, constants[0] = expected_direction(own, array(term.teacher_memory), ids, constants[0])
+        student, teacher = outputs_of(ids, seed=step)
+        pred, target = embeddings(term, student, teacher)
+        first, constants[0] = expected_direction(pred, array(term.teacher_memory), ids, constants[0])
         second, constants[1] = expected_direction(target, array(term.student_memory), ids, constants[1])
         assert term(student, teacher, None).item() == pytest.approx(first + second, rel=1e-5)
     np.testing.assert_allclose(term.log_z.exp().numpy(), constants, rtol=1e-5)
 
 
-def test_gradients_reach_both_embeddings_and_the_student_and_no_memory():
+def test_gradients_reach_embeddings_and_student_but_no_memory():
     term = contrast()
-    student, teacher = said([0, 3])
+    student, teacher = outputs_of([0, 3])
     student.features["map"].requires_grad_()
     term(student, teacher, None).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in term.parameters())
@@ -92,10 +90,10 @@ def test_gradients_reach_both_embeddings_and_the_student_and_no_memory():
     }
 
 
-# ---- whom an image is told from ----
+# ---- negatives ----
 
 
-def test_negatives_are_of_other_classes_and_never_twice_the_same():
+def test_negatives_are_of_other_classes_without_repetition():
     labels = torch.randint(4, (60,), generator=torch.Generator().manual_seed(1))
     term, ids = contrast(labels, negatives=20), torch.arange(60)
     seen: dict[int, set[int]] = {i: set() for i in range(60)}
@@ -110,14 +108,14 @@ def test_negatives_are_of_other_classes_and_never_twice_the_same():
         assert found == set(torch.nonzero(labels != labels[i]).flatten().tolist()), "each gets its turn"
 
 
-def test_there_are_at_most_as_many_negatives_as_the_largest_class_leaves():
+def test_the_largest_class_bounds_the_number_of_negatives():
     labels = torch.tensor([0, 0, 0, 0, 0, 1, 2])
     drawn = contrast(labels, negatives=100).draw_negatives(torch.tensor([0, 5]))
     assert drawn.shape == (2, 2)
     assert sorted(drawn[0].tolist()) == [5, 6] and 5 not in drawn[1]
 
 
-def test_draws_depend_on_their_number_alone_and_leave_the_global_generator_as_it_was():
+def test_draws_depend_on_their_number_and_not_on_the_global_generator():
     labels, ids = torch.arange(200) % 10, torch.tensor([3, 50])
     first, same, other = (contrast(labels, 20, seed) for seed in (0, 0, 1))
     before = torch.get_rng_state()
@@ -128,14 +126,14 @@ def test_draws_depend_on_their_number_alone_and_leave_the_global_generator_as_it
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(other.draw_negatives(ids), draws[0])
 
 
-# ---- what is remembered ----
+# ---- memory banks ----
 
 
-def test_memories_move_by_their_momentum_and_stay_unit_vectors():
+def test_memories_are_moving_averages_of_unit_length():
     term = contrast()
     ids = [4, 1]
     for step in range(3):
-        student, teacher = said(ids, seed=step)
+        student, teacher = outputs_of(ids, seed=step)
         before = array(term.student_memory), array(term.teacher_memory)
         now = embeddings(term, student, teacher)
         term(student, teacher, None)
@@ -146,7 +144,7 @@ def test_memories_move_by_their_momentum_and_stay_unit_vectors():
             np.testing.assert_allclose(np.linalg.norm(memory.numpy(), axis=1), 1, atol=1e-6)
 
 
-def test_of_an_image_that_is_there_twice_the_first_view_is_remembered():
+def test_the_first_view_of_a_repeated_image_is_stored():
     memory = torch.eye(3)
     views = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     remember(memory, torch.tensor([0, 2, 0]), views, momentum=0.0)
@@ -157,10 +155,10 @@ def test_the_next_loss_is_the_same_after_saving_and_loading(tmp_path):
     labels = torch.arange(200) % 10
     term, loaded, without = contrast(labels, 20), contrast(labels, 20, seed=1), contrast(labels, 20, seed=1)
     for step in range(3):
-        term(*said([5, 17, 120], seed=step), None)
+        term(*outputs_of([5, 17, 120], seed=step), None)
     loaded.load_state_dict(term.state_dict())
     for step in range(3, 6):
-        batch = said([5, 60, 199], seed=step)
+        batch = outputs_of([5, 60, 199], seed=step)
         value = term(*batch, None).item()
         assert loaded(*batch, None).item() == value
         assert without(*batch, None).item() != value
@@ -177,12 +175,12 @@ def new_pair(seed: int = 0) -> Pair:
 
 
 def crd(pair: Pair, seed: int = 0) -> Method:
-    """With fewer negatives than there are, so that it matters which are drawn."""
+    """Uses fewer negatives than exist, so that the draw has an effect."""
     torch.manual_seed(seed)
     return METHODS["crd"](pair.spec, negatives=10, width=16)
 
 
-def test_an_interrupted_training_ends_in_the_same_student_and_memories(tmp_path):
+def test_a_resumed_training_gives_the_same_student_and_memories(tmp_path):
     """Step 7 lies within an epoch of five steps."""
     settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 7, "save_total_limit": 9}
     pair = new_pair()
@@ -203,7 +201,7 @@ def test_an_interrupted_training_ends_in_the_same_student_and_memories(tmp_path)
         assert torch.equal(resumed.objective.state_dict()[name], value), name
 
 
-def test_students_side_by_side_draw_and_remember_as_each_does_alone(tmp_path):
+def test_students_side_by_side_equal_students_trained_alone(tmp_path):
     settings = {"num_train_epochs": 2, "max_grad_norm": 0.0}
     alone = {}
     for seed in (1, 2):
@@ -224,9 +222,9 @@ def test_students_side_by_side_draw_and_remember_as_each_does_alone(tmp_path):
     for name, (student, method) in alone.items():
         for key, weight in student.state_dict().items():
             torch.testing.assert_close(together[name].state_dict()[key], weight, msg=f"{name} {key}")
-        own = objective.objectives[name].terms["contrast"]
-        assert own.draw == method.objective.terms["contrast"].draw
-        torch.testing.assert_close(own.student_memory, method.objective.terms["contrast"].student_memory)
+        term = objective.objectives[name].terms["contrast"]
+        assert term.draw == method.objective.terms["contrast"].draw
+        torch.testing.assert_close(term.student_memory, method.objective.terms["contrast"].student_memory)
 
 
 TWO_PROCESSES = """
@@ -246,7 +244,7 @@ end_processes()
 
 
 @pytest.mark.slow
-def test_two_processes_remember_the_same_of_all_images(tmp_path):
+def test_two_processes_store_the_same_memories(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
@@ -256,16 +254,16 @@ def test_two_processes_remember_the_same_of_all_images(tmp_path):
     start = crd(new_pair()).objective.terms["contrast"]
     for name in ("student_memory", "teacher_memory"):
         torch.testing.assert_close(one[name], two[name])
-        assert (one[name] != start.state_dict()[name]).any(1).all(), "both remember what either has seen"
+        assert (one[name] != start.state_dict()[name]).any(1).all(), "each process stores the embeddings of both"
 
 
-# ---- what cannot be ----
+# ---- errors ----
 
 
-def test_what_cannot_be_is_one_line():
-    with pytest.raises(UserError, match="are of one"):
+def test_one_class_and_missing_sample_ids_are_errors():
+    with pytest.raises(UserError, match="at least two classes"):
         contrast(torch.zeros(6, dtype=torch.long))
-    student, teacher = said([0, 1])
+    student, teacher = outputs_of([0, 1])
     student.sample_id = None
     with pytest.raises(ValueError, match="sample_id"):
         contrast()(student, teacher, None)

@@ -15,7 +15,7 @@ from PIL import Image
 from kd.common.data.sources import stratified
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
-from kd.image_classification.data.sources import read_rows
+from kd.image_classification.data.sources import read_images
 from kd_testing.pictures import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
 
 
@@ -197,7 +197,7 @@ def test_cifar(shared: Path) -> None:
     for split, each in {"train": 5, "validation": 50, "test": 100}.items():
         assert torch.bincount(data.splits[split].labels).tolist() == [each] * 100
     assert data.mean == pytest.approx([0.5071, 0.4865, 0.4409], abs=0.02)
-    _, names, _ = read_rows(str(shared / "data" / "cifar100"), label_column="coarse_label")
+    _, names, _ = read_images(str(shared / "data" / "cifar100"), label_column="coarse_label")
     assert len(names) == 20
 
 
@@ -282,7 +282,7 @@ def test_errors_of_pictures(tmp_path: Path) -> None:
             assert error_of(folder, validation_share=0.5, image_size=72) == found
         return found
 
-    assert "no picture" in message("garbage", b"garbage")
+    assert "not an image" in message("garbage", b"garbage")
     assert "the file is empty" in message("empty", b"")
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
     assert "more than 178,956,970 pixels" in message("huge", (tmp_path / "huge.png").read_bytes())

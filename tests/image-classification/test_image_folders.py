@@ -78,8 +78,8 @@ def test_what_is_no_picture_is_counted_and_named(tmp_path: Path) -> None:
     data = small(tmp_path, validation_share=0)
     assert data.fingerprint == clean.fingerprint and clean.notes == ["labels: 2 classes (cat, dog)"]
     assert data.notes == [
-        "pictures in no split, not used: 1 (holiday.png)",
-        "files that are no pictures, left out: 4 (README.md, train/cat/film.mpg, train/cat/labels.txt, "
+        "images in no split, not used: 1 (holiday.png)",
+        "files that are not images, left out: 4 (README.md, train/cat/film.mpg, train/cat/labels.txt, "
         "train/cat/phone.heic)",
         "hidden files, left out: 4",
         *clean.notes,
@@ -102,10 +102,10 @@ def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
     classes_in(tmp_path / "train", emu=0)
     (tmp_path / "train" / "emu" / "1.heic").write_bytes(b"")
     message = error_of(tmp_path)
-    assert f"class {tmp_path}/train/emu has no pictures but files of other kinds (emu/1.heic): put some" in message
+    assert f"class {tmp_path}/train/emu has no images but files of other kinds (emu/1.heic): add images" in message
     shutil.rmtree(tmp_path / "train" / "emu")
     (tmp_path / "val").mkdir()
-    assert f"{tmp_path}/val holds no pictures: put some there or remove the folder" in error_of(tmp_path)
+    assert f"{tmp_path}/val holds no images: add images or remove the folder" in error_of(tmp_path)
 
 
 def test_pictures_outside_of_classes_have_no_label(tmp_path: Path) -> None:
@@ -119,12 +119,12 @@ def test_pictures_outside_of_classes_have_no_label(tmp_path: Path) -> None:
         again.fingerprint == data.fingerprint and "1 of 19 rows of train have no label and are left out" in again.notes
     )
     draw(tmp_path / "train" / "cat" / "small" / "1.png", pixels(1, 6, 6, 3)[0])
-    assert "pictures deeper than their class" in small(tmp_path).notes[0]
+    assert "images deeper than their class" in small(tmp_path).notes[0]
 
 
 def test_layouts_that_are_no_dataset_are_explained(tmp_path: Path) -> None:
     classes_in(tmp_path / "classes", cat=2, dog=2)
-    assert "no train split, only cat, dog: pictures belong into SPLIT/CLASS/" in error_of(tmp_path / "classes")
+    assert "no train split, only cat, dog: put images into SPLIT/CLASS/" in error_of(tmp_path / "classes")
     classes_in(tmp_path / "deep" / "inner" / "train", cat=2, dog=2)
     assert f"pass --dataset {tmp_path}/deep/inner" in error_of(tmp_path / "deep")
     (tmp_path / "hub" / "data").mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_a_folder_is_measured_by_the_names_of_a_model(tmp_path: Path) -> None:
     assert sizes(data) == {"test": 3} and data.label_names == names
     assert data.splits["test"].labels.tolist() == [2, 2, 1]
     assert data.notes == [
-        "classes has classes but no splits: all of its pictures are the test split",
+        "classes has classes but no splits: all of its images are the test split",
         "labels: 2 classes (cat, emu)",
         "classes without an image in test: 1 of 3 (dog)",
     ]

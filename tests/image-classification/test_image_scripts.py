@@ -481,7 +481,7 @@ def test_a_folder_of_new_images_is_evaluated_by_class_name(teacher, tmp_path, ca
     accuracy = (logits.argmax(1) == test.labels[chosen].numpy()).mean()
     assert metrics["metrics"].keys() == {"test"}
     assert metrics["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
-    for note in ("files that are no pictures, left out: 1 (notes.txt)", "in test: 8 of 10 (0, 1, 2, 4, 5, ...)"):
+    for note in ("files that are not images, left out: 1 (notes.txt)", "in test: 8 of 10 (0, 1, 2, 4, 5, ...)"):
         assert note in output and any(note in line for line in metrics["data_notes"])
     (tmp_path / "new" / "7").rename(tmp_path / "new" / "seven")
     with pytest.raises(SystemExit) as stopped:

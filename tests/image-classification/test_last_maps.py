@@ -1,4 +1,4 @@
-"""Which map of a network each method takes: losses computed a second time on the distillation toolboxes' maps."""
+"""The maps that methods match: losses recomputed on the maps of the distillation toolboxes."""
 
 import itertools
 
@@ -56,12 +56,12 @@ def both_maps(pair):
 
 def parts_of(name, pair):
     method = METHODS[name](pair.spec)
-    own, said = forward_both(method, pair, pair.images)
-    return {part: value.item() for part, value in method.objective(own, said, LABELS).items()}
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
+    return {part: value.item() for part, value in method.objective(student_outputs, teacher_outputs, LABELS).items()}
 
 
 def shrunk(x, size):
-    """Averaged down to `size` pixels."""
+    """Averages maps down to `size` pixels."""
     step = x.shape[-1] // size
     return x.reshape(*x.shape[:2], size, step, size, step).mean((3, 5))
 
@@ -90,14 +90,14 @@ def nst_loss(s, t):
 
 
 @pytest.mark.parametrize(("student", "teacher"), FAMILIES)
-def test_similarities_are_those_of_the_toolboxes_last_maps(student, teacher):
+def test_similarities_use_the_last_maps_of_the_toolboxes(student, teacher):
     pair = new_pair(student, teacher)
     expected = 3000 * similarity_loss(*(maps[-1] for maps in both_maps(pair)))
     assert parts_of("sp", pair)["similarities"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("pair", FAMILIES[:1])
-def test_of_residual_networks_the_last_map_is_still_the_one_before_the_head(pair):
+def test_the_last_map_of_residual_networks_is_the_input_of_the_head(pair):
     pair = new_pair(*pair)
     with torch.no_grad():
         before_head = [
@@ -111,13 +111,13 @@ def test_of_residual_networks_the_last_map_is_still_the_one_before_the_head(pair
 @pytest.mark.parametrize(
     ("name", "weight", "loss"), [("attention", 1000, attention_loss), ("nst", 50, nst_loss)], ids=["at", "nst"]
 )
-def test_stages_are_the_toolboxes(name, weight, loss, student, teacher):
-    """Four of VGG and MobileNetV2, three of the others."""
+def test_stages_are_those_of_the_toolboxes(name, weight, loss, student, teacher):
+    """VGG and MobileNetV2 have four stages, the others three."""
     pair = new_pair(student, teacher)
-    own, target = both_maps(pair)
-    assert len(own) == len(target) == (4 if "vgg" in teacher else 3)
+    pred, target = both_maps(pair)
+    assert len(pred) == len(target) == (4 if "vgg" in teacher else 3)
     expected = []
-    for s, t in zip(own, target, strict=True):
+    for s, t in zip(pred, target, strict=True):
         size = min(s.shape[-1], t.shape[-1])
         expected.append(weight * loss(shrunk(s, size), shrunk(t, size)))
     found = parts_of(name, pair)
@@ -134,7 +134,7 @@ def test_stages_are_the_toolboxes(name, weight, loss, student, teacher):
         pytest.param("vgg8", "resnet50", "semckd", marks=pytest.mark.slow),
     ],
 )
-def test_networks_of_four_stages_are_paired(name, student, teacher):
+def test_networks_with_four_stages_are_matched(name, student, teacher):
     parts = parts_of(name, new_pair(student, teacher))
     assert all(np.isfinite(value) for value in parts.values())
 
@@ -153,9 +153,9 @@ def test_maps_of_norm(student, teacher, own_channels, target_channels):
     method = METHODS["norm"](pair.spec, copies=2)
     conv = method.objective.terms["representations"].projector[0]
     assert (conv.in_channels, conv.out_channels) == (own_channels, 2 * target_channels)
-    own, said = forward_both(method, pair, pair.images)
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
     target = toolbox_maps(pair.teacher.eval(), pair.images)[-1]
-    found = said.features[method.objective.terms["representations"].teacher_names[0]].double().numpy()
+    found = teacher_outputs.features[method.objective.terms["representations"].teacher_names[0]].double().numpy()
     np.testing.assert_allclose(found, target, rtol=1e-4, atol=1e-4)
 
 
@@ -171,33 +171,39 @@ def test_maps_of_norm(student, teacher, own_channels, target_channels):
         ("shufflenetv2", "resnet8x4", nn.ConvTranspose2d, 4, 2),
     ],
 )
-def test_a_hint_is_of_the_teachers_size(student, teacher, kind, kernel, stride):
+def test_a_hint_has_the_size_of_the_teachers_map(student, teacher, kind, kernel, stride):
     pair = new_pair(student, teacher)
     method = METHODS["fitnet"](pair.spec)
     hint = method.objective.terms["hint"]
     conv = hint.projector[0]
     assert type(conv) is kind and conv.kernel_size == (kernel, kernel) and conv.stride == (stride, stride)
-    own, said = forward_both(method, pair, pair.images)
-    mapped, target = hint.projector(own.features[hint.student_names[0]]), said.features[hint.teacher_names[0]]
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
+    mapped, target = (
+        hint.projector(student_outputs.features[hint.student_names[0]]),
+        teacher_outputs.features[hint.teacher_names[0]],
+    )
     assert mapped.shape == target.shape
-    loss = method.objective(own, said, LABELS)["hint"].item()
+    loss = method.objective(student_outputs, teacher_outputs, LABELS)["hint"].item()
     assert loss == pytest.approx(100 * (mapped - target).square().mean().item(), rel=1e-4)
 
 
-def test_a_hint_without_a_fitting_convolution_averages_the_teachers_map_down():
+def test_a_hint_without_a_matching_convolution_averages_the_teachers_map_down():
     pair = new_pair("mobilenetv2", "resnet14x2", size=16)  # maps of 4 and 8 pixels: twice; of 2 and 8: four times
     hint = METHODS["fitnet"](pair.spec).objective.terms["hint"]
     assert type(hint.projector[0]) is nn.ConvTranspose2d
     far = new_pair("timm:resnet10t", "resnet8", size=64)
     method = METHODS["fitnet"](far.spec)
-    own, said = forward_both(method, far, far.images)
+    student_outputs, teacher_outputs = forward_both(method, far, far.images)
     term = method.objective.terms["hint"]
-    size, wanted = (x.features[n].shape[-1] for x, n in ((own, term.student_names[0]), (said, term.teacher_names[0])))
-    assert wanted > 2 * size and term.projector[0].kernel_size == (3, 3)
-    expected = term.projector(own.features[term.student_names[0]]) - F.adaptive_avg_pool2d(
-        said.features[term.teacher_names[0]], size
+    size, wanted = (
+        x.features[n].shape[-1]
+        for x, n in ((student_outputs, term.student_names[0]), (teacher_outputs, term.teacher_names[0]))
     )
-    assert method.objective(own, said, LABELS)["hint"].item() == pytest.approx(
+    assert wanted > 2 * size and term.projector[0].kernel_size == (3, 3)
+    expected = term.projector(student_outputs.features[term.student_names[0]]) - F.adaptive_avg_pool2d(
+        teacher_outputs.features[term.teacher_names[0]], size
+    )
+    assert method.objective(student_outputs, teacher_outputs, LABELS)["hint"].item() == pytest.approx(
         100 * expected.square().mean().item(), rel=1e-4
     )
 
@@ -223,14 +229,14 @@ def test_a_student_of_simkd_has_no_last_convolution(student, parameters, channel
 
 
 @pytest.mark.parametrize(("teacher", "channels"), [("mobilenetv2", 1280), ("shufflenetv2", 1024), ("wrn_16_2", 128)])
-def test_a_teacher_of_simkd_shows_the_map_that_its_head_averages(teacher, channels, tmp_path):
+def test_a_teacher_of_simkd_outputs_the_map_that_its_head_averages(teacher, channels, tmp_path):
     pair = new_pair("resnet8", teacher)
     student = simkd_student("resnet8", pair.teacher, pair.data, factor=2)
     method = simkd(student, pair.teacher, SimKDArguments(), temperature=4.0)
-    _, said = forward_both(method, Pair(student, pair.teacher, pair.data), pair.images)
-    target = said.features["map"]
+    _, teacher_outputs = forward_both(method, Pair(student, pair.teacher, pair.data), pair.images)
+    target = teacher_outputs.features["map"]
     assert target.shape[1] == channels and student.config.projector["out_channels"] == channels
-    torch.testing.assert_close(pair.teacher.head(target.mean((2, 3))), said.logits)
+    torch.testing.assert_close(pair.teacher.head(target.mean((2, 3))), teacher_outputs.logits)
 
 
 @pytest.mark.parametrize("student", ["mobilenetv2", "shufflenetv2"])
@@ -239,8 +245,8 @@ def test_a_student_without_its_last_convolution_trains_and_loads(student, projec
     pair = new_pair("resnet8", "resnet14x2")
     model = simkd_student(student, pair.teacher, pair.data, factor=2)
     method = simkd(model, pair.teacher, SimKDArguments(projector=projector), temperature=4.0)
-    own, said = forward_both(method, Pair(model, pair.teacher, pair.data), pair.images)
-    sum(method.objective(own, said, LABELS).values()).backward()
+    student_outputs, teacher_outputs = forward_both(method, Pair(model, pair.teacher, pair.data), pair.images)
+    sum(method.objective(student_outputs, teacher_outputs, LABELS).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.eval().save_pretrained(tmp_path)
     with torch.no_grad():
@@ -252,16 +258,16 @@ def test_a_student_without_its_last_convolution_trains_and_loads(student, projec
 # ---- CAT-KD ----
 
 
-def test_class_maps_are_of_length_one_where_the_authors_normalize_them():
+def test_normalized_class_maps_have_length_one():
     pair = new_pair("resnet8", "resnet14x2")
     method = METHODS["catkd"](pair.spec, weight=2.0, size=4, normalized=True)
-    own, said = forward_both(method, pair, pair.images)
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
 
     def class_maps(outputs, head):
         weight = head.weight.detach().double().numpy()
         maps = np.einsum("kc,bchw->bkhw", weight, outputs.features["map"].detach().double().numpy())
         return unit(shrunk(maps, 4).reshape(*maps.shape[:2], -1), 2)
 
-    gap = class_maps(own, pair.student.head) - class_maps(said, pair.teacher.head)
-    found = method.objective(own, said, LABELS)["class_maps"].item()
+    gap = class_maps(student_outputs, pair.student.head) - class_maps(teacher_outputs, pair.teacher.head)
+    found = method.objective(student_outputs, teacher_outputs, LABELS)["class_maps"].item()
     assert found == pytest.approx(2 * np.square(gap).mean(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What every method of distilling an image classifier has to keep to."""
+"""Properties of every method for image classifiers, and parsing of their arguments."""
 
 import copy
 import re
@@ -27,14 +27,16 @@ def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", classes: int
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(name):
+def test_it_trains_student_and_auxiliary_parameters_but_not_the_teacher(name):
     pair = new_pair()
     pair.teacher.requires_grad_(False)
     before = copy.deepcopy(pair.teacher.state_dict())
     method = METHODS[name](pair.spec)
     method.objective.set_progress(0.5)
-    own, said = forward_both(method, pair, pair.images)
-    parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
+    parts = method.objective(
+        student_outputs, teacher_outputs, pair.data.splits["validation"].labels[: len(pair.images)]
+    )
     sum(parts.values()).backward()
     assert pair.student.backbone.conv1.weight.grad.abs().sum() > 0
     extra = list(method.objective.parameters())
@@ -46,14 +48,16 @@ def test_it_trains_the_student_and_its_own_weights_and_nothing_of_the_teacher(na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_task_is_the_cross_entropy_with_the_labels(name):
+def test_the_task_loss_is_the_cross_entropy_with_the_labels(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
-    own, said = forward_both(method, pair, pair.images)
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
-    parts = method.objective(own, said, labels)
+    parts = method.objective(student_outputs, teacher_outputs, labels)
     weight = method.objective.current_weights()["task"]
-    assert parts["task"].item() == pytest.approx(weight * F.cross_entropy(own.logits, labels).item(), rel=1e-5)
+    assert parts["task"].item() == pytest.approx(
+        weight * F.cross_entropy(student_outputs.logits, labels).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,12 +65,14 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
     method.objective.set_progress(1.0)
-    own, said = forward_both(method, pair, pair.images)
-    for logits in (said, own):
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
+    for logits in (teacher_outputs, student_outputs):
         logits["logits"] = 200 * logits.logits
         logits["features"] = {key: value.bfloat16() for key, value in logits.features.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        parts = method.objective(own, said, pair.data.splits["validation"].labels[: len(pair.images)])
+        parts = method.objective(
+            student_outputs, teacher_outputs, pair.data.splits["validation"].labels[: len(pair.images)]
+        )
     assert all(part.isfinite() and part.dtype == torch.float32 for part in parts.values()), parts
     sum(parts.values()).backward()
     assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
@@ -76,8 +82,8 @@ def test_it_is_finite_with_confident_logits_and_in_bf16(name):
 def test_it_is_finite_in_a_batch_of_one(name):
     pair = new_pair()
     method = METHODS[name](pair.spec)
-    own, said = forward_both(method, pair, pair.images[:1])
-    parts = method.objective(own, said, torch.zeros(1, dtype=torch.long))
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images[:1])
+    parts = method.objective(student_outputs, teacher_outputs, torch.zeros(1, dtype=torch.long))
     sum(parts.values()).backward()
     assert all(part.isfinite() for part in parts.values()), parts
     assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.grad is not None)
@@ -85,7 +91,7 @@ def test_it_is_finite_in_a_batch_of_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("classes", [1, 2])
-def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
+def test_with_few_classes_it_is_finite_or_a_one_line_error(name, classes):
     pair = new_pair(classes=classes)
     if name in {1: ("dkd", "dkd_ls", "wkd", "lskd", "mlkd_ls", "crd"), 2: ("dkd", "dkd_ls", "wkd")}[classes]:
         with pytest.raises(UserError, match=r"at least \d classes|all training images are of one") as caught:
@@ -93,32 +99,32 @@ def test_with_few_classes_it_is_finite_or_refused_in_one_line(name, classes):
         assert "\n" not in str(caught.value)
         return
     method = METHODS[name](pair.spec)
-    own, said = forward_both(method, pair, pair.images)
-    parts = method.objective(own, said, torch.arange(len(pair.images)) % classes)
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
+    parts = method.objective(student_outputs, teacher_outputs, torch.arange(len(pair.images)) % classes)
     assert all(part.isfinite() for part in parts.values()), parts
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_weights_and_memories_are_checkpointed(name):
-    """What a new objective of the same method needs to go on is in the state of the old one."""
+def test_its_parameters_and_buffers_are_checkpointed(name):
+    """A new objective of the method continues from the state of the old one."""
     pair = new_pair()
     labels = pair.data.splits["validation"].labels[: len(pair.images)]
     method = METHODS[name](pair.spec)
-    own, said = forward_both(method, pair, pair.images)
-    method.objective(own, said, labels)  # batch norms, memories and the like have seen a batch
+    student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
+    method.objective(student_outputs, teacher_outputs, labels)  # updates batch norms and memories
     torch.manual_seed(1)
     other = METHODS[name](pair.spec)
     other.objective.load_state_dict(method.objective.state_dict())
-    first, second = (m.objective.train()(own, said, labels) for m in (method, other))
+    first, second = (m.objective.train()(student_outputs, teacher_outputs, labels) for m in (method, other))
     assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_has_a_docstring_with_its_paper(name):
+def test_its_docstring_names_its_paper(name):
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|(CVPR|ICLR) 20\d\d", str(METHODS[name].__doc__))
 
 
-def test_settings_are_checked():
+def test_arguments_are_checked():
     assert list(arguments_of(METHODS["kd"])) == ["alpha", "temperature"]
     assert parse_method("kd:alpha=0.3:temperature=2", METHODS).keywords == {"alpha": 0.3, "temperature": 2.0}
     assert parse_method("kd:alpha=0.3", METHODS, alpha=0.9, temperature=1.5, other=1).keywords == {
@@ -126,7 +132,7 @@ def test_settings_are_checked():
         "temperature": 1.5,
     }
     assert parse_method("catkd:normalized=True", METHODS).keywords == {"normalized": True}
-    for spec, complaint in (
+    for spec, message in (
         ("kdd", "did you mean kd?"),
         ("kd:alphas=1", "no argument 'alphas'; did you mean alpha?"),
         ("kd:alpha=much", "kd: alpha=much is invalid"),
@@ -152,7 +158,7 @@ def test_settings_are_checked():
         ("dkd:beta=2:beta=3", "dkd: beta is set twice, to 2 and to 3: set it once"),
         ("mlkd:views=2", "mlkd has no argument 'views'"),
     ):
-        with pytest.raises(UserError, match=complaint.replace("?", r"\?")) as caught:
+        with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
             parse_method(spec, METHODS)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="kd: alpha must be .*, got nan"):  # as flags give it
@@ -161,28 +167,28 @@ def test_settings_are_checked():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
-def test_no_setting_of_any_method_takes_what_is_no_number_or_negative(name, value):
-    for setting in arguments_of(METHODS[name]):
-        with pytest.raises(UserError, match=rf"method {name}: {setting}(={value}| must be .*, got {value})"):
-            parse_method(f"{name}:{setting}={value}", METHODS)
+def test_no_argument_accepts_negative_or_non_finite_values(name, value):
+    for argument in arguments_of(METHODS[name]):
+        with pytest.raises(UserError, match=rf"method {name}: {argument}(={value}| must be .*, got {value})"):
+            parse_method(f"{name}:{argument}={value}", METHODS)
 
 
-def test_settings_of_a_pair_fill_what_a_spec_leaves_open():
+def test_arguments_of_a_pair_fill_those_that_a_spec_does_not_set():
     published = ["dkd:beta=6", "dkd_ls:alpha=15:beta=30"]
     assert fill_arguments("dkd", published, METHODS) == "dkd:beta=6"
     assert fill_arguments("dkd:alpha=2", published, METHODS) == "dkd:beta=6:alpha=2"
     assert fill_arguments("dkd_ls:beta=1", published, METHODS) == "dkd_ls:alpha=15:beta=1"
     assert fill_arguments("kd", published, METHODS) == "kd"
-    for wrong, complaint in (
+    for wrong, message in (
         (["dkd:beta=6", "dkd:alpha=2"], "two entries for dkd"),
         (["dkdd:beta=6"], "no method 'dkdd'"),
         (["dkd:gamma=6"], "no argument 'gamma'"),
     ):
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=message):
             fill_arguments("kd", wrong, METHODS)
 
 
-def test_one_method_under_two_spellings_is_refused():
+def test_one_method_in_two_notations_is_an_error():
     def of(*specs):
         return [(spec, parse_method(spec, METHODS, alpha=0.1)) for spec in specs]
 
@@ -197,7 +203,7 @@ def test_one_method_under_two_spellings_is_refused():
             check_methods_differ(of(first, second))
 
 
-def test_what_changes_in_the_course_of_a_training_is_told_how_much_of_it_is_done():
+def test_scheduled_terms_get_the_training_progress():
     for name in NAMES:
         objective = METHODS[name](new_pair().spec).objective
         objective.set_progress(0.25)

@@ -1,4 +1,4 @@
-"""The pairs and recipes of the CIFAR-100 tables run as they stand: two steps on random images of the right shape."""
+"""The pairs and recipes of the CIFAR-100 tables run unchanged: two steps on random images of the right shape."""
 
 import inspect
 from pathlib import Path
@@ -30,7 +30,7 @@ def cifar100_shaped(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def dry_run(dataset: str, folder: Path, pair: str, *words: object) -> None:
-    """One epoch of the protocol, which is two steps."""
+    """Runs one epoch of the protocol, which has two steps."""
     run_script("image-classification/scripts/train_student.py", RECIPES / "paper.yaml", "--pair", pair, *words,
                "--dataset", dataset, "--num_train_epochs", 1, "--report_to", "none",
                "--output_dir", folder)  # fmt: skip
@@ -51,7 +51,7 @@ def test_every_pair_of_the_tables_runs(pair, cifar100_shaped, tmp_path):
     assert recipe["lr_milestones"] == [150, 180, 210] and recipe["weight_decay"] == 5e-4
 
 
-def test_a_pair_gives_way_to_the_flags_of_the_command_line(tmp_path):
+def test_command_line_flags_override_those_of_a_pair(tmp_path):
     (tmp_path / "recipe.yaml").write_text("learning_rate: 0.05\nstudent: vgg8\n")
     words = ["--pair", "vgg13_mobilenetv2", "--teacher", "resnet8", "--method_args", "kd:alpha=0"]
     types = PairArguments, DataArguments, ImageTrainingArguments
@@ -61,9 +61,9 @@ def test_a_pair_gives_way_to_the_flags_of_the_command_line(tmp_path):
     assert data.dataset == "cifar100" and training.learning_rate == 0.01
 
 
-# Of the runs behind the quoted figures. KD and MLKD with logit standardization: (temperature, weight), the authors'
-# logs; DKD with it: (temperature, weight, beta), the same; DKD: beta, mdistiller's configurations; ReviewKD: weight,
-# the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations.
+# Arguments of the runs with the published figures. KD and MLKD with logit standardization: (temperature, weight), the
+# authors' logs; DKD with it: (temperature, weight, beta), the same; DKD: beta, mdistiller's configurations; ReviewKD:
+# weight, the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations.
 PUBLISHED: dict[str, dict[str, tuple]] = {
     "resnet32x4_resnet8x4": {"dkd": (8,), "lskd": (2, 9), "dkd_ls": (2, 9, 8), "mlkd_ls": (2, 9), "reviewkd": (5,),
                              "catkd": (15, 2, False)},
@@ -92,48 +92,48 @@ PUBLISHED: dict[str, dict[str, tuple]] = {
 }  # fmt: skip
 
 
-def as_published(name: str, settings: dict) -> tuple:
-    """A method's settings as its authors give them."""
+def as_published(name: str, arguments: dict) -> tuple:
+    """The arguments of a method in the form in which its authors publish them."""
     if name == "dkd_ls":  # alpha and beta are DKD's, 1 and beta, times the weight
-        return settings["temperature"], settings["alpha"], settings["beta"] / settings["alpha"]
+        return arguments["temperature"], arguments["alpha"], arguments["beta"] / arguments["alpha"]
     words = {"dkd": ["beta"], "reviewkd": ["weight"], "catkd": ["weight", "size", "normalized"]}
-    return tuple(settings[word] for word in words.get(name, ["temperature", "weight"]))
+    return tuple(arguments[word] for word in words.get(name, ["temperature", "weight"]))
 
 
 @pytest.mark.parametrize("pair", PAIRS_BY_NAME)
-def test_a_pair_has_the_settings_behind_its_figures(pair):
-    settings = PAIRS[PAIRS_BY_NAME[pair]]
+def test_a_pair_has_the_published_arguments(pair):
+    arguments = PAIRS[PAIRS_BY_NAME[pair]]
     for name, expected in PUBLISHED[pair].items():
-        spec = fill_arguments(name, settings, METHODS)
+        spec = fill_arguments(name, arguments, METHODS)
         parameters = inspect.signature(parse_method(spec, METHODS)).parameters
         found = as_published(name, {key: p.default for key, p in parameters.items()})
         assert found == pytest.approx(expected), name
         if name == "dkd":
             assert (parameters["alpha"].default, parameters["temperature"].default) == (1, 4)
-    listed = {spec.split(":")[0] for spec in settings}
+    listed = {spec.split(":")[0] for spec in arguments}
     assert listed <= PUBLISHED[pair].keys(), "nothing that no source has"
 
 
 def test_multi_level_distillation_has_its_published_protocol():
-    """The configurations of its figures: 480 epochs whose milestones are those of 240, and half the learning rate."""
+    """480 epochs with the milestones of 240, and half the learning rate."""
     recipe = yaml.safe_load((RECIPES / "strong.yaml").read_text())
     assert recipe["strong_augmentation"] is True and recipe["num_train_epochs"] == 480
     assert recipe["lr_milestones"] == [150, 180, 210] and recipe["learning_rate"] == 0.025
 
 
-def test_imagenet_has_the_teacher_of_its_figure():
-    """torchvision's first weights, not those that timm has for the bare name."""
+def test_imagenet_has_the_published_teacher():
+    """torchvision's first weights, which are not timm's default."""
     name = yaml.safe_load((RECIPES / "imagenet.yaml").read_text())["teacher"].removeprefix("timm:")
     assert known_weights(name).url == "https://download.pytorch.org/models/resnet50-0676ba61.pth"
     assert known_weights("resnet50").url != known_weights(name).url
 
 
-def test_settings_of_the_pair_are_in_the_report_and_give_way_to_those_of_the_method(cifar100_shaped, tmp_path):
+def test_arguments_of_a_pair_are_reported_and_overridden_by_those_of_the_method(cifar100_shaped, tmp_path):
     few = ["--max_train_samples", 16, "--per_device_train_batch_size", 8, "--no_control", "--student", "resnet8"]
     few += ["--method_args", "dkd:beta=6", "lskd:temperature=3"]
     for name, words, expected in (
         ("bare", ["--method", "dkd"], "dkd:beta=6"),
-        ("given", ["--method", "dkd:beta=1:alpha=2"], "dkd:beta=1:alpha=2"),
+        ("overridden", ["--method", "dkd:beta=1:alpha=2"], "dkd:beta=1:alpha=2"),
     ):
         dry_run(cifar100_shaped, tmp_path / name, QUICK, "--teacher", "resnet8", *words, *few)
         assert read_json(tmp_path / name / "results.json")["method"] == expected
@@ -145,7 +145,7 @@ def test_settings_of_the_pair_are_in_the_report_and_give_way_to_those_of_the_met
 
 @pytest.mark.slow
 def test_every_method_runs_with_its_defaults(cifar100_shaped, tmp_path):
-    """All of them side by side, on the pair of the tables that takes the least time."""
+    """All methods side by side, on the fastest pair of the tables."""
     specs = [*METHODS, "simkd"]
     dry_run(cifar100_shaped, tmp_path / "run", QUICK, "--methods", ",".join(specs))
     folders = (tmp_path / "run").glob("seed*/students/*/results.json")

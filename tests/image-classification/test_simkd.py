@@ -1,4 +1,4 @@
-"""SimKD and its relatives: what is matched with what, what ships, and what the losses are worth."""
+"""SimKD and its variants: matched maps, the saved student, and losses."""
 
 import re
 
@@ -29,7 +29,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("factor", "parameters"), [(1, 722_432), (2, 214_016), (4, 70_400), (8, 26_240)])
 def test_projectors_have_the_published_number_of_parameters(factor, parameters):
-    """Section by section: 1x1 in, 3x3, 1x1 out, each with a batch norm."""
+    """Three convolutions, 1x1, 3x3 and 1x1, each with a batch norm."""
     assert sum(p.numel() for p in Projector(256, 256, factor).parameters()) == parameters
 
 
@@ -44,7 +44,7 @@ def test_the_deployed_student_has_the_published_size():
 
 
 @pytest.mark.parametrize("loss", sorted(FEATURE_LOSSES))
-def test_a_student_with_the_teachers_weights_has_no_loss_and_its_logits(loss):
+def test_a_student_with_the_teachers_weights_has_zero_loss_and_equal_logits(loss):
     data = noise()
     teacher = new_classifier("resnet14x2", data.config).eval()
     student = new_classifier("resnet14x2", data.config).eval()
@@ -53,19 +53,19 @@ def test_a_student_with_the_teachers_weights_has_no_loss_and_its_logits(loss):
     method = simkd(student, teacher, SimKDArguments(feature_loss=loss), temperature=4.0)
     images = some_images(data)
     with torch.no_grad():
-        own, said = (
+        student_outputs, teacher_outputs = (
             forward_with_features(student, method.features, images),
             forward_with_features(teacher, method.teacher_features, images),
         )
-    parts = method.objective(own, said, None)
+    parts = method.objective(student_outputs, teacher_outputs, None)
     assert set(parts) == {"feature_0"}
     assert parts["feature_0"].item() == pytest.approx(0, abs=1e-6)
-    torch.testing.assert_close(own.logits, said.logits)
+    torch.testing.assert_close(student_outputs.logits, teacher_outputs.logits)
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
 @pytest.mark.parametrize("projector", ["single", "multi", "all-layer"])
-def test_every_projector_trains_student_and_projectors_of_every_pair(projector, teacher_name, student_name):
+def test_every_variant_trains_student_and_all_projectors(projector, teacher_name, student_name):
     data = noise(32 if "timm" in student_name else 16)
     teacher = new_classifier(teacher_name, data.config)
     student = simkd_student(student_name, teacher, data, factor=2).train()
@@ -73,8 +73,8 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     images, labels = some_images(data), data.splits["validation"].labels[:8]
     answering = frozen(teacher, "fp32")
     with torch.no_grad():
-        said = forward_with_features(answering, method.teacher_features, images)
-    parts = method.objective(forward_with_features(student, method.features, images), said, labels)
+        teacher_outputs = forward_with_features(answering, method.teacher_features, images)
+    parts = method.objective(forward_with_features(student, method.features, images), teacher_outputs, labels)
     sum(parts.values()).backward()
     expected = {"single": 1, "multi": 2, "all-layer": len(block_paths(student))}[projector]
     assert len(parts) == expected and all(part.item() > 0 for part in parts.values())
@@ -85,8 +85,8 @@ def test_every_projector_trains_student_and_projectors_of_every_pair(projector, 
     assert not any("objective" in name for name in student.state_dict())  # what only trains never ships
 
 
-def test_each_network_is_probed_once_however_often_a_script_builds_student_and_method(monkeypatch):
-    """One forward pass of the teacher and one of the student: to check what is asked for, and to train."""
+def test_each_architecture_is_probed_once(monkeypatch):
+    """A script builds student and method several times, but probes teacher and student once each."""
     data, probed = noise(), []
     monkeypatch.setattr(matching, "_KNOWN", {})
     monkeypatch.setattr(ImageClassifier, "forward", counting(ImageClassifier.forward, probed))
@@ -121,12 +121,12 @@ def test_weights_of_the_projectors():
     ("blocks", "teacher_blocks", "expected"),
     [(3, 15, [4, 9, 14]), (3, 3, [0, 1, 2]), (4, 6, [1, 2, 4, 5]), (5, 3, [0, 1, 1, 2, 2]), (1, 7, [6])],
 )
-def test_blocks_are_paired_at_the_same_relative_depth(blocks, teacher_blocks, expected):
+def test_blocks_are_matched_at_the_same_relative_depth(blocks, teacher_blocks, expected):
     assert depth_map(blocks, teacher_blocks, "up") == list(enumerate(expected))
 
 
 def test_the_larger_map_is_averaged_down():
-    """In the student before its projector, so that deployment does what training did; otherwise in the teacher."""
+    """A larger student map is averaged down before its projector, in training and deployment alike."""
     data = noise(32)
     large, small = new_classifier("resnet8", data.config), new_classifier("timm:resnet10t", data.config)
     images = some_images(data)
@@ -136,29 +136,34 @@ def test_the_larger_map_is_averaged_down():
     assert student(images).features["map"].shape == (8, 512, 1, 1)
     other = simkd_student("timm:resnet10t", large, data, factor=2)
     match = FeatureTerm("map", "map", losses.feature_l2)
-    own, target = torch.rand(2, 3, 1, 1), torch.rand(2, 3, 8, 8)
-    expected = (own - target.mean((2, 3), keepdim=True)).square().mean()
-    said = Outputs(logits=None, features={"map": target})
-    torch.testing.assert_close(match(Outputs(logits=None, features={"map": own}), said, None), expected)
+    pred, target = torch.rand(2, 3, 1, 1), torch.rand(2, 3, 8, 8)
+    expected = (pred - target.mean((2, 3), keepdim=True)).square().mean()
+    teacher_outputs = Outputs(logits=None, features={"map": target})
+    torch.testing.assert_close(match(Outputs(logits=None, features={"map": pred}), teacher_outputs, None), expected)
     assert other.config.projector["max_size"] == 8, "the size of the teacher's map, which the student's never exceeds"
 
 
-def test_with_labels_the_loss_is_the_mean_over_those_samples_that_the_teacher_gets_right():
-    own, target = torch.rand(4, 6, 3, 3), torch.rand(4, 6, 3, 3)
+def test_with_labels_the_loss_averages_over_samples_that_the_teacher_classifies_correctly():
+    pred, target = torch.rand(4, 6, 3, 3), torch.rand(4, 6, 3, 3)
     before = target.clone()
     logits = torch.eye(3)[[0, 1, 2, 0]]
     labels = torch.tensor([0, 2, 2, 1])  # right, wrong, right, wrong
-    said, student = Outputs(logits=logits, features={"t": target}), Outputs(logits=None, features={"s": own})
+    teacher_outputs, student = (
+        Outputs(logits=logits, features={"t": target}),
+        Outputs(logits=None, features={"s": pred}),
+    )
     for name, loss in FEATURE_LOSSES.items():
-        masked = FeatureTerm("s", "t", loss, only_where_right=True)(student, said, labels)
+        masked = FeatureTerm("s", "t", loss, only_where_right=True)(student, teacher_outputs, labels)
         kept = FeatureTerm("s", "t", loss)(
-            Outputs(logits=None, features={"s": own[[0, 2]]}),
+            Outputs(logits=None, features={"s": pred[[0, 2]]}),
             Outputs(logits=None, features={"t": target[[0, 2]]}),
             None,
         )
         torch.testing.assert_close(masked, kept, msg=name)
-        assert FeatureTerm("s", "t", loss, only_where_right=True)(student, said, (labels + 1) % 3).isfinite()
-    assert share_masked(student, said, labels).item() == 0.5
+        assert FeatureTerm("s", "t", loss, only_where_right=True)(
+            student, teacher_outputs, (labels + 1) % 3
+        ).isfinite()
+    assert share_masked(student, teacher_outputs, labels).item() == 0.5
     assert torch.equal(target, before)
 
 
@@ -166,20 +171,20 @@ def test_with_labels_the_loss_is_the_mean_over_those_samples_that_the_teacher_ge
 def test_feature_losses_are_never_negative_and_zero_only_for_the_same_maps(loss):
     generator = torch.Generator().manual_seed(1)
     for scale in (0.01, 1.0, 30.0):
-        own, target = (scale * torch.randn(3, 5, 4, 4, generator=generator) for _ in range(2))
-        assert FEATURE_LOSSES[loss](own, target).item() > 0
-        assert FEATURE_LOSSES[loss](own.clone(), own).item() == pytest.approx(0, abs=1e-6)
-        assert FEATURE_LOSSES[loss](own.bfloat16(), target.bfloat16()).isfinite()
+        pred, target = (scale * torch.randn(3, 5, 4, 4, generator=generator) for _ in range(2))
+        assert FEATURE_LOSSES[loss](pred, target).item() > 0
+        assert FEATURE_LOSSES[loss](pred.clone(), pred).item() == pytest.approx(0, abs=1e-6)
+        assert FEATURE_LOSSES[loss](pred.bfloat16(), target.bfloat16()).isfinite()
 
 
 def test_attention_transfer_by_hand():
-    own, target = torch.rand(2, 3, 2, 2), torch.rand(2, 7, 2, 2)
+    pred, target = torch.rand(2, 3, 2, 2), torch.rand(2, 7, 2, 2)
     expected = 0.0
     for i in range(2):
-        a, b = (np.square(x[i].numpy().astype(np.float64)).mean(0).ravel() for x in (own, target))
+        a, b = (np.square(x[i].numpy().astype(np.float64)).mean(0).ravel() for x in (pred, target))
         expected += np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)).mean() / 2
-    assert losses.attention_transfer(own, target).item() == pytest.approx(expected, rel=1e-5)
-    assert losses.attention_transfer(own, 3 * own).item() == pytest.approx(0, abs=1e-10)  # a scale says nothing
+    assert losses.attention_transfer(pred, target).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.attention_transfer(pred, 3 * pred).item() == pytest.approx(0, abs=1e-10)  # the scale has no effect
 
 
 def test_stages_and_blocks_have_names():
@@ -189,7 +194,7 @@ def test_stages_and_blocks_have_names():
     assert len(block_paths(new_classifier("resnet32x4", noise().config))) == 15
 
 
-def test_what_cannot_be_matched_is_refused(capsys):
+def test_networks_that_do_not_match_are_errors(capsys):
     data = noise()
     teacher = new_classifier("resnet8", data.config)
     with pytest.raises(UserError, match="factor 3 does not divide the teacher's 64 channels"):
@@ -200,7 +205,7 @@ def test_what_cannot_be_matched_is_refused(capsys):
         assert re.search(rf"--{flag}.* must (not all )?be", capsys.readouterr().err)
 
 
-def test_a_saved_student_loads_alone_and_says_the_same(tmp_path):
+def test_a_saved_student_loads_alone_with_equal_logits(tmp_path):
     data = noise()
     teacher = new_classifier("resnet14x2", data.config)
     student = simkd_student("resnet8", teacher, data, factor=2).to(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.image_classification.data import views as views_module
 from kd.image_classification.data.loading import load_image_data
-from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_changes
+from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_operations
 from kd_testing.pictures import large, photos_in, pixels
 from kd_testing.scripts import run_script
 
@@ -76,11 +76,11 @@ def test_magnitudes_are_random_and_within_the_published_ranges():
     assert ranges == sorted([(0, 0)] * 3 + [(0.05, 0.95)] * 4 + [(4, 8), (-30, 30), (0, 256)] + [(-0.3, 0.3)] * 4)
     generator, drawn = torch.Generator().manual_seed(0), {}
     for _ in range(600):
-        changes = draw_changes(generator)
-        assert len(changes) == 2
-        for change in changes:
-            operation, magnitude = change.args
-            drawn.setdefault(operation, []).append(magnitude)
+        operations = draw_operations(generator)
+        assert len(operations) == 2
+        for operation in operations:
+            function, magnitude = operation.args
+            drawn.setdefault(function, []).append(magnitude)
     assert drawn.keys() == {operation for operation, _, _ in AUGMENTATIONS}
     for operation, low, high in AUGMENTATIONS:
         found = drawn[operation]
@@ -150,6 +150,6 @@ def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path,
     words = ["--strong_augmentation", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as stopped:
         run_script("image-classification/scripts/train_student.py", *words)
-    assert stopped.value.code == 2 and "there is no table of them" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--teacher_views" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert isinstance(load_image_data("digits").views("train", CPU, augment=True, strong=True), StrongViews)

@@ -190,7 +190,7 @@ def test_a_damaged_picture_is_one_line_also_from_a_worker_process(tmp_path: Path
     (tmp_path / "train" / "a" / "04.png").write_bytes(b"garbage")
     with pytest.raises(UserError) as caught:
         list(DataLoader(views, 5, collate_fn=identity_collate, num_workers=workers))
-    assert str(caught.value) == f"{tmp_path}/train/a/04.png cannot be read (it is no picture): replace or remove it"
+    assert str(caught.value) == f"{tmp_path}/train/a/04.png cannot be read (it is not an image): replace or remove it"
 
 
 def test_views_leave_the_generators_of_others_alone(photos: str) -> None:

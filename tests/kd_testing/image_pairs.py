@@ -62,7 +62,7 @@ def forward_with_features(model: nn.Module, paths: dict[str, str], images: Tenso
 
 
 def forward_both(method: Method, pair: Pair, images: Tensor) -> tuple[Outputs, Outputs]:
-    """What student and teacher say of images: with gradients in training mode, and without in evaluation mode."""
+    """Outputs of student (train mode, with gradients) and teacher (eval mode, without gradients) for images."""
     with torch.no_grad():
-        said = forward_with_features(pair.teacher.eval(), method.teacher_features, images)
-    return forward_with_features(pair.student.train(), method.features, images), said
+        teacher_outputs = forward_with_features(pair.teacher.eval(), method.teacher_features, images)
+    return forward_with_features(pair.student.train(), method.features, images), teacher_outputs

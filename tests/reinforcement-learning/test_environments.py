@@ -1,4 +1,4 @@
-"""Environments: both ways of restarting, the adapter to Stable-Baselines3, Atari, and what bad input says."""
+"""Environments: autoreset modes, the adapter to Stable-Baselines3, Atari games, errors."""
 
 import runpy
 import sys
@@ -44,7 +44,7 @@ def lander(observations: np.ndarray) -> np.ndarray:
 
 
 def rows(environments: Environments, policy: Callable[[np.ndarray], np.ndarray], steps: int) -> list[list[tuple]]:
-    """Per environment, what was seen, what it earned and whether it was the end: rows that acted only."""
+    """The transitions of each environment: observation, reward, terminated, truncated, final observation."""
     found: list[list[tuple]] = [[] for _ in range(environments.count)]
     for _ in range(steps):
         observations, acting = environments.observations, environments.acting
@@ -66,21 +66,21 @@ def rows(environments: Environments, policy: Callable[[np.ndarray], np.ndarray],
         ("ALE/Pong-v5", pixels(6), 80, {"max_num_frames_per_episode": 60}),
     ],
 )
-def test_both_ways_of_restarting_give_the_same_rows(id, policy, steps, kwargs):
+def test_both_autoreset_modes_give_the_same_transitions(id, policy, steps, kwargs):
     next_step, same_step = (rows(Environments(id, 3, 7, autoreset=mode, **kwargs), policy, steps)
                             for mode in (NEXT_STEP, SAME_STEP))  # fmt: skip
     for one, other in zip(next_step, same_step, strict=True):
         ends = sum(terminated or truncated for _, _, terminated, truncated, _ in one)
         assert ends >= 3
         assert len(other) == steps
-        assert len(one) in (steps - ends, steps - ends + 1)  # a restart takes a step of its own; the last may be due
+        assert len(one) in (steps - ends, steps - ends + 1)  # a restart takes one step; the last may be missing
         assert one == other[: len(one)]
 
 
 @pytest.mark.parametrize("id", ["CartPole-v1", "Acrobot-v1", "LunarLander-v3", "ALE/Breakout-v5"])
-def test_after_an_end_comes_one_step_that_only_restarts(id):
+def test_one_step_after_an_episode_only_restarts(id):
     environments = Environments(id, 4, training=True)
-    starts = what_a_start_looks_like(id)
+    starts = is_initial_observation(id)
     rng, ended, ends = np.random.default_rng(0), np.zeros(4, dtype=bool), 0
     for _ in range(600 if id == "Acrobot-v1" else 300):
         np.testing.assert_array_equal(environments.acting, ~ended)
@@ -93,7 +93,7 @@ def test_after_an_end_comes_one_step_that_only_restarts(id):
     assert ends >= 4
 
 
-def what_a_start_looks_like(id: str) -> Callable[[np.ndarray], np.ndarray]:
+def is_initial_observation(id: str) -> Callable[[np.ndarray], np.ndarray]:
     if id == "CartPole-v1":
         return lambda observations: np.abs(observations).max(1, initial=0) <= 0.05
     if id == "LunarLander-v3":
@@ -103,7 +103,7 @@ def what_a_start_looks_like(id: str) -> Callable[[np.ndarray], np.ndarray]:
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
 @pytest.mark.parametrize(("id", "right"), [("KnownAnswer-v0", KnownAnswer), ("KnownAnswerBox-v0", KnownAnswerBox)])
-def test_the_right_policy_earns_exactly_ten(id, right, mode):
+def test_optimal_policy_has_return_ten(id, right, mode):
     environments = Environments(id, 5, autoreset=mode)
     assert returns(environments, right.right_action, 55) == [10.0] * 25
     wrong = returns(environments, lambda observations: right.right_action(-observations), 55)
@@ -112,7 +112,7 @@ def test_the_right_policy_earns_exactly_ten(id, right, mode):
 
 
 def returns(environments: Environments, policy: Callable[[np.ndarray], np.ndarray], steps: int) -> list[float]:
-    """Of all episodes that ended, from rows that acted."""
+    """The returns of all complete episodes."""
     environments.reset(3)
     totals, ended = np.zeros(environments.count), []
     for _ in range(steps):
@@ -125,7 +125,7 @@ def returns(environments: Environments, policy: Callable[[np.ndarray], np.ndarra
     return ended
 
 
-def test_a_seed_repeats_and_environments_differ():
+def test_seed_is_reproducible_and_differs_between_environments():
     first, second = Environments("CartPole-v1", 3, 5), Environments("CartPole-v1", 3, 5)
     start = first.observations
     np.testing.assert_array_equal(start, second.observations)
@@ -136,7 +136,7 @@ def test_a_seed_repeats_and_environments_differ():
     np.testing.assert_array_equal(first.observations, start)
 
 
-def test_own_vector_environments_are_used_where_they_can():
+def test_vector_entry_points_are_used_if_they_support_the_autoreset_mode():
     names = [type(Environments("CartPole-v1", 2, autoreset=mode).vector).__name__ for mode in (None, NEXT_STEP)]
     assert names == ["CartPoleVectorEnv"] * 2
     assert type(Environments("CartPole-v1", 2, autoreset=SAME_STEP).vector).__name__ == "SyncVectorEnv"
@@ -146,14 +146,14 @@ def test_own_vector_environments_are_used_where_they_can():
 
 @pytest.fixture
 def registry():
-    """For a test that registers environments of its own."""
+    """Restores the registry after a test that registers environments."""
     before = dict(gym.registry)
     yield
     gym.registry.clear()
     gym.registry.update(before)
 
 
-def test_nothing_is_rendered_unless_asked(registry):
+def test_nothing_is_rendered_by_default(registry):
     class Eager(KnownAnswer):
         metadata = {"render_modes": ["rgb_array"]}
 
@@ -166,7 +166,7 @@ def test_nothing_is_rendered_unless_asked(registry):
 
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
-def test_an_environment_without_a_time_limit_gets_one_and_a_warning(registry, monkeypatch, mode):
+def test_missing_time_limit_is_added_with_a_warning(registry, monkeypatch, mode):
     monkeypatch.setattr(environments_module, "EPISODE_STEPS", 7)
     gym.register("Endless-v0", KnownAnswer)
     environments = Environments("Endless-v0", 2, autoreset=mode)
@@ -182,7 +182,7 @@ def test_an_environment_without_a_time_limit_gets_one_and_a_warning(registry, mo
 
 
 @pytest.mark.parametrize("part", ["observation", "reward"])
-def test_an_environment_that_returns_what_is_not_finite_is_named(registry, part):
+def test_non_finite_observations_and_rewards_raise_an_error(registry, part):
     class Broken(KnownAnswer):
         def step(self, action):
             observation, reward, *rest = super().step(action)
@@ -193,25 +193,25 @@ def test_an_environment_that_returns_what_is_not_finite_is_named(registry, part)
         Environments("Broken-v0", 2).step(np.zeros(2))
 
 
-def test_actions_of_other_types_of_numbers_are_taken():
+def test_actions_are_cast_to_the_dtype_of_the_action_space():
     for dtype in np.int32, np.uint8:
         Environments("ALE/Pong-v5", 2).step(np.array([2, 3], dtype=dtype))
     Environments("KnownAnswerBox-v0", 1).step([[0.5, 0.5]])
 
 
-def test_a_package_registers_its_environments_as_in_gym_make(tmp_path, monkeypatch, registry):
+def test_package_registers_environments_as_in_gym_make(tmp_path, monkeypatch, registry):
     code = "import gymnasium as gym; gym.register('Mine-v0', 'gymnasium.envs.classic_control:CartPoleEnv')"
     (tmp_path / "my_environments.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     assert Environments("my_environments:Mine-v0", 2).observations.shape == (2, 4)
 
 
-def test_code_for_others_registers_what_gymnasium_does_not_know_by_itself():
+def test_registration_code_for_environments_outside_gymnasium():
     assert registration_code("CartPole-v1") == "" and registration_code("my_package:Mine-v0") == ""
     assert registration_code("ALE/Pong-v5") == "import ale_py  # registers the environment\n"
 
 
-def test_known_answers_can_be_registered_twice():
+def test_known_answer_environments_can_be_registered_twice():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         runpy.run_path(known_answer.__file__)
@@ -234,7 +234,7 @@ def dummy(id: str, count: int, **kwargs) -> DummyVecEnv:
         ("Hopper-v5", 20, {True, False}),  # observations of float64
     ],
 )
-def test_the_adapter_does_what_a_dummy_vec_env_does(id, limit, cut):
+def test_adapter_matches_dummy_vec_env(id, limit, cut):
     ours, theirs = SB3Environments(id, 3, max_episode_steps=limit), dummy(id, 3, max_episode_steps=limit)
     ours.seed(11), theirs.seed(11)
     np.testing.assert_array_equal(ours.reset(), theirs.reset())
@@ -242,11 +242,11 @@ def test_the_adapter_does_what_a_dummy_vec_env_does(id, limit, cut):
     seen = set()
     for _ in range(400):
         actions = np.stack([ours.action_space.sample() for _ in range(3)])
-        (*own, own_infos), (*other, other_infos) = ours.step(actions), theirs.step(actions)
-        for mine, its in zip(own, other, strict=True):
+        (*ours_step, our_infos), (*theirs_step, their_infos) = ours.step(actions), theirs.step(actions)
+        for mine, its in zip(ours_step, theirs_step, strict=True):
             np.testing.assert_array_equal(mine, its)
             assert mine.dtype == its.dtype
-        for done, mine, its in zip(own[2], own_infos, other_infos, strict=True):
+        for done, mine, its in zip(ours_step[2], our_infos, their_infos, strict=True):
             assert mine["TimeLimit.truncated"] is its["TimeLimit.truncated"]
             assert ("terminal_observation" in mine) == ("terminal_observation" in its) == done
             if done:
@@ -255,7 +255,7 @@ def test_the_adapter_does_what_a_dummy_vec_env_does(id, limit, cut):
     assert seen == cut
 
 
-def test_the_adapter_starts_from_its_seed_and_goes_on():
+def test_adapter_starts_from_its_seed():
     adapter, environments = SB3Environments("KnownAnswer-v0", 2, 4), Environments("KnownAnswer-v0", 2, 4)
     np.testing.assert_array_equal(adapter.reset(), environments.observations)
     assert (adapter.reset() != environments.observations).any()
@@ -282,7 +282,7 @@ def test_sb3_learns_and_evaluates(algorithm, id, kwargs):
     assert mean == pytest.approx(returns.mean(), abs=1e-4)
 
 
-def test_vec_normalize_goes_around_it():
+def test_vec_normalize_wraps_the_adapter():
     normalized = VecNormalize(training_environments("KnownAnswerBox-v0", 2, seed=0))
     PPO("MlpPolicy", normalized, n_steps=32, batch_size=32, n_epochs=1, device="cpu").learn(64)
     assert normalized.obs_rms.count > 64
@@ -293,7 +293,7 @@ def test_ppo_learns_atari_without_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     environments = training_environments("ALE/Pong-v5", 2, seed=0)
     model = PPO("CnnPolicy", environments, n_steps=4, batch_size=8, n_epochs=1, device="cpu")
-    assert model.get_env() is environments  # nothing transposes: channels come first already
+    assert model.get_env() is environments  # the channels are first already, so nothing is transposed
     model.learn(8)
 
 
@@ -315,7 +315,7 @@ def test_atari_frames():
     copy = kept.copy()
     play(environments, 10)
     assert environments.observations.shape == (2, 4, 84, 84) and environments.observations.dtype == np.uint8
-    np.testing.assert_array_equal(kept, copy)  # a caller may keep the arrays that it was given
+    np.testing.assert_array_equal(kept, copy)  # a caller may keep the returned arrays
 
 
 def test_atari_rewards_are_clipped_in_training_only():
@@ -326,37 +326,39 @@ def test_atari_rewards_are_clipped_in_training_only():
     assert earned == {False: {0.0, 10.0}, True: {0.0, 1.0}}
 
 
-def test_a_lost_life_is_an_end_in_training_only():
+def test_loss_of_life_ends_episodes_in_training_only():
     ends = {training: sum(step.terminated.sum() for step in play(Environments("ALE/Breakout-v5", 2, training=training),
                                                                  100)) for training in (False, True)}  # fmt: skip
     assert ends[False] == 0
     assert ends[True] >= 4
 
 
-def test_sticky_actions_are_those_of_the_id_unless_given():
+def test_sticky_actions_are_set_by_the_id_or_an_argument():
     environments = Environments("ALE/Pong-v5", 1)
     assert environments.vector.spec.kwargs["repeat_action_probability"] == 0.25
     assert environments.vector.spec.kwargs["num_threads"] == 1
-    given = [Environments("ALE/Pong-v5", 1, repeat_action_probability=p, noop_max=1) for p in (0.25, 0.25, 0.0)]
+    with_argument = [
+        Environments("ALE/Pong-v5", 1, repeat_action_probability=p, noop_max=1) for p in (0.25, 0.25, 0.0)
+    ]
     id = Environments("ALE/Pong-v5", 1, noop_max=1)
-    for each in (*given, id):
+    for each in (*with_argument, id):
         play(each, 60)
-    for other in given[1], id:
-        np.testing.assert_array_equal(given[0].observations, other.observations)
-    assert (given[0].observations != given[2].observations).any()
+    for other in with_argument[1], id:
+        np.testing.assert_array_equal(with_argument[0].observations, other.observations)
+    assert (with_argument[0].observations != with_argument[2].observations).any()
 
 
-def test_training_changes_nothing_elsewhere():
+def test_training_flag_changes_only_atari_games():
     one, other = (play(Environments("KnownAnswer-v0", 2, training=training), 20) for training in (False, True))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.rewards, b.rewards)
         np.testing.assert_array_equal(a.final_observations, b.final_observations)
 
 
-# Bad input
+# Errors
 
 
-def complaint(*args, **kwargs) -> str:
+def error_of(*args, **kwargs) -> str:
     with pytest.raises(UserError) as error:
         Environments(*args, **kwargs)
     assert len(str(error.value).splitlines()) == 1
@@ -371,28 +373,28 @@ def complaint(*args, **kwargs) -> str:
         ("CartPole", "CartPole-v1"),
         ("cartpol-v1", "CartPole-v1"),
         ("Hopper-v1", "Hopper-v5"),
-        ("Hopper-v3", "Hopper-v5"),  # registered, only to say that it has moved
+        ("Hopper-v3", "Hopper-v5"),  # registered only to raise that it has moved
         ("ALE/Pon-v5", "ALE/Pong-v5"),
         ("KnownAnswr-v0", "KnownAnswer-v0"),
     ],
 )
-def test_an_unknown_id_suggests_the_nearest(id, right):
-    message = complaint(id, 1)
+def test_unknown_id_suggests_the_nearest(id, right):
+    message = error_of(id, 1)
     assert id in message
     assert message.endswith(f"; did you mean {right}?")
 
 
-def test_an_id_like_no_other_suggests_nothing():
-    assert complaint("no spaces!", 1) == "unknown environment no spaces!"
+def test_dissimilar_id_suggests_nothing():
+    assert error_of("no spaces!", 1) == "unknown environment no spaces!"
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_too_few_environments(count):
-    assert complaint("CartPole-v1", count) == f"the number of environments must be 1 or more, not {count}"
+def test_number_of_environments_is_checked(count):
+    assert error_of("CartPole-v1", count) == f"the number of environments must be 1 or more, not {count}"
 
 
 @pytest.mark.parametrize(
-    ("id", "hidden", "said"),
+    ("id", "hidden", "hint"),
     [
         ("HalfCheetah-v5", "mujoco", "gymnasium[mujoco]"),
         ("LunarLander-v3", "Box2D", "gymnasium[box2d]"),
@@ -401,39 +403,39 @@ def test_too_few_environments(count):
         ("nowhere_at_all:CartPole-v1", "nowhere_at_all", "pip install nowhere_at_all"),
     ],
 )
-def test_a_missing_package_is_named(id, hidden, said, monkeypatch):
+def test_error_names_the_missing_package(id, hidden, hint, monkeypatch):
     for module in list(sys.modules):
         if module.split(".")[0] == hidden or module.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.box2d")):
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, hidden, None)
-    message = complaint(id, 1)
+    message = error_of(id, 1)
     assert message.startswith(f"environment {id} cannot be made: ")
-    assert said in message
+    assert hint in message
 
 
-def test_missing_roms(tmp_path, monkeypatch):
+def test_error_for_missing_roms(tmp_path, monkeypatch):
     monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path))
-    assert complaint("ALE/Pong-v5", 1).endswith("; the ROM files are part of pip install ale_py")
+    assert error_of("ALE/Pong-v5", 1).endswith("; the ROM files are part of pip install ale_py")
     (tmp_path / "pong.bin").write_bytes(b"not a game")
-    assert "hash of pong.bin" in complaint("ALE/Pong-v5", 1)
+    assert "hash of pong.bin" in error_of("ALE/Pong-v5", 1)
 
 
-def test_arguments_that_the_environment_does_not_take():
-    assert "unexpected keyword argument 'gravty'" in complaint("LunarLander-v3", 1, gravty=1)
-    assert "unexpected keyword argument 'stack'" in complaint("ALE/Pong-v5", 1, stack=1)
-    assert "gravity" in complaint("LunarLander-v3", 1, gravity=5.0)
-    assert "use episodic_life=True" in complaint("ALE/Breakout-v5", 1, life_loss_info=True)
+def test_unknown_arguments_of_the_environment_raise_an_error():
+    assert "unexpected keyword argument 'gravty'" in error_of("LunarLander-v3", 1, gravty=1)
+    assert "unexpected keyword argument 'stack'" in error_of("ALE/Pong-v5", 1, stack=1)
+    assert "gravity" in error_of("LunarLander-v3", 1, gravity=5.0)
+    assert "use episodic_life=True" in error_of("ALE/Breakout-v5", 1, life_loss_info=True)
 
 
 @pytest.mark.parametrize(("id", "fault"), [("FrozenLake-v1", "Discrete"), ("Blackjack-v1", "Tuple")])
-def test_observations_that_are_no_box(id, fault):
-    message = complaint(id, 2)
+def test_non_box_observations_raise_an_error(id, fault):
+    message = error_of(id, 2)
     assert message == f"environment {id} has {fault} observations; {environments_module.SUPPORTED}"
 
 
-def test_frames_whose_channels_come_last(monkeypatch):
+def test_channels_last_frames_raise_an_error(monkeypatch):
     monkeypatch.setattr(KnownAnswer, "observation_space", Box(0, 255, (96, 96, 3), np.uint8))
-    assert "has frames of shape (96, 96, 3), whose channels come last; supported are" in complaint("KnownAnswer-v0", 2)
+    assert "has frames of shape (96, 96, 3), whose channels come last; supported are" in error_of("KnownAnswer-v0", 2)
 
 
 @pytest.mark.parametrize(
@@ -445,12 +447,12 @@ def test_frames_whose_channels_come_last(monkeypatch):
         (Box(-1, 1, (2, 2)), "Box actions of shape (2, 2)"),
     ],
 )
-def test_actions_that_are_not_supported(space, fault, monkeypatch):
+def test_unsupported_actions_raise_an_error(space, fault, monkeypatch):
     monkeypatch.setattr(KnownAnswer, "action_space", space)
-    assert complaint("KnownAnswer-v0", 2) == f"environment KnownAnswer-v0 has {fault}; {environments_module.SUPPORTED}"
+    assert error_of("KnownAnswer-v0", 2) == f"environment KnownAnswer-v0 has {fault}; {environments_module.SUPPORTED}"
 
 
-def test_making_environments_is_quiet(capfd, tmp_path, monkeypatch):
+def test_making_environments_prints_nothing(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -459,10 +461,10 @@ def test_making_environments_is_quiet(capfd, tmp_path, monkeypatch):
             Environments(id, 2).close()
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
-    assert not list(tmp_path.iterdir())  # MuJoCo keeps a log of its warnings in the working directory
+    assert not list(tmp_path.iterdir())  # MuJoCo logs warnings to a file in the working directory
 
 
-def test_other_warnings_of_mujoco_are_passed_on():
+def test_other_warnings_of_mujoco_are_shown():
     mujoco = pytest.importorskip("mujoco")
     before = mujoco.get_mju_user_warning()
     with pytest.warns(UserWarning, match="MuJoCo: out of memory"), environments_module._quiet_mujoco():

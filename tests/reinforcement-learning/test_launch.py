@@ -1,4 +1,4 @@
-"""How the scripts may be started: in one process, and with the modules that the command line names."""
+"""Starting the scripts: in one process, with environments of modules; the layers of the domain."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("module_of_a_user.py").write_text(MODULE)
 
 
-def line_of(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
+def error_line(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
     with pytest.raises(SystemExit) as stop:
         run_script(script, *words)
     assert stop.value.code == 2
@@ -35,37 +35,37 @@ def line_of(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_several_processes_are_refused(script, monkeypatch, capsys):
+def test_several_processes_raise_an_error(script, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert "in one process, not in 2" in line_of(capsys, script)
+    assert "in one process, not in 2" in error_line(capsys, script)
 
 
-def test_a_module_that_a_file_names_is_not_imported(capsys):
+def test_module_named_only_in_a_file_is_not_imported(capsys):
     id = "module_of_a_user:Mine-v0"
     Path("run/student").mkdir(parents=True)
     PPO("MlpPolicy", "CartPole-v1", device="cpu").save("run/student/student.zip")
     Path("run/results.json").write_text(json.dumps({"domain": "reinforcement-learning", "task": id}))
     expected = f"results.json names the environment {id}, and importing module_of_a_user would run its code"
-    line = line_of(capsys, SCRIPTS[2], "run")
+    line = error_line(capsys, SCRIPTS[2], "run")
     assert expected in line and f"pass --environment {id}" in line
     Path("several.yaml").write_text(f"environment: [{id}]\n")
     Path("one.yaml").write_text(f"environment: {id}\n")
-    assert "the recipe names the environment" in line_of(capsys, SCRIPTS[0], "several.yaml")
-    assert "the recipe names the environment" in line_of(capsys, SCRIPTS[1], "one.yaml")
+    assert "the recipe names the environment" in error_line(capsys, SCRIPTS[0], "several.yaml")
+    assert "the recipe names the environment" in error_line(capsys, SCRIPTS[1], "one.yaml")
     assert not Path("imported").exists()
     run_script(SCRIPTS[2], "run", "--environment", id, "--episodes", 1)
     assert Path("imported").exists()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"task": 3}', "{"])
-def test_a_damaged_results_file_is_one_line(content, capsys):
+def test_damaged_results_file_raises_an_error(content, capsys):
     Path("run").mkdir()
     Path("run/results.json").write_text(content)
-    assert "results.json is" in line_of(capsys, SCRIPTS[2], "run")
+    assert "results.json is" in error_line(capsys, SCRIPTS[2], "run")
 
 
-def test_an_environment_known_by_its_id_needs_no_word_of_the_command_line(monkeypatch):
+def test_registered_environment_need_not_be_on_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
     require_module_on_command_line("ALE/Pong-v5", "a file")
     with pytest.raises(UserError, match="would run its code"):
@@ -78,7 +78,7 @@ LAYERS = ("data", "teacher_model", "student_model")
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_imports_nothing_of_those_above_it(layer):
+def test_layer_does_not_import_higher_layers(layer):
     above = LAYERS[LAYERS.index(layer) + 1 :]
     for path in (REPO / "reinforcement-learning" / layer).glob("*.py"):
         imports = re.findall(r"^ *(?:from|import) kd\.reinforcement_learning\.(\w+)", path.read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Teachers of Stable-Baselines3: actions as after its own load, nothing unpickled, statistics, sources, errors."""
+"""Loading teachers of Stable-Baselines3: the same actions as its `load`, without unpickling; statistics, errors."""
 
 import base64
 import io
@@ -31,8 +31,8 @@ from kd.reinforcement_learning.teacher_model.saved_policy import legacy_gym, loa
 from kd.reinforcement_learning.teacher_model.teacher import Agent, load_agent
 
 
-class Pictures(gym.Env[np.ndarray, Any]):
-    """Noise to look at, three buttons or one lever."""
+class Frames(gym.Env[np.ndarray, Any]):
+    """Random frames with discrete or continuous actions."""
 
     observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
@@ -44,14 +44,14 @@ class Pictures(gym.Env[np.ndarray, Any]):
 
 
 class DoubledFeatures(FlattenExtractor):
-    """A features extractor without weights: only its name tells that it is not the standard one."""
+    """A features extractor without weights, which differs from the standard one only in its name."""
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(observations)
 
 
-class Mischief:
-    """Leaves a file behind where it is unpickled."""
+class MakesFolder:
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -95,7 +95,7 @@ def edited(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]
 
 
 def of_old_gym(data: dict[str, Any], _: Any) -> None:
-    """Spaces as Python 3.7 and gym wrote them; in pickle protocol 3 a name has no length before it."""
+    """Writes spaces as Python 3.7 and gym did; in pickle protocol 3 a name has no length prefix."""
     for name in ("observation_space", "action_space"):
         space = pickle.loads(base64.b64decode(data[name][":serialized:"]))
         old = pickle.dumps(space, protocol=3).replace(b"gymnasium.", b"gym.")
@@ -113,7 +113,7 @@ def error_of(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
 
 # Policies
 
-LEVER = spaces.Box(-2, 2, (1,), np.float32)
+ONE_ACTION = spaces.Box(-2, 2, (1,), np.float32)
 SMALL_FRAMES = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 24, "channels": (4, 6, 8)}}
 ROUND_TRIPS: dict[str, tuple[type[BaseAlgorithm], Any, dict[str, Any]]] = {
     "ppo": (PPO, "CartPole-v1", {}),
@@ -124,40 +124,40 @@ ROUND_TRIPS: dict[str, tuple[type[BaseAlgorithm], Any, dict[str, Any]]] = {
     ),
     "ppo linear": (PPO, "CartPole-v1", {"policy_kwargs": {"net_arch": []}}),
     "ppo grid": (PPO, "FrozenLake-v1", {}),
-    "ppo pictures": (
+    "ppo frames": (
         PPO,
-        Pictures(),
+        Frames(),
         {"policy": "CnnPolicy", "policy_kwargs": {"features_extractor_kwargs": {"features_dim": 32}}},
     ),
     "ppo two extractors": (
         PPO,
-        Pictures(),
+        Frames(),
         {"policy": "CnnPolicy", "policy_kwargs": {"share_features_extractor": False}},
     ),
     "ppo unscaled": (
         PPO,
-        Pictures(),
+        Frames(),
         {"policy": "CnnPolicy", "policy_kwargs": {"normalize_images": False, "net_arch": [16]}},
     ),
-    "ppo our pictures": (
+    "ppo FrameFeatures": (
         PPO,
-        Pictures(),
+        Frames(),
         {"policy": "CnnPolicy", "policy_kwargs": {"features_extractor_class": FrameFeatures, **SMALL_FRAMES}},
     ),
     "a2c": (A2C, "CartPole-v1", {}),
     "a2c TF": (A2C, "Pendulum-v1", {"use_rms_prop": False, "policy_kwargs": {"activation_fn": nn.ELU}}),
     "dqn": (DQN, "CartPole-v1", {}),
     "dqn narrow Tanh": (DQN, "CartPole-v1", {"policy_kwargs": {"net_arch": [16], "activation_fn": nn.Tanh}}),
-    "dqn pictures": (DQN, Pictures(), {"policy": "CnnPolicy"}),
+    "dqn frames": (DQN, Frames(), {"policy": "CnnPolicy"}),
     "sac": (SAC, "Pendulum-v1", {}),
     "sac one critic": (
         SAC,
         "Pendulum-v1",
         {"policy_kwargs": {"n_critics": 1, "net_arch": {"pi": [16], "qf": [24, 8]}}},
     ),
-    "sac pictures": (
+    "sac frames": (
         SAC,
-        Pictures(LEVER),
+        Frames(ONE_ACTION),
         {"policy": "CnnPolicy", "policy_kwargs": {"net_arch": [16], "share_features_extractor": True}},
     ),
     "td3": (TD3, "Pendulum-v1", {}),
@@ -166,53 +166,53 @@ ROUND_TRIPS: dict[str, tuple[type[BaseAlgorithm], Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
-def test_a_policy_answers_as_in_stable_baselines(tmp_path: Path, case: str) -> None:
+def test_loaded_policy_matches_stable_baselines(tmp_path: Path, case: str) -> None:
     algorithm, env, arguments = ROUND_TRIPS[case]
     path = saved(tmp_path, algorithm, env, **arguments)
     theirs = algorithm.load(path, device="cpu").policy
-    seen = observations_of(spaces_of(env)[0]) if env != "FrozenLake-v1" else np.arange(16)
-    expected = theirs.predict(seen, deterministic=True)[0]
+    observations = observations_of(spaces_of(env)[0]) if env != "FrozenLake-v1" else np.arange(16)
+    expected = theirs.predict(observations, deterministic=True)[0]
     for trust in (False, True):
         name, ours = load_policy(path, *spaces_of(env), trust_pickle=trust)
         assert name == case.split()[0] and not ours.training
-        np.testing.assert_array_equal(ours.predict(seen, deterministic=True)[0], expected)
+        np.testing.assert_array_equal(ours.predict(observations, deterministic=True)[0], expected)
         assert {n: w.shape for n, w in ours.state_dict().items()} == {
             n: w.shape for n, w in theirs.state_dict().items()
         }
         for setting in ("activation_fn", "normalize_images"):
             assert vars(ours)[setting] == vars(theirs)[setting]
         if isinstance(ours, ActorCriticPolicy) and isinstance(theirs, ActorCriticPolicy):
-            observed = theirs.obs_to_tensor(seen)[0]
+            observed = theirs.obs_to_tensor(observations)[0]
             torch.testing.assert_close(ours.predict_values(observed), theirs.predict_values(observed), rtol=0, atol=0)
 
 
-def test_a_zip_of_the_old_gym_loads(tmp_path: Path) -> None:
+def test_zip_of_old_gym_loads(tmp_path: Path) -> None:
     path = saved(tmp_path, PPO, "Pendulum-v1")
     expected = PPO.load(path, device="cpu").predict(
-        seen := observations_of(spaces_of("Pendulum-v1")[0]), deterministic=True
+        observations := observations_of(spaces_of("Pendulum-v1")[0]), deterministic=True
     )
     edited(path, of_old_gym)
     with pytest.raises(ModuleNotFoundError, match="No module named 'gym'"):
         PPO.load(path, device="cpu")
     for trust in (False, True):
         policy = load_policy(path, *spaces_of("Pendulum-v1"), trust_pickle=trust)[1]
-        np.testing.assert_array_equal(policy.predict(seen, deterministic=True)[0], expected[0])
+        np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected[0])
 
 
-def test_a_picture_policy_from_before_1_7_loads(tmp_path: Path) -> None:
+def test_frame_policy_from_before_1_7_loads(tmp_path: Path) -> None:
     def one_extractor(_: Any, weights: dict[str, torch.Tensor]) -> None:
         for name in [name for name in weights if name[:3] in ("pi_", "vf_")]:
             del weights[name]
 
-    path = saved(tmp_path, PPO, Pictures(), policy="CnnPolicy")
+    path = saved(tmp_path, PPO, Frames(), policy="CnnPolicy")
     expected = PPO.load(path, device="cpu").predict(
-        seen := observations_of(Pictures.observation_space), deterministic=True
+        observations := observations_of(Frames.observation_space), deterministic=True
     )
-    policy = load_policy(edited(path, one_extractor), *spaces_of(Pictures()))[1]
-    np.testing.assert_array_equal(policy.predict(seen, deterministic=True)[0], expected[0])
+    policy = load_policy(edited(path, one_extractor), *spaces_of(Frames()))[1]
+    np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected[0])
 
 
-def test_gym_is_known_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gym_is_importable_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError), legacy_gym():
         assert sys.modules["gym.spaces.box"] is sys.modules["gymnasium.spaces.box"]
         raise RuntimeError
@@ -223,25 +223,25 @@ def test_gym_is_known_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> 
     assert sys.modules["gym"] is real
 
 
-def test_nothing_of_a_zip_is_unpickled_unless_trusted(tmp_path: Path) -> None:
+def test_zip_is_unpickled_only_with_trust_pickle(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
 
-    def poisoned(data: dict[str, Any], _: Any) -> None:
-        mischief = base64.b64encode(pickle.dumps(Mischief(mark))).decode()
+    def add_pickles(data: dict[str, Any], _: Any) -> None:
+        pickled = base64.b64encode(pickle.dumps(MakesFolder(mark))).decode()
         for value in data.values():
             if isinstance(value, dict) and ":serialized:" in value:
-                value[":serialized:"] = mischief
-        data["extra"] = {":type:": "<class 'dict'>", ":serialized:": mischief}
+                value[":serialized:"] = pickled
+        data["extra"] = {":type:": "<class 'dict'>", ":serialized:": pickled}
 
-    path = edited(saved(tmp_path, PPO), poisoned)
+    path = edited(saved(tmp_path, PPO), add_pickles)
     assert load_policy(path, *spaces_of("CartPole-v1"))[0] == "ppo" and not mark.exists()
     assert "cannot unpickle" in error_of(load_policy, path, *spaces_of("CartPole-v1"), trust_pickle=True)
-    assert mark.exists()  # the poison works where it is asked for
+    assert mark.exists()  # the pickle works if it is loaded
 
 
-def test_weights_that_are_a_pickle_do_not_run(tmp_path: Path) -> None:
+def test_pickle_in_the_weights_is_not_executed(tmp_path: Path) -> None:
     path, mark = saved(tmp_path, PPO), tmp_path / "ran"
-    edited(path, lambda _, weights: weights.update(extra=Mischief(mark)))  # type: ignore[call-overload]
+    edited(path, lambda _, weights: weights.update(extra=MakesFolder(mark)))  # type: ignore[call-overload]
     assert "more than weights" in error_of(load_policy, path, *spaces_of("CartPole-v1"))
     assert "more than weights" in error_of(load_policy, path, *spaces_of("CartPole-v1"), trust_pickle=True)
     assert not mark.exists()
@@ -257,7 +257,7 @@ def test_loading_does_not_seed_this_process(tmp_path: Path) -> None:
     assert len(drawn) == 2
 
 
-def test_a_custom_policy_needs_trust(tmp_path: Path) -> None:
+def test_custom_policy_needs_trust_pickle(tmp_path: Path) -> None:
     both = spaces_of("CartPole-v1")
     kinds: list[dict[str, Any]] = [
         {"policy_kwargs": {"features_extractor_class": DoubledFeatures}},
@@ -268,36 +268,36 @@ def test_a_custom_policy_needs_trust(tmp_path: Path) -> None:
         path = saved(tmp_path, PPO, **arguments)
         assert "custom policy" in (message := error_of(load_policy, path, *both))
         assert "--trust_pickle" in message and "any code" in message
-        expected = PPO.load(path, device="cpu").predict(seen := observations_of(both[0]), deterministic=True)
+        expected = PPO.load(path, device="cpu").predict(observations := observations_of(both[0]), deterministic=True)
         policy = load_policy(path, *both, trust_pickle=True)[1]
-        np.testing.assert_array_equal(policy.predict(seen, deterministic=True)[0], expected[0])
+        np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected[0])
     edited(saved(tmp_path, PPO), lambda _, weights: weights.update(more=torch.zeros(1)))
     assert "fit no standard one of PPO" in error_of(load_policy, path, *both)
     assert "cannot unpickle" in error_of(load_policy, path, *both, trust_pickle=True)
 
 
-def test_another_environment_is_one_line(tmp_path: Path) -> None:
+def test_policy_of_other_spaces_raises_an_error(tmp_path: Path) -> None:
     path = saved(tmp_path, PPO)
-    refused: list[tuple[str | gym.Env, str]] = [
+    errors: list[tuple[str | gym.Env, str]] = [
         ("Acrobot-v1", r"observations Box \[4\], the environment has Box \[6\]"),
         ("FrozenLake-v1", r"observations Box \[4\], the environment has Discrete 16"),
-        (Pictures(), r"observations Box \[4\], the environment has Box \[4, 84, 84\]"),
+        (Frames(), r"observations Box \[4\], the environment has Box \[4, 84, 84\]"),
         ("MountainCar-v0", "Ant-v5"),
     ]
-    for env, message in refused:
+    for env, message in errors:
         assert pytest.raises(UserError, load_policy, path, *spaces_of(env)).match(message)
     observed = spaces_of("CartPole-v1")[0]
-    actions: list[spaces.Space] = [spaces.Discrete(3), LEVER, spaces.MultiDiscrete([2, 2])]
+    actions: list[spaces.Space] = [spaces.Discrete(3), ONE_ACTION, spaces.MultiDiscrete([2, 2])]
     for space, described in zip(actions, ("Discrete 3", r"Box \[1\]", r"MultiDiscrete \[2 2\]"), strict=True):
         for trust in (False, True):
             caught = pytest.raises(UserError, load_policy, path, observed, space, trust_pickle=trust)
             assert caught.match(f"actions Discrete 2, the environment has {described}")
-    path = saved(tmp_path, PPO, Pictures(), policy="CnnPolicy")
+    path = saved(tmp_path, PPO, Frames(), policy="CnnPolicy")
     last = spaces.Box(0, 255, (84, 84, 4), np.uint8)
     assert "[84, 84, 4]" in error_of(load_policy, path, last, spaces.Discrete(3))
 
 
-def test_what_is_not_supported_is_one_line(tmp_path: Path) -> None:
+def test_unsupported_policies_raise_an_error(tmp_path: Path) -> None:
     for algorithm in (PPO, SAC):
         path = saved(tmp_path, algorithm, "Pendulum-v1", use_sde=True)
         assert "gSDE" in error_of(load_policy, path, *spaces_of("Pendulum-v1"))
@@ -324,7 +324,7 @@ def test_what_is_not_supported_is_one_line(tmp_path: Path) -> None:
         ("ARS", "mine", {"alive_bonus_offset": 0}),
     ],
 )
-def test_algorithms_of_sb3_contrib_are_named(tmp_path: Path, algorithm: str, module: str, setting: dict) -> None:
+def test_error_names_the_algorithm_of_sb3_contrib(tmp_path: Path, algorithm: str, module: str, setting: dict) -> None:
     def change(data: dict[str, Any], _: Any) -> None:
         data["policy_class"]["__module__"] = module
         data.update(setting)
@@ -334,7 +334,7 @@ def test_algorithms_of_sb3_contrib_are_named(tmp_path: Path, algorithm: str, mod
     assert "PPO, A2C, DQN, SAC, TD3, DDPG" in message
 
 
-def test_trpo_of_sb3_contrib_has_a_policy_of_stable_baselines(tmp_path: Path) -> None:
+def test_trpo_of_sb3_contrib_loads(tmp_path: Path) -> None:
     path = edited(saved(tmp_path, A2C), lambda data, _: data.update(cg_max_steps=15))
     assert load_policy(path, *spaces_of("CartPole-v1"))[0] == "trpo"
 
@@ -352,7 +352,7 @@ def test_trpo_of_sb3_contrib_has_a_policy_of_stable_baselines(tmp_path: Path) ->
         ("ppo/MountainCar-v0_1", "MountainCar-v0", ""),
     ],
 )
-def test_published_agents_load_or_are_refused_for_what_they_are(
+def test_published_agents_load_or_raise_the_right_error(
     shared: Path, agent: str, environment: str, expected: str
 ) -> None:
     path = str(shared / "agents" / agent)
@@ -364,7 +364,7 @@ def test_published_agents_load_or_are_refused_for_what_they_are(
     assert not any("VecNormalize" in warning for warning in loaded.warnings)
 
 
-def test_weights_that_are_not_finite_are_no_teacher(tmp_path: Path) -> None:
+def test_non_finite_weights_raise_an_error(tmp_path: Path) -> None:
     def break_one(_: Any, weights: dict[str, torch.Tensor]) -> None:
         weights["action_net.bias"].fill_(np.nan)
 
@@ -373,7 +373,7 @@ def test_weights_that_are_not_finite_are_no_teacher(tmp_path: Path) -> None:
     assert "weights that are not finite (action_net.bias)" in message
 
 
-def test_a_damaged_zip_is_one_line(tmp_path: Path) -> None:
+def test_damaged_zip_raises_an_error(tmp_path: Path) -> None:
     both = spaces_of("CartPole-v1")
     path = saved(tmp_path, PPO)
     whole = path.read_bytes()
@@ -392,7 +392,7 @@ def test_a_damaged_zip_is_one_line(tmp_path: Path) -> None:
 
 
 def normalizing(path: Path, **arguments: Any) -> Any:
-    """A VecNormalize that has seen something, saved at `path`."""
+    """A VecNormalize after some steps, saved at `path`."""
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2), **arguments)
     env.reset()
     for _ in range(5):
@@ -435,12 +435,12 @@ def test_statistics_of_old_gym_and_numpy(tmp_path: Path) -> None:
     np.testing.assert_array_equal(expected_of(read_statistics(path), observations), env.normalize_obs(observations))
 
 
-def test_statistics_that_leave_observations_alone(tmp_path: Path) -> None:
+def test_statistics_of_rewards_only(tmp_path: Path) -> None:
     normalizing(tmp_path / "vecnormalize.pkl", norm_obs=False)
     assert read_statistics(tmp_path / "vecnormalize.pkl") is None
 
 
-def test_statistics_that_divide_by_nothing_are_refused(tmp_path: Path) -> None:
+def test_non_finite_statistics_raise_an_error(tmp_path: Path) -> None:
     env = normalizing(path := tmp_path / "vecnormalize.pkl")
     for part, value in (("mean", np.inf), ("var", np.nan), ("var", -1.0)):
         kept = getattr(env.obs_rms, part)
@@ -450,7 +450,7 @@ def test_statistics_that_divide_by_nothing_are_refused(tmp_path: Path) -> None:
         setattr(env.obs_rms, part, kept)
 
 
-def test_statistics_of_other_observations_are_refused(tmp_path: Path) -> None:
+def test_statistics_of_other_observations_raise_an_error(tmp_path: Path) -> None:
     path = tmp_path / "vecnormalize.pkl"
     env = normalizing(path)
     statistics = read_statistics(path)
@@ -463,11 +463,11 @@ def test_statistics_of_other_observations_are_refused(tmp_path: Path) -> None:
     assert "Dict" in error_of(read_statistics, path)
 
 
-def hostile(mark: Path) -> dict[str, bytes]:
+def malicious_pickles(mark: Path) -> dict[str, bytes]:
     """Pickles that make a folder: by a function, a shell, eval, an old opcode, numpy, getattr, a dotted name."""
     shell, code = f"mkdir {mark}", f"__import__('os').mkdir({str(mark)!r})"
     return {
-        "function": pickle.dumps(Mischief(mark)),
+        "function": pickle.dumps(MakesFolder(mark)),
         "shell": f"cos\nsystem\n(V{shell}\ntR.".encode(),
         "eval": f"cbuiltins\neval\n(V{code}\ntR.".encode(),
         "old opcode": f"(V{shell}\nios\nsystem\n.".encode(),
@@ -477,23 +477,23 @@ def hostile(mark: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", hostile(Path()))
-def test_hostile_statistics_do_nothing(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", malicious_pickles(Path()))
+def test_malicious_statistics_are_not_executed(tmp_path: Path, kind: str) -> None:
     mark, path = tmp_path / "ran", tmp_path / "vecnormalize.pkl"
-    path.write_bytes(hostile(mark)[kind])
+    path.write_bytes(malicious_pickles(mark)[kind])
     assert "cannot be read" in error_of(read_statistics, path)
     assert not mark.exists()
     pickle.loads(path.read_bytes())
-    assert mark.exists()  # the poison works where it is let in
+    assert mark.exists()  # the pickle works if it is loaded
 
 
-def test_statistics_with_a_hostile_part_do_nothing(tmp_path: Path) -> None:
+def test_malicious_part_of_statistics_is_not_executed(tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / "vecnormalize.pkl"
     env = normalizing(path)
-    env.old_reward = Mischief(mark)
+    env.old_reward = MakesFolder(mark)
     path.write_bytes(pickle.dumps(env))
     assert read_statistics(path) is not None
-    env.obs_rms.mean = Mischief(mark)
+    env.obs_rms.mean = MakesFolder(mark)
     path.write_bytes(pickle.dumps(env))
     assert "mkdir where numbers should be" in error_of(read_statistics, path)
     env.obs_rms.mean = np.array([print, None, 1], object)
@@ -502,7 +502,7 @@ def test_statistics_with_a_hostile_part_do_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_damaged_statistics_are_one_line(tmp_path: Path) -> None:
+def test_damaged_statistics_raise_an_error(tmp_path: Path) -> None:
     path = tmp_path / "vecnormalize.pkl"
     normalizing(path)
     whole = path.read_bytes()
@@ -518,7 +518,7 @@ def test_damaged_statistics_are_one_line(tmp_path: Path) -> None:
     assert "cannot be read" in error_of(read_statistics, tmp_path / "absent.pkl")
 
 
-# Sources
+# Files
 
 
 def touch(*paths: Path) -> None:
@@ -527,7 +527,7 @@ def touch(*paths: Path) -> None:
         path.touch()
 
 
-def test_a_teacher_to_train_has_no_files() -> None:
+def test_teacher_to_train_has_no_files() -> None:
     assert find_teacher("train", "CartPole-v1") is None
 
 
@@ -545,14 +545,14 @@ def test_a_teacher_to_train_has_no_files() -> None:
         ("ppo-Pong.zip", "vec_normalize.pkl"),
     ],
 )
-def test_a_folder_has_a_teacher(tmp_path: Path, policy: str, statistics: str | None) -> None:
+def test_teacher_and_statistics_are_found_in_a_folder(tmp_path: Path, policy: str, statistics: str | None) -> None:
     touch(tmp_path / policy, tmp_path / "train_eval_metrics.zip", *([tmp_path / statistics] if statistics else []))
     expected = TeacherFiles(tmp_path / policy, tmp_path / statistics if statistics else None)
     assert find_teacher(str(tmp_path), "ALE/Pong-v5") == expected
     assert find_teacher(str(tmp_path / policy), "ALE/Pong-v5") == expected
 
 
-def test_the_statistics_of_a_checkpoint_are_those_of_its_step(tmp_path: Path) -> None:
+def test_checkpoint_uses_the_statistics_of_its_step(tmp_path: Path) -> None:
     names = [f"rl_model_{kind}{steps}_steps" for kind in ("", "vecnormalize_") for steps in (8000, 24000)]
     touch(
         *(tmp_path / f"{name}.{'pkl' if 'norm' in name else 'zip'}" for name in names), tmp_path / "vecnormalize.pkl"
@@ -564,7 +564,7 @@ def test_the_statistics_of_a_checkpoint_are_those_of_its_step(tmp_path: Path) ->
         assert find_teacher(str(policy), "CartPole-v1") == TeacherFiles(policy, statistics)
 
 
-def test_statistics_that_no_name_gives_to_a_model_are_refused_until_a_flag_says_whose_they_are(tmp_path: Path) -> None:
+def test_statistics_whose_name_does_not_match_need_a_flag(tmp_path: Path) -> None:
     policy, other = tmp_path / "ppo.zip", tmp_path / "my_norm.pkl"
     touch(policy)
     normalizing(other)
@@ -580,7 +580,7 @@ def test_statistics_that_no_name_gives_to_a_model_are_refused_until_a_flag_says_
     assert "8_steps.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
 
 
-def test_a_pickle_without_statistics_is_left_out_with_a_warning(tmp_path: Path) -> None:
+def test_pickle_without_statistics_is_ignored_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path / "ppo.zip", tmp_path / "replay_buffer.pkl")
     (tmp_path / "else.pkl").write_bytes(pickle.dumps({"rows": 3}))
     normalizing(tmp_path / "rewards.pkl", norm_obs=False)
@@ -591,7 +591,7 @@ def test_a_pickle_without_statistics_is_left_out_with_a_warning(tmp_path: Path) 
     ]
 
 
-def test_a_policy_trained_behind_vec_normalize_without_statistics_is_warned_of(tmp_path: Path) -> None:
+def test_missing_statistics_of_vec_normalize_give_a_warning(tmp_path: Path) -> None:
     def warnings_of(path: Path, **more: Any) -> str:
         return " ".join(Agent.load(TeacherFiles(path, None, **more), *spaces_of("Pendulum-v1")).warnings)
 
@@ -605,7 +605,7 @@ def test_a_policy_trained_behind_vec_normalize_without_statistics_is_warned_of(t
     assert Agent.load(TeacherFiles(path, None), *spaces_of("CartPole-v1")).warnings == ()
 
 
-def test_what_rl_zoo3_says_of_a_wrapper_or_another_environment(tmp_path: Path) -> None:
+def test_settings_of_rl_zoo3_with_wrappers_or_another_environment(tmp_path: Path) -> None:
     touch(tmp_path / "CartPole-v1.zip", tmp_path / "CartPole-v1" / "config.yml")
     config, args = (tmp_path / "CartPole-v1" / name for name in ("config.yml", "args.yml"))
     for setting in ("env_wrapper: [{a.b.Wrapper: {c: 0.5}}]", "vec_env_wrapper: a.b.Wrapper"):
@@ -624,7 +624,7 @@ def test_what_rl_zoo3_says_of_a_wrapper_or_another_environment(tmp_path: Path) -
     assert files is not None and "trained on CartPole-v0" in files.warnings[0] and "gravity" in files.warnings[1]
 
 
-def test_the_usual_names_come_first(tmp_path: Path) -> None:
+def test_usual_names_are_preferred(tmp_path: Path) -> None:
     touch(tmp_path / "best_model.zip", tmp_path / "rl_model_100_steps.zip", tmp_path / "CartPole-v1.zip")
     found = find_teacher(str(tmp_path), "CartPole-v1")
     assert found and found.policy.name == "CartPole-v1.zip"
@@ -669,7 +669,7 @@ def test_normalized_observations_need_statistics(tmp_path: Path, settings: str, 
     )
 
 
-def test_a_config_runs_nothing(tmp_path: Path) -> None:
+def test_config_is_not_executed(tmp_path: Path) -> None:
     touch(tmp_path / "a.zip")
     mark, config = tmp_path / "ran", tmp_path / "config.yml"
     config.write_text(f"normalize: !!python/object/apply:os.mkdir [{mark}]\n")
@@ -681,13 +681,13 @@ def test_a_config_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent.zip", "runs/absent.zip", "./runs/absent", "/no/such/folder", "trained"])
-def test_a_path_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_path_raises_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     message = error_of(find_teacher, name, "CartPole-v1")
     assert f"no teacher at {name}" in message and "--teacher" in message
 
 
-def test_the_hub_from_its_cache_or_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_cache_is_used_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = error_of(find_teacher, "sb3/ppo-CartPole-v1", "CartPole-v1")
     assert "Hub cannot be reached" in message and "--teacher a local .zip" in message

@@ -1,4 +1,4 @@
-"""What a policy's network says is what Stable-Baselines3 would say, for every kind of policy."""
+"""The outputs of a policy network are those of Stable-Baselines3, for every kind of policy."""
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +27,7 @@ def observations(model: BaseAlgorithm, count: int = 50) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, *space.shape)).astype(np.float32)
 
 
-def said(model: BaseAlgorithm, rows: np.ndarray, value: bool = True) -> Outputs:
+def outputs_of(model: BaseAlgorithm, rows: np.ndarray, value: bool = True) -> Outputs:
     with torch.no_grad():
         outputs: Outputs = PolicyNetwork(model.policy)(torch.as_tensor(rows), value=value)
     return outputs
@@ -37,17 +37,20 @@ def said(model: BaseAlgorithm, rows: np.ndarray, value: bool = True) -> Outputs:
 def test_actor_critic_with_discrete_actions(algorithm):
     model = algorithm("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": {"pi": [8], "vf": [5, 5]}}, device="cpu")
     rows = observations(model)
-    outputs, tensor = said(model, rows), torch.as_tensor(rows)
+    outputs, tensor = outputs_of(model, rows), torch.as_tensor(rows)
     expected = model.policy.get_distribution(tensor).distribution.logits
     assert torch.allclose(outputs.logits.log_softmax(-1), expected, atol=1e-6)
     assert torch.allclose(outputs.features["value"], model.policy.predict_values(tensor).flatten(), atol=1e-6)
-    assert "value" not in said(model, rows, value=False).features
+    assert "value" not in outputs_of(model, rows, value=False).features
 
 
 def test_actor_critic_with_continuous_actions():
     model = PPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"log_std_init": -0.7}, device="cpu")
     rows = observations(model)
-    features, expected = said(model, rows).features, model.policy.get_distribution(torch.as_tensor(rows)).distribution
+    features, expected = (
+        outputs_of(model, rows).features,
+        model.policy.get_distribution(torch.as_tensor(rows)).distribution,
+    )
     assert torch.allclose(features["mean"], expected.mean, atol=1e-6)
     assert torch.allclose(features["log_std"].exp(), expected.stddev, atol=1e-6)
 
@@ -55,19 +58,19 @@ def test_actor_critic_with_continuous_actions():
 def test_q_values():
     model = DQN("MlpPolicy", "CartPole-v1", buffer_size=10, device="cpu")
     rows = observations(model)
-    outputs = said(model, rows)
+    outputs = outputs_of(model, rows)
     assert torch.allclose(outputs.logits, model.q_net(torch.as_tensor(rows)), atol=1e-6)
     assert torch.equal(outputs.features["value"], outputs.logits.amax(1))
     assert (greedy_actions(outputs).numpy() == model.predict(rows, deterministic=True)[0]).all()
 
 
-def test_squashed_gaussian_keeps_the_deterministic_action_and_the_true_spread():
+def test_squashed_gaussian_has_the_deterministic_action_and_the_sampled_deviation():
     model = SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")  # actions from -2 to 2
     rows = observations(model, 5)
     with torch.no_grad():
         model.policy.actor.log_std.bias.fill_(-0.5)
         model.policy.actor.mu.bias.fill_(0.8)
-    features = said(model, rows).features
+    features = outputs_of(model, rows).features
     assert np.allclose(features["mean"].numpy(), model.predict(rows, deterministic=True)[0], atol=1e-5)
     drawn = np.stack([model.predict(rows, deterministic=False)[0] for _ in range(4000)])  # (draws, rows, 1)
     assert np.allclose(features["log_std"].exp().numpy(), drawn.std(0), rtol=0.05)
@@ -75,10 +78,10 @@ def test_squashed_gaussian_keeps_the_deterministic_action_and_the_true_spread():
     assert torch.allclose(features["value"], torch.cat(critics, 1).amin(1), atol=1e-5)
 
 
-def test_deterministic_policy_has_no_spread():
+def test_deterministic_policy_has_no_log_std():
     model = TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
     rows = observations(model)
-    outputs = said(model, rows)
+    outputs = outputs_of(model, rows)
     assert np.allclose(outputs.features["mean"].numpy(), model.predict(rows, deterministic=True)[0], atol=1e-5)
     assert "log_std" not in outputs.features
     assert torch.equal(sampled_actions(outputs, torch.Generator()), outputs.features["mean"])
@@ -102,7 +105,7 @@ def test_temperature_divides_the_logits():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_temperature_for_entropy_hits_its_target_at_any_scale(share):
+def test_temperature_for_entropy_reaches_its_target_at_any_scale(share):
     q_values = torch.randn(200, 6, generator=torch.Generator().manual_seed(3))
     temperature = temperature_for_entropy(q_values, share)
     assert entropy(q_values / temperature).mean().item() == pytest.approx(share * np.log(6), abs=1e-4)
@@ -128,14 +131,14 @@ def test_environment_actions_stay_within_bounds():
     assert clipped.dtype == np.float32 and clipped.tolist() == [[-1.0, 2.0], [0.5, 5.0]]
 
 
-def test_an_average_of_discrete_policies_is_the_geometric_mean_at_their_temperatures():
+def test_average_of_discrete_policies_is_the_geometric_mean_at_their_temperatures():
     models = [PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu"), DQN("MlpPolicy", "CartPole-v1", buffer_size=10)]
     statistics = ObservationStatistics(np.full(4, 0.3), np.full(4, 4.0), 0.0, 10.0)
     networks = [Agent("ppo", models[0].policy, statistics).network(), Agent("dqn", models[1].policy).network()]
     networks[1].temperature = 0.05
     rows = observations(models[0])
-    first = said(models[0], ((rows - 0.3) / 2).clip(-10, 10).astype(np.float32))
-    second = said(models[1], rows)
+    first = outputs_of(models[0], ((rows - 0.3) / 2).clip(-10, 10).astype(np.float32))
+    second = outputs_of(models[1], rows)
     with torch.no_grad():
         outputs = average_policies(networks)(torch.as_tensor(rows))
     product = first.logits.softmax(-1).sqrt() * (second.logits / 0.05).softmax(-1).sqrt()
@@ -146,13 +149,13 @@ def test_an_average_of_discrete_policies_is_the_geometric_mean_at_their_temperat
     assert average_policies(networks)(torch.as_tensor(rows), value=False).features == {}
 
 
-def test_an_average_of_continuous_policies_has_the_mean_action_and_the_mean_log_std():
+def test_average_of_continuous_policies_has_the_mean_action_and_the_mean_log_std():
     models = [
         PPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"log_std_init": start}, seed=seed, device="cpu")
         for seed, start in enumerate((-0.7, 0.1))
     ]
     rows = observations(models[0])
-    first, second = (said(model, rows).features for model in models)
+    first, second = (outputs_of(model, rows).features for model in models)
     networks = [Agent("ppo", model.policy).network() for model in models]
     with torch.no_grad():
         outputs = average_policies(networks)(torch.as_tensor(rows))

@@ -1,4 +1,4 @@
-"""Checkpoints of policies: damage is noticed, the one before stands in, and the same student comes out."""
+"""Checkpoints of policies: a damaged one is detected, and training from the previous one gives the same student."""
 
 import logging
 import os
@@ -27,22 +27,22 @@ from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 PPO_ROW = {"environments": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1, "normalize": True}
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
-def dies_at(call: int | None) -> Callable[..., dict[str, float]]:
-    """A `watch` that kills its training at one of its calls."""
+def interrupt_at(call: int | None) -> Callable[..., dict[str, float]]:
+    """An evaluation that interrupts the training at one of its calls."""
     calls = 0
 
-    def watch(*_: Any) -> dict[str, float]:
+    def evaluate(*_: Any) -> dict[str, float]:
         nonlocal calls
         calls += 1
         if calls == call:
-            raise Killed
+            raise Interrupted
         return {}
 
-    return watch
+    return evaluate
 
 
 def distilled(folder: Path, call: int | None = None, **changes: Any) -> dict[str, torch.Tensor]:
@@ -55,13 +55,13 @@ def distilled(folder: Path, call: int | None = None, **changes: Any) -> dict[str
     student = StudentNetwork(model([8], 0).policy, None)
     task = DistillationTask(Recorder(environments), PolicyNetwork(model([16], 7).policy), student, buffer)
     args = DistillArguments(**({"steps": 400, "rounds": 4, "updates": 10, "num_envs": 4} | changes))
-    Distiller([task], args, folder, seed=5).learn(dies_at(call))
+    Distiller([task], args, folder, seed=5).learn(interrupt_at(call))
     return student.state_dict()
 
 
 def trained(folder: Path, call: int | None = None) -> dict[str, torch.Tensor]:
     model = new_teacher("CartPole-v1", training_recipe("ppo", "CartPole-v1", PPO_ROW), seed=0)
-    train(model, 640, folder, seed=0, evaluate=dies_at(call))
+    train(model, 640, folder, seed=0, evaluate=interrupt_at(call))
     return model.policy.state_dict()
 
 
@@ -86,58 +86,60 @@ FILES += [(trained, name) for name in ("state.json", "model.zip", "arrays.npz")]
 
 
 @pytest.fixture(scope="module")
-def whole_and_killed(tmp_path_factory) -> Callable[[Callable[..., Any]], tuple[dict[str, torch.Tensor], Path]]:
-    """What a training ends in, and the folder of the same training killed before it has ended."""
+def whole_and_interrupted(tmp_path_factory) -> Callable[[Callable[..., Any]], tuple[dict[str, torch.Tensor], Path]]:
+    """The weights after a training, and the folder of the same training interrupted before its end."""
 
     @cache
     def run(make: Callable[..., Any]) -> tuple[dict[str, torch.Tensor], Path]:
         folder = tmp_path_factory.mktemp("runs")
-        with pytest.raises(Killed):
-            make(folder / "killed", 4)
-        return make(folder / "whole"), folder / "killed"
+        with pytest.raises(Interrupted):
+            make(folder / "interrupted", 4)
+        return make(folder / "whole"), folder / "interrupted"
 
     return run
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(("make", "file"), FILES, ids=[file for _, file in FILES])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(make, file, damage, whole_and_killed, tmp_path, caplog):
-    whole, killed = whole_and_killed(make)
-    shutil.copytree(killed, tmp_path / "killed")
-    newest = max((tmp_path / "killed").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+def test_damaged_checkpoint_falls_back_to_the_previous_one(
+    make, file, damage, whole_and_interrupted, tmp_path, caplog
+):
+    whole, interrupted = whole_and_interrupted(make)
+    shutil.copytree(interrupted, tmp_path / "run")
+    newest = max((tmp_path / "run").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     DAMAGE[damage](newest / file)
     with caplog.at_level(logging.WARNING):
-        assert same(whole, make(tmp_path / "killed"))
+        assert same(whole, make(tmp_path / "run"))
     assert f"not continuing from {newest.name}: " in caplog.text
 
 
 @pytest.mark.parametrize("make", [distilled, trained])
-def test_where_no_checkpoint_is_whole_training_starts_again(make, whole_and_killed, tmp_path, caplog):
-    whole, killed = whole_and_killed(make)
-    shutil.copytree(killed, tmp_path / "killed")
-    for path in (tmp_path / "killed").iterdir():
+def test_training_restarts_without_a_complete_checkpoint(make, whole_and_interrupted, tmp_path, caplog):
+    whole, interrupted = whole_and_interrupted(make)
+    shutil.copytree(interrupted, tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
         (path / "SHA256SUMS").unlink()
     with caplog.at_level(logging.WARNING):
-        assert same(whole, make(tmp_path / "killed"))
+        assert same(whole, make(tmp_path / "run"))
     assert caplog.text.count("not continuing from checkpoint-") == 2
 
 
-def test_a_checkpoint_whose_writing_was_killed_is_none(tmp_path):
+def test_partially_written_checkpoint_is_ignored(tmp_path):
     assert newest_checkpoint(tmp_path) is None
 
-    def dies(folder: Path) -> None:
+    def write(folder: Path) -> None:
         (folder / "half").touch()
-        raise Killed
+        raise Interrupted
 
     for number in (8, 9, 10):
         save_checkpoint(tmp_path, number, lambda folder: (folder / "whole").touch())
-    with pytest.raises(Killed):
-        save_checkpoint(tmp_path, 11, dies)
+    with pytest.raises(Interrupted):
+        save_checkpoint(tmp_path, 11, write)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
-def test_an_old_checkpoint_that_is_a_link_is_no_way_to_other_files(tmp_path):
+def test_linked_checkpoint_does_not_remove_its_target(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious").touch()
@@ -149,7 +151,7 @@ def test_an_old_checkpoint_that_is_a_link_is_no_way_to_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_student_of_a_finished_stage_is_one_line(damage, tmp_path):
+def test_damaged_student_of_a_finished_stage_raises_an_error(damage, tmp_path):
     recipe = training_recipe("ppo", "CartPole-v1")
     new_student(SB3Environments("CartPole-v1", 1), StudentArguments(), recipe, 0).save(tmp_path / "model.zip")
     teacher = Teacher("CartPole-v1", cast(Any, None), cast(Any, None))
@@ -158,24 +160,24 @@ def test_a_damaged_student_of_a_finished_stage_is_one_line(damage, tmp_path):
     other = StudentSpec(teacher, StudentArguments(student=[3]), recipe)
     with pytest.raises(UserError, match="is not the student of this run"):
         other.load("student", tmp_path, 0)
-    if damage != "a bit":  # which the checksums of a stage tell
+    if damage != "a bit":  # which only the checksums of a stage detect
         DAMAGE[damage](tmp_path / "model.zip")
         with pytest.raises(UserError, match="model.zip"):
             spec.load("student", tmp_path, 0)
 
 
-def test_weights_that_the_last_update_broke_are_not_kept(tmp_path, monkeypatch):
+def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
     """The loss is computed before the update, so that it is still finite."""
     fit = Distiller._fit
 
-    def breaks(self: Distiller, number: int) -> dict[str, float]:
+    def fit_and_break(self: Distiller, number: int) -> dict[str, float]:
         losses = fit(self, number)
         if number == 2:
             with torch.no_grad():
                 next(self.students.parameters()).fill_(torch.inf)
         return losses
 
-    monkeypatch.setattr(Distiller, "_fit", breaks)
+    monkeypatch.setattr(Distiller, "_fit", fit_and_break)
     with pytest.raises(UserError, match="training diverged: .* is not finite after round 3"):
         distilled(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
@@ -189,15 +191,15 @@ def test_weights_that_the_last_update_broke_are_not_kept(tmp_path, monkeypatch):
         ("sac", "Pendulum-v1", {"learning_starts": 8, "buffer_size": 100, "batch_size": 8}),
     ],
 )
-def test_a_training_that_diverges_is_one_line_and_keeps_nothing_of_it(algorithm, environment, changes, tmp_path):
+def test_diverged_training_raises_an_error_and_saves_nothing(algorithm, environment, changes, tmp_path):
     recipe = training_recipe(algorithm, environment, changes | {"learning_rate": 1e30})
     model = new_teacher(environment, recipe, seed=0)
 
-    def watch(model: BaseAlgorithm) -> dict[str, float]:
-        raise AssertionError("measured")
+    def evaluate(model: BaseAlgorithm) -> dict[str, float]:
+        raise AssertionError("evaluated a diverged model")
 
     with pytest.raises(UserError, match="training diverged: .* is not finite after"):
-        train(model, 640, tmp_path, seed=0, evaluate=watch)
+        train(model, 640, tmp_path, seed=0, evaluate=evaluate)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="training diverged"):
         Agent.trained("teacher", model).save_pretrained(tmp_path)

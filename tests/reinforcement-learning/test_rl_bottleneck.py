@@ -1,4 +1,4 @@
-"""Students with a key-value bottleneck: keys fitted once, values learned, the same student however it is trained."""
+"""Students with a key-value bottleneck: keys are fitted once, values are learned, in every stage alike."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -31,32 +31,32 @@ from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
 from kd.reinforcement_learning.teacher_model.teacher import Agent, Teacher
 from kd_testing import known_answer  # noqa: F401 - registers the environments
 
-QUESTIONS = "KnownAnswer-v0"
+ENVIRONMENT = "KnownAnswer-v0"
 RECIPE = training_recipe(
-    "ppo", QUESTIONS, {"environments": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "normalize": True}
+    "ppo", ENVIRONMENT, {"environments": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "normalize": True}
 )
-LOOKED_UP = StudentArguments(student=[], codebooks=16, codebook_size=32)
+BOTTLENECK = StudentArguments(student=[], codebooks=16, codebook_size=32)
 
 
 def arguments(**changes: Any) -> DistillArguments:
     return DistillArguments(**({"steps": 600, "rounds": 3, "updates": 30, "batch_size": 64, "num_envs": 4} | changes))
 
 
-def student(environment: str = QUESTIONS, args: StudentArguments = LOOKED_UP, seed: int = 0) -> PPO:
+def student(environment: str = ENVIRONMENT, args: StudentArguments = BOTTLENECK, seed: int = 0) -> PPO:
     return new_student(SB3Environments(environment, 2), args, RECIPE, seed)
 
 
-def spec(args: StudentArguments = LOOKED_UP) -> StudentSpec:
-    """Its teacher knows the answers; it is used to observations that are normalized, by 5 and 2."""
+def spec(args: StudentArguments = BOTTLENECK) -> StudentSpec:
+    """The teacher is optimal; its statistics are a mean of 5 and a standard deviation of 2."""
     teacher = student(args=StudentArguments(student=[]))
     with torch.no_grad():
         cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
     agent = Agent("teacher", teacher.policy, ObservationStatistics(np.full(4, 5.0), np.full(4, 4.0), 0.0, 10.0))
-    return StudentSpec(Teacher(QUESTIONS, agent, agent.network().cpu()), args, RECIPE)
+    return StudentSpec(Teacher(ENVIRONMENT, agent, agent.network().cpu()), args, RECIPE)
 
 
 def task(one: StudentSpec, seed: int = 0) -> DistillationTask:
-    environments = Environments(QUESTIONS, 4, seed)
+    environments = Environments(ENVIRONMENT, 4, seed)
     network = StudentNetwork(one.new(seed).policy, one.teacher.agent.statistics)
     buffer = Observations(10_000, (4,), torch.float32)
     return DistillationTask(Recorder(environments), one.teacher.network, network, buffer)
@@ -68,7 +68,7 @@ def extractor(policy: Any) -> BottleneckFeatures:
 
 
 def fitted(policy: Any) -> dict[str, Tensor]:
-    """What is fitted without labels, and the projections that it is fitted under."""
+    """The fitted statistics and keys, and the projections."""
     return {name: value.clone() for name, value in extractor(policy).named_buffers()}
 
 
@@ -78,15 +78,15 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path):
+def test_keys_are_fitted_in_the_first_round_and_only_values_are_trained(tmp_path):
     one, rounds = task(spec()), []
     before = extractor(one.student.policy).bottleneck.values.clone()
 
-    def watch() -> dict[str, float]:
+    def evaluate() -> dict[str, float]:
         rounds.append(fitted(one.student.policy))
         return {}
 
-    Distiller([one], arguments(), tmp_path, 0).learn(watch)
+    Distiller([one], arguments(), tmp_path, 0).learn(evaluate)
     bottleneck = extractor(one.student.policy).bottleneck
     for later in rounds[1:]:
         assert_equal(rounds[0], later)
@@ -96,58 +96,58 @@ def test_keys_are_fitted_to_the_first_round_and_only_values_are_learned(tmp_path
     assert not torch.equal(bottleneck.values, before)
 
 
-def test_a_distilled_student_with_a_bottleneck_knows_most_answers(tmp_path):
+def test_distilled_student_with_a_bottleneck_solves_most_steps(tmp_path):
     one = task(spec())
     Distiller([one], arguments(steps=1800, updates=80, learning_rate=0.03), tmp_path, 0).learn(dict)
-    returns, _ = returns_of(greedy(StudentNetwork(one.student.folded_policy(), None)), QUESTIONS, 50, seed=9)
-    assert returns.mean() > 8  # at random 2.5, the teacher 10
+    returns, _ = returns_of(greedy(StudentNetwork(one.student.folded_policy(), None)), ENVIRONMENT, 50, seed=9)
+    assert returns.mean() > 8  # random actions 2.5, the teacher 10
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
-def test_a_killed_distillation_ends_as_if_never_killed_and_fits_no_keys_again(tmp_path, monkeypatch):
+def test_resumed_distillation_does_not_fit_the_keys_again(tmp_path, monkeypatch):
     fits = []
     fit = BottleneckFeatures.fit
     monkeypatch.setattr(BottleneckFeatures, "fit", lambda self, rows: (fits.append(len(rows)), fit(self, rows)))
 
-    def run(folder: Path, die: bool) -> dict[str, Tensor]:
+    def run(folder: Path, interrupt: bool) -> dict[str, Tensor]:
         one = task(spec())
         distiller = Distiller([one], arguments(), folder, 0)
 
-        def watch() -> dict[str, float]:
-            if die and len(distiller.history) == 1:
-                raise Killed
+        def evaluate() -> dict[str, float]:
+            if interrupt and len(distiller.history) == 1:
+                raise Interrupted
             return {}
 
-        distiller.learn(watch)
+        distiller.learn(evaluate)
         return one.student.state_dict()
 
-    whole = run(tmp_path / "whole", die=False)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", die=True)
+    whole = run(tmp_path / "whole", interrupt=False)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "interrupted", interrupt=True)
     assert fits == [200, 200]
-    assert_equal(whole, run(tmp_path / "killed", die=False))
+    assert_equal(whole, run(tmp_path / "interrupted", interrupt=False))
     assert len(fits) == 2
 
 
-def test_however_it_is_trained_it_is_the_same_student_with_the_same_keys(tmp_path):
-    """Behind reward normalization and with a teacher that has statistics: it sees observations as they are."""
-    run, other = (PolicyRun([QUESTIONS], RunArguments(output_dir=str(tmp_path / name))) for name in ("run", "other"))
+def test_all_stages_use_the_same_student_with_the_same_keys(tmp_path):
+    """Also with normalized rewards and a teacher with statistics: the student receives raw observations."""
+    run, other = (PolicyRun([ENVIRONMENT], RunArguments(output_dir=str(tmp_path / name))) for name in ("run", "other"))
     one = spec()
     stages = Distillation(run, [one], arguments(), 2)
     agents = [stages.student(), stages.control(), Distillation(other, [one], arguments(), 2).ppd_student(1.0)]
-    policies = [of[QUESTIONS].policy for of in agents]
+    policies = [of[ENVIRONMENT].policy for of in agents]
     for policy in policies[1:]:
         assert parameters(policy) == parameters(policies[0])
         assert_equal(fitted(policy), fitted(policies[0]))
         assert not torch.equal(extractor(policy).bottleneck.values, extractor(policies[0]).bottleneck.values)
-    loaded = stages.control()[QUESTIONS].policy  # the finished stage
+    loaded = stages.control()[ENVIRONMENT].policy  # the finished stage
     assert_equal(loaded.state_dict(), policies[1].state_dict())
 
 
-def test_what_is_saved_acts_as_before(tmp_path):
+def test_saved_student_selects_the_same_actions(tmp_path):
     model = student("CartPole-v1", StudentArguments(student=[8], codebooks=5, codebook_size=7, key_dim=3))
     rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     StudentNetwork(model.policy, None).prepare(torch.as_tensor(rows))
@@ -165,12 +165,12 @@ def test_what_is_saved_acts_as_before(tmp_path):
         assert_equal(policy.state_dict(), model.policy.state_dict())
 
 
-def test_sizes():
+def test_parameter_counts():
     """16 codebooks of 32 values of 4 numbers, decoded to 16 features; then linear heads to 4 actions and a value."""
     assert parameters(student().policy) == 16 * 32 * 4 + (16 * 4 * 16 + 16) + (16 * 4 + 4) + (16 + 1)
 
 
-def test_students_of_several_environments_share_what_is_behind_their_bottlenecks():
+def test_students_of_several_environments_share_layers_after_the_bottleneck():
     args = StudentArguments(student=[8], codebooks=4, codebook_size=8)
     first, twin = student(args=args).policy, student(args=args, seed=1).policy
     share_bodies([first, twin])
@@ -178,7 +178,7 @@ def test_students_of_several_environments_share_what_is_behind_their_bottlenecks
     assert extractor(twin).bottleneck is not extractor(first).bottleneck
 
 
-def test_frames_have_no_bottleneck():
+def test_bottleneck_for_frames_raises_an_error():
     frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     with pytest.raises(UserError, match=r"shape \(4, 84, 84\): leave out --codebooks"):
         StudentArguments(codebooks=16).check("Pictures-v0", frames)
@@ -187,6 +187,6 @@ def test_frames_have_no_bottleneck():
 @pytest.mark.parametrize(
     "wrong", [{"codebooks": -1}, {"codebook_size": 0}, {"codebook_size": 2**16 + 1}, {"key_dim": 0}]
 )
-def test_sizes_that_cannot_be_are_refused(wrong):
+def test_invalid_sizes_raise_an_error(wrong):
     with pytest.raises(ValueError, match="--(codebooks|codebook_size|key_dim) must be"):
         StudentArguments(**wrong)

@@ -1,4 +1,4 @@
-"""Policies taken away: the actions of Stable-Baselines3's own `load` and `predict`, on what environments show."""
+"""Exported policies: the same actions as Stable-Baselines3's `load` and `predict` for observations of environments."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from kd_testing.scripts import run_script
 
 
 def saved(run: Path, model: BaseAlgorithm, environment: str) -> Path:
-    """A run with that student, whose actions differ from state to state."""
+    """A run with this student, whose actions differ between states."""
     if isinstance(model, PPO):
         torch.nn.init.normal_(cast(nn.Linear, model.policy.action_net).weight)
     (run / "student").mkdir(parents=True)
@@ -34,7 +34,7 @@ def saved(run: Path, model: BaseAlgorithm, environment: str) -> Path:
 
 
 def exported(run: Path, format: str) -> Any:
-    """observations -> actions, by the file alone."""
+    """Exports a run; observations -> actions of the exported file."""
     run_script("common/export/__main__.py", run, "--format", format)
     return loaded(run, format)
 
@@ -48,7 +48,7 @@ def loaded(run: Path, format: str) -> Any:
 
 
 def observations(environment: str, steps: int = 30) -> np.ndarray:
-    """Of actions at random (steps * 3, ...)."""
+    """Observations after random actions (steps * 3, ...)."""
     environments = SB3Environments(environment, 3, seed=7)
     environments.action_space.seed(0)
     rows: list[Any] = [environments.reset()]
@@ -60,7 +60,7 @@ def observations(environment: str, steps: int = 30) -> np.ndarray:
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("environment", ["CartPole-v1", "Pendulum-v1"])
-def test_a_policy_acts_as_predict_says(tmp_path, environment, format):
+def test_exported_policy_matches_predict(tmp_path, environment, format):
     model = new_student(
         SB3Environments(environment, 2), StudentArguments(), training_recipe("ppo", environment), seed=0
     )
@@ -86,8 +86,8 @@ def test_squashed_actions_are_in_the_units_of_the_environment(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
-def test_what_vecnormalize_knows_is_inside(tmp_path, format):
-    """Clipping included: the export takes observations as they are."""
+def test_export_contains_the_statistics_of_vecnormalize(tmp_path, format):
+    """Also the clipping: the exported policy takes raw observations."""
     normalizer = VecNormalize(SB3Environments("Pendulum-v1", 3, seed=3), clip_obs=1.2)
     normalizer.reset()
     for _ in range(20):
@@ -109,7 +109,7 @@ def test_what_vecnormalize_knows_is_inside(tmp_path, format):
     assert np.abs(expected - model.predict(rows, deterministic=True)[0]).max() > 0.1
 
 
-def test_a_policy_with_a_bottleneck_and_the_code_of_its_readme(tmp_path, capsys):
+def test_export_of_a_bottleneck_and_the_code_of_its_readme(tmp_path, capsys):
     args = StudentArguments(student=[], student_value=[], codebooks=4, codebook_size=8)
     model = new_student(SB3Environments("CartPole-v1", 2), args, training_recipe("ppo", "CartPole-v1"), seed=0)
     StudentNetwork(model.policy, None).prepare(torch.as_tensor(observations("CartPole-v1")))
@@ -135,7 +135,7 @@ def test_frames(tmp_path):
     np.testing.assert_array_equal(act(rows), model.predict(rows, deterministic=True)[0])
 
 
-def test_which_environment_must_be_known(tmp_path):
+def test_export_needs_the_environment(tmp_path):
     model = new_student(
         SB3Environments("CartPole-v1", 2), StudentArguments(), training_recipe("ppo", "CartPole-v1"), seed=0
     )

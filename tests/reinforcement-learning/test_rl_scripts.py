@@ -1,4 +1,4 @@
-"""The scripts of reinforcement learning, run as a user runs them, on little."""
+"""The scripts of reinforcement learning, with few steps."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from kd_testing.scripts import recipe_of, run_script
 
 SCRIPTS = "reinforcement-learning/scripts"
 RUNS = Path("runs/reinforcement-learning")
-LITTLE = "--steps 400 --rounds 2 --updates 20 --episodes 4 --eval_episodes 2 --num_envs 4".split()
+SHORT = "--steps 400 --rounds 2 --updates 20 --episodes 4 --eval_episodes 2 --num_envs 4".split()
 TEACHER = ["--teacher_steps", "600", "--hyperparameters", '{"environments": 4}']
 
 
@@ -40,18 +40,18 @@ def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cart_pole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A zip of a briefly trained teacher that Stable-Baselines3 itself saved."""
+    """A zip of a briefly trained teacher, saved by Stable-Baselines3."""
     folder = tmp_path_factory.mktemp("teacher")
     PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, seed=0, device="cpu").learn(256).save(folder / "t.zip")
     return str(folder / "t.zip")
 
 
 def distill(*words: object) -> None:
-    run_script(f"{SCRIPTS}/distill_policy.py", recipe_of(*LITTLE), *words)
+    run_script(f"{SCRIPTS}/distill_policy.py", recipe_of(*SHORT), *words)
 
 
-def line_of(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
-    """The one line with which a script refuses."""
+def error_line(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
+    """The error, one line, with which a script ends."""
     with pytest.raises(SystemExit) as stop:
         run_script(f"{SCRIPTS}/{script}", *words)
     assert stop.value.code == 2
@@ -71,7 +71,7 @@ def same_policy(first: Path, second: Path) -> bool:
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines_loads():
+def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_loads():
     distill(*TEACHER)
     run = RUNS / "distill_CartPole-v1"
     results = read_json(run / "results.json")
@@ -83,8 +83,8 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
     assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
     assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
     teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
-    way = (test["return_mean"] - random) / (teacher - random)
-    assert results["retention"] == (pytest.approx(way) if teacher > random else None)
+    share = (test["return_mean"] - random) / (teacher - random)
+    assert results["retention"] == (pytest.approx(share) if teacher > random else None)
     assert Image.open(run / "curves.png").width > 500
 
     teacher_zip = RUNS / "teacher_CartPole-v1_ppo" / "stages" / "teacher" / "model.zip"
@@ -97,11 +97,11 @@ def test_the_main_job_from_training_a_teacher_to_a_student_that_stable_baselines
     assert "PPO.load" in (run / "student" / "README.md").read_text()
 
     words = ["--no_control", "--output_dir", "second", "--student", 7, "--student_value"]
-    distill(*TEACHER, *words)  # the teacher stays
+    distill(*TEACHER, *words)  # the teacher is reused
     assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
 
 
-def test_several_seeds_in_one_command_are_ordinary_runs_that_share_a_teacher(cart_pole, capsys):
+def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
     words = ["--teacher", cart_pole, "--no_control"]
     distill(*words, "--seeds", "0,1", "--output_dir", "runs")
     assert capsys.readouterr().out.count("statistics of observations: none") == 1, "the teacher is loaded once"
@@ -119,28 +119,28 @@ def test_several_seeds_in_one_command_are_ordinary_runs_that_share_a_teacher(car
     assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
 
 
-def test_a_killed_run_goes_on_to_the_same_student(cart_pole, monkeypatch):
+def test_resumed_run_gives_the_same_student(cart_pole, monkeypatch):
     words = ["--teacher", cart_pole, "--output_dir"]
     distill(*words, "whole")
     original, rounds = distiller.Distiller._fit, 0
 
-    def dies(self: distiller.Distiller, number: int) -> dict[str, float]:
+    def interrupt(self: distiller.Distiller, number: int) -> dict[str, float]:
         nonlocal rounds
         rounds += 1
         if rounds == 2:
             raise KeyboardInterrupt
         return original(self, number)
 
-    monkeypatch.setattr(distiller.Distiller, "_fit", dies)
+    monkeypatch.setattr(distiller.Distiller, "_fit", interrupt)
     with pytest.raises(SystemExit) as stop:
-        distill(*words, "killed")
+        distill(*words, "interrupted")
     assert stop.value.code == 130
     monkeypatch.setattr(distiller.Distiller, "_fit", original)
-    distill(*words, "killed", "--resume_from_checkpoint")
-    assert same_policy(Path("whole/student/student.zip"), Path("killed/student/student.zip"))
-    whole, killed = (read_json(f"{name}/results.json")["models"] for name in ("whole", "killed"))
+    distill(*words, "interrupted", "--resume_from_checkpoint")
+    assert same_policy(Path("whole/student/student.zip"), Path("interrupted/student/student.zip"))
+    whole, interrupted = (read_json(f"{name}/results.json")["models"] for name in ("whole", "interrupted"))
     for role in whole:
-        assert whole[role]["metrics"] == killed[role]["metrics"], role
+        assert whole[role]["metrics"] == interrupted[role]["metrics"], role
 
 
 def test_proximal_policy_distillation(cart_pole):
@@ -150,8 +150,8 @@ def test_proximal_policy_distillation(cart_pole):
     PPO.load(RUNS / "ppd_CartPole-v1" / "student" / "student.zip", device="cpu")
 
 
-def test_a_normalized_continuous_teacher_and_a_student_without_its_statistics():
-    """Trained behind VecNormalize; the student takes observations as they are."""
+def test_normalized_continuous_teacher_and_student_for_raw_observations():
+    """The teacher was trained with VecNormalize; the student takes raw observations."""
     hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600]
     distill(*hopper, "--student", 8, "--steps", 300)
     stage = RUNS / "teacher_Hopper-v5_ppo" / "stages" / "teacher"
@@ -162,12 +162,14 @@ def test_a_normalized_continuous_teacher_and_a_student_without_its_statistics():
 
     moved = Path(shutil.copytree(stage, "moved"))
     (moved / "vecnormalize.pkl").unlink()
-    distill(*hopper[:2], "--teacher", "moved", "--no_control", "--output_dir", "raw")  # nothing says it was normalized
+    distill(
+        *hopper[:2], "--teacher", "moved", "--no_control", "--output_dir", "raw"
+    )  # no file records the normalization
     assert read_json("raw/results.json")["models"]["teacher"]["metrics"] != results["models"]["teacher"]["metrics"]
 
 
 @pytest.mark.parametrize(("algorithm", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1")])
-def test_other_algorithms_teach(algorithm, environment):
+def test_teachers_of_other_algorithms(algorithm, environment):
     settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
     run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
                "--teacher_steps", 150, "--hyperparameters", json.dumps(settings),
@@ -197,7 +199,7 @@ def test_several_environments_share_one_body(capsys):
         assert read_json(f"both/{name}/results.json")["task"] == name
     capsys.readouterr()
     words = ["--environment", "CartPole-v1", "MountainCar-v0", "--output_dir", "both"]
-    assert "holds a finished run" in line_of(capsys, *words, "--teacher", *teachers)
+    assert "holds a finished run" in error_line(capsys, *words, "--teacher", *teachers)
 
 
 def test_videos(cart_pole):
@@ -208,7 +210,7 @@ def test_videos(cart_pole):
     assert Path("cart.mp4").read_bytes()[4:8] == b"ftyp"
 
 
-def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
+def test_gif_replaces_an_mp4_that_cannot_be_written(cart_pole, monkeypatch):
     write = video.imageio.v3.imwrite
 
     def without_ffmpeg(path: Path, *rest: Any, **more: Any) -> Any:
@@ -222,29 +224,29 @@ def test_a_gif_stands_in_where_no_mp4_can_be_written(cart_pole, monkeypatch):
     assert Path("c.gif").exists() and not Path("c.mp4").exists()
 
 
-def test_a_video_is_whole_or_a_line(cart_pole, monkeypatch, capsys):
+def test_incomplete_video_is_removed(cart_pole, monkeypatch, capsys):
     words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
     Path("file").touch()
-    Path("c.gif").write_text("of somebody else")
+    Path("c.gif").write_text("another file")
     for name in ("file/c.gif", "file/deeper/c.mp4"):
-        assert "is not a writable folder" in line_of(capsys, *words, name, script="evaluate.py")
+        assert "is not a writable folder" in error_line(capsys, *words, name, script="evaluate.py")
     with monkeypatch.context() as broken:
         broken.setattr(video.imageio.v3, "imwrite", lambda path, *_, **__: Path(path).write_text("half") and 1 / 0)
-        assert "c.gif exists: pass --video" in line_of(capsys, *words, "c.mp4", script="evaluate.py")
+        assert "c.gif exists: pass --video" in error_line(capsys, *words, "c.mp4", script="evaluate.py")
     assert sorted(path.name for path in Path().iterdir()) == ["c.gif", "file"]
-    assert Path("c.gif").read_text() == "of somebody else"
+    assert Path("c.gif").read_text() == "another file"
     run_script(f"{SCRIPTS}/evaluate.py", *words, "new/folder/cart.gif")
     assert Image.open("new/folder/cart.gif").n_frames > 3
 
 
 @pytest.mark.parametrize("steps", [16, 64])
-def test_statistics_by_the_name_of_a_checkpoint_or_by_a_flag(steps, capsys):
-    """Returns are those of Stable-Baselines3's own evaluation behind VecNormalize."""
+def test_statistics_are_found_by_name_or_by_flag(steps, capsys):
+    """Returns are those of `evaluate_policy` of Stable-Baselines3 with VecNormalize."""
     env = VecNormalize(SB3Environments("Pendulum-v1", 2), norm_reward=False)
     saving = CheckpointCallback(8, ".", save_vecnormalize=True)
     model = PPO("MlpPolicy", env, n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu").learn(64, saving)
     with torch.no_grad():
-        model.policy.action_net.weight.mul_(100)  # actions that depend on what is observed
+        model.policy.action_net.weight.mul_(100)  # actions that depend on the observation
     zip, statistics = f"rl_model_{steps}_steps.zip", f"rl_model_vecnormalize_{steps}_steps.pkl"
     model.save(zip)
     env.save(statistics)
@@ -261,11 +263,11 @@ def test_statistics_by_the_name_of_a_checkpoint_or_by_a_flag(steps, capsys):
     assert found() == (pytest.approx(expected, rel=1e-3), statistics)
     assert f"statistics of observations: {statistics}" in capsys.readouterr().out
     Path(statistics).rename("my_norm.pkl")
-    assert "pass --vecnormalize" in line_of(capsys, zip, *words, script="evaluate.py")
+    assert "pass --vecnormalize" in error_line(capsys, zip, *words, script="evaluate.py")
     assert found("--vecnormalize", "my_norm.pkl") == (pytest.approx(expected, rel=1e-3), "my_norm.pkl")
     raw, source = found("--vecnormalize", "none")
     assert source == "none" and raw != pytest.approx(expected, rel=1e-3)
-    assert "my_norm.pkl" in line_of(capsys, "--environment", "Pendulum-v1", "--teacher", zip)
+    assert "my_norm.pkl" in error_line(capsys, "--environment", "Pendulum-v1", "--teacher", zip)
     distill("--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control")
     results = read_json(RUNS / "distill_Pendulum-v1" / "results.json")
     assert results["teacher_observation_statistics"] == "my_norm.pkl"
@@ -273,22 +275,22 @@ def test_statistics_by_the_name_of_a_checkpoint_or_by_a_flag(steps, capsys):
     VecNormalize(SB3Environments("CartPole-v1", 1)).save("cart.pkl")
     capsys.readouterr()
     words = ["--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize"]
-    assert "of shape (4,), the environment's are (3,)" in line_of(capsys, *words, "cart.pkl")
+    assert "of shape (4,), the environment's are (3,)" in error_line(capsys, *words, "cart.pkl")
 
 
-def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches(monkeypatch, capsys):
+def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monkeypatch, capsys):
     model = PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu")
     with torch.no_grad():
-        model.policy.action_net.bias.copy_(torch.tensor([9.0, 0.0]))  # always to the left: ten steps or fewer
+        model.policy.action_net.bias.copy_(torch.tensor([9.0, 0.0]))  # always left: at most ten steps
     model.save("left.zip")
     warned = []
 
-    def teaches(*_: Any) -> dict[str, float]:
+    def interrupt(*_: Any) -> dict[str, float]:
         warned.append(capsys.readouterr().err)
         raise KeyboardInterrupt
 
     fit = distiller.Distiller._fit
-    monkeypatch.setattr(distiller.Distiller, "_fit", teaches)
+    monkeypatch.setattr(distiller.Distiller, "_fit", interrupt)
     with pytest.raises(SystemExit):
         distill("--teacher", "left.zip", "--output_dir", "left", "--no_control")
     assert "warning: teacher ppo left is no better than chance: its mean return is" in warned[0]
@@ -316,7 +318,7 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
         (["--hyperparameters", '{"use_sde": true}'], "use_sde"),
         (["--hyperparameters", '{"batch_size": 0}'], "invalid hyper-parameters of ppo"),
         (["--hyperparameters", '{"learning_rate": NaN}'], "learning_rate must be a finite number"),
-        (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, from 0 to 1"),
+        (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, between 0 and 1"),
         (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
         (["--teacher", "{cart_pole}", "--vecnormalize", "nowhere.pkl"], "there is no file nowhere.pkl"),
         (["--teacher", "{cart_pole}", "--vecnormalize", "none", "none"], "one --vecnormalize per --environment"),
@@ -332,28 +334,28 @@ def test_a_teacher_no_better_than_random_actions_is_called_out_before_it_teaches
         (["--teacher_temperature", "0"], "--teacher_temperature must be above 0"),
     ],
 )
-def test_bad_input_is_one_line(words, expected, cart_pole, capsys):
-    assert expected in line_of(capsys, *[word.replace("{cart_pole}", cart_pole) for word in words])
+def test_invalid_input_gives_one_line(words, expected, cart_pole, capsys):
+    assert expected in error_line(capsys, *[word.replace("{cart_pole}", cart_pole) for word in words])
     assert not RUNS.exists()
 
 
-def test_a_folder_with_other_contents_is_refused_before_a_teacher_is_trained(capsys):
-    Path("mine").mkdir()
-    Path("mine/thesis.tex").write_text("mine")
-    assert "holds no run (thesis.tex)" in line_of(capsys, *TEACHER, "--output_dir", "mine")
+def test_folder_with_other_files_raises_an_error_before_training(capsys):
+    Path("other").mkdir()
+    Path("other/thesis.tex").write_text("text")
+    assert "holds no run (thesis.tex)" in error_line(capsys, *TEACHER, "--output_dir", "other")
     assert not Path("runs").exists()
 
 
-def test_losses_that_a_teacher_cannot_give_are_refused_before_anything_is_written(capsys):
+def test_loss_without_a_distribution_raises_an_error_before_writing(capsys):
     TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
     words = ["--environment", "Pendulum-v1", "--teacher", "td3.zip"]
-    assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
-    assert "a deterministic teacher has no distribution" in line_of(capsys, *words, "--method", "ppd")
+    assert "a deterministic teacher has no distribution" in error_line(capsys, *words)
+    assert "a deterministic teacher has no distribution" in error_line(capsys, *words, "--method", "ppd")
     assert not RUNS.exists()
     distill(*words, "--loss", "huber", "--no_control")
 
 
-def test_the_student_of_several_teachers_learns_their_average(cart_pole):
+def test_student_of_several_teachers_learns_their_average(cart_pole):
     models = [
         PPO.load(cart_pole, device="cpu"),
         PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, device="cpu"),
@@ -374,41 +376,41 @@ def test_the_student_of_several_teachers_learns_their_average(cart_pole):
     assert student.predict(np.zeros((1, 4), np.float32), deterministic=True)[0].item() == 1
 
 
-def test_teachers_that_cannot_be_averaged_are_refused_before_one_is_trained(cart_pole, capsys):
+def test_invalid_ensemble_of_teachers_raises_an_error_before_training(cart_pole, capsys):
     more = [*TEACHER, "--ensemble_teachers", cart_pole]
-    assert "of one --environment" in line_of(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
-    assert "--method ppd needs a single teacher" in line_of(capsys, *more, "--method", "ppd")
-    assert "was trained for" in line_of(capsys, *more, "--environment", "Acrobot-v1")
-    assert "and per one of --ensemble_teachers" in line_of(
+    assert "of one --environment" in error_line(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
+    assert "--method ppd needs a single teacher" in error_line(capsys, *more, "--method", "ppd")
+    assert "was trained for" in error_line(capsys, *more, "--environment", "Acrobot-v1")
+    assert "and per one of --ensemble_teachers" in error_line(
         capsys, "--teacher", cart_pole, "--ensemble_teachers", cart_pole, "--vecnormalize", "none"
     )
-    assert "pass a file or folder" in line_of(capsys, *TEACHER, "--ensemble_teachers", "train")
+    assert "pass a file or folder" in error_line(capsys, *TEACHER, "--ensemble_teachers", "train")
     TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save("td3.zip")
     PPO("MlpPolicy", "Pendulum-v1", device="cpu").save("ppo.zip")
     words = ["--environment", "Pendulum-v1", "--teacher", "ppo.zip", "--ensemble_teachers", "td3.zip"]
-    assert "a deterministic teacher has no distribution" in line_of(capsys, *words)
+    assert "a deterministic teacher has no distribution" in error_line(capsys, *words)
     assert not RUNS.exists()
     distill(*words, "--loss", "mse", "--no_control", "--output_dir", "averaged")
     assert read_json("averaged/results.json")["models"]["teacher"]["name"] == "ppo ppo + td3 td3"
 
 
-def test_another_teacher_than_the_one_that_is_there_is_not_taken_silently(capsys):
+def test_existing_teacher_with_other_arguments_raises_an_error(capsys):
     folder = RUNS / "teacher_CartPole-v1_ppo"
     run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--eval_episodes", 1)
     assert (folder / "results.json").exists()
     capsys.readouterr()
-    assert "teacher_steps 600, not 700" in line_of(capsys, "--teacher_steps", 700, *TEACHER[2:])
+    assert "teacher_steps 600, not 700" in error_line(capsys, "--teacher_steps", 700, *TEACHER[2:])
 
 
-def test_one_teacher_is_trained_at_a_time(capsys):
-    assert "pass --seed instead of --seeds" in line_of(capsys, "--seeds", 0, 1, script="train_teacher.py")
+def test_train_teacher_takes_one_seed(capsys):
+    assert "pass --seed instead of --seeds" in error_line(capsys, "--seeds", 0, 1, script="train_teacher.py")
     assert not RUNS.exists()
 
 
-def test_a_model_of_unknown_origin_needs_its_environment(cart_pole, capsys):
-    line = line_of(capsys, cart_pole, script="evaluate.py")
+def test_evaluate_needs_the_environment(cart_pole, capsys):
+    line = error_line(capsys, cart_pole, script="evaluate.py")
     assert "pass --environment" in line
-    assert "--video writes an mp4 or a gif" in line_of(
+    assert "--video writes an mp4 or a gif" in error_line(
         capsys, cart_pole, "--environment", "CartPole-v1", "--video", "cart.txt", script="evaluate.py"
     )
 
@@ -428,15 +430,15 @@ def test_pong_from_frames_to_small_students_of_one_teacher():
     assert len(written) == 1
 
 
-def test_the_size_of_a_pong_student_is_one_of_three():
+def test_size_of_a_pong_student_is_required():
     command = ["bash", str(REPO / SCRIPTS / "distill_pong.sh"), "--steps", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("error: give the size of the student first")
+    assert done.returncode == 2 and done.stderr.startswith("error: pass the size of the student first")
     assert not RUNS.exists()
 
 
 @pytest.mark.slow
-def test_the_default_command_in_a_process_of_its_own():
+def test_default_command_in_a_new_process():
     command = [sys.executable, str(REPO / SCRIPTS / "distill_policy.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Training from reward, and with a teacher beside the reward."""
+"""Training from reward, and from reward and a teacher."""
 
 import math
 from pathlib import Path
@@ -32,44 +32,44 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SMALL)
-def test_a_killed_training_ends_as_if_never_killed(algorithm, tmp_path):
+def test_resumed_training_gives_the_same_policy(algorithm, tmp_path):
     environment, changes = SMALL[algorithm]
     recipe = training_recipe(algorithm, environment, changes)
 
-    def run(folder: Path, logs_until_death: int | None) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    def run(folder: Path, interrupted_at: int | None) -> tuple[dict[str, torch.Tensor], Any, Any]:
         logs = 0
 
-        def watch(_: BaseAlgorithm) -> dict[str, float]:
+        def evaluate(_: BaseAlgorithm) -> dict[str, float]:
             nonlocal logs
             logs += 1
-            if logs == logs_until_death:
-                raise Killed
+            if logs == interrupted_at:
+                raise Interrupted
             return {"logs": float(logs)}
 
         model = new_teacher(environment, recipe, seed=0)
-        history = train(model, 500, folder, seed=0, evaluate=watch)
+        history = train(model, 500, folder, seed=0, evaluate=evaluate)
         agent = Agent.trained("", model)
         steps = [row["environment_steps"] for row in history]
         return model.policy.state_dict(), None if agent.statistics is None else agent.statistics.mean, steps
 
     weights, mean, steps = run(tmp_path / "whole", None)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", 7)
-    assert list((tmp_path / "killed").glob("checkpoint-*/state.json"))
-    again, mean_again, steps_again = run(tmp_path / "killed", None)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "interrupted", 7)
+    assert list((tmp_path / "interrupted").glob("checkpoint-*/state.json"))
+    again, mean_again, steps_again = run(tmp_path / "interrupted", None)
     assert steps_again == steps and len(steps) >= 5 and steps[-1] >= 500
     assert np.array_equal(mean, mean_again)
     for name, value in weights.items():
         assert torch.equal(value, again[name]), name
 
 
-def test_every_row_of_the_table_makes_a_model():
+def test_every_row_of_the_table_builds_a_model():
     import yaml
 
     for algorithm, rows in yaml.safe_load(TABLE.read_text()).items():
@@ -101,9 +101,9 @@ def test_recipes():
         ({"learning_rate": -1e-3}, "learning_rate must be a finite number"),
         ({"learning_rate": "linear_nan"}, "learning_rate must be a finite number"),
         ({"learning_rate": "linear_x"}, "learning_rate must be a number or linear_NUMBER"),
-        ({"learning_rate": 0}, "but not 0, got 0"),
+        ({"learning_rate": 0}, "above 0, got 0"),
         ({"clip_range": -0.1}, "clip_range must be"),
-        ({"gamma": 1.01}, "gamma must be a finite number, from 0 to 1, got 1.01"),
+        ({"gamma": 1.01}, "gamma must be a finite number, between 0 and 1, got 1.01"),
         ({"gamma": "linear_0.9"}, "gamma must be"),
         ({"gae_lambda": None}, "gae_lambda must be"),
         ({"n_steps": 0}, "n_steps must be a whole number"),
@@ -116,7 +116,7 @@ def test_recipes():
         ({"policy_kwargs": {"activation_fn": "functional"}}, "no activation function functional"),
     ],
 )
-def test_hyper_parameters_out_of_range_are_refused(changes, expected):
+def test_hyper_parameters_out_of_range_raise_an_error(changes, expected):
     with pytest.raises(ValueError, match=expected):
         training_recipe("ppo", "CartPole-v1", changes)
 
@@ -136,12 +136,12 @@ def test_hyper_parameters_out_of_range_are_refused(changes, expected):
         ("ppo", {"policy_kwargs": {"net_arch": [-1]}}, "invalid hyper-parameters of ppo"),
     ],
 )
-def test_hyper_parameters_that_do_not_fit_together_are_refused_before_training(algorithm, changes, expected):
+def test_incompatible_hyper_parameters_raise_an_error_before_training(algorithm, changes, expected):
     with pytest.raises((UserError, ValueError), match=expected):
         new_teacher("CartPole-v1", training_recipe(algorithm, "CartPole-v1", changes), seed=0)
 
 
-def test_every_row_of_the_table_fits_together():
+def test_every_row_of_the_table_is_consistent():
     import yaml
 
     for algorithm, rows in yaml.safe_load(TABLE.read_text()).items():
@@ -150,8 +150,8 @@ def test_every_row_of_the_table_fits_together():
     assert training_recipe("sac", "Pendulum-v1", {"ent_coef": "auto_0.1"}).keywords["ent_coef"] == "auto_0.1"
 
 
-class Right(nn.Module):
-    """The right answer of KnownAnswer-v0, sharply."""
+class Expert(nn.Module):
+    """The optimal policy of KnownAnswer-v0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,36 +177,36 @@ def proximal(weight: float, teacher: nn.Module, **changes: Any) -> PPD:
     return PPD("MlpPolicy", environments, teacher=teacher, teacher_weight=weight, **(SETTINGS | changes))
 
 
-def test_without_weight_on_the_teacher_it_is_ppo():
+def test_ppd_without_teacher_weight_is_ppo():
     environments = training_environments("KnownAnswer-v0", 4, 0)
     ppo = PPO("MlpPolicy", environments, **SETTINGS).learn(512)
-    ppd = proximal(0.0, Right()).learn(512)
+    ppd = proximal(0.0, Expert()).learn(512)
     for name, value in ppo.policy.state_dict().items():
         assert torch.allclose(value, ppd.policy.state_dict()[name], atol=1e-5), name
 
 
-def test_the_teacher_speaks_once_per_rollout_and_learns_nothing():
-    teacher = Right()
+def test_teacher_runs_once_per_rollout_and_is_not_trained():
+    teacher = Expert()
     proximal(1.0, teacher).learn(3 * 128)
     assert teacher.calls == 3 and teacher.scale.grad is None and teacher.scale == 5.0
 
 
-def test_a_teacher_helps_ppo():
+def test_teacher_improves_ppo():
     def reached(weight: float) -> float:
-        model = proximal(weight, Right(), learning_rate=1e-2, n_epochs=10).learn(2048)
+        model = proximal(weight, Expert(), learning_rate=1e-2, n_epochs=10).learn(2048)
         return float(returns_of(greedy(Agent.trained("", model).network()), "KnownAnswer-v0", 40, 9)[0].mean())
 
-    alone, taught = reached(0.0), reached(5.0)
-    assert taught > alone + 0.5, (alone, taught)
+    alone, with_teacher = reached(0.0), reached(5.0)
+    assert with_teacher > alone + 0.5, (alone, with_teacher)
 
 
 @pytest.mark.parametrize(("ratio", "factor"), [(0.5, 0.8), (0.9, 0.9), (1.0, 1.0), (1.1, 1.1), (2.0, 2.0)])
 @pytest.mark.parametrize(("remaining", "weight"), [(1.0, 3.0), (0.5, 1.5), (-0.2, 0.0)])
-def test_the_distillation_term_by_hand(ratio, factor, remaining, weight):
-    """3 * remaining * max(r, clip(r, 0.8, 1.2)) * KL(teacher || student), where r is the ratio of the present and the
-    collecting policy's probabilities; never negative, as the last rollout ends beyond the steps asked for.
+def test_distillation_term_matches_its_formula(ratio, factor, remaining, weight):
+    """3 * remaining * max(r, clip(r, 0.8, 1.2)) * KL(teacher || student), where r is the ratio of the probabilities of
+    the current and the collecting policy. The weight is not negative in a rollout that ends after the last step.
     """
-    model, teacher = proximal(3.0, Right(), vf_coef=0.0, ent_coef=0.0, n_epochs=1), Right()
+    model, teacher = proximal(3.0, Expert(), vf_coef=0.0, ent_coef=0.0, n_epochs=1), Expert()
     model._current_progress_remaining = remaining
     rows = torch.randn(64, 4)
     distribution = model.policy.get_distribution(rows)
@@ -219,6 +219,6 @@ def test_the_distillation_term_by_hand(ratio, factor, remaining, weight):
     assert model._loss(samples, clip=0.2).item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
 
 
-def test_a_linear_schedule_ends_at_zero():
+def test_linear_schedule_ends_at_zero():
     schedule = linear(0.1)
     assert [schedule(remaining) for remaining in (1.0, 0.5, 0.0, -0.6)] == [0.1, 0.05, 0.0, 0.0]

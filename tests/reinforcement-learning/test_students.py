@@ -1,4 +1,4 @@
-"""Students: their sizes, what they share, and that they need nothing of this project once they are saved."""
+"""Students: sizes, shared layers, folded statistics; saved students load without this project."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def test_frame_networks_have_the_published_sizes(channels, width, published):
 @pytest.mark.parametrize(
     "sizes", [{"student": [16, 16]}, {"student": [], "student_value": []}, {"student": [3], "student_value": []}]
 )
-def test_folding_changes_no_output(sizes):
+def test_folding_preserves_outputs(sizes):
     network = StudentNetwork(student(**sizes).policy, statistics(4))
     network.set_value_scale(torch.tensor([3.0, 9.0, 30.0]), preserve=False)
     rows = torch.randn(64, 4) * 5
@@ -61,7 +61,7 @@ def test_folding_changes_no_output(sizes):
     assert before.features["value"].std() > 0
 
 
-def test_a_new_value_scale_can_leave_values_as_they_are():
+def test_new_value_scale_can_preserve_values():
     network, rows = StudentNetwork(student().policy, None), torch.randn(64, 4)
     network.set_value_scale(torch.tensor([0.0, 10.0]), preserve=False)
     before = network(rows).features["value"]
@@ -71,7 +71,7 @@ def test_a_new_value_scale_can_leave_values_as_they_are():
     assert network.value_mean == 300
 
 
-def test_shared_bodies_keep_their_heads_and_what_does_not_fit():
+def test_shared_bodies_keep_heads_and_layers_of_other_shapes():
     cart, other, wide = student(seed=0), student(seed=1), student("Acrobot-v1", seed=2)
     heads = other.policy.action_net.weight.clone()
     share_bodies([cart.policy, other.policy, wide.policy])
@@ -83,12 +83,12 @@ def test_shared_bodies_keep_their_heads_and_what_does_not_fit():
     assert wide.policy.action_net.out_features == 3
 
 
-WITHOUT_US = """
+WITHOUT_PROJECT = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "kd":
-            raise ImportError(f"{name} is not there")
+            raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Absent())
 import numpy as np
 from stable_baselines3 import PPO
@@ -109,10 +109,10 @@ def test_saved_students_load_without_this_project(tmp_path):
         model.save(tmp_path / f"{number}.zip")
         np.save(tmp_path / f"{number}.npy", rows)
         expected.append(model.predict(rows, deterministic=True)[0])
-    command = [sys.executable, "-c", WITHOUT_US]
+    command = [sys.executable, "-c", WITHOUT_PROJECT]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(expected)
-    for actions, own in zip(found, expected, strict=True):
-        assert np.allclose(actions, own)
+    for actions, wanted in zip(found, expected, strict=True):
+        assert np.allclose(actions, wanted)

@@ -10,8 +10,7 @@ from kd.common.methods import Method, TaskSpec, fill_arguments, kd_flags, parse_
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods.all_stages import reviewkd, semckd
-from kd.image_classification.student_model.methods.crd import crd
-from kd.image_classification.student_model.methods.last_map import catkd, norm, srrl
+from kd.image_classification.student_model.methods.last_map import catkd, crd, norm, srrl
 from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, ofd, vid
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # further choices of --method and --methods

@@ -1,7 +1,7 @@
-"""Methods that match many maps at once: each of the teacher's with several of the student's.
+"""Methods that match a map of the teacher with several maps of the student.
 
-Knowledge review fuses the student's maps from the deepest up. Semantic calibration learns which stage of the teacher
-each stage of the student follows.
+Knowledge review fuses the student's maps from the deepest to the first. Semantic calibration learns which stages of
+the teacher each stage of the student matches.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ WIDEST = 512  # of the maps that knowledge review fuses
 
 
 def reviewkd(spec: TaskSpec, *, weight: float = 5.0, warmup: Share = 20 / 240) -> Method:
-    """Knowledge review (Chen et al., arXiv:2104.09044), plus the labels: the student's stages and pooled features,
-    fused from the last to the first, against the teacher's maps before their last ReLU and its pooled features.
+    """Knowledge review (Chen et al., arXiv:2104.09044), plus the labels. The student's stages and pooled features are
+    fused from the last to the first, and match the teacher's maps before the last ReLU and its pooled features.
 
-    A teacher of a family that does not show its maps before a ReLU is reviewed by the maps that its stages yield.
-    Where one network has more stages, its first ones are left out. `warmup` is the share of the training over which
-    the weight rises with every step; in the authors' code it rises with every epoch, from 0 in the first. Their weight
-    differs by pair, and they train in batches of 128 with a learning rate of 0.1 (ShuffleNets 0.02) and Nesterov's
-    momentum, where the protocol of the tables has 64, 0.05 and none.
+    For a teacher that does not expose its maps before a ReLU, the outputs of its stages are matched. If one network
+    has more stages, its first stages are left out. The weight rises with every step over the share `warmup` of the
+    training; in the authors' code it rises with every epoch, from 0 in the first. Their weight differs by pair. They
+    train with batches of 128, a learning rate of 0.1 (ShuffleNets 0.02) and Nesterov momentum; the protocol of the
+    tables has batches of 64, 0.05 and no Nesterov momentum.
     """
     stages, teacher_maps = spec.student_features.stages, maps_before_relu(spec.teacher)
     pairs = [(stages[i], teacher_maps[j]) for i, j in depth_map(len(stages), len(teacher_maps), "last")]
@@ -48,7 +48,7 @@ class Review(nn.Module):
     """A term: the sum over levels of `losses.hierarchical_l2` between the fused map and the teacher's.
 
     Args:
-        pairs: the maps of student and teacher, for each level, the deepest last, which is pooled.
+        pairs: maps of student and teacher for each level. The last, deepest level is pooled.
     """
 
     def __init__(self, pairs: Sequence[tuple[Feature, Feature]]) -> None:
@@ -73,11 +73,10 @@ class Review(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A map of the student (batch, channels, h, w) and the fused map below it -> (a map to compare with the teacher's
-    (batch, target_channels, size, size), the fused map (batch, middle, size, size)).
+    """Fuses a map of the student (batch, channels, h, w) with the fused map of the next deeper level. Returns a map to
+    compare with the teacher's (batch, target_channels, size, size), and the fused map (batch, middle, size, size).
 
-    The two are added with weights that attention gives to either at each place. `fuses` is false for the deepest
-    level, which has nothing below it.
+    Attention weighs the two maps at each position. `fuses` is false for the deepest level, which has no deeper map.
     """
 
     def __init__(self, channels: int, middle: int, target_channels: int, fuses: bool) -> None:
@@ -103,13 +102,13 @@ class Fusion(nn.Module):
 def semckd(
     spec: TaskSpec, *, weight: float = 400.0, kl: float = 1.0, temperature: Positive = 4.0, batch: int = 64
 ) -> Method:
-    """Cross-layer distillation with semantic calibration (Chen et al., arXiv:2012.03236), plus labels and soft
-    targets (of weight `kl`): each stage of the student follows all of the teacher's, each through a projection,
+    """Cross-layer distillation with semantic calibration (SemCKD, Chen et al., arXiv:2012.03236), plus labels and soft
+    targets (weight `kl`). Each stage of the student matches all stages of the teacher, each through a projection,
     weighted by attention for each image.
 
-    What attends are rows of similarities to the images of a batch, so that its layers have an input for each of these.
-    `batch` is how many there are at most; the scripts know it. The authors skip a batch that is not full. Here images
-    that a smaller batch lacks count as similar to none, and a full one is treated as in the authors' code.
+    The inputs of the attention are similarities to all images of a batch, so its layers have the width `batch`, the
+    largest batch size. The scripts set it. The authors skip batches that are not full. Here the similarities to
+    missing images are zero; full batches are treated as in the authors' code.
     """
     stages, teacher_stages = spec.student_features.stages, spec.teacher_features.stages
     terms: Terms = {
@@ -120,11 +119,11 @@ def semckd(
 
 
 class Calibration(nn.Module):
-    """A term: the mean over images and stages of the student of its squared distance to each stage of the teacher,
-    weighted by attention.
+    """A term: squared distances between each stage of the student and each stage of the teacher, weighted by attention
+    and averaged over images and stages of the student.
 
     Args:
-        stages, teacher_stages: the maps of either.
+        stages, teacher_stages: the maps of student and teacher.
         batch: the largest number of images in a batch.
     """
 
@@ -145,14 +144,14 @@ class Calibration(nn.Module):
         return attended_mean(self._distances(maps, teacher_maps), self.attention(maps, teacher_maps))
 
     def attention(self, maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
-        """(batch, stages, teacher's stages), each row of which sums to 1; computed in fp32."""
+        """Attention (batch, stages, teacher's stages), in fp32; each row sums to 1."""
         with torch.autocast(maps[0].device.type, enabled=False):
             queries = [unit(embed(self._similarities(x))) for embed, x in zip(self.queries, maps, strict=True)]
             keys = [unit(embed(self._similarities(x))) for embed, x in zip(self.keys, teacher_maps, strict=True)]
             return stage_attention(torch.stack(queries, dim=1), torch.stack(keys, dim=1))
 
     def _similarities(self, maps: Tensor) -> Tensor:
-        """Scalar products of each image's map with that of every image: (batch, self.batch), ending in zeros."""
+        """Scalar products of the maps of all images (batch, self.batch), padded with zeros."""
         missing = self.batch - len(maps)
         if missing < 0:
             raise UserError(
@@ -163,7 +162,7 @@ class Calibration(nn.Module):
         return F.pad(product(flat, flat.T), (0, missing))
 
     def _distances(self, maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
-        """Mean squared differences (batch, stages, teacher's stages); the larger of two maps is averaged down."""
+        """Mean squared differences (batch, stages, teacher's stages). The larger of two maps is averaged down."""
         rows = []
         for student, projections in zip(maps, self.projections, strict=True):
             assert isinstance(projections, nn.ModuleList)
@@ -173,7 +172,7 @@ class Calibration(nn.Module):
 
 
 def squared_distance(student: Tensor, teacher: Tensor, projection: nn.Module) -> Tensor:
-    """(batch,) the mean squared difference between the student's map, projected, and the teacher's."""
+    """Mean squared difference (batch,) between the student's projected map and the teacher's map."""
     size = min(student.shape[-1], teacher.shape[-1])
     projected = projection(average_down(student, size)).float()
     squares = (projected - average_down(teacher.detach(), size).float()).square()
@@ -181,7 +180,7 @@ def squared_distance(student: Tensor, teacher: Tensor, projection: nn.Module) ->
 
 
 def embedding(batch: int) -> nn.Module:
-    """Of rows of similarities (batch, batch) -> (batch, batch / 4)."""
+    """Maps similarities (batch, batch) to (batch, batch / 4)."""
     width = max(1, batch // 4)
     return nn.Sequential(nn.Linear(batch, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
 

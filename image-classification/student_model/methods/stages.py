@@ -22,11 +22,11 @@ FIRST_VARIANCE, LEAST_VARIANCE = 5.0, 1e-5  # of VID
 
 
 def fitnet(spec: TaskSpec, *, weight: float = 100.0) -> Method:
-    """A hint at the middle stage, through a regressor (Romero et al., arXiv:1412.6550), plus the labels.
+    """A hint at the middle stage, through a regressor (FitNets, Romero et al., arXiv:1412.6550), plus the labels.
 
-    As in the toolboxes, the regressor is a convolution, chosen by the two maps' sizes, and a batch norm. It differs in
-    three ways: it ends in a ReLU only where the teacher's map is after one (that of a wide ResNet is not), the
-    convolution begins with He's normal initialization, and it has no bias, which the batch norm would remove.
+    As in the toolboxes, the regressor is a convolution, chosen by the sizes of the two maps, and a batch norm. There
+    are three differences: it ends in a ReLU only if the teacher's map follows one (a wide ResNet's does not), the
+    convolution has He's normal initialization, and it has no bias, which the batch norm would cancel.
     """
     student, teacher = _middle(spec.student_features.stages), _middle(spec.teacher_features.stages)
     return labels() + match("hint", weight, student, teacher, losses.feature_l2, hint_regressor(student, teacher))
@@ -38,13 +38,13 @@ def attention(spec: TaskSpec, *, weight: float = 1000.0) -> Method:
 
 
 def nst(spec: TaskSpec, *, weight: float = 50.0) -> Method:
-    """The neuron selectivity of every stage (Huang and Wang, arXiv:1707.01219), plus the labels."""
+    """Neuron selectivity of every stage (NST, Huang and Wang, arXiv:1707.01219), plus the labels."""
     return _every_stage(spec, "selectivity", weight, lambda student, teacher: (losses.nst, None))
 
 
 def vid(spec: TaskSpec, *, weight: float = 1.0) -> Method:
-    """Information on the teacher's maps in the student's, at every stage (Ahn et al., arXiv:1904.05835), plus the
-    labels: the teacher's likelihood under Gaussians whose means and variances are trained with the student.
+    """Mutual information of the maps of every stage (VID, Ahn et al., arXiv:1904.05835), plus the labels: the
+    likelihood of the teacher's maps under Gaussians whose means and variances are trained with the student.
     """
 
     def variance_and_means(student: Feature, teacher: Feature) -> tuple[FeatureLoss, nn.Module]:
@@ -57,11 +57,10 @@ def vid(spec: TaskSpec, *, weight: float = 1.0) -> Method:
 def ofd(spec: TaskSpec, *, weight: float = 1e-3) -> Method:
     """Maps of every stage before its last ReLU (OFD, Heo et al., arXiv:1904.01866), plus the labels.
 
-    A stage counts half as much as the one after it. The weight is small because differences are summed over a map and
-    averaged over the batch alone, as in the authors' code. The teacher has to show its maps before their ReLU; a
-    student of a family that does not is matched by the outputs of its stages. Where one network has more stages, its
-    first ones are left out. The teacher stays in evaluation mode, as in the paper; mdistiller's runs on the statistics
-    of each batch.
+    A stage weighs half as much as the next one. The weight is small because differences are summed over a map and
+    averaged only over the batch, as in the authors' code. The teacher must expose its maps before the ReLU. For a
+    student that does not, the outputs of its stages are matched. If one network has more stages, its first stages are
+    left out. The teacher stays in eval mode, as in the paper; mdistiller's uses the statistics of each batch.
     """
     norms = [spec.teacher.get_submodule(norm) for _, norm in pre_activations(spec.teacher)]
     maps, teacher_maps = maps_before_relu(spec.student), maps_before_relu(spec.teacher)
@@ -78,8 +77,8 @@ def ofd(spec: TaskSpec, *, weight: float = 1e-3) -> Method:
 
 
 def margins(norm: nn.Module) -> Tensor:
-    """(channels,) the mean of each channel's negative values, as the batch norm before a ReLU describes it."""
-    assert isinstance(norm, nn.BatchNorm2d), "margins are those of a teacher whose batch norms are not folded"
+    """The mean (channels,) of the negative values of each channel, from the batch norm before a ReLU."""
+    assert isinstance(norm, nn.BatchNorm2d), "margins need a teacher whose batch norms are not folded"
     return losses.mean_below_zero(norm.bias.detach(), norm.weight.detach())
 
 
@@ -97,7 +96,7 @@ class PartialL2(nn.Module):
 
 
 class TrainedVariance(nn.Module):
-    """`losses.variational` with a trained variance for each channel, softplus(parameter) + LEAST_VARIANCE."""
+    """`losses.variational` with a trained variance for each channel: softplus(parameter) + LEAST_VARIANCE."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class TrainedVariance(nn.Module):
 
 
 class Regressor(nn.Sequential):
-    """Layers from a student's map to the channels of a teacher's; a map larger than `size` is first averaged down."""
+    """Layers from a student's map to a teacher's channels. A map larger than `size` is averaged down first."""
 
     def __init__(self, *layers: Any, size: int | None = None) -> None:
         super().__init__(*layers)
@@ -120,16 +119,17 @@ class Regressor(nn.Sequential):
 
 
 def regressor(student: Feature, teacher: Feature) -> nn.Module:
-    """A 1x1 convolution and batch norm to the teacher's channels, and a ReLU where its map is after one."""
+    """A 1x1 convolution to the teacher's channels, a batch norm, and a ReLU if the teacher's map follows one."""
     return Regressor(*_normalized(nn.Conv2d(student.width, teacher.width, 1, bias=False), teacher), size=teacher.size)
 
 
 def hint_regressor(student: Feature, teacher: Feature) -> nn.Module:
-    """A convolution from the student's map to the channels and the size of the teacher's, a batch norm, and a ReLU
-    where the teacher's map is after one.
+    """A convolution from the student's map to the channels and the size of the teacher's, a batch norm, and a ReLU if
+    the teacher's map follows one.
 
-    Of stride 2 to half the size, transposed to twice the size, without padding to any other smaller size. Where the
-    teacher's map is larger by another factor, the student's keeps its size, and the teacher's is averaged down.
+    The convolution has stride 2 for half the size, is transposed for twice the size, and has no padding for any other
+    smaller size. If the teacher's map is larger by another factor, the student's map keeps its size, and the teacher's
+    is averaged down.
     """
     channels = student.width, teacher.width
     conv: nn.Module
@@ -151,7 +151,7 @@ def _normalized(conv: nn.Module, teacher: Feature) -> nn.Sequential:
 
 
 def three_convolutions(student: Feature, teacher: Feature) -> nn.Module:
-    """Convolutions of 1x1 with ReLUs between them; their output may be negative."""
+    """Three 1x1 convolutions with ReLUs between them; their output may be negative."""
     return Regressor(
         nn.Conv2d(student.width, teacher.width, 1, bias=False),
         nn.ReLU(),
@@ -168,11 +168,11 @@ def _every_stage(
     weight: float,
     loss_and_projector: Callable[[Feature, Feature], tuple[FeatureLoss, nn.Module | None]],
 ) -> Method:
-    """The labels, and a term `name`_i for each stage of student and teacher, of which there have to be as many."""
+    """The labels, and a term `name`_i for each stage. Raises UserError if the numbers of stages differ."""
     stages, teacher_stages = spec.student_features.stages, spec.teacher_features.stages
     if len(stages) != len(teacher_stages):
         raise UserError(
-            f"this method pairs stages one by one, but {spec.student.config.architecture} has {len(stages)} and "
+            f"this method matches stages one by one, but {spec.student.config.architecture} has {len(stages)} and "
             f"{spec.teacher.config.architecture} {len(teacher_stages)}: choose networks with as many stages"
         )
     method = labels()

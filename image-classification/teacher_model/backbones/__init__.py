@@ -107,10 +107,10 @@ def known_weights(name: str) -> Any:
         weights = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = ", ".join(other.removeprefix(f"{architecture}.") for other in timm.list_pretrained(f"{architecture}.*"))
-        raise UserError(f"timm knows no weights {tag!r} of {architecture}, only {tags or 'none'}") from error
+        raise UserError(f"timm has no weights {tag!r} of {architecture}, only {tags or 'none'}") from error
     if weights is None:
         close = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
-        raise UserError(f"timm knows no model {name!r}" + (f"; did you mean one of {close}?" if close else ""))
+        raise UserError(f"timm has no model {name!r}" + (f"; did you mean one of {close}?" if close else ""))
     return weights
 
 

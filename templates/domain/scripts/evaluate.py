@@ -7,7 +7,7 @@ A run with another --dataset is evaluated with that flag too; --json FILE keeps 
 """
 
 from kd.common.cli import Parser, run
-from kd.common.reporting.results import show_metrics
+from kd.common.reporting.report import show_metrics
 from kd.example_domain.data.loading import load_data
 from kd.example_domain.student_model.distillation import evaluate
 from kd.example_domain.teacher_model.classifier import load_trained
