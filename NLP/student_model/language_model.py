@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import language_metrics, token_agreement, token_counts
+from kd.common.metrics.quality import language_metrics, token_agreement, token_counts, unigram_perplexity
 from kd.common.objective import Divergence
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
@@ -179,6 +179,7 @@ class LanguageTask(GenerationTask):
         prompt = first_words(self.data, self.tokenizer, args.block_size)
         samples = {role: continuation(model, self.tokenizer, prompt, new) for role, model in models.items()}
         tokens = {split: len(label_tokens(blocks)) for split, blocks in self.splits.items()}
+        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
         results = self.results(
             run,
             self.data.name,
@@ -186,6 +187,7 @@ class LanguageTask(GenerationTask):
             method=args.method + ("_hidden" if args.hidden_weight else ""),
             metric="perplexity",
             lower_is_better=True,
+            chance=unigram_perplexity(train, validation, models["student"].config.vocab_size),
             corpus={"tokens": tokens, "bytes": {split: self.data.size(split) for split in self.splits}},
             sample={"prompt": one_line(prompt)} | samples,
         )

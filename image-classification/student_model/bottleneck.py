@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
-from kd.common.bottleneck.training import Samples, train_bottleneck
+from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel, Samples, train_bottleneck
 from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import BottleneckArguments, CodebookSize, Keys

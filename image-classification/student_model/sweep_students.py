@@ -1,20 +1,13 @@
-"""The students of a sweep: each combination of method, projector, loss and learning rate, and its files."""
+"""The axes of a sweep."""
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from itertools import product
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import get_args
 
 from kd.common.cli import reject_unused
 from kd.common.methods import parse_method
-from kd.common.reporting.results import RESULTS
 from kd.common.utils.ranges import Positive, check_declared
-from kd.image_classification.student_model.methods import CONTROL, CONTROLS, METHODS, PLAIN, SIMKD
+from kd.image_classification.student_model.methods import CONTROL, CONTROLS, METHODS, SIMKD
 from kd.image_classification.student_model.simkd import FeatureLossName, Variant
-
-DIVERGED = "diverged.json"  # replaces the results of a student that diverged; contains the epoch
 
 
 @dataclass
@@ -51,51 +44,3 @@ class SweepArguments:
     def check_unused_flags(self) -> None:
         if SIMKD not in self.methods:
             reject_unused(f"--methods leaves out {SIMKD}", self, "projectors", "feature_losses")
-
-
-@dataclass(frozen=True)
-class Student:
-    """One student of a sweep, for all seeds."""
-
-    method: str
-    projector: str | None
-    feature_loss: str | None
-    learning_rate: float
-
-    @property
-    def label(self) -> str:
-        return " ".join(filter(None, (self.method, self.projector, self.feature_loss)))
-
-    @property
-    def key(self) -> str:
-        """Name of its files and modules, unique among the students of one learning rate."""
-        return re.sub(r"[^\w-]", "_", self.label)
-
-    @property
-    def is_control(self) -> bool:
-        return self.method in CONTROLS
-
-    @property
-    def control(self) -> "Student | None":
-        """The student with the same network, trained on the labels alone; None for a control."""
-        if self.is_control:
-            return None
-        method = CONTROL if self.method == SIMKD else PLAIN
-        return replace(self, method=method, projector=None, feature_loss=None)
-
-    def folder(self, seed_folder: Path) -> Path:
-        return seed_folder / "students" / f"{self.key}_lr{self.learning_rate:g}"
-
-    def is_finished(self, seed_folder: Path) -> bool:
-        return any((self.folder(seed_folder) / name).exists() for name in (RESULTS, DIVERGED))
-
-
-def students_of(args: SweepArguments) -> Iterator[Student]:
-    """All students, grouped by learning rate, controls first."""
-    controls_first = sorted(args.methods, key=lambda method: method not in CONTROLS)
-    for rate, method in product(args.learning_rates, controls_first):
-        if method != SIMKD:
-            yield Student(method, None, None, rate)
-            continue
-        for projector, loss in product(args.projectors, args.feature_losses):
-            yield Student(method, projector, loss, rate)

@@ -175,8 +175,8 @@ def test_rows_of_the_table():
     runs |= {"new_keys": [], "student_only": []}
     assert retentions(runs["base"], "validation", "matthews") == pytest.approx([0.75, 1.0])
     row = task_rows("cola", runs, ["matthews"])[0]
-    assert row == ["cola", "matthews", "2", "0.6500 ± 0.2121", "0.5000 ± 0.0000", "0.5500 ± 0.0707", "0.7000",
-                   "–", "–", "0.8750 ± 0.1768"]  # fmt: skip
+    assert row == ["cola", "Matthews correlation", "2", "0.6500 ± 0.2121", "0.5000 ± 0.0000", "0.5500 ± 0.0707",
+                   "0.7000", "–", "–", "0.8750 ± 0.1768"]  # fmt: skip
 
 
 def test_the_primary_metric_of_each_task_comes_first():
