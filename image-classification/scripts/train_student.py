@@ -21,13 +21,7 @@ from kd.common.methods import Method
 from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.distillation import (
-    distill,
-    open_run,
-    train_on_labels,
-    validate_teacher_views,
-)
-from kd.image_classification.student_model.evaluation import evaluate_teacher, report
+from kd.image_classification.student_model.distillation import ImageRun, validate_teacher_views
 from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import (
     CONTROL,
@@ -121,12 +115,12 @@ def train_plain_student(
         validate_teacher_views(args.teacher_views, data, training)
     new_classifier(pair.student, data.config)  # raises UserError before anything is written
 
-    run = open_run(PLAIN, training, data, args, pair, data_args)
+    run = ImageRun(PLAIN, training, data, args, pair, data_args)
     for seed_run in run.each_seed():
         set_seed(seed_run.args.seed)
-        student = train_on_labels(seed_run, data, "student", new_classifier(pair.student, data.config))
+        student = seed_run.train_on_labels("student", new_classifier(pair.student, data.config))
         models = {"student": (f"{pair.student}, labels only", student)}
-        report(seed_run, PLAIN, data, models, labels_only=True)
+        seed_run.report(PLAIN, models, labels_only=True)
     run.summarize()
 
 
@@ -149,32 +143,32 @@ def distill_student(
     auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
     check_compatible(args, method, student, teacher)
 
-    run = open_run(
+    run = ImageRun(
         args.method, training, data, args, pair, data_args,
         teacher=teacher if pretrained else None,
         ensemble_teachers=EnsembleTeacher(others) if others else None,
     )  # fmt: skip
     if not pretrained:
-        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
     outputs = EnsembleTeacher([teacher, *others]) if others else teacher
-    teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.ensemble_teachers]), outputs, data)
+    teacher_results = run.evaluate_teacher(" + ".join([pair.teacher, *args.ensemble_teachers]), outputs)
 
     for seed_run in run.each_seed():
         control = None
         if not training.no_control:
             set_seed(seed_run.args.seed)
-            control = train_on_labels(seed_run, data, "control", new_classifier(pair.student, data.config))
+            control = seed_run.train_on_labels("control", new_classifier(pair.student, data.config))
 
         set_seed(seed_run.args.seed)
         student = new_classifier(pair.student, data.config)
         method = method_for(task_spec(student, teacher, data, training.views))
-        student = distill(seed_run, data, "student", student, method, outputs, args.teacher_views)
+        student = seed_run.distill("student", student, method, outputs, args.teacher_views)
 
         models = {
             "control": (f"{pair.student}, labels only", control),
             "student": (f"{pair.student}, {args.method}", student),
         }
-        report(seed_run, args.method, data, models, teacher_results, auxiliary_parameters)
+        seed_run.report(args.method, models, teacher_results, auxiliary_parameters)
     run.summarize()
 
 

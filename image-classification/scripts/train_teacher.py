@@ -13,8 +13,7 @@ from transformers import set_seed
 
 from kd.common.cli import parse, reject_unused, run
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
-from kd.image_classification.student_model.distillation import open_run, train_on_labels
-from kd.image_classification.student_model.evaluation import report
+from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.teacher_model.classifier import new_classifier
 
 
@@ -33,12 +32,12 @@ def main() -> None:
     data = data_args.load()
     new_classifier(args.architecture, data.config)  # raises UserError before anything is written
 
-    run = open_run("teacher", training, data, args, data_args)
+    run = ImageRun("teacher", training, data, args, data_args)
     for seed_run in run.each_seed():
         set_seed(seed_run.args.seed)
         teacher = new_classifier(args.architecture, data.config)
-        teacher = train_on_labels(seed_run, data, "teacher", teacher)
-        report(seed_run, "teacher", data, {"teacher": (args.architecture, teacher)})
+        teacher = seed_run.train_on_labels("teacher", teacher)
+        seed_run.report("teacher", {"teacher": (args.architecture, teacher)})
     run.summarize()
 
 

@@ -30,23 +30,8 @@ from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import non_finite_tensor
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.distillation import (
-    ImageRun,
-    fit,
-    open_run,
-    read_stage,
-    train_on_labels,
-    validate_teacher_views,
-    views_table,
-)
-from kd.image_classification.student_model.evaluation import (
-    Logits,
-    evaluate,
-    evaluate_teacher,
-    image_processor,
-    image_results,
-    write_results,
-)
+from kd.image_classification.student_model.distillation import ImageRun, read_stage, validate_teacher_views
+from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import (
     CONTROL,
@@ -151,23 +136,23 @@ def sweep(
     }
 
     start = teacher if pretrained else None
-    run = open_run("sweep", training, data, pair, weights, data_args, teacher=start, kind=SweepRun)
+    run = SweepRun("sweep", training, data, pair, weights, data_args, teacher=start)
     run.args.seeds = seeds
     if not pretrained:
-        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
 
     missing = {s: [one for one in students if not one.is_finished(run.folder / f"seed{s}")] for s in seeds}
     number = len(seeds) * len(students)
     if PartialState().is_main_process:
         print(f"{number - sum(map(len, missing.values()))} of {number} students are finished already")
     if any(missing.values()):
-        teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+        teacher_results = run.evaluate_teacher(pair.teacher, teacher)
         for seed_run in run.each_seed():
             for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
                 group = list(members)
                 stage = _find_stage(seed_run.folder, group)
-                trained = train_group(seed_run, data, stage, group, teacher, build, teacher_views)
-                write_group(seed_run, data, stage, trained, teacher_results, auxiliary_parameters)
+                trained = train_group(seed_run, stage, group, teacher, build, teacher_views)
+                write_group(seed_run, stage, trained, teacher_results, auxiliary_parameters)
     PartialState().wait_for_everyone()
     return run.folder
 
@@ -221,7 +206,6 @@ def build_student(
 
 def train_group(
     run: ImageRun,
-    data: ImageData,
     stage: str,
     students: list[Student],
     teacher: ImageClassifier,
@@ -238,9 +222,7 @@ def train_group(
             models[student.key], methods[student.key] = build(student, teacher)
         distilled = [methods[student.key] for student in students if not student.is_control]
         views = teacher_views if distilled and not any(method.teacher_features for method in distilled) else None
-        return fit(
-            run,
-            data,
+        return run.fit(
             stage,
             SideBySide(models),
             SideBySideObjective({name: method.objective for name, method in methods.items()}),
@@ -248,14 +230,14 @@ def train_group(
             validate=False,
             features=SideBySide.paths({name: method.features for name, method in methods.items()}),
             teacher=frozen(teacher, run.args.precision) if distilled else None,
-            teacher_views=views and views_table(run, data, teacher, views),
+            teacher_views=views and run.views_table(teacher, views),
             teacher_features={name: path for m in methods.values() for name, path in m.teacher_features.items()},
         )
 
     def load(folder: str) -> SideBySide:
         return SideBySide.from_pretrained(folder, read_stage)
 
-    trained = run.stage(stage, train, load, image_processor(data)).students
+    trained = run.stage(stage, train, load, image_processor(run.data)).students
     return {student: cast(ImageClassifier, trained[student.key]) for student in students}
 
 
@@ -270,7 +252,6 @@ def _find_stage(folder: Path, students: list[Student]) -> str:
 
 def write_group(
     run: ImageRun,
-    data: ImageData,
     stage: str,
     trained: dict[Student, ImageClassifier],
     teacher_results: tuple[dict[str, Any], Logits],
@@ -288,15 +269,15 @@ def write_group(
         if student.control is not None and (control := student.control.folder(run.folder) / RESULTS).exists():
             entries["control"] = read_json(control)["models"]["student"]
         name = f"{model.config.architecture}, {student.label}"
-        entries["student"], _ = evaluate(name, model, data, teacher_results[1])
-        results = image_results(run, student.label, data, entries) | {
+        entries["student"], _ = evaluate(name, model, run.data, teacher_results[1])
+        results = run.image_results(student.label, entries) | {
             "learning_rate": student.learning_rate,
             "labels_only": student.is_control,
             "auxiliary_parameters": auxiliary_parameters[student.key],
             "side_by_side_with": ", ".join(other.label for other in trained if other != student) or "none",
         }
         results["seconds"]["student"] = run.seconds[stage]
-        write_results(folder, results, data, model, {"student": _losses_of(student, history)})
+        run.write_results(folder, results, model, {"student": _losses_of(student, history)})
 
 
 def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:

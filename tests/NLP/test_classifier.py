@@ -379,7 +379,7 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         (["--hidden_weight", "-1"], "--hidden_weight must be at least 0"),
         (["--layer_map", "skip", "--student_layers", "1", "--hidden_weight", "1"], "choose uniform"),
         (["--student", "{deep}", "--align_epochs", "1"], "has 5 layers to match, its teacher only 4"),
-        (["--teacher", "{uneven}"], "the layers of ModernBertModel are not built alike"),
+        (["--teacher", "{uneven}"], "the layers of ModernBertModel differ in shape"),
         (["--max_length", "4"], "--max_length must be at least 8"),
         (["--max_length", "513"], "takes at most 512 tokens"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),

@@ -21,7 +21,7 @@ from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.sweep import Student
-from kd.image_classification.student_model.sweep_report import noise, rows_of
+from kd.image_classification.student_model.sweep_report import compare_students, rows_of
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.paths import REPO
@@ -333,7 +333,7 @@ def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher
     assert not list(folder.glob("seed*/students/fitnet*/student"))
     finite, report = ((tmp_path / run / "sweep.md").read_text() for run in ("finite", "diverging"))
     seeds = "seed 0 in epoch 1, seed 1 in epoch 1"
-    note = f"Diverged, with a loss that is not finite, and left out: {infinite} at 0.05 ({seeds})."
+    note = f"Diverged (the loss is not finite) and left out: {infinite} at 0.05 ({seeds})."
     assert [line.rsplit("|", 2)[0] for line in report.splitlines()] == [
         line.rsplit("|", 2)[0] for line in [*finite.splitlines(), "", note]
     ]
@@ -344,7 +344,7 @@ def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher
     assert stopped.value.code == 2 and error.startswith("error: the loss of each student is not finite: fitnet")
 
 
-def test_noise_sentences_computed_by_hand():
+def test_students_of_a_sweep_are_compared_over_seeds():
     """Of three seeds: kd gains 3, 4 and 5 points over the control, dkd 4, 3.5 and 4, fitnet -1, 1 and 3."""
     found = {}
     for method, scores in {
@@ -360,14 +360,16 @@ def test_noise_sentences_computed_by_hand():
                 "auxiliary_parameters": 0,
                 "seconds": {"student": 1.0},
             }
-    rule = "by two standard deviations of the difference in validation accuracy, seed by seed"
-    assert noise(rows_of(found), "validation") == [
-        f"Not ahead of their control {rule}: fitnet at 0.1.",
-        f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
+    rule = "A difference counts if its mean over seeds in validation accuracy exceeds two standard deviations."
+    assert compare_students(rows_of(found), "validation") == [
+        rule,
+        "Not better than the control: fitnet at 0.1.",
+        "Not worse than the best, kd at 0.1: dkd at 0.1.",
     ]
     students = {key: one | {"gain_over_control": None} for key, one in found.items() if key[0].method != "none"}
-    assert noise(rows_of(students), "validation") == [
-        f"Not behind the best, kd at 0.1, {rule}: dkd at 0.1.",
+    assert compare_students(rows_of(students), "validation") == [
+        rule,
+        "Not worse than the best, kd at 0.1: dkd at 0.1.",
         "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
     ]
 

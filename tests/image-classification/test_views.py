@@ -16,8 +16,7 @@ from kd.image_classification.data.loading import IMAGENET_MEAN as MEAN
 from kd.image_classification.data.loading import IMAGENET_STD as STD
 from kd.image_classification.data.views import ImageViews, LargeViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.distillation import open_run, train_on_labels
-from kd.image_classification.student_model.evaluation import report
+from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.pictures import in_colour, large, photos_in, pixels, sizes, small
 
@@ -215,8 +214,8 @@ def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_pa
         disable_tqdm=True,
         save_strategy="no",
     )
-    run = open_run("teacher", training, data)
-    model = train_on_labels(run, data, "teacher", new_classifier("resnet8", data.config))
+    run = ImageRun("teacher", training, data)
+    model = run.train_on_labels("teacher", new_classifier("resnet8", data.config))
     history = run.history["teacher"]
     assert history[-1]["step"] == 2 and np.isfinite(history[-1]["train_loss"])
     assert isinstance(model, ImageClassifier) and model.config.image_size == 72
@@ -228,6 +227,6 @@ def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_pa
         batch_size=3,
     )
     assert torch.stack(said["logits"]).shape == (4, 2)
-    report(run, "teacher", data, {"teacher": ("resnet8", model)})
+    run.report("teacher", {"teacher": ("resnet8", model)})
     results = read_json(tmp_path / "run" / "results.json")
     assert results["data"] == {"train": 16, "validation": 4, "test": 4, "fingerprint": data.fingerprint}
