@@ -105,7 +105,7 @@ def run_trials(
     """Runs trials until the study `name` has `count` finished ones, with parameters from `ranges`. Returns them all.
 
     Suggestions depend only on the seed and the finished trials, so a continued search gives the same trials. A trial
-    whose process was killed is run again. Each trial trains a copy of the student.
+    that was interrupted is run again. Each trial trains a copy of the student.
     """
     study = optuna.create_study(study_name=name, storage=run.storage, direction="maximize", load_if_exists=True)
     for killed in study.get_trials(states=(TrialState.RUNNING,)):
