@@ -20,8 +20,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import chance_warning, evaluate
 from kd.nlp.student_model.layers import cut_layers, layer_paths, switch_off_dropout
 from kd.nlp.student_model.methods import check_smoothing
-from kd.nlp.student_model.search import SearchRun, run_trials
-from kd.nlp.student_model.search_report import write_search_report
+from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
 from kd.nlp.student_model.training import cached_outputs, set_trainable
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
