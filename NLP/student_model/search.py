@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
