@@ -17,7 +17,8 @@ from kd.reinforcement_learning.data.environments import (
     time_limit_warning,
 )
 from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
-from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, train_teacher
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask
+from kd.reinforcement_learning.teacher_model.teacher import train_teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 
