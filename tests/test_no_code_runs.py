@@ -121,7 +121,7 @@ def test_export_imports_no_module_that_results_json_names(
     line = error_of(capsys, EXPORT, folder)
     assert not mark.exists() and not (folder / "export").exists()
     if domain == "reinforcement-learning":
-        assert "pass --task evil:Evil-v0 where you trust that module" in line
+        assert "pass --task evil:Evil-v0 if you trust that module" in line
 
 
 @pytest.mark.parametrize("architecture", ["timm:hf-hub:evil/evil", "timm:local-dir:.", "timm:evil", "evil.Evil"])
