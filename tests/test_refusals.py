@@ -127,8 +127,8 @@ OF_SCRIPTS = [
     (GLUE, "--keys new", "--keys has no effect"),
     (GPT, "--block_size 1", "--block_size must be at least 2"),
     (GPT, "--block_size 99999999999999999999", "--block_size must be at most 2147483647"),
-    (GPT, "--js_beta 0.5", "--js_beta has no effect"),
-    (GPT, "--divergence js --js_beta 1", "--js_beta must be above 0 and below 1"),
+    (GPT, "--method js:beta=1", "method js: beta must be above 0 and below 1"),
+    (GPT, "--method kd:beta=0.5", "method kd has no argument 'beta'"),
     (GPT, "--teacher_width 33", "--teacher_width must be a multiple"),
     (GPT, "--vocabulary_size 10", "--vocabulary_size must be at least"),
     (GPT, "--teacher_layers -1", "--teacher_layers must be at least 1"),
@@ -259,12 +259,10 @@ def argument_types() -> list[type[Any]]:
         "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
-        *(
-            f"kd.image_classification.student_model.{name}"
-            for name in ("arguments", "bottleneck", "simkd", "sweep_students")
-        ),
+        *(f"kd.image_classification.student_model.{name}" for name in ("arguments", "bottleneck", "simkd")),
         "kd.image_classification.student_model.incremental",
-        *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
+        *(f"kd.image_classification.scripts.{name}" for name in ("prepare_data", "sweep", "train_student")),
+        "kd.image_classification.scripts.train_teacher",
         "kd.reinforcement_learning.student_model.arguments",
         "kd.reinforcement_learning.student_model.distiller",
         "kd.reinforcement_learning.teacher_model.teacher",

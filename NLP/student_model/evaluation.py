@@ -1,6 +1,6 @@
 """Evaluation of text classifiers and regressions: metrics per split, the same during training and afterwards."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -110,13 +110,6 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 # ---- data for evaluating a saved classifier ----
-
-
-def add_data_arguments(parser: ArgumentParser) -> None:
-    """The flags that `load_data_of` reads."""
-    parser.add_argument("--dataset", required=True, help="embedded name, Hub name[:config], local folder or file")
-    parser.add_argument("--text_columns", nargs="+", help="one column, or two for pairs")
-    parser.add_argument("--label_column")
 
 
 def load_data_of(model: str, args: Namespace) -> TextData:

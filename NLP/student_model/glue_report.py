@@ -9,8 +9,8 @@ from kd.common.reporting.results import RESULTS, validate
 from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich, words
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
+from kd.nlp.student_model.arguments import SYSTEMS
 
-SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary one
     "cola": ["matthews"],
     "sst2": ["accuracy"],

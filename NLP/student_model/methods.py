@@ -4,7 +4,7 @@ Each function returns a Method; methods are joined with `+`.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,11 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
+from kd.nlp.student_model.arguments import HiddenLoss, LayerMap
 from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
 from kd.nlp.student_model.layers import layer_paths
 from kd.nlp.teacher_model.teacher import encoder_of
 
-LayerMap = Literal["uniform", "last", "skip"]
-HiddenLoss = Literal["l2", "cosine", "both"]
 PLAIN = "kd"
 QUERIES, KEYS = ("query", "q_lin", "q_proj"), ("key", "k_lin", "k_proj")  # of BERT, DistilBERT, others
 
