@@ -299,7 +299,7 @@ def noise_contrastive(log_scores: Tensor, samples: int) -> Tensor:
     """
     negatives = log_scores.shape[1] - 1
     if negatives < 1:
-        raise ValueError(f"log_scores must have a positive and negatives, got shape {tuple(log_scores.shape)}")
+        raise ValueError(f"log_scores must have a positive and negatives, got {tuple(log_scores.shape)}")
     log_odds = log_scores.float() - math.log(negatives / samples)  # of a positive against noise
     return -(F.logsigmoid(log_odds[:, 0]) + F.logsigmoid(-log_odds[:, 1:]).sum(1)).mean()
 
