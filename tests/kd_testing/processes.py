@@ -1,4 +1,4 @@
-"""Other processes, forked so that nothing is imported again."""
+"""Other processes, forked so that they need not import anything again."""
 
 import os
 import signal

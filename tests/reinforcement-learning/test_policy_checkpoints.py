@@ -16,8 +16,8 @@ from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
