@@ -15,7 +15,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from kd.common.cli import parse, run
+from kd.common.cli import parse, run, show_help
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, Loss, PolicyArguments, StudentArguments
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
+
+ARGUMENTS = (PolicyArguments, StudentArguments, DistillArguments, TeacherArguments)
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from kd.common.training.run import Run
 from kd.common.training.run_folder import check_is_run_or_empty
 from kd.reinforcement_learning.data.environments import (
@@ -25,12 +32,10 @@ from kd.reinforcement_learning.data.environments import (
     require_single_process,
     time_limit_warning,
 )
-from kd.reinforcement_learning.student_model.arguments import DistillArguments, Loss, PolicyArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
 from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
 from kd.reinforcement_learning.student_model.matching import check_loss
 from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
-from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
 from kd.reinforcement_learning.teacher_model.teacher import (
     Teacher,
     average_policies,
@@ -43,9 +48,7 @@ from kd.reinforcement_learning.teacher_model.teacher import (
 
 def main() -> None:
     require_single_process()
-    args, student_args, distill_args, training = parse(
-        PolicyArguments, StudentArguments, DistillArguments, TeacherArguments
-    )
+    args, student_args, distill_args, training = parse(*ARGUMENTS)
     args.output_dir = args.output_dir or str(args.default_folder())
     check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, like the next checks
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
