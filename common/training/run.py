@@ -27,9 +27,9 @@ from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
 from kd.common.reporting.report import Savable, print_table, save_student, write_report
 from kd.common.reporting.results import RECIPE, RESULTS, over_seeds
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.inference import eager_attention_on_cpu
-from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
+from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
@@ -57,7 +57,7 @@ class Run:
     may_change: frozenset[str] = frozenset()  # arguments that may change when the run is continued
     shared_by_seeds = ".."  # where seed runs look for stages, relative to their folder; may contain {seed}
 
-    def __init__(self, args: RunSettings, *instances: Any) -> None:
+    def __init__(self, args: RunArguments, *instances: Any) -> None:
         self.args, self.instances, self.folder = args, instances, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
