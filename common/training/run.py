@@ -20,7 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import model_fingerprint
@@ -284,7 +285,7 @@ class TrainerRun(Run):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
-        if loop.pop_callback(ProgressCallback):  # not in notebooks, which use another callback
+        if loop.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback):  # not in notebooks
             loop.add_callback(StageProgress(name.replace("_", " ")))
         with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
             loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -297,7 +298,7 @@ class TrainerRun(Run):
 
 
 class StageProgress(ProgressCallback):
-    """transformers' progress bar with the name of the stage, and logs in readable lines."""
+    """Logs as readable lines, and on a terminal transformers' progress bar with the name of the stage."""
 
     training_bar: Any  # None before and after training, and in all processes but the main one
 
@@ -306,9 +307,14 @@ class StageProgress(ProgressCallback):
         self.stage = stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.stage)
+        if state.is_world_process_zero:
+            off = True if args.disable_tqdm else None  # None: off unless stderr is a terminal
+            self.training_bar = tqdm(total=state.max_steps, desc=self.stage, dynamic_ncols=True, disable=off)
+        self.current_step = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kw: Any) -> None:
+        if self.training_bar is not None and not self.training_bar.disable:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kw)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs is not None:
