@@ -125,7 +125,7 @@ def distill_task(
 
 
 def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> GlueRun:
-    """Opens a folder for a new run, or continues the run in it. Its seeds are those of --seeds and finished ones."""
+    """Opens a folder for a new run, or continues the run in it. Its seeds are --seeds and all finished ones."""
     training = copy.copy(training)
     training.output_dir = str(folder)
     training.resume_from_checkpoint = (folder / RECIPE).exists() and not starts_over(training)

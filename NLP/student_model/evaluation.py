@@ -42,7 +42,7 @@ print(model.config.id2label[logits.argmax().item()])"""
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of the task, including those of out-of-scope texts if the data have that class."""
+    """The metrics of the task, including out-of-scope metrics if the data have that class."""
     if data.regression:
         return regression_metrics(logits.reshape(-1), labels)
     return classification_metrics(logits, labels) | scope_metrics(logits, labels, data.label_names)

@@ -10,7 +10,7 @@ PROJECT = ("common", "nlp", "image_classification", "reinforcement_learning", "s
 
 
 def run_readme(folder: Path, *missing: str) -> dict[str, Any]:
-    """Returns the variables of the code. Importing the project, or `missing`, is an error."""
+    """Runs the code, and returns its variables. Importing the project, or a module of `missing`, is an error."""
     code = "\n".join(re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
     found: dict[str, Any] = {}
     with mock.patch.dict(sys.modules, dict.fromkeys([*PROJECT, *missing])):
