@@ -45,7 +45,7 @@ class Arguments:
 
     method: str = field(
         default="kd",
-        metadata={"help": f"NAME or NAME:setting=value:...; {PLAIN} (labels only), {', '.join(METHODS)}"},
+        metadata={"help": f"NAME or NAME:argument=value:...; {PLAIN} (labels only), {', '.join(METHODS)}"},
     )
     methods: list[str] = field(
         default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}

@@ -66,7 +66,7 @@ class PairArguments:
     method_args: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "settings of methods for this pair, each NAME:setting=value:..., where --method leaves them open"
+            "help": "method arguments for this pair, each NAME:argument=value:..., where --method leaves them open"
         },
     )
 
