@@ -256,15 +256,10 @@ def argument_types() -> list[type[Any]]:
     names = [
         "kd.common.training.arguments",
         "kd.nlp.student_model.arguments",
-        "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
-        *(
-            f"kd.image_classification.student_model.{name}"
-            for name in ("arguments", "bottleneck", "simkd", "sweep_students")
-        ),
-        "kd.image_classification.student_model.incremental",
-        *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
+        "kd.image_classification.student_model.arguments",
+        *(f"kd.image_classification.scripts.{name}" for name in ("train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",
         "kd.reinforcement_learning.student_model.distiller",
         "kd.reinforcement_learning.teacher_model.teacher",
@@ -308,8 +303,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
             distiller.DistillArguments,
         ]
     if "image-classification" in recipe.parts:
-        student = importlib.import_module("kd.image_classification.scripts.train_student").Arguments
-        return [student, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
+        return [images.MethodArguments, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
     if recipe.stem in ("gpt", "translation", "multi30k"):
         gpt, translation = (
             importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")
@@ -318,7 +312,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
         return own if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]
-    glue = [importlib.import_module("kd.nlp.scripts.distill_glue").GlueArguments] if recipe.stem == "glue" else []
+    glue = [texts.GlueArguments] if recipe.stem == "glue" else []
     return [
         *glue,
         texts.TextArguments,

@@ -7,21 +7,28 @@
 The result is one table and one plot. Running the command again, also with more values, trains only missing students.
 """
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    DataArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDWeights,
+    SweepArguments,
+)
+
+ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from accelerate import PartialState
 
-from kd.common.cli import parse, reject_unused, run
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods import with_pair_arguments
-from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import students_of, sweep
 from kd.image_classification.student_model.sweep_report import show
-from kd.image_classification.student_model.sweep_students import SweepArguments
 
 
 def main() -> None:
-    axes, pair, weights, data_args, training = parse(
-        SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
-    )
+    axes, pair, weights, data_args, training = parse(*ARGUMENTS)
     reject_unused("a sweep has --learning_rates", training, "learning_rate")
     pair.apply_pair(data_args, training)
     methods = [with_pair_arguments(spec, pair) for spec in axes.methods]
