@@ -261,8 +261,7 @@ def argument_types() -> list[type[Any]]:
         "kd.image_classification.student_model.arguments",
         *(f"kd.image_classification.scripts.{name}" for name in ("train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",
-        "kd.reinforcement_learning.student_model.distiller",
-        "kd.reinforcement_learning.teacher_model.teacher",
+        "kd.reinforcement_learning.teacher_model.recipes",
     ]
     modules = [importlib.import_module(name) for name in names]
     types = [kind for module in modules for kind in vars(module).values() if getattr(kind, "__module__", "") in names]
@@ -294,13 +293,12 @@ def types_of(recipe: Path) -> list[type[Any]]:
         for domain in ("nlp", "image_classification", "reinforcement_learning")
     )
     if "reinforcement-learning" in recipe.parts:
-        distiller = importlib.import_module("kd.reinforcement_learning.student_model.distiller")
-        teacher = importlib.import_module("kd.reinforcement_learning.teacher_model.teacher")
+        recipes = importlib.import_module("kd.reinforcement_learning.teacher_model.recipes")
         return [
             policies.PolicyArguments,
             policies.StudentArguments,
-            teacher.TeacherArguments,
-            distiller.DistillArguments,
+            policies.DistillArguments,
+            recipes.TeacherArguments,
         ]
     if "image-classification" in recipe.parts:
         return [images.MethodArguments, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]

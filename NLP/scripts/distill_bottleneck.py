@@ -19,8 +19,8 @@ ARGUMENTS = TextArguments, PairArguments, TextBottleneckArguments, BottleneckTra
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
-from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
     open_run,
     train_bottleneck_control,

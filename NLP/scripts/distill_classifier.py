@@ -16,8 +16,8 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.methods import kd_flags
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_matching
-from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
     load_or_train_teacher,
     open_run,

@@ -36,6 +36,7 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
 from kd.nlp.data.columns import TASKS
 from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
 from kd.nlp.student_model.glue_report import finished_seeds, show
 from kd.nlp.student_model.inputs import (
     Inputs,
@@ -46,7 +47,6 @@ from kd.nlp.student_model.inputs import (
     validate_matching,
 )
 from kd.nlp.student_model.methods import check_method, check_smoothing
-from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
     load_or_train_teacher,
     train_bottleneck_control,
@@ -125,7 +125,7 @@ def distill_task(
 
 
 def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> GlueRun:
-    """Opens a folder for a new run, or continues the run in it. Its seeds are those of --seeds and finished ones."""
+    """Opens a folder for a new run, or continues the run in it. Its seeds are --seeds and all finished ones."""
     training = copy.copy(training)
     training.output_dir = str(folder)
     training.resume_from_checkpoint = (folder / RECIPE).exists() and not starts_over(training)

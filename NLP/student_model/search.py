@@ -9,22 +9,21 @@ import logging
 import math
 import os
 import shlex
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import optuna
+from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
-from optuna.visualization.matplotlib import plot_slice
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from kd.common.cli import save_recipe
-from kd.common.reporting.plots import STYLES, save_figure
-from kd.common.reporting.tables import markdown, number, print_rich
+from kd.common.reporting.plots import PAPER, STYLES, save_figure
+from kd.common.reporting.tables import markdown, number, print_rich, words
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
@@ -105,7 +104,7 @@ def run_trials(
     """Runs trials until the study `name` has `count` finished ones, with parameters from `ranges`. Returns them all.
 
     Suggestions depend only on the seed and the finished trials, so a continued search gives the same trials. A trial
-    whose process was killed is run again. Each trial trains a copy of the student.
+    that was interrupted is run again. Each trial trains a copy of the student.
     """
     study = optuna.create_study(study_name=name, storage=run.storage, direction="maximize", load_if_exists=True)
     for killed in study.get_trials(states=(TrialState.RUNNING,)):
@@ -203,11 +202,11 @@ def write_search_report(
     """Writes best.yaml, search.png, search.md and finally search.json, and prints the table."""
     data, found, folder = texts.data, best(trials), run.folder
     split = validation_split(data.splits)
-    metric, title = f"{split} {data.primary_metric}", f"Search for {data.name}"
+    metric, title = f"{split} {words(data.primary_metric)}", f"Search for {data.name}"
     best_command = write_best_recipe(folder / "best.yaml", text, args, run.args, found)
     headline = _headline(metric, found, len(trials), control, run.args, len(texts.validation))
     table = _table(metric, list(args.ranges), trials, control)
-    plot(folder / "search.png", run.storage, metric, control)
+    plot(folder / "search.png", metric, list(args.ranges), trials, control)
     write_text(folder / "search.md", "\n\n".join([
         f"# {title}", headline, *(f"**Warning:** {warning}" for warning in run.warnings), markdown(*table),
         "![Trials](search.png)", "To distill with the best parameters:", f"```\n{shlex.join(best_command)}\n```",
@@ -261,10 +260,10 @@ def write_best_recipe(
     }  # fmt: skip
     save_recipe(path, text, PairArguments(align_epochs=0, **models), training)
     flags = {"dataset": text.dataset} | models | {name: getattr(training, name) for name in SEARCHABLE}
-    words = ["python", "NLP/scripts/distill_classifier.py", str(path)]
+    command_line = ["python", "NLP/scripts/distill_classifier.py", str(path)]
     for name, value in flags.items():
-        words += [f"--{name}", str(value)] if value is not None else []
-    return words
+        command_line += [f"--{name}", str(value)] if value is not None else []
+    return command_line
 
 
 def _table(
@@ -283,20 +282,27 @@ def _table(
         ]
         for name, trial in named
     ]
-    return ["trial", *parameters, metric, "seconds", "state"], rows
+    return ["trial", *map(words, parameters), metric, "seconds", "state"], rows
 
 
-def plot(path: Path, storage: optuna.storages.RDBStorage, metric: str, control: Trial | None) -> None:
-    """The value of the complete trials against each searched parameter, and the value of the control."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        figures: Any = plot_slice(optuna.load_study(study_name="trials", storage=storage), target_name=metric)
-    panels = np.atleast_1d(figures)
-    figure = panels[0].figure
-    if control and control.value is not None:
-        colour, line, _ = STYLES["control"]
-        for axes in panels:
-            axes.axhline(control.value, color=colour, linestyle=line, label="labels only")
-        panels[0].legend()
-    save_figure(figure, path, dpi=200, bbox_inches="tight")
-    plt.close(figure)
+def plot(path: Path, metric: str, parameters: list[str], trials: list[Trial], control: Trial | None) -> None:
+    """The value of each complete trial against each searched parameter, and the value of the trial on labels alone."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    chosen = best(trials)
+    colour, line, _ = STYLES["control"]
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(0.6 + 2.8 * len(parameters), 2.9), dpi=200, layout="constrained")
+        panels = figure.subplots(1, len(parameters), sharey=True, squeeze=False)[0]
+        for axes, parameter in zip(panels, parameters, strict=True):
+            values = [trial.parameters[parameter] for trial in complete]
+            axes.plot(values, [trial.value for trial in complete], "o", color="0.6", ms=4, label="trial")
+            axes.plot(chosen.parameters[parameter], chosen.value, "^", color=STYLES["student"][0], label="best")
+            if control and control.value is not None:
+                axes.axhline(control.value, color=colour, linestyle=line, linewidth=1.2, label="labels only")
+            axes.set(
+                xlabel=parameter.replace("_", " ").capitalize(), xscale="log" if parameter in LOGARITHMIC else "linear"
+            )
+            axes.grid(alpha=0.25, linewidth=0.6)
+        panels[0].set_ylabel(metric[0].upper() + metric[1:])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        save_figure(figure, path)

@@ -152,12 +152,6 @@ class SweepArguments:
             if wrong:
                 raise ValueError(f"unknown --{name} {wrong[0]!r}: choose from {', '.join(known[name])}")
         check_declared(self)
-        from kd.common.methods import parse_method
-        from kd.image_classification.student_model.methods import METHODS
-
-        for method in self.methods:
-            if method not in (*CONTROLS, SIMKD):
-                parse_method(method, METHODS)
 
     def check_unused_flags(self) -> None:
         if SIMKD not in self.methods:

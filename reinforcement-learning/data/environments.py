@@ -96,10 +96,6 @@ def _registering_module(id: str) -> str:
     return next((module for prefix, module in MODULES.items() if id.startswith(prefix)), "")
 
 
-def folder_name(id: str) -> str:
-    return id.replace("/", "-").replace(":", "-")
-
-
 def fingerprint(id: str) -> str:
     """Hash of the environment's specification and Gymnasium's version."""
     spec = f"{gym.__version__} {gym.spec(id.rpartition(':')[2])}"

@@ -1,7 +1,5 @@
 """The objective of policy distillation: losses between actions and values of student and teacher."""
 
-from typing import Literal
-
 import torch
 from einops import rearrange
 from gymnasium import spaces
@@ -12,9 +10,8 @@ from kd.common.methods import Method
 from kd.common.objective import FeatureLoss, FeatureTerm, Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.student_model.arguments import Loss
 from kd.reinforcement_learning.teacher_model.policies import greedy_actions
-
-Loss = Literal["kl", "nll", "mse", "huber"]
 
 
 def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Method:

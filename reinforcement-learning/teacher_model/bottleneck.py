@@ -1,6 +1,7 @@
 """The discrete key-value bottleneck as a features extractor of Stable-Baselines3.
 
 The zip of a student with it names the class below, so `PPO.load("student.zip")` needs this project to be installed.
+The classes of policies.py are pickled by value instead, which is why this one is in another module.
 """
 
 import torch

@@ -264,7 +264,7 @@ def test_labels_in_another_order_are_matched_by_name_and_a_teacher_at_chance_cau
         found.append(results(tmp_path / f"run_{name}"))
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run_reversed" / "student")
     assert [student.config.id2label[i] for i in range(size)] == names
-    assert "class ids are those of" in found[1]["data_notes"] and "class ids" not in found[0]["data_notes"]
+    assert "class ids follow" in found[1]["data_notes"] and "class ids" not in found[0]["data_notes"]
     for role in ("teacher", "student"):
         metrics = [one["models"][role]["metrics"]["validation"]["accuracy"] for one in found]
         assert metrics[0] == pytest.approx(metrics[1])

@@ -263,7 +263,7 @@ def test_a_killed_search_continues_to_the_same_trials(few, teacher, finished, tm
 
 
 def test_suggestions_of_a_continued_search_depend_on_its_earlier_trials(few, teacher, finished, tmp_path):
-    """The folder is that of a search that was killed before its last trial, the second one that is not random."""
+    """The folder contains a search without its last trial, the second one that is not random."""
     (tmp_path / "checkpoints").mkdir()
     for name in ("recipe.yaml", "run.json"):
         shutil.copy(finished / name, tmp_path)

@@ -294,7 +294,7 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     assert results["gain_over_control"] == pytest.approx(student - control)
     assert results["seed"] == 0 and results["seconds"]["student"] > 0
     table, note = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
-    assert table.count("\n") == 11 and note == "One seed does not show noise.\n"
+    assert table.count("\n") == 11 and note == "One seed does not show the variation over seeds.\n"
     assert (tmp_path / "s" / "sweep.png").exists()
     with pytest.raises(SystemExit) as stopped:
         script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
