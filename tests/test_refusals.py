@@ -191,7 +191,7 @@ OF_SCRIPTS = [
     (POLICY, "--method ppd --loss mse", "--loss has no effect"),
     (POLICY, "--seeds 0 1 --seed 3", "--seed has no effect"),
     (POLICY, "--teacher x.zip --teacher_steps 5", "--teacher_steps has no effect"),
-    (POLICY, "--channels 4 4 4", "--channels has no effect, because CartPole-v1 shows no frames"),
+    (POLICY, "--channels 4 4 4", "--channels has no effect, because CartPole-v1 has no frames"),
     (POLICY, f"--teacher {LONG}", "error: "),
     (RL_TEACHER, "--episodes 0", "--episodes must be at least 1"),
     (RL_TEACHER, "--teacher_steps -3", "--teacher_steps must be at least 1"),
