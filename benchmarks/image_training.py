@@ -35,10 +35,10 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.ranges import Range
 from kd.image_classification.data.loading import Images, SmallImageData
-from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.arguments import ImageTrainingArguments, SimKDArguments
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import METHODS
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 CLASSES, SIZE, PADDING = 100, 32, 4

@@ -106,7 +106,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
     learning_rate: Positive = 2e-3
     adam_beta2: ShareBelow1 = 0.98
     label_smoothing_factor: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Label smoothing of the references, not of the teacher's translations."}
+        default=0.1, metadata={"help": "Label smoothing of the labels, not of the teacher's distributions."}
     )
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     temperature: Positive = 1.0

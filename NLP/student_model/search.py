@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -299,9 +300,12 @@ def plot(path: Path, metric: str, parameters: list[str], trials: list[Trial], co
             axes.plot(chosen.parameters[parameter], chosen.value, "^", color=STYLES["student"][0], label="best")
             if control and control.value is not None:
                 axes.axhline(control.value, color=colour, linestyle=line, linewidth=1.2, label="labels only")
-            axes.set(
-                xlabel=parameter.replace("_", " ").capitalize(), xscale="log" if parameter in LOGARITHMIC else "linear"
-            )
+            axes.set_xlabel(parameter.replace("_", " ").capitalize())
+            if parameter in LOGARITHMIC:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.25, linewidth=0.6)
         panels[0].set_ylabel(metric[0].upper() + metric[1:])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

@@ -18,14 +18,12 @@ from kd.common.utils.ranges import MOST, Range
 
 _BELOW_1 = Range(0, 1, below=True)
 _FLAGS_BY_RANGE = {
-    Range(1, MOST): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "torch_empty_cache_steps eval_accumulation_steps save_total_limit dataloader_prefetch_factor ddp_bucket_cap_mb "
-    "ddp_timeout",
-    Range(1, MOST, or_else=-1): "max_steps",
-    Range(0, above=True): "num_train_epochs learning_rate logging_steps eval_steps save_steps",
-    Range(0): "warmup_steps weight_decay adam_epsilon max_grad_norm eval_delay neftune_noise_alpha",
-    _BELOW_1: "adam_beta1 adam_beta2 label_smoothing_factor",
-    Range(0, 2**32 - 1): "seed data_seed",
+    Range(1, MOST): "gradient_accumulation_steps torch_empty_cache_steps eval_accumulation_steps "
+    "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
+    Range(0, above=True): "logging_steps eval_steps save_steps",
+    Range(0): "adam_epsilon max_grad_norm eval_delay neftune_noise_alpha",
+    _BELOW_1: "adam_beta1 adam_beta2",
+    Range(0, 2**32 - 1): "data_seed",
     Range(0, 4096): "dataloader_num_workers",
     Range(-1, MOST): "local_rank",
 }

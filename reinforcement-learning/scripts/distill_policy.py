@@ -107,12 +107,10 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss)
         task = TeacherTask(environment, args.episodes, args.eval_episodes)
         agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
         check_loss(loss, agent.policy.action_space, agent.deterministic)
-        networks = [
-            soft_network(one, environment, args.teacher_temperature, args.teacher_entropy)
-            for one in (agent, *more_agents)
-        ]
+        agents = (agent, *more_agents)
+        networks = [soft_network(one, environment, args.teacher_temperature, args.teacher_entropy) for one in agents]
         network = average_policies(networks) if more_agents else networks[0]
-        teachers.append(Teacher(environment, agent, network, tuple(more_agents)))
+        teachers.append(Teacher(environment, agents, network))
     return teachers
 
 
@@ -121,7 +119,8 @@ def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: in
     curve is its mean return on the episodes of the students' curves, from step 0 to `steps`.
     """
     environment = teacher.environment
-    entry = evaluate(teacher.agents, environment, args.episodes, teacher.network if teacher.more_agents else None)
+    ensemble = teacher.network if len(teacher.agents) > 1 else None
+    entry = evaluate(teacher.agents, environment, args.episodes, ensemble)
     validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
     run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)

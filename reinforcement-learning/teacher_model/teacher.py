@@ -207,19 +207,18 @@ def curve_name(environment: str) -> str:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of one environment. `network` has the outputs that students learn: those of `agent` at its
-    temperature or, with `more_agents`, the average of all agents, each at its temperature and with its statistics.
-    Students standardize observations with the statistics of `agent`.
+    """The teacher of one environment. `network` has the outputs that students learn: those of the agent at its
+    temperature or, for several agents, their average, each at its temperature and with its statistics.
     """
 
     environment: str
-    agent: Agent
+    agents: tuple[Agent, ...]
     network: PolicyNetwork | EnsembleTeacher
-    more_agents: tuple[Agent, ...] = ()
 
     @property
-    def agents(self) -> tuple[Agent, ...]:
-        return (self.agent, *self.more_agents)
+    def agent(self) -> Agent:
+        """The first agent, whose statistics standardize the observations of students."""
+        return self.agents[0]
 
 
 def average_policies(networks: Sequence[PolicyNetwork]) -> EnsembleTeacher:

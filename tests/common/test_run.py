@@ -110,13 +110,15 @@ def test_show_metrics_prints_intervals(capsys):
     assert "0.500000" in shown and "[0.2500, 0.7500]" in shown
 
 
-def test_progress_names_the_stage_and_is_readable(tmp_path, capsys):
-    args = arguments(tmp_path, disable_tqdm=False, logging_strategy="epoch")
+@pytest.mark.parametrize(("terminal", "disabled"), [(True, False), (False, False), (True, True)])
+def test_progress_is_readable_lines_and_a_bar_on_a_terminal(terminal, disabled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    args = arguments(tmp_path, disable_tqdm=disabled, logging_strategy="epoch")
     TrainerRun(args).train("student", model(), {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
     out, err = capsys.readouterr()
     assert re.search(r"^student, epoch 1: loss [\d.]+ \(task [\d.]+, soft targets [\d.]+\)$", out, re.M)
     assert re.search(r"^student, \d+ s, \d+ samples per second$", out, re.M)
-    assert "student: 100%" in err and "{" not in out
+    assert ("student: 100%" in err) == (terminal and not disabled) and "{" not in out
 
 
 @pytest.mark.parametrize("terminal", [True, False])
