@@ -191,7 +191,7 @@ OF_SCRIPTS = [
     (POLICY, "--method ppd --loss mse", "--loss has no effect"),
     (POLICY, "--seeds 0 1 --seed 3", "--seed has no effect"),
     (POLICY, "--teacher x.zip --teacher_steps 5", "--teacher_steps has no effect"),
-    (POLICY, "--channels 4 4 4", "--channels has no effect, because CartPole-v1 shows no frames"),
+    (POLICY, "--channels 4 4 4", "--channels has no effect, because CartPole-v1 has no frames"),
     (POLICY, f"--teacher {LONG}", "error: "),
     (RL_TEACHER, "--episodes 0", "--episodes must be at least 1"),
     (RL_TEACHER, "--teacher_steps -3", "--teacher_steps must be at least 1"),
@@ -256,13 +256,10 @@ def argument_types() -> list[type[Any]]:
     names = [
         "kd.common.training.arguments",
         "kd.nlp.student_model.arguments",
-        "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
-        *(f"kd.image_classification.student_model.{name}" for name in ("arguments", "bottleneck", "simkd")),
-        "kd.image_classification.student_model.incremental",
-        *(f"kd.image_classification.scripts.{name}" for name in ("prepare_data", "sweep", "train_student")),
-        "kd.image_classification.scripts.train_teacher",
+        "kd.image_classification.student_model.arguments",
+        *(f"kd.image_classification.scripts.{name}" for name in ("train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",
         "kd.reinforcement_learning.teacher_model.recipes",
     ]
@@ -304,8 +301,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
             recipes.TeacherArguments,
         ]
     if "image-classification" in recipe.parts:
-        student = importlib.import_module("kd.image_classification.scripts.train_student").Arguments
-        return [student, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
+        return [images.MethodArguments, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
     if recipe.stem in ("gpt", "translation", "multi30k"):
         gpt, translation = (
             importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")
@@ -314,7 +310,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
         return own if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]
-    glue = [importlib.import_module("kd.nlp.scripts.distill_glue").GlueArguments] if recipe.stem == "glue" else []
+    glue = [texts.GlueArguments] if recipe.stem == "glue" else []
     return [
         *glue,
         texts.TextArguments,

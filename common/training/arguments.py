@@ -180,16 +180,24 @@ def _complete(kind: Any) -> Any:
 
 
 @dataclass
-class BottleneckArguments:
+class CodebookArguments:
     """Discrete key-value bottleneck."""
 
-    keys: Keys = field(default="carried", metadata={"help": "Source of the student's keys."})
     codebooks: Count = field(default=32, metadata={"help": "Number of codebooks."})
     codebook_size: CodebookSize = field(default=512, metadata={"help": "Number of keys, and of values, per codebook."})
+    key_dim: Count | None = field(
+        default=None, metadata={"help": "Width of a key, if embeddings are projected to keys."}
+    )
+
+
+@dataclass
+class BottleneckArguments(CodebookArguments):
+    """Keys and values."""
+
+    keys: Keys = field(default="carried", metadata={"help": "Source of the student's keys."})
     split: Literal["segment", "projection"] = field(
         default="segment", metadata={"help": "Split of an embedding into heads."}
     )
-    key_dim: Count | None = field(default=None, metadata={"help": "Width of a key under --split projection."})
     decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from the values to logits."})
     value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})
     value_epochs: Positive = field(default=10, metadata={"help": "Epochs of the values on the cached codes."})

@@ -10,26 +10,31 @@ the teacher, new ones fitted to the student's embeddings, or random ones) and tr
 teacher's keys and values. The control is the same network with new keys, trained on the labels alone.
 """
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    DataArguments,
+    ImageBottleneckArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDArguments,
+)
+
+ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from transformers import set_seed
 
 from kd.common.bottleneck.module import without_weights
-from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.bottleneck import ImageBottleneckArguments, replace_head
+from kd.image_classification.student_model.bottleneck import replace_head
 from kd.image_classification.student_model.distillation import ImageRun
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
-    bottleneck, pair, matching, data_args, training = parse(
-        ImageBottleneckArguments,
-        PairArguments,
-        SimKDArguments,
-        DataArguments,
-        ImageTrainingArguments,
-    )
+    bottleneck, pair, matching, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")

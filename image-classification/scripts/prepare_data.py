@@ -13,6 +13,22 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kd.common.cli import parse, run, show_help
+from kd.image_classification.student_model.arguments import DataArguments
+
+
+@dataclass
+class Arguments:
+    """Output."""
+
+    output: str | None = field(default=None, metadata={"help": "Folder to write (default: only print the table)."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier call wrote to that folder."})
+
+
+ARGUMENTS = Arguments, DataArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,28 +39,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kd.common.cli import parse, run
 from kd.common.reporting.plots import save_figure
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import added_files, writing_folder
 from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, channel_statistics
-from kd.image_classification.student_model.arguments import DataArguments
 
 CHUNK = 500  # images per write
 CLASSES_SHOWN, VIEWS_SHOWN = 6, 6  # in views.png
 
 
-@dataclass
-class Arguments:
-    """Where it goes."""
-
-    output: str | None = field(default=None, metadata={"help": "folder to write; without it, just look"})
-    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier call wrote to that folder"})
-
-
 def main() -> None:
-    args, data_args = parse(Arguments, DataArguments)
+    args, data_args = parse(*ARGUMENTS)
     folder = None if args.output is None else check_folder(args.output, args.overwrite)
     data = data_args.load()
     print_table(data)

@@ -8,17 +8,27 @@
 The control is the same network, including the projector, trained on the labels alone.
 """
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    DataArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDArguments,
+)
+
+ARGUMENTS = PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from transformers import set_seed
 
-from kd.common.cli import parse, reject_unused, run
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.distillation import ImageRun
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
-    pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
+    pair, args, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     reject_unused("SimKD has --feature_weight, --cls_weight and --kl_weight", training, "alpha", "value_learning_rate")
     if not args.kl_weight:

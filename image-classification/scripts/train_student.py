@@ -10,63 +10,43 @@
 trained side by side on the same batches, with one forward pass of the teacher, and reported in one table.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    CONTROL,
+    PLAIN,
+    SIMKD,
+    DataArguments,
+    ImageTrainingArguments,
+    MethodArguments,
+    PairArguments,
+    SimKDWeights,
+)
+
+ARGUMENTS = MethodArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from accelerate import PartialState
 from transformers import set_seed
 
-from kd.common.cli import parse, reject_unused, run
 from kd.common.methods import Method
 from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.distillation import ImageRun, validate_teacher_views
 from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import (
-    CONTROL,
-    METHODS,
-    PLAIN,
-    SIMKD,
     check_kd_flags,
     image_method,
     with_pair_arguments,
 )
-from kd.image_classification.student_model.simkd import SimKDWeights
 from kd.image_classification.student_model.sweep import students_of, sweep
 from kd.image_classification.student_model.sweep_report import show
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
 
 
-@dataclass
-class Arguments:
-    """How the student is trained."""
-
-    method: str = field(
-        default="kd",
-        metadata={"help": f"NAME or NAME:setting=value:...; {PLAIN} (labels only), {', '.join(METHODS)}"},
-    )
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
-    )
-    ensemble_teachers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
-    )
-    teacher_views: Path | None = field(
-        default=None,
-        metadata={
-            "help": "folder for a table of the teacher's logits of each view, for methods that need no more of it; "
-            "later runs only read it"
-        },
-    )
-
-
 def main() -> None:
-    args, pair, weights, data_args, training = parse(
-        Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
-    )
+    args, pair, weights, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     args.methods = ",".join(args.methods).split(",") if args.methods else []  # --methods kd,dkd
     if weights != SimKDWeights() and SIMKD not in (args.methods or [args.method]):
@@ -84,7 +64,7 @@ def main() -> None:
 
 
 def train_side_by_side(
-    args: Arguments,
+    args: MethodArguments,
     pair: PairArguments,
     weights: SimKDWeights,
     data_args: DataArguments,
@@ -104,7 +84,7 @@ def train_side_by_side(
 
 
 def train_plain_student(
-    args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
@@ -125,7 +105,7 @@ def train_plain_student(
 
 
 def distill_student(
-    args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains a student and its control, for each seed."""
     if args.method == SIMKD:
@@ -172,7 +152,9 @@ def distill_student(
     run.summarize()
 
 
-def check_compatible(args: Arguments, method: Method, student: ImageClassifier, teacher: ImageClassifier) -> None:
+def check_compatible(
+    args: MethodArguments, method: Method, student: ImageClassifier, teacher: ImageClassifier
+) -> None:
     """Raises UserError if a network cannot process the images, or the method needs features that flags exclude."""
     for model in (student, teacher):
         image_features(model)

@@ -9,23 +9,29 @@ Pass the run's folder as --teacher to the other scripts.
 
 from dataclasses import dataclass, field
 
-from transformers import set_seed
-
-from kd.common.cli import parse, reject_unused, run
+from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
-from kd.image_classification.student_model.distillation import ImageRun
-from kd.image_classification.teacher_model.classifier import new_classifier
 
 
 @dataclass
 class Arguments:
-    """Which network."""
+    """Teacher."""
 
-    architecture: str = field(default="resnet32x4", metadata={"help": "resnet32x4, wrn_40_2, vgg13, timm:NAME, ..."})
+    architecture: str = field(default="resnet32x4", metadata={"help": "Architecture: wrn_40_2, vgg13, timm:NAME, ..."})
+
+
+ARGUMENTS = Arguments, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from transformers import set_seed
+
+from kd.image_classification.student_model.distillation import ImageRun
+from kd.image_classification.teacher_model.classifier import new_classifier
 
 
 def main() -> None:
-    args, data_args, training = parse(Arguments, DataArguments, ImageTrainingArguments)
+    args, data_args, training = parse(*ARGUMENTS)
     reject_unused(
         "a teacher is trained on labels alone", training, "alpha", "temperature", "no_control", "value_learning_rate"
     )

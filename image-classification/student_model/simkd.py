@@ -5,61 +5,27 @@ classifies it. Training matches the maps and needs no labels. Projector and head
 evaluated, saved and deployed with it.
 """
 
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from kd.common import losses
-from kd.common.cli import reject_unused
 from kd.common.methods import Feature, Method, depth_map, labels, match
 from kd.common.objective import FeatureLoss, soft_targets, teacher_is_right
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count, NotNegative, ShareAbove0
 from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.arguments import FeatureLossName, SimKDArguments
 from kd.image_classification.student_model.matching import image_features
 from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, new_classifier
 
-Variant = Literal["single", "multi", "all-layer"]
-FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
 FEATURE_LOSSES: dict[FeatureLossName, FeatureLoss] = {
     "l2": losses.feature_l2,
     "kl-channel": losses.channel_kl,
     "kl-spatial": losses.spatial_kl,
     "cosine": partial(losses.feature_cosine, dim=1),
 }
-
-
-@dataclass
-class SimKDWeights:
-    """What all variants of SimKD share."""
-
-    projector_factor: Count = field(default=2, metadata={"help": "reduction inside the projector: 1, 2, 4 or 8"})
-    projector_ratio: ShareAbove0 = field(default=2 / 3, metadata={"help": "weight of the last map under multi"})
-    use_labels: bool = field(default=False, metadata={"help": "match features only where the teacher is right"})
-    feature_weight: NotNegative = 1.0
-    cls_weight: NotNegative = field(default=0.0, metadata={"help": "weight of the labels' cross-entropy"})
-    kl_weight: NotNegative = field(default=0.0, metadata={"help": "weight of the teacher's soft targets"})
-
-    def __post_init__(self) -> None:
-        if not (self.feature_weight or self.cls_weight or self.kl_weight):
-            raise ValueError("--feature_weight, --cls_weight and --kl_weight must not all be zero")
-
-
-@dataclass
-class SimKDArguments(SimKDWeights):
-    """One variant of SimKD."""
-
-    projector: Variant = field(
-        default="single", metadata={"help": "match the last map, also the stage before, or every pair of blocks"}
-    )
-    feature_loss: FeatureLossName = "l2"
-
-    def check_unused_flags(self) -> None:
-        if self.projector != "multi":
-            reject_unused("--projector is not multi", self, "projector_ratio")
 
 
 def simkd_student(

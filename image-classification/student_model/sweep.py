@@ -29,19 +29,22 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import non_finite_tensor
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.distillation import ImageRun, read_stage, validate_teacher_views
-from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor
-from kd.image_classification.student_model.matching import task_spec
-from kd.image_classification.student_model.methods import (
+from kd.image_classification.student_model.arguments import (
     CONTROL,
     CONTROLS,
     PLAIN,
     SIMKD,
-    check_kd_flags,
-    image_method,
+    DataArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDArguments,
+    SimKDWeights,
 )
-from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
+from kd.image_classification.student_model.distillation import ImageRun, read_stage, validate_teacher_views
+from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import check_kd_flags, image_method
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import load_teacher
 

@@ -14,10 +14,10 @@ from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model import matching
+from kd.image_classification.student_model.arguments import SimKDArguments
 from kd.image_classification.student_model.matching import block_paths, image_features, stage_paths
 from kd.image_classification.student_model.simkd import (
     FEATURE_LOSSES,
-    SimKDArguments,
     share_masked,
     simkd,
     simkd_student,
