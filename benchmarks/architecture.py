@@ -1,29 +1,27 @@
-"""Measures the architecture of a checkout: sizes, import cycles, and what a reader has to follow to read a command.
+"""Measures the architecture of a checkout: sizes, import cycles, and the files and calls that a command uses.
 
     python benchmarks/architecture.py --json before.json
     python benchmarks/architecture.py --root OTHER_CHECKOUT --compare before.json
 
 The project must be importable from ROOT (PYTHONPATH, or an editable install of ROOT). Its files are recognized by
-their path, with links resolved, so checkouts with different import names can be compared. Definitions:
+their path, with links resolved, so checkouts with different import names can be compared.
 
-Project files: Python files that git does not ignore, without tests. This file is left out, and benchmarks are not part
-of imports and calls. Public functions, methods and classes have no leading underscore, in their module's name neither.
-Functions are measured from `def` to their last line. A folder, in import cycles, is a top folder with its first
-subfolder (`common/losses`; `common` holds the files directly in it); the template of a domain is a top folder. All
-imports count, those inside functions too. A cycle is a strongly connected component of two folders or more.
+Static figures. Project files: Python files that git does not ignore, without tests and without this file. Imports and
+calls of benchmarks are not counted. Public functions, methods and classes have no leading underscore, and neither has
+their module. The length of a function counts from `def` to its last line. Import cycles: strongly connected components
+of two or more folders. A folder is a top folder with its first subfolder (`common/losses`); the template of a domain
+is a top folder. Imports inside functions count.
 
-The commands run in processes of their own, for few steps. Files imported: the project's modules in `sys.modules` at
-the end, and the script, without files that hold no more than a docstring. Files run: those of them in which a function
-is called. One step: what happens from the end of one `optimizer.step()` to the end of the next one, in the last
-training of the command without its control (the student's; its alignment: in the last but one): calls of project
-functions (comprehensions do not count, resumed generators do), distinct files, and moves, that is how often a call is
-in another file than the call before. Of three steps the median counts.
+Commands run for a few steps in separate processes. Files imported: the project's modules in `sys.modules` at the end,
+and the script, without files that hold only a docstring. Files run: the files in which a function is called. One step:
+the time between the ends of two calls of `optimizer.step()` in the last training without a control (for the alignment:
+the last but one). Its figures are the calls of project functions (without comprehensions, with resumed generators),
+the distinct files, and the moves, consecutive calls in different files; each is the median of three steps.
 
-Networks of SimKD: objects made by the constructor of a class named ImageClassifier or Backbone, or derived from it, on
-any device, and not part of another one; copies do not count. Students are those with less than half of the parameters
-of the largest one. Probe forwards: calls of such a network (not as part of another module) that belong neither to
-transformers' Trainer nor to a function or module of the project whose name has `evaluat` or `metrics` in it; JSON has
-their callers. The teacher trains from the first optimizer step on.
+Networks of SimKD: instances of a class named ImageClassifier or Backbone, or of a subclass, that are not part of
+another one; copies do not count. Students have less than half of the parameters of the largest one. Probe forwards:
+calls of such a network outside transformers' Trainer and outside functions or modules whose name contains `evaluat` or
+`metrics`; the JSON file lists their callers. The teacher trains from the first optimizer step on.
 """
 
 import argparse
@@ -52,12 +50,12 @@ TEMPLATES = ("common/new_domain/template", "templates/domain")
 FOLDERS = ("common", "templates", "NLP", "image-classification", "reinforcement-learning", "benchmarks")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
-WINDOWS = 4  # steps that are recorded of each training; the first one is not used
+WINDOWS = 4  # recorded steps per training; the first one is not used
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, flags that make it short, the trainings to look at (counted from the end), whether to follow it."""
+    """A command, flags that shorten it, the trainings to record (from the end), and whether to record all files."""
 
     command: str
     short: str
@@ -90,7 +88,7 @@ class Project:
 
     @cached_property
     def files(self) -> list[str]:
-        """All that git does not ignore, without links, tests and this file."""
+        """Files that git does not ignore, without links, tests and this file."""
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=self.root, capture_output=True, text=True, check=True).stdout.split("\0")
         paths = {name: self.root / name for name in names if name and name != "benchmarks/architecture.py"}
@@ -114,14 +112,14 @@ class Project:
         return any(not isinstance(node, ast.Expr) for node in self.modules[name].body)
 
     def find(self, path: str) -> str | None:
-        """The project file at a path that may lead through links; None for everything else and for benchmarks."""
+        """The project file at a path, with links resolved; None for other files and for benchmarks."""
         if path not in self._known:
             name = os.path.relpath(os.path.realpath(path), self.root)
             self._known[path] = name if name in self.package_files else None
         return self._known[path]
 
     def imported(self, importer: str) -> Iterator[str]:
-        """The project files that a file imports; of `from package import module` the module."""
+        """The project files that a file imports; for `from package import module`, the module."""
         for node in ast.walk(self.modules[importer]):
             if isinstance(node, ast.Import):
                 found = [self._module(self._places(alias.name)) for alias in node.names]
@@ -155,7 +153,7 @@ def top_folder(name: str) -> str:
     return folder_of(name).split("/")[0]
 
 
-# ---- what can be seen without running anything ----
+# ---- static figures ----
 
 
 def static_figures(project: Project) -> dict[str, Any]:
@@ -209,11 +207,11 @@ def import_cycles(project: Project) -> list[list[str]]:
     return sorted((cycle for cycle in cycles if len(cycle) > 1), key=len, reverse=True)
 
 
-# ---- what can be seen while a command runs ----
+# ---- figures of running commands ----
 
 
-class Watcher:
-    """Records the networks and probe forwards of this process, and either all files run or the steps."""
+class Recorder:
+    """Records the networks and probe forwards of this process, and either all files that run or the steps."""
 
     def __init__(self, project: Project, follow: bool) -> None:
         from torch import nn
@@ -222,8 +220,8 @@ class Watcher:
 
         self.project, self.follow = project, follow
         self.files_run: set[str] = set()
-        self.trainings: list[list[list[str]]] = []  # of each training, of each step the files of the calls
-        self.networks: list[tuple[nn.Module, bool]] = []  # and whether it was made before the first step
+        self.trainings: list[list[list[str]]] = []  # files of the calls, by training and step
+        self.networks: list[tuple[nn.Module, bool]] = []  # and whether it was created before the first step
         self.probes: list[tuple[str, bool]] = []  # the caller, and whether it was before the first step
         self._optimizer: Optimizer | None = None
         self._calls: list[str] = []
@@ -252,7 +250,7 @@ class Watcher:
         self._depth -= 1
 
     def _probing_function(self, frame: FrameType | None) -> str | None:
-        """The project function that probes; None where the forward belongs to training or evaluation."""
+        """The project function that calls the network; None if the forward belongs to training or evaluation."""
         nearest = None
         while frame is not None:
             code = frame.f_code
@@ -306,34 +304,34 @@ def is_network(module: Any) -> bool:
 
 
 def run_job(name: str, root: Path, follow: bool) -> dict[str, Any]:
-    """The figures of a command that is run in this process: of the whole of it, or of its student's steps."""
+    """Runs a command in this process. Returns the figures of the whole run, or of the student's steps."""
     project, job = Project(root), JOBS[name]
-    watcher = Watcher(project, follow)
+    recorder = Recorder(project, follow)
     words = [*command_words(job.command, project.root), *job.short.split()]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         sys.argv = [*words, "--output_dir", "run", *([] if follow else ["--no_control"])]
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as ended:  # not to end this program too
+        except SystemExit as ended:  # the script calls sys.exit
             if ended.code:
                 raise RuntimeError(f"{shlex.join(sys.argv)} ended with exit code {ended.code}") from None
         finally:
             sys.setprofile(None)
             os.chdir(project.root)
     if not follow:
-        steps = {step: watcher.step(training) for step, training in job.steps.items()}
-        return {f"one step: {what}, {step}": n for step, found in steps.items() for what, n in found.items()}
+        steps = {step: recorder.step(training) for step, training in job.steps.items()}
+        return {f"one step: {figure}, {step}": n for step, found in steps.items() for figure, n in found.items()}
     paths = [words[0], *(getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))]
     imported = [file for file in {*map(project.find, paths)} if file and project.is_code(file)]
-    found = {"files imported": imported, "files run": watcher.files_run | {project.find(words[0])}}
-    figures: dict[str, Any] = {f"{what}, {name}": len(files) for what, files in found.items()}
-    figures |= {f"lines of {what}, {name}": project.lines(*filter(None, files)) for what, files in found.items()}
-    return figures | (watcher.network_figures() if watcher.networks else {})
+    found = {"files imported": imported, "files run": recorder.files_run | {project.find(words[0])}}
+    figures: dict[str, Any] = {f"{kind}, {name}": len(files) for kind, files in found.items()}
+    figures |= {f"lines of {kind}, {name}": project.lines(*filter(None, files)) for kind, files in found.items()}
+    return figures | (recorder.network_figures() if recorder.networks else {})
 
 
 def command_words(command: str, root: Path) -> list[str]:
-    """Script and arguments of a Python command, or of the one that a shell file passes on to $PYTHON."""
+    """Script and arguments of a Python command, or of the command that a shell file passes to $PYTHON."""
     interpreter, script, *words = command.split()
     if interpreter == "python":
         return [str(root / script), *words]
@@ -343,7 +341,7 @@ def command_words(command: str, root: Path) -> list[str]:
 
 
 def dynamic_figures(root: Path) -> dict[str, Any]:
-    """Those of all commands; a command that fails is reported and has none."""
+    """The figures of all commands. A command that fails is reported and has no figures."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     figures: dict[str, Any] = {}
     for follow in (True, False):
@@ -358,12 +356,12 @@ def dynamic_figures(root: Path) -> dict[str, Any]:
 
 
 def silence() -> None:
-    """Keeps what a command prints out of the tables."""
+    """Discards the output of commands."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """Markdown with a row for each figure and a column for each checkout."""
+    """A Markdown table with a row per figure and a column per checkout."""
     rows = list(dict.fromkeys(row for figures in columns.values() for row in figures))
     cells = [["figure", *columns], ["---"] * (1 + len(columns))]
     cells += [[row, *(str(figures.get(row, "-")) for figures in columns.values())] for row in rows]
@@ -372,10 +370,10 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="of the checkout")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="root of the checkout")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--compare", type=Path, help="file of --json of an earlier checkout")
-    parser.add_argument("--static", action="store_true", help="only what can be seen without running commands")
+    parser.add_argument("--compare", type=Path, help="JSON file of an earlier checkout")
+    parser.add_argument("--static", action="store_true", help="do not run commands")
     args = parser.parse_args()
     root = args.root.resolve()
     before = {"before": json.loads(args.compare.read_text(encoding="utf-8"))} if args.compare else {}

@@ -1,19 +1,18 @@
-"""Training a bottleneck's values on cached codes against running encoder and search every step: samples per second.
+"""Speed of training a bottleneck's values: on cached codes, and with encoder and search in every step.
 
     python benchmarks/cached_codes.py --dataset clinc_oos --encoder sentence-transformers/all-MiniLM-L6-v2
 
-Same data, same model, same batch size, same KDTrainer; the only difference is what a batch holds: codes or token ids.
-The one pass that fills the cache is counted apart, and its break-even in epochs is printed.
+Both use the same data, model, batch size and KDTrainer; batches hold codes or token ids. The pass that fills the cache
+is timed separately, and the script prints after how many epochs it pays off.
 """
 
-import argparse
 import time
 from typing import Any
 
 import torch
 
 from kd.common.bottleneck.training import CodeDataset, embed_samples, encode_samples, set_keys
-from kd.common.cli import run
+from kd.common.cli import Parser, run
 from kd.common.methods import labels
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import identity_collate
@@ -27,31 +26,29 @@ from kd.nlp.teacher_model.teacher import load_classifier
 def train(
     model: BottleneckClassifier, dataset: Any, collate: Any, steps: int, batch_size: int, precision: Any
 ) -> float:
-    """Samples per second of so many steps, after a warm-up of as many as a twentieth of them."""
+    """Samples per second over `steps` steps, after a warm-up of a twentieth of them."""
 
-    def run(number: int) -> float:
+    def seconds(number: int) -> float:
         args = KDTrainingArguments(
             output_dir="runs/benchmark", max_steps=number, per_device_train_batch_size=batch_size, precision=precision,
             eval_strategy="no", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             learning_rate=3e-3, value_learning_rate=3e-2,
             train_sampling_strategy="random" if isinstance(dataset, CodeDataset) else "group_by_length",
         )  # fmt: skip
-        trainer = KDTrainer(
-            model=model, args=args, objective=labels().objective, train_dataset=dataset,
-            data_collator=collate,
-        )  # fmt: skip
+        objective = labels().objective
+        trainer = KDTrainer(model=model, args=args, objective=objective, train_dataset=dataset, data_collator=collate)
         started = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
         trainer.finish()
-        return seconds
+        return elapsed
 
-    run(max(2, steps // 20))
-    return steps * batch_size / run(steps)
+    seconds(max(2, steps // 20))
+    return steps * batch_size / seconds(steps)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--dataset", default="intents")
     parser.add_argument("--encoder", default="tiny-bert")
     parser.add_argument("--decoder", choices=["linear", "mean"], default="linear")
@@ -61,10 +58,10 @@ def main() -> None:
     args.precision = resolve_precision(args.precision)
 
     data = load_text_data(args.dataset)
-    start = load_classifier(args.encoder, data)
-    texts = Texts.of(data, start.tokenizer)
-    labels = dict(enumerate(data.label_names))
-    model = BottleneckClassifier.around(start.encoder, labels, "mean", decoder=args.decoder)
+    pretrained = load_classifier(args.encoder, data)
+    texts = Texts.of(data, pretrained.tokenizer)
+    names = dict(enumerate(data.label_names))
+    model = BottleneckClassifier.around(pretrained.encoder, names, "mean", decoder=args.decoder)
     started = time.perf_counter()
     embeddings = torch.stack(embed_samples(model, texts.train, texts.collate, args.precision)).to(model.device)
     set_keys(model.bottleneck, "new", None, embeddings, seed=0)

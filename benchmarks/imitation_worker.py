@@ -1,12 +1,13 @@
-"""Students distilled by `imitation` for policy_distillation.py, which starts this in an environment of its own.
+"""Distills students with `imitation` for policy_distillation.py, which runs this script in a separate environment.
 
     python imitation_worker.py --teacher WEIGHTS.npz --environment CartPole-v1
 
-`WEIGHTS.npz` is the state dict of an ActorCriticPolicy of Stable-Baselines3. Prints first, as a line of JSON, what the
-teacher reaches here and what is installed; then answers each line on stdin,
-`{"method": "dagger" or "bc", "seed": 0, "goal": 475, "settings": null or {"steps": 2000, "updates": 200, ...}}`,
-with the processor time until a student's mean greedy return was at least the goal. No settings: imitation's defaults.
-DAgger is judged after each round, BC, on whole episodes of the teacher of 2,000 steps or more, after each pass.
+`WEIGHTS.npz` is the state dict of an ActorCriticPolicy of Stable-Baselines3. The script first prints a line of JSON
+with the teacher's return and the installed versions. For each request on stdin,
+`{"method": "dagger" or "bc", "seed": 0, "goal": 475, "arguments": null or {"steps": 2000, "updates": 200, ...}}`,
+it prints the CPU time until a student's mean greedy return reaches the goal. `null` stands for imitation's defaults.
+DAgger is evaluated after each round. BC trains on whole episodes of the teacher, 2,000 steps or more, and is evaluated
+after each epoch.
 """
 
 import argparse
@@ -31,15 +32,15 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 ENVIRONMENTS, EPISODES, EVALUATION_SEED = 8, 20, 20_000_000
-MOST_ROUNDS = {"dagger": 20, "bc": 40}  # of BC: passes over the teacher's episodes
+MAX_ROUNDS = {"dagger": 20, "bc": 40}  # BC: epochs
 
 
 class Reached(Exception):
-    """A student is good enough."""
+    """The student reached the goal."""
 
 
 class Clock:
-    """Processor time until a student reaches `goal`; judging it is not counted."""
+    """CPU time until a student reaches `goal`, without the time of evaluations."""
 
     def __init__(self, environments: VecEnv, goal: float) -> None:
         self.environments, self.goal, self.seconds, self.best = environments, goal, 0.0, 0.0
@@ -70,46 +71,46 @@ def load_teacher(path: str, environments: VecEnv) -> ActorCriticPolicy:
 
 
 class Distillation:
-    """One student of one teacher. `observations` are those that the teacher has labelled."""
+    """Distills one student. `observations`: the number that the teacher has labelled."""
 
-    def __init__(self, name: str, teacher: ActorCriticPolicy, seed: int, settings: dict[str, Any] | None) -> None:
+    def __init__(self, name: str, teacher: ActorCriticPolicy, seed: int, arguments: dict[str, Any] | None) -> None:
         torch.manual_seed(seed)
-        self.teacher, self.rng, self.settings, self.observations = teacher, np.random.default_rng(seed), settings, 0
+        self.teacher, self.rng, self.arguments, self.observations = teacher, np.random.default_rng(seed), arguments, 0
         self.environments = make_vec_env(name, ENVIRONMENTS, seed=seed)
         self.student = new_policy(self.environments, [16, 16], [16, 16])
 
     def trainer(self, folder: str) -> tuple[BC, HierarchicalLogger]:
-        logger, own = configure(folder, []), {}
-        if self.settings:
-            own = {"batch_size": self.settings["batch_size"]}
-            own["optimizer_kwargs"] = {"lr": self.settings["learning_rate"]}
+        logger, kwargs = configure(folder, []), {}
+        if self.arguments:
+            kwargs = {"batch_size": self.arguments["batch_size"]}
+            kwargs["optimizer_kwargs"] = {"lr": self.arguments["learning_rate"]}
         spaces = {"observation_space": self.student.observation_space, "action_space": self.student.action_space}
-        return BC(**spaces, rng=self.rng, policy=self.student, device="cpu", custom_logger=logger, **own), logger
+        return BC(**spaces, rng=self.rng, policy=self.student, device="cpu", custom_logger=logger, **kwargs), logger
 
     def dagger(self, clock: Clock, folder: str) -> None:
         bc_trainer, logger = self.trainer(folder)
-        own: dict[str, Any] = {"beta_schedule": lambda number: float(number == 0)} if self.settings else {}
+        kwargs: dict[str, Any] = {"beta_schedule": lambda number: float(number == 0)} if self.arguments else {}
         trainer = SimpleDAggerTrainer(
             venv=self.environments, scratch_dir=folder, expert_policy=self.teacher, rng=self.rng,
-            bc_trainer=bc_trainer, custom_logger=logger, **own,
+            bc_trainer=bc_trainer, custom_logger=logger, **kwargs,
         )  # fmt: skip
         training: dict[str, Any] = {"log_rollouts_venv": None, "progress_bar": False}
         rollout = {}
-        if self.settings:
-            training["n_batches"] = self.settings["updates"]
-            rollout = {"rollout_round_min_episodes": 1, "rollout_round_min_timesteps": self.settings["steps"]}
-        for _ in range(MOST_ROUNDS["dagger"]):
+        if self.arguments:
+            training["n_batches"] = self.arguments["updates"]
+            rollout = {"rollout_round_min_episodes": 1, "rollout_round_min_timesteps": self.arguments["steps"]}
+        for _ in range(MAX_ROUNDS["dagger"]):
             trainer.train(1, bc_train_kwargs=training, **rollout)  # one round
             self.observations = sum(map(len, trainer._all_demos))
             clock.check(self.student)
 
     def bc(self, clock: Clock, folder: str) -> None:
-        until = make_sample_until(min_timesteps=self.settings["steps"] if self.settings else 2000)
+        until = make_sample_until(min_timesteps=self.arguments["steps"] if self.arguments else 2000)
         episodes = generate_trajectories(self.teacher, self.environments, until, self.rng)
         self.observations = sum(map(len, episodes))
         trainer, _ = self.trainer(folder)
         trainer.set_demonstrations(episodes)
-        trainer.train(n_epochs=MOST_ROUNDS["bc"], progress_bar=False, on_epoch_end=lambda: clock.check(self.student))
+        trainer.train(n_epochs=MAX_ROUNDS["bc"], progress_bar=False, on_epoch_end=lambda: clock.check(self.student))
 
 
 def main() -> None:
@@ -119,22 +120,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    answers = sys.stdout
+    responses = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        judging = make_vec_env(args.environment, EPISODES, seed=EVALUATION_SEED)
-        teacher = load_teacher(args.teacher, judging)
-        reached = float(evaluate_policy(teacher, judging, EPISODES, deterministic=True, warn=False)[0])
+        evaluation = make_vec_env(args.environment, EPISODES, seed=EVALUATION_SEED)
+        teacher = load_teacher(args.teacher, evaluation)
+        mean_return = float(evaluate_policy(teacher, evaluation, EPISODES, deterministic=True, warn=False)[0])
         packages = ("imitation", "stable-baselines3", "gymnasium", "torch", "numpy")
         versions = {name: importlib.metadata.version(name) for name in packages}
-        print(json.dumps({"teacher": reached, "versions": versions}), file=answers, flush=True)
+        print(json.dumps({"teacher": mean_return, "versions": versions}), file=responses, flush=True)
         for line in sys.stdin:
-            order = json.loads(line)
-            clock = Clock(judging, order["goal"])
-            work = Distillation(args.environment, teacher, order["seed"], order["settings"])
+            request = json.loads(line)
+            clock = Clock(evaluation, request["goal"])
+            distillation = Distillation(args.environment, teacher, request["seed"], request["arguments"])
             with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Reached):
-                getattr(work, order["method"])(clock, folder)
-            answer = {"seconds": clock.seconds, "return": clock.best, "observations": work.observations}
-            print(json.dumps(answer), file=answers, flush=True)
+                getattr(distillation, request["method"])(clock, folder)
+            response = {"seconds": clock.seconds, "return": clock.best, "observations": distillation.observations}
+            print(json.dumps(response), file=responses, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""When does carrying keys pay? A student's bottleneck with keys from every source, in settings where they may matter.
+"""Accuracy of a student's bottleneck with carried, new, random and reused keys, in settings where keys may matter.
 
     python benchmarks/key_study.py runs/NLP/keys_carried_seed* --dataset clinc_oos --markdown keys.md
 
-Reads finished runs of distill_keys_carried.sh on one dataset (one per seed): their encoders, aligned or not, embed the
-texts once; then each cell trains only values, in seconds. Cells: the student's validation accuracy, mean and standard
-deviation over the runs.
+Reads finished runs of distill_keys_carried.sh on one dataset, one per seed. Their encoders, aligned or not, embed the
+texts once. Then each combination of setting and keys trains only values, which takes seconds. The table holds the mean
+and standard deviation of the student's validation accuracy over the runs.
 """
 
 import statistics
@@ -41,7 +41,11 @@ GROUPS = 10  # of classes that arrive one after another
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table. `labels`: number of labelled texts per class for the values (None: all)."""
+    """A row of the table.
+
+    labels: maximum number of labelled texts per class that train the values; None for all.
+    one_after_another: the classes arrive in groups, and the values train on one group at a time.
+    """
 
     title: str
     decoder: Decoder = "linear"
@@ -72,7 +76,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="the dataset of those runs")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    accuracies: dict[tuple[str, str], list[float]] = defaultdict(list)
     probes = []
     for folder in args.runs:
         study = KeyStudy(folder, args.dataset)
@@ -80,13 +84,13 @@ def main() -> None:
         for setting in tqdm(SETTINGS, desc=str(folder)):
             for keys in KEYS:
                 if keys != "reused" or (setting.labels is None and not setting.one_after_another):
-                    cells[setting.title, keys].append(study.accuracy(setting, keys))
+                    accuracies[setting.title, keys].append(study.accuracy(setting, keys))
     table = [
         f"| validation accuracy, {len(args.runs)} runs | " + " | ".join(KEYS) + " |",
         "|---|" + "---|" * len(KEYS),
     ]
     for setting in SETTINGS:
-        row = [mean_and_deviation(cells[setting.title, keys]) for keys in KEYS]
+        row = [mean_and_deviation(accuracies[setting.title, keys]) for keys in KEYS]
         table.append(f"| {setting.title} | " + " | ".join(row) + " |")
     table.append(f"\nLinear probe, classes in {GROUPS} groups one after another: {mean_and_deviation(probes)}.")
     if args.markdown:
@@ -102,7 +106,7 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 class OnCodes(nn.Module):
-    """A bottleneck as a model of cached codes."""
+    """A bottleneck as a model whose inputs are cached codes."""
 
     def __init__(self, bottleneck: DiscreteKeyValueBottleneck) -> None:
         super().__init__()
@@ -114,7 +118,7 @@ class OnCodes(nn.Module):
 
 @dataclass
 class Embeddings:
-    """One encoder's embeddings of the training and validation texts."""
+    """Embeddings of the training and validation texts by one encoder."""
 
     train: Tensor
     validation: Tensor
@@ -128,15 +132,15 @@ def embed(encoder: Any, texts: Texts) -> Embeddings:
 
 
 class KeyStudy:
-    """One run's encoders, and the bottlenecks that are trained on their embeddings."""
+    """The encoders of a run, and bottlenecks trained on their embeddings."""
 
     def __init__(self, folder: Path, dataset: str) -> None:
         self.data = load_text_data(dataset)
         stages = folder / "stages"
         if not (folder / "results.json").exists():
-            raise UserError(f"{folder} is no finished run of distill_keys_carried.sh")
+            raise UserError(f"{folder} is not a finished run of distill_keys_carried.sh: pass such a run")
         if not (stages / "student_encoder").is_dir():
-            raise UserError(f"{folder} has no aligned student: make a run with --align_epochs above 0")
+            raise UserError(f"{folder} has no aligned student: pass a run with --align_epochs above 0")
         classifier = load_classifier(str(stages / "teacher_encoder"), self.data)
         self.texts = Texts.of(self.data, classifier.tokenizer)
         aligned = load_encoder(stages / "student_encoder")
@@ -145,7 +149,7 @@ class KeyStudy:
         self.student = {True: embed(aligned, self.texts), False: embed(unaligned, self.texts)}
         self.labels = torch.tensor(self.texts.train["labels"])
         self.teachers: dict[tuple[Decoder, int], tuple[DiscreteKeyValueBottleneck, TeacherOutputs]] = {}
-        self.unused_folder = TemporaryDirectory()  # the trainer creates it, but saves nothing
+        self.unused_folder = TemporaryDirectory()  # output_dir of the trainer, which saves nothing
         self.args = KDTrainingArguments(
             output_dir=self.unused_folder.name, eval_strategy="no", save_strategy="no", logging_strategy="no",
             report_to="none", disable_tqdm=True, precision="fp32", train_sampling_strategy="random",
@@ -153,10 +157,10 @@ class KeyStudy:
         )  # fmt: skip
 
     def accuracy(self, setting: Setting, keys: Keys) -> float:
-        """Validation accuracy of a student with those keys."""
+        """Validation accuracy of a student with these keys."""
         teacher, teacher_outputs = self.teacher_bottleneck(setting.decoder, setting.codebook_size)
         embeddings = self.student[setting.aligned]
-        student = self.untrained(setting.decoder, setting.codebook_size)
+        student = self.new_bottleneck(setting.decoder, setting.codebook_size)
         set_keys(student, keys, teacher, embeddings.train, seed=0)
         if keys != "reused":
             codes = student.encode(embeddings.train)
@@ -166,10 +170,10 @@ class KeyStudy:
             else:
                 self.fit_values(student, codes, self.labelled(setting.labels), teacher_outputs)
         with torch.no_grad():
-            return self.share_correct(student(embeddings.validation))
+            return self.validation_accuracy(student(embeddings.validation))
 
     def linear_probe_one_after_another(self) -> float:
-        """Validation accuracy of a linear layer that learns the same classes in the same order, for comparison."""
+        """Validation accuracy of a linear layer trained on the same groups of classes, for comparison."""
         torch.manual_seed(0)
         probe = nn.Linear(self.teacher.train.shape[1], self.data.num_labels)
         for classes in torch.arange(self.data.num_labels).tensor_split(GROUPS):
@@ -181,9 +185,9 @@ class KeyStudy:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-        return self.share_correct(probe(self.student[True].validation))
+        return self.validation_accuracy(probe(self.student[True].validation))
 
-    def untrained(self, decoder: Decoder, codebook_size: int) -> DiscreteKeyValueBottleneck:
+    def new_bottleneck(self, decoder: Decoder, codebook_size: int) -> DiscreteKeyValueBottleneck:
         torch.manual_seed(0)
         width = self.teacher.train.shape[1]
         return DiscreteKeyValueBottleneck(width, self.data.num_labels, codebook_size=codebook_size, decoder=decoder)
@@ -191,9 +195,9 @@ class KeyStudy:
     def teacher_bottleneck(
         self, decoder: Decoder, codebook_size: int
     ) -> tuple[DiscreteKeyValueBottleneck, TeacherOutputs]:
-        """The teacher's bottleneck of that shape, trained on labels, and its logits of the training texts."""
+        """The teacher's bottleneck of this shape, trained on labels, and its logits of the training texts."""
         if (decoder, codebook_size) not in self.teachers:
-            teacher = self.untrained(decoder, codebook_size)
+            teacher = self.new_bottleneck(decoder, codebook_size)
             set_keys(teacher, "new", None, self.teacher.train, seed=0)
             codes = teacher.encode(self.teacher.train)
             self.fit_values(teacher, codes, torch.arange(len(codes)), None)
@@ -210,7 +214,7 @@ class KeyStudy:
         teacher_outputs: TeacherOutputs | None,
         optimizer: str = "adamw_torch",
     ) -> None:
-        """Trains values (and decoder) on some rows, with labels and, optionally, the teacher's logits."""
+        """Trains values and decoder on `rows` with labels and, if there are any, the teacher's logits."""
         method = labels() if teacher_outputs is None else labels_and_soft_targets(0.5, 2.0)
         args = self.args
         args.optim, args.value_learning_rate = optimizer, 30.0 if optimizer == "sgd" else 3e-2
@@ -221,13 +225,13 @@ class KeyStudy:
         ).train()  # fmt: skip
 
     def labelled(self, per_class: int | None) -> Tensor:
-        """Rows of the training texts in random order, at most so many of each class."""
+        """Training rows in random order, at most `per_class` of each class."""
         rows = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))
         if per_class is None:
             return rows
         return torch.cat([rows[self.labels[rows] == c][:per_class] for c in range(self.data.num_labels)])
 
-    def share_correct(self, logits: Tensor) -> float:
+    def validation_accuracy(self, logits: Tensor) -> float:
         return (logits.argmax(1) == torch.tensor(self.texts.validation["labels"])).float().mean().item()
 
 

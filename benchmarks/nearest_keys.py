@@ -1,11 +1,11 @@
-"""Memory and time of the nearest-key search, in blocks against all distances at once.
+"""Memory and time of the nearest-key search in blocks, compared with computing all distances at once.
 
     python benchmarks/nearest_keys.py
     python benchmarks/nearest_keys.py --codebooks 64 --codebook_size 4096 --key_dim 12 --rows 16384
 
-Each side runs in a process of its own and reports how far its peak resident memory rose above what it was before. All
-distances at once for the default shape (32 texts of 512 tokens, 64 codebooks of 4,096 keys) would need 17 GB, so that
-side runs on `--naive_rows` rows, and its memory is scaled up in the last column.
+Each search runs in a separate process and reports the increase of its peak resident memory. All distances of the
+default shape (32 texts of 512 tokens, 64 codebooks of 4,096 keys) would need 17 GB, so the naive search runs on
+`--naive_rows` rows, and the last column scales its memory up.
 """
 
 import argparse
@@ -28,14 +28,14 @@ def measure(side: str, codebooks: int, codebook_size: int, key_dim: int, rows: i
     torch.manual_seed(0)
     heads, keys = torch.randn(rows, codebooks, key_dim), torch.randn(codebooks, codebook_size, key_dim)
     search = {"blocks": nearest_keys, "naive": naive}[side]
-    search(heads[:2], keys)  # what libraries allocate once
+    search(heads[:2], keys)  # one-time allocations of libraries
     before, started = _peak(), time.perf_counter()
     search(heads, keys)
     return {"mib": _peak() - before, "seconds": time.perf_counter() - started}
 
 
 def _peak() -> float:
-    """MiB; Linux counts ru_maxrss in KiB, macOS in bytes."""
+    """Peak resident memory in MiB. Linux counts ru_maxrss in KiB, macOS in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--key_dim", type=int, default=12)
     parser.add_argument("--rows", type=int, default=32 * 512, help="texts times tokens")
     parser.add_argument("--naive_rows", type=int, default=2048)
-    parser.add_argument("--side", choices=["blocks", "naive"], help="internal: measure one side and print JSON")
+    parser.add_argument("--side", choices=["blocks", "naive"], help="internal: run one search and print JSON")
     args = parser.parse_args()
     rows = {"blocks": args.rows, "naive": args.naive_rows}
     if args.side:

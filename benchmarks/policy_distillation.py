@@ -1,15 +1,14 @@
-"""Distilling a CartPole-v1 policy: this project against `imitation` (BC and DAgger) and Stable-Baselines3.
+"""Distilling a CartPole-v1 policy: this project, `imitation` (BC and DAgger) and Stable-Baselines3.
 
     python benchmarks/policy_distillation.py --imitation_python imitation-venv/bin/python --json figures.json
 
-Processor time until a 16-16 student's mean greedy return over 20 episodes is at least 475, judged after every round
-(BC: every pass) at no charge: making environments and student, collecting and fitting count. Then how fast a student's
-steps are collected with the teacher's outputs for each. Same teacher, one thread, all ways taking turns within one
-run, each warmed up before. `imitation` needs older packages, so imitation_worker.py runs it in an environment of its
-own; without --imitation_python its rows are left out.
+First table: CPU time until a 16-16 student's mean greedy return over 20 episodes reaches 475. It includes creating
+environments and student, collecting and fitting, but not the evaluation after each round (BC: after each epoch).
+Second table: collected steps per CPU-second, with the teacher's outputs. All implementations use the same
+teacher and one thread, take turns within one run, and are warmed up. `imitation` needs older packages, so
+imitation_worker.py runs it in a separate environment; without --imitation_python its rows are left out.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -28,24 +27,24 @@ import torch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
-from kd.common.cli import run
+from kd.common.cli import Parser, run
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, training_environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observations, Recorder, returns_of
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
-from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, load_or_train_teacher
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
+from kd.reinforcement_learning.teacher_model.teacher import load_or_train_teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
 EPISODES = 20
 RECIPES = {id: training_recipe("ppo", id) for id in (CARTPOLE, LANDER)}
-HOW_TO = (
-    "without imitation; for it `python3.11 -m venv imitation-venv && imitation-venv/bin/pip install -r "
+INSTALL_IMITATION = (
+    "install imitation with `python3.11 -m venv imitation-venv && imitation-venv/bin/pip install -r "
     "benchmarks/imitation_requirements.txt`, then --imitation_python imitation-venv/bin/python"
 )
 
@@ -63,11 +62,11 @@ def untrained_student(id: str, seed: int) -> ActorCriticPolicy:
 
 
 class Reached(Exception):
-    """The student is good enough."""
+    """The student reached the goal."""
 
 
-class Ours:
-    """The Distiller with its default settings, but for the number of environments."""
+class ThisProject:
+    """The Distiller with default arguments except for the number of environments."""
 
     def __init__(self, teacher: ActorCriticPolicy, num_envs: int) -> None:
         self.teacher, self.args = PolicyNetwork(teacher).eval(), DistillArguments(num_envs=num_envs)
@@ -80,7 +79,7 @@ class Ours:
         rows = self.args.steps + self.args.num_envs * self.args.rounds
         buffer = Observations(rows, environments.observation_space.shape or (), torch.float32)
 
-        def watch() -> dict[str, float]:
+        def evaluate() -> dict[str, float]:
             nonlocal since
             figures["seconds"] += time.process_time() - since
             returns, _ = returns_of(greedy(network), CARTPOLE, EPISODES, VALIDATION_SEED)
@@ -92,13 +91,13 @@ class Ours:
 
         task = DistillationTask(Recorder(environments), self.teacher, network, buffer)
         with tempfile.TemporaryDirectory() as folder, suppress(Reached):
-            Distiller([task], self.args, Path(folder), seed).learn(watch)
+            Distiller([task], self.args, Path(folder), seed).learn(evaluate)
         environments.close()
         return figures
 
 
 class Imitation:
-    """imitation_worker.py under another interpreter, with this teacher's weights."""
+    """Runs imitation_worker.py with another interpreter and the weights of this teacher."""
 
     def __init__(self, python: str, teacher: ActorCriticPolicy) -> None:
         arrays: dict[str, Any] = {name: weight.numpy() for name, weight in teacher.state_dict().items()}
@@ -109,28 +108,28 @@ class Imitation:
                 [*command, "--teacher", str(Path(folder, "teacher.npz"))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
             )  # fmt: skip
-            self.about = self._answer()  # it has read the teacher
+            self.about = self._read()  # it has loaded the teacher
 
-    def __call__(self, seed: int, goal: float, method: str, settings: Figures | None) -> Figures:
+    def __call__(self, seed: int, goal: float, method: str, arguments: Figures | None) -> Figures:
         assert self.process.stdin is not None
-        order = {"seed": seed, "goal": goal, "method": method, "settings": settings}
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        return self._answer()
+        request = {"seed": seed, "goal": goal, "method": method, "arguments": arguments}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._read()
 
-    def _answer(self) -> Figures:
+    def _read(self) -> Figures:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise UserError("imitation_worker.py has stopped: see above")
-        answer: Figures = json.loads(line)
-        return answer
+        response: Figures = json.loads(line)
+        return response
 
     def close(self) -> None:
-        self.process.communicate()  # its stdin ends
+        self.process.communicate()  # closes its stdin
 
 
-def our_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy) -> Collect:
-    """The teacher's logits and values."""
+def kd_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy) -> Collect:
+    """Collects with this project, which stores the teacher's logits and values."""
     networks = PolicyNetwork(teacher).eval(), PolicyNetwork(student).eval()
     environments = Environments(id, count)
     recorder, act = Recorder(environments), sampling(networks[1], torch.Generator().manual_seed(0))
@@ -145,7 +144,7 @@ def our_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy
 
 
 def plain_collection(id: str, teacher: BasePolicy, student: BasePolicy, **env_kwargs: Any) -> Collect:
-    """The teacher's action."""
+    """Collects with `make_vec_env` and `predict`, which stores the teacher's action."""
     environments = make_vec_env(id, 8, seed=0, env_kwargs=env_kwargs)
 
     def collect(repetition: int, steps: int) -> float:
@@ -160,16 +159,18 @@ def plain_collection(id: str, teacher: BasePolicy, student: BasePolicy, **env_kw
     return collect
 
 
-def in_turns(ways: dict[str, Callable[..., Any]], repetitions: int, **keywords: Any) -> dict[str, list[Any]]:
-    measured: dict[str, list[Any]] = {name: [] for name in ways}
+def take_turns(
+    implementations: dict[str, Callable[..., Any]], repetitions: int, **kwargs: Any
+) -> dict[str, list[Any]]:
+    measured: dict[str, list[Any]] = {name: [] for name in implementations}
     for repetition in range(repetitions):
-        for name, way in ways.items():
-            measured[name].append(way(repetition, **keywords))
+        for name, implementation in implementations.items():
+            measured[name].append(implementation(repetition, **kwargs))
     return measured
 
 
 def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
-    """The ratio is to the first way."""
+    """Table rows with the ratio to the first implementation."""
     medians = {name: statistics.median(values) for name, values in figures.items()}
     first = next(iter(medians.values()))
     return [
@@ -179,57 +180,60 @@ def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="train", help="zip or folder of a PPO (default: trained here, once)")
-    parser.add_argument("--imitation_python", help="an interpreter that has imitation_requirements.txt")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--teacher", default="train", help="zip file or folder of a PPO; default: train one")
+    parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--goal", type=float, default=475.0)
-    parser.add_argument("--steps", type=int, default=20_000, help="of each collection")
-    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--steps", type=int, default=20_000, help="steps per collection")
+    parser.add_argument("--json", help="also write all figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     agent = load_or_train_teacher(args.teacher, TeacherTask(CARTPOLE), TeacherArguments(), None, False)
     teacher = agent.policy
     if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
-        raise UserError("the teacher must be a PPO that takes observations as they are")
+        raise UserError("the teacher must be a PPO without observation normalization: pass another --teacher")
     returns, _ = returns_of(greedy(PolicyNetwork(teacher).eval()), CARTPOLE, EPISODES, VALIDATION_SEED)
     versions = {name: version(name) for name in ("stable-baselines3", "gymnasium", "torch", "numpy")}
     figures: Figures = {"about": {"teacher": float(returns.mean()), "versions": versions}}
-    ours = Ours(teacher, 8)
-    distill: dict[str, Distill] = {"this project": ours, "this project, 64 environments": Ours(teacher, 64)}
+    project = ThisProject(teacher, 8)
+    distill: dict[str, Distill] = {"this project": project, "this project, 64 environments": ThisProject(teacher, 64)}
     peer = Imitation(args.imitation_python, teacher) if args.imitation_python else None
     if peer is not None:
         figures["about imitation"] = peer.about
-        own = {name: getattr(ours.args, name) for name in ("updates", "batch_size", "learning_rate")}
-        own["steps"] = ours.args.steps // ours.args.rounds
+        arguments = {name: getattr(project.args, name) for name in ("updates", "batch_size", "learning_rate")}
+        arguments["steps"] = project.args.steps // project.args.rounds
         for method in ("DAgger", "BC"):
-            for label, settings in (("its defaults", None), ("this project's settings", own)):
-                distill[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), settings=settings)
+            for label, used in (("its defaults", None), ("this project's arguments", arguments)):
+                distill[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), arguments=used)
     if min(about["teacher"] for about in figures.values()) < args.goal:
-        raise UserError(f"the teacher itself does not reach {args.goal:.0f}: {figures}")
-    in_turns(distill, 1, goal=float("-inf"))  # a warm-up of one round
-    distilled = in_turns(distill, args.repetitions, goal=args.goal)
+        raise UserError(f"the teacher does not reach --goal {args.goal:.0f}: {figures}")
+    take_turns(distill, 1, goal=float("-inf"))  # a warm-up of one round
+    distilled = take_turns(distill, args.repetitions, goal=args.goal)
     if peer is not None:
         peer.close()
 
-    cartpole = teacher, ours.student
-    lander = new_teacher(LANDER, RECIPES[LANDER], seed=0).policy, untrained_student(LANDER, 0)  # as slow as trained
+    cartpole = teacher, project.student
+    lander = (
+        new_teacher(LANDER, RECIPES[LANDER], seed=0).policy,
+        untrained_student(LANDER, 0),
+    )
     collect: dict[str, dict[str, Collect]] = {
         CARTPOLE: {
             "predict twice, make_vec_env, 8 environments": plain_collection(CARTPOLE, *cartpole),
-            "this project, 8 environments": our_collection(CARTPOLE, 8, *cartpole),
-            "this project, 64 environments": our_collection(CARTPOLE, 64, *cartpole),
+            "this project, 8 environments": kd_collection(CARTPOLE, 8, *cartpole),
+            "this project, 64 environments": kd_collection(CARTPOLE, 64, *cartpole),
         },
         LANDER: {
             "predict twice, make_vec_env, 8 environments": plain_collection(LANDER, *lander),
-            "the same with render_mode=None": plain_collection(LANDER, *lander, render_mode=None),
-            "this project, 8 environments": our_collection(LANDER, 8, *lander),
+            "predict twice, render_mode=None": plain_collection(LANDER, *lander, render_mode=None),
+            "this project, 8 environments": kd_collection(LANDER, 8, *lander),
         },
     }
-    for ways in collect.values():
-        in_turns(ways, 1, steps=args.steps // 10)
-    collected = {id: in_turns(ways, args.repetitions, steps=args.steps) for id, ways in collect.items()}
+    for implementations in collect.values():
+        take_turns(implementations, 1, steps=args.steps // 10)
+    collected = {id: take_turns(found, args.repetitions, steps=args.steps) for id, found in collect.items()}
 
     rows = rows_of(
         f"CPU-s to {args.goal:.0f}", {name: [run["seconds"] for run in runs] for name, runs in distilled.items()}
@@ -239,9 +243,11 @@ def main() -> None:
         row += [f"{reached} of {len(runs)}", number(statistics.median(run["observations"] for run in runs))]
     for id, rates in collected.items():
         rows += [[*row, "", ""] for row in rows_of(f"steps per CPU-s, {id}", rates)]
-    header = ["measured", "way", "median", "lowest", "highest", "ratio to first", "reached", "observations"]
+    header = ["measured", "implementation", "median", "lowest", "highest", "ratio to first", "reached", "observations"]
     below = "\n".join(f"{name}: {json.dumps(about)}" for name, about in figures.items())
-    print_rich(header, rows, "Policy distillation, one thread", below if peer is not None else f"{below}\n{HOW_TO}")
+    print_rich(
+        header, rows, "Policy distillation, one thread", below if peer is not None else f"{below}\n{INSTALL_IMITATION}"
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(figures | {"distilled": distilled, "collected": collected}, indent=1))
 

@@ -1,15 +1,14 @@
-"""Memory and time of a teacher's outputs for a million short texts: read, tokenize, cache, iterate over batches.
+"""Memory and time of caching teacher outputs for a million short texts: read, tokenize, cache, iterate over batches.
 
     python benchmarks/teacher_outputs.py
     python benchmarks/teacher_outputs.py --texts 20000 --features
 
-The teacher is a small BERT with random weights, so that the time is that of handling the texts. Peak memory is the
-anonymous memory of this process (RssAnon of /proc/self/status); memory-mapped files are not part of it.
+The teacher is a small BERT with random weights, so most of the time is spent on the texts. Peak memory is the
+anonymous memory of this process (RssAnon of /proc/self/status), without memory-mapped files.
 """
 
 import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
 
-import argparse
 import random
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from kd.common.reporting.tables import markdown
-from kd.common.cli import run
+from kd.common.cli import Parser, run
 from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_teacher_outputs
 from kd.nlp.data.loading import load_text_data
@@ -36,7 +35,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 class Stages:
-    """Seconds, rows per second and peak memory of each stage, as lines of a table."""
+    """Records seconds, rows per second and peak memory of each stage as rows of a table."""
 
     def __init__(self) -> None:
         self.lines, self.peak = list[list[str]](), 0.0
@@ -62,7 +61,7 @@ def anonymous_megabytes() -> float:
 
 
 def write_texts(path: Path, number: int) -> None:
-    """Texts of 3 to 15 words, one a line, with labels, as a CSV file."""
+    """Writes a CSV file of labelled texts of 3 to 15 words."""
     generator = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         file.write("text,label\n")
@@ -76,12 +75,12 @@ def iterate(texts: Texts, outputs: TeacherOutputs, batch_size: int) -> None:
     sampler = LengthGroupedSampler(column_array(texts.train, "length"), batch_size, seed=0)
     loader = DataLoader(texts.train, batch_size, sampler=sampler, collate_fn=texts.collate)  # type: ignore[arg-type]
     for batch in loader:
-        found = outputs.batch(batch["sample_id"], batch["input_ids"].shape[1])
-        assert found.logits is not None and len(found.logits) == len(batch["labels"])
+        batch_outputs = outputs.batch(batch["sample_id"], batch["input_ids"].shape[1])
+        assert batch_outputs.logits is not None and len(batch_outputs.logits) == len(batch["labels"])
 
 
 def measure(folder: Path, number: int, features: dict[str, str], batch_size: int) -> str:
-    """The table, with files in a folder."""
+    """Measures all stages with files in `folder`, and returns the table."""
     write_texts(folder / "train.csv", number)
     stages = Stages()
     with stages.stage("read", number):
@@ -109,9 +108,9 @@ def measure(folder: Path, number: int, features: dict[str, str], batch_size: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=1_000_000)
-    parser.add_argument("--features", action="store_true", help="also cache the hidden states of the layer")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--texts", type=int, default=1_000_000, help="number of texts")
+    parser.add_argument("--features", action="store_true", help="also cache the layer's hidden states")
     parser.add_argument("--batch_size", type=int, default=256)
     args = parser.parse_args()
     features = {"layer_0": "bert.encoder.layer.0"} if args.features else {}

@@ -1,19 +1,31 @@
-"""Exports a classifier to ONNX and int8, and measures size, speed and metrics of each file.
+"""Exports a text classifier to ONNX and int8, and measures the size, latency and metrics of each file on a dataset.
 
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos --formats onnx-int8 \\
         --teacher runs/NLP/clinc/stages/teacher_encoder --output_dir exported
 
-Writes model.onnx, model_int8.onnx and model_int8.safetensors (the int8 weights of torch), the tokenizer, the labels
-(config.json), the figures (export.json) and one table with the code that loads the files (export.md). The ONNX graph
-in fp32 must give the student's logits on every labelled validation and test text, or nothing is written; what int8
-costs is measured. All of it runs on the CPU.
+Writes model.onnx, model_int8.onnx and model_int8.safetensors (int8 weights for torch), the tokenizer, the labels
+(config.json), the results (export.json), and a table with the code that loads the files (export.md). The fp32 ONNX
+graph must reproduce the student's logits on all labelled validation and test texts; otherwise nothing is written. For
+int8 the loss in quality is measured. Everything runs on the CPU. `python -m kd.common.export` needs no dataset.
 """
-
-import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
 
 from pathlib import Path
 from typing import Any
+
+from kd.common.cli import Parser, run, show_help
+from kd.nlp.student_model.arguments import add_data_arguments
+
+FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
+PARSER = Parser(description=__doc__)
+PARSER.add_argument("student", help="Folder or name on the Hub of a classifier.")
+add_data_arguments(PARSER)
+PARSER.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES), help="Formats to export to.")
+PARSER.add_argument("--teacher", help="Folder or name on the Hub of a classifier to compare with.")
+PARSER.add_argument("--output_dir", help="Folder of the export (default: export, next to the student's folder).")
+PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
 
 import datasets
 import numpy as np
@@ -24,7 +36,6 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kd.common.cli import Parser, run
 from kd.common.export.exportable import (
     LOAD_ONNX,
     RECORD,
@@ -39,21 +50,12 @@ from kd.common.metrics.cost import interleaved_latency, megabytes
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
-from kd.common.utils.files import write_json, write_text
-from kd.common.utils.files import writing_folder
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.evaluation import (
-    add_data_arguments,
-    load_data_of,
-    median_text,
-    metrics_by_split,
-    predict_splits,
-)
+from kd.common.utils.files import write_json, write_text, writing_folder
+from kd.nlp.data.loading import TextData, Texts
+from kd.nlp.student_model.evaluation import load_data_of, median_text, metrics_by_split, predict_splits
 from kd.nlp.student_model.exportable import classifier_usage
 from kd.nlp.teacher_model.teacher import load_trained
 
-FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
           "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
 LOAD_INT8 = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -66,21 +68,14 @@ architecture = AutoModelForSequenceClassification.from_config(AutoConfig.from_pr
 model = load_int8(architecture, f"{{folder}}/{file}")
 logits = model(**tokenizer("move fifty dollars to my savings", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
-Models = dict[str, tuple[Any, Texts]]  # a model, and the data in the tokens of its tokenizer
+Models = dict[str, tuple[Any, Texts]]  # a model, and the data in its tokens
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("student", help="folder or Hub name of a classifier")
-    add_data_arguments(parser)
-    parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES))
-    parser.add_argument("--teacher", help="folder or Hub name of a classifier to compare with")
-    parser.add_argument("--output_dir", help="default: export, next to the student's folder")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
-    args = parser.parse_args()
+    args = PARSER.parse_args()
 
     folder = output_folder(args.student, args.output_dir, args.overwrite_output_dir)
-    PartialState(cpu=True)  # also where there is a GPU: int8 and latencies are those of a CPU
+    PartialState(cpu=True)  # also with a GPU: int8 inference and the latencies are for a CPU
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     data = load_data_of(args.student, args)
@@ -94,7 +89,7 @@ def main() -> None:
             for split, expected in logits["student"].items():
                 differences = max_abs_difference(expected, logits["onnx"][split])
                 check_equal(args.student, differences, f"texts of {split}", ties=share_of_ties(student))
-        if "onnx" in models and "onnx" not in args.formats:  # only the source of the int8 graph
+        if "onnx" in models and "onnx" not in args.formats:  # it was needed only for the int8 graph
             del models["onnx"]
             (partial / FILES["onnx"]).unlink()
         results = {
@@ -115,13 +110,13 @@ def main() -> None:
 
 
 def load_classifier(name: str, data: TextData) -> tuple[Any, Texts]:
-    """A classifier of the data's labels in fp32, and the data in its tokens."""
+    """Loads a classifier of the data's labels in fp32, and tokenizes the data for it."""
     classifier = load_trained(name, data)
     return classifier.model.eval(), Texts.of(data, classifier.tokenizer)
 
 
 def export(student: PreTrainedModel, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:
-    """Writes the files of `formats`, and that of `onnx` for `onnx-int8`; returns the models loaded from them."""
+    """Writes the files of `formats` (for `onnx-int8` also that of `onnx`) and returns the models loaded from them."""
     paths = {name: folder / file for name, file in FILES.items()}
     models: dict[str, Any] = {}
     if "torch-int8" in formats:
@@ -157,7 +152,7 @@ def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], folder: Pa
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     metric = results["primary_metric"]
     splits = list(results["models"]["student"]["metrics"])
-    header = ["model", "MB", "latency in ms, median", "90 %", "speed-up", *(f"{split} {metric}" for split in splits)]
+    header = ["model", "MB", "latency (ms)", "90th percentile", "speed-up", *(f"{split} {metric}" for split in splits)]
     rows = []
     for name, entry in results["models"].items():
         figures = [entry["megabytes"], entry["latency_ms"]["median"], entry["latency_ms"]["p90"], entry["speedup"]]

@@ -1,6 +1,6 @@
-"""Text students as `python -m kd.common.export` exports them: classifiers, language models, translators.
+"""Text students for `python -m kd.common.export`: classifiers, language models and translators.
 
-Their exports are compared with them on the embedded intents.
+Exports are compared with the students on the embedded intents.
 """
 
 import inspect
@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
 labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
 
-text = tokenizer.encode("move fifty dollars to my savings")  # of a pair: encode(first, second)
+text = tokenizer.encode("move fifty dollars to my savings")  # for text pairs: encode(first, second)
 columns = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}}
 inputs = {{name: np.array([columns[name]], dtype=np.int64) for name in {names}}}
 logits = model(inputs)
@@ -69,9 +69,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True))"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """The student in a folder, or of that name on the Hub; its task has no influence. Raises UserError
-    where there is none.
-    """
+    """Loads the student in a folder or on the Hub; `task` is not used. Raises UserError if there is none."""
     with reading(name, "a text model"):
         kind, describe = _kind(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, tokenizer = load_model(kind, name), load_tokenizer(AutoTokenizer, name)
@@ -79,7 +77,7 @@ def load(name: str, task: str | None) -> Exportable:
 
 
 def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTrainedTokenizerBase], Exportable]]:
-    """The class that loads a student, and the function that describes it."""
+    """Returns the class that loads a student, and the function that makes it exportable."""
     architecture = (config.architectures or [""])[0]
     if "Classif" in architecture:
         return AutoModelForSequenceClassification, _classifier
@@ -88,12 +86,12 @@ def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTr
     if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return AutoModelForCausalLM, _language_model
     raise UserError(
-        f"{name} holds a {architecture or config.model_type}: name a classifier, a translator or a language model"
+        f"{name} is a {architecture or config.model_type}: pass a classifier, a translator or a language model"
     )
 
 
 def classifier_usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The code that classifies a text, after `folder` and `model(inputs)` are defined."""
+    """Returns code that classifies a text with `folder` and `model(inputs)`."""
     one_number = model.config.num_labels == 1
     prediction = "logits[0, 0]" if one_number else "labels[str(logits.argmax())]"
     return CLASSIFY.format(names=json.dumps(_inputs_of(model, tokenizer)), prediction=prediction)
@@ -118,7 +116,7 @@ def _classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
 
 
 def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
-    """Logits do not depend on later positions, so no attention mask is needed."""
+    """Needs no attention mask, because logits do not depend on later positions."""
     ids = torch.tensor([id for text in _texts() for id in tokenizer(text)["input_ids"]])
 
     def blocks(rows: int, positions: int) -> dict[str, Tensor]:
@@ -138,7 +136,7 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def _translator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Exportable:
     start, texts = model.config.decoder_start_token_id, _texts()
 
-    def pairs(sources: list[str], targets: list[str]) -> dict[str, Tensor]:
+    def encode(sources: list[str], targets: list[str]) -> dict[str, Tensor]:
         source = tokenizer(sources, padding=True, truncation=True, return_tensors="pt")
         target = tokenizer(text_target=targets, padding=True, truncation=True, return_tensors="pt")["input_ids"]
         started = torch.cat([torch.full((len(target), 1), start), target[:, :-1]], dim=1)
@@ -149,8 +147,8 @@ def _translator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
     source_axes, target_axes = {0: "batch", 1: "source position"}, {0: "batch", 1: "target position"}
     return Exportable(
         model,
-        inputs=pairs(texts[10:12], texts[40:42]),
-        test_inputs=[pairs(texts[:1], texts[-1:]), pairs(texts[-1:], texts[:1]), pairs(texts, texts[::-1])],
+        inputs=encode(texts[10:12], texts[40:42]),
+        test_inputs=[encode(texts[:1], texts[-1:]), encode(texts[-1:], texts[:1]), encode(texts, texts[::-1])],
         axes={"input_ids": source_axes, "attention_mask": source_axes, "decoder_input_ids": target_axes},
         usage=TRANSLATE.format(sentence=texts[40], start=start),
         write_files=_files(model, tokenizer),
@@ -159,7 +157,7 @@ def _translator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
 
 @cache
 def _texts() -> list[str]:
-    """Texts of growing lengths."""
+    """Texts, sorted by length."""
     return sorted(load_intents()["validation"]["text"][:100], key=len)
 
 
@@ -169,7 +167,7 @@ def _inputs_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
-    """A function that writes tokenizer.json, with the tokenizer's truncation, and config.json with the labels."""
+    """Returns a function that writes tokenizer.json, which includes truncation, and config.json with the labels."""
 
     def write(folder: Path) -> None:
         tokenizer.save_pretrained(folder)

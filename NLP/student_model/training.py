@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -25,7 +24,7 @@ from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, Tex
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
-from kd.nlp.student_model.layers import cut_layers
+from kd.nlp.student_model.layers import cut_layers, switch_off_dropout
 from kd.nlp.student_model.methods import (
     PLAIN,
     attentions,
@@ -303,12 +302,6 @@ def align(
 def set_trainable(model: PreTrainedModel, freeze_embeddings: bool = True) -> None:
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(not freeze_embeddings)
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 # ---- classifiers with a bottleneck after a frozen encoder ----

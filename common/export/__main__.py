@@ -1,12 +1,12 @@
-"""Exports a student of any domain: one file that needs nothing of this project, and the code that loads it.
+"""Exports a student of any domain to one file that does not need this project, with the code that loads it.
 
     python -m kd.common.export runs/NLP/base --format onnx
     python -m kd.common.export runs/reinforcement-learning/distill_CartPole-v1 --format torch.export --output_dir cart
 
-The folder (default: `export` in the run's) holds model.onnx or model.pt2, what its use needs (tokenizer, labels), the
-code in README.md and the comparison with the student in export.json. The file is loaded again and must give the
-student's outputs, for inputs of other sizes than those that it was traced with, or nothing is written. All of it runs
-on the CPU.
+Writes model.onnx or model.pt2, the files for its use (tokenizer, labels), the code that loads it (README.md) and the
+comparison with the student (export.json), by default into the folder `export` of the run. The exported file is loaded
+again and must reproduce the student's outputs for inputs of other sizes than the traced example; otherwise nothing is
+written. Everything runs on the CPU.
 """
 
 import inspect
@@ -30,53 +30,61 @@ MODULE_TASK = re.compile(r"[^/:]+:.*", re.DOTALL)  # owner/name:config is a data
 
 def main() -> None:
     parser = Parser(prog="python -m kd.common.export", description=__doc__)
-    parser.add_argument("student", help="folder of a student or of its run, or a zip of Stable-Baselines3")
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx")
-    parser.add_argument("--domain", help="domain of the student, where its run has no results.json that names it")
-    parser.add_argument("--task", help="task of the student, likewise; of a policy, the environment")
-    parser.add_argument("--vecnormalize", metavar="FILE", help="of a policy: file of VecNormalize.save, or none")
-    parser.add_argument("--output_dir", help="default: export, in the folder of the run or next to the student")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "student", metavar="STUDENT", help="Folder of a student or of its run, or a zip file of Stable-Baselines3."
+    )
+    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="File format of the export.")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="Domain of the student. Default: from results.json of its run."
+    )
+    parser.add_argument(
+        "--task", metavar="NAME", help="Task of the student; for a policy, the environment. Default: as --domain."
+    )
+    parser.add_argument("--vecnormalize", metavar="FILE", help="Policies: file of VecNormalize.save, or none.")
+    parser.add_argument(
+        "--output_dir", metavar="FOLDER", help="Default: export, in the run folder or next to the student."
+    )
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
     args = parser.parse_args()
 
     path = Path(args.student, "student")
     name = str(path) if path.is_dir() else args.student
     folder = output_folder(name, args.output_dir, args.overwrite_output_dir)
-    origin = run_of(name)
-    results = read_json(origin / RESULTS) if origin else {}
+    run_folder = run_of(name)
+    results = read_json(run_folder / RESULTS) if run_folder else {}
     if not isinstance(results, dict):
-        raise UserError(f"{origin}/{RESULTS} is damaged: it holds no results")
+        raise UserError(f"{run_folder}/{RESULTS} is damaged: it holds no results")
     load = loader(name, args.domain or results.get("domain"))
-    task = args.task or task_without_module(results.get("task"), origin)
+    task = args.task or task_of(results.get("task"), run_folder)
     transformers_logging.disable_progress_bar()
     statistics = {"vecnormalize": args.vecnormalize} if args.vecnormalize else {}
     if statistics and "vecnormalize" not in inspect.signature(load).parameters:
-        raise UserError(f"--vecnormalize is for policies, and {name} is none: leave it out")
+        raise UserError(f"--vecnormalize is for policies, and {name} is not a policy: leave it out")
     export_student(name, load(name, task, **statistics), args.format, folder)
 
 
-def task_without_module(task: Any, origin: Path | None) -> str | None:
-    """The task of a run. Raises UserError for one of Gymnasium's `module:id`, whose module would be imported: code
-    runs only where the command line names it.
+def task_of(task: Any, run_folder: Path | None) -> str | None:
+    """The task of a run. Raises UserError for Gymnasium's `module:id`, which imports the module: code runs only if the
+    command line names it.
     """
     if not isinstance(task, str):
         return None
     if MODULE_TASK.fullmatch(task):
         raise UserError(
-            f"{origin} is about {task}, whose module would be imported: pass --task {task} where you trust that module"
+            f"the task of {run_folder} is {task}, which imports a module: pass --task {task} if you trust that module"
         )
     return task
 
 
 def loader(student: str, domain: str | None) -> Callable[..., Exportable]:
-    """The function of a domain that loads its students. Raises UserError where there is none."""
+    """The function of a domain that loads its students. Raises UserError if there is none."""
     folders = [path.parts[-3] for path in Path(__file__).parents[2].glob("*/student_model/exportable.py")]
     known = f"--domain, one of {', '.join(sorted(folders))}"
     if not isinstance(domain, str):
-        raise UserError(f"no {RESULTS} of {student} names its domain: pass {known}")
+        raise UserError(f"the domain of {student} is in no {RESULTS}: pass {known}")
     package = import_name(domain)
     if package not in map(import_name, folders):
-        raise UserError(f"there is no domain {domain} with students to export: pass {known}")
+        raise UserError(f"there is no domain {domain} with exportable students: pass {known}")
     return import_module(f"kd.{package}.student_model.exportable").load
 
 

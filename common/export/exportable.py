@@ -1,7 +1,6 @@
-"""Exports a student to one file that needs nothing of this project, and compares it with the student.
+"""Exports a student to one file that does not need this project, and compares it with the student.
 
-Each domain describes its students by one function, `load(name, task) -> Exportable`, in its
-`student_model/exportable.py`.
+Each domain has a function `load(name, task) -> Exportable` in its `student_model/exportable.py`.
 """
 
 import shlex
@@ -23,27 +22,27 @@ from kd.common.utils.devices import command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_json, write_text, writing_folder
 
-RECORD = "export.json"  # every export has it, and nothing else
-TOLERANCE = 1e-3  # of a logit, so a prediction may only change where the two largest are closer than twice that
-TIES = 1e-3  # share of rows beyond it with a bottleneck: where two keys are equally near, rounding decides
+RECORD = "export.json"  # marks a folder as an export
+TOLERANCE = 1e-3  # of a logit: a prediction changes only if the two largest logits differ by less than twice that
+TIES = 1e-3  # share of rows that may differ with a bottleneck: if two keys are equally near, rounding decides
 
 
 @dataclass
 class Exportable:
     """A student, example inputs, and code that uses it.
 
-    model: in eval mode on the CPU; `model(**inputs)` returns a tensor (batch, ...), or logits.
-    inputs: the example that is traced, by name, each (batch, ...), with 2 or more along `axes`.
-    test_inputs: what the export is compared on: inputs of other sizes than the example along all of `axes`.
-    axes: those whose size may change, as of `kd.common.export.onnx.to_onnx`.
-    usage: Python that continues after `folder` and `model(inputs)`, from arrays by name to one array, are defined;
-        needs nothing of this project.
+    model: in eval mode on the CPU; `model(**inputs)` returns a tensor (batch, ...) or an output with logits.
+    inputs: the traced example, {name: (batch, ...)}, of size 2 or more along `axes`.
+    test_inputs: inputs for the comparison, with other sizes than the example along all `axes`.
+    axes: the axes of variable size, as in `kd.common.export.onnx.to_onnx`.
+    usage: Python code that uses `folder` and `model(inputs)`, a function from {name: array} to an array. It must not
+        need this project.
     output: name of the output.
     write_files: writes the files that `usage` reads into a folder.
-    reference: what the export is compared with; the model itself, unless the student comes from another library.
+    reference: computes the expected outputs. Default: the model. Differs for students of another library.
     tolerance: largest absolute difference of an output.
 
-    Raises ValueError where `test_inputs` have no other size along some axis.
+    Raises ValueError if all `test_inputs` have the example's size along an axis.
     """
 
     model: nn.Module
@@ -60,11 +59,11 @@ class Exportable:
         for name, axes in axes_by_input(self.inputs, self.axes).items():
             for axis, meaning in axes.items():
                 if {other[name].shape[axis] for other in self.test_inputs} <= {self.inputs[name].shape[axis]}:
-                    raise ValueError(f"no other size of {name}'s {meaning} is tried")
+                    raise ValueError(f"no test input has another size of {name}'s {meaning}")
 
     @torch.no_grad()
     def predict(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The output of the student itself."""
+        """The output of the student."""
         return get_logits((self.reference or self.model)(**inputs))
 
 
@@ -95,7 +94,7 @@ def _load_program(path: Path) -> Callable[..., Tensor]:
 
 
 class Format(NamedTuple):
-    """How a student is written and loaded again, here and by the reader of README.md."""
+    """How a student is written, and how it is loaded here and with the code in README.md."""
 
     file: str
     write: Callable[[Exportable, Path], None]
@@ -117,7 +116,7 @@ FORMATS = {
         lambda student, path: to_program(student.model, student.inputs, path, student.axes),
         _load_program,
         LOAD_PROGRAM,
-        "torch {torch} wrote it, and other versions may not read it",
+        "It was written by torch {torch}; other versions may not read it",
     ),
 }
 
@@ -126,15 +125,15 @@ FORMATS = {
 
 
 def export_student(name: str, student: Exportable, format: str, folder: Path) -> None:
-    """Writes `student`, called `name`, into a folder, and prints the comparison with it.
+    """Exports `student` into a folder and prints the comparison with it. `name` stands in messages and README.md.
 
-    Raises UserError where it cannot be exported, or its export computes something else.
+    Raises UserError if it cannot be exported, or if the outputs of the export differ.
     """
     kind = FORMATS[format]
     with writing_folder(folder) as partial:
         try:
             kind.write(student, partial / kind.file)
-        except Exception as error:  # whatever the exporters raise about a model that they cannot trace
+        except Exception as error:  # the exporters raise many types for a model that they cannot trace
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{name} cannot be exported as {format} ({type(error).__name__}: {reason})") from error
         found = compare(name, student, kind.load(partial / kind.file))
@@ -153,23 +152,27 @@ def export_student(name: str, student: Exportable, format: str, folder: Path) ->
 
 
 def run_of(student: str) -> Path | None:
-    """The folder of the run that a student, or a zip in its folder, belongs to."""
+    """The folder of the run that a student, or a zip file in its folder, belongs to."""
     path = Path(student).resolve()
     return next((folder for folder in (path, *path.parents[:2]) if (folder / RESULTS).is_file()), None)
 
 
 def output_folder(student: str, output_dir: str | None, overwrite: bool) -> Path:
-    """The folder of an export: `output_dir`, or `export` in that of the run or next to the student. Raises UserError
-    where it would replace something else.
+    """Returns the folder of an export: `output_dir`, or `export` in the run folder or next to the student. Raises
+    UserError if it exists, unless it is an export and `overwrite`.
     """
     path = Path(student).resolve()
     if not output_dir and not path.exists():
-        raise UserError(f"{student} is no folder or file: name a student's, or pass --output_dir for one of the Hub")
+        raise UserError(
+            f"{student} is no folder or file: pass that of a student, or --output_dir for a student on the Hub"
+        )
     folder = Path(output_dir or (run_of(student) or path.parent) / "export")
     if folder.exists() and not (folder / RECORD).exists():
-        raise UserError(f"{folder} holds something else than an export: choose another --output_dir")
+        raise UserError(f"{folder} is not an export: choose another --output_dir")
     if folder.exists() and not overwrite:
-        raise UserError(f"{folder} holds an export: replace it with --overwrite_output_dir, or choose --output_dir")
+        raise UserError(
+            f"{folder} is an earlier export: pass --overwrite_output_dir to replace it, or another --output_dir"
+        )
     return folder
 
 
@@ -178,16 +181,16 @@ def output_folder(student: str, output_dir: str | None, overwrite: bool) -> Path
 
 @dataclass(frozen=True)
 class Check:
-    """One of `test_inputs`: sizes of inputs and output, and the largest absolute difference of the export's output."""
+    """A comparison on one of `test_inputs`: shapes, and the largest absolute difference of the outputs."""
 
     inputs: dict[str, list[int]]
-    answer: list[int]
+    output: list[int]
     difference: float
 
 
 @torch.no_grad()
 def compare(name: str, student: Exportable, exported: Callable[..., Tensor]) -> list[Check]:
-    """Compares an export with its student. Raises UserError unless the outputs are equal within the tolerance."""
+    """Compares an export with its student. Raises UserError if outputs differ by more than the tolerance."""
     found, differences = [], []
     for inputs in student.test_inputs:
         expected = student.predict(inputs)
@@ -199,12 +202,12 @@ def compare(name: str, student: Exportable, exported: Callable[..., Tensor]) -> 
 
 
 def share_of_ties(model: nn.Module) -> float:
-    """Share of the rows, rounded up, that may differ by more than the tolerance: TIES with a bottleneck, else 0."""
+    """The share of rows (rounded up) that may differ by more than the tolerance: TIES with a bottleneck, else 0."""
     return TIES if any(isinstance(part, DiscreteKeyValueBottleneck) for part in model.modules()) else 0.0
 
 
 def max_abs_difference(outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The largest absolute difference in each row (rows,) of two outputs (rows, ...); infinite for unequal shapes."""
+    """Returns the largest absolute difference (rows,) in each row of two outputs (rows, ...); inf if shapes differ."""
     if outputs.shape != others.shape:
         return np.full(len(outputs), np.inf)
     return np.abs(outputs.astype(np.float64) - others).reshape(len(outputs), -1).max(axis=1)
@@ -213,25 +216,25 @@ def max_abs_difference(outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
 def check_equal(
     name: str, differences: np.ndarray, rows: str, tolerance: float = TOLERANCE, ties: float = 0.0
 ) -> None:
-    """Raises UserError unless the `differences` (rows,) are within the tolerance, but for a share of `ties`."""
-    wrong = ~(differences <= tolerance)  # NaN is wrong too
+    """Raises UserError if more than a share `ties` of the `differences` (rows,) exceeds the tolerance."""
+    wrong = ~(differences <= tolerance)  # also NaN
     if wrong.sum() > np.ceil(ties * len(wrong)):
         raise UserError(
-            f"the export of {name} computes something else than the model: on {wrong.sum()} of {len(wrong)} {rows} it "
-            f"differs by more than {tolerance:g}, at most by {differences.max():.3g}; nothing is written"
+            f"the export of {name} does not reproduce the model: on {wrong.sum()} of {len(wrong)} {rows} the outputs "
+            f"differ by more than {tolerance:g}, at most by {differences.max():.3g}; nothing was written"
         )
 
 
 def _check_table(found: list[Check], output: str) -> tuple[list[str], list[list[str]]]:
     rows = []
     for check in found:
-        cells = [_sizes(size) for size in (*check.inputs.values(), check.answer)]
+        cells = [_sizes(size) for size in (*check.inputs.values(), check.output)]
         rows.append([*cells, f"{check.difference:.1e}"])
     return [*found[0].inputs, output, "largest difference"], rows
 
 
 def _sizes(axes: list[Any]) -> str:
-    """(2, 7) as `2 x 7`; an axis may have a name instead."""
+    """(2, 7) as `2 x 7`; an axis of variable size is shown by its name."""
     return " x ".join(map(str, axes))
 
 
@@ -246,20 +249,20 @@ def _readme(record: dict[str, Any], student: Exportable, found: list[Check], fol
         for name, value in student.inputs.items()
     ]
     share = share_of_ties(student.model)
-    ties = f", but for {share:.1%} of the rows, where two keys are equally near" if share else ""
+    ties = f", except for up to {share:.1%} of the rows, where two keys are equally near" if share else ""
     sections = [
         f"# {record['student']}, exported",
-        f"`{kind.file}` takes, in this order,",
+        f"Inputs of `{kind.file}`, in this order:",
         markdown(["input", "type", "size"], inputs),
-        f"and returns `{student.output}`. It was loaded and compared with the student on inputs of these sizes; "
+        f"It returns `{student.output}`. It was loaded and compared with the student on inputs of these shapes; "
         f"the tolerance is {student.tolerance:g}{ties}.",
         markdown(*_check_table(found, student.output)),
         "## Load it",
         f"```python\n{kind.code.format(folder=folder, file=kind.file)}\n```",
-        f"This needs no code of the project that made it. {kind.note.format(**record['environment'])}.",
+        f"This does not need the project that exported it. {kind.note.format(**record['environment'])}.",
         "## Use it",
         f"```python\n{student.usage.strip()}\n```",
-        "## How it was made",
+        "## How it was exported",
         f"```\n{shlex.join(record['command'])}\n```",
     ]
     return "\n\n".join(sections) + "\n"

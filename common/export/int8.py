@@ -1,8 +1,8 @@
-"""int8 weights in torch, for inference on a CPU.
+"""Dynamic int8 quantization in torch, for inference on a CPU.
 
-Dynamic quantisation keeps weights in int8 and scales activations at run time, so it needs no calibration data. It is
-implemented here, on `torch._int_mm`: torch.ao.quantization is deprecated, its weights are no safetensors, and its
-successor torchao does the same arithmetic through tensor subclasses, which without a compiler are slower than fp32.
+Weights are int8 and activations are scaled at run time, so no calibration data is needed. The implementation uses
+`torch._int_mm` because torch.ao.quantization is deprecated and cannot be saved as safetensors, and its successor
+torchao is slower than fp32 without a compiler.
 """
 
 import copy
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, one scale per output, and int8 activations, one scale per row; sums in int32.
+    """A linear layer with int8 weights (one scale per output), int8 activations (one scale per row) and int32 sums.
 
-    Symmetric, with scales max|x| / 127 (Q8BERT, arXiv:1910.06188). For inference on a CPU.
+    Quantization is symmetric with scales max|x| / 127 (Q8BERT, arXiv:1910.06188).
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -56,7 +56,7 @@ class Int8Embedding(nn.Module):
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (rows, width) as int8 and their scales (rows, 1)."""
+    """Quantizes rows (rows, width); returns int8 values and scales (rows, 1)."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
     return (x / scale).round().to(torch.int8), scale
 
@@ -65,9 +65,9 @@ INT8: dict[type[nn.Module], Any] = {nn.Linear: Int8Linear, nn.Embedding: Int8Emb
 
 
 def quantize_dynamic(model: nn.Module) -> Any:
-    """A copy of `model`, for inference on a CPU, with all its linear layers and embeddings in int8.
+    """Returns a copy of `model` in eval mode with int8 linear layers and embeddings, stored as plain tensors.
 
-    Subclasses of the two are kept: their users may read their weights. Its `state_dict` holds plain tensors.
+    Subclasses of nn.Linear and nn.Embedding stay fp32, because other modules may read their weights.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
@@ -78,8 +78,8 @@ def quantize_dynamic(model: nn.Module) -> Any:
 
 
 def load_int8(model: nn.Module, path: str | Path) -> Any:
-    """A quantised model that `safetensors.torch.save_model` wrote, in the architecture of `model`, whose own weights
-    are not used.
+    """Loads a quantized model from a file of `safetensors.torch.save_model`. `model` defines the architecture; its
+    weights are not used.
     """
     quantized = quantize_dynamic(model)
     load_model(quantized, path)

@@ -1,8 +1,7 @@
-"""Models as ONNX graphs and as programs of torch.export.
+"""Models as ONNX graphs and as torch.export programs.
 
-Both formats come from torch.export, ONNX by `dynamo=True`, the maintained exporter: the older one traces one example,
-and writes its sizes into the graph of a bottleneck. int8 weights of a graph are those of ONNX Runtime's dynamic
-quantisation.
+Both use torch.export (for ONNX: `dynamo=True`). The older ONNX exporter traces one example, whose sizes become
+constants in the graph of a bottleneck. int8 graphs come from ONNX Runtime's dynamic quantization.
 """
 
 import logging
@@ -20,17 +19,17 @@ from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
 
-# Convolutions stay fp32: on a CPU they gain from static quantisation only, which needs calibration data.
+# Convolutions stay fp32: on a CPU only static quantization makes them faster, and it needs calibration data.
 QUANTIZED = ("MatMul", "Gemm", "Gather")
 
-Axes = dict[int, str]  # {0: "batch", 1: "position"}: the axes whose size may change
+Axes = dict[int, str]  # axes of variable size and their names: {0: "batch", 1: "position"}
 
 
 # ---------------------------------------------------------------- a graph, in either format
 
 
 class _Graph(nn.Module):
-    """A model as a graph sees it: inputs by position, one tensor out."""
+    """Calls a model with positional inputs and returns one tensor."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -41,18 +40,18 @@ class _Graph(nn.Module):
 
 
 def get_logits(outputs: Any) -> Tensor:
-    """The tensor that a model returns, or the logits of its outputs."""
+    """Returns the logits of a model's outputs; a tensor is returned as it is."""
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 def to_onnx(
     model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes], output: str = "logits"
 ) -> None:
-    """Writes `model`, in eval mode, as an ONNX graph in one file (2 GB at most): inputs by name -> `output`, as of
-    `get_logits`.
+    """Writes `model`, in eval mode, as an ONNX graph in one file (at most 2 GB). It maps named inputs to `output`, the
+    tensor of `get_logits`.
 
-    `inputs` are an example on the model's device; `axes` names those of their axes whose size may change, for all
-    inputs or by input. Raises ValueError where the example has size 1 there, because that would become a constant.
+    `inputs` are an example on the model's device. `axes` are the axes of variable size, for all inputs or by input.
+    Raises ValueError if the example has size 1 along one, because that would become a constant.
     """
     shapes = tuple(axes_by_input(inputs, axes).values())
     with _quiet(), torch.no_grad():
@@ -70,8 +69,8 @@ def to_onnx(
 
 
 def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, axes: Axes | dict[str, Axes]) -> None:
-    """Writes `model`, in eval mode, as a program of torch.export: inputs by position, in the order of `inputs`.
-    Arguments as of `to_onnx`.
+    """Writes `model`, in eval mode, as a torch.export program with positional inputs in the order of `inputs`. See
+    `to_onnx` for the arguments.
     """
     dynamic = torch.export.Dim.DYNAMIC
     shapes = tuple(dict.fromkeys(by_input, dynamic) for by_input in axes_by_input(inputs, axes).values())
@@ -82,13 +81,15 @@ def to_program(model: nn.Module, inputs: dict[str, Tensor], path: str | Path, ax
 
 
 def load_program(path: str | Path) -> nn.Module:
-    """A program that `to_program` wrote; it takes its inputs by position."""
+    """Loads a program that `to_program` wrote; it takes positional inputs."""
     with _quiet():
         return torch.export.load(path).module()
 
 
 def axes_by_input(inputs: dict[str, Tensor], axes: Axes | dict[str, Axes]) -> dict[str, Axes]:
-    """`axes`, for all inputs or by input, by input. Raises ValueError as `to_onnx` does."""
+    """Returns the variable axes of each input. `axes` are the same for all inputs, or by input. Raises ValueError as
+    `to_onnx`.
+    """
     by_input: Any = axes if axes.keys() == inputs.keys() else dict.fromkeys(inputs, axes)
     fixed = [name for name, value in inputs.items() if any(value.shape[axis] < 2 for axis in by_input[name])]
     if fixed:
@@ -97,13 +98,13 @@ def axes_by_input(inputs: dict[str, Tensor], axes: Axes | dict[str, Axes]) -> di
 
 
 def quantize_onnx(path: str | Path, path_int8: str | Path) -> None:
-    """Writes the ONNX graph `path` with int8 weights of matrix products and lookups.
+    """Quantizes the weights of matrix products and embeddings of the ONNX graph `path` to int8.
 
-    One scale per output, and 7 of 8 bits (`reduce_range`), without which sums saturate on CPUs that have no VNNI.
-    Products with a stack of matrices, such as the keys of a bottleneck, stay fp32: there is no int8 kernel for them.
+    Uses one scale per output and 7 of 8 bits (`reduce_range`); otherwise sums saturate on CPUs without VNNI. Products
+    with a stack of matrices, such as the keys of a bottleneck, stay fp32: they have no int8 kernel.
     """
     model = onnx.load(path)
-    model.graph.ClearField("value_info")  # shapes of weights that quantisation transposes; it infers them itself
+    model.graph.ClearField("value_info")  # shapes that change with the transposed weights; they are inferred again
     stacks = {weight.name for weight in model.graph.initializer if len(weight.dims) > 2}
     with _quiet():
         quantization.quantize_dynamic(
@@ -117,7 +118,7 @@ def quantize_onnx(path: str | Path, path_int8: str | Path) -> None:
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file with the call of the model that was exported, on the CPU with torch's number of threads."""
+    """Runs an ONNX file like the exported model, on the CPU with torch's number of threads."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class OnnxModel(nn.Module):
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def predict(self, **inputs: Tensor) -> Tensor:
-        """The graph's output, whatever its name."""
+        """Returns the output of the graph."""
         (output,) = self.session.run(None, {name: value.cpu().numpy() for name, value in inputs.items()})
         return torch.from_numpy(output)
 

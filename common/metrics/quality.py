@@ -260,16 +260,23 @@ def chance_warning(
     )
 
 
+def constant_score(labels: np.ndarray, classes: int, metric: str) -> float:
+    """The best `classification_metrics` score of a constant prediction on class ids (samples,); negative ones are
+    ignored.
+    """
+    labels = labels[labels >= 0]
+    frequent = int(np.bincount(labels, minlength=classes).argmax())
+    constants = {frequent, 1} if classes == 2 else {frequent}
+    return max(classification_metrics(np.eye(classes)[[c] * len(labels)], labels)[metric] for c in constants)
+
+
 def classifier_warning(
     name: str, metric: str, value: float, labels: np.ndarray, classes: int, split: str = "validation"
 ) -> str | None:
     """Compares accuracy, matthews or the f1 of two classes with the best constant prediction. `labels` (samples,) are
     class ids; negative ones are ignored.
     """
-    labels = labels[labels >= 0]
-    frequent = int(np.bincount(labels, minlength=classes).argmax())
-    constants = {frequent, 1} if classes == 2 else {frequent}
-    chance = max(classification_metrics(np.eye(classes)[[c] * len(labels)], labels)[metric] for c in constants)
+    chance, labels = constant_score(labels, classes, metric), labels[labels >= 0]
     error = math.sqrt(chance * (1 - chance) / len(labels)) if chance > 0 else 1 / math.sqrt(len(labels))
     return chance_warning(name, f"{split} {metric}", value, chance, "the best constant prediction", error)
 
@@ -289,12 +296,17 @@ def regressor_warning(
     )
 
 
+def unigram_perplexity(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> float:
+    """The perplexity of `tokens` under the token frequencies in `train` (add-one smoothed)."""
+    counts = np.bincount(train, minlength=vocabulary) + 1
+    return math.exp(-np.log(counts / counts.sum())[tokens].mean())
+
+
 def language_warning(
     name: str, perplexity: float, train: np.ndarray, tokens: np.ndarray, vocabulary: int
 ) -> str | None:
-    """Compares the perplexity of next tokens with that of the token frequencies in `train` (add-one smoothed)."""
-    counts = np.bincount(train, minlength=vocabulary) + 1
-    chance = math.exp(-np.log(counts / counts.sum())[tokens].mean())
+    """Compares the perplexity of next tokens with `unigram_perplexity`."""
+    chance = unigram_perplexity(train, tokens, vocabulary)
     return chance_warning(
         name, "validation perplexity", perplexity, chance, "the token frequencies", lower_is_better=True
     )

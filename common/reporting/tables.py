@@ -1,15 +1,53 @@
-"""Formatting of figures, and tables in Markdown and in the terminal."""
+"""Numbers and names as text, and tables in Markdown and in the terminal."""
 
 import statistics
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+WIDTH, TEXT_WIDTH = 100, 12  # of a table in the terminal; the narrowest column for longer texts
+WORDS = {
+    "accuracy_in_scope": "accuracy in scope",
+    "agreement": "agreement with the teacher",
+    "bleu": "BLEU",
+    "bleu_beam": "BLEU, beam search",
+    "chrf": "chrF",
+    "chrf_beam": "chrF, beam search",
+    "cpu_seconds": "CPU seconds",
+    "f1": "F1",
+    "f1_macro": "macro F1",
+    "flops_of_parts": "FLOPs of parts",
+    "git_commit": "git commit",
+    "kl": "KL divergence from the teacher",
+    "matthews": "Matthews correlation",
+    "mse": "mean squared error",
+    "oos_recall": "out-of-scope recall",
+    "oos_threshold": "out-of-scope threshold",
+    "accuracy_threshold": "accuracy with threshold",
+    "accuracy_in_scope_threshold": "accuracy in scope with threshold",
+    "oos_recall_threshold": "out-of-scope recall with threshold",
+    "pearson": "Pearson correlation",
+    "return_ci95": "95% interval of the mean return",
+    "return_iqm": "interquartile mean return",
+    "return_mean": "mean return",
+    "return_mean_sampled": "mean return of sampled actions",
+    "return_of_random_actions": "mean return of random actions",
+    "return_std": "standard deviation of the return",
+    "spearman": "Spearman correlation",
+    "top5_accuracy": "top-5 accuracy",
+}
+
+
+def words(name: str) -> str:
+    """The words for an identifier of results.json: "f1_macro" is "macro F1"."""
+    return WORDS.get(name, name.replace("_", " "))
+
 
 def number(value: Any) -> str:
-    """A figure in four significant digits, a list of them, or a dash for None."""
+    """A number with four significant digits, a list of them, or a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, list):
@@ -20,20 +58,26 @@ def number(value: Any) -> str:
 
 
 def decimals(value: float) -> int:
-    """Four significant digits, or all before the point: 0.8100, 4.938, 1,234,567."""
+    """Decimals for four significant digits, or for all digits before the point: 0.8100, 4.938, 1,234,567."""
     return 4 if abs(value) < 1 else max(0, 4 - len(str(int(abs(value)))))
 
 
+def percent(share: float) -> str:
+    """A share with two or more significant digits: 77%, 1.1%, 0.61%."""
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
 def mean_and_deviation(values: list[float], seeds: int | None = None) -> str:
-    """mean ± sample standard deviation (n - 1), with the number of values where it is not that of the seeds."""
+    """mean ± sample standard deviation (n - 1), and the number of values if it differs from `seeds`."""
     if not values:
         return "–"
     mean = statistics.fmean(values)
-    deviation = f"{statistics.stdev(values):,.{decimals(mean)}f}" if len(values) > 1 else "–"
-    return f"{number(mean)} ± {deviation}" + (f" (n={len(values)})" if seeds not in (None, len(values)) else "")
+    deviation = f" ± {statistics.stdev(values):,.{decimals(mean)}f}" if len(values) > 1 else ""
+    return f"{number(mean)}{deviation}" + (f" (n={len(values)})" if seeds not in (None, len(values)) else "")
 
 
 def si(value: float | None) -> str:
+    """A number with an SI prefix: 2.47 M."""
     if value is None:
         return "–"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -44,7 +88,7 @@ def si(value: float | None) -> str:
 
 def _numeric_columns(header: list[str], rows: list[list[str]]) -> list[bool]:
     """The columns that are aligned to the right."""
-    return [all(row[column][:1] in set("0123456789+-–") for row in rows) for column in range(len(header))]
+    return [all(row[column][:1] in set("0123456789+-–[") for row in rows) for column in range(len(header))]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -55,14 +99,32 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def print_rich(header: list[str], rows: list[list[str]], title: str, below: str = "") -> None:
+    """Prints a table that is WIDTH columns wide at most, unless its numbers need more: numbers are never broken."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=1000)  # no line breaks in a log file
-    table = Table(title=title)
-    for name, numeric in zip(header, _numeric_columns(header, rows), strict=True):
-        table.add_column(name, justify="right" if numeric else "left")
+    limit = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    numeric = _numeric_columns(header, rows)
+    widths = _column_widths(header, rows, numeric, limit)
+    console.width = max(limit, sum(widths) + 2 * len(widths))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for name, width, right in zip(header, widths, numeric, strict=True):
+        table.add_column(name, justify="right" if right else "left", width=width, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     if below:
-        console.print(below, highlight=False, markup=False)
+        console.print(f"\n{below}", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def _column_widths(header: list[str], rows: list[list[str]], numeric: list[bool], limit: int) -> list[int]:
+    """Columns of numbers are as wide as their cells, and their headers wrap. Columns of text shrink to the limit."""
+    cells = [max((len(row[column]) for row in rows), default=0) for column in range(len(header))]
+    words = [max(map(len, name.split()), default=0) for name in header]
+    widths = [max(cell, word) for cell, word in zip(cells, words, strict=True)]
+    texts = [column for column, right in enumerate(numeric) if not right]
+    while texts and sum(widths) + 2 * (len(widths) - 1) > limit:
+        widest = max(texts, key=lambda column: widths[column])
+        if widths[widest] <= max(TEXT_WIDTH, words[widest]):
+            break
+        widths[widest] -= 1
+    return widths

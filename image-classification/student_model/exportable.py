@@ -1,4 +1,4 @@
-"""Image students as `python -m kd.common.export` exports them: whatever answers to `pixel_values` with logits."""
+"""Image students for `python -m kd.common.export`: `pixel_values` in, logits out."""
 
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ inputs = {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}
 logits = model(inputs)
 print(labels[str(logits.argmax())])"""
 RESIZE = """picture = picture.resize(({size}, {size}), Image.Resampling.BILINEAR)"""
-CUT_OUT = """size = [{shorter} * side // min(picture.size) for side in picture.size]
+CROP = """size = [{shorter} * side // min(picture.size) for side in picture.size]
 left, top = (round((side - {size}) / 2) for side in size)
 picture = picture.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + {size}, top + {size}))"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """The student in a folder; its task has no influence. Raises UserError where there is none."""
+    """Loads the student in a folder; `task` is not used. Raises UserError if there is none."""
     with reading(name, "an image classifier and its image processor"):
         model = load_model(AutoModelForImageClassification, name).eval()
         processor = AutoImageProcessor.from_pretrained(name)
@@ -53,6 +53,6 @@ def load(name: str, task: str | None) -> Exportable:
 
 
 def _fit(processor: Any, size: int) -> str:
-    """The lines that bring a picture to the size of the images that the student was trained on."""
+    """Returns the code that resizes a picture to the size of the student's images."""
     shorter = processor.size.get("shortest_edge")
-    return RESIZE.format(size=size) if shorter is None else CUT_OUT.format(size=size, shorter=shorter)
+    return RESIZE.format(size=size) if shorter is None else CROP.format(size=size, shorter=shorter)

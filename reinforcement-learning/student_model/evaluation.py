@@ -1,6 +1,7 @@
 """Evaluation of policies: returns, agreement with the teacher and cost; the report of a run."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from kd.common import losses
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.model_card import model_card
-from kd.common.reporting.results import print_table, write_report
+from kd.common.reporting.report import model_card, print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.files import write_text, writing_folder
-from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
+from kd.reinforcement_learning.data.environments import fingerprint, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
-from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, curve_name
+from kd.reinforcement_learning.teacher_model.recipes import folder_name
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
 
 STATES = 20_000  # at most, for the agreement of student and teacher
 USAGE = """{register}import gymnasium
@@ -32,42 +33,34 @@ observations, _ = environments.reset(seed=0)
 actions, _ = model.predict(observations, deterministic=True)"""
 
 
-def evaluate(agent: Agent, environment: str, episodes: int, teacher: nn.Module | None = None) -> dict[str, Any]:
-    """An agent's entry in results.json: greedy returns, the mean return of sampled actions, the cost of an action and,
-    with a teacher, the agreement with it in the states that the agent visits.
-    """
-    entry = evaluate_network(agent.network(), agent.policy.action_space, environment, episodes, teacher)
-    return {"name": agent.name, "observation_statistics": agent.source} | entry
-
-
-def evaluate_teacher(teacher: Teacher, episodes: int) -> dict[str, Any]:
-    """`evaluate` for a teacher, or for the average of several; its cost is that of all of them."""
-    if not teacher.more_agents:
-        return evaluate(teacher.agent, teacher.environment, episodes)
-    entry = evaluate_network(teacher.network, teacher.agent.policy.action_space, teacher.environment, episodes)
-    return {
-        "name": " + ".join(agent.name for agent in teacher.agents),
-        "observation_statistics": " + ".join(agent.source for agent in teacher.agents),
-    } | entry
-
-
-def evaluate_network(
-    network: PolicyNetwork | EnsembleTeacher,
-    action_space: spaces.Space,
+def evaluate(
+    agents: Sequence[Agent],
     environment: str,
     episodes: int,
+    network: PolicyNetwork | EnsembleTeacher | None = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Cost and metrics of an entry; see `evaluate`."""
+    """The entry of a model in results.json: greedy returns, the mean return of sampled actions, the cost of an action
+    and, with a teacher, the agreement with it in the states that the model visits.
+
+    Args:
+        agents: one agent, or those of an ensemble.
+        network: the network of the ensemble; default: that of the agent.
+    """
+    network = agents[0].network() if network is None else network
     returns, observations = returns_of(greedy(network), environment, episodes, TEST_SEED)
     generator = torch.Generator().manual_seed(0)
     sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
     if teacher is not None:
         states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
-        metrics |= policy_agreement(predict(network, states), predict(teacher, states), action_space)
-    inputs = {"observations": observations[:1].to(network.device), "value": False}
-    return cost(network, inputs) | {"metrics": {"test": metrics}}
+        metrics |= policy_agreement(predict(network, states), predict(teacher, states), agents[0].policy.action_space)
+    return {
+        "name": " + ".join(agent.name for agent in agents),
+        "observation_statistics": " + ".join(agent.source for agent in agents),
+        **cost(network, {"observations": observations[:1].to(network.device), "value": False}),
+        "metrics": {"test": metrics},
+    }
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
@@ -150,6 +143,7 @@ def report(
         split="test",
         metric="return_mean",
         floor=random,
+        chance=random,
         return_of_random_actions=random,
         selection="the policy after the last update; no evaluation chose anything",
         **extra,

@@ -1,6 +1,6 @@
-"""Policies as `python -m kd.common.export` exports them: raw observations -> actions.
+"""Policies for `python -m kd.common.export`: raw observations -> actions.
 
-They are compared with Stable-Baselines3's `predict`, on observations of the environment.
+Exports are compared with Stable-Baselines3's `predict` on observations of the environment.
 """
 
 from contextlib import closing
@@ -35,8 +35,8 @@ print(actions)"""
 
 
 class GreedyPolicy(nn.Module):
-    """Observations (batch, ...) of the environment -> actions for it: the most probable Discrete ones (batch,), or the
-    mean clipped to the bounds of a Box (batch, actions).
+    """Maps observations (batch, ...) to actions: the most probable Discrete actions (batch,), or the means (batch,
+    actions) clipped to the bounds of a Box.
     """
 
     low: Tensor | None
@@ -55,11 +55,11 @@ class GreedyPolicy(nn.Module):
 
 
 def load(name: str, task: str | None, vecnormalize: str | None = None) -> Exportable:
-    """The policy in a zip or a folder, for the environment `task`, with the statistics in the file `vecnormalize`
-    (default: those that are named like it; none: without). Raises UserError where there is none.
+    """Loads the policy in a zip file or folder for the environment `task`, with the statistics in the file
+    `vecnormalize` (default: the file named like the policy; none: no statistics). Raises UserError if there is none.
     """
     if task is None:
-        raise UserError(f"which environment is {name} for? pass --task, such as --task CartPole-v1")
+        raise UserError(f"the environment of {name} is not known: pass --task, such as --task CartPole-v1")
     agent = load_agent(name, task, vecnormalize=vecnormalize)
     policy = agent.policy.cpu()
     network = agent.network()
@@ -78,7 +78,7 @@ def load(name: str, task: str | None, vecnormalize: str | None = None) -> Export
 
 
 def _predict(policy: BasePolicy, statistics: ObservationStatistics | None, observations: np.ndarray) -> np.ndarray:
-    """Stable-Baselines3's actions, on observations normalized as by VecNormalize."""
+    """Returns Stable-Baselines3's actions for observations, which are normalized as VecNormalize does."""
     if statistics is not None:
         normalized = (observations - statistics.mean) / statistics.std
         observations = np.clip(normalized, -statistics.clip, statistics.clip).astype(np.float32)

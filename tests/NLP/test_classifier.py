@@ -1,4 +1,4 @@
-"""Distillation of plain classifiers: what is matched inside, several teachers, the script, and bad input."""
+"""Distillation of plain classifiers: feature terms, ensembles, the script, and invalid input."""
 
 import functools
 import json
@@ -71,7 +71,7 @@ def results(folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def teachers(small, tmp_path_factory) -> list[Path]:
-    """Two classifiers of the intents with random weights: nothing here needs good ones, only different ones."""
+    """Two classifiers of the intents with different random weights."""
     folders, data = [], load_text_data(str(small))
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -80,26 +80,26 @@ def teachers(small, tmp_path_factory) -> list[Path]:
         with torch.no_grad():
             for weight in made.model.parameters():
                 if weight.dim() > 1:
-                    weight.mul_(4)  # random weights as small as usual say the same of every text
+                    weight.mul_(4)  # default random weights are so small that all texts have the same logits
         made.model.save_pretrained(folder)
         made.tokenizer.save_pretrained(folder)
         folders.append(folder)
     return folders
 
 
-# ---- what is matched ----
+# ---- terms on features ----
 
 
 @pytest.mark.parametrize(
     ("layer_map", "expected"),
     [("uniform", [(0, 1), (1, 3), (2, 5)]), ("skip", [(0, 1), (1, 3)]), ("last", [(0, 3), (1, 4)])],
 )
-def test_layer_maps_of_three_layers_and_six(layer_map, expected):
+def test_layer_maps_from_three_to_six_layers(layer_map, expected):
     assert layer_pairs(layer_map, 3, 6) == expected
 
 
-def test_layer_maps_of_pkd_as_its_paper_has_them():
-    """BERT of 12 layers -> 6: skip takes layers 2, 4, 6, 8, 10, last takes 7 to 11 (counted from 1)."""
+def test_layer_maps_of_the_pkd_paper():
+    """BERT of 12 layers -> 6: skip matches layers 2, 4, 6, 8, 10, last matches 7 to 11 (counted from 1)."""
     assert [j + 1 for _, j in layer_pairs("skip", 6, 12)] == [2, 4, 6, 8, 10]
     assert [j + 1 for _, j in layer_pairs("last", 6, 12)] == [7, 8, 9, 10, 11]
     with pytest.raises(UserError, match="choose uniform"):
@@ -124,7 +124,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
 
 
 def parts(matching: Method, student, teacher) -> dict[str, float]:
-    """The terms' values for one batch, with the features that the hooks of a trainer would record."""
+    """The values of the terms for one batch, with features recorded by hooks."""
     recorders = [FeatureHooks(student, matching.features), FeatureHooks(teacher, matching.teacher_features)]
     outputs = []
     for model, recorder in zip((student, teacher), recorders, strict=True):
@@ -133,18 +133,19 @@ def parts(matching: Method, student, teacher) -> dict[str, float]:
     return {name: value.item() for name, value in Objective(**matching.terms)(*outputs, None).items()}
 
 
-def test_hidden_states_by_hand():
+def test_hidden_states_equal_their_definition():
     student, teacher = bert(layers=2), bert()
     found = parts(hidden_states(student, teacher, 3.0, "both", pooling="cls"), student, teacher)
-    own, target = (m(IDS, MASK, output_hidden_states=True).hidden_states for m in (student, teacher))
+    states, targets = (m(IDS, MASK, output_hidden_states=True).hidden_states for m in (student, teacher))
     for i, j in ((0, 1), (1, 3)):
-        expected = feature_l2(own[i + 1], target[j + 1], MASK) + feature_cosine(own[i + 1], target[j + 1], MASK)
+        pair = states[i + 1], targets[j + 1], MASK
+        expected = feature_l2(*pair) + feature_cosine(*pair)
         assert found[f"hidden_{i}"] == pytest.approx(3 / 2 * expected.item(), rel=1e-5)
-    a, b = own[2][:, 0], target[4][:, 0]
+    a, b = states[2][:, 0], targets[4][:, 0]
     assert found["hidden_pooled"] == pytest.approx(3 * (feature_l2(a, b) + feature_cosine(a, b)).item(), rel=1e-5)
 
 
-def test_other_widths_go_through_one_regressor_a_layer_that_never_ships():
+def test_layers_of_another_width_have_a_regressor_each():
     student, teacher = bert(8, 2, 4), bert()
     matching = hidden_states(student, teacher, 1.0, "both", pooling="cls")
     assert list(matching.terms) == ["hidden_0", "hidden_1"]
@@ -152,7 +153,7 @@ def test_other_widths_go_through_one_regressor_a_layer_that_never_ships():
     assert shapes == [(16, 8), (16,)] * 2
 
 
-def test_embeddings_and_attentions_by_hand():
+def test_embeddings_and_attentions_equal_their_definitions():
     student, teacher = bert(8, 2, 2), bert()
     found = parts(attentions(student, teacher, 2.0, "uniform"), student, teacher)
     for i, j in ((0, 1), (1, 3)):
@@ -167,7 +168,7 @@ def test_embeddings_and_attentions_by_hand():
     assert parts(embeddings(same, teacher, 1.0, "l2"), same, teacher)["embeddings"] == pytest.approx(expected)
 
 
-def test_a_distilbert_is_matched_as_a_bert_is():
+def test_a_distilbert_matches_a_bert():
     teacher = bert()
     config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=8, n_layers=2, n_heads=2)
     student = DistilBertForSequenceClassification(config).eval()
@@ -183,8 +184,8 @@ def test_a_distilbert_is_matched_as_a_bert_is():
 # ---- the script ----
 
 
-def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tmp_path, monkeypatch):
-    """Cached hidden states are those of the live teacher, but for fp16; the student works in a pipeline."""
+def test_a_live_and_a_cached_teacher_give_the_same_losses(small, teachers, tmp_path, monkeypatch):
+    """Up to the fp16 of cached hidden states. The student works in a pipeline."""
     words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
     words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
     distill(small, *words, "--output_dir", tmp_path / "cached")
@@ -201,8 +202,8 @@ def test_all_terms_with_a_live_teacher_and_with_a_cached_one(small, teachers, tm
     assert found[0]["label"] in AutoModelForSequenceClassification.from_pretrained(teachers[0]).config.label2id
 
 
-def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
-    """A DistilBERT takes no token types; its BERT teacher must see them all the same, live or cached."""
+def test_text_pairs_reach_the_teacher_with_token_types(tmp_path):
+    """A DistilBERT takes no token types, but its BERT teacher does."""
     rows = datasets.Dataset.from_dict(
         {
             "sentence1": [f"the {w} is red" for w in ("cat", "dog", "hat", "car")] * 6,
@@ -228,24 +229,24 @@ def test_pairs_of_texts_reach_the_teacher_with_their_types(tmp_path):
     base = DistilBertForSequenceClassification.from_pretrained(tmp_path / "distil").distilbert
     base.save_pretrained(tmp_path / "base")
     made.tokenizer.save_pretrained(tmp_path / "base")
-    seen = []
+    recorded = []
     original = BertModel.forward
 
     @functools.wraps(original)
-    def spy(self, *args, **kwargs):
-        seen.append(kwargs.get("token_type_ids"))
+    def recording(self, *args, **kwargs):
+        recorded.append(kwargs.get("token_type_ids"))
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BertModel, "forward", spy)
+        patch.setattr(BertModel, "forward", recording)
         distill(folder, *words, "--student", tmp_path / "base", "--output_dir", tmp_path / "run")
-    assert seen and all(types is not None and int(types.max()) == 1 for types in seen)
+    assert recorded and all(types is not None and int(types.max()) == 1 for types in recorded)
 
 
-def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_called_out(
+def test_labels_in_another_order_are_matched_by_name_and_a_teacher_at_chance_causes_a_warning(
     small, teachers, tmp_path, capsys
 ):
-    """The same teacher with its outputs in another order is as good, and teaches the same student."""
+    """A teacher with its outputs in another order has the same accuracy and gives the same student."""
     model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
     tokenizer = AutoTokenizer.from_pretrained(teachers[0])
     size = model.config.num_labels
@@ -255,15 +256,15 @@ def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_c
         model.classifier.bias.copy_(model.classifier.bias[order])
     names = [model.config.id2label[int(i)] for i in order]
     model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    turned = saved(tmp_path / "turned", model, tokenizer)
+    reversed_outputs = saved(tmp_path / "reversed", model, tokenizer)
     found = []
-    for name, folder in (("given", teachers[0]), ("turned", turned)):
+    for name, folder in (("original", teachers[0]), ("reversed", reversed_outputs)):
         words = ["--teacher", folder, "--no_control", "--max_steps", 1, "--output_dir", tmp_path / f"run_{name}"]
         distill(small, *words)
         found.append(results(tmp_path / f"run_{name}"))
-    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run_turned" / "student")
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run_reversed" / "student")
     assert [student.config.id2label[i] for i in range(size)] == names
-    assert "class ids are those of" in found[1]["data_notes"] and "class ids" not in found[0]["data_notes"]
+    assert "class ids follow" in found[1]["data_notes"] and "class ids" not in found[0]["data_notes"]
     for role in ("teacher", "student"):
         metrics = [one["models"][role]["metrics"]["validation"]["accuracy"] for one in found]
         assert metrics[0] == pytest.approx(metrics[1])
@@ -273,7 +274,7 @@ def test_labels_in_another_order_are_matched_by_name_and_a_guessing_teacher_is_c
     assert capsys.readouterr().err.count("warning: teacher ") == 2
 
 
-def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
+def test_an_ensemble_is_evaluated_by_its_mean_logits(small, teachers, tmp_path):
     words = ["--teacher", teachers[0], "--ensemble_teachers", teachers[1], "--no_control", "--max_steps", 1]
     distill(small, *words, "--output_dir", tmp_path / "run")
     found = results(tmp_path / "run")["models"]["teacher"]
@@ -293,8 +294,8 @@ def test_several_teachers_are_worth_their_mean(small, teachers, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["teacher", "pretrained"])
-def test_a_student_is_cut_from_the_trained_teacher_or_from_what_it_was(small, tmp_path, source):
-    """A student that learns nothing, at a rate too small for fp32, shows what it was cut from."""
+def test_a_student_is_cut_from_the_trained_or_from_the_pretrained_teacher(small, tmp_path, source):
+    """With a learning rate too small for fp32, the student keeps its initial weights."""
     words = ["--student_from", source, "--max_steps", 2, "--from_scratch_learning_rate", 1e-2, "--no_control"]
     distill(small, *words, "--student_learning_rate", 1e-50, "--output_dir", tmp_path)
     student = load_file(tmp_path / "student" / "model.safetensors")
@@ -310,8 +311,8 @@ def loaded(folder: Path, small: Path, **pair: Any) -> tuple[Inputs, PairArgument
     return load_inputs(TextArguments(dataset=str(small)), arguments, training, data), arguments, training
 
 
-def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_path, monkeypatch):
-    """At its learning rate, and with the head that the seed gives it, whatever was drawn since the run began."""
+def test_a_control_with_control_init_starts_from_that_model(small, teachers, tmp_path, monkeypatch):
+    """It has the learning rate of that model, and a head that depends only on the seed."""
     monkeypatch.setattr(training_steps, "fine_tune", lambda run, name, model, *_, **settings: (model, settings))
     heads = []
     for drawn in range(2):
@@ -330,7 +331,7 @@ def test_a_control_of_its_own_origin_starts_as_that_does(small, teachers, tmp_pa
     assert torch.equal(*heads)
 
 
-def test_another_seed_gives_other_random_heads_and_the_same_pretrained_weights(small, teachers, tmp_path):
+def test_another_seed_changes_random_heads_but_not_pretrained_weights(small, teachers, tmp_path):
     inputs, pair, training = loaded(tmp_path, small, teacher=str(teachers[0]), control_init="tiny-bert")
     other = inputs_of_seed(inputs, TextArguments(dataset=str(small)), pair, training, training.seed + 1)
     first, second = (found.control_init.model.classifier.weight for found in (inputs, other))
@@ -340,17 +341,17 @@ def test_another_seed_gives_other_random_heads_and_the_same_pretrained_weights(s
     assert inputs_of_seed(inputs, TextArguments(dataset=str(small)), pair, training, training.seed) is inputs
 
 
-def test_smoothed_labels_with_a_teacher_and_without(tmp_path):
+def test_label_smoothing_with_and_without_a_teacher(tmp_path):
     args = KDTrainingArguments(output_dir=str(tmp_path), alpha=0.3, label_smoothing_factor=0.2)
     data = TextData("three", {}, ["a", "b", "c"], False, "accuracy", "")
-    said, labels = Outputs(logits=torch.randn(4, 3)), torch.tensor([0, 2, 1, 0])
-    expected = torch.nn.functional.cross_entropy(said.logits, labels, label_smoothing=0.2).item()
+    outputs, labels = Outputs(logits=torch.randn(4, 3)), torch.tensor([0, 2, 1, 0])
+    expected = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.2).item()
     for method, alpha in ((labels_and_logits, 0.3), (labels_only, 1.0)):
-        parts = method(data, args).objective(said, said, labels)
+        parts = method(data, args).objective(outputs, outputs, labels)
         assert parts["task"].item() == pytest.approx(alpha * expected)
 
 
-def test_other_tokens_of_any_text_are_other_teacher_outputs(small, teachers, tmp_path):
+def test_teacher_outputs_are_computed_again_if_any_token_changes(small, teachers, tmp_path):
     args = SimpleNamespace(precision="fp32")
     run: Any = SimpleNamespace(args=args, shared=None, folder=tmp_path, timed=lambda name: nullcontext())
     model = AutoModelForSequenceClassification.from_pretrained(teachers[0])
@@ -363,7 +364,7 @@ def test_other_tokens_of_any_text_are_other_teacher_outputs(small, teachers, tmp
         assert len(list((tmp_path / "teacher_outputs").iterdir())) == number
 
 
-# ---- bad input ----
+# ---- invalid input ----
 
 
 def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -373,12 +374,12 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--hidden_weight", "-1"], "--hidden_weight must be at least 0"),
         (["--layer_map", "skip", "--student_layers", "1", "--hidden_weight", "1"], "choose uniform"),
         (["--student", "{deep}", "--align_epochs", "1"], "has 5 layers to match, its teacher only 4"),
-        (["--teacher", "{uneven}"], "the layers of ModernBertModel are not built alike"),
+        (["--teacher", "{uneven}"], "the layers of ModernBertModel differ in shape"),
         (["--max_length", "4"], "--max_length must be at least 8"),
         (["--max_length", "513"], "takes at most 512 tokens"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
@@ -390,7 +391,7 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         (["--student", "distilbert-base-uncased", "--max_steps", "5"], "cannot be reached"),
     ],
 )
-def test_bad_input_is_one_line(capsys, small, teachers, tmp_path, words, named):
+def test_invalid_arguments_give_one_line(capsys, small, teachers, tmp_path, words, message):
     tokenizer = AutoTokenizer.from_pretrained(teachers[0])
     shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
     models = {
@@ -403,27 +404,29 @@ def test_bad_input_is_one_line(capsys, small, teachers, tmp_path, words, named):
     with pytest.raises(SystemExit) as stopped:
         distill(small, *words, "--no_control", "--output_dir", tmp_path / "run")
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and error.startswith("error: ") and named in error
+    assert stopped.value.code == 2 and error.startswith("error: ") and message in error
     assert not (tmp_path / "run").exists()
 
 
-def test_an_origin_of_which_no_control_can_be_cut(small, teachers, tmp_path):
+def test_a_control_init_that_does_not_fit_the_teacher(small, teachers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(teachers[0])
     shape: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
     shallow = BertModel(BertConfig(vocab_size=50, num_hidden_layers=1, **shape))
     deep = BertModel(BertConfig(vocab_size=50, num_hidden_layers=2, **shape))
     foreign = BertTokenizer(vocab=vocabulary(["a few other words"]))
-    for origin, named in (
+    for control_init, message in (
         (saved(tmp_path / "shallow", shallow, tokenizer), "has fewer layers"),
         (saved(tmp_path / "foreign", deep, foreign), "different vocabularies"),
         (teachers[1], "is trained already"),
     ):
-        with pytest.raises(UserError, match=named):
-            validate_arguments(*loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_init=str(origin)))
+        with pytest.raises(UserError, match=message):
+            validate_arguments(
+                *loaded(tmp_path / "run", small, teacher=str(teachers[0]), control_init=str(control_init))
+            )
     assert not (tmp_path / "run").exists()
 
 
-def test_how_much_an_encoder_sees():
+def test_the_maximum_number_of_positions_of_an_encoder():
     shape: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     assert max_positions(BertModel(BertConfig(max_position_embeddings=20, **shape))) == 20
     assert max_positions(RobertaModel(RobertaConfig(max_position_embeddings=20, **shape))) == 18
@@ -431,7 +434,7 @@ def test_how_much_an_encoder_sees():
 
 
 @pytest.mark.parametrize("recipe", ["clinc", "sentiment"])
-def test_recipes_give_their_flags(recipe):
+def test_recipes_set_their_flags(recipe):
     path = REPO / "NLP" / "scripts" / f"{recipe}.yaml"
     written = yaml.safe_load(path.read_text())
     instances = parse(TextArguments, PairArguments, MatchingArguments, KDTrainingArguments, argv=[str(path)])

@@ -1,4 +1,4 @@
-"""The NLP scripts from end to end on real, small input: every system, killing, evaluating, loading, and bad input."""
+"""The NLP scripts from end to end on small data: all systems, killed runs, evaluation, loading, invalid input."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def distill(recipe: str, *words: object) -> None:
 
 @pytest.fixture(scope="session")
 def carried(small, tmp_path_factory) -> Path:
-    """A finished run of the main job."""
+    """A finished run of keys_carried."""
     folder = tmp_path_factory.mktemp("runs") / "carried"
     distill("keys_carried", "--dataset", small, "--output_dir", folder)
     return folder
@@ -65,7 +65,7 @@ def results(folder: Path) -> dict:
 # ---- the four systems ----
 
 
-def test_keys_carried_leaves_a_complete_run(carried, small):
+def test_keys_carried_writes_a_complete_run(carried, small):
     found = results(carried)
     assert found["method"] == "keys_carried"
     assert found["data"]["train"] == 246
@@ -111,7 +111,7 @@ def test_the_other_systems(small, tmp_path, recipe, words, method):
         assert isinstance(model, BertForSequenceClassification)
 
 
-def test_a_teacher_of_these_labels_is_kept_as_it_is(carried, small, tmp_path):
+def test_a_trained_teacher_stays_unchanged(carried, small, tmp_path):
     teacher = carried / "stages" / "teacher"
     distill("keys_carried", "--dataset", small, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "run")
     student = load_file(tmp_path / "run" / "student" / "model.safetensors")
@@ -122,7 +122,7 @@ def test_a_teacher_of_these_labels_is_kept_as_it_is(carried, small, tmp_path):
     )
 
 
-def test_several_seeds_share_a_teacher_and_have_a_mean(small, tmp_path):
+def test_several_seeds_share_a_teacher_and_report_means(small, tmp_path):
     run = tmp_path / "run"
     distill("keys_carried", "--dataset", small, "--output_dir", run, "--seeds", 3, 4)
     whole, *seeds = (results(folder) for folder in (run, run / "seed3", run / "seed4"))
@@ -163,7 +163,7 @@ def test_real_glue_tasks_run(shared, tmp_path, task, metric):
 
 @pytest.fixture(scope="session")
 def bert(carried, tmp_path_factory) -> Path:
-    """A BERT encoder without a head, as it would come from the Hub."""
+    """A BERT encoder without a head, like one from the Hub."""
     folder = tmp_path_factory.mktemp("models") / "bert"
     BertModel(BertConfig(vocab_size=4000, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)).save_pretrained(
         folder
@@ -174,8 +174,8 @@ def bert(carried, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "base")])
-def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recipe):
-    """Of the same width, whose bottleneck takes the teacher's keys, and narrower, aligned through regressors."""
+def test_a_named_distilbert_as_student_of_a_bert(carried, small, bert, tmp_path, width, recipe):
+    """One of the same width, with carried keys, and a narrower one, aligned with regressors."""
     student = tmp_path / "distilbert"
     config = DistilBertConfig(vocab_size=4000, dim=width, hidden_dim=32, n_layers=2, n_heads=2)
     DistilBertModel(config).save_pretrained(student)
@@ -193,7 +193,7 @@ def test_bert_to_a_named_distilbert(carried, small, bert, tmp_path, width, recip
     assert loaded(**tokenizer("set an alarm", return_tensors="pt")).logits.shape == (1, 41)
 
 
-# ---- what is saved ----
+# ---- saved students ----
 
 LOGITS_IN_ANOTHER_PROCESS = """
 import sys, numpy
@@ -207,7 +207,7 @@ numpy.save(sys.argv[2], model(**tokenizer(["set an alarm", "transfer some money 
 
 
 @pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
-def test_a_saved_student_gives_the_same_logits_in_another_process(carried, tmp_path, fork):
+def test_a_saved_student_has_the_same_logits_in_another_process(carried, tmp_path, fork):
     student = str(carried / "student")
     run_code(LOGITS_IN_ANOTHER_PROCESS, student, tmp_path / "logits.npy", fork=fork)
     model, tokenizer = BottleneckClassifier.from_pretrained(student), AutoTokenizer.from_pretrained(student)
@@ -226,7 +226,7 @@ def test_a_saved_student_ignores_padding(carried):
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_evaluate_reproduces_the_reported_numbers(carried, small, tmp_path, role):
+def test_evaluate_reproduces_the_reported_metrics(carried, small, tmp_path, role):
     folder = carried / ("student" if role == "student" else "stages/teacher")
     script("evaluate.py", folder, "--dataset", small, "--json", tmp_path / "metrics.json")
     measured = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
@@ -235,8 +235,7 @@ def test_evaluate_reproduces_the_reported_numbers(carried, small, tmp_path, role
         assert metrics == {name: value for name, value in reported[split].items() if name != "agreement"}
 
 
-def test_cached_codes_train_like_texts(carried, small):
-    """Logits from codes are those from texts, so training on codes is training on texts."""
+def test_logits_of_cached_codes_equal_those_of_texts(carried, small):
     model = BottleneckClassifier.from_pretrained(str(carried / "student")).train()
     assert not model.encoder.training
     ids = torch.randint(5, 200, (6, 9))
@@ -252,7 +251,7 @@ def test_cached_codes_train_like_texts(carried, small):
 
 @pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
-    """SIGKILL at four moments of one run, each in another stage; the end is that of the run that was never killed."""
+    """SIGKILL at four moments, in different stages. The student equals that of an uninterrupted run."""
     run = tmp_path / "run"
     words = [*SHORT, "--dataset", small, "--output_dir", run]
     command = [sys.executable, str(SCRIPTS / "distill_bottleneck.py"), *map(str, words)]
@@ -280,30 +279,30 @@ def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
     assert not different
 
 
-# ---- bad input: one line, exit code 2, nothing half-written ----
+# ---- invalid input: one line, exit code 2, no output files ----
 
 
 @pytest.fixture
-def own_text(tmp_path) -> Path:
-    folder = tmp_path / "own"
+def unlabelled(tmp_path) -> Path:
+    folder = tmp_path / "unlabelled"
     folder.mkdir()
     (folder / "train.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
     return folder
 
 
 def plain_classifier(folder: Path, labels: list[str], **config: int) -> Path:
-    """A saved tiny classifier and the tokenizer of an earlier student."""
+    """A saved tiny classifier with random weights."""
     shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
     shape |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     BertForSequenceClassification(BertConfig(vocab_size=4000, **shape)).save_pretrained(folder)
     return folder
 
 
-def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") -> str:
+def error_of(capsys, folder: Path, *words: object, recipe: str = "keys_carried") -> str:
     with pytest.raises(SystemExit) as stopped:
         distill(recipe, "--output_dir", folder, *words)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "examples/s" not in line]
-    error = "\n".join(filter(None, lines))  # a tokenizer's progress bar may come before
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if not line.endswith("]")]
+    error = "\n".join(filter(None, lines))  # without progress bars
     assert stopped.value.code == 2, error
     assert error.startswith("error: ")
     assert error.count("\n") == 0, error
@@ -313,7 +312,7 @@ def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") 
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--temperature", "-1"], "--temperature must be above 0"),
         (["--alpha", "1.5"], "--alpha must be between 0 and 1"),
@@ -326,20 +325,20 @@ def refused(capsys, folder: Path, *words: object, recipe: str = "keys_carried") 
         (["--keys", "old"], "invalid choice"),
     ],
 )
-def test_bad_flags(capsys, tmp_path, small, words, named):
+def test_invalid_flags(capsys, tmp_path, small, words, message):
     dataset = [] if "--dataset" in words else ["--dataset", small]
-    assert named in refused(capsys, tmp_path / "run", *dataset, *words)
+    assert message in error_of(capsys, tmp_path / "run", *dataset, *words)
 
 
-def test_dataset_without_the_needed_columns(capsys, tmp_path, own_text):
-    assert "--text_columns" in refused(capsys, tmp_path / "run", "--dataset", own_text)
+def test_a_dataset_without_text_columns(capsys, tmp_path, unlabelled):
+    assert "--text_columns" in error_of(capsys, tmp_path / "run", "--dataset", unlabelled)
 
 
-def test_unreachable_hub_dataset(capsys, tmp_path):
-    assert "--dataset" in refused(capsys, tmp_path / "run", "--dataset", "some-owner/some-dataset")
+def test_an_unreachable_dataset_of_the_hub(capsys, tmp_path):
+    assert "--dataset" in error_of(capsys, tmp_path / "run", "--dataset", "some-owner/some-dataset")
 
 
-def test_unknown_recipe_key(capsys, tmp_path):
+def test_an_unknown_key_of_a_recipe(capsys, tmp_path):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text("codebocks: 4\n")
     with pytest.raises(SystemExit) as stopped:
@@ -348,45 +347,45 @@ def test_unknown_recipe_key(capsys, tmp_path):
     assert "unknown key codebocks; did you mean codebooks?" in capsys.readouterr().err
 
 
-def test_student_wider_than_the_carried_keys_fit(capsys, tmp_path, small, carried):
+def test_a_student_too_wide_for_carried_keys(capsys, tmp_path, small, carried):
     names = load_intents()["train"].features["intent"].names
     student = plain_classifier(tmp_path / "wide", names, hidden_size=64)
     AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
-    error = refused(capsys, tmp_path / "run", "--dataset", small, "--student", student)
-    assert "64 wide" in error
+    error = error_of(capsys, tmp_path / "run", "--dataset", small, "--student", student)
+    assert "has width 64" in error
     assert "128" in error
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--codebooks", "16"], "codebooks 16 here, 32 carried"),
         (["--pooling", "cls"], "are for --pooling mean, not cls"),
         (["--keys", "reused", "--decoder", "mean"], "decoder mean here, linear carried"),
     ],
 )
-def test_a_teachers_bottleneck_of_another_shape(capsys, tmp_path, small, carried, words, named):
-    given = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--no_control"]
-    assert named in refused(capsys, tmp_path / "run", *given, *words)
+def test_a_bottleneck_of_another_shape_than_the_teachers(capsys, tmp_path, small, carried, words, message):
+    flags = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--no_control"]
+    assert message in error_of(capsys, tmp_path / "run", *flags, *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bottleneck_with_another_decoder_is_not_reused():
-    own, source = (DiscreteKeyValueBottleneck(8, 3, 2, 4, decoder=kind) for kind in ("linear", "mean"))
+def test_keys_of_a_bottleneck_with_another_decoder_can_be_carried_but_not_reused():
+    student, teacher = (DiscreteKeyValueBottleneck(8, 3, 2, 4, decoder=kind) for kind in ("linear", "mean"))
     with pytest.raises(ValueError, match="decoder linear here, mean carried"):
-        set_keys(own, "reused", source, torch.randn(10, 8), seed=0)
-    set_keys(own, "carried", source, torch.randn(10, 8), seed=0)
+        set_keys(student, "reused", teacher, torch.randn(10, 8), seed=0)
+    set_keys(student, "carried", teacher, torch.randn(10, 8), seed=0)
 
 
-def test_a_student_of_another_label_order_than_its_teacher_is_refused(capsys, tmp_path, small, carried):
+def test_a_student_with_another_label_order_is_rejected(capsys, tmp_path, small, carried):
     names = load_intents()["train"].features["intent"].names
     student = plain_classifier(tmp_path / "reversed", names[::-1])
     AutoTokenizer.from_pretrained(carried / "student").save_pretrained(student)
     words = ["--dataset", small, "--teacher", carried / "stages" / "teacher", "--student", student, "--no_control"]
-    assert "the label order of" in refused(capsys, tmp_path / "run", *words)
+    assert "the label order of" in error_of(capsys, tmp_path / "run", *words)
 
 
-def test_finished_runs_are_not_overwritten_unless_asked(capsys, small, carried):
+def test_a_finished_run_is_only_overwritten_with_the_flag(capsys, small, carried):
     before = (carried / "results.json").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         distill("keys_carried", "--dataset", small, "--output_dir", carried)
@@ -395,7 +394,7 @@ def test_finished_runs_are_not_overwritten_unless_asked(capsys, small, carried):
     assert (carried / "results.json").read_bytes() == before
 
 
-def test_continuing_with_other_arguments_is_refused(capsys, small, carried):
+def test_continuing_with_other_arguments_is_rejected(capsys, small, carried):
     with pytest.raises(SystemExit) as stopped:
         distill(
             "keys_carried", "--dataset", small, "--output_dir", carried, "--resume_from_checkpoint", "--alpha", 0.1
@@ -405,7 +404,7 @@ def test_continuing_with_other_arguments_is_refused(capsys, small, carried):
 
 
 @pytest.mark.slow
-def test_shell_script_runs_from_any_directory(small, tmp_path):
+def test_a_shell_script_runs_from_any_directory(small, tmp_path):
     environment = os.environ | {"PYTHON": sys.executable}
     command = ["bash", str(SCRIPTS / "distill_keys_carried.sh"), *SHORT, "--dataset", str(small), "--no_control"]
     done = subprocess.run(
@@ -416,7 +415,7 @@ def test_shell_script_runs_from_any_directory(small, tmp_path):
     assert (tmp_path / "here" / "student" / "model.safetensors").exists()
 
 
-def test_a_study_of_keys_needs_an_aligned_student(tmp_path, small):
+def test_the_key_study_needs_an_aligned_student(tmp_path, small):
     (tmp_path / "stages" / "teacher_encoder").mkdir(parents=True)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="has no aligned student"):
@@ -424,7 +423,7 @@ def test_a_study_of_keys_needs_an_aligned_student(tmp_path, small):
 
 
 @pytest.mark.slow
-def test_study_of_keys_fills_its_table(carried, small, tmp_path, monkeypatch):
+def test_the_key_study_fills_its_table(carried, small, tmp_path, monkeypatch):
     study = runpy.run_path(KEY_STUDY)
     study["SETTINGS"][:] = [study["SETTINGS"][0], study["SETTINGS"][-1]]
     words = ["key_study.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md"]
@@ -433,15 +432,15 @@ def test_study_of_keys_fills_its_table(carried, small, tmp_path, monkeypatch):
     table = (tmp_path / "keys.md").read_text().splitlines()
     assert table[0].endswith("| carried | new | random | reused |")
     cells = [cell.strip() for row in table[2:4] for cell in row.split("|")[2:-1]]
-    assert cells[-1] == "-"  # reused: nothing is trained, so nothing arrives
+    assert cells[-1] == "-"  # reused keys are not trained
     scores = [float(cell) for cell in cells[:-1]]
     assert all(0 <= score <= 1 for score in scores)
     assert len(set(scores)) > 2
 
 
 @pytest.mark.slow
-def test_two_processes_run_the_main_job(small, tmp_path):
-    """Under torchrun on the CPU: one folder, one report, and about the student that one process makes."""
+def test_two_processes_distill_like_one(small, tmp_path):
+    """With torchrun on the CPU: one folder, one report, and about the same losses."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [SCRIPTS / "distill_bottleneck.py", *SHORT, "--dataset", small]
     words += ["--per_device_train_batch_size", 24, "--value_batch_size", 128, "--precision", "fp32"]

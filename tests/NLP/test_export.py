@@ -1,4 +1,4 @@
-"""Taking a text student away: what stands in the export, what its code prints without torch, and bad input."""
+"""NLP/scripts/export.py: its files and figures, the printed code without torch, and bad input."""
 
 import json
 import re
@@ -37,7 +37,7 @@ LENGTH = 12  # longer texts are cut
 
 @pytest.fixture(autouse=True)
 def _own_device():
-    """The script settles on the CPU; what runs before or after it in this process may be on a GPU."""
+    """The script selects the CPU; other tests of this process may use a GPU."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -58,10 +58,10 @@ def scoped(tmp_path_factory) -> Path:
 
 
 def saved(kind: str, scoped: Path, folder: Path) -> Path:
-    """A student of the dataset's labels with random weights, large enough for its predictions to differ."""
+    """A classifier of the dataset's labels with random weights, large enough for its predictions to differ."""
     data = load_text_data(str(scoped))
-    given = tiny_bert(data)
-    sizes: dict[str, Any] = {"vocab_size": len(given.tokenizer), "initializer_range": 0.2}
+    pretrained = tiny_bert(data)
+    sizes: dict[str, Any] = {"vocab_size": len(pretrained.tokenizer), "initializer_range": 0.2}
     shape = sizes | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     torch.manual_seed(0)
     if kind == "distilbert":
@@ -77,8 +77,8 @@ def saved(kind: str, scoped: Path, folder: Path) -> Path:
         set_keys(model.bottleneck, "new", None, torch.randn(200, 64), 0)
         torch.nn.init.normal_(model.bottleneck.values)
     model.save_pretrained(folder)
-    given.tokenizer.model_max_length = LENGTH
-    given.tokenizer.save_pretrained(folder)
+    pretrained.tokenizer.model_max_length = LENGTH
+    pretrained.tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -88,7 +88,7 @@ def export(student: Path, scoped: Path, *words: object) -> None:
 
 @pytest.fixture(scope="session")
 def exported(scoped, tmp_path_factory) -> Path:
-    """The export of a BERT with everything, beside its folder `student`."""
+    """The export of a BERT in all formats, next to its folder `student`."""
     folder = tmp_path_factory.mktemp("run")
     teacher = saved("distilbert", scoped, folder / "teacher")
     export(saved("bert", scoped, folder / "student"), scoped, "--teacher", teacher)
@@ -99,7 +99,7 @@ def figures(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "export.json").read_text())["models"]
 
 
-# ---- what stands there ----
+# ---- files and figures ----
 
 
 def test_figures(exported, scoped, tmp_path):
@@ -131,13 +131,13 @@ def test_figures(exported, scoped, tmp_path):
     assert len(table) == 2 + len(found)
 
 
-def test_the_student_of_these_data_says_different_things(exported, scoped):
-    """Or agreement would mean nothing."""
+def test_the_student_predicts_several_classes(exported, scoped):
+    """Otherwise agreement would mean nothing."""
     model = AutoModelForSequenceClassification.from_pretrained(exported.parent / "student")
     tokenizer = AutoTokenizer.from_pretrained(exported.parent / "student")
     texts = load_text_data(str(scoped)).splits["test"]["text"][:]
-    said = model(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits.argmax(1)
-    assert said.bincount().sort().values[-2] > 10
+    predictions = model(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits.argmax(1)
+    assert predictions.bincount().sort().values[-2] > 10
 
 
 WITHOUT_TORCH = """
@@ -152,7 +152,7 @@ def blocks(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["wake the moon", "send a euro " * 10])
-def test_the_printed_code_runs_without_torch_and_cuts_alike(exported, tmp_path, text):
+def test_the_printed_code_runs_without_torch_and_truncates(exported, tmp_path, text):
     (tmp_path / "code.py").write_text(blocks(exported)[0].replace("move fifty dollars to my savings", text))
     command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "code.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -204,10 +204,10 @@ def test_one_format_and_another_in_its_place(scoped, tmp_path):
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".md", ""}
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
-def refused(capsys, student: Path, scoped: Path, *words: object) -> str:
+def error_of(capsys, student: Path, scoped: Path, *words: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         export(student, scoped, *words)
     error = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
@@ -216,7 +216,7 @@ def refused(capsys, student: Path, scoped: Path, *words: object) -> str:
     return error
 
 
-def test_a_wrong_graph_leaves_nothing(capsys, scoped, tmp_path, monkeypatch):
+def test_a_wrong_graph_writes_nothing(capsys, scoped, tmp_path, monkeypatch):
     student = saved("distilbert", scoped, tmp_path / "student")
 
     def wrong(model: Any, *others: Any, to_onnx: Any = kd.common.export.onnx.to_onnx) -> None:
@@ -226,7 +226,7 @@ def test_a_wrong_graph_leaves_nothing(capsys, scoped, tmp_path, monkeypatch):
             model.classifier.bias -= 0.01
 
     monkeypatch.setattr(kd.common.export.onnx, "to_onnx", wrong)
-    error = refused(capsys, student, scoped, "--formats", "onnx")
+    error = error_of(capsys, student, scoped, "--formats", "onnx")
     assert "on 90 of 90 texts of validation" in error
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
@@ -234,16 +234,16 @@ def test_a_wrong_graph_leaves_nothing(capsys, scoped, tmp_path, monkeypatch):
 def test_bad_input(capsys, scoped, exported, tmp_path):
     student = exported.parent / "student"
     before = (exported / "export.json").read_bytes()
-    assert "--overwrite_output_dir" in refused(capsys, student, scoped)
-    assert "invalid choice: 'onxn'" in refused(capsys, student, scoped, "--formats", "onxn")
-    assert "no folder" in refused(capsys, tmp_path / "missing", scoped)
-    assert "no model" in refused(capsys, exported.parent, scoped, "--output_dir", tmp_path / "x")
-    other = refused(capsys, student, scoped, "--output_dir", student, "--overwrite_output_dir")
-    assert "something else than an export" in other
+    assert "--overwrite_output_dir" in error_of(capsys, student, scoped)
+    assert "invalid choice: 'onxn'" in error_of(capsys, student, scoped, "--formats", "onxn")
+    assert "no folder" in error_of(capsys, tmp_path / "missing", scoped)
+    assert "no model" in error_of(capsys, exported.parent, scoped, "--output_dir", tmp_path / "x")
+    other = error_of(capsys, student, scoped, "--output_dir", student, "--overwrite_output_dir")
+    assert "is not an export" in other
     BertModel(BertConfig(vocab_size=100, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "encoder"
     )
     AutoTokenizer.from_pretrained(student).save_pretrained(tmp_path / "encoder")
-    assert "not a trained classifier" in refused(capsys, tmp_path / "encoder", scoped)
+    assert "not a trained classifier" in error_of(capsys, tmp_path / "encoder", scoped)
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
     assert (exported / "export.json").read_bytes() == before

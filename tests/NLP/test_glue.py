@@ -1,4 +1,4 @@
-"""GLUE tasks x systems x seeds on a few made-up rows: one table, nothing trained twice."""
+"""GLUE tasks, systems and seeds on a few artificial rows: one table, and shared stages train once."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from kd.common.reporting.results import validate
-from kd.nlp.data.columns import GLUE_TASKS, TASKS
+from kd.nlp.data.columns import GLUE, TASKS
+from kd.nlp.student_model.arguments import GLUE_TASKS
 from kd.nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
 from kd_testing.scripts import run_script
 
@@ -23,7 +24,7 @@ COLOURS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree"
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory) -> Path:
-    """RTE, whose labels are classes, STS-B, whose labels are numbers, and MNLI, which is validated twice."""
+    """RTE with classes as labels, STS-B with numbers, and MNLI with two validation splits."""
     folder = tmp_path_factory.mktemp("glue")
     pairs = [(a, b) for a in COLOURS for b in THINGS]
     texts = {"sentence1": [f"the {b} is {a}" for a, b in pairs], "sentence2": [f"a {a} {b}" for a, b in pairs]}
@@ -49,36 +50,36 @@ def results(path: Path) -> dict:
     return json.loads((path / "results.json").read_text())
 
 
-def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
+def test_one_table_and_shared_stages_train_once(glue, tmp_path, capsys):
     words = ["--tasks", "rte", "stsb", "--systems", "base", "keys_carried", "--output_dir", tmp_path / "glue"]
     distill(glue, *words)
-    cell = tmp_path / "glue" / "rte"
-    assert {path.name for path in (cell / "shared" / "seed0" / "stages").iterdir()} == {
+    task = tmp_path / "glue" / "rte"
+    assert {path.name for path in (task / "shared" / "seed0" / "stages").iterdir()} == {
         "teacher_encoder", "teacher", "control_encoder", "control", "student_encoder_cls", "student_encoder_mean",
     }  # fmt: skip
-    assert not (cell / "keys_carried" / "seed0" / "stages" / "teacher_encoder").exists()
-    kd, carried = results(cell / "base" / "seed0"), results(cell / "keys_carried" / "seed0")
+    assert not (task / "keys_carried" / "seed0" / "stages" / "teacher_encoder").exists()
+    kd, carried = results(task / "base" / "seed0"), results(task / "keys_carried" / "seed0")
     assert kd["seconds"]["teacher"] > 0 and carried["seconds"]["teacher"] > 0
     table = (tmp_path / "glue" / "glue.md").read_text()
     score = results(tmp_path / "glue" / "stsb" / "base" / "seed0")["models"]["student"]["metrics"]["validation"]
-    assert f"| {score['pearson']:.4f} ± –" in table and "| rte | accuracy | 1 |" in table
-    assert table.count("| stsb |") == 2  # it is no classification task
+    assert f"| {score['pearson']:.4f} |" in table and "| rte | accuracy | 1 |" in table
+    assert table.count("| stsb |") == 2  # it is not a classification task
     means = results(tmp_path / "glue" / "rte" / "base")
-    assert (cell / "base" / "student" / "model.safetensors").exists()  # the first seed's
+    assert (task / "base" / "student" / "model.safetensors").exists()  # the first seed's
     assert means["seeds"] == [0] and means["models"]["student"]["metrics"] == kd["models"]["student"]["metrics"]
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "glue").glob("**/seed0/**/model.safetensors")}
     capsys.readouterr()
     more = [*words[:1], "rte", "--systems", "student_only", "new_keys", *words[-2:]]
-    with pytest.raises(SystemExit) as stopped:  # what the systems share was made with 8 codebooks
+    with pytest.raises(SystemExit) as stopped:  # the shared stages have 8 codebooks
         distill(glue, *more, "--codebooks", 4)
     assert stopped.value.code == 2 and "codebooks (was 8, now 4)" in capsys.readouterr().err
-    assert not (cell / "student_only").exists()
+    assert not (task / "student_only").exists()
     distill(glue, *more)
-    assert not list(cell.glob("*_*/*/stages/teacher")) and not list(cell.glob("*_*/*/stages/control"))
-    new, only = results(cell / "new_keys" / "seed0"), results(cell / "student_only" / "seed0")
+    assert not list(task.glob("*_*/*/stages/teacher")) and not list(task.glob("*_*/*/stages/control"))
+    new, only = results(task / "new_keys" / "seed0"), results(task / "student_only" / "seed0")
     assert new["models"]["teacher"]["metrics"] == carried["models"]["teacher"]["metrics"]
-    assert only["seconds"]["control"] == carried["seconds"]["control"] == new["seconds"]["control"]  # of one training
+    assert only["seconds"]["control"] == carried["seconds"]["control"] == new["seconds"]["control"]  # trained once
     distill(glue, *words)
     assert all(path.stat().st_mtime_ns == before for path, before in written.items())
     with pytest.raises(SystemExit) as stopped:
@@ -86,8 +87,8 @@ def test_one_table_and_nothing_trained_twice(glue, tmp_path, capsys):
     assert stopped.value.code == 2 and "alpha (was 0.5, now 0.9)" in capsys.readouterr().err
 
 
-def test_a_student_is_the_same_whichever_system_aligned_its_encoder(glue, tmp_path):
-    """A bottleneck has no pooler to align, but a plain student has one, cut from its teacher."""
+def test_the_student_does_not_depend_on_the_system_that_aligned_its_encoder(glue, tmp_path):
+    """A student with a bottleneck has no pooler, but a plain student has one."""
     students = []
     for systems in (["base", "keys_carried"], ["keys_carried", "base"]):
         folder = tmp_path / systems[0]
@@ -101,13 +102,16 @@ def test_a_student_is_the_same_whichever_system_aligned_its_encoder(glue, tmp_pa
 
 def test_more_seeds_train_only_what_is_missing(glue, tmp_path):
     words = ["--tasks", "rte", "--systems", "base", "--no_control", "--output_dir", tmp_path / "glue"]
-    cell = tmp_path / "glue" / "rte" / "base"
+    system = tmp_path / "glue" / "rte" / "base"
     for seeds, finished in (([1], [1]), ([0], [1, 0]), ([0, 2], [0, 1, 2])):
-        before = {path: path.stat().st_mtime_ns for path in cell.glob("seed*/results.json")}
+        before = {path: path.stat().st_mtime_ns for path in system.glob("seed*/results.json")}
         distill(glue, *words, "--seeds", *seeds)
-        assert results(cell)["seeds"] == finished and "| rte | accuracy |" in (cell.parents[1] / "glue.md").read_text()
+        assert (
+            results(system)["seeds"] == finished
+            and "| rte | accuracy |" in (system.parents[1] / "glue.md").read_text()
+        )
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    students = [load_file(cell / f"seed{seed}" / "student" / "model.safetensors") for seed in (0, 1)]
+    students = [load_file(system / f"seed{seed}" / "student" / "model.safetensors") for seed in (0, 1)]
     assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
 
 
@@ -119,7 +123,7 @@ def test_large_tasks_get_fewer_epochs(glue, tmp_path):
     assert "num_train_epochs: 0.5" in recipe and "align_epochs: 0.5" in recipe
 
 
-def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
+def test_overwriting_a_task_removes_the_stages_that_its_systems_share(glue, tmp_path):
     task = tmp_path / "glue" / "rte"
     shared = task / "shared" / "seed0"
     words = ["--tasks", "rte", "--max_samples_seen", 10, "--no_control", "--output_dir", tmp_path / "glue"]
@@ -133,10 +137,10 @@ def test_a_cell_starts_over_with_all_that_its_systems_share(glue, tmp_path):
         not (task / "keys_carried" / "seed0" / "results.json").exists()
         and not (shared / "stages" / "teacher").exists()
     )
-    assert teacher.stat().st_mtime_ns > first  # trained anew
+    assert teacher.stat().st_mtime_ns > first  # trained again
 
 
-def test_systems_with_changed_data_share_no_stages(glue, tmp_path, capsys):
+def test_a_system_cannot_continue_a_task_with_changed_data(glue, tmp_path, capsys):
     data, words = tmp_path / "data", ["--tasks", "rte", "--no_control", "--output_dir", tmp_path / "glue"]
     shutil.copytree(glue, data)
     distill(data, *words, "--systems", "base")
@@ -149,7 +153,7 @@ def test_systems_with_changed_data_share_no_stages(glue, tmp_path, capsys):
     assert f"cannot continue {tmp_path / 'glue' / 'rte'}: data and teacher tokenizer changed" in error
 
 
-def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
+def test_mnli_is_evaluated_on_both_validation_splits(glue, tmp_path):
     folder = tmp_path / "glue"
     distill(glue, "--tasks", "mnli", "--systems", "base", "--max_samples_seen", 20, "--no_control",
             "--output_dir", folder)  # fmt: skip
@@ -162,7 +166,7 @@ def test_mnli_is_measured_on_both_of_its_validation_splits(glue, tmp_path):
     assert "| mnli | accuracy, matched | 1 |" in table and "| mnli | accuracy, mismatched | 1 |" in table
 
 
-def test_the_table_by_hand():
+def test_rows_of_the_table():
     def run(teacher: float, student: float) -> dict:
         models = {"teacher": teacher, "control": 0.5, "student": student}
         return {"models": {role: {"metrics": {"validation": {"matthews": s}}} for role, s in models.items()}}
@@ -171,19 +175,19 @@ def test_the_table_by_hand():
     runs |= {"new_keys": [], "student_only": []}
     assert retentions(runs["base"], "validation", "matthews") == pytest.approx([0.75, 1.0])
     row = task_rows("cola", runs, ["matthews"])[0]
-    assert row == ["cola", "matthews", "2", "0.6500 ± 0.2121", "0.5000 ± 0.0000", "0.5500 ± 0.0707", "0.7000 ± –",
-                   "–", "–", "0.8750 ± 0.1768"]  # fmt: skip
+    assert row == ["cola", "Matthews correlation", "2", "0.6500 ± 0.2121", "0.5000 ± 0.0000", "0.5500 ± 0.0707",
+                   "0.7000", "–", "–", "0.8750 ± 0.1768"]  # fmt: skip
 
 
-def test_all_eight_tasks_are_known_by_their_own_metrics():
-    assert GLUE_TASKS == ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb"]
+def test_the_primary_metric_of_each_task_comes_first():
+    assert list(GLUE_TASKS) == [name for name, task in TASKS.items() if task.hub.startswith(GLUE)]
     assert {task: metrics[0] for task, metrics in OFFICIAL.items()} == {
         task: TASKS[task].metric for task in GLUE_TASKS
     }
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--tasks", "wnli"], "--tasks must be some of cola"),
         (["--systems", "dino"], "--systems must be some of base"),
@@ -191,15 +195,15 @@ def test_all_eight_tasks_are_known_by_their_own_metrics():
         (["--tasks", "rte", "--max_samples_seen", "0"], "--max_samples_seen must be at least 1"),
     ],
 )
-def test_bad_input_is_one_line(glue, tmp_path, capsys, words, named):
+def test_invalid_arguments_give_one_line(glue, tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as stopped:
         distill(glue, *words, "--output_dir", tmp_path / "run")
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and named in error
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
     assert not (tmp_path / "run").exists()
 
 
-def test_glue_from_the_hub_is_refused_without_the_hub(tmp_path, capsys):
+def test_glue_without_a_folder_needs_the_hub(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script("NLP/scripts/distill_glue.py", "--tasks", "rte", "--max_steps", 3, "--output_dir", tmp_path / "run")
     assert stopped.value.code == 2 and "--dataset FOLDER" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Distilling language models: corpora, packing, objectives, and the script from end to end on a few texts."""
+"""Distillation of language models: corpora, packing, objectives, and the script from end to end on a few texts."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_the_embedded_corpus_is_large_and_its_splits_share_no_paragraph(embedded
     assert not any(one & other for one, other in combinations(words, 2))
 
 
-def test_the_embedded_corpus_holds_help_and_docstrings_once_and_without_rules(embedded):
+def test_the_embedded_corpus_has_help_and_docstrings_once_and_without_heading_rules(embedded):
     text = "\n\n".join(document for documents in embedded.splits.values() for document in documents)
     sentence = 'The "while" statement is used for repeated execution'
     assert sum(sentence in topic for topic in topics.values()) > 1
@@ -69,17 +69,17 @@ def test_the_embedded_corpus_holds_help_and_docstrings_once_and_without_rules(em
 
 
 def test_a_repeated_paragraph_stays_in_the_shortest_document():
-    documents = {"long": "a  b\n\nown\n \nc\nd", "short": "c d", "none": "a\nb"}
-    assert corpora.drop_repeated_paragraphs(documents) == {"short": "c d", "none": "a\nb", "long": "own"}
+    documents = {"long": "a  b\n\ne\n \nc\nd", "short": "c d", "none": "a\nb"}
+    assert corpora.drop_repeated_paragraphs(documents) == {"short": "c d", "none": "a\nb", "long": "e"}
 
 
-def test_a_python_without_the_texts_is_told_so(monkeypatch):
+def test_a_python_without_the_texts_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UserError, match="pass --dataset"):
         load_corpus("python")
 
 
-def test_lines_of_text_files_stay_one_text(tmp_path):
+def test_lines_of_text_files_keep_their_newlines(tmp_path):
     for split, text in (("train", "one\n\ntwo\nthree"), ("valid", "four\n"), ("notes", "five\n")):
         (tmp_path / f"{split}.txt").write_text(text)
     corpus = load_corpus(str(tmp_path))
@@ -87,7 +87,7 @@ def test_lines_of_text_files_stay_one_text(tmp_path):
     assert corpus.size("train") == len("one\n\ntwo\nthree")
 
 
-def test_the_text_column_of_a_csv_file_is_told_from_numbers_and_its_documents_are_strings(tmp_path):
+def test_the_text_column_of_a_csv_file_is_inferred_and_its_documents_are_strings(tmp_path):
     (tmp_path / "train.csv").write_text("\ufeffid,body\n1,first\n2,second\n")
     (tmp_path / "validation.csv").write_text("id,body\n1,007\n2,true\n")
     corpus = load_corpus(str(tmp_path))
@@ -96,7 +96,7 @@ def test_the_text_column_of_a_csv_file_is_told_from_numbers_and_its_documents_ar
 
 
 @pytest.mark.parametrize(("encoding", "message"), [("cp1252", "is not UTF-8"), ("utf-16", "UTF-16")])
-def test_text_files_in_another_encoding_are_named(tmp_path, encoding, message):
+def test_text_files_in_another_encoding_are_an_error(tmp_path, encoding, message):
     (tmp_path / "train.txt").write_bytes("na\u00efve\n".encode(encoding))
     with pytest.raises(UserError, match=f"train.txt .*{message}"):
         load_corpus(str(tmp_path))
@@ -105,7 +105,7 @@ def test_text_files_in_another_encoding_are_named(tmp_path, encoding, message):
 
 
 @pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: rows[:-1], lambda rows: ["x", *rows[1:]]])
-def test_the_fingerprint_of_a_corpus_is_that_of_its_documents_in_their_order(tmp_path, change):
+def test_the_fingerprint_of_a_corpus_depends_on_its_documents_and_their_order(tmp_path, change):
     rows = [f"text {i}" for i in range(20)]
     for name, texts in (("one", rows), ("again", rows), ("other", change(rows))):
         (tmp_path / name).mkdir()
@@ -114,7 +114,7 @@ def test_the_fingerprint_of_a_corpus_is_that_of_its_documents_in_their_order(tmp
     assert one == again != other
 
 
-def test_rows_of_a_column_and_the_end_of_train_as_validation(tmp_path):
+def test_a_missing_validation_split_is_the_end_of_train(tmp_path):
     rows = [{"body": f"text {i}", "title": "t"} for i in range(20)] + [{"body": "", "title": ""}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="--text_column"):
@@ -130,7 +130,7 @@ def test_rows_of_a_column_and_the_end_of_train_as_validation(tmp_path):
 
 
 class Letters:
-    """A tokenizer of letters, a = 1, whose end of text is 0."""
+    """A tokenizer with a token for each letter, a = 1, and the end-of-text token 0."""
 
     eos_token_id = 0
 
@@ -138,15 +138,15 @@ class Letters:
         return {"input_ids": [[ord(letter) - ord("a") + 1 for letter in text if letter.isalpha()] for text in texts]}
 
 
-def test_packing_by_hand():
-    """0 abc 0 de fg 0, since "de" is a line of a longer text: ten tokens, so nine labels, in blocks of four."""
+def test_packing_of_a_small_example():
+    """0 abc 0 de fg 0, because "de" is a line of a longer text: ten tokens, nine labels, blocks of four."""
     blocks = pack(["abc", "de\n", "f\ng\n"], Letters(), 4)
     assert torch.equal(blocks[:]["input_ids"], torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6], [7, 0, 0, 0]]))
     assert torch.equal(blocks[:]["labels"], torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7], [0, *[IGNORED] * 3]]))
 
 
 @pytest.mark.parametrize("block_size", [2, 7, 30, 500])
-def test_every_token_is_a_label_once_and_stands_behind_its_input(block_size, embedded):
+def test_every_token_is_a_label_once_and_follows_its_input(block_size, embedded):
     texts = [text[:2000] for text in embedded.splits["test"][:4]]
     tokenizer = byte_level_bpe(texts, 300, 500)
     blocks = pack(texts, tokenizer, block_size)[:]
@@ -157,8 +157,8 @@ def test_every_token_is_a_label_once_and_stands_behind_its_input(block_size, emb
     assert blocks["input_ids"][0, 0] == tokenizer.eos_token_id
 
 
-def test_the_label_of_a_position_is_no_input_that_it_sees():
-    """Whatever stands at t + 1 and later, the logits of t, which are for labels[t], stay as they are."""
+def test_logits_do_not_depend_on_their_labels():
+    """The logits at t predict labels[t], the input at t + 1, and do not change with inputs from t + 1 on."""
     model = random_gpt2(50, 0, layers=2, width=32, positions=12, dropout=0.0).eval()
     ids = torch.randint(1, 50, (1, 12))
     for t in (0, 5, 10):
@@ -172,32 +172,32 @@ def test_the_label_of_a_position_is_no_input_that_it_sees():
 # ---- objective ----
 
 
-def plain(kind: str, own: Tensor, target: Tensor, temperature: float, beta: float) -> Tensor:
-    """The divergences as their papers write them, token by token."""
+def reference(kind: str, logits: Tensor, targets: Tensor, temperature: float, beta: float) -> Tensor:
+    """The divergences as in their papers, token by token."""
     total = torch.zeros(())
-    for student, teacher in zip(own, target, strict=True):
+    for student, teacher in zip(logits, targets, strict=True):
         q, p = (student / temperature).softmax(0), (teacher / temperature).softmax(0)
         m = beta * p + (1 - beta) * q
-        if kind == "forward":
+        if kind == "kd":
             total = total + (p * (p / q).log()).sum()
-        elif kind == "reverse":
+        elif kind == "reverse_kl":
             total = total + (q * (q / p).log()).sum()
         else:
             total = total + beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
-    return temperature**2 * total / len(own)
+    return temperature**2 * total / len(logits)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("kind", ["kd", "reverse_kl", "js:beta=0.7"])
 def test_gradient_of_the_objective(kind):
     logits, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
     labels = torch.randint(0, 9, (2, 4))
     labels[1, 2:] = IGNORED
-    loss = token_level(0.3, divergence_of(kind, 2.0, 0.7), smoothing=0.1).objective
+    loss = token_level(0.3, divergence_of(kind, 2.0), smoothing=0.1).objective
     parts = loss(Outputs(logits=logits), Outputs(logits=teacher), labels)
     (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), logits)
-    own, target = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]
-    task = F.cross_entropy(own, labels.flatten()[:6], label_smoothing=0.1)
-    expected = 0.3 * task + 0.7 * plain(kind, own, target, 2.0, 0.7)
+    rows, targets = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]
+    task = F.cross_entropy(rows, labels.flatten()[:6], label_smoothing=0.1)
+    expected = 0.3 * task + 0.7 * reference(kind, rows, targets, 2.0, 0.7)
     (gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(found, gradient)
     assert not found[1, 2:].any()
@@ -216,8 +216,8 @@ def test_cutting_keeps_evenly_spaced_layers():
     assert torch.equal(whole(ids).logits, teacher.eval()(ids).logits)
 
 
-def test_a_cut_keeps_each_layer_s_kind_of_attention(tmp_path):
-    """GPT-Neo's layers differ: global and local ones take turns."""
+def test_a_cut_keeps_the_attention_type_of_each_layer(tmp_path):
+    """Layers of GPT-Neo alternate between global and local attention."""
     config = GPTNeoConfig(
         vocab_size=50,
         hidden_size=16,
@@ -231,7 +231,7 @@ def test_a_cut_keeps_each_layer_s_kind_of_attention(tmp_path):
     )
     teacher = GPTNeoForCausalLM(config)
     student = cut_layers(teacher, 2).eval()
-    assert [block.attn.attention_type for block in student.transformer.h] == ["local", "local"]  # its 2nd and 4th
+    assert [block.attn.attention_type for block in student.transformer.h] == ["local", "local"]  # layers 2 and 4
     student.save_pretrained(tmp_path)
     ids = torch.randint(0, 50, (2, 8))
     assert torch.equal(GPTNeoForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, student(ids).logits)
@@ -257,13 +257,13 @@ def distill(folder: Path, texts: Path, *words: object) -> dict:
 
 @pytest.fixture(scope="session")
 def finished(texts, tmp_path_factory) -> Path:
-    """A finished run of the main job."""
+    """A finished run."""
     folder = tmp_path_factory.mktemp("runs") / "gpt"
     distill(folder, texts)
     return folder
 
 
-def test_a_run_is_complete_and_its_figures_are_those_of_the_saved_student(finished, texts):
+def test_a_run_is_complete_and_reports_the_perplexity_of_the_saved_student(finished, texts):
     found = json.loads((finished / "results.json").read_text())
     score = {role: model["metrics"]["validation"]["perplexity"] for role, model in found["models"].items()}
     assert found["retention"] == score["teacher"] / score["student"]
@@ -280,7 +280,7 @@ def test_a_run_is_complete_and_its_figures_are_those_of_the_saved_student(finish
         assert found["models"]["student"]["metrics"][split]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
-def test_the_saved_student_loads_alone_and_its_card_says_how(finished, capsys):
+def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsys):
     ids = torch.randint(0, 300, (2, 16))
     student, stage = (AutoModelForCausalLM.from_pretrained(finished / name) for name in ("student", "stages/student"))
     assert torch.equal(student(ids).logits, stage(ids).logits)
@@ -295,13 +295,13 @@ def test_the_saved_student_loads_alone_and_its_card_says_how(finished, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--divergence", "reverse", "--hidden_weight", "1", "--alpha", "0", "--load_best_model_at_end",
+        ["--method", "reverse_kl", "--hidden_weight", "1", "--alpha", "0", "--load_best_model_at_end",
          "--metric_for_best_model", "perplexity", "--greater_is_better", "false"],
-        ["--divergence", "js", "--js_beta", "0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
+        ["--method", "js:beta=0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
          "0.5", "--gradient_accumulation_steps", "2"],
     ],
 )  # fmt: skip
-def test_the_other_objectives(texts, tmp_path, words):
+def test_other_divergences_and_hidden_states(texts, tmp_path, words):
     found = distill(tmp_path / "run", texts, "--no_control", *words)
     assert found["models"]["control"] is None
     assert found["selection"].startswith("best checkpoint by perplexity") == ("--load_best_model_at_end" in words)
@@ -310,7 +310,7 @@ def test_the_other_objectives(texts, tmp_path, words):
     assert found["models"]["student"]["metrics"]["validation"]["perplexity"] < 300  # the vocabulary's size
 
 
-def test_after_a_finished_teacher_a_run_continues_to_the_same_student(finished, texts):
+def test_a_continued_run_with_a_finished_teacher_gives_the_same_student(finished, texts):
     expected, found = figures_and_weights(finished)
     for name in ("student", "stages/student", "stages/control"):
         shutil.rmtree(finished / name)
@@ -338,7 +338,7 @@ def test_several_seeds_share_a_teacher_and_continue(texts, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_student(finished, texts, tmp_path):
-    """SIGKILL at two moments: the teacher and the student go on from their checkpoints."""
+    """SIGKILL at two moments: teacher and student continue from their checkpoints."""
     run = tmp_path / "run"
     command = [sys.executable, str(REPO / SCRIPT), *TINY, "--dataset", str(texts), "--output_dir", str(run)]
     for stage, resume in (("teacher", []), ("student", ["--resume_from_checkpoint"])):
@@ -360,12 +360,12 @@ def figures_and_weights(run: Path) -> tuple[dict, dict[str, Tensor]]:
     return metrics, load_file(run / "student" / "model.safetensors")
 
 
-# ---- teachers and students by name ----
+# ---- named teachers and students ----
 
 
 @pytest.fixture(scope="session")
 def gpt2(texts, tmp_path_factory) -> Path:
-    """A folder with a small GPT-2 and its tokenizer, as it would come from the Hub."""
+    """A folder with a small GPT-2 and its tokenizer, like one from the Hub."""
     return saved_gpt2(tmp_path_factory.mktemp("models") / "gpt2", texts, 280)
 
 
@@ -376,22 +376,22 @@ def saved_gpt2(folder: Path, texts: Path, vocabulary: int) -> Path:
     return folder
 
 
-def test_a_named_teacher_is_fine_tuned_and_the_control_cut_from_what_it_was(texts, gpt2, tmp_path, monkeypatch):
+def test_a_named_teacher_is_fine_tuned_and_the_control_is_cut_from_the_original(texts, gpt2, tmp_path, monkeypatch):
     args = Arguments(teacher=str(gpt2), teacher_epochs=1, student_layers=1, block_size=16)
     training = LanguageTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", precision="fp32")
     run = TrainerRun(training, args)
     task = LanguageTask.of(run, args, load_corpus(str(texts)), *load_named_models(args))
     teacher = task.train_teacher(run)
     monkeypatch.setattr(LanguageTask, "train", lambda task, run, role, model, *_, **__: model)
-    given = AutoModelForCausalLM.from_pretrained(gpt2)
-    for model, source in ((task.train_control(run, teacher), given), (task.train_student(run, teacher), teacher)):
+    original = AutoModelForCausalLM.from_pretrained(gpt2)
+    for model, source in ((task.train_control(run, teacher), original), (task.train_student(run, teacher), teacher)):
         expected = cut_layers(source, 1).state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
-    assert not torch.equal(given.lm_head.weight, teacher.lm_head.weight)
+    assert not torch.equal(original.lm_head.weight, teacher.lm_head.weight)
 
 
-def test_a_named_teacher_may_stay_as_it_is_and_teach_a_named_student(texts, gpt2, tmp_path):
-    """Under the recipe for the real one, with what is small or not at hand here replaced."""
+def test_a_named_teacher_without_epochs_and_a_named_student(texts, gpt2, tmp_path):
+    """With the recipe for GPT-2, but a small model and few texts."""
     words = ["--teacher", gpt2, "--teacher_epochs", 0, "--student", gpt2, "--no_control", "--block_size", 16]
     words += ["--dataset", texts, "--output_dir", tmp_path / "run", "--report_to", "none", "--num_train_epochs", 1]
     run_script(SCRIPT, REPO / "NLP" / "scripts" / "gpt.yaml", *words)
@@ -400,7 +400,7 @@ def test_a_named_teacher_may_stay_as_it_is_and_teach_a_named_student(texts, gpt2
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--dataset", "Salesforce/wikitext:wikitext-2-raw-v1"], "--dataset"),
         (["--dataset", "nonsense"], "nonsense"),
@@ -409,14 +409,14 @@ def test_a_named_teacher_may_stay_as_it_is_and_teach_a_named_student(texts, gpt2
         (["--student", "GPT2"], "different vocabularies"),
         (["--teacher", "GPT2", "--student_layers", "4"], "cannot be cut from the teacher's 3"),
         (["--teacher", "GPT2", "--block_size", "32"], "at most 24"),
-        (["--divergence", "js", "--js_beta", "1"], "--js_beta"),
+        (["--method", "js:beta=1"], "beta must be above 0 and below 1"),
         (["--teacher_epochs", "0"], "untrained"),
-        (["--divergence", "sideways"], "invalid choice"),
+        (["--method", "sideways"], "no method 'sideways'"),
         (["--student", "scratch", "--student_layers", "4", "--hidden_weight", "1"], "has 4 layers to match"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
     ],
 )
-def test_bad_input_is_one_line(capsys, texts, gpt2, tmp_path, words, named):
+def test_invalid_arguments_give_one_line(capsys, texts, gpt2, tmp_path, words, message):
     if "OTHER" in words:
         saved_gpt2(tmp_path / "other", texts, 290)
     words = [{"OTHER": tmp_path / "other", "GPT2": gpt2}.get(word, word) for word in words]
@@ -426,5 +426,5 @@ def test_bad_input_is_one_line(capsys, texts, gpt2, tmp_path, words, named):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1, error
-    assert named in error
+    assert message in error
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""benchmarks/kd_training.py on a handful of texts: its table, and that textbook and project minimise the same loss."""
+"""benchmarks/kd_training.py on a few texts: its table, and the equality of both losses."""
 
 import re
 import runpy
@@ -29,10 +29,10 @@ def data() -> TextData:
     return TextData("few", {"train": rows, "validation": rows}, ["lights", "weather"], False, "accuracy", "few")
 
 
-def test_every_way_trains_and_has_its_line(benchmark, data, capsys):
-    case = benchmark["case_of"](data, "tiny-bert", student_layers=1, batch_size=4, steps=3)
+def test_every_variant_trains_and_has_its_line(benchmark, data, capsys):
+    case = benchmark["make_case"](data, "tiny-bert", student_layers=1, batch_size=4, steps=3)
     seconds = case.fill_cache("fp32")
-    rates = {name: [case.samples_per_second(way, 0)] for name, way in benchmark["ladder"]("fp32").items()}
+    rates = {name: [case.samples_per_second(variant, 0)] for name, variant in benchmark["variants"]("fp32").items()}
     capsys.readouterr()
     benchmark["report"](rates, seconds, 12)
     *table, cache = capsys.readouterr().out.splitlines()
@@ -43,8 +43,8 @@ def test_every_way_trains_and_has_its_line(benchmark, data, capsys):
     assert re.search(r"cache of 12 texts took .* epochs", cache)
 
 
-def test_rates_are_what_the_table_says(benchmark, capsys):
-    names = list(benchmark["ladder"]("bf16"))
+def test_the_table_holds_the_rates(benchmark, capsys):
+    names = list(benchmark["variants"]("bf16"))
     rates = {name: [(10.0 * i, 5.0 * i), (20.0 * i, 5.0 * i)] for i, name in enumerate(names, start=1)}
     rates[names[-1]] = [(5.0, 5.0), (5.0, 5.0)]
     benchmark["report"](rates, (1.0, 126.0), texts=360)
@@ -53,13 +53,13 @@ def test_rates_are_what_the_table_says(benchmark, capsys):
     assert "after 2.0 epochs" in cache  # 72 CPU-seconds an epoch with the teacher in every step, 9 without
 
 
-def test_textbook_and_project_minimise_the_same_loss(benchmark):
-    own, target, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
-    student = SimpleNamespace(logits=own, loss=torch.nn.functional.cross_entropy(own, labels))
-    trainer = SimpleNamespace(teacher=lambda **inputs: Outputs(logits=target))
+def test_both_trainers_minimize_the_same_loss(benchmark):
+    student_logits, teacher_logits, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    student = SimpleNamespace(logits=student_logits, loss=torch.nn.functional.cross_entropy(student_logits, labels))
+    trainer = SimpleNamespace(teacher=lambda **inputs: Outputs(logits=teacher_logits))
     textbook = benchmark["TextbookTrainer"].compute_loss(trainer, lambda **inputs: student, {})
     objective = labels_and_soft_targets(benchmark["ALPHA"], benchmark["TEMPERATURE"]).objective
-    parts = objective(Outputs(logits=own), Outputs(logits=target), labels)
+    parts = objective(Outputs(logits=student_logits), Outputs(logits=teacher_logits), labels)
     torch.testing.assert_close(textbook, sum(parts.values()))
 
 

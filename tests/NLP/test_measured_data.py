@@ -1,4 +1,4 @@
-"""A saved classifier on new data: matched by the names of its labels, one file or a lone test split are enough."""
+"""Evaluation of a saved classifier on new data: labels are matched by name, and a single file is enough."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ WORDS = {"cold": "ice snow frost", "warm": "sun beach heat", "wet": "rain river 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier with random weights whose labels are not in the order of the alphabet."""
+    """A classifier with random weights and labels that are not in alphabetical order."""
     folder = tmp_path_factory.mktemp("saved")
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["wet", "cold", "warm"])}
@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}.parquet")
     torch.manual_seed(1)
     made = tiny_bert(load_text_data(str(folder / "data")))
-    dict(made.model.named_parameters())["classifier.weight"].data *= 30  # else every text is of one class
+    dict(made.model.named_parameters())["classifier.weight"].data *= 30  # otherwise it predicts only one class
     made.model.save_pretrained(folder / "model")
     made.tokenizer.save_pretrained(folder / "model")
     return folder / "model"
@@ -53,22 +53,20 @@ def evaluate(model: Path, dataset: Path, result: Path) -> dict:
     return json.loads(result.read_text())["metrics"]
 
 
-def test_one_file_is_measured_as_the_pipeline_of_transformers_predicts(saved: Path, tmp_path: Path) -> None:
+def test_the_accuracy_equals_that_of_a_transformers_pipeline(saved: Path, tmp_path: Path) -> None:
     rows = frame()
     rows.to_csv(tmp_path / "new.csv")
     found = evaluate(saved, tmp_path / "new.csv", tmp_path / "metrics.json")
     assert list(found) == ["test"] and found["test"]["accuracy"] == pytest.approx(accuracy(saved, rows))
     assert 0 < found["test"]["accuracy"] < 1
-    some = rows[rows["label"] != "warm"]  # fewer classes than the model has, so other ids by the alphabet
+    some = rows[rows["label"] != "warm"]  # fewer classes than the model has, so their alphabetical ids differ
     (tmp_path / "some").mkdir()
     some.to_csv(tmp_path / "some" / "test.csv", index=False)
     found = evaluate(saved, tmp_path / "some", tmp_path / "metrics.json")
     assert found["test"]["accuracy"] == pytest.approx(accuracy(saved, some))
 
 
-def test_labels_that_a_classifier_does_not_have_are_refused(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_labels_are_an_error(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame().assign(label=[i % 3 for i in range(27)]).to_csv(tmp_path / "numbers.csv")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -78,5 +76,5 @@ def test_labels_that_a_classifier_does_not_have_are_refused(
     assert error.count("\n") == 1 and "label '0' (9 rows of test), which is not among wet, cold, warm" in error
 
 
-def test_labels_of_a_model(saved: Path) -> None:
+def test_labels_of_a_saved_classifier(saved: Path) -> None:
     assert labels_of(str(saved)) == ("classification", ["wet", "cold", "warm"])

@@ -1,4 +1,4 @@
-"""Models by name or folder: what is no such model is one line, and a Hub that does not answer is asked once."""
+"""Loading models by name or folder: errors of one line, and a single request to an unreachable Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,23 +33,23 @@ def folder_without_weights(folder: Path, config: Any) -> str:
     ("loader", "config"),
     [
         ("classifier", BertConfig()),
-        ("classifier", MarianConfig()),  # which knows no classifier
+        ("classifier", MarianConfig()),  # Marian has no classifier
         ("translator", MarianConfig()),
         ("exportable", BertConfig(architectures=["BertForSequenceClassification"])),
     ],
 )
-def test_a_folder_without_weights_or_with_another_kind_of_model(tmp_path, loader, config):
+def test_a_folder_without_weights_or_with_another_architecture(tmp_path, loader, config):
     with pytest.raises(UserError, match="no file named model.safetensors|Unrecognized configuration class"):
         LOADERS[loader](folder_without_weights(tmp_path, config))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_hub_out_of_reach_is_asked_once(monkeypatch, loader):
-    """Its clients would ask five times each, for half a minute."""
-    asked: list[str] = []
+def test_an_unreachable_hub_gets_one_request(monkeypatch, loader):
+    """Without this, its clients would retry five times each, for half a minute."""
+    requests: list[str] = []
 
     def no_route() -> None:
-        asked.append("the Hub")
+        requests.append("the Hub")
         raise OSError("no route to host")
 
     def offline(name: str) -> None:
@@ -61,4 +61,4 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch, loader):
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
     with pytest.raises(UserError, match="owner/name"):
         LOADERS[loader]("owner/name")
-    assert asked == ["the Hub"] and not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert requests == ["the Hub"] and not huggingface_hub.constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""The notebook: what is stored is clean, and it runs from top to bottom on small data."""
+"""The notebook: its stored outputs are complete, and it runs from top to bottom on small data."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-def test_the_stored_notebook_shows_its_plots_and_no_errors():
+def test_the_stored_notebook_has_its_plots_and_no_errors():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,4 +1,4 @@
-"""Models that others saved: read in fp32, with weights and labels that fit, or refused in one line with the cause."""
+"""Loading models that were saved elsewhere: in fp32, with matching weights and labels, or an error of one line."""
 
 import json
 from pathlib import Path
@@ -64,22 +64,22 @@ def saved(folder: Path, model: PreTrainedModel) -> Path:
 
 
 def rewritten(folder: Path, change: Any) -> Path:
-    """The folder with `change` made to the names and tensors of its weights."""
+    """Changes the names and tensors of the weights in a folder."""
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     return folder
 
 
 def same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    own, others = model.state_dict(), other.state_dict()
-    return own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
+    weights, others = model.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 # ---- precision ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
+def test_half_precision_weights_are_loaded_in_fp32(tmp_path, dtype):
     causal_tokenizer = byte_level_bpe(TEXTS, 260, 16)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=len(causal_tokenizer), n_embd=16, n_layer=1, n_head=2))
     gpt.to(dtype).save_pretrained(tmp_path / "gpt")
@@ -90,8 +90,8 @@ def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
     ))  # fmt: skip
     saved(tmp_path / "marian", marian.to(dtype))
     folder = str(saved(tmp_path / "bert", bert().to(dtype)))
-    behind = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, codebook_size=4)
-    behind.to(dtype).save_pretrained(tmp_path / "bottleneck")
+    bottleneck = BottleneckClassifier.around(bert().base_model, LABELS, "mean", codebooks=2, codebook_size=4)
+    bottleneck.to(dtype).save_pretrained(tmp_path / "bottleneck")
     models: dict[str, Any] = {
         "classifier": load_classifier(folder, two_labels()).model,
         "encoder": load_encoder(folder),
@@ -104,7 +104,7 @@ def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
     for name, model in models.items():
         floats = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
         assert floats == {torch.float32}, name
-        assert model.config.dtype in (torch.float32, "float32"), name  # what is built from the config, as a cut is
+        assert model.config.dtype in (torch.float32, "float32"), name  # of models built from the config, like a cut
     assert torch.equal(models["classifier"].classifier.weight, bert().classifier.weight.to(dtype).float())
 
 
@@ -113,7 +113,7 @@ def test_half_precision_weights_are_read_in_fp32(tmp_path, dtype):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
 @pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForMaskedLM])
-def test_prefixes_of_wrappers_are_left_out(tmp_path, capsys, prefix, kind):
+def test_prefixes_of_wrappers_are_removed(tmp_path, capsys, prefix, kind):
     model = bert(kind=kind)
     folder = rewritten(saved(tmp_path, model), lambda w: {prefix + name: tensor for name, tensor in w.items()})
     found = load_classifier(str(folder), two_labels())
@@ -146,15 +146,15 @@ MISFITS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_trained_classifier_whose_weights_do_not_fit_is_refused(tmp_path, capfd, name):
+def test_a_trained_classifier_with_wrong_weights_is_an_error(tmp_path, capfd, name):
     change, named = MISFITS[name]
     folder = rewritten(saved(tmp_path, bert()), change)
-    with pytest.raises(UserError, match=f"^the weights of .* do not fit its config.json: .*{named}") as refused:
+    with pytest.raises(UserError, match=f"^the weights of .* do not fit its config.json: .*{named}") as raised:
         load_trained(str(folder), two_labels())
-    assert "\n" not in str(refused.value) and "LOAD REPORT" not in "".join(capfd.readouterr())
+    assert "\n" not in str(raised.value) and "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
-def test_weights_beside_those_of_the_model_are_harmless(tmp_path):
+def test_weights_of_other_heads_are_ignored(tmp_path):
     model = bert()
     extra = {"bert.embeddings.position_ids": torch.arange(9), "cls.predictions.bias": torch.zeros(3)}
     assert same(load_trained(str(rewritten(saved(tmp_path, model), lambda w: w | extra)), two_labels()).model, model)
@@ -164,7 +164,7 @@ def test_weights_beside_those_of_the_model_are_harmless(tmp_path):
     assert same(load_model(AutoModelForCausalLM, tmp_path / "gpt"), gpt)
 
 
-def test_an_encoder_may_lack_a_head_and_a_pooler_but_no_layer(tmp_path):
+def test_an_encoder_may_lack_its_head_and_pooler_but_not_a_layer(tmp_path):
     model = bert(kind=BertForMaskedLM)
     folder = saved(tmp_path, model)
     found = load_classifier(str(folder), two_labels())
@@ -218,24 +218,24 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_files_that_cannot_be_read_are_one_line_with_the_cause(tmp_path, name):
+def test_damaged_files_give_one_line_with_the_cause(tmp_path, name):
     change, cause = DAMAGES[name]
     folder = saved(tmp_path, bert())
     change(folder)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as raised:
         load_trained(str(folder), two_labels())
-    message = str(refused.value)
+    message = str(raised.value)
     assert cause in message and str(folder)[:80] in message and "\n" not in message and len(message) < 600
     assert "Hub" not in message and "trust_remote_code" not in message
 
 
-def test_plain_pickles_of_tensors_are_read(tmp_path):
+def test_pickles_of_tensors_are_loaded(tmp_path):
     folder = saved(tmp_path, bert())
     pickled(lambda weights: weights)(folder)
     assert same(load_trained(str(folder), two_labels()).model, bert())
 
 
-def test_a_damaged_stage_of_a_tokenizer_is_one_line(tmp_path):
+def test_a_damaged_stage_of_a_tokenizer_gives_one_line(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     read = stage_loader(AutoTokenizer, load_tokenizer)
     assert read(tmp_path).get_vocab() == tokenizer().get_vocab()
@@ -244,25 +244,25 @@ def test_a_damaged_stage_of_a_tokenizer_is_one_line(tmp_path):
         read(tmp_path)
 
 
-def test_what_is_no_folder(tmp_path):
+def test_a_name_that_is_not_a_folder(tmp_path):
     file = tmp_path / "teacher.pth"
     torch.save({}, file)
-    for name, complaint in ((str(file), "is a file: pass a folder"), ("x" * 5000, "no model x"),
+    for name, message in ((str(file), "is a file: pass a folder"), ("x" * 5000, "no model x"),
                             (f"{tmp_path}/{'y' * 400}", "no model /")):  # fmt: skip
-        with pytest.raises(UserError, match=complaint) as refused:
+        with pytest.raises(UserError, match=message) as raised:
             load_classifier(name, two_labels())
-        assert len(str(refused.value)) < 700
+        assert len(str(raised.value)) < 700
 
 
-def test_whatever_a_parser_raises_is_one_line(tmp_path):
+def test_any_exception_of_a_parser_becomes_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for error in (RuntimeError("two\nlines"), KeyError("weight"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad byte")):
         with (
-            pytest.raises(UserError, match=f"^cannot read a model from {tmp_path}: ") as refused,
+            pytest.raises(UserError, match=f"^cannot read a model from {tmp_path}: ") as raised,
             reading(tmp_path, "a model"),
         ):
             raise error
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(raised.value)
     with pytest.raises(KeyboardInterrupt), reading(tmp_path, "a model"):
         raise KeyboardInterrupt
 
@@ -270,7 +270,7 @@ def test_whatever_a_parser_raises_is_one_line(tmp_path):
 # ---- padding ----
 
 
-def test_a_decoder_without_a_padding_token_classifies_padded_texts_as_single_ones(tmp_path, capsys):
+def test_a_decoder_without_a_padding_token_has_the_same_logits_for_padded_texts(tmp_path, capsys):
     words = byte_level_bpe(TEXTS, 280, 32)
     config = GPT2Config(vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, id2label=LABELS, eos_token_id=0)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
@@ -298,7 +298,7 @@ def test_a_decoder_without_a_padding_token_classifies_padded_texts_as_single_one
 # ---- labels ----
 
 
-def test_data_take_the_label_order_of_the_model(tmp_path, capsys):
+def test_data_get_the_label_order_of_the_model(tmp_path, capsys):
     folder = str(saved(tmp_path, bert({0: "POSITIVE", 1: "NEGATIVE"})))
     data = two_labels()
     with pytest.raises(UserError, match="label order of .* differs: label 0 is 'POSITIVE'"):
@@ -307,26 +307,26 @@ def test_data_take_the_label_order_of_the_model(tmp_path, capsys):
     assert ordered.label_names == ["POSITIVE", "NEGATIVE"]
     assert ordered.splits["train"]["label"][:] == [0, 1, 0, 1]
     assert load_trained(folder, ordered).trained and in_label_order(folder, ordered) is ordered
-    assert "class ids are those of" in capsys.readouterr().out and "class ids are those of" in ordered.notes[-1]
-    with pytest.raises(UserError, match="F1 is that of label 1"):
+    assert "class ids follow" in capsys.readouterr().out and "class ids follow" in ordered.notes[-1]
+    with pytest.raises(UserError, match="F1 counts label 1"):
         in_label_order(folder, two_labels(metric="f1"))
 
 
-def test_labels_without_names_cannot_be_checked(tmp_path):
+def test_unnamed_labels_are_an_error(tmp_path):
     folder = str(saved(tmp_path, bert({0: "LABEL_0", 1: "LABEL_1"})))
     for read in (load_trained, in_label_order):
         with pytest.raises(UserError, match="does not name its 2 labels .LABEL_0, ....*id2label of its config.json"):
             read(folder, two_labels())
-    assert load_trained(folder, two_labels(("0", "1"))).trained  # numbers are all that either has
+    assert load_trained(folder, two_labels(("0", "1"))).trained  # the labels of the data are numbers too
 
 
-def test_both_sets_of_labels_are_named(tmp_path):
+def test_other_labels_are_an_error_that_names_both_sets(tmp_path):
     folder = str(saved(tmp_path, bert({0: "a", 1: "b", 2: "c"})))
     with pytest.raises(UserError, match=r"classifies 3 labels \(a, b, c\), tastes has 2 \(negative, positive\)"):
         load_trained(folder, two_labels())
 
 
-def test_several_labels_for_a_text_are_refused(tmp_path):
+def test_multi_label_classifiers_are_an_error(tmp_path):
     folder = saved(tmp_path, bert())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
@@ -334,6 +334,6 @@ def test_several_labels_for_a_text_are_refused(tmp_path):
         load_trained(str(folder), two_labels())
 
 
-def test_a_base_model_is_read_whole_from_a_classifier(tmp_path):
+def test_a_base_model_is_loaded_from_a_classifier(tmp_path):
     model = bert()
     assert same(load_model(AutoModel, saved(tmp_path, model), whole=False), model.bert)

@@ -1,4 +1,4 @@
-"""The search for distillation settings: what a trial trains for, resuming, pruning, the best command, bad input."""
+"""Hyperparameter search: the training of a trial, pruning, continuing, the best command, invalid input."""
 
 import csv
 import gc
@@ -29,7 +29,7 @@ from kd.nlp.teacher_model.teacher import label_config, tiny_bert
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
-TRIALS = 12  # of the finished search: the sampler's ten random ones and two that follow from them
+TRIALS = 12  # of the finished search: ten random ones of the sampler and two that depend on these
 CLASSES = {"train": 24, "validation": 12, "test": 3}  # texts per class
 QUICK = (
     "--max_steps 4 --per_device_train_batch_size 32 --precision fp32 --report_to none --temperature_range 1 9".split()
@@ -39,8 +39,8 @@ STUDENT = ["--student_layers", "1"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _old_objects_are_no_garbage() -> Iterator[None]:
-    """The Trainer collects garbage three times a trial, a second among all the objects of imported modules."""
+def _freeze_garbage() -> Iterator[None]:
+    """The Trainer collects garbage three times per trial, which takes a second for the objects of imported modules."""
     gc.collect()
     gc.freeze()
     yield
@@ -49,7 +49,7 @@ def _old_objects_are_no_garbage() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory) -> Path:
-    """Texts of four of the embedded intents."""
+    """Texts of four embedded intents."""
     folder = tmp_path_factory.mktemp("data") / "few"
     folder.mkdir()
     for split, rows in load_intents().items():
@@ -88,7 +88,7 @@ def teacher(few, tmp_path_factory) -> Path:
 
 
 def search(*words: object) -> None:
-    quick = QUICK[:-3] if "--search" in words else QUICK  # some leave out the temperature
+    quick = QUICK[:-3] if "--search" in words else QUICK  # some searches leave out the temperature
     run_script("NLP/scripts/search.py", *quick, *words)
 
 
@@ -108,10 +108,10 @@ def finished(few, teacher, tmp_path_factory) -> Path:
     return folder
 
 
-# ---- what is found ----
+# ---- trials ----
 
 
-def test_the_search_and_its_tables(finished):
+def test_a_finished_search_has_its_trials_control_and_table(finished):
     result = found(finished)
     trials, complete = result["trials"], [t for t in result["trials"] if t["state"] == "complete"]
     assert [trial["number"] for trial in trials] == list(range(1, TRIALS + 1))
@@ -127,8 +127,8 @@ def test_the_search_and_its_tables(finished):
     assert (finished / "search.png").stat().st_size > 10_000
 
 
-def test_hopeless_trials_are_pruned(finished):
-    """A trial is cut short where it is below the median, at that step, of the complete trials before it."""
+def test_trials_below_the_median_are_pruned(finished):
+    """A trial is pruned if it is below the median of the earlier complete trials at the same step."""
     pruned = [trial for trial in found(finished)["trials"] if trial["state"] == "pruned"]
     assert pruned
     with sqlite3.connect(finished / "checkpoints" / "search.db") as database:
@@ -146,30 +146,30 @@ def test_hopeless_trials_are_pruned(finished):
         assert max(v for (n, _), v in values.items() if n == number) < np.median(before)
 
 
-def test_a_trial_trains_for_its_own_settings_from_the_same_weights(few, teacher, tmp_path, monkeypatch):
-    tried: list[dict[str, float]] = []
+def test_trials_start_from_the_same_weights_and_train_with_their_parameters(few, teacher, tmp_path, monkeypatch):
+    recorded: list[dict[str, float]] = []
     starts: list[dict[str, torch.Tensor]] = []
-    say, kl, optimizer_of = Objective.forward, losses.soft_target_kl, KDTrainer.create_optimizer
+    compute, kl, optimizer_of = Objective.forward, losses.soft_target_kl, KDTrainer.create_optimizer
 
     def create_optimizer(trainer, model=None):
         starts.append({name: weight.clone() for name, weight in trainer.model.state_dict().items()})
         optimizer = optimizer_of(trainer, model)
-        tried.append({"learning_rate": optimizer.param_groups[0]["lr"]})
+        recorded.append({"learning_rate": optimizer.param_groups[0]["lr"]})
         return optimizer
 
     def forward(objective, *outputs):
-        tried[-1]["alpha"], tried[-1]["soft"] = (objective.weights.get(n, 0) for n in ("task", "soft_targets"))
-        return say(objective, *outputs)
+        recorded[-1]["alpha"], recorded[-1]["soft"] = (objective.weights.get(n, 0) for n in ("task", "soft_targets"))
+        return compute(objective, *outputs)
 
-    def soft_target_kl(own, target, temperature):
-        tried[-1]["temperature"] = temperature
-        return kl(own, target, temperature)
+    def soft_target_kl(student, teacher, temperature):
+        recorded[-1]["temperature"] = temperature
+        return kl(student, teacher, temperature)
 
     monkeypatch.setattr(KDTrainer, "create_optimizer", create_optimizer)
     monkeypatch.setattr(Objective, "forward", forward)
     monkeypatch.setattr(losses, "soft_target_kl", soft_target_kl)
     search(*STUDENT, "--dataset", few, "--teacher", teacher, "--trials", 3, "--output_dir", tmp_path)
-    control, *trials = tried
+    control, *trials = recorded
     assert control == {"alpha": 1, "soft": 0, "learning_rate": pytest.approx(1e-4)}
     assert [{k: v for k, v in t.items() if k != "soft"} for t in trials] == [
         trial["parameters"] for trial in found(tmp_path)["trials"]
@@ -180,7 +180,7 @@ def test_a_trial_trains_for_its_own_settings_from_the_same_weights(few, teacher,
     assert all(torch.equal(weight, start[name]) for start in starts for name, weight in cut.items())
 
 
-def test_the_best_command_repeats_the_best_trial(finished, tmp_path):
+def test_the_best_command_gives_the_value_of_the_best_trial(finished, tmp_path):
     _, script, *words = found(finished)["best_command"]
     run_script(script, *words, "--output_dir", tmp_path / "best")
     measured = json.loads((tmp_path / "best" / "results.json").read_text())["models"]["student"]["metrics"]
@@ -188,7 +188,7 @@ def test_the_best_command_repeats_the_best_trial(finished, tmp_path):
     assert "test" in measured
 
 
-def test_the_test_split_has_no_say(few, teacher, finished, tmp_path):
+def test_the_test_split_has_no_influence(few, teacher, finished, tmp_path):
     without = tmp_path / "without"
     shutil.copytree(few, without)
     (without / "test.csv").unlink()
@@ -199,7 +199,7 @@ def test_the_test_split_has_no_say(few, teacher, finished, tmp_path):
     assert found(tmp_path / "run")["control"] is None
 
 
-def test_a_named_student_with_words_of_its_own(few, teacher, tmp_path):
+def test_a_named_student_with_another_vocabulary(few, teacher, tmp_path):
     data = load_text_data(str(few))
     student = classifier(tmp_path / "student", data, hidden_size=16, num_hidden_layers=1)
     words = [
@@ -221,7 +221,7 @@ def test_a_named_student_with_words_of_its_own(few, teacher, tmp_path):
 
 
 def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkeypatch):
-    """Not even the first one, before there is any that could be called the best."""
+    """Even if it is the first one, so that there is no best trial yet."""
     kl, calls = losses.soft_target_kl, iter(range(10**6))
 
     def first_is_nan(*args: Any, **options: Any) -> torch.Tensor:
@@ -235,10 +235,10 @@ def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkey
     assert found(tmp_path)["best"]["number"] == 2
 
 
-# ---- killing and continuing ----
+# ---- killed and continued searches ----
 
 
-def test_a_finished_search_is_called_finished(finished, few, teacher, capsys):
+def test_a_finished_search_is_an_error(finished, few, teacher, capsys):
     with pytest.raises(SystemExit) as stopped:
         search("--dataset", few, "--teacher", teacher, "--output_dir", finished)
     assert stopped.value.code == 2 and f"{finished} holds a finished run" in capsys.readouterr().err
@@ -246,7 +246,7 @@ def test_a_finished_search_is_called_finished(finished, few, teacher, capsys):
 
 @pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_trials(few, teacher, finished, tmp_path):
-    """SIGKILL in the course of the third of four trials."""
+    """SIGKILL during the third of four trials."""
     run = tmp_path / "run"
     words = [*EVALUATED_TWICE, *STUDENT, "--dataset", few, "--teacher", teacher, "--trials", 4, "--output_dir", run]
     command = [sys.executable, str(REPO / "NLP" / "scripts" / "search.py"), *QUICK, *map(str, words)]
@@ -262,8 +262,8 @@ def test_a_killed_search_continues_to_the_same_trials(few, teacher, finished, tm
     assert [state for _, state in states(run)] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_what_follows_from_earlier_trials_follows_after_resuming_too(few, teacher, finished, tmp_path):
-    """The search without its last trial, the second that is not random, as a process killed before it had left it."""
+def test_suggestions_of_a_continued_search_depend_on_its_earlier_trials(few, teacher, finished, tmp_path):
+    """The folder contains a search without its last trial, the second one that is not random."""
     (tmp_path / "checkpoints").mkdir()
     for name in ("recipe.yaml", "run.json"):
         shutil.copy(finished / name, tmp_path)
@@ -277,7 +277,7 @@ def test_what_follows_from_earlier_trials_follows_after_resuming_too(few, teache
 
 
 def states(run: Path) -> list[tuple[int, str]]:
-    """(number, state) of all trials but the control."""
+    """(number, state) of all trials except the control."""
     path = run / "checkpoints" / "search.db"
     if not path.exists():
         return []
@@ -289,7 +289,7 @@ def states(run: Path) -> list[tuple[int, str]]:
         return []
 
 
-def test_a_finished_search_is_not_overwritten_unless_asked(few, teacher, finished, capsys):
+def test_a_finished_search_is_only_overwritten_with_the_flag(few, teacher, finished, capsys):
     before = found(finished)
     words = [*EVALUATED_TWICE, *STUDENT, "--dataset", few, "--teacher", teacher, "--output_dir", finished]
     with pytest.raises(SystemExit) as stopped:
@@ -302,11 +302,11 @@ def test_a_finished_search_is_not_overwritten_unless_asked(few, teacher, finishe
     assert found(finished) == before
 
 
-# ---- bad input: one line, exit code 2, nothing written ----
+# ---- invalid input: one line, exit code 2, no output files ----
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--trials", "0"], "--trials must be at least 1"),
         (["--alpha_range", "0.5", "1.5"], "between 0 and 1"),
@@ -323,13 +323,13 @@ def test_a_finished_search_is_not_overwritten_unless_asked(few, teacher, finishe
         (["--max_length", "513"], "--max_length 513: the BertForSequenceClassification takes at most 512 tokens"),
     ],
 )
-def test_bad_flags(few, teacher, tmp_path, capsys, words, named):
-    given = [] if "--teacher" in words else ["--teacher", teacher]
-    assert named in refused(capsys, tmp_path / "run", "--dataset", few, *given, *words)
+def test_invalid_flags(few, teacher, tmp_path, capsys, words, message):
+    flags = [] if "--teacher" in words else ["--teacher", teacher]
+    assert message in error_of(capsys, tmp_path / "run", "--dataset", few, *flags, *words)
 
 
 def test_a_teacher_of_other_labels(few, teacher, tmp_path, capsys):
-    assert "4 labels" in refused(capsys, tmp_path / "run", "--dataset", "intents", "--teacher", teacher)
+    assert "4 labels" in error_of(capsys, tmp_path / "run", "--dataset", "intents", "--teacher", teacher)
 
 
 def test_a_regression_has_no_temperature(tmp_path, capsys):
@@ -337,17 +337,17 @@ def test_a_regression_has_no_temperature(tmp_path, capsys):
     (tmp_path / "train.csv").write_text(f"text,label\n{rows}\n")
     teacher = classifier(tmp_path / "teacher", load_text_data(str(tmp_path)))
     words = ["--dataset", tmp_path, "--teacher", teacher, "--output_dir", tmp_path / "run"]
-    assert "--search alpha learning_rate" in refused(capsys, tmp_path / "run", *words)
+    assert "--search alpha learning_rate" in error_of(capsys, tmp_path / "run", *words)
     search(*words, "--search", "alpha", "--trials", 1, "--seed", 5)
     assert found(tmp_path / "run")["metric"] == "spearman"
-    assert found(tmp_path / "run")["fingerprint"] == load_text_data(str(tmp_path)).fingerprint  # carved alike
+    assert found(tmp_path / "run")["fingerprint"] == load_text_data(str(tmp_path)).fingerprint
 
 
-def refused(capsys, folder: Path, *words: object) -> str:
+def error_of(capsys, folder: Path, *words: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         search("--output_dir", folder, *words)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "examples/s" not in line]
-    error = "\n".join(filter(None, lines))  # a tokenizer's progress bar may come before
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if not line.endswith("]")]
+    error = "\n".join(filter(None, lines))  # without progress bars
     assert stopped.value.code == 2, error
     assert error.startswith("error: ")
     assert error.count("\n") == 0, error

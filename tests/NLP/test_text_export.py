@@ -1,4 +1,4 @@
-"""Text students of every kind taken away: the code of their README says what transformers makes of the student."""
+"""Exported text students: the code in README.md computes what transformers does."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def texts() -> list[str]:
 
 
 def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
-    """A run with that student."""
+    """A run folder with this student."""
     model.save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
     (folder / "results.json").write_text(json.dumps({"domain": "NLP", "task": "intents"}))
@@ -45,7 +45,7 @@ def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 
 def lively(model: Any) -> Any:
-    """With weights large enough for it to say different things."""
+    """Gives a model weights that are large enough for its outputs to differ between inputs."""
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.5)
@@ -61,7 +61,7 @@ def exported(run: Path, format: str) -> Path:
     ("kind", "format"), [("distilbert", "torch.export"), ("bottleneck", "onnx"), ("score", "torch.export")]
 )
 def test_a_classifier(texts, tmp_path, capsys, kind, format):
-    """DistilBERT takes no token types, also where a bottleneck stands behind it, which would."""
+    """DistilBERT takes no token types, with a bottleneck neither."""
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=12)
     config = DistilBertConfig(vocab_size=len(tokenizer), **SIZES)
     if kind == "bottleneck":
@@ -91,7 +91,7 @@ def test_a_classifier(texts, tmp_path, capsys, kind, format):
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
-def test_a_language_model_goes_on_as_transformers_generate(texts, tmp_path, capsys, format):
+def test_a_language_model_generates_as_transformers(texts, tmp_path, capsys, format):
     tokenizer = byte_level_bpe(texts, 300, 64)
     model = lively(random_gpt2(len(tokenizer), tokenizer.eos_token_id, 2, 32, 64, 0.1))
     folder = exported(saved(tmp_path, model, tokenizer), format)
@@ -105,26 +105,24 @@ def test_a_language_model_goes_on_as_transformers_generate(texts, tmp_path, caps
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
-def test_a_translator_says_what_transformers_generate(texts, tmp_path, format):
+def test_a_translator_generates_as_transformers(texts, tmp_path, format):
     tokenizer = joint_bpe(texts, 200, 32)
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     folder = exported(
         saved(tmp_path, lively(random_marian(len(tokenizer), special, 32, 1, 1, 0.1, 32)), tokenizer), format
     )
-    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")  # where a position has its own place again
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")  # restores the order of positions
     found = run_readme(folder)
     source = {name: torch.as_tensor(found["source"][name]) for name in ("input_ids", "attention_mask")}
     expected = model.generate(**source, max_length=100, num_beams=1, do_sample=False)[0].tolist()
-    assert found["ids"][:99] == expected[:99]  # at its greatest length it is made to end
+    assert found["ids"][:99] == expected[:99]  # the last token is forced to be the end
     assert len(set(found["ids"])) > 3
 
 
-def test_what_has_no_logits_is_refused(texts, tmp_path):
+def test_a_model_without_logits_is_an_error(texts, tmp_path):
     tokenizer = BertTokenizer(vocab=vocabulary(texts))
     saved(tmp_path, DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **SIZES)), tokenizer)
-    with pytest.raises(
-        UserError, match="holds a DistilBertModel: name a classifier, a translator or a language model"
-    ):
+    with pytest.raises(UserError, match="is a DistilBertModel: pass a classifier, a translator or a language model"):
         load(str(tmp_path / "student"), None)
     with pytest.raises(UserError, match="no model in .* it has no config.json"):
         load(str(tmp_path), None)

@@ -1,4 +1,4 @@
-"""Translation: its data, its models, and its distillation from end to end on real, small input."""
+"""Translation: data, models, and distillation from end to end on small data."""
 
 import json
 import re
@@ -66,7 +66,7 @@ IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_toke
         ),
     ],
 )
-def test_numbers_by_hand(number, english, german):
+def test_numbers_in_words(number, english, german):
     assert (number_words.english(number), number_words.german(number)) == (english, german)
 
 
@@ -85,7 +85,7 @@ def test_numbers_by_hand(number, english, german):
         (1000, "one thousandth", "eintausendste"),
     ],
 )
-def test_ordinals_by_hand(number, english, german):
+def test_ordinals_in_words(number, english, german):
     assert (number_words.english_ordinal(number), number_words.german_ordinal(number)) == (english, german)
 
 
@@ -102,7 +102,7 @@ def test_ordinals_by_hand(number, english, german):
         (12, 50, "ten to one", "zehn vor eins"),
     ],
 )
-def test_times_by_hand(hour, minutes, english, german):
+def test_times_in_words(hour, minutes, english, german):
     assert number_words.time(hour, minutes) == (english, german)
 
 
@@ -115,11 +115,11 @@ def test_times_by_hand(hour, minutes, english, german):
         (2026, "two thousand and twenty six", "zweitausendsechsundzwanzig"),
     ],
 )
-def test_years_by_hand(year, english, german):
+def test_years_in_words(year, english, german):
     assert number_words.year(year) == (english, german)
 
 
-def test_number_words_are_the_same_each_time_and_no_split_knows_another():
+def test_number_words_are_deterministic_and_splits_are_disjoint():
     splits, again = number_words.load_number_words(), number_words.load_number_words()
     assert {name: len(rows) for name, rows in splits.items()} == number_words.SIZES
     for name, rows in splits.items():
@@ -135,7 +135,7 @@ PAIRS = [{"en": f"the {name}", "de": f"{article} {noun}"} for name, article, nou
          [("dog", "der", "Hund"), ("cat", "die", "Katze"), ("house", "das", "Haus")]]  # fmt: skip
 
 
-def test_the_layout_of_the_hub_and_plain_columns_are_the_same_data(tmp_path):
+def test_the_nested_layout_of_the_hub_equals_plain_columns(tmp_path):
     nested, plain = tmp_path / "nested", tmp_path / "plain"
     for folder in (nested, plain):
         folder.mkdir()
@@ -149,7 +149,7 @@ def test_the_layout_of_the_hub_and_plain_columns_are_the_same_data(tmp_path):
     assert first.fingerprint != load_translation_data(str(plain), "en", "de").fingerprint
 
 
-def test_a_column_of_texts_may_be_called_translation(tmp_path):
+def test_a_text_column_may_have_the_name_translation(tmp_path):
     rows = [{"text": pair["en"], "translation": pair["de"]} for pair in PAIRS]
     for split in ("train", "validation"):
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
@@ -159,7 +159,7 @@ def test_a_column_of_texts_may_be_called_translation(tmp_path):
         load_translation_data(str(tmp_path), "en", "de")
 
 
-def test_a_missing_validation_split_is_set_aside(tmp_path):
+def test_a_missing_validation_split_comes_from_train(tmp_path):
     lines = [f"word {i},Wort {i}" for i in range(40)]
     (tmp_path / "train.csv").write_text("\n".join(["english,german", *lines]))
     data = load_translation_data(str(tmp_path), "english", "german")
@@ -171,7 +171,7 @@ def test_a_missing_validation_split_is_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "names", "said"),
+    ("rows", "names", "message"),
     [
         (PAIRS, ("en", "fr"), "no 'fr', only en, de"),
         (PAIRS, ("en", "en"), "name two columns"),
@@ -180,13 +180,13 @@ def test_a_missing_validation_split_is_set_aside(tmp_path):
         ([*PAIRS, {"en": " ", "de": "leer"}], ("en", "de"), "row 3 of train: no text in column 'en'"),
     ],
 )
-def test_pairs_that_are_none(tmp_path, rows, names, said):
+def test_invalid_sentence_pairs(tmp_path, rows, names, message):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_translation_data(str(tmp_path), *names)
 
 
-def test_byte_pairs_give_back_what_was_written():
+def test_the_tokenizer_decodes_what_it_encodes():
     texts = ["Ein Hund, der läuft.", "A dog's running (fast)!", "Ein Haus"]
     tokenizer = joint_bpe(texts, 100, 50)
     ids = tokenizer(texts)["input_ids"]
@@ -203,7 +203,7 @@ def tiny(layers: int = 1, seed: int = 0) -> PreTrainedModel:
 
 
 def two_pairs() -> tuple[list[dict[str, Any]], Any]:
-    """Two pairs of different length on both sides, and what pads them."""
+    """Two pairs with different lengths on both sides, and their collator."""
     tokenizer = joint_bpe([pair[language] for pair in PAIRS for language in pair], 60, 20)
     features: list[dict[str, Any]] = [
         {"input_ids": [5, 6, 7, 1], "attention_mask": [1] * 4, "labels": [8, 9, 1], "length": 7},
@@ -212,7 +212,7 @@ def two_pairs() -> tuple[list[dict[str, Any]], Any]:
     return features, TranslationCollator(tokenizer, tiny())
 
 
-def test_padding_changes_no_logits():
+def test_padding_does_not_change_logits():
     model, (features, collate) = tiny(), two_pairs()
     batch = collate(features)
     labels = batch.pop("labels")
@@ -225,16 +225,16 @@ def test_padding_changes_no_logits():
         torch.testing.assert_close(together[row, :positions], model(**alone).logits[0])
 
 
-def test_word_level_gradient_is_that_of_the_tokens_one_by_one():
-    """alpha * smoothed cross-entropy + (1 - alpha) * T^2 * KL by their definitions, without any padding."""
+def test_the_word_level_gradient_equals_a_sum_over_tokens():
+    """alpha * smoothed cross-entropy + (1 - alpha) * T^2 * KL by their definitions, without padding."""
     student, teacher, (features, collate) = tiny(), tiny(seed=1), two_pairs()
     alpha, temperature, smoothing = 0.3, 2.0, 0.1
     loss = torch.zeros(())
     for feature in features:
         alone = collate([feature])
         labels = alone.pop("labels")[0]
-        own, target = student(**alone).logits[0], teacher(**alone).logits[0].detach()
-        for z, t, label in zip(own, target, labels, strict=True):
+        logits, targets = student(**alone).logits[0], teacher(**alone).logits[0].detach()
+        for z, t, label in zip(logits, targets, labels, strict=True):
             log_p = z.log_softmax(0)
             task = -(1 - smoothing) * log_p[label] - smoothing * log_p.mean()
             p, q = (t / temperature).softmax(0), (z / temperature).softmax(0)
@@ -243,7 +243,7 @@ def test_word_level_gradient_is_that_of_the_tokens_one_by_one():
 
     batch = collate(features)
     labels = batch.pop("labels")
-    parts = token_level(alpha, divergence_of("forward", temperature), smoothing).objective(
+    parts = token_level(alpha, divergence_of("kd", temperature), smoothing).objective(
         Outputs(logits=student(**batch).logits), Outputs(logits=teacher(**batch).logits), labels
     )
     found = torch.autograd.grad(sum(parts.values()), student.model.shared.weight)[0]
@@ -255,14 +255,14 @@ def test_a_cut_keeps_alternating_layers(kept, layers, chosen):
     assert alternating_layers(kept, layers) == chosen
 
 
-def test_a_cut_copies_the_chosen_layers_and_everything_else():
+def test_a_cut_copies_the_kept_layers_and_all_other_weights():
     model = tiny(layers=4)
     same, cut = cut_translator(model, 4, 4), cut_translator(model, 2, 1)
     ids = torch.randint(2, 60, (2, 6))
     assert torch.equal(same(ids, decoder_input_ids=ids).logits, model(ids, decoder_input_ids=ids).logits)
-    own, given = cut.state_dict(), model.state_dict()
-    for name, weights in own.items():
-        assert torch.equal(weights, given[name.replace("encoder.layers.1.", "encoder.layers.3.")]), name
+    original = model.state_dict()
+    for name, weights in cut.state_dict().items():
+        assert torch.equal(weights, original[name.replace("encoder.layers.1.", "encoder.layers.3.")]), name
     assert (cut.config.encoder_layers, cut.config.decoder_layers) == (2, 1)
     assert cut.generate(ids, max_length=5).shape[0] == 2
 
@@ -272,7 +272,7 @@ def test_a_cut_copies_the_chosen_layers_and_everything_else():
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
-    """A folder with a few of the embedded pairs, short ones."""
+    """A folder with a few short sentence pairs of the embedded dataset."""
     folder = tmp_path_factory.mktemp("data") / "few_numbers"
     for split, rows in number_words.load_number_words().items():
         short = rows.filter(lambda row: len(row["en"]) < 24)
@@ -286,9 +286,9 @@ def distill(*words: object) -> None:
 
 @pytest.fixture(scope="session")
 def finished(small, tmp_path_factory) -> Path:
-    """A finished run with all that there is."""
+    """A finished run of --method sequence_kd+kd."""
     folder = tmp_path_factory.mktemp("runs") / "both"
-    distill("--dataset", small, "--output_dir", folder, "--method", "both")
+    distill("--dataset", small, "--output_dir", folder, "--method", "sequence_kd+kd")
     return folder
 
 
@@ -296,9 +296,9 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_run_leaves_all_that_it_promises(finished):
+def test_a_run_is_complete(finished):
     found = results(finished)
-    assert (found["method"], found["task"]) == ("both", "few_numbers en-de")
+    assert (found["method"], found["task"]) == ("sequence_kd+kd", "few_numbers en-de")
     assert found["data"]["train"] == 64
     for model in found["models"].values():
         for split in ("validation", "test"):
@@ -312,9 +312,9 @@ def test_a_run_leaves_all_that_it_promises(finished):
 
 
 @pytest.mark.parametrize("student", ["scratch", "cut"])
-def test_the_control_starts_as_the_student_does_but_has_nothing_of_the_teacher(small, tmp_path, student):
-    """Students that learn nothing, at a rate too small for fp32, show what they started from."""
-    words = ["--student", student, "--method", "word", "--learning_rate", 1e-50, "--teacher_learning_rate", 1e-2]
+def test_the_control_starts_like_the_student_but_without_trained_weights(small, tmp_path, student):
+    """With a learning rate too small for fp32, students keep their initial weights."""
+    words = ["--student", student, "--method", "kd", "--learning_rate", 1e-50, "--teacher_learning_rate", 1e-2]
     distill("--dataset", small, "--output_dir", tmp_path, *words)
     start, control, teacher = (
         load_file(tmp_path / "stages" / role / "model.safetensors") for role in ("student", "control", "teacher")
@@ -325,19 +325,19 @@ def test_the_control_starts_as_the_student_does_but_has_nothing_of_the_teacher(s
     assert (start[name].shape == teacher[name].shape and torch.equal(start[name], teacher[name])) == (student == "cut")
 
 
-@pytest.mark.parametrize("method", ["word", "sequence"])
-def test_the_other_methods_train_other_students(finished, small, tmp_path, method):
+@pytest.mark.parametrize("method", ["kd", "sequence_kd"])
+def test_word_and_sequence_level_methods(finished, small, tmp_path, method):
     words = ["--teacher", finished / "stages" / "teacher", "--teacher_epochs", 0, "--no_control", "--method", method]
     distill("--dataset", small, "--output_dir", tmp_path / "run", *words)
     found = results(tmp_path / "run")
     assert (found["method"], found["models"]["control"]) == (method, None)
     assert found["models"]["teacher"]["metrics"] == results(finished)["models"]["teacher"]["metrics"]
-    assert (found["seconds"]["teacher_outputs"] > 0) == (method == "sequence")
+    assert (found["seconds"]["teacher_outputs"] > 0) == (method == "sequence_kd")
     first, second = (load_file(run / "student" / "model.safetensors") for run in (finished, tmp_path / "run"))
     assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
 
 
-def test_a_saved_student_translates_alone_as_it_was_measured(finished, small):
+def test_a_saved_student_reproduces_the_reported_bleu(finished, small):
     model = AutoModelForSeq2SeqLM.from_pretrained(finished / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished / "student")
     data = load_translation_data(str(small), "en", "de")
@@ -350,27 +350,27 @@ def test_a_saved_student_translates_alone_as_it_was_measured(finished, small):
     assert scores == pytest.approx({name: measured[name] for name in scores})
 
 
-def test_the_usage_in_the_model_card_works(finished, capsys):
+def test_the_code_of_the_model_card_runs(finished, capsys):
     card = (finished / "student" / "README.md").read_text()
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})
     assert capsys.readouterr().out.strip()
 
 
-def test_a_run_continues_to_the_same_student(finished, small, tmp_path):
-    """After the teacher's stage, without what it had written since."""
+def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
+    """It is continued after the teacher's stage, without later files."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for name in ("student", "stages/student", "stages/control", "teacher_outputs"):
         shutil.rmtree(run / name)
     (run / "results.json").unlink()
-    distill("--dataset", small, "--output_dir", run, "--method", "both", "--resume_from_checkpoint")
+    distill("--dataset", small, "--output_dir", run, "--method", "sequence_kd+kd", "--resume_from_checkpoint")
     for name in ("student", "stages/control"):
         whole, continued = (load_file(folder / name / "model.safetensors") for folder in (finished, run))
         assert all(torch.equal(whole[weight], continued[weight]) for weight in whole)
 
 
 def test_several_seeds_share_a_teacher_and_its_translations(small, tmp_path):
-    words = ["--seeds", "0,1", "--method", "sequence", "--num_train_epochs", 1, "--teacher_epochs", 1]
+    words = ["--seeds", "0,1", "--method", "sequence_kd", "--num_train_epochs", 1, "--teacher_epochs", 1]
     distill("--dataset", small, "--output_dir", tmp_path, *words)
     found = results(tmp_path)
     assert found["seeds"] == [0, 1]
@@ -380,7 +380,7 @@ def test_several_seeds_share_a_teacher_and_its_translations(small, tmp_path):
     assert results(tmp_path / "seed1")["seconds"]["teacher_outputs"] > 0
 
 
-def test_sequence_level_targets_are_the_teachers_translations_of_their_own_sources(finished, small, tmp_path):
+def test_sequence_level_labels_are_the_teachers_translations(finished, small, tmp_path):
     args = Arguments(
         dataset=str(small), max_length=12, beams=3, teacher=str(finished / "stages" / "teacher"), teacher_epochs=0
     )
@@ -389,30 +389,30 @@ def test_sequence_level_targets_are_the_teachers_translations_of_their_own_sourc
     )
     teacher, _ = load_named_models(args)
     task = TranslationTask.of(run, args, load_translation_data(str(small), "en", "de"), teacher, None)
-    model, given = task.train_teacher(run), task.splits["train"].shuffle(seed=1)
-    rows = replace(task, splits=task.splits | {"train": given}).translate_training_set(run, model)
-    assert rows["sample_id"][:] == given["sample_id"][:]
+    model, shuffled = task.train_teacher(run), task.splits["train"].shuffle(seed=1)
+    rows = replace(task, splits=task.splits | {"train": shuffled}).translate_training_set(run, model)
+    assert rows["sample_id"][:] == shuffled["sample_id"][:]
     assert len(list((tmp_path / "run" / "teacher_outputs").glob("*/*/outputs.arrow"))) == 1  # of 64 sentences
-    assert rows["labels"][:] != given["labels"][:]
+    assert rows["labels"][:] != shuffled["labels"][:]
     for row in rows.select(range(8)):
         ids = model.generate(torch.tensor([row["input_ids"]]), num_beams=3)[0].tolist()
         assert [0, *row["labels"]] == ids
         assert row["length"] == len(row["input_ids"]) + len(row["labels"])
 
 
-# ---- models by name ----
+# ---- named models ----
 
 
 @pytest.fixture(scope="session")
 def t5(small, tmp_path_factory) -> Path:
-    """A T5 of random weights and its tokenizer, as they would come from the Hub."""
+    """A T5 with random weights and its tokenizer, like one from the Hub."""
     folder = tmp_path_factory.mktemp("models") / "t5"
     train = load_translation_data(str(small), "en", "de").splits["train"]
     tokenizer = joint_bpe([*train["source"], *train["target"]], 120, 64)
     shape: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
-    config = T5Config(vocab_size=len(tokenizer) + 8, **shape, **IDS)  # a vocabulary with room, as T5's has
+    config = T5Config(vocab_size=len(tokenizer) + 8, **shape, **IDS)  # as in T5, with more ids than tokens
     model = T5ForConditionalGeneration(config)
-    model.generation_config.update(num_beams=4, early_stopping=True, length_penalty=2.0)  # of beam search alone
+    model.generation_config.update(num_beams=4, early_stopping=True, length_penalty=2.0)  # arguments of beam search
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -422,8 +422,8 @@ def t5(small, tmp_path_factory) -> Path:
     ("student", "kind"),
     [("cut", "t5"), ("scratch", "marian"), pytest.param("by name", "t5", marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_a_t5_teaches(small, t5, tmp_path, student, kind):
-    """A student cut from it, one from random weights, and the one that is named, which is the teacher itself."""
+def test_a_t5_as_teacher(small, t5, tmp_path, student, kind):
+    """The student is a cut of it, or has random weights, or is the same T5 by name."""
     words = ["--student", t5 if student == "by name" else student, "--teacher", t5, "--teacher_epochs", 0]
     words += ["--no_control", "--source_prefix", "translate: ", "--max_steps", 2]
     words += [] if student == "by name" else ["--student_encoder_layers", 2]
@@ -437,11 +437,11 @@ def test_a_t5_teaches(small, t5, tmp_path, student, kind):
     assert "translate: " in (saved / "README.md").read_text()
 
 
-# ---- bad input: one line, exit code 2, nothing half-written ----
+# ---- invalid input: one line, exit code 2, no output files ----
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--dataset", "some-owner/some-pairs"], "--dataset number_words"),
         (["--dataset", "nonsense"], "unknown dataset 'nonsense'"),
@@ -452,22 +452,22 @@ def test_a_t5_teaches(small, t5, tmp_path, student, kind):
         (["--student", "cut", "--student_decoder_layers", "3"], "--student_decoder_layers 3"),
         (["--student", "T5"], "different vocabularies"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
-        (["--methid", "word"], "did you mean --method"),
+        (["--methid", "kd"], "did you mean --method"),
     ],
 )
-def test_bad_flags(capsys, tmp_path, small, t5, words, said):
+def test_invalid_flags(capsys, tmp_path, small, t5, words, message):
     with pytest.raises(SystemExit) as stopped:
         distill(
             "--output_dir", tmp_path / "run", "--dataset", small, *(t5 if word == "T5" else word for word in words)
         )
     error = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
     assert error.strip().count("\n") == 0, error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_student_with_another_vocabulary_is_refused(capsys, tmp_path, small, t5, finished):
+def test_a_student_with_another_vocabulary_is_an_error(capsys, tmp_path, small, t5, finished):
     with pytest.raises(SystemExit) as stopped:
         distill(
             "--output_dir", tmp_path / "run", "--dataset", small, "--teacher", t5, "--student", finished / "student"
@@ -476,7 +476,7 @@ def test_a_student_with_another_vocabulary_is_refused(capsys, tmp_path, small, t
     assert "different vocabularies" in capsys.readouterr().err
 
 
-def test_a_model_that_is_no_translator_is_refused(capsys, tmp_path, small, t5):
+def test_a_model_other_than_a_translator_is_an_error(capsys, tmp_path, small, t5):
     from transformers import BertConfig, BertModel
 
     bert = tmp_path / "bert"

@@ -1,4 +1,4 @@
-"""What leaves this project, of any model: the same answers at any size, int8 computed by hand, reloading, refusals."""
+"""Export of any model: equal outputs at any size, int8 by hand, reloading, and errors."""
 
 import json
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def test_export_is_quiet_in_eval_mode_and_leaves_only_its_files(tmp_path, capfd,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32.onnx", "int8.onnx"]
 
 
-def test_an_example_of_size_one_is_refused(mixed, tmp_path):
+def test_an_example_of_size_one_is_an_error(mixed, tmp_path):
     with pytest.raises(ValueError, match="ids, scale must have at least 2"):
         to_onnx(mixed, batch(1, 4), tmp_path / "model.onnx", {0: "batch", 1: "position"})
     assert not list(tmp_path.iterdir())
@@ -131,7 +131,7 @@ class Pointwise(nn.Module):
         return left.unsqueeze(2) * right.unsqueeze(1)
 
 
-def test_each_input_may_have_axes_of_its_own(tmp_path):
+def test_each_input_may_have_other_axes(tmp_path):
     axes = {"left": {0: "batch", 1: "left"}, "right": {0: "batch", 1: "right"}}
     example = {"left": torch.rand(2, 3), "right": torch.rand(2, 4)}
     to_onnx(Pointwise(), example, tmp_path / "model.onnx", axes, "products")
@@ -176,13 +176,13 @@ def test_int8_embedding_is_off_by_half_a_step_at_most():
 
 
 @torch.no_grad()
-def test_quantize_dynamic_is_a_copy_that_leaves_subclasses_alone(mixed):
+def test_quantize_dynamic_returns_a_copy_and_keeps_subclasses(mixed):
     before = {name: value.clone() for name, value in mixed.state_dict().items()}
     inputs = batch(6, 5)
     small = quantize_dynamic(mixed)
     assert {type(module).__name__ for module in small.layers} == {"Int8Linear", "ReLU"}
     assert isinstance(small.embedding, Int8Embedding)
-    assert not isinstance(small.attention.out_proj, Int8Linear)  # its owner reads its weights
+    assert not isinstance(small.attention.out_proj, Int8Linear)  # nn.MultiheadAttention reads its weights
     torch.testing.assert_close(small(**inputs).logits, mixed(**inputs).logits, rtol=0, atol=0.02)
     assert not torch.equal(small(**inputs).logits, mixed(**inputs).logits)
     assert all(torch.equal(value, before[name]) for name, value in mixed.state_dict().items())
@@ -208,12 +208,12 @@ print(model({"x": x}).argmax(1))"""
 
 def tiny_exportable(**changes: Any) -> Exportable:
     x = torch.randn(9, 6)
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": tiny_model(dropout=0.5).eval(),
         "inputs": {"x": x[:2]},
         "test_inputs": [{"x": x[:1]}, {"x": x}],
     }
-    return Exportable(**(given | {"axes": {0: "batch"}, "usage": USAGE} | changes))
+    return Exportable(**(arguments | {"axes": {0: "batch"}, "usage": USAGE} | changes))
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch.export"])
@@ -227,7 +227,7 @@ def test_a_student_is_exported(tmp_path, capsys, format):
     file = {"onnx": "model.onnx", "torch.export": "model.pt2"}[format]
     assert {path.name for path in folder.iterdir()} == {file, "labels.txt", "README.md", "export.json", "SHA256SUMS"}
     checks = json.loads((folder / "export.json").read_text())["checks"]
-    assert [(check["inputs"], check["answer"]) for check in checks] == [
+    assert [(check["inputs"], check["output"]) for check in checks] == [
         ({"x": [1, 6]}, [1, 3]),
         ({"x": [9, 6]}, [9, 3]),
     ]
@@ -244,7 +244,7 @@ def slightly_wrong(x: Tensor) -> Tensor:
 
 
 class Branching(nn.Module):
-    """Computes one thing or another, as the numbers have it: no exporter can follow."""
+    """Has control flow that depends on the data, which no exporter can trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.relu() if x.sum() > 0 else x
@@ -252,38 +252,41 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize("format", ["onnx", "torch.export"])
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "message"),
     [
-        ({"reference": slightly_wrong}, "on 10 of 10 rows it differs by more than 0.001, at most by 0.01; nothing"),
-        ({"reference": lambda x: x}, "differs by more than 0.001, at most by inf"),
+        (
+            {"reference": slightly_wrong},
+            "on 10 of 10 rows the outputs differ by more than 0.001, at most by 0.01; nothing",
+        ),
+        ({"reference": lambda x: x}, "differ by more than 0.001, at most by inf"),
         ({"model": Branching()}, "student cannot be exported as"),
     ],
 )
-def test_an_export_that_says_something_else_leaves_nothing(tmp_path, format, changes, complaint):
+def test_an_export_with_other_outputs_writes_nothing(tmp_path, format, changes, message):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").write_text("an earlier one")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         export_student("student", tiny_exportable(**changes), format, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["an earlier one"]
 
 
-def test_every_dynamic_axis_must_be_tried_at_another_size():
+def test_test_inputs_need_other_sizes_along_every_variable_axis():
     x = torch.randn(9, 6)
-    with pytest.raises(ValueError, match="no other size of x's batch is tried"):
+    with pytest.raises(ValueError, match="no test input has another size of x's batch"):
         tiny_exportable(test_inputs=[{"x": x[:2]}, {"x": x[4:6]}])
 
 
-def test_what_is_the_same_answer():
-    said = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
-    close = said + np.array([[1e-4, 0], [0, 0], [0, 5e-4]])  # the tie turns
-    np.testing.assert_allclose(max_abs_difference(said, close), [1e-4, 0, 5e-4])
-    check_equal("student", max_abs_difference(said, close), "texts")
+def test_equal_outputs():
+    outputs = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
+    close = outputs + np.array([[1e-4, 0], [0, 0], [0, 5e-4]])  # the tie is decided differently
+    np.testing.assert_allclose(max_abs_difference(outputs, close), [1e-4, 0, 5e-4])
+    check_equal("student", max_abs_difference(outputs, close), "texts")
     for wrong in (0.1, float("nan")):
-        other = said + np.array([[0, 0], [0, wrong], [0, 0]])
+        other = outputs + np.array([[0, 0], [0, wrong], [0, 0]])
         with pytest.raises(UserError, match="on 1 of 3 texts"):
-            check_equal("student", max_abs_difference(said, other), "texts")
-        check_equal("student", max_abs_difference(said, other), "texts", ties=0.001)  # one row at least
+            check_equal("student", max_abs_difference(outputs, other), "texts")
+        check_equal("student", max_abs_difference(outputs, other), "texts", ties=0.001)  # one row at least
     assert max_abs_difference(np.zeros((2, 3)), np.zeros((2, 1))).tolist() == [np.inf, np.inf]
     assert max_abs_difference(np.array([1, 3]), np.array([1, 2])).tolist() == [0, 1]
 
@@ -297,7 +300,7 @@ def test_only_a_bottleneck_may_have_ties():
 
 
 @pytest.fixture
-def refused(capsys) -> Callable[..., str]:
+def error_of(capsys) -> Callable[..., str]:
     def run(*words: object) -> str:
         with pytest.raises(SystemExit) as stopped:
             run_script("common/export/__main__.py", *words)
@@ -308,25 +311,25 @@ def refused(capsys) -> Callable[..., str]:
     return run
 
 
-def test_bad_input_is_one_line(refused, tmp_path):
+def test_bad_input_is_one_line(error_of, tmp_path):
     student = tmp_path / "run" / "student"
     student.mkdir(parents=True)
-    assert "pass --domain, one of NLP, image-classification, reinforcement-learning" in refused(student)
-    assert "there is no domain speech" in refused(student, "--domain", "speech")
-    assert "invalid choice: 'onxn'" in refused(student, "--format", "onxn")
-    assert "no folder or file" in refused(tmp_path / "missing")
+    assert "pass --domain, one of NLP, image-classification, reinforcement-learning" in error_of(student)
+    assert "there is no domain speech" in error_of(student, "--domain", "speech")
+    assert "invalid choice: 'onxn'" in error_of(student, "--format", "onxn")
+    assert "no folder or file" in error_of(tmp_path / "missing")
     (tmp_path / "run" / "export").mkdir()
-    assert "something else than an export" in refused(tmp_path / "run")
+    assert "is not an export: choose another --output_dir" in error_of(tmp_path / "run")
     (tmp_path / "run" / "export" / "export.json").write_text("{}")
-    assert "--overwrite_output_dir" in refused(student)
+    assert "--overwrite_output_dir" in error_of(student)
     (tmp_path / "run" / "results.json").write_text("no JSON")
-    assert "not valid JSON" in refused(student, "--output_dir", tmp_path / "new")
+    assert "not valid JSON" in error_of(student, "--output_dir", tmp_path / "new")
     (tmp_path / "run" / "results.json").write_text('{"domain": "image-classification", "task": "digits"}')
-    assert "no model in" in refused(student, "--output_dir", tmp_path / "new")
+    assert "no model in" in error_of(student, "--output_dir", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-# ---- what it gains ----
+# ---- latency ----
 
 
 class Recorded(nn.Module):
@@ -342,7 +345,7 @@ def test_latency_is_measured_in_turns():
     calls: list[str] = []
     inputs = {"x": torch.zeros(4, 1)}
     found = interleaved_latency({name: (Recorded(name, calls), inputs) for name in "ab"}, repeats=3)
-    assert calls == ["a", "a", "b", "b"] * 3  # each after a warm-up of its own
+    assert calls == ["a", "a", "b", "b"] * 3  # each after a warm-up
     assert list(found) == ["a", "b"]
     assert found["a"]["batch"] == 4
     assert 0 < found["a"]["median"] <= found["a"]["p90"]

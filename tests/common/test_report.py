@@ -2,20 +2,25 @@
 
 import copy
 import csv
+import itertools
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from kd.common import cli
-from kd.common.reporting import comparison
+from kd.common.reporting import __main__ as comparison
+from kd.common.reporting import plots
 from kd.common.reporting.__main__ import main
-from kd.common.reporting.model_card import model_card
-from kd.common.reporting.results import headline, print_table, write_report
+from kd.common.reporting.plots import Point
+from kd.common.reporting.report import headline, model_card, print_table, write_report
 from kd.common.utils.files import read_json, write_json, write_text
 
 
@@ -83,7 +88,7 @@ def write_runs(folder: Path, *runs: dict[str, Any]) -> list[str]:
     return [str(folder / str(number)) for number in range(len(runs))]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as exit:
         cli.run(lambda: main(list(argv)))
     error = capsys.readouterr().err
@@ -104,17 +109,17 @@ def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "validation accuracy of 0.8100, 90.0% of the teacher's 0.9000" in text
     assert "reaches 0.7800: the gain over it is +0.0300" in text
-    assert "1/88.7 of the teacher's parameters and runs 8.0 times as fast" in text
+    assert "The student has 1.1% of the teacher's parameters and 12% of its latency." in text
     assert "| student | tiny | 0.8100 | 1,234,567 | 4.938 | 2.47 M | 2.500 | 3.750 |" in text
     assert "| teacher | bert-base | 0.9000 | 109,482,240 | 437.9 | 218.96 M | 20.00 | 30.00 |" in text
-    assert "| validation | f1 | 0.8900 | 0.7700 | 0.8000 |" in text
+    assert "| validation | F1 | 0.8900 | 0.7700 | 0.8000 |" in text
     assert "| test | accuracy | 0.8800 | 0.7600 | 0.7900 |" in text
     assert "Samples: train 15,000, validation 3,000, test 4,500." in text
     assert "| total | 25.50 |" in text and "| device | Some CPU |" in text
     assert "python distill.py --note 'two words'" in text
 
 
-def test_a_loss_against_the_control_is_not_hidden(tmp_path: Path) -> None:
+def test_a_negative_gain_over_the_control_is_reported(tmp_path: Path) -> None:
     write_report(tmp_path, results(student=0.75), {})
     assert "the gain over it is -0.0300" in (tmp_path / "report.md").read_text()
 
@@ -131,7 +136,7 @@ def test_extra_sections_are_shown(tmp_path: Path) -> None:
     extra = {"bottleneck": bottleneck, "cache": {"hits": 7}, "selection": "last epoch"}
     write_report(tmp_path, results() | extra, HISTORY)
     text = (tmp_path / "report.md").read_text()
-    assert "## Bottleneck\n\n|  | control | student |\n| --- | ---: | ---: |\n| codes_used | 10 | 1,200 |" in text
+    assert "## Bottleneck\n\n|  | control | student |\n| --- | ---: | ---: |\n| codes used | 10 | 1,200 |" in text
     assert "| perplexity | – | 3.250 |" in text
     assert "## Cache" in text and "| hits | 7 |" in text
     assert "| selection | last epoch |" in text
@@ -172,7 +177,7 @@ def test_a_missing_key_is_named_and_nothing_is_written(tmp_path: Path, path: str
         ({"control": None, "gain_over_control": 0.1}, "gain_over_control must be null"),
     ],
 )
-def test_a_wrong_value_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_is_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "run", results(**changes), HISTORY)
     assert not (tmp_path / "run").exists()
@@ -185,16 +190,16 @@ def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert figure in output
 
 
-def test_model_card_states_what_is_known(tmp_path: Path) -> None:
+def test_the_model_card_holds_the_results_and_their_limits(tmp_path: Path) -> None:
     card = model_card(results(student=0.75), "load('tiny')", license="apache-2.0", library_name="x")
     _, front, body = card.split("---\n", 2)
     header = yaml.safe_load(front)
     assert header["license"] == "apache-2.0" and header["library_name"] == "x" and header["metrics"] == ["accuracy"]
     assert "knowledge-distillation" in header["tags"]
     assert "```python\nload('tiny')\n```" in body and "1,234,567" in body and "distill.py" in body
-    assert "It is behind its teacher: it reaches 83.3% of the teacher's 0.9000." in body
-    assert "The control was as good or better" in body
-    assert "how much the teacher helped is unknown" in model_card(results(control=None), "")
+    assert "It does not reach the validation accuracy of its teacher: 0.7500 against 0.9000." in body
+    assert "The control, which was trained without the teacher, is as good or better" in body
+    assert "the effect of the teacher is not known" in model_card(results(control=None), "")
 
 
 def averaged(folders: list[str]) -> list[dict[str, str]]:
@@ -204,7 +209,7 @@ def averaged(folders: list[str]) -> list[dict[str, str]]:
     return list(csv.DictReader(table.read_text().splitlines()))
 
 
-def test_learning_rates_of_a_sweep_are_rows_of_their_own(tmp_path: Path) -> None:
+def test_each_learning_rate_of_a_sweep_is_a_row(tmp_path: Path) -> None:
     runs = [results(seed, 0.8) | {"learning_rate": rate} for seed in (0, 1) for rate in (0.1, 0.01)]
     rows = averaged(write_runs(tmp_path, *runs))
     assert [(row["method"], row["seeds"]) for row in rows] == [
@@ -213,10 +218,49 @@ def test_learning_rates_of_a_sweep_are_rows_of_their_own(tmp_path: Path) -> None
     ]
 
 
-def test_retention_says_where_it_counts_from() -> None:
+def test_the_headline_names_the_floor_of_the_retention() -> None:
     assert "of 0.8100, 90.0% of the teacher's 0.9000." in headline(results())
     returns = results() | {"floor": -3.0, "retention": 0.977}
-    assert "97.7% of the way from -3.000, no skill at all, to the teacher's 0.9000." in headline(returns)
+    assert "97.7% of the way from -3.000 (no skill) to the teacher's 0.9000." in headline(returns)
+
+
+def test_the_headline_of_a_metric_that_is_better_when_lower() -> None:
+    run = results(student=982.0, control=1100.0, retention=1226 / 982, gain_over_control=118.0, lower_is_better=True)
+    run["models"]["teacher"]["metrics"]["validation"]["accuracy"] = 900.0
+    run["primary_metric"]["name"] = "perplexity"
+    for model in run["models"].values():
+        model["metrics"]["validation"]["perplexity"] = model["metrics"]["validation"]["accuracy"]
+    assert "a validation perplexity of 982.0 (lower is better); the teacher's is 900.0." in headline(run)
+    assert "reaches 1,100: the gain over it is +118.0." in headline(run)
+    run["models"]["teacher"]["metrics"]["validation"]["perplexity"] = 1226.0
+    assert "982.0 (lower is better); the teacher's 1,226 is no better than the control's." in headline(run)
+
+
+def test_the_headline_does_not_relate_the_student_to_a_useless_teacher() -> None:
+    at_chance = results(warnings=["teacher tiny is no better than chance: ..."], chance=0.89)
+    assert "of 0.8100; the teacher's 0.9000 is no better than chance." in headline(at_chance)
+    assert "Chance level is 0.8900." in headline(at_chance)
+    assert "of 0.8100; the teacher's 0.9000 is no better than the control's." in headline(results(control=0.9))
+
+
+def test_the_table_fits_a_terminal_of_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    run = results()
+    run["models"]["teacher"]["name"] = "runs/image-classification/teacher_resnet32x4/stages/teacher"
+    print_table(run)
+    table, _, _ = capsys.readouterr().out.partition("The student reaches")
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def test_losses_are_grouped_by_kind() -> None:
+    parts = {"loss": 6.0, "loss_task": 1.0, "loss_hidden_0": 2.0, "loss_hidden_1": 3.0}
+    student = [parts | {"epoch": 1.0}, parts | {"epoch": 2.0}]
+    control = [{"epoch": 1.0, "loss": 4.0}, {"epoch": 2.0, "loss": 3.0}]
+    losses = plots._losses({"student": student, "control": control}, "epoch")
+    assert losses == {
+        "task": {"student": [(1.0, 1.0), (2.0, 1.0)]},
+        "hidden": {"student": [(1.0, 5.0), (2.0, 5.0)]},
+        "": {"control": [(1.0, 4.0), (2.0, 3.0)]},
+    }
 
 
 def test_comparison_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +296,7 @@ def test_students_of_two_sizes_are_two_rows(tmp_path: Path) -> None:
     assert [row["seeds"] for row in rows] == ["1", "1"]
 
 
-def test_runs_are_found_below_a_folder_as_under_a_shell_s_stars(tmp_path: Path) -> None:
+def test_runs_are_found_below_a_folder_and_with_a_glob(tmp_path: Path) -> None:
     write_runs(tmp_path / "a" / "b", results(0), results(1))
     (tmp_path / "a" / "b" / "1" / "student").mkdir()
     (tmp_path / "a" / "notes.md").touch()
@@ -271,11 +315,11 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
     files = ["--markdown", str(markdown), "--csv", str(table), "--plot", str(plot)]
     main([*folders, *broken, *files])
     output = capsys.readouterr().out.replace("\n", " ")
-    assert "0.8200 ± 0.0283" in output and "0.8100 ± –" in output
+    assert "0.8200 ± 0.0283" in output and "0.8100" in output
     assert f"left out: {broken[0]} has no results.json: it is unfinished" in output
     assert f"left out: {broken[2]} does not exist" in output
     assert f"left out: {broken[1]}/results.json: missing key results.domain" in output
-    assert "| NLP, clinc150, soft_targets | validation accuracy | 2 | 0.9000 ± 0.0000 |" in markdown.read_text()
+    assert "| clinc150, soft_targets | validation accuracy | 2 | 0.9000 ± 0.0000 |" in markdown.read_text()
     hint, soft = csv.DictReader(table.read_text().splitlines())
     assert float(soft["student_mean"]) == pytest.approx(0.82)
     assert float(soft["student_std"]) == pytest.approx(0.02 * 2**0.5)
@@ -286,18 +330,45 @@ def test_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_plot_has_a_point_for_each_model_and_size() -> None:
     runs = [results(0, 0.80), results(1, 0.84), results(0, control=None, method="hint")]
-    (panel,) = comparison._panels(runs).items()
+    mean, deviation = statistics.fmean([0.80, 0.84]), statistics.stdev([0.80, 0.84])
+    groups = {comparison.Group.of(run): [other for other in runs if other["method"] == run["method"]] for run in runs}
+    (panel,) = comparison._panels(groups).items()
     assert panel[0] == ("clinc150", "validation accuracy")
-    assert panel[1]["teacher", False] == [(109_482_240, 0.9, 0.0)] * 2  # of each method
-    assert panel[1]["soft_targets", False] == [(1_234_567, pytest.approx(0.82), pytest.approx(0.02 * 2**0.5))]
-    assert panel[1]["hint", False] == [(1_234_567, 0.81, 0.0)]
-    assert panel[1].keys() == {("teacher", False), ("soft_targets", True), ("soft_targets", False), ("hint", False)}
+    assert panel[1] == [
+        Point("teacher", "teacher", 109_482_240, 0.9, 0.0),  # once for both methods
+        Point("control", "control", 1_234_567, 0.78, 0.0),
+        Point("soft_targets", "student", 1_234_567, mean, deviation),
+        Point("hint", "student", 1_234_567, 0.81, 0.0),
+    ]
+
+
+def test_labels_of_points_do_not_overlap() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    points = [Point(f"method {i}", "student", 1000, 0.8 + i / 1e4, 0.0) for i in range(8)]
+    axes.plot([point.size for point in points], [0.5, *(point.mean for point in points[1:])], "o")
+    figure.draw_without_rendering()
+    plots._add_labels(axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in axes.texts]  # without the line to the point
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+
+
+def test_a_folder_that_groups_finished_runs_is_not_unfinished(tmp_path: Path) -> None:
+    """As OUT/TASK of GLUE; a run of several seeds that lacks its summary is."""
+    write_runs(tmp_path / "task" / "system", results(0))
+    write_text(tmp_path / "task" / "recipe.yaml", "seed: 0\n")
+    assert comparison.read_runs([tmp_path])[1] == []
+    write_json(tmp_path / "several" / "seed0" / "results.json", results(1))
+    write_text(tmp_path / "several" / "recipe.yaml", "seeds: [1, 2]\n")
+    (problem,) = comparison.read_runs([tmp_path])[1]
+    assert problem.startswith(f"{tmp_path}/several has no results.json")
 
 
 def test_command_without_a_readable_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "RUN" in refused(capsys)
+    assert "RUN" in error_of(capsys)
     (tmp_path / "results.json").write_text(json.dumps(results())[:-5])
-    assert "no finished run" in refused(capsys, str(tmp_path), str(tmp_path / "absent"))
+    assert "no finished run" in error_of(capsys, str(tmp_path), str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize(
@@ -324,21 +395,21 @@ def test_a_damaged_run_among_others_is_named_and_left_out(
     main([str(tmp_path)])
     output = capsys.readouterr().out
     assert "0.8100 ± 0.0000" in output
-    said = output.replace("\n", " ")
-    assert said.count("left out:") == 1 and f"{tmp_path}/damaged/results.json" in said.partition("left out:")[2]
+    problems = output.replace("\n", " ").partition("left out:")[2]
+    assert "left out:" not in problems and f"{tmp_path}/damaged/results.json" in problems
 
 
-def test_links_that_lead_in_a_circle_or_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cyclic_and_broken_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(tmp_path, results(0))
     (tmp_path / "0" / "up").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "self").symlink_to("self")
-    (tmp_path / "lost").mkdir()
-    (tmp_path / "lost" / "results.json").symlink_to("nothing")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "results.json").symlink_to("nothing")
     main([str(tmp_path), str(tmp_path / "self")])
     output = " ".join(capsys.readouterr().out.split())
-    assert "0.8100 ± –" in output
+    assert "0.8100" in output
     assert f"left out: cannot read {tmp_path}/self: Too many levels of symbolic links" in output
-    assert f"left out: {tmp_path}/lost/results.json does not exist" in output
+    assert f"left out: {tmp_path}/broken/results.json does not exist" in output
 
 
 def test_a_folder_that_cannot_be_read_is_named(

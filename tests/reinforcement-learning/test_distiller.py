@@ -13,8 +13,8 @@ from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder, mixture, play, random_actions, returns_of
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
 from kd.reinforcement_learning.student_model.matching import check_loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
@@ -91,7 +91,7 @@ def test_identical_student_has_zero_loss_and_equal_network_converges_to_it(tmp_p
 
     one = task("CartPole-v1", network, model("CartPole-v1", [8], seed=3))
     history = Distiller([one], arguments(updates=500, learning_rate=0.01), tmp_path, 0).learn(no_metrics)
-    assert history[-1]["policy"] < 1e-3
+    assert history[-1]["loss_policy"] < 1e-3
     assert history[-1]["agreement"] > 0.97
 
 

@@ -1,0 +1,314 @@
+"""The report of a run: report.md, the printed table, and the student's folder with its model card."""
+
+import shlex
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import ModelCardData
+
+from kd.common.metrics.quality import AT_CHANCE
+from kd.common.reporting.plots import plot_curves
+from kd.common.reporting.results import RESULTS, Results, Schema, primary_score, validate
+from kd.common.reporting.tables import markdown, number, percent, print_rich, si, words
+from kd.common.utils.files import write_json, write_text, writing_folder
+
+Table = tuple[list[str], list[list[str]]]  # header and rows
+
+
+def write_report(
+    folder: str | Path, results: Results, history: dict[str, list[dict[str, Any]]] | None, progress: str = "epoch"
+) -> None:
+    """Writes curves.png, report.md and, last, results.json, which marks a run as finished.
+
+    `history` maps a stage (teacher, control, student) to its log, whose curves are drawn over `progress`; None
+    draws no curves.
+    """
+    validate(results)
+    folder = Path(folder)
+    if history is not None:
+        plot_curves(folder / "curves.png", history, results, progress)
+    write_text(folder / "report.md", _report(results))
+    write_json(folder / RESULTS, results)
+
+
+def print_table(results: Results) -> None:
+    """Prints the table of the models and the headline of a run."""
+    header, rows = model_table(results)
+    print_rich(header[:-1], [row[:-1] for row in rows], title(results), "\n".join(_sentences(results)))
+
+
+def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
+    """Prints the metrics of a model's entry in results.json. Writes the entry to `path` unless it is None."""
+    rows = [
+        [split, words(metric), f"{value:.6f}" if isinstance(value, float) else number(value)]
+        for split, values in entry["metrics"].items()
+        for metric, value in values.items()
+    ]
+    print_rich(["split", "metric", "value"], rows, title=name)
+    if path:
+        write_json(path, entry)
+
+
+# ---------------------------------------------------------------- report.md
+
+
+def _report(results: Results) -> str:
+    sections = [
+        f"# {title(results)}",
+        headline(results),
+        *(f"**Warning:** {text}" for text in results.get("warnings", [])),
+        markdown(*model_table(results)),
+        _curves(results),
+        "## All metrics",
+        markdown(*metric_table(results)),
+        *_extra_sections(results),
+        "## How to reproduce it",
+        f"```\n{shlex.join(results['command'])}\n```",
+        f"{_seeds(results)} {_samples(results)} Data fingerprint `{results['data']['fingerprint']}`.",
+        markdown(*_values(results["seconds"], "stage", "seconds")),
+        markdown(*_values(results["environment"], "environment", "")),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _curves(results: Results) -> str:
+    if "seeds" in results:
+        return "Curves: " + ", ".join(f"[seed {seed}](seed{seed}/curves.png)" for seed in results["seeds"])
+    return "![Training losses and evaluation metric](curves.png)"
+
+
+def _seeds(results: Results) -> str:
+    if "seeds" in results:
+        return f"Mean ± standard deviation over the seeds {', '.join(map(str, results['seeds']))}."
+    return f"Seed {results['seed']}."
+
+
+def _samples(results: Results) -> str:
+    sizes = {split: results["data"][split] for split in ("train", "validation", "test")}
+    return f"Samples: {', '.join(f'{split} {size:,}' for split, size in sizes.items() if size is not None)}."
+
+
+def model_table(results: Results) -> Table:
+    """A row for each model: score, size and speed."""
+    models = {stage: model for stage, model in results["models"].items() if model}
+    batches = ", ".join(str(batch) for batch in sorted({model["latency_ms"]["batch"] for model in models.values()}))
+    header = [
+        "model",
+        "name",
+        _metric(results),
+        "parameters",
+        "MB",
+        "FLOPs",
+        f"ms (batch {batches})",
+        "90th percentile",
+    ]
+    rows = []
+    for stage, model in models.items():
+        latency = [number(model["latency_ms"][key]) for key in ("median", "p90")]
+        size = [f"{model['parameters']:,}", number(model["megabytes"]), si(model["flops"])]
+        rows.append([words(stage), model["name"], _score(results, stage), *size, *latency])
+    return header, rows
+
+
+def metric_table(results: Results) -> Table:
+    """A row for each split and metric that a model has, a column for each model."""
+    models = {stage: model["metrics"] for stage, model in results["models"].items() if model}
+    splits = dict.fromkeys(split for metrics in models.values() for split in metrics)
+    rows = [
+        [split, words(name), *(number(metrics.get(split, {}).get(name)) for metrics in models.values())]
+        for split in splits
+        for name in dict.fromkeys(name for metrics in models.values() for name in metrics.get(split, {}))
+    ]
+    return ["split", "metric", *map(words, models)], rows
+
+
+def _extra_sections(results: Results) -> list[str]:
+    """Keys that are not in the schema: plain values, and sections {name: value} or {model: {name: value}}."""
+    extra = {key: value for key, value in results.items() if key not in Schema.model_fields and _informs(value)}
+    notes = {key: value for key, value in extra.items() if not isinstance(value, dict)}
+    sections = ({"notes": notes} if notes else {}) | {key: value for key, value in extra.items() if key not in notes}
+    texts = []
+    for key, section in sections.items():
+        heading = words(key)
+        texts += [f"## {heading[0].upper()}{heading[1:]}", markdown(*_section_table(section))]
+    return texts
+
+
+def _section_table(section: dict[str, Any]) -> Table:
+    if not all(isinstance(values, dict) for values in section.values()):
+        return _values(section, "", "value")
+    names = dict.fromkeys(name for values in section.values() for name in values)
+    rows = [[words(name), *(number(values.get(name)) for values in section.values())] for name in names]
+    return ["", *map(words, section)], rows
+
+
+def _values(values: dict[str, Any], *header: str) -> Table:
+    return [*header], [[words(name), number(value)] for name, value in values.items() if _informs(value)]
+
+
+def _informs(value: Any) -> bool:
+    """Whether a value is worth a row: not 0, False, None, empty or "none"."""
+    return bool(value) and value != "none"
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def title(results: Results) -> str:
+    return f"{results['domain']}: {results['task']}, {results['method']}"
+
+
+def headline(results: Results) -> str:
+    """The student's score compared with teacher, control and chance, and its size and speed."""
+    return " ".join(_sentences(results))
+
+
+def _sentences(results: Results) -> list[str]:
+    if not results["models"]["student"]:
+        return ["No student was trained."]
+    score = _score(results, "student")
+    direction = " (lower is better)" if results.get("lower_is_better") else ""
+    sentences = [f"The student reaches a {_metric(results)} of {score}{direction}{_against_teacher(results)}."]
+    control, gain = results["models"]["control"], results["gain_over_control"]
+    if gain is not None:
+        difference = f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
+        sentences.append(f"The control ({control['name']}) reaches {_score(results, 'control')}: {difference}.")
+    if results.get("chance") not in (None, results.get("floor")):
+        sentences.append(f"Chance level is {number(results['chance'])}.")
+    if results["models"]["teacher"]:
+        sentences.append(_size(results))
+    return sentences
+
+
+def _against_teacher(results: Results) -> str:
+    if results["models"]["teacher"] is None:
+        return ""
+    score = _score(results, "teacher")
+    if reason := _useless_teacher(results):
+        return f"; the teacher's {score} is no better than {reason}"
+    if results["retention"] is None or results.get("lower_is_better"):
+        return f"; the teacher's is {score}"
+    share, floor = f"{results['retention']:.1%}", results.get("floor", 0.0)
+    return (
+        f", {share} of " + (f"the way from {number(floor)} (no skill) to " if floor else "") + f"the teacher's {score}"
+    )
+
+
+def _useless_teacher(results: Results) -> str | None:
+    """What the teacher is not better than: chance, or the control; None for a useful teacher."""
+    teacher, control = primary_score(results, "teacher"), primary_score(results, "control")
+    if any(AT_CHANCE in warning for warning in results.get("warnings", [])):
+        return "chance"
+    sign = -1 if results.get("lower_is_better") else 1
+    if teacher is not None and control is not None and sign * teacher <= sign * control:
+        return "the control's"
+    return None
+
+
+def _size(results: Results) -> str:
+    teacher, student = results["models"]["teacher"], results["models"]["student"]
+    size = student["parameters"] / max(teacher["parameters"], 1)
+    seconds = student["latency_ms"]["median"] / max(teacher["latency_ms"]["median"], 1e-9)
+    return f"The student has {percent(size)} of the teacher's parameters and {percent(seconds)} of its latency."
+
+
+def _metric(results: Results) -> str:
+    return f"{results['primary_metric']['split']} {words(results['primary_metric']['name'])}"
+
+
+def _score(results: Results, stage: str) -> str:
+    """The primary metric of a model, with its standard deviation over several seeds."""
+    primary = results["primary_metric"]
+    deviations = results.get("standard_deviations", {}).get("models", {}).get(stage, {})
+    deviation = deviations.get(primary["split"], {}).get(primary["name"])
+    return number(primary_score(results, stage)) + ("" if deviation is None else f" ± {number(deviation)}")
+
+
+# ---------------------------------------------------------------- the student's folder
+
+
+class Savable(Protocol):
+    """A transformers model, tokenizer or image processor, or any object with this method."""
+
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+
+
+def save_student(
+    folder: Path, student: Savable, results: Results, usage: str, processor: Savable | None = None, **metadata: Any
+) -> None:
+    """Writes a student, its `processor` and its model card, atomically; `usage` and `metadata` as of `model_card`."""
+    with writing_folder(folder) as partial:
+        for part in (student, processor):
+            if part is not None:
+                part.save_pretrained(partial)
+        write_text(partial / "README.md", model_card(results, usage, **metadata))
+
+
+def model_card(results: Results, usage: str, license: str = "mit", **metadata: Any) -> str:
+    """Returns the README.md of a student for the Hugging Face Hub.
+
+    `usage` is the Python code that loads and calls the student. `metadata` are more entries of the YAML header
+    (library_name, pipeline_tag, base_model, datasets).
+    """
+    metrics = [results["primary_metric"]["name"]]
+    front = ModelCardData(license=license, tags=["knowledge-distillation"], metrics=metrics, **metadata)
+    student, teacher = results["models"]["student"], results["models"]["teacher"]
+    source = f" from the teacher `{teacher['name']}`" if teacher else ""
+    training = f"distilled{source} with the method `{results['method']}`"
+    if results.get("labels_only"):
+        training = "trained on the labels alone, as a control of distillation"
+    environment = results["environment"]
+    return f"""---
+{front}
+---
+
+# {results["task"]}: {results["method"]}
+
+`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, {training}.
+{headline(results)}
+
+## Load it
+
+```python
+{usage.strip()}
+```
+
+## Results
+
+{markdown(*model_table(results))}
+
+{markdown(*metric_table(results))}
+
+## How it was trained
+
+```
+{shlex.join(results["command"])}
+```
+
+{_samples(results)} Trained in {environment["precision"]} on {environment["device"]} ({environment["threads"]} threads)
+with torch {environment["torch"]} in {number(results["seconds"]["total"])} seconds.
+
+## Limitations
+
+{_limitations(results)}
+"""
+
+
+def _limitations(results: Results) -> str:
+    split, gain = results["primary_metric"]["split"], results["gain_over_control"]
+    student, teacher = results["models"]["student"], results["models"]["teacher"]
+    lines = [f"These are the results of one run, seed {results['seed']}: the variation over seeds is not known."]
+    if results["data"][split] is not None:
+        lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
+    if "test" not in student["metrics"]:
+        lines.append("It was not evaluated on a test split.")
+    if teacher and results["retention"] is not None and results["retention"] < 1:
+        scores = f"{_score(results, 'student')} against {_score(results, 'teacher')}"
+        lines.append(f"It does not reach the {_metric(results)} of its teacher: {scores}.")
+    if gain is None:
+        lines.append("Without a control, the effect of the teacher is not known.")
+    elif gain <= 0:
+        lines.append("The control, which was trained without the teacher, is as good or better.")
+    batch, device = student["latency_ms"]["batch"], results["environment"]["device"]
+    lines.append(f"Latency was measured with batches of {batch} on {device}; other hardware differs.")
+    return "\n".join(f"- {line}" for line in lines)
