@@ -35,10 +35,10 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.ranges import Range
 from kd.image_classification.data.loading import Images, SmallImageData
-from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.arguments import ImageTrainingArguments, SimKDArguments
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import METHODS
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 CLASSES, SIZE, PADDING = 100, 32, 4
@@ -200,7 +200,7 @@ def methods_seconds(names: list[str], teacher: ImageClassifier, data: SmallImage
     features = SideBySide.paths({name: method.features for name, method in methods.items()})
     teacher_features = {name: path for method in methods.values() for name, path in method.teacher_features.items()}
     paths = features, teacher_features
-    # The maps of an untrained teacher are large, and the published weights of the terms made for small ones.
+    # Low, because the maps of an untrained teacher are too large for the published weights of some terms.
     return seconds_per_step(SideBySide(students), objective, paths, teacher, data, args, learning_rate=1e-9)
 
 

@@ -32,12 +32,12 @@ from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, training_environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observations, Recorder, returns_of
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
-from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, load_or_train_teacher
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
+from kd.reinforcement_learning.teacher_model.teacher import load_or_train_teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"

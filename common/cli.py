@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from enum import Enum
 from inspect import get_annotations
 from pathlib import Path
+from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -30,33 +31,36 @@ BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys((
 
 
 class Formatter(HelpFormatter):
-    """Help of 100 columns: the description as written, each flag with the type of its value, defaults stated once."""
+    """Help of 100 columns. Each flag has the type of its value, its choices and its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text.strip()
+        """Wraps paragraphs, but not indented lines."""
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(part if part.startswith(" ") else fill(part, width) for part in paragraphs)
 
     def _format_action_invocation(self, action: Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        flag = action.option_strings[-1]
-        return f"{flag} {self._format_args(action, '')}".rstrip()
+        return f"{action.option_strings[-1]} {self._format_args(action, '')}".rstrip()
 
     def _format_args(self, action: Action, default_metavar: str) -> str:
         if action.nargs in (0, "?"):  # --flag is short for --flag true
             return ""
-        kind = "true|false" if action.type is _boolean else getattr(action.type, "__name__", "str").lower()
-        word = action.metavar or ("|".join(map(str, action.choices)) if action.choices else kind)
-        return f"[{word} ...]" if action.nargs == "*" else str(word)
+        kind = "bool" if action.type is _boolean else getattr(action.type, "__name__", "str").lower()
+        word = str(action.metavar or ("" if action.choices else kind))
+        return f"[{word or 'str'} ...]" if action.nargs in ("*", "+") else word
 
     def _get_help_string(self, action: Action) -> str:
-        text = action.help or ""
-        if action.default in (None, SUPPRESS, False, "", []) or "(default" in text:
-            return text
-        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-        return f"{text} (default: {getattr(default, 'value', default)})"
+        text, default, notes = action.help or "", action.default, list[str]()
+        if action.choices:
+            notes.append(" | ".join(map(str, action.choices)))
+        if default is not None and default is not False and default not in (SUPPRESS, "", []):
+            words = default if isinstance(default, list | tuple) else [default]
+            notes.append("default: " + " ".join(str(getattr(word, "value", word)) for word in words))
+        return f"{text} ({'; '.join(notes)})" if notes and "(default" not in text else text
 
 
 class Parser(ArgumentParser):
@@ -73,11 +77,10 @@ class Parser(ArgumentParser):
         for kind in self.dataclass_types:
             self._add_fields(kind)
             self.ranges |= ranges_of(kind)
-        run = self.add_argument_group("Help")
-        run.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
         if any(hasattr(kind, "complete") for kind in self.dataclass_types):
-            text = "Show this help with all flags of transformers.TrainingArguments and exit."
-            run.add_argument("--help_all", "--help-all", action="help", help=text)
+            text = "Show also the other flags of transformers.TrainingArguments."
+            self.add_argument("--help_all", "--help-all", action="help", help=text)
 
     def _add_fields(self, kind: type) -> None:
         """Adds the fields of a dataclass, in a group for each class that is the first to declare some of them."""
@@ -169,20 +172,22 @@ class Parser(ArgumentParser):
         return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def show_help(*dataclass_types: type, argv: list[str] | None = None) -> None:
-    """Prints the help and exits, where the words (default: sys.argv) ask for it. A script calls it before it imports
-    what takes seconds.
+def show_help(*dataclass_types: type, argv: list[str] | None = None, parser: Parser | None = None) -> None:
+    """Prints the help of a script and exits, if the words (default: sys.argv) ask for it. A script calls it before it
+    imports what takes seconds.
 
-    `--help` shows the fields that have a help text; those of a type with a class method `complete` are all in the
-    type that it returns, of which `--help_all` shows all fields.
+    `--help` shows the fields of the dataclasses that have a help text, `--help-all` also the other fields of their
+    methods `complete`. A script without dataclasses passes its `parser`.
     """
     words = set(sys.argv[1:] if argv is None else argv)
-    if not words & {"-h", "--help", "--help_all", "--help-all"}:
+    show_all = words & {"--help_all", "--help-all"}
+    if not show_all and not words & {"-h", "--help"}:
         return
-    if words & {"--help_all", "--help-all"}:
-        dataclass_types = tuple(map(_complete, dataclass_types))
-    usage = f"python {_script()} [recipe.yaml ...] [--flag value ...]"
-    Parser(dataclass_types, usage=usage, description=sys.modules["__main__"].__doc__).print_help()
+    if parser is None:
+        kinds = [_complete(kind) if show_all else kind for kind in dataclass_types]
+        usage = f"python {_script()} [recipe.yaml ...] [--flag value ...]"
+        parser = Parser(kinds, usage=usage, description=sys.modules["__main__"].__doc__)
+    parser.print_help()
     sys.exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Shared by all tests. `common` comes first: it lets torchvision, and so transformers' Trainer, load on a CPU."""
+"""Fixtures of all tests. Imports `kd.common` first, so that torchvision and transformers' Trainer load on a CPU."""
 
 import contextlib
 import gc
@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for background jobs
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, on models too small for several threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on models too small for several threads
 
 import kd.common  # noqa: E402, F401, I001
 import numpy as np  # noqa: E402
@@ -27,9 +27,9 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_stays_is_not_garbage() -> None:
-    """Each training collects garbage twice, which would walk through all that is imported: 22 of 97 CPU-seconds in
-    test_classifier.py and test_image_scripts.py.
+def _freeze_imported_objects() -> None:
+    """Excludes imported objects from garbage collection, which runs twice per training. It took 22 of 97 CPU-seconds
+    in test_classifier.py and test_image_scripts.py.
     """
     gc.collect()
     gc.freeze()
@@ -50,7 +50,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_once() -> Iterator[None]:
-    """Each script that a test runs would write the embedded digits as PNG and read them again: half a CPU-second."""
+    """Decodes the embedded digits once. Otherwise each script would encode and decode them: half a CPU-second."""
     from kd.image_classification.data import loading, sources
 
     digits, decode = cache(sources.embedded_digits), loading._decode

@@ -1,4 +1,4 @@
-"""A script that is continued on other data, or with another teacher, refuses; with what it began with it goes on."""
+"""A run resumes with the same data and teacher, and rejects changed ones."""
 
 import shutil
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def policies(folder: Path) -> tuple[str, list[object], Changes]:
         (policies, "teacher of CartPole-v1"),
     ],
 )
-def test_a_run_is_continued_only_with_what_it_began_with(
+def test_a_run_resumes_only_with_unchanged_inputs(
     domain: Callable[[Path], tuple[str, list[object], Changes]],
     changed: str,
     tmp_path: Path,

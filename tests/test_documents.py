@@ -1,4 +1,4 @@
-"""What the documents say is there: links, files, flags, and code that runs."""
+"""Links, files, flags and code in the documents are valid."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ BENCHMARKS = sorted(path for path in REPO.glob("benchmarks/*.py") if not path.st
 
 
 def anchors(document: Path) -> set[str]:
-    """The names under which the headings of a Markdown file can be linked, as GitHub makes them."""
+    """GitHub's anchors of the headings of a Markdown file."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", document.read_text(), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -36,7 +36,7 @@ def test_links_and_files_exist(document: Path):
         assert target.exists(), f"{document.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
     for file in FILE.findall(text):
-        assert (REPO / file).exists(), f"{document.name} speaks of {file}"
+        assert (REPO / file).exists(), f"{document.name} names {file}"
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *sorted(REPO.glob("*/scripts/*.sh"))], ids=lambda path: path.name)
@@ -45,9 +45,7 @@ def test_every_script_is_in_the_readme_of_its_domain(script: Path):
 
 
 def documented_flags(script: Path) -> set[str]:
-    """The flags that documents and the script's own docstring give it, or a .sh that names a recipe of it, in commands
-    that may go over several lines.
-    """
+    """The flags of a script, or of a .sh that runs it, in the commands of documents and of its docstring."""
     texts = [path.read_text() for path in [*DOCUMENTS, script]]
     shells = [path for path in script.parent.glob("*.sh") if f"/{script.name}" in path.read_text()]
     names = "|".join(re.escape(str(path.relative_to(REPO))) for path in [script, *shells])
@@ -66,7 +64,7 @@ for number, script in enumerate(sys.argv[1:]):
     groups.setdefault({group}, []).append((number, script))
 failed = []
 for scripts in groups.values():
-    child = os.fork()  # spares the scripts the imports above
+    child = os.fork()  # the scripts share the imports above
     if not child:
         code = 0
         for number, script in scripts:
@@ -78,7 +76,7 @@ for scripts in groups.values():
             except SystemExit as stopped:
                 code = code or stopped.code or 0
             sys.stdout.flush()
-        os._exit(code)  # without taking everything apart
+        os._exit(code)  # without cleanup
     if os.waitpid(child, 0)[1]:
         failed += [script for _, script in scripts]
 sys.exit(" ".join(failed) or 0)
@@ -91,9 +89,7 @@ AFTER_COMMON = {
 
 
 @pytest.mark.parametrize("start", [AFTER_COMMON, pytest.param(ALONE, marks=pytest.mark.slow)], ids=["quick", "alone"])
-def test_scripts_start_also_where_nothing_has_imported_common_and_have_the_flags_that_are_documented(
-    tmp_path: Path, start: dict[str, str]
-):
+def test_scripts_start_without_earlier_imports_and_have_the_documented_flags(tmp_path: Path, start: dict[str, str]):
     scripts = [*SCRIPTS, *BENCHMARKS]
     command = [sys.executable, "-c", START.format(**start), *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=250)
@@ -106,8 +102,8 @@ def test_scripts_start_also_where_nothing_has_imported_common_and_have_the_flags
 
 
 @pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
-def test_the_example_of_common_distills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool):
+def test_the_example_of_the_common_readme_distills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool):
     (code,) = re.findall(r"```python\n(.*?)```", (REPO / "common" / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
-    said = dict(re.findall(r"^(teacher|control|student) ([\d.]+)$", run_code(code, fork=fork), re.M))
-    assert 0.4 < float(said["control"]) < float(said["student"]) < float(said["teacher"])
+    accuracies = dict(re.findall(r"^(teacher|control|student) ([\d.]+)$", run_code(code, fork=fork), re.M))
+    assert 0.4 < float(accuracies["control"]) < float(accuracies["student"]) < float(accuracies["teacher"])

@@ -1,12 +1,14 @@
-"""A domain is a folder with scripts/; all of them look alike and are importable under their names."""
+"""Every domain, a folder with scripts/, has the same layout and is importable by its name."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,28 +28,28 @@ def test_a_domain_is_importable_and_complete(folder: Path):
         assert (folder / part).exists(), f"{folder.name} lacks {part}"
 
 
-def test_the_three_domains_are_there():
+def test_the_three_domains_exist():
     assert {"NLP", "image-classification", "reinforcement-learning"} <= {folder.name for folder in DOMAINS}
 
 
 def test_domains_import_common_and_never_each_other():
     names = {import_name(folder.name): folder for folder in [*DOMAINS, REPO / "common"]}
-    for own, folder in names.items():
+    for name, folder in names.items():
         for path in folder.rglob("*.py"):
             imports = re.findall(r"^ *(?:import|from) kd\.(\w+)", path.read_text(), re.MULTILINE)
-            foreign = set(imports) & (names.keys() - {own, "common"})
+            foreign = set(imports) & (names.keys() - {name, "common"})
             assert not foreign, f"{path.relative_to(REPO)} imports {foreign}"
 
 
 @pytest.mark.parametrize("folder", [*DOMAINS, REPO / "templates" / "domain"], ids=lambda folder: folder.name)
-def test_teachers_know_nothing_of_students(folder: Path):
+def test_teacher_model_does_not_use_student_model(folder: Path):
     for path in (folder / "teacher_model").rglob("*.py"):
-        assert "student_model" not in path.read_text(), f"{path.relative_to(REPO)} names student_model"
+        assert "student_model" not in path.read_text(), f"{path.relative_to(REPO)} uses student_model"
 
 
 def test_no_folders_import_each_other(tmp_path: Path):
-    words = ["benchmarks/architecture.py", "--static", "--json", tmp_path / "figures.json"]
-    subprocess.run([sys.executable, *map(str, words)], cwd=REPO, check=True, capture_output=True, timeout=120)
+    arguments = ["benchmarks/architecture.py", "--static", "--json", tmp_path / "figures.json"]
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, check=True, capture_output=True, timeout=120)
     assert json.loads((tmp_path / "figures.json").read_text())["import cycles between folders"] == "none"
 
 
@@ -56,6 +58,39 @@ def test_shell_scripts_can_be_run_and_their_recipes_exist(script: Path):
     assert os.access(script, os.X_OK)
     recipes = [word.strip('"').removeprefix("$here/") for word in script.read_text().split() if ".yaml" in word]
     assert all((script.parent / recipe).exists() for recipe in recipes)
+
+
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+NAME = re.compile(r"[^=<>\[]+")  # of a requirement
+EXTRAS = {"common": (), "NLP": ("nlp",), "image-classification": ("images",), "reinforcement-learning": ("rl",)}
+ELSEWHERE = {  # optional imports of the core, checked where a user needs them
+    "common": {"onnx", "onnxruntime", "sacrebleu"},
+    "NLP": {"onnxruntime"},
+}
+
+
+def declared(*extras: str) -> set[str]:
+    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return {NAME.findall(requirement)[0].lower().replace("_", "-") for group in groups for requirement in group}
+
+
+@pytest.mark.parametrize("folder", EXTRAS)
+def test_the_packages_that_a_folder_imports_are_its_dependencies(folder: str):
+    packages = importlib.metadata.packages_distributions()
+    allowed = declared(*EXTRAS[folder]) | ELSEWHERE.get(folder, set()) | {"kd", "knowledge-distillation"}
+    for path in (REPO / folder).rglob("*.py"):
+        imports = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        for name in set(imports) - sys.stdlib_module_names - {"kd"}:
+            found = {package.lower().replace("_", "-") for package in packages.get(name, [])}
+            assert not found or found & allowed, f"{path.relative_to(REPO)} imports {name}, of {found}"
+
+
+def test_the_tested_set_pins_every_dependency():
+    lines = (REPO / "requirements.txt").read_text().splitlines()
+    pinned = {NAME.findall(line)[0].lower() for line in lines if "==" in line}
+    missing = declared(*(extra for extra in PROJECT["optional-dependencies"] if extra != "all")) - pinned
+    assert missing <= {"huggingface-hub", "pyarrow", "pillow", "cloudpickle"}, "others are pinned by what needs them"
+    assert {line for line in lines if line.startswith("-e")} == {"-e ."}
 
 
 AFTER_IMPORT_COMMON = """
@@ -75,7 +110,7 @@ def test_timm_and_the_trainer_load_after_common(tmp_path):
 
 
 def test_operators_are_declared_only_where_they_are_missing(tmp_path):
-    """A second call finds them declared; where torchvision's own library loads, nothing is declared at all."""
+    """A second call declares nothing, and neither does a call if torchvision's library loads."""
     code = (
         "from unittest import mock; import torch; from kd.common.utils import startup\n"
         "startup.declare_missing_operators()\n"
@@ -91,7 +126,7 @@ def test_operators_are_declared_only_where_they_are_missing(tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
-    """It holds all modules and recipes; an installation of it trains, exports, and has no template to copy."""
+    """The wheel has all modules and recipes. An installation of it trains and exports, and has no domain template."""
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     source = tmp_path / "source"  # setuptools builds inside the folder of the project
     shutil.copytree(REPO, source, ignore=shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", ".mypy_cache"))
@@ -103,8 +138,8 @@ def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
     shutil.rmtree(source)
     where = call(tmp_path, python, "-c", "import kd.nlp.scripts; print(kd.nlp.scripts.__path__[0])").strip()
     assert where.startswith(str(tmp_path / "environment")) and Path(where, "clinc.yaml").exists()
-    words = ["--max_steps", 2, "--no_control", "--output_dir", "run"]
-    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", *words)
+    arguments = ["--max_steps", 2, "--no_control", "--output_dir", "run"]
+    call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", *arguments)
     call(tmp_path / "elsewhere", python, "-m", "kd.common.export", "run")
     assert (tmp_path / "elsewhere" / "run" / "export" / "model.onnx").exists()
     error = call(tmp_path, python, "-m", "kd.common.new_domain", "speech", status=2)

@@ -1,4 +1,4 @@
-"""`python -m kd.common.new_domain` in a copy of the repository: what it lays out is installed, tested and run."""
+"""`python -m kd.common.new_domain` in a copy of the repository: the new domain is installed, tested and run."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LAYOUT = ("a_domain_is_importable_and_complete", "domains_import_common_and_neve
 
 
 def copy_into(root: Path) -> Path:
-    """A repository without its domains."""
+    """Copies the repository without its domains."""
     for name in NEEDED:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if (REPO / name).is_dir():
@@ -36,7 +36,7 @@ def new_domain(root: Path, name: str) -> None:
 
 
 def installed(root: Path, environment: Path) -> Path:
-    """The Python of a new virtual environment in which the repository at `root` is installed, editable."""
+    """Installs the repository at `root`, editable, in a new virtual environment. Returns its Python."""
     python = empty_environment(environment)
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-index"]
     call(root, python, "-m", "pip", "install", *flags, "--editable", root)
@@ -48,19 +48,19 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A repository with the domain bird-songs, and a Python in which it is installed."""
     folder = tmp_path_factory.mktemp("birds")
     root = copy_into(folder / "repository")
-    said = call(root, sys.executable, "common/new_domain.py", "bird-songs")
-    assert "python bird-songs/scripts/distill.py" in said
+    output = call(root, sys.executable, "common/new_domain.py", "bird-songs")
+    assert "python bird-songs/scripts/distill.py" in output
     return root, installed(root, folder / "environment")
 
 
 @pytest.mark.slow
-def test_a_new_domain_passes_its_own_test_and_that_of_the_layout(birds):
+def test_a_new_domain_passes_its_tests_and_those_of_the_layout(birds):
     root, python = birds
     layout = [f"tests/test_layout.py::test_{name}" for name in LAYOUT]
-    said = call(root, python, "-m", "pytest", "-q", "-n", "0", "-rA", "tests/bird-songs", *layout)
+    output = call(root, python, "-m", "pytest", "-q", "-n", "0", "-rA", "tests/bird-songs", *layout)
     for name in (*LAYOUT, "evaluate_reproduces_the_reported_metrics"):
-        assert f"test_{name}" in said
-    assert "skipped" not in said
+        assert f"test_{name}" in output
+    assert "skipped" not in output
 
 
 @pytest.mark.slow
@@ -79,8 +79,8 @@ def test_the_commands_of_a_new_domain_run(birds):
 
 
 @pytest.mark.parametrize(("folder", "name"), [("Audio", "audio"), ("environmental-sounds", "environmental_sounds")])
-def test_all_names_are_replaced_and_the_code_stays_as_ruff_wants_it(tmp_path, folder, name):
-    """Also where the name comes before `common` in the alphabet, and where it makes lines longer."""
+def test_all_names_are_replaced_and_ruff_accepts_the_code(tmp_path, folder, name):
+    """Also for a name that sorts before `common`, and for one that makes lines longer."""
     root = copy_into(tmp_path / "repository")
     new_domain(root, folder)
     files = [path for place in (root / folder, root / "tests" / folder) for path in place.rglob("*") if path.is_file()]
@@ -90,8 +90,8 @@ def test_all_names_are_replaced_and_the_code_stays_as_ruff_wants_it(tmp_path, fo
         assert "example" not in path.name and "example-domain" not in path.read_text(), path
         assert "example_domain" not in path.read_text(), path
     assert os.readlink(link := root / "typings" / "kd" / name) == f"../../{folder}" and (link / "README.md").exists()
-    for words in (["check"], ["format", "--check"]):
-        call(root, sys.executable, "-m", "ruff", *words, folder, f"tests/{folder}")
+    for arguments in (["check"], ["format", "--check"]):
+        call(root, sys.executable, "-m", "ruff", *arguments, folder, f"tests/{folder}")
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_into(tmp_path_factory.mktemp("untouched") / "repository")
 
 
-def refused(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a name is refused; nothing is written."""
+def error_of(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The error message of one line for a name; nothing is written."""
     before = sorted(root.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         new_domain(root, name)
@@ -120,20 +120,20 @@ def refused(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("setup", "taken, by setup.py"), ("example-domain", "taken, by typings/kd/example_domain"),
     ],
 )  # fmt: skip
-def test_bad_names_are_refused_in_one_line(untouched, capsys, name, message):
-    assert message in refused(untouched, name, capsys)
+def test_bad_names_are_errors_of_one_line(untouched, capsys, name, message):
+    assert message in error_of(untouched, name, capsys)
 
 
-def test_a_domain_that_exists_stays_as_it_is_however_its_name_is_spelt(tmp_path, capsys):
+def test_an_existing_domain_is_never_overwritten(tmp_path, capsys):
     root = copy_into(tmp_path / "repository")
     new_domain(root, "bird-songs")
     (root / "bird-songs" / "README.md").write_text("mine")
     capsys.readouterr()
-    assert "taken, by bird-songs" in refused(root, "Bird_Songs", capsys)
+    assert "taken, by bird-songs" in error_of(root, "Bird_Songs", capsys)
     assert (root / "bird-songs" / "README.md").read_text() == "mine"
 
 
-def test_nothing_is_left_of_a_domain_that_could_not_be_laid_out(tmp_path, capsys):
+def test_a_failed_creation_leaves_no_files(tmp_path, capsys):
     root = copy_into(tmp_path / "repository")
     (root / "templates" / "domain" / "scripts" / "broken.py").write_text("def")
-    assert "ruff" in refused(root, "speech", capsys)
+    assert "ruff" in error_of(root, "speech", capsys)

@@ -1,4 +1,4 @@
-"""What a file names is never imported, and no pickle is executed: code comes from the command line alone."""
+"""Files never cause imports, and pickles are never executed: code only comes from the command line."""
 
 import io
 import json
@@ -19,7 +19,7 @@ PAYLOAD = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 
 
 class Evil:
-    """A pickle that makes a file when it is loaded without care."""
+    """A pickle that creates a folder when it is loaded unsafely."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -30,7 +30,7 @@ class Evil:
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What exists if the module `evil`, which can be imported, was. Whoever is asked a question answers yes."""
+    """A path that exists if the importable module `evil` was imported. Prompts on stdin are answered with yes."""
     mark = tmp_path / "it_ran"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -39,16 +39,16 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
-def refused(capsys: pytest.CaptureFixture[str], script: str, *words: object) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], script: str, *arguments: object) -> str:
     with pytest.raises(SystemExit) as exit:
-        run_script(script, *words)
+        run_script(script, *arguments)
     line = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2 and line.startswith("error: ")
     return line
 
 
 def model_folder(folder: Path, mark: Path, config: dict[str, Any], **files: dict[str, Any]) -> Path:
-    """A folder whose configurations name classes of a module beside them."""
+    """A model folder whose configurations name classes of a module in it."""
     folder.mkdir()
     (folder / "evil.py").write_text(PAYLOAD.format(mark=str(mark)))
     (folder / "config.json").write_text(json.dumps(config))
@@ -93,7 +93,7 @@ SMALL: dict[str, Any] = {
     ],
 )
 @pytest.mark.parametrize("kind", ["model", "tokenizer"])
-def test_code_beside_a_model_does_not_run(
+def test_code_in_a_model_folder_does_not_run(
     tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str], script: str, words: list[str], kind: str
 ) -> None:
     config = CUSTOM if kind == "model" else BertConfig(**SMALL).to_dict()
@@ -107,21 +107,21 @@ def test_code_beside_a_model_does_not_run(
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "train.txt").write_text("one two three four five six seven eight\n" * 100)
-    refused(capsys, script, *({"MODEL": str(folder), "TEXTS": str(texts)}.get(word, word) for word in words))
+    error_of(capsys, script, *({"MODEL": str(folder), "TEXTS": str(texts)}.get(word, word) for word in words))
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("domain", ["reinforcement-learning", "evil", "../evil", ["evil"]])
-def test_export_imports_no_module_that_results_name(
+def test_export_imports_no_module_that_results_json_names(
     tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str], domain: Any
 ) -> None:
     folder = tmp_path / "run"
     (folder / "student").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"domain": domain, "task": "evil:Evil-v0"}))
-    line = refused(capsys, EXPORT, folder)
+    line = error_of(capsys, EXPORT, folder)
     assert not mark.exists() and not (folder / "export").exists()
     if domain == "reinforcement-learning":
-        assert "pass --task evil:Evil-v0 where you trust that module" in line
+        assert "pass --task evil:Evil-v0 if you trust that module" in line
 
 
 @pytest.mark.parametrize("architecture", ["timm:hf-hub:evil/evil", "timm:local-dir:.", "timm:evil", "evil.Evil"])
@@ -131,7 +131,7 @@ def test_an_architecture_is_only_a_name(
     config = {"model_type": "image_classifier", "architecture": architecture, "image_size": 8}
     folder = model_folder(tmp_path / "model", mark, config)
     for script, words in ((EXPORT, ["--domain", "image-classification"]), (EVALUATE_IMAGES, [])):
-        refused(capsys, script, folder, *words)
+        error_of(capsys, script, folder, *words)
     assert not mark.exists()
 
 
@@ -158,7 +158,7 @@ def test_no_pickle_is_executed(
     folder = model_folder(tmp_path / "model", mark, config)
     torch.save({"weight": Evil(mark)}, folder / "pytorch_model.bin")
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\nd\n")
-    refused(capsys, script, folder, *words)
+    error_of(capsys, script, folder, *words)
     assert not mark.exists()
     with pytest.raises(FileExistsError):  # the payload does run where a pickle is trusted
         mark.mkdir()

@@ -127,8 +127,8 @@ OF_SCRIPTS = [
     (GLUE, "--keys new", "--keys has no effect"),
     (GPT, "--block_size 1", "--block_size must be at least 2"),
     (GPT, "--block_size 99999999999999999999", "--block_size must be at most 2147483647"),
-    (GPT, "--js_beta 0.5", "--js_beta has no effect"),
-    (GPT, "--divergence js --js_beta 1", "--js_beta must be above 0 and below 1"),
+    (GPT, "--method js:beta=1", "method js: beta must be above 0 and below 1"),
+    (GPT, "--method kd:beta=0.5", "method kd has no argument 'beta'"),
     (GPT, "--teacher_width 33", "--teacher_width must be a multiple"),
     (GPT, "--vocabulary_size 10", "--vocabulary_size must be at least"),
     (GPT, "--teacher_layers -1", "--teacher_layers must be at least 1"),
@@ -191,7 +191,7 @@ OF_SCRIPTS = [
     (POLICY, "--method ppd --loss mse", "--loss has no effect"),
     (POLICY, "--seeds 0 1 --seed 3", "--seed has no effect"),
     (POLICY, "--teacher x.zip --teacher_steps 5", "--teacher_steps has no effect"),
-    (POLICY, "--channels 4 4 4", "--channels has no effect, because CartPole-v1 shows no frames"),
+    (POLICY, "--channels 4 4 4", "--channels has no effect, because CartPole-v1 has no frames"),
     (POLICY, f"--teacher {LONG}", "error: "),
     (RL_TEACHER, "--episodes 0", "--episodes must be at least 1"),
     (RL_TEACHER, "--teacher_steps -3", "--teacher_steps must be at least 1"),
@@ -256,18 +256,12 @@ def argument_types() -> list[type[Any]]:
     names = [
         "kd.common.training.arguments",
         "kd.nlp.student_model.arguments",
-        "kd.nlp.scripts.distill_glue",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
-        *(
-            f"kd.image_classification.student_model.{name}"
-            for name in ("arguments", "bottleneck", "simkd", "sweep_students")
-        ),
-        "kd.image_classification.student_model.incremental",
-        *(f"kd.image_classification.scripts.{name}" for name in ("train_student", "train_teacher", "prepare_data")),
+        "kd.image_classification.student_model.arguments",
+        *(f"kd.image_classification.scripts.{name}" for name in ("train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",
-        "kd.reinforcement_learning.student_model.distiller",
-        "kd.reinforcement_learning.teacher_model.teacher",
+        "kd.reinforcement_learning.teacher_model.recipes",
     ]
     modules = [importlib.import_module(name) for name in names]
     types = [kind for module in modules for kind in vars(module).values() if getattr(kind, "__module__", "") in names]
@@ -299,17 +293,15 @@ def types_of(recipe: Path) -> list[type[Any]]:
         for domain in ("nlp", "image_classification", "reinforcement_learning")
     )
     if "reinforcement-learning" in recipe.parts:
-        distiller = importlib.import_module("kd.reinforcement_learning.student_model.distiller")
-        teacher = importlib.import_module("kd.reinforcement_learning.teacher_model.teacher")
+        recipes = importlib.import_module("kd.reinforcement_learning.teacher_model.recipes")
         return [
             policies.PolicyArguments,
             policies.StudentArguments,
-            teacher.TeacherArguments,
-            distiller.DistillArguments,
+            policies.DistillArguments,
+            recipes.TeacherArguments,
         ]
     if "image-classification" in recipe.parts:
-        student = importlib.import_module("kd.image_classification.scripts.train_student").Arguments
-        return [student, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
+        return [images.MethodArguments, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
     if recipe.stem in ("gpt", "translation", "multi30k"):
         gpt, translation = (
             importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")
@@ -318,7 +310,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
         return own if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]
-    glue = [importlib.import_module("kd.nlp.scripts.distill_glue").GlueArguments] if recipe.stem == "glue" else []
+    glue = [texts.GlueArguments] if recipe.stem == "glue" else []
     return [
         *glue,
         texts.TextArguments,

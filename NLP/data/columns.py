@@ -43,7 +43,6 @@ TASKS: dict[str, TaskSpec] = {
     "rte": TaskSpec(f"{GLUE}:rte", SENTENCES, "label", "accuracy", ENTAILMENT),
     "stsb": TaskSpec(f"{GLUE}:stsb", SENTENCES, "label", "spearman", regression=True),
 }
-GLUE_TASKS = [name for name, task in TASKS.items() if task.hub.startswith(GLUE)]
 
 LABEL_COLUMNS = (  # the first group with a column in the data determines the label
     ("label", "labels", "intent", "target", "class"),

@@ -1,21 +1,26 @@
 """Distills a text classifier into a smaller one with a discrete key-value bottleneck; the teacher may have one too.
 
     python NLP/scripts/distill_bottleneck.py
-    python NLP/scripts/distill_bottleneck.py NLP/scripts/new_keys.yaml --dataset clinc_oos --teacher bert-base-uncased
+    python NLP/scripts/distill_bottleneck.py NLP/scripts/new_keys.yaml --dataset clinc_oos
 
 `distill_keys_carried.sh` runs the defaults, `distill_new_keys.sh` and `distill_student_only.sh` the recipes of these
 names. distill_classifier.py distills a student without a bottleneck.
 """
 
-from kd.common.cli import parse, reject_unused, run
+from kd.common.cli import parse, reject_unused, run, show_help
 from kd.nlp.student_model.arguments import (
     BottleneckTrainingArguments,
     PairArguments,
     TextArguments,
     TextBottleneckArguments,
 )
+
+ARGUMENTS = TextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
-from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
     open_run,
     train_bottleneck_control,
@@ -25,9 +30,7 @@ from kd.nlp.student_model.training import (
 
 
 def main() -> None:
-    text, pair, bottleneck, training = parse(
-        TextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
-    )
+    text, pair, bottleneck, training = parse(*ARGUMENTS)
     reject_unused("stages train for --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
     if bottleneck.keys == "reused":
         reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")

@@ -3,16 +3,21 @@
     python NLP/scripts/distill_classifier.py
     python NLP/scripts/distill_classifier.py --seeds 0 1 2
     python NLP/scripts/distill_classifier.py --dataset sst2 --teacher bert-base-uncased \\
-        --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --alpha 0.1 --temperature 4
+        --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --temperature 4
 
 `distill_base.sh` runs the defaults, `distill_clinc.sh` and `distill_sentiment.sh` the recipes of these names.
 """
 
-from kd.common.cli import parse, reject_unused, run
-from kd.common.methods import kd_flags
+from kd.common.cli import parse, reject_unused, run, show_help
 from kd.nlp.student_model.arguments import ClassifierTrainingArguments, MatchingArguments, PairArguments, TextArguments
+
+ARGUMENTS = TextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from kd.common.methods import kd_flags
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
 from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_matching
-from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
     load_or_train_teacher,
     open_run,
@@ -22,9 +27,7 @@ from kd.nlp.student_model.training import (
 
 
 def main() -> None:
-    text, pair, matching, training = parse(
-        TextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
-    )
+    text, pair, matching, training = parse(*ARGUMENTS)
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     unused = {"alpha", "temperature"} - kd_flags(matching.method, training).keys()
     reject_unused(f"--method {matching.method} has other arguments", training, *sorted(unused))

@@ -1,31 +1,43 @@
 """Distills GLUE tasks with several systems and seeds, and writes one table.
 
-    bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc cola stsb --seeds 0 1 2
-    bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base keys_carried
+    bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
+    bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base
 
-`OUT/TASK/SYSTEM` is a run of several seeds. All systems of a task and seed share the fine-tuned teacher, its
-bottleneck and cached outputs, the controls and the aligned students (`OUT/TASK/shared/seedN`). The same command, also
-with more tasks, systems or seeds, continues: it trains only what is missing.
+`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share everything but the student, in
+`OUT/TASK/shared/seedN`. The same command again, also with more tasks, systems or seeds, trains what is missing.
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.common.training.arguments import KDTrainingArguments
+from kd.nlp.student_model.arguments import (
+    GlueArguments,
+    GlueTrainingArguments,
+    MatchingArguments,
+    PairArguments,
+    TextArguments,
+    TextBottleneckArguments,
+)
+
+ARGUMENTS = (
+    GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, GlueTrainingArguments
+)  # fmt: skip
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from accelerate import PartialState
 
-from kd.common.cli import parse, reject_unused, run
 from kd.common.reporting.results import RECIPE
-from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
-from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count, Seed
-from kd.nlp.data.columns import GLUE_TASKS, TASKS
+from kd.nlp.data.columns import TASKS
 from kd.nlp.data.loading import TextData
-from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
-from kd.nlp.student_model.glue_report import SYSTEMS, finished_seeds, show
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
+from kd.nlp.student_model.glue_report import finished_seeds, show
 from kd.nlp.student_model.inputs import (
     Inputs,
     inputs_of_seed,
@@ -35,7 +47,6 @@ from kd.nlp.student_model.inputs import (
     validate_matching,
 )
 from kd.nlp.student_model.methods import check_method, check_smoothing
-from kd.nlp.student_model.report import evaluate_teacher, report
 from kd.nlp.student_model.training import (
     load_or_train_teacher,
     train_bottleneck_control,
@@ -45,44 +56,6 @@ from kd.nlp.student_model.training import (
     train_student,
 )
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
-
-
-@dataclass
-class GlueArguments:
-    """Which tasks, systems and seeds."""
-
-    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": ", ".join(GLUE_TASKS)})
-    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": ", ".join(SYSTEMS)})
-    glue_folder: Path | None = field(
-        default=None, metadata={"help": "folder that holds one folder per task, cola or glue_cola (default: the Hub)"}
-    )
-    max_samples_seen: Count = field(
-        default=200_000,
-        metadata={"help": "texts that fine-tuning and alignment see at most, each, so large tasks get fewer epochs"},
-    )
-
-    def __post_init__(self) -> None:
-        for name, known in (("tasks", list(GLUE_TASKS)), ("systems", list(SYSTEMS))):
-            words = getattr(self, name)
-            if not words or set(words) - set(known):
-                raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
-
-    def source(self, task: str) -> str:
-        """What --dataset would be."""
-        if self.glue_folder is None:
-            return task
-        found = [self.glue_folder / name for name in (task, f"glue_{task}") if (self.glue_folder / name).is_dir()]
-        if not found:
-            raise UserError(f"--glue_folder {self.glue_folder} holds neither {task} nor glue_{task}")
-        return str(found[0])
-
-
-@dataclass
-class GlueTrainingArguments(KDTrainingArguments):
-    """Training of every task and system."""
-
-    output_dir: str | None = "runs/NLP/glue"
-    seeds: list[Seed] | None = field(default_factory=lambda: [0])
 
 
 class GlueRun(TrainerRun):
@@ -101,9 +74,7 @@ class GlueRun(TrainerRun):
 
 
 def main() -> None:
-    glue, text, pair, bottleneck, matching, training = parse(
-        GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, GlueTrainingArguments
-    )
+    glue, text, pair, bottleneck, matching, training = parse(*ARGUMENTS)
     reject_unused("--tasks names the datasets", training, "dataset", "text_columns")
     reject_unused("--systems sets it", bottleneck, "bottleneck", "keys")
     folder = Path(str(training.output_dir))
@@ -154,7 +125,7 @@ def distill_task(
 
 
 def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> GlueRun:
-    """Opens a folder for a new run, or continues the run in it. Its seeds are those of --seeds and finished ones."""
+    """Opens a folder for a new run, or continues the run in it. Its seeds are --seeds and all finished ones."""
     training = copy.copy(training)
     training.output_dir = str(folder)
     training.resume_from_checkpoint = (folder / RECIPE).exists() and not starts_over(training)

@@ -1,70 +1,71 @@
 """Distills a causal language model into a smaller one, with a control.
 
     python NLP/scripts/distill_gpt.py
-    python NLP/scripts/distill_gpt.py --divergence reverse --student scratch --student_layers 2
+    python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
-The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence
-(arXiv:1503.02531), the reverse KL divergence (arXiv:2306.08543) or the generalized Jensen-Shannon divergence
-(arXiv:2306.13649).
+The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
+arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
+divergence (js, arXiv:2306.13649).
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
-from kd.common.cli import parse, reject_unused
+from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
-from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperShare, Range, ShareBelow1
-from kd.nlp.data.corpora import EMBEDDED, load_corpus
-from kd.nlp.student_model.generation import CUT, open_run
-from kd.nlp.student_model.language_model import LanguageTask, load_named_models
-from kd.nlp.teacher_model.generative import HEAD_WIDTH, MIN_VOCABULARY_SIZE, SCRATCH
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, ShareBelow1
+from kd.nlp.student_model.arguments import CUT
+from kd.nlp.teacher_model import HEAD_WIDTH, MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
 class Arguments:
-    """What is distilled from what, and by which divergence."""
+    """Data, teacher, student and method."""
 
     dataset: str = field(
-        default=EMBEDDED, metadata={"help": "python (embedded), Hub name[:config], or folder with .txt, parquet, ..."}
+        default="python", metadata={"help": "Embedded corpus, name on the Hub[:config], or folder of .txt or parquet."}
     )
-    text_column: str | None = None
-    block_size: Annotated[int, Range(2, MOST)] = field(default=128, metadata={"help": "tokens of a training sequence"})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
+    block_size: Annotated[int, Range(2, MOST)] = field(
+        default=128, metadata={"help": "Tokens of a training sequence."}
+    )
 
-    teacher: str = field(default="scratch", metadata={"help": "Hub name or folder; scratch: GPT-2, random weights"})
-    teacher_epochs: NotNegative = field(
-        default=6, metadata={"help": "0: a teacher that was named is taken as it comes"}
+    teacher: str = field(
+        default=SCRATCH, metadata={"help": "Name on the Hub or folder, or scratch for a GPT-2 with random weights."}
     )
-    teacher_layers: Count = field(default=4, metadata={"help": "of a teacher from scratch"})
-    teacher_width: Count = field(default=128, metadata={"help": "of a teacher from scratch"})
+    teacher_epochs: NotNegative = field(
+        default=6, metadata={"help": "Epochs of the teacher; 0 to leave a pretrained teacher unchanged."}
+    )
+    teacher_layers: Count = field(default=4, metadata={"help": "Layers of a teacher from scratch."})
+    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher from scratch."})
     vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = field(
-        default=2048,
-        metadata={"help": "byte-level BPE of a teacher from scratch: the bytes, the end of text, and more"},
+        default=2048, metadata={"help": "BPE vocabulary size of a teacher from scratch."}
     )
 
     student: str = field(
-        default="cut", metadata={"help": "cut: evenly spaced layers of the teacher; scratch; Hub name or folder"}
+        default=CUT, metadata={"help": "Name on the Hub or folder, scratch, or cut for layers of the teacher."}
     )
-    student_layers: Count = field(default=1, metadata={"help": "of a student that is cut or from scratch"})
-    student_width: Count = field(default=64, metadata={"help": "of a student from scratch"})
-    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "of models from scratch, while they have no teacher"})
-    from_scratch_learning_rate: Positive = field(default=2e-3, metadata={"help": "--learning_rate for random weights"})
+    student_layers: Count = field(default=1, metadata={"help": "Layers of a student that is cut or from scratch."})
+    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student from scratch."})
+    dropout: ShareBelow1 = field(
+        default=0.1, metadata={"help": "Dropout of models from scratch while they train on labels alone."}
+    )
+    from_scratch_learning_rate: Positive = field(
+        default=2e-3, metadata={"help": "Learning rate of models that start from random weights."}
+    )
 
-    divergence: Literal["forward", "reverse", "js"] = field(
-        default="forward", metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon"}
-    )
-    js_beta: ProperShare = field(default=0.5, metadata={"help": "weight of the teacher's side of --divergence js"})
+    method: str = field(default="kd", metadata={"help": "Divergence: kd, reverse_kl, or js:beta=0.5."})
     hidden_weight: NotNegative = field(
-        default=0.0, metadata={"help": "weight of matching hidden states, L2 and cosine"}
+        default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
     )
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):
             if getattr(self, name) % HEAD_WIDTH:
                 raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
-        if self.teacher == "scratch" and self.teacher_epochs == 0:
+        if self.teacher == SCRATCH and self.teacher_epochs == 0:
             raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
 
     def check_unused_flags(self) -> None:
@@ -76,29 +77,38 @@ class Arguments:
             reject_unused("--student names a model", self, "student_layers")
         if SCRATCH not in (self.teacher, self.student):
             reject_unused("no model has random weights", self, "dropout", "from_scratch_learning_rate")
-        if self.divergence != "js":
-            reject_unused("--divergence is not js", self, "js_beta")
 
 
 @dataclass
 class LanguageTrainingArguments(KDTrainingArguments):
-    """Training as small GPTs are used to it."""
+    """Training with the defaults of small GPTs."""
 
     output_dir: str | None = "runs/NLP/gpt"
-    num_train_epochs: float = field(default=2, metadata={"help": "of the student, and of its control"})
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 16
-    learning_rate: float = field(default=1e-4, metadata={"help": "of models that were pretrained"})
-    weight_decay: float = 0.1
+    num_train_epochs: Positive = 2
+    per_device_train_batch_size: Count = 8
+    per_device_eval_batch_size: Count = 16
+    learning_rate: Positive = field(default=1e-4, metadata={"help": "Learning rate of pretrained models."})
+    weight_decay: NotNegative = 0.1
+
+
+ARGUMENTS = Arguments, LanguageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from kd.common.data.sources import print_notes
+from kd.nlp.data.corpora import load_corpus
+from kd.nlp.student_model.generation import divergence_of, open_run
+from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 
 
 def main() -> None:
-    args, training = parse(Arguments, LanguageTrainingArguments)
+    args, training = parse(*ARGUMENTS)
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused(
             "models of random weights are trained at --from_scratch_learning_rate", training, "learning_rate"
         )
+    divergence_of(args.method, training.temperature)  # raises UserError for an unknown method
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)
     named_models = load_named_models(args)

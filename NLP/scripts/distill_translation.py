@@ -1,60 +1,75 @@
 """Distills an encoder-decoder translator into a smaller one, with a control (Kim and Rush 2016, arXiv:1606.07947).
 
     python NLP/scripts/distill_translation.py
-    python NLP/scripts/distill_translation.py --method word
-    python NLP/scripts/distill_translation.py NLP/scripts/multi30k.yaml --dataset bentrevett/multi30k
-    python NLP/scripts/distill_translation.py --dataset FOLDER --teacher Helsinki-NLP/opus-mt-en-de \\
-        --student cut --student_encoder_layers 3 --student_decoder_layers 1 --learning_rate 3e-4
+    python NLP/scripts/distill_translation.py --method kd
+    python NLP/scripts/distill_translation.py NLP/scripts/multi30k.yaml
+    python NLP/scripts/distill_translation.py --dataset FOLDER --student cut --learning_rate 3e-4 \\
+        --teacher Helsinki-NLP/opus-mt-en-de --student_encoder_layers 3 --student_decoder_layers 1
 
-`word`: the teacher's distribution over each next token of the references; `sequence`: the teacher's beam-search
-translations instead of the references; `both`: its distributions over its translations.
+`kd`: the teacher's distribution over each next token of the references; `sequence_kd`: the teacher's beam-search
+translations instead of the references; `sequence_kd+kd`: its distributions over its translations.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kd.common.cli import parse, reject_unused
+from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
-from kd.common.data.sources import print_notes
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
-from kd.nlp.data.translation import NUMBER_WORDS, load_translation_data
-from kd.nlp.student_model.generation import CUT, open_run
-from kd.nlp.student_model.translation import TranslationTask, load_named_models
-from kd.nlp.teacher_model.generative import HEAD_WIDTH, SCRATCH
+from kd.nlp.student_model.arguments import CUT
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
 
 SCRATCH_EPOCHS = 5
 
 
 @dataclass
 class Arguments:
-    """What is distilled from what, and how."""
+    """Data, teacher, student and method."""
 
-    method: Literal["word", "sequence", "both"] = field(
-        default="both", metadata={"help": "the teacher's next-token distributions, its translations, or both"}
+    dataset: str = field(
+        default="number_words", metadata={"help": "Embedded dataset, name on the Hub[:config] or local folder."}
     )
-    dataset: str = field(default=NUMBER_WORDS, metadata={"help": "number_words, Hub name[:config] or local folder"})
-    source: str = field(default="en", metadata={"help": "column of the source, or its key in a column `translation`"})
-    target: str = field(default="de", metadata={"help": "column of the target, likewise"})
-    source_prefix: str = field(default="", metadata={"help": "put before every source, where a T5 wants to be asked"})
-    max_length: Count = field(default=128, metadata={"help": "longer sentences are cut, in tokens"})
-    beams: Count = field(default=5, metadata={"help": "of beam search, for the teacher's translations and *_beam"})
+    source: str = field(
+        default="en", metadata={"help": "Column of the source sentences, or its key in the column translation."}
+    )
+    target: str = field(default="de", metadata={"help": "Column of the target sentences, or its key."})
+    source_prefix: str = field(default="", metadata={"help": "Prompt before each source, as for T5."})
+    max_length: Count = field(
+        default=128, metadata={"help": "Maximum number of tokens; longer sentences are truncated."}
+    )
 
-    teacher: str = field(default=SCRATCH, metadata={"help": "Hub name or folder; scratch: Marian, random weights"})
+    teacher: str = field(
+        default=SCRATCH, metadata={"help": "Name on the Hub or folder, or scratch for a Marian with random weights."}
+    )
     teacher_epochs: NotNegative | None = field(
         default=None,
-        metadata={"help": f"default: {SCRATCH_EPOCHS} from scratch; 0, as it comes, for one that is named"},
+        metadata={"help": f"Epochs of the teacher (default: {SCRATCH_EPOCHS} from scratch, else 0)."},
     )
-    teacher_learning_rate: Positive | None = field(default=None, metadata={"help": "default: --learning_rate"})
-    teacher_layers: Count = field(default=2, metadata={"help": "of encoder and of decoder each, if from scratch"})
-    teacher_width: Count = 128
-    vocabulary_size: Count = field(default=600, metadata={"help": "joint byte-pair encoding of a scratch teacher"})
+    teacher_learning_rate: Positive | None = field(
+        default=None, metadata={"help": "Learning rate of the teacher (default: --learning_rate)."}
+    )
+    teacher_layers: Count = field(
+        default=2, metadata={"help": "Layers of encoder and of decoder of a teacher from scratch."}
+    )
+    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher from scratch."})
+    vocabulary_size: Count = field(
+        default=600, metadata={"help": "Size of the joint BPE vocabulary of a teacher from scratch."}
+    )
 
-    student: str = field(default=SCRATCH, metadata={"help": "scratch; cut: layers of the teacher; Hub name or folder"})
-    student_encoder_layers: Count = field(default=1, metadata={"help": "of a student from scratch, or of a cut"})
-    student_decoder_layers: Count = 1
-    student_width: Count = field(default=64, metadata={"help": "of a student from scratch"})
-    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "of models from scratch"})
+    student: str = field(
+        default=SCRATCH, metadata={"help": "Name on the Hub or folder, scratch, or cut for layers of the teacher."}
+    )
+    student_encoder_layers: Count = field(default=1, metadata={"help": "Encoder layers of the student."})
+    student_decoder_layers: Count = field(default=1, metadata={"help": "Decoder layers of the student."})
+    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student from scratch."})
+    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models from scratch."})
+
+    method: Literal["kd", "sequence_kd", "sequence_kd+kd"] = field(
+        default="sequence_kd+kd",
+        metadata={"help": "Next-token distributions of the teacher, its translations, or both."},
+    )
+    beams: Count = field(default=5, metadata={"help": "Beams of the translations and the *_beam metrics."})
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):
@@ -76,30 +91,39 @@ class Arguments:
             reject_unused("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
         if SCRATCH not in (self.teacher, self.student):
             reject_unused("no model is from scratch", self, "dropout")
-        if self.method == "sequence":
-            reject_unused("--method sequence learns from translations alone", self, "alpha", "temperature")
+        if self.method == "sequence_kd":
+            reject_unused("--method sequence_kd trains on translations alone", self, "alpha", "temperature")
 
 
 @dataclass
 class TranslationTrainingArguments(KDTrainingArguments):
-    """Training as small transformers are used to it. Defaults are for models from random weights."""
+    """Training with the defaults of small transformers with random weights."""
 
     output_dir: str | None = "runs/NLP/translation"
-    num_train_epochs: float = field(default=6, metadata={"help": "of the student, and of its control"})
-    per_device_train_batch_size: int = 64
-    per_device_eval_batch_size: int = 128
-    learning_rate: float = 2e-3
-    adam_beta2: float = 0.98
-    label_smoothing_factor: float = field(default=0.1, metadata={"help": "of labels; the teacher's words have none"})
-    precision: Literal["auto", "fp32", "bf16"] = field(
-        default="fp32",
-        metadata={"help": "auto: bf16 where the hardware computes it, for larger models than the default"},
+    num_train_epochs: Positive = 6
+    per_device_train_batch_size: Count = 64
+    per_device_eval_batch_size: Count = 128
+    learning_rate: Positive = 2e-3
+    adam_beta2: ShareBelow1 = 0.98
+    label_smoothing_factor: ShareBelow1 = field(
+        default=0.1, metadata={"help": "Label smoothing of the labels, not of the teacher's distributions."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "softens teacher's and student's logits alike"})
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    temperature: Positive = 1.0
+
+
+ARGUMENTS = Arguments, TranslationTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from kd.common.data.sources import print_notes
+from kd.nlp.data.translation import load_translation_data
+from kd.nlp.student_model.generation import open_run
+from kd.nlp.student_model.translation import TranslationTask, load_named_models
 
 
 def main() -> None:
-    args, training = parse(Arguments, TranslationTrainingArguments)
+    args, training = parse(*ARGUMENTS)
     reject_unused("a translator has no bottleneck", training, "value_learning_rate")
     data = load_translation_data(args.dataset, args.source, args.target)
     print_notes(data.name, data.notes)
@@ -109,7 +133,7 @@ def main() -> None:
 
     teacher = task.train_teacher(run)
     evaluations = {"teacher": task.evaluate(run, "teacher", teacher)}
-    translations = None if args.method == "word" else task.translate_training_set(run, teacher)
+    translations = None if args.method == "kd" else task.translate_training_set(run, teacher)
     for seed_run in run.each_seed():
         if not training.no_control:
             control = task.train_control(seed_run, teacher)

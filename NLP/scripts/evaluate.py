@@ -5,20 +5,24 @@ python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
 python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json
 """
 
-from kd.common.cli import Parser, run
+from kd.common.cli import Parser, run, show_help
+from kd.nlp.student_model.arguments import add_data_arguments
+
+PARSER = Parser(description=__doc__)
+PARSER.add_argument("model", help="Folder or name on the Hub of a classifier.")
+add_data_arguments(PARSER)
+PARSER.add_argument("--json", metavar="file", help="Also write the metrics to this file.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
+
 from kd.common.reporting.report import show_metrics
 from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.evaluation import add_data_arguments, evaluate, load_data_of
+from kd.nlp.student_model.evaluation import evaluate, load_data_of
 from kd.nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("model", help="folder or Hub name of a classifier")
-    add_data_arguments(parser)
-    parser.add_argument("--json", help="also write the metrics to this file")
-    args = parser.parse_args()
-
+    args = PARSER.parse_args()
     data = load_data_of(args.model, args)
     classifier = load_trained(args.model, data)
     measured, _ = evaluate(args.model, classifier.model, Texts.of(data, classifier.tokenizer))

@@ -10,10 +10,22 @@ graph must reproduce the student's logits on all labelled validation and test te
 int8 the loss in quality is measured. Everything runs on the CPU. `python -m kd.common.export` needs no dataset.
 """
 
-import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
-
 from pathlib import Path
 from typing import Any
+
+from kd.common.cli import Parser, run, show_help
+from kd.nlp.student_model.arguments import add_data_arguments
+
+FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
+PARSER = Parser(description=__doc__)
+PARSER.add_argument("student", help="Folder or name on the Hub of a classifier.")
+add_data_arguments(PARSER)
+PARSER.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES), help="Formats to export to.")
+PARSER.add_argument("--teacher", help="Folder or name on the Hub of a classifier to compare with.")
+PARSER.add_argument("--output_dir", help="Folder of the export (default: export, next to the student's folder).")
+PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
 
 import datasets
 import numpy as np
@@ -24,7 +36,6 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kd.common.cli import Parser, run
 from kd.common.export.exportable import (
     LOAD_ONNX,
     RECORD,
@@ -39,21 +50,12 @@ from kd.common.metrics.cost import interleaved_latency, megabytes
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
-from kd.common.utils.files import write_json, write_text
-from kd.common.utils.files import writing_folder
-from kd.nlp.data.loading import TextData
-from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.evaluation import (
-    add_data_arguments,
-    load_data_of,
-    median_text,
-    metrics_by_split,
-    predict_splits,
-)
+from kd.common.utils.files import write_json, write_text, writing_folder
+from kd.nlp.data.loading import TextData, Texts
+from kd.nlp.student_model.evaluation import load_data_of, median_text, metrics_by_split, predict_splits
 from kd.nlp.student_model.exportable import classifier_usage
 from kd.nlp.teacher_model.teacher import load_trained
 
-FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
           "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
 LOAD_INT8 = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -70,14 +72,7 @@ Models = dict[str, tuple[Any, Texts]]  # a model, and the data in its tokens
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("student", help="Folder or Hub name of a classifier.")
-    add_data_arguments(parser)
-    parser.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES), help="Default: all.")
-    parser.add_argument("--teacher", help="Folder or Hub name of a classifier for comparison.")
-    parser.add_argument("--output_dir", help="Default: export, next to the student's folder.")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
-    args = parser.parse_args()
+    args = PARSER.parse_args()
 
     folder = output_folder(args.student, args.output_dir, args.overwrite_output_dir)
     PartialState(cpu=True)  # also with a GPU: int8 inference and the latencies are for a CPU

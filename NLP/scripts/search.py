@@ -10,18 +10,22 @@ search.json, search.md, search.png and best.yaml.
 
 from dataclasses import replace
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
+
+ARGUMENTS = TextArguments, SearchArguments, SearchTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from transformers import set_seed
 
-from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
-from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import chance_warning, evaluate
 from kd.nlp.student_model.layers import cut_layers, layer_paths, switch_off_dropout
 from kd.nlp.student_model.methods import check_smoothing
-from kd.nlp.student_model.search import SearchRun, run_trials
-from kd.nlp.student_model.search_report import write_search_report
+from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
 from kd.nlp.student_model.training import cached_outputs, set_trainable
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
@@ -33,7 +37,7 @@ from kd.nlp.teacher_model.teacher import (
 
 
 def main() -> None:
-    text, args, training = parse(TextArguments, SearchArguments, SearchTrainingArguments)
+    text, args, training = parse(*ARGUMENTS)
     reject_unused("--search varies it", training, *args.search)
     reason = "trials save no checkpoints and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")

@@ -1,87 +1,110 @@
-"""Arguments that the scripts for text classifiers share."""
+"""Arguments that the scripts for text classifiers share. Nothing here imports torch or transformers."""
 
 import math
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from kd.common.cli import reject_unused
-from kd.common.data.sources import print_notes
-from kd.common.methods import METHODS
-from kd.common.training.arguments import BottleneckArguments, KDTrainingArguments
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Share
-from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.student_model.methods import HiddenLoss, LayerMap
+from kd.common.training.arguments import METHOD_NAMES, BottleneckArguments, KDTrainingArguments
+from kd.common.utils.errors import UserError
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share
 
+if TYPE_CHECKING:
+    from kd.nlp.data.loading import TextData
+
+LayerMap = Literal["uniform", "last", "skip"]
+HiddenLoss = Literal["l2", "cosine", "both"]
 Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
+METHOD_HELP = f"NAME or NAME:key=value:..., of {', '.join(METHOD_NAMES)}."
+GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
+SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
+CUT = "cut"  # names a student made of layers of its teacher
 SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest is the text
 
 
 @dataclass
 class ClassifierTrainingArguments(KDTrainingArguments):
-    """Training as suits BERT and smaller encoders."""
+    """Training with the defaults of BERT and smaller encoders."""
 
     output_dir: str | None = "runs/NLP/base"
-    learning_rate: float = field(default=1.5e-4, metadata={"help": "of encoders that learn a task"})
-    per_device_train_batch_size: int = 48
-    per_device_eval_batch_size: int = 256
+    learning_rate: Positive = 1.5e-4
+    per_device_train_batch_size: Count = 48
+    per_device_eval_batch_size: Count = 256
 
 
 @dataclass
 class BottleneckTrainingArguments(ClassifierTrainingArguments):
-    """Likewise, for a student with a bottleneck."""
+    """The defaults of a student with a bottleneck."""
 
     output_dir: str | None = "runs/NLP/keys_carried"
-    value_learning_rate: Positive | None = field(default=3e-2, metadata={"help": "of a bottleneck's values"})
+    value_learning_rate: Positive | None = 3e-2
 
 
 @dataclass
 class SearchTrainingArguments(ClassifierTrainingArguments):
-    """Likewise, for the trials of a search."""
+    """The defaults of the trials of a search."""
 
     output_dir: str | None = "runs/NLP/search"
 
 
 @dataclass
 class TextArguments:
-    """Which texts."""
+    """Data."""
 
-    dataset: str = field(default="intents", metadata={"help": "embedded name, Hub name[:config], folder or file"})
-    text_columns: list[str] | None = field(default=None, metadata={"help": "one column, or two for pairs"})
-    label_column: str | None = None
+    dataset: str = field(default="intents", metadata={"help": "Embedded dataset, Hub name, folder or file."})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "Column of the texts, or both columns of text pairs."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     task: Literal["classification", "regression"] | None = field(
-        default=None, metadata={"help": "what the labels are, where they could be classes as well as scores"}
+        default=None, metadata={"help": "Kind of the labels, if both are possible."}
     )
     max_length: Annotated[int, Range(SHORTEST, MOST)] = field(
-        default=128, metadata={"help": "longer texts are cut, in tokens"}
+        default=128, metadata={"help": "Maximum number of tokens of a text."}
     )
 
-    def load(self) -> TextData:
-        """The data; prints what was inferred of them."""
+    def load(self) -> "TextData":
+        """Loads the data and prints what was inferred."""
+        from kd.common.data.sources import print_notes
+        from kd.nlp.data.loading import load_text_data
+
         data = load_text_data(self.dataset, self.text_columns, self.label_column, self.task)
         print_notes(data.name, data.notes)
         return data
 
 
+def add_data_arguments(parser: ArgumentParser) -> None:
+    """The flags of the data for scripts that evaluate a trained classifier."""
+    help = "Embedded dataset, Hub name, folder or file."
+    parser.add_argument("--dataset", required=True, help=help)
+    parser.add_argument("--text_columns", nargs="*", help="Column of the texts, or the two columns of text pairs.")
+    parser.add_argument("--label_column", help="Column of the labels.")
+
+
 @dataclass
 class PairArguments:
-    """Who teaches whom."""
+    """Teacher and student."""
 
-    teacher: str = field(default="tiny-bert", metadata={"help": "Hub name, local folder, or the embedded tiny-bert"})
-    teacher_epochs: Positive = field(
-        default=6, metadata={"help": "fine-tuning; a teacher of these labels is kept as is"}
+    teacher: str = field(default="tiny-bert", metadata={"help": "Hub name, folder, or the embedded tiny-bert."})
+    teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
+    student: str | None = field(
+        default=None, metadata={"help": "Hub name or folder (default: layers of the teacher)."}
     )
-    student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
-    student_layers: Count | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
+    student_layers: Count | None = field(
+        default=None, metadata={"help": "Layers of the teacher to keep (default: half)."}
+    )
     control_init: str | None = field(
-        default=None, metadata={"help": "encoder that the control is cut from, where --teacher is trained already"}
+        default=None, metadata={"help": "Encoder of the control, if the teacher is already trained."}
     )
-    from_scratch_epochs: Positive = field(
-        default=20, metadata={"help": "--teacher_epochs for random weights (tiny-bert)"}
+    from_scratch_epochs: Positive = field(default=20, metadata={"help": "Epochs of a teacher with random weights."})
+    from_scratch_learning_rate: Positive = field(
+        default=1e-3, metadata={"help": "Learning rate of models with random weights."}
     )
-    from_scratch_learning_rate: Positive = field(default=1e-3, metadata={"help": "--learning_rate for random weights"})
-    align_epochs: NotNegative = field(default=6, metadata={"help": "matching the teacher's hidden states; 0: none"})
-    align_learning_rate: Positive = field(default=5e-4, metadata={"help": "matching bears more than fine-tuning does"})
+    align_epochs: NotNegative = field(default=6, metadata={"help": "Epochs of matching the teacher's hidden states."})
+    align_learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of the alignment."})
 
     def __post_init__(self) -> None:
         if self.student and self.student_layers:
@@ -107,11 +130,13 @@ class PairArguments:
 
 @dataclass
 class TextBottleneckArguments(BottleneckArguments):
-    """Which of the models have a bottleneck, and its shape."""
+    """Models with a bottleneck."""
 
-    bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "who has one"})
-    freeze_teacher_encoder: bool = field(default=False, metadata={"help": "train only the teacher's bottleneck"})
-    pooling: Literal["mean", "cls", "tokens"] = "mean"
+    bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "Models with a bottleneck."})
+    freeze_teacher_encoder: bool = field(default=False, metadata={"help": "Train only the bottleneck of the teacher."})
+    pooling: Literal["mean", "cls", "tokens"] = field(
+        default="mean", metadata={"help": "Pooling of the token embeddings."}
+    )
 
     def __post_init__(self) -> None:
         if self.keys in ("carried", "reused") and self.bottleneck == "student":
@@ -126,31 +151,25 @@ class TextBottleneckArguments(BottleneckArguments):
 
 @dataclass
 class MatchingArguments:
-    """What a plain student learns besides labels and soft targets, and from whom."""
+    """Method."""
 
+    method: str = field(default="kd", metadata={"help": METHOD_HELP})
     ensemble_teachers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
-    )
-    method: str = field(
-        default="kd",
-        metadata={"help": f"NAME or NAME:setting=value:...; {', '.join(METHODS)}"},
+        default_factory=list, metadata={"help": "Further teachers, to average logits with --teacher."}
     )
     student_from: Literal["teacher", "pretrained"] = field(
-        default="teacher", metadata={"help": "the student is cut from the fine-tuned teacher, or from what it was"}
+        default="teacher", metadata={"help": "Teacher after or before fine-tuning."}
     )
     student_learning_rate: Positive | None = field(
-        default=None, metadata={"help": "of a student that learns from a teacher; default: --learning_rate"}
+        default=None, metadata={"help": "Learning rate of the student (default: --learning_rate)."}
     )
-    hidden_weight: NotNegative = field(
-        default=0.0, metadata={"help": "weight of matching hidden states while fine-tuning"}
+    hidden_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of matching hidden states."})
+    hidden_loss: HiddenLoss = field(default="both", metadata={"help": "Loss between hidden states."})
+    embedding_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of matching the embedding layer."})
+    attention_weight: NotNegative = field(
+        default=0.0, metadata={"help": "Weight of matching attention distributions."}
     )
-    hidden_loss: HiddenLoss = field(default="both", metadata={"help": "l2, cosine, or the sum of both"})
-    embedding_weight: NotNegative = field(default=0.0, metadata={"help": "weight of matching the embeddings' output"})
-    attention_weight: NotNegative = field(default=0.0, metadata={"help": "weight of matching attention distributions"})
-    layer_map: LayerMap = field(
-        default="uniform", metadata={"help": "layers at the same relative depth, or PKD's last or skip"}
-    )
+    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map from student to teacher layers."})
 
     def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:
@@ -160,20 +179,65 @@ class MatchingArguments:
 
 
 @dataclass
-class SearchArguments:
-    """What is distilled into what, and what is searched where."""
+class GlueTrainingArguments(KDTrainingArguments):
+    """The defaults of every task and system of GLUE."""
 
-    teacher: str = field(metadata={"help": "folder or Hub name of a trained classifier of these labels"})
-    student: str | None = field(default=None, metadata={"help": "Hub name or folder; else cut from the teacher"})
-    student_layers: Count | None = field(default=None, metadata={"help": "layers of the cut (default: half)"})
-    trials: Count = field(default=20, metadata={"help": "finished trials at the end, pruned ones included"})
-    search: list[str] = field(
-        default_factory=lambda: list(SEARCHABLE), metadata={"help": "any of alpha, temperature, learning_rate"}
+    output_dir: str | None = "runs/NLP/glue"
+    seeds: list[Seed] | None = field(default_factory=lambda: [0])
+
+
+@dataclass
+class GlueArguments:
+    """Tasks and systems."""
+
+    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "Tasks of GLUE."})
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Systems to train."})
+    glue_folder: Path | None = field(
+        default=None, metadata={"help": "Folder with the tasks' folders (default: the Hub)."}
     )
-    alpha_range: list[Share] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "from, to"})
-    temperature_range: list[Positive] = field(default_factory=lambda: [1.0, 20.0], metadata={"help": "from, to"})
+    max_samples_seen: Count = field(
+        default=200_000,
+        metadata={"help": "Maximum number of texts per training stage."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", list(GLUE_TASKS)), ("systems", list(SYSTEMS))):
+            words = getattr(self, name)
+            if not words or set(words) - set(known):
+                raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
+
+    def source(self, task: str) -> str:
+        """What --dataset would be."""
+        if self.glue_folder is None:
+            return task
+        found = [self.glue_folder / name for name in (task, f"glue_{task}") if (self.glue_folder / name).is_dir()]
+        if not found:
+            raise UserError(f"--glue_folder {self.glue_folder} holds neither {task} nor glue_{task}")
+        return str(found[0])
+
+
+@dataclass
+class SearchArguments:
+    """Teacher, student and search."""
+
+    teacher: str = field(metadata={"help": "Folder or name on the Hub of a classifier trained on these labels."})
+    student: str | None = field(
+        default=None, metadata={"help": "Hub name or folder (default: layers of the teacher)."}
+    )
+    student_layers: Count | None = field(
+        default=None, metadata={"help": "Layers of the teacher to keep (default: half)."}
+    )
+    trials: Count = field(default=20, metadata={"help": "Number of trials, including pruned ones."})
+    search: list[str] = field(default_factory=lambda: list(SEARCHABLE), metadata={"help": "Arguments to search."})
+    alpha_range: list[Share] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "Lowest and highest --alpha."}
+    )
+    temperature_range: list[Positive] = field(
+        default_factory=lambda: [1.0, 20.0], metadata={"help": "Lowest and highest --temperature."}
+    )
     learning_rate_range: list[Positive] = field(
-        default_factory=lambda: [1e-5, 1e-3], metadata={"help": "from, to; searched on a logarithmic scale"}
+        default_factory=lambda: [1e-5, 1e-3],
+        metadata={"help": "Lowest and highest --learning_rate, searched on a logarithmic scale."},
     )
 
     def __post_init__(self) -> None:

@@ -13,19 +13,24 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.outputs import Outputs
 
 Pooling = Literal["mean", "cls", "tokens"]
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Pooled hidden states: (batch, positions, hidden) -> (batch, hidden), or unchanged with `tokens`."""
+def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """Pools hidden states (batch, positions, hidden) to (batch, hidden) in fp32; `tokens` leaves them unpooled. Raises
+    ValueError if the mean has no mask.
+    """
+    hidden = hidden.float()
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "tokens":
         return hidden
+    if mask is None:
+        raise ValueError("the mean of hidden states needs an attention mask")
     weights = rearrange(mask, "batch position -> batch position 1").to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
 
@@ -82,7 +87,7 @@ class BottleneckClassifier(FrozenEncoderModel):
     def embed(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Embeddings (batch, hidden), or (batch, positions, hidden) with `tokens` pooling, in fp32."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        return pool(hidden.float(), attention_mask, self.config.pooling)
+        return pool(hidden, attention_mask, self.config.pooling)
 
     def forward(
         self,

@@ -8,20 +8,23 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.losses import jensen_shannon, soft_target_kl
-from kd.common.methods import Method
+from kd.common.methods import Method, parse_method
 from kd.common.metrics.quality import language_warning, token_counts
 from kd.common.objective import IGNORED, Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
-from kd.nlp.teacher_model.generative import SCRATCH, Generator
+from kd.common.utils.ranges import Positive, ProperShare
+from kd.nlp.student_model.arguments import CUT
+from kd.nlp.teacher_model import SCRATCH
+from kd.nlp.teacher_model.generative import Generator
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
-CUT = "cut"
 Splits = dict[str, Dataset]
 
 
@@ -117,7 +120,7 @@ class GenerationTask(ABC):
         return token_level(alpha, self.divergence(training), training.label_smoothing_factor)
 
     def divergence(self, training: KDTrainingArguments) -> Divergence:
-        return divergence_of("forward", training.temperature)
+        return divergence_of("kd", training.temperature)
 
     # ---- stages ----
 
@@ -213,13 +216,27 @@ class GenerationTask(ABC):
 # ---- the objective on tokens ----
 
 
-def divergence_of(name: str, temperature: float, js_beta: float = 0.5) -> Divergence:
-    """The divergence between the student's and the teacher's distribution over the next token: `forward` or `reverse`
-    KL, or `js`, the generalized Jensen-Shannon divergence.
-    """
-    if name == "js":
-        return partial(jensen_shannon, temperature=temperature, beta=js_beta)
-    return partial(soft_target_kl, temperature=temperature, direction=name)
+def kd(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
+    """KL(teacher || student) of the distributions over the next token (arXiv:1503.02531)."""
+    return soft_target_kl(student, teacher, temperature)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
+    """KL(student || teacher) of the distributions over the next token (arXiv:2306.08543)."""
+    return soft_target_kl(student, teacher, temperature, direction="reverse")
+
+
+def js(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0, beta: ProperShare = 0.5) -> Tensor:
+    """Generalized Jensen-Shannon divergence (arXiv:2306.13649); `beta` is the weight of the teacher in the mixture."""
+    return jensen_shannon(student, teacher, temperature=temperature, beta=beta)
+
+
+DIVERGENCES = {"kd": kd, "reverse_kl": reverse_kl, "js": js}
+
+
+def divergence_of(spec: str, temperature: float) -> Divergence:
+    """The divergence NAME or NAME:key=value:... of DIVERGENCES. Raises UserError as `parse_method` does."""
+    return parse_method(spec, DIVERGENCES, temperature=temperature)
 
 
 def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) -> Method:

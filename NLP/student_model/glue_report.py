@@ -1,4 +1,4 @@
-"""One table of GLUE: tasks by teacher, control and systems, mean and standard deviation over seeds."""
+"""The GLUE table: a row per task, columns for teacher, control and systems, mean and deviation over seeds."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,11 +6,11 @@ from statistics import fmean
 from typing import Any
 
 from kd.common.reporting.results import RESULTS, validate
-from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich
+from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich, words
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
+from kd.nlp.student_model.arguments import SYSTEMS
 
-SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary one
     "cola": ["matthews"],
     "sst2": ["accuracy"],
@@ -21,8 +21,8 @@ OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary o
     "rte": ["accuracy"],
     "stsb": ["spearman", "pearson"],
 }
-FOR_ALL = ["accuracy", "f1_macro", "matthews"]  # what every classification task is measured by as well
-Runs = dict[str, list[dict[str, Any]]]  # by system, the results of all seeds
+FOR_ALL = ["accuracy", "f1_macro", "matthews"]  # metrics of every classification task
+Runs = dict[str, list[dict[str, Any]]]  # system -> results of all seeds
 
 
 def show(folder: Path, tasks: list[str]) -> None:
@@ -35,7 +35,7 @@ def show(folder: Path, tasks: list[str]) -> None:
     rows = [row for task, runs in found.items() for row in task_rows(task, runs, OFFICIAL[task])]
     others = [row for task, runs in found.items() if task != "stsb" for row in task_rows(task, runs, FOR_ALL)]
     print_rich(header, rows, title="GLUE, mean ± standard deviation over seeds", below=_average(found))
-    sections = ["# GLUE", markdown(header, rows), _average(found), "## Every classification task, by the same metrics"]
+    sections = ["# GLUE", markdown(header, rows), _average(found), "## The same metrics for all classification tasks"]
     write_text(folder / "glue.md", "\n\n".join([*sections, markdown(header, others)]) + "\n")
 
 
@@ -51,13 +51,13 @@ def read_systems(folder: Path) -> Runs:
 
 
 def finished_seeds(folder: Path) -> list[int]:
-    """Of the runs `folder/seedN`."""
+    """The seeds of the finished runs `folder/seedN`."""
     return sorted(int(path.parent.name.removeprefix("seed")) for path in folder.glob(f"seed*/{RESULTS}"))
 
 
 def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:
-    """A row per validation split and metric. Teacher and control are those of KD where it was run, else of the first
-    system that was; the control of a system with a bottleneck has one too.
+    """A row per validation split and metric. Teacher and control are those of KD, or of the first system if KD was not
+    run; the control of a system with a bottleneck also has one.
     """
     first = next(results for results in runs.values() if results)
     splits = [split for split in first[0]["models"]["student"]["metrics"] if split.startswith("validation")]
@@ -70,7 +70,7 @@ def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:
             } | {system: scores(results, "student", split, metric) for system, results in runs.items()}
             kept = retentions(runs["base"], split, metric)
             cells = [mean_and_deviation(found) for found in [*values.values(), kept]]
-            name = metric.replace("_", " ") + split.removeprefix("validation").replace("_", ", ")
+            name = words(metric) + split.removeprefix("validation").replace("_", ", ")
             rows.append([task, name, str(len(first)), *cells])
     return rows
 
@@ -80,13 +80,13 @@ def scores(runs: list[dict[str, Any]], role: str, split: str, metric: str) -> li
 
 
 def retentions(runs: list[dict[str, Any]], split: str, metric: str) -> list[float]:
-    """Student / teacher, seed by seed, where the teacher has learned anything."""
+    """Student / teacher for each seed with a teacher above 0."""
     pairs = zip(scores(runs, "student", split, metric), scores(runs, "teacher", split, metric), strict=True)
     return [student / teacher for student, teacher in pairs if teacher > 0]
 
 
 def _average(found: dict[str, Runs]) -> str:
-    """The mean over tasks of KD's retention of the primary metric."""
+    """A sentence with KD's mean retention of the primary metric over tasks."""
     of_tasks = {
         task: fmean(kept)
         for task, runs in found.items()
@@ -94,5 +94,5 @@ def _average(found: dict[str, Runs]) -> str:
         and (kept := retentions(runs["base"], runs["base"][0]["primary_metric"]["split"], OFFICIAL[task][0]))
     }
     if not of_tasks:
-        return "KD was not run, so nothing is known of what it retains."
-    return f"KD retains {fmean(of_tasks.values()):.4f} of its teachers, averaged over {', '.join(of_tasks)}."
+        return "KD was not run, so its retention is not known."
+    return f"KD retains {fmean(of_tasks.values()):.1%} of its teachers' scores, averaged over {', '.join(of_tasks)}."

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import language_metrics, token_agreement, token_counts
+from kd.common.metrics.quality import language_metrics, token_agreement, token_counts, unigram_perplexity
 from kd.common.objective import Divergence
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import Corpus, pack, stack
+from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.generation import (
-    CUT,
     GenerationTask,
     Splits,
     check_same_vocabulary,
@@ -30,9 +30,9 @@ from kd.nlp.student_model.generation import (
 )
 from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths, switch_off_dropout
 from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
-from kd.nlp.teacher_model.generative import SCRATCH, Generator, byte_level_bpe, load_language_model, random_gpt2
+from kd.nlp.teacher_model import SCRATCH
+from kd.nlp.teacher_model.generative import Generator, byte_level_bpe, load_language_model, random_gpt2
 
-METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "js": "jensen_shannon"}
 PROMPT, CONTINUATION = 12, 30  # tokens of the sample in the report
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,7 +131,7 @@ class LanguageTask(GenerationTask):
         return method
 
     def divergence(self, training: KDTrainingArguments) -> Divergence:
-        return divergence_of(self.args.divergence, training.temperature, self.args.js_beta)
+        return divergence_of(self.args.method, training.temperature)
 
     def collator(self, model: PreTrainedModel) -> Callable[[Any], dict[str, Any]]:
         return stack
@@ -179,13 +179,15 @@ class LanguageTask(GenerationTask):
         prompt = first_words(self.data, self.tokenizer, args.block_size)
         samples = {role: continuation(model, self.tokenizer, prompt, new) for role, model in models.items()}
         tokens = {split: len(label_tokens(blocks)) for split, blocks in self.splits.items()}
+        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
         results = self.results(
             run,
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
-            method=METHODS[args.divergence] + ("_hidden" if args.hidden_weight else ""),
+            method=args.method + ("_hidden" if args.hidden_weight else ""),
             metric="perplexity",
             lower_is_better=True,
+            chance=unigram_perplexity(train, validation, models["student"].config.vocab_size),
             corpus={"tokens": tokens, "bytes": {split: self.data.size(split) for split in self.splits}},
             sample={"prompt": one_line(prompt)} | samples,
         )

@@ -1,4 +1,4 @@
-"""The layers of any text encoder: where they are, which student layer follows which teacher layer, and cutting."""
+"""The layers of any text encoder or encoder-decoder: their paths, and smaller models with some of the layers."""
 
 import copy
 from pathlib import Path
@@ -13,13 +13,13 @@ from kd.common.utils.errors import UserError
 
 
 def load_encoder(folder: str | Path) -> PreTrainedModel:
-    """An encoder without a head, such as the stage `student_encoder` of a run."""
+    """Loads an encoder without a head, such as the stage `student_encoder` of a run."""
     with reading(folder, "a text encoder"):
         return load_model(AutoModel, folder, whole=False)
 
 
 def layer_paths(model: PreTrainedModel) -> list[str]:
-    """Paths of the transformer layers, first to last: `encoder.layer.0`, ... (BERT), `transformer.layer.0`, ..."""
+    """Paths of the transformer layers, from first to last: `encoder.layer.0`, ... for BERT."""
     number = model.config.num_hidden_layers
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
@@ -28,8 +28,8 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
 
 
 def check_cut(model: PreTrainedModel, layers: int) -> None:
-    """Raises UserError where a model has not as many layers, or where those that would be kept are built otherwise
-    than those whose places they would take.
+    """Raises UserError if a model has fewer layers, or if a kept layer has other parameters than the layer that it
+    replaces.
     """
     paths = layer_paths(model)
     if not 1 <= layers <= len(paths):
@@ -37,27 +37,25 @@ def check_cut(model: PreTrainedModel, layers: int) -> None:
     built = [{n: w.shape for n, w in model.get_submodule(path).state_dict().items()} for path in paths]
     if any(built[new] != built[old] for new, old in depth_map(layers, len(paths))):
         raise UserError(
-            f"the layers of {type(model).__name__} are not built alike, so {layers} of {len(paths)} make no model: "
+            f"the layers of {type(model).__name__} differ in shape, so {layers} of {len(paths)} layers make no model: "
             "name a student with --student"
         )
 
 
 def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A new model of the same class and weights with only `layers` evenly spaced layers, each the last of its share of
-    the teacher's: 6 of 12 keeps layers 1, 3, 5, 7, 9, 11 (from 0). DistilBERT is initialized likewise, but with layers
-    0, 2, 4, 7, 9, 11 (arXiv:1910.01108, extract_distilbert.py). Here a layer starts from the very layer whose output
-    it is aligned to (`depth_map`), and the last one, which the head sees, is kept for every number of layers.
-
-    Raises UserError as `check_cut` does.
+    """A new model of the same class and weights with `layers` evenly spaced layers: 6 of 12 keeps layers 1, 3, 5, 7, 9
+    and 11 (from 0). DistilBERT keeps layers 0, 2, 4, 7, 9 and 11 (arXiv:1910.01108, extract_distilbert.py). Here a
+    layer is initialized from the layer whose output it is aligned to (`depth_map`), and the last layer, the input of
+    the head, is always kept. Raises UserError as `check_cut` does.
     """
     check_cut(model, layers)
     paths = layer_paths(model)
     chosen = [old for _, old in depth_map(layers, len(paths))]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):  # of attention, by layer, as Qwen and Gemma have it
+    if getattr(config, "layer_types", None):  # kinds of attention by layer, in Qwen and Gemma
         config.layer_types = [config.layer_types[old] for old in chosen]
-    if getattr(config, "attention_types", None):  # the same as GPT-Neo has it, by groups of layers
+    if getattr(config, "attention_types", None):  # the same in GPT-Neo, by groups of layers
         config.attention_layers = [config.attention_layers[old] for old in chosen]
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     student = type(model)(config)
@@ -86,13 +84,13 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: int) -> PreTrainedModel:
     """A smaller model of the same class with alternating layers of the larger one, from the first to the last, as in
-    "shrink and fine-tune" (arXiv:2010.13002). The first stays the first: in T5 it holds the position biases.
+    "shrink and fine-tune" (arXiv:2010.13002). The first layer stays first: in T5 it holds the position biases.
     """
     numbers = dict(zip(_layer_attributes(model.config), (encoder_layers, decoder_layers), strict=True))
     config = copy.deepcopy(model.config)
     config.update(numbers)
     student = type(model)(config)
-    student.load_state_dict(model.state_dict(), strict=False)  # everything but layers, and the first layers
+    student.load_state_dict(model.state_dict(), strict=False)  # all but the layers, and the first layers
     for new, old in ((student.get_encoder(), model.get_encoder()), (student.get_decoder(), model.get_decoder())):
         chosen = alternating_layers(len(_layers(new)), len(_layers(old)))
         for layer, number in zip(_layers(new), chosen, strict=True):
@@ -102,17 +100,17 @@ def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: 
 
 
 def alternating_layers(kept: int, layers: int) -> list[int]:
-    """Evenly spaced numbers of layers (from 0), the first and the last among them: 3 of 6 gives 0, 2, 5."""
+    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5."""
     return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 
 def number_of_layers(model: PreTrainedModel) -> tuple[int, int]:
-    """Of encoder and decoder."""
+    """Numbers of layers of encoder and decoder."""
     return len(_layers(model.get_encoder())), len(_layers(model.get_decoder()))
 
 
 def _layer_attributes(config: Any) -> tuple[str, str]:
-    """The names of the numbers of layers of encoder and decoder: of Marian and BART, or of T5."""
+    """Names of the config's numbers of layers of encoder and decoder, in Marian and BART or in T5."""
     if hasattr(config, "encoder_layers"):
         return "encoder_layers", "decoder_layers"
     return "num_layers", "num_decoder_layers"
@@ -122,4 +120,4 @@ def _layers(stack: Any) -> nn.ModuleList:
     for name in ("layers", "block"):
         if isinstance(getattr(stack, name, None), nn.ModuleList):
             return getattr(stack, name)
-    raise UserError(f"{type(stack).__name__} has no list of layers; cutting a student from it is not supported")
+    raise UserError(f"{type(stack).__name__} has no list of layers: name a student with --student")

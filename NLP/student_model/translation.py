@@ -29,10 +29,11 @@ from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
 from kd.nlp.data.translation import TranslationCollator, TranslationData, tokenize_translation
-from kd.nlp.student_model.generation import CUT, GenerationTask, Splits, check_same_vocabulary
+from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.generation import GenerationTask, Splits, check_same_vocabulary
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
+from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import (
-    SCRATCH,
     Generator,
     beam_search,
     joint_bpe,
@@ -129,10 +130,10 @@ class TranslationTask(GenerationTask):
     def train_student(
         self, run: TrainerRun, teacher: PreTrainedModel, translations: Dataset | None = None
     ) -> PreTrainedModel:
-        """The stage `student`: trains on the teacher's distributions (--method word), on its `translations`
-        (sequence), or on both.
+        """The stage `student`: trains on the teacher's distributions (--method kd), on its `translations`
+        (sequence_kd), or on both.
         """
-        distributions_of = None if self.args.method == "sequence" else teacher
+        distributions_of = None if self.args.method == "sequence_kd" else teacher
         return self.stage(run, "student", partial(self.initial_student, teacher), distributions_of, translations)
 
     def translate_training_set(self, run: TrainerRun, teacher: PreTrainedModel) -> Dataset:

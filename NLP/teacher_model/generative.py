@@ -37,13 +37,11 @@ from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
 
-SCRATCH = "scratch"
 NO_DOWNLOAD = f"pass a local folder, or {SCRATCH}, which needs no download"
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-HEAD_WIDTH = 32  # channels of an attention head
-MIN_VOCABULARY_SIZE = 257  # all bytes, and the end-of-text token
 MIN_POSITIONS = 256  # of a translator with random weights
 
 

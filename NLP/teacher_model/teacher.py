@@ -194,9 +194,9 @@ def in_label_order(name: str, data: TextData) -> TextData:
     if data.primary_metric == "f1":
         raise UserError(
             f"{name} has the labels of {data.name} in another order ({_some(labels)} instead of "
-            f"{_some(data.label_names)}), and F1 is that of label 1: reorder its head and its id2label"
+            f"{_some(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
         )
-    note = f"class ids are those of {name}: {_some(labels)}"
+    note = f"class ids follow {name}: {_some(labels)}"
     print(f"note: {note}")
     return replace(with_label_order(data, labels), notes=[*data.notes, note])
 

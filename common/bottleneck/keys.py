@@ -1,7 +1,7 @@
-"""The keys of codebooks: nearest-key search, k-means, and moving averages across processes.
+"""The keys of codebooks: nearest-key search, k-means, and moving averages over all processes.
 
-C codebooks of K keys of one width: keys are (C, K, key_dim), heads, the parts of embeddings that look them up, are
-(rows, C, key_dim), codes, the indices of the nearest keys, are (rows, C).
+Shapes, for C codebooks of K keys: keys (C, K, key_dim); heads (rows, C, key_dim), the parts of the embeddings; codes
+(rows, C), the indices of the nearest keys.
 """
 
 import torch
@@ -38,7 +38,7 @@ def _nearest(heads: Tensor, keys: Tensor) -> Tensor:
 
 
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each key is chosen (C, K), of codes (rows, C)."""
+    """Counts (C, K) of each key in codes (rows, C)."""
     counts = torch.bincount(_flat(codes, codebook_size), minlength=codes.shape[1] * codebook_size)
     return rearrange(counts.float(), "(c k) -> c k", k=codebook_size)
 
@@ -108,7 +108,7 @@ def random_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
 
 
 def largest_across_processes(number: int) -> int:
-    """The largest number of any process: all must take the same number of steps, or the faster would wait forever."""
+    """The largest number over all processes, which must take the same number of steps to stay synchronized."""
     if not dist.is_initialized():
         return number
     numbers: list[int] = [0] * dist.get_world_size()

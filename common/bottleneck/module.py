@@ -1,8 +1,8 @@
-"""The discrete key-value bottleneck (DKVB): frozen keys that are looked up, values that are learned.
+"""The discrete key-value bottleneck (DKVB): frozen keys that are looked up, and trained values.
 
-An embedding is split into C heads. Each head finds the nearest of its K keys (squared L2) and fetches the value of
-that key; a decoder maps the fetched values to logits. Keys are fitted once, without labels, and frozen; from then on
-an input is represented by C integers, its *codes*, and training updates only the values that were fetched.
+An embedding is split into C heads. Each head finds the nearest of the K keys of its codebook (squared L2) and fetches
+the value of that key. A decoder maps the fetched values to logits. The keys are fitted once, without labels, and
+frozen. An input is then represented by C integers, its *codes*, and training updates only the fetched values.
 
 Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240). Keys by k-means and by the exponential
 moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1).
@@ -34,13 +34,13 @@ Decoder = Literal["linear", "mean"]
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
-    """C codebooks of K key-value pairs between an embedding (..., dim) and logits (..., num_outputs).
+    """C codebooks of K keys and values between an embedding (..., dim) and logits (..., num_outputs).
 
     Args:
         dim: width of the embedding.
         num_outputs: number of classes, or 1 for regression.
         codebooks: C, the number of heads, each with a codebook.
-        codebook_size: K, the number of key-value pairs per codebook (at most 65,536, so that codes fit 16 bits).
+        codebook_size: K, the number of keys and values of a codebook (at most 65,536, so that codes fit 16 bits).
         split: `segment` cuts the embedding into C equal segments, `projection` multiplies it by C fixed Gaussian
             matrices with columns of unit length.
         key_dim: width of a key under `projection` (default dim / C); under `segment` it is dim / C.
@@ -107,7 +107,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
             self.decoder.reset_parameters()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The values train with --value_learning_rate, and never decay: that would erase those of unused keys."""
+        """The values have --value_learning_rate and no weight decay, which would erase values of unused keys."""
         return {"value": [self.values]}
 
     # ---- embeddings -> codes -> logits ----
@@ -224,14 +224,14 @@ class DiscreteKeyValueBottleneck(nn.Module):
         self.freeze_keys()
 
     def check_compatible(self, source: "DiscreteKeyValueBottleneck", values: bool = False) -> None:
-        """Raises ValueError where the keys of another bottleneck, or with `values` all its tensors, do not fit."""
+        """Raises ValueError if the keys of another bottleneck, or with `values` all its tensors, differ in shape."""
         here, other = self._shape(values), source._shape(values)
         differ = [f"{name} {here[name]} here, {other[name]} carried" for name in here if here[name] != other[name]]
         if differ:
             raise ValueError(f"the carried keys do not fit: {'; '.join(differ)}")
 
     def _shape(self, values: bool) -> dict[str, int | str]:
-        """The shape of the keys, and with `values` that of values and decoder too."""
+        """The shape of the keys, and with `values` also that of values and decoder."""
         shape: dict[str, int | str] = {
             "codebooks": self.codebooks,
             "codebook_size": self.codebook_size,
@@ -245,10 +245,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
     @torch.no_grad()
     def key_statistics(self, embeddings: Tensor, mask: Tensor | None = None) -> dict[str, float]:
-        """How well the keys cover embeddings (rows, dim) or (rows, positions, dim), means over the codebooks.
+        """Coverage of embeddings (rows, dim) or (rows, positions, dim) by the keys, averaged over the codebooks.
 
-        usage: share of keys chosen at least once; perplexity: exp of the entropy of the choice, at most K;
-        quantisation_error: mean squared distance to the chosen key, per dimension.
+        usage: share of keys used at least once; perplexity: exp of the entropy of the codes, at most K;
+        quantisation_error: mean squared distance to the nearest key, per dimension.
         """
         rows = _rows(embeddings, mask)
         counts, errors = torch.zeros(self.codebooks, self.codebook_size), 0.0
@@ -277,7 +277,7 @@ def without_weights(width: int, num_outputs: int, shape: dict[str, Any]) -> Disc
 
 
 def _rows(embeddings: Tensor, mask: Tensor | None) -> Tensor:
-    """Embeddings (..., dim) as rows (rows, dim), those that the mask keeps."""
+    """Flattens embeddings (..., dim) to rows (rows, dim), without the positions that the mask excludes."""
     return rearrange(embeddings, "... d -> (...) d") if mask is None else embeddings[mask.bool()]
 
 

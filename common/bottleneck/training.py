@@ -1,7 +1,7 @@
-"""Training a bottleneck after a frozen encoder: its keys, once and without labels, then its values, on cached codes.
+"""Models with a bottleneck after a frozen encoder, and their training: keys without labels, values on cached codes.
 
-With encoder and keys frozen, the codes of an input are constants. They are computed once; from then on training the
-values is an embedding bag, without encoder or search.
+With encoder and keys frozen, the codes of an input are constant. They are computed once. Training the values then
+takes an embedding bag per step, without encoder and key search.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from einops import pack, rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.training.arguments import Keys
@@ -20,9 +21,47 @@ from kd.common.training.run import TrainerRun
 from kd.common.utils.devices import best_device, process
 
 
+class FrozenEncoderConfig(PreTrainedConfig):
+    """Configuration of a frozen encoder and of the bottleneck after it.
+
+    bottleneck: arguments of `DiscreteKeyValueBottleneck`, except width and number of outputs.
+    """
+
+    sub_configs = {"encoder_config": AutoConfig}
+    encoder_config: Any = None
+    bottleneck: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.encoder_config, dict):
+            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
+        super().__post_init__(**kwargs)
+
+
+class FrozenEncoderModel(PreTrainedModel):
+    """Base class of models that ship with their encoder: frozen encoder -> embedding -> bottleneck or another head.
+
+    The encoder is trained before, on labels or to match a teacher. It is frozen because the keys are only valid while
+    the embeddings do not change.
+    """
+
+    encoder: Any  # a frozen module, or None if the inputs are the embeddings
+
+    def train(self, mode: bool = True) -> Any:
+        """Keeps the encoder frozen and in eval mode: dropout or batch statistics would change the embeddings."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval().requires_grad_(False)
+        return self
+
+    def copy_encoder(self, encoder: nn.Module, without: str) -> None:
+        """Copies the weights of an encoder, except those of its submodule `without`."""
+        weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith(f"{without}.")}
+        self.encoder.load_state_dict(weights)
+
+
 class CodeDataset(torch.utils.data.Dataset):
-    """Codes (codebooks,) or (positions, codebooks) of each sample, labels and sample ids (samples,), fetched a batch
-    at a time; collate with `identity_collate`.
+    """Codes (codebooks,) or (positions, codebooks) of each sample, labels and sample ids (samples,). Returns whole
+    batches; collate with `identity_collate`.
     """
 
     def __init__(self, codes: Sequence[Tensor], labels: Tensor, sample_ids: Tensor) -> None:
@@ -61,14 +100,14 @@ def set_keys(
     embeddings: Tensor,
     seed: int,
 ) -> dict[str, float]:
-    """Sets the keys of a bottleneck and freezes them; returns how well they cover the embeddings (rows, dim).
+    """Sets the keys of a bottleneck and freezes them. Returns their `key_statistics` on the embeddings (rows, dim).
 
-    carried: copied from `source`; reused: with its values and decoder as well; new: fitted to the embeddings; random:
-    as initialized. Raises ValueError without a `source` to copy from, and where its shape differs.
+    carried: copied from `source`; reused: copied with values and decoder; new: fitted to the embeddings; random: as
+    initialized. Raises ValueError if carried or reused keys have no `source`, or one of another shape.
     """
     if keys in ("carried", "reused"):
         if source is None:
-            raise ValueError(f"{keys} keys need a bottleneck to take them from")
+            raise ValueError(f"{keys} keys need a source bottleneck")
         bottleneck.check_compatible(source, values=keys == "reused")
         bottleneck.carry_keys(source)
         if keys == "reused":
@@ -111,12 +150,15 @@ def train_bottleneck(
     batch_size: int = 64,
     **trainer: Any,
 ) -> Any:
-    """Fits the keys to the encoder's embeddings, then (unless they are `reused`) trains the values on cached codes.
+    """Sets the keys, then (unless they are `reused`) trains the values on cached codes.
 
-    `model` is a PreTrainedModel with an untrained `bottleneck` and `embed(**inputs)`, which takes `codes` instead of
-    inputs. `source`: a bottleneck to take keys from; `key_rows`: the samples that keys are fitted to, if not all of
-    `train`; `batch_size`: that of the encoder; `settings`: training arguments of the stage; `trainer`: further
-    arguments of KDTrainer. Raises ValueError as `set_keys` does.
+    Args:
+        model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.
+        keys, source: as in `set_keys`, which raises ValueError.
+        settings: training arguments of the stage.
+        key_rows: the samples that new keys are fitted to, if not all of `train`.
+        batch_size: for the encoder.
+        trainer: further arguments of KDTrainer.
     """
     model.to(best_device())
     bottleneck: DiscreteKeyValueBottleneck = model.bottleneck

@@ -30,12 +30,20 @@ MODULE_TASK = re.compile(r"[^/:]+:.*", re.DOTALL)  # owner/name:config is a data
 
 def main() -> None:
     parser = Parser(prog="python -m kd.common.export", description=__doc__)
-    parser.add_argument("student", help="Folder of a student or of its run, or a zip file of Stable-Baselines3.")
+    parser.add_argument(
+        "student", metavar="STUDENT", help="Folder of a student or of its run, or a zip file of Stable-Baselines3."
+    )
     parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="File format of the export.")
-    parser.add_argument("--domain", help="Domain of the student. Default: from results.json of its run.")
-    parser.add_argument("--task", help="Task of the student; for a policy, the environment. Default: as --domain.")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="Domain of the student. Default: from results.json of its run."
+    )
+    parser.add_argument(
+        "--task", metavar="NAME", help="Task of the student; for a policy, the environment. Default: as --domain."
+    )
     parser.add_argument("--vecnormalize", metavar="FILE", help="Policies: file of VecNormalize.save, or none.")
-    parser.add_argument("--output_dir", help="Default: export, in the run folder or next to the student.")
+    parser.add_argument(
+        "--output_dir", metavar="FOLDER", help="Default: export, in the run folder or next to the student."
+    )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
     args = parser.parse_args()
 

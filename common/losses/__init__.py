@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions, tensors in, scalar out, computed in fp32. Gradients reach the student alone."""
+"""Distillation losses: pure functions from tensors to a scalar, computed in fp32. Only the student gets gradients."""
 
 from kd.common.losses.features import (
     attended_mean,

@@ -151,9 +151,9 @@ def variational(student: Tensor, teacher: Tensor, variance: Tensor, mask: Tensor
     """Mean over all elements of 0.5 * [(student - teacher)^2 / variance + log variance] (VID, arXiv:1904.05835).
 
     The negative log-likelihood, up to a constant, of the teacher's map under a Gaussian around the student's
-    prediction, with one variance per channel (channels,): a lower bound on their mutual information, with the sign
-    turned. It can be negative, and is smallest where the variance is the mean squared difference. Maps are (batch,
-    channels, height, width), `mask` is (batch,). Raises ValueError for shapes that differ.
+    prediction, with one variance per channel (channels,). Its negative is a lower bound on the mutual information. It
+    can be negative, and has its minimum if the variance is the mean squared difference. Maps are (batch, channels,
+    height, width), `mask` is (batch,). Raises ValueError for shapes that differ.
     """
     same_shape(student, teacher)
     variance = rearrange(variance.float(), "channel -> channel 1 1")
@@ -165,9 +165,9 @@ def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor, mask: Tensor | 
     """Squared differences to max(teacher, margin), summed over channels and positions, averaged over the batch.
 
     Maps are (batch, channels, height, width), of one shape, before a ReLU; `margin` (channels,) is negative, `mask` is
-    (batch,). Where the ReLU zeroes both, student <= max(teacher, margin) <= 0, nothing counts. Overhaul of feature
-    distillation (arXiv:1904.01866, section 3.2); the sum grows with the map, so its weight is small. Raises ValueError
-    for shapes that differ.
+    (batch,). Elements with student <= max(teacher, margin) <= 0, which the ReLU zeroes in both, do not count. Overhaul
+    of feature distillation (arXiv:1904.01866, section 3.2). The sum grows with the map, so its weight is small. Raises
+    ValueError for shapes that differ.
     """
     same_shape(student, teacher)
     student = student.float()
@@ -179,9 +179,9 @@ def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor, mask: Tensor | 
 def mean_below_zero(mean: Tensor, deviation: Tensor) -> Tensor:
     """E[x | x < 0] of Gaussians, of any shape: mean - deviation * pdf(z) / cdf(-z), z = mean / deviation.
 
-    Computed through erfcx in double precision, which is accurate for any probability of x < 0: as it vanishes, the
-    result approaches -deviation^2 / mean. (The published code of arXiv:1904.01866 takes -3 * deviation below a
-    probability of 0.001.) The sign of `deviation` does not matter.
+    Computed with erfcx in double precision, which is accurate for any probability of x < 0. As the probability
+    vanishes, the result approaches -deviation^2 / mean. (The published code of arXiv:1904.01866 uses -3 * deviation
+    for probabilities below 0.001.) The sign of `deviation` has no effect.
     """
     mean, deviation = mean.double(), deviation.double().abs().clamp(min=LEAST_DEVIATION)
     hazard = math.sqrt(2 / math.pi) / torch.special.erfcx(mean / deviation / math.sqrt(2))
@@ -191,9 +191,9 @@ def mean_below_zero(mean: Tensor, deviation: Tensor) -> Tensor:
 def hierarchical_l2(student: Tensor, teacher: Tensor) -> Tensor:
     """Weighted mean of the mean squared differences at full size and after average pooling to 4x4, 2x2 and 1x1.
 
-    Maps are (batch, channels, height, width), of one shape. Sizes that are not below the height are skipped; of the
-    rest, from full size down, each weighs half as much as the one before. The hierarchical context loss of knowledge
-    review (arXiv:2104.09044). Raises ValueError for shapes that differ.
+    Maps are (batch, channels, height, width), of one shape. Sizes that are not below the height are skipped. Each
+    size weighs half as much as the next larger one. The hierarchical context loss of knowledge review
+    (arXiv:2104.09044). Raises ValueError for shapes that differ.
     """
     same_shape(student, teacher)
     student, teacher = student.float(), teacher.detach().float()
@@ -234,8 +234,8 @@ def attended_mean(distances: Tensor, attention: Tensor) -> Tensor:
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """(1 / batch^2) * ||Q_s - Q_t||_F^2 (SP, arXiv:1907.09682), Q = F F^T with rows of length 1.
 
-    F are features (batch, width), such as flattened maps: the mean over all pairs of samples of the squared difference
-    of their similarities. Raises ValueError for batches of different size.
+    F are features (batch, width), such as flattened maps. The loss is the mean squared difference of the similarities
+    of all pairs of samples. Raises ValueError for batches of different size.
     """
     student, teacher = (unit(_gram(x)) for x in (student, teacher.detach()))
     same_shape(student, teacher)
@@ -279,10 +279,10 @@ def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
 def correlation_congruence(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over i of sum_d |D_i| * |D_(i+1)|, D = student - teacher, for consecutive samples of the batch.
 
-    CC (arXiv:1904.01802) as in the toolbox of CRD, which has it from the authors and published its figures: not the
-    difference of correlation matrices that the paper writes. Embeddings are (batch, width), of one width; zero for a
-    single sample. It depends on the order of the batch, which training shuffles. Raises ValueError for shapes that
-    differ.
+    CC (arXiv:1904.01802) as in the toolbox of CRD, whose code is from the authors and gave the published figures. The
+    paper instead writes the difference of correlation matrices. Embeddings are (batch, width), of one width. Zero for
+    a single sample. The loss depends on the order of the batch, which training shuffles. Raises ValueError for shapes
+    that differ.
     """
     same_shape(student, teacher)
     gaps = (student.float() - teacher.detach().float()).abs()
@@ -291,15 +291,15 @@ def correlation_congruence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def noise_contrastive(log_scores: Tensor, samples: int) -> Tensor:
-    """-log(P / (P + c)) of the positive pair - the sum of log(c / (P + c)) over the negatives (CRD, arXiv:1910.10699).
+    """-log(P / (P + c)) of the positive, minus the sum of log(c / (P + c)) over the negatives (CRD, arXiv:1910.10699).
 
-    `log_scores` are log P (batch, 1 + negatives), with the positive first; c = negatives / samples is the score of
-    noise that is drawn from that number of samples. Summed over negatives, averaged over the batch. Without the 1e-7
-    that the authors' code adds to the denominators. Raises ValueError if there are no negatives.
+    `log_scores` are log P (batch, 1 + negatives), with the positive first. c = negatives / samples is the score of
+    noise drawn from that number of samples. Summed over negatives, averaged over the batch. The authors' code also
+    adds 1e-7 to the denominators. Raises ValueError if there are no negatives.
     """
     negatives = log_scores.shape[1] - 1
     if negatives < 1:
-        raise ValueError(f"log_scores must hold a pair and its negatives, got {tuple(log_scores.shape)}")
+        raise ValueError(f"log_scores must have a positive and negatives, got {tuple(log_scores.shape)}")
     log_odds = log_scores.float() - math.log(negatives / samples)  # of a positive against noise
     return -(F.logsigmoid(log_odds[:, 0]) + F.logsigmoid(-log_odds[:, 1:]).sum(1)).mean()
 

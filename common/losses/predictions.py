@@ -76,7 +76,7 @@ def hard_targets(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Cross-entropy with the class that the teacher predicts: -log softmax(student)[argmax(teacher)].
 
     Logits are (batch, classes); averaged over the batch. The NLL of policy distillation (arXiv:1511.06295), which
-    suits teachers whose outputs are no probabilities, such as Q-values. Raises ValueError for shapes that differ.
+    suits teachers whose outputs are not log-probabilities, such as Q-values. Raises ValueError for shapes that differ.
     """
     same_shape(student_logits, teacher_logits)
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
@@ -157,8 +157,8 @@ def _check_direction(direction: str) -> None:
 def standardized(logits: Tensor) -> Tensor:
     """(logits - mean) / (standard deviation + 1e-7) of each sample, in fp32, as in LSKD (arXiv:2403.01427).
 
-    The deviation is the unbiased one. Shift and scale of a sample's logits no longer matter. Raises ValueError for a
-    single class, which has no deviation.
+    The standard deviation is the unbiased one. The result does not depend on shift and scale of a sample's logits.
+    Raises ValueError for a single class, which has no deviation.
     """
     if logits.shape[-1] < 2:
         raise ValueError("standardized logits need at least 2 classes, got 1")
@@ -196,8 +196,8 @@ def correlation_loss(
     """DIST (arXiv:2205.10536): T^2 [beta (1 - mean_i r(p_i^s, p_i^t)) + gamma (1 - mean_c r(p_c^s, p_c^t))].
 
     r is Pearson's correlation, p the softmax at T: over the classes of each sample (rows p_i), and over the samples of
-    the batch for each class (columns p_c). A constant has no correlation, and counts as 0. Raises ValueError for
-    shapes that differ.
+    the batch for each class (columns p_c). The correlation with a constant counts as 0. Raises ValueError for shapes
+    that differ.
     """
     student, teacher = _probabilities(student_logits, teacher_logits, temperature)
     between = 1 - _correlations(student, teacher).mean()
@@ -243,11 +243,11 @@ def transport(
 ) -> Tensor:
     """Cost of transporting the student's distribution over the classes other than the label to the teacher's.
 
-    WKD-L (arXiv:2412.08139): both are softmaxes at T without the label; `cost` (classes, classes) is that of moving
-    probability between two classes. The plan is that of entropic optimal transport, by Sinkhorn's `iterations` in log
-    space, which is finite for any logits. Averaged over the batch; needs batch * classes^2 floats per iteration. Not
-    zero at equality: the entropy spreads the plan. Raises ValueError for fewer than three classes and for shapes that
-    differ.
+    WKD-L (arXiv:2412.08139): both are softmaxes at T without the label; `cost` (classes, classes) is the cost of
+    moving probability between two classes. The plan of entropic optimal transport comes from Sinkhorn `iterations` in
+    log space, which is finite for any logits. Averaged over the batch; needs batch * classes^2 floats per iteration.
+    The loss is not zero for equal logits, because the entropy spreads the plan. Raises ValueError for fewer than three
+    classes and for shapes that differ.
     """
     same_shape(student_logits, teacher_logits)
     if student_logits.shape[1] < 3:
@@ -270,12 +270,12 @@ def transport(
 
 
 def class_similarity(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Similarity (classes, classes) of how the features (samples, width) of two classes vary, from 0 to 1 (equal).
+    """Similarity (classes, classes) of the covariances of the features (samples, width) of two classes, from 0 to 1.
 
     Linear centred kernel alignment (arXiv:1905.00414): tr(G_i G_j) / sqrt(tr(G_i^2) tr(G_j^2)), G = X^T X (width,
-    width) of a class's centred features. Kernels are between features, not samples, since samples of two classes do
-    not correspond (the generator of WKD's authors pairs them by their order). A class without two samples is similar
-    to itself alone.
+    width) of the centred features of a class. Kernels are between features, because samples of two classes do not
+    correspond (the generator of WKD's authors pairs them by their order). A class with fewer than two samples has
+    similarity 0 to all other classes.
     """
     features = features.float()
     sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
@@ -303,7 +303,7 @@ def _decoupled(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _correlations(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's correlation of each row; 0 if one of the two is constant."""
+    """Pearson's correlation of each row; 0 if a row is constant."""
     first, second = (unit(x - x.mean(1, keepdim=True)) for x in (first, second))
     return (first * second).sum(1)
 

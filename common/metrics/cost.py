@@ -26,8 +26,8 @@ def megabytes(model: nn.Module) -> float:
 
 
 def flops(model: nn.Module, inputs: dict[str, Any]) -> int | None:
-    """FLOPs of the matrix products of one forward pass (a multiply-add counts two); None if it counts none."""
-    # The counter knows no fused attention kernel of the CPU; the MATH backend is made of products that it counts.
+    """FLOPs of the matrix products of one forward pass (a multiply-add counts two); None if there are none."""
+    # The counter does not know the fused attention kernels of the CPU; the MATH backend consists of matrix products.
     with _evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return int(counter.get_total_flops()) or None
@@ -50,8 +50,8 @@ def latency(model: nn.Module, inputs: dict[str, Any], repeats: int = 30, warmup:
 def interleaved_latency(
     models: dict[str, tuple[nn.Module, dict[str, Any]]], repeats: int = 100
 ) -> dict[str, dict[str, Any]]:
-    """`latency` of several models and their inputs, in turns, so that other load on the machine affects
-    all of them. Each turn has a warm-up, because the one before leaves other weights in the cache.
+    """`latency` of several models and their inputs, measured in turns, so that other load on the machine affects all
+    of them. Each turn has a warm-up, because the cache holds the weights of another model.
     """
     turns = [{n: latency(model, inputs, 1, 1) for n, (model, inputs) in models.items()} for _ in range(repeats)]
     return {n: turns[0][n] | _quantiles(np.array([turn[n]["median"] for turn in turns])) for n in models}
@@ -62,7 +62,7 @@ def _quantiles(milliseconds: np.ndarray) -> dict[str, float]:
 
 
 def cost(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The cost in an entry of results.json; latency and FLOPs are those of `inputs`."""
+    """The cost entries of results.json; latency and FLOPs are for `inputs`."""
     return {
         "parameters": parameters(model),
         "megabytes": megabytes(model),
@@ -73,7 +73,7 @@ def cost(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]  # a frozen part may be in eval mode already
+    training = [module for module in model.modules() if module.training]  # frozen parts may already be in eval mode
     model.eval()
     try:
         yield

@@ -296,12 +296,17 @@ def regressor_warning(
     )
 
 
+def unigram_perplexity(train: np.ndarray, tokens: np.ndarray, vocabulary: int) -> float:
+    """The perplexity of `tokens` under the token frequencies in `train` (add-one smoothed)."""
+    counts = np.bincount(train, minlength=vocabulary) + 1
+    return math.exp(-np.log(counts / counts.sum())[tokens].mean())
+
+
 def language_warning(
     name: str, perplexity: float, train: np.ndarray, tokens: np.ndarray, vocabulary: int
 ) -> str | None:
-    """Compares the perplexity of next tokens with that of the token frequencies in `train` (add-one smoothed)."""
-    counts = np.bincount(train, minlength=vocabulary) + 1
-    chance = math.exp(-np.log(counts / counts.sum())[tokens].mean())
+    """Compares the perplexity of next tokens with `unigram_perplexity`."""
+    chance = unigram_perplexity(train, tokens, vocabulary)
     return chance_warning(
         name, "validation perplexity", perplexity, chance, "the token frequencies", lower_is_better=True
     )

@@ -1,4 +1,4 @@
-"""Compares runs: one table with mean and standard deviation over seeds.
+"""Compares runs: mean and standard deviation over seeds, one table for each task and metric.
 
     python -m kd.common.reporting runs --markdown comparison.md --csv comparison.csv --plot comparison.png
 
@@ -168,14 +168,28 @@ def compare(
     groups: dict[Group, list[Results]] = {}
     for results in sorted(runs, key=lambda results: (Group.of(results), results["seed"])):
         groups.setdefault(Group.of(results), []).append(results)
-    left_out = "\n".join(f"left out: {problem}" for problem in problems)
-    print_rich(*_table(groups, PRINTED), title="Mean ± standard deviation over seeds", below=left_out)
+    for (domain, task, metric), part in _by_metric(groups).items():
+        header, rows = _table(part, PRINTED)
+        rows = [[group.method, *row[2:]] for group, row in zip(part, rows, strict=True)]
+        print_rich(
+            ["method", *header[2:]], rows, title=f"{domain}: {task}, {metric}, mean ± standard deviation over seeds"
+        )
+        print()
+    print(*(f"left out: {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
     if markdown_file:
         write_text(markdown_file, markdown(*_table(groups, list(FIGURES))) + "\n")
     if csv_file:
         write_text(csv_file, averages(groups))
     if plot_file:
         plot_quality(plot_file, _panels(groups))
+
+
+def _by_metric(groups: dict[Group, list[Results]]) -> dict[tuple[str, str, str], dict[Group, list[Results]]]:
+    """The groups of each domain, task and metric."""
+    parts: dict[tuple[str, str, str], dict[Group, list[Results]]] = {}
+    for group, runs in groups.items():
+        parts.setdefault((group.domain, group.task, group.metric), {})[group] = runs
+    return parts
 
 
 def _values(runs: list[Results], figure: str) -> list[float]:

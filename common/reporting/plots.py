@@ -38,8 +38,8 @@ Style = tuple[str, str, str]
 
 
 def plot_curves(path: str | Path, history: History, results: dict[str, Any], progress: str = "epoch") -> None:
-    """A panel for the primary metric on evaluation data and one for each kind of training loss, over `progress`, with
-    a line per stage.
+    """A panel for the primary metric on evaluation data and one for each kind of training loss that was logged more
+    than once, over `progress`, with a line per stage.
 
     `history` maps a stage to its log dictionaries, as in the `state.log_history` of transformers.Trainer: `progress`
     (such as "epoch") with "loss", its parts "loss_NAME", or "eval_" + the primary metric. The final score of each
@@ -47,9 +47,7 @@ def plot_curves(path: str | Path, history: History, results: dict[str, Any], pro
     teacher, it is a dotted line.
     """
     losses, styles = _losses(history, progress), _styles(history, results)
-    count = len(losses) + 1
-    columns = 2 if count == 4 else min(count, 3)
-    rows = math.ceil(count / columns)
+    rows, columns = _grid(len(losses) + 1)
     end = max((entry[progress] for log in history.values() for entry in log if progress in entry), default=1)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(max(3.1 * columns, 6.2), 2.6 * rows + 0.4), dpi=200, layout="constrained")
@@ -84,7 +82,7 @@ def _losses(history: History, progress: str) -> dict[str, dict[str, Curve]]:
             if logged:
                 curve = [(entry[progress], sum(entry[part] for part in parts)) for entry in logged]
                 losses.setdefault(kind, {})[stage] = curve
-    return losses
+    return {kind: curves for kind, curves in losses.items() if max(map(len, curves.values())) > 1}
 
 
 def _draw_metric(
@@ -106,7 +104,8 @@ def _draw_metric(
             axes.axhline(final, color=colour, linestyle=":", linewidth=1.3, label=words(stage))
     if results.get("chance") is not None:
         axes.axhline(results["chance"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="chance")
-    if results.get("lower_is_better"):
+    low, high = axes.get_ylim()
+    if results.get("lower_is_better") and 0 < 10 * low < high:
         axes.set_yscale("log")
 
 
@@ -139,6 +138,12 @@ def _add_legend(figure: Figure) -> None:
         figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=6, frameon=False)
 
 
+def _grid(panels: int) -> tuple[int, int]:
+    """Rows and columns."""
+    columns = 2 if panels == 4 else min(panels, 3)
+    return math.ceil(panels / columns), columns
+
+
 def save_figure(figure: Figure, path: str | Path, **options: Any) -> None:
     """Writes a figure as PNG, atomically; `options` of `Figure.savefig`."""
     buffer = io.BytesIO()
@@ -163,8 +168,7 @@ def plot_quality(path: str | Path, panels: dict[tuple[str, str], list[Point]]) -
     """Quality against size: a panel for each (task, metric), a labelled point for each model. Controls are hollow, and
     bars are standard deviations over seeds.
     """
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
+    rows, columns = _grid(len(panels))
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(4.4 * columns, 3.4 * rows), dpi=200, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flat
@@ -208,7 +212,8 @@ def _add_labels(axes: Axes, points: list[Point]) -> None:
             if left < start + width and start < end and abs(height - taken) < LABEL_HEIGHT:
                 height = taken + LABEL_HEIGHT
         placed = sorted([*placed, (start, start + width, height)], key=lambda label: label[2])
-        moved = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+        end_of_line = (0 if start > x else 1, 0.5)  # of the line from a moved label to its point
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3, "relpos": end_of_line}
         axes.annotate(
             point.label,
             (point.size, point.mean),
@@ -217,5 +222,5 @@ def _add_labels(axes: Axes, points: list[Point]) -> None:
             va="center",
             fontsize=LABEL_SIZE,
             color=STYLES[point.role][0],
-            arrowprops=moved if height - y > 3 else None,
+            arrowprops=line if height - y > 3 else None,
         )

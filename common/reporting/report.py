@@ -167,7 +167,8 @@ def _sentences(results: Results) -> list[str]:
     if not results["models"]["student"]:
         return ["No student was trained."]
     score = _score(results, "student")
-    sentences = [f"The student reaches a {_metric(results)} of {score}{_against_teacher(results)}."]
+    direction = " (lower is better)" if results.get("lower_is_better") else ""
+    sentences = [f"The student reaches a {_metric(results)} of {score}{direction}{_against_teacher(results)}."]
     control, gain = results["models"]["control"], results["gain_over_control"]
     if gain is not None:
         difference = f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
@@ -182,11 +183,11 @@ def _sentences(results: Results) -> list[str]:
 def _against_teacher(results: Results) -> str:
     if results["models"]["teacher"] is None:
         return ""
-    score, lower = _score(results, "teacher"), results.get("lower_is_better", False)
+    score = _score(results, "teacher")
     if reason := _useless_teacher(results):
         return f"; the teacher's {score} is no better than {reason}"
-    if results["retention"] is None or lower:
-        return f", the teacher's is {score}" + (" (lower is better)" if lower else "")
+    if results["retention"] is None or results.get("lower_is_better"):
+        return f"; the teacher's is {score}"
     share, floor = f"{results['retention']:.1%}", results.get("floor", 0.0)
     return (
         f", {share} of " + (f"the way from {number(floor)} (no skill) to " if floor else "") + f"the teacher's {score}"
@@ -208,7 +209,7 @@ def _size(results: Results) -> str:
     teacher, student = results["models"]["teacher"], results["models"]["student"]
     size = student["parameters"] / max(teacher["parameters"], 1)
     seconds = student["latency_ms"]["median"] / max(teacher["latency_ms"]["median"], 1e-9)
-    return f"The student has {percent(size)} of the teacher's parameters and needs {percent(seconds)} of its time."
+    return f"The student has {percent(size)} of the teacher's parameters and {percent(seconds)} of its latency."
 
 
 def _metric(results: Results) -> str:

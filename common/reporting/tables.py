@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WIDTH, TEXT_WIDTH = 100, 16  # of a table in the terminal; the narrowest column for longer texts
+WIDTH, TEXT_WIDTH = 100, 12  # of a table in the terminal; the narrowest column for longer texts
 WORDS = {
     "accuracy_in_scope": "accuracy in scope",
     "agreement": "agreement with the teacher",
@@ -100,18 +100,31 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def print_rich(header: list[str], rows: list[list[str]], title: str, below: str = "") -> None:
     """Prints a table that is WIDTH columns wide at most, unless its numbers need more: numbers are never broken."""
+    console = Console()
+    limit = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    numeric = _numeric_columns(header, rows)
+    widths = _column_widths(header, rows, numeric, limit)
+    console.width = max(limit, sum(widths) + 2 * len(widths))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    needed = 0
-    for column, numeric in enumerate(_numeric_columns(header, rows)):
-        longest = max((len(row[column]) for row in rows), default=0)
-        width = max(longest if numeric else min(longest, TEXT_WIDTH), *map(len, header[column].split()), 0)
-        table.add_column(header[column], justify="right" if numeric else "left", min_width=width, overflow="fold")
-        needed += width + 2
+    for name, width, right in zip(header, widths, numeric, strict=True):
+        table.add_column(name, justify="right" if right else "left", width=width, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console()
-    console.width = max(min(WIDTH, console.width) if console.is_terminal else WIDTH, needed)
     console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     if below:
         console.print(f"\n{below}", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def _column_widths(header: list[str], rows: list[list[str]], numeric: list[bool], limit: int) -> list[int]:
+    """Columns of numbers are as wide as their cells, and their headers wrap. Columns of text shrink to the limit."""
+    cells = [max((len(row[column]) for row in rows), default=0) for column in range(len(header))]
+    words = [max(map(len, name.split()), default=0) for name in header]
+    widths = [max(cell, word) for cell, word in zip(cells, words, strict=True)]
+    texts = [column for column, right in enumerate(numeric) if not right]
+    while texts and sum(widths) + 2 * (len(widths) - 1) > limit:
+        widest = max(texts, key=lambda column: widths[column])
+        if widths[widest] <= max(TEXT_WIDTH, words[widest]):
+            break
+        widths[widest] -= 1
+    return widths

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 else:
     TrainingArguments = object
 
+# The names in kd.common.methods.METHODS, which imports torch.
+METHOD_NAMES = ("kd", "dkd", "dist", "lskd", "dkd_ls", "mlkd", "mlkd_ls", "ctkd", "wkd", "rkd", "sp", "pkt", "cc")
 Keys = Literal["carried", "new", "random", "reused"]
 CodebookSize = Annotated[int, Range(1, 2**16)]
 Strategy = Literal["no", "steps", "epoch"]
@@ -22,14 +24,14 @@ Strategy = Literal["no", "steps", "epoch"]
 
 @dataclass
 class RunArguments:
-    """The run."""
+    """Run."""
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME of the method)."}
     )
-    seed: Seed = field(default=0, metadata={"help": "Random seed for initialization, data order and dropout."})
+    seed: Seed = field(default=0, metadata={"help": "Random seed for initialization, data order, dropout."})
     seeds: list[Seed] | None = field(
-        default=None, metadata={"help": "Random seeds of several runs, whose mean and deviation are reported."}
+        default=None, metadata={"help": "Random seeds of several runs, whose mean is reported."}
     )
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
@@ -62,51 +64,41 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     with one line for invalid arguments, and for those that cannot have an effect.
     """
 
-    num_train_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of the student and of its control."})
+    num_train_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of the student and of the control."})
     max_steps: Annotated[int, Range(1, MOST, or_else=-1)] = field(
-        default=-1, metadata={"help": "Update steps of every stage, instead of epochs; -1 for epochs."}
+        default=-1, metadata={"help": "Update steps of each stage; -1 for epochs."}
     )
     per_device_train_batch_size: Count = field(default=8, metadata={"help": "Training samples per device and step."})
     per_device_eval_batch_size: Count = field(default=8, metadata={"help": "Evaluation samples per device and step."})
-    learning_rate: Positive = field(default=5e-5, metadata={"help": "Initial learning rate."})
-    lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "Schedule of the learning rate: linear, cosine, constant, ..."}
-    )
+    learning_rate: Positive = field(default=5e-5, metadata={"help": "Learning rate."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule: linear, cosine, constant, ..."})
     lr_milestones: list[Positive] | None = field(
         default=None,
-        metadata={"help": "Epochs after which the learning rate is divided by 10, instead of a schedule."},
+        metadata={"help": "Epochs at which to divide the learning rate by 10."},
     )
-    warmup_steps: NotNegative = field(
-        default=0.1, metadata={"help": "Warmup steps of the learning rate; below 1, a share of all steps."}
-    )
-    weight_decay: NotNegative = field(
-        default=0.0, metadata={"help": "Weight decay of all weights but norms and biases."}
-    )
-    decay_norm_and_bias: bool = field(default=False, metadata={"help": "Also decay norms and biases."})
-    alpha: Share = field(
-        default=0.5, metadata={"help": "Weight of the labels' loss; the soft targets have weight 1 - alpha."}
-    )
-    temperature: Positive = field(
-        default=2.0, metadata={"help": "Temperature of the logits of teacher and student in the soft targets."}
-    )
+    warmup_steps: NotNegative = field(default=0.1, metadata={"help": "Warmup steps; below 1, a share of all steps."})
+    weight_decay: NotNegative = field(default=0.0, metadata={"help": "Weight decay."})
+    decay_norm_and_bias: bool = field(default=False, metadata={"help": "Apply weight decay to norms and biases too."})
+    alpha: Share = field(default=0.5, metadata={"help": "Weight of the labels; 1 - alpha is the teacher's."})
+    temperature: Positive = field(default=2.0, metadata={"help": "Temperature of the soft targets."})
     value_learning_rate: Positive | None = field(
-        default=None, metadata={"help": "Learning rate of a bottleneck's values (default: --learning_rate)."}
+        default=None, metadata={"help": "Learning rate of a bottleneck's values."}
     )
     label_smoothing_factor: ShareBelow1 = field(default=0.0, metadata={"help": "Label smoothing."})
     precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto", metadata={"help": "Precision; auto is bf16 on hardware that supports it natively, else fp32."}
+        default="auto", metadata={"help": "Precision; auto is bf16 where native."}
     )
     no_control: bool = field(
-        default=False, metadata={"help": "Do not train the control, the same student without the teacher."}
+        default=False, metadata={"help": "Skip the control, the student trained without the teacher."}
     )
-    eval_strategy: Strategy = field(default="epoch", metadata={"help": "When to evaluate on the validation split."})
-    logging_strategy: Strategy = field(default="epoch", metadata={"help": "When to log."})
+    eval_strategy: Strategy = field(default="epoch", metadata={"help": "When to evaluate."})
+    logging_strategy: Strategy = "epoch"
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     load_best_model_at_end: bool = field(
-        default=False, metadata={"help": "Keep the checkpoint with the best --metric_for_best_model."}
+        default=False, metadata={"help": "Keep the checkpoint with the best validation metric."}
     )
     report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "Trackers of the training curves: tensorboard, wandb, none, ..."}
+        default="tensorboard", metadata={"help": "Trackers: tensorboard, wandb, none, ..."}
     )
     save_total_limit: Count | None = 2
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
@@ -188,17 +180,23 @@ def _complete(kind: Any) -> Any:
 
 
 @dataclass
-class BottleneckArguments:
-    """The discrete key-value bottleneck."""
+class CodebookArguments:
+    """Discrete key-value bottleneck."""
 
-    keys: Keys = field(default="carried", metadata={"help": "Source of the student's keys."})
     codebooks: Count = field(default=32, metadata={"help": "Number of codebooks."})
     codebook_size: CodebookSize = field(default=512, metadata={"help": "Number of keys, and of values, per codebook."})
-    split: Literal["segment", "projection"] = field(
-        default="segment", metadata={"help": "How an embedding is split into heads."}
-    )
     key_dim: Count | None = field(
-        default=None, metadata={"help": "Width of a key under --split projection (default: width / codebooks)."}
+        default=None, metadata={"help": "Width of a key, if embeddings are projected to keys."}
+    )
+
+
+@dataclass
+class BottleneckArguments(CodebookArguments):
+    """Keys and values."""
+
+    keys: Keys = field(default="carried", metadata={"help": "Source of the student's keys."})
+    split: Literal["segment", "projection"] = field(
+        default="segment", metadata={"help": "Split of an embedding into heads."}
     )
     decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from the values to logits."})
     value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})

@@ -1,7 +1,7 @@
-"""Batch norm over the batch of all processes, and of batches that are too small for it.
+"""Batch norm over the batches of all processes, and a check for batches that are too small for it.
 
-Several processes with a part of the batch each must normalise as one process with the whole batch does. torch's
-SyncBatchNorm computes on GPUs alone, and would be saved as another module; here modules stay what they are.
+Several processes that have a part of a batch each must normalize as one process with the whole batch would. torch's
+SyncBatchNorm runs only on GPUs and would be saved as another module; here the modules are not replaced.
 """
 
 import logging
@@ -23,13 +23,9 @@ TOO_SMALL = (
 )
 
 
-def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
-    return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
-
-
 def synchronize_batch_norms(*modules: nn.Module) -> None:
-    """From now on the batch norms among `modules` take their statistics, in training, over all processes' batches."""
-    for norm in batch_norms(*modules):
+    """Makes the batch norms in `modules` use, in training, the statistics of all processes' batches."""
+    for norm in _batch_norms(*modules):
         if type(norm).forward is _BatchNorm.forward:
             norm.forward = partial(_synchronized, norm)  # type: ignore[method-assign]
         else:
@@ -38,13 +34,36 @@ def synchronize_batch_norms(*modules: nn.Module) -> None:
 
 def release_batch_norms(*modules: nn.Module) -> None:
     """Undoes `synchronize_batch_norms`."""
-    for norm in batch_norms(*modules):
+    for norm in _batch_norms(*modules):
         vars(norm).pop("forward", None)
 
 
+@contextmanager
+def checking_batch_norm_inputs(samples: int, *modules: nn.Module) -> Iterator[None]:
+    """Raises UserError if a batch norm in training gets one value per channel and sample of a batch of `samples`: with
+    a batch of one sample the values would have no variance.
+    """
+
+    def check(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if norm.training and x.numel() // x.shape[1] <= samples:
+            raise UserError(TOO_SMALL)
+
+    handles = [norm.register_forward_pre_hook(check) for norm in _batch_norms(*modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
+    return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
+
+
 def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Normalised x (batch, channels, ...). The variance is that of deviations from the common mean, and not the mean
-    square less the squared mean, which would lose digits.
+    """Normalized x (batch, channels, ...). The variance is the mean squared deviation from the common mean. The mean
+    square minus the squared mean would be less precise.
     """
     if not norm.training:
         return _BatchNorm.forward(norm, x)
@@ -56,10 +75,10 @@ def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
     sums = all_reduce(torch.cat([wide.sum(axes), count]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
-    centred = wide - mean.view(shape)
-    variance = all_reduce(centred.square().sum(axes)) / count
+    centered = wide - mean.view(shape)
+    variance = all_reduce(centered.square().sum(axes)) / count
     _track(norm, mean.detach(), variance.detach() * count / (count - 1))
-    y = centred * (variance + norm.eps).rsqrt().view(shape)
+    y = centered * (variance + norm.eps).rsqrt().view(shape)
     if norm.weight is not None:
         y = y * norm.weight.view(shape) + norm.bias.view(shape)
     return y.to(x.dtype)
@@ -67,30 +86,11 @@ def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Moves the running statistics as torch's batch norm does."""
+    """Updates the running statistics as torch's batch norm does."""
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    share = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
-
-
-@contextmanager
-def checking_batch_norm_inputs(samples: int, *modules: nn.Module) -> Iterator[None]:
-    """Raises UserError where a batch of `samples` gives a batch norm, in training, one value per channel and sample: a
-    batch of one would have no variance.
-    """
-
-    def refuse(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        if norm.training and x.numel() // x.shape[1] <= samples:
-            raise UserError(TOO_SMALL)
-
-    handles = [norm.register_forward_pre_hook(refuse) for norm in batch_norms(*modules)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)

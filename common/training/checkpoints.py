@@ -1,9 +1,8 @@
-"""Checkpoints that count only while they are whole.
+"""Checkpoints that are used only if they are complete.
 
-A process can be killed at any point of writing a checkpoint, and of removing one; disks damage files. So the checksums
-of all of a checkpoint's files (SHA256SUMS) are written last and removed first, older checkpoints are removed only once
-the new one is complete, and nothing is read back that does not match its checksum: training continues from the newest
-checkpoint that does.
+A process can be killed at any point of writing or removing a checkpoint, and disks damage files. So the checksums of a
+checkpoint's files (SHA256SUMS) are written last and removed first, older checkpoints are removed once the new one is
+complete, and training continues from the newest checkpoint whose files match their checksums.
 """
 
 import json
@@ -25,19 +24,19 @@ from kd.common.utils.files import CHECKSUMS, find_damage, read_checksums, write_
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
-NEEDED = {STATE, "scheduler.pt"}  # whatever else a checkpoint holds; the scheduler stands for the optimizer
-KEPT = 2  # by save_checkpoint: the newest and, in case that is damaged, the one before
-Answer = TypeVar("Answer")
+NEEDED = {STATE, "scheduler.pt"}  # in any checkpoint; the scheduler is only saved with the optimizer
+KEPT = 2  # checkpoints of save_checkpoint: the newest, and the one before in case the newest is damaged
+Value = TypeVar("Value")
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, complete or not, by their step."""
-    found = (path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-    return sorted((path for path in found if path.is_dir()), key=_step)
+    """The checkpoints in a folder, complete or not, in order of their step."""
+    paths = (path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted((path for path in paths if path.is_dir()), key=_step)
 
 
 def newest_checkpoint(folder: str | Path, problem_in: Callable[[Path], str | None] = find_damage) -> Path | None:
-    """The newest checkpoint in a folder without a problem, or None. A warning names the problem of each newer one."""
+    """The newest checkpoint without a problem, or None. A warning names the problem of each newer checkpoint."""
     for checkpoint in reversed(checkpoints_in(folder)):
         problem = problem_in(checkpoint)
         if problem is None:
@@ -47,9 +46,9 @@ def newest_checkpoint(folder: str | Path, problem_in: Callable[[Path], str | Non
 
 
 def save_checkpoint(folder: Path, number: int, write: Callable[[Path], None]) -> None:
-    """Writes `folder/checkpoint-NUMBER` by `write(path)`, with checksums, then removes all but the newest two."""
+    """Calls `write(path)` for `folder/checkpoint-NUMBER`, adds checksums, then removes all but the newest two."""
     path = folder / f"checkpoint-{number}"
-    remove_checkpoint(path)  # damaged, or training would have continued from it
+    remove_checkpoint(path)  # it is damaged, or training would have continued from it
     with writing_folder(path) as unfinished:
         write(unfinished)
     for old in checkpoints_in(folder)[:-KEPT]:
@@ -57,22 +56,22 @@ def save_checkpoint(folder: Path, number: int, write: Callable[[Path], None]) ->
 
 
 def last_checkpoint(folder: str | Path, with_best: bool = False) -> str | None:
-    """The newest checkpoint of a Trainer from which training can continue, or None; `with_best` as of `problem_of`."""
+    """The newest checkpoint of a Trainer from which training can continue, or None; `with_best` as in `problem_of`."""
     checkpoint = newest_checkpoint(folder, partial(problem_of, with_best=with_best))
     return None if checkpoint is None else str(checkpoint)
 
 
 def problem_of(checkpoint: Path, with_best: bool = False) -> str | None:
-    """Why training cannot continue from a checkpoint, in words, or None where it can.
+    """The reason why training cannot continue from a checkpoint, or None if it can.
 
-    `with_best`: training will end with the weights of the best checkpoint, so what was the best one by then must be
-    whole too.
+    Args:
+        with_best: Training will load the best checkpoint at its end, so the best one so far must be complete too.
     """
     try:
         problem = find_damage(checkpoint)
         if problem is not None:
             return problem
-        if not read_checksums(checkpoint).keys() >= NEEDED:  # its end is cut off, or --save_only_model
+        if not read_checksums(checkpoint).keys() >= NEEDED:  # SHA256SUMS is truncated, or --save_only_model
             return f"{checkpoint} is incomplete: {CHECKSUMS} does not list {' and '.join(sorted(NEEDED))}"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
@@ -81,13 +80,15 @@ def problem_of(checkpoint: Path, with_best: bool = False) -> str | None:
 
 
 def best_checkpoint(checkpoint: Path) -> Path | None:
-    """What was the best checkpoint when this one was written; None if none had been evaluated."""
+    """The best checkpoint at the time when this one was written, or None if none had been evaluated."""
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["best_global_step"]
     return checkpoint.with_name(f"checkpoint-{step}") if step else None
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint, if it is there; one that is removed in part no longer counts. Of a link only the link."""
+    """Removes a checkpoint if it exists, checksums first, so that a partly removed one is not used. Does not follow a
+    symbolic link.
+    """
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
@@ -96,8 +97,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
-    """Removes checkpoints until `limit` are left: incomplete ones first, then the oldest; never the newest, nor the
-    best.
+    """Removes checkpoints until `limit` are left: incomplete ones first, then the oldest. The newest and the best are
+    kept.
     """
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
@@ -111,58 +112,61 @@ def _step(checkpoint: Path) -> int:
 
 
 class CheckpointTrainer(Trainer):
-    """A Trainer whose checkpoints are those above. Of several processes one decides, and all of them do the same."""
+    """A Trainer with these checkpoints. The main process decides for all processes."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The parent's. With `resume_from_checkpoint=True` it continues from the last checkpoint in the output folder,
-        or starts where there is none; with a path it raises UserError where that checkpoint is not whole.
+        """Trains. `resume_from_checkpoint=True` continues from the last complete checkpoint in the output folder, if
+        there is one. Raises UserError if it is the path of an incomplete checkpoint.
         """
         folder, with_best = str(self.args.output_dir), self.args.load_best_model_at_end
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self.decided(lambda: last_checkpoint(folder, with_best))
+            resume_from_checkpoint = self._decide(lambda: last_checkpoint(folder, with_best))
         elif resume_from_checkpoint:
-            self._refuse_damaged(Path(resume_from_checkpoint), with_best)
+            self._check_complete(Path(resume_from_checkpoint), with_best)
         if resume_from_checkpoint:
             self._warn_of_other_processes(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
-    def decided(self, decide: Callable[[], Answer]) -> Answer:
-        """What `decide` gives in the main process, in all of them."""
-        answer = [decide() if self.args.process_index == 0 else None]
-        broadcast_object_list(answer)
-        return answer[0]  # type: ignore[return-value]
+    def _decide(self, decide: Callable[[], Value]) -> Value:
+        """Calls `decide` in the main process and returns its result in all processes."""
+        result = [decide() if self.args.process_index == 0 else None]
+        broadcast_object_list(result)
+        return result[0]  # type: ignore[return-value]
 
-    def _refuse_damaged(self, checkpoint: Path, with_best: bool = False) -> None:
-        problem = self.decided(lambda: problem_of(checkpoint, with_best))
+    def _check_complete(self, checkpoint: Path, with_best: bool = False) -> None:
+        problem = self._decide(lambda: problem_of(checkpoint, with_best))
         if problem is not None:
-            raise UserError(f"{problem}; --resume_from_checkpoint continues from the last checkpoint that is whole")
+            raise UserError(f"{problem}; --resume_from_checkpoint continues from the last complete checkpoint")
 
     def _warn_of_other_processes(self, checkpoint: Path) -> None:
         states = len(list(checkpoint.glob("rng_state*.pth")))
         if states != self.args.world_size and self.args.process_index == 0:
             logger.warning(
                 "%s was written by %d processes, and %d continue: random numbers, such as dropout's, differ from "
-                "those of a run without interruption", checkpoint, states, self.args.world_size,
+                "those of an uninterrupted run", checkpoint, states, self.args.world_size,
             )  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            remove_checkpoint(folder)  # what is left of an earlier attempt at this step
+            remove_checkpoint(folder)  # incomplete, from an earlier attempt at this step
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the parent would remove others too soon
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # the parent removes checkpoints too early
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # all have written what is theirs
+        self.accelerator.wait_for_everyone()  # every process has written its files
         if self.args.should_save:
             self._save_state_without_path(folder)
             write_checksums(folder)
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _save_state_without_path(self, folder: Path) -> None:
-        """The best checkpoint is stored by its step alone: its path would not outlive a move of the output folder."""
+        """Stores the best checkpoint by its step only: its path would be wrong after a move of the output folder."""
         path, step = self.state.best_model_checkpoint, self.state.best_global_step
         self.state.best_model_checkpoint = None
         self.state.best_global_step = _step(Path(path)) if path else None  # the best step itself may not be saved
@@ -186,5 +190,5 @@ class CheckpointTrainer(Trainer):
         return done
 
     def _load_best_model(self) -> None:
-        self._refuse_damaged(Path(str(self.state.best_model_checkpoint)))
+        self._check_complete(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()

@@ -1,7 +1,7 @@
-"""What is refused of the flags that training inherits from transformers' TrainingArguments.
+"""Checks of the flags that training inherits from transformers' TrainingArguments.
 
-A flag that cannot have an effect here is refused, rather than ignored; so are the settings of optimizer and schedule
-that would only fail, or be ignored, when training begins.
+A flag without effect is an error instead of being ignored. Invalid settings of the optimizer and the learning rate
+schedule are errors before training begins.
 """
 
 import inspect
@@ -16,88 +16,54 @@ from transformers.integrations import get_available_reporting_integrations
 from kd.common.utils.devices import resolve_precision
 from kd.common.utils.ranges import MOST, Range
 
-_COUNT, _SEED, _BELOW_1 = Range(1, MOST), Range(0, 2**32 - 1), Range(0, 1, below=True)
-_POSITIVE, _NOT_NEGATIVE = Range(0, above=True), Range(0)
-RANGES = {
-    "per_device_train_batch_size": _COUNT,
-    "per_device_eval_batch_size": _COUNT,
-    "num_train_epochs": _POSITIVE,
-    "max_steps": Range(1, MOST, or_else=-1),
-    "learning_rate": _POSITIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "adam_beta1": _BELOW_1,
-    "adam_beta2": _BELOW_1,
-    "adam_epsilon": _NOT_NEGATIVE,
-    "gradient_accumulation_steps": _COUNT,
-    "max_grad_norm": _NOT_NEGATIVE,
-    "label_smoothing_factor": _BELOW_1,
-    "torch_empty_cache_steps": _COUNT,
-    "logging_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "eval_delay": _NOT_NEGATIVE,
-    "eval_accumulation_steps": _COUNT,
-    "save_steps": _POSITIVE,
-    "save_total_limit": _COUNT,
-    "seed": _SEED,
-    "data_seed": _SEED,
-    "dataloader_num_workers": Range(0, 4096),
-    "dataloader_prefetch_factor": _COUNT,
-    "ddp_bucket_cap_mb": _COUNT,
-    "ddp_timeout": _COUNT,
-    "local_rank": Range(-1, MOST),
-    "neftune_noise_alpha": _NOT_NEGATIVE,
+_BELOW_1 = Range(0, 1, below=True)
+_FLAGS_BY_RANGE = {
+    Range(1, MOST): "gradient_accumulation_steps torch_empty_cache_steps eval_accumulation_steps "
+    "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
+    Range(0, above=True): "logging_steps eval_steps save_steps",
+    Range(0): "adam_epsilon max_grad_norm eval_delay neftune_noise_alpha",
+    _BELOW_1: "adam_beta1 adam_beta2",
+    Range(0, 2**32 - 1): "data_seed",
+    Range(0, 4096): "dataloader_num_workers",
+    Range(-1, MOST): "local_rank",
 }
-_UPLOAD = "a run stays here; upload its student's folder when it is finished"
-_SCRIPT = "what is trained and evaluated is the script's choice"
-_METRICS = "evaluation always computes the metrics of the report, from logits and labels"
-_PRECISION = "--precision decides"
-# Flags that have no effect here, and why. Any other value than the default is refused.
-UNSUPPORTED = {
-    "do_train": _SCRIPT,
-    "do_eval": _SCRIPT,
-    "do_predict": _SCRIPT,
-    "push_to_hub": _UPLOAD,
-    "hub_model_id": _UPLOAD,
-    "hub_token": _UPLOAD,
-    "hub_private_repo": _UPLOAD,
-    "hub_strategy": _UPLOAD,
-    "hub_always_push": _UPLOAD,
-    "hub_revision": _UPLOAD,
-    "remove_unused_columns": "the columns that models and objective need are kept",
-    "label_names": "labels are called `labels`",
-    "length_column_name": "lengths are called `length`",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "prediction_loss_only": _METRICS,
-    "eval_do_concat_batches": _METRICS,
-    "eval_use_gather_object": _METRICS,
-    "batch_eval_metrics": _METRICS,
-    "include_for_metrics": _METRICS,
-    "fp16": _PRECISION,
-    "fp16_full_eval": _PRECISION,
-    "bf16_full_eval": _PRECISION,
-    "neftune_noise_alpha": "noise on embeddings is not supported",
-    "use_liger_kernel": "its losses are not those of the objective",
-    "liger_kernel_config": "liger kernels are not supported",
-    "optim_target_modules": "the optimizers that read it are not supported",
-    "deepspeed": "it is not supported; --fsdp is",
-    "save_only_model": "a run could not be continued from such a checkpoint",
+RANGES = {flag: limits for limits, flags in _FLAGS_BY_RANGE.items() for flag in flags.split()}
+# Flags that have no effect, by the reason. Only their default value is accepted.
+_UNSUPPORTED_BY_REASON = {
+    "the script decides what is trained and evaluated": "do_train do_eval do_predict",
+    "a run is stored locally; upload its student's folder when it is finished": "push_to_hub hub_model_id hub_token "
+    "hub_private_repo hub_strategy hub_always_push hub_revision",
+    "the columns that models and objective need are kept": "remove_unused_columns",
+    "labels are called `labels`": "label_names",
+    "lengths are called `length`": "length_column_name",
+    "a loss that is not finite stops the run": "logging_nan_inf_filter",
+    "evaluation always computes the metrics of the report, from logits and labels": "prediction_loss_only "
+    "eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics",
+    "--precision decides": "fp16 fp16_full_eval bf16_full_eval",
+    "noise on embeddings is not supported": "neftune_noise_alpha",
+    "its losses are not those of the objective": "use_liger_kernel",
+    "liger kernels are not supported": "liger_kernel_config",
+    "the optimizers that read it are not supported": "optim_target_modules",
+    "it is not supported; --fsdp is": "deepspeed",
+    "a run could not be continued from such a checkpoint": "save_only_model",
 }
+UNSUPPORTED = {flag: reason for reason, flags in _UNSUPPORTED_BY_REASON.items() for flag in flags.split()}
 OPTIMIZER_RANGES = {"momentum": _BELOW_1, "dampening": Range(0, 1), "alpha": _BELOW_1}
 
 
 def resolve_device(args: TrainingArguments) -> None:
-    """Sets --use_cpu and, where it is auto, --precision by the hardware."""
+    """Sets --use_cpu, and --precision if it is auto, according to the hardware."""
     args.use_cpu = args.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu" if args.use_cpu else "cuda")
     args.precision = resolve_precision(args.precision, device)  # type: ignore[attr-defined]
 
 
 def check_supported(args: TrainingArguments) -> None:
-    """Raises ValueError for the first flag with a value that could have no effect."""
+    """Raises ValueError for the first flag that has no effect."""
     for name, reason in UNSUPPORTED.items():
-        value, default = getattr(args, name), _default(type(args), name)
-        if value != default:
+        field = type(args).__dataclass_fields__[name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if getattr(args, name) != default:
             raise ValueError(f"--{name} has no effect, because {reason}: leave it out")
     if args.bf16 and args.precision != "bf16":  # type: ignore[attr-defined]
         raise ValueError("--bf16 has no effect, because --precision decides: pass --precision bf16")
@@ -111,20 +77,11 @@ def check_supported(args: TrainingArguments) -> None:
             if getattr(args, name):
                 raise ValueError(f"--{name} has no effect without workers: pass --dataloader_num_workers too")
     if args.data_seed is not None and args.train_sampling_strategy == "group_by_length":
-        raise ValueError("--data_seed has no effect where --train_sampling_strategy is group_by_length: leave it out")
-
-
-def _named(choice: Any) -> str:
-    return str(choice.value)
-
-
-def _default(kind: type, name: str) -> Any:
-    field = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
-    return field.default_factory() if callable(field.default_factory) else field.default
+        raise ValueError("--data_seed has no effect if --train_sampling_strategy is group_by_length: leave it out")
 
 
 def check_report_to(args: TrainingArguments) -> None:
-    """Raises ValueError where a tracker is named that is unknown or not installed."""
+    """Raises ValueError for a tracker that is unknown or not installed."""
     installed = get_available_reporting_integrations()
     for name in args.report_to or []:
         if name not in installed:
@@ -136,27 +93,28 @@ def check_report_to(args: TrainingArguments) -> None:
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Raises ValueError where the optimizer, its --optim_args or the learning rate's schedule cannot be made."""
-    values = _optim_args(args.optim_args)
-    plain = _made(args, None)[1]
-    kind, keywords = _made(args, args.optim_args)
-    for name, value in values.items():
-        _check_optim_arg(args, kind, plain, name, value)
-    parameter = torch.nn.Parameter(torch.zeros(1))
+    """Raises ValueError if the optimizer, with its --optim_args, or the learning rate schedule cannot be created."""
+    for name, value in _optim_args(args.optim_args).items():
+        _check_optim_arg(args, name, value)
+    kind, keywords = _optimizer_class(args, args.optim_args)
     if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
         return  # a factory that needs the model
     try:
-        optimizer = kind([parameter], **keywords)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **keywords)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--optim {_named(args.optim)} with --optim_args {args.optim_args}: {error}") from error
+        raise ValueError(f"--optim {_name(args.optim)} with --optim_args {args.optim_args}: {error}") from error
     try:
         settings = args.lr_scheduler_kwargs or {}
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(settings))  # type: ignore[arg-type]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"--lr_scheduler_type {_named(args.lr_scheduler_type)} with --lr_scheduler_kwargs "
+            f"--lr_scheduler_type {_name(args.lr_scheduler_type)} with --lr_scheduler_kwargs "
             f"{args.lr_scheduler_kwargs}: {error}"
         ) from error
+
+
+def _name(choice: Any) -> str:
+    return str(choice.value)
 
 
 def _optim_args(words: str | None) -> dict[str, str]:
@@ -166,31 +124,31 @@ def _optim_args(words: str | None) -> dict[str, str]:
     return {name: value for name, value in pairs}
 
 
-def _made(args: TrainingArguments, optim_args: str | None) -> tuple[Any, dict[str, Any]]:
-    """The optimizer's class and keywords, as the Trainer makes them."""
+def _optimizer_class(args: TrainingArguments, optim_args: str | None) -> tuple[Any, dict[str, Any]]:
+    """The optimizer's class and keyword arguments, as the Trainer chooses them."""
     before, args.optim_args = args.optim_args, optim_args
     try:
         return Trainer.get_optimizer_cls_and_kwargs(args)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        setting = f"--optim {_named(args.optim)}" + (f" with --optim_args {optim_args}" if optim_args else "")
-        raise ValueError(f"{setting} cannot be made: {error}") from error
+        setting = f"--optim {_name(args.optim)}" + (f" with --optim_args {optim_args}" if optim_args else "")
+        raise ValueError(f"{setting} cannot be created: {error}") from error
     finally:
         args.optim_args = before
 
 
-def _check_optim_arg(args: TrainingArguments, kind: Any, plain: dict[str, Any], name: str, value: str) -> None:
+def _check_optim_arg(args: TrainingArguments, name: str, value: str) -> None:
     if name == "weight_decay":
         raise ValueError("--optim_args weight_decay has no effect: pass --weight_decay")
-    if _made(args, f"{name}={value}")[1] == plain:  # the Trainer does not read it
+    kind, keywords = _optimizer_class(args, f"{name}={value}")
+    if keywords == _optimizer_class(args, None)[1]:  # the Trainer does not read it
         known = [other for other in inspect.signature(kind).parameters if other not in ("params", "lr")]
         near = get_close_matches(name, known, n=1, cutoff=0.8)
         raise ValueError(
-            f"--optim_args {name} is not read by --optim {_named(args.optim)}"
+            f"--optim_args {name} is not read by --optim {_name(args.optim)}"
             + (f"; did you mean {near[0]}?" if near and near[0] != name else ": leave it out")
         )
     if name in ("nesterov", "centered") and value.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise ValueError(f"--optim_args {name} must be true or false, got {value}")
-    found = _made(args, f"{name}={value}")[1].get(name)
-    limits = OPTIMIZER_RANGES.get(name)
-    if isinstance(found, float) and (not math.isfinite(found) or (limits is not None and found not in limits)):
+    number, limits = keywords.get(name), OPTIMIZER_RANGES.get(name)
+    if isinstance(number, float) and (not math.isfinite(number) or (limits is not None and number not in limits)):
         raise ValueError(f"--optim_args {name} must be {limits or 'a finite number'}, got {value}")

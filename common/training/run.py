@@ -20,16 +20,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase, ProgressCallback, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
 from kd.common.reporting.report import Savable, print_table, save_student, write_report
 from kd.common.reporting.results import RECIPE, RESULTS, over_seeds
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.inference import eager_attention_on_cpu
-from kd.common.training.run_folder import RUN_FILES, RunFolder, RunSettings, read_mark
+from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
@@ -57,7 +58,7 @@ class Run:
     may_change: frozenset[str] = frozenset()  # arguments that may change when the run is continued
     shared_by_seeds = ".."  # where seed runs look for stages, relative to their folder; may contain {seed}
 
-    def __init__(self, args: RunSettings, *instances: Any) -> None:
+    def __init__(self, args: RunArguments, *instances: Any) -> None:
         self.args, self.instances, self.folder = args, instances, Path(str(args.output_dir))
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.seconds: dict[str, float] = {}
@@ -254,7 +255,7 @@ class Run:
         self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
     ) -> None:
         """In the main process: writes the student's folder and the report, and prints the table. The arguments are
-        those of `model_card.save_student`.
+        those of `report.save_student`.
         """
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)
@@ -284,7 +285,7 @@ class TrainerRun(Run):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
-        if loop.pop_callback(ProgressCallback):  # not in notebooks, which use another callback
+        if loop.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback):  # not in notebooks
             loop.add_callback(StageProgress(name.replace("_", " ")))
         with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
             loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -297,7 +298,7 @@ class TrainerRun(Run):
 
 
 class StageProgress(ProgressCallback):
-    """transformers' progress bar with the name of the stage, and logs in readable lines."""
+    """Logs as readable lines, and on a terminal transformers' progress bar with the name of the stage."""
 
     training_bar: Any  # None before and after training, and in all processes but the main one
 
@@ -306,9 +307,14 @@ class StageProgress(ProgressCallback):
         self.stage = stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.stage)
+        if state.is_world_process_zero:
+            off = True if args.disable_tqdm else None  # None: off unless stderr is a terminal
+            self.training_bar = tqdm(total=state.max_steps, desc=self.stage, dynamic_ncols=True, disable=off)
+        self.current_step = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kw: Any) -> None:
+        if self.training_bar is not None and not self.training_bar.disable:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kw)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs is not None:

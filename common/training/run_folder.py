@@ -11,12 +11,13 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import yaml
 
 from kd.common.cli import recipe_of, save_recipe
 from kd.common.reporting.results import RECIPE, RESULTS
+from kd.common.training.arguments import RunArguments
 from kd.common.utils.devices import command
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import (
@@ -44,19 +45,6 @@ RUN_FILES = (  # patterns of paths inside a run's folder; `*` also matches slash
 TEMPORARY = (".*.[0-9]*.tmp", ".*.writing.[0-9]*", ".*.old.[0-9]*")  # names of unfinished files and folders
 NOT_PATHS = {"report_to", "run_name", "rollout_policy"}  # flags whose values are not paths, even if they look like one
 MAY_CHANGE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir"}  # when a run is continued
-
-
-class RunSettings(Protocol):
-    """The arguments that every run needs, whatever it trains."""
-
-    output_dir: str | None
-    seed: int
-    seeds: list[int] | None
-    overwrite_output_dir: bool
-    resume_from_checkpoint: bool
-
-    @property
-    def precision(self) -> Literal["auto", "fp32", "bf16"]: ...
 
 
 class RunFolder:
@@ -100,7 +88,7 @@ class RunFolder:
 
     def begin(
         self,
-        args: RunSettings,
+        args: RunArguments,
         instances: tuple[Any, ...],
         last_file: str = RESULTS,
         may_change: Collection[str] = (),
@@ -217,7 +205,7 @@ def check_is_run_or_empty(path: Path) -> None:
             )
 
 
-def starts_over(args: RunSettings) -> bool:
+def starts_over(args: RunArguments) -> bool:
     return args.overwrite_output_dir and not args.resume_from_checkpoint
 
 

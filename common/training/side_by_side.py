@@ -1,10 +1,10 @@
-"""Several students trained on the same batches, so that one pass of the teacher serves them all.
+"""Trains several students on the same batches, so they share one forward pass of the teacher.
 
     model = SideBySide({"kd": student_a, "simkd": student_b})
     objective = SideBySideObjective({"kd": Objective(...), "simkd": Objective(...)})
 
-Students share neither weights nor gradients: each becomes what it would have become alone, with the same seed. That
-holds as long as the optimizer treats parameters one by one and gradients are not clipped by a norm over all of them.
+Students share neither weights nor gradients. Each ends with the weights that it would have when trained alone with the
+same seed, provided that the optimizer treats parameters one by one and gradients are not clipped by a common norm.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from kd.common.outputs import Outputs
 
 
 class SideBySide(nn.Module):
-    """Students by name. Its features are the students' outputs, {name: Outputs}."""
+    """Students by name. The features of its outputs are the students' outputs, {name: Outputs}."""
 
     def __init__(self, students: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class SideBySide(nn.Module):
 
     @staticmethod
     def paths(features: dict[str, dict[str, str]]) -> dict[str, str]:
-        """Paths of submodules by student and feature -> what `KDTrainer(features=...)` takes for all of them."""
+        """Joins {student: {feature: path of a submodule}} into one dict for `KDTrainer(features=...)`."""
         return {
             f"{name}/{feature}": f"students.{name}.{path}"
             for name, paths in features.items()
@@ -47,7 +47,7 @@ class SideBySide(nn.Module):
 
 
 class SideBySideObjective(nn.Module):
-    """The students' objectives; the parts of the loss are called NAME/PART."""
+    """The students' objectives. The parts of the loss are called NAME/PART."""
 
     def __init__(self, objectives: dict[str, Objective]) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class SideBySideObjective(nn.Module):
         return {
             f"{name}/{part}": value
             for name, objective in self.objectives.items()
-            for part, value in getattr(objective, method)(_of(name, student), *others).items()
+            for part, value in getattr(objective, method)(_student_outputs(name, student), *others).items()
         }
 
 
-def _of(name: str, all_students: Outputs) -> Outputs:
-    """One student's outputs, with its hooked features, out of those of a SideBySide."""
-    features: dict[str, Any] = all_students.features or {}
+def _student_outputs(name: str, outputs: Outputs) -> Outputs:
+    """One student's outputs, with its hooked features, from the outputs of a SideBySide."""
+    features: dict[str, Any] = outputs.features or {}
     hooked = {key.removeprefix(f"{name}/"): value for key, value in features.items() if key.startswith(f"{name}/")}
-    plain = features[name]
-    return Outputs(logits=plain["logits"], features={**plain["features"], **hooked}, sample_id=all_students.sample_id)
+    student = features[name]
+    return Outputs(logits=student["logits"], features={**student["features"], **hooked}, sample_id=outputs.sample_id)

@@ -75,7 +75,8 @@ class TeacherOutputs:
 
     def feature(self, name: str, sample_ids: Tensor) -> list[Tensor]:
         """One feature of these samples, without padding."""
-        return _take(self.features[name], self._rows(sample_ids))
+        column, rows = self.features[name], self._rows(sample_ids)
+        return column.take(rows) if isinstance(column, _ArrowColumn) else [column[row] for row in rows]
 
     def _rows(self, ids: Tensor) -> list[int]:
         places = torch.searchsorted(self._sorted_ids, ids).clamp(max=len(self._sorted_ids) - 1)
@@ -98,17 +99,11 @@ class JoinedOutputs(TeacherOutputs):
         return Outputs(logits=mean_logits(outputs), features=features)
 
 
-def _take(column: Column, rows: list[int]) -> list[Tensor]:
-    tensors = column.take(rows) if isinstance(column, _ArrowColumn) else [column[row] for row in rows]
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
-    return [tensor.to(dtype) for tensor in tensors]
-
-
 def _batched(column: Column, rows: list[int], positions: int | None = None) -> Tensor:
     """Rows of a column as one tensor (batch, ...). Rows (positions, width) are padded."""
     if isinstance(column, Tensor) and column.dim() == 2:
         return column[rows]
-    tensors = _take(column, rows)
+    tensors = column.take(rows) if isinstance(column, _ArrowColumn) else [column[row] for row in rows]
     if tensors[0].dim() < 2:
         return torch.stack(tensors)
     padded = pad_sequence(tensors, batch_first=True)
@@ -251,7 +246,8 @@ class _ArrowColumn:
             (values, offsets), place = self.shards[shard], row - self.starts[shard]
             part = values[place] if offsets is None else values[offsets[place] : offsets[place + 1]]
             tensors.append(torch.tensor(part))
-        return tensors
+        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})  # fp16 or fp32 by shard
+        return [tensor.to(dtype) for tensor in tensors]
 
 
 def _numpy(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:

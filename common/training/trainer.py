@@ -144,7 +144,7 @@ class KDTrainer(CheckpointTrainer):
         share = 1.0
         if num_items_in_batch is not None:
             share = _items(inputs, labels) * self.args.world_size / num_items_in_batch
-        student = self._student_forward(model, inputs)
+        student = _forward(model, self._hooks, inputs, self.not_for_student)
         student.sample_id = sample_ids
         teacher = self._teacher_forward(inputs, sample_ids, views)
         self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
@@ -171,10 +171,6 @@ class KDTrainer(CheckpointTrainer):
             return number  # stays on the host: a copy to a GPU would wait for it
         return self.accelerator.gather(torch.tensor(number, device=device)).sum()
 
-    def _student_forward(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
-        student_inputs = {name: value for name, value in inputs.items() if name not in self.not_for_student}
-        return _named_outputs(model(**student_inputs), self._hooks, inputs)
-
     @torch.no_grad()
     def _teacher_forward(
         self, inputs: dict[str, Any], sample_ids: Tensor | None, views: Tensor | None
@@ -187,7 +183,7 @@ class KDTrainer(CheckpointTrainer):
         if self.teacher is None or self._teacher_hooks is None:
             return None
         if self.teacher_views is None:
-            return _named_outputs(self.teacher(**inputs), self._teacher_hooks, inputs)
+            return _forward(self.teacher, self._teacher_hooks, inputs)
         if sample_ids is None or views is None:
             raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
         return self.teacher_views.batch(sample_ids, views, lambda rows: self._teacher_logits(inputs, rows))
@@ -195,7 +191,7 @@ class KDTrainer(CheckpointTrainer):
     def _teacher_logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
         assert self.teacher is not None and self._teacher_hooks is not None
         batch = {name: value[rows] for name, value in inputs.items()}
-        logits = _named_outputs(self.teacher(**batch), self._teacher_hooks, batch).logits
+        logits = _forward(self.teacher, self._teacher_hooks, batch).logits
         assert logits is not None
         return logits
 
@@ -249,7 +245,7 @@ class KDTrainer(CheckpointTrainer):
         for name in ("sample_id", "view"):
             inputs.pop(name, None)
         with torch.no_grad():
-            logits = self._student_forward(model, inputs).logits
+            logits = _forward(model, self._hooks, inputs, self.not_for_student).logits
         return None, None if logits is None else logits.detach().float(), labels
 
     # ---- optimizer ----
@@ -383,8 +379,11 @@ def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
     return len(next(iter(batch.values())))
 
 
-def _named_outputs(output: Any, hooks: FeatureHooks, inputs: dict[str, Any]) -> Outputs:
-    """The output of any model as `Outputs`, with the features that its hooks recorded."""
+def _forward(
+    model: nn.Module, hooks: FeatureHooks, inputs: dict[str, Any], without: frozenset[str] = frozenset()
+) -> Outputs:
+    """Calls any model without some of the inputs. Returns its output with the features that its hooks recorded."""
+    output = model(**{name: value for name, value in inputs.items() if name not in without})
     logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
     features = (output.get("features") if hasattr(output, "get") else None) or {}
     return Outputs(logits=logits, features={**features, **hooks.take()}, mask=inputs.get("attention_mask"))

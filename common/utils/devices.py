@@ -1,4 +1,4 @@
-"""Where and with what this process computes: device, ranks, precision, versions."""
+"""The computing environment of this process: device, ranks, precision, versions."""
 
 import platform
 import subprocess
@@ -25,20 +25,20 @@ def process() -> tuple[int, int]:
 
 
 def end_processes() -> None:
-    """Waits for the other processes and ends the group: one that just exits can make the slower ones abort."""
+    """Waits for the other processes and destroys the process group: if one exits early, slower ones may abort."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the kernels of a GPU, so that a clock measures work and not its submission."""
+    """Waits for the kernels of a GPU, so that a clock measures their execution and not their launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device | None = None) -> Precision:
-    """`auto` is bf16 where the device computes it natively and fp32 elsewhere; other names are returned unchanged.
+    """`auto` is bf16 if the device computes it natively, else fp32; other names are returned unchanged.
 
     `device` defaults to the first CUDA device if there is one, else the CPU.
     """
@@ -50,7 +50,7 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.devic
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Native bf16: CUDA compute capability 8.0 and up, CPUs with AVX512-BF16 or AMX. Others emulate it, slowly."""
+    """Whether bf16 is native: CUDA compute capability 8.0 and up, CPUs with AVX512-BF16 or AMX. Others emulate it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -73,7 +73,7 @@ def environment(precision: str, device: torch.device | str) -> dict[str, Any]:
 
 
 def command() -> list[str]:
-    """The command line of this program, paths below the working directory written relative to it."""
+    """The command line of this program, with paths below the working directory relative to it."""
     here = f"{Path.cwd()}/"
     return ["python", *(word.removeprefix(here) for word in sys.argv)]
 
@@ -88,19 +88,19 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """Short hash of the commit this package lies in, with `-dirty` if tracked files changed; None without git."""
+    """Short hash of the commit that this package is in, with `-dirty` if tracked files changed; None without git."""
     commit = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if commit and changed else commit
 
 
 def _git(*words: str) -> str | None:
-    """What git prints, or None where it fails. Without its optional locks: a process that is killed meanwhile would
-    leave `.git/index.lock` behind, and the repository could not be committed to.
+    """The output of git, or None if it fails. It runs without optional locks: a process that is killed meanwhile would
+    leave `.git/index.lock`, which blocks commits.
     """
     command = ["git", "--no-optional-locks", *words]
     try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

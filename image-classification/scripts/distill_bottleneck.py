@@ -10,27 +10,31 @@ the teacher, new ones fitted to the student's embeddings, or random ones) and tr
 teacher's keys and values. The control is the same network with new keys, trained on the labels alone.
 """
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    DataArguments,
+    ImageBottleneckArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDArguments,
+)
+
+ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from transformers import set_seed
 
 from kd.common.bottleneck.module import without_weights
-from kd.common.cli import parse, reject_unused, run
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.bottleneck import ImageBottleneckArguments, replace_head
-from kd.image_classification.student_model.distillation import distill, open_run, train_on_labels
-from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.bottleneck import replace_head
+from kd.image_classification.student_model.distillation import ImageRun
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
-    bottleneck, pair, matching, data_args, training = parse(
-        ImageBottleneckArguments,
-        PairArguments,
-        SimKDArguments,
-        DataArguments,
-        ImageTrainingArguments,
-    )
+    bottleneck, pair, matching, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     if bottleneck.keys == "reused":
         reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
@@ -44,32 +48,32 @@ def main() -> None:
     without_weights(width, len(data.label_names), bottleneck.shape())
 
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
-    run = open_run(name, training, data, *instances, teacher=encoder if pretrained else None)
+    run = ImageRun(name, training, data, *instances, teacher=encoder if pretrained else None)
     if not pretrained:
-        encoder = train_on_labels(run, data, "teacher_encoder", encoder, pair.teacher_epochs)
-    evaluate_teacher(run, pair.teacher, encoder, data)
+        encoder = run.train_on_labels("teacher_encoder", encoder, pair.teacher_epochs)
+    run.evaluate_teacher(pair.teacher, encoder)
     teacher = replace_head(run, data, "teacher", encoder, bottleneck, "new")
-    teacher_results = evaluate_teacher(run, f"{pair.teacher} + bottleneck", teacher, data)
+    teacher_results = run.evaluate_teacher(f"{pair.teacher} + bottleneck", teacher)
 
     for seed_run in run.each_seed():
         control = None
         if not training.no_control:
             set_seed(seed_run.args.seed)
             control = simkd_student(pair.student, encoder, data, factor, reuse_head=False)
-            control = train_on_labels(seed_run, data, "control_encoder", control)
+            control = seed_run.train_on_labels("control_encoder", control)
             control = replace_head(seed_run, data, "control", control, bottleneck, "new")
 
         set_seed(seed_run.args.seed)
         student = simkd_student(pair.student, encoder, data, factor)
         method = simkd(student, encoder, matching, training.temperature)
-        student = distill(seed_run, data, "student_encoder", student, method, encoder)
+        student = seed_run.distill("student_encoder", student, method, encoder)
         student = replace_head(seed_run, data, "student", student, bottleneck, bottleneck.keys, teacher)
 
         models = {
             "control": (f"{pair.student} + projector + bottleneck, labels only", control),
             "student": (f"{pair.student} + projector + bottleneck, keys {bottleneck.keys}", student),
         }
-        report(seed_run, name, data, models, teacher_results)
+        seed_run.report(name, models, teacher_results)
     run.summarize()
 
 

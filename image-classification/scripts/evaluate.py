@@ -8,30 +8,32 @@ be in a folder as test/CLASS/NAME.png or CLASS/NAME.png. Their classes are match
 size and normalization are the model's.
 """
 
-from dataclasses import replace
+from dataclasses import fields
 
-from kd.common.cli import Parser, parse, run
+from kd.common.cli import Parser, run, show_help
+from kd.image_classification.student_model.arguments import DataArguments
+
+PARSER = Parser([DataArguments], description=__doc__)
+PARSER.add_argument("model", help="Folder of a classifier, or of a run (its student, else its teacher).")
+PARSER.add_argument("--json", metavar="file", help="Also write the metrics to this file.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
+
 from kd.common.reporting.report import show_metrics
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import evaluate
 from kd.image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "model", help="folder of a classifier, or of a run, whose student (or teacher, if it has none) is evaluated"
-    )
-    parser.add_argument("--json", help="also write the metrics to this file")
-    args, data_words = parser.parse_known_args()
-    (data_args,) = parse(DataArguments, argv=data_words)
+    args = PARSER.parse_args()
+    data_args = DataArguments(*(getattr(args, field.name) for field in fields(DataArguments)))
 
     folder = trained_folder(args.model, student_first=True)
     if folder is None:
         raise UserError(f"no folder {args.model}: pass the folder of a classifier or of a run")
     config = trained_config(folder)
-    data_args = replace(data_args, image_size=data_args.image_size or config.image_size)
+    data_args.image_size = data_args.image_size or config.image_size
     model, data = load_trained(folder, data_args.load(config.label_names))
     entry, _ = evaluate(str(folder), model, data)
     show_metrics(str(folder), entry | {"data_notes": data.notes}, args.json)

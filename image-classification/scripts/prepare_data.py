@@ -1,17 +1,33 @@
-"""Shows what is in a dataset and, with --output, makes it a local folder that needs no download and no choices.
+"""Shows the contents of a dataset and, with --output, writes it to a local folder that needs no download and no flags.
 
     python image-classification/scripts/prepare_data.py
     python image-classification/scripts/prepare_data.py --dataset cifar100 --output data/cifar100
 
-The folder has one parquet file per split, the validation split set aside for good, and views.png, which shows how
-training sees the images. What `--dataset data/cifar100` of the other scripts reads from it are the same pixels,
-labels, class names and splits. Small images are written as PNG, after --image_size; large ones as the files they are.
+The folder has one parquet file per split, including the validation split, and views.png with examples of augmented
+images. With `--dataset data/cifar100`, the other scripts read the same pixels, labels, class names and splits. Small
+images are written as PNG after --image_size, large ones as their original files.
 """
 
 import io
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from kd.common.cli import parse, run, show_help
+from kd.image_classification.student_model.arguments import DataArguments
+
+
+@dataclass
+class Arguments:
+    """Output."""
+
+    output: str | None = field(default=None, metadata={"help": "Folder to write (default: only print the table)."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier call wrote to that folder."})
+
+
+ARGUMENTS = Arguments, DataArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 import datasets
 import pyarrow as pa
@@ -23,28 +39,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kd.common.cli import parse, run
 from kd.common.reporting.plots import save_figure
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import added_files, writing_folder
 from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, channel_statistics
-from kd.image_classification.student_model.arguments import DataArguments
 
-CHUNK = 500  # images that are encoded before they are written
+CHUNK = 500  # images per write
 CLASSES_SHOWN, VIEWS_SHOWN = 6, 6  # in views.png
 
 
-@dataclass
-class Arguments:
-    """Where it goes."""
-
-    output: str | None = field(default=None, metadata={"help": "folder to write; without it, just look"})
-    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier call wrote to that folder"})
-
-
 def main() -> None:
-    args, data_args = parse(Arguments, DataArguments)
+    args, data_args = parse(*ARGUMENTS)
     folder = None if args.output is None else check_folder(args.output, args.overwrite)
     data = data_args.load()
     print_table(data)
@@ -57,11 +63,11 @@ def main() -> None:
             save_figure(draw_views(data), partial / "views.png")
     except OSError as error:
         raise UserError(f"cannot write {args.output} ({error.strerror}): choose another --output") from None
-    print(f"written; for the other scripts: {flags(data, args.output)}")
+    print(f"written; flags for the other scripts: {flags(data, args.output)}")
 
 
 def check_folder(output: str, overwrite: bool) -> Path:
-    """The folder to write. Raises UserError where that would delete what this script did not write."""
+    """The folder to write. Raises UserError if writing would delete files that this script did not write."""
     folder = Path(output).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{output} is a file: pass a folder as --output")
@@ -73,16 +79,16 @@ def check_folder(output: str, overwrite: bool) -> Path:
 
 
 def print_table(data: ImageData) -> None:
-    header = ["split", "images", "size", "images of a class", "mean", "std"]
+    header = ["split", "images", "size", "images per class", "mean", "std"]
     rows = []
     for split, images in data.splits.items():
         counts = torch.bincount(images.labels, minlength=len(data.label_names))
-        cells = ["–", "–"]  # large images would have to be decoded for them
+        cells = ["–", "–"]  # large images are not decoded for the table
         if isinstance(data, SmallImageData):
             statistics = channel_statistics(data.splits[split].pixels)
             cells = [" ".join(f"{value:.3f}" for value in values) for values in statistics]
-        of_a_class = f"{counts.min():,} to {counts.max():,}"
-        rows.append([split, number(len(images)), f"{data.size}x{data.size}", of_a_class, *cells])
+        per_class = f"{counts.min():,} to {counts.max():,}"
+        rows.append([split, number(len(images)), f"{data.size}x{data.size}", per_class, *cells])
     names = ", ".join(data.label_names[:10]) + (", ..." if len(data.label_names) > 10 else "")
     below = [
         f"{len(data.label_names)} classes: {names}",
@@ -105,7 +111,7 @@ def write_split(data: ImageData, split: str, path: Path) -> None:
 
 
 def encoded(data: ImageData, split: str, row: int) -> bytes:
-    """An image as a file, without loss."""
+    """An image as a lossless file."""
     if isinstance(data, LargeImageData):
         return data.splits[split].encoded(row)
     assert isinstance(data, SmallImageData)
@@ -116,16 +122,16 @@ def encoded(data: ImageData, split: str, row: int) -> bytes:
 
 
 def draw_views(data: ImageData) -> Figure:
-    """One image of some classes per row: as evaluation sees it, then as training sees it in successive epochs."""
+    """Draws an image per row and class: its evaluation view, then its training views in successive epochs."""
     labels = data.splits["train"].labels
     classes = labels.unique()[torch.linspace(0, len(labels.unique()) - 1, CLASSES_SHOWN).long().unique()].tolist()
     images = [int((labels == label).nonzero()[0]) for label in classes]
     cpu = torch.device("cpu")
-    columns = [pictures(data, data.views("train", cpu).__getitems__(images)["pixel_values"])]
+    columns = [to_pixels(data, data.views("train", cpu).__getitems__(images)["pixel_values"])]
     views = data.views("train", cpu, augment=True)
     for epoch in range(VIEWS_SHOWN):
         views.set_epoch(epoch)
-        columns.append(pictures(data, views.__getitems__(images)["pixel_values"]))
+        columns.append(to_pixels(data, views.__getitems__(images)["pixel_values"]))
     figure = Figure(figsize=(1.1 * len(columns), 1.25 * len(images)), dpi=150, layout="constrained")
     grid = figure.subplots(len(images), len(columns), squeeze=False)
     for column, shown in enumerate(columns):
@@ -138,20 +144,23 @@ def draw_views(data: ImageData) -> Figure:
     return figure
 
 
-def pictures(data: ImageData, pixels: Tensor) -> Tensor:
-    """Normalized (images, 3, h, w) -> (images, h, w, 3) between 0 and 1, as eyes want them."""
+def to_pixels(data: ImageData, pixels: Tensor) -> Tensor:
+    """Normalized images (images, 3, h, w) -> pixels (images, h, w, 3) between 0 and 1."""
     shown = rearrange(pixels, "image channel h w -> image h w channel") * torch.tensor(data.std)
     return (shown + torch.tensor(data.mean)).clamp(0, 1)
 
 
 def flags(data: ImageData, output: str) -> str:
-    """The flags with which the other scripts see the same data."""
-    words = ["--dataset", output if "/" in output else f"./{output}"]  # a bare `cifar10` would be the one on the Hub
+    """The flags with which other scripts load the same data."""
+    found = [
+        "--dataset",
+        output if "/" in output else f"./{output}",
+    ]  # `cifar10` is a Hub dataset
     if isinstance(data, LargeImageData):
-        words += ["--image_size", str(data.size)]
+        found += ["--image_size", str(data.size)]
     if "validation" not in data.splits:
-        words += ["--validation_share", "0"]
-    return shlex.join(words)
+        found += ["--validation_share", "0"]
+    return shlex.join(found)
 
 
 if __name__ == "__main__":

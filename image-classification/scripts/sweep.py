@@ -7,20 +7,36 @@
 The result is one table and one plot. Running the command again, also with more values, trains only missing students.
 """
 
-from kd.common.cli import parse, reject_unused, run
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.simkd import SimKDWeights
-from kd.image_classification.student_model.sweep import sweep
-from kd.image_classification.student_model.sweep_students import SweepArguments
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    DataArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDWeights,
+    SweepArguments,
+)
+
+ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from accelerate import PartialState
+
+from kd.image_classification.student_model.methods import with_pair_arguments
+from kd.image_classification.student_model.sweep import students_of, sweep
+from kd.image_classification.student_model.sweep_report import show
 
 
 def main() -> None:
-    axes, pair, weights, data, training = parse(
-        SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
-    )
+    axes, pair, weights, data_args, training = parse(*ARGUMENTS)
     reject_unused("a sweep has --learning_rates", training, "learning_rate")
-    pair.apply_pair(data, training)
-    sweep(axes, pair, weights, data, training)
+    pair.apply_pair(data_args, training)
+    methods = [with_pair_arguments(spec, pair) for spec in axes.methods]
+    students = students_of(methods, axes.projectors, axes.feature_losses, axes.learning_rates)
+
+    folder = sweep(students, pair, weights, data_args, training)
+    if PartialState().is_main_process:
+        show(folder, students, training.seeds or [training.seed])
 
 
 if __name__ == "__main__":

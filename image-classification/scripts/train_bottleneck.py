@@ -9,17 +9,21 @@ same bottleneck trained i.i.d. on all classes, with as many passes over the imag
 on another dataset, because an encoder trained on this one has seen the labels of all classes.
 """
 
+from kd.common.cli import parse, run, show_help
+from kd.common.training.arguments import RunArguments
+from kd.image_classification.student_model.arguments import DataArguments, IncrementalArguments
+
+ARGUMENTS = IncrementalArguments, DataArguments, RunArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from accelerate import PartialState
 
-from kd.common.cli import parse, run
-from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run
-from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.bottleneck import BottleneckProbe, load_encoder
 from kd.image_classification.student_model.incremental import (
     HeadInputs,
     HeadTraining,
-    IncrementalArguments,
     embed_images,
     fitted_bottleneck,
     report,
@@ -37,7 +41,7 @@ class ForgettingRun(Run):
 
 
 def main() -> None:
-    args, data_args, run_args = parse(IncrementalArguments, DataArguments, RunArguments)
+    args, data_args, run_args = parse(*ARGUMENTS)
     run_args.output_dir = run_args.output_dir or f"runs/image-classification/{METHOD}"
     encoder, data = load_encoder(args.encoder, data_args.load())
     split_tasks(data, args.classes_per_task, run_args.seed)  # raises UserError if the classes do not fit

@@ -8,18 +8,27 @@
 The control is the same network, including the projector, trained on the labels alone.
 """
 
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    DataArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDArguments,
+)
+
+ARGUMENTS = PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from transformers import set_seed
 
-from kd.common.cli import parse, reject_unused, run
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.distillation import distill, open_run, train_on_labels
-from kd.image_classification.student_model.evaluation import evaluate_teacher, report
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.distillation import ImageRun
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
-    pair, args, data_args, training = parse(PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments)
+    pair, args, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     reject_unused("SimKD has --feature_weight, --cls_weight and --kl_weight", training, "alpha", "value_learning_rate")
     if not args.kl_weight:
@@ -30,28 +39,28 @@ def main() -> None:
     simkd(student, teacher, args, training.temperature)
 
     name = f"simkd_{args.projector}"
-    run = open_run(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
+    run = ImageRun(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
     if not pretrained:
-        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
-    teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
+    teacher_results = run.evaluate_teacher(pair.teacher, teacher)
 
     for seed_run in run.each_seed():
         control = None
         if not training.no_control:
             set_seed(seed_run.args.seed)
             control = simkd_student(pair.student, teacher, data, args.projector_factor, reuse_head=False)
-            control = train_on_labels(seed_run, data, "control", control)
+            control = seed_run.train_on_labels("control", control)
 
         set_seed(seed_run.args.seed)
         student = simkd_student(pair.student, teacher, data, args.projector_factor)
         method = simkd(student, teacher, args, training.temperature)
-        student = distill(seed_run, data, "student", student, method, teacher)
+        student = seed_run.distill("student", student, method, teacher)
 
         models = {
             "control": (f"{pair.student} + projector, labels only", control),
             "student": (f"{pair.student} + projector + teacher's head", student),
         }
-        report(seed_run, name, data, models, teacher_results, method.auxiliary_parameters)
+        seed_run.report(name, models, teacher_results, method.auxiliary_parameters)
     run.summarize()
 
 

@@ -10,101 +10,77 @@
 trained side by side on the same batches, with one forward pass of the teacher, and reported in one table.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from kd.common.cli import parse, reject_unused, run, show_help
+from kd.image_classification.student_model.arguments import (
+    CONTROL,
+    PLAIN,
+    SIMKD,
+    DataArguments,
+    ImageTrainingArguments,
+    MethodArguments,
+    PairArguments,
+    SimKDWeights,
+)
 
+ARGUMENTS = MethodArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from accelerate import PartialState
 from transformers import set_seed
 
-from kd.common.cli import parse, reject_unused, run
 from kd.common.methods import Method
 from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.distillation import (
-    distill,
-    open_run,
-    train_on_labels,
-    validate_teacher_views,
-)
-from kd.image_classification.student_model.evaluation import evaluate_teacher, report
+from kd.image_classification.student_model.distillation import ImageRun, validate_teacher_views
 from kd.image_classification.student_model.matching import image_features, task_spec
-from kd.image_classification.student_model.methods import (
-    CONTROL,
-    METHODS,
-    PLAIN,
-    SIMKD,
-    check_kd_flags,
-    image_method,
-    with_pair_arguments,
-)
-from kd.image_classification.student_model.simkd import SimKDWeights
-from kd.image_classification.student_model.sweep import sweep
-from kd.image_classification.student_model.sweep_students import SweepArguments
+from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
+from kd.image_classification.student_model.sweep import students_of, sweep
+from kd.image_classification.student_model.sweep_report import show
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
 
 
-@dataclass
-class Arguments:
-    """How the student is trained."""
-
-    method: str = field(
-        default="kd",
-        metadata={"help": f"NAME or NAME:setting=value:...; {PLAIN} (labels only), {', '.join(METHODS)}"},
-    )
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "several, also simkd, trained side by side into one table"}
-    )
-    ensemble_teachers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "folders of classifiers of these labels, whose logits are averaged with those of --teacher"},
-    )
-    teacher_views: Path | None = field(
-        default=None,
-        metadata={
-            "help": "folder for a table of the teacher's logits of each view, for methods that need no more of it; "
-            "later runs only read it"
-        },
-    )
-
-
 def main() -> None:
-    args, pair, weights, data_args, training = parse(
-        Arguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
-    )
+    args, pair, weights, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
-    methods = ",".join(args.methods).split(",") if args.methods else [args.method]
-    if weights != SimKDWeights() and SIMKD not in methods:
+    args.methods = ",".join(args.methods).split(",") if args.methods else []  # --methods kd,dkd
+    if weights != SimKDWeights() and SIMKD not in (args.methods or [args.method]):
         raise UserError(
             "the weights of SimKD's terms and its projector apply to simkd only: add it to --methods, or set an "
             "argument of another method, as in fitnet:weight=10"
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
-        reject_unused("--methods is set", args, "method", "ensemble_teachers")
-        axes = side_by_side(methods, training)
-        sweep(axes, pair, weights, data_args, training, args.teacher_views)
+        train_side_by_side(args, pair, weights, data_args, training)
     elif args.method == PLAIN:
         train_plain_student(args, pair, data_args, training)
     else:
         distill_student(args, pair, data_args, training)
 
 
-def side_by_side(methods: list[str], training: ImageTrainingArguments) -> SweepArguments:
-    """A sweep of the methods and their controls at one learning rate."""
-    controls = [] if training.no_control else [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
-    try:
-        return SweepArguments(
-            [*(name for name in controls if name not in methods), *methods],
-            projectors=["single"],
-            learning_rates=[training.learning_rate],
-        )
-    except ValueError as error:
-        raise UserError(f"--methods: {error}") from error
+def train_side_by_side(
+    args: MethodArguments,
+    pair: PairArguments,
+    weights: SimKDWeights,
+    data_args: DataArguments,
+    training: ImageTrainingArguments,
+) -> None:
+    """Trains the students of several methods and their controls side by side, at one learning rate."""
+    reject_unused("--methods is set", args, "method", "ensemble_teachers")
+    methods = [with_pair_arguments(spec, pair) for spec in args.methods]
+    if not training.no_control:
+        controls = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
+        methods = [*(name for name in controls if name not in methods), *methods]
+    students = students_of(methods, ["single"], ["l2"], [training.learning_rate])
+
+    folder = sweep(students, pair, weights, data_args, training, args.teacher_views)
+    if PartialState().is_main_process:
+        show(folder, students, training.seeds or [training.seed])
 
 
 def train_plain_student(
-    args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
@@ -115,17 +91,17 @@ def train_plain_student(
         validate_teacher_views(args.teacher_views, data, training)
     new_classifier(pair.student, data.config)  # raises UserError before anything is written
 
-    run = open_run(PLAIN, training, data, args, pair, data_args)
+    run = ImageRun(PLAIN, training, data, args, pair, data_args)
     for seed_run in run.each_seed():
         set_seed(seed_run.args.seed)
-        student = train_on_labels(seed_run, data, "student", new_classifier(pair.student, data.config))
+        student = seed_run.train_on_labels("student", new_classifier(pair.student, data.config))
         models = {"student": (f"{pair.student}, labels only", student)}
-        report(seed_run, PLAIN, data, models, labels_only=True)
+        seed_run.report(PLAIN, models, labels_only=True)
     run.summarize()
 
 
 def distill_student(
-    args: Arguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains a student and its control, for each seed."""
     if args.method == SIMKD:
@@ -143,36 +119,38 @@ def distill_student(
     auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
     check_compatible(args, method, student, teacher)
 
-    run = open_run(
+    run = ImageRun(
         args.method, training, data, args, pair, data_args,
         teacher=teacher if pretrained else None,
         ensemble_teachers=EnsembleTeacher(others) if others else None,
     )  # fmt: skip
     if not pretrained:
-        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
     outputs = EnsembleTeacher([teacher, *others]) if others else teacher
-    teacher_results = evaluate_teacher(run, " + ".join([pair.teacher, *args.ensemble_teachers]), outputs, data)
+    teacher_results = run.evaluate_teacher(" + ".join([pair.teacher, *args.ensemble_teachers]), outputs)
 
     for seed_run in run.each_seed():
         control = None
         if not training.no_control:
             set_seed(seed_run.args.seed)
-            control = train_on_labels(seed_run, data, "control", new_classifier(pair.student, data.config))
+            control = seed_run.train_on_labels("control", new_classifier(pair.student, data.config))
 
         set_seed(seed_run.args.seed)
         student = new_classifier(pair.student, data.config)
         method = method_for(task_spec(student, teacher, data, training.views))
-        student = distill(seed_run, data, "student", student, method, outputs, args.teacher_views)
+        student = seed_run.distill("student", student, method, outputs, args.teacher_views)
 
         models = {
             "control": (f"{pair.student}, labels only", control),
             "student": (f"{pair.student}, {args.method}", student),
         }
-        report(seed_run, args.method, data, models, teacher_results, auxiliary_parameters)
+        seed_run.report(args.method, models, teacher_results, auxiliary_parameters)
     run.summarize()
 
 
-def check_compatible(args: Arguments, method: Method, student: ImageClassifier, teacher: ImageClassifier) -> None:
+def check_compatible(
+    args: MethodArguments, method: Method, student: ImageClassifier, teacher: ImageClassifier
+) -> None:
     """Raises UserError if a network cannot process the images, or the method needs features that flags exclude."""
     for model in (student, teacher):
         image_features(model)

@@ -9,36 +9,41 @@ Pass the run's folder as --teacher to the other scripts.
 
 from dataclasses import dataclass, field
 
-from transformers import set_seed
-
-from kd.common.cli import parse, reject_unused, run
+from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
-from kd.image_classification.student_model.distillation import open_run, train_on_labels
-from kd.image_classification.student_model.evaluation import report
-from kd.image_classification.teacher_model.classifier import new_classifier
 
 
 @dataclass
 class Arguments:
-    """Which network."""
+    """Teacher."""
 
-    architecture: str = field(default="resnet32x4", metadata={"help": "resnet32x4, wrn_40_2, vgg13, timm:NAME, ..."})
+    architecture: str = field(default="resnet32x4", metadata={"help": "Architecture: wrn_40_2, vgg13, timm:NAME, ..."})
+
+
+ARGUMENTS = Arguments, DataArguments, ImageTrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from transformers import set_seed
+
+from kd.image_classification.student_model.distillation import ImageRun
+from kd.image_classification.teacher_model.classifier import new_classifier
 
 
 def main() -> None:
-    args, data_args, training = parse(Arguments, DataArguments, ImageTrainingArguments)
+    args, data_args, training = parse(*ARGUMENTS)
     reject_unused(
         "a teacher is trained on labels alone", training, "alpha", "temperature", "no_control", "value_learning_rate"
     )
     data = data_args.load()
     new_classifier(args.architecture, data.config)  # raises UserError before anything is written
 
-    run = open_run("teacher", training, data, args, data_args)
+    run = ImageRun("teacher", training, data, args, data_args)
     for seed_run in run.each_seed():
         set_seed(seed_run.args.seed)
         teacher = new_classifier(args.architecture, data.config)
-        teacher = train_on_labels(seed_run, data, "teacher", teacher)
-        report(seed_run, "teacher", data, {"teacher": (args.architecture, teacher)})
+        teacher = seed_run.train_on_labels("teacher", teacher)
+        seed_run.report("teacher", {"teacher": (args.architecture, teacher)})
     run.summarize()
 
 

@@ -1,39 +1,59 @@
-"""Arguments that all image scripts share."""
+"""Arguments of the image scripts. Nothing here imports torch or transformers."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kd.common.cli import reject_unused
-from kd.common.data.sources import print_notes
-from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.arguments import (
+    METHOD_NAMES,
+    BottleneckArguments,
+    CodebookArguments,
+    CodebookSize,
+    KDTrainingArguments,
+)
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count, Positive, Share, ShareBelow1
-from kd.image_classification.data.loading import ImageData, load_image_data
+from kd.common.utils.ranges import Count, NotNegative, Positive, Seed, Share, ShareAbove0, ShareBelow1, check_declared
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, learning_rate
-from kd.image_classification.teacher_model.teacher import trained_folder
+
+if TYPE_CHECKING:
+    from kd.image_classification.data.loading import ImageData
+
+PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # further choices of --method and --methods
+CONTROLS = (PLAIN, CONTROL)  # trained on the labels alone, without and with SimKD's projector
+# The names in kd.image_classification.student_model.methods.METHODS, which imports torch.
+IMAGE_METHODS = (
+    *METHOD_NAMES,
+    *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
+)
+METHOD_HELP = f"NAME or NAME:key=value:..., of {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
+PIXELS = "pixels"  # no encoder: the pixels are the embedding
+Variant = Literal["single", "multi", "all-layer"]
+FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
 
 
 @dataclass
 class DataArguments:
-    """The images."""
+    """Data."""
 
     dataset: str = field(
-        default="digits", metadata={"help": "digits, cifar10, cifar100, mnist, imagenet, a Hub name or a folder"}
+        default="digits", metadata={"help": "digits, cifar10, cifar100, mnist, imagenet, a Hub name or a folder."}
     )
-    image_column: str | None = None
-    label_column: str | None = None
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     image_size: Count | None = field(
-        default=None, metadata={"help": "height and width in pixels; above 64 training images are random crops"}
+        default=None, metadata={"help": "Height and width in pixels; above 64, training uses random crops."}
     )
     validation_share: ShareBelow1 = field(
-        default=0.1, metadata={"help": "share of train that becomes validation where there is none"}
+        default=0.1, metadata={"help": "Share of train for validation, if there is no such split."}
     )
-    max_train_samples: Count | None = field(
-        default=None, metadata={"help": "number of training images, always the same"}
-    )
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
 
-    def load(self, label_names: list[str] | None = None) -> ImageData:
+    def load(self, label_names: list[str] | None = None) -> "ImageData":
         """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
+        from kd.common.data.sources import print_notes
+        from kd.image_classification.data.loading import load_image_data
+
         data = load_image_data(
             self.dataset,
             self.image_column,
@@ -52,22 +72,16 @@ class PairArguments:
     """Teacher and student."""
 
     pair: str | None = field(
-        default=None,
-        metadata={
-            "help": "a pair of the CIFAR-100 tables, as resnet32x4_vgg8: sets --dataset, --teacher, --student, "
-            "--method_args and, where published, --learning_rate"
-        },
+        default=None, metadata={"help": "Published CIFAR-100 pair, such as resnet32x4_vgg8; sets flags."}
     )
-    teacher: str = field(
-        default="resnet32x4", metadata={"help": "folder of a trained classifier, or an architecture to train first"}
+    teacher: str = field(default="resnet32x4", metadata={"help": "Folder of a classifier, or architecture."})
+    teacher_epochs: Positive | None = field(
+        default=None, metadata={"help": "Epochs of the teacher (default: --num_train_epochs)."}
     )
-    teacher_epochs: Positive | None = field(default=None, metadata={"help": "default: as many as the student's"})
-    student: str = field(default="resnet8x4", metadata={"help": "architecture: resnet8x4, vgg8, timm:NAME, ..."})
+    student: str = field(default="resnet8x4", metadata={"help": "Architecture: vgg8, timm:NAME, ..."})
     method_args: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "settings of methods for this pair, each NAME:setting=value:..., where --method leaves them open"
-        },
+        metadata={"help": "Arguments for --method where it has none, as NAME:key=value:..."},
     )
 
     def apply_pair(self, data: DataArguments, training: "ImageTrainingArguments") -> None:
@@ -85,6 +99,8 @@ class PairArguments:
         self.pair = None  # the saved recipe has the flags that it stands for
 
     def check_unused_flags(self) -> None:
+        from kd.image_classification.teacher_model.teacher import trained_folder
+
         if "teacher_epochs" in vars(self)["explicit_flags"] and trained_folder(self.teacher):
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
 
@@ -96,28 +112,159 @@ def _set_defaults(arguments: Any, **values: Any) -> None:
 
 
 @dataclass
+class MethodArguments:
+    """Method."""
+
+    method: str = field(default="kd", metadata={"help": METHOD_HELP})
+    methods: list[str] = field(default_factory=list, metadata={"help": "Methods to train side by side."})
+    ensemble_teachers: list[str] = field(
+        default_factory=list, metadata={"help": "Further teachers, to average logits with --teacher."}
+    )
+    teacher_views: Path | None = field(
+        default=None, metadata={"help": "Folder to cache the teacher's logits of every view in."}
+    )
+
+
+@dataclass
+class SweepArguments:
+    """Axes of the sweep."""
+
+    methods: list[str] = field(
+        default_factory=lambda: [CONTROL, SIMKD], metadata={"help": "Methods; control is SimKD's network alone."}
+    )
+    projectors: list[str] = field(
+        default_factory=lambda: list(get_args(Variant)), metadata={"help": "Projectors of SimKD."}
+    )
+    feature_losses: list[str] = field(
+        default_factory=lambda: ["l2"], metadata={"help": "Feature losses: l2, kl-channel, kl-spatial, cosine."}
+    )
+    learning_rates: list[Positive] = field(
+        default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1], metadata={"help": "Learning rates."}
+    )
+
+    def __post_init__(self) -> None:
+        known = {"projectors": get_args(Variant), "feature_losses": get_args(FeatureLossName)}
+        for name in ("methods", "projectors", "feature_losses", "learning_rates"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"--{name} must name at least one value, and none twice, got {values}")
+            wrong = [value for value in values if name in known and value not in known[name]]
+            if wrong:
+                raise ValueError(f"unknown --{name} {wrong[0]!r}: choose from {', '.join(known[name])}")
+        check_declared(self)
+
+    def check_unused_flags(self) -> None:
+        if SIMKD not in self.methods:
+            reject_unused(f"--methods leaves out {SIMKD}", self, "projectors", "feature_losses")
+
+
+@dataclass
+class SimKDWeights:
+    """SimKD."""
+
+    projector_factor: Count = field(default=2, metadata={"help": "Channel reduction in the projector."})
+    projector_ratio: ShareAbove0 = field(
+        default=2 / 3, metadata={"help": "Weight of the last map under --projector multi."}
+    )
+    use_labels: bool = field(default=False, metadata={"help": "Match features only where the teacher is right."})
+    feature_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the feature maps."})
+    cls_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the labels."})
+    kl_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the teacher's soft targets."})
+
+    def __post_init__(self) -> None:
+        if not (self.feature_weight or self.cls_weight or self.kl_weight):
+            raise ValueError("--feature_weight, --cls_weight and --kl_weight must not all be zero")
+
+
+@dataclass
+class SimKDArguments(SimKDWeights):
+    """Feature maps of SimKD."""
+
+    projector: Variant = field(default="single", metadata={"help": "Feature maps to match."})
+    feature_loss: FeatureLossName = field(default="l2", metadata={"help": "Loss between feature maps."})
+
+    def check_unused_flags(self) -> None:
+        if self.projector != "multi":
+            reject_unused("--projector is not multi", self, "projector_ratio")
+
+
+@dataclass
+class ImageBottleneckArguments(BottleneckArguments):
+    """The defaults of images."""
+
+    codebook_size: CodebookSize = 256
+    value_epochs: Positive = 20
+
+    def value_settings(self, rate: float) -> dict[str, Any]:
+        """Training arguments for the values: AdamW, independent of the optimizer of the convolutions."""
+        return {
+            "dataloader_drop_last": False,
+            "optim": "adamw_torch",
+            "optim_args": None,
+            "weight_decay": 0.0,
+            "lr_milestones": None,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+        } | super().value_settings(rate)
+
+
+@dataclass
+class IncrementalArguments(CodebookArguments):
+    """Encoder and heads.
+
+    The defaults were chosen on MNIST's validation split. The learning rate of the values is large because their
+    gradients are divided by the batch size and the number of codebooks. A much larger one fits the current classes
+    better and forgets more. With a tiny one all probabilities stay equal, so that values only count samples and the
+    order of the classes has no effect, not even on a linear probe.
+    """
+
+    encoder: str = field(default=PIXELS, metadata={"help": "Folder of a classifier, or pixels for no encoder."})
+    codebooks: Count = 64
+    codebook_size: CodebookSize = 256
+    key_dim: Count | None = 32
+    classes_per_task: Count = field(default=1, metadata={"help": "Number of classes that arrive together."})
+    order_seed: Seed | None = field(
+        default=None, metadata={"help": "Random seed of the order of the classes (default: --seed)."}
+    )
+    value_learning_rate: Positive = field(default=50.0, metadata={"help": "Learning rate of the values, for SGD."})
+    probe_learning_rate: Positive = field(
+        default=0.03, metadata={"help": "Learning rate of the linear probe, for SGD."}
+    )
+    epochs_per_task: Count = field(default=5, metadata={"help": "Epochs on the images of a task."})
+    batch_size: Count = field(default=64, metadata={"help": "Images per step."})
+
+    @property
+    def bottleneck(self) -> dict[str, int | None]:
+        return {"codebooks": self.codebooks, "codebook_size": self.codebook_size, "key_dim": self.key_dim}
+
+
+@dataclass
 class ImageTrainingArguments(KDTrainingArguments):
     """Training with the defaults of image classifiers: SGD with momentum, one cycle of the learning rate."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "default: runs/image-classification/METHOD"})
-    num_train_epochs: float = field(default=50, metadata={"help": "of the student, and of its control"})
-    per_device_train_batch_size: int = 64
-    per_device_eval_batch_size: int = 250
-    learning_rate: float = 0.05
-    optim: str = "sgd"
-    optim_args: str | None = "momentum=0.9,nesterov=true"
-    weight_decay: float = 5e-4
-    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to that norm; 0: not at all"})
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = field(default=0.2, metadata={"help": "steps, or below 1 a share of all steps"})
-    train_sampling_strategy: Literal["random", "sequential"] = "random"  # all images are of one size
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "training batches of one size only"})
-    dataloader_pin_memory: bool = False  # small images lie on the device already
-    strong_augmentation: bool = field(
-        default=False, metadata={"help": "show each image of a batch a second time, under RandAugment and cutout"}
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the run (default: runs/image-classification/METHOD)."}
     )
-    alpha: Share = field(default=0.1, metadata={"help": "weight of the labels' loss; the soft targets get 1 - alpha"})
-    temperature: Positive = field(default=4.0, metadata={"help": "softens teacher's and student's logits alike"})
+    num_train_epochs: Positive = 50
+    per_device_train_batch_size: Count = 64
+    per_device_eval_batch_size: Count = 250
+    learning_rate: Positive = 0.05
+    optim: str = field(default="sgd", metadata={"help": "Optimizer: sgd, adamw_torch, ..."})
+    optim_args: str | None = field(
+        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
+    )
+    weight_decay: NotNegative = 5e-4
+    max_grad_norm: NotNegative = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: NotNegative = 0.2
+    train_sampling_strategy: Literal["random", "sequential"] = "random"  # all images have the same size
+    dataloader_drop_last: bool = True  # training batches of one size
+    dataloader_pin_memory: bool = False  # small images are on the device already
+    strong_augmentation: bool = field(
+        default=False, metadata={"help": "Add a second view of each image, with RandAugment and cutout."}
+    )
+    alpha: Share = 0.1
+    temperature: Positive = 4.0
 
     @property
     def views(self) -> int:

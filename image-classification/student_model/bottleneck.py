@@ -5,7 +5,6 @@ The probe is that of Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023
 projections, and values that are logits and are averaged over the codebooks.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from kd.common.bottleneck.classifier import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
-from kd.common.bottleneck.training import Samples, train_bottleneck
+from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel, Samples, train_bottleneck
 from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.outputs import Outputs
-from kd.common.training.arguments import BottleneckArguments, CodebookSize, Keys
+from kd.common.training.arguments import Keys
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Positive
 from kd.image_classification.data.loading import ImageData
+from kd.image_classification.student_model.arguments import PIXELS, ImageBottleneckArguments
 from kd.image_classification.student_model.distillation import ImageRun, read_stage
 from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig
@@ -33,30 +31,9 @@ from kd.image_classification.teacher_model.teacher import load_trained, trained_
 
 VALUE_LEARNING_RATE = 3e-2
 BATCH_SIZE = 250  # for inference with the frozen networks
-PIXELS = "pixels"  # no encoder: the pixels are the embedding
 
 
 # ---- a bottleneck instead of a head ----
-
-
-@dataclass
-class ImageBottleneckArguments(BottleneckArguments):
-    """Shape of the bottleneck, source of the student's keys, and training of the values."""
-
-    codebook_size: CodebookSize = field(default=256, metadata={"help": "key-value pairs in a codebook"})
-    value_epochs: Positive = field(default=20, metadata={"help": "epochs over the cached codes"})
-
-    def value_settings(self, rate: float) -> dict[str, Any]:
-        """Training arguments for the values: AdamW, independent of the optimizer of the convolutions."""
-        return {
-            "dataloader_drop_last": False,
-            "optim": "adamw_torch",
-            "optim_args": None,
-            "weight_decay": 0.0,
-            "lr_milestones": None,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0.1,
-        } | super().value_settings(rate)
 
 
 def with_bottleneck(encoder: ImageClassifier, shape: dict[str, Any]) -> ImageClassifier:
@@ -177,7 +154,7 @@ class BottleneckProbe(FrozenEncoderModel):
 
     @classmethod
     def around(
-        cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int] | None
+        cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int | None] | None
     ) -> "BottleneckProbe":
         """An untrained head for the classes of `data`, after a copy of the encoder or (None) after the pixels."""
         encoder_config = encoder.config if encoder is not None else None

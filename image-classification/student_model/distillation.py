@@ -1,6 +1,7 @@
-"""Training of image classifiers in a run: on labels alone, or with a teacher."""
+"""A run on images: trains image classifiers on labels alone or with a teacher, evaluates and reports them."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,8 +11,11 @@ from torch import nn
 
 from kd.common.data.fingerprints import outputs_key
 from kd.common.methods import Method, labels
+from kd.common.metrics.quality import classifier_warning, constant_score
 from kd.common.objective import Objective
+from kd.common.outputs import EnsembleTeacher
 from kd.common.pretrained import stage_loader
+from kd.common.reporting.report import print_table, save_student, write_report
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
@@ -22,39 +26,201 @@ from kd.common.utils.files import check_writable
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import ImageViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics
+from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor, trainer_metrics
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen
 
 Model = TypeVar("Model", bound=nn.Module)
 read_stage = stage_loader(ImageClassifier)
 
+USAGE = """from PIL import Image
+from transformers import AutoImageProcessor
+from kd.image_classification.teacher_model.classifier import ImageClassifier
+
+processor = AutoImageProcessor.from_pretrained("{folder}")
+model = ImageClassifier.from_pretrained("{folder}").eval()
+logits = model(**processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])"""
+
 
 class ImageRun(TrainerRun):
-    """A run on images."""
+    """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
+
+    Raises UserError if the arguments do not fit the data, or a continued run began with other data or models.
+
+    Args:
+        instances: the script's other arguments, for the recipe.
+        teacher, ensemble_teachers: pretrained teachers; None if the run trains its teacher.
+    """
 
     args: ImageTrainingArguments
 
+    def __init__(
+        self,
+        name: str,
+        training: ImageTrainingArguments,
+        data: ImageData,
+        *instances: Any,
+        teacher: nn.Module | None = None,
+        ensemble_teachers: nn.Module | None = None,
+    ) -> None:
+        validate_training(training, data)
+        folder = re.sub(r"[^\w-]+", "_", name)  # a method with arguments contains colons
+        training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
+        super().__init__(training, *instances)
+        self.data = data
+        self.check_inputs(data.fingerprint, teacher=teacher, ensemble_teachers=ensemble_teachers)
 
-def open_run(
-    name: str,
-    training: ImageTrainingArguments,
-    data: ImageData,
-    *instances: Any,
-    kind: type[ImageRun] = ImageRun,
-    teacher: nn.Module | None = None,
-    ensemble_teachers: nn.Module | None = None,
-) -> ImageRun:
-    """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
+    # ---- training ----
 
-    `instances` are the script's other arguments, for the recipe; `teacher` and `ensemble_teachers` are pretrained.
-    Raises UserError where the arguments do not fit the data, or a continued run began with other data or models.
-    """
-    validate_training(training, data)
-    folder = re.sub(r"[^\w-]+", "_", name)  # a method with arguments contains colons
-    training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
-    run = kind(training, *instances)
-    run.check_inputs(data.fingerprint, teacher=teacher, ensemble_teachers=ensemble_teachers)
-    return run
+    def train_on_labels(self, stage: str, model: ImageClassifier, epochs: float | None = None) -> ImageClassifier:
+        """A stage without a teacher: trains `model` on the labels alone, or loads it if the stage is finished."""
+        settings = {} if epochs is None else {"num_train_epochs": epochs}
+
+        def train() -> ImageClassifier:
+            return self.fit(stage, model, labels().objective, settings)
+
+        return self.stage(stage, train, read_stage, image_processor(self.data))
+
+    def distill(
+        self,
+        stage: str,
+        student: ImageClassifier,
+        method: Method,
+        teacher: nn.Module,
+        teacher_views: Path | None = None,
+    ) -> ImageClassifier:
+        """A stage with a teacher: trains `student` with `method`, or loads it if the stage is finished.
+
+        `teacher_views`: folder for a table of the teacher's logits of each view, for methods that need no features.
+        """
+
+        def train() -> ImageClassifier:
+            return self.fit(
+                stage,
+                student,
+                method.objective,
+                features=method.features,
+                teacher=frozen(teacher, self.args.precision),
+                teacher_views=teacher_views and self.views_table(teacher, teacher_views),
+                teacher_features=method.teacher_features,
+            )
+
+        return self.stage(stage, train, read_stage, image_processor(self.data))
+
+    def fit(
+        self,
+        stage: str,
+        model: Model,
+        objective: Objective | SideBySideObjective,
+        settings: dict[str, Any] | None = None,
+        validate: bool = True,
+        **trainer: Any,
+    ) -> Model:
+        """Trains the model of a stage on augmented images, starting from its last checkpoint.
+
+        Args:
+            settings: training arguments of this stage that differ from the run's.
+            validate: log the accuracy on the validation images after each epoch.
+            trainer: other arguments of KDTrainer.
+        """
+        device, splits = best_device(), self.data.splits
+        return self.train(
+            stage,
+            model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+            settings or {},
+            objective=objective,
+            train_dataset=self.training_views(device),
+            eval_dataset=self.data.views("validation", device) if validate and "validation" in splits else None,
+            data_collator=identity_collate,
+            compute_metrics=trainer_metrics,
+            **trainer,
+        )
+
+    def training_views(self, device: torch.device) -> ImageViews:
+        """The augmented training images."""
+        strong = self.args.strong_augmentation
+        return self.data.views("train", device, augment=True, seed=self.args.seed, strong=strong)
+
+    def views_table(self, teacher: nn.Module, folder: Path) -> TeacherViews:
+        """The table of the teacher's logits of each view. Call `validate_teacher_views` first."""
+        data, views = self.data, self.training_views(torch.device("cpu"))
+        assert isinstance(views, Views), "only these views are countable"
+        key = outputs_key(teacher, data.fingerprint, data.config, views.number_of_views, self.args.precision)
+        return TeacherViews(folder, key, len(views), views.number_of_views, len(data.label_names))
+
+    # ---- reports ----
+
+    def evaluate_teacher(self, name: str, teacher: ImageClassifier | EnsembleTeacher) -> tuple[dict[str, Any], Logits]:
+        """`evaluate`, with a warning if the teacher is no better than chance."""
+        data, split = self.data, self.data.selection_split
+        entry, logits = evaluate(name, teacher, data, workers=self.args.dataloader_num_workers)
+        labels, accuracy = data.splits[split].labels.numpy(), entry["metrics"][split]["accuracy"]
+        self.warn(classifier_warning(name, "accuracy", accuracy, labels, len(data.label_names), split))
+        return entry, logits
+
+    def report(
+        self,
+        method: str,
+        models: Mapping[str, tuple[str, ImageClassifier | None]],
+        teacher: tuple[dict[str, Any], Logits] | None = None,
+        auxiliary_parameters: int = 0,
+        labels_only: bool = False,
+    ) -> None:
+        """Evaluates the models, writes the report and the student into the run's folder, and prints the table.
+
+        Args:
+            models: {role: (name, model)}; the model is None if the run has none.
+            teacher: result of `evaluate_teacher`.
+            auxiliary_parameters: number of parameters that were trained with the student and are not exported.
+            labels_only: the student was trained without a teacher.
+        """
+        entries: dict[str, Any] = {} if teacher is None else {"teacher": teacher[0]}
+        logits, workers = None if teacher is None else teacher[1], self.args.dataloader_num_workers
+        for role, (name, model) in models.items():
+            entries[role] = None if model is None else evaluate(name, model, self.data, logits, workers)[0]
+        results = self.image_results(method, entries)
+        results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
+        self.write_results(self.folder, results, models.get("student", ("", None))[1], self.history)
+        if PartialState().is_main_process:
+            print_table(results)
+            print(f"report: {self.folder / 'report.md'}")
+
+    def image_results(self, method: str, entries: dict[str, Any]) -> dict[str, Any]:
+        """results.json of entries that `evaluate` returned, by role. An entry is None if the run has no such model."""
+        data, split = self.data, self.data.selection_split
+        parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
+        keys = {role: entry["keys"] for role, entry in entries.items() if entry and "keys" in entry}
+        extra: dict[str, Any] = {"keys": keys} if keys else {}
+        models = {
+            role: entry and {name: value for name, value in entry.items() if name not in ("parts", "keys")}
+            for role, entry in entries.items()
+        }
+        sizes = {s: len(data.splits[s]) if s in data.splits else None for s in ("train", "validation", "test")}
+        return self.results(
+            domain="image-classification",
+            task=data.name,
+            method=method,
+            data=sizes | {"fingerprint": data.fingerprint},
+            models=models,
+            split=split,
+            metric="accuracy",
+            chance=constant_score(data.splits[split].labels.numpy(), len(data.label_names), "accuracy"),
+            selection=self.args.selection,
+            data_notes="; ".join(data.notes) or "none",
+            parameters_of_parts={role: part["parameters"] for role, part in parts.items()},
+            flops_of_parts={role: part["flops"] for role, part in parts.items()},
+            **extra,
+        )
+
+    def write_results(
+        self, folder: Path, results: dict[str, Any], student: ImageClassifier | None, history: dict[str, Any]
+    ) -> None:
+        """Writes the report, and the student with its model card, into a folder (in the main process)."""
+        if PartialState().is_main_process:
+            if student is not None:
+                place = folder / "student"
+                save_student(place, student, results, USAGE.format(folder=place), image_processor(self.data))
+            write_report(folder, results, history)
 
 
 def validate_training(training: ImageTrainingArguments, data: ImageData) -> None:
@@ -85,89 +251,3 @@ def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainin
             "views of large images and those of --strong_augmentation cannot be counted, so no table can hold "
             "them: leave out --teacher_views"
         )
-
-
-def train_on_labels(
-    run: ImageRun, data: ImageData, stage: str, model: ImageClassifier, epochs: float | None = None
-) -> ImageClassifier:
-    """A stage without a teacher: trains `model` on the labels alone, or loads it if the stage is finished."""
-    settings = {} if epochs is None else {"num_train_epochs": epochs}
-
-    def train() -> ImageClassifier:
-        return fit(run, data, stage, model, labels().objective, settings)
-
-    return run.stage(stage, train, read_stage, image_processor(data))
-
-
-def distill(
-    run: ImageRun,
-    data: ImageData,
-    stage: str,
-    student: ImageClassifier,
-    method: Method,
-    teacher: nn.Module,
-    teacher_views: Path | None = None,
-) -> ImageClassifier:
-    """A stage with a teacher: trains `student` with `method`, or loads it if the stage is finished.
-
-    `teacher_views`: folder for a table of the teacher's logits of each view, for methods that need no features.
-    """
-
-    def train() -> ImageClassifier:
-        return fit(
-            run,
-            data,
-            stage,
-            student,
-            method.objective,
-            features=method.features,
-            teacher=frozen(teacher, run.args.precision),
-            teacher_views=teacher_views and views_table(run, data, teacher, teacher_views),
-            teacher_features=method.teacher_features,
-        )
-
-    return run.stage(stage, train, read_stage, image_processor(data))
-
-
-def fit(
-    run: ImageRun,
-    data: ImageData,
-    stage: str,
-    model: Model,
-    objective: Objective | SideBySideObjective,
-    settings: dict[str, Any] | None = None,
-    validate: bool = True,
-    **trainer: Any,
-) -> Model:
-    """Trains the model of a stage on augmented images, starting from its last checkpoint.
-
-    Args:
-        settings: training arguments of this stage that differ from the run's.
-        validate: log the accuracy on the validation images after each epoch.
-        trainer: other arguments of KDTrainer.
-    """
-    device = best_device()
-    return run.train(
-        stage,
-        model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-        settings or {},
-        objective=objective,
-        train_dataset=training_views(run, data, device),
-        eval_dataset=data.views("validation", device) if validate and "validation" in data.splits else None,
-        data_collator=identity_collate,
-        compute_metrics=trainer_metrics,
-        **trainer,
-    )
-
-
-def training_views(run: ImageRun, data: ImageData, device: torch.device) -> ImageViews:
-    """The augmented training images."""
-    return data.views("train", device, augment=True, seed=run.args.seed, strong=run.args.strong_augmentation)
-
-
-def views_table(run: ImageRun, data: ImageData, teacher: nn.Module, folder: Path) -> TeacherViews:
-    """The table of the teacher's logits of each view. Call `validate_teacher_views` first."""
-    views = training_views(run, data, torch.device("cpu"))
-    assert isinstance(views, Views), "only these views are countable"
-    key = outputs_key(teacher, data.fingerprint, data.config, views.number_of_views, run.args.precision)
-    return TeacherViews(folder, key, len(views), views.number_of_views, len(data.label_names))

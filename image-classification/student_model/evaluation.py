@@ -1,44 +1,21 @@
-"""Evaluation of image classifiers, the same during training and afterwards, and the report of a run."""
+"""Evaluation of image classifiers, the same during training and afterwards."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import (
-    agreement,
-    classification_metrics,
-    classifier_warning,
-    constant_score,
-    top_k_accuracy,
-)
+from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.report import print_table, save_student, write_report
 from kd.common.training.inference import identity_collate, run_inference
-from kd.common.training.run import TrainerRun
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import shorter_side
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
-USAGE = """from PIL import Image
-from transformers import AutoImageProcessor
-from kd.image_classification.teacher_model.classifier import ImageClassifier
-
-processor = AutoImageProcessor.from_pretrained("{folder}")
-model = ImageClassifier.from_pretrained("{folder}").eval()
-logits = model(**processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])"""
-
 Logits = dict[str, np.ndarray]  # split: (images, classes)
-
-
-# ---- metrics ----
 
 
 def image_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -105,93 +82,6 @@ def cost_of_parts(model: ImageClassifier, image: torch.Tensor) -> dict[str, dict
         "parameters": {name: parameters(part) for name, part in parts.items()},
         "flops": {name: flops(part, inputs[name]) for name, part in parts.items()},
     }
-
-
-def evaluate_teacher(
-    run: TrainerRun, name: str, teacher: ImageClassifier | EnsembleTeacher, data: ImageData
-) -> tuple[dict[str, Any], Logits]:
-    """`evaluate`, with a warning in the run if the teacher is no better than chance."""
-    entry, logits = evaluate(name, teacher, data, workers=run.args.dataloader_num_workers)
-    split = data.selection_split
-    labels, accuracy = data.splits[split].labels.numpy(), entry["metrics"][split]["accuracy"]
-    run.warn(classifier_warning(name, "accuracy", accuracy, labels, len(data.label_names), split))
-    return entry, logits
-
-
-# ---- report ----
-
-
-def report(
-    run: TrainerRun,
-    method: str,
-    data: ImageData,
-    models: Mapping[str, tuple[str, ImageClassifier | None]],
-    teacher: tuple[dict[str, Any], Logits] | None = None,
-    auxiliary_parameters: int = 0,
-    labels_only: bool = False,
-) -> None:
-    """Evaluates the models, writes the report and the student into the run's folder, and prints the table.
-
-    Args:
-        models: {role: (name, model)}; the model is None if the run has none.
-        teacher: result of `evaluate_teacher`.
-        auxiliary_parameters: number of parameters that were trained with the student and are not exported.
-        labels_only: the student was trained without a teacher.
-    """
-    entries: dict[str, Any] = {} if teacher is None else {"teacher": teacher[0]}
-    logits = None if teacher is None else teacher[1]
-    for role, (name, model) in models.items():
-        workers = run.args.dataloader_num_workers
-        entries[role] = None if model is None else evaluate(name, model, data, logits, workers)[0]
-    results = image_results(run, method, data, entries)
-    results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
-    write_results(run.folder, results, data, models.get("student", ("", None))[1], run.history)
-    if PartialState().is_main_process:
-        print_table(results)
-        print(f"report: {run.folder / 'report.md'}")
-
-
-def image_results(run: TrainerRun, method: str, data: ImageData, entries: dict[str, Any]) -> dict[str, Any]:
-    """results.json of entries that `evaluate` returned, by role. An entry is None if the run has no such model."""
-    parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
-    keys = {role: entry["keys"] for role, entry in entries.items() if entry and "keys" in entry}
-    extra: dict[str, Any] = {"keys": keys} if keys else {}
-    models = {
-        role: entry and {name: value for name, value in entry.items() if name not in ("parts", "keys")}
-        for role, entry in entries.items()
-    }
-    splits = ("train", "validation", "test")
-    sizes = {split: len(data.splits[split]) if split in data.splits else None for split in splits}
-    return run.results(
-        domain="image-classification",
-        task=data.name,
-        method=method,
-        data=sizes | {"fingerprint": data.fingerprint},
-        models=models,
-        split=data.selection_split,
-        metric="accuracy",
-        chance=constant_score(data.splits[data.selection_split].labels.numpy(), len(data.label_names), "accuracy"),
-        selection=run.args.selection,
-        data_notes="; ".join(data.notes) or "none",
-        parameters_of_parts={role: part["parameters"] for role, part in parts.items()},
-        flops_of_parts={role: part["flops"] for role, part in parts.items()},
-        **extra,
-    )
-
-
-def write_results(
-    folder: Path,
-    results: dict[str, Any],
-    data: ImageData,
-    student: ImageClassifier | None,
-    history: dict[str, Any],
-) -> None:
-    """Writes the report, and the student with its model card, into a folder (in the main process)."""
-    if PartialState().is_main_process:
-        if student is not None:
-            place = folder / "student"
-            save_student(place, student, results, USAGE.format(folder=place), image_processor(data))
-        write_report(folder, results, history)
 
 
 def image_processor(data: ImageData) -> BaseImageProcessor:

@@ -8,7 +8,7 @@ earlier classes. The control is a linear probe, in which every image updates eve
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,14 @@ from kd.common.bottleneck.training import embed_samples
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.report import print_table, write_report
-from kd.common.training.arguments import CodebookSize
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import Run
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import writing_folder
-from kd.common.utils.ranges import Count, Positive, Seed
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.bottleneck import PIXELS, BottleneckProbe
+from kd.image_classification.student_model.arguments import IncrementalArguments
+from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import evaluate, image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
@@ -41,32 +40,6 @@ Tasks = list[list[int]]  # the class ids of each task, in training order
 History = list[dict[str, Any]]
 Scores = dict[str, float]  # number of classes seen (a string, the key of a JSON object) -> accuracy
 read_stage = stage_loader(BottleneckProbe)
-
-
-@dataclass
-class IncrementalArguments:
-    """The frozen encoder, the bottleneck after it, and the training of the heads.
-
-    The defaults were chosen on MNIST's validation split. The learning rate of the values is large because their
-    gradients are divided by the batch size and the number of codebooks. A much larger one fits the current classes
-    better and forgets more. With a tiny one all probabilities stay equal, so that values only count samples and the
-    order of the classes has no effect, not even on a linear probe.
-    """
-
-    encoder: str = field(default=PIXELS, metadata={"help": "pixels, or the folder of a trained image classifier"})
-    codebooks: Count = field(default=64, metadata={"help": "how many heads look up a key each"})
-    codebook_size: CodebookSize = field(default=256, metadata={"help": "key-value pairs per codebook"})
-    key_dim: Count = field(default=32, metadata={"help": "width of a key, and of the random projection before it"})
-    classes_per_task: Count = field(default=1, metadata={"help": "classes that arrive together"})
-    order_seed: Seed | None = field(default=None, metadata={"help": "of the order of the classes; default: --seed"})
-    value_learning_rate: Positive = field(default=50.0, metadata={"help": "SGD on the values"})
-    probe_learning_rate: Positive = field(default=0.03, metadata={"help": "SGD on the linear probe"})
-    epochs_per_task: Count = field(default=5, metadata={"help": "passes over a task's images before the next task"})
-    batch_size: Count = 64
-
-    @property
-    def bottleneck(self) -> dict[str, int]:
-        return {"codebooks": self.codebooks, "codebook_size": self.codebook_size, "key_dim": self.key_dim}
 
 
 @dataclass(frozen=True)

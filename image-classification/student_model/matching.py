@@ -1,4 +1,4 @@
-"""What methods need to know of two image classifiers: the maps at the ends of stages and blocks, and their shapes."""
+"""The features of image classifiers that methods match: the output maps of stages and blocks, and their shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from kd.common import losses
 from kd.common.methods import Feature, ModelFeatures, TaskSpec, some_of_each_class
-from kd.common.objective import FeatureLoss
 from kd.common.outputs import FeatureHooks
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
@@ -20,17 +18,11 @@ from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.backbones.base import PreActivation
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
-FEATURE_LOSSES: dict[str, FeatureLoss] = {
-    "l2": losses.feature_l2,
-    "kl-channel": losses.channel_kl,
-    "kl-spatial": losses.spatial_kl,
-    "cosine": partial(losses.feature_cosine, dim=1),
-}
-_KNOWN: dict[tuple[str, int, str, str], "ImageFeatures"] = {}
+_CACHE: dict[tuple[str, int, str, str], "ImageFeatures"] = {}
 
 
 def task_spec(student: ImageClassifier, teacher: ImageClassifier, data: ImageData, views: int = 1) -> TaskSpec:
-    """What methods need to know of two classifiers and the images that both train on, `views` of each in a batch."""
+    """The TaskSpec of two classifiers and the images that both are trained on, with `views` of each in a batch."""
     return TaskSpec(
         classes=len(data.label_names),
         student=student,
@@ -45,7 +37,7 @@ def task_spec(student: ImageClassifier, teacher: ImageClassifier, data: ImageDat
 
 
 def pooled(maps: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(batch, channels) of maps, as the head averages them."""
+    """Averages maps to (batch, channels), as the head does."""
     return reduce(maps.float(), "batch channels height width -> batch channels", "mean")
 
 
@@ -54,7 +46,7 @@ def flattened(maps: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def teacher_samples(teacher: ImageClassifier, data: ImageData) -> tuple[Tensor, Tensor]:
-    """Pooled features (samples, channels) of some training images of each class without augmentation, and labels."""
+    """Pooled features (samples, channels) of PER_CLASS training images without augmentation, and their labels."""
     labels = data.splits["train"].labels
     rows = some_of_each_class(labels, len(data.label_names))
 
@@ -71,35 +63,36 @@ def teacher_samples(teacher: ImageClassifier, data: ImageData) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class ImageFeatures(ModelFeatures):
-    """blocks: The outputs of the blocks of all stages in order; a stage that is not made of blocks counts as one."""
+    """blocks: The outputs of the blocks of all stages, in order; a stage without blocks counts as one."""
 
     blocks: Sequence[Feature]
 
 
 def image_features(model: ImageClassifier) -> ImageFeatures:
-    """The maps of a classifier. Their shapes come from one forward pass for each architecture and image size.
+    """The maps of a classifier. Their shapes come from one forward pass per architecture and image size, and are
+    cached.
 
     Raises UserError for images that are too small, and for features that are not square maps.
     """
     config, head = model.config, head_path(model)
     key = config.architecture, config.image_size, head, str(config.projector)
-    if key not in _KNOWN:
+    if key not in _CACHE:
         stages, blocks = stage_paths(model), block_paths(model)
         shapes = _probe(model, {*stages, *blocks, head})
-        # The toolboxes' last map: that of the last stage. It is before the last 1x1 convolution of MobileNetV2 and
-        # ShuffleNetV2 and before the last batch norm and ReLU of wide ResNets; otherwise it is what the head averages.
-        _KNOWN[key] = ImageFeatures(
+        # The toolboxes' last map is that of the last stage: before the last 1x1 convolution of MobileNetV2 and
+        # ShuffleNetV2, before the last batch norm and ReLU of wide ResNets, and otherwise the input of the head.
+        _CACHE[key] = ImageFeatures(
             stages=[shapes[path] for path in stages],
             head=shapes[head],
             last=shapes[stages[-1] if stages else head],
             blocks=[shapes[path] for path in blocks],
         )
-    return _KNOWN[key]
+    return _CACHE[key]
 
 
 @torch.no_grad()
 def _probe(model: ImageClassifier, paths: set[str]) -> dict[str, Feature]:
-    """The shapes of the maps that submodules return for noise."""
+    """The shapes of the output maps of submodules, from a forward pass on noise."""
     size, was_training = model.config.image_size, model.training
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     hooks = FeatureHooks(model, {path: path for path in paths})
@@ -107,21 +100,21 @@ def _probe(model: ImageClassifier, paths: set[str]) -> dict[str, Feature]:
         model.eval()(images.to(model.device))
         maps = hooks.take()
     except RuntimeError as error:
-        raise UserError(f"{model.config.architecture} cannot see images of {size} pixels: {error}") from error
+        raise UserError(f"{model.config.architecture} does not support images of {size} pixels: {error}") from error
     finally:
         hooks.remove()
         model.train(was_training)
     for path, found in maps.items():
         if found.dim() != 4 or found.shape[2] != found.shape[3]:
             raise UserError(
-                f"{model.config.architecture} yields features of shape {tuple(found.shape[1:])} at {path}, not square "
+                f"{model.config.architecture} has features of shape {tuple(found.shape[1:])} at {path}, not square "
                 "maps (channels, size, size): choose a convolutional network"
             )
     return {path: Feature(path, m.shape[1], m.shape[2], positive=bool(m.min() >= 0)) for path, m in maps.items()}
 
 
 def head_path(model: ImageClassifier) -> str:
-    """The submodule that returns the map whose average the head classifies."""
+    """The submodule whose output map the head averages and classifies."""
     return "backbone" if model.projector is None else "projector"
 
 
@@ -140,18 +133,17 @@ def block_paths(model: ImageClassifier) -> list[str]:
 
 
 def pre_activations(model: ImageClassifier) -> list[PreActivation]:
-    """Of each stage. Raises UserError for a family whose stages do not show the input of their last ReLU."""
-    found = model.backbone.pre_activations
-    if not found:
+    """The last pre-activation of each stage. Raises UserError for architectures that do not expose it."""
+    if not model.backbone.pre_activations:
         raise UserError(
-            f"{model.config.architecture} shows no maps before the last ReLU of its stages, as this "
+            f"{model.config.architecture} does not expose the maps before the last ReLU of its stages, which this "
             "method needs of a teacher: choose a resnet, wrn or vgg"
         )
-    return [PreActivation(f"backbone.{path}", f"backbone.{norm}") for path, norm in found]
+    return [PreActivation(f"backbone.{path}", f"backbone.{norm}") for path, norm in model.backbone.pre_activations]
 
 
 def maps_before_relu(model: ImageClassifier) -> Sequence[Feature]:
-    """The map of each stage before its last ReLU, or that of the stage in families that do not show it."""
+    """The map of each stage before its last ReLU, or the stage's output in architectures that do not expose it."""
     stages = image_features(model).stages
     if not model.backbone.pre_activations:
         return stages

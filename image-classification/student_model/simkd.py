@@ -1,63 +1,37 @@
 """SimKD: a student that reuses its teacher's classifier (Chen et al., CVPR 2022, arXiv:2203.14001).
 
-A projector maps the student's last map into the space of the teacher's, and the teacher's frozen head classifies it.
-Training matches the maps; labels are not needed. Projector and head belong to the student: they are evaluated, saved
-and deployed with it.
+A projector maps the student's last map to the channels of the teacher's, and a frozen copy of the teacher's head
+classifies it. Training matches the maps and needs no labels. Projector and head belong to the student: they are
+evaluated, saved and deployed with it.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from kd.common.cli import reject_unused
+from kd.common import losses
 from kd.common.methods import Feature, Method, depth_map, labels, match
-from kd.common.objective import soft_targets, teacher_is_right
+from kd.common.objective import FeatureLoss, soft_targets, teacher_is_right
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Count, NotNegative, ShareAbove0
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.matching import FEATURE_LOSSES, image_features
+from kd.image_classification.student_model.arguments import FeatureLossName, SimKDArguments
+from kd.image_classification.student_model.matching import image_features
 from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, new_classifier
 
-Variant = Literal["single", "multi", "all-layer"]
-FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
-
-
-@dataclass
-class SimKDWeights:
-    """What all variants of SimKD share."""
-
-    projector_factor: Count = field(default=2, metadata={"help": "reduction inside the projector: 1, 2, 4 or 8"})
-    projector_ratio: ShareAbove0 = field(default=2 / 3, metadata={"help": "weight of the last map under multi"})
-    use_labels: bool = field(default=False, metadata={"help": "match features only where the teacher is right"})
-    feature_weight: NotNegative = 1.0
-    cls_weight: NotNegative = field(default=0.0, metadata={"help": "weight of the labels' cross-entropy"})
-    kl_weight: NotNegative = field(default=0.0, metadata={"help": "weight of the teacher's soft targets"})
-
-    def __post_init__(self) -> None:
-        if not (self.feature_weight or self.cls_weight or self.kl_weight):
-            raise ValueError("--feature_weight, --cls_weight and --kl_weight must not all be zero")
-
-
-@dataclass
-class SimKDArguments(SimKDWeights):
-    """One variant of SimKD."""
-
-    projector: Variant = field(
-        default="single", metadata={"help": "match the last map, also the stage before, or every pair of blocks"}
-    )
-    feature_loss: FeatureLossName = "l2"
-
-    def check_unused_flags(self) -> None:
-        if self.projector != "multi":
-            reject_unused("--projector is not multi", self, "projector_ratio")
+FEATURE_LOSSES: dict[FeatureLossName, FeatureLoss] = {
+    "l2": losses.feature_l2,
+    "kl-channel": losses.channel_kl,
+    "kl-spatial": losses.spatial_kl,
+    "cosine": partial(losses.feature_cosine, dim=1),
+}
 
 
 def simkd_student(
     architecture: str, teacher: ImageClassifier, data: ImageData, factor: int, reuse_head: bool = True
 ) -> ImageClassifier:
-    """Backbone, projector and the teacher's head, frozen; with `reuse_head=False` a new head, as its control has."""
+    """Backbone, projector and a frozen copy of the teacher's head; with `reuse_head=False` the control's new head."""
     projector = _projector_to(image_features(teacher).head, factor)
     student = new_classifier(architecture, data.config, projector=projector, bottleneck=teacher.config.bottleneck)
     if reuse_head:
@@ -67,13 +41,12 @@ def simkd_student(
 
 
 def simkd(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments, temperature: float) -> Method:
-    """What a student from `simkd_student` is trained for, under one of the projector variants.
+    """The method for a student from `simkd_student`, in one of the projector variants.
 
-    The student's projector leads to the map that the teacher's head sees; other pairs of maps get an auxiliary
-    one.
+    The student's projector leads to the input map of the teacher's head. Other matched maps get auxiliary projectors.
     """
     method = labels(args.cls_weight) + Method({"soft_targets": (args.kl_weight, soft_targets(temperature))})
-    for number, (feature, teacher_feature, weight) in enumerate(_pairs(student, teacher, args)):
+    for number, (feature, teacher_feature, weight) in enumerate(_matched_maps(student, teacher, args)):
         projector = None
         if teacher_feature.path != image_features(teacher).head.path:
             projector = Projector(feature.width, **_projector_to(teacher_feature, args.projector_factor))
@@ -90,21 +63,21 @@ def simkd(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArgumen
 
 
 def share_masked(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    """The share of samples that the teacher classifies wrongly, which --use_labels leaves out."""
+    """The share of samples that the teacher misclassifies, which --use_labels leaves out."""
     return 1 - teacher_is_right(teacher, labels).float().mean()
 
 
-def _pairs(
+def _matched_maps(
     student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments
 ) -> list[tuple[Feature, Feature, float]]:
-    """(the student's map, the teacher's, weight); the maps that the heads see are one of the pairs."""
+    """(map of the student, map of the teacher, weight), among them the input maps of the heads."""
     features, teacher_features = image_features(student), image_features(teacher)
     heads = features.head, teacher_features.head
     if args.projector == "single":
         return [(*heads, 1.0)]
     if args.projector == "multi":
         if min(len(features.stages), len(teacher_features.stages)) < 2:
-            raise UserError("--projector multi needs networks of at least two stages: pass --projector single")
+            raise UserError("--projector multi needs networks with at least two stages: pass --projector single")
         ratio = args.projector_ratio
         return [(*heads, ratio), (features.stages[-2], teacher_features.stages[-2], 1 - ratio)]
     blocks, teacher_blocks = features.blocks, teacher_features.blocks
@@ -114,7 +87,7 @@ def _pairs(
 
 
 def _projector_to(teacher: Feature, factor: int) -> dict[str, Any]:
-    """The arguments of a `Projector` to a map of the teacher."""
+    """Arguments of a `Projector` to a map of the teacher."""
     if teacher.width % factor:
         raise UserError(f"--projector_factor {factor} does not divide the teacher's {teacher.width} channels")
     return {"out_channels": teacher.width, "factor": factor, "relu": teacher.positive, "max_size": teacher.size}

@@ -9,10 +9,11 @@ values, trains only the missing students. All other flags must stay the same.
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,38 +29,77 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import non_finite_tensor
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
-from kd.image_classification.student_model.distillation import (
-    ImageRun,
-    fit,
-    open_run,
-    read_stage,
-    train_on_labels,
-    validate_teacher_views,
-    views_table,
-)
-from kd.image_classification.student_model.evaluation import (
-    Logits,
-    evaluate,
-    evaluate_teacher,
-    image_processor,
-    image_results,
-    write_results,
-)
-from kd.image_classification.student_model.matching import task_spec
-from kd.image_classification.student_model.methods import (
+from kd.image_classification.student_model.arguments import (
     CONTROL,
     CONTROLS,
+    PLAIN,
     SIMKD,
-    check_kd_flags,
-    image_method,
-    with_pair_arguments,
+    DataArguments,
+    ImageTrainingArguments,
+    PairArguments,
+    SimKDArguments,
+    SimKDWeights,
 )
-from kd.image_classification.student_model.simkd import SimKDArguments, SimKDWeights, simkd, simkd_student
-from kd.image_classification.student_model.sweep_report import show
-from kd.image_classification.student_model.sweep_students import DIVERGED, Student, SweepArguments, students_of
+from kd.image_classification.student_model.distillation import ImageRun, read_stage, validate_teacher_views
+from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor
+from kd.image_classification.student_model.matching import task_spec
+from kd.image_classification.student_model.methods import check_kd_flags, image_method
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import load_teacher
+
+DIVERGED = "diverged.json"  # replaces the results of a student that diverged; contains the epoch
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student of a sweep, for all seeds."""
+
+    method: str
+    projector: str | None
+    feature_loss: str | None
+    learning_rate: float
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.method, self.projector, self.feature_loss)))
+
+    @property
+    def key(self) -> str:
+        """Name of its files and modules, unique among the students of one learning rate."""
+        return re.sub(r"[^\w-]", "_", self.label)
+
+    @property
+    def is_control(self) -> bool:
+        return self.method in CONTROLS
+
+    @property
+    def control(self) -> "Student | None":
+        """The student with the same network, trained on the labels alone; None for a control."""
+        if self.is_control:
+            return None
+        method = CONTROL if self.method == SIMKD else PLAIN
+        return replace(self, method=method, projector=None, feature_loss=None)
+
+    def folder(self, seed_folder: Path) -> Path:
+        return seed_folder / "students" / f"{self.key}_lr{self.learning_rate:g}"
+
+    def is_finished(self, seed_folder: Path) -> bool:
+        return any((self.folder(seed_folder) / name).exists() for name in (RESULTS, DIVERGED))
+
+
+def students_of(
+    methods: list[str], projectors: list[str], feature_losses: list[str], learning_rates: list[float]
+) -> list[Student]:
+    """All students of a sweep, grouped by learning rate, controls first."""
+    students = []
+    controls_first = sorted(methods, key=lambda method: method not in CONTROLS)
+    for rate, method in product(learning_rates, controls_first):
+        if method == SIMKD:
+            students += [Student(method, *variant, rate) for variant in product(projectors, feature_losses)]
+        else:
+            students.append(Student(method, None, None, rate))
+    return students
 
 
 class SweepRun(ImageRun):
@@ -73,21 +113,20 @@ Build = Callable[[Student, ImageClassifier], tuple[ImageClassifier, Method]]  # 
 
 
 def sweep(
-    axes: SweepArguments,
+    students: list[Student],
     pair: PairArguments,
     weights: SimKDWeights,
     data_args: DataArguments,
     training: ImageTrainingArguments,
     teacher_views: Path | None = None,
-) -> None:
-    """Trains the missing students of a sweep, and reports all of them.
+) -> Path:
+    """Trains and evaluates the missing students of a sweep. Returns the folder of the sweep.
 
     `teacher_views`: folder for a table of the teacher's logits of each view, for groups of students that need no
     features.
     """
-    methods = [with_pair_arguments(spec, pair) for spec in axes.methods]
-    validate_sweep(methods, training)
-    students, seeds = list(students_of(replace(axes, methods=methods))), training.seeds or [training.seed]
+    validate_sweep(students, training)
+    seeds = training.seeds or [training.seed]
     data = data_args.load()
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
@@ -100,34 +139,36 @@ def sweep(
     }
 
     start = teacher if pretrained else None
-    run = open_run("sweep", training, data, pair, weights, data_args, teacher=start, kind=SweepRun)
+    run = SweepRun("sweep", training, data, pair, weights, data_args, teacher=start)
     run.args.seeds = seeds
     if not pretrained:
-        teacher = train_on_labels(run, data, "teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
 
     missing = {s: [one for one in students if not one.is_finished(run.folder / f"seed{s}")] for s in seeds}
     number = len(seeds) * len(students)
     if PartialState().is_main_process:
         print(f"{number - sum(map(len, missing.values()))} of {number} students are finished already")
     if any(missing.values()):
-        teacher_results = evaluate_teacher(run, pair.teacher, teacher, data)
+        teacher_results = run.evaluate_teacher(pair.teacher, teacher)
         for seed_run in run.each_seed():
             for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
                 group = list(members)
                 stage = _find_stage(seed_run.folder, group)
-                trained = train_group(seed_run, data, stage, group, teacher, build, teacher_views)
-                write_group(seed_run, data, stage, trained, teacher_results, auxiliary_parameters)
+                trained = train_group(seed_run, stage, group, teacher, build, teacher_views)
+                write_group(seed_run, stage, trained, teacher_results, auxiliary_parameters)
     PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        show(run.folder, students, seeds)
+    return run.folder
 
 
-def validate_sweep(methods: list[str], training: ImageTrainingArguments) -> None:
-    """Raises UserError for arguments that students side by side do not support."""
+def validate_sweep(students: list[Student], training: ImageTrainingArguments) -> None:
+    """Raises UserError for equal students, and for arguments that students side by side do not support."""
     if training.max_grad_norm:
         raise UserError("gradient clipping would couple students side by side: --max_grad_norm must be 0")
     if training.load_best_model_at_end:
         raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
+    methods = list(dict.fromkeys(student.method for student in students))
+    if len(set(students)) < len(students):
+        raise UserError("--methods has the same method twice: name it once")
     check_kd_flags(methods, training)
     check_methods_differ((spec, image_method(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
     reject_unused("students side by side are evaluated at the end only", training, "eval_strategy", "eval_steps")
@@ -168,7 +209,6 @@ def build_student(
 
 def train_group(
     run: ImageRun,
-    data: ImageData,
     stage: str,
     students: list[Student],
     teacher: ImageClassifier,
@@ -185,9 +225,7 @@ def train_group(
             models[student.key], methods[student.key] = build(student, teacher)
         distilled = [methods[student.key] for student in students if not student.is_control]
         views = teacher_views if distilled and not any(method.teacher_features for method in distilled) else None
-        return fit(
-            run,
-            data,
+        return run.fit(
             stage,
             SideBySide(models),
             SideBySideObjective({name: method.objective for name, method in methods.items()}),
@@ -195,14 +233,14 @@ def train_group(
             validate=False,
             features=SideBySide.paths({name: method.features for name, method in methods.items()}),
             teacher=frozen(teacher, run.args.precision) if distilled else None,
-            teacher_views=views and views_table(run, data, teacher, views),
+            teacher_views=views and run.views_table(teacher, views),
             teacher_features={name: path for m in methods.values() for name, path in m.teacher_features.items()},
         )
 
     def load(folder: str) -> SideBySide:
         return SideBySide.from_pretrained(folder, read_stage)
 
-    trained = run.stage(stage, train, load, image_processor(data)).students
+    trained = run.stage(stage, train, load, image_processor(run.data)).students
     return {student: cast(ImageClassifier, trained[student.key]) for student in students}
 
 
@@ -217,7 +255,6 @@ def _find_stage(folder: Path, students: list[Student]) -> str:
 
 def write_group(
     run: ImageRun,
-    data: ImageData,
     stage: str,
     trained: dict[Student, ImageClassifier],
     teacher_results: tuple[dict[str, Any], Logits],
@@ -235,15 +272,15 @@ def write_group(
         if student.control is not None and (control := student.control.folder(run.folder) / RESULTS).exists():
             entries["control"] = read_json(control)["models"]["student"]
         name = f"{model.config.architecture}, {student.label}"
-        entries["student"], _ = evaluate(name, model, data, teacher_results[1])
-        results = image_results(run, student.label, data, entries) | {
+        entries["student"], _ = evaluate(name, model, run.data, teacher_results[1])
+        results = run.image_results(student.label, entries) | {
             "learning_rate": student.learning_rate,
             "labels_only": student.is_control,
             "auxiliary_parameters": auxiliary_parameters[student.key],
             "side_by_side_with": ", ".join(other.label for other in trained if other != student) or "none",
         }
         results["seconds"]["student"] = run.seconds[stage]
-        write_results(folder, results, data, model, {"student": _losses_of(student, history)})
+        run.write_results(folder, results, model, {"student": _losses_of(student, history)})
 
 
 def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:

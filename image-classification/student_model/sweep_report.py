@@ -1,4 +1,4 @@
-"""The report of a sweep: one table and one plot, mean and standard deviation over the seeds."""
+"""The report of a sweep: a table and a plot with mean and standard deviation over seeds."""
 
 from itertools import cycle
 from pathlib import Path
@@ -11,49 +11,44 @@ from matplotlib.figure import Figure
 
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import RESULTS
-from kd.common.reporting.tables import markdown, number, print_rich
+from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
-from kd.image_classification.student_model.sweep_students import DIVERGED, Student
+from kd.image_classification.student_model.sweep import DIVERGED, Student
 
-GROUP = ["label", "rate"]  # columns that the seeds of one student share
+GROUP = ["label", "rate"]  # columns that identify a student
 
 
 def show(folder: Path, students: list[Student], seeds: list[int]) -> None:
     """Writes sweep.md and sweep.png into the sweep's folder and prints the table.
 
-    A student that diverged with one seed has no row, which would be of the seeds that went well. Raises UserError
-    where that leaves none.
+    A student that diverged with any seed is left out of the table, because its other seeds alone would flatter it.
+    Raises UserError if all students diverged.
     """
+    folders = {(student, seed): student.folder(folder / f"seed{seed}") for student in students for seed in seeds}
     diverged: dict[Student, list[str]] = {}
-    for student in students:
-        files = {seed: student.folder(folder / f"seed{seed}") / DIVERGED for seed in seeds}
-        when = [f"seed {seed} in epoch {read_json(file)['epoch']}" for seed, file in files.items() if file.exists()]
-        if when:
-            diverged[student] = when
+    for (student, seed), path in folders.items():
+        if (path / DIVERGED).exists():
+            epoch = read_json(path / DIVERGED)["epoch"]
+            diverged.setdefault(student, []).append(f"seed {seed} in epoch {epoch}")
     named = "; ".join(f"{s.label} at {s.learning_rate:g} ({', '.join(when)})" for s, when in diverged.items())
-    results = {
-        (student, seed): read_json(student.folder(folder / f"seed{seed}") / RESULTS)
-        for student in students
-        if student not in diverged
-        for seed in seeds
-    }
+    results = {key: read_json(path / RESULTS) for key, path in folders.items() if key[0] not in diverged}
     if not results:
         raise UserError(f"the loss of each student is not finite: {named}; try a lower learning rate")
     first = next(iter(results.values()))
     split, teacher = first["primary_metric"]["split"], first["models"]["teacher"]
     rows = rows_of(results)
-    (header, cells), verdicts = table(rows), noise(rows, split)
+    (header, cells), notes = table(rows), compare_students(rows, split)
     if diverged:
-        verdicts.append(f"Diverged, with a loss that is not finite, and left out: {named}.")
-    write_text(folder / "sweep.md", "\n\n".join([markdown(header, cells), *verdicts]) + "\n")
+        notes.append(f"Diverged (the loss is not finite) and left out: {named}.")
+    write_text(folder / "sweep.md", "\n\n".join([markdown(header, cells), *notes]) + "\n")
     plot(folder / "sweep.png", rows, split, teacher["metrics"][split]["accuracy"])
-    below = "\n".join([*verdicts, str(folder / "sweep.md"), str(folder / "sweep.png")])
-    print_rich(header, cells, title="mean ± standard deviation over seeds", below=below)
+    below = "\n".join([*notes, str(folder / "sweep.md"), str(folder / "sweep.png")])
+    print_rich(header, cells, title="Mean ± standard deviation over seeds", below=below)
 
 
 def rows_of(results: dict[tuple[Student, int], dict[str, Any]]) -> pd.DataFrame:
-    """One row per student and seed."""
+    """A row per student and seed."""
     return pd.DataFrame(
         {
             "label": student.label,
@@ -64,46 +59,45 @@ def rows_of(results: dict[tuple[Student, int], dict[str, Any]]) -> pd.DataFrame:
             "gain over control": found["gain_over_control"],
             "parameters": found["models"]["student"]["parameters"],
             "auxiliary parameters": found["auxiliary_parameters"],
-            "seconds of its group": found["seconds"]["student"],
+            "seconds": found["seconds"]["student"],
         }
         for (student, seed), found in results.items()
     ).astype({"gain over control": float})
 
 
 def table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """One row per method, projector, loss and learning rate."""
+    """A row per method, projector, loss and learning rate."""
     means = [name for name in rows if name.endswith(" accuracy")] + ["gain over control"]
     sizes = ["parameters", "auxiliary parameters"]
     cells = []
     for (label, rate), runs in rows.groupby(GROUP, sort=False):
-        figures = [_spread(runs[name]) for name in means] + [number(int(runs[name].iloc[0])) for name in sizes]
-        cells.append([label, f"{rate:g}", str(len(runs)), *figures, _spread(runs["seconds of its group"])])
-    return ["student", "learning rate", "seeds", *means, *sizes, "seconds of its group"], cells
+        figures = [mean_and_deviation(runs[name].dropna().tolist()) for name in means] + [
+            number(int(runs[name].iloc[0])) for name in sizes
+        ]
+        cells.append([label, f"{rate:g}", str(len(runs)), *figures, mean_and_deviation(runs["seconds"].tolist())])
+    return ["student", "learning rate", "seeds", *means, *sizes, "seconds"], cells
 
 
-def noise(rows: pd.DataFrame, split: str) -> list[str]:
-    """Sentences that name the students that are no better than their control, and those no worse than the best.
-
-    Both by two standard deviations of the difference, which is taken seed by seed.
-    """
+def compare_students(rows: pd.DataFrame, split: str) -> list[str]:
+    """Sentences that name the students that are not better than their control, and those not worse than the best."""
     rows = rows[~rows["is_control"]]
     rows = rows.assign(name=[f"{label} at {rate:g}" for label, rate in zip(rows["label"], rows["rate"], strict=True)])
     if rows.empty:
         return []
     if rows["seed"].nunique() < 2:
-        return ["One seed does not show noise."]
+        return ["One seed does not show the variation over seeds."]
     scores = rows.pivot(index="seed", columns="name", values=f"{split} accuracy")
     gains = rows.pivot(index="seed", columns="name", values="gain over control")
     names = list(rows["name"].unique())
     best = scores[names].mean().idxmax()
-    alone = [name for name in names if gains[name].isna().any()]
-    like_control = [name for name in names if name not in alone and not _stands_out(gains[name])]
+    without = [name for name in names if gains[name].isna().any()]
+    like_control = [name for name in names if name not in without and not _stands_out(gains[name])]
     like_best = [name for name in names if name != best and not _stands_out(scores[best] - scores[name])]
-    rule = f"by two standard deviations of the difference in {split} accuracy, seed by seed"
-    sentences = [f"Not behind the best, {best}, {rule}: {', '.join(like_best) or 'none'}."]
-    if len(alone) < len(names):
-        sentences.insert(0, f"Not ahead of their control {rule}: {', '.join(like_control) or 'none'}.")
-    return sentences + ([f"Without a control: {', '.join(alone)}."] if alone else [])
+    sentences = [f"A difference counts if its mean over seeds in {split} accuracy exceeds two standard deviations."]
+    if len(without) < len(names):
+        sentences.append(f"Not better than the control: {', '.join(like_control) or 'none'}.")
+    sentences.append(f"Not worse than the best, {best}: {', '.join(like_best) or 'none'}.")
+    return sentences + ([f"Without a control: {', '.join(without)}."] if without else [])
 
 
 def _stands_out(differences: pd.Series) -> bool:
@@ -111,7 +105,7 @@ def _stands_out(differences: pd.Series) -> bool:
 
 
 def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) -> None:
-    """Accuracy over the learning rate, or of each student at the only one; bars are standard deviations."""
+    """Plots accuracy over the learning rate, or for one rate a row per student; bars are standard deviations."""
     labels, one_rate = rows["label"].unique(), rows["rate"].nunique() == 1
     spreads = rows.groupby([*GROUP, "is_control"], sort=False)[f"{split} accuracy"].agg(["mean", "std"]).fillna(0.0)
     with matplotlib.rc_context(PAPER):
@@ -126,7 +120,7 @@ def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) ->
 
 
 def _draw_rates(axes: Axes, spreads: pd.DataFrame, split: str) -> None:
-    """One line per kind of student."""
+    """A line per student."""
     styles = cycle([*STYLES.values(), *OTHER_STYLES])
     for (label, line), (colour, dashes, marker) in zip(spreads.groupby("label", sort=False), styles, strict=False):
         line = line.sort_values("rate")
@@ -141,7 +135,7 @@ def _draw_rates(axes: Axes, spreads: pd.DataFrame, split: str) -> None:
 
 
 def _draw_students(axes: Axes, spreads: pd.DataFrame, split: str) -> None:
-    """One row per student, the best at the top; controls are squares, with their deviation as a band."""
+    """A row per student, the best at the top. The deviation of a control is also a band."""
     spreads = spreads.sort_values("mean", kind="stable", ignore_index=True)
     for role, shown in (("student", spreads[~spreads["is_control"]]), ("control", spreads[spreads["is_control"]])):
         colour, _, marker = STYLES[role]
@@ -151,14 +145,6 @@ def _draw_students(axes: Axes, spreads: pd.DataFrame, split: str) -> None:
     for mean, deviation in zip(shown["mean"], shown["std"], strict=True):
         axes.axvspan(mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
     axes.set_yticks(range(len(spreads)), spreads["label"], fontsize=8)
+    axes.set_ylim(-0.6, len(spreads) - 0.4)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.set_xlabel(f"{split.capitalize()} accuracy")
-
-
-def _spread(values: pd.Series) -> str:
-    """mean ± standard deviation of the values that there are."""
-    values = values.dropna()
-    if values.empty:
-        return "–"
-    deviation = f" ± {number(float(values.std()))}" if len(values) > 1 else ""
-    return number(float(values.mean())) + deviation

@@ -15,7 +15,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from kd.common.cli import parse, run
+from kd.common.cli import parse, run, show_help
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, Loss, PolicyArguments, StudentArguments
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
+
+ARGUMENTS = (PolicyArguments, StudentArguments, DistillArguments, TeacherArguments)
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from kd.common.training.run import Run
 from kd.common.training.run_folder import check_is_run_or_empty
 from kd.reinforcement_learning.data.environments import (
@@ -25,21 +32,12 @@ from kd.reinforcement_learning.data.environments import (
     require_single_process,
     time_limit_warning,
 )
-from kd.reinforcement_learning.student_model.arguments import PolicyArguments, StudentArguments
-from kd.reinforcement_learning.student_model.distiller import Agents, DistillArguments, Distillation, PolicyRun
-from kd.reinforcement_learning.student_model.evaluation import (
-    evaluate,
-    random_metrics,
-    random_warning,
-    report,
-)
-from kd.reinforcement_learning.student_model.matching import Loss, check_loss
-from kd.reinforcement_learning.student_model.student import StudentSpec
-from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
+from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
+from kd.reinforcement_learning.student_model.matching import check_loss
+from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
 from kd.reinforcement_learning.teacher_model.teacher import (
     Teacher,
-    TeacherArguments,
-    TeacherTask,
     average_policies,
     load_agent,
     load_or_train_teacher,
@@ -50,9 +48,7 @@ from kd.reinforcement_learning.teacher_model.teacher import (
 
 def main() -> None:
     require_single_process()
-    args, student_args, distill_args, training = parse(
-        PolicyArguments, StudentArguments, DistillArguments, TeacherArguments
-    )
+    args, student_args, distill_args, training = parse(*ARGUMENTS)
     args.output_dir = args.output_dir or str(args.default_folder())
     check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, like the next checks
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
@@ -90,7 +86,7 @@ def check_environment(environment: str, student: StudentArguments, loss: Loss) -
     """Raises UserError for an environment that cannot be made, or that does not fit the student or the loss."""
     require_module_on_command_line(environment, "the recipe")
     with closing(Environments(environment, 1)) as environments:
-        student.check(environment, environments.observation_space)
+        validate_student(student, environment, environments.observation_space)
         check_loss(loss, environments.action_space)
 
 
@@ -111,12 +107,10 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss)
         task = TeacherTask(environment, args.episodes, args.eval_episodes)
         agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
         check_loss(loss, agent.policy.action_space, agent.deterministic)
-        networks = [
-            soft_network(one, environment, args.teacher_temperature, args.teacher_entropy)
-            for one in (agent, *more_agents)
-        ]
+        agents = (agent, *more_agents)
+        networks = [soft_network(one, environment, args.teacher_temperature, args.teacher_entropy) for one in agents]
         network = average_policies(networks) if more_agents else networks[0]
-        teachers.append(Teacher(environment, agent, network, tuple(more_agents)))
+        teachers.append(Teacher(environment, agents, network))
     return teachers
 
 
@@ -125,7 +119,8 @@ def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: in
     curve is its mean return on the episodes of the students' curves, from step 0 to `steps`.
     """
     environment = teacher.environment
-    entry = evaluate(teacher.agents, environment, args.episodes, teacher.network if teacher.more_agents else None)
+    ensemble = teacher.network if len(teacher.agents) > 1 else None
+    entry = evaluate(teacher.agents, environment, args.episodes, ensemble)
     validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
     run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)

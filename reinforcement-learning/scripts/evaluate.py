@@ -8,15 +8,32 @@ MODEL is a zip of Stable-Baselines3, a folder or owner/name on the Hub, as for -
 """
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
-from kd.common.cli import Parser, run
+from kd.common.cli import Parser, run, show_help
+from kd.common.utils.ranges import MOST, Range
+
+PARSER = Parser(description=__doc__)
+PARSER.add_argument("model", help="A zip of Stable-Baselines3, a folder with one, or owner/name on the Hub.")
+PARSER.add_argument("--environment", help="Gymnasium id (default: that of a run of this project).")
+PARSER.add_argument("--teacher", help="Compare with this policy, in the states that the model meets.")
+PARSER.add_argument(
+    "--vecnormalize",
+    metavar="FILE",
+    help="File that VecNormalize.save wrote for the model, or none (default: the file named like the model).",
+)
+PARSER.add_argument("--teacher_vecnormalize", metavar="FILE", help="The same for the teacher.")
+PARSER.add_argument("--episodes", type=int, default=100, within=Range(1, MOST), help="Episodes to play.")
+PARSER.add_argument("--video", metavar="FILE", help="Write an episode to an .mp4 or .gif.")
+PARSER.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
+PARSER.add_argument("--trust_pickle", action="store_true", help="Let Stable-Baselines3 unpickle the model.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
+
 from kd.common.reporting.report import show_metrics
 from kd.common.reporting.results import RESULTS
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.common.utils.ranges import MOST, Range
 from kd.reinforcement_learning.data.environments import (
     require_module_on_command_line,
     require_single_process,
@@ -31,7 +48,9 @@ from kd.reinforcement_learning.teacher_model.teacher import load_agent
 
 def main() -> None:
     require_single_process()
-    args = arguments()
+    args = PARSER.parse_args()
+    if args.video:
+        check_video(args.video)
     environment = args.environment or environment_of(Path(args.model))
     agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
     teacher = None
@@ -46,27 +65,6 @@ def main() -> None:
     show_metrics(args.model, entry, args.json)
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
-
-
-def arguments() -> Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument("model", help="A zip of Stable-Baselines3, a folder with one, or owner/name on the Hub.")
-    parser.add_argument("--environment", help="Gymnasium id (default: that of a run of this project).")
-    parser.add_argument("--teacher", help="Compare with this policy, in the states that the model meets.")
-    parser.add_argument(
-        "--vecnormalize",
-        metavar="FILE",
-        help="File that VecNormalize.save wrote for the model, or none (default: the file named like the model).",
-    )
-    parser.add_argument("--teacher_vecnormalize", metavar="FILE", help="The same for the teacher.")
-    parser.add_argument("--episodes", type=int, default=100, within=Range(1, MOST), help="Episodes to play.")
-    parser.add_argument("--video", metavar="FILE", help="Write an episode to an .mp4 or .gif.")
-    parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
-    parser.add_argument("--trust_pickle", action="store_true", help="Let Stable-Baselines3 unpickle the model.")
-    args = parser.parse_args()
-    if args.video:
-        check_video(args.video)
-    return args
 
 
 def environment_of(folder: Path) -> str:

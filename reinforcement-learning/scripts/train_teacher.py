@@ -7,8 +7,14 @@
 `--teacher` of distill_policy.py takes the run's folder; the default folder is found by that script itself.
 """
 
-from kd.common.cli import parse, run
+from kd.common.cli import parse, run, show_help
 from kd.common.training.arguments import RunArguments
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask
+
+ARGUMENTS = (TeacherTask, TeacherArguments, RunArguments)
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
 from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import (
@@ -17,13 +23,13 @@ from kd.reinforcement_learning.data.environments import (
     time_limit_warning,
 )
 from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
-from kd.reinforcement_learning.teacher_model.teacher import TeacherArguments, TeacherTask, train_teacher
+from kd.reinforcement_learning.teacher_model.teacher import train_teacher
 from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 
 def main() -> None:
     require_single_process()
-    task, training, args = parse(TeacherTask, TeacherArguments, RunArguments)
+    task, training, args = parse(*ARGUMENTS)
     if args.seeds:
         raise UserError("train_teacher.py trains one teacher: pass --seed instead of --seeds")
     environment = task.environment

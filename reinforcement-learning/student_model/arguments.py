@@ -1,15 +1,14 @@
-"""Arguments of the student and of a distillation run."""
+"""Arguments of the student and of a distillation run.
+
+Nothing here imports torch, so that `--help` is quick.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space
-
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import CodebookSize, RunArguments
-from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import (
     Count,
     CountOrNone,
@@ -18,7 +17,10 @@ from kd.common.utils.ranges import (
     ProperShare,
     check_declared,
 )
-from kd.reinforcement_learning.data.environments import folder_name
+from kd.reinforcement_learning.teacher_model.recipes import folder_name
+
+Loss = Literal["kl", "nll", "mse", "huber"]
+RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
 
 
 @dataclass
@@ -54,17 +56,25 @@ class StudentArguments:
         if not self.codebooks:
             reject_unused("--codebooks is 0", self, "codebook_size", "key_dim")
 
-    def check(self, environment: str, observations: spaces.Space) -> None:
-        """Raises UserError for a student that does not fit the observations of an environment."""
-        if not is_image_space(observations):
-            reject_unused(f"{environment} shows no frames", self, "channels")
-        if is_image_space(observations) and not self.student:
-            raise UserError(f"{environment} shows frames: pass --student the width after the convolutions")
-        if self.codebooks and len(observations.shape or ()) != 1:
-            raise UserError(
-                f"a key-value bottleneck takes vectors, and {environment} shows observations of shape "
-                f"{observations.shape}: leave out --codebooks"
-            )
+
+@dataclass
+class DistillArguments:
+    """How a student is distilled."""
+
+    rollout_policy: RolloutPolicy = field(
+        default="dagger", metadata={"help": "Policy that acts while observations are collected."}
+    )
+    loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
+    steps: Count = field(default=20_000, metadata={"help": "Environment steps in total."})
+    rounds: Count = field(default=10, metadata={"help": "Rounds of collecting and fitting."})
+    updates: Count = field(default=200, metadata={"help": "Minibatches per round."})
+    batch_size: Count = field(default=256, metadata={"help": "Observations per minibatch."})
+    learning_rate: Positive = field(
+        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
+    )
+    value_weight: NotNegative = field(default=0.5, metadata={"help": "Weight of the loss between the values."})
+    num_envs: Count = field(default=8, metadata={"help": "Environments that are stepped in parallel."})
+    buffer_size: Count = field(default=1_000_000, metadata={"help": "Observations kept; the oldest are dropped."})
 
 
 @dataclass

@@ -17,9 +17,10 @@ from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.report import model_card, print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.files import write_text, writing_folder
-from kd.reinforcement_learning.data.environments import fingerprint, folder_name, registration_code
+from kd.reinforcement_learning.data.environments import fingerprint, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
+from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
 
 STATES = 20_000  # at most, for the agreement of student and teacher

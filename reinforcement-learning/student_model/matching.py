@@ -1,6 +1,4 @@
-"""The objective of a student's actions and values: losses between its outputs and the teacher's."""
-
-from typing import Literal
+"""The objective of policy distillation: losses between actions and values of student and teacher."""
 
 import torch
 from einops import rearrange
@@ -12,16 +10,14 @@ from kd.common.methods import Method
 from kd.common.objective import FeatureLoss, FeatureTerm, Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.student_model.arguments import Loss
 from kd.reinforcement_learning.teacher_model.policies import greedy_actions
-
-Loss = Literal["kl", "nll", "mse", "huber"]
 
 
 def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Method:
-    """The policy's loss and, in units of the teacher's standard deviation, the value's squared error. The agreement of
-    discrete actions is logged.
-
-    The value's weight is zero for a teacher without values.
+    """A loss of the actions, plus the squared error of the values in units of the teacher's standard deviation
+    (`value_std`). A `value_weight` of zero supports a teacher without values. The agreement of discrete actions is
+    logged.
     """
     value = FeatureTerm("value", "value", losses.regression_mse)
     discrete = isinstance(action_space, spaces.Discrete)
@@ -33,8 +29,8 @@ def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_s
 
 
 def gaussian_term(loss: Loss) -> Term:
-    """A loss of continuous actions: KL(teacher || student), or a regression of the means and, where the teacher has
-    them, of the logarithms of the standard deviations.
+    """A loss of continuous actions: KL(teacher || student), or a regression of the means and, if the teacher has them,
+    of the logarithms of the standard deviations.
     """
     if loss == "kl":
         return FeatureTerm(("mean", "log_std"), ("mean", "log_std"), losses.gaussian_kl)
@@ -50,7 +46,7 @@ def gaussian_term(loss: Loss) -> Term:
 
 
 def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bool = False) -> None:
-    """Raises UserError for a loss that these actions or this teacher do not have."""
+    """Raises UserError for a loss that these actions or this teacher do not support."""
     if loss == "nll" and not isinstance(action_space, spaces.Discrete):
         raise UserError("--loss nll needs discrete actions: pass --loss kl, mse or huber for these continuous ones")
     if loss == "kl" and deterministic_teacher:
@@ -64,7 +60,7 @@ def _huber(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _agreement(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    """Share of the batch on which the greedy actions are the same."""
+    """Share of the batch with equal greedy actions."""
     assert teacher is not None
     return (greedy_actions(student) == greedy_actions(teacher)).float().mean()
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import cloudpickle
 import torch
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
+from kd.common.cli import reject_unused
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import training_environments
@@ -98,6 +100,20 @@ def new_student(
     policy["net_arch"] = {"pi": args.student[images:], "vf": args.student[1:] if images else value}
     kind, device = ("CnnPolicy", "auto") if images else ("MlpPolicy", "cpu")  # small networks are faster on the CPU
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
+
+
+def validate_student(args: StudentArguments, environment: str, observations: spaces.Space) -> None:
+    """Raises UserError for a student that does not fit the observations of an environment."""
+    frames = is_image_space(observations)
+    if not frames:
+        reject_unused(f"{environment} has no frames", args, "channels")
+    if frames and not args.student:
+        raise UserError(f"{environment} has frames: pass --student the width of the layer after the convolutions")
+    if args.codebooks and len(observations.shape or ()) != 1:
+        raise UserError(
+            f"a key-value bottleneck takes vectors, and {environment} has observations of shape "
+            f"{observations.shape}: leave out --codebooks"
+        )
 
 
 class StudentNetwork(PolicyNetwork):

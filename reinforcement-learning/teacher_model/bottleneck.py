@@ -1,6 +1,7 @@
-"""A student that looks observations up: common's discrete key-value bottleneck as a Stable-Baselines3 extractor.
+"""The discrete key-value bottleneck as a features extractor of Stable-Baselines3.
 
-The zip of such a student names the class below, so `PPO.load("student.zip")` needs this project to be installed.
+The zip of a student with it names the class below, so `PPO.load("student.zip")` needs this project to be installed.
+The classes of policies.py are pickled by value instead, which is why this one is in another module.
 """
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 
-VALUE_DIM = 4  # with 16, four times the parameters agree with a teacher in at most 0.5 % more states
+VALUE_DIM = 4  # with 16, policies agree in at most 0.5 % more states, for four times the parameters
 
 
 class BottleneckFeatures(BaseFeaturesExtractor):
     """Observations (batch, width) -> features (batch, features_dim): standardized, looked up, decoded.
 
-    What it standardizes by and its keys are fitted once, without labels, to the first observations that it is shown;
-    from then on only the values are learned. The heads are random projections, since an observation has few numbers.
+    Mean, standard deviation and keys are fitted once, without labels, to the first observations. After that only the
+    values are trained. The heads are random projections, because an observation has few numbers.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class BottleneckFeatures(BaseFeaturesExtractor):
 
     @torch.no_grad()
     def fit(self, observations: Tensor) -> None:
-        """Fits to observations (rows, width), and freezes the keys."""
+        """Fits mean, standard deviation and keys to observations (rows, width), and freezes the keys."""
         std, mean = torch.std_mean(observations, dim=0, correction=0)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # what did not move yet keeps its scale
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a constant dimension keeps its scale
         self.bottleneck.fit_keys(self._standardized(observations))
 
     def forward(self, observations: Tensor) -> Tensor:

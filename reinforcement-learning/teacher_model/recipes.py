@@ -1,22 +1,26 @@
-"""Hyper-parameters of each algorithm and environment: rows of hyperparameters.yaml as constructor keywords."""
+"""The training of teachers: its arguments, and the hyper-parameters of each algorithm and environment.
+
+The rows of hyperparameters.yaml are keywords of the algorithms' constructors. Nothing here imports torch or
+Stable-Baselines3 before it is called, so that `--help` is quick.
+"""
 
 import inspect
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
-from stable_baselines3 import DQN, PPO, SAC
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Range
+from kd.common.utils.ranges import Count, Range
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
 
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
 # Keywords that are not hyper-parameters, or have no JSON value.
 RESERVED = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
 RESERVED |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
@@ -38,6 +42,46 @@ OPTIONAL = {"clip_range_vf", "target_kl"}  # may be null
 SCHEDULES = {"learning_rate", "clip_range", "clip_range_vf"}  # may be linear_X
 
 
+@dataclass
+class TeacherArguments:
+    """How a teacher is trained. Raises ValueError, one line, for hyper-parameters that are invalid."""
+
+    algorithm: Literal["ppo", "dqn", "sac"] = field(
+        default="ppo", metadata={"help": "Algorithm of a teacher that is trained."}
+    )
+    teacher_steps: Count | None = field(
+        default=None, metadata={"help": "Environment steps of its training (default: those of hyperparameters.yaml)."}
+    )
+    hyperparameters: str | None = field(
+        default=None,
+        metadata={"help": "JSON that replaces values of hyperparameters.yaml, such as '{\"gamma\": 0.99}'."},
+    )
+
+    def __post_init__(self) -> None:
+        self.recipe("CartPole-v1")  # raises for malformed values
+
+    def recipe(self, environment: str) -> "TrainingRecipe":
+        changes: Any = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
+        if not isinstance(changes, dict):
+            raise ValueError(f"--hyperparameters must be a JSON object, such as '{{\"gamma\": 0.99}}', got {changes}")
+        if self.teacher_steps is not None:
+            changes["steps"] = self.teacher_steps
+        return training_recipe(self.algorithm, environment, changes)
+
+    def folder(self, environment: str) -> Path:
+        """Where a teacher is kept unless --output_dir of train_teacher.py is another folder."""
+        return Path("runs/reinforcement-learning", f"teacher_{folder_name(environment)}_{self.algorithm}")
+
+
+@dataclass
+class TeacherTask:
+    """Where a teacher is trained and evaluated."""
+
+    environment: str = field(default="CartPole-v1", metadata={"help": "Id of a Gymnasium environment."})
+    episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
+    eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
+
+
 @dataclass(frozen=True)
 class TrainingRecipe:
     """`steps` is summed over all `environments`. `normalize`: VecNormalize normalizes observations and rewards."""
@@ -47,6 +91,18 @@ class TrainingRecipe:
     environments: int
     normalize: bool
     keywords: dict[str, Any]
+
+
+def algorithm_class(algorithm: str) -> "type[BaseAlgorithm]":
+    from stable_baselines3 import DQN, PPO, SAC
+
+    classes: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "dqn": DQN, "sac": SAC}
+    return classes[algorithm]
+
+
+def folder_name(environment: str) -> str:
+    """The id of an environment as part of a path."""
+    return environment.replace("/", "-").replace(":", "-")
 
 
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
@@ -69,7 +125,7 @@ def check_steps(recipe: TrainingRecipe) -> None:
     """Raises UserError if a recipe has too few steps for an update, or if the batch size of PPO does not divide its
     rollouts.
     """
-    defaults = inspect.signature(ALGORITHMS[recipe.algorithm]).parameters
+    defaults = inspect.signature(algorithm_class(recipe.algorithm)).parameters
     keywords = {name: parameter.default for name, parameter in defaults.items()} | recipe.keywords
     if keywords.get("learning_starts", 0) >= recipe.steps:
         raise UserError(
@@ -87,7 +143,7 @@ def check_steps(recipe: TrainingRecipe) -> None:
 
 
 def _check(algorithm: str, row: dict[str, Any]) -> None:
-    parameters = [*inspect.signature(ALGORITHMS[algorithm]).parameters, "steps", "environments", "normalize"]
+    parameters = [*inspect.signature(algorithm_class(algorithm)).parameters, "steps", "environments", "normalize"]
     known = [name for name in parameters if name not in RESERVED]
     for name in row.keys() - set(known):
         near = get_close_matches(name, known, n=1)
@@ -124,6 +180,8 @@ def _value(name: str, value: Any) -> Any:
     if name in RANGES and RANGES[name][0] is int:
         return int(value)
     if name == "policy_kwargs" and isinstance(value.get("activation_fn"), str):
+        import torch
+
         activation = getattr(torch.nn, value["activation_fn"], None)
         if not (isinstance(activation, type) and issubclass(activation, torch.nn.Module)):
             raise ValueError(f"torch.nn has no activation function {value['activation_fn']}")

@@ -1,11 +1,10 @@
 """Teachers: agents that are loaded from files, or trained from reward once and reused by later runs."""
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -22,8 +21,7 @@ from kd.common.training.run_folder import read_recipe
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights, non_finite_tensor
-from kd.common.utils.ranges import Count
-from kd.reinforcement_learning.data.environments import Environments, fingerprint, folder_name
+from kd.reinforcement_learning.data.environments import Environments, fingerprint
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
 from kd.reinforcement_learning.teacher_model.policies import (
@@ -33,52 +31,12 @@ from kd.reinforcement_learning.teacher_model.policies import (
     greedy,
     temperature_for_entropy,
 )
-from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, training_recipe
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, folder_name
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy, trained_with_vec_normalize
 from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 
 MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
 CALIBRATION_EPISODES = 8
-
-
-@dataclass
-class TeacherArguments:
-    """How a teacher is trained. Raises ValueError, one line, for hyper-parameters that are invalid."""
-
-    algorithm: Literal["ppo", "dqn", "sac"] = field(
-        default="ppo", metadata={"help": "Algorithm of a teacher that is trained."}
-    )
-    teacher_steps: Count | None = field(
-        default=None, metadata={"help": "Environment steps of its training (default: those of hyperparameters.yaml)."}
-    )
-    hyperparameters: str | None = field(
-        default=None,
-        metadata={"help": "JSON that replaces values of hyperparameters.yaml, such as '{\"gamma\": 0.99}'."},
-    )
-
-    def __post_init__(self) -> None:
-        self.recipe("CartPole-v1")  # raises for malformed values
-
-    def recipe(self, environment: str) -> TrainingRecipe:
-        changes: Any = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
-        if not isinstance(changes, dict):
-            raise ValueError(f"--hyperparameters must be a JSON object, such as '{{\"gamma\": 0.99}}', got {changes}")
-        if self.teacher_steps is not None:
-            changes["steps"] = self.teacher_steps
-        return training_recipe(self.algorithm, environment, changes)
-
-    def folder(self, environment: str) -> Path:
-        """Where a teacher is kept unless --output_dir of train_teacher.py is another folder."""
-        return Path("runs/reinforcement-learning", f"teacher_{folder_name(environment)}_{self.algorithm}")
-
-
-@dataclass
-class TeacherTask:
-    """Where a teacher is trained and evaluated."""
-
-    environment: str = field(default="CartPole-v1", metadata={"help": "Id of a Gymnasium environment."})
-    episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
-    eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
 
 
 # ---- agents ----
@@ -249,19 +207,18 @@ def curve_name(environment: str) -> str:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of one environment. `network` has the outputs that students learn: those of `agent` at its
-    temperature or, with `more_agents`, the average of all agents, each at its temperature and with its statistics.
-    Students standardize observations with the statistics of `agent`.
+    """The teacher of one environment. `network` has the outputs that students learn: those of the agent at its
+    temperature or, for several agents, their average, each at its temperature and with its statistics.
     """
 
     environment: str
-    agent: Agent
+    agents: tuple[Agent, ...]
     network: PolicyNetwork | EnsembleTeacher
-    more_agents: tuple[Agent, ...] = ()
 
     @property
-    def agents(self) -> tuple[Agent, ...]:
-        return (self.agent, *self.more_agents)
+    def agent(self) -> Agent:
+        """The first agent, whose statistics standardize the observations of students."""
+        return self.agents[0]
 
 
 def average_policies(networks: Sequence[PolicyNetwork]) -> EnsembleTeacher:

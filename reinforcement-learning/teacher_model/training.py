@@ -27,7 +27,7 @@ from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
 from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
-from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TrainingRecipe, check_steps
+from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe, algorithm_class, check_steps
 
 SEGMENTS = 10
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate")
@@ -79,13 +79,13 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     check_steps(recipe)
     environments = recipe_environments(environment, recipe, seed)
     frames = is_image_space(environments.observation_space)
-    algorithm: Any = ALGORITHMS[recipe.algorithm]
+    algorithm: Any = algorithm_class(recipe.algorithm)
     # Small networks are faster on the CPU.
     device = "cpu" if recipe.algorithm == "ppo" and not frames else "auto"
     policy = "CnnPolicy" if frames else "MlpPolicy"
     try:
         model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
-    except Exception as error:  # of Stable-Baselines3 or torch, for any value or keyword
+    except Exception as error:  # Stable-Baselines3 and torch raise any exception
         environments.close()
         raise UserError(f"invalid hyper-parameters of {recipe.algorithm}: {error}") from error
     return model

@@ -28,7 +28,7 @@ Columns = dict[str, list]
 
 
 def write(folder: Path, format: str = "parquet", **splits: Columns | datasets.Dataset) -> str:
-    """Writes one file per split and returns the folder's name as a flag would give it."""
+    """Writes one file per split. Returns the folder as the value of a flag."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, columns in splits.items():
         rows = columns if isinstance(columns, datasets.Dataset) else datasets.Dataset.from_dict(columns)
@@ -95,7 +95,7 @@ def test_intents_are_many_with_a_rare_tail_and_no_majority() -> None:
     assert len({word for text in found["train"]["text"] for word in text.split()}) < 3000
 
 
-def test_train_never_uses_what_is_held_out() -> None:
+def test_train_never_uses_excluded_alternatives() -> None:
     found = load_intents()
     for words in ("lisbon", "risotto", "tyre", "square root"):
         assert not any(words in text for text in found["train"]["text"])
@@ -158,12 +158,12 @@ def test_named_classes_keep_their_order(tmp_path: Path) -> None:
     assert data.splits["validation"]["label"][:] == [1, 0]  # by name, not by number
 
 
-def test_labels_are_put_in_the_order_of_other_names(tmp_path: Path) -> None:
+def test_labels_can_be_reordered_by_name(tmp_path: Path) -> None:
     data = load_text_data(write(tmp_path, **small(["a", "b", "c", "a"])))
     other = with_label_order(data, ["C", "more", "A", "B"])
     assert other.label_names == ["C", "more", "A", "B"] and other.splits["train"]["label"][:] == [2, 3, 0, 2]
     assert other.splits["train"]["text"][:] == data.splits["train"]["text"][:]
-    assert other.fingerprint != data.fingerprint  # what was computed for one order is not used for the other
+    assert other.fingerprint != data.fingerprint  # results cached for one order must not be used for another
     assert with_label_order(data, ["c", "b", "a"]).splits["validation"]["label"][:] == [2, 1, 0, 2]
     assert with_label_order(with_label_order(data, ["c", "b", "a"]), ["a", "b", "c"]).fingerprint == data.fingerprint
     with pytest.raises(UserError, match=r"the label 'c' \(1 row of train\), which is not among a, b"):
@@ -196,11 +196,11 @@ def test_columns_are_guessed_or_named(tmp_path: Path) -> None:
     assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).regression
 
 
-# As people have them: an index of pandas in front, figures beside the label, names of the labels beside their numbers
+# Typical files: a pandas index, a score next to the label, label names next to label ids
 
 
 @pytest.mark.parametrize("format", ["csv", "parquet"])
-def test_a_frame_of_pandas_with_its_index(tmp_path: Path, format: str) -> None:
+def test_a_pandas_frame_with_its_index(tmp_path: Path, format: str) -> None:
     frame = pandas.DataFrame({"review": texts(20), "sentiment": ["positive", "negative"] * 10})
     if format == "csv":
         frame.to_csv(tmp_path / "train.csv")
@@ -212,7 +212,7 @@ def test_a_frame_of_pandas_with_its_index(tmp_path: Path, format: str) -> None:
     assert data.notes[0].endswith("not used (row numbers)")
 
 
-def test_a_column_that_only_could_be_the_label_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_an_ambiguous_label_column_is_not_guessed(tmp_path: Path) -> None:
     names = ["text", "airline_sentiment", "airline_sentiment_confidence"]
     rows = dict(zip(names, [texts(8), ["good", "bad"] * 4, [0.1 * i for i in range(8)]], strict=True))
     for format in ("csv", "jsonl"):
@@ -226,7 +226,7 @@ def test_a_column_that_only_could_be_the_label_is_not_taken_for_it(tmp_path: Pat
         assert load_text_data(folder, None, "airline_sentiment_confidence").regression
 
 
-def test_names_beside_the_numbers_of_labels_are_no_second_text(tmp_path: Path) -> None:
+def test_label_names_next_to_label_ids_are_not_a_second_text(tmp_path: Path) -> None:
     rows = {"text": texts(8), "label": [1, 0] * 4, "label_text": ["good", "bad"] * 4}
     data = load_text_data(write(tmp_path, "jsonl", train=rows, validation=rows))
     assert data.splits["train"].column_names == ["text", "label", "sample_id"]
@@ -257,7 +257,7 @@ def test_the_flag_decides_between_classes_and_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["order", "cut", "labels", "names"])
-def test_the_fingerprint_is_that_of_the_rows_as_they_are_used(tmp_path: Path, change: str) -> None:
+def test_the_fingerprint_depends_on_order_rows_labels_and_names(tmp_path: Path, change: str) -> None:
     splits = small(["a", "b", "c", "a"])
     first = load_text_data(write(tmp_path / "first", **splits)).fingerprint
     train = splits["train"]
@@ -272,7 +272,7 @@ def test_the_fingerprint_is_that_of_the_rows_as_they_are_used(tmp_path: Path, ch
     assert load_text_data(write(tmp_path / "other", **splits)).fingerprint != first
 
 
-# A saved classifier
+# Evaluation of a saved classifier
 
 
 def test_known_labels_need_no_train_split_and_are_matched_by_name(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_known_labels_need_no_train_split_and_are_matched_by_name(tmp_path: Path
         load_text_data(str(tmp_path), known_labels=["a", "b"], needs_train=False)
 
 
-def test_known_labels_leave_the_carved_rows_as_they_were(tmp_path: Path) -> None:
+def test_known_labels_do_not_change_the_validation_split(tmp_path: Path) -> None:
     folder = write(tmp_path, train={"text": texts(40), "label": ["a", "b"] * 20})
     first, other = load_text_data(folder), load_text_data(folder, known_labels=["b", "a"], needs_train=False)
     assert first.splits["validation"]["text"][:] == other.splits["validation"]["text"][:]
@@ -311,7 +311,7 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, test: Columns) 
     assert "test" not in data.splits and "the test split has no labels and is not used" in data.notes
 
 
-def test_validation_is_carved_from_train_by_class_and_never_from_test(tmp_path: Path) -> None:
+def test_a_missing_validation_split_is_made_from_train_by_class(tmp_path: Path) -> None:
     train = {"text": texts(201), "label": ["a"] * 140 + ["b"] * 60 + ["lone"]}
     test = {"text": texts(40, 1000), "label": ["a", "b"] * 20}
     folder = write(tmp_path, train=train, test=test)
@@ -382,7 +382,7 @@ def test_errors_of_labels(tmp_path: Path) -> None:
 def test_an_unreachable_hub_is_one_quick_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None
 ) -> None:
-    """What HF_HUB_OFFLINE and HF_ENDPOINT set in a new process."""
+    """The same settings as HF_HUB_OFFLINE and HF_ENDPOINT in a new process."""
     constants: Any = huggingface_hub.constants
     for settings in (constants, datasets.config):
         monkeypatch.setattr(settings, "HF_HUB_OFFLINE", endpoint is None)
@@ -415,7 +415,7 @@ def test_a_new_process_without_the_hub_ends_in_one_line(tmp_path: Path, setting:
 
 
 @pytest.mark.parametrize("error", [datasets.exceptions.DatasetNotFoundError("gone"), ValueError("no\nsuch config")])
-def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def refuse(name: str, config: str | None) -> None:
         assert (name, config, datasets.config.HF_HUB_OFFLINE) == ("owner/name", "small", True)
         raise error
@@ -525,7 +525,7 @@ def test_threshold_by_hand() -> None:
     test = scoped([(0.45, 0.35, 0.20, 0), (0.20, 0.70, 0.10, 1), (0.48, 0.02, 0.50, 2), (0.30, 0.44, 0.26, 2)])
     assert threshold_metrics(*test, SCOPED, threshold) == {
         "oos_threshold": threshold,
-        "accuracy_threshold": 0.75,  # the first row is refused although it is an "a"
+        "accuracy_threshold": 0.75,  # the first row is rejected although it is an "a"
         "accuracy_in_scope_threshold": 0.5,
         "oos_recall_threshold": 1.0,  # one by its logits, one for lack of confidence
     }
@@ -534,8 +534,8 @@ def test_threshold_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_threshold_is_the_best_of_all_that_can_be(seed: int) -> None:
-    """Against trying every one. Confidences that occur twice are refused together or not at all."""
+def test_the_threshold_is_the_best_of_all_possible_ones(seed: int) -> None:
+    """Compares with an exhaustive search. Equal confidences are rejected together."""
     generator = np.random.default_rng(seed)
     logits = generator.integers(-2, 3, size=(40, 4)).astype(np.float32)
     labels = np.append(generator.integers(0, 4, size=39), 1)

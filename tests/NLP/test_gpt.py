@@ -178,21 +178,21 @@ def reference(kind: str, logits: Tensor, targets: Tensor, temperature: float, be
     for student, teacher in zip(logits, targets, strict=True):
         q, p = (student / temperature).softmax(0), (teacher / temperature).softmax(0)
         m = beta * p + (1 - beta) * q
-        if kind == "forward":
+        if kind == "kd":
             total = total + (p * (p / q).log()).sum()
-        elif kind == "reverse":
+        elif kind == "reverse_kl":
             total = total + (q * (q / p).log()).sum()
         else:
             total = total + beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
     return temperature**2 * total / len(logits)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("kind", ["kd", "reverse_kl", "js:beta=0.7"])
 def test_gradient_of_the_objective(kind):
     logits, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
     labels = torch.randint(0, 9, (2, 4))
     labels[1, 2:] = IGNORED
-    loss = token_level(0.3, divergence_of(kind, 2.0, 0.7), smoothing=0.1).objective
+    loss = token_level(0.3, divergence_of(kind, 2.0), smoothing=0.1).objective
     parts = loss(Outputs(logits=logits), Outputs(logits=teacher), labels)
     (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), logits)
     rows, targets = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]
@@ -295,9 +295,9 @@ def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsy
 @pytest.mark.parametrize(
     "words",
     [
-        ["--divergence", "reverse", "--hidden_weight", "1", "--alpha", "0", "--load_best_model_at_end",
+        ["--method", "reverse_kl", "--hidden_weight", "1", "--alpha", "0", "--load_best_model_at_end",
          "--metric_for_best_model", "perplexity", "--greater_is_better", "false"],
-        ["--divergence", "js", "--js_beta", "0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
+        ["--method", "js:beta=0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
          "0.5", "--gradient_accumulation_steps", "2"],
     ],
 )  # fmt: skip
@@ -409,9 +409,9 @@ def test_a_named_teacher_without_epochs_and_a_named_student(texts, gpt2, tmp_pat
         (["--student", "GPT2"], "different vocabularies"),
         (["--teacher", "GPT2", "--student_layers", "4"], "cannot be cut from the teacher's 3"),
         (["--teacher", "GPT2", "--block_size", "32"], "at most 24"),
-        (["--divergence", "js", "--js_beta", "1"], "--js_beta"),
+        (["--method", "js:beta=1"], "beta must be above 0 and below 1"),
         (["--teacher_epochs", "0"], "untrained"),
-        (["--divergence", "sideways"], "invalid choice"),
+        (["--method", "sideways"], "no method 'sideways'"),
         (["--student", "scratch", "--student_layers", "4", "--hidden_weight", "1"], "has 4 layers to match"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
     ],

@@ -93,7 +93,7 @@ def matched(kind: str, model: PreTrainedModel) -> Method:
 def test_a_student_equal_to_its_teacher_has_zero_loss_live_and_cached(monkeypatch, texts, run, kind):
     model = classifier(kind)
     matching = matched(kind, model)
-    rows = [3, 2, 0]  # another order and padding than those of the cache
+    rows = [3, 2, 0]  # the cache has another order and padding
     inputs = batch_of(texts, model, rows)
     texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_inputs(model))}, texts.collate)
     student = recorded(model, inputs, matching.features)
@@ -114,7 +114,7 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_live_and_cached(monkeypatc
         assert states.dtype == torch.float16
         torch.testing.assert_close(states[real].float(), teacher.features[name][real], rtol=1e-3, atol=1e-3)
     losses = Objective(**matching.terms)(student, outputs, None)
-    assert sum(losses.values()).item() < 1e-5  # what fp16 leaves
+    assert sum(losses.values()).item() < 1e-5  # the error of fp16
 
 
 def test_cached_states_beyond_fp16_are_stored_in_fp32(texts, run):

@@ -136,7 +136,7 @@ def test_regression_has_only_kd_and_two_classes_have_some_methods():
         check_method("dkd", training, "rte", 2)
     check_method("kd", training, "stsb", 1)
     smoothed = KDTrainingArguments(output_dir="unused", label_smoothing_factor=0.1)
-    with pytest.raises(UserError, match="--label_smoothing_factor is for classes"):
+    with pytest.raises(UserError, match="--label_smoothing_factor is for classification"):
         check_smoothing(smoothed, "stsb", 1)
     with pytest.raises(UserError, match="leave --label_smoothing_factor at 0"):
         check_method("dist", smoothed, "mnli", 3)

@@ -104,7 +104,7 @@ def test_half_precision_weights_are_loaded_in_fp32(tmp_path, dtype):
     for name, model in models.items():
         floats = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
         assert floats == {torch.float32}, name
-        assert model.config.dtype in (torch.float32, "float32"), name  # what is built from the config, as a cut is
+        assert model.config.dtype in (torch.float32, "float32"), name  # of models built from the config, like a cut
     assert torch.equal(models["classifier"].classifier.weight, bert().classifier.weight.to(dtype).float())
 
 
@@ -307,8 +307,8 @@ def test_data_get_the_label_order_of_the_model(tmp_path, capsys):
     assert ordered.label_names == ["POSITIVE", "NEGATIVE"]
     assert ordered.splits["train"]["label"][:] == [0, 1, 0, 1]
     assert load_trained(folder, ordered).trained and in_label_order(folder, ordered) is ordered
-    assert "class ids are those of" in capsys.readouterr().out and "class ids are those of" in ordered.notes[-1]
-    with pytest.raises(UserError, match="F1 is that of label 1"):
+    assert "class ids follow" in capsys.readouterr().out and "class ids follow" in ordered.notes[-1]
+    with pytest.raises(UserError, match="F1 counts label 1"):
         in_label_order(folder, two_labels(metric="f1"))
 
 

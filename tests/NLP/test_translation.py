@@ -243,7 +243,7 @@ def test_the_word_level_gradient_equals_a_sum_over_tokens():
 
     batch = collate(features)
     labels = batch.pop("labels")
-    parts = token_level(alpha, divergence_of("forward", temperature), smoothing).objective(
+    parts = token_level(alpha, divergence_of("kd", temperature), smoothing).objective(
         Outputs(logits=student(**batch).logits), Outputs(logits=teacher(**batch).logits), labels
     )
     found = torch.autograd.grad(sum(parts.values()), student.model.shared.weight)[0]
@@ -286,9 +286,9 @@ def distill(*words: object) -> None:
 
 @pytest.fixture(scope="session")
 def finished(small, tmp_path_factory) -> Path:
-    """A finished run of --method both."""
+    """A finished run of --method sequence_kd+kd."""
     folder = tmp_path_factory.mktemp("runs") / "both"
-    distill("--dataset", small, "--output_dir", folder, "--method", "both")
+    distill("--dataset", small, "--output_dir", folder, "--method", "sequence_kd+kd")
     return folder
 
 
@@ -298,7 +298,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 def test_a_run_is_complete(finished):
     found = results(finished)
-    assert (found["method"], found["task"]) == ("both", "few_numbers en-de")
+    assert (found["method"], found["task"]) == ("sequence_kd+kd", "few_numbers en-de")
     assert found["data"]["train"] == 64
     for model in found["models"].values():
         for split in ("validation", "test"):
@@ -314,7 +314,7 @@ def test_a_run_is_complete(finished):
 @pytest.mark.parametrize("student", ["scratch", "cut"])
 def test_the_control_starts_like_the_student_but_without_trained_weights(small, tmp_path, student):
     """With a learning rate too small for fp32, students keep their initial weights."""
-    words = ["--student", student, "--method", "word", "--learning_rate", 1e-50, "--teacher_learning_rate", 1e-2]
+    words = ["--student", student, "--method", "kd", "--learning_rate", 1e-50, "--teacher_learning_rate", 1e-2]
     distill("--dataset", small, "--output_dir", tmp_path, *words)
     start, control, teacher = (
         load_file(tmp_path / "stages" / role / "model.safetensors") for role in ("student", "control", "teacher")
@@ -325,14 +325,14 @@ def test_the_control_starts_like_the_student_but_without_trained_weights(small, 
     assert (start[name].shape == teacher[name].shape and torch.equal(start[name], teacher[name])) == (student == "cut")
 
 
-@pytest.mark.parametrize("method", ["word", "sequence"])
+@pytest.mark.parametrize("method", ["kd", "sequence_kd"])
 def test_word_and_sequence_level_methods(finished, small, tmp_path, method):
     words = ["--teacher", finished / "stages" / "teacher", "--teacher_epochs", 0, "--no_control", "--method", method]
     distill("--dataset", small, "--output_dir", tmp_path / "run", *words)
     found = results(tmp_path / "run")
     assert (found["method"], found["models"]["control"]) == (method, None)
     assert found["models"]["teacher"]["metrics"] == results(finished)["models"]["teacher"]["metrics"]
-    assert (found["seconds"]["teacher_outputs"] > 0) == (method == "sequence")
+    assert (found["seconds"]["teacher_outputs"] > 0) == (method == "sequence_kd")
     first, second = (load_file(run / "student" / "model.safetensors") for run in (finished, tmp_path / "run"))
     assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
 
@@ -363,14 +363,14 @@ def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
     for name in ("student", "stages/student", "stages/control", "teacher_outputs"):
         shutil.rmtree(run / name)
     (run / "results.json").unlink()
-    distill("--dataset", small, "--output_dir", run, "--method", "both", "--resume_from_checkpoint")
+    distill("--dataset", small, "--output_dir", run, "--method", "sequence_kd+kd", "--resume_from_checkpoint")
     for name in ("student", "stages/control"):
         whole, continued = (load_file(folder / name / "model.safetensors") for folder in (finished, run))
         assert all(torch.equal(whole[weight], continued[weight]) for weight in whole)
 
 
 def test_several_seeds_share_a_teacher_and_its_translations(small, tmp_path):
-    words = ["--seeds", "0,1", "--method", "sequence", "--num_train_epochs", 1, "--teacher_epochs", 1]
+    words = ["--seeds", "0,1", "--method", "sequence_kd", "--num_train_epochs", 1, "--teacher_epochs", 1]
     distill("--dataset", small, "--output_dir", tmp_path, *words)
     found = results(tmp_path)
     assert found["seeds"] == [0, 1]
@@ -452,7 +452,7 @@ def test_a_t5_as_teacher(small, t5, tmp_path, student, kind):
         (["--student", "cut", "--student_decoder_layers", "3"], "--student_decoder_layers 3"),
         (["--student", "T5"], "different vocabularies"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
-        (["--methid", "word"], "did you mean --method"),
+        (["--methid", "kd"], "did you mean --method"),
     ],
 )
 def test_invalid_flags(capsys, tmp_path, small, t5, words, message):

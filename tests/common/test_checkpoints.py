@@ -1,4 +1,4 @@
-"""Whatever happens to checkpoints, a continued run ends in the bits of a run without interruption."""
+"""After kills and damage to checkpoints, a continued run ends with the same bits as an uninterrupted run."""
 
 import json
 import os
@@ -34,7 +34,7 @@ BEST: dict[str, Any] = ONLY | {
 
 
 def error(prediction: EvalPrediction) -> dict[str, float]:
-    """Greatest, which shall be best here, after the first epoch."""
+    """Largest after the first epoch; the largest counts as the best here."""
     logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
     return {"error": F.cross_entropy(logits, labels).item()}
 
@@ -76,8 +76,8 @@ def interrupted(folder: Path, after_save: int, **settings) -> None:
 
 
 def killed_at(point: int, folder: Path, **settings) -> bool:
-    """Trains in another process, which SIGKILL ends right before its operation number `point` on a checkpoint's files;
-    False where it ended before.
+    """Trains in another process, which SIGKILL ends before operation number `point` on checkpoint files. Returns
+    False if the training ended first.
     """
     if pid := fork():
         return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
@@ -109,7 +109,7 @@ def killed_at(point: int, folder: Path, **settings) -> bool:
 
 @pytest.mark.parametrize("settings", [LAST, ONLY, BEST], ids=["two", "one", "best"])
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_point_of_saving_and_removing_ends_in_the_same_bits(settings, step, tmp_path):
+def test_a_run_killed_at_any_point_of_saving_and_removing_ends_with_the_same_bits(settings, step, tmp_path):
     whole = train(tmp_path / "whole", **settings)
     for point in range(step // 2, 10_000, step):
         folder = tmp_path / str(point)
@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_point_of_saving_and_removing_ends_in_the_same_bits(
     assert point > 30
 
 
-def test_a_checkpoint_removed_in_part_no_longer_counts(tmp_path, monkeypatch):
+def test_a_partly_removed_checkpoint_is_not_used(tmp_path, monkeypatch):
     interrupted(tmp_path, 3, **ONLY)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (Path(path) / "optimizer.pt").unlink(missing_ok=True))
     interrupted(tmp_path, 6, **ONLY)
@@ -157,7 +157,7 @@ READ_BACK = ["model.safetensors", "objective.safetensors", "optimizer.pt", "sche
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> tuple[Path, torch.Tensor]:
-    """A run that was stopped after its third checkpoint, and the weights that it would have ended in."""
+    """A run that was stopped after its third checkpoint, and the final weights of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("stopped")
     interrupted(folder / "run", 9, **LAST)
     return folder / "run", train(folder / "whole", **LAST)
@@ -180,7 +180,7 @@ def test_damage_to_any_file_falls_back_to_the_checkpoint_before(name, damage, st
         assert torch.equal(train(tmp_path / "run", resume=True, **LAST), whole)
 
 
-def test_where_every_checkpoint_is_damaged_training_starts_again(stopped, tmp_path, caplog):
+def test_training_starts_again_if_every_checkpoint_is_damaged(stopped, tmp_path, caplog):
     run, whole = stopped
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in (6, 9):
@@ -189,7 +189,7 @@ def test_where_every_checkpoint_is_damaged_training_starts_again(stopped, tmp_pa
     assert len([r for r in caplog.records if "model.safetensors is damaged" in r.getMessage()]) == 2
 
 
-def test_a_list_of_checksums_that_was_cut_off_is_no_proof(tmp_path):
+def test_a_checkpoint_without_the_needed_files_is_not_used(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"weights")
     write_checksums(tmp_path / "checkpoint-3")
@@ -210,7 +210,7 @@ def test_a_damaged_best_checkpoint_is_trained_again(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_the_best_checkpoint_is_found_where_the_run_was_moved_or_copied(moved, tmp_path, monkeypatch, caplog):
+def test_the_best_checkpoint_is_found_after_a_run_is_moved_or_copied(moved, tmp_path, monkeypatch, caplog):
     whole = train(tmp_path / "whole", **BEST)
     monkeypatch.chdir(tmp_path)
     interrupted(Path("run"), 12, **BEST)
@@ -225,7 +225,7 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved_or_copied(moved, t
     assert (state["best_global_step"], state["best_model_checkpoint"]) == (3, None)
 
 
-def test_a_best_checkpoint_that_was_damaged_meanwhile_is_one_line(tmp_path, monkeypatch):
+def test_a_best_checkpoint_that_is_damaged_at_the_end_is_an_error_of_one_line(tmp_path, monkeypatch):
     def damage(*args) -> None:
         rotate_checkpoints(*args)
         if args[0].name == "checkpoint-12":

@@ -333,7 +333,7 @@ def test_an_ascii_terminal_shows_tables_and_errors() -> None:
     process = Child(lambda: cli.run(main), encoding="ascii")
     output, error = process.stdout.read(), process.stderr.read()
     assert process.wait() == 2
-    assert "0.8 ? 0.1" in output and "| " in output
+    assert "0.8 ? 0.1" in output and "-----" in output
     assert error == "error: no folder ?\n"
 
 

@@ -1,7 +1,8 @@
-"""Files and folders are whole or absent, also after a kill; and what the environment says of this machine."""
+"""Files and folders are complete or absent, also after a kill; checksums; the description of the environment."""
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch
 from kd.common.utils import devices
 from kd.common.utils.devices import environment, git_commit
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json, write_json, write_text, writing_folder
+from kd.common.utils.files import (
+    CHECKSUMS,
+    find_damage,
+    read_checksums,
+    read_json,
+    write_checksums,
+    write_json,
+    write_text,
+    writing_folder,
+)
 from kd_testing.processes import Child
 
 
@@ -24,7 +34,7 @@ def test_json_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_nan_is_refused_and_the_old_file_stays(tmp_path: Path, number: float) -> None:
+def test_nan_is_an_error_and_the_old_file_stays(tmp_path: Path, number: float) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"x": number})
@@ -65,7 +75,7 @@ def test_writing_folder_replaces_the_older_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", ["never", "before the files moved", "while the files moved"])
-def test_files_that_were_added_to_the_older_folder_stay(tmp_path: Path, kill: str) -> None:
+def test_files_that_were_added_to_the_older_folder_are_kept(tmp_path: Path, kill: str) -> None:
     with writing_folder(tmp_path / "model") as folder:
         (folder / "weights").write_text("old")
     (tmp_path / "model" / "notes").mkdir()
@@ -145,7 +155,7 @@ def dead_process_id() -> int:
     return process.pid
 
 
-def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+def test_a_kill_between_the_two_renames_is_repaired(tmp_path: Path) -> None:
     aside = tmp_path / f".model.old.{dead_process_id()}"
     aside.mkdir()
     (aside / "weights").write_text("old")
@@ -155,7 +165,7 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_the_temporary_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+def test_the_temporary_folder_of_a_living_process_is_kept(tmp_path: Path) -> None:
     theirs = tmp_path / f".model.writing.{os.getppid()}"
     theirs.mkdir()
     with writing_folder(tmp_path / "model"):
@@ -213,3 +223,64 @@ def test_auto_precision_of_a_cpu(
 def test_auto_precision_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert devices.resolve_precision("auto", torch.device("cuda")) == expected
+
+
+# ---- checksums ----
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "weights").write_bytes(bytes(range(256)))
+    (tmp_path / "sub" / "state").write_bytes(b"state")
+    write_checksums(tmp_path)
+    return tmp_path
+
+
+def test_a_complete_folder(folder: Path) -> None:
+    assert find_damage(folder) is None
+    assert sorted(read_checksums(folder)) == ["sub/state", "weights"]
+
+
+def test_sha256sum_checks_the_folder(folder: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs sha256sum")
+    command = ["sha256sum", "--strict", "-c", CHECKSUMS]
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+
+
+def test_a_flipped_bit_is_detected(folder: Path) -> None:
+    content = bytearray((folder / "weights").read_bytes())
+    content[100] ^= 1
+    (folder / "weights").write_bytes(content)
+    assert find_damage(folder) == f"{folder / 'weights'} is damaged"
+
+
+def test_a_missing_file_is_detected(folder: Path) -> None:
+    (folder / "sub" / "state").unlink()
+    assert find_damage(folder) == f"{folder / 'sub' / 'state'} is missing"
+
+
+def test_every_flipped_byte_and_truncation_of_the_checksums_is_detected(folder: Path) -> None:
+    content = (folder / CHECKSUMS).read_bytes()
+    for place in range(len(content)):
+        (folder / CHECKSUMS).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        assert find_damage(folder) == f"{folder / CHECKSUMS} is damaged", place
+        (folder / CHECKSUMS).write_bytes(content[:place])
+        assert find_damage(folder) == f"{folder / CHECKSUMS} is damaged", place
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"one word"])
+def test_damaged_checksums(folder: Path, content: bytes) -> None:
+    (folder / CHECKSUMS).write_bytes(content)
+    assert find_damage(folder) == f"{folder / CHECKSUMS} is damaged"
+
+
+def test_a_folder_without_checksums_is_incomplete(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="incomplete"):
+        read_checksums(tmp_path)
+
+
+def test_added_files_are_ignored(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    assert find_damage(folder) is None

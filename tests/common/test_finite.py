@@ -1,4 +1,4 @@
-"""Weights that are not finite are named before they are saved."""
+"""Weights that are not finite are detected before they are saved."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_the_first_parameter_or_buffer_that_is_not_finite_is_named():
         check_finite_weights(first, when="after step 3")
 
 
-def test_a_buffer_may_be_a_mask_of_minus_infinities():
+def test_a_buffer_may_contain_minus_infinity():
     masked = model()
     masked.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
     assert non_finite_tensor(masked) is None

@@ -14,7 +14,7 @@ HYPOTHESES = ["Ein Hund läuft über die Wiese.", "Zwei Männer, die reden", "Da
 REFERENCES = ["Ein brauner Hund läuft über eine Wiese.", "Zwei Männer reden.", "Das kleine Haus steht dort."]
 
 
-def test_scores_are_those_of_sacrebleu():
+def test_scores_equal_sacrebleu():
     scores, signatures = translation_metrics(HYPOTHESES, REFERENCES)
     assert scores["bleu"] == sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score
     assert scores["chrf"] == sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score
@@ -31,19 +31,19 @@ def test_bleu_by_hand():
     assert shorter["bleu"] == pytest.approx(100 * math.exp(1 - 6 / 4))  # every n-gram is right: the penalty alone
 
 
-def test_the_same_text_is_worth_100():
+def test_equal_texts_score_100():
     scores, _ = translation_metrics(REFERENCES, REFERENCES)
     assert scores == pytest.approx({"bleu": 100, "chrf": 100})
 
 
 @pytest.mark.parametrize(("hypotheses", "references"), [(["a"], ["a", "b"]), ([], [])])
-def test_every_hypothesis_needs_its_reference(hypotheses, references):
+def test_every_hypothesis_needs_a_reference(hypotheses, references):
     with pytest.raises(ValueError, match="reference"):
         translation_metrics(hypotheses, references)
 
 
 def test_token_metrics_by_hand():
-    """Three tokens count. The model gives the right ones 1/2, 1/4 and 1/8, and only the first is the likeliest."""
+    """Three tokens count. Their probabilities are 1/2, 1/4 and 1/8, and only the first is the prediction."""
     probabilities = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], [[0.3, 0.45, 0.25], [0.875, 0.125, 0.0]]])
     labels = torch.tensor([[0, IGNORED], [2, 1]])
     counts = token_counts(probabilities.log().clamp(min=-1e4), labels)
@@ -52,7 +52,7 @@ def test_token_metrics_by_hand():
     assert token_metrics(counts.numpy()) == pytest.approx({"token_accuracy": 1 / 3, "perplexity": math.exp(expected)})
 
 
-def test_token_metrics_weigh_tokens_and_not_sentences():
+def test_token_metrics_average_over_tokens_and_not_sentences():
     logits, labels = torch.randn(4, 7, 11), torch.randint(11, (4, 7))
     labels[0, 1:] = IGNORED
     found = token_metrics(token_counts(logits, labels).numpy())

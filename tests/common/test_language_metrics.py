@@ -1,4 +1,4 @@
-"""Metrics of language models, by hand and against torch's own cross-entropy."""
+"""Metrics of language models, by hand and against torch's cross-entropy."""
 
 import math
 
@@ -12,7 +12,7 @@ from kd.common.objective import IGNORED
 
 
 def test_by_hand():
-    """Two sequences: the labels' probabilities are 1/2 (the likeliest), 1/4 (not) and 1/8 (not)."""
+    """Two sequences: the labels' probabilities are 1/2 (the largest), 1/4 and 1/8."""
     probabilities = torch.tensor(
         [[[0.5, 0.25, 0.125, 0.125], [0.5, 0.25, 0.125, 0.125]], [[0.5, 0.25, 0.125, 0.125]] * 2]
     )
@@ -23,7 +23,7 @@ def test_by_hand():
     assert found["token_accuracy"] == pytest.approx(1 / 3)
 
 
-def test_perplexity_is_that_of_cross_entropy_however_the_labels_are_spread_over_sequences():
+def test_perplexity_equals_cross_entropy_over_all_tokens():
     logits, labels = torch.randn(5, 7, 11), torch.randint(0, 11, (5, 7))
     labels[0, 2:] = IGNORED
     labels[3] = IGNORED
@@ -34,14 +34,14 @@ def test_perplexity_is_that_of_cross_entropy_however_the_labels_are_spread_over_
     assert found["bits_per_byte"] == pytest.approx(expected.item() * number / math.log(2) / 100, rel=1e-5)
 
 
-def test_a_uniform_model_costs_eight_bits_a_byte():
+def test_a_uniform_model_needs_eight_bits_per_byte():
     labels = torch.randint(0, 256, (4, 9))
     found = language_metrics(token_counts(torch.zeros(4, 9, 256), labels).numpy(), size=labels.numel())
     assert found["perplexity"] == pytest.approx(256, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(8, rel=1e-5)
 
 
-def test_agreement_leaves_out_what_is_ignored():
+def test_agreement_skips_ignored_labels():
     labels = np.array([[3, IGNORED, 5], [IGNORED, 1, 1]])
     choices, teacher = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[1, 9, 9], [9, 5, 6]])
     assert token_agreement(choices, teacher, labels) == 3 / 4

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand: quality of classifiers and regressors, and what a model costs."""
+"""Metrics of classifiers and regressors, and costs of models, against numbers computed by hand."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_labels_of_one_class_give_numbers(label):
     ("logits", "labels"),
     [((3,), (3,)), ((3, 2, 2), (3,)), ((3, 2), (4,)), ((3, 2), (3, 1))],
 )
-def test_other_shapes_are_refused_with_both_shapes(logits, labels):
+def test_wrong_shapes_are_an_error_with_both_shapes(logits, labels):
     for metric in (classification_metrics, lambda x, y: top_k_accuracy(x, y, 1)):
         with pytest.raises(ValueError) as error:
             metric(np.zeros(logits), np.zeros(labels, dtype=int))
@@ -73,7 +73,7 @@ def test_top_k_by_hand(k, expected):
 
 
 @pytest.mark.parametrize("k", [1, 5, 9])
-def test_top_k_is_that_of_sklearn(k):
+def test_top_k_equals_sklearn(k):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(200, 10)), rng.integers(10, size=200)
     expected = top_k_accuracy_score(labels, logits, k=k, labels=range(10))
@@ -81,19 +81,19 @@ def test_top_k_is_that_of_sklearn(k):
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_top_k_refuses_more_than_the_classes(k):
+def test_top_k_checks_the_number_of_classes(k):
     with pytest.raises(ValueError, match="between 1 and the 3 classes"):
         top_k_accuracy(np.zeros((2, 3)), np.zeros(2, dtype=int), k)
 
 
-def test_agreement_is_of_choices_and_not_of_logits():
+def test_agreement_compares_predictions_and_not_logits():
     student = np.array([[1.0, 2.0], [5.0, 1.0], [0.0, 1.0], [0.0, 9.0]])
     teacher = np.array([[0.0, 9.0], [1.0, 5.0], [3.0, 4.0], [7.0, 8.0]])
     assert agreement(student, teacher) == 3 / 4
 
 
 @pytest.mark.parametrize("shapes", [((4, 2), (3, 2)), ((4, 2), (4, 3)), ((4,), (4,))])
-def test_agreement_refuses(shapes):
+def test_agreement_checks_shapes(shapes):
     with pytest.raises(ValueError, match="logits"):
         agreement(np.zeros(shapes[0]), np.zeros(shapes[1]))
 
@@ -110,7 +110,7 @@ def test_regression_by_hand():
     assert all(type(value) is float for value in metrics.values())
 
 
-def test_regression_with_ties_is_numpy_on_ranks():
+def test_regression_with_ties_equals_numpy_on_ranks():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 6, size=50) * 1.0
     predictions = np.round(targets + rng.normal(size=50))
@@ -138,13 +138,13 @@ def test_regression_in_half_precision_does_not_overflow():
 
 
 @pytest.mark.parametrize("shapes", [((3, 1), (3,)), ((3,), (4,)), ((3, 1), (3, 1))])
-def test_regression_refuses_columns_which_would_broadcast(shapes):
+def test_regression_checks_for_columns_which_would_broadcast(shapes):
     with pytest.raises(ValueError, match="samples"):
         regression_metrics(np.zeros(shapes[0]), np.zeros(shapes[1]))
 
 
 class Tied(nn.Module):
-    """An embedding whose matrix is the classifier's too, as in language models, and buffers of both kinds."""
+    """Shares its embedding matrix with the classifier, as language models do, and has buffers of both kinds."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ def test_size_counts_shared_tensors_once_and_buffers_only_in_megabytes():
     assert parameters(Tied()) == 10 * 4 + 10
     assert megabytes(Tied()) == (50 * 4 + 3 * 8) / 2**20
     assert megabytes(Tied().to(torch.bfloat16)) == 53 * 2 / 2**20
-    with torch.device("meta"):  # where no tensor has an address to be told apart by
+    with torch.device("meta"):  # where tensors have no addresses
         assert megabytes(Tied()) == (50 * 4 + 3 * 8) / 2**20
 
 
@@ -198,7 +198,7 @@ def test_flops_by_hand(model, inputs, expected):
 
 
 class Watcher(nn.Module):
-    """Notes in which modes it is called; its normalization is frozen, as in fine-tuning."""
+    """Records the modes in which it is called; its normalization is frozen, as in fine-tuning."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ class Watcher(nn.Module):
 
 
 @pytest.mark.parametrize("measure", [flops, latency, cost])
-def test_measured_without_training_and_left_as_it_was(measure):
+def test_costs_are_measured_in_eval_mode_and_restore_the_mode(measure):
     model = Watcher()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure(model, {"x": torch.randn(2, 4)})
@@ -225,14 +225,14 @@ def test_measured_without_training_and_left_as_it_was(measure):
 
 
 @pytest.mark.parametrize("measure", [flops, latency])
-def test_errors_pass_and_leave_the_mode(measure):
+def test_errors_are_raised_and_restore_the_mode(measure):
     model = Watcher()
     with pytest.raises(RuntimeError, match="bad input"):
         measure(model, {"x": torch.full((2, 4), torch.nan)})
     assert model.training and torch.is_grad_enabled()
 
 
-def test_latency_repeats_after_warming_up():
+def test_latency_repeats_after_a_warmup():
     model = Watcher()
     result = latency(model, {"x": torch.randn(3, 4)}, repeats=7, warmup=2)
     assert len(model.modes) == 9
@@ -250,7 +250,7 @@ def test_latency_is_milliseconds_without_the_warmup(monkeypatch):
     assert result == pytest.approx({"batch": 1, "median": 6.0, "p90": 10.0})
 
 
-def test_cost_is_what_results_json_holds():
+def test_cost_has_the_keys_of_results_json():
     result = cost(Tied(), {"ids": torch.zeros(2, 5, dtype=torch.int64)})
     assert list(result) == ["parameters", "megabytes", "flops", "latency_ms"]
     assert list(result["latency_ms"]) == ["batch", "median", "p90"]

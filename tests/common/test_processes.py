@@ -1,4 +1,4 @@
-"""Several processes with a part of the batch train as one process with all of it, to rounding."""
+"""Several processes with a part of the batch each train as one process with the whole batch, up to rounding."""
 
 import logging
 from contextlib import suppress
@@ -36,12 +36,15 @@ class Normed(nn.Module):
 
 
 class Regressed(nn.Module):
-    """A feature loss through a regressor that has a batch norm of its own."""
+    """A feature loss with a regressor that contains a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.regressor = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-        self.term = FeatureTerm("hidden", "hidden", lambda own, target: (self.regressor(own) - target).square().mean())
+        self.term = FeatureTerm("hidden", "hidden", self.loss)
+
+    def loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return (self.regressor(student) - teacher).square().mean()
 
     def forward(self, *inputs) -> torch.Tensor:
         return self.term(*inputs)
@@ -94,7 +97,7 @@ def test_two_processes_train_batch_norms_as_one_process_with_the_whole_batch(tmp
     assert first["repr"] == one["repr"] == repr(Normed()), "no module is replaced"
 
 
-def test_a_batch_norm_in_eval_mode_and_one_that_is_released_are_torchs(tmp_path):
+def test_batch_norms_in_eval_mode_and_released_ones_equal_torchs(tmp_path):
     norm, x = nn.BatchNorm2d(3), torch.randn(4, 3, 2, 2)
     expected = nn.BatchNorm2d(3)(x)
     synchronize_batch_norms(norm)
@@ -103,7 +106,7 @@ def test_a_batch_norm_in_eval_mode_and_one_that_is_released_are_torchs(tmp_path)
     assert torch.equal(norm.train()(x), expected) and "forward" not in vars(norm)
 
 
-def test_a_batch_norm_with_a_forward_of_its_own_is_named(caplog):
+def test_a_batch_norm_with_another_forward_is_reported(caplog):
     class Activated(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x).relu()
@@ -115,7 +118,7 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_named(caplog):
 SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "optim": "adamw_torch"}
 
 
-def test_all_processes_continue_from_the_same_whole_checkpoint(tmp_path, caplog):
+def test_all_processes_continue_from_the_same_complete_checkpoint(tmp_path, caplog):
     whole = in_processes(2, tmp_path / "whole", lambda: train(tmp_path / "whole", 2, **SAVED))
     in_processes(2, tmp_path / "run", lambda: train(tmp_path / "run", 2, stop_after=5, **SAVED))
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-5")
@@ -127,7 +130,7 @@ def test_all_processes_continue_from_the_same_whole_checkpoint(tmp_path, caplog)
     assert_same(whole[0], resumed[1], exactly=True)
 
 
-def test_a_run_of_two_processes_that_one_continues_is_told_of(tmp_path, caplog):
+def test_continuing_a_run_with_another_number_of_processes_is_a_warning(tmp_path, caplog):
     in_processes(2, tmp_path / "run", lambda: train(tmp_path / "run", 2, stop_after=5, **SAVED))
     with caplog.at_level(logging.WARNING):
         train(tmp_path / "run", 1, resume=True, **SAVED)

@@ -109,7 +109,7 @@ def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "validation accuracy of 0.8100, 90.0% of the teacher's 0.9000" in text
     assert "reaches 0.7800: the gain over it is +0.0300" in text
-    assert "The student has 1.1% of the teacher's parameters and needs 12% of its time." in text
+    assert "The student has 1.1% of the teacher's parameters and 12% of its latency." in text
     assert "| student | tiny | 0.8100 | 1,234,567 | 4.938 | 2.47 M | 2.500 | 3.750 |" in text
     assert "| teacher | bert-base | 0.9000 | 109,482,240 | 437.9 | 218.96 M | 20.00 | 30.00 |" in text
     assert "| validation | F1 | 0.8900 | 0.7700 | 0.8000 |" in text
@@ -230,10 +230,10 @@ def test_the_headline_of_a_metric_that_is_better_when_lower() -> None:
     run["primary_metric"]["name"] = "perplexity"
     for model in run["models"].values():
         model["metrics"]["validation"]["perplexity"] = model["metrics"]["validation"]["accuracy"]
-    assert "a validation perplexity of 982.0, the teacher's is 900.0 (lower is better)." in headline(run)
+    assert "a validation perplexity of 982.0 (lower is better); the teacher's is 900.0." in headline(run)
     assert "reaches 1,100: the gain over it is +118.0." in headline(run)
     run["models"]["teacher"]["metrics"]["validation"]["perplexity"] = 1226.0
-    assert "982.0; the teacher's 1,226 is no better than the control's." in headline(run)
+    assert "982.0 (lower is better); the teacher's 1,226 is no better than the control's." in headline(run)
 
 
 def test_the_headline_does_not_relate_the_student_to_a_useless_teacher() -> None:
@@ -252,12 +252,14 @@ def test_the_table_fits_a_terminal_of_100_columns(capsys: pytest.CaptureFixture[
 
 
 def test_losses_are_grouped_by_kind() -> None:
-    log = [{"epoch": 1.0, "loss": 6.0, "loss_task": 1.0, "loss_hidden_0": 2.0, "loss_hidden_1": 3.0}]
-    losses = plots._losses({"student": log, "control": [{"epoch": 1.0, "loss": 4.0}]}, "epoch")
+    parts = {"loss": 6.0, "loss_task": 1.0, "loss_hidden_0": 2.0, "loss_hidden_1": 3.0}
+    student = [parts | {"epoch": 1.0}, parts | {"epoch": 2.0}]
+    control = [{"epoch": 1.0, "loss": 4.0}, {"epoch": 2.0, "loss": 3.0}]
+    losses = plots._losses({"student": student, "control": control}, "epoch")
     assert losses == {
-        "task": {"student": [(1.0, 1.0)]},
-        "hidden": {"student": [(1.0, 5.0)]},
-        "": {"control": [(1.0, 4.0)]},
+        "task": {"student": [(1.0, 1.0), (2.0, 1.0)]},
+        "hidden": {"student": [(1.0, 5.0), (2.0, 5.0)]},
+        "": {"control": [(1.0, 4.0), (2.0, 3.0)]},
     }
 
 

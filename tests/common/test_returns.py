@@ -1,4 +1,4 @@
-"""Returns of policies against numbers worked out by hand, numpy and scipy."""
+"""Metrics of returns against numbers computed by hand, numpy and scipy."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_numpy_and_scipy_agree(episodes):
     assert returns.min() <= low <= metrics["return_mean"] <= high <= returns.max()
 
 
-def test_interval_is_that_of_scipy():
+def test_interval_equals_scipy():
     returns = np.random.default_rng(2).normal(-200, 90, 50)
     expected = bootstrap((returns,), np.mean, n_resamples=20000, method="percentile", rng=0).confidence_interval
     error = 90 / 50**0.5  # standard error of the mean
@@ -45,7 +45,7 @@ def test_interval_covers_the_true_mean():
     assert 0.90 <= covered.mean() <= 0.98
 
 
-def test_interval_depends_on_the_returns_and_the_seed_alone():
+def test_interval_depends_only_on_the_returns_and_the_seed():
     returns = np.random.default_rng(4).normal(size=20)
     state = np.random.get_state()[1].copy()
     first = return_metrics(returns, seed=1)
@@ -56,7 +56,7 @@ def test_interval_depends_on_the_returns_and_the_seed_alone():
 
 @pytest.mark.parametrize("value", [0.1, -0.1, 500.0, 1e9 + 0.1])
 @pytest.mark.parametrize("episodes", [1, 3, 7, 10])
-def test_equal_returns_have_no_spread(value, episodes):
+def test_equal_returns_have_no_deviation(value, episodes):
     assert return_metrics(np.full(episodes, value)) == {
         "return_mean": value,
         "return_std": 0.0,
@@ -67,19 +67,19 @@ def test_equal_returns_have_no_spread(value, episodes):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
-def test_returns_of_other_types_are_computed_in_double(dtype):
+def test_returns_of_other_types_are_computed_in_float64(dtype):
     returns = np.array([2**24 - 1, 1, 2, 4])
     assert return_metrics(returns.astype(dtype)) == return_metrics(returns.astype(np.float64))
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (3, 1)])
-def test_no_episodes_and_other_shapes_are_refused(shape):
+def test_no_episodes_and_wrong_shapes_are_an_error(shape):
     with pytest.raises(ValueError, match="at least one episode"):
         return_metrics(np.zeros(shape))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_returns_that_are_not_finite_are_refused(value):
+def test_returns_that_are_not_finite_are_an_error(value):
     with pytest.raises(ValueError, match="finite"):
         return_metrics(np.array([1.0, value]))
 

@@ -1,4 +1,4 @@
-"""A run: its stages, what its results say, and training in shards."""
+"""A run: its stages, its results, its progress, and sharded training."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def results(folder: Path, floor: float, lower_is_better: bool = False, **scores:
     return found
 
 
-def test_a_warning_is_printed_once_and_stands_in_results_and_report(tmp_path, capsys):
+def test_a_warning_is_printed_once_and_is_in_results_and_report(tmp_path, capsys):
     run = Run(RunArguments(output_dir=str(tmp_path)))
     for text in ("the teacher is no better than chance", None, "the teacher is no better than chance"):
         run.warn(text)
@@ -53,12 +53,12 @@ def test_a_warning_is_printed_once_and_stands_in_results_and_report(tmp_path, ca
     ("floor", "teacher", "student", "retention"),
     [(0.0, 0.8, 0.6, 0.75), (20.0, 500.0, 260.0, 0.5), (-1200.0, -150.0, -360.0, 0.8), (10.0, 9.0, 8.0, None)],
 )  # fmt: skip
-def test_retention_counts_from_no_skill_at_all(tmp_path, floor, teacher, student, retention):
+def test_retention_counts_from_the_floor(tmp_path, floor, teacher, student, retention):
     found = results(tmp_path, floor, teacher=teacher, student=student)
     assert found["retention"] == (None if retention is None else pytest.approx(retention))
 
 
-def test_more_is_better_of_retention_and_gain_also_where_less_is_better_of_the_metric(tmp_path):
+def test_more_retention_and_gain_is_better_also_for_metrics_where_less_is_better(tmp_path):
     found = results(tmp_path, 0.0, True, teacher=20.0, control=30.0, student=25.0)
     assert (found["retention"], found["gain_over_control"]) == (0.8, 5.0)
 
@@ -93,7 +93,7 @@ class Inputs:
 
 
 @pytest.mark.parametrize("name", ["teacher", "more"])
-def test_a_run_does_not_start_over_by_removing_what_it_is_to_read(tmp_path, name):
+def test_a_run_does_not_start_over_if_that_removes_its_inputs(tmp_path, name):
     run = Run(RunArguments(output_dir=str(tmp_path)), Inputs())
     run.stage("teacher", lambda: Number(7), Number.load)
     teacher = str(tmp_path / "stages" / "teacher")
@@ -110,13 +110,15 @@ def test_show_metrics_prints_intervals(capsys):
     assert "0.500000" in shown and "[0.2500, 0.7500]" in shown
 
 
-def test_progress_names_the_stage_and_reads_like_a_sentence(tmp_path, capsys):
-    args = arguments(tmp_path, disable_tqdm=False, logging_strategy="epoch")
+@pytest.mark.parametrize(("terminal", "disabled"), [(True, False), (False, False), (True, True)])
+def test_progress_is_readable_lines_and_a_bar_on_a_terminal(terminal, disabled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    args = arguments(tmp_path, disable_tqdm=disabled, logging_strategy="epoch")
     TrainerRun(args).train("student", model(), {}, teacher=model(9), objective=kd(), train_dataset=Rows(24))
     out, err = capsys.readouterr()
     assert re.search(r"^student, epoch 1: loss [\d.]+ \(task [\d.]+, soft targets [\d.]+\)$", out, re.M)
     assert re.search(r"^student, \d+ s, \d+ samples per second$", out, re.M)
-    assert "student: 100%" in err and "{" not in out
+    assert ("student: 100%" in err) == (terminal and not disabled) and "{" not in out
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -134,7 +136,7 @@ def test_scripts_show_progress_bars_only_on_a_terminal(terminal, tmp_path):
     assert (b"100%" in output) == terminal
 
 
-def test_an_evaluation_as_a_line():
+def test_the_log_line_of_an_evaluation():
     logs = {"eval_accuracy": 0.49274, "eval_oos_recall": 0.5, "eval_runtime": 1.2, "epoch": 2.0, "eval_none": None}
     assert log_line(logs) == "epoch 2: evaluation accuracy 0.4927, oos recall 0.5"
 
@@ -172,8 +174,8 @@ end_processes()
 
 
 @pytest.mark.slow
-def test_shards_in_two_processes_train_and_resume_to_whole_weights_of_one_student(tmp_path):
-    """FSDP over gloo; the control is plain data parallelism."""
+def test_sharded_training_in_two_processes_ends_and_resumes_with_the_weights_of_one_process(tmp_path):
+    """Compares FSDP over gloo with plain data parallelism."""
     script = tmp_path / "train.py"
     script.write_text(TRAIN_SHARDED)
     for name in ("whole", "sharded"):

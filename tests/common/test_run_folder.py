@@ -1,4 +1,4 @@
-"""A run's folder: nothing of the user's is removed, one process at a time, continued only as it was begun."""
+"""A run's folder: it keeps the user's files, is used by one process at a time, and continues only the same run."""
 
 import errno
 import os
@@ -51,12 +51,12 @@ def files(folder: Path) -> set[str]:
 
 NEW_RUN = {".lock", MARK, "recipe.yaml"}
 
-# ---------------------------------------------------------------- whose files
+# ---- which files are removed ----
 
 
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(tmp_path: Path, resume: bool, overwrite: bool) -> None:
+def test_a_folder_without_a_run_is_an_error_and_stays_unchanged(tmp_path: Path, resume: bool, overwrite: bool) -> None:
     names = ("student/thesis.tex", "stages/notes", "checkpoints/a", "report.md", "results.json", "recipe.yaml")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(tmp_path: Path, r
     assert files(tmp_path) == set(names)
 
 
-def test_the_working_directory_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="holds no run"):
@@ -75,7 +75,7 @@ def test_the_working_directory_is_refused_too(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_is_started_over_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values of flags that name no files, as `--report_to tensorboard`, are no paths of what is removed."""
+    """Values of flags that are not paths, such as `--report_to tensorboard`, may have the name of a removed folder."""
 
     @dataclass
     class Words:
@@ -88,7 +88,7 @@ def test_a_run_is_started_over_from_inside_its_folder(tmp_path: Path, monkeypatc
     assert files(tmp_path) == NEW_RUN
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_as_output_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         Run(arguments(tmp_path / "run"))
@@ -130,7 +130,7 @@ def test_nothing_is_removed_through_a_symbolic_link(tmp_path: Path, name: str, r
     assert files(tmp_path) == before
 
 
-def test_a_run_reached_through_a_link_is_started_over(tmp_path: Path) -> None:
+def test_starting_over_works_through_a_link_to_the_run(tmp_path: Path) -> None:
     finished(tmp_path / "run")
     (tmp_path / "link").symlink_to("run")
     Run(arguments(tmp_path / "link", overwrite=True), Inputs())
@@ -138,9 +138,7 @@ def test_a_run_reached_through_a_link_is_started_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("survivors", [1, 3, 6])
-def test_a_removal_that_was_killed_is_completed(
-    tmp_path: Path, survivors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_removal_is_completed(tmp_path: Path, survivors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(tmp_path)
     removed = Path.unlink
     left = [survivors]
@@ -159,11 +157,11 @@ def test_a_removal_that_was_killed_is_completed(
     assert read_json(tmp_path / MARK)["fingerprints"].keys() == {"recipe.yaml"}
 
 
-# ---------------------------------------------------------------- one process at a time
+# ---- one process at a time ----
 
 
 def holding(folder: Path, with_worker: bool = False) -> Child:
-    """Another process that holds the folder, until it is killed."""
+    """Another process that locks the folder until it is killed."""
 
     def hold() -> None:
         files_module._locks.clear()  # the locks of this process are not those of the child
@@ -178,7 +176,7 @@ def holding(folder: Path, with_worker: bool = False) -> Child:
     return Child(hold)
 
 
-def test_another_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+def test_a_second_process_fails_until_the_first_has_ended(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     holder = holding(folder)
     assert holder.stdout.readline() == "held\n"
@@ -190,7 +188,7 @@ def test_another_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
     Run(arguments(folder), Inputs())
 
 
-def test_forked_workers_do_not_keep_a_dead_run_locked(tmp_path: Path) -> None:
+def test_forked_workers_do_not_keep_the_lock_of_a_dead_run(tmp_path: Path) -> None:
     holder = holding(tmp_path / "run", with_worker=True)
     assert holder.stdout.readline() == "held\n"
     assert holder.end(signal.SIGKILL) == -signal.SIGKILL
@@ -199,9 +197,9 @@ def test_forked_workers_do_not_keep_a_dead_run_locked(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
     run = Run(arguments(tmp_path), Inputs())
-    refused = holding(tmp_path)
-    assert refused.stdout.readline() == "" and refused.wait() == 1
-    assert "UserError" in refused.stderr.read()
+    second = holding(tmp_path)
+    assert second.stdout.readline() == "" and second.wait() == 1
+    assert "UserError" in second.stderr.read()
     del run
     holder = holding(tmp_path)
     assert holder.stdout.readline() == "held\n"
@@ -219,10 +217,10 @@ def test_a_file_system_without_locks_is_a_warning(
     assert "cannot be locked (No locks available)" in caplog.text
 
 
-# ---------------------------------------------------------------- continued as it was begun
+# ---- continuing a run ----
 
 
-def test_a_moved_run_and_one_by_absolute_path_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_by_absolute_path_and_after_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     finished(Path("run"))
     assert Run(arguments(tmp_path / "run", resume=True), Inputs()).folder == tmp_path / "run"
@@ -231,20 +229,20 @@ def test_a_moved_run_and_one_by_absolute_path_are_continued(tmp_path: Path, monk
     assert run.stage("teacher", lambda: Number(8), Number.load).value == 7
 
 
-def test_other_arguments_are_refused_with_the_command_of_a_new_run(
+def test_other_arguments_are_an_error_that_names_the_command_of_a_new_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(tmp_path / "run")
     words = ["train.py", "--epochs", "3", "--resume_from_checkpoint", "--output_dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         Run(arguments(tmp_path / "run", resume=True), Inputs(3))
-    assert "epochs (was 2, now 3)" in str(refused.value)
-    assert str(refused.value).endswith(f"python train.py --epochs 3 --output_dir {tmp_path}/run_2")
+    assert "epochs (was 2, now 3)" in str(caught.value)
+    assert str(caught.value).endswith(f"python train.py --epochs 3 --output_dir {tmp_path}/run_2")
 
 
 @pytest.mark.parametrize("content", [None, b"epochs: 2\n", b"\xff\xfe", b"a: [", b"- a list"])
-def test_a_recipe_that_is_not_what_was_written_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+def test_a_changed_recipe_is_an_error_of_one_line(tmp_path: Path, content: bytes | None) -> None:
     finished(tmp_path)
     (tmp_path / "recipe.yaml").unlink()
     if content is not None:
@@ -256,7 +254,7 @@ def test_a_recipe_that_is_not_what_was_written_is_one_line(tmp_path: Path, conte
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
-def test_a_damaged_mark_is_one_line(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_mark_is_an_error_of_one_line(tmp_path: Path, content: bytes) -> None:
     finished(tmp_path)
     (tmp_path / MARK).write_bytes(content)
     for resume in (True, False):
@@ -265,7 +263,7 @@ def test_a_damaged_mark_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert (tmp_path / "student" / "model.safetensors").exists()
 
 
-def test_other_inputs_are_refused(tmp_path: Path) -> None:
+def test_other_inputs_are_an_error(tmp_path: Path) -> None:
     teacher = nn.Linear(2, 2)
     Run(arguments(tmp_path), Inputs()).check_inputs("data 1", teacher=teacher, student=None)
     again = Run(arguments(tmp_path, resume=True), Inputs())
@@ -280,16 +278,16 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
         again.check_inputs("data 2", teacher=teacher)
 
 
-# ---------------------------------------------------------------- damaged stages
+# ---- damaged stages ----
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, damage_type: str) -> None:
     content = bytearray(path.read_bytes())
-    if how == "missing":
+    if damage_type == "missing":
         path.unlink()
-    elif how == "empty":
+    elif damage_type == "empty":
         path.write_bytes(b"")
-    elif how == "truncated":
+    elif damage_type == "truncated":
         path.write_bytes(content[: len(content) // 2])
     else:
         content[len(content) // 2] ^= 1
@@ -297,13 +295,13 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["number.json", "stage.json", CHECKSUMS])
-@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "flipped"])
-def test_a_damaged_stage_is_one_line(tmp_path: Path, name: str, how: str) -> None:
+@pytest.mark.parametrize("damage_type", ["missing", "empty", "truncated", "flipped"])
+def test_a_damaged_stage_is_an_error_of_one_line(tmp_path: Path, name: str, damage_type: str) -> None:
     finished(tmp_path)
     stage = tmp_path / "stages" / "teacher"
-    damage(stage / name, how)
+    damage(stage / name, damage_type)
     run = Run(arguments(tmp_path, resume=True), Inputs())
-    with pytest.raises(UserError, match=f"{re.escape(str(stage))}.*trains that stage again") as refused:
+    with pytest.raises(UserError, match=f"{re.escape(str(stage))}.*trains that stage again") as caught:
         run.stage("teacher", lambda: Number(8), Number.load)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "stages" / "student").exists()

@@ -1,4 +1,4 @@
-"""Several seeds of one command: ordinary runs in seedN, what they share, and the results over all of them."""
+"""Several seeds of one command: runs in seedN, their shared stages, and the results over all seeds."""
 
 import statistics
 from functools import partial
@@ -30,7 +30,9 @@ def entry(score: float) -> dict[str, Any]:
 
 
 def distill(folder: Path, seeds: list[int] | None, killed_in: int | None = None, **others: Any) -> list[str]:
-    """A run as the scripts are: the teacher before the loop over seeds, the student inside. Returns what was built."""
+    """A run with the structure of the scripts: the teacher before the loop over seeds, the student inside. Returns the
+    names of the models that were built.
+    """
     built: list[str] = []
 
     def build(name: str, value: int) -> Number:
@@ -54,7 +56,7 @@ def distill(folder: Path, seeds: list[int] | None, killed_in: int | None = None,
     return built
 
 
-def test_means_and_deviations_are_those_of_the_seeds(tmp_path):
+def test_results_are_means_and_standard_deviations_over_seeds(tmp_path):
     assert distill(tmp_path, [3, 0, 4]) == ["teacher 3", "student 3", "student 0", "student 4"]
     results = read_json(tmp_path / "results.json")
     validate(results)
@@ -75,7 +77,7 @@ def test_means_and_deviations_are_those_of_the_seeds(tmp_path):
     assert "± 2.08" in (tmp_path / "report.md").read_text()
 
 
-def test_each_seed_is_an_ordinary_run_and_the_student_is_the_first_seeds(tmp_path):
+def test_each_seed_has_a_complete_run_and_the_student_is_that_of_the_first_seed(tmp_path):
     distill(tmp_path, [3, 0])
     assert not (tmp_path / "seed3" / "stages" / "teacher").exists()
     for seed in (3, 0):
@@ -117,7 +119,7 @@ def test_several_processes_share_each_seed(tmp_path):
     assert read_json(tmp_path / "run" / "results.json")["seeds"] == [3, 0]
 
 
-def test_one_seed_is_the_run_itself(tmp_path):
+def test_without_seeds_there_are_no_seed_runs(tmp_path):
     assert distill(tmp_path, None, seed=2) == ["teacher 2", "student 2"]
     assert read_json(tmp_path / "results.json")["seed"] == 2 and not list(tmp_path.glob("seed*"))
 
@@ -139,7 +141,7 @@ def test_seeds_are_written_with_commas_or_spaces(words):
     ],
 )
 @pytest.mark.parametrize("kind", [RunArguments, KDTrainingArguments])
-def test_bad_seeds_are_refused_in_one_line(capsys, kind, words, message):
+def test_invalid_seeds_are_an_error_of_one_line(capsys, kind, words, message):
     try:
         parse(kind, argv=words)
     except UserError as error:
@@ -147,4 +149,4 @@ def test_bad_seeds_are_refused_in_one_line(capsys, kind, words, message):
     except SystemExit:
         assert message in capsys.readouterr().err
     else:
-        raise AssertionError("not refused")
+        raise AssertionError("no error")

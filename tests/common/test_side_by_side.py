@@ -1,4 +1,4 @@
-"""Several students on one teacher pass become what each becomes alone; a table of views says what the teacher says."""
+"""Students that share a teacher pass end as if trained alone; a table of views holds the teacher's logits."""
 
 import json
 from functools import partial
@@ -19,12 +19,12 @@ from kd_testing.tiny import Rows, TinyClassifier, arguments, kd, model
 
 
 class CountingTeacher(TinyClassifier):
-    """Counts the samples that it is asked about."""
+    """Counts the samples of its forward passes."""
 
-    asked = 0
+    samples = 0
 
     def forward(self, x):
-        self.asked += x.shape[0]
+        self.samples += x.shape[0]
         return super().forward(x)
 
 
@@ -49,7 +49,7 @@ def objectives() -> dict[str, Objective]:
     }
 
 
-def test_students_side_by_side_become_what_each_becomes_alone(tmp_path):
+def test_students_side_by_side_end_as_if_trained_alone(tmp_path):
     settings = {"num_train_epochs": 3, "max_grad_norm": 0.0, "logging_strategy": "epoch", "optim_args": "momentum=0.9"}
     alone, logged = {}, {}
     for number, (name, objective) in enumerate(objectives().items()):
@@ -75,7 +75,7 @@ def test_students_side_by_side_become_what_each_becomes_alone(tmp_path):
         train_dataset=Rows(),
     )
     trainer.train()
-    assert one_teacher.asked == 3 * len(Rows()), "one pass of the teacher for all of them"
+    assert one_teacher.samples == 3 * len(Rows()), "one pass of the teacher for all of them"
     for name, student in alone.items():
         for key, weight in student.state_dict().items():
             torch.testing.assert_close(together.students[name].state_dict()[key], weight, msg=f"{name} {key}")
@@ -86,7 +86,7 @@ def test_students_side_by_side_become_what_each_becomes_alone(tmp_path):
 
 
 def exploding(loud: bool) -> Objective:
-    """A loss that is infinite at its fifth step: also its gradient, where it is loud."""
+    """A loss that is infinite at its fifth step; if `loud`, its gradient is too."""
     steps = []
 
     def infinite_once(student: Outputs, teacher: Outputs | None, labels: torch.Tensor | None) -> torch.Tensor:
@@ -98,7 +98,7 @@ def exploding(loud: bool) -> Objective:
     return Objective(task=(1.0, task_loss()), bad=(1.0, infinite_once))
 
 
-def train_beside(folder, students: dict[str, Objective], **settings) -> KDTrainer:
+def train_students(folder, students: dict[str, Objective], **settings) -> KDTrainer:
     together = SideBySide({name: model(number) for number, name in enumerate(students)})
     each_epoch = {"logging_strategy": "epoch", "save_strategy": "epoch"}
     args = arguments(folder, max_grad_norm=0.0, optim_args="momentum=0.9", **each_epoch, **settings)
@@ -109,10 +109,10 @@ def train_beside(folder, students: dict[str, Objective], **settings) -> KDTraine
 
 
 def test_a_diverged_student_stays_diverged_and_leaves_the_others_unaffected(tmp_path, caplog):
-    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=4).model.students["kd"].state_dict()
+    spared = train_students(tmp_path / "spared", {"kd": kd()}, num_train_epochs=4).model.students["kd"].state_dict()
     students = {"kd": kd(), "loud": exploding(True), "quiet": exploding(False)}
     caplog.clear()
-    trainer = train_beside(tmp_path / "diverged", students, num_train_epochs=4)
+    trainer = train_students(tmp_path / "diverged", students, num_train_epochs=4)
     steps = len(Rows()) // 8
     assert steps < 5 < 2 * steps, "in the second epoch"
     logs = [record.getMessage() for record in caplog.records if " diverged: " in record.getMessage()]
@@ -124,7 +124,7 @@ def test_a_diverged_student_stays_diverged_and_leaves_the_others_unaffected(tmp_
         {"loss_kd/task", "loss_kd/soft_targets"}
     ] * 3
     assert "loss_quiet/bad" in losses[0]
-    resumed = train_beside(
+    resumed = train_students(
         tmp_path / "diverged",
         {"kd": kd(), "loud": kd(), "quiet": kd()},  # which would be finite again
         num_train_epochs=4,
@@ -132,17 +132,17 @@ def test_a_diverged_student_stays_diverged_and_leaves_the_others_unaffected(tmp_
     )
     for trained in (trainer.model.students, resumed.model.students):
         for key, weight in trained["kd"].state_dict().items():
-            assert torch.equal(weight, spared[key]), "the others become what they become without it"
+            assert torch.equal(weight, spared[key]), "the others end as if trained without it"
         assert not any(weight.isfinite().all() for name in ("loud", "quiet") for weight in trained[name].parameters())
 
 
 def test_training_stops_once_every_student_has_diverged(tmp_path):
-    trainer = train_beside(tmp_path, {"one": exploding(True), "other": exploding(False)}, num_train_epochs=4)
+    trainer = train_students(tmp_path, {"one": exploding(True), "other": exploding(False)}, num_train_epochs=4)
     assert trainer.state.global_step == 5
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
-def test_a_student_that_the_last_step_broke_diverged_alone(tmp_path, caplog):
+def test_only_the_student_that_diverges_in_the_last_step_is_reported(tmp_path, caplog):
     def no_gradient_on_the_last_step(student, teacher, labels):
         loss = (student.logits * 0.0).sum()
         steps.append(1)
@@ -150,8 +150,8 @@ def test_a_student_that_the_last_step_broke_diverged_alone(tmp_path, caplog):
 
     steps: list[int] = []
     broken = Objective(task=(1.0, task_loss()), bad=(1.0, no_gradient_on_the_last_step))
-    spared = train_beside(tmp_path / "spared", {"kd": kd()}, num_train_epochs=1).model.students["kd"].state_dict()
-    trainer = train_beside(tmp_path / "run", {"kd": kd(), "broken": broken}, num_train_epochs=1)
+    spared = train_students(tmp_path / "spared", {"kd": kd()}, num_train_epochs=1).model.students["kd"].state_dict()
+    trainer = train_students(tmp_path / "run", {"kd": kd(), "broken": broken}, num_train_epochs=1)
     assert [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()] == [
         "broken diverged: hidden.weight is not finite after step 3"
     ]
@@ -159,7 +159,7 @@ def test_a_student_that_the_last_step_broke_diverged_alone(tmp_path, caplog):
 
 
 class ViewRows(Rows):
-    """Three views of each sample: as it is, negated, doubled; which one is drawn anew each epoch."""
+    """Three views of each sample (unchanged, negated, doubled), one of which is drawn in each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,16 +173,16 @@ class ViewRows(Rows):
         return super().__getitem__(i) | {"x": self.x[i] * factor, "view": self.views[i]}
 
 
-def train_on_views(folder, views, asked: CountingTeacher, **settings) -> TinyClassifier:
+def train_on_views(folder, views, teacher: CountingTeacher, **settings) -> TinyClassifier:
     student = model(1)
     args = arguments(folder, num_train_epochs=6, train_sampling_strategy="random", **settings)
     KDTrainer(
-        model=student, args=args, objective=kd(0.0), teacher=asked, teacher_views=views, train_dataset=ViewRows()
+        model=student, args=args, objective=kd(0.0), teacher=teacher, teacher_views=views, train_dataset=ViewRows()
     ).train()
     return student
 
 
-def test_a_table_of_views_gives_what_the_teacher_says_and_asks_once(tmp_path):
+def test_a_table_of_views_returns_the_teachers_logits_and_computes_them_once(tmp_path):
     live, first, second = teacher(), teacher(), teacher()
     plain = train_on_views(tmp_path / "live", None, live)
     tables = [TeacherViews(tmp_path / "views", "key", samples=24, views=3, classes=3) for _ in range(2)]
@@ -192,32 +192,32 @@ def test_a_table_of_views_gives_what_the_teacher_says_and_asks_once(tmp_path):
         tolerance = 0 if one is filled else 1e-3  # logits in fp16
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    assert live.asked == 6 * 24
-    assert first.asked == (tables[0].checksums != 0).sum() < live.asked
-    assert second.asked == 0, "the second run finds everything said"
+    assert live.samples == 6 * 24
+    assert first.samples == (tables[0].checksums != 0).sum() < live.samples
+    assert second.samples == 0, "the second run reads all logits from the table"
 
 
-class CountedAnswers:
-    """Logits that follow from sample and view; counts for how many rows it is asked."""
+class CountedLogits:
+    """Logits for each sample and view; counts the rows that are computed."""
 
     def __init__(self) -> None:
         self.samples, self.views = torch.arange(72) // 3, torch.arange(72) % 3
         self.logits = torch.randn(72, 3).half().float()
-        self.asked = 0
+        self.computed = 0
 
     def read(self, folder) -> torch.Tensor:
         """All rows of the table in a folder, in the batches of a shuffled epoch."""
         table = TeacherViews(folder, "key", samples=24, views=3, classes=3)
         found = torch.full((72, 3), torch.nan)
         for batch in torch.randperm(72).split(10):
-            asked = partial(self.ask, batch)
-            logits = table.batch(self.samples[batch], self.views[batch], asked).logits
+            compute = partial(self.compute, batch)
+            logits = table.batch(self.samples[batch], self.views[batch], compute).logits
             assert logits is not None
             found[batch] = logits
         return found
 
-    def ask(self, batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        self.asked += len(rows)
+    def compute(self, batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.computed += len(rows)
         return self.logits[batch[rows]]
 
 
@@ -243,47 +243,47 @@ def swapped(content: bytearray) -> bytes:
 @pytest.mark.parametrize("damage", [cut_off, zeroed, flipped, swapped, lambda content: b""])
 @pytest.mark.parametrize("name", ["logits.f16", "checksums.u32", "shape.json"])
 def test_rows_of_a_damaged_table_are_computed_again(name, damage, tmp_path, caplog):
-    answers = CountedAnswers()
+    logits = CountedLogits()
     for _ in range(2):
-        assert torch.equal(answers.read(tmp_path), answers.logits) and answers.asked == 72
+        assert torch.equal(logits.read(tmp_path), logits.logits) and logits.computed == 72
     (file,) = tmp_path.rglob(name)
     whole = file.read_bytes()
     file.write_bytes(damage(bytearray(whole)))
     for _ in range(2):
-        assert torch.equal(answers.read(tmp_path), answers.logits)
-    lost = {cut_off: 36, zeroed: 24, flipped: 1, swapped: 72}.get(damage, 72) if name != "shape.json" else 0
-    assert answers.asked == 72 + lost, "once more for what was damaged, and never again"
+        assert torch.equal(logits.read(tmp_path), logits.logits)
+    damaged = {cut_off: 36, zeroed: 24, flipped: 1, swapped: 72}.get(damage, 72) if name != "shape.json" else 0
+    assert logits.computed == 72 + damaged, "damaged rows are computed once more"
     assert file.read_bytes() == whole
     empty = name == "checksums.u32" and damage not in (flipped, swapped)  # looks as if never filled
-    assert ("is damaged" in caplog.text) == (lost > 0 and not empty)
+    assert ("is damaged" in caplog.text) == (damaged > 0 and not empty)
 
 
 def test_rows_of_a_table_of_another_shape_do_not_match(tmp_path):
-    answers = CountedAnswers()
-    answers.read(tmp_path)
+    logits = CountedLogits()
+    logits.read(tmp_path)
     other = TeacherViews(tmp_path, "key", samples=36, views=2, classes=3)
-    said = other.batch(
+    outputs = other.batch(
         torch.arange(36), torch.ones(36, dtype=torch.long), lambda rows: torch.full((len(rows), 3), 7.0)
     )
-    assert said.logits.eq(7).all()
+    assert outputs.logits.eq(7).all()
 
 
-def test_two_processes_that_fill_a_table_at_once_do_not_disturb_each_other(tmp_path):
+def test_two_processes_can_fill_a_table_at_once(tmp_path):
     first, second = (TeacherViews(tmp_path, "key", samples=24, views=3, classes=3) for _ in range(2))
     logits, samples, views = torch.randn(24, 3).half().float(), torch.arange(24), torch.ones(24, dtype=torch.long)
 
-    def ask_the_other_too(rows: torch.Tensor) -> torch.Tensor:
+    def compute_in_both(rows: torch.Tensor) -> torch.Tensor:
         second.batch(samples[rows], views[rows], lambda inner: logits[rows][inner])
         return logits[rows]
 
     def never(rows: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("filled already")
+        raise AssertionError("already filled")
 
-    assert torch.equal(first.batch(samples, views, ask_the_other_too).logits, logits)
+    assert torch.equal(first.batch(samples, views, compute_in_both).logits, logits)
     assert torch.equal(second.batch(samples, views, never).logits, logits)
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
     table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
     table.logits.filename.unlink()
     table.logits.filename.symlink_to("/dev/full")
@@ -292,15 +292,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not table.checksums.any()
 
 
-def test_rows_of_the_table_are_the_teachers_answers_to_those_views(tmp_path):
-    rows, said = ViewRows(), teacher().eval()
+def test_rows_of_the_table_are_the_teachers_logits_for_those_views(tmp_path):
+    rows, model = ViewRows(), teacher().eval()
     table = TeacherViews(tmp_path, "key", samples=24, views=3, classes=3)
-    train_on_views(tmp_path / "run", table, said)
+    train_on_views(tmp_path / "run", table, model)
     for sample in range(24):
         for view, factor in enumerate((1.0, -1.0, 2.0)):
             stored = torch.from_numpy(table.logits[sample * 3 + view].astype(np.float32))
             if table.checksums[sample * 3 + view]:
-                expected = said(rows.x[sample : sample + 1] * factor).logits[0].detach().half().float()
+                expected = model(rows.x[sample : sample + 1] * factor).logits[0].detach().half().float()
                 torch.testing.assert_close(stored, expected, rtol=1e-3, atol=1e-3)
             else:
                 assert not stored.any()

@@ -1,4 +1,4 @@
-"""Files of rows: what is read of them whatever their format, and what is wrong with one in a line that names it."""
+"""Reading parquet, CSV and JSON files and folders, and errors of one line with the name of the file."""
 
 import json
 import re
@@ -28,14 +28,14 @@ def folder_of(folder: Path, **files: str | bytes) -> Path:
     return folder
 
 
-def refused(dataset: object) -> str:
+def error_of(dataset: object) -> str:
     with pytest.raises(UserError) as caught:
         splits(dataset)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     return str(caught.value)
 
 
-def test_csv_columns_are_strings_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_csv_columns_are_strings_and_keep_their_contents(tmp_path: Path) -> None:
     content = '\ufefftext,code,empty\n007,010,\n"two, with\na break",true,NA\n'
     train = splits(folder_of(tmp_path, train__csv=content))["train"]
     assert train[:] == {"text": ["007", "two, with\na break"], "code": ["010", "true"], "empty": ["", "NA"]}
@@ -69,8 +69,8 @@ def test_categories_of_pandas_are_read(tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_what_is_wrong_with_a_csv_file_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
-    found = refused(folder_of(tmp_path, train__csv=content))
+def test_errors_of_csv_files(tmp_path: Path, content: str | bytes, message: str) -> None:
+    found = error_of(folder_of(tmp_path, train__csv=content))
     assert message in found and "train.csv" in found
 
 
@@ -90,12 +90,12 @@ def test_what_is_wrong_with_a_csv_file_is_named(tmp_path: Path, content: str | b
         (b"\xff", "is not UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_json_file_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
-    found = refused(folder_of(tmp_path, train__json=content))
+def test_errors_of_json_files(tmp_path: Path, content: str | bytes, message: str) -> None:
+    found = error_of(folder_of(tmp_path, train__json=content))
     assert message in found and "train.json" in found and "one object per line" in found or "UTF-8" in found
 
 
-def test_a_damaged_parquet_file_is_one_line_wherever_the_damage_is(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_one_line_for_damage_anywhere(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": [f"text {i}" * 9 for i in range(500)], "label": list(range(500))})
     rows.to_parquet(tmp_path / "train.parquet")
     whole = (tmp_path / "train.parquet").read_bytes()
@@ -113,63 +113,63 @@ def test_a_damaged_parquet_file_is_one_line_wherever_the_damage_is(tmp_path: Pat
     assert sum("cannot read" in str(outcome) for outcome in outcomes) > 30
 
 
-def test_strings_in_parquet_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+def test_parquet_strings_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
     column = pa.array([b"na\xefve"], pa.binary()).view(pa.string())
     pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "train.parquet")
-    assert "UTF8" in refused(tmp_path)
+    assert "UTF8" in error_of(tmp_path)
 
 
-def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+def test_two_parquet_columns_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["text", "label", "label"])
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
-    assert "two columns 'label'" in refused(tmp_path)
+    assert "two columns 'label'" in error_of(tmp_path)
 
 
 # Folders and names
 
 
-def test_what_no_split_is_called_after_is_not_read(tmp_path: Path) -> None:
+def test_files_without_the_name_of_a_split_are_not_read(tmp_path: Path) -> None:
     folder_of(tmp_path, train__csv="text\na\n", notes__json="{", extra__csv=b"\xff")
     found, notes = read_splits(str(tmp_path), {})
     assert list(found) == ["train"] and notes == ["split extra is not used", "split notes is not used"]
 
 
-def test_what_the_system_does_not_let_read_is_one_line(tmp_path: Path) -> None:
+def test_errors_of_the_operating_system_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "directory" / "train.csv").mkdir(parents=True)
-    assert "train.csv (Is a directory)" in refused(tmp_path / "directory")
+    assert "train.csv (Is a directory)" in error_of(tmp_path / "directory")
     (tmp_path / "dangling").mkdir()
     (tmp_path / "dangling" / "train.csv").symlink_to(tmp_path / "gone.csv")
-    assert "train.csv (No such file or directory)" in refused(tmp_path / "dangling")
-    assert "File name too long" in refused("x" * 5000)
-    assert "unknown dataset" in refused("a\0b")
+    assert "train.csv (No such file or directory)" in error_of(tmp_path / "dangling")
+    assert "File name too long" in error_of("x" * 5000)
+    assert "unknown dataset" in error_of("a\0b")
 
 
-def test_folders_without_files_of_rows_tell_what_they_hold(tmp_path: Path) -> None:
-    assert "holds nothing" in refused(tmp_path)
+def test_errors_list_the_contents_of_a_folder_without_data_files(tmp_path: Path) -> None:
+    assert "holds nothing" in error_of(tmp_path)
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved")
-    assert "save_to_disk" in refused(tmp_path / "saved")
+    assert "save_to_disk" in error_of(tmp_path / "saved")
     (tmp_path / "hub" / "data").mkdir(parents=True)
     rows.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
-    assert f"but in {tmp_path / 'hub' / 'data'}" in refused(tmp_path / "hub")
+    assert f"but in {tmp_path / 'hub' / 'data'}" in error_of(tmp_path / "hub")
     assert list(splits(tmp_path / "hub" / "data")) == ["train"]
     (tmp_path / "tabs").mkdir()
-    assert "holds train.tsv" in refused(folder_of(tmp_path / "tabs", train__tsv="a\tb"))
+    assert "holds train.tsv" in error_of(folder_of(tmp_path / "tabs", train__tsv="a\tb"))
 
 
-def test_a_missing_shard_or_another_column_in_one_is_refused(tmp_path: Path) -> None:
+def test_a_missing_shard_or_different_columns_are_rejected(tmp_path: Path) -> None:
     for i in (0, 2):
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / f"train-0000{i}-of-00003.parquet")
-    assert "has 2 of the 3 files of split train" in refused(tmp_path)
+    assert "has 2 of the 3 files of split train" in error_of(tmp_path)
     datasets.Dataset.from_dict({"body": ["a"]}).to_parquet(tmp_path / "train-00001-of-00003.parquet")
-    assert "train-00001-of-00003.parquet has other columns" in refused(tmp_path)
+    assert "train-00001-of-00003.parquet has other columns" in error_of(tmp_path)
 
 
-def test_a_file_is_the_split_that_it_is_called_after(tmp_path: Path) -> None:
+def test_a_file_is_the_split_in_its_name(tmp_path: Path) -> None:
     folder_of(tmp_path, new__csv="text\na\n", test__csv="text\nb\n", new__xlsx="x")
     assert splits(tmp_path / "new.csv")["train"]["text"][:] == ["a"]
     assert splits(tmp_path / "new.csv", needs_train=False)["test"]["text"][:] == ["a"]
     assert splits(tmp_path / "test.csv", needs_train=False)["test"]["text"][:] == ["b"]
-    assert "no train split" in refused(tmp_path / "test.csv")
-    assert re.search(r"new.xlsx is not a parquet, CSV or JSON file", refused(tmp_path / "new.xlsx"))
+    assert "no train split" in error_of(tmp_path / "test.csv")
+    assert re.search(r"new.xlsx is not a parquet, CSV or JSON file", error_of(tmp_path / "new.xlsx"))
     assert short_name(str(tmp_path / "new.csv")) == "new.csv"

@@ -1,4 +1,4 @@
-"""Cached teacher outputs can be neither misaligned nor confused with another teacher's, nor read when damaged."""
+"""Cached teacher outputs cannot be misaligned, mixed up with another teacher's, or read when damaged."""
 
 import logging
 import random
@@ -34,23 +34,23 @@ def outputs(order: torch.Tensor) -> TeacherOutputs:
     return TeacherOutputs(order, torch.stack([order, -order], 1).float(), {"layer_1": states})
 
 
-def test_lookup_goes_by_sample_id_in_any_order():
+def test_outputs_are_looked_up_by_sample_id_in_any_order():
     for _ in range(5):
         cache = outputs(torch.randperm(50) + 1000)
-        asked = torch.randperm(50)[:13] + 1000
-        said = cache.batch(asked, positions=4)
-        assert torch.equal(said.logits, torch.stack([asked, -asked], 1).float())
-        for row, sample in enumerate(asked):
+        ids = torch.randperm(50)[:13] + 1000
+        found = cache.batch(ids, positions=4)
+        assert torch.equal(found.logits, torch.stack([ids, -ids], 1).float())
+        for row, sample in enumerate(ids):
             length = 1 + int(sample) % 3
-            assert (said.features["layer_1"][row, :length] == sample).all()
-            assert (said.features["layer_1"][row, length:] == 0).all()
-        assert said.features["layer_1"].shape == (13, 4, 2)
+            assert (found.features["layer_1"][row, :length] == sample).all()
+            assert (found.features["layer_1"][row, length:] == 0).all()
+        assert found.features["layer_1"].shape == (13, 4, 2)
 
 
-@pytest.mark.parametrize("stranger", [-1, 7, 2000])
-def test_a_sample_that_was_never_asked_about_is_an_error(stranger):
-    with pytest.raises(KeyError, match=str(stranger)):
-        outputs(torch.arange(50) + 1000).batch(torch.tensor([1001, stranger]))
+@pytest.mark.parametrize("unknown", [-1, 7, 2000])
+def test_a_sample_that_is_not_in_the_cache_is_an_error(unknown):
+    with pytest.raises(KeyError, match=str(unknown)):
+        outputs(torch.arange(50) + 1000).batch(torch.tensor([1001, unknown]))
 
 
 def test_sample_ids_must_be_distinct():
@@ -149,7 +149,7 @@ def test_outputs_are_those_of_the_live_teacher_and_computed_once(tmp_path):
     assert len(list(tmp_path.glob("*/*"))) == 7  # shards of 16 of 100 rows
 
 
-def test_states_out_of_the_range_of_fp16_are_kept_in_fp32(tmp_path):
+def test_features_out_of_the_range_of_fp16_are_stored_in_fp32(tmp_path):
     teacher, rows = Embedder(scale=1e5), texts()
     check_values(cached(tmp_path, teacher, rows), teacher, rows, precise=True)
 
@@ -175,7 +175,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_process_continues_after_its_last_whole_shard_with_the_same_bytes(tmp_path, monkeypatch):
+def test_a_killed_process_continues_after_its_last_complete_shard_with_the_same_bytes(tmp_path, monkeypatch):
     teacher = Embedder()
     whole = cached(tmp_path / "whole", teacher)
     calls, write = teacher.calls, teacher_outputs._write
@@ -269,7 +269,7 @@ def test_a_shard_of_another_key_is_computed_again(tmp_path):
         assert teacher.calls == before + 1
 
 
-def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+def test_any_flipped_bit_is_detected(tmp_path):
     teacher, rows = Embedder(), texts(10)
     cached(tmp_path, teacher, rows)
     (path,) = tmp_path.rglob("outputs.arrow")
@@ -281,7 +281,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
     assert teacher.calls == calls + 2 * len(range(0, len(whole), 101))
 
 
-def test_two_processes_share_the_work_and_store_what_one_process_stores(tmp_path):
+def test_two_processes_share_the_work_and_store_the_same_bytes_as_one(tmp_path):
     def call() -> list:
         PartialState(cpu=True)  # joins the group, as training arguments do
         teacher, rows = Embedder(), texts()
@@ -298,7 +298,7 @@ def test_two_processes_share_the_work_and_store_what_one_process_stores(tmp_path
     assert calls + other_calls == teacher.calls and 0 < other_calls < calls
 
 
-def test_the_key_follows_weights_and_data():
+def test_the_key_depends_on_weights_and_data():
     teacher = model(0)
     key = outputs_key(teacher, "data", "bf16")
     assert key == outputs_key(model(0), "data", "bf16")
@@ -308,7 +308,7 @@ def test_the_key_follows_weights_and_data():
     assert key != outputs_key(teacher, "data", "bf16")
 
 
-def test_a_cache_belongs_to_weights_inputs_and_arguments(tmp_path):
+def test_a_cache_is_valid_for_weights_inputs_and_arguments(tmp_path):
     rows, changed = texts(), texts()
     ids = changed["input_ids"][:]
     changed = changed.remove_columns("input_ids").add_column("input_ids", [*ids[:-1], [*ids[-1][:-1], 5]])

@@ -1,10 +1,11 @@
-"""KDTrainer: gradients, the teacher's innocence, objective parameters, resuming, and stopping on bad losses."""
+"""KDTrainer: gradients, the frozen teacher, auxiliary parameters, resuming, and stopping on non-finite losses."""
 
 import copy
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ def trained(folder: Path, student: TinyClassifier, objective: Objective | None =
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (3, 3)])
-def test_accumulated_gradient_is_that_of_one_big_batch(tmp_path, batch, accumulation):
-    """One SGD step of learning rate 1 shows the gradient; 3 x 3 over 8 samples has a short micro-batch."""
+def test_accumulated_gradient_equals_the_gradient_of_one_big_batch(tmp_path, batch, accumulation):
+    """One SGD step with learning rate 1 shows the gradient; 3 x 3 over 8 samples has a short micro-batch."""
     student, teacher, rows = model(), model(9), Rows(8)
     out = student(rows.x)
     loss = 0.5 * F.cross_entropy(out.logits, rows.labels) + 0.5 * soft_target_kl(out.logits, teacher(rows.x).logits, 2)
@@ -61,7 +62,7 @@ def test_accumulated_gradient_is_that_of_one_big_batch(tmp_path, batch, accumula
 
 
 class Sequences(torch.utils.data.Dataset):
-    """Eight rows of five positions, of which very different numbers count."""
+    """Eight rows of five positions, with very different numbers of labels."""
 
     def __init__(self) -> None:
         self.x, self.labels = torch.randn(8, 5, 6), torch.randint(3, (8, 5))
@@ -75,14 +76,14 @@ class Sequences(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (3, 3)])
-def test_each_token_counts_alike_however_a_step_is_cut(tmp_path, batch, accumulation):
+def test_each_token_has_the_same_weight_in_any_split_into_micro_batches(tmp_path, batch, accumulation):
     student, teacher, rows = model(), model(9), Sequences()
-    counts = rows.labels != IGNORED
-    own, target = student(rows.x).logits[counts], teacher(rows.x).logits[counts]
-    loss = 0.5 * F.cross_entropy(own, rows.labels[counts]) + 0.5 * soft_target_kl(own, target, 2.0)
+    labelled = rows.labels != IGNORED
+    logits, teacher_logits = student(rows.x).logits[labelled], teacher(rows.x).logits[labelled]
+    loss = 0.5 * F.cross_entropy(logits, rows.labels[labelled]) + 0.5 * soft_target_kl(logits, teacher_logits, 2.0)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
     before = weights(student)
-    soft = logit_term(lambda own, target: soft_target_kl(own, target, 2.0), ignore_unlabelled=True)
+    soft = logit_term(partial(soft_target_kl, temperature=2.0), ignore_unlabelled=True)
     KDTrainer(
         model=student, teacher=teacher, train_dataset=rows,
         objective=Objective(task=(0.5, task_loss()), soft=(0.5, soft)),
@@ -163,7 +164,7 @@ def test_teacher_stays_frozen_in_eval_mode_and_out_of_optimizer_and_checkpoint(t
     assert set(load_file(f"{saved}/model.safetensors")) == set(TinyClassifier().state_dict())
 
 
-def test_objective_parameters_are_optimized_clipped_checkpointed_and_not_shipped(tmp_path):
+def test_auxiliary_parameters_are_optimized_clipped_checkpointed_and_not_shipped(tmp_path):
     torch.manual_seed(1)
     hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(4, 8))
     objective = Objective(hint=(1000.0, hint))
@@ -219,7 +220,7 @@ def test_resuming_ends_in_the_same_weights(tmp_path, save_steps):
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_objective_parameters_resume_too(tmp_path):
+def test_auxiliary_parameters_resume_too(tmp_path):
     def hinted(seed):
         torch.manual_seed(seed)
         return Objective(
@@ -247,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     assert torch.isfinite(weights(student)).all()
 
 
-def test_values_have_their_own_rate_and_no_decay(tmp_path):
+def test_values_have_a_separate_learning_rate_and_no_weight_decay(tmp_path):
     from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 
     class WithBottleneck(nn.Module):
@@ -272,12 +273,12 @@ def test_values_have_their_own_rate_and_no_decay(tmp_path):
     assert torch.equal(student.bottleneck.keys, keys)
 
 
-def test_evaluation_gives_logits_and_labels_without_the_teacher(tmp_path):
-    def refuse(*_):
-        raise AssertionError("the teacher was asked about evaluation data")
+def test_evaluation_computes_logits_and_labels_without_the_teacher(tmp_path):
+    def fail(*_):
+        raise AssertionError("the teacher ran on evaluation data")
 
     teacher = model(9)
-    teacher.register_forward_hook(refuse)
+    teacher.register_forward_hook(fail)
     trainer = KDTrainer(
         model=model(), args=arguments(tmp_path), objective=kd(), teacher=teacher, train_dataset=Rows(8),
         eval_dataset=Rows(10), compute_metrics=lambda p: classification_metrics(p.predictions, p.label_ids),
@@ -288,7 +289,7 @@ def test_evaluation_gives_logits_and_labels_without_the_teacher(tmp_path):
 # ---- batches of similar length ----
 
 
-def test_length_groups_hold_every_sample_once_with_little_padding():
+def test_length_groups_contain_every_sample_once_with_little_padding():
     lengths = torch.randint(3, 60, (1003,)).tolist()
     sampler = LengthGroupedSampler(lengths, 8, seed=0)
     order = list(sampler)
@@ -298,7 +299,7 @@ def test_length_groups_hold_every_sample_once_with_little_padding():
     assert padding < 0.15  # random batches of these lengths: about 0.7
 
 
-def test_length_groups_depend_on_seed_and_epoch_alone():
+def test_length_groups_depend_only_on_seed_and_epoch():
     def orders(seed):
         sampler = LengthGroupedSampler(list(range(100)), 8, seed)
         first = list(sampler)
@@ -320,10 +321,10 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everything, tmp_path):
+def test_weight_decay_excludes_biases_and_norms_unless_requested(everything, tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
     args = arguments(tmp_path, weight_decay=0.1, decay_norm_and_bias=everything)
-    hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(2, 3))  # its weights train beside the student
+    hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(2, 3))  # its weights are auxiliary parameters
     trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss()), hint=(1.0, hint)))
     decayed = {
         id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
@@ -334,7 +335,7 @@ def test_weight_decay_spares_biases_and_norms_unless_everything_decays(everythin
     assert names == (everyone if everything else {"0.weight", "2.weight"})
 
 
-def test_batches_of_one_size_in_training_and_every_sample_in_evaluation(tmp_path):
+def test_drop_last_applies_to_training_and_not_to_evaluation(tmp_path):
     args = arguments(
         tmp_path, per_device_train_batch_size=10, per_device_eval_batch_size=10, dataloader_drop_last=True
     )
@@ -343,8 +344,8 @@ def test_batches_of_one_size_in_training_and_every_sample_in_evaluation(tmp_path
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader(Rows(24))) == 24
 
 
-def test_a_model_trained_before_is_trained_in_the_same_precision_again(tmp_path):
-    """accelerate marks what it has prepared, copies of it too; a marked model would silently train in fp32."""
+def test_a_model_that_was_trained_before_trains_in_the_same_precision_again(tmp_path):
+    """accelerate marks prepared models and their copies; a marked model would silently train in fp32."""
     seen = []
 
     class Watched(torch.nn.Module):
@@ -367,14 +368,14 @@ def test_a_model_trained_before_is_trained_in_the_same_precision_again(tmp_path)
         network = copy.deepcopy(network)
     assert len(seen) == 6 and all(seen)
     network(Rows(4).x)
-    assert not seen[-1], "handed back as it was"
+    assert not seen[-1], "autocast is removed"
 
 
-# ---- weights that diverge after the last loss that was seen ----
+# ---- weights that diverge after the last finite loss ----
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 2}, {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}])
-def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(settings, tmp_path, monkeypatch):
+def test_weights_that_diverge_in_the_last_step_are_neither_saved_nor_returned(settings, tmp_path, monkeypatch):
     break_second_step(monkeypatch)
     with pytest.raises(UserError, match=r"hidden\.weight is not finite after step 2; try a lower") as stopped:
         trained(tmp_path, model(), **settings)
@@ -382,7 +383,7 @@ def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(setting
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_weights_of_the_objective_that_diverge_stop_the_run_too(tmp_path):
+def test_diverged_weights_of_the_objective_stop_the_run_too(tmp_path):
     objective = Objective(
         task=(1.0, task_loss()), hint=(1.0, FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(8, 8)))
     )
@@ -406,7 +407,7 @@ class Normed(TinyClassifier):
 
 
 @pytest.mark.parametrize(("samples", "batch", "accumulation"), [(25, 8, 1), (25, 4, 2), (24, 1, 1), (1, 8, 1)])
-def test_a_batch_of_one_before_batch_norm_is_refused_before_the_first_step(samples, batch, accumulation, tmp_path):
+def test_a_batch_of_one_sample_before_batch_norm_is_an_error_at_the_first_step(samples, batch, accumulation, tmp_path):
     student = Normed()
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(UserError, match="--dataloader_drop_last, or another --per_device_train_batch_size") as line:
@@ -426,7 +427,7 @@ def test_a_batch_of_one_before_batch_norm_is_refused_before_the_first_step(sampl
         (model(), {}),
     ],
 )
-def test_a_last_batch_of_one_that_is_no_problem_is_trained_on(student, settings, tmp_path):
+def test_a_last_batch_of_one_sample_trains_if_no_batch_norm_needs_more(student, settings, tmp_path):
     trainer = trained(tmp_path, student, n=25, **settings)
     assert trainer.state.global_step == (3 if settings else 4)
 
@@ -463,7 +464,7 @@ def test_ctrl_c_ends_training_even_if_python_drops_it_and_the_run_can_resume(dro
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert len(calls) == step, "not one step more"
+    assert len(calls) == step, "no further step"
     handle.remove()
     trained(tmp_path / "run", resumed, resume=True, **settings)
     assert torch.equal(weights(resumed), weights(whole))

@@ -43,7 +43,7 @@ def test_validation_is_a_fixed_stratified_part_of_train(tmp_path: Path) -> None:
     pictures = pixels(200, 4, 4)
     folder = write(tmp_path, NAMES, train=(pictures, labels))
     torch.manual_seed(1)
-    np.random.seed(1)  # whatever the seed of a run
+    np.random.seed(1)  # independent of the seed of a run
     data = small(folder, validation_share=0.2)
     assert Counter(data.splits["validation"].labels.tolist()) == {0: 24, 1: 12, 2: 4}
     parts = [{row.numpy().tobytes() for row in data.splits[name].pixels} for name in ("train", "validation")]
@@ -63,7 +63,7 @@ def test_a_validation_split_is_kept(colour: str, tmp_path: Path) -> None:
     assert sizes(without) == {"train": 60, "test": 12} and without.selection_split == "test"
 
 
-def test_train_samples_are_the_same_ones_every_time() -> None:
+def test_max_train_samples_selects_the_same_images_every_time() -> None:
     labels = np.array([0] * 300 + [1] * 100)
     assert np.array_equal(stratified(labels, 0.1), stratified(labels, 0.1))
     assert labels[stratified(labels, 0.1)].tolist() == [0] * 30 + [1] * 10
@@ -79,11 +79,11 @@ def test_train_samples_are_the_same_ones_every_time() -> None:
 
 def test_mean_and_standard_deviation(colour: str) -> None:
     data = small(colour)
-    shown = data.splits["train"].pixels.numpy() / 255
-    assert data.mean == pytest.approx(shown.mean((0, 1, 2)), abs=6e-5)
-    assert data.std == pytest.approx(shown.std((0, 1, 2)), abs=6e-5)
+    values = data.splits["train"].pixels.numpy() / 255
+    assert data.mean == pytest.approx(values.mean((0, 1, 2)), abs=6e-5)
+    assert data.std == pytest.approx(values.std((0, 1, 2)), abs=6e-5)
     mean, std = channel_statistics(torch.zeros(5, 2, 2, 1, dtype=torch.uint8))
-    assert mean == [0] and std == [1e-4]  # to divide by
+    assert mean == [0] and std == [1e-4]  # not zero, since pixels are divided by it
 
 
 def test_one_changed_pixel_or_label_changes_the_fingerprint(tmp_path: Path) -> None:
@@ -122,14 +122,14 @@ def test_parquet_with_and_without_metadata_holds_the_same_pixels(tmp_path: Path)
     assert "--label_column" in message and "id, picture, kind" in message
 
 
-def test_classes_of_another_split_go_by_name(tmp_path: Path) -> None:
+def test_classes_of_another_split_are_matched_by_name(tmp_path: Path) -> None:
     pictures = pixels(3, 4, 4)
     write(tmp_path, NAMES, train=(pictures, [0, 1, 2]))
     data = small(write(tmp_path, NAMES[::-1], test=(pictures, [0, 1, 2])), validation_share=0)
     assert data.splits["test"].labels.tolist() == [2, 1, 0]
 
 
-def test_folders_of_pictures(tmp_path: Path) -> None:
+def test_folders_of_images(tmp_path: Path) -> None:
     pictures = pixels(8, 6, 6, 3)
     for number, label in enumerate(["dog", "cat"] * 4):
         split = "train" if number < 6 else "test"
@@ -142,7 +142,7 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
     assert data.name == tmp_path.name and sizes(data) == {"train": 6, "test": 2}
 
 
-def test_odd_modes(tmp_path: Path) -> None:
+def test_image_modes(tmp_path: Path) -> None:
     grey = pixels(1, 4, 4)[0]
     palette = Image.fromarray(pixels(1, 4, 4, 3)[0]).quantize(8)
     pictures = {
@@ -163,7 +163,7 @@ def test_odd_modes(tmp_path: Path) -> None:
     assert data.splits["test"].pixels.shape == (3, 4, 4, 1) and len(data.mean) == 1
 
 
-def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+def test_images_are_turned_upright(tmp_path: Path) -> None:
     picture, exif, file = Image.fromarray(pixels(1, 4, 4)[0]), Image.Exif(), io.BytesIO()
     exif[0x0112] = 3  # upside down
     picture.save(file, "PNG", exif=exif)
@@ -212,7 +212,7 @@ def test_errors_of_names_and_folders(tmp_path: Path) -> None:
     picture = pixels(1, 4, 4)[0]
     draw(tmp_path / "a" / "train" / "1.png", picture)
     assert "1.png is in no class" in error_of(tmp_path / "a")
-    draw(tmp_path / "b" / "cat" / "1.png", picture)  # no split above the classes
+    draw(tmp_path / "b" / "cat" / "1.png", picture)  # no split folder
     assert "SPLIT/CLASS/" in error_of(tmp_path / "b")
     draw(tmp_path / "c" / "test" / "cat" / "1.png", picture)
     assert "no train split" in error_of(tmp_path / "c")
@@ -259,18 +259,18 @@ def test_errors_of_labels(tmp_path: Path) -> None:
     assert "the validation split has no labels" in error_of(folder)
 
 
-def test_a_class_of_test_alone_is_one_without_training_images(tmp_path: Path) -> None:
+def test_a_class_only_in_test_is_kept_and_noted(tmp_path: Path) -> None:
     pictures = pixels(4, 4, 4)
     for names in (NAMES, None):
         train, test = (pictures, [0, 1, 0, 1]), (pictures, [0, 2, 0, 1])
         data = small(write(tmp_path, names, train=train, test=test), validation_share=0.5)
         expected = names or ["0", "1", "2"]
         assert data.label_names == expected and data.splits["test"].labels.tolist() == [0, 2, 0, 1]
-        said = f"labels of test that never occur in train, classes without training rows: {expected[2]} (1 row)"
-        assert said in data.notes
+        note = f"labels of test that never occur in train, classes without training rows: {expected[2]} (1 row)"
+        assert note in data.notes
 
 
-def test_errors_of_pictures(tmp_path: Path) -> None:
+def test_errors_of_images(tmp_path: Path) -> None:
     good = [png(picture) for picture in pixels(3, 8, 8)]
     sixteen = Image.fromarray(pixels(1, 8, 8)[0].astype(np.uint16) * 257)
 
@@ -278,7 +278,7 @@ def test_errors_of_pictures(tmp_path: Path) -> None:
         folder = write(tmp_path / name, NAMES, train=([*good, picture], [0, 1, 0, 1]))
         found = error_of(folder, validation_share=0.5)
         assert found.startswith("image 3 of train ") and ("replace or remove" in found or "remove the row" in found)
-        if name not in ("cut", "damaged"):  # which the beginning of a file does not show
+        if name not in ("cut", "damaged"):  # the header of the file is intact
             assert error_of(folder, validation_share=0.5, image_size=72) == found
         return found
 

@@ -1,4 +1,4 @@
-"""Image students taken away: the code of their README sees a picture as their image processor does."""
+"""Exported image students: the code in README.md preprocesses a picture as their image processor does."""
 
 import json
 from typing import Any

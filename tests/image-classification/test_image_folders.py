@@ -1,4 +1,4 @@
-"""Folders and columns of people: no picture is overlooked, labels go by name, and what is left out is reported."""
+"""Image folders and columns: every image is found, labels are matched by name, and unused files are reported."""
 
 import io
 import shutil
@@ -19,7 +19,7 @@ from kd_testing.pictures import NAMES, draw, error_of, large, photos_in, pixels,
 
 
 def classes_in(folder: Path, **counts: int) -> Path:
-    """So many pictures of 6 pixels in each class folder."""
+    """Writes `counts` images of 6 pixels to each class folder."""
     for seed, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pixels(count, 6, 6, 3, seed=seed)):
@@ -28,7 +28,7 @@ def classes_in(folder: Path, **counts: int) -> Path:
 
 
 def columns_in(folder: Path, labels: Any, test: Any = None, **more: list) -> Path:
-    """Parquet files without metadata; a picture per label, the same for the same row."""
+    """Writes parquet files without metadata, with one image per label that depends only on the row."""
     folder.mkdir(parents=True)
     for split, of_split in (("train", labels), ("test", test)):
         if of_split is not None:
@@ -37,11 +37,11 @@ def columns_in(folder: Path, labels: Any, test: Any = None, **more: list) -> Pat
     return folder
 
 
-# Which files are pictures
+# Which files are images
 
 
-def test_pictures_of_every_format_are_found(tmp_path: Path) -> None:
-    """As many as were written, with the pixels that Pillow reads; those of formats without loss equal the source."""
+def test_images_of_every_format_are_found(tmp_path: Path) -> None:
+    """All files are found, with the pixels that Pillow decodes; lossless formats equal the source."""
     formats = ["PNG", "BMP", "TIFF", "GIF", "PPM", "TGA", "JPEG", "WEBP", "PCX", "ICO", "JPEG2000"]
     suffixes = ["png", "BMP", "tif", "gif", "ppm", "tga", "JPG", "webp", "pcx", "ico", "jp2"]
     written = {}
@@ -63,7 +63,7 @@ def test_pictures_of_every_format_are_found(tmp_path: Path) -> None:
             assert np.array_equal(pixels_found, source), name
 
 
-def test_what_is_no_picture_is_counted_and_named(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_counted_and_named(tmp_path: Path) -> None:
     classes_in(tmp_path / "train", cat=4, dog=4)
     classes_in(tmp_path / "test", cat=1, dog=1)
     clean = small(tmp_path, validation_share=0)
@@ -86,7 +86,7 @@ def test_what_is_no_picture_is_counted_and_named(tmp_path: Path) -> None:
     ]
 
 
-def test_folders_behind_links_are_read_and_circles_end(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_and_cycles_end(tmp_path: Path) -> None:
     classes_in(tmp_path / "data" / "train", dog=3)
     classes_in(tmp_path / "elsewhere", cat=3)
     (tmp_path / "data" / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
@@ -95,7 +95,7 @@ def test_folders_behind_links_are_read_and_circles_end(tmp_path: Path) -> None:
     assert sizes(data) == {"train": 4, "validation": 2} and data.label_names == ["cat", "dog"]
 
 
-def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
+def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
     classes_in(tmp_path / "train", cat=9, dog=9)
     classes_in(tmp_path / "test", cat=2, dog=0)
     assert small(tmp_path).notes[-1] == "classes without an image in test: 1 of 2 (dog)"
@@ -108,7 +108,7 @@ def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/val holds no images: add images or remove the folder" in error_of(tmp_path)
 
 
-def test_pictures_outside_of_classes_have_no_label(tmp_path: Path) -> None:
+def test_images_outside_of_classes_have_no_label(tmp_path: Path) -> None:
     classes_in(tmp_path / "train", cat=9, dog=9)
     draw(tmp_path / "test" / "1.png", pixels(1, 6, 6, 3)[0])
     data = small(tmp_path)
@@ -122,7 +122,7 @@ def test_pictures_outside_of_classes_have_no_label(tmp_path: Path) -> None:
     assert "images deeper than their class" in small(tmp_path).notes[0]
 
 
-def test_layouts_that_are_no_dataset_are_explained(tmp_path: Path) -> None:
+def test_errors_explain_folders_that_are_not_datasets(tmp_path: Path) -> None:
     classes_in(tmp_path / "classes", cat=2, dog=2)
     assert "no train split, only cat, dog: put images into SPLIT/CLASS/" in error_of(tmp_path / "classes")
     classes_in(tmp_path / "deep" / "inner" / "train", cat=2, dog=2)
@@ -163,7 +163,7 @@ def test_labels_of_every_kind_become_classes(tmp_path: Path, labels: Any, names:
     assert data.notes == [f"labels: 2 classes ({', '.join(names)})"]
 
 
-def test_class_folders_with_numbers_are_in_their_order_and_match_in_every_split(tmp_path: Path) -> None:
+def test_numbered_class_folders_are_sorted_by_number_in_every_split(tmp_path: Path) -> None:
     classes_in(tmp_path / "train", **{"10": 2, "2": 2, "1": 2})
     classes_in(tmp_path / "validation", **{"10": 1, "2": 1})
     data = small(tmp_path)
@@ -181,7 +181,7 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path, missing: 
     assert torch.equal(data.splits["train"].pixels, torch.from_numpy(pixels(5, 6, 6))[:4, ..., None])
 
 
-def test_a_choice_of_columns_is_reported(tmp_path: Path) -> None:
+def test_a_choice_among_columns_is_noted(tmp_path: Path) -> None:
     folder = columns_in(tmp_path / "data", [0, 1] * 9, target=[1, 0] * 9)
     assert small(folder).notes[0] == "column 'label' holds the labels; --label_column names another of label, target"
     assert len(small(folder, label_column="target").notes) == 2
@@ -199,18 +199,18 @@ def test_train_keeps_an_image_of_each_class(tmp_path: Path) -> None:
         assert data.notes[2] == "classes without an image in validation: 1 of 3 (emu)"
 
 
-def test_the_guard_changes_nothing_where_classes_are_large() -> None:
+def test_keeping_an_image_of_each_class_does_not_change_large_classes() -> None:
     data = load_image_data("digits")
-    assert sizes(data) == {"train": 1294, "validation": 144, "test": 359}, "what older runs were trained on"
+    assert sizes(data) == {"train": 1294, "validation": 144, "test": 359}, "the split must not change"
     labels = np.arange(40) % 2
     part = holdout(labels, 0.25)
     assert np.bincount(labels[~part]).tolist() == [15, 15] and np.bincount(labels[part]).tolist() == [5, 5]
 
 
-# Data that a model is measured on
+# Data for evaluation
 
 
-def test_a_folder_is_measured_by_the_names_of_a_model(tmp_path: Path) -> None:
+def test_evaluation_uses_the_class_names_of_the_model(tmp_path: Path) -> None:
     names = ["dog", "Emu", "cat"]
     classes_in(tmp_path / "classes", cat=2, emu=1)
     data = small(tmp_path / "classes", label_names=names, image_size=6)
@@ -233,22 +233,22 @@ def test_a_folder_is_measured_by_the_names_of_a_model(tmp_path: Path) -> None:
     assert "is in no class" in error_of(tmp_path / "flat", label_names=names)
 
 
-def test_what_is_measured_after_training_is_what_was_set_aside(tmp_path: Path) -> None:
+def test_evaluation_uses_the_same_validation_split_as_training(tmp_path: Path) -> None:
     classes_in(tmp_path / "train", cat=20, dog=20)
     trained = small(tmp_path)
-    measured = small(tmp_path, label_names=["dog", "cat"])
-    assert torch.equal(measured.splits["validation"].pixels, trained.splits["validation"].pixels)
-    assert torch.equal(measured.splits["validation"].labels, 1 - trained.splits["validation"].labels)
+    evaluated = small(tmp_path, label_names=["dog", "cat"])
+    assert torch.equal(evaluated.splits["validation"].pixels, trained.splits["validation"].pixels)
+    assert torch.equal(evaluated.splits["validation"].labels, 1 - trained.splits["validation"].labels)
 
 
 # Fingerprints
 
 
 @pytest.mark.parametrize("read_at_once", [2**30, 0])
-def test_the_fingerprint_of_large_images_is_that_of_what_is_used(
+def test_the_fingerprint_of_large_images_depends_on_files_order_and_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_at_once: int
 ) -> None:
-    """Also where only some files are read: the sizes of all are known."""
+    """Also if only some files are read, because it includes all file sizes."""
     monkeypatch.setattr(loading, "READ_AT_ONCE", read_at_once)
     monkeypatch.setattr(loading, "HASHED", 2)
     folder = Path(photos_in(tmp_path / "photos"))
@@ -284,7 +284,7 @@ def test_a_changed_pixel_of_equal_size_changes_the_fingerprint_of_large_images(t
     assert len({before, as_bmp, large(folder).fingerprint}) == 3
 
 
-def test_what_is_no_picture_is_found_before_training(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_found_before_training(tmp_path: Path) -> None:
     folder = Path(photos_in(tmp_path / "photos"))
     (folder / "train" / "a" / "08.png").write_bytes(b"")
     assert error_of(folder, image_size=72) == (

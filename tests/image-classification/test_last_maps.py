@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kd.image_classification.student_model.arguments import SimKDArguments
 from kd.image_classification.student_model.methods import METHODS
-from kd.image_classification.student_model.simkd import SimKDArguments, simkd, simkd_student
+from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.image_networks import randomize_norms
 from kd_testing.image_pairs import Pair, forward_both, noise

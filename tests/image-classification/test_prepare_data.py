@@ -1,4 +1,4 @@
-"""The script that prepares a local folder: the same data, nothing lost, errors of one line."""
+"""prepare_data.py writes the same data to a local folder, deletes no other files, and reports errors in one line."""
 
 import os
 import subprocess
@@ -43,33 +43,34 @@ def test_a_prepared_folder_is_the_same_data(
     ):
         folder = tmp_path / f"prepared{len(flags)}"
         prepare(monkeypatch, "--dataset", name, "--output", folder, *flags)
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         before, after = small(name, **keywords), small(folder)
         assert after.fingerprint == before.fingerprint and sizes(after) == sizes(before)
         assert after.config == before.config and after.flip == before.flip and len(after.notes) == 1
-        assert before.fingerprint in said and f"--dataset {folder}\n" in said
+        assert before.fingerprint in output and f"--dataset {folder}\n" in output
         written = {path.name for path in folder.iterdir()}
         assert written == {"train.parquet", "validation.parquet", "test.parquet", "views.png", "SHA256SUMS"}
         assert Image.open(folder / "views.png").width > 500
 
 
-def test_what_people_have_is_prepared_once_and_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbered class folders, one picture of a class, other files, a picture without a label."""
+def test_class_folders_with_other_files_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbered class folders, a class with one image, other files, and an image without a label."""
     for number, array in enumerate(pixels(30, 6, 6, 3)):
         draw(
-            tmp_path / "own" / "train" / ("10" if number == 0 else "2" if number % 2 else "7") / f"{number}.png", array
+            tmp_path / "source" / "train" / ("10" if number == 0 else "2" if number % 2 else "7") / f"{number}.png",
+            array,
         )
-    draw(tmp_path / "own" / "train" / "loose.png", pixels(1, 6, 6, 3)[0])
-    (tmp_path / "own" / "labels.txt").write_text("")
-    before = small(tmp_path / "own")
-    prepare(monkeypatch, "--dataset", tmp_path / "own", "--output", tmp_path / "prepared")
+    draw(tmp_path / "source" / "train" / "loose.png", pixels(1, 6, 6, 3)[0])
+    (tmp_path / "source" / "labels.txt").write_text("")
+    before = small(tmp_path / "source")
+    prepare(monkeypatch, "--dataset", tmp_path / "source", "--output", tmp_path / "prepared")
     after = small(tmp_path / "prepared")
     assert after.fingerprint == before.fingerprint and after.config == before.config
     assert after.label_names == ["2", "7", "10"] and sizes(after) == sizes(before) and len(before.notes) == 5
     assert after.notes[1:] == ["classes without an image in validation: 1 of 3 (10)"]
 
 
-def test_large_images_are_prepared_as_they_are(
+def test_large_images_keep_their_files(
     tmp_path: Path, photos: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "prepared"
@@ -81,20 +82,20 @@ def test_large_images_are_prepared_as_they_are(
     assert after.splits["validation"].encoded(2) == before.splits["validation"].encoded(2)
 
 
-def test_without_output_there_is_only_a_table(
+def test_without_output_the_script_only_prints_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(monkeypatch)
-    said = capsys.readouterr().out
-    assert "1,294" in said and "14 to 15" in said and "8x8" in said and "10 classes: 0, 1" in said
+    output = capsys.readouterr().out
+    assert "1,294" in output and "14 to 15" in output and "8x8" in output and "10 classes: 0, 1" in output
     assert not list(tmp_path.iterdir())
 
 
-def test_prepare_refuses_what_would_be_lost(
+def test_files_of_others_are_never_deleted(
     tmp_path: Path, colour: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def refused(*flags: object) -> str:
+    def error_of(*flags: object) -> str:
         with pytest.raises(SystemExit) as caught:
             prepare(monkeypatch, *flags)
         captured = capsys.readouterr()
@@ -103,24 +104,24 @@ def test_prepare_refuses_what_would_be_lost(
 
     folder = tmp_path / "out"
     folder.mkdir()
-    prepare(monkeypatch, "--output", folder)  # an empty folder is free
+    prepare(monkeypatch, "--output", folder)  # an empty folder may be used
     capsys.readouterr()
-    assert "--overwrite" in refused("--dataset", colour, "--output", folder)
+    assert "--overwrite" in error_of("--dataset", colour, "--output", folder)
     assert small(folder).fingerprint == small("digits").fingerprint
     prepare(monkeypatch, "--dataset", colour, "--output", folder, "--overwrite")
     capsys.readouterr()
     assert small(folder).fingerprint == small(colour).fingerprint
     (folder / "thesis.txt").write_text("")
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "train.parquet").write_text("mine")  # the name of a file of this script's, and not its file
-    assert "train.parquet" in refused("--output", own, "--overwrite")
-    assert (own / "train.parquet").read_text() == "mine"
-    assert "thesis.txt" in refused("--output", folder, "--overwrite") and (folder / "thesis.txt").exists()
-    assert "is a file" in refused("--output", folder / "thesis.txt")
-    assert "cannot write" in refused("--output", folder / "thesis.txt" / "below")
-    assert "--validation_share" in refused("--validation_share", 1.5)
-    assert "unknown dataset" in refused("--dataset", "nonsense", "--output", tmp_path / "new")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.parquet").write_text("mine")  # named like a file of this script, but not written by it
+    assert "train.parquet" in error_of("--output", other, "--overwrite")
+    assert (other / "train.parquet").read_text() == "mine"
+    assert "thesis.txt" in error_of("--output", folder, "--overwrite") and (folder / "thesis.txt").exists()
+    assert "is a file" in error_of("--output", folder / "thesis.txt")
+    assert "cannot write" in error_of("--output", folder / "thesis.txt" / "below")
+    assert "--validation_share" in error_of("--validation_share", 1.5)
+    assert "unknown dataset" in error_of("--dataset", "nonsense", "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -132,12 +133,12 @@ def test_an_unreachable_hub_is_one_line(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(SystemExit) as stopped:
         prepare(monkeypatch, "--dataset", "cifar100", "--output", tmp_path / "out")
-    said, error = capsys.readouterr()
-    assert stopped.value.code == 2 and not said and not (tmp_path / "out").exists()
-    assert_names_what_to_do(error)
+    output, error = capsys.readouterr()
+    assert stopped.value.code == 2 and not output and not (tmp_path / "out").exists()
+    assert_message_has_remedies(error)
 
 
-def assert_names_what_to_do(error: str) -> None:
+def assert_message_has_remedies(error: str) -> None:
     (line,) = error.strip().splitlines()
     assert "cifar100" in line and "--dataset FOLDER" in line and "--dataset digits" in line
 
@@ -149,4 +150,4 @@ def test_a_new_process_without_the_hub_ends_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--dataset", "cifar100", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and not done.stdout and not (tmp_path / "out").exists()
-    assert_names_what_to_do(done.stderr)
+    assert_message_has_remedies(done.stderr)

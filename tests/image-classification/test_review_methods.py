@@ -88,7 +88,7 @@ def test_only_ofd_needs_a_teacher_with_maps_before_its_relus(name):
     size = 64 if "timm" in name else 16
     model = network(name, size)
     assert [map.path for map in maps_before_relu(model)] == stage_paths(model)
-    with pytest.raises(UserError, match=f"{name} shows no maps before the last ReLU") as caught:
+    with pytest.raises(UserError, match=f"{name} does not expose the maps before the last ReLU") as caught:
         METHODS["ofd"](new_pair("resnet8", name, size).spec)
     assert "\n" not in str(caught.value)
     if "timm" not in name:

@@ -14,8 +14,14 @@ from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model import matching
-from kd.image_classification.student_model.matching import FEATURE_LOSSES, block_paths, image_features, stage_paths
-from kd.image_classification.student_model.simkd import SimKDArguments, share_masked, simkd, simkd_student
+from kd.image_classification.student_model.arguments import SimKDArguments
+from kd.image_classification.student_model.matching import block_paths, image_features, stage_paths
+from kd.image_classification.student_model.simkd import (
+    FEATURE_LOSSES,
+    share_masked,
+    simkd,
+    simkd_student,
+)
 from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, frozen, new_classifier
 from kd_testing.image_pairs import forward_with_features, noise, some_images
 
@@ -88,7 +94,7 @@ def test_every_variant_trains_student_and_all_projectors(projector, teacher_name
 def test_each_architecture_is_probed_once(monkeypatch):
     """A script builds student and method several times, but probes teacher and student once each."""
     data, probed = noise(), []
-    monkeypatch.setattr(matching, "_KNOWN", {})
+    monkeypatch.setattr(matching, "_CACHE", {})
     monkeypatch.setattr(ImageClassifier, "forward", counting(ImageClassifier.forward, probed))
     teacher = new_classifier("resnet14x2", data.config)
     for reuse_head in (True, False, True):

@@ -1,4 +1,4 @@
-"""Weak and strong views: the weak ones are those of always, the strong ones a function of seed, epoch and image."""
+"""Strong views: the weak half equals `Views`, and the strong half depends only on seed, epoch and image."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def views_of(kind: type[Views], channels: int = 3, seed: int = 0) -> Views:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_batch_holds_the_usual_views_and_then_other_crops_of_the_same_images_changed(channels):
+def test_a_batch_holds_weak_views_and_then_augmented_other_crops_of_the_same_images(channels):
     weak, both = views_of(Views, channels), views_of(StrongViews, channels)
     for epoch in (0, 3):
         weak.set_epoch(epoch)
@@ -39,8 +39,8 @@ def test_a_batch_holds_the_usual_views_and_then_other_crops_of_the_same_images_c
         assert "view" not in batch
 
 
-def test_crops_of_the_two_views_are_drawn_apart(monkeypatch):
-    """Without operations and cutout a strong view is a crop: of 50 a share of 1 in 50 is the weak one by chance."""
+def test_crops_of_weak_and_strong_views_are_independent(monkeypatch):
+    """Without operations and cutout, a strong view is one of 50 crops, and rarely the weak one."""
     monkeypatch.setattr(views_module, "OPERATIONS", 0)
     monkeypatch.setattr(views_module, "CUT_OUT", 0.0)
     images = torch.from_numpy(pixels(60, 16, 16, 3))
@@ -54,14 +54,14 @@ def test_crops_of_the_two_views_are_drawn_apart(monkeypatch):
         crops = plain.normalized(plain.crop(torch.full((50,), i), torch.arange(50)))
         (found,) = (crops == batch[60 + i]).flatten(1).all(1).nonzero()
         numbers.append(found.item())
-    assert len(set(numbers)) > 25, "each is one of the 50 crops, and most of them occur"
+    assert len(set(numbers)) > 25, "most of the 50 crops occur"
 
 
-def test_a_strong_view_depends_on_seed_epoch_and_image_alone():
+def test_a_strong_view_depends_only_on_seed_epoch_and_image():
     views = views_of(StrongViews)
     state = torch.get_rng_state()
     alone, among = views.__getitems__([5]), views.__getitems__([2, 5, 9])
-    assert torch.equal(torch.get_rng_state(), state), "nothing else is disturbed"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator must not change"
     assert torch.equal(alone["pixel_values"][1], among["pixel_values"][4])
     assert torch.equal(alone["pixel_values"][1], views_of(StrongViews).__getitems__([5])["pixel_values"][1])
     other_seed = views_of(StrongViews, seed=1)
@@ -84,13 +84,13 @@ def test_magnitudes_are_random_and_within_the_published_ranges():
     assert drawn.keys() == {operation for operation, _, _ in AUGMENTATIONS}
     for operation, low, high in AUGMENTATIONS:
         found = drawn[operation]
-        assert 40 < len(found) < 140, "all operations are as likely"
+        assert 40 < len(found) < 140, "all operations are equally likely"
         assert low <= min(found) <= max(found) <= high
         assert max(found) - min(found) >= 0.8 * (high - low)
 
 
-def test_each_operation_is_pillows():
-    """What MLKD's code calls of Pillow, with the same magnitude, up to rounding by one of 255 and to edges."""
+def test_each_operation_matches_pillow():
+    """Compares with the Pillow calls of MLKD's code at the same magnitude, up to rounding and edges."""
     image = torch.from_numpy(pixels(1, 16, 16, 3)[0]).permute(2, 0, 1)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     named = {
@@ -110,16 +110,16 @@ def test_each_operation_is_pillows():
         "translate_y": lambda v: picture.transform((16, 16), Image.Transform.AFFINE, (1, 0, 0, 0, 1, -v * 16)),
     }
     for (operation, low, high), (name, expected) in zip(AUGMENTATIONS, named.items(), strict=True):
-        for share in (0.25, 0.75):  # a quarter of 16 pixels times 0.6 is no half of a pixel
+        for share in (0.25, 0.75):  # a quarter of the range is not half a pixel
             magnitude = low + share * (high - low)
             if name.startswith("translate"):
-                magnitude = round(16 * magnitude) / 16  # Pillow would round to the nearest pixel, either way
+                magnitude = round(16 * magnitude) / 16  # Pillow rounds to the nearest pixel
             found = operation(image, magnitude).permute(1, 2, 0).numpy().astype(int)
             gap = abs(found - np.asarray(expected(magnitude)).astype(int)).max(2)
             assert (gap > 2).mean() < 0.15, (name, magnitude)
 
 
-def test_cutout_is_a_square_of_up_to_half_the_width_that_the_border_may_cut():
+def test_cutout_is_a_square_of_up_to_half_the_width_that_may_exceed_the_border():
     generator, sides, cut = torch.Generator().manual_seed(0), set(), 0
     for _ in range(300):
         image = cut_out(torch.zeros(1, 32, 32, dtype=torch.uint8), torch.tensor([7], dtype=torch.uint8), generator)
@@ -144,7 +144,7 @@ def test_a_student_and_its_control_are_trained_on_both(script, words, tmp_path: 
     assert "strong_augmentation: true" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
-def test_what_has_no_strong_views_or_no_table_of_them_is_refused(tmp_path: Path, capsys):
+def test_large_images_and_cached_views_are_rejected_with_strong_augmentation(tmp_path: Path, capsys):
     with pytest.raises(UserError, match="at most 64 pixels"):
         large(photos_in(tmp_path / "photos")).views("train", CPU, augment=True, strong=True)
     words = ["--strong_augmentation", "--teacher_views", tmp_path / "v", "--output_dir", tmp_path / "run"]

@@ -1,4 +1,4 @@
-"""Views of small images, by number, and of large ones, which are decoded when they are needed."""
+"""Numbered views of small images, and views of large images, which are decoded for each batch."""
 
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from kd.image_classification.data.loading import IMAGENET_MEAN as MEAN
 from kd.image_classification.data.loading import IMAGENET_STD as STD
 from kd.image_classification.data.views import ImageViews, LargeViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.distillation import open_run, train_on_labels
-from kd.image_classification.student_model.evaluation import report
+from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.pictures import in_colour, large, photos_in, pixels, sizes, small
 
@@ -44,7 +43,7 @@ def epoch_of(loader: DataLoader, views: ImageViews, epoch: int) -> dict[str, tor
 
 
 @pytest.mark.parametrize("channels, flip", [(3, True), (1, True), (1, False)])
-def test_every_view_is_what_its_number_says(channels: int, flip: bool) -> None:
+def test_every_view_matches_its_number(channels: int, flip: bool) -> None:
     images, padding = pixels(3, 9, 9, channels), 4
     mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
     views = Views(torch.from_numpy(images), torch.arange(3), mean, std, padding, flip)
@@ -72,7 +71,7 @@ def test_a_batch_of_views() -> None:
         assert torch.equal(batch["pixel_values"], views.normalized(views.crop(batch["sample_id"], batch["view"])))
 
 
-def test_evaluation_sees_the_image_itself(colour: str) -> None:
+def test_evaluation_views_are_the_whole_images(colour: str) -> None:
     data = small(colour)
     batch = data.views("test", CPU).__getitems__([0, 5])
     shown = batch["pixel_values"] * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
@@ -81,14 +80,14 @@ def test_evaluation_sees_the_image_itself(colour: str) -> None:
     assert batch["view"].tolist() == [0, 0]
 
 
-def test_only_images_in_colour_are_mirrored(colour: str) -> None:
+def test_only_color_images_are_mirrored(colour: str) -> None:
     assert Views(torch.zeros(1, 32, 32, 3), torch.zeros(1), [0.0], [1.0], 4, True).number_of_views == 162
     for dataset, flip in ((colour, True), ("digits", False)):
         views = small(dataset).views("train", CPU, augment=True)
         assert views.padding == 1 and views.flip == flip and views.number_of_views == (18 if flip else 9)
 
 
-def test_views_depend_on_seed_and_epoch_alone(colour: str) -> None:
+def test_views_depend_only_on_seed_and_epoch(colour: str) -> None:
     def drawn(seed: int, *epochs: int) -> list[int]:
         views = small(colour).views("train", CPU, augment=True, seed=seed)
         for epoch in epochs:
@@ -148,7 +147,7 @@ def test_imagenet_is_large(photos: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert large("imagenet", image_size=32).size == 32
 
 
-def test_evaluation_sees_the_centre_of_a_large_image(photos: str) -> None:
+def test_evaluation_views_are_center_crops_of_large_images(photos: str) -> None:
     data = large(photos)
     shown = data.views("test", CPU).__getitems__([0, 3])["pixel_values"]
     files = sorted((Path(photos) / "test").rglob("*.png"))
@@ -169,7 +168,7 @@ def test_views_of_large_images_are_the_same_in_worker_processes(photos: str) -> 
     views, again = (data.views("train", CPU, augment=True, seed=3) for _ in range(2))
     here, there = loader(views, 0), loader(again, 2)
     epochs = [epoch_of(here, views, epoch)["pixel_values"] for epoch in range(2)]
-    for epoch in (0, 1, 0):  # with workers that outlive an epoch
+    for epoch in (0, 1, 0):  # with persistent workers
         assert torch.equal(epoch_of(there, again, epoch)["pixel_values"], epochs[epoch])
     assert all(not torch.equal(a, b) for a, b in zip(*epochs, strict=True))
     other = data.views("train", CPU, augment=True, seed=4).__getitems__([0])["pixel_values"][0]
@@ -178,14 +177,14 @@ def test_views_of_large_images_are_the_same_in_worker_processes(photos: str) -> 
     torch.testing.assert_close(views.__getitems__([5, 2])["pixel_values"], epochs[0][[5, 2]])  # in any batch
 
 
-def test_each_large_image_has_a_view_of_its_own(photos: str) -> None:
+def test_each_large_image_has_a_different_view(photos: str) -> None:
     copies = large(photos).splits["train"][torch.zeros(4, dtype=torch.long)]
     views = LargeViews(copies, 72, MEAN, STD, CPU, augment=True).__getitems__([0, 1, 2, 3])["pixel_values"]
     assert len({view.numpy().tobytes() for view in views}) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_is_one_line_also_from_a_worker_process(tmp_path: Path, workers: int) -> None:
+def test_a_damaged_image_is_one_line_also_from_a_worker_process(tmp_path: Path, workers: int) -> None:
     views = large(photos_in(tmp_path)).views("train", CPU)
     (tmp_path / "train" / "a" / "04.png").write_bytes(b"garbage")
     with pytest.raises(UserError) as caught:
@@ -193,7 +192,7 @@ def test_a_damaged_picture_is_one_line_also_from_a_worker_process(tmp_path: Path
     assert str(caught.value) == f"{tmp_path}/train/a/04.png cannot be read (it is not an image): replace or remove it"
 
 
-def test_views_leave_the_generators_of_others_alone(photos: str) -> None:
+def test_views_do_not_change_the_global_generator(photos: str) -> None:
     views = large(photos).views("train", CPU, augment=True)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -203,7 +202,7 @@ def test_views_leave_the_generators_of_others_alone(photos: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_path: Path) -> None:
+def test_a_classifier_trains_and_is_evaluated_on_large_images(photos: str, tmp_path: Path) -> None:
     data = large(photos)
     training = ImageTrainingArguments(
         output_dir=str(tmp_path / "run"),
@@ -215,19 +214,19 @@ def test_a_classifier_learns_and_is_measured_on_large_images(photos: str, tmp_pa
         disable_tqdm=True,
         save_strategy="no",
     )
-    run = open_run("teacher", training, data)
-    model = train_on_labels(run, data, "teacher", new_classifier("resnet8", data.config))
+    run = ImageRun("teacher", training, data)
+    model = run.train_on_labels("teacher", new_classifier("resnet8", data.config))
     history = run.history["teacher"]
     assert history[-1]["step"] == 2 and np.isfinite(history[-1]["train_loss"])
     assert isinstance(model, ImageClassifier) and model.config.image_size == 72
-    said = run_inference(
+    outputs = run_inference(
         model,
         lambda **batch: {"logits": model(**batch).logits},
         data.views("test", CPU),
         identity_collate,
         batch_size=3,
     )
-    assert torch.stack(said["logits"]).shape == (4, 2)
-    report(run, "teacher", data, {"teacher": ("resnet8", model)})
+    assert torch.stack(outputs["logits"]).shape == (4, 2)
+    run.report("teacher", {"teacher": ("resnet8", model)})
     results = read_json(tmp_path / "run" / "results.json")
     assert results["data"] == {"train": 16, "validation": 4, "test": 4, "fingerprint": data.fingerprint}

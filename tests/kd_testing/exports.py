@@ -1,4 +1,4 @@
-"""Running the code of an export's README.md as its reader does, who has nothing of this project."""
+"""Runs the code of an export's README.md without this project."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ PROJECT = ("common", "nlp", "image_classification", "reinforcement_learning", "s
 
 
 def run_readme(folder: Path, *missing: str) -> dict[str, Any]:
-    """The names that the code leaves behind. Importing something of the project, or `missing`, is an error."""
+    """Runs the code, and returns its variables. Importing the project, or a module of `missing`, is an error."""
     code = "\n".join(re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
     found: dict[str, Any] = {}
     with mock.patch.dict(sys.modules, dict.fromkeys([*PROJECT, *missing])):

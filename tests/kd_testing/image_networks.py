@@ -1,11 +1,11 @@
-"""Networks as training leaves them, and what their maps may differ by."""
+"""Networks with random batch norms, and the tolerance for comparing their features."""
 
 import torch
 from torch import Tensor, nn
 
 
 def randomize_norms(model: nn.Module) -> None:
-    """So that leaving a batch norm out would show."""
+    """Randomizes batch norms, so that a missing one changes the output."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight, module.running_var):
@@ -17,5 +17,5 @@ def randomize_norms(model: nn.Module) -> None:
 
 
 def assert_close_features(found: Tensor, expected: Tensor) -> None:
-    """Up to rounding, which in a deep network of random norms is that of its largest values."""
+    """Compares up to rounding. In a deep network with random norms, rounding scales with the largest values."""
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(10, expected.abs().max().item()))

@@ -1,4 +1,4 @@
-"""Random images, and forward passes of classifiers as the trainer does them."""
+"""Random images, and forward passes of student and teacher as in the trainer."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ def noise(size: int = 16, classes: int = 5) -> SmallImageData:
 
 @dataclass
 class Pair:
-    """Student and teacher before training, and their data."""
+    """Untrained student and teacher, and their data."""
 
     student: ImageClassifier
     teacher: ImageClassifier
@@ -53,7 +53,7 @@ def some_images(data: ImageData) -> Tensor:
 
 
 def forward_with_features(model: nn.Module, paths: dict[str, str], images: Tensor) -> Outputs:
-    """Named features of the model, and of its hooked submodules."""
+    """A forward pass with the named features of the model and of its hooked submodules."""
     hooks = FeatureHooks(model, paths)
     output = model(images)
     features = {**output.features, **hooks.take()}

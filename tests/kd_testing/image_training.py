@@ -1,4 +1,4 @@
-"""KDTrainer on the images of a pair, as the scripts run it, for a few steps."""
+"""Trains the student of a pair with KDTrainer for a few steps, as the scripts do."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +21,13 @@ def train(
     method: Method | SimpleNamespace,
     student: nn.Module | None = None,
     resume: str | None = None,
-    **settings: Any,
+    **kwargs: Any,
 ) -> KDTrainer:
-    """Trains the pair's student, or what is given, by a method; `settings` are training arguments."""
+    """Trains `student` (default: the pair's student) by a method. `kwargs`: training arguments."""
     defaults = {"train_sampling_strategy": "random", "dataloader_drop_last": True, "optim_args": "momentum=0.9"}
     trainer = KDTrainer(
         model=student or pair.student,
-        args=arguments(folder, **(defaults | settings)),
+        args=arguments(folder, **(defaults | kwargs)),
         objective=method.objective,
         teacher=frozen(pair.teacher, "fp32"),
         features=method.features,

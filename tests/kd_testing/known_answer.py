@@ -1,6 +1,6 @@
-"""Two tiny environments for tests, whose best policy is known and earns exactly 10 per episode.
+"""Two tiny environments with a known optimal policy, `right_action`, whose return is exactly 10 per episode.
 
-Importing the module registers them; `right_action` is the best policy of each.
+Importing this module registers them.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 
 
 class _Questions(gym.Env):
-    """A new observation is drawn at each step, whatever the action; the action is judged by the one before."""
+    """Draws a new observation at each step. The reward depends on the previous observation and the action."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
@@ -31,7 +31,7 @@ class _Questions(gym.Env):
 
 
 class KnownAnswer(_Questions):
-    """Which of four numbers is the largest? 1 if right, else 0."""
+    """The action is the index of the largest of four numbers. Reward: 1 if right, else 0."""
 
     observation_space = Box(-np.inf, np.inf, (4,), np.float32)
     action_space = Discrete(4)
@@ -48,7 +48,7 @@ class KnownAnswer(_Questions):
 
 
 class KnownAnswerBox(_Questions):
-    """The first of three numbers and the second with its sign changed: 1 less the mean absolute error."""
+    """The action is the first of three numbers and the negated second. Reward: 1 minus the mean absolute error."""
 
     observation_space = Box(-1, 1, (3,), np.float32)
     action_space = Box(-1, 1, (2,), np.float32)

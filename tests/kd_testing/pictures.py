@@ -1,4 +1,4 @@
-"""Small datasets of pictures on disk, and the ways to load them."""
+"""Writes small image datasets to disk, and loads them."""
 
 import io
 from pathlib import Path
@@ -14,7 +14,7 @@ from PIL import Image
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, load_image_data
 
-NAMES = ["cat", "ant", "bee"]  # not in the order of the alphabet
+NAMES = ["cat", "ant", "bee"]  # not sorted
 
 
 def pixels(count: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -28,7 +28,7 @@ def png(picture: np.ndarray | Image.Image) -> bytes:
 
 
 def write(folder: Path, names: list[str] | None = None, **splits: tuple[Any, list]) -> str:
-    """Parquet files of (pictures, labels) per split, with the metadata of `datasets` where `names` are given."""
+    """Writes parquet files of (images, labels) per split, with the metadata of `datasets` if there are `names`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, (pictures, labels) in splits.items():
         files = [
@@ -63,14 +63,14 @@ def large(dataset: object, **keywords: Any) -> LargeImageData:
 
 
 def in_colour(folder: Path) -> str:
-    """60 + 12 pictures in colour of 10 pixels, three classes."""
+    """Writes 60 + 12 color images of 10 pixels, three classes."""
     pictures = pixels(72, 10, 10, 3)
     labels = [i % 3 for i in range(72)]
     return write(folder, NAMES, train=(pictures[:60], labels[:60]), test=(pictures[60:], labels[60:]))
 
 
 def photos_in(folder: Path) -> str:
-    """20 + 4 pictures of 100x80 pixels, some grey, two classes."""
+    """Writes 20 + 4 images of 100x80 pixels, some of them grey, two classes."""
     for number, array in enumerate(pixels(24, 8, 10, 3)):
         picture = Image.fromarray(array).resize((100, 80))
         split, label = "train" if number < 20 else "test", "ab"[number % 2]
@@ -79,7 +79,7 @@ def photos_in(folder: Path) -> str:
 
 
 def error_of(dataset: object, **keywords: Any) -> str:
-    """The one line with which a dataset is refused."""
+    """The error message of one line for a dataset that cannot be loaded."""
     with pytest.raises(UserError) as caught:
         load_image_data(str(dataset), **keywords)
     message = str(caught.value)

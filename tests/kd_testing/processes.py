@@ -1,4 +1,4 @@
-"""Other processes, forked so that nothing is imported again."""
+"""Other processes, forked so that they need not import anything again."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 def fork() -> int:
-    """os.fork, for training on a CPU; skips the test where this process has used a GPU, which a fork cannot."""
+    """Calls os.fork. Skips the test if this process has used a GPU, which a forked process cannot use."""
     if torch.cuda.is_initialized():
         pytest.skip("forks a process that has used a GPU")
     return os.fork()
 
 
 class Child:
-    """A fork of this process that calls `function`. Its stdout and stderr, in `encoding`, are files to read from."""
+    """Calls `function` in a fork of this process. `stdout` and `stderr` are readable files in `encoding`."""
 
     def __init__(self, function: Callable[[], object], encoding: str = "utf-8") -> None:
         pipes = [os.pipe() for _ in range(2)]
@@ -52,15 +52,15 @@ class Child:
         return self.wait()
 
     def wait(self) -> int:
-        """The exit code, or the negative number of the signal that ended it."""
+        """The exit code, or the negative number of the signal that ended the process."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def run_code(code: str, *words: object, fork: bool = True) -> str:
-    """What `python -c CODE WORDS` prints, in a fork of this process or in a new one. It must succeed."""
+def run_code(code: str, *arguments: object, fork: bool = True) -> str:
+    """The output of `python -c CODE ARGUMENTS`, in a fork of this process or in a new one. It must succeed."""
 
     def call() -> None:
-        sys.argv = ["-c", *map(str, words)]
+        sys.argv = ["-c", *map(str, arguments)]
         exec(code, {"__name__": "__main__"})
 
     if fork:
@@ -68,13 +68,15 @@ def run_code(code: str, *words: object, fork: bool = True) -> str:
         printed, errors = child.stdout.read(), child.stderr.read()
         assert child.wait() == 0, errors[-2000:]
         return printed
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def in_processes(number: int, folder: Path, function: Callable[[], object]) -> list:
-    """What `function` returns (tensors and plain values) in each of `number` processes of one group, with gloo."""
+    """The results of `function` (tensors and plain values) in `number` processes of one gloo group."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -91,8 +93,14 @@ def _fork(rank: int, number: int, port: str, folder: Path, function: Callable[[]
         return pid
     code = 1
     try:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in own.items()})
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": number,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        os.environ.update({name: str(value) for name, value in variables.items()})
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         torch.save(function(), folder / f"result{rank}")

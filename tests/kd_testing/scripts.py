@@ -1,4 +1,4 @@
-"""Running a script as its user does, in this process."""
+"""Runs scripts in this process, as from the command line."""
 
 import runpy
 import sys
@@ -16,13 +16,13 @@ INIT = Figure.__init__
 
 
 def _rough(figure: Figure, figsize: Any = None, dpi: Any = None, layout: Any = None, **others: Any) -> None:
-    """Of few pixels, without the arrangement of its parts, which together take half of the time of a figure."""
+    """Draws with fewer pixels and without layout, which halves the time of a figure."""
     INIT(figure, figsize, 80, **others)
 
 
-def run_script(path: str, *words: object) -> None:
-    """`python PATH WORDS`, whose figures are rough; the path is that below the repository's root."""
-    before, sys.argv = sys.argv, [str(REPO / path), *map(str, words)]
+def run_script(path: str, *arguments: object) -> None:
+    """Runs `python PATH ARGUMENTS` with coarse figures. PATH is relative to the repository."""
+    before, sys.argv = sys.argv, [str(REPO / path), *map(str, arguments)]
     try:
         with mock.patch.object(Figure, "__init__", _rough):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -31,11 +31,11 @@ def run_script(path: str, *words: object) -> None:
 
 
 @cache
-def recipe_of(*words: str) -> Path:
-    """A recipe of `--flag value` pairs: flags that a script would refuse on the command line, as without effect for
-    some of the runs of a test module, may stand in a recipe.
+def recipe_of(*arguments: str) -> Path:
+    """Writes `--flag value` arguments to a recipe. A recipe may hold flags without effect, which the command line
+    rejects.
     """
     path = Path(tempfile.mkdtemp()) / "recipe.yaml"
-    pairs = zip(words[::2], words[1::2], strict=True)
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
     path.write_text("".join(f"{flag.removeprefix('--')}: {value}\n" for flag, value in pairs), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""The smallest things that can be trained, and that a stage can make: a two-layer classifier, rows, a number."""
+"""Minimal models, data and stage results: a two-layer classifier, rows, a number."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from kd.common.utils.files import read_json, write_json
 
 
 class TinyClassifier(nn.Module):
-    """x (batch, 6) -> logits (batch, 3), with the hidden layer as a named feature and dropout to catch eval mode."""
+    """x (batch, 6) -> logits (batch, 3). The hidden layer is a named feature; dropout reveals a missing eval mode."""
 
     def __init__(self, width: int = 8, dropout: float = 0.0) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class TinyClassifier(nn.Module):
 
 
 class Rows(torch.utils.data.Dataset):
-    """`n` samples whose class is the argmax of three of their numbers."""
+    """`n` samples whose class is the argmax of their first three features."""
 
     def __init__(self, n: int = 24) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -72,7 +72,7 @@ def kd(alpha: float = 0.5) -> Objective:
 
 
 class Number:
-    """The smallest thing that a stage can make."""
+    """A minimal result of a stage."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -86,13 +86,13 @@ class Number:
 
 
 def break_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the second update of every SGD fill the weights with NaN, after a loss that was finite."""
+    """Makes the second update of every SGD set the weights to NaN, after a finite loss."""
     create = KDTrainer.create_optimizer
 
     def with_broken_momentum(self: KDTrainer, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = create(self, model)
         for group in optimizer.param_groups:
-            group["momentum"] = math.nan  # the first update takes the gradient as it is
+            group["momentum"] = math.nan  # the first update does not use momentum
         return optimizer
 
     monkeypatch.setattr(KDTrainer, "create_optimizer", with_broken_momentum)

@@ -13,8 +13,8 @@ from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder, mixture, play, random_actions, returns_of
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
 from kd.reinforcement_learning.student_model.matching import check_loss, policy_and_value
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student

@@ -16,8 +16,8 @@ from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import DistillArguments, DistillationTask, Distiller
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
@@ -154,7 +154,7 @@ def test_linked_checkpoint_does_not_remove_its_target(tmp_path):
 def test_damaged_student_of_a_finished_stage_raises_an_error(damage, tmp_path):
     recipe = training_recipe("ppo", "CartPole-v1")
     new_student(SB3Environments("CartPole-v1", 1), StudentArguments(), recipe, 0).save(tmp_path / "model.zip")
-    teacher = Teacher("CartPole-v1", cast(Any, None), cast(Any, None))
+    teacher = Teacher("CartPole-v1", (), cast(Any, None))
     spec = StudentSpec(teacher, StudentArguments(), recipe)
     assert spec.load("student", tmp_path, 0).model is not None
     other = StudentSpec(teacher, StudentArguments(student=[3]), recipe)

@@ -15,15 +15,15 @@ from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder, returns_of
-from kd.reinforcement_learning.student_model.arguments import StudentArguments
-from kd.reinforcement_learning.student_model.distiller import (
-    DistillArguments,
-    Distillation,
-    DistillationTask,
-    Distiller,
-    PolicyRun,
+from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
+from kd.reinforcement_learning.student_model.distillation import Distillation, DistillationTask, Distiller, PolicyRun
+from kd.reinforcement_learning.student_model.student import (
+    StudentNetwork,
+    StudentSpec,
+    new_student,
+    share_bodies,
+    validate_student,
 )
-from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, new_student, share_bodies
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, greedy
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
@@ -52,7 +52,7 @@ def spec(args: StudentArguments = BOTTLENECK) -> StudentSpec:
     with torch.no_grad():
         cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
     agent = Agent("teacher", teacher.policy, ObservationStatistics(np.full(4, 5.0), np.full(4, 4.0), 0.0, 10.0))
-    return StudentSpec(Teacher(ENVIRONMENT, agent, agent.network().cpu()), args, RECIPE)
+    return StudentSpec(Teacher(ENVIRONMENT, (agent,), agent.network().cpu()), args, RECIPE)
 
 
 def task(one: StudentSpec, seed: int = 0) -> DistillationTask:
@@ -181,7 +181,7 @@ def test_students_of_several_environments_share_layers_after_the_bottleneck():
 def test_bottleneck_for_frames_raises_an_error():
     frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     with pytest.raises(UserError, match=r"shape \(4, 84, 84\): leave out --codebooks"):
-        StudentArguments(codebooks=16).check("Pictures-v0", frames)
+        validate_student(StudentArguments(codebooks=16), "Frames-v0", frames)
 
 
 @pytest.mark.parametrize(

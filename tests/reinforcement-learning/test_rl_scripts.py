@@ -22,7 +22,7 @@ from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data import video
 from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.student_model import distiller
+from kd.reinforcement_learning.student_model import distillation
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
 
@@ -122,20 +122,20 @@ def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
 def test_resumed_run_gives_the_same_student(cart_pole, monkeypatch):
     words = ["--teacher", cart_pole, "--output_dir"]
     distill(*words, "whole")
-    original, rounds = distiller.Distiller._fit, 0
+    original, rounds = distillation.Distiller._fit, 0
 
-    def interrupt(self: distiller.Distiller, number: int) -> dict[str, float]:
+    def interrupt(self: distillation.Distiller, number: int) -> dict[str, float]:
         nonlocal rounds
         rounds += 1
         if rounds == 2:
             raise KeyboardInterrupt
         return original(self, number)
 
-    monkeypatch.setattr(distiller.Distiller, "_fit", interrupt)
+    monkeypatch.setattr(distillation.Distiller, "_fit", interrupt)
     with pytest.raises(SystemExit) as stop:
         distill(*words, "interrupted")
     assert stop.value.code == 130
-    monkeypatch.setattr(distiller.Distiller, "_fit", original)
+    monkeypatch.setattr(distillation.Distiller, "_fit", original)
     distill(*words, "interrupted", "--resume_from_checkpoint")
     assert same_policy(Path("whole/student/student.zip"), Path("interrupted/student/student.zip"))
     whole, interrupted = (read_json(f"{name}/results.json")["models"] for name in ("whole", "interrupted"))
@@ -289,12 +289,12 @@ def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monke
         warned.append(capsys.readouterr().err)
         raise KeyboardInterrupt
 
-    fit = distiller.Distiller._fit
-    monkeypatch.setattr(distiller.Distiller, "_fit", interrupt)
+    fit = distillation.Distiller._fit
+    monkeypatch.setattr(distillation.Distiller, "_fit", interrupt)
     with pytest.raises(SystemExit):
         distill("--teacher", "left.zip", "--output_dir", "left", "--no_control")
     assert "warning: teacher ppo left is no better than chance: its mean return is" in warned[0]
-    monkeypatch.setattr(distiller.Distiller, "_fit", fit)
+    monkeypatch.setattr(distillation.Distiller, "_fit", fit)
     distill("--teacher", "left.zip", "--output_dir", "left", "--no_control", "--resume_from_checkpoint")
     results = read_json("left/results.json")
     assert any("no better than chance" in warning for warning in results["warnings"])

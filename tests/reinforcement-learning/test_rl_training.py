@@ -17,7 +17,13 @@ from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.data.rollouts import returns_of
 from kd.reinforcement_learning.student_model.ppd import PPD, DistillationSamples
 from kd.reinforcement_learning.teacher_model.policies import greedy
-from kd.reinforcement_learning.teacher_model.recipes import ALGORITHMS, TABLE, check_steps, linear, training_recipe
+from kd.reinforcement_learning.teacher_model.recipes import (
+    TABLE,
+    algorithm_class,
+    check_steps,
+    linear,
+    training_recipe,
+)
 from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd.reinforcement_learning.teacher_model.training import new_teacher, train
 from kd_testing import known_answer  # noqa: F401 - registers the environments
@@ -76,7 +82,7 @@ def test_every_row_of_the_table_builds_a_model():
         for environment in rows:
             recipe = training_recipe(algorithm, environment, {"buffer_size": 10} if algorithm != "ppo" else None)
             known = {"default": "Pendulum-v1" if algorithm == "sac" else "CartPole-v1", "ALE": "ALE/Pong-v5"}
-            kind = ALGORITHMS[algorithm]
+            kind = algorithm_class(algorithm)
             policy = "CnnPolicy" if environment == "ALE" else "MlpPolicy"
             name = known.get(environment, environment)
             kind(policy, training_environments(name, 1, 0), device="cpu", **recipe.keywords)

@@ -8,13 +8,10 @@ from collections.abc import Callable
 from kd.common.methods import METHODS as METHODS_OF_ALL_DOMAINS
 from kd.common.methods import Method, TaskSpec, fill_arguments, kd_flags, parse_method
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.arguments import CONTROLS, SIMKD, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods.all_stages import reviewkd, semckd
 from kd.image_classification.student_model.methods.last_map import catkd, crd, norm, srrl
 from kd.image_classification.student_model.methods.stages import attention, fitnet, nst, ofd, vid
-
-PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # further choices of --method and --methods
-CONTROLS = (PLAIN, CONTROL)  # trained on the labels alone, without and with SimKD's projector
 
 METHODS: dict[str, Callable[..., Method]] = METHODS_OF_ALL_DOMAINS | {
     "fitnet": fitnet,

@@ -1,1 +1,1 @@
-"""Code that yields labelled signals; no data files."""
+"""Loading of labelled signals."""

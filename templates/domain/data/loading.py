@@ -1,6 +1,9 @@
-"""Loads datasets - embedded, a local folder, or a Hub name - with the same two columns.
+"""Loads datasets of signals - embedded, local, or on the Hub - and generates the embedded one.
 
-`values` holds a signal, a list of numbers as long as every other; `label` its class, a name or a whole number.
+A dataset has two columns: `values`, lists of numbers of the same length, and `label`, a name or a whole number.
+
+The embedded dataset is synthetic: short noisy tones of instruments that differ in their overtones. Scores on it
+compare models with each other, and do not predict scores on real instruments.
 """
 
 from dataclasses import dataclass
@@ -23,35 +26,7 @@ OVERTONES = {  # instrument: amplitudes of the fundamental and of its overtones
 }
 SIZES = {"train": 1500, "validation": 1000, "test": 1000}
 LENGTH, NOISE = 128, 0.5
-WRONG_LABELS = 0.2  # share of train whose label is drawn at random, as if annotators had not listened
-
-
-def tones() -> Splits:
-    """Columns `values` (LENGTH,) and `label`; no two splits share a sample."""
-    kinds = datasets.Features(
-        {"values": datasets.List(datasets.Value("float32")), "label": datasets.ClassLabel(names=list(OVERTONES))}
-    )
-    splits = {}
-    for seed, (split, size) in enumerate(SIZES.items()):
-        generator = np.random.default_rng(seed)
-        labels = generator.integers(len(OVERTONES), size=size)
-        columns = {"values": _play(labels, generator), "label": labels}
-        if split == "train":
-            guessed = generator.integers(len(OVERTONES), size=size)
-            columns["label"] = np.where(generator.random(size) < WRONG_LABELS, guessed, labels)
-        splits[split] = datasets.Dataset.from_dict(columns, features=kinds)
-    return splits
-
-
-def _play(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Signals (samples, LENGTH): a random pitch, a random phase of each overtone, and noise."""
-    amplitudes = np.array(list(OVERTONES.values()))[labels]  # (samples, overtones)
-    pitches = generator.uniform(3, 9, (len(labels), 1))  # periods of the fundamental in a signal
-    frequencies = pitches * np.arange(1, amplitudes.shape[1] + 1)  # (samples, overtones)
-    phases = generator.uniform(0, 2 * np.pi, frequencies.shape)
-    angles = 2 * np.pi * frequencies[:, :, None] * np.linspace(0, 1, LENGTH) + phases[:, :, None]
-    clean = (amplitudes[:, :, None] * np.sin(angles)).sum(1)
-    return clean + generator.normal(0, NOISE, clean.shape)
+WRONG_LABELS = 0.2  # share of train labels that are drawn at random
 
 
 @dataclass(frozen=True)
@@ -62,11 +37,11 @@ class LabelledData:
     splits: Splits  # train, validation and perhaps test
     label_names: list[str]  # by class id
     fingerprint: str  # of the contents
-    notes: list[str]  # what a reader of a report should know
+    notes: list[str]  # for the report
 
 
 def load_data(dataset: str) -> LabelledData:
-    """Loads `tones`, a folder or owner/name[:config]. Without a validation split, a tenth of train becomes one."""
+    """Loads `tones`, a folder or owner/name[:config]. A missing validation split is made from a tenth of train."""
     raw, notes = read_splits(dataset, {"tones": tones}, "train.parquet (or .jsonl)")
     labels = read_labels(raw, "label", "ids")
     notes += labels.notes
@@ -88,8 +63,36 @@ def _values(split: str, rows: datasets.Dataset) -> np.ndarray:
         raise UserError(f"the {split} split has no column 'values', only {', '.join(rows.column_names)}: rename one")
     try:
         values = np.asarray(rows.select_columns(["values"])[:]["values"], np.float32)
-    except (TypeError, ValueError):  # of several lengths, or no numbers
+    except (TypeError, ValueError):  # different lengths, or not numbers
         values = np.empty(0)
     if values.ndim != 2 or not np.isfinite(values).all():
         raise UserError(f"column 'values' of the {split} split must hold lists of numbers, all finite, of one length")
     return values
+
+
+def tones() -> Splits:
+    """Generates train, validation and test with the columns `values` (LENGTH,) and `label`."""
+    kinds = datasets.Features(
+        {"values": datasets.List(datasets.Value("float32")), "label": datasets.ClassLabel(names=list(OVERTONES))}
+    )
+    splits = {}
+    for seed, (split, size) in enumerate(SIZES.items()):
+        generator = np.random.default_rng(seed)
+        labels = generator.integers(len(OVERTONES), size=size)
+        columns = {"values": _synthesize(labels, generator), "label": labels}
+        if split == "train":
+            random_labels = generator.integers(len(OVERTONES), size=size)
+            columns["label"] = np.where(generator.random(size) < WRONG_LABELS, random_labels, labels)
+        splits[split] = datasets.Dataset.from_dict(columns, features=kinds)
+    return splits
+
+
+def _synthesize(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Signals (samples, LENGTH) with a random pitch, random phases of the overtones, and noise."""
+    amplitudes = np.array(list(OVERTONES.values()))[labels]  # (samples, overtones)
+    pitches = generator.uniform(3, 9, (len(labels), 1))  # periods of the fundamental in a signal
+    frequencies = pitches * np.arange(1, amplitudes.shape[1] + 1)  # (samples, overtones)
+    phases = generator.uniform(0, 2 * np.pi, frequencies.shape)
+    angles = 2 * np.pi * frequencies[:, :, None] * np.linspace(0, 1, LENGTH) + phases[:, :, None]
+    clean = (amplitudes[:, :, None] * np.sin(angles)).sum(1)
+    return clean + generator.normal(0, NOISE, clean.shape)

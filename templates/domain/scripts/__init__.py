@@ -1,1 +1,1 @@
-"""One entry point per job, its recipes, and .sh names for recipes."""
+"""One script per job, with its recipes."""

@@ -1,9 +1,9 @@
-"""Distills a classifier of signals into a smaller one by soft targets, with its teacher and a control.
+"""Distills a classifier of signals into a smaller one by soft targets. Also trains the teacher and a control.
 
     python example-domain/scripts/distill.py --dataset FOLDER --student_width 16
     python example-domain/scripts/distill.py example-domain/scripts/soft.yaml
 
-The second takes its flags from a recipe; `distill_soft.sh` is short for it.
+The second command reads its flags from a recipe; `distill_soft.sh` runs it.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Arguments:
 
 @dataclass
 class TrainingArguments(KDTrainingArguments):
-    """The same for teacher, control and student."""
+    """Training arguments of teacher, control and student."""
 
     output_dir: str | None = field(default="runs/example-domain/distill", metadata={"help": "the run's folder"})
     num_train_epochs: float = 10
@@ -50,7 +50,10 @@ def main() -> None:
     if args.teacher:
         reject_unused("--teacher names a trained classifier", training, "teacher_width")
     reject_unused(
-        "neither labels are smoothed nor values trained", training, "label_smoothing_factor", "value_learning_rate"
+        "this domain has no label smoothing and no bottleneck",
+        training,
+        "label_smoothing_factor",
+        "value_learning_rate",
     )
     data = load_data(args.dataset)
     pretrained = load_trained(args.teacher, data) if args.teacher else None

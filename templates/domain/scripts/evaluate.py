@@ -1,9 +1,9 @@
-"""Measures a saved classifier on every split but train, exactly as the run that made it did.
+"""Evaluates a saved classifier on every split except train, as the run that trained it did.
 
     python example-domain/scripts/evaluate.py runs/example-domain/distill/student
     python example-domain/scripts/evaluate.py runs/example-domain/distill/stages/teacher
 
-A run with another --dataset is evaluated with that flag too; --json FILE keeps the metrics.
+Pass the run's --dataset if it was not the default. --json FILE also writes the metrics to a file.
 """
 
 from kd.common.cli import Parser, run
@@ -16,7 +16,7 @@ from kd.example_domain.teacher_model.classifier import load_trained
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="folder of a classifier")
-    parser.add_argument("--dataset", default="tones", help="what it was trained on")
+    parser.add_argument("--dataset", default="tones", help="dataset that the model was trained on")
     parser.add_argument("--json", help="also write the metrics to this file")
     args = parser.parse_args()
 

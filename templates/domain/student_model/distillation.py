@@ -1,4 +1,4 @@
-"""The steps of a distillation: training a classifier as a stage of a run that can be resumed, and the report."""
+"""The steps of a distillation: training a classifier as a stage of a run, evaluation, and the report."""
 
 from typing import Any
 
@@ -16,44 +16,6 @@ from kd.common.training.run import TrainerRun
 from kd.example_domain.data.loading import LabelledData
 from kd.example_domain.teacher_model.classifier import Classifier, new_classifier
 
-
-def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a transformers Trainer."""
-    return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
-
-
-def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
-    """Logits (samples, classes) in the order of the rows. Always fp32: what a user gets who just loads the model."""
-
-    def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": model(**batch).logits}
-
-    return torch.stack(run_inference(model, logits, rows, default_data_collator, batch_size=256)["logits"]).numpy()
-
-
-def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> dict[str, Any]:
-    """A model's entry in results.json: its cost, and its metrics on every split but train. With a `teacher`, also how
-    often it decides as the teacher does.
-    """
-    metrics = {}
-    for split, rows in data.splits.items():
-        if split != "train":
-            logits = predict(model, rows)
-            metrics[split] = classification_metrics(logits, rows["labels"][:].numpy())
-            if teacher is not None:
-                metrics[split]["agreement"] = agreement(logits, predict(teacher, rows))
-    sample = default_data_collator([data.splits["validation"][0]])
-    inputs = {column: value.to(model.device) for column, value in sample.items() if column not in NOT_INPUTS}
-    return {"name": name, **cost(model, inputs), "metrics": metrics}
-
-
-def chance_warning(entry: dict[str, Any], data: LabelledData) -> str | None:
-    """A warning where an evaluated model is no better than chance."""
-    labels = data.splits["validation"]["labels"][:].numpy()
-    accuracy = entry["metrics"]["validation"]["accuracy"]
-    return classifier_warning(entry["name"], "accuracy", accuracy, labels, len(data.label_names))
-
-
 USAGE = """import torch
 from kd.example_domain.teacher_model.classifier import Classifier
 
@@ -63,8 +25,10 @@ print(model.config.id2label[logits.argmax().item()])"""
 
 
 def train(run: TrainerRun, stage: str, width: int, data: LabelledData, method: Method, **teacher: Any) -> Classifier:
-    """A classifier trained by `method`. `teacher`: for KDTrainer, `teacher_outputs=...` or, for methods that need more
-    of a teacher than its logits, `teacher=...`.
+    """Trains a classifier, or loads it if the stage is finished.
+
+    Args:
+        teacher: arguments of KDTrainer: `teacher_outputs=...`, or `teacher=...` for methods that need features.
     """
 
     def build() -> Classifier:
@@ -83,8 +47,45 @@ def train(run: TrainerRun, stage: str, width: int, data: LabelledData, method: M
     return run.stage(stage, build, stage_loader(Classifier))
 
 
+def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of a transformers Trainer."""
+    return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+
+
+def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
+    """Logits (samples, classes) of the rows, in fp32, the precision of a loaded model."""
+
+    def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": model(**batch).logits}
+
+    return torch.stack(run_inference(model, logits, rows, default_data_collator, batch_size=256)["logits"]).numpy()
+
+
+def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> dict[str, Any]:
+    """The model's entry in results.json: its cost, and its metrics on every split except train. With `teacher`, also
+    the agreement of both models.
+    """
+    metrics = {}
+    for split, rows in data.splits.items():
+        if split != "train":
+            logits = predict(model, rows)
+            metrics[split] = classification_metrics(logits, rows["labels"][:].numpy())
+            if teacher is not None:
+                metrics[split]["agreement"] = agreement(logits, predict(teacher, rows))
+    sample = default_data_collator([data.splits["validation"][0]])
+    inputs = {column: value.to(model.device) for column, value in sample.items() if column not in NOT_INPUTS}
+    return {"name": name, **cost(model, inputs), "metrics": metrics}
+
+
+def chance_warning(entry: dict[str, Any], data: LabelledData) -> str | None:
+    """A warning if an evaluated model is no better than chance."""
+    labels = data.splits["validation"]["labels"][:].numpy()
+    accuracy = entry["metrics"]["validation"]["accuracy"]
+    return classifier_warning(entry["name"], "accuracy", accuracy, labels, len(data.label_names))
+
+
 def report(run: TrainerRun, data: LabelledData, student: Classifier, models: dict[str, Any]) -> None:
-    """Writes the report of the evaluated `models` and the student's folder, and prints the table."""
+    """Saves the student, writes the report of the evaluated `models`, and prints the table."""
     sizes: dict[str, int | None] = {"test": None} | {split: len(rows) for split, rows in data.splits.items()}
     results = run.results(
         domain="example-domain",

@@ -1,4 +1,4 @@
-"""Students for `python -m kd.common.export`: signals in, logits out."""
+"""Loads students for `python -m kd.common.export`, from signals to logits."""
 
 import torch
 
@@ -17,7 +17,7 @@ print(labels[str(logits.argmax())])"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """The student in a folder; `task` is not used. Raises UserError where there is none."""
+    """Loads the student in a folder. `task` is not used. Raises UserError if there is none."""
     with reading(name, "a classifier of this domain"):
         model = load_model(Classifier, name).eval()
     signals = torch.randn(20, LENGTH, generator=torch.Generator().manual_seed(0))

@@ -1,1 +1,1 @@
-"""The network, and loading a trained one as teacher."""
+"""The network, and loading of trained teachers."""

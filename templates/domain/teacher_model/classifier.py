@@ -1,6 +1,6 @@
-"""The network of teacher and student: convolutions over time, their mean, a linear layer.
+"""The network of teacher and student: convolutions over time, mean pooling, and a linear layer.
 
-Loads alone:
+A saved model loads with:
 
     from kd.example_domain.teacher_model.classifier import Classifier
     model = Classifier.from_pretrained("runs/example-domain/distill/student")
@@ -21,7 +21,7 @@ from kd.example_domain.data.loading import LabelledData
 
 
 class ClassifierConfig(PreTrainedConfig):
-    """`width`: channels of each layer; `layers`: how many, each halving the time axis."""
+    """`width`: channels of each layer. `layers`: number of convolutions, each with stride 2."""
 
     model_type = "example_domain"
     width: int = 32
@@ -29,7 +29,7 @@ class ClassifierConfig(PreTrainedConfig):
 
     @property
     def label_names(self) -> list[str]:
-        """By class id."""
+        """Class names by id."""
         names: dict[Any, str] = dict(self.id2label or {})
         return [names[i] for i in range(len(names))]
 
@@ -42,7 +42,7 @@ class Classifier(PreTrainedModel):
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config)
-        layers: list[nn.Module] = [nn.BatchNorm1d(1)]  # learns the scale of the data, and ships with the model
+        layers: list[nn.Module] = [nn.BatchNorm1d(1)]  # normalizes the data as a part of the model
         for number in range(config.layers):
             channels = config.width if number else 1
             layers += [
@@ -55,7 +55,7 @@ class Classifier(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every layer comes initialized from its constructor, and every checkpoint is complete."""
+        """Keeps the initialization of PyTorch's layers."""
 
     def forward(self, values: Tensor) -> Outputs:
         maps = self.backbone(rearrange(values, "batch length -> batch 1 length"))
@@ -69,16 +69,19 @@ def new_classifier(label_names: list[str], width: int) -> Classifier:
 
 
 def load_trained(folder: str, data: LabelledData) -> Classifier:
-    """The classifier in a folder. Raises UserError for another kind of model, and for one of other labels."""
+    """Loads a classifier. Raises UserError for another kind of model, and for other labels."""
     if not Path(folder, "config.json").exists():
-        raise UserError(f"no classifier in folder {folder}: it has no config.json; distill.py makes one")
+        raise UserError(f"no classifier in folder {folder}: it has no config.json; pass a student of distill.py")
     with reading(folder, "a classifier"):
         config = ClassifierConfig.from_dict(read_json(Path(folder, "config.json")))
     if config.model_type != ClassifierConfig.model_type:
         raise UserError(
-            f"{folder} holds a {config.model_type}, not a classifier of example-domain: distill.py makes one"
+            f"{folder} holds a {config.model_type}, not a model of example-domain: pass a student of distill.py"
         )
     if config.label_names != data.label_names:
-        raise UserError(f"{folder} knows the labels {config.label_names}, but {data.name} has {data.label_names}")
+        raise UserError(
+            f"{folder} has the labels {config.label_names}, but {data.name} has {data.label_names}: pass the "
+            "--dataset that it was trained on"
+        )
     with reading(folder, "a classifier"):
         return load_model(Classifier, folder)

@@ -1,4 +1,4 @@
-"""The domain from end to end on small input: data, distilling, evaluating, loading, and bad input."""
+"""The domain from end to end on small data: loading, distillation, evaluation, and bad input."""
 
 import json
 import re
@@ -22,8 +22,8 @@ QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
 BRIEF = ["--num_train_epochs", 3, "--teacher_width", 32, *QUIET]
 
 
-def script(name: str, *words: object) -> None:
-    run_script(f"example-domain/scripts/{name}", *words)
+def script(name: str, *arguments: object) -> None:
+    run_script(f"example-domain/scripts/{name}", *arguments)
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -52,20 +52,18 @@ def test_evaluate_reproduces_the_reported_metrics(finished: Path, tmp_path: Path
     script("evaluate.py", finished / "student", "--json", tmp_path / "again.json")
     reported = results_of(finished)["models"]["student"]["metrics"]
     for metrics in reported.values():
-        del metrics["agreement"]  # evaluate.py knows no teacher
+        del metrics["agreement"]  # evaluate.py has no teacher
     assert json.loads((tmp_path / "again.json").read_text())["metrics"] == reported
 
 
-def test_the_model_card_says_how_the_student_is_loaded(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_card_loads_the_student(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search("```python\n(.*?)```", (finished / "student" / "README.md").read_text(), re.DOTALL)
     assert code is not None
     exec(code[1], {})
     assert capsys.readouterr().out.strip() in OVERTONES
 
 
-def test_a_finished_run_is_continued_with_its_stages_and_a_teacher_can_be_given(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_finished_run_resumes_with_its_stages_and_takes_a_trained_teacher(finished: Path, tmp_path: Path) -> None:
     before = results_of(finished)
     script("distill.py", *BRIEF, "--output_dir", finished, "--resume_from_checkpoint")
     after = results_of(finished)
@@ -78,9 +76,9 @@ def test_a_finished_run_is_continued_with_its_stages_and_a_teacher_can_be_given(
     assert again["models"]["control"] is None and not (tmp_path / "run" / "stages" / "teacher").exists()
 
 
-def test_what_is_no_teacher_of_these_labels_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_labels_or_damaged_files_is_rejected(finished: Path, tmp_path: Path) -> None:
     other = load_data(written(tmp_path))
-    with pytest.raises(UserError, match="knows the labels"):
+    with pytest.raises(UserError, match="has the labels"):
         load_trained(str(finished / "student"), other)
     with pytest.raises(UserError, match="no classifier in folder"):
         load_trained(str(finished), other)
@@ -108,7 +106,7 @@ def written(folder: Path, split: str = "train", **columns: list) -> str:
     return str(folder)
 
 
-def test_a_folder_is_read_by_the_names_of_its_labels_and_a_validation_split_is_set_aside(tmp_path: Path) -> None:
+def test_a_folder_is_read_and_a_missing_validation_split_is_made_from_train(tmp_path: Path) -> None:
     folder = written(tmp_path)
     written(tmp_path, "test", values=[[9.0, 8.0, 7.0]], label=["b"])
     data = load_data(folder)
@@ -131,7 +129,7 @@ def test_a_folder_is_read_by_the_names_of_its_labels_and_a_validation_split_is_s
         ({"label": [None] * 20}, "holds no labels"),
     ],
 )
-def test_bad_data_are_refused(tmp_path: Path, columns: dict[str, list], message: str) -> None:
+def test_bad_data_are_rejected(tmp_path: Path, columns: dict[str, list], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_data(written(tmp_path, "train", **columns))
 
@@ -143,7 +141,7 @@ def test_a_row_without_a_label_is_left_out_and_noted(tmp_path: Path) -> None:
     assert "5 of 20 rows of train have no label and are left out" in data.notes
 
 
-def test_labels_that_train_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_labels_that_train_lacks_are_rejected(tmp_path: Path) -> None:
     written(tmp_path, "validation", label=["c"] * 20)
     with pytest.raises(UserError, match="no label of validation \\(c\\) occurs in train"):
         load_data(written(tmp_path))
@@ -155,7 +153,7 @@ def test_the_tones_are_the_same_every_time_and_their_splits_differ() -> None:
     assert first["validation"][0]["values"] != first["test"][0]["values"]
 
 
-def test_what_a_model_says_of_a_signal_does_not_depend_on_its_neighbours(finished: Path) -> None:
+def test_logits_do_not_depend_on_the_other_signals_of_a_batch(finished: Path) -> None:
     model, rows = Classifier.from_pretrained(finished / "student"), load_data("tones").splits["test"]
     together = torch.from_numpy(predict(model, rows))[:3]
     alone = torch.cat([model.eval()(rows[i : i + 1]["values"]).logits for i in range(3)])

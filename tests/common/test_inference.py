@@ -1,4 +1,4 @@
-"""Plain attention while a model trains on short texts in bf16 on a CPU, and the model's own everywhere else."""
+"""Eager attention while a model trains on short texts in bf16 on a CPU, and the model's kernel otherwise."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def texts(longest: int) -> Dataset:
     return Dataset.from_dict({"length": [3, longest, 5]})
 
 
-def test_plain_inside_and_fused_again_outside_with_the_same_answer():
+def test_eager_inside_and_fused_again_outside_with_the_same_outputs():
     model, ids = encoder(), torch.arange(12).view(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     before = model(ids, mask).last_hidden_state
@@ -45,7 +45,7 @@ def test_plain_inside_and_fused_again_outside_with_the_same_answer():
         ([1, 2], "bf16", "cpu"),
     ],
 )
-def test_nothing_changes_elsewhere(dataset, precision, device):
+def test_the_kernel_stays_in_all_other_cases(dataset, precision, device):
     model = encoder()
     with eager_attention_on_cpu(model, dataset, precision, device):
         assert model.config._attn_implementation == "sdpa"
@@ -53,7 +53,7 @@ def test_nothing_changes_elsewhere(dataset, precision, device):
         pass
 
 
-def test_the_kernel_comes_back_after_an_error():
+def test_the_kernel_is_restored_after_an_error():
     model = encoder()
     with pytest.raises(RuntimeError), eager_attention_on_cpu(model, texts(9), "bf16", "cpu"):
         raise RuntimeError

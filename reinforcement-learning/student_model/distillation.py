@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,39 +30,19 @@ from kd.common.training.run import Run
 from kd.common.training.run_folder import REPORT_FILES
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
-from kd.common.utils.ranges import Count, NotNegative, Positive
-from kd.reinforcement_learning.data.environments import Environments, folder_name
+from kd.reinforcement_learning.data.environments import Environments
 from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, mixture
-from kd.reinforcement_learning.student_model.matching import Loss, policy_and_value
+from kd.reinforcement_learning.student_model.arguments import DistillArguments
+from kd.reinforcement_learning.student_model.matching import policy_and_value
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
 from kd.reinforcement_learning.teacher_model.policies import sampling
+from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.teacher import Agent, mean_returns, train_from_reward
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
-STATE = "state.pt"  # of a checkpoint
-RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
+STATE = "state.pt"  # file in a checkpoint
 Evaluate = Callable[[], dict[str, float]]
-
-
-@dataclass
-class DistillArguments:
-    """How a student is distilled."""
-
-    rollout_policy: RolloutPolicy = field(
-        default="dagger", metadata={"help": "Policy that acts while observations are collected."}
-    )
-    loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
-    steps: Count = field(default=20_000, metadata={"help": "Environment steps in total."})
-    rounds: Count = field(default=10, metadata={"help": "Rounds of collecting and fitting."})
-    updates: Count = field(default=200, metadata={"help": "Minibatches per round."})
-    batch_size: Count = field(default=256, metadata={"help": "Observations per minibatch."})
-    learning_rate: Positive = field(
-        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
-    )
-    value_weight: NotNegative = field(default=0.5, metadata={"help": "Weight of the loss between the values."})
-    num_envs: Count = field(default=8, metadata={"help": "Environments that are stepped in parallel."})
-    buffer_size: Count = field(default=1_000_000, metadata={"help": "Observations kept; the oldest are dropped."})
 
 
 # ---- the loop ----
