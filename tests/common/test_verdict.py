@@ -1,13 +1,26 @@
-"""Verdicts against simulations with known answers: how often intervals contain the true gain, and false alarms."""
+"""Verdicts against simulations with known answers: how often intervals contain the true gain, and false alarms.
+The metrics on some of the examples against those of sklearn, scipy and sacreBLEU.
+"""
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from kd.common.metrics.quality import (
+    classification_metrics,
+    regression_metrics,
+    token_metrics,
+    translation_metrics,
+)
 from kd.common.metrics.verdict import (
     AT_LEAST,
+    MIN_EXAMPLES,
     OVER_SEEDS,
     Score,
+    measure_bleu,
+    measure_classes,
+    measure_perplexity,
+    measure_regression,
     seeds_needed,
     verdict_of_one_seed,
     verdict_over_seeds,
@@ -35,11 +48,11 @@ def simulated(generator: np.random.Generator, seeds: int, gain: float, deviation
     runs = []
     for accuracy in generator.normal([0.7 + gain, 0.7], deviation, (seeds, 2)):
         student, control = (stats.norm.ppf(difficulty) + generator.normal(0, 1, EXAMPLES) for _ in range(2))
-        right = [
-            values < stats.norm.ppf(level, scale=2**0.5)
+        scores = [
+            accuracy_of(values < stats.norm.ppf(level, scale=2**0.5))
             for values, level in zip((student, control), accuracy, strict=True)
         ]
-        runs.append(verdict_of_one_seed(*map(accuracy_of, right), EXAMPLES))
+        runs.append(verdict_of_one_seed(scores[0], scores[1], EXAMPLES))
     return verdict_over_seeds(runs)
 
 
@@ -95,3 +108,68 @@ def test_words_margins_and_the_number_of_seeds():
     # The textbook case: an effect of one standard deviation needs 10 pairs for a power of 80 %.
     assert seeds_needed(verdict | {"gain": 1.0, "deviation": 1.0}) == 10
     assert seeds_needed(verdict | {"deviation": 1.0}) is None
+
+
+def test_there_is_no_interval_over_few_examples():
+    one = verdict_of_one_seed(lambda i: 1.0, lambda i: 0.0, MIN_EXAMPLES - 1)
+    assert one["gain"] == 1 and one["interval"] is None and one["word"] == "no difference shown (one seed)"
+    assert not with_margin(one, 2.0)["not_worse_by_margin"]
+    several = verdict_over_seeds([one | {"gain": gain} for gain in (0.9, 1.0, 1.1)])
+    assert several["method"] == OVER_SEEDS and several["word"] == "better"
+
+
+SAMPLES = [np.arange(EXAMPLES), *np.random.default_rng(3).integers(EXAMPLES, size=(3, EXAMPLES))]
+
+
+@pytest.mark.parametrize(("metric", "classes"), [("accuracy", 5), ("f1", 2), ("matthews", 2), ("matthews", 5)])
+def test_classes_are_measured_as_by_sklearn(metric: str, classes: int):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(classes, size=EXAMPLES)
+    logits = generator.normal(size=(EXAMPLES, classes)) + np.eye(classes)[labels]
+    measured = measure_classes(logits, labels, metric)
+    for rows in SAMPLES:
+        assert measured.score(rows) == pytest.approx(classification_metrics(logits[rows], labels[rows])[metric])
+    assert measured.examples == EXAMPLES and not measured.constant
+
+
+def test_a_perfect_and_a_constant_classifier():
+    labels = np.arange(EXAMPLES) % 2
+    perfect, constant = measure_classes(np.eye(2)[labels], labels, "matthews"), np.eye(2)[np.zeros_like(labels)]
+    assert perfect.score(np.arange(EXAMPLES)) == 1 and not perfect.constant
+    for metric in ("matthews", "f1"):
+        measured = measure_classes(constant, labels, metric)
+        assert measured.constant and measured.score(np.arange(EXAMPLES)) == 0
+    verdict = verdict_of_one_seed(perfect.score, measured.score, EXAMPLES)
+    assert verdict["interval"] == [1, 1] and verdict["word"] == "better (one seed)"
+
+
+@pytest.mark.parametrize("metric", ["spearman", "pearson"])
+def test_correlations_are_measured_as_by_scipy(metric: str):
+    targets = np.random.default_rng(0).normal(size=EXAMPLES).round(1)  # with ties
+    predictions = targets + np.random.default_rng(1).normal(size=EXAMPLES)
+    measured = measure_regression(predictions, targets, metric)
+    for rows in SAMPLES:
+        assert measured.score(rows) == pytest.approx(regression_metrics(predictions[rows], targets[rows])[metric])
+    constant = measure_regression(np.ones(EXAMPLES), targets, metric)
+    assert constant.constant and constant.score(np.arange(EXAMPLES)) == 0
+
+
+def test_perplexity_is_measured_as_in_the_report():
+    generator = np.random.default_rng(0)
+    counts = np.stack([generator.gamma(2.0, 50.0, EXAMPLES), np.ones(EXAMPLES), np.full(EXAMPLES, 30)], axis=1)
+    measured = measure_perplexity(counts, generator.integers(9, size=(EXAMPLES, 30)))
+    for rows in SAMPLES:
+        assert measured.score(rows) == pytest.approx(token_metrics(counts[rows])["perplexity"])
+    assert not measured.constant and measure_perplexity(counts, np.full((EXAMPLES, 30), 7)).constant
+
+
+def test_bleu_is_measured_as_by_sacrebleu():
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 15, EXAMPLES)
+    references = [" ".join(generator.choice(list("abcdefgh"), length)) for length in lengths]
+    hypotheses = [reference[: len(reference) // 4 * 3] for reference in references]  # some are empty
+    measured = measure_bleu(hypotheses, references)
+    for rows in SAMPLES:
+        scores, _ = translation_metrics([hypotheses[row] for row in rows], [references[row] for row in rows])
+        assert measured.score(rows) == pytest.approx(scores["bleu"])
+    assert not measured.constant and measure_bleu(["a"] * EXAMPLES, references).constant
