@@ -200,7 +200,7 @@ def methods_seconds(names: list[str], teacher: ImageClassifier, data: SmallImage
     features = SideBySide.paths({name: method.features for name, method in methods.items()})
     teacher_features = {name: path for method in methods.values() for name, path in method.teacher_features.items()}
     paths = features, teacher_features
-    # The maps of an untrained teacher are large, and the published weights of the terms made for small ones.
+    # Low, because the maps of an untrained teacher are too large for the published weights of some terms.
     return seconds_per_step(SideBySide(students), objective, paths, teacher, data, args, learning_rate=1e-9)
 
 

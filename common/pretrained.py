@@ -139,7 +139,7 @@ def _explain(name: str, expected: str, instead: str, error: Exception) -> str:
         cause = "it needs custom code, which is not executed"
     elif isinstance(error, KeyError):
         cause = f"no {cause}"
-    if not os.path.isdir(name):  # Path.is_dir raises where a name is too long
+    if not os.path.isdir(name):  # Path.is_dir raises for a name that is too long
         return (
             f"no model {shorten(name)}: it is not a folder with the files of {expected}, and the Hugging Face Hub has "
             f"no such model or cannot be reached ({cause})" + (f"; {instead}" if instead else "")

@@ -77,7 +77,7 @@ def load_inputs(
 def load_starts(
     text: TextArguments, pair: PairArguments, training: KDTrainingArguments, data: TextData, seed: int
 ) -> tuple[Pretrained, Pretrained | None, Pretrained | None]:
-    """Loads teacher, student and the control's initial model. The seed initializes what has no weights."""
+    """Loads teacher, student and the control's initial model. The seed sets random weights."""
     set_seed(seed)
     teacher = load_classifier(pair.teacher, data)
     student = load_classifier(pair.student, data) if pair.student else None

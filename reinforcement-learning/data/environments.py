@@ -1,4 +1,4 @@
-"""Gymnasium environments: specifications, vectors of copies that restart by themselves, and the same as a VecEnv.
+"""Gymnasium environments: specifications, vector environments and their adapter to Stable-Baselines3.
 
 The transitions do not depend on the vector environment or the autoreset mode: they are the steps in which `acting` is
 True.
@@ -128,10 +128,10 @@ def require_single_process() -> None:
 
 @dataclass
 class Step:
-    rewards: np.ndarray  # (count,) float, 0 where the environment only restarted
+    rewards: np.ndarray  # (count,) float, 0 for an environment that only restarted
     terminated: np.ndarray  # (count,) bool
     truncated: np.ndarray  # (count,) bool
-    # (count, ...): before any restart; the next observations differ from them where SAME_STEP has restarted already.
+    # (count, ...): before a restart; the next observations differ from them after a restart by SAME_STEP.
     final_observations: np.ndarray
 
 
@@ -165,7 +165,7 @@ class Environments:
             env_kwargs = _atari_kwargs(training, env_kwargs)
         try:
             self.vector = _make(spec, count, self.autoreset, env_kwargs)
-        except Exception as error:  # of the environment's code: about the id, an argument or a package
+        except Exception as error:  # the environment's code may raise any exception
             raise environment_error(id, error) from error
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
@@ -216,10 +216,10 @@ def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[
     elif not vectorized or autoreset != AutoresetMode.NEXT_STEP:
         vectorized, vector_kwargs = None, {"autoreset_mode": autoreset}
     if "render_mode" in _parameters(vectorized or spec.entry_point):
-        env_kwargs = {"render_mode": None} | env_kwargs  # preparing to render halves the speed of LunarLander
+        env_kwargs = {"render_mode": None} | env_kwargs  # the default halves the speed of LunarLander
     with _quiet_mujoco():
         mode = "vector_entry_point" if vectorized else "sync"
-        # The spec, not the id: for an id Gymnasium warns about each version that is not the newest.
+        # For an id instead of a spec Gymnasium warns about every version but the newest.
         return gym.make_vec(spec, count, mode, vector_kwargs, **env_kwargs)
 
 
@@ -232,7 +232,7 @@ def _parameters(entry_point: Any) -> set[str]:
 @contextmanager
 def _quiet_mujoco() -> Iterator[None]:
     """Drops the warnings of MuJoCo 4 about `settotalmass` in HalfCheetah's model, which also go to MUJOCO_LOG.TXT."""
-    mujoco = sys.modules.get("mujoco")  # loaded by now, if the environment uses it
+    mujoco = sys.modules.get("mujoco")  # imported already if the environment uses it
     if mujoco is None:
         yield
         return
@@ -265,7 +265,7 @@ def _unsupported(observation_space: gym.Space, action_space: gym.Space) -> str:
 
 
 def to_environment(actions: Tensor, space: gym.Space) -> np.ndarray:
-    """Actions (rows, ...) as an environment takes them: integers, or floats clipped to the bounds of a Box."""
+    """Converts actions (rows, ...) for an environment: integers, or floats clipped to the bounds of a Box."""
     array = actions.cpu().numpy()
     return np.clip(array, space.low, space.high).astype(space.dtype) if isinstance(space, Box) else array
 

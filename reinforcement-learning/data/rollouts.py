@@ -14,7 +14,7 @@ from kd.reinforcement_learning.data.environments import Environments, to_environ
 
 Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 
-TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far apart, and from the seeds of any training
+TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far from each other and from the seeds of trainings
 PARALLEL_ENVIRONMENTS = 20
 CHUNK = 4096  # observations in one forward of the teacher
 
@@ -68,7 +68,7 @@ class Recorder:
 def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarray, Tensor]:
     """Returns (episodes,) of whole episodes, and the observations acted on in them (rows, ...).
 
-    Every environment plays the same number of episodes, up to one, so that short episodes are not favoured.
+    The environments play equal numbers of episodes (or one more), so that short episodes are not overrepresented.
     """
     shares = np.full(environments.count, episodes // environments.count)
     shares[: episodes % environments.count] += 1

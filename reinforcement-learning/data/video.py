@@ -17,7 +17,7 @@ from kd.reinforcement_learning.data.environments import Environments, find_spec,
 from kd.reinforcement_learning.data.rollouts import Act
 
 SCALE = 4  # the frames of an Atari game are 84 pixels wide
-MAX_FRAMES = 3_000  # held in memory
+MAX_FRAMES = 3_000  # in memory
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ def write_video(act: Act, environment: str, path: str, seed: int) -> Path:
         try:
             _write_mp4(file, frames, per_second)
             return file
-        except Exception as error:  # of ffmpeg, or because it is missing
+        except Exception as error:  # ffmpeg failed or is missing
             if gif.exists():
                 raise UserError(
                     f"cannot write {file} ({_line(error)}), and {gif} exists: pass --video a gif"

@@ -1,1 +1,1 @@
-"""Student policies."""
+"""Student policies: networks, distillation and evaluation."""

@@ -41,7 +41,7 @@ from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.teacher import Agent, mean_returns, train_from_reward
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
-STATE = "state.pt"  # of a checkpoint
+STATE = "state.pt"  # file in a checkpoint
 Evaluate = Callable[[], dict[str, float]]
 
 

@@ -51,7 +51,7 @@ class DistillationRollouts(RolloutBuffer):
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None
     ) -> DistillationSamples:
-        if not self.teacher_outputs:  # observations are flat by now: (steps * environments, ...)
+        if not self.teacher_outputs:  # the observations are flat here: (steps * environments, ...)
             self.teacher_outputs = predict(self.teacher, torch.as_tensor(self.observations))
         outputs = {name: values[batch_inds].to(self.device) for name, values in self.teacher_outputs.items()}
         return DistillationSamples(*super()._get_samples(batch_inds, env), to_outputs(outputs))

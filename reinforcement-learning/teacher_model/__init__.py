@@ -1,1 +1,1 @@
-"""Teacher policies: what they are and where they come from."""
+"""Teacher policies: networks, loading and training."""

@@ -85,7 +85,7 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
     policy = "CnnPolicy" if frames else "MlpPolicy"
     try:
         model: BaseAlgorithm = algorithm(policy, environments, seed=seed, device=device, **recipe.keywords)
-    except Exception as error:  # of Stable-Baselines3 or torch, for any value or keyword
+    except Exception as error:  # Stable-Baselines3 and torch raise any exception
         environments.close()
         raise UserError(f"invalid hyper-parameters of {recipe.algorithm}: {error}") from error
     return model
