@@ -1,12 +1,14 @@
 """Every domain, a folder with scripts/, has the same layout and is importable by its name."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,39 @@ def test_shell_scripts_can_be_run_and_their_recipes_exist(script: Path):
     assert os.access(script, os.X_OK)
     recipes = [word.strip('"').removeprefix("$here/") for word in script.read_text().split() if ".yaml" in word]
     assert all((script.parent / recipe).exists() for recipe in recipes)
+
+
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+NAME = re.compile(r"[^=<>\[]+")  # of a requirement
+EXTRAS = {"common": (), "NLP": ("nlp",), "image-classification": ("images",), "reinforcement-learning": ("rl",)}
+ELSEWHERE = {  # optional imports of the core, checked where a user needs them
+    "common": {"onnx", "onnxruntime", "sacrebleu"},
+    "NLP": {"onnxruntime"},
+}
+
+
+def declared(*extras: str) -> set[str]:
+    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return {NAME.findall(requirement)[0].lower().replace("_", "-") for group in groups for requirement in group}
+
+
+@pytest.mark.parametrize("folder", EXTRAS)
+def test_the_packages_that_a_folder_imports_are_its_dependencies(folder: str):
+    packages = importlib.metadata.packages_distributions()
+    allowed = declared(*EXTRAS[folder]) | ELSEWHERE.get(folder, set()) | {"kd", "knowledge-distillation"}
+    for path in (REPO / folder).rglob("*.py"):
+        imports = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        for name in set(imports) - sys.stdlib_module_names - {"kd"}:
+            found = {package.lower().replace("_", "-") for package in packages.get(name, [])}
+            assert not found or found & allowed, f"{path.relative_to(REPO)} imports {name}, of {found}"
+
+
+def test_the_tested_set_pins_every_dependency():
+    lines = (REPO / "requirements.txt").read_text().splitlines()
+    pinned = {NAME.findall(line)[0].lower() for line in lines if "==" in line}
+    missing = declared(*(extra for extra in PROJECT["optional-dependencies"] if extra != "all")) - pinned
+    assert missing <= {"huggingface-hub", "pyarrow", "pillow", "cloudpickle"}, "others are pinned by what needs them"
+    assert {line for line in lines if line.startswith("-e")} == {"-e ."}
 
 
 AFTER_IMPORT_COMMON = """

@@ -255,7 +255,7 @@ class Run:
         self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
     ) -> None:
         """In the main process: writes the student's folder and the report, and prints the table. The arguments are
-        those of `model_card.save_student`.
+        those of `report.save_student`.
         """
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)

@@ -34,11 +34,7 @@ from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.distillation import ImageRun, validate_teacher_views
 from kd.image_classification.student_model.matching import image_features, task_spec
-from kd.image_classification.student_model.methods import (
-    check_kd_flags,
-    image_method,
-    with_pair_arguments,
-)
+from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
 from kd.image_classification.student_model.sweep import students_of, sweep
 from kd.image_classification.student_model.sweep_report import show
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier

@@ -8,11 +8,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import (
-    agreement,
-    classification_metrics,
-    top_k_accuracy,
-)
+from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
 from kd.common.outputs import EnsembleTeacher
 from kd.common.training.inference import identity_collate, run_inference
 from kd.image_classification.data.loading import ImageData, LargeImageData

@@ -1,11 +1,11 @@
-"""The teacher-student pairs of the CIFAR-100 tables, with the settings of methods published for them.
+"""The teacher-student pairs of the CIFAR-100 tables, with the method arguments published for them.
 
 README.md has the published accuracies. A method that is not listed keeps its defaults, which are those of
 ResNet32x4 -> ResNet8x4.
 """
 
 SMALL_LEARNING_RATE = 0.01  # of MobileNetV2 and the ShuffleNets under every protocol
-PAIRS: dict[tuple[str, str], list[str]] = {  # (teacher, student): methods with their settings
+PAIRS: dict[tuple[str, str], list[str]] = {  # (teacher, student): methods with their arguments
     ("resnet32x4", "resnet8x4"): [],
     ("resnet32x4", "shufflenetv1"): ["catkd:weight=600:size=4:normalized=true"],
     ("resnet32x4", "shufflenetv2"): [
@@ -52,5 +52,5 @@ PAIRS_BY_NAME = {f"{teacher}_{student}": (teacher, student) for teacher, student
 
 
 def learning_rate(student: str) -> float | None:
-    """The learning rate of a pair where it is not the protocol's."""
+    """The learning rate of a student, or None for that of the protocol."""
     return SMALL_LEARNING_RATE if student.startswith(("mobilenet", "shufflenet")) else None

@@ -261,7 +261,7 @@ def test_two_processes_store_the_same_memories(tmp_path):
 
 
 def test_one_class_and_missing_sample_ids_are_errors():
-    with pytest.raises(UserError, match="at least two classes"):
+    with pytest.raises(UserError, match="at least 2 classes"):
         contrast(torch.zeros(6, dtype=torch.long))
     student, teacher = outputs_of([0, 1])
     student.sample_id = None

@@ -231,7 +231,7 @@ class Contrast(nn.Module):
         super().__init__()
         most = len(labels) - int(labels.bincount().max())
         if not most:
-            raise UserError("crd needs training images of at least two classes: choose another method")
+            raise UserError("method crd needs training images of at least 2 classes: choose another method")
         self.negatives, self.temperature, self.momentum = min(negatives, most), temperature, momentum
         self.student_path, self.teacher_path = student.path, teacher.path
         self.student_embedding, self.teacher_embedding = (nn.Linear(f.width, width) for f in (student, teacher))
