@@ -49,6 +49,8 @@ class Formatter(HelpFormatter):
     def _format_args(self, action: Action, default_metavar: str) -> str:
         if action.nargs in (0, "?"):  # --flag is short for --flag true
             return ""
+        if not action.option_strings:
+            return str(action.metavar or action.dest)
         kind = "bool" if action.type is _boolean else getattr(action.type, "__name__", "str").lower()
         word = str(action.metavar or ("" if action.choices else kind))
         return f"[{word or 'str'} ...]" if action.nargs in ("*", "+") else word
