@@ -60,7 +60,7 @@ class TextArguments:
     )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     task: Literal["classification", "regression"] | None = field(
-        default=None, metadata={"help": "Kind of the labels, if both are possible."}
+        default=None, metadata={"help": "Kind of the labels, if ambiguous."}
     )
     max_length: Annotated[int, Range(SHORTEST, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
@@ -130,7 +130,7 @@ class PairArguments:
 
 @dataclass
 class TextBottleneckArguments(BottleneckArguments):
-    """Models with a bottleneck."""
+    """Discrete key-value bottleneck. Which models have one."""
 
     bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "Models with a bottleneck."})
     freeze_teacher_encoder: bool = field(default=False, metadata={"help": "Train only the bottleneck of the teacher."})
@@ -158,7 +158,7 @@ class MatchingArguments:
         default_factory=list, metadata={"help": "Further teachers, to average logits with --teacher."}
     )
     student_from: Literal["teacher", "pretrained"] = field(
-        default="teacher", metadata={"help": "Teacher after or before fine-tuning."}
+        default="teacher", metadata={"help": "Weights to cut from."}
     )
     student_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the student (default: --learning_rate)."}
@@ -169,7 +169,7 @@ class MatchingArguments:
     attention_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching attention distributions."}
     )
-    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map from student to teacher layers."})
+    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map between layers."})
 
     def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:

@@ -178,7 +178,7 @@ class SimKDWeights:
 
 @dataclass
 class SimKDArguments(SimKDWeights):
-    """Feature maps of SimKD."""
+    """SimKD. Its feature maps."""
 
     projector: Variant = field(default="single", metadata={"help": "Feature maps to match."})
     feature_loss: FeatureLossName = field(default="l2", metadata={"help": "Loss between feature maps."})

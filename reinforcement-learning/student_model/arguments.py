@@ -115,8 +115,8 @@ class PolicyArguments(RunArguments):
     )
     episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
     eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
-    method: Literal["distill", "ppd"] = field(
-        default="distill",
+    method: Literal["kd", "ppd"] = field(
+        default="kd",
         metadata={
             "help": "ppd: proximal policy distillation, for imperfect teachers; of the flags of distillation it uses "
             "--steps only."
@@ -173,4 +173,5 @@ class PolicyArguments(RunArguments):
         super().check_unused_flags()
 
     def default_folder(self) -> Path:
-        return Path("runs/reinforcement-learning", f"{self.method}_{'+'.join(map(folder_name, self.environment))}")
+        name = "distill" if self.method == "kd" else self.method
+        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, self.environment))}")
