@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import CodebookSize, RunArguments
+from kd.common.training.arguments import CodebookArguments, CodebookSize, RunArguments
 from kd.common.utils.ranges import (
     Count,
     CountOrNone,
@@ -24,8 +24,8 @@ RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
 
 
 @dataclass
-class StudentArguments:
-    """The student, a PPO of Stable-Baselines3."""
+class StudentArguments(CodebookArguments):
+    """Student, a PPO of Stable-Baselines3."""
 
     student: list[Count] = field(
         default_factory=lambda: [16, 16],
@@ -42,10 +42,7 @@ class StudentArguments:
         default=0,
         metadata={"help": "Number of codebooks of the student's key-value bottleneck; 0 for a plain MLP."},
     )
-    codebook_size: CodebookSize = field(default=64, metadata={"help": "Keys, and values, of each codebook."})
-    key_dim: Count | None = field(
-        default=None, metadata={"help": "Width of a key (default: that of an observation divided by --codebooks)."}
-    )
+    codebook_size: CodebookSize = 64
 
     def __post_init__(self) -> None:
         check_declared(self)
