@@ -53,6 +53,9 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of train to use for validation if the dataset has no validation split."}
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of images of each other split."}
+    )
 
     def load(self, label_names: list[str] | None = None) -> "ImageData":
         """Loads the data and prints notes on what was left out or inferred.
@@ -70,6 +73,7 @@ class DataArguments:
             self.validation_share,
             self.max_train_samples,
             label_names,
+            self.max_eval_samples,
         )
         print_notes(data.name, data.notes)
         return data
@@ -83,16 +87,14 @@ class PairArguments:
         default=None,
         metadata={"help": "Published CIFAR-100 pair, such as resnet32x4_vgg8. Sets dataset, networks and method."},
     )
-    teacher: str = field(
-        default="resnet32x4", metadata={"help": "Folder of a trained classifier, or architecture to train."}
-    )
+    teacher: str = field(default="resnet32x4", metadata={"help": "Folder of a classifier, or an architecture."})
     teacher_epochs: Positive | None = field(
         default=None, metadata={"help": "Number of epochs of the teacher (default: --num_train_epochs)."}
     )
-    student: str = field(default="resnet8x4", metadata={"help": "Architecture of the student: vgg8, timm:NAME, ..."})
+    student: str = field(default="resnet8x4", metadata={"help": "Architecture, such as vgg8 or timm:NAME."})
     method_args: list[str] = field(
         default_factory=list,
-        metadata={"help": "Method arguments that --method does not set, as NAME:argument=value:..."},
+        metadata={"help": "Arguments that --method does not set: NAME:argument=value:..."},
     )
 
     def apply_pair(self, data: DataArguments, training: "ImageTrainingArguments") -> None:
@@ -178,14 +180,12 @@ class SweepArguments:
 class SimKDWeights:
     """SimKD."""
 
-    projector_factor: Count = field(
-        default=2, metadata={"help": "Factor by which the projector reduces the channels inside."}
-    )
+    projector_factor: Count = field(default=2, metadata={"help": "Channel reduction factor of the projector."})
     projector_ratio: ShareAbove0 = field(
-        default=2 / 3, metadata={"help": "Weight of the last feature map with --projector multi."}
+        default=2 / 3, metadata={"help": "Weight of the last map with --projector multi."}
     )
     use_labels: bool = field(
-        default=False, metadata={"help": "Match features only of samples that the teacher classifies correctly."}
+        default=False, metadata={"help": "Match features only where the teacher predicts the label."}
     )
     feature_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the feature loss."})
     cls_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the labels' cross-entropy."})
@@ -200,7 +200,7 @@ class SimKDWeights:
 class SimKDArguments(SimKDWeights):
     """SimKD. Its feature maps."""
 
-    projector: Variant = field(default="single", metadata={"help": "Which feature maps to match."})
+    projector: Variant = field(default="single", metadata={"help": "Feature maps to match."})
     feature_loss: FeatureLossName = field(default="l2", metadata={"help": "Loss between feature maps."})
 
     def check_unused_flags(self) -> None:
@@ -271,9 +271,9 @@ class ImageTrainingArguments(KDTrainingArguments):
     per_device_train_batch_size: Count = 64
     per_device_eval_batch_size: Count = 250
     learning_rate: Positive = 0.05
-    optim: str = field(default="sgd", metadata={"help": "Optimizer of transformers: sgd, adamw_torch, ..."})
+    optim: str = field(default="sgd", metadata={"help": "Name of the optimizer: sgd, adamw_torch, ..."})
     optim_args: str | None = field(
-        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer, as key=value,..."}
+        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
     )
     weight_decay: NotNegative = 5e-4
     max_grad_norm: NotNegative = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})

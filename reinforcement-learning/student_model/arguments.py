@@ -128,8 +128,8 @@ class PolicyArguments(RunArguments):
     method: Literal["kd", "ppd"] = field(
         default="kd",
         metadata={
-            "help": "Method: kd, or ppd (proximal policy distillation, for imperfect teachers). For the student, ppd "
-            "ignores the distillation flags except --steps."
+            "help": "Policy distillation (kd), or proximal policy distillation (ppd), which also uses the reward and, of "
+            "the distillation flags, only --steps."
         },
     )
     teacher_weight: NotNegative = field(
