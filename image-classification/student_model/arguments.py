@@ -54,7 +54,7 @@ class DataArguments:
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
     max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of images of each other split."}
+        default=None, metadata={"help": "Maximum number of validation and of test images."}
     )
 
     def load(self, label_names: list[str] | None = None) -> "ImageData":

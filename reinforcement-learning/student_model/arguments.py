@@ -25,7 +25,7 @@ RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
 
 @dataclass
 class StudentArguments(CodebookArguments):
-    """Student: a PPO model of Stable-Baselines3."""
+    """Student, a PPO model of Stable-Baselines3."""
 
     student: list[Count] = field(
         default_factory=lambda: [16, 16],
@@ -128,8 +128,8 @@ class PolicyArguments(RunArguments):
     method: Literal["kd", "ppd"] = field(
         default="kd",
         metadata={
-            "help": "Policy distillation (kd), or proximal policy distillation (ppd), which also uses the reward and, of "
-            "the distillation flags, only --steps."
+            "help": "Policy distillation (kd), or proximal policy distillation (ppd), which also uses the reward; of "
+            "the distillation flags, ppd uses only --steps."
         },
     )
     teacher_weight: NotNegative = field(
