@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from enum import Enum
 from inspect import get_annotations
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, wrap
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -37,9 +37,9 @@ class Formatter(HelpFormatter):
         super().__init__(prog, max_help_position=32, width=100)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wraps paragraphs, but not indented lines."""
-        paragraphs = text.strip().split("\n\n")
-        return "\n\n".join(part if part.startswith(" ") else fill(part, width) for part in paragraphs)
+        """Wraps the paragraphs, and breaks long command lines."""
+        paragraphs = text.strip().replace("\\\n        ", "").split("\n\n")
+        return "\n\n".join(_wrapped(paragraph, width) for paragraph in paragraphs)
 
     def _format_action_invocation(self, action: Action) -> str:
         if not action.option_strings:
@@ -49,6 +49,8 @@ class Formatter(HelpFormatter):
     def _format_args(self, action: Action, default_metavar: str) -> str:
         if action.nargs in (0, "?"):  # --flag is short for --flag true
             return ""
+        if not action.option_strings:
+            return str(action.metavar or action.dest)
         kind = "bool" if action.type is _boolean else getattr(action.type, "__name__", "str").lower()
         word = str(action.metavar or ("" if action.choices else kind))
         return f"[{word or 'str'} ...]" if action.nargs in ("*", "+") else word
@@ -56,11 +58,19 @@ class Formatter(HelpFormatter):
     def _get_help_string(self, action: Action) -> str:
         text, default, notes = action.help or "", action.default, list[str]()
         if action.choices:
-            notes.append(" | ".join(map(str, action.choices)))
+            notes.append("|".join(map(str, action.choices)))
         if default is not None and default is not False and default not in (SUPPRESS, "", []):
             words = default if isinstance(default, list | tuple) else [default]
-            notes.append("default: " + " ".join(str(getattr(word, "value", word)) for word in words))
+            shown = [f"{word:g}" if isinstance(word, float) else str(getattr(word, "value", word)) for word in words]
+            notes.append(f"default: {' '.join(shown)}")
         return f"{text} ({'; '.join(notes)})" if notes and "(default" not in text else text
+
+
+def _wrapped(paragraph: str, width: int) -> str:
+    if not paragraph.startswith(" "):
+        return fill(paragraph, width)
+    options: dict[str, Any] = {"subsequent_indent": " " * 8, "break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(" \\\n".join(wrap(command, width - 2, **options)) for command in paragraph.splitlines())
 
 
 class Parser(ArgumentParser):
@@ -89,13 +99,17 @@ class Parser(ArgumentParser):
             if field.init:
                 groups.setdefault(_owner(kind, field.name), []).append(field)
         for owner in sorted(groups, key=kind.__mro__.index):
-            group = self.add_argument_group(_title(owner))
+            group = self._group(_title(owner))
             for field in groups[owner]:
                 options = _options(hints[field.name], field) | {"help": _help(kind, field.name)}
                 group.add_argument(f"--{field.name}", **options)
                 if options.get("const") and field.default is True:
                     help = f"Turns --{field.name} off."
                     group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=help)
+
+    def _group(self, title: str) -> Any:
+        known = {group.title: group for group in self._action_groups}
+        return known.get(title) or self.add_argument_group(title)
 
     def add_argument(self, *names: Any, within: Range | None = None, **kwargs: Any) -> Action:
         action = super().add_argument(*names, **kwargs)
@@ -185,7 +199,7 @@ def show_help(*dataclass_types: type, argv: list[str] | None = None, parser: Par
         return
     if parser is None:
         kinds = [_complete(kind) if show_all else kind for kind in dataclass_types]
-        usage = f"python {_script()} [recipe.yaml ...] [--flag value ...]"
+        usage = f"{Path(sys.argv[0]).name} [recipe.yaml ...] [--flag value ...]"
         parser = Parser(kinds, usage=usage, description=sys.modules["__main__"].__doc__)
     parser.print_help()
     sys.exit(0)
@@ -317,11 +331,6 @@ def _unsaved(name: str) -> bool:
 
 def _complete(kind: type) -> type:
     return kind.complete() if hasattr(kind, "complete") else kind
-
-
-def _script() -> str:
-    path = Path(sys.argv[0])
-    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
 
 
 def _owner(kind: type, name: str) -> type:

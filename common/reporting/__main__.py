@@ -16,7 +16,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kd.common.cli import Parser, run
+from kd.common.cli import Parser, run, show_help
+
+PARSER = Parser(prog="python -m kd.common.reporting", description=__doc__)
+PARSER.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or a folder that contains runs.")
+PARSER.add_argument("--markdown", type=Path, metavar="FILE", help="Write the table as Markdown.")
+PARSER.add_argument("--csv", type=Path, metavar="FILE", help="Write the unrounded numbers as CSV.")
+PARSER.add_argument("--plot", type=Path, metavar="FILE", help="Plot quality against the number of parameters.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
+
 from kd.common.metrics.verdict import verdict_over_seeds
 from kd.common.reporting.plots import Point, plot_quality
 from kd.common.reporting.results import RECIPE, RESULTS, Results, primary_score, validate
@@ -26,12 +35,7 @@ from kd.common.utils.files import read_json, write_text
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m kd.common.reporting", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or a folder that contains runs.")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="Write the table as Markdown.")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="Write the unrounded numbers as CSV.")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="Plot quality against the number of parameters.")
-    args = parser.parse_args(argv)
+    args = PARSER.parse_args(argv)
     compare(args.runs, args.markdown, args.csv, args.plot)
 
 

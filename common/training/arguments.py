@@ -93,7 +93,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     )
     label_smoothing_factor: ShareBelow1 = field(default=0.0, metadata={"help": "Label smoothing."})
     precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto", metadata={"help": "Precision; auto is bf16 where native."}
+        default="auto", metadata={"help": "Precision; auto: bf16 if native."}
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, the student trained without the teacher."}
@@ -199,12 +199,10 @@ class CodebookArguments:
 
 @dataclass
 class BottleneckArguments(CodebookArguments):
-    """Keys and values."""
+    """Discrete key-value bottleneck. Keys and values."""
 
-    keys: Keys = field(default="carried", metadata={"help": "Source of the student's keys."})
-    split: Literal["segment", "projection"] = field(
-        default="segment", metadata={"help": "Split of an embedding into heads."}
-    )
+    keys: Keys = field(default="carried", metadata={"help": "Source of the keys."})
+    split: Literal["segment", "projection"] = field(default="segment", metadata={"help": "Split into heads."})
     decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from the values to logits."})
     value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})
     value_epochs: Positive = field(default=10, metadata={"help": "Epochs of the values on the cached codes."})
