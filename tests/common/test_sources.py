@@ -62,7 +62,7 @@ def test_categories_of_pandas_are_read(tmp_path: Path) -> None:
         (UMLAUT.encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8"),
         (UMLAUT.encode("utf-16-le"), "a NUL byte (line 1)"),
         (b"text,label\na\0b,1\n", "a NUL byte (line 2)"),
-        ("text;label\na, b;1\n", "one column 'text;label': its columns are separated by semicolons"),
+        ("text;label\na, b;1\n", "one column 'text;label', because its columns are separated by semicolons"),
         ("text\tlabel\na\t1\n", "separated by tabs"),
         ("text,label\na, b,1\n", "Row #2: Expected 2 columns, got 3"),
         ("text,label,label\na,1,2\n", "two columns 'label'"),
