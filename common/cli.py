@@ -1,8 +1,8 @@
 """Command lines of the form `script.py [recipe.yaml ...] --flag value`, parsed into dataclasses.
 
 A recipe is a flat YAML mapping. Its flags are inserted before those of the command line, so that argparse checks them
-too and the command line overrides them. Invalid input ends with one line on stderr and exit code 2. This module does not
-import torch or transformers, so that `--help` is quick.
+too and the command line overrides them. Invalid input ends with one line on stderr and exit code 2. This module does
+not import torch or transformers, so that `--help` is quick.
 """
 
 import json

@@ -102,8 +102,8 @@ def set_keys(
 ) -> dict[str, float]:
     """Sets the keys of a bottleneck and freezes them. Returns their `key_statistics` on the embeddings (rows, dim).
 
-    carried: copied from `source`; reused: copied with values and decoder; new: fitted to the embeddings; random: not
-    changed after initialization. Raises ValueError if carried or reused keys have no `source`, or one of another shape.
+    carried: copied from `source`; reused: copied with values and decoder; new: fitted to the embeddings; random: left
+    as initialized. Raises ValueError if carried or reused keys have no `source`, or one of another shape.
     """
     if keys in ("carried", "reused"):
         if source is None:

@@ -189,8 +189,8 @@ def _read_hub(dataset: str, source: str, instead: str) -> Splits:
 
 @contextmanager
 def offline_if_unreachable(name: str = "") -> Iterator[None]:
-    """Sends one request to the Hub, and switches its clients to offline mode if the request fails. Otherwise they would
-    retry for a minute before using the cache. Sends no request if `name` is a local folder.
+    """Sends one request to the Hub, and switches its clients to offline mode if the request fails. Otherwise they
+    would retry for a minute before using the cache. Sends no request if `name` is a local folder.
     """
     if name and Path(name).is_dir():
         yield

@@ -29,7 +29,7 @@ class RunArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME)."})
     seed: Seed = field(default=0, metadata={"help": "Random seed of initialization, data order and dropout."})
     seeds: list[Seed] | None = field(
-        default=None, metadata={"help": "Random seeds: one run for each, and a report of their means."}
+        default=None, metadata={"help": "Random seeds: one run per seed, and a report of the means."}
     )
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
@@ -164,7 +164,10 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
         if not self.load_best_model_at_end:
             return "last epoch of every stage"
         metric = str(self.metric_for_best_model).removeprefix("eval_")
-        return f"best checkpoint by validation {metric} of every stage with an evaluation; validation figures are optimistic"
+        return (
+            f"best checkpoint by validation {metric} of every stage that is evaluated, so the validation metrics are "
+            "optimistic"
+        )
 
 
 @cache
