@@ -1,4 +1,4 @@
-"""The core that all domains share. It imports no domain and knows no dataset.
+"""The core that all domains share. It imports no domain and contains no dataset.
 
 The public names are imported when they are used, because torch takes seconds (__init__.pyi has their types).
 """

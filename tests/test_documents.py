@@ -11,6 +11,7 @@ from kd_testing.paths import REPO
 from kd_testing.processes import run_code
 
 DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("*/README.md"), *REPO.glob("*/RESULTS.md")})
+FOLDERS = ("common", "NLP", "image-classification", "reinforcement-learning")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 FILE = re.compile(
     r"(?<![\w/.-])(?:NLP|image-classification|reinforcement-learning|benchmarks|common|tests)/[\w./-]+\.\w+"
@@ -37,6 +38,14 @@ def test_links_and_files_exist(document: Path):
         assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
     for file in FILE.findall(text):
         assert (REPO / file).exists(), f"{document.name} names {file}"
+
+
+def test_contributing_names_every_module():
+    tree = (REPO / "CONTRIBUTING.md").read_text()
+    for path in (path for folder in FOLDERS for path in (REPO / folder).rglob("*.py")):
+        assert path.stem == "__init__" or re.search(rf"^ +{path.name} +\S", tree, re.M), f"{path} is not in the tree"
+    for name in re.findall(r"^ +(\w+\.py) ", tree, re.M):
+        assert any(list((REPO / folder).rglob(name)) for folder in FOLDERS), f"the tree names {name}"
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *sorted(REPO.glob("*/scripts/*.sh"))], ids=lambda path: path.name)

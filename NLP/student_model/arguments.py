@@ -60,10 +60,14 @@ class TextArguments:
     )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     task: Literal["classification", "regression"] | None = field(
-        default=None, metadata={"help": "Kind of the labels, if both are possible."}
+        default=None, metadata={"help": "Kind of the labels, if ambiguous."}
     )
     max_length: Annotated[int, Range(SHORTEST, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
+    )
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training texts."})
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of texts of each other split."}
     )
 
     def load(self) -> "TextData":
@@ -71,7 +75,14 @@ class TextArguments:
         from kd.common.data.sources import print_notes
         from kd.nlp.data.loading import load_text_data
 
-        data = load_text_data(self.dataset, self.text_columns, self.label_column, self.task)
+        data = load_text_data(
+            self.dataset,
+            self.text_columns,
+            self.label_column,
+            self.task,
+            max_train_samples=self.max_train_samples,
+            max_eval_samples=self.max_eval_samples,
+        )
         print_notes(data.name, data.notes)
         return data
 
@@ -130,7 +141,7 @@ class PairArguments:
 
 @dataclass
 class TextBottleneckArguments(BottleneckArguments):
-    """Models with a bottleneck."""
+    """Discrete key-value bottleneck. Which models have one."""
 
     bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "Models with a bottleneck."})
     freeze_teacher_encoder: bool = field(default=False, metadata={"help": "Train only the bottleneck of the teacher."})
@@ -158,7 +169,7 @@ class MatchingArguments:
         default_factory=list, metadata={"help": "Further teachers, to average logits with --teacher."}
     )
     student_from: Literal["teacher", "pretrained"] = field(
-        default="teacher", metadata={"help": "Teacher after or before fine-tuning."}
+        default="teacher", metadata={"help": "Weights to cut from."}
     )
     student_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the student (default: --learning_rate)."}
@@ -169,7 +180,7 @@ class MatchingArguments:
     attention_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching attention distributions."}
     )
-    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map from student to teacher layers."})
+    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map between layers."})
 
     def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:

@@ -16,10 +16,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from kd.common.cli import Parser, run, show_help
+
+PARSER = Parser(prog="python -m kd.common.export", description=__doc__)
+PARSER.add_argument("student", help="Folder of a student or of its run, or a zip file of Stable-Baselines3.")
+PARSER.add_argument("--format", choices=["onnx", "torch.export"], default="onnx", help="File format of the export.")
+PARSER.add_argument("--domain", help="Domain of the student. Default: from results.json of its run.")
+PARSER.add_argument("--task", help="Task of the student; for a policy, the environment. Default: as --domain.")
+PARSER.add_argument("--vecnormalize", metavar="FILE", help="Policies: file of VecNormalize.save, or none.")
+PARSER.add_argument("--output_dir", help="Default: export, in the run folder or next to the student.")
+PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
+if __name__ == "__main__":
+    show_help(parser=PARSER)  # before the imports below, which take seconds
+
 from transformers.utils import logging as transformers_logging
 
-from kd.common.cli import Parser, run
-from kd.common.export.exportable import FORMATS, Exportable, export_student, output_folder, run_of
+from kd.common.export.exportable import Exportable, export_student, output_folder, run_of
 from kd.common.reporting.results import RESULTS
 from kd.common.utils import import_name
 from kd.common.utils.errors import UserError
@@ -29,24 +41,7 @@ MODULE_TASK = re.compile(r"[^/:]+:.*", re.DOTALL)  # owner/name:config is a data
 
 
 def main() -> None:
-    parser = Parser(prog="python -m kd.common.export", description=__doc__)
-    parser.add_argument(
-        "student", metavar="STUDENT", help="Folder of a student or of its run, or a zip file of Stable-Baselines3."
-    )
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="File format of the export.")
-    parser.add_argument(
-        "--domain", metavar="NAME", help="Domain of the student. Default: from results.json of its run."
-    )
-    parser.add_argument(
-        "--task", metavar="NAME", help="Task of the student; for a policy, the environment. Default: as --domain."
-    )
-    parser.add_argument("--vecnormalize", metavar="FILE", help="Policies: file of VecNormalize.save, or none.")
-    parser.add_argument(
-        "--output_dir", metavar="FOLDER", help="Default: export, in the run folder or next to the student."
-    )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
-    args = parser.parse_args()
-
+    args = PARSER.parse_args()
     path = Path(args.student, "student")
     name = str(path) if path.is_dir() else args.student
     folder = output_folder(name, args.output_dir, args.overwrite_output_dir)

@@ -52,6 +52,10 @@ def main() -> None:
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
+        reject_unused("--methods is set", args, "method")
+    elif args.method == SIMKD:  # trained side by side with its control, which has the projector too
+        args.methods = [SIMKD]
+    if args.methods:
         train_side_by_side(args, pair, weights, data_args, training)
     elif args.method == PLAIN:
         train_plain_student(args, pair, data_args, training)
@@ -67,7 +71,7 @@ def train_side_by_side(
     training: ImageTrainingArguments,
 ) -> None:
     """Trains the students of several methods and their controls side by side, at one learning rate."""
-    reject_unused("--methods is set", args, "method", "ensemble_teachers")
+    reject_unused("students train side by side", args, "ensemble_teachers")
     methods = [with_pair_arguments(spec, pair) for spec in args.methods]
     if not training.no_control:
         controls = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
@@ -104,8 +108,6 @@ def distill_student(
     args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains a student and its control, for each seed."""
-    if args.method == SIMKD:
-        raise UserError("--method simkd is train_simkd.py; here simkd is one of several --methods")
     args.method = with_pair_arguments(args.method, pair)
     check_kd_flags([args.method], training)
     data = data_args.load()

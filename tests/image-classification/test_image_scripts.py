@@ -427,7 +427,6 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_student.py", ["--teacher_views", "/dev/null/x"], "--teacher_views /dev/null/x cannot be written"),
         ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 does not support images of 4 pixels"),
         ("train_student.py", ["--seed", "-1"], "--seed must be between 0"),
-        ("train_student.py", ["--method", "simkd"], "train_simkd.py"),
         ("train_student.py", ["--method", "dkd", "--temperature", "2"], "--temperature applies to plain kd only"),
         ("train_student.py", ["--method", "kd:alpha=0.5", "--alpha", "0.2"], "--alpha applies to plain kd only"),
         ("train_student.py", ["--method", "lskd:alpha=0:weight=0"], "at least one term"),
