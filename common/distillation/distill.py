@@ -5,12 +5,13 @@
     result = distill(teacher, student, train, validation)
     print(result)
 
-The run and the trainer are those of the scripts (`Task` is in task.py).
+The run and the trainer are those of the scripts.
 """
 
+import io
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -27,7 +28,7 @@ from kd.common.distillation.adapters import NamedOutputs, Rows, restored
 from kd.common.distillation.evaluation import Evaluation
 from kd.common.distillation.task import Task
 from kd.common.methods import Method, labels
-from kd.common.reporting.report import headline, model_table, save_student
+from kd.common.reporting.report import headline, model_table, print_table, save_student, warnings_of
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown
 from kd.common.training.arguments import KDTrainingArguments
@@ -88,7 +89,7 @@ class Distilled:
 
     @property
     def verdict(self) -> dict[str, Any] | None:
-        """Whether the student is better than its control; None without a control."""
+        """Whether the student is better than its control, as in results.json; None without labels."""
         return self.results.get("verdict")
 
     def save(self, folder: str | Path) -> None:
@@ -98,10 +99,14 @@ class Distilled:
         write_json(Path(folder, RESULTS), self.results)
 
     def __repr__(self) -> str:
-        warnings = [f"Warning: {text}." for text in self.results["warnings"]]
-        return "\n\n".join([markdown(*model_table(self.results)), headline(self.results), *self.notes, *warnings])
+        with redirect_stdout(io.StringIO()) as table:
+            print_table(self.results)  # with the verdict's warnings
+        warnings = [f"Warning: {text}" for text in self.results["warnings"]]
+        return "\n".join([table.getvalue().strip(), *warnings, *self.notes])
 
-    _repr_markdown_ = __repr__  # a table in notebooks
+    def _repr_markdown_(self) -> str:  # in notebooks
+        warnings = [f"**Warning:** {text}" for text in warnings_of(self.results)]
+        return "\n\n".join([markdown(*model_table(self.results)), headline(self.results), *warnings, *self.notes])
 
 
 def distill(
@@ -190,20 +195,21 @@ def distill_task(run: QuietRun, task: Task, notes: list[str]) -> Distilled:
     run.check_inputs(fingerprint, **task.pretrained)
     evaluation = Evaluation(task)
     run.warn(evaluation.warning())
-    models = {"teacher": evaluation.teacher}
     stages = ["student"] if run.args.no_control or not task.labelled else ["control", "student"]
     for seed_run in run.each_seed():
         for stage in stages:
             student = seed_run.stage(stage, partial(train, seed_run, task, evaluation, stage), task.load)
-            models[stage] = evaluation.entry(student)
+            evaluation.add(stage, student)
         results = seed_run.results(
             domain="python",
             task=dataset_name(task.data["train"].rows),
             method=task.method_name,
             data=task.sizes | {"fingerprint": fingerprint},
-            models=models,
+            models=evaluation.entries,
             split=evaluation.split,
             metric=evaluation.metric,
+            measurements=evaluation.measurements,
+            chance=evaluation.chance,
             data_notes=" ".join(notes) or "none",
         )
         seed_run.finish(results, student, student.usage)

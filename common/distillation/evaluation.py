@@ -11,11 +11,14 @@ from kd.common.distillation.task import Task, on_device
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import (
     agreement,
+    calibration_metrics,
     classification_metrics,
     classifier_warning,
+    constant_score,
     regression_metrics,
     regressor_warning,
 )
+from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
 from kd.common.training.inference import run_inference
 
 
@@ -24,7 +27,8 @@ class Evaluation:
 
     Attributes:
         split, metric: The headline figure.
-        teacher: The teacher's entry in results.json.
+        entries: The models' entries in results.json by role, the teacher's first.
+        measurements: The headline figure by role, for the verdict; empty without labels.
     """
 
     def __init__(self, task: Task) -> None:
@@ -32,26 +36,39 @@ class Evaluation:
         self.split = "validation" if "validation" in task.data else "train"
         self.labels = task.data[self.split].labels
         self.metric = "agreement" if self.labels is None else "spearman" if task.regression else "accuracy"
+        self.entries: dict[str, Any] = {}
+        self.measurements: dict[str, Measurement] = {}
         self.teacher_logits = self._predict(task.teacher)
-        self.teacher = self.entry(task.teacher)
+        self.add("teacher", task.teacher)
 
-    def entry(self, model: NamedOutputs) -> dict[str, Any]:
-        """A model's entry in results.json. `agreement` is with the teacher: the share of equal predictions, or for
-        regression their rank correlation.
+    def add(self, role: str, model: NamedOutputs) -> None:
+        """Evaluates a model. `agreement` is with the teacher: the share of equal predictions, or for regression their
+        rank correlation.
         """
-        logits = self._predict(model)
+        logits, regression = self._predict(model), self.task.regression
         metrics = {} if self.labels is None else self.metrics(logits, self.labels)
-        if self.task.regression:
+        if regression:
             metrics["agreement"] = regression_metrics(logits[:, 0], self.teacher_logits[:, 0])["spearman"]
         else:
             metrics["agreement"] = agreement(logits, self.teacher_logits)
+        if self.labels is not None:
+            measured = measure_regression(logits[:, 0], self.labels) if regression else None
+            self.measurements[role] = measured or measure_classes(logits, self.labels)
         one = on_device({name: value[:1] for name, value in self.task.sample.items()})
-        return {"name": type(model.module).__name__, **cost(model, one), "metrics": {self.split: metrics}}
+        costs = cost(model, one)
+        self.entries[role] = {"name": type(model.module).__name__, **costs, "metrics": {self.split: metrics}}
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         if self.task.regression:
             return regression_metrics(logits[:, 0], labels)
-        return classification_metrics(logits, labels)
+        return classification_metrics(logits, labels) | calibration_metrics(logits, labels)
+
+    @property
+    def chance(self) -> float | None:
+        """The accuracy of the best constant prediction."""
+        if self.labels is None or self.task.regression:
+            return None
+        return constant_score(self.labels, self.task.classes, "accuracy")
 
     def _predict(self, model: NamedOutputs) -> np.ndarray:
         """Logits (rows, classes) in fp32."""
@@ -64,7 +81,8 @@ class Evaluation:
 
     def warning(self) -> str | None:
         """Whether the teacher is no better than a constant prediction."""
-        name, metrics, labels = self.teacher["name"], self.teacher["metrics"][self.split], self.labels
+        teacher, labels = self.entries["teacher"], self.labels
+        name, metrics = teacher["name"], teacher["metrics"][self.split]
         if labels is None:
             return None
         if self.task.regression:

@@ -85,11 +85,6 @@ class Task:
     # ---- data ----
 
     @property
-    def split(self) -> str:
-        """The split that models are evaluated on."""
-        return "validation" if "validation" in self.data else "train"
-
-    @property
     def labelled(self) -> bool:
         """Whether the training data have labels."""
         return self.data["train"].labels is not None
@@ -110,15 +105,15 @@ class Task:
         for split, labels in self.labels_by_split.items():
             if self.regression != (labels.dtype.kind == "f"):
                 raise UserError(
-                    f"the {split} labels are {labels.dtype}, and the models return {self.classes} logits: pass integers "
-                    "as classes, and floats with one logit for regression"
+                    f"the {split} labels are {labels.dtype}, and the models return {self.classes} logits: pass "
+                    "integers as classes, or floats with one logit for regression"
                 )
             if not self.regression and not (0 <= labels.min() and labels.max() < self.classes):
                 raise UserError(
                     f"the {split} labels are {labels.min()} to {labels.max()}, and the models return {self.classes} "
                     f"logits: use 0 to {self.classes - 1}"
                 )
-        if self.labelled and self.data[self.split].labels is None:
+        if self.labelled and len(self.labels_by_split) < len(self.data):
             raise UserError("the validation data have no labels: add them, or leave `validation` out")
 
     # ---- models ----
