@@ -232,15 +232,16 @@ def train(run: TrainerRun, task: Task, evaluation: Evaluation, stage: str) -> Na
     else:
         method = task.new_method()
         teacher = {"teacher": task.teacher, "teacher_features": task.hooks(method.teacher_features)}
-    return run.train(
-        stage,
-        model,
-        {},
-        objective=method.objective,
-        train_dataset=task.data["train"],
-        eval_dataset=task.data.get("validation"),
-        compute_metrics=lambda prediction: evaluation.metrics(prediction.predictions, prediction.label_ids),
-        data_collator=task.collate,
-        features=task.hooks(method.features),
-        **teacher,
-    )
+    with restored(task.teacher):
+        return run.train(
+            stage,
+            model,
+            {},
+            objective=method.objective,
+            train_dataset=task.data["train"],
+            eval_dataset=task.data.get("validation"),
+            compute_metrics=lambda prediction: evaluation.metrics(prediction.predictions, prediction.label_ids),
+            data_collator=task.collate,
+            features=task.hooks(method.features),
+            **teacher,
+        )

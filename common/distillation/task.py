@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ class Task:
         self.data, self.method, self.matched, self.feature_weight = data, method, dict(features), feature_weight
         self.columns = data["train"].inputs
         self.teacher = NamedOutputs(teacher, self.columns)
-        self.make_student = partial(copy.deepcopy, student) if isinstance(student, nn.Module) else student
+        self.make_student = (lambda: student) if isinstance(student, nn.Module) else student
         untrained = self.new_student()
         self.pretrained = {"teacher": teacher} | ({"student": student} if isinstance(student, nn.Module) else {})
         inputs = [name for name in self.columns if name in {*self.teacher.columns, *untrained.columns}]
@@ -119,7 +118,8 @@ class Task:
     # ---- models ----
 
     def new_student(self) -> NamedOutputs:
-        return NamedOutputs(self.make_student(), self.columns)
+        """A copy, also of what a function creates, because that may share modules with the teacher."""
+        return NamedOutputs(copy.deepcopy(self.make_student()), self.columns)
 
     def load(self, folder: str | Path) -> NamedOutputs:
         return self.new_student().load(folder)
