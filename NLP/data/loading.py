@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import Kind, map_label_ids, read_labels
-from kd.common.data.sources import Splits, read_splits, short_name, with_validation
+from kd.common.data.sources import Splits, read_splits, short_name, stratified, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
 from kd.nlp.data.intents import load_intents
@@ -53,6 +53,8 @@ def load_text_data(
     task: Kind | None = None,
     known_labels: list[str] | None = None,
     needs_train: bool = True,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
 ) -> TextData:
     """Loads `dataset`: a name in TASKS, a folder or file, or owner/name[:config] of the Hub.
 
@@ -63,6 +65,8 @@ def load_text_data(
         task: resolves labels that could be either classes or scores.
         known_labels: the labels, by id, of the classifier that is evaluated.
         needs_train: whether a missing train split is an error.
+        max_train_samples, max_eval_samples: maximum number of rows of train and of each other split, a fixed
+            stratified sample.
 
     Raises UserError if the dataset, a column, a text or the labels are missing or ambiguous.
     """
@@ -85,6 +89,12 @@ def load_text_data(
     notes += [note, *labels.notes]
     splits = {split: _select(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
     splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
+    for split, rows in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        if most is not None and most < len(rows):
+            notes.append(f"{most:,} of {len(rows):,} {split} rows")
+            chosen = stratified(np.asarray(rows.with_format("numpy")["label"]), most / len(rows))
+            splits[split] = rows.select(np.flatnonzero(chosen)).flatten_indices()
     return TextData(
         name=name,
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},

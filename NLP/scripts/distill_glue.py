@@ -1,7 +1,6 @@
 """Distills GLUE tasks with several systems and seeds, and writes one table.
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
-    bash NLP/scripts/distill_glue.sh --glue_folder ../shared/data --tasks rte --systems base
 
 `OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share everything but the student, in
 `OUT/TASK/shared/seedN`. The same command again, also with more tasks, systems or seeds, trains what is missing.

@@ -65,13 +65,24 @@ class TextArguments:
     max_length: Annotated[int, Range(SHORTEST, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
     )
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training texts."})
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of texts of each other split."}
+    )
 
     def load(self) -> "TextData":
         """Loads the data and prints what was inferred."""
         from kd.common.data.sources import print_notes
         from kd.nlp.data.loading import load_text_data
 
-        data = load_text_data(self.dataset, self.text_columns, self.label_column, self.task)
+        data = load_text_data(
+            self.dataset,
+            self.text_columns,
+            self.label_column,
+            self.task,
+            max_train_samples=self.max_train_samples,
+            max_eval_samples=self.max_eval_samples,
+        )
         print_notes(data.name, data.notes)
         return data
 

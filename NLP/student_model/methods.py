@@ -51,7 +51,7 @@ def text_method(
     texts: Texts,
     pooling: Pooling,
 ) -> Method:
-    """The method NAME[:setting=value]... of a student and its teacher. Raises UserError as `check_method` does."""
+    """The method NAME[:key=value]... of a student and its teacher. Raises UserError as `check_method` does."""
     method: Method = parse_method(spec, METHODS, **kd_flags(spec, training))(
         TaskSpec(
             classes=texts.data.num_labels,

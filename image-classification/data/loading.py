@@ -132,18 +132,26 @@ def load_image_data(
     validation_share: float = 0.1,
     max_train_samples: int | None = None,
     label_names: list[str] | None = None,
+    max_eval_samples: int | None = None,
 ) -> ImageData:
     """Loads `dataset`, and moves a stratified share of train to a missing validation split.
 
     Args:
         image_size: resize to that many pixels; otherwise all images must be square and of one size. Above
             MAX_SIZE_IN_MEMORY, and for ImageNet, the result is a LargeImageData.
-        max_train_samples: maximum number of training images, a fixed stratified sample.
+        max_train_samples, max_eval_samples: maximum number of images of train and of each other split, a fixed
+            stratified sample.
         label_names: the classes, by id, of a model that is evaluated. The dataset has some or all of them. Its train
             split is optional, and not returned.
     """
     splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
-    splits = _make_validation(dataset, splits, validation_share, max_train_samples, notes)
+    splits = _make_validation(dataset, splits, validation_share, notes)
+    for split, images in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        if most is not None and most < len(images):
+            chosen = stratified(images.labels.numpy(), most / len(images))
+            splits[split] = images[torch.from_numpy(chosen)]
+            notes.append(f"{most:,} of the {len(images):,} {split} images were used")
     if label_names is not None:
         splits.pop("train", None)
         ids = {split: images.labels.numpy() for split, images in splits.items()}
@@ -162,19 +170,15 @@ def load_image_data(
 
 
 def _make_validation(
-    dataset: str, splits: dict[str, StoredImages], share: float, max_train_samples: int | None, notes: list[str]
+    dataset: str, splits: dict[str, StoredImages], share: float, notes: list[str]
 ) -> dict[str, StoredImages]:
-    """Moves a share of train to a missing validation split, then limits the number of training images."""
+    """Moves a share of train to a missing validation split."""
     train = splits.get("train")
     if train is not None and "validation" not in splits and share > 0:
         chosen = choose_validation(train.labels.numpy(), notes, share, " or pass another --validation_share")
         splits["validation"], train = (train[torch.from_numpy(part)] for part in (chosen, ~chosen))
     if train is not None and not {"validation", "test"} & splits.keys():
         raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")
-    if train is not None and max_train_samples is not None and max_train_samples < len(train):
-        total = len(train)
-        train = train[torch.from_numpy(stratified(train.labels.numpy(), max_train_samples / total))]
-        notes.append(f"{len(train):,} of the {total:,} training images were used")
     splits = splits if train is None else splits | {"train": train}
     return {name: splits[name] for name in SPLITS if name in splits}
 

@@ -48,6 +48,9 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of train for validation, if there is no such split."}
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of images of each other split."}
+    )
 
     def load(self, label_names: list[str] | None = None) -> "ImageData":
         """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
@@ -62,6 +65,7 @@ class DataArguments:
             self.validation_share,
             self.max_train_samples,
             label_names,
+            self.max_eval_samples,
         )
         print_notes(data.name, data.notes)
         return data

@@ -114,10 +114,7 @@ class PolicyArguments(RunArguments):
     eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
     method: Literal["kd", "ppd"] = field(
         default="kd",
-        metadata={
-            "help": "ppd: proximal policy distillation, for imperfect teachers; of the flags of distillation it uses "
-            "--steps only."
-        },
+        metadata={"help": "Policy distillation, or proximal policy distillation for imperfect teachers."},
     )
     teacher_weight: NotNegative = field(
         default=1.0,

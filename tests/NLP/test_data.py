@@ -566,3 +566,10 @@ def test_only_validation_chooses_the_threshold() -> None:
     assert flipped["test"]["oos_threshold"] != first["test"]["oos_threshold"]
     inside = Texts(data, {"validation": datasets.Dataset.from_dict({"labels": labels["validation"] % 2})}, collate)
     assert "oos_threshold" not in metrics_by_split(inside, {"validation": logits["validation"]})["validation"]
+
+
+def test_max_samples_limit_the_splits_and_change_the_fingerprint() -> None:
+    data = load_text_data("intents", max_train_samples=100, max_eval_samples=50)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 100, "validation": 50, "test": 50}
+    assert data.fingerprint == load_text_data("intents", max_train_samples=100, max_eval_samples=50).fingerprint
+    assert data.fingerprint != load_text_data("intents").fingerprint

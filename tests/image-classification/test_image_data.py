@@ -327,3 +327,10 @@ def test_errors_of_splits(tmp_path: Path) -> None:
         write(tmp_path / "c", NAMES, train=rows, validation=(rows[0][:0], []))
     )
     assert "the test split is empty" in error_of(write(tmp_path / "d", NAMES, train=rows, test=(rows[0][:0], [])))
+
+
+def test_max_eval_samples_limits_every_other_split() -> None:
+    data = small("digits", max_eval_samples=50)
+    assert {split: len(images) for split, images in data.splits.items() if split != "train"} == {
+        split: 50 for split in data.splits if split != "train"
+    }

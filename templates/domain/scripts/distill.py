@@ -26,8 +26,12 @@ from kd.example_domain.teacher_model.classifier import load_trained
 class Arguments:
     """Data, teacher and student."""
 
-    dataset: str = field(default="tones", metadata={"help": "tones, a folder of parquet or JSON files, or a Hub name"})
-    teacher: str | None = field(default=None, metadata={"help": "folder of a trained classifier (default: train one)"})
+    dataset: str = field(
+        default="tones", metadata={"help": "tones, a folder of parquet or JSON files, or a Hub name."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder of a trained classifier (default: train one)."}
+    )
     teacher_width: Count = field(default=64, metadata={"help": "channels of a teacher that is trained here"})
     student_width: Count = field(default=12, metadata={"help": "channels of the student and of its control"})
 
