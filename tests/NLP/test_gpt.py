@@ -92,7 +92,7 @@ def test_the_text_column_of_a_csv_file_is_inferred_and_its_documents_are_strings
     (tmp_path / "validation.csv").write_text("id,body\n1,007\n2,true\n")
     corpus = load_corpus(str(tmp_path))
     assert corpus.splits == {"train": ["first", "second"], "validation": ["007", "true"]}
-    assert "column 'body' holds the texts" in corpus.notes
+    assert "column 'body' contains the texts" in corpus.notes
 
 
 @pytest.mark.parametrize(("encoding", "message"), [("cp1252", "is not UTF-8"), ("utf-16", "UTF-16")])
@@ -123,7 +123,7 @@ def test_a_missing_validation_split_is_the_end_of_train(tmp_path):
     assert corpus.splits["validation"] == ["text 18", "text 19"]
     assert corpus.splits["train"] == [f"text {i}" for i in range(18)]
     assert "set aside" in corpus.notes[-1]
-    assert "1 of 21 rows of train hold no text and are left out" in corpus.notes
+    assert "1 of 21 rows of train have no text and are left out" in corpus.notes
 
 
 # ---- packing ----
