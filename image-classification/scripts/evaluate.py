@@ -14,7 +14,9 @@ from kd.common.cli import Parser, run, show_help
 from kd.image_classification.student_model.arguments import DataArguments
 
 PARSER = Parser([DataArguments], description=__doc__)
-PARSER.add_argument("model", help="Folder of a classifier, or of a run (its student, else its teacher).")
+PARSER.add_argument(
+    "model", help="Folder of a classifier, or of a run (its student if it has one, otherwise its teacher)."
+)
 PARSER.add_argument("--json", metavar="file", help="Also write the metrics to this file.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds

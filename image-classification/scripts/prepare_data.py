@@ -21,8 +21,12 @@ from kd.image_classification.student_model.arguments import DataArguments
 class Arguments:
     """Output."""
 
-    output: str | None = field(default=None, metadata={"help": "Folder to write (default: only print the table)."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier call wrote to that folder."})
+    output: str | None = field(
+        default=None, metadata={"help": "Folder to write the data to (default: only print the table)."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the files that an earlier call wrote to --output."}
+    )
 
 
 ARGUMENTS = Arguments, DataArguments

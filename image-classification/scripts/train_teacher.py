@@ -17,7 +17,9 @@ from kd.image_classification.student_model.arguments import DataArguments, Image
 class Arguments:
     """Teacher."""
 
-    architecture: str = field(default="resnet32x4", metadata={"help": "Architecture: wrn_40_2, vgg13, timm:NAME, ..."})
+    architecture: str = field(
+        default="resnet32x4", metadata={"help": "Architecture of the teacher: wrn_40_2, vgg13, timm:NAME, ..."}
+    )
 
 
 ARGUMENTS = Arguments, DataArguments, ImageTrainingArguments

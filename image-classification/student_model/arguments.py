@@ -1,4 +1,7 @@
-"""Arguments of the image scripts. Nothing here imports torch or transformers."""
+"""Arguments of the image scripts.
+
+This module does not import torch or transformers, so that `--help` is fast.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +22,14 @@ from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, le
 if TYPE_CHECKING:
     from kd.image_classification.data.loading import ImageData
 
-PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # further choices of --method and --methods
+PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # other values of --method and --methods
 CONTROLS = (PLAIN, CONTROL)  # trained on the labels alone, without and with SimKD's projector
 # The names in kd.image_classification.student_model.methods.METHODS, which imports torch.
 IMAGE_METHODS = (
     *METHOD_NAMES,
     *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
 )
-METHOD_HELP = f"NAME or NAME:key=value:..., of {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
+METHOD_HELP = f"NAME or NAME:argument=value:...; NAME is {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
 PIXELS = "pixels"  # no encoder: the pixels are the embedding
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
@@ -37,23 +40,28 @@ class DataArguments:
     """Data."""
 
     dataset: str = field(
-        default="digits", metadata={"help": "digits, cifar10, cifar100, mnist, imagenet, a Hub name or a folder."}
+        default="digits",
+        metadata={"help": "Dataset: digits, cifar10, cifar100, mnist, imagenet, a name on the Hub or a folder."},
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
+    image_column: str | None = field(default=None, metadata={"help": "Name of the column with the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Name of the column with the labels."})
     image_size: Count | None = field(
-        default=None, metadata={"help": "Height and width in pixels; above 64, training uses random crops."}
+        default=None,
+        metadata={"help": "Height and width of the images in pixels; above 64, training uses random crops."},
     )
     validation_share: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Share of train for validation, if there is no such split."}
+        default=0.1, metadata={"help": "Share of train to use for validation if the dataset has no validation split."}
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
     max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of images of each other split."}
+        default=None, metadata={"help": "Maximum number of validation and of test images."}
     )
 
     def load(self, label_names: list[str] | None = None) -> "ImageData":
-        """Prints what was left out or inferred. `label_names`: the classes of a model that is to be measured."""
+        """Loads the data and prints notes on what was left out or inferred.
+
+        `label_names`: the classes, by id, of a model to evaluate.
+        """
         from kd.common.data.sources import print_notes
         from kd.image_classification.data.loading import load_image_data
 
@@ -76,20 +84,21 @@ class PairArguments:
     """Teacher and student."""
 
     pair: str | None = field(
-        default=None, metadata={"help": "Published CIFAR-100 pair, such as resnet32x4_vgg8; sets flags."}
+        default=None,
+        metadata={"help": "Published CIFAR-100 pair, such as resnet32x4_vgg8. Sets dataset, networks and method."},
     )
-    teacher: str = field(default="resnet32x4", metadata={"help": "Folder of a classifier, or architecture."})
+    teacher: str = field(default="resnet32x4", metadata={"help": "Folder of a classifier, or an architecture."})
     teacher_epochs: Positive | None = field(
-        default=None, metadata={"help": "Epochs of the teacher (default: --num_train_epochs)."}
+        default=None, metadata={"help": "Number of epochs of the teacher (default: --num_train_epochs)."}
     )
-    student: str = field(default="resnet8x4", metadata={"help": "Architecture: vgg8, timm:NAME, ..."})
+    student: str = field(default="resnet8x4", metadata={"help": "Architecture, such as vgg8 or timm:NAME."})
     method_args: list[str] = field(
         default_factory=list,
-        metadata={"help": "Arguments for --method where it has none, as NAME:key=value:..."},
+        metadata={"help": "Arguments that --method does not set: NAME:argument=value:..."},
     )
 
     def apply_pair(self, data: DataArguments, training: "ImageTrainingArguments") -> None:
-        """Sets what `--pair` stands for, except for flags of the command line. Raises UserError for an unknown one."""
+        """Sets the arguments of `--pair`, except those on the command line. Raises UserError for an unknown pair."""
         if self.pair is None:
             return
         if self.pair not in PAIRS_BY_NAME:
@@ -100,7 +109,7 @@ class PairArguments:
         _set_defaults(data, dataset="cifar100")
         if rate is not None:
             _set_defaults(training, learning_rate=rate)
-        self.pair = None  # the saved recipe has the flags that it stands for
+        self.pair = None  # the saved recipe contains the arguments that the pair has set
 
     def check_unused_flags(self) -> None:
         from kd.image_classification.teacher_model.teacher import trained_folder
@@ -120,30 +129,35 @@ class MethodArguments:
     """Method."""
 
     method: str = field(default="kd", metadata={"help": METHOD_HELP})
-    methods: list[str] = field(default_factory=list, metadata={"help": "Methods to train side by side."})
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "Methods to train side by side on the same batches."}
+    )
     ensemble_teachers: list[str] = field(
-        default_factory=list, metadata={"help": "Further teachers, to average logits with --teacher."}
+        default_factory=list,
+        metadata={"help": "Folders of further teachers, whose logits are averaged with those of --teacher."},
     )
     teacher_views: Path | None = field(
-        default=None, metadata={"help": "Folder to cache the teacher's logits of every view in."}
+        default=None, metadata={"help": "Folder for a cache of the teacher's logits for every view."}
     )
 
 
 @dataclass
 class SweepArguments:
-    """Axes of the sweep."""
+    """Sweep."""
 
     methods: list[str] = field(
-        default_factory=lambda: [CONTROL, SIMKD], metadata={"help": "Methods; control is SimKD's network alone."}
+        default_factory=lambda: [CONTROL, SIMKD],
+        metadata={"help": "Methods to train; control is SimKD's network trained on labels alone."},
     )
     projectors: list[str] = field(
-        default_factory=lambda: list(get_args(Variant)), metadata={"help": "Projectors of SimKD."}
+        default_factory=lambda: list(get_args(Variant)), metadata={"help": "Projector variants of SimKD."}
     )
     feature_losses: list[str] = field(
-        default_factory=lambda: ["l2"], metadata={"help": "Feature losses: l2, kl-channel, kl-spatial, cosine."}
+        default_factory=lambda: ["l2"],
+        metadata={"help": "Feature losses of SimKD: l2, kl-channel, kl-spatial, cosine."},
     )
     learning_rates: list[Positive] = field(
-        default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1], metadata={"help": "Learning rates."}
+        default_factory=lambda: [0.001, 0.005, 0.01, 0.05, 0.1], metadata={"help": "Learning rates of the students."}
     )
 
     def __post_init__(self) -> None:
@@ -166,13 +180,15 @@ class SweepArguments:
 class SimKDWeights:
     """SimKD."""
 
-    projector_factor: Count = field(default=2, metadata={"help": "Channel reduction in the projector."})
+    projector_factor: Count = field(default=2, metadata={"help": "Channel reduction factor of the projector."})
     projector_ratio: ShareAbove0 = field(
-        default=2 / 3, metadata={"help": "Weight of the last map under --projector multi."}
+        default=2 / 3, metadata={"help": "Weight of the last map with --projector multi."}
     )
-    use_labels: bool = field(default=False, metadata={"help": "Match features only where the teacher is right."})
-    feature_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the feature maps."})
-    cls_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the labels."})
+    use_labels: bool = field(
+        default=False, metadata={"help": "Match features only where the teacher predicts the label."}
+    )
+    feature_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the feature loss."})
+    cls_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the labels' cross-entropy."})
     kl_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the teacher's soft targets."})
 
     def __post_init__(self) -> None:
@@ -194,7 +210,7 @@ class SimKDArguments(SimKDWeights):
 
 @dataclass
 class ImageBottleneckArguments(BottleneckArguments):
-    """The defaults of images."""
+    """Discrete key-value bottleneck of an image classifier."""
 
     codebook_size: CodebookSize = 256
     value_epochs: Positive = 20
@@ -217,25 +233,27 @@ class IncrementalArguments(CodebookArguments):
     """Encoder and heads.
 
     The defaults were chosen on MNIST's validation split. The learning rate of the values is large because their
-    gradients are divided by the batch size and the number of codebooks. A much larger one fits the current classes
-    better and forgets more. With a tiny one all probabilities stay equal, so that values only count samples and the
-    order of the classes has no effect, not even on a linear probe.
+    gradients are divided by the batch size and the number of codebooks. A much larger rate fits the current classes
+    better and forgets more. With a very small rate all probabilities stay nearly equal: training then only counts
+    samples, and the order of the classes has no effect, not even on a linear probe.
     """
 
-    encoder: str = field(default=PIXELS, metadata={"help": "Folder of a classifier, or pixels for no encoder."})
+    encoder: str = field(
+        default=PIXELS, metadata={"help": "Folder of a trained classifier, or pixels for no encoder."}
+    )
     codebooks: Count = 64
     codebook_size: CodebookSize = 256
     key_dim: Count | None = 32
-    classes_per_task: Count = field(default=1, metadata={"help": "Number of classes that arrive together."})
+    classes_per_task: Count = field(default=1, metadata={"help": "Number of classes per task."})
     order_seed: Seed | None = field(
-        default=None, metadata={"help": "Random seed of the order of the classes (default: --seed)."}
+        default=None, metadata={"help": "Random seed for the order of the classes (default: --seed)."}
     )
-    value_learning_rate: Positive = field(default=50.0, metadata={"help": "Learning rate of the values, for SGD."})
+    value_learning_rate: Positive = field(default=50.0, metadata={"help": "Learning rate of SGD for the values."})
     probe_learning_rate: Positive = field(
-        default=0.03, metadata={"help": "Learning rate of the linear probe, for SGD."}
+        default=0.03, metadata={"help": "Learning rate of SGD for the linear probe."}
     )
-    epochs_per_task: Count = field(default=5, metadata={"help": "Epochs on the images of a task."})
-    batch_size: Count = field(default=64, metadata={"help": "Images per step."})
+    epochs_per_task: Count = field(default=5, metadata={"help": "Number of epochs on the images of each task."})
+    batch_size: Count = field(default=64, metadata={"help": "Number of images per step."})
 
     @property
     def bottleneck(self) -> dict[str, int | None]:
@@ -244,7 +262,7 @@ class IncrementalArguments(CodebookArguments):
 
 @dataclass
 class ImageTrainingArguments(KDTrainingArguments):
-    """Training with the defaults of image classifiers: SGD with momentum, one cycle of the learning rate."""
+    """Training of image classifiers. The defaults are SGD with momentum and one cycle of the learning rate."""
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the run (default: runs/image-classification/METHOD)."}
@@ -253,7 +271,7 @@ class ImageTrainingArguments(KDTrainingArguments):
     per_device_train_batch_size: Count = 64
     per_device_eval_batch_size: Count = 250
     learning_rate: Positive = 0.05
-    optim: str = field(default="sgd", metadata={"help": "Optimizer: sgd, adamw_torch, ..."})
+    optim: str = field(default="sgd", metadata={"help": "Name of the optimizer: sgd, adamw_torch, ..."})
     optim_args: str | None = field(
         default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
     )
@@ -272,7 +290,7 @@ class ImageTrainingArguments(KDTrainingArguments):
 
     @property
     def views(self) -> int:
-        """Of each image in a batch."""
+        """Number of views of each image in a batch."""
         return 2 if self.strong_augmentation else 1
 
     def __post_init__(self) -> None:
@@ -280,4 +298,4 @@ class ImageTrainingArguments(KDTrainingArguments):
             raise ValueError("--label_smoothing_factor is not supported for image classifiers: leave it at 0")
         output_dir = self.output_dir
         super().__post_init__()
-        self.output_dir = output_dir  # None: the script knows a better name than the parent's
+        self.output_dir = output_dir  # None until the script sets its default

@@ -15,18 +15,24 @@ from kd.common.utils.ranges import MOST, Range
 
 PARSER = Parser(description=__doc__)
 PARSER.add_argument("model", help="A zip of Stable-Baselines3, a folder with one, or owner/name on the Hub.")
-PARSER.add_argument("--environment", help="Gymnasium id (default: that of a run of this project).")
-PARSER.add_argument("--teacher", help="Compare with this policy, in the states that the model meets.")
+PARSER.add_argument("--environment", help="Gymnasium id of the environment (default: that of the run).")
+PARSER.add_argument("--teacher", help="Policy to compare with, in the states that the model visits.")
 PARSER.add_argument(
     "--vecnormalize",
     metavar="FILE",
-    help="File that VecNormalize.save wrote for the model, or none (default: the file named like the model).",
+    help="VecNormalize file of the model, or none (default: the file named like the model).",
 )
-PARSER.add_argument("--teacher_vecnormalize", metavar="FILE", help="The same for the teacher.")
-PARSER.add_argument("--episodes", type=int, default=100, within=Range(1, MOST), help="Episodes to play.")
-PARSER.add_argument("--video", metavar="FILE", help="Write an episode to an .mp4 or .gif.")
+PARSER.add_argument(
+    "--teacher_vecnormalize",
+    metavar="FILE",
+    help="VecNormalize file of the teacher, or none (default: the file named like the teacher).",
+)
+PARSER.add_argument("--episodes", type=int, default=100, within=Range(1, MOST), help="Number of episodes to play.")
+PARSER.add_argument("--video", metavar="FILE", help="Write a video of one episode to this .mp4 or .gif.")
 PARSER.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
-PARSER.add_argument("--trust_pickle", action="store_true", help="Let Stable-Baselines3 unpickle the model.")
+PARSER.add_argument(
+    "--trust_pickle", action="store_true", help="Let Stable-Baselines3 unpickle the model, which can run any code."
+)
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 

@@ -1,6 +1,6 @@
 """Arguments of the student and of a distillation run.
 
-Nothing here imports torch, so that `--help` is quick.
+This module does not import torch, so that `--help` is fast.
 """
 
 from dataclasses import dataclass, field
@@ -25,22 +25,25 @@ RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
 
 @dataclass
 class StudentArguments(CodebookArguments):
-    """Student, a PPO of Stable-Baselines3."""
+    """Student, a PPO model of Stable-Baselines3."""
 
     student: list[Count] = field(
         default_factory=lambda: [16, 16],
-        metadata={"help": "Widths of the hidden layers; for frames, first that of the layer after the convolutions."},
+        metadata={"help": "Widths of the hidden layers; for frames, the first is the layer after the convolutions."},
     )
     student_value: list[Count] | None = field(
         default=None,
-        metadata={"help": "Widths of the value network (default: those of --student); no width for a linear one."},
+        metadata={
+            "help": "Widths of the hidden layers of the value network (default: --student); none for a linear one."
+        },
     )
     channels: list[Count] = field(
-        default_factory=lambda: [16, 16, 16], metadata={"help": "Channels of the three convolutions, for frames."}
+        default_factory=lambda: [16, 16, 16],
+        metadata={"help": "Numbers of channels of the three convolutions, for frames."},
     )
     codebooks: CountOrNone = field(
         default=0,
-        metadata={"help": "Number of codebooks of the student's key-value bottleneck; 0 for a plain MLP."},
+        metadata={"help": "Number of codebooks of the student's bottleneck; 0 for a plain MLP."},
     )
     codebook_size: CodebookSize = 64
 
@@ -56,72 +59,85 @@ class StudentArguments(CodebookArguments):
 
 @dataclass
 class DistillArguments:
-    """How a student is distilled."""
+    """Distillation."""
 
     rollout_policy: RolloutPolicy = field(
-        default="dagger", metadata={"help": "Policy that acts while observations are collected."}
+        default="dagger", metadata={"help": "Policy that selects the actions while observations are collected."}
     )
-    loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
-    steps: Count = field(default=20_000, metadata={"help": "Environment steps in total."})
-    rounds: Count = field(default=10, metadata={"help": "Rounds of collecting and fitting."})
-    updates: Count = field(default=200, metadata={"help": "Minibatches per round."})
-    batch_size: Count = field(default=256, metadata={"help": "Observations per minibatch."})
+    loss: Loss = field(
+        default="kl", metadata={"help": "Loss between the teacher's and the student's action distributions."}
+    )
+    steps: Count = field(default=20_000, metadata={"help": "Total number of environment steps."})
+    rounds: Count = field(
+        default=10, metadata={"help": "Number of rounds, each of collecting observations and training."}
+    )
+    updates: Count = field(default=200, metadata={"help": "Number of update steps per round."})
+    batch_size: Count = field(default=256, metadata={"help": "Number of observations per update step."})
     learning_rate: Positive = field(
         default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
     )
-    value_weight: NotNegative = field(default=0.5, metadata={"help": "Weight of the loss between the values."})
-    num_envs: Count = field(default=8, metadata={"help": "Environments that are stepped in parallel."})
-    buffer_size: Count = field(default=1_000_000, metadata={"help": "Observations kept; the oldest are dropped."})
+    value_weight: NotNegative = field(
+        default=0.5, metadata={"help": "Weight of the loss between the teacher's and the student's values."}
+    )
+    num_envs: Count = field(default=8, metadata={"help": "Number of parallel environments."})
+    buffer_size: Count = field(
+        default=1_000_000, metadata={"help": "Maximum number of observations to keep; the oldest are dropped."}
+    )
 
 
 @dataclass
 class PolicyArguments(RunArguments):
-    """Environments, teachers, method and evaluation of a run."""
+    """Environment, teacher, method and evaluation."""
 
     environment: list[str] = field(
         default_factory=lambda: ["CartPole-v1"],
-        metadata={"help": "Gymnasium ids; for several, one student body with a head for each."},
+        metadata={"help": "Gymnasium ids of environments; for several, the student has one body and a head for each."},
     )
     teacher: list[str] = field(
         default_factory=lambda: ["train"],
         metadata={
-            "help": "Per environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or `train` for a "
-            "teacher that is trained once and kept."
+            "help": "Teacher of each environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or "
+            "`train` to train one and reuse it in later runs."
         },
     )
     ensemble_teachers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Files, folders or names on the Hub of further teachers of the one environment, whose action "
-            "distributions and values are averaged with those of --teacher."
+            "help": "Further teachers of a single environment; their action distributions and values are averaged "
+            "with those of --teacher."
         },
     )
     vecnormalize: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Per environment, then per one of --ensemble_teachers: the file that VecNormalize.save wrote for "
-            "the teacher, or none (default: the file that is named like the teacher)."
+            "help": "VecNormalize file, or none, for each --teacher, then for each of --ensemble_teachers (default: "
+            "the file named like the teacher)."
         },
     )
     teacher_temperature: Positive | None = field(
         default=None,
-        metadata={"help": "Temperature of the teacher's logits; below 1 sharpens (default: 1, for a DQN by entropy)."},
+        metadata={"help": "Temperature of the teacher's logits (default: 1; for a DQN, set by --teacher_entropy)."},
     )
     teacher_entropy: ProperShare = field(
-        default=0.1, metadata={"help": "Mean entropy of a DQN's soft actions, as a share of the maximum."}
+        default=0.1, metadata={"help": "Mean entropy of a DQN's action probabilities, as a share of the maximum."}
     )
-    episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
-    eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
+    episodes: Count = field(default=100, metadata={"help": "Number of episodes of the final evaluation."})
+    eval_episodes: Count = field(
+        default=10, metadata={"help": "Number of episodes of each evaluation during training."}
+    )
     method: Literal["kd", "ppd"] = field(
         default="kd",
-        metadata={"help": "Policy distillation, or proximal policy distillation for imperfect teachers."},
+        metadata={
+            "help": "Policy distillation (kd), or proximal policy distillation (ppd), which also uses the reward; of "
+            "the distillation flags, ppd uses only --steps."
+        },
     )
     teacher_weight: NotNegative = field(
         default=1.0,
-        metadata={"help": "Initial weight of the teacher in proximal policy distillation; it falls linearly to 0."},
+        metadata={"help": "Initial weight of the teacher with --method ppd; it falls linearly to 0."},
     )
     no_control: bool = field(
-        default=False, metadata={"help": "Skip the student trained from reward alone, and behaviour cloning."}
+        default=False, metadata={"help": "Skip the control, trained from reward alone, and behaviour cloning."}
     )
     trust_pickle: bool = field(
         default=False, metadata={"help": "Let Stable-Baselines3 unpickle the teacher, which can run any code."}
@@ -134,17 +150,19 @@ class PolicyArguments(RunArguments):
         if not self.environment or len(self.teacher) != len(self.environment):
             raise ValueError(f"pass one --teacher per --environment, got {len(self.teacher)}")
         if self.ensemble_teachers and len(self.environment) > 1:
-            raise ValueError("--ensemble_teachers are teachers of one --environment: leave them out for several")
+            raise ValueError("--ensemble_teachers supports a single --environment: leave it out for several")
         if self.ensemble_teachers and self.method == "ppd":
             raise ValueError("--method ppd needs a single teacher: leave out --ensemble_teachers")
         statistics = len(self.environment) + len(self.ensemble_teachers)
         if self.vecnormalize is not None and len(self.vecnormalize) != statistics:
-            further = " and per one of --ensemble_teachers" if self.ensemble_teachers else ""
-            raise ValueError(f"pass one --vecnormalize per --environment{further}, got {len(self.vecnormalize)}")
+            further = " and one for each of --ensemble_teachers" if self.ensemble_teachers else ""
+            raise ValueError(f"pass one --vecnormalize for each --environment{further}, got {len(self.vecnormalize)}")
         if self.vecnormalize is not None and "train" in self.teacher:
-            raise ValueError("--vecnormalize belongs to a --teacher that is a file or folder, not to one trained here")
+            raise ValueError(
+                "--vecnormalize applies to a --teacher that is a file or folder: leave it out for --teacher train"
+            )
         if len(set(self.environment)) != len(self.environment):
-            raise ValueError("each --environment once")
+            raise ValueError("--environment has the same id twice: name each environment once")
         if self.method == "ppd" and len(self.environment) > 1:
             raise ValueError("--method ppd distills one --environment at a time")
 

@@ -1,7 +1,7 @@
-"""The training of teachers: its arguments, and the hyper-parameters of each algorithm and environment.
+"""Arguments of teacher training, and the hyper-parameters of each algorithm and environment.
 
-The rows of hyperparameters.yaml are keywords of the algorithms' constructors. Nothing here imports torch or
-Stable-Baselines3 before it is called, so that `--help` is quick.
+The rows of hyperparameters.yaml are keyword arguments of the algorithms' constructors. torch and Stable-Baselines3 are
+imported inside of functions, so that `--help` is fast.
 """
 
 import inspect
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
 TABLE = Path(__file__).with_name("hyperparameters.yaml")
-# Keywords that are not hyper-parameters, or have no JSON value.
+# Keyword arguments that are not hyper-parameters, or cannot be written as JSON.
 RESERVED = {"policy", "env", "seed", "device", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
 RESERVED |= {f"{kind}_buffer_{part}" for kind in ("rollout", "replay") for part in ("class", "kwargs")}
 RESERVED |= {"action_noise", "sde_sample_freq", "use_sde_at_warmup"}
@@ -44,17 +44,20 @@ SCHEDULES = {"learning_rate", "clip_range", "clip_range_vf"}  # may be linear_X
 
 @dataclass
 class TeacherArguments:
-    """How a teacher is trained. Raises ValueError, one line, for hyper-parameters that are invalid."""
+    """Teacher training. Raises ValueError with one line for invalid hyper-parameters."""
 
     algorithm: Literal["ppo", "dqn", "sac"] = field(
-        default="ppo", metadata={"help": "Algorithm of a teacher that is trained."}
+        default="ppo", metadata={"help": "Algorithm that trains the teacher."}
     )
     teacher_steps: Count | None = field(
-        default=None, metadata={"help": "Environment steps of its training (default: those of hyperparameters.yaml)."}
+        default=None,
+        metadata={
+            "help": "Number of environment steps of the teacher's training (default: that of hyperparameters.yaml)."
+        },
     )
     hyperparameters: str | None = field(
         default=None,
-        metadata={"help": "JSON that replaces values of hyperparameters.yaml, such as '{\"gamma\": 0.99}'."},
+        metadata={"help": "JSON object that overrides values of hyperparameters.yaml, such as '{\"gamma\": 0.99}'."},
     )
 
     def __post_init__(self) -> None:
@@ -69,22 +72,26 @@ class TeacherArguments:
         return training_recipe(self.algorithm, environment, changes)
 
     def folder(self, environment: str) -> Path:
-        """Where a teacher is kept unless --output_dir of train_teacher.py is another folder."""
+        """The default --output_dir of train_teacher.py, in which `--teacher train` looks for the teacher."""
         return Path("runs/reinforcement-learning", f"teacher_{folder_name(environment)}_{self.algorithm}")
 
 
 @dataclass
 class TeacherTask:
-    """Where a teacher is trained and evaluated."""
+    """Environment and evaluation."""
 
-    environment: str = field(default="CartPole-v1", metadata={"help": "Id of a Gymnasium environment."})
-    episodes: Count = field(default=100, metadata={"help": "Episodes of the evaluation at the end."})
-    eval_episodes: Count = field(default=10, metadata={"help": "Episodes of each evaluation for the curves."})
+    environment: str = field(default="CartPole-v1", metadata={"help": "Gymnasium id of the environment."})
+    episodes: Count = field(default=100, metadata={"help": "Number of episodes of the final evaluation."})
+    eval_episodes: Count = field(
+        default=10, metadata={"help": "Number of episodes of each evaluation during training."}
+    )
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """`steps` is summed over all `environments`. `normalize`: VecNormalize normalizes observations and rewards."""
+    """`steps`: total over all `environments`. `normalize`: VecNormalize normalizes observations and rewards.
+    `keywords`: the other arguments of the algorithm.
+    """
 
     algorithm: str
     steps: int
@@ -151,7 +158,7 @@ def _check(algorithm: str, row: dict[str, Any]) -> None:
     if row.get("use_sde"):
         raise ValueError("state-dependent exploration (use_sde) is not supported: leave it out")
     if not isinstance(row.get("policy_kwargs", {}), dict):
-        raise ValueError(f"policy_kwargs must be an object of keywords, got {row['policy_kwargs']!r}")
+        raise ValueError(f"policy_kwargs must be an object of keyword arguments, got {row['policy_kwargs']!r}")
     for name, value in row.items():
         automatic = algorithm == "sac" and name == "ent_coef" and str(value).startswith("auto")
         if name in RANGES and not automatic and (required := _violated_range(name, value)):

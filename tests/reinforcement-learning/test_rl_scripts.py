@@ -381,7 +381,7 @@ def test_invalid_ensemble_of_teachers_raises_an_error_before_training(cart_pole,
     assert "of one --environment" in error_line(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
     assert "--method ppd needs a single teacher" in error_line(capsys, *more, "--method", "ppd")
     assert "was trained for" in error_line(capsys, *more, "--environment", "Acrobot-v1")
-    assert "and per one of --ensemble_teachers" in error_line(
+    assert "and one for each of --ensemble_teachers" in error_line(
         capsys, "--teacher", cart_pole, "--ensemble_teachers", cart_pole, "--vecnormalize", "none"
     )
     assert "pass a file or folder" in error_line(capsys, *TEACHER, "--ensemble_teachers", "train")
