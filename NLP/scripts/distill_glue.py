@@ -2,8 +2,9 @@
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
 
-`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share all stages in
-`OUT/TASK/shared/seedN`, except the student. Repeating the command, also with more tasks, systems or seeds, trains only what is missing.
+`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share all stages except the
+student, in `OUT/TASK/shared/seedN`. Repeating the command, also with more tasks, systems or seeds, trains only what is
+missing.
 """
 
 import copy
