@@ -304,7 +304,8 @@ def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsy
 def test_other_divergences_and_hidden_states(texts, tmp_path, words):
     found = distill(tmp_path / "run", texts, "--no_control", *words)
     assert found["models"]["control"] is None
-    assert found["selection"].startswith("best checkpoint by validation perplexity") == ("--load_best_model_at_end" in words)
+    selected = found["selection"].startswith("best checkpoint by validation perplexity")
+    assert selected == ("--load_best_model_at_end" in words)
     student = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert not [name for name in student if "regressor" in name]
     assert found["models"]["student"]["metrics"]["validation"]["perplexity"] < 300  # the vocabulary's size
