@@ -1,8 +1,8 @@
 """Command lines of the form `script.py [recipe.yaml ...] --flag value`, parsed into dataclasses.
 
-A recipe is a flat YAML mapping: a list of flags put before those of the command line, so that argparse checks it too
-and the command line overrides it. Bad input ends as one line on stderr and exit code 2. Nothing here imports torch or
-transformers, so that `--help` is quick.
+A recipe is a flat YAML mapping. Its flags are inserted before those of the command line, so that argparse checks them
+too and the command line overrides them. Invalid input ends with one line on stderr and exit code 2. This module does
+not import torch or transformers, so that `--help` is quick.
 """
 
 import json
@@ -31,7 +31,7 @@ BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys((
 
 
 class Formatter(HelpFormatter):
-    """Help of 100 columns. Each flag has the type of its value, its choices and its default."""
+    """Formats help in 100 columns. Each flag is listed with the type of its value, its choices and its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
@@ -74,9 +74,9 @@ def _wrapped(paragraph: str, width: int) -> str:
 
 
 class Parser(ArgumentParser):
-    """A parser of dataclasses' fields and `add_argument`, with errors of one line and without abbreviated flags.
+    """An ArgumentParser for the fields of dataclasses, with one-line errors and without abbreviated flags.
 
-    A flag is named like its field, with hyphens or underscores. The parser checks the ranges that the dataclasses
+    A flag has the name of its field, with hyphens or underscores. The parser checks the ranges that the dataclasses
     declare and those of `add_argument(..., within=...)`.
     """
 
@@ -89,7 +89,7 @@ class Parser(ArgumentParser):
             self.ranges |= ranges_of(kind)
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
         if any(hasattr(kind, "complete") for kind in self.dataclass_types):
-            text = "Show also the other flags of transformers.TrainingArguments."
+            text = "Also show the other flags of transformers.TrainingArguments."
             self.add_argument("--help_all", "--help-all", action="help", help=text)
 
     def _add_fields(self, kind: type) -> None:
@@ -104,7 +104,7 @@ class Parser(ArgumentParser):
                 options = _options(hints[field.name], field) | {"help": _help(kind, field.name)}
                 group.add_argument(f"--{field.name}", **options)
                 if options.get("const") and field.default is True:
-                    help = f"Turns --{field.name} off."
+                    help = f"Turn --{field.name} off."
                     group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=help)
 
     def _group(self, title: str) -> Any:
@@ -131,12 +131,12 @@ class Parser(ArgumentParser):
 
     @staticmethod
     def _spelled(word: str) -> str:
-        """`--some-flag=a-b` as --some_flag=a-b."""
+        """Replaces the hyphens in the name of a flag: `--some-flag=a-b` becomes `--some_flag=a-b`."""
         flag, equals, value = word.partition("=")
         return flag[:2] + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
     def _split_lists(self, words: list[str]) -> list[str]:
-        """A list of numbers may also be written with commas: `--seeds 0,1,2` is `--seeds 0 1 2`."""
+        """Splits lists of numbers at commas: `--seeds 0,1,2` becomes `--seeds 0 1 2`."""
         found: list[str] = []
         action = None
         for word in words:
@@ -152,7 +152,9 @@ class Parser(ArgumentParser):
         return found
 
     def _check_not_empty(self, words: list[str]) -> None:
-        """Refuses empty words, such as an unset shell variable, unless the default is empty, and null characters."""
+        """Reports an error for an empty word, such as an unset shell variable, unless the default is empty, and for a
+        null character.
+        """
         flag = "an argument"
         for word in words:
             value = word
@@ -162,9 +164,9 @@ class Parser(ArgumentParser):
                     continue
             action = self.flag(flag.removeprefix("--"))
             if not value.strip() and not (action is not None and action.default == ""):
-                self.error(f"{flag} is empty: give it a value, or leave it out")
+                self.error(f"{flag} is empty: pass a value, or leave it out")
             if "\0" in value:
-                self.error(f"{flag} holds a null character")
+                self.error(f"{flag} contains a null character: remove it")
 
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -174,12 +176,12 @@ class Parser(ArgumentParser):
         return self._option_string_actions.get("--" + key.replace("-", "_"))
 
     def flags_in(self, words: Iterable[str]) -> frozenset[str]:
-        """The arguments that words of a command line set."""
+        """The names of the arguments that the words of a command line set."""
         actions = [self.flag(word.split("=")[0].removeprefix("--")) for word in words if word.startswith("--")]
         return frozenset(action.dest for action in actions if action is not None)
 
     def nearest(self, word: str) -> str:
-        """`; did you mean ...?` for a misspelt key or --flag, or nothing."""
+        """The suggestion `; did you mean ...?` for a misspelt key or --flag; empty if no name is similar."""
         start = 0 if word.startswith("--") else 2
         names = [name[start:] for name in self._option_string_actions if name.startswith("--")]
         matches = get_close_matches(word.replace("-", "_") if start else word, names, n=1)
@@ -187,8 +189,8 @@ class Parser(ArgumentParser):
 
 
 def show_help(*dataclass_types: type, argv: list[str] | None = None, parser: Parser | None = None) -> None:
-    """Prints the help of a script and exits, if the words (default: sys.argv) ask for it. A script calls it before it
-    imports what takes seconds.
+    """Prints the help of a script and exits, if the words (default: sys.argv) contain a help flag. Scripts call it
+    before imports that take seconds.
 
     `--help` shows the fields of the dataclasses that have a help text, `--help-all` also the other fields of their
     methods `complete`. A script without dataclasses passes its `parser`.
@@ -229,7 +231,7 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
     except json.JSONDecodeError as error:
         fail(f"{error.doc} is not valid JSON: {error.msg}")
     except (UserError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        fail(explained(error) or str(error))  # all but the first two: a __post_init__
+        fail(explained(error) or str(error))  # a __post_init__ raises the types after ValueError
     parsed[:] = instances
     for instance in instances:
         instance.explicit_flags = explicit
@@ -239,8 +241,8 @@ def parse(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, .
 
 
 def reject_unused(reason: str, arguments: Any, *names: str) -> None:
-    """Raises UserError where the command line has one of these flags, which have no effect for that reason. A recipe
-    may have it, because one recipe serves several command lines.
+    """Raises UserError if the command line sets one of the flags `names`, which have no effect because of `reason`.
+    Recipes may set them, because one recipe serves several command lines.
     """
     for name in names:
         if name in vars(arguments).get("explicit_flags", ()):
@@ -248,9 +250,9 @@ def reject_unused(reason: str, arguments: Any, *names: str) -> None:
 
 
 def save_recipe(path: str | Path, *instances: Any) -> None:
-    """Writes all arguments as used as a recipe: parsing it with the same dataclasses gives the same arguments.
+    """Writes all arguments to a recipe. Parsing it with the same dataclasses gives the same arguments.
 
-    Left out: None, what no flag can set (objects), and secrets (`*_token`).
+    None, objects that no flag can set, and secrets (`*_token`) are left out.
     """
     write_text(path, yaml.safe_dump(recipe_of(*instances), sort_keys=False, allow_unicode=True))
 
@@ -311,7 +313,7 @@ def _flag_value(name: str, value: Any) -> Any:
 
 
 def _settable(action: Action | None, value: Any) -> bool:
-    """Whether the flag reads `value` back."""
+    """Whether the flag accepts `value` as written in a recipe."""
     if action is None or (isinstance(value, list) and action.nargs is None):
         return False
     convert = action.type if callable(action.type) else str
@@ -371,15 +373,17 @@ def _options(hint: Any, field: Field[Any]) -> dict[str, Any]:
     if kind is bool:
         # --flag is short for --flag true, unless None is a third value.
         return {"type": _boolean} | ({} if default is None else {"nargs": "?", "const": True}) | options
-    if get_origin(kind) is list:  # which may be empty
-        if isinstance(default, str):  # of TrainingArguments, where a single word may stand for a list
+    if get_origin(kind) is list:  # it may be empty
+        if isinstance(default, str):  # TrainingArguments accept a single word in place of a list
             options["default"] = [default] if default else None
         return {"type": _plain_type(get_args(kind)[0]), "nargs": "*"} | options
     return {"type": kind} | options
 
 
 def _plain_type(hint: Any) -> Any:
-    """The type of a flag's value: a union's bool, enumeration, list, str or only type."""
+    """The type of a flag's value. Of a union, it is the first of bool, enumeration, list and str that it contains,
+    otherwise its first type.
+    """
     if get_origin(hint) not in (Union, UnionType):
         return hint
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
@@ -398,8 +402,8 @@ def _boolean(word: str) -> bool:
 
 
 class _WordLoader(yaml.SafeLoader):
-    """Keeps each scalar as the word in the file (`no`, `1e-3`), because it becomes a flag's value; null is None.
-    Duplicate keys and tags, which would convert a word, are errors.
+    """Loads each scalar as the string in the file (`no`, `1e-3`), because it becomes the value of a flag; null becomes
+    None. Duplicate keys, and tags that would convert a value, are errors.
     """
 
     yaml_implicit_resolvers = {

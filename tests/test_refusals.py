@@ -135,7 +135,7 @@ OF_SCRIPTS = [
     (GPT, "--student_width 64", "--student_width has no effect"),
     (TRANSLATE, "--beams 0", "--beams must be at least 1"),
     (TRANSLATE, "--dropout 1", "--dropout must be at least 0 and below 1"),
-    (TRANSLATE, "--source_prefix \0", "--source_prefix holds a null character"),
+    (TRANSLATE, "--source_prefix \0", "--source_prefix contains a null character"),
     (TRANSLATE, "--teacher nowhere --vocabulary_size 300", "--vocabulary_size has no effect"),
     (SEARCH, "--teacher x --trials 0", "--trials must be at least 1"),
     (SEARCH, "--teacher x --alpha_range 0 2", "--alpha_range must be between 0 and 1, got 2.0"),

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-SEARCH_BYTES = 64 * 2**20  # bound on one block of the (codebooks, rows, codebook_size) distance table
+SEARCH_BYTES = 64 * 2**20  # maximum size of one block of the table of distances (codebooks, rows, codebook_size)
 LAPLACE = 1e-5
 
 
@@ -19,7 +19,7 @@ def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
     |x - k|^2 = |x|^2 + 2 (|k|^2 / 2 - x.k), so the argmin needs no distances. Rows are searched in blocks, which
     bounds the memory for any number of rows. Exact fp32: TF32 would flip near ties.
     """
-    if torch.compiler.is_exporting():  # a graph cannot have as many blocks as its batches will need
+    if torch.compiler.is_exporting():  # in a graph, the number of blocks cannot depend on the batch
         return _nearest(heads, keys)
     block = max(1, SEARCH_BYTES // (4 * keys.shape[0] * keys.shape[1]))
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -68,7 +68,7 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Keys (C, K, key_dim) and their counts (C, K) by Lloyd's algorithm, starting from random heads.
 
-    The key of an empty cluster stays where it is.
+    The key of an empty cluster does not change.
     """
     keys = random_heads(heads, codebook_size, generator)
     for _ in range(iterations):
@@ -86,9 +86,11 @@ def smoothed_mean(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def random_heads(heads: Tensor, codebook_size: int, generator: torch.Generator | None) -> Tensor:
-    """Random heads (codebooks, codebook_size, key_dim), other rows for each codebook; equal on all processes."""
+    """Random heads (codebooks, codebook_size, key_dim), from different rows for each codebook; the same in all
+    processes.
+    """
     rows, codebooks, _ = heads.shape
-    repeats = -(-codebook_size // rows)  # a row is repeated only where there are fewer rows than keys
+    repeats = -(-codebook_size // rows)  # rows are repeated only if there are fewer rows than keys
     picks = [
         torch.cat([torch.randperm(rows, generator=generator) for _ in range(repeats)])[:codebook_size]
         for _ in range(codebooks)
@@ -108,7 +110,7 @@ def random_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
 
 
 def largest_across_processes(number: int) -> int:
-    """The largest number over all processes, which must take the same number of steps to stay synchronized."""
+    """The largest `number` of all processes: they must take equally many steps to stay synchronized."""
     if not dist.is_initialized():
         return number
     numbers: list[int] = [0] * dist.get_world_size()

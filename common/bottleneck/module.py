@@ -27,7 +27,7 @@ from kd.common.bottleneck.keys import (
 )
 from kd.common.utils.errors import UserError
 
-STATISTICS_ROWS = 8192  # of embeddings at a time
+STATISTICS_ROWS = 8192  # embeddings per chunk of key_statistics
 
 Split = Literal["segment", "projection"]
 Decoder = Literal["linear", "mean"]
@@ -41,7 +41,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         num_outputs: number of classes, or 1 for regression.
         codebooks: C, the number of heads, each with a codebook.
         codebook_size: K, the number of keys and values of a codebook (at most 65,536, so that codes fit 16 bits).
-        split: `segment` cuts the embedding into C equal segments, `projection` multiplies it by C fixed Gaussian
+        split: `segment` splits the embedding into C equal segments, `projection` multiplies it by C fixed Gaussian
             matrices with columns of unit length.
         key_dim: width of a key under `projection` (default dim / C); under `segment` it is dim / C.
         decoder: `linear` maps the C fetched values, concatenated, to logits; `mean` has no parameters: values are
@@ -95,7 +95,9 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Random keys (standard normal); values of zero, so that keys that were never chosen do not contribute."""
+        """Initializes keys with standard normal samples and values with zeros, so that keys which were never selected
+        do not contribute.
+        """
         if self.projection is not None:
             self.projection.copy_(F.normalize(torch.randn_like(self.projection), dim=1))
         self.keys.normal_()
@@ -107,7 +109,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
             self.decoder.reset_parameters()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The values have --value_learning_rate and no weight decay, which would erase values of unused keys."""
+        """The values train with --value_learning_rate and without weight decay, which would shrink unused values."""
         return {"value": [self.values]}
 
     # ---- embeddings -> codes -> logits ----
@@ -213,9 +215,9 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
     @torch.no_grad()
     def carry_keys(self, source: "DiscreteKeyValueBottleneck") -> None:
-        """Copies the keys (and the projection that they were fitted under) of another bottleneck and freezes them.
+        """Copies the keys of another bottleneck, and the projection that they were fitted with, and freezes them.
 
-        Raises ValueError where the shapes differ: number or size of codebooks, widths or split.
+        Raises ValueError if the shapes differ: number or size of codebooks, widths or split.
         """
         self.check_compatible(source)
         for name in ("keys", "key_sums", "key_counts", "projection"):
@@ -268,7 +270,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
 
 def without_weights(width: int, num_outputs: int, shape: dict[str, Any]) -> DiscreteKeyValueBottleneck:
-    """A bottleneck of this shape on the meta device. Raises UserError for an embedding width that it cannot split."""
+    """A bottleneck of this shape on the meta device. Raises UserError if it cannot split an embedding of `width`."""
     try:
         with torch.device("meta"):
             return DiscreteKeyValueBottleneck(width, num_outputs, **shape)

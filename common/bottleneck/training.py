@@ -40,8 +40,8 @@ class FrozenEncoderConfig(PreTrainedConfig):
 class FrozenEncoderModel(PreTrainedModel):
     """Base class of models that ship with their encoder: frozen encoder -> embedding -> bottleneck or another head.
 
-    The encoder is trained before, on labels or to match a teacher. It is frozen because the keys are only valid while
-    the embeddings do not change.
+    The encoder is trained beforehand, on labels or to match a teacher. It is frozen because the keys are only valid
+    while the embeddings do not change.
     """
 
     encoder: Any  # a frozen module, or None if the inputs are the embeddings
@@ -102,8 +102,8 @@ def set_keys(
 ) -> dict[str, float]:
     """Sets the keys of a bottleneck and freezes them. Returns their `key_statistics` on the embeddings (rows, dim).
 
-    carried: copied from `source`; reused: copied with values and decoder; new: fitted to the embeddings; random: as
-    initialized. Raises ValueError if carried or reused keys have no `source`, or one of another shape.
+    carried: copied from `source`; reused: copied with values and decoder; new: fitted to the embeddings; random: left
+    as initialized. Raises ValueError if carried or reused keys have no `source`, or one of another shape.
     """
     if keys in ("carried", "reused"):
         if source is None:
@@ -156,8 +156,8 @@ def train_bottleneck(
         model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.
         keys, source: as in `set_keys`, which raises ValueError.
         settings: training arguments of the stage.
-        key_rows: the samples that new keys are fitted to, if not all of `train`.
-        batch_size: for the encoder.
+        key_rows: samples to which new keys are fitted. Default: all rows of `train`.
+        batch_size: samples per batch of the encoder.
         trainer: further arguments of KDTrainer.
     """
     model.to(best_device())

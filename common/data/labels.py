@@ -1,4 +1,4 @@
-"""The label column of a dataset: classes or scores, and rows without a label, decided once over all splits.
+"""The label column of a dataset: classes or scores, and rows without a label, determined over all splits at once.
 
 Labels are compared as strings, so that a class has one name in every file format and split: `1`, `1.0` and the `0.0`
 that pandas writes when a column of whole numbers has gaps. The notes report each decision.
@@ -190,7 +190,7 @@ def _look_up(values: pa.Array, table: dict[str, float]) -> np.ndarray:
 def _parse(
     occurring: Counts, column: str, kind: Kind | None, declared: list[list[str]], known: list[str] | None
 ) -> tuple[dict[str, str | None], list[str]]:
-    """Maps each string to its label, or to None for no label; and a note on -1."""
+    """Returns a mapping from each string to its label, or to None for no label, and a note on -1 if it occurs."""
     strings = {string for found in occurring.values() for string in found}
     if declared:
         empty = {string for string in strings if string.strip().lower() in {*NO_LABEL, "-1"}} - set(declared[0])
@@ -204,8 +204,8 @@ def _parse(
     if not minus_one:
         return label_of, []
     if not _minus_one_is_no_label(_count(occurring, label_of), column, kind, known):
-        return label_of, [f"-1 in column {column!r} is a label like the others"]
-    return label_of | dict.fromkeys(minus_one), [f"-1 in column {column!r} stands for no label"]
+        return label_of, [f"-1 in column {column!r} is treated as a label"]
+    return label_of | dict.fromkeys(minus_one), [f"-1 in column {column!r} is treated as no label"]
 
 
 def _plain_integer(number: str) -> str:
@@ -223,7 +223,7 @@ def _count(occurring: Counts, label_of: dict[str, str | None]) -> Counts:
 
 
 def _minus_one_is_no_label(counts: Counts, column: str, kind: Kind | None, known: list[str] | None) -> bool:
-    """True for GLUE's test splits, which hold nothing else, and for SNLI's ids 0, 1, 2; False for a scale."""
+    """True for GLUE's test splits, which contain no other label, and for SNLI's ids 0, 1, 2; False for a scale."""
     if known is not None:
         return "-1" not in known
     others = {label for found in counts.values() for label in found} - {"-1"}
@@ -249,8 +249,8 @@ def _infer_kind(labels: set[str], counts: Counts, column: str, notes: list[str])
     word = next((label for label in sorted(labels) if not is_number(label)), None)
     if word is not None and fraction is not None:
         raise UserError(
-            f"column {column!r} holds numbers such as {fraction} and others such as {word!r}: correct these, or "
-            "pass --task classification if each is a class"
+            f"column {column!r} holds numbers such as {fraction} and names such as {word!r}: correct the names, or "
+            "pass --task classification if every value is a class"
         )
     if fraction is not None:
         return "regression"
@@ -266,7 +266,7 @@ def _infer_kind(labels: set[str], counts: Counts, column: str, notes: list[str])
             "the labels, pass --task classification or --task regression"
         )
     if word is None:
-        notes.append("whole numbers are taken as classes: pass --task regression if they are scores")
+        notes.append("whole numbers are treated as classes: pass --task regression if they are scores")
     return "classification"
 
 
@@ -288,7 +288,7 @@ def _check_numbers(strings: dict[str, pa.Array], label_of: dict[str, str | None]
 
 
 def _class_names(declared: list[list[str]], labels: set[str]) -> list[str]:
-    """The names that the first split with declared classes lists, then other labels that only later splits list."""
+    """The class names that the first split declares, then labels that only later splits declare."""
     if not declared:
         return sort_labels(labels)
     others = {name for names in declared for name in names if name in labels} - {*declared[0]}

@@ -1,4 +1,4 @@
-"""Reads a parquet, CSV or JSON file as a dataset, with an error of one line for a damaged one.
+"""Reads a parquet, CSV or JSON file as a dataset. A damaged file causes a one-line error.
 
 The columns of a CSV file stay strings, because types are inferred over all splits. Inferred from one file, `007` would
 become the number 7, and `true` a boolean in one split and a string in another.
@@ -89,7 +89,7 @@ def _read_csv(path: Path) -> pa.Table:
     for mark, name in OTHER_DELIMITERS.items():
         if mark in header and b"," not in header:
             raise UserError(
-                f"{path} has one column {header.decode()!r}: its columns are separated by {name}; use "
+                f"{path} has one column {header.decode()!r}, because its columns are separated by {name}: use "
                 "commas, and quote texts that contain one"
             )
     # One thread, so that a parsing error reports its row.

@@ -21,8 +21,7 @@ Splits = dict[str, datasets.Dataset]
 
 SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
 SPLIT_NAMES |= {name: "validation" for name in ("valid", "dev", "val")}
-SPLIT_SEED = 0  # fixed: no run may train on rows that were validation rows of another
-
+SPLIT_SEED = 0  # fixed, so that no run trains on the validation rows of another run
 
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -39,7 +38,7 @@ def read_splits(
     read: Callable[[Path], Splits] | None = None,
     needs_train: bool = True,
 ) -> tuple[Splits, list[str]]:
-    """Reads the splits of a dataset. Also returns notes on splits that are not used.
+    """Reads the splits of a dataset. Returns the splits, and notes on splits that are not used.
 
     Args:
         dataset: a name in `known`, a local folder or file, or owner/name[:config] of the Hub. A file is the split in
@@ -114,8 +113,8 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Splits:
-    """Reads one file per split, or shards such as train-00000-of-00002.parquet. Any other file becomes an empty split:
-    it is not read.
+    """Reads one file per split, or shards such as train-00000-of-00002.parquet. A file with another name becomes an
+    empty split and is not read.
     """
     by_split: dict[str, list[Path]] = {}
     for path in list_folder(folder):
@@ -156,7 +155,7 @@ def _read_shards(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset
     parts = [read_rows(path) for path in paths]
     for path, part in zip(paths, parts, strict=True):
         if set(part.column_names) != set(parts[0].column_names):
-            raise UserError(f"{path} has other columns than {paths[0].name}: use the same columns in both")
+            raise UserError(f"the columns of {path} and {paths[0].name} differ: use the same columns in both")
     try:
         return datasets.concatenate_datasets(parts)
     except (ValueError, TypeError) as error:
@@ -190,8 +189,8 @@ def _read_hub(dataset: str, source: str, instead: str) -> Splits:
 
 @contextmanager
 def offline_if_unreachable(name: str = "") -> Iterator[None]:
-    """Sends the Hub one request, and switches its clients to offline mode if that fails: they would retry for a minute
-    before they use the cache. Sends nothing if `name` is a local folder.
+    """Sends one request to the Hub, and switches its clients to offline mode if the request fails. Otherwise they
+    would retry for a minute before using the cache. Sends no request if `name` is a local folder.
     """
     if name and Path(name).is_dir():
         yield
@@ -231,7 +230,7 @@ def _rename_splits(found: Splits, dataset: str, needs_train: bool) -> tuple[Spli
 
 
 def with_validation(splits: Splits, labels: np.ndarray, notes: list[str], share: float = 0.1) -> Splits:
-    """Moves rows of train to a validation split unless there is one. `labels` (rows,): see `choose_validation`."""
+    """Moves rows of train to a new validation split, unless one exists. `labels` (rows,): see `choose_validation`."""
     if "train" not in splits or any(name.startswith("validation") for name in splits):
         return splits
     chosen = choose_validation(labels, notes, share)
@@ -247,7 +246,7 @@ def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, 
     Args:
         labels: labels of train (rows,): class ids (integers), scores (floats), or all equal.
         share: fraction of all rows, and of each class.
-        advice: a further remedy for the error message if train is too small.
+        advice: another remedy for the error message if train is too small.
     """
     chosen = holdout(labels, share)
     percent = f"{share * 100:.4g}%"
@@ -265,7 +264,7 @@ def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, 
 
 
 def holdout(labels: np.ndarray, share: float) -> np.ndarray:
-    """Mask (rows,) of a stratified `share`. At least one row of each class (integer labels) stays outside."""
+    """Mask (rows,) of a stratified `share`. With integer labels, at least one row of each class is excluded."""
     chosen = stratified(labels, share)
     if np.issubdtype(labels.dtype, np.integer):
         order = _by_label(labels)

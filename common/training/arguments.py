@@ -26,17 +26,22 @@ Strategy = Literal["no", "steps", "epoch"]
 class RunArguments:
     """Run."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME of the method)."}
-    )
-    seed: Seed = field(default=0, metadata={"help": "Random seed for initialization, data order, dropout."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME)."})
+    seed: Seed = field(default=0, metadata={"help": "Random seed of initialization, data order and dropout."})
     seeds: list[Seed] | None = field(
-        default=None, metadata={"help": "Random seeds of several runs, whose mean is reported."}
+        default=None, metadata={"help": "Random seeds: one run per seed, and a report of the means."}
     )
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the earlier run in --output_dir."})
+    margin: Positive | None = field(
+        default=None,
+        metadata={
+            "help": "Difference to the teacher's primary metric that counts as equal in the verdict (default: 1% of "
+            "the teacher's distance from chance)."
+        },
+    )
     precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +53,7 @@ class RunArguments:
         if len(set(self.seeds)) < len(self.seeds):
             shown = ", ".join(map(str, self.seeds))
             raise ValueError(f"--seeds must be different seeds, each named once, got {shown}")
-        self.seed = self.seeds[0]  # which also trains what all seeds share
+        self.seed = self.seeds[0]  # also for the stages that all seeds share
 
     def check_unused_flags(self) -> None:
         """Raises UserError for a flag of the command line that another flag leaves without effect."""
@@ -66,27 +71,31 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
 
     num_train_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of the student and of the control."})
     max_steps: Annotated[int, Range(1, MOST, or_else=-1)] = field(
-        default=-1, metadata={"help": "Update steps of each stage; -1 for epochs."}
+        default=-1, metadata={"help": "Optimizer steps per stage; -1 to count in epochs."}
     )
     per_device_train_batch_size: Count = field(default=8, metadata={"help": "Training samples per device and step."})
     per_device_eval_batch_size: Count = field(default=8, metadata={"help": "Evaluation samples per device and step."})
     learning_rate: Positive = field(default=5e-5, metadata={"help": "Learning rate."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule: linear, cosine, constant, ..."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning rate schedule, such as cosine."})
     lr_milestones: list[Positive] | None = field(
         default=None,
         metadata={"help": "Epochs at which to divide the learning rate by 10."},
     )
-    warmup_steps: NotNegative = field(default=0.1, metadata={"help": "Warmup steps; below 1, a share of all steps."})
+    warmup_steps: NotNegative = field(
+        default=0.1, metadata={"help": "Warmup steps, or a share of all steps if below 1."}
+    )
     weight_decay: NotNegative = field(default=0.0, metadata={"help": "Weight decay."})
     decay_norm_and_bias: bool = field(default=False, metadata={"help": "Apply weight decay to norms and biases too."})
-    alpha: Share = field(default=0.5, metadata={"help": "Weight of the labels; 1 - alpha is the teacher's."})
+    alpha: Share = field(default=0.5, metadata={"help": "Weight of the labels; soft targets have 1 - alpha."})
     temperature: Positive = field(default=2.0, metadata={"help": "Temperature of the soft targets."})
     value_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of a bottleneck's values."}
     )
-    label_smoothing_factor: ShareBelow1 = field(default=0.0, metadata={"help": "Label smoothing."})
+    label_smoothing_factor: ShareBelow1 = field(
+        default=0.0, metadata={"help": "Label smoothing factor; 0 for no smoothing."}
+    )
     precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto", metadata={"help": "Precision; auto: bf16 if native."}
+        default="auto", metadata={"help": "Precision; auto is bf16 if native."}
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, the student trained without the teacher."}
@@ -104,7 +113,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     remove_unused_columns: bool = False  # `sample_id` is no argument of any model
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    logging_nan_inf_filter: bool = False  # the trainer stops on a loss that is not finite instead of hiding it
+    logging_nan_inf_filter: bool = False  # the trainer stops at a non-finite loss instead of filtering it
 
     @classmethod
     def complete(cls) -> type["KDTrainingArguments"]:
@@ -135,13 +144,13 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
         check_supported(self)
         self.bf16 = self.precision == "bf16"
         TrainingArguments.__post_init__(self)
-        self.do_eval = False  # what the parent derives, and nothing here reads
+        self.do_eval = False  # the parent derives it, and no code here reads it
         check_report_to(self)
         check_optimizer(self)
         if self.load_best_model_at_end and str(self.metric_for_best_model).endswith("loss"):
             raise ValueError(
-                "--load_best_model_at_end needs --metric_for_best_model with a metric of the report (and, where less "
-                "of it is better, --greater_is_better false): there is no loss on validation"
+                "--load_best_model_at_end needs --metric_for_best_model with a metric of the report (and "
+                "--greater_is_better false if lower is better), because no loss is computed on validation"
             )
 
     def check_unused_flags(self) -> None:
@@ -160,10 +169,11 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     def selection(self) -> str:
         """For the report: which epoch of its stages was kept, and by which metric."""
         if not self.load_best_model_at_end:
-            return "last epoch of every stage; no split chose anything"
+            return "last epoch of every stage"
         metric = str(self.metric_for_best_model).removeprefix("eval_")
         return (
-            f"best checkpoint by {metric} of every stage that is validated; validation chose, so its figures flatter"
+            f"best checkpoint by validation {metric} of every stage that is evaluated, so the validation metrics are "
+            "optimistic"
         )
 
 
@@ -195,17 +205,17 @@ class BottleneckArguments(CodebookArguments):
     """Discrete key-value bottleneck. Keys and values."""
 
     keys: Keys = field(default="carried", metadata={"help": "Source of the keys."})
-    split: Literal["segment", "projection"] = field(default="segment", metadata={"help": "Split into heads."})
-    decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from the values to logits."})
+    split: Literal["segment", "projection"] = field(default="segment", metadata={"help": "Split of an embedding."})
+    decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from values to logits."})
     value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})
-    value_epochs: Positive = field(default=10, metadata={"help": "Epochs of the values on the cached codes."})
-    value_batch_size: Count = field(default=256, metadata={"help": "Samples per step of the values."})
+    value_epochs: Positive = field(default=10, metadata={"help": "Epochs of training the values on cached codes."})
+    value_batch_size: Count = field(default=256, metadata={"help": "Samples per training step of the values."})
 
     def check_unused_flags(self) -> None:
         if self.split == "segment":
-            reject_unused("a key of --split segment is as wide as a segment", self, "key_dim")
+            reject_unused("--split segment makes a key as wide as a segment", self, "key_dim")
         if self.decoder == "mean":
-            reject_unused("a value of --decoder mean is as wide as there are labels", self, "value_dim")
+            reject_unused("--decoder mean makes a value as wide as the logits", self, "value_dim")
 
     def shape(self) -> dict[str, Any]:
         """The arguments of DiscreteKeyValueBottleneck other than its widths."""
@@ -213,8 +223,8 @@ class BottleneckArguments(CodebookArguments):
         return {name: getattr(self, name) for name in names}
 
     def value_settings(self, rate: float) -> dict[str, Any]:
-        """Training arguments for the values: `rate` for them, a tenth of it for the decoder, which learns from every
-        sample, whereas a value learns only from those that choose its key.
+        """Training arguments of the values: learning rate `rate` for the values and a tenth of it for the decoder.
+        Every sample updates the decoder, but only samples that select its key update a value.
         """
         return {
             "num_train_epochs": self.value_epochs,

@@ -79,7 +79,7 @@ def test_minus_one_among_ids_is_no_label_as_in_snli() -> None:
     found = labels(train=[0, 1, 2, -1, 0], validation=[2, -1, 1, 0])
     assert found.names == ["0", "1", "2"] and found.values["validation"].tolist() == [2, 1, 0]
     assert "1 of 5 rows of train have no label and are left out" in found.notes
-    assert "-1 in column 'label' stands for no label" in found.notes
+    assert "-1 in column 'label' is treated as no label" in found.notes
 
 
 def test_minus_one_on_a_scale_is_a_class() -> None:
@@ -99,7 +99,7 @@ def test_ambiguous_minus_one_is_rejected() -> None:
 def test_minus_one_among_names_is_a_class(kind: str | None) -> None:
     found = labels(kind, train=["a", "-1", "b"], validation=["-1", "a"])
     assert found.names == ["-1", "a", "b"] and found.values["validation"].tolist() == [0, 1]
-    assert "-1 in column 'label' is a label like the others" in found.notes
+    assert "-1 in column 'label' is treated as a label" in found.notes
 
 
 @pytest.mark.parametrize("minus_one", [-1, -1.0, "-1"])
