@@ -29,7 +29,7 @@ class RunArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME)."})
     seed: Seed = field(default=0, metadata={"help": "Random seed of initialization, data order and dropout."})
     seeds: list[Seed] | None = field(
-        default=None, metadata={"help": "Random seeds: one run per seed, and a report of the means."}
+        default=None, metadata={"help": "Random seeds: one run per seed, and their means."}
     )
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
