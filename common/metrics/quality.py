@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from scipy.stats import pearsonr, spearmanr, trim_mean
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from kd.common.metrics.verdict import AT_CHANCE
 from kd.common.objective import IGNORED
 
 OUT_OF_SCOPE = "oos"  # the label of texts that belong to no other class
 RESAMPLES = 2000  # bootstrap resamples of the returns
-AT_CHANCE = "is no better than chance"  # part of every chance-level warning
 QUANTILE = 1.645  # one-sided, 5 %
 
 
@@ -47,6 +47,20 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
         raise ValueError(f"k must be between 1 and the {logits.shape[1]} classes, got {k}")
     top = np.argpartition(-logits, k - 1, axis=1)[:, :k]
     return float((top == labels[:, None]).any(axis=1).mean())
+
+
+def calibration_metrics(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, float]:
+    """Returns nll, the mean negative log-likelihood of the labels, and ece, the expected calibration error: the mean
+    |accuracy - confidence| over equal-width bins of the confidence, weighted by their samples (Guo et al., ICML 2017,
+    arXiv:1706.04599).
+    """
+    _check_logits(logits, labels)
+    log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
+    confidences, right = np.exp(log_probabilities.max(axis=1)), logits.argmax(axis=1) == labels
+    of_bin = np.ceil(confidences * bins).clip(1, bins).astype(np.int64) - 1  # a bin includes its upper edge
+    gaps = np.bincount(of_bin, weights=right - confidences, minlength=bins)
+    nll = -log_probabilities[np.arange(len(labels)), labels].mean()
+    return {"nll": float(nll), "ece": float(np.abs(gaps).sum() / len(labels))}
 
 
 def agreement(student_logits: np.ndarray, teacher_logits: np.ndarray) -> float:

@@ -3,12 +3,13 @@
     python -m kd.common.reporting runs --markdown comparison.md --csv comparison.csv --plot comparison.png
 
 Finds all finished runs in and below the folders, of any domain, and groups them by domain, task, method, metric and
-size of the student.
+size of the student. The verdict of a group is that over its seeds.
 """
 
 import csv
 import io
 import os
+import re
 import stat
 import statistics
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ PARSER.add_argument("--plot", type=Path, metavar="FILE", help="Plot quality agai
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
+from kd.common.metrics.verdict import verdict_over_seeds
 from kd.common.reporting.plots import Point, plot_quality
 from kd.common.reporting.results import RECIPE, RESULTS, Results, primary_score, validate
 from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich, si, words
@@ -75,6 +77,7 @@ FIGURES: dict[str, Callable[[Results], float | None]] = {  # the columns that ar
 }
 PRINTED = ["teacher", "control", "student", "gain", "parameters"]  # the others would not fit a terminal
 SIZES = {"parameters", "megabytes"}  # equal for all seeds
+FOLDER = "folder"  # key of results that were read
 
 
 def find_runs(places: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
@@ -141,7 +144,7 @@ def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
             others = ", ".join(key[:3])
             problems.append(f"{folder} repeats seed {results['seed']} of {others}, as {runs[key][0]} has it")
         else:
-            runs[key] = folder, results
+            runs[key] = folder, results | {FOLDER: str(folder)}
     return [results for _, results in runs.values()], problems
 
 
@@ -175,13 +178,18 @@ def compare(
     for (domain, task, metric), part in _by_metric(groups).items():
         header, rows = _table(part, PRINTED)
         rows = [[group.method, *row[2:]] for group, row in zip(part, rows, strict=True)]
+        title = f"{domain}: {task}, {metric}, mean ± standard deviation over seeds"
+        verdicts = [f"{group.method} ({names_of(runs)}): {verdict_of(runs)}" for group, runs in part.items()]
         print_rich(
-            ["method", *header[2:]], rows, title=f"{domain}: {task}, {metric}, mean ± standard deviation over seeds"
+            ["method", *header[2:]], rows, title, "\n".join(["Verdict on the gain over the control:", *verdicts])
         )
         print()
     print(*(f"left out: {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
     if markdown_file:
-        write_text(markdown_file, markdown(*_table(groups, list(FIGURES))) + "\n")
+        header, rows = _table(groups, list(FIGURES))
+        more = [[verdict_of(runs), names_of(runs)] for runs in groups.values()]
+        rows = [[*row, *cells] for row, cells in zip(rows, more, strict=True)]
+        write_text(markdown_file, markdown([*header, "verdict", "folder"], rows) + "\n")
     if csv_file:
         write_text(csv_file, averages(groups))
     if plot_file:
@@ -194,6 +202,23 @@ def _by_metric(groups: dict[Group, list[Results]]) -> dict[tuple[str, str, str],
     for group, runs in groups.items():
         parts.setdefault((group.domain, group.task, group.metric), {})[group] = runs
     return parts
+
+
+def names_of(runs: list[Results]) -> str:
+    """The folders of the runs of a group, without seedN."""
+    names = (re.sub(r"[/\\]seed\d+(?=[/\\]|$)", "", run[FOLDER]) for run in runs)
+    return ", ".join(dict.fromkeys(names))
+
+
+def verdict_of(runs: list[Results]) -> str:
+    """The word of the verdict on student and control over the seeds of a group, with their number; a dash if there is
+    none.
+    """
+    verdicts = [control for run in runs if (control := (run.get("verdict") or {}).get("control"))]
+    if len(verdicts) < len(runs):
+        return number(None)
+    verdict = verdict_over_seeds(verdicts)
+    return str(verdict["word"]) + (f" ({verdict['seeds']} seeds)" if verdict["seeds"] > 1 else "")
 
 
 def _values(runs: list[Results], figure: str) -> list[float]:
@@ -217,18 +242,18 @@ def _table(groups: dict[Group, list[Results]], figures: list[str]) -> tuple[list
 
 
 def averages(groups: dict[Group, list[Results]]) -> str:
-    """CSV with a row per Group: its names, the number of seeds, and the unrounded mean and standard deviation of each
-    figure, empty where there is none.
+    """CSV with a row per Group: its names, the number of seeds, the unrounded mean and standard deviation of each
+    figure, empty where there is none, the verdict and the folders.
     """
     text = io.StringIO()
     parts = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std")]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*Group._fields[:4], "seeds", *parts])
+    writer.writerow([*Group._fields[:4], "seeds", *parts, "verdict", "folder"])
     for group, runs in groups.items():
         row: list[Any] = [*group[:4], len(runs)]
         for values in (_values(runs, figure) for figure in FIGURES):
             row += [statistics.fmean(values) if values else "", statistics.stdev(values) if len(values) > 1 else ""]
-        writer.writerow(row)
+        writer.writerow([*row, verdict_of(runs), names_of(runs)])
     return text.getvalue()
 
 

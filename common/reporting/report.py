@@ -6,13 +6,13 @@ from typing import Any, Protocol
 
 from huggingface_hub import ModelCardData
 
-from kd.common.metrics.quality import AT_CHANCE
 from kd.common.reporting.plots import plot_curves
-from kd.common.reporting.results import RESULTS, Results, Schema, primary_score, validate
+from kd.common.reporting.results import RESULTS, Results, Schema, primary_score, useless_teacher, validate
 from kd.common.reporting.tables import markdown, number, percent, print_rich, si, words
 from kd.common.utils.files import write_json, write_text, writing_folder
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
+ONE_SEED = " (one seed)"  # at the end of the word of a verdict
 
 
 def write_report(
@@ -34,7 +34,9 @@ def write_report(
 def print_table(results: Results) -> None:
     """Prints the table of the models and the headline of a run."""
     header, rows = model_table(results)
-    print_rich(header[:-1], [row[:-1] for row in rows], title(results), "\n".join(_sentences(results)))
+    printed = results.get("warnings", [])  # when they occurred
+    warnings = [f"Warning: {text}" for text in warnings_of(results) if text not in printed]
+    print_rich(header[:-1], [row[:-1] for row in rows], title(results), "\n".join([*_sentences(results), *warnings]))
 
 
 def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
@@ -56,7 +58,7 @@ def _report(results: Results) -> str:
     sections = [
         f"# {title(results)}",
         headline(results),
-        *(f"**Warning:** {text}" for text in results.get("warnings", [])),
+        *(f"**Warning:** {text}" for text in warnings_of(results)),
         markdown(*model_table(results)),
         _curves(results),
         "## All metrics",
@@ -177,32 +179,64 @@ def _sentences(results: Results) -> list[str]:
         sentences.append(f"Chance level is {number(results['chance'])}.")
     if results["models"]["teacher"]:
         sentences.append(_size(results))
+    if verdict := verdict_sentence(results):
+        sentences.append(verdict)
     return sentences
+
+
+def verdict_sentence(results: Results) -> str | None:
+    """The verdict in words; None where there is none."""
+    verdict = results.get("verdict") or {}
+    control, teacher = verdict.get("control"), verdict.get("teacher")
+    parts = []
+    if control:
+        parts.append(f"{_compared(control)} the control ({_interval(control)})")
+    if teacher:
+        parts.append(_not_worse(teacher, verdict.get("shared_teacher", True)))
+    return f"Verdict: {'; '.join(parts)}." if parts else None
+
+
+def _not_worse(verdict: dict[str, Any], shared: bool) -> str:
+    teacher = "the teacher"
+    if verdict["seeds"] > 1:
+        teacher += " that all seeds share" if shared else " of the same seed"
+    word = verdict["word"].removesuffix(ONE_SEED)
+    if word != "better" and verdict["not_worse_by_margin"]:
+        return f"not worse than {teacher} by more than {number(verdict['margin'])}"
+    return f"{_compared(verdict)} {teacher} ({_interval(verdict)})"
+
+
+def _compared(verdict: dict[str, Any]) -> str:
+    word = verdict["word"].removesuffix(ONE_SEED)
+    return "no difference shown to" if word == "no difference shown" else f"{word} than"
+
+
+def _interval(verdict: dict[str, Any]) -> str:
+    seeds = "one seed" if verdict["seeds"] == 1 else f"{verdict['seeds']} seeds"
+    gain = f"gain {number(verdict['gain'])}"
+    if verdict["interval"] is None:
+        return f"{gain}, {seeds}, too few evaluation examples for an interval"
+    low, high = map(number, verdict["interval"])
+    return f"{gain}, {verdict['confidence']:.0%} interval {low} to {high}, {seeds}, {verdict['method']}"
+
+
+def warnings_of(results: Results) -> list[str]:
+    """The warnings of the run and of its verdict, each once."""
+    return list(dict.fromkeys([*results.get("warnings", []), *(results.get("verdict") or {}).get("warnings", [])]))
 
 
 def _against_teacher(results: Results) -> str:
     if results["models"]["teacher"] is None:
         return ""
     score = _score(results, "teacher")
-    if reason := _useless_teacher(results):
-        return f"; the teacher's {score} is no better than {reason}"
+    if reason := useless_teacher(results):
+        return f"; the teacher's {score} is no better than {reason}" + ("'s" if reason == "the control" else "")
     if results["retention"] is None or results.get("lower_is_better"):
         return f"; the teacher's is {score}"
     share, floor = f"{results['retention']:.1%}", results.get("floor", 0.0)
     return (
         f", {share} of " + (f"the way from {number(floor)} (no skill) to " if floor else "") + f"the teacher's {score}"
     )
-
-
-def _useless_teacher(results: Results) -> str | None:
-    """What the teacher is not better than: chance, or the control; None for a useful teacher."""
-    teacher, control = primary_score(results, "teacher"), primary_score(results, "control")
-    if any(AT_CHANCE in warning for warning in results.get("warnings", [])):
-        return "chance"
-    sign = -1 if results.get("lower_is_better") else 1
-    if teacher is not None and control is not None and sign * teacher <= sign * control:
-        return "the control's"
-    return None
 
 
 def _size(results: Results) -> str:

@@ -3,10 +3,20 @@
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
+
+from kd.common.metrics.verdict import (
+    AT_CHANCE,
+    MARGIN,
+    Measurement,
+    seeds_needed,
+    verdict_of_one_seed,
+    verdict_over_seeds,
+    with_margin,
+)
 
 Results = dict[str, Any]  # the content of results.json, as `Schema` describes it
 RECIPE, RESULTS = "recipe.yaml", "results.json"  # written when a run starts, and when it has finished
@@ -66,6 +76,22 @@ class Environment(BaseModel):
     git_commit: str | None
 
 
+class Verdict(BaseModel):
+    gain: float  # positive is better, also where `lower_is_better`
+    interval: list[float] | None  # of the gain; None for too few evaluation examples
+    confidence: float
+    method: str  # of the interval
+    seeds: int
+    word: str  # better, no difference shown, or worse; with " (one seed)"
+
+
+class Verdicts(BaseModel):
+    control: Verdict | None
+    teacher: Verdict | None  # has also `margin` and `not_worse_by_margin`
+    shared_teacher: bool = True  # whether one teacher taught the students of all seeds
+    warnings: list[str]
+
+
 class Schema(BaseModel):
     """results.json; more keys are allowed everywhere.
 
@@ -92,6 +118,7 @@ class Schema(BaseModel):
     seeds: list[int] | None = None
     standard_deviations: dict[str, Any] | None = None
     warnings: list[str] = []
+    verdict: Verdicts | None = None  # missing in results of earlier versions
 
 
 def validate(results: Results) -> None:
@@ -126,6 +153,74 @@ def primary_score(results: Results, stage: str) -> float | None:
     return model["metrics"][primary["split"]][primary["name"]] if model else None
 
 
+def useless_teacher(results: Results) -> str | None:
+    """What the teacher is not better than: "chance", or "the control"; None for a useful teacher."""
+    teacher, control = primary_score(results, "teacher"), primary_score(results, "control")
+    if any(AT_CHANCE in warning for warning in results.get("warnings", [])):
+        return "chance"
+    sign = -1 if results.get("lower_is_better") else 1
+    if teacher is not None and control is not None and sign * teacher <= sign * control:
+        return "the control"
+    return None
+
+
+# ---------------------------------------------------------------- verdicts
+
+CONSTANT = "the student predicts the same for every evaluation example"
+
+
+def verdict_of_run(results: Results, measurements: Mapping[str, Measurement], margin: float | None) -> dict[str, Any]:
+    """The verdict of one seed.
+
+    Args:
+        measurements: By role: the student and, unless there is none, control and teacher.
+        margin: What counts as equal to the teacher. None: a share of the teacher's distance from chance.
+    """
+    student = measurements["student"]
+    found = {
+        role: verdict_of_one_seed(student.score, other.score, student.examples, results["lower_is_better"])
+        for role in ("control", "teacher")
+        if (other := measurements.get(role)) is not None
+    }
+    if teacher := found.get("teacher"):
+        found["teacher"] = with_margin(teacher, _default_margin(results) if margin is None else margin)
+    return _with_warnings(results, found, student.constant)
+
+
+def _default_margin(results: Results) -> float:
+    teacher, chance = primary_score(results, "teacher"), results.get("chance")
+    assert teacher is not None
+    return MARGIN * abs(teacher - (results["floor"] if chance is None else chance))
+
+
+def _verdict_of_runs(runs: list[Results], merged: Results, shared_teacher: bool) -> dict[str, Any]:
+    """The verdict over seeds from those of the seeds."""
+    verdicts, found = [run["verdict"] for run in runs], {}
+    for role in ("control", "teacher"):
+        of_role = [verdict[role] for verdict in verdicts]
+        if all(of_role):
+            found[role] = verdict_over_seeds(of_role)
+    if teacher := found.get("teacher"):
+        found["teacher"] = with_margin(teacher, statistics.fmean(verdict["teacher"]["margin"] for verdict in verdicts))
+    constant = any(CONSTANT in verdict["warnings"] for verdict in verdicts)
+    return _with_warnings(merged, found, constant) | {"shared_teacher": shared_teacher}
+
+
+def _with_warnings(results: Results, found: dict[str, Any], constant: bool) -> dict[str, Any]:
+    warnings = [text for text in results["warnings"] if AT_CHANCE in text]
+    if useless_teacher(results) == "the control":
+        warnings.append("the teacher is no better than the control: check it before distilling from it")
+    if constant:
+        warnings.append(CONSTANT)
+    control = found.get("control")
+    if control and (needed := seeds_needed(control)):
+        warnings.append(
+            f"{control['seeds']} seeds are too few to show a gain over the control of this size: about {needed} are "
+            "needed for a probability of 80%"
+        )
+    return {"control": control, "teacher": found.get("teacher"), "warnings": warnings}
+
+
 # ---------------------------------------------------------------- several seeds
 
 
@@ -134,9 +229,11 @@ def over_seeds(runs: list[Results]) -> Results:
 
     Every number is the mean over the runs. `seeds` replaces `seed`. `standard_deviations` (sample, n - 1) holds those
     of `retention`, `gain_over_control` and the metrics, by model and split. A model with the same metrics in all runs,
-    such as a shared teacher, has none. Intervals over the examples of one run are null where they differ.
+    such as a shared teacher, has none. Intervals over the examples of one run are null where they differ. The verdict
+    is that over seeds.
     """
-    merged = _merge([{key: value for key, value in run.items() if key != "seed"} for run in runs], _mean)
+    kept = [{key: value for key, value in run.items() if key not in ("seed", "verdict")} for run in runs]
+    merged = _merge(kept, _mean)
     merged["data"] |= {name: round(count) for name, count in merged["data"].items() if isinstance(count, float)}
     merged["seeds"] = [run["seed"] for run in runs]
     merged["warnings"] = list(dict.fromkeys(text for run in runs for text in run.get("warnings", [])))
@@ -151,6 +248,8 @@ def over_seeds(runs: list[Results]) -> Results:
         for run, found in zip(runs, metrics, strict=True)
     ]
     merged["standard_deviations"] = _merge(figures, _deviation)
+    if all(run.get("verdict") for run in runs):  # not those of earlier versions
+        merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same)
     return merged
 
 

@@ -35,6 +35,13 @@ class RunArguments:
         default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the earlier run in --output_dir."})
+    margin: Positive | None = field(
+        default=None,
+        metadata={
+            "help": "Difference to the teacher's primary metric that counts as equal in the verdict (default: 1% of "
+            "the teacher's distance from chance)."
+        },
+    )
     precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
+from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.report import Savable, print_table, save_student, write_report
-from kd.common.reporting.results import RECIPE, RESULTS, over_seeds
+from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, verdict_of_run
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.inference import eager_attention_on_cpu
 from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
@@ -210,6 +211,7 @@ class Run:
         metric: str,
         floor: float = 0.0,
         lower_is_better: bool = False,
+        measurements: Mapping[str, Measurement] | None = None,
         **extra: Any,
     ) -> dict[str, Any]:
         """The content of the run's results.json.
@@ -220,6 +222,7 @@ class Run:
             floor: The metric's value without any skill, from which retention counts.
             lower_is_better: Such as for perplexity. Retention is then teacher / student and the gain is
                 control - student, so more is better for both.
+            measurements: The headline figure by role, on any of its evaluation examples, for the verdict.
             extra: Further entries, which the report shows.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
@@ -231,7 +234,7 @@ class Run:
             gain = control - student if lower_is_better else student - control
         seconds = {role: sum(s for name, s in self.seconds.items() if name.removesuffix("_encoder") == role)
                    for role in ("teacher", "teacher_outputs", "control", "student")}  # fmt: skip
-        return {
+        results: dict[str, Any] = {
             "schema_version": 1,
             "domain": domain,
             "task": task,
@@ -250,6 +253,9 @@ class Run:
             "warnings": self.warnings,
             **extra,
         }
+        if measurements and "student" in measurements:
+            results["verdict"] = verdict_of_run(results, measurements, self.args.margin)
+        return results
 
     def finish(
         self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any

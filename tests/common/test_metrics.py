@@ -11,7 +11,13 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
 from kd.common.metrics.cost import cost, flops, latency, megabytes, parameters
-from kd.common.metrics.quality import agreement, classification_metrics, regression_metrics, top_k_accuracy
+from kd.common.metrics.quality import (
+    agreement,
+    calibration_metrics,
+    classification_metrics,
+    regression_metrics,
+    top_k_accuracy,
+)
 
 
 def logits_of(predicted, classes):
@@ -59,11 +65,31 @@ def test_labels_of_one_class_give_numbers(label):
     [((3,), (3,)), ((3, 2, 2), (3,)), ((3, 2), (4,)), ((3, 2), (3, 1))],
 )
 def test_wrong_shapes_are_an_error_with_both_shapes(logits, labels):
-    for metric in (classification_metrics, lambda x, y: top_k_accuracy(x, y, 1)):
+    for metric in (classification_metrics, calibration_metrics, lambda x, y: top_k_accuracy(x, y, 1)):
         with pytest.raises(ValueError) as error:
             metric(np.zeros(logits), np.zeros(labels, dtype=int))
         assert str(logits) in str(error.value)
         assert str(labels) in str(error.value)
+
+
+def test_calibration_by_hand():
+    # Confidences 0.9, 0.9, 0.9 (two of three right), 0.6 (right), 1 / 2 (right): the bins have gaps of
+    # |2 - 2.7|, |1 - 0.6| and |1 - 0.5|, over five samples.
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.4, 0.6], [0.5, 0.5]])
+    labels = np.array([0, 1, 1, 1, 0])
+    metrics = calibration_metrics(np.log(probabilities) + 3.0, labels)
+    assert metrics["ece"] == pytest.approx((0.7 + 0.4 + 0.5) / 5)
+    likelihoods = [0.9, 0.1, 0.9, 0.6, 0.5]
+    assert metrics["nll"] == pytest.approx(-np.log(likelihoods).mean())
+    # Confidences of one bin cancel: (0.9 and wrong, 0.92 and right) in (0.867, 0.933].
+    same_bin = np.log([[0.9, 0.1], [0.08, 0.92]])
+    assert calibration_metrics(same_bin, np.array([1, 1]))["ece"] == pytest.approx(abs(1 - 1.82) / 2)
+
+
+def test_calibration_of_a_sure_classifier_is_finite():
+    logits = np.array([[1e4, 0.0], [0.0, 1e4]], dtype=np.float32)
+    assert calibration_metrics(logits, np.array([0, 1])) == {"nll": 0.0, "ece": 0.0}
+    assert calibration_metrics(logits, np.array([1, 0])) == {"nll": 1e4, "ece": 1.0}
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 1 / 3), (2, 2 / 3), (3, 1.0)])

@@ -427,3 +427,61 @@ def test_a_folder_that_cannot_be_read_is_named(
     monkeypatch.setattr(os, "scandir", closed)
     main([str(tmp_path)])
     assert f"left out: cannot read {tmp_path}/secret: Permission denied" in capsys.readouterr().out
+
+
+def verdict_with(gain: float, low: float, high: float, word: str, seeds: int = 1, **more: Any) -> dict[str, Any]:
+    interval = None if low == high else [low, high]
+    return {"gain": gain, "interval": interval, "confidence": 0.95, "method": "M", "seeds": seeds, "word": word} | more
+
+
+def test_the_headline_ends_with_the_verdict() -> None:
+    def sentence(control: Any, teacher: Any, **more: Any) -> str:
+        verdict = {"control": control, "teacher": teacher, "warnings": []} | more
+        return headline(results(verdict=verdict)).partition("Verdict: ")[2]
+
+    better = verdict_with(0.012, 0.004, 0.02, "better", 3)
+    equal = verdict_with(0.0, -0.005, 0.005, "no difference shown", 3, margin=0.009, not_worse_by_margin=True)
+    expected = "better than the control (gain 0.0120, 95% interval 0.0040 to 0.0200, 3 seeds, M)"
+    assert sentence(better, None) == f"{expected}."
+    shared = f"{expected}; not worse than the teacher that all seeds share by more than 0.0090."
+    assert sentence(better, equal) == shared
+    assert "the teacher of the same seed by more" in sentence(better, equal, shared_teacher=False)
+    one = verdict_with(0.012, -0.004, 0.03, "no difference shown (one seed)")
+    assert sentence(one, None).startswith("no difference shown to the control (gain 0.0120, 95% interval -0.0040 to")
+    assert "one seed, M)." in sentence(one, None)
+    worse = verdict_with(-0.1, -0.2, -0.05, "worse (one seed)", margin=0.009, not_worse_by_margin=False)
+    assert "; worse than the teacher (gain -0.1000, 95% interval -0.2000 to -0.0500, one seed, M)." in (
+        sentence(better, worse)
+    )
+    few = verdict_with(0.5, 0, 0, "no difference shown (one seed)")
+    assert sentence(few, None) == (
+        "no difference shown to the control (gain 0.5000, one seed, too few evaluation examples for an interval)."
+    )
+    assert sentence(None, None) == ""
+
+
+def test_the_warnings_of_the_verdict_are_in_the_report_once(tmp_path: Path) -> None:
+    verdict: dict[str, Any] = {"control": None, "teacher": None, "warnings": ["is no better than chance", "constant"]}
+    write_report(tmp_path, results(warnings=["is no better than chance"], verdict=verdict), HISTORY)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("**Warning:** is no better than chance") == text.count("**Warning:** constant") == 1
+    assert "## Verdict" not in text
+
+
+def test_the_comparison_has_the_folders_and_the_verdict_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, gain in ((0, 0.03), (1, 0.031), (2, 0.029)):
+        control = verdict_with(gain, gain - 0.01, gain + 0.01, "better (one seed)")
+        verdict: dict[str, Any] = {"control": control, "teacher": None, "warnings": []}
+        write_json(tmp_path / "run" / f"seed{seed}" / "results.json", results(seed, verdict=verdict))
+    write_json(tmp_path / "old" / "results.json", results(method="hint"))
+    table = tmp_path / "t.csv"
+    main([str(tmp_path), "--csv", str(table)])
+    output = capsys.readouterr().out.replace("\n", "")
+    assert f"soft_targets ({tmp_path}/run): better (3 seeds)" in output and f"hint ({tmp_path}/old): –" in output
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(row["verdict"], row["folder"]) for row in rows] == [
+        ("–", f"{tmp_path}/old"),
+        ("better (3 seeds)", f"{tmp_path}/run"),
+    ]

@@ -5,12 +5,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate import PartialState
+from scipy import stats
 
 from kd.common.cli import parse
+from kd.common.metrics.verdict import AT_LEAST, OVER_SEEDS, measure_mean
 from kd.common.reporting.__main__ import read_runs
-from kd.common.reporting.results import validate
+from kd.common.reporting.report import headline
+from kd.common.reporting.results import over_seeds, validate
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
@@ -19,6 +23,7 @@ from kd_testing.processes import in_processes
 from kd_testing.tiny import Number
 
 TEACHER = 80.0
+NOISE = np.linspace(-2, 2, 50)  # of the examples, with a mean of 0
 
 
 def entry(score: float) -> dict[str, Any]:
@@ -50,7 +55,10 @@ def distill(folder: Path, seeds: list[int] | None, killed_in: int | None = None,
         assert one.stage("teacher", lambda: build("never", 0), Number.load).value == teacher.value
         models = {"teacher": entry(TEACHER), "control": entry(20.0), "student": entry(40.0 + student.value)}
         sizes = {"train": 9 + one.args.seed, "validation": None, "test": 4, "fingerprint": "f"}
-        results = one.results("d", "t", "m", sizes, models, "test", "score")
+        scores = {role: model["metrics"]["test"]["score"] for role, model in models.items()}
+        noise = {"teacher": 1, "control": -1, "student": 1}  # the gain over the control varies over examples
+        measurements = {role: measure_mean(score + noise[role] * NOISE) for role, score in scores.items()}
+        results = one.results("d", "t", "m", sizes, models, "test", "score", measurements=measurements)
         one.finish(results, student, "use", domain="d")
     run.summarize()
     return built
@@ -150,3 +158,69 @@ def test_invalid_seeds_are_an_error_of_one_line(capsys, kind, words, message):
         assert message in capsys.readouterr().err
     else:
         raise AssertionError("no error")
+
+
+def test_the_verdict_over_seeds_is_that_of_a_paired_t_test(tmp_path, capsys):
+    distill(tmp_path, [3, 0, 4])
+    verdict = read_json(tmp_path / "results.json")["verdict"]
+    runs = [read_json(tmp_path / f"seed{seed}" / "results.json") for seed in (3, 0, 4)]
+    gains = [run["gain_over_control"] for run in runs]
+    expected = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    control, teacher = verdict["control"], verdict["teacher"]
+    assert control["gain"] == pytest.approx(statistics.fmean(gains))
+    assert control["interval"] == pytest.approx([expected.low, expected.high])
+    assert (control["method"], control["seeds"], control["word"]) == (OVER_SEEDS, 3, "better")
+    assert teacher["word"] == "worse" and teacher["margin"] == pytest.approx(0.8) and verdict["shared_teacher"]
+    assert not teacher["not_worse_by_margin"] and not verdict["warnings"]
+    sentence = "Verdict: better than the control (gain 22.33, 95% interval"
+    assert sentence in (tmp_path / "report.md").read_text() and sentence in capsys.readouterr().out
+    for run in runs:
+        found = run["verdict"]["control"]
+        assert found["word"] == "better (one seed)" and found["interval"][0] < found["gain"] < found["interval"][1]
+
+
+def test_the_interval_over_seeds_is_not_narrower_than_over_examples(tmp_path):
+    distill(tmp_path, [3, 103])
+    runs = [read_json(tmp_path / f"seed{seed}" / "results.json") for seed in (3, 103)]
+    for run in runs:
+        run["verdict"]["control"]["gain"] = 20.0
+    low, high = over_seeds(runs)["verdict"]["control"]["interval"]
+    widths = [np.diff(run["verdict"]["control"]["interval"])[0] for run in runs]
+    assert high - low == pytest.approx(statistics.fmean(widths))
+    assert over_seeds(runs)["verdict"]["control"]["method"] == AT_LEAST
+
+
+def test_a_run_of_an_earlier_version_leaves_the_verdict_out(tmp_path):
+    distill(tmp_path, [3, 0])
+    runs = [read_json(tmp_path / f"seed{seed}" / "results.json") for seed in (3, 0)]
+    del runs[0]["verdict"]
+    for results in (runs[0], over_seeds(runs)):
+        validate(results)
+        assert "verdict" not in results and "Verdict" not in headline(results)
+
+
+def test_the_verdict_warns_of_a_useless_teacher_and_a_constant_student(tmp_path):
+    run = Run(RunArguments(output_dir=str(tmp_path), margin=7.0))
+    values = {"teacher": 20 + NOISE, "control": 21 + NOISE, "student": np.full(50, 19.0)}
+    measurements = {role: measure_mean(found, bool((found == 19).all())) for role, found in values.items()}
+    models = {role: entry(float(found.mean())) for role, found in values.items()}
+    sizes = {"train": 9, "validation": None, "test": 4, "fingerprint": "f"}
+    results = run.results("d", "t", "m", sizes, models, "test", "score", measurements=measurements)
+    validate(results)
+    assert results["verdict"]["warnings"] == [
+        "the teacher is no better than the control: check it before distilling from it",
+        "the student predicts the same for every evaluation example",
+    ]
+    assert results["verdict"]["teacher"]["margin"] == 7
+    assert "not worse than the teacher by more than 7.000." in headline(results)
+    finished = over_seeds([results, results | {"seed": 1}])
+    assert finished["verdict"]["warnings"] == results["verdict"]["warnings"]
+
+
+def test_the_verdict_warns_of_too_few_seeds(tmp_path):
+    distill(tmp_path, [10, 20, 60])
+    runs = [read_json(tmp_path / f"seed{seed}" / "results.json") for seed in (10, 20, 60)]
+    for run, gain in zip(runs, (0.0, 1.0, 2.0), strict=True):
+        run["verdict"]["control"] |= {"gain": gain, "interval": [gain, gain]}
+    (warning,) = over_seeds(runs)["verdict"]["warnings"]  # an effect of one standard deviation: 10 seeds
+    assert warning.startswith("3 seeds are too few to show a gain over the control of this size: about 10 are needed")
