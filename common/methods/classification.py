@@ -1,9 +1,9 @@
 """Methods for classifiers of any domain: some match logits, the others the relations between the samples of a batch.
 
-The default arguments are those of the papers for CIFAR-100; if they differ by teacher-student pair, those of ResNet32x4
--> ResNet8x4. The weights of relation losses are for a cross-entropy of weight 1, as in the common toolboxes. Warm-ups,
-curricula and decays are shares of the training and change with every step; in the authors' code they change with every
-epoch.
+The default arguments are those of the papers for CIFAR-100; if they differ by teacher-student pair, those of
+ResNet32x4 -> ResNet8x4. The weights of relation losses are for a cross-entropy of weight 1, as in the common
+toolboxes. Warm-ups, curricula and decays are shares of the training and change with every step; in the authors' code
+they change with every epoch.
 """
 
 import math

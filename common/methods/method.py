@@ -157,8 +157,8 @@ def hooked(*features: Feature) -> dict[str, str]:
 def depth_map(student_layers: int, teacher_layers: int, depth: Depth = "nearest") -> list[tuple[int, int]]:
     """Matches layers or stages: (student layer, teacher layer), counted from 0.
 
-    nearest, up: Each student layer is matched with the teacher layer at the same relative depth, rounded to the nearest
-        layer or up. The last layers are matched: 3 student layers of 6 teacher layers give 1, 3, 5.
+    nearest, up: Each student layer is matched with the teacher layer at the same relative depth, rounded to the
+        nearest layer or up. The last layers are matched: 3 student layers of 6 teacher layers give 1, 3, 5.
     last: The last layers are matched, then the second to last layers, and so on, until one model has no more layers.
     """
     if depth == "last":

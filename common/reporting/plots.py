@@ -90,7 +90,8 @@ def _draw_metric(
 ) -> None:
     """The evaluations during training, the final scores, and chance level."""
     split, name = results["primary_metric"]["split"], results["primary_metric"]["name"]
-    axes.set_ylabel(_capitalized(words(name) if split == "test" else f"{split} {words(name)}"))  # curves are never measured on test
+    # Curves are never measured on test.
+    axes.set_ylabel(_capitalized(words(name) if split == "test" else f"{split} {words(name)}"))
     for stage, (colour, line, marker) in styles.items():
         logged = [entry for entry in history.get(stage, []) if f"eval_{name}" in entry and progress in entry]
         curve = [(entry[progress], entry[f"eval_{name}"]) for entry in logged]

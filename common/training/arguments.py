@@ -37,10 +37,7 @@ class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the earlier run in --output_dir."})
     margin: Positive | None = field(
         default=None,
-        metadata={
-            "help": "Difference to the teacher's primary metric that counts as equal in the verdict (default: 1% of "
-            "the teacher's distance from chance)."
-        },
+        metadata={"help": "Non-inferiority margin (default: 1% of teacher minus chance)."},
     )
     precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
 

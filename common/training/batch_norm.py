@@ -1,8 +1,8 @@
 """Batch norm over the batches of all processes, and a check for batches that are too small for it.
 
 Several processes that each have a part of a batch must normalize like one process with the whole batch. torch's
-SyncBatchNorm runs only on GPUs and replaces the modules, which changes the saved model. This module replaces only their
-forward.
+SyncBatchNorm runs only on GPUs and replaces the modules, which changes the saved model. This module replaces only
+their forward.
 """
 
 import logging
@@ -41,8 +41,8 @@ def release_batch_norms(*modules: nn.Module) -> None:
 
 @contextmanager
 def checking_batch_norm_inputs(samples: int, *modules: nn.Module) -> Iterator[None]:
-    """Raises UserError if the input of a batch norm in training has one value per channel for each of the `samples`: in
-    a batch of one sample, the values would have no variance.
+    """Raises UserError if the input of a batch norm in training has one value per channel for each of the `samples`:
+    in a batch of one sample, the values would have no variance.
     """
 
     def check(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints that are used only if they are complete.
 
 A process can be killed at any point of writing or removing a checkpoint, and files can be damaged. Therefore the
-checksums of a checkpoint's files (SHA256SUMS) are written last and removed first, older checkpoints are removed only when
-the new one is complete, and training continues from the newest checkpoint whose files match their checksums.
+checksums of a checkpoint's files (SHA256SUMS) are written last and removed first, older checkpoints are removed only
+when the new one is complete, and training continues from the newest checkpoint whose files match their checksums.
 """
 
 import json

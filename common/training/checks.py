@@ -1,7 +1,7 @@
 """Checks of the flags that training inherits from transformers' TrainingArguments.
 
-A flag without effect is not ignored but an error. Invalid arguments of the optimizer and the learning rate schedule are
-errors before training starts.
+A flag without effect is not ignored but an error. Invalid arguments of the optimizer and the learning rate schedule
+are errors before training starts.
 """
 
 import inspect

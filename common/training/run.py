@@ -143,8 +143,8 @@ class Run:
     def stage(
         self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any = None
     ) -> Model:
-        """Returns the model of a stage. If the stage is finished, the model is loaded; otherwise it is built, timed and
-        saved with its `processor` (tokenizer or image processor). Both must have `save_pretrained`.
+        """Returns the model of a stage. If the stage is finished, the model is loaded; otherwise it is built, timed
+        and saved with its `processor` (tokenizer or image processor). Both must have `save_pretrained`.
         """
         folder = self.stage_folder(name)
         if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
@@ -218,12 +218,12 @@ class Run:
 
         Args:
             models: Entries of teacher, control, student (or None) and any other models.
-            split, metric: The headline figure.
-            floor: The metric's value without any skill, from which retention counts.
-            lower_is_better: Such as for perplexity. Retention is then teacher / student and the gain is
-                control - student, so more is better for both.
-            measurements: The headline figure by role, on any of its evaluation examples, for the verdict.
-            extra: Further entries, which the report shows.
+            split, metric: Split and name of the primary metric.
+            floor: Value of the metric for a model without any skill, at which retention is zero.
+            lower_is_better: Whether a lower metric is better, as for perplexity. Retention is then teacher / student
+                and the gain is control - student, so that higher is better for both.
+            measurements: The primary metric by role, on any of its evaluation examples, for the verdict.
+            extra: Additional entries, which the report includes.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))

@@ -1,8 +1,8 @@
 """The folder of a run: a mark that identifies it, a lock, fingerprints of the inputs, and patterns of the run's files.
 
 A folder with other content is never used. A run is continued only with the arguments and inputs that it was started
-with. Starting over removes the files that the run wrote: files listed in a SHA256SUMS, and files that match the patterns
-in the mark. All other files are kept, and no symbolic link is followed.
+with. Starting over removes the files that the run wrote: files listed in a SHA256SUMS, and files that match the
+patterns in the mark. All other files are kept, and no symbolic link is followed.
 """
 
 import logging
@@ -188,7 +188,7 @@ class RunFolder:
                 inside = path != root and path.is_relative_to(root)
                 if inside and any(file.is_relative_to(path) for file in resolved):
                     raise UserError(
-                        f"--overwrite_output_dir would remove {word}, the value of --{flag}: choose another --output_dir"
+                        f"--overwrite_output_dir would remove {word}, which is --{flag}: choose another --output_dir"
                     )
 
 

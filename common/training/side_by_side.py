@@ -3,8 +3,9 @@
     model = SideBySide({"kd": student_a, "simkd": student_b})
     objective = SideBySideObjective({"kd": Objective(...), "simkd": Objective(...)})
 
-Students share neither weights nor gradients. The result of each student is the same as if it was trained alone with the
-same seed, provided that the optimizer updates parameters independently and gradients are not clipped by a common norm.
+Students share neither weights nor gradients. The result of each student is the same as if it was trained alone with
+the same seed, provided that the optimizer updates parameters independently and gradients are not clipped by a common
+norm.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,9 +7,9 @@ never by position, so shuffling, resuming or another batch size cannot assign th
 process continues after its last complete shard, and a damaged shard is computed again. Only the rows of a batch are
 read into memory, whatever the size of the dataset.
 
-`TeacherViews` are a table that is filled during training. If each sample has a small, fixed number of views (81 crops x 2
-flips of a small image), the first run fills the table, and later runs (of another student or seed) read it. The file is
-sparse and memory-mapped: 50,000 images x 162 views x 100 classes take 1.6 GB.
+`TeacherViews` are a table that is filled during training. If each sample has a small, fixed number of views (81 crops
+x 2 flips of a small image), the first run fills the table, and later runs (of another student or seed) read it. The
+file is sparse and memory-mapped: 50,000 images x 162 views x 100 classes take 1.6 GB.
 """
 
 import json
