@@ -251,7 +251,7 @@ def _new_command(folder: Path) -> list[str]:
 
 
 def _written_files(folder: Path, files: Iterable[str]) -> Iterator[Path]:
-    """Yields the files that runs wrote below a run's folder. Raises UserError if one was replaced by a symbolic link."""
+    """Yields the files that runs wrote into a folder. Raises UserError if one was replaced by a symbolic link."""
     listed: set[Path] = set()
     runs = {folder: tuple(files)}
     for place, folders, names in os.walk(folder):
