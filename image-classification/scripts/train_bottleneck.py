@@ -57,7 +57,7 @@ def main() -> None:
         tasks = split_tasks(data, args.classes_per_task, seed)
         bottleneck = fitted_bottleneck(seed_run, encoder, data, args, embeddings["train"])
         with seed_run.timed("codes"):
-            codes, vectors = (HeadInputs.of(model, embeddings, data) for model in (bottleneck, linear))
+            codes, vectors = (HeadInputs.from_embeddings(model, embeddings, data) for model in (bottleneck, linear))
 
         at_once, values, weights = [sum(tasks, [])], args.value_learning_rate, args.probe_learning_rate
         heads = {
