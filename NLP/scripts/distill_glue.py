@@ -2,8 +2,8 @@
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
 
-`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share everything but the student, in
-`OUT/TASK/shared/seedN`. The same command again, also with more tasks, systems or seeds, trains what is missing.
+`OUT/TASK/SYSTEM` is a run of several seeds. Systems of a task share the other stages, in
+`OUT/TASK/shared/seedN`. The same command with more tasks, systems or seeds trains the new ones.
 """
 
 import copy

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kd.common.metrics.verdict import verdict_over_seeds
 from kd.common.reporting.results import RESULTS, validate
 from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich, words
 from kd.common.utils.errors import UserError
@@ -34,8 +35,9 @@ def show(folder: Path, tasks: list[str]) -> None:
     header = ["task", "metric", "seeds", "teacher", "control", *SYSTEMS.values(), "retention of KD"]
     rows = [row for task, runs in found.items() for row in task_rows(task, runs, OFFICIAL[task])]
     others = [row for task, runs in found.items() if task != "stsb" for row in task_rows(task, runs, FOR_ALL)]
-    print_rich(header, rows, title="GLUE, mean ± standard deviation over seeds", below=_average(found))
-    sections = ["# GLUE", markdown(header, rows), _average(found), "## The same metrics for all classification tasks"]
+    below = [_average(found), *_verdicts(found)]
+    print_rich(header, rows, title="GLUE, mean ± standard deviation over seeds", below="\n".join(below))
+    sections = ["# GLUE", markdown(header, rows), *below, "## The same metrics for all classification tasks"]
     write_text(folder / "glue.md", "\n\n".join([*sections, markdown(header, others)]) + "\n")
 
 
@@ -96,3 +98,18 @@ def _average(found: dict[str, Runs]) -> str:
     if not of_tasks:
         return "KD was not run, so its retention is not known."
     return f"KD retains {fmean(of_tasks.values()):.1%} of its teachers' scores, averaged over {', '.join(of_tasks)}."
+
+
+def _verdicts(found: dict[str, Runs]) -> list[str]:
+    """A sentence for each system: the verdicts on its gain over the control, by primary metric and over seeds."""
+    sentences = []
+    for system, name in SYSTEMS.items():
+        words: dict[str, list[str]] = {}
+        for task, runs in found.items():
+            verdicts = [control for one in runs[system] if (control := (one.get("verdict") or {}).get("control"))]
+            if verdicts:
+                words.setdefault(verdict_over_seeds(verdicts)["word"], []).append(task)
+        if words:
+            parts = (f"{word} on {', '.join(tasks)}" for word, tasks in words.items())
+            sentences.append(f"{name} against its control: {'; '.join(parts)}.")
+    return sentences

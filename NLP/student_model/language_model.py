@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import language_metrics, token_agreement, token_counts, unigram_perplexity
+from kd.common.metrics.verdict import Measurement, measure_perplexity
 from kd.common.objective import Divergence
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
@@ -61,10 +62,13 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
 
 
 class LanguageEvaluation(NamedTuple):
-    """A model's entry in results.json, and its most probable next tokens (blocks, positions) by split."""
+    """A model's entry in results.json, its most probable next tokens (blocks, positions) by split, and its validation
+    perplexity on any of the blocks.
+    """
 
     entry: dict[str, Any]
     choices: dict[str, np.ndarray]
+    measurement: Measurement
 
 
 class LanguageTask(GenerationTask):
@@ -147,12 +151,12 @@ class LanguageTask(GenerationTask):
         """Evaluates a model on every split but train. With the `teacher`'s evaluation, this includes how often both
         models choose the same token. Warns if the teacher is no better than chance.
         """
-        metrics, choices = {}, {}
+        metrics, choices, counts = {}, {}, {}
         for split, blocks in self.splits.items():
             if split == "train":
                 continue
-            counts, choices[split] = predict_tokens(model, blocks, run.args.per_device_eval_batch_size)
-            metrics[split] = language_metrics(counts, self.data.size(split))
+            counts[split], choices[split] = predict_tokens(model, blocks, run.args.per_device_eval_batch_size)
+            metrics[split] = language_metrics(counts[split], self.data.size(split))
             if teacher is not None:
                 labels = np.asarray(blocks.with_format("numpy")[:]["labels"])
                 metrics[split]["agreement"] = token_agreement(choices[split], teacher.choices[split], labels)
@@ -160,7 +164,7 @@ class LanguageTask(GenerationTask):
         entry = {"name": self._name(role, model), **cost(model, block), "metrics": metrics}
         if role == "teacher":
             self.warn_if_at_chance(run, entry, model.config.vocab_size)
-        return LanguageEvaluation(entry, choices)
+        return LanguageEvaluation(entry, choices, measure_perplexity(counts["validation"], choices["validation"]))
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
@@ -184,6 +188,7 @@ class LanguageTask(GenerationTask):
             run,
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
+            measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
             method=args.method + ("_hidden" if args.hidden_weight else ""),
             metric="perplexity",
             lower_is_better=True,

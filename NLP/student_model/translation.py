@@ -21,6 +21,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
+from kd.common.metrics.verdict import Measurement, measure_bleu
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import NOT_INPUTS, run_inference
@@ -70,11 +71,14 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
 
 
 class TranslationEvaluation(NamedTuple):
-    """A model's entry in results.json, the seconds to translate 100 sentences, and the signatures of sacreBLEU."""
+    """A model's entry in results.json, the seconds to translate 100 sentences, the signatures of sacreBLEU, and the
+    validation BLEU on any of the sentences.
+    """
 
     entry: dict[str, Any]
     seconds: dict[str, float]
     signatures: dict[str, str]
+    measurement: Measurement
 
 
 class TranslationTask(GenerationTask):
@@ -161,6 +165,7 @@ class TranslationTask(GenerationTask):
         translator = Generator(model, self.tokenizer)
         metrics: dict[str, dict[str, float]] = {}
         signatures: dict[str, str] = {}
+        greedy: dict[str, list[str]] = {}  # by split
         for split in (split for split in self.splits if split != "train"):
             rows, references = self.splits[split], self.data.splits[split]["target"][:]
             metrics[split] = teacher_forced_metrics(translator, rows)
@@ -169,7 +174,8 @@ class TranslationTask(GenerationTask):
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 scores, signatures = translation_metrics(texts, references)
                 metrics[split] |= {metric + suffix: score for metric, score in scores.items()}
-        validation = self.splits["validation"]
+                greedy.setdefault(split, texts)
+        validation, references = self.splits["validation"], self.data.splits["validation"]["target"][:]
         seconds = {
             f"seconds_per_100_{decoding}": seconds_per_100(translator, validation, beams)
             for decoding, beams in (("greedy", 1), ("beam", self.args.beams))
@@ -178,7 +184,7 @@ class TranslationTask(GenerationTask):
         entry = {"name": self._name(role, model), **costs, "metrics": metrics}
         if role == "teacher":
             self.warn_if_at_chance(run, entry, model.config.vocab_size)
-        return TranslationEvaluation(entry, seconds, signatures)
+        return TranslationEvaluation(entry, seconds, signatures, measure_bleu(greedy["validation"], references))
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
@@ -194,6 +200,7 @@ class TranslationTask(GenerationTask):
             run,
             f"{self.data.name} {'-'.join(self.data.languages)}",
             {role: evaluation.entry for role, evaluation in evaluations.items()},
+            measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
             method=self.args.method,
             metric="bleu",  # of greedy decoding, the fastest one
             decoding={role: evaluation.seconds for role, evaluation in evaluations.items()},

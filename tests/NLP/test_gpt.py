@@ -32,6 +32,7 @@ from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
+from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 SCRIPT = "NLP/scripts/distill_gpt.py"
 TINY = (
@@ -268,6 +269,7 @@ def test_a_run_is_complete_and_reports_the_perplexity_of_the_saved_student(finis
     score = {role: model["metrics"]["validation"]["perplexity"] for role, model in found["models"].items()}
     assert found["retention"] == score["teacher"] / score["student"]
     assert found["gain_over_control"] == score["control"] - score["student"]
+    check_verdict(found)
     assert found["sample"]["prompt"]
     for name in ("recipe.yaml", "report.md", "curves.png"):
         assert (finished / name).stat().st_size > 0
@@ -327,6 +329,7 @@ def test_several_seeds_share_a_teacher_and_continue(texts, tmp_path):
     runs = [json.loads((tmp_path / "run" / f"seed{seed}" / "results.json").read_text()) for seed in (0, 1)]
     perplexity = [run["models"]["student"]["metrics"]["validation"]["perplexity"] for run in runs]
     mean = found["models"]["student"]["metrics"]["validation"]["perplexity"]
+    check_verdict_over_seeds(found, runs)
     assert perplexity[0] != perplexity[1] and mean == pytest.approx(sum(perplexity) / 2)
     assert runs[0]["models"]["teacher"] == runs[1]["models"]["teacher"]
     (tmp_path / "run" / "results.json").unlink()

@@ -14,9 +14,9 @@ from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.exports import run_readme
-from kd_testing.pictures import NAMES, in_colour, photos_in, pixels
-from kd_testing.pictures import large as large_data
-from kd_testing.pictures import small as small_data
+from kd_testing.image_files import NAMES, in_colour, photos_in, pixels
+from kd_testing.image_files import large as large_data
+from kd_testing.image_files import small as small_data
 from kd_testing.scripts import run_script
 
 PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}

@@ -15,7 +15,7 @@ from PIL import Image
 from kd.common.data.sources import holdout
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import load_image_data
-from kd_testing.pictures import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
+from kd_testing.image_files import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
 
 
 def classes_in(folder: Path, **counts: int) -> Path:

@@ -24,8 +24,8 @@ from kd.image_classification.student_model.sweep import Student
 from kd.image_classification.student_model.sweep_report import compare_students, rows_of
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
+from kd_testing.image_files import draw
 from kd_testing.paths import REPO
-from kd_testing.pictures import draw
 from kd_testing.processes import run_code
 from kd_testing.scripts import run_script
 

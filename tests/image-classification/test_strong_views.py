@@ -12,7 +12,7 @@ from kd.common.utils.files import read_json
 from kd.image_classification.data import views as views_module
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_operations
-from kd_testing.pictures import large, photos_in, pixels
+from kd_testing.image_files import large, photos_in, pixels
 from kd_testing.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("digits_once")

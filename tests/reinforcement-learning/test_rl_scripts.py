@@ -199,7 +199,7 @@ def test_several_environments_share_one_body(capsys):
         assert read_json(f"both/{name}/results.json")["task"] == name
     capsys.readouterr()
     words = ["--environment", "CartPole-v1", "MountainCar-v0", "--output_dir", "both"]
-    assert "holds a finished run" in error_line(capsys, *words, "--teacher", *teachers)
+    assert "contains a finished run" in error_line(capsys, *words, "--teacher", *teachers)
 
 
 def test_videos(cart_pole):
@@ -342,7 +342,7 @@ def test_invalid_input_gives_one_line(words, expected, cart_pole, capsys):
 def test_folder_with_other_files_raises_an_error_before_training(capsys):
     Path("other").mkdir()
     Path("other/thesis.tex").write_text("text")
-    assert "holds no run (thesis.tex)" in error_line(capsys, *TEACHER, "--output_dir", "other")
+    assert "contains no run (thesis.tex)" in error_line(capsys, *TEACHER, "--output_dir", "other")
     assert not Path("runs").exists()
 
 
