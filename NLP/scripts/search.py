@@ -2,10 +2,10 @@
 
     python NLP/scripts/search.py --dataset intents --teacher runs/NLP/base/stages/teacher
 
-Optuna suggests hyperparameters, transformers' Trainer trains a student with them, and the validation split decides.
-The test split is not used. The teacher is a trained classifier (here of a run of distill_base.sh). Its logits are
-cached for all trials. The control is a trial on labels alone, at the geometric mean of the learning rates. Writes
-search.json, search.md, search.png and best.yaml.
+Optuna suggests hyperparameters, transformers' Trainer trains a student with them, and the student is evaluated on the
+validation split. The test split is not used. The teacher is a trained classifier, in this example that of a run of
+distill_base.sh. Its logits are cached for all trials. The control is a trial on labels alone, at the geometric mean of
+the range of learning rates. Writes search.json, search.md, search.png and best.yaml.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ from kd.nlp.teacher_model.teacher import (
 
 def main() -> None:
     text, args, training = parse(*ARGUMENTS)
-    reject_unused("--search varies it", training, *args.search)
+    reject_unused("--search sets it", training, *args.search)
     reason = "trials save no checkpoints and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
     if training.load_best_model_at_end:
@@ -49,10 +49,10 @@ def main() -> None:
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
     if data.regression and "temperature" in args.search:
         raise UserError(
-            f"{data.name} is a regression, and its loss has no temperature: pass --search alpha learning_rate"
+            f"{data.name} is a regression task, whose loss has no temperature: pass --search alpha learning_rate"
         )
     check_smoothing(training, data.name, data.num_labels)
-    set_seed(training.seed)  # for the random head of a student without one
+    set_seed(training.seed)  # determines the head of a student that is loaded without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
     for start in (teacher, student):

@@ -1,4 +1,4 @@
-"""The data and pretrained models of a text classifier's distillation, and checks of the arguments against them."""
+"""Data and pretrained models for distilling a text classifier, and checks of the arguments against them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +21,12 @@ from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classi
 class Inputs:
     """Data and pretrained models. Training copies the models and leaves these unchanged.
 
-    data: uses the class ids of the teacher if it is a classifier of these labels.
+    data: has the class ids of the teacher if that is a classifier of these labels.
     teacher: fine-tuned by the run unless `teacher.trained`.
     student: the model of --student; None if the student is cut from the teacher.
     control_init: the encoder that the control is cut from if the teacher is already trained.
     ensemble: further teachers, whose logits are averaged with the teacher's.
-    texts, student_texts: the data, tokenized for teacher and student.
+    texts, student_texts: the data, tokenized with the tokenizer of the teacher and of the student.
     student_layers: number of layers of a student that is cut from the teacher.
     """
 
@@ -99,7 +99,7 @@ def inputs_of_seed(
 
 
 def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTrainingArguments) -> None:
-    """Raises UserError for arguments of any method that do not fit the models, before anything is written."""
+    """Raises UserError for arguments of any method that do not fit the models. Called before anything is written."""
     teacher, student, control_init = inputs.teacher, inputs.student, inputs.control_init
     layers = len(layer_paths(teacher.encoder))
     check_smoothing(training, inputs.data.name, inputs.data.num_labels)
@@ -185,7 +185,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
     """Raises UserError for a bottleneck that does not fit teacher and student."""
     teacher, student = inputs.teacher, inputs.student
     if teacher.trained:
-        reject_unused(f"teacher {pair.teacher} is not trained", bottleneck, "freeze_teacher_encoder")
+        reject_unused(f"teacher {pair.teacher} is trained already", bottleneck, "freeze_teacher_encoder")
     elif bottleneck.freeze_teacher_encoder:
         reason = "--freeze_teacher_encoder does not train the teacher's encoder"
         reject_unused(reason, pair, "teacher_epochs", "from_scratch_epochs")
