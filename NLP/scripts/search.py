@@ -23,7 +23,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import chance_warning, evaluate
-from kd.nlp.student_model.layers import cut_layers, layer_paths, disable_dropout
+from kd.nlp.student_model.layers import cut_layers, disable_dropout, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
 from kd.nlp.student_model.training import cached_outputs, set_trainable
