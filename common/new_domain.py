@@ -2,8 +2,8 @@
 
     python -m kd.common.new_domain speech
 
-The folder bird-songs is imported as `kd.bird_songs`. The domain's test goes to tests/bird-songs, its link for editors
-and type checkers to typings/kd/bird_songs.
+A folder bird-songs is imported as `kd.bird_songs`. The test of the domain is created in tests/bird-songs, and its link
+for editors and type checkers in typings/kd/bird_songs.
 """
 
 import keyword
@@ -34,7 +34,7 @@ NEXT = """created {folder}/ and tests/{folder}/. Next, from {root}:
 
 def main() -> None:
     parser = Parser(prog="python -m kd.common.new_domain", description=__doc__)
-    parser.add_argument("folder", help="letters, digits, - and _, such as bird-songs")
+    parser.add_argument("folder", help="Name of the domain: letters, digits, - and _, such as bird-songs.")
     folder = parser.parse_args().folder
     if not TEMPLATE.is_dir():
         raise UserError("templates/domain is missing: run this in a checkout of the repository")
@@ -51,7 +51,7 @@ def validate_import_name(folder: str) -> str:
     """The import name of a domain's folder. Raises UserError if it is not a valid one."""
     name = import_name(folder)
     if not re.fullmatch(r"[a-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
-        raise UserError(f"{folder!r} gives no import name: use letters, digits, - and _, as in bird-songs")
+        raise UserError(f"{folder!r} is not a valid name: use letters, digits, - and _, as in bird-songs")
     return name
 
 
@@ -64,7 +64,7 @@ def check_name_is_free(folder: str, name: str) -> None:
 
 
 def create_domain(folder: str, name: str) -> None:
-    """Creates the domain, its test and its link; none of them if one step fails."""
+    """Creates the domain, its test and its link. If one step fails, none of them is created."""
 
     def renamed(text: str) -> str:
         return PLACEHOLDER.sub(lambda found: folder if found[1] == "-" else name, text)

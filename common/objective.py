@@ -5,8 +5,8 @@
 
 A term maps (student outputs, teacher outputs or None, labels or None) to a scalar. `task_loss` and `logit_term` build
 terms on logits, `FeatureTerm` builds one on features. A term with parameters is a module. Its auxiliary parameters are
-optimized, clipped and checkpointed with the student's, and never ship. The weight of a term is a number, or a function
-of the training progress, such as `warm_up(1.0, 0.1)`.
+optimized, clipped and checkpointed with those of the student, and are not saved with the student. The weight of a term
+is a number, or a function of the training progress, such as `warm_up(1.0, 0.1)`.
 """
 
 import math
@@ -151,11 +151,11 @@ class FeatureTerm(nn.Module):
     If two maps (batch, channels, height, width) differ in size, the larger is averaged down to the smaller.
 
     Args:
-        student, teacher: Name of the feature, or several names for a loss that takes several tensors of each.
+        student, teacher: Name of a feature, or several names for a loss that takes several tensors of each model.
         loss: (student features, teacher features, mask=mask) -> scalar; called without `mask` if there is none.
-        projector: Applied to the student's features first. Its parameters are auxiliary: they do not ship.
+        projector: Applied to the student's features first. Its parameters are auxiliary parameters.
         transform: (feature, mask (batch, positions) or None) -> tensor, applied to the features of both models, such
-            as pooling. The loss then gets no mask of positions.
+            as pooling. The loss is then called without a mask of positions.
         only_where_right: Mask out the samples (batch,) that the teacher misclassifies.
     """
 
@@ -202,7 +202,7 @@ class FeatureTerm(nn.Module):
 
 
 def average_down(maps: Tensor, size: int) -> Tensor:
-    """Maps (batch, channels, height, width), averaged down to `size` pixels where they are larger."""
+    """Averages maps (batch, channels, height, width) down to `size` pixels if they are larger."""
     return F.adaptive_avg_pool2d(maps, size) if maps.shape[-1] > size else maps
 
 

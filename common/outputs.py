@@ -15,7 +15,7 @@ class Outputs(ModelOutput):
     """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are not
     padding, sample_id (batch,) of the training samples, for terms with a memory.
 
-    A ModelOutput, because accelerate casts the bf16 tensors of an autocast forward back to fp32 only inside one.
+    It is a ModelOutput because accelerate casts the bf16 tensors of an autocast forward back to fp32 only inside one.
     """
 
     logits: Tensor | None = None

@@ -1,7 +1,7 @@
-"""Loads saved models in fp32, checks that all weights fit, and reports failures in one line.
+"""Loads saved models and tokenizers in fp32, checks that all weights fit, and reports failures in one line.
 
 `from_pretrained` alone keeps half-precision weights, initializes missing weights at random, and raises the exceptions
-of its parsers. This module loads all models and tokenizers of the project.
+of its parsers.
 """
 
 import os

@@ -114,8 +114,8 @@ def error_of(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bird songs", "no import name"), ("3d", "no import name"), ("class", "no import name"),
-        ("../speech", "no import name"), ("vögel", "no import name"), ("", "an argument is empty"),
+        ("bird songs", "not a valid name"), ("3d", "not a valid name"), ("class", "not a valid name"),
+        ("../speech", "not a valid name"), ("vögel", "not a valid name"), ("", "an argument is empty"),
         ("common", "taken, by common"), ("Tests", "taken, by tests"), ("kd-testing", "taken, by tests/kd_testing"),
         ("setup", "taken, by setup.py"), ("example-domain", "taken, by typings/kd/example_domain"),
     ],

@@ -1,4 +1,4 @@
-"""Every script refuses what cannot be in one line on stderr, with exit code 2, and leaves nothing behind."""
+"""Every script rejects invalid input with one line on stderr and exit code 2, and writes nothing."""
 
 import importlib
 from dataclasses import fields, is_dataclass
@@ -14,7 +14,7 @@ from kd.common.utils.ranges import ranges_of
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
-TRAINED = [  # scripts whose training is KDTrainer's, and what they need besides
+TRAINED = [  # scripts that train with KDTrainer, and the flags that they require
     ("NLP/scripts/distill_classifier.py", []),
     ("NLP/scripts/distill_bottleneck.py", []),
     ("NLP/scripts/distill_glue.py", []),
@@ -27,7 +27,7 @@ TRAINED = [  # scripts whose training is KDTrainer's, and what they need besides
     ("image-classification/scripts/distill_bottleneck.py", []),
     ("image-classification/scripts/sweep.py", []),
 ]
-OF_TRAINING = [
+INVALID_TRAINING_FLAGS = [
     ("--alpha 1.5", "--alpha must be between 0 and 1, got 1.5"),
     ("--alpha nan", "--alpha must be between 0 and 1, got nan"),
     ("--temperature 0", "--temperature must be above 0, got 0.0"),
@@ -62,12 +62,12 @@ OF_TRAINING = [
     ("--optim adamw_torch --optim_args momentum=0.9", "momentum is not read by --optim adamw_torch"),
     ('--lr_scheduler_type linear --lr_scheduler_kwargs {"cycles":3}', "cycles"),
     ("--lr_scheduler_kwargs {broken", "is not valid JSON"),
-    ("--report_to foo", "--report_to foo is not installed or not known"),
+    ("--report_to foo", "--report_to foo is unknown or not installed"),
     ("--do_train", "--do_train has no effect"),
     ("--push_to_hub", "--push_to_hub has no effect"),
     ("--remove_unused_columns", "--remove_unused_columns has no effect"),
     ("--label_names a b", "--label_names has no effect"),
-    ("--fp16", "--fp16 has no effect, because --precision decides"),
+    ("--fp16", "--fp16 has no effect, because --precision replaces it"),
     ("--bf16 --precision fp32", "--bf16 has no effect"),
     ("--run_name a", "--run_name has no effect"),
     ("--metric_for_best_model accuracy", "has no effect without --load_best_model_at_end"),
@@ -94,7 +94,7 @@ POLICY, RL_TEACHER, RL_EVALUATE = (
     f"reinforcement-learning/scripts/{name}.py" for name in ("distill_policy", "train_teacher", "evaluate")
 )
 LONG = "x" * 5000
-OF_SCRIPTS = [
+INVALID_SCRIPT_FLAGS = [
     (CLASSIFY, "--max_length 4", "--max_length must be at least 8"),
     (CLASSIFY, "--student_layers 0", "--student_layers must be at least 1"),
     (CLASSIFY, "--teacher_epochs 0", "--teacher_epochs must be above 0"),
@@ -206,14 +206,14 @@ OF_SCRIPTS = [
     ("common/reporting/__main__.py", "nowhere", "nowhere does not exist"),
     ("common/reporting/__main__.py", LONG, "File name too long"),
     ("common/reporting/__main__.py", "nowhere --markdown=", "--markdown is empty"),
-    ("common/new_domain.py", "a/b", "gives no import name"),
+    ("common/new_domain.py", "a/b", "is not a valid name"),
     ("common/new_domain.py", LONG, "error: "),
 ]
 
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with nothing in it but recipes that cannot be."""
+    """The working directory, which contains only invalid recipes."""
     (tmp_path / "twice.yaml").write_text("alpha: 0.5\nseed: 1\nalpha: 0.1\n")
     (tmp_path / "latin.yaml").write_bytes("output_dir: Übung\n".encode("latin-1"))
     (tmp_path / "folder.yaml").mkdir()
@@ -223,12 +223,12 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, script: str, *words: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], folder: Path, script: str, *words: str) -> str:
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         run_script(script, *words)
-    said = capsys.readouterr().err.splitlines(keepends=True)
-    line = "".join(words for words in said if "\r" not in words and "%|" not in words)  # no progress bars
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    line = "".join(part for part in lines if "\r" not in part and "%|" not in part)  # without progress bars
     assert exit.value.code == 2, line
     assert line.startswith("error: ") and line.endswith("\n") and line.count("\n") == 1, line
     assert sorted(folder.rglob("*")) == before
@@ -236,23 +236,23 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, script: str, *word
 
 
 @pytest.mark.parametrize(("script", "needed"), TRAINED, ids=[script for script, _ in TRAINED])
-def test_what_no_training_can_be(
+def test_invalid_training_flags_are_errors_of_one_line(
     capsys: pytest.CaptureFixture[str], empty: Path, script: str, needed: list[str]
 ) -> None:
-    for words, expected in OF_TRAINING:
-        own = [*words.split(), *needed] if words.startswith("--") else [words, *needed]
-        assert expected in refused(capsys, empty, script, *own), (script, words)
+    for words, expected in INVALID_TRAINING_FLAGS:
+        arguments = [*words.split(), *needed] if words.startswith("--") else [words, *needed]
+        assert expected in error_of(capsys, empty, script, *arguments), (script, words)
 
 
-@pytest.mark.parametrize(("script", "words", "expected"), OF_SCRIPTS)
-def test_what_a_script_cannot_do(
+@pytest.mark.parametrize(("script", "words", "expected"), INVALID_SCRIPT_FLAGS)
+def test_invalid_flags_of_a_script_are_errors_of_one_line(
     capsys: pytest.CaptureFixture[str], empty: Path, script: str, words: str, expected: str
 ) -> None:
-    assert expected in refused(capsys, empty, script, *words.split())
+    assert expected in error_of(capsys, empty, script, *words.split())
 
 
 def argument_types() -> list[type[Any]]:
-    """All dataclasses of the scripts' command lines."""
+    """The dataclasses of all command lines."""
     names = [
         "kd.common.training.arguments",
         "kd.nlp.student_model.arguments",
@@ -281,13 +281,13 @@ def test_every_number_has_a_range_and_every_default_lies_in_it(kind: type[Any]) 
     Parser([kind]).parse_known_args(needed)
 
 
-def test_every_flag_that_is_named_exists() -> None:
+def test_all_flags_with_a_range_or_without_support_exist() -> None:
     names = {field.name for field in fields(KDTrainingArguments.complete())}
     assert set(UNSUPPORTED) <= names and set(RANGES) <= names
 
 
 def types_of(recipe: Path) -> list[type[Any]]:
-    """The arguments of the script that a recipe of this project is for."""
+    """The argument types of the script that a recipe belongs to."""
     texts, images, policies = (
         importlib.import_module(f"kd.{domain}.student_model.arguments")
         for domain in ("nlp", "image_classification", "reinforcement_learning")
@@ -306,8 +306,8 @@ def types_of(recipe: Path) -> list[type[Any]]:
         gpt, translation = (
             importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")
         )
-        own = [gpt.Arguments, gpt.LanguageTrainingArguments]
-        return own if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
+        of_gpt = [gpt.Arguments, gpt.LanguageTrainingArguments]
+        return of_gpt if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]
     glue = [texts.GlueArguments] if recipe.stem == "glue" else []
@@ -322,13 +322,13 @@ def types_of(recipe: Path) -> list[type[Any]]:
 
 
 @pytest.mark.parametrize("recipe", sorted(REPO.glob("*/scripts/**/*.yaml")), ids=lambda path: path.name)
-def test_the_recipes_are_not_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_recipes_are_valid(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     parse(*types_of(recipe), argv=[str(recipe)])
     assert not list(tmp_path.iterdir())
 
 
-def test_arguments_create_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_write_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     KDTrainingArguments(output_dir=str(tmp_path / "run")), RunArguments(output_dir=str(tmp_path / "run"))
     assert not list(tmp_path.iterdir())

@@ -21,10 +21,10 @@ from kd.common.cli import Parser, run, show_help
 PARSER = Parser(prog="python -m kd.common.export", description=__doc__)
 PARSER.add_argument("student", help="Folder of a student or of its run, or a zip file of Stable-Baselines3.")
 PARSER.add_argument("--format", choices=["onnx", "torch.export"], default="onnx", help="File format of the export.")
-PARSER.add_argument("--domain", help="Domain of the student. Default: from results.json of its run.")
-PARSER.add_argument("--task", help="Task of the student; for a policy, the environment. Default: as --domain.")
-PARSER.add_argument("--vecnormalize", metavar="FILE", help="Policies: file of VecNormalize.save, or none.")
-PARSER.add_argument("--output_dir", help="Default: export, in the run folder or next to the student.")
+PARSER.add_argument("--domain", help="Domain of the student. Default: read from results.json of its run.")
+PARSER.add_argument("--task", help="Task, or environment of a policy. Default: read from results.json.")
+PARSER.add_argument("--vecnormalize", metavar="FILE", help="File of VecNormalize.save for a policy, or none.")
+PARSER.add_argument("--output_dir", help="Folder of the export. Default: export, in the run folder or by the student.")
 PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
@@ -76,7 +76,7 @@ def loader(student: str, domain: str | None) -> Callable[..., Exportable]:
     folders = [path.parts[-3] for path in Path(__file__).parents[2].glob("*/student_model/exportable.py")]
     known = f"--domain, one of {', '.join(sorted(folders))}"
     if not isinstance(domain, str):
-        raise UserError(f"the domain of {student} is in no {RESULTS}: pass {known}")
+        raise UserError(f"no {RESULTS} names the domain of {student}: pass {known}")
     package = import_name(domain)
     if package not in map(import_name, folders):
         raise UserError(f"there is no domain {domain} with exportable students: pass {known}")

@@ -24,7 +24,7 @@ from kd.common.utils.files import write_json, write_text, writing_folder
 
 RECORD = "export.json"  # marks a folder as an export
 TOLERANCE = 1e-3  # of a logit: a prediction changes only if the two largest logits differ by less than twice that
-TIES = 1e-3  # share of rows that may differ with a bottleneck: if two keys are equally near, rounding decides
+TIES = 1e-3  # share of rows that may differ with a bottleneck: for equally near keys, the code depends on rounding
 
 
 @dataclass
@@ -125,7 +125,7 @@ FORMATS = {
 
 
 def export_student(name: str, student: Exportable, format: str, folder: Path) -> None:
-    """Exports `student` into a folder and prints the comparison with it. `name` stands in messages and README.md.
+    """Exports `student` into a folder and prints the comparison. `name` is used in messages and README.md.
 
     Raises UserError if it cannot be exported, or if the outputs of the export differ.
     """

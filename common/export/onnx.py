@@ -40,7 +40,7 @@ class _Graph(nn.Module):
 
 
 def get_logits(outputs: Any) -> Tensor:
-    """Returns the logits of a model's outputs; a tensor is returned as it is."""
+    """Returns the logits of a model's outputs; a tensor is returned unchanged."""
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 

@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions from tensors to a scalar, computed in fp32. Only the student gets gradients."""
+"""Distillation losses: pure functions from tensors to a scalar, computed in fp32. Teacher tensors are detached."""
 
 from kd.common.losses.features import (
     attended_mean,

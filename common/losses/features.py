@@ -227,8 +227,8 @@ def attended_mean(distances: Tensor, attention: Tensor) -> Tensor:
 # ---- relations between the samples of a batch ----
 #
 # Features are (batch, width), in the same order for student and teacher. The two widths may differ unless a docstring
-# excludes it, and only correlation_congruence depends on the order. Between samples with equal features there is
-# neither a distance nor a direction, nor a gradient of either.
+# excludes it, and only correlation_congruence depends on the order. For samples with equal features, the distance is
+# zero, the direction is undefined, and neither has a gradient.
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Losses between predictions: distributions over classes or tokens, Gaussian policies, and numbers.
 
-Logits are (batch, classes), also (batch, positions, vocabulary) where a docstring has it; labels are (batch,).
+Logits are (batch, classes), or (batch, positions, vocabulary) if a docstring lists that shape; labels are (batch,).
 """
 
 import math

@@ -1,7 +1,8 @@
-"""Methods of distillation by name: what a student is trained for, and the features that this needs.
+"""Distillation methods by name.
 
-A method is a function (spec, *, arguments) -> Method, whose defaults are its paper's. METHODS holds those for
-classifiers of every domain; a domain may add to the table.
+A method is a function (spec, *, arguments) -> Method, which returns the terms of the objective and the features that
+they read. The default arguments are those of the paper. METHODS contains the methods for classifiers of any domain, to
+which a domain may add others.
 """
 
 from kd.common.methods.arguments import arguments_of, check_methods_differ, fill_arguments, kd_flags, parse_method

@@ -16,9 +16,9 @@ from kd.common.utils.ranges import MOST, Range, range_in
 
 
 def parse_method(spec: str, methods: Mapping[str, Callable[..., Any]], **defaults: Any) -> Callable[..., Any]:
-    """The method of `spec` with its arguments. `defaults` replace the method's defaults; those that it does not have
-    are ignored. Raises UserError for an unknown method or argument, for an argument that is set twice, and for a value
-    of another type or out of range, also among `defaults`.
+    """The method of `spec` with its arguments. `defaults` replace the method's defaults; names that are not arguments
+    of the method are ignored. Raises UserError for an unknown method or argument, for an argument that is set twice,
+    and for a value of another type or out of range, also among `defaults`.
     """
     name, words = _split(spec)
     if name not in methods:
@@ -71,7 +71,7 @@ def check_methods_differ(methods: Iterable[tuple[str, Callable[..., Any]]]) -> N
 
 
 def kd_flags(spec: str, args: KDTrainingArguments) -> dict[str, float]:
-    """--alpha and --temperature, which are arguments of `kd` alone: in other methods these words mean other things."""
+    """--alpha and --temperature as arguments of `kd`. Other methods use these names for other arguments."""
     return {"alpha": args.alpha, "temperature": args.temperature} if spec.split(":")[0] == "kd" else {}
 
 

@@ -1,8 +1,9 @@
 """Methods for classifiers of any domain: some match logits, the others the relations between the samples of a batch.
 
-The defaults are the papers' for CIFAR-100; where a paper's differ by pair, those of ResNet32x4 -> ResNet8x4. Those of
-relations are for a cross-entropy of weight 1, as in the common toolboxes. Warm-ups, curricula and decays are shares of
-the training and change with every step; in the authors' code they change with every epoch.
+The default arguments are those of the papers for CIFAR-100; if they differ by teacher-student pair, those of
+ResNet32x4 -> ResNet8x4. The weights of relation losses are for a cross-entropy of weight 1, as in the common
+toolboxes. Warm-ups, curricula and decays are shares of the training and change with every step; in the authors' code
+they change with every epoch.
 """
 
 import math
@@ -20,8 +21,8 @@ from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, Share, ShareAbove0
 
-MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)  # of multi-level distillation, beside its argument
-LARGEST_RISE = 20.0  # of a trained temperature, above 1
+MORE_TEMPERATURES = (2.0, 3.0, 5.0, 6.0)  # of multi-level distillation, in addition to its argument `temperature`
+LARGEST_RISE = 20.0  # a trained temperature is between 1 and 1 + LARGEST_RISE
 
 
 # ---- logits ----
@@ -35,10 +36,10 @@ def kd(spec: TaskSpec, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Me
 def dkd(
     spec: TaskSpec, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
 ) -> Method:
-    """Decoupled KD (Zhao et al., arXiv:2203.08679), plus the labels' cross-entropy. alpha weighs the label's
-    probability, beta the distribution over the other classes (published: 8, 6 or 2 by pair). Both weights rise
-    linearly from 0 over the share `warmup` of the training; in the authors' code they start at 1/20 in the first
-    epoch.
+    """Decoupled KD (Zhao et al., arXiv:2203.08679), plus the labels' cross-entropy. alpha is the weight of the label's
+    probability, beta of the distribution over the other classes (8, 6 or 2 in the paper, depending on the pair). Both
+    weights rise linearly from 0 over the share `warmup` of the training; in the authors' code they start at 1/20 in
+    the first epoch.
     """
     _needs_classes(spec, "dkd", 3)
     loss = partial(losses.decoupled_kd, alpha=alpha, beta=beta, temperature=temperature)
@@ -48,8 +49,8 @@ def dkd(
 def dist(
     spec: TaskSpec, *, weight: float = 2.0, beta: float = 1.0, gamma: float = 1.0, temperature: Positive = 4.0
 ) -> Method:
-    """Correlations instead of a divergence (DIST, Huang et al., arXiv:2205.10536), plus the labels. beta weighs those
-    over the classes of a sample, gamma those over the samples of a batch.
+    """Correlations instead of a divergence (DIST, Huang et al., arXiv:2205.10536), plus the labels. beta is the weight
+    of the correlations over the classes of a sample, gamma of those over the samples of a batch.
     """
     loss = partial(losses.correlation_loss, beta=beta, gamma=gamma, temperature=temperature)
     return labels() + Method({"correlations": (weight, logit_term(loss))})

@@ -1,4 +1,4 @@
-"""What a method returns (`Method`), what it gets (`TaskSpec`), and functions that build both."""
+"""`TaskSpec`, the argument of a method, `Method`, its return value, and functions that create methods."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -157,9 +157,9 @@ def hooked(*features: Feature) -> dict[str, str]:
 def depth_map(student_layers: int, teacher_layers: int, depth: Depth = "nearest") -> list[tuple[int, int]]:
     """Matches layers or stages: (student layer, teacher layer), counted from 0.
 
-    nearest, up: Each student layer has the teacher layer at the same relative depth, rounded to the nearest layer or
-        up. The last layers match: 3 of 6 gives 1, 3, 5.
-    last: The last layers match, the ones before them match, and so on, as long as both models have layers.
+    nearest, up: Each student layer is matched with the teacher layer at the same relative depth, rounded to the
+        nearest layer or up. The last layers are matched: 3 student layers of 6 teacher layers give 1, 3, 5.
+    last: The last layers are matched, then the second to last layers, and so on, until one model has no more layers.
     """
     if depth == "last":
         number = min(student_layers, teacher_layers)

@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Group(NamedTuple):
-    """What runs that differ only in their seed share. The method of a sweep run includes its learning rate."""
+    """The properties by which runs are grouped: runs of a group differ only in their seed. The method of a sweep run
+    includes its learning rate.
+    """
 
     domain: str
     task: str
@@ -75,7 +77,7 @@ FIGURES: dict[str, Callable[[Results], float | None]] = {  # the columns that ar
     "latency_ms": lambda results: (_student(results, "latency_ms") or {}).get("median"),
     "seconds": lambda results: results["seconds"]["total"],
 }
-PRINTED = ["teacher", "control", "student", "gain", "parameters"]  # the others would not fit a terminal
+PRINTED = ["teacher", "control", "student", "gain", "parameters"]  # more columns would not fit a terminal
 SIZES = {"parameters", "megabytes"}  # equal for all seeds
 FOLDER = "folder"  # key of results that were read
 
@@ -106,7 +108,7 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def _describe(place: Path) -> str | None:
-    """Why a place has no runs; None for a file, because `**` matches many."""
+    """The reason why a path contains no runs; None for a file, because `**` matches many files."""
     try:
         mode = place.stat().st_mode
     except FileNotFoundError:
@@ -142,7 +144,7 @@ def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
             continue
         if key in runs:  # counting a seed twice would make the deviation too small
             others = ", ".join(key[:3])
-            problems.append(f"{folder} repeats seed {results['seed']} of {others}, as {runs[key][0]} has it")
+            problems.append(f"{folder} repeats seed {results['seed']} of {others} from {runs[key][0]}")
         else:
             runs[key] = folder, results | {FOLDER: str(folder)}
     return [results for _, results in runs.values()], problems
@@ -150,7 +152,7 @@ def read_runs(places: Iterable[str | Path]) -> tuple[list[Results], list[str]]:
 
 def _contains_runs(folder: Path, finished: set[Path]) -> bool:
     """Whether a folder only groups runs, such as OUT/TASK of GLUE: it contains finished runs, but no finished seed
-    run. With one it is an unfinished run of several seeds.
+    run. A folder with a finished seed run is an unfinished run of several seeds.
     """
     below = [run for run in finished if folder in run.parents]
     return bool(below) and not any(run.parent == folder and run.name.startswith("seed") for run in below)

@@ -43,8 +43,8 @@ def plot_curves(path: str | Path, history: History, results: dict[str, Any], pro
 
     `history` maps a stage to its log dictionaries, as in the `state.log_history` of transformers.Trainer: `progress`
     (such as "epoch") with "loss", its parts "loss_NAME", or "eval_" + the primary metric. The final score of each
-    model, as in the table of the report, is a circle; without evaluations during training, as of a downloaded
-    teacher, it is a dotted line.
+    model, as in the table of the report, is a circle. For a model without evaluations during training, such as a
+    downloaded teacher, it is a dotted line.
     """
     losses, styles = _losses(history, progress), _styles(history, results)
     rows, columns = _grid(len(losses) + 1)
@@ -90,7 +90,8 @@ def _draw_metric(
 ) -> None:
     """The evaluations during training, the final scores, and chance level."""
     split, name = results["primary_metric"]["split"], results["primary_metric"]["name"]
-    axes.set_ylabel(_capitalized(words(name) if split == "test" else f"{split} {words(name)}"))  # no curve is of test
+    # Curves are never measured on test.
+    axes.set_ylabel(_capitalized(words(name) if split == "test" else f"{split} {words(name)}"))
     for stage, (colour, line, marker) in styles.items():
         logged = [entry for entry in history.get(stage, []) if f"eval_{name}" in entry and progress in entry]
         curve = [(entry[progress], entry[f"eval_{name}"]) for entry in logged]

@@ -149,7 +149,7 @@ def _values(values: dict[str, Any], *header: str) -> Table:
 
 
 def _informs(value: Any) -> bool:
-    """Whether a value is worth a row: not 0, False, None, empty or "none"."""
+    """Whether a value is included in the report: not 0, False, None, empty or "none"."""
     return bool(value) and value != "none"
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WIDTH, TEXT_WIDTH = 100, 12  # of a table in the terminal; the narrowest column for longer texts
+WIDTH, TEXT_WIDTH = 100, 12  # width of a table in the terminal, and minimum width of a column of longer texts
 WORDS = {
     "accuracy_in_scope": "accuracy in scope",
     "agreement": "agreement with the teacher",
@@ -44,7 +44,7 @@ WORDS = {
 
 
 def words(name: str) -> str:
-    """The words for an identifier of results.json: "f1_macro" is "macro F1"."""
+    """Readable text for a key of results.json: "f1_macro" becomes "macro F1"."""
     return WORDS.get(name, name.replace("_", " "))
 
 

@@ -29,7 +29,7 @@ class RunArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the run (default: runs/DOMAIN/NAME)."})
     seed: Seed = field(default=0, metadata={"help": "Random seed of initialization, data order and dropout."})
     seeds: list[Seed] | None = field(
-        default=None, metadata={"help": "Random seeds: one run per seed, and a report of the means."}
+        default=None, metadata={"help": "Random seeds: one run per seed, and their means."}
     )
     resume_from_checkpoint: bool = field(
         default=False, metadata={"help": "Continue the run in --output_dir where it stopped."}
@@ -37,10 +37,7 @@ class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the earlier run in --output_dir."})
     margin: Positive | None = field(
         default=None,
-        metadata={
-            "help": "Difference to the teacher's primary metric that counts as equal in the verdict (default: 1% of "
-            "the teacher's distance from chance)."
-        },
+        metadata={"help": "Non-inferiority margin (default: 1% of teacher minus chance)."},
     )
     precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
 

@@ -1,7 +1,8 @@
 """Batch norm over the batches of all processes, and a check for batches that are too small for it.
 
-Several processes that have a part of a batch each must normalize as one process with the whole batch would. torch's
-SyncBatchNorm runs only on GPUs and would be saved as another module; here the modules are not replaced.
+Several processes that each have a part of a batch must normalize like one process with the whole batch. torch's
+SyncBatchNorm runs only on GPUs and replaces the modules, which changes the saved model. This module replaces only
+their forward.
 """
 
 import logging
@@ -29,7 +30,7 @@ def synchronize_batch_norms(*modules: nn.Module) -> None:
         if type(norm).forward is _BatchNorm.forward:
             norm.forward = partial(_synchronized, norm)  # type: ignore[method-assign]
         else:
-            logger.warning("%s has another forward: its statistics stay those of each process", type(norm).__name__)
+            logger.warning("%s overrides forward: its statistics are computed per process", type(norm).__name__)
 
 
 def release_batch_norms(*modules: nn.Module) -> None:
@@ -40,8 +41,8 @@ def release_batch_norms(*modules: nn.Module) -> None:
 
 @contextmanager
 def checking_batch_norm_inputs(samples: int, *modules: nn.Module) -> Iterator[None]:
-    """Raises UserError if a batch norm in training gets one value per channel and sample of a batch of `samples`: with
-    a batch of one sample the values would have no variance.
+    """Raises UserError if the input of a batch norm in training has one value per channel for each of the `samples`:
+    in a batch of one sample, the values would have no variance.
     """
 
     def check(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -62,8 +63,8 @@ def _batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
 
 
 def _synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Normalized x (batch, channels, ...). The variance is the mean squared deviation from the common mean. The mean
-    square minus the squared mean would be less precise.
+    """Normalizes x (batch, channels, ...). The variance is the mean squared deviation from the common mean, which is
+    more precise than the mean square minus the squared mean.
     """
     if not norm.training:
         return _BatchNorm.forward(norm, x)

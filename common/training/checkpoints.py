@@ -1,8 +1,8 @@
 """Checkpoints that are used only if they are complete.
 
-A process can be killed at any point of writing or removing a checkpoint, and disks damage files. So the checksums of a
-checkpoint's files (SHA256SUMS) are written last and removed first, older checkpoints are removed once the new one is
-complete, and training continues from the newest checkpoint whose files match their checksums.
+A process can be killed at any point of writing or removing a checkpoint, and files can be damaged. Therefore the
+checksums of a checkpoint's files (SHA256SUMS) are written last and removed first, older checkpoints are removed only
+when the new one is complete, and training continues from the newest checkpoint whose files match their checksums.
 """
 
 import json
@@ -25,7 +25,7 @@ from kd.common.utils.files import CHECKSUMS, find_damage, read_checksums, write_
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
 NEEDED = {STATE, "scheduler.pt"}  # in any checkpoint; the scheduler is only saved with the optimizer
-KEPT = 2  # checkpoints of save_checkpoint: the newest, and the one before in case the newest is damaged
+KEPT = 2  # checkpoints that save_checkpoint keeps: the newest, and one more in case the newest is damaged
 Value = TypeVar("Value")
 
 
@@ -48,7 +48,7 @@ def newest_checkpoint(folder: str | Path, problem_in: Callable[[Path], str | Non
 def save_checkpoint(folder: Path, number: int, write: Callable[[Path], None]) -> None:
     """Calls `write(path)` for `folder/checkpoint-NUMBER`, adds checksums, then removes all but the newest two."""
     path = folder / f"checkpoint-{number}"
-    remove_checkpoint(path)  # it is damaged, or training would have continued from it
+    remove_checkpoint(path)  # an existing one is damaged, otherwise training would have continued from it
     with writing_folder(path) as unfinished:
         write(unfinished)
     for old in checkpoints_in(folder)[:-KEPT]:
@@ -112,7 +112,7 @@ def _step(checkpoint: Path) -> int:
 
 
 class CheckpointTrainer(Trainer):
-    """A Trainer with these checkpoints. The main process decides for all processes."""
+    """A Trainer that writes and resumes from such checkpoints. The main process selects them for all processes."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains. `resume_from_checkpoint=True` continues from the last complete checkpoint in the output folder, if
@@ -154,7 +154,7 @@ class CheckpointTrainer(Trainer):
         limit, self.args.save_total_limit = (
             self.args.save_total_limit,
             None,
-        )  # the parent removes checkpoints too early
+        )  # the parent would remove checkpoints before the new one is complete
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -169,7 +169,7 @@ class CheckpointTrainer(Trainer):
         """Stores the best checkpoint by its step only: its path would be wrong after a move of the output folder."""
         path, step = self.state.best_model_checkpoint, self.state.best_global_step
         self.state.best_model_checkpoint = None
-        self.state.best_global_step = _step(Path(path)) if path else None  # the best step itself may not be saved
+        self.state.best_global_step = _step(Path(path)) if path else None  # the best step may have no checkpoint
         self.state.save_to_json(str(folder / STATE))
         self.state.best_model_checkpoint, self.state.best_global_step = path, step
 

@@ -1,7 +1,7 @@
 """Checks of the flags that training inherits from transformers' TrainingArguments.
 
-A flag without effect is an error instead of being ignored. Invalid settings of the optimizer and the learning rate
-schedule are errors before training begins.
+A flag without effect is not ignored but an error. Invalid arguments of the optimizer and the learning rate schedule
+are errors before training starts.
 """
 
 import inspect
@@ -28,10 +28,10 @@ _FLAGS_BY_RANGE = {
     Range(-1, MOST): "local_rank",
 }
 RANGES = {flag: limits for limits, flags in _FLAGS_BY_RANGE.items() for flag in flags.split()}
-# Flags that have no effect, by the reason. Only their default value is accepted.
+# Flags that have no effect, grouped by the reason. Only their default value is accepted.
 _UNSUPPORTED_BY_REASON = {
-    "the script decides what is trained and evaluated": "do_train do_eval do_predict",
-    "a run is stored locally; upload its student's folder when it is finished": "push_to_hub hub_model_id hub_token "
+    "the script always trains and evaluates": "do_train do_eval do_predict",
+    "a run is stored locally; upload the folder of its student afterwards": "push_to_hub hub_model_id hub_token "
     "hub_private_repo hub_strategy hub_always_push hub_revision",
     "the columns that models and objective need are kept": "remove_unused_columns",
     "labels are called `labels`": "label_names",
@@ -39,12 +39,11 @@ _UNSUPPORTED_BY_REASON = {
     "a loss that is not finite stops the run": "logging_nan_inf_filter",
     "evaluation always computes the metrics of the report, from logits and labels": "prediction_loss_only "
     "eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics",
-    "--precision decides": "fp16 fp16_full_eval bf16_full_eval",
+    "--precision replaces it": "fp16 fp16_full_eval bf16_full_eval",
     "noise on embeddings is not supported": "neftune_noise_alpha",
-    "its losses are not those of the objective": "use_liger_kernel",
-    "liger kernels are not supported": "liger_kernel_config",
+    "liger kernels are not supported": "use_liger_kernel liger_kernel_config",
     "the optimizers that read it are not supported": "optim_target_modules",
-    "it is not supported; --fsdp is": "deepspeed",
+    "only --fsdp is supported": "deepspeed",
     "a run could not be continued from such a checkpoint": "save_only_model",
 }
 UNSUPPORTED = {flag: reason for reason, flags in _UNSUPPORTED_BY_REASON.items() for flag in flags.split()}
@@ -66,7 +65,7 @@ def check_supported(args: TrainingArguments) -> None:
         if getattr(args, name) != default:
             raise ValueError(f"--{name} has no effect, because {reason}: leave it out")
     if args.bf16 and args.precision != "bf16":  # type: ignore[attr-defined]
-        raise ValueError("--bf16 has no effect, because --precision decides: pass --precision bf16")
+        raise ValueError("--bf16 has no effect, because --precision replaces it: pass --precision bf16")
     kept_by_metric = args.load_best_model_at_end or args.save_strategy == "best"
     if not kept_by_metric and args.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy"):
         for name in ("metric_for_best_model", "greater_is_better"):
@@ -86,10 +85,10 @@ def check_report_to(args: TrainingArguments) -> None:
     for name in args.report_to or []:
         if name not in installed:
             raise ValueError(
-                f"--report_to {name} is not installed or not known: choose none or some of {', '.join(installed)}"
+                f"--report_to {name} is unknown or not installed: choose none, or from {', '.join(installed)}"
             )
     if args.run_name and set(args.report_to or []) <= {"tensorboard"}:
-        raise ValueError("--run_name has no effect, because TensorBoard's runs are called after stages: leave it out")
+        raise ValueError("--run_name has no effect, because TensorBoard's runs are named after stages: leave it out")
 
 
 def check_optimizer(args: TrainingArguments) -> None:

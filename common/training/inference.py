@@ -1,4 +1,4 @@
-"""Running models on batches of similar length: the training sampler, inference, and the attention kernel for them."""
+"""Batches of samples of similar length: the training sampler, inference, and the attention kernel for short texts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ class LengthGroupedSampler(Sampler[int]):
         chunks = torch.randperm(len(self.lengths), generator=generator).split(50 * self.batch_size)
         by_length = [chunk[self.lengths[chunk].argsort(descending=True, stable=True)] for chunk in chunks]
         batches = [batch for chunk in by_length for batch in chunk.split(self.batch_size)]
-        # A short batch may only come last, or every batch after it would straddle two groups.
+        # Short batches come last: after a short batch, every batch would mix two groups.
         full = [batch for batch in batches if len(batch) == self.batch_size]
         order = torch.randperm(len(full), generator=generator)
         short = [batch for batch in batches if len(batch) < self.batch_size]
@@ -75,15 +75,15 @@ def run_inference(
     description: str = "",
     workers: int = 0,
 ) -> dict[str, list[Tensor]]:
-    """The outputs of `call(**batch)` for each sample: {name: one CPU tensor per row of the dataset}.
+    """Computes the outputs of `call(**batch)` for each sample: {name: list with one CPU tensor per row}.
 
-    The model is moved to the device and is in eval mode during the call. Several processes share the batches, and each
-    returns all outputs.
+    The model is moved to the device and is in eval mode during the call. Several processes share the batches, and all
+    of them return all outputs.
 
     Args:
         call: The model, or a function of it. Each output is a tensor (batch, ...) or a list with a tensor per sample.
             If the batch has an attention mask, padding is removed from outputs (batch, positions, ...).
-        collate: Its columns that are no model inputs (NOT_INPUTS) are dropped.
+        collate: Makes a batch of rows. Columns that are no model inputs (NOT_INPUTS) are dropped.
         description: Shown by the progress bar; without it there is no bar.
         workers: Number of processes that load batches in advance.
     """

@@ -1,8 +1,8 @@
 """A run: its folder, its stages and its seeds. A killed run continues where it stopped.
 
 A run is a sequence of stages (train the teacher, align the student, ...), each of which produces a model. A finished
-stage is saved in `stages/NAME`, complete or not at all; a running stage writes checkpoints to `checkpoints/NAME`. Each
-stage starts from the run's seed, so its result does not depend on which processes finished the earlier stages.
+stage is saved atomically in `stages/NAME`; a running stage writes checkpoints to `checkpoints/NAME`. Each stage starts
+from the run's seed, so its result does not depend on whether earlier stages were computed or loaded.
 """
 
 import copy
@@ -54,11 +54,11 @@ class Run:
     """
 
     last_file = RESULTS  # a run with this file is finished
-    files: tuple[str, ...] = RUN_FILES  # patterns of the files that it writes outside of stages/ and student/
+    files: tuple[str, ...] = RUN_FILES  # patterns of the files that a run writes outside of stages/ and student/
     reports: tuple[str, ...] = (".",)  # folders with a report, relative to the run's folder
     may_change: frozenset[str] = frozenset()  # arguments that may change when the run is continued
     quiet = False  # prints no table, and with disable_tqdm no progress
-    shared_by_seeds = ".."  # where seed runs look for stages, relative to their folder; may contain {seed}
+    shared_by_seeds = ".."  # folder with the stages that seed runs share, relative to theirs; may contain {seed}
 
     def __init__(self, args: RunArguments, *instances: Any) -> None:
         self.args, self.instances, self.folder = args, instances, Path(str(args.output_dir))
@@ -66,13 +66,13 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
-        transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its bar
+        transformers_logging.disable_progress_bar()  # for loading and saving; training keeps its bar
         datasets.disable_progress_bars()
         self._open()
 
     def _open(self, shared: str | None = None) -> None:
-        """Opens the folder. `shared`: another folder, relative to it, whose finished stages this run uses."""
-        self._run_folder: RunFolder | None = None  # only in the main process, which writes
+        """Opens the folder. `shared` is another folder, relative to it, whose finished stages this run uses."""
+        self._run_folder: RunFolder | None = None  # set in the main process only, which writes all files
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 self._run_folder = RunFolder(self.folder, self.files, shared)
@@ -81,11 +81,11 @@ class Run:
         self.shared = None if shared is None else self.folder / shared
 
     def each_seed(self) -> Iterator[Self]:
-        """A run for each seed of `--seeds`, in the folder `seedN` inside this one; without `--seeds`, this run.
-        Finished seed runs are skipped.
+        """Yields a run for each seed of `--seeds`, in the folder `seedN` inside this one, or this run without
+        `--seeds`. Finished seed runs are skipped.
 
-        They share the stages that this run has finished, such as the teacher, with their times, and its warnings and
-        checked inputs.
+        Seed runs share the finished stages of this run, such as the teacher, with their times, and its warnings and
+        input fingerprints.
         """
         if self.args.seeds is None:
             yield self
@@ -112,8 +112,8 @@ class Run:
         return run
 
     def summarize(self) -> None:
-        """With several seeds, in the main process: writes results.json and report.md with means and standard
-        deviations, copies the first seed's student, and prints the table.
+        """Writes results.json and report.md with means and standard deviations over several seeds, copies the first
+        seed's student, and prints the table, in the main process. Does nothing without `--seeds`.
         """
         if self.args.seeds is None or not PartialState().is_main_process:
             return
@@ -134,7 +134,7 @@ class Run:
             data: Fingerprint of the data.
             models: Pretrained models and tokenizers by role; None for a model that the run trains.
 
-        Raises UserError if a run that is continued began with other inputs.
+        Raises UserError if the run is continued and was started with other inputs.
         """
         if self._run_folder is not None:
             roles = {role: model_fingerprint(model) for role, model in models.items() if model is not None}
@@ -143,8 +143,8 @@ class Run:
     def stage(
         self, name: str, build: Callable[[], Model], load: Callable[[str], Model], processor: Any = None
     ) -> Model:
-        """The model of a stage: loaded if the stage is finished, otherwise built, timed and saved with its
-        `processor` (tokenizer or image processor). Both must have `save_pretrained`.
+        """Returns the model of a stage. If the stage is finished, the model is loaded; otherwise it is built, timed
+        and saved with its `processor` (tokenizer or image processor). Both must have `save_pretrained`.
         """
         folder = self.stage_folder(name)
         if (folder / CHECKSUMS).exists() or (folder / STAGE).exists():
@@ -170,13 +170,13 @@ class Run:
         return model
 
     def stage_folder(self, name: str) -> Path:
-        """Where a stage is stored: in the `shared` folder if it is there already, otherwise in the run's folder."""
+        """The folder of a stage: in the `shared` folder if it exists there, otherwise in the run's folder."""
         if self.shared is not None and (self.shared / "stages" / name).exists():
             return self.shared / "stages" / name
         return self.folder / "stages" / name
 
     def _remove_checkpoints(self, name: str) -> None:
-        """Removes the checkpoints of a finished stage. If a run is killed before, it does so when it is continued."""
+        """Removes the checkpoints of a finished stage. A run that was killed before that removes them when resumed."""
         if self._run_folder is not None:
             self._run_folder.remove_below(f"checkpoints/{name}")
 
@@ -197,7 +197,7 @@ class Run:
 
     @property
     def total_seconds(self) -> float:
-        """Time since the start of the run. Of a resumed run, earlier processes count with their finished stages."""
+        """Seconds since the start of the run. A resumed run adds the seconds of stages that it loads."""
         return time.perf_counter() - self.started + self.seconds_before
 
     def results(
@@ -218,12 +218,12 @@ class Run:
 
         Args:
             models: Entries of teacher, control, student (or None) and any other models.
-            split, metric: The headline figure.
-            floor: The metric's value without any skill, from which retention counts.
-            lower_is_better: Such as for perplexity. Retention is then teacher / student and the gain is
-                control - student, so more is better for both.
-            measurements: The headline figure by role, on any of its evaluation examples, for the verdict.
-            extra: Further entries, which the report shows.
+            split, metric: Split and name of the primary metric.
+            floor: Value of the metric for a model without any skill, at which retention is zero.
+            lower_is_better: Whether a lower metric is better, as for perplexity. Retention is then teacher / student
+                and the gain is control - student, so that higher is better for both.
+            measurements: The primary metric by role, on any of its evaluation examples, for the verdict.
+            extra: Additional entries, which the report includes.
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
@@ -260,8 +260,8 @@ class Run:
     def finish(
         self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
     ) -> None:
-        """In the main process: writes the student's folder and the report, and prints the table. The arguments are
-        those of `report.save_student`.
+        """Writes the student's folder and the report, and prints the table, in the main process. See
+        `report.save_student` for the arguments.
         """
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)
@@ -312,7 +312,7 @@ class TrainerRun(Run):
 
 
 class StageProgress(ProgressCallback):
-    """Logs as readable lines, and on a terminal transformers' progress bar with the name of the stage."""
+    """Prints logs as readable lines and, on a terminal, a progress bar with the name of the stage."""
 
     training_bar: Any  # None before and after training, and in all processes but the main one
 
@@ -336,8 +336,8 @@ class StageProgress(ProgressCallback):
 
 
 def log_line(logs: dict[str, Any]) -> str:
-    """`epoch 2: loss 1.18 (task 1.10, soft targets 0.08)`, `epoch 2: evaluation accuracy 0.49, f1 0.42`, or the
-    duration of the training.
+    """Formats logs as `epoch 2: loss 1.18 (task 1.10, soft targets 0.08)`, as `epoch 2: evaluation accuracy 0.49, f1
+    0.42`, or as the duration of the training.
     """
     if "train_runtime" in logs:
         return f"{logs['train_runtime']:.0f} s, {logs['train_samples_per_second']:.0f} samples per second"

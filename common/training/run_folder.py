@@ -1,8 +1,8 @@
-"""A run's folder: a mark that identifies it, a lock, what the run began with, and which files it wrote.
+"""The folder of a run: a mark that identifies it, a lock, fingerprints of the inputs, and patterns of the run's files.
 
-A folder with other content is never used. A run is continued only with the arguments and inputs that it began with.
-Starting over removes the files that the run wrote: those listed in a SHA256SUMS, and those that match the patterns in
-the mark. All other files stay, and no symbolic link is followed.
+A folder with other content is never used. A run is continued only with the arguments and inputs that it was started
+with. Starting over removes the files that the run wrote: files listed in a SHA256SUMS, and files that match the
+patterns in the mark. All other files are kept, and no symbolic link is followed.
 """
 
 import logging
@@ -52,11 +52,11 @@ class RunFolder:
 
     Args:
         path: Created if it does not exist.
-        files: Patterns of the files that the run writes and no SHA256SUMS lists.
+        files: Patterns of the files that the run writes and that are not listed in a SHA256SUMS.
         shared: A folder, relative to `path`, whose finished stages this run uses.
 
     Raises UserError if the path is not a folder, contains something other than a run, or is in use by another process,
-    and if a symbolic link replaces a folder inside it or a file that the run wrote.
+    or if a folder inside it, or a file that the run wrote, was replaced by a symbolic link.
     """
 
     lock: FolderLock
@@ -71,7 +71,7 @@ class RunFolder:
         self.lock = lock_folder(path)
         mark = read_mark(path) if has_mark else self._write_mark()
         self.shared = mark.get("shared")
-        if mark.get("removing"):  # killed before all files of an earlier run were removed
+        if mark.get("removing"):  # a process was killed while it removed an earlier run
             self._remove_files()
             mark = self._write_mark()
         self.fingerprints: dict[str, str] = mark["fingerprints"]
@@ -93,15 +93,15 @@ class RunFolder:
         last_file: str = RESULTS,
         may_change: Collection[str] = (),
     ) -> None:
-        """Starts a run, continues it, or starts over, as `args` require.
+        """Starts a run, continues it, or starts over, depending on `args`.
 
         Args:
             instances: All argument objects, which are stored as the run's recipe.
             last_file: The file that a finished run contains.
             may_change: Arguments that may change when the run is continued.
 
-        Raises UserError if there is a run and `args` require none of these, or if a run that is continued was started
-        with other arguments.
+        Raises UserError if the folder contains a run that `args` neither continue nor overwrite, or if a run that is
+        continued was started with other arguments.
         """
         if starts_over(args):
             self.remove(instances)
@@ -115,7 +115,7 @@ class RunFolder:
         else:
             state = "a finished" if (self.path / last_file).exists() else "an unfinished"
             raise UserError(
-                f"{self.path} holds {state} run: continue it with --resume_from_checkpoint, start over with "
+                f"{self.path} contains {state} run: continue it with --resume_from_checkpoint, start over with "
                 "--overwrite_output_dir, or choose another --output_dir"
             )
 
@@ -138,13 +138,13 @@ class RunFolder:
     def check_inputs(self, **fingerprints: str) -> None:
         """Stores the fingerprints of the run's inputs, such as data and teacher.
 
-        Raises UserError if a run that is continued began with other inputs.
+        Raises UserError if the run is continued and was started with other inputs.
         """
         changed = [name for name, value in fingerprints.items() if self.fingerprints.get(name, value) != value]
         if changed:
             raise UserError(
                 f"cannot continue {self.path}: {' and '.join(changed).replace('_', ' ')} changed since the run began; "
-                "restore what it began with, or start another run with another --output_dir"
+                "restore the original, or start a new run with another --output_dir"
             )
         if fingerprints.keys() - self.fingerprints.keys():
             self.fingerprints |= fingerprints
@@ -153,7 +153,7 @@ class RunFolder:
     # ---- removing ----
 
     def remove(self, instances: Iterable[Any] = ()) -> None:
-        """Removes the files that runs wrote into this folder. Other files stay and are named in a warning.
+        """Removes the files that runs wrote into this folder. Other files are kept and named in a warning.
 
         Raises UserError if an argument in `instances`, such as the teacher, is one of these files or a folder that
         contains one, and if another process uses a run inside this folder.
@@ -201,7 +201,7 @@ def check_is_run_or_empty(path: Path) -> None:
     for name in sorted(file.name for file in path.iterdir()):
         if name != LOCK and not fnmatch(name, f".{MARK}.*.tmp"):  # a run that was killed at once leaves these
             raise UserError(
-                f"{path} is not empty and holds no run ({name}): choose a new or empty folder as --output_dir"
+                f"{path} is not empty and contains no run ({name}): choose a new or empty folder as --output_dir"
             )
 
 
@@ -251,7 +251,7 @@ def _new_command(folder: Path) -> list[str]:
 
 
 def _written_files(folder: Path, files: Iterable[str]) -> Iterator[Path]:
-    """The files that runs wrote below a run's folder. Raises UserError for a symbolic link in place of one."""
+    """Yields the files that runs wrote into a folder. Raises UserError if one was replaced by a symbolic link."""
     listed: set[Path] = set()
     runs = {folder: tuple(files)}
     for place, folders, names in os.walk(folder):
@@ -283,8 +283,8 @@ def _listed_names(folder: Path) -> Collection[str]:
 def _check_not_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
-            f"{path} is a symbolic link, and a run removes nothing through one: put what it points to in its place, "
-            "or choose another --output_dir"
+            f"{path} is a symbolic link, which a run does not follow when it removes files: replace the link with its "
+            "target, or choose another --output_dir"
         )
 
 

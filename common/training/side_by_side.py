@@ -1,10 +1,11 @@
-"""Trains several students on the same batches, so they share one forward pass of the teacher.
+"""Trains several students on the same batches, so that they share one forward pass of the teacher.
 
     model = SideBySide({"kd": student_a, "simkd": student_b})
     objective = SideBySideObjective({"kd": Objective(...), "simkd": Objective(...)})
 
-Students share neither weights nor gradients. Each ends with the weights that it would have when trained alone with the
-same seed, provided that the optimizer treats parameters one by one and gradients are not clipped by a common norm.
+Students share neither weights nor gradients. The result of each student is the same as if it was trained alone with
+the same seed, provided that the optimizer updates parameters independently and gradients are not clipped by a common
+norm.
 """
 
 from collections.abc import Callable, Mapping

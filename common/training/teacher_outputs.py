@@ -7,8 +7,8 @@ never by position, so shuffling, resuming or another batch size cannot assign th
 process continues after its last complete shard, and a damaged shard is computed again. Only the rows of a batch are
 read into memory, whatever the size of the dataset.
 
-`TeacherViews` are a table that training fills as it reaches the views. If a sample has a countable number of views (81
-crops x 2 flips of a small image), the first run fills the table, and later runs (another student or seed) read it. The
+`TeacherViews` are a table that is filled during training. If each sample has a small, fixed number of views (81 crops
+x 2 flips of a small image), the first run fills the table, and later runs (of another student or seed) read it. The
 file is sparse and memory-mapped: 50,000 images x 162 views x 100 classes take 1.6 GB.
 """
 
@@ -41,7 +41,7 @@ from kd.common.utils.files import CHECKSUMS, find_damage, write_text, writing_fo
 
 logger = logging.getLogger(__name__)
 
-SHARD_BATCHES = 32  # batches in a shard, which a killed process computes again
+SHARD_BATCHES = 32  # batches in a shard; after a kill, the unfinished shard is computed again
 SHARD_FILE = "outputs.arrow"  # datasets.Dataset.from_file reads it
 Column = Any  # anything with a length and a tensor per row: Tensor, list or _ArrowColumn
 
@@ -131,7 +131,7 @@ def cache_teacher_outputs(
 
     Args:
         features: {name: path of a submodule} whose outputs are stored as features, in fp16 unless a value is out of
-            its range. The same hooks record them as for a live teacher.
+            its range. They are recorded by the same hooks as those of a live teacher.
     """
     paths = dict(features or {})
 
@@ -161,7 +161,7 @@ def cache_outputs(
     """The outputs of `call`, as in `run_inference`, stored in `folder` under a key that identifies all inputs.
 
     Computes and stores the shards that are missing, damaged or of another key. Several processes share the work; the
-    first one writes. An output named `logits` becomes the logits, any other a feature.
+    main process writes. An output named `logits` becomes the logits; the other outputs become features.
     """
     order = similar_length_order(dataset)
     shards = [rows.tolist() for rows in order.split(SHARD_BATCHES * batch_size)]
@@ -184,7 +184,7 @@ def cache_outputs(
 
 
 def _half_precision(feature: Tensor) -> Tensor:
-    """In fp16, unless a value is out of its range, as a few values of large models are."""
+    """Converts to fp16, or to fp32 if a value is out of the range of fp16, as in some large models."""
     half = feature.half()
     return half if half.isfinite().all() else feature.float()
 
@@ -205,7 +205,7 @@ def _is_complete(folder: Path, key: str, sample_ids: Tensor) -> bool:
 
 def _write(folder: Path, key: str, outputs: dict[str, list[Tensor]]) -> None:
     table = pa.table({name: _arrow_array(rows) for name, rows in outputs.items()}, metadata={"key": key})
-    for name in (SHARD_FILE, CHECKSUMS):  # of a damaged shard
+    for name in (SHARD_FILE, CHECKSUMS):  # of a shard that is damaged or has another key
         (folder / name).unlink(missing_ok=True)
     with writing_folder(folder) as partial, pa.ipc.new_stream(str(partial / SHARD_FILE), table.schema) as writer:
         writer.write_table(table)
@@ -282,7 +282,7 @@ class TeacherViews:
         shape = path / "shape.json"  # for people who read the folder
         if not shape.exists() or shape.read_bytes() != description.encode():
             write_text(shape, description)
-        self._start = zlib.crc32(description.encode())  # rows of a table of another shape do not match
+        self._start = zlib.crc32(description.encode())  # so that rows of a table of another shape do not match
         self.logits = _table(path / "logits.f16", np.dtype(np.float16), (samples * views, classes))
         self.checksums = _table(path / "checksums.u32", np.dtype(np.uint32), (samples * views,))
         self._damage_reported = False
@@ -324,7 +324,7 @@ class TeacherViews:
 
 
 def _table(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """A file as an array. It is extended with zeros that take no disk space; its other content is kept."""
+    """Maps a file as an array. The file is extended with zeros that take no disk space; its content is kept."""
     with path.open("ab") as file:
         file.truncate(math.prod(shape) * dtype.itemsize)
     return np.memmap(path, dtype, mode="r", shape=shape)

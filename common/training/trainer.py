@@ -1,6 +1,6 @@
 """KDTrainer: transformers' Trainer with an objective and a frozen teacher.
 
-What it adds to its parent:
+It adds to its parent:
 
 - The loss is an `Objective` over named outputs, whose terms are logged.
 - The teacher is frozen and in eval mode, and not part of optimizer and checkpoints. Cached outputs can replace it.
@@ -47,9 +47,9 @@ class KDTrainer(CheckpointTrainer):
     """Trains `model` to minimize `objective`, with a live teacher, with cached teacher outputs, or without a teacher.
 
     Args:
-        objective: The loss. Its parameters (auxiliary parameters) are optimized, clipped and checkpointed with the
-            student's, and never ship.
-        teacher: Runs under no_grad on the same inputs.
+        objective: The loss. Its parameters (auxiliary parameters) are optimized, clipped and checkpointed with those
+            of the student, and are not saved with the student.
+        teacher: A model that runs under no_grad on the same inputs.
         teacher_outputs: Cached outputs of a teacher for the training samples. Batches need `sample_id`.
         teacher_views: A table of the logits of `teacher` for each view. Batches need `sample_id` and `view`.
         features, teacher_features: {name: path of a submodule} whose outputs become named features of either model.
@@ -121,7 +121,7 @@ class KDTrainer(CheckpointTrainer):
 
     def _checking_last_batch(self) -> AbstractContextManager[None]:
         """If the last batch of an epoch will have one sample, raises UserError in the first step for a batch norm that
-        could not train on it. With several processes accelerate completes the last batches.
+        cannot train on it. With several processes, accelerate fills up the last batches.
         """
         if self.args.world_size > 1 or self.args.dataloader_drop_last or not has_length(self.train_dataset):
             return nullcontext()
@@ -201,7 +201,7 @@ class KDTrainer(CheckpointTrainer):
         any_left = self._divergence.check_losses(lambda: last_checkpoint(str(self.args.output_dir)))
         if any_left and weights:
             any_left = self._divergence.check_weights(self.state.global_step, self._modules_by_student())
-        if not any_left and self.args.world_size == 1:  # several processes would not see it at the same step
+        if not any_left and self.args.world_size == 1:  # several processes would not detect it at the same step
             self.control.should_training_stop = True
 
     def _modules_by_student(self) -> dict[str, tuple[nn.Module, ...]]:
@@ -300,8 +300,8 @@ class KDTrainer(CheckpointTrainer):
         return self.accelerator.clip_grad_norm_([*model.parameters(), *extra], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Skipped when several students train side by side: one gradient norm over all of them is meaningless, and
-        the parent computes it by a scaling that one diverged student would make NaN for all.
+        """Skipped when several students train side by side: one gradient norm over all of them is meaningless, and in
+        the parent's computation one diverged student would make the gradients of all students NaN.
         """
         if isinstance(self.objective, SideBySideObjective):
             return grad_norm
@@ -333,8 +333,9 @@ class KDTrainer(CheckpointTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         weights = self.model.state_dict() if state_dict is None else state_dict
-        weights = {name: weight.contiguous() for name, weight in weights.items()}  # not channels_last
-        if not isinstance(self.model, PreTrainedModel):  # whose save_pretrained knows tied weights
+        # safetensors cannot save channels_last weights, or weights that share memory.
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+        if not isinstance(self.model, PreTrainedModel):  # its save_pretrained saves tied weights once
             weights = _without_sharing(weights)
         super()._save(output_dir, weights)
         state = self.objective.state_dict()
@@ -364,7 +365,7 @@ class KDTrainer(CheckpointTrainer):
 
 
 def _without_sharing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies weights that share memory with an earlier one, which safetensors refuses to save."""
+    """Clones the weights that share memory with an earlier one."""
     first: dict[int, str] = {}
     for name, weight in weights.items():
         first.setdefault(weight.data_ptr(), name)
@@ -372,9 +373,9 @@ def _without_sharing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The groups that submodules return from a method `parameter_groups() -> {name: parameters}`.
+    """The parameter groups that submodules define by a method `parameter_groups() -> {name: parameters}`.
 
-    If --NAME_learning_rate is set, a group trains with that rate and without weight decay.
+    If --NAME_learning_rate is set, the group NAME trains with that learning rate and without weight decay.
     """
     groups: dict[str, list[nn.Parameter]] = defaultdict(list)
     for module in model.modules():
@@ -385,7 +386,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
-    """Number of items that a micro-batch's mean is over: samples, or positions whose label is not IGNORED."""
+    """Number of items in the mean of a micro-batch: samples, or positions whose label is not IGNORED."""
     if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
         return int((labels != IGNORED).sum())
     return len(next(iter(batch.values())))

@@ -95,8 +95,8 @@ def git_commit() -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    """The output of git, or None if it fails. It runs without optional locks: a process that is killed meanwhile would
-    leave `.git/index.lock`, which blocks commits.
+    """The output of git, or None if it fails. git runs without optional locks: if it was killed, it would leave
+    `.git/index.lock`, which blocks commits.
     """
     command = ["git", "--no-optional-locks", *words]
     try:

@@ -26,7 +26,7 @@ SYSTEM_ERRORS = {
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOMEM", "EMFILE", "ENFILE", "EIO", "ENAMETOOLONG")
     if hasattr(errno, name)
 }
-MESSAGES = {  # part of a message of a library that is not written in Python -> what is shown
+MESSAGES = {  # part of the message of a library that is not written in Python -> message for the user
     "No space left on device": "no space left on the disk",
     "Disk quota exceeded": "the disk quota is exceeded",
     "database or disk is full": "no space left on the disk",
@@ -39,7 +39,7 @@ MESSAGES = {  # part of a message of a library that is not written in Python -> 
     "can't allocate memory": OUT_OF_MEMORY,
     "Cannot allocate memory": OUT_OF_MEMORY,
     "out of memory": OUT_OF_MEMORY,
-    "DataLoader worker (pid": "a process that loads data was killed: is the memory full? pass "
+    "DataLoader worker (pid": "a process that loads data was killed, probably because the memory is full: pass "
     "--dataloader_num_workers 0",
 }
 PATIENCE = 5.0  # seconds that processes of rank > 0 wait for torchrun to end them before they print their error
@@ -116,7 +116,7 @@ def run(main: Callable[[], None]) -> None:
     """Calls a script's main and turns expected errors into one line on stderr.
 
     Exit codes: 2 for a UserError, an operating system error and insufficient memory, 130 for Ctrl-C, 143 for SIGTERM.
-    A closed pipe (`| head`) is no error.
+    A closed pipe (`| head`) is not an error.
     """
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
@@ -124,7 +124,7 @@ def run(main: Callable[[], None]) -> None:
     if "transformers" in sys.modules:
         from transformers import dynamic_module_utils
 
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether to run code that comes with a model
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # no prompt whether to run code that comes with a model
     if signal.getsignal(signal.SIGINT) is exit_on_interrupt:  # everything is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed.clear()
@@ -154,7 +154,7 @@ def _main_or_one_line(main: Callable[[], None]) -> None:
         if error.filename is not None:
             fail(explained(error) or str(error))
         _detach(sys.stdout)
-        sys.exit(141)  # as a shell reports a program that SIGPIPE ended
+        sys.exit(141)  # the exit code that shells report for a program ended by SIGPIPE
     except Exception as error:
         line = explained(error)
         if line is None:
@@ -163,7 +163,7 @@ def _main_or_one_line(main: Callable[[], None]) -> None:
 
 
 def _resume_hint() -> str:
-    """How to continue an interrupted run, if it has begun and its script can continue it."""
+    """A hint for continuing an interrupted run; empty if it has not started or its script cannot continue it."""
     for arguments in parsed:
         folder = getattr(arguments, "output_dir", None)
         if folder and hasattr(arguments, "resume_from_checkpoint"):
@@ -196,7 +196,7 @@ def _print_error(line: str) -> None:
 
 
 def _detach(stream: Any) -> None:
-    """Without this, Python flushes the stream at exit and reports that it has no reader."""
+    """Redirects a stream whose reader is gone to the null device. Otherwise Python reports an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -208,8 +208,8 @@ def recording_interrupts() -> Iterator[threading.Event]:
     """Yields an event that Ctrl-C sets. KeyboardInterrupt is raised as usual, and again at the end of the block if it
     was dropped. Other threads and programs with another handler are unaffected.
 
-    Python raises KeyboardInterrupt wherever the program is. In a finalizer or a callback of a C library it is dropped,
-    and the program goes on.
+    Python drops a KeyboardInterrupt that is raised in a finalizer or in a callback of a C library, and the program
+    continues.
     """
     pressed = threading.Event()
 

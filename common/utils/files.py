@@ -26,7 +26,7 @@ _locks: "weakref.WeakValueDictionary[Path, FolderLock]" = weakref.WeakValueDicti
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file atomically: a reader gets the old content or the new, never a part. Creates missing folders."""
+    """Writes a file atomically: a reader finds the old or the new content, never a part. Creates missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -113,8 +113,8 @@ def _replace_folder(new: Path, path: Path, added: list[Path]) -> None:
     for name in added:
         if os.path.lexists(new / name):
             raise UserError(
-                f"{path / name} is in the way: {path / CHECKSUMS} does not list it, so this project did not write it; "
-                f"move {path} elsewhere"
+                f"{path / name} would be replaced, but {path / CHECKSUMS} does not list it, so this project did not "
+                f"write it: move {path} elsewhere"
             )
     old = path.with_name(f".{path.name}.old.{os.getpid()}")
     if path.exists():
@@ -132,7 +132,7 @@ def _move(names: list[Path], old: Path, new: Path) -> None:
 
 
 def _clean_up(path: Path, checksums: bool) -> None:
-    """Completes or removes what killed processes left next to `path`."""
+    """Completes or removes the temporary folders that killed processes left next to `path`."""
     for old in path.parent.glob(f".{path.name}.old.*"):
         if _in_use(old):
             continue
@@ -238,7 +238,7 @@ class FolderLock:
                 f"{folder} is in use by {holder}: wait until it ends, or choose another --output_dir"
             ) from None
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): start no second process in it", folder, error.strerror)
+            logger.warning("%s cannot be locked (%s): do not start a second run in it", folder, error.strerror)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}")
         self.file.flush()

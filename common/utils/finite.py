@@ -2,7 +2,8 @@
 
 A non-finite loss stops a run. It is detected without reading the loss of every step, which would stall a GPU. When
 several students train side by side and one diverges, the others continue, because they share no weights. Weights are
-checked before they are saved, evaluated or returned: the last step can break them after a finite loss.
+checked before they are saved, evaluated or returned, because the last step can make them non-finite after a finite
+loss.
 """
 
 import logging

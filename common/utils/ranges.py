@@ -5,7 +5,7 @@
         layers: Count = 2
         rates: list[Positive] | None = None
 
-`kd.common.cli.Parser` checks every flag; NaN and infinity lie in no range.
+`kd.common.cli.Parser` checks every flag. No range contains NaN or infinity.
 """
 
 import math
@@ -18,7 +18,9 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from `low` to `high`; `above` and `below`: without that end. `or_else`: one more number."""
+    """Finite numbers from `low` to `high`. `above` excludes `low`, `below` excludes `high`, and `or_else` is one more
+    valid number.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -78,12 +80,12 @@ def range_in(hint: Any) -> Range | None:
 
 
 def check_declared(arguments: Any) -> None:
-    """Raises ValueError where a field of a dataclass's instance lies outside its range."""
+    """Raises ValueError if a field of a dataclass instance is out of its range."""
     check_ranges(vars(arguments), ranges_of(type(arguments)))
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raises ValueError, naming flag, range and value, for the first number, alone or in a list, that lies outside."""
+    """Raises ValueError, naming flag, range and value, for the first number out of range, alone or in a list."""
     for name, value in values.items():
         limits = ranges.get(name, FINITE)
         for item in value if isinstance(value, list | tuple) else [value]:

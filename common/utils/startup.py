@@ -1,4 +1,4 @@
-"""What importing the project does first, before slow imports: signals, progress bars and torchvision's operators.
+"""Setup before slow imports: the handler of Ctrl-C, progress bars and torchvision's operators.
 
 torchvision's wheels are built for CUDA torch. With a CPU-only torch their C++ library does not load, so the operators
 `torchvision::nms` and `torchvision::qnms` are never declared, and `import torchvision` (hence timm, and the Trainer of
@@ -26,7 +26,7 @@ _libraries: list[Any] = []  # a garbage-collected torch.library.Library withdraw
 
 
 def exit_on_interrupt(*_: object) -> None:
-    """Handler of Ctrl-C during imports, where imported code would swallow or garble an exception."""
+    """Handles Ctrl-C during imports, where imported code could suppress or change an exception."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
@@ -46,7 +46,7 @@ def prepare_script() -> None:
 
 
 class BeforeTorchvision(MetaPathFinder):
-    """Calls `declare_missing_operators` before torchvision is found, and leaves finding it to the other finders."""
+    """Calls `declare_missing_operators` before torchvision is imported. The other finders then find torchvision."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:
         if name == "torchvision" and self in sys.meta_path:
@@ -64,7 +64,7 @@ def declare_missing_operators() -> list[str]:
 
     Does nothing if torchvision is absent or already imported, or if its C++ library loads.
     """
-    import torch  # takes seconds, which scripts without torchvision save
+    import torch  # takes seconds, so scripts without torchvision do not import it here
 
     if "torchvision" in sys.modules or _operator_library_loads():
         return []

@@ -1,1 +1,1 @@
-"""Code that yields image datasets."""
+"""Image datasets: loading, splits and views."""

@@ -137,7 +137,7 @@ def _names(root: Path, paths: list[Path]) -> str:
     return shorten_list([str(path.relative_to(root)) for path in paths])
 
 
-# ---------------------------------------------------------------- which files are images
+# ---- which files are images ----
 
 
 def find_files(folder: Path) -> Files:

@@ -23,7 +23,7 @@ MEMORY = 8 * 2**30  # bytes for the pixels of a dataset
 IMAGENET_SIZE = 224
 SPLITS = ("train", "validation", "test")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of pretrained networks
-READ_AT_ONCE = 2**30  # bytes of files up to which the fingerprint reads all of them
+READ_AT_ONCE = 2**30  # bytes; of a larger split the fingerprint reads only some files
 HASHED = 500  # minimum number of images that the fingerprint reads of a larger split
 CHECKED = 50_000  # maximum number of images of a split that are checked before training
 
@@ -141,8 +141,8 @@ def load_image_data(
             MAX_SIZE_IN_MEMORY, and for ImageNet, the result is a LargeImageData.
         max_train_samples, max_eval_samples: maximum number of images of train and of each other split, a fixed
             stratified sample.
-        label_names: the classes, by id, of a model that is evaluated. The dataset has some or all of them. Its train
-            split is optional, and not returned.
+        label_names: the classes, by id, of a model to evaluate. The dataset may lack some of them. Its train split is
+            optional, and not returned.
     """
     splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
     splits = _make_validation(dataset, splits, validation_share, notes)
@@ -195,7 +195,7 @@ def _missing_classes(splits: dict[str, StoredImages], names: list[str]) -> list[
     return notes
 
 
-# ---------------------------------------------------------------- small images
+# ---- small images ----
 
 
 def _small_images(
@@ -219,7 +219,7 @@ def _small_images(
         mean=mean,
         std=std,
         size=pixels.shape[1],
-        flip=pixels.shape[-1] == 3,  # grey images are mostly writing, which must not be mirrored
+        flip=pixels.shape[-1] == 3,  # grey images are mostly handwriting, which must not be mirrored
         fingerprint=data_fingerprint(contents()),
         notes=notes,
     )
@@ -288,7 +288,7 @@ def _decode(stored: StoredImages, size: int | None) -> Images:
     return Images(torch.from_numpy(pixels), stored.labels)
 
 
-# ---------------------------------------------------------------- large images
+# ---- large images ----
 
 
 def _large_images(
@@ -312,8 +312,8 @@ def _large_images(
 
 
 def _file_contents(splits: dict[str, StoredImages], label_names: list[str], size: int) -> Iterator[object]:
-    """For the fingerprint: all labels and file sizes in order, and the contents of all files or, if that would take
-    minutes, of evenly spaced ones.
+    """The input of the fingerprint: all labels and file sizes in order, and the contents of all files or, if reading
+    them would take minutes, of evenly spaced files.
     """
     yield [label_names, size]
     for name in sorted(splits):

@@ -1,4 +1,4 @@
-"""Where images come from - embedded, known by name, local, or the Hub - and how their files are read and decoded."""
+"""Reads embedded and local image datasets and those on the Hub, and decodes their files."""
 
 import io
 import os
@@ -35,7 +35,7 @@ LABELS = ("label", "fine_label", "labels", "class", "target")  # columns, in the
 
 
 def embedded_digits() -> Splits:
-    """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998). A fifth of them is test."""
+    """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998). A fifth is test."""
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     features = datasets.Features(
@@ -66,7 +66,7 @@ class ImageError(UserError):
 class StoredImages:
     """Image files of a split, with labels (images,) int64.
 
-    split: the split that the dataset stores them in; for messages, since validation may be a part of train.
+    split: the split in which the dataset stores them, for messages: validation may be a part of train.
     source: the stored split, one column `image` {"bytes", "path"}.
     indices: rows of `source` (images,).
     """
@@ -162,7 +162,7 @@ def read_images(
 ) -> tuple[dict[str, StoredImages], list[str], list[str]]:
     """The labelled images of `dataset` by split, the class names by id, and notes on what is not used.
 
-    known: the class names of a model that is evaluated on the dataset, which then needs no train split.
+    known: the class names of a model to evaluate on the dataset, which then needs no train split.
     """
     raw, notes = read_image_splits(dataset, known is None)
     image, label = _choose_columns(next(iter(raw.values())), image_column, label_column, notes)
@@ -207,11 +207,11 @@ def _read_folder(folder: Path, needs_train: bool, notes: list[str]) -> Splits:
     return read_folder(folder)
 
 
-# ---------------------------------------------------------------- columns
+# ---- columns ----
 
 
 def _choose_columns(rows: datasets.Dataset, image: str | None, label: str | None, notes: list[str]) -> tuple[str, str]:
-    """The columns that flags name, else the first candidates. A note reports a choice among several."""
+    """The columns that flags name, or the first candidates. A note reports a choice among several candidates."""
     features = rows.features
     for name in filter(None, (image, label)):
         if name not in features:
@@ -233,7 +233,7 @@ def _choose_columns(rows: datasets.Dataset, image: str | None, label: str | None
 
 
 def _holds_images(kind: object) -> bool:
-    """Whether a column may hold images, also if the file does not declare it."""
+    """Whether a column may contain images, even if the file does not declare it."""
     if isinstance(kind, datasets.Value):
         return kind.dtype in ("binary", "large_binary")
     return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)

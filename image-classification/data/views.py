@@ -1,8 +1,8 @@
-"""Views of images, the inputs of models: random crops in training, otherwise the same view in every epoch.
+"""Views of images, which are the inputs of models: random crops in training, otherwise the same view in every epoch.
 
 Small images: every crop of the padded image, plain and mirrored, has a number. A padding of 4 gives 9 x 9 crops x 2 =
-162 views. The view of an image depends only on seed and epoch. So teacher and student get the same view, a resumed run
-repeats the views, and the teacher's outputs for a view can be cached by its number.
+162 views. The view of an image depends only on seed and epoch. So teacher and student receive the same view, a resumed
+run repeats the views, and the teacher's outputs for a view can be cached by its number.
 
 Strong views follow multi-level logit distillation (Jin et al., CVPR 2023): a crop and mirroring, and another crop and
 mirroring of the same image after RandAugment (arXiv:1909.13719) with two operations, each of a random magnitude, and

@@ -5,9 +5,10 @@
         --teacher runs/image-classification/teacher_cifar10
 
 The teacher's backbone is trained on labels and frozen, then its bottleneck is trained. The student's backbone and
-projector learn the teacher's maps as in SimKD, without labels. The student's bottleneck then gets keys (carried from
-the teacher, new ones fitted to the student's embeddings, or random ones) and trains its values, or reuses the
-teacher's keys and values. The control is the same network with new keys, trained on the labels alone.
+projector are trained to match the teacher's maps as in SimKD, without labels. The keys of the student's bottleneck are
+carried from the teacher, fitted to the student's embeddings (`new`) or random, and its values are trained; with
+`--keys reused`, keys and values are those of the teacher. The control is the same network with new keys, trained on
+the labels alone.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -37,7 +38,7 @@ def main() -> None:
     bottleneck, pair, matching, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     if bottleneck.keys == "reused":
-        reject_unused("--keys reused trains no student's values", training, "alpha", "temperature")
+        reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
     data, factor = data_args.load(), matching.projector_factor
     encoder, data, pretrained = load_teacher(pair.teacher, data, training.seed)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit

@@ -1,4 +1,4 @@
-"""Shows the contents of a dataset and, with --output, writes it to a local folder that needs no download and no flags.
+"""Prints a summary of a dataset and, with --output, writes it to a local folder that needs no download and no flags.
 
     python image-classification/scripts/prepare_data.py
     python image-classification/scripts/prepare_data.py --dataset cifar100 --output data/cifar100
@@ -71,14 +71,14 @@ def main() -> None:
 
 
 def check_folder(output: str, overwrite: bool) -> Path:
-    """The folder to write. Raises UserError if writing would delete files that this script did not write."""
+    """The folder to write to. Raises UserError if that would delete files that this script did not write."""
     folder = Path(output).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{output} is a file: pass a folder as --output")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{output} is not empty: choose another --output, or replace its contents with --overwrite")
     if folder.exists() and (others := added_files(folder)):
-        raise UserError(f"{output} holds {others[0]}, which this script did not write: choose another --output")
+        raise UserError(f"{output} contains {others[0]}, which this script did not write: choose another --output")
     return folder
 
 

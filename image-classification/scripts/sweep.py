@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from kd.image_classification.student_model.methods import with_pair_arguments
 from kd.image_classification.student_model.sweep import students_of, sweep
-from kd.image_classification.student_model.sweep_report import show
+from kd.image_classification.student_model.sweep_report import write_sweep_report
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     folder = sweep(students, pair, weights, data_args, training)
     if PartialState().is_main_process:
-        show(folder, students, training.seeds or [training.seed])
+        write_sweep_report(folder, students, training.seeds or [training.seed])
 
 
 if __name__ == "__main__":

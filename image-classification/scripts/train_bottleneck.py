@@ -48,7 +48,7 @@ def main() -> None:
     run = ForgettingRun(run_args, args, data_args)
     run.check_inputs(data.fingerprint, encoder=encoder)
 
-    linear = BottleneckProbe.around(encoder, data, None)
+    linear = BottleneckProbe.from_encoder(encoder, data, None)
     with run.timed("embeddings"):
         embeddings = embed_images(linear, data)
 
@@ -57,7 +57,7 @@ def main() -> None:
         tasks = split_tasks(data, args.classes_per_task, seed)
         bottleneck = fitted_bottleneck(seed_run, encoder, data, args, embeddings["train"])
         with seed_run.timed("codes"):
-            codes, vectors = (HeadInputs.of(model, embeddings, data) for model in (bottleneck, linear))
+            codes, vectors = (HeadInputs.from_embeddings(model, embeddings, data) for model in (bottleneck, linear))
 
         at_once, values, weights = [sum(tasks, [])], args.value_learning_rate, args.probe_learning_rate
         heads = {

@@ -1,4 +1,4 @@
-"""Trains a student with SimKD: it reuses the teacher's classifier. A control shows what the teacher adds.
+"""Trains a student with SimKD, which reuses the teacher's classifier, and a control without the teacher.
 
     python image-classification/scripts/train_simkd.py
     python image-classification/scripts/train_simkd.py --projector all-layer

@@ -6,7 +6,7 @@
     python image-classification/scripts/train_student.py image-classification/scripts/paper.yaml --dataset cifar100 \\
         --teacher runs/image-classification/teacher_cifar100 --method attention
 
-`--method none` trains the student on the labels alone, as the control of the other methods. Several `--methods` are
+`--method none` trains the student on the labels alone, like the control of the other methods. Several `--methods` are
 trained side by side on the same batches, with one forward pass of the teacher, and reported in one table.
 """
 
@@ -36,7 +36,7 @@ from kd.image_classification.student_model.distillation import ImageRun, validat
 from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
 from kd.image_classification.student_model.sweep import students_of, sweep
-from kd.image_classification.student_model.sweep_report import show
+from kd.image_classification.student_model.sweep_report import write_sweep_report
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
 
@@ -47,8 +47,8 @@ def main() -> None:
     args.methods = ",".join(args.methods).split(",") if args.methods else []  # --methods kd,dkd
     if weights != SimKDWeights() and SIMKD not in (args.methods or [args.method]):
         raise UserError(
-            "the weights of SimKD's terms and its projector apply to simkd only: add it to --methods, or set an "
-            "argument of another method, as in fitnet:weight=10"
+            "the flags of SimKD's projector and weights apply to simkd only: add it to --methods, or set an argument "
+            "of another method, as in fitnet:weight=10"
         )
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
@@ -80,7 +80,7 @@ def train_side_by_side(
 
     folder = sweep(students, pair, weights, data_args, training, args.teacher_views)
     if PartialState().is_main_process:
-        show(folder, students, training.seeds or [training.seed])
+        write_sweep_report(folder, students, training.seeds or [training.seed])
 
 
 def train_plain_student(
@@ -157,7 +157,7 @@ def check_compatible(
     for model in (student, teacher):
         image_features(model)
     if args.teacher_views is not None and method.teacher_features:
-        raise UserError(f"--teacher_views stores logits, but --method {args.method} needs features of the teacher")
+        raise UserError(f"--teacher_views caches only logits, but --method {args.method} needs features: leave it out")
     if args.ensemble_teachers and method.teacher_features:
         raise UserError(f"--method {args.method} needs a single teacher: leave out --ensemble_teachers")
 

@@ -1,8 +1,9 @@
-"""Discrete key-value bottlenecks of image classifiers: one that replaces the head of a classifier, and a probe, which
-is a bottleneck (or, for comparison, a linear layer) after a frozen encoder or after the pixels.
+"""Discrete key-value bottlenecks of image classifiers.
 
-The probe is that of Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240): keys after random
-projections, and values that are logits and are averaged over the codebooks.
+`replace_head` replaces the head of a classifier by a bottleneck. `BottleneckProbe` is a bottleneck or, for comparison,
+a linear layer after a frozen encoder or after the pixels. It follows Traeuble et al., "Discrete Key-Value Bottleneck",
+ICML 2023 (arXiv:2207.11240): the keys are searched after random projections, and the values are logits, which are
+averaged over the codebooks.
 """
 
 from typing import Any
@@ -54,7 +55,7 @@ def replace_head(
     keys: Keys,
     teacher: ImageClassifier | None = None,
 ) -> ImageClassifier:
-    """A stage: replaces the head of a frozen classifier by a bottleneck and trains it, or loads the finished stage.
+    """Replaces the head of a frozen classifier by a bottleneck and trains it, or loads the stage if it is finished.
 
     Keys are fitted without labels. Unless they are `reused`, the values are then trained on the labels and on the soft
     targets of a `teacher`. Carried and reused keys come from the bottleneck of the `teacher`.
@@ -109,9 +110,10 @@ def cached_logits(run: ImageRun, data: ImageData, teacher: ImageClassifier) -> T
 class BottleneckProbeConfig(FrozenEncoderConfig):
     """Configuration of a frozen encoder and of the head after it.
 
-    encoder_config: of an ImageClassifier, whose pooled features are the embedding; None if the pixels are.
+    encoder_config: configuration of the ImageClassifier whose pooled features are the embedding; None if the pixels
+        are the embedding.
     image_size, mean, std: as in ImageClassifierConfig.
-    bottleneck: codebooks, codebook_size and key_dim of a `DiscreteKeyValueBottleneck`; None for a linear head.
+    bottleneck: codebooks, codebook_size and key_dim of the `DiscreteKeyValueBottleneck`; None for a linear head.
     """
 
     model_type = "bottleneck_probe"
@@ -124,7 +126,7 @@ class BottleneckProbe(FrozenEncoderModel):
     """Images (batch, 3, h, w) -> frozen encoder -> embedding (batch, width) -> head -> logits (batch, labels).
 
     The head is a bottleneck with random projections and the mean decoder, or a linear layer. Both start at zero. The
-    model loads without the encoder's run, once this module is imported:
+    saved model contains the encoder, and loads in any process that imports this module:
 
         model = BottleneckProbe.from_pretrained("runs/image-classification/bottleneck_class_incremental/student")
     """
@@ -153,7 +155,7 @@ class BottleneckProbe(FrozenEncoderModel):
         self.train(False)
 
     @classmethod
-    def around(
+    def from_encoder(
         cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int | None] | None
     ) -> "BottleneckProbe":
         """An untrained head for the classes of `data`, after a copy of the encoder or (None) after the pixels."""
@@ -182,8 +184,8 @@ class BottleneckProbe(FrozenEncoderModel):
         return Outputs(logits=self.head(self.embed(pixel_values)))
 
     def cache(self, embeddings: Tensor) -> Tensor:
-        """Inputs of the head that training reuses: codes (images, codebooks), uint16, of the embeddings (images,
-        width), or the embeddings for a linear head.
+        """Maps embeddings (images, width) to the inputs of the head that training caches: codes (images, codebooks)
+        uint16 or, for a linear head, the embeddings themselves.
         """
         if isinstance(self.head, nn.Linear):
             return embeddings
@@ -191,7 +193,7 @@ class BottleneckProbe(FrozenEncoderModel):
         return torch.cat([self.head.encode(part.to(self.device)).to(torch.uint16).cpu() for part in parts])
 
     def classify(self, cached: Tensor) -> Tensor:
-        """Logits (batch, labels) of rows of `cache`, without encoder and key search."""
+        """Logits (batch, labels) for rows of the output of `cache`, without encoder and key search."""
         cached = cached.to(self.device)
         return self.head(cached) if isinstance(self.head, nn.Linear) else self.head.decode(cached)
 
@@ -205,9 +207,10 @@ AutoModelForImageClassification.register(BottleneckProbeConfig, BottleneckProbe)
 
 
 def load_encoder(name: str, data: ImageData) -> tuple[ImageClassifier | None, ImageData]:
-    """The classifier in a folder, or None for the pixels, and the data normalized as in its training.
+    """Loads the classifier in a folder, or None for the pixels. Returns it with the data in its normalization.
 
-    It may be trained on other classes. Raises UserError for an unknown name and for images of another size.
+    The classifier may have been trained on other classes. Raises UserError for an unknown name, and for a classifier
+    of images of another size.
     """
     if name == PIXELS:
         return None, data

@@ -1,4 +1,4 @@
-"""A run on images: trains image classifiers on labels alone or with a teacher, evaluates and reports them."""
+"""The run of image classifiers: training on labels alone or with a teacher, evaluation and report."""
 
 import re
 from collections.abc import Mapping
@@ -38,17 +38,17 @@ from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = ImageClassifier.from_pretrained("{folder}").eval()
-logits = model(**processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")).logits
+logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
 
 
 class ImageRun(TrainerRun):
-    """Opens the folder of a run on `data`, by default `runs/image-classification/NAME`.
+    """A run on `data`, by default in the folder `runs/image-classification/NAME`.
 
-    Raises UserError if the arguments do not fit the data, or a continued run began with other data or models.
+    Raises UserError if the arguments do not fit the data, or if a resumed run was started with other data or models.
 
     Args:
-        instances: the script's other arguments, for the recipe.
+        instances: the other arguments of the script, which are saved in the recipe.
         teacher, ensemble_teachers: pretrained teachers; None if the run trains its teacher.
     """
 
@@ -73,7 +73,7 @@ class ImageRun(TrainerRun):
     # ---- training ----
 
     def train_on_labels(self, stage: str, model: ImageClassifier, epochs: float | None = None) -> ImageClassifier:
-        """A stage without a teacher: trains `model` on the labels alone, or loads it if the stage is finished."""
+        """Trains `model` on the labels alone, or loads it if the stage is finished."""
         settings = {} if epochs is None else {"num_train_epochs": epochs}
 
         def train() -> ImageClassifier:
@@ -89,9 +89,9 @@ class ImageRun(TrainerRun):
         teacher: nn.Module,
         teacher_views: Path | None = None,
     ) -> ImageClassifier:
-        """A stage with a teacher: trains `student` with `method`, or loads it if the stage is finished.
+        """Trains `student` with a teacher by `method`, or loads it if the stage is finished.
 
-        `teacher_views`: folder for a table of the teacher's logits of each view, for methods that need no features.
+        `teacher_views`: folder of a cache of the teacher's logits for every view, for methods without features.
         """
 
         def train() -> ImageClassifier:
@@ -101,7 +101,7 @@ class ImageRun(TrainerRun):
                 method.objective,
                 features=method.features,
                 teacher=frozen(teacher, self.args.precision),
-                teacher_views=teacher_views and self.views_table(teacher, teacher_views),
+                teacher_views=teacher_views and self.teacher_view_cache(teacher, teacher_views),
                 teacher_features=method.teacher_features,
             )
 
@@ -116,11 +116,11 @@ class ImageRun(TrainerRun):
         validate: bool = True,
         **trainer: Any,
     ) -> Model:
-        """Trains the model of a stage on augmented images, starting from its last checkpoint.
+        """Trains the model of a stage on augmented images, and resumes from its last checkpoint, if any.
 
         Args:
-            settings: training arguments of this stage that differ from the run's.
-            validate: log the accuracy on the validation images after each epoch.
+            settings: training arguments that differ in this stage from those of the run.
+            validate: whether to log the accuracy on the validation images after each epoch.
             trainer: other arguments of KDTrainer.
         """
         device, splits = best_device(), self.data.splits
@@ -141,10 +141,10 @@ class ImageRun(TrainerRun):
         strong = self.args.strong_augmentation
         return self.data.views("train", device, augment=True, seed=self.args.seed, strong=strong)
 
-    def views_table(self, teacher: nn.Module, folder: Path) -> TeacherViews:
-        """The table of the teacher's logits of each view. Call `validate_teacher_views` first."""
+    def teacher_view_cache(self, teacher: nn.Module, folder: Path) -> TeacherViews:
+        """The cache of the teacher's logits for every view. Call `validate_teacher_views` first."""
         data, views = self.data, self.training_views(torch.device("cpu"))
-        assert isinstance(views, Views), "only these views are countable"
+        assert isinstance(views, Views), "only views of small images are numbered"
         key = outputs_key(teacher, data.fingerprint, data.config, views.number_of_views, self.args.precision)
         return TeacherViews(folder, key, len(views), views.number_of_views, len(data.label_names))
 
@@ -169,10 +169,10 @@ class ImageRun(TrainerRun):
         """Evaluates the models, writes the report and the student into the run's folder, and prints the table.
 
         Args:
-            models: {role: (name, model)}; the model is None if the run has none.
+            models: {role: (name, model)}; the model is None if the run does not have one.
             teacher: result of `evaluate_teacher`.
-            auxiliary_parameters: number of parameters that were trained with the student and are not exported.
-            labels_only: the student was trained without a teacher.
+            auxiliary_parameters: number of parameters that were trained with the student and are not part of it.
+            labels_only: whether the student was trained without a teacher.
         """
         entries: dict[str, Any] = {} if teacher is None else {"teacher": teacher[0]}
         logits, workers = None if teacher is None else teacher[1], self.args.dataloader_num_workers
@@ -186,7 +186,7 @@ class ImageRun(TrainerRun):
             print(f"report: {self.folder / 'report.md'}")
 
     def image_results(self, method: str, entries: dict[str, Any]) -> dict[str, Any]:
-        """results.json of entries that `evaluate` returned, by role. An entry is None if the run has no such model."""
+        """The content of results.json. `entries`: results of `evaluate` by role, or None without such a model."""
         data, split = self.data, self.data.selection_split
         parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
         keys = {role: entry["keys"] for role, entry in entries.items() if entry and "keys" in entry}
@@ -218,15 +218,17 @@ class ImageRun(TrainerRun):
         """Writes the report, and the student with its model card, into a folder (in the main process)."""
         if PartialState().is_main_process:
             if student is not None:
-                place = folder / "student"
-                save_student(place, student, results, USAGE.format(folder=place), image_processor(self.data))
+                usage = USAGE.format(folder=folder / "student")
+                save_student(folder / "student", student, results, usage, image_processor(self.data))
             write_report(folder, results, history)
 
 
 def validate_training(training: ImageTrainingArguments, data: ImageData) -> None:
     """Raises UserError for workers, views and batch sizes that do not fit the data."""
     if training.dataloader_num_workers and best_device().type == "cuda" and not isinstance(data, LargeImageData):
-        raise UserError("workers cannot load small images, which lie on the GPU: pass --dataloader_num_workers 0")
+        raise UserError(
+            "small images are on the GPU, which worker processes cannot use: pass --dataloader_num_workers 0"
+        )
     if training.strong_augmentation:
         data.views("train", torch.device("cpu"), augment=True, strong=True)  # raises UserError if unsupported
     batch, images = training.per_device_train_batch_size * PartialState().num_processes, len(data.splits["train"])
@@ -238,16 +240,16 @@ def validate_training(training: ImageTrainingArguments, data: ImageData) -> None
     last = batch if training.dataloader_drop_last else images % batch or batch
     if last * training.views == 1:  # batch norms of pooled features need two samples
         raise UserError(
-            f"{images} training images leave a batch of a single one, too few for batch norms: pass another "
+            f"{images} training images leave a last batch of one image, too small for batch norms: pass another "
             "--per_device_train_batch_size, or --dataloader_drop_last true"
         )
 
 
 def validate_teacher_views(folder: Path, data: ImageData, training: ImageTrainingArguments) -> None:
-    """Raises UserError if the folder of --teacher_views is not writable, or the views are not countable."""
+    """Raises UserError if the folder of --teacher_views is not writable, or the views are not numbered."""
     check_writable(folder, "--teacher_views")
     if isinstance(data, LargeImageData) or training.strong_augmentation:
         raise UserError(
-            "views of large images and those of --strong_augmentation cannot be counted, so no table can hold "
-            "them: leave out --teacher_views"
+            "--teacher_views does not support large images and --strong_augmentation, whose views are not numbered: "
+            "leave it out"
         )

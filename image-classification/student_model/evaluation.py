@@ -1,4 +1,4 @@
-"""Evaluation of image classifiers, the same during training and afterwards."""
+"""Evaluation of image classifiers, with the same metrics during and after training."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import shorter_side
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
-Logits = dict[str, np.ndarray]  # split: (images, classes)
+Logits = dict[str, np.ndarray]  # {split: (images, classes)}
 
 
 def image_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -31,7 +31,7 @@ def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def predict(model: PreTrainedModel | EnsembleTeacher, data: ImageData, split: str, workers: int = 0) -> np.ndarray:
-    """Logits (images, classes) of a split, in its order and always in fp32. `workers` decode large images."""
+    """Logits (images, classes) of a split in fp32, in its order. `workers`: processes that decode large images."""
 
     def forward(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
@@ -55,7 +55,7 @@ def evaluate(
     teacher_logits: Logits | None = None,
     workers: int = 0,
 ) -> tuple[dict[str, Any], Logits]:
-    """A model's entry in results.json, with its agreement with `teacher_logits`; and its logits."""
+    """Returns the entry of a model in results.json, with its agreement with `teacher_logits`, and its logits."""
     logits = {split: predict(model, data, split, workers) for split in data.splits if split != "train"}
     metrics = {}
     for split, predictions in logits.items():
@@ -66,7 +66,7 @@ def evaluate(
     entry = {"name": name, **cost(model, {"pixel_values": image}), "metrics": metrics}
     if isinstance(model, ImageClassifier):
         entry["parts"] = cost_of_parts(model, image)
-        if keys := getattr(model.config, "key_statistics", None):  # of a bottleneck
+        if keys := getattr(model.config, "key_statistics", None):  # only with a bottleneck
             entry["keys"] = keys
     return entry, logits
 

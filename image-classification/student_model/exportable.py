@@ -1,4 +1,4 @@
-"""Image students for `python -m kd.common.export`: `pixel_values` in, logits out."""
+"""Image students for `python -m kd.common.export`: `pixel_values` -> logits."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from kd.common.export.exportable import Exportable
 from kd.common.pretrained import load_model, reading
-from kd.image_classification.student_model import bottleneck  # noqa: F401  registers it with AutoModel...
+from kd.image_classification.student_model import bottleneck  # noqa: F401  registers BottleneckProbe with AutoModel
 
 USAGE = """import json
 
@@ -17,21 +17,21 @@ from PIL import Image
 
 labels = json.load(open(f"{{folder}}/config.json"))["id2label"]
 processor = json.load(open(f"{{folder}}/preprocessor_config.json"))
-picture = Image.open("picture.png").convert("RGB")
+image = Image.open("image.png").convert("RGB")
 {fit}
-pixels = np.asarray(picture) / 255  # (height, width, 3)
+pixels = np.asarray(image) / 255  # (height, width, 3)
 pixels = (pixels - processor["image_mean"]) / processor["image_std"]
 inputs = {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}}
 logits = model(inputs)
 print(labels[str(logits.argmax())])"""
-RESIZE = """picture = picture.resize(({size}, {size}), Image.Resampling.BILINEAR)"""
-CROP = """size = [{shorter} * side // min(picture.size) for side in picture.size]
+RESIZE = """image = image.resize(({size}, {size}), Image.Resampling.BILINEAR)"""
+CROP = """size = [{shorter} * side // min(image.size) for side in image.size]
 left, top = (round((side - {size}) / 2) for side in size)
-picture = picture.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + {size}, top + {size}))"""
+image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + {size}, top + {size}))"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """Loads the student in a folder; `task` is not used. Raises UserError if there is none."""
+    """Loads the student in a folder; `task` is not used. Raises UserError if the folder does not contain one."""
     with reading(name, "an image classifier and its image processor"):
         model = load_model(AutoModelForImageClassification, name).eval()
         processor = AutoImageProcessor.from_pretrained(name)
@@ -53,6 +53,6 @@ def load(name: str, task: str | None) -> Exportable:
 
 
 def _fit(processor: Any, size: int) -> str:
-    """Returns the code that resizes a picture to the size of the student's images."""
+    """Returns the code that resizes an image to the input size of the student."""
     shorter = processor.size.get("shortest_edge")
     return RESIZE.format(size=size) if shorter is None else CROP.format(size=size, shorter=shorter)

@@ -1,7 +1,7 @@
 """Class-incremental learning on a frozen encoder: tasks of a few classes each, one after another.
 
 The protocol of Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240): the keys are fitted to
-images without labels and frozen. Then only the values are trained, by SGD and softmax cross-entropy over all classes,
+images without labels and frozen. Then only the values are trained, by SGD with the cross-entropy over all classes,
 without task ids or masks. An image updates only the values that it fetches, so later tasks change few values of
 earlier classes. The control is a linear probe, in which every image updates every weight.
 """
@@ -55,7 +55,7 @@ class HeadInputs:
     report: str
 
     @classmethod
-    def of(cls, model: BottleneckProbe, embeddings: dict[str, Tensor], data: ImageData) -> "HeadInputs":
+    def from_embeddings(cls, model: BottleneckProbe, embeddings: dict[str, Tensor], data: ImageData) -> "HeadInputs":
         return cls(
             {split: model.cache(embedded) for split, embedded in embeddings.items()},
             {split: images.labels for split, images in data.splits.items()},
@@ -76,7 +76,7 @@ class HeadTraining:
 
 
 def split_tasks(data: ImageData, classes_per_task: int, seed: int) -> Tasks:
-    """Shuffles the classes and splits them into tasks; the last task has the remainder. Raises UserError for too many
+    """Shuffles the classes and splits them into tasks; the last task may be smaller. Raises UserError for too many
     classes per task, and for a class without images in a split.
     """
     names = data.label_names
@@ -113,10 +113,10 @@ def fit_keys(model: BottleneckProbe, embeddings: Tensor, seed: int) -> Bottlenec
 def fitted_bottleneck(
     run: Run, encoder: ImageClassifier | None, data: ImageData, args: IncrementalArguments, embeddings: Tensor
 ) -> BottleneckProbe:
-    """The stage `keys`: a bottleneck with keys fitted to embeddings (images, width), and values of zero."""
+    """Runs the stage `keys`: fits the keys of a new bottleneck to embeddings (images, width); its values are zero."""
 
     def fit() -> BottleneckProbe:
-        return fit_keys(BottleneckProbe.around(encoder, data, args.bottleneck), embeddings, run.args.seed)
+        return fit_keys(BottleneckProbe.from_encoder(encoder, data, args.bottleneck), embeddings, run.args.seed)
 
     return run.stage("keys", fit, read_stage, image_processor(data))
 
@@ -124,7 +124,7 @@ def fitted_bottleneck(
 def trained_head(
     run: Run, data: ImageData, stage: str, head: HeadTraining, args: IncrementalArguments
 ) -> BottleneckProbe:
-    """A stage: trains a head on its tasks, and adds its history to the run's."""
+    """Trains a head on its tasks and adds its history to that of the run, or loads the stage if it is finished."""
 
     def train() -> BottleneckProbe:
         model, run.history[stage] = train_head(head, args.epochs_per_task, args.batch_size, run.args.seed)
@@ -134,12 +134,12 @@ def trained_head(
 
 
 def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> tuple[BottleneckProbe, History]:
-    """Trains a copy of `head.untrained` on one task after another, for `epochs` passes over the images of each.
+    """Trains a copy of `head.untrained` on one task after another, for `epochs` epochs on the images of each.
 
     Uses SGD without momentum and weight decay, which would change values that no image of the task fetches. The
-    history has an entry for each pass over a task. Its `epoch` counts passes over all training images. It has the
-    training loss, the accuracy on the selection split and, after the last pass, the accuracy on the report split for
-    the classes seen so far and for all classes.
+    history has an entry for each epoch of a task: the training loss, the accuracy on the selection split and, after
+    the last epoch, the accuracy on the report split for the classes seen so far and for all classes. `epoch` in an
+    entry counts in passes over all training images.
     """
     model, samples, labels = copy.deepcopy(head.untrained), head.samples, head.samples.labels["train"]
     model.to(best_device())  # type: ignore[arg-type]
@@ -148,13 +148,13 @@ def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> t
     history: History = []
     progress = tqdm(total=len(head.tasks) * epochs, desc=f"training {head.name}", leave=False)
     for task, classes_seen in zip(head.tasks, accumulate(head.tasks), strict=True):
-        of_task = torch.isin(labels, torch.tensor(task)).nonzero().flatten()
+        task_rows = torch.isin(labels, torch.tensor(task)).nonzero().flatten()
         for _ in range(epochs):
-            rows = of_task[torch.randperm(len(of_task), generator=generator)]
+            rows = task_rows[torch.randperm(len(task_rows), generator=generator)]
             loss = _train_epoch(model, samples, rows.split(batch_size), optimizer)
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of {head.name} is {loss} in pass {len(history) + 1}: lower its learning rate"
+                    f"the loss of {head.name} is {loss} in epoch {len(history) + 1}: lower its learning rate"
                 )
             samples_seen += len(rows)
             entry = {"epoch": samples_seen / len(labels), "loss": loss, "classes_seen": len(classes_seen)}
@@ -169,7 +169,7 @@ def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> t
 def _train_epoch(
     model: BottleneckProbe, samples: HeadInputs, batches: tuple[Tensor, ...], optimizer: torch.optim.Optimizer
 ) -> float:
-    """Takes a step for each batch of rows; returns the mean loss over the images."""
+    """Takes an optimizer step for each batch of rows. Returns the mean loss over the images."""
     total = torch.zeros((), device=model.device)
     for rows in batches:
         labels = samples.labels["train"][rows].to(model.device)
@@ -183,7 +183,7 @@ def _train_epoch(
 
 @torch.no_grad()
 def accuracy(model: BottleneckProbe, samples: HeadInputs, split: str, classes: list[int] | None = None) -> float:
-    """Accuracy on the images of a split, or on those of `classes` only; predictions are over all classes."""
+    """Accuracy on the images of a split, or only on those of `classes`. Predictions are over all classes."""
     inputs, labels = samples.inputs[split], samples.labels[split]
     if classes is not None:
         rows = torch.isin(labels, torch.tensor(classes))
@@ -216,8 +216,8 @@ def incremental_results(
 ) -> dict[str, Any]:
     """The content of results.json for trained heads: `student`, `teacher`, `control` and others.
 
-    It adds to the schema the accuracy of all heads on the classes seen so far, after each task, and on all classes.
-    Heads trained i.i.d. are evaluated on the same classes.
+    In addition to the common schema, it contains the accuracy of all heads after each task, on the classes seen so far
+    and on all classes. Heads trained i.i.d. are evaluated on the same classes.
     """
     student, vectors = heads["student"], heads["control"].samples.inputs["train"]
     keys = student.untrained.bottleneck.key_statistics(vectors.to(student.untrained.device))
@@ -238,7 +238,7 @@ def incremental_results(
         models={role: entries[role] for role in ("teacher", "control", "student")},
         split=data.selection_split,
         metric="accuracy",
-        selection="last pass; nothing was selected on any split",
+        selection="last epoch; no split chose anything",
         data_notes="; ".join(data.notes) or "none",
         order_of_classes=", ".join(data.label_names[c] for task in student.tasks for c in task),
         split_measured_after_each_task=student.samples.report,

@@ -22,7 +22,7 @@ _CACHE: dict[tuple[str, int, str, str], "ImageFeatures"] = {}
 
 
 def task_spec(student: ImageClassifier, teacher: ImageClassifier, data: ImageData, views: int = 1) -> TaskSpec:
-    """The TaskSpec of two classifiers and the images that both are trained on, with `views` of each in a batch."""
+    """The TaskSpec of two classifiers and the images that both are trained on, with `views` views of each image."""
     return TaskSpec(
         classes=len(data.label_names),
         student=student,
@@ -63,7 +63,7 @@ def teacher_samples(teacher: ImageClassifier, data: ImageData) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class ImageFeatures(ModelFeatures):
-    """blocks: The outputs of the blocks of all stages, in order; a stage without blocks counts as one."""
+    """blocks: the outputs of the blocks of all stages, in order; a stage without blocks counts as one block."""
 
     blocks: Sequence[Feature]
 
@@ -79,8 +79,9 @@ def image_features(model: ImageClassifier) -> ImageFeatures:
     if key not in _CACHE:
         stages, blocks = stage_paths(model), block_paths(model)
         shapes = _probe(model, {*stages, *blocks, head})
-        # The toolboxes' last map is that of the last stage: before the last 1x1 convolution of MobileNetV2 and
-        # ShuffleNetV2, before the last batch norm and ReLU of wide ResNets, and otherwise the input of the head.
+        # As in the distillation toolboxes, the last map is the output of the last stage: before the last 1x1
+        # convolution of MobileNetV2 and ShuffleNetV2, before the last batch norm and ReLU of wide ResNets, and
+        # otherwise the input of the head.
         _CACHE[key] = ImageFeatures(
             stages=[shapes[path] for path in stages],
             head=shapes[head],
@@ -104,10 +105,10 @@ def _probe(model: ImageClassifier, paths: set[str]) -> dict[str, Feature]:
     finally:
         hooks.remove()
         model.train(was_training)
-    for path, found in maps.items():
-        if found.dim() != 4 or found.shape[2] != found.shape[3]:
+    for path, features in maps.items():
+        if features.dim() != 4 or features.shape[2] != features.shape[3]:
             raise UserError(
-                f"{model.config.architecture} has features of shape {tuple(found.shape[1:])} at {path}, not square "
+                f"{model.config.architecture} has features of shape {tuple(features.shape[1:])} at {path}, not square "
                 "maps (channels, size, size): choose a convolutional network"
             )
     return {path: Feature(path, m.shape[1], m.shape[2], positive=bool(m.min() >= 0)) for path, m in maps.items()}
@@ -137,7 +138,7 @@ def pre_activations(model: ImageClassifier) -> list[PreActivation]:
     if not model.backbone.pre_activations:
         raise UserError(
             f"{model.config.architecture} does not expose the maps before the last ReLU of its stages, which this "
-            "method needs of a teacher: choose a resnet, wrn or vgg"
+            "method needs from a teacher: choose a resnet, wrn or vgg"
         )
     return [PreActivation(f"backbone.{path}", f"backbone.{norm}") for path, norm in model.backbone.pre_activations]
 

@@ -4,7 +4,7 @@ README.md has the published accuracies. A method that is not listed keeps its de
 ResNet32x4 -> ResNet8x4.
 """
 
-SMALL_LEARNING_RATE = 0.01  # of MobileNetV2 and the ShuffleNets under every protocol
+SMALL_LEARNING_RATE = 0.01  # for MobileNetV2 and the ShuffleNets in every protocol
 PAIRS: dict[tuple[str, str], list[str]] = {  # (teacher, student): methods with their arguments
     ("resnet32x4", "resnet8x4"): [],
     ("resnet32x4", "shufflenetv1"): ["catkd:weight=600:size=4:normalized=true"],
@@ -52,5 +52,5 @@ PAIRS_BY_NAME = {f"{teacher}_{student}": (teacher, student) for teacher, student
 
 
 def learning_rate(student: str) -> float | None:
-    """The learning rate of a student, or None for that of the protocol."""
+    """The learning rate for a student, or None if the protocol sets it."""
     return SMALL_LEARNING_RATE if student.startswith(("mobilenet", "shufflenet")) else None

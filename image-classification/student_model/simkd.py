@@ -31,7 +31,7 @@ FEATURE_LOSSES: dict[FeatureLossName, FeatureLoss] = {
 def simkd_student(
     architecture: str, teacher: ImageClassifier, data: ImageData, factor: int, reuse_head: bool = True
 ) -> ImageClassifier:
-    """Backbone, projector and a frozen copy of the teacher's head; with `reuse_head=False` the control's new head."""
+    """Backbone, projector and a frozen copy of the teacher's head; or the control, whose head is new and trained."""
     projector = _projector_to(image_features(teacher).head, factor)
     student = new_classifier(architecture, data.config, projector=projector, bottleneck=teacher.config.bottleneck)
     if reuse_head:
@@ -43,7 +43,7 @@ def simkd_student(
 def simkd(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArguments, temperature: float) -> Method:
     """The method for a student from `simkd_student`, in one of the projector variants.
 
-    The student's projector leads to the input map of the teacher's head. Other matched maps get auxiliary projectors.
+    The student's projector outputs the input map of the teacher's head. Other matched maps have auxiliary projectors.
     """
     method = labels(args.cls_weight) + Method({"soft_targets": (args.kl_weight, soft_targets(temperature))})
     for number, (feature, teacher_feature, weight) in enumerate(_matched_maps(student, teacher, args)):
@@ -63,7 +63,7 @@ def simkd(student: ImageClassifier, teacher: ImageClassifier, args: SimKDArgumen
 
 
 def share_masked(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-    """The share of samples that the teacher misclassifies, which --use_labels leaves out."""
+    """The share of samples that --use_labels leaves out because the teacher misclassifies them."""
     return 1 - teacher_is_right(teacher, labels).float().mean()
 
 

@@ -1,8 +1,8 @@
-"""Sweeps: many students of one teacher. Those of one learning rate and seed are trained side by side.
+"""Sweeps: many students of one teacher. Students with the same learning rate and seed are trained side by side.
 
-They share the batches and one forward pass of the teacher. A sweep is a run that contains a run for each seed,
-`seedN`; all share the teacher. Each student has a folder `seedN/students/NAME_lrX` with results.json and student/, or
-with diverged.json if it diverged, which does not affect the others. Running the same command again, also with more
+They share the batches and one forward pass of the teacher per batch. A sweep is a run that contains a run `seedN` for
+each seed; all share the teacher. Each student has a folder `seedN/students/NAME_lrX` with results.json and student/,
+or with diverged.json if it diverged, which does not affect the others. Running the same command again, also with more
 values, trains only the missing students. All other flags must stay the same.
 """
 
@@ -48,7 +48,7 @@ from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd.image_classification.teacher_model.teacher import load_teacher
 
-DIVERGED = "diverged.json"  # replaces the results of a student that diverged; contains the epoch
+DIVERGED = "diverged.json"  # written instead of the results of a student that diverged; contains the epoch
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def sweep(
 ) -> Path:
     """Trains and evaluates the missing students of a sweep. Returns the folder of the sweep.
 
-    `teacher_views`: folder for a table of the teacher's logits of each view, for groups of students that need no
-    features.
+    `teacher_views`: folder of a cache of the teacher's logits for every view. It is used by groups of students whose
+    methods need no features.
     """
     validate_sweep(students, training)
     seeds = training.seeds or [training.seed]
@@ -161,22 +161,24 @@ def sweep(
 
 
 def validate_sweep(students: list[Student], training: ImageTrainingArguments) -> None:
-    """Raises UserError for equal students, and for arguments that students side by side do not support."""
+    """Raises UserError for equal students, and for arguments that training side by side does not support."""
     if training.max_grad_norm:
-        raise UserError("gradient clipping would couple students side by side: --max_grad_norm must be 0")
+        raise UserError("gradient clipping would couple students that train side by side: leave --max_grad_norm at 0")
     if training.load_best_model_at_end:
-        raise UserError("students side by side end with their last epoch: leave out --load_best_model_at_end")
+        raise UserError("students that train side by side keep their last epoch: leave out --load_best_model_at_end")
     methods = list(dict.fromkeys(student.method for student in students))
     if len(set(students)) < len(students):
         raise UserError("--methods has the same method twice: name it once")
     check_kd_flags(methods, training)
     check_methods_differ((spec, image_method(spec, training)) for spec in methods if spec not in (*CONTROLS, SIMKD))
-    reject_unused("students side by side are evaluated at the end only", training, "eval_strategy", "eval_steps")
+    reject_unused(
+        "students that train side by side are evaluated only at the end", training, "eval_strategy", "eval_steps"
+    )
     reject_unused("students of a sweep have no bottleneck", training, "value_learning_rate")
 
 
 def shared_arguments(training: ImageTrainingArguments) -> ImageTrainingArguments:
-    """The arguments that all students share, with the teacher's seed. A sweep that was started is continued."""
+    """The arguments that all students share, with the seed of the teacher. An existing sweep is resumed."""
     args, kind = copy.copy(training), ImageTrainingArguments
     args.output_dir = training.output_dir or "runs/image-classification/sweep"
     args.seed, args.seeds, args.learning_rate = kind.seed, None, kind.learning_rate
@@ -215,13 +217,13 @@ def train_group(
     build: Build,
     teacher_views: Path | None,
 ) -> dict[Student, ImageClassifier]:
-    """A stage that trains students of one learning rate side by side."""
+    """Trains students of one learning rate side by side, or loads the stage if it is finished."""
 
     def train() -> SideBySide:
         models: dict[str, ImageClassifier] = {}
         methods: dict[str, Method] = {}
         for student in students:
-            set_seed(run.args.seed)  # each starts as it would alone
+            set_seed(run.args.seed)  # the same initialization as when it is trained alone
             models[student.key], methods[student.key] = build(student, teacher)
         distilled = [methods[student.key] for student in students if not student.is_control]
         views = teacher_views if distilled and not any(method.teacher_features for method in distilled) else None
@@ -233,7 +235,7 @@ def train_group(
             validate=False,
             features=SideBySide.paths({name: method.features for name, method in methods.items()}),
             teacher=frozen(teacher, run.args.precision) if distilled else None,
-            teacher_views=views and run.views_table(teacher, views),
+            teacher_views=views and run.teacher_view_cache(teacher, views),
             teacher_features={name: path for m in methods.values() for name, path in m.teacher_features.items()},
         )
 
@@ -245,7 +247,7 @@ def train_group(
 
 
 def _find_stage(folder: Path, students: list[Student]) -> str:
-    """The stage that already contains these students, if a run was killed before writing all of them, or a new one."""
+    """The stage with these students, if a run was killed before it wrote all of their reports, or a new stage."""
     prefix = f"lr{students[0].learning_rate:g}_"
     for stage in sorted((folder / "stages").glob(f"{prefix}*")):
         if all((stage / student.key).is_dir() for student in students):
@@ -284,7 +286,7 @@ def write_group(
 
 
 def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A student's losses in the log of its group, as long as they were finite."""
+    """The losses of a student in the log of its group, while they are finite."""
     shares = [(entry["epoch"], _share(student, entry)) for entry in history if "loss" in entry]
     return [{"epoch": epoch, "loss": sum(share)} for epoch, share in shares if share]
 

@@ -19,10 +19,10 @@ from kd.image_classification.student_model.sweep import DIVERGED, Student
 GROUP = ["label", "rate"]  # columns that identify a student
 
 
-def show(folder: Path, students: list[Student], seeds: list[int]) -> None:
+def write_sweep_report(folder: Path, students: list[Student], seeds: list[int]) -> None:
     """Writes sweep.md and sweep.png into the sweep's folder and prints the table.
 
-    A student that diverged with any seed is left out of the table, because its other seeds alone would flatter it.
+    A student that diverged with any seed is left out of the table: the mean over its other seeds would be biased.
     Raises UserError if all students diverged.
     """
     folders = {(student, seed): student.folder(folder / f"seed{seed}") for student in students for seed in seeds}
@@ -34,7 +34,7 @@ def show(folder: Path, students: list[Student], seeds: list[int]) -> None:
     named = "; ".join(f"{s.label} at {s.learning_rate:g} ({', '.join(when)})" for s, when in diverged.items())
     results = {key: read_json(path / RESULTS) for key, path in folders.items() if key[0] not in diverged}
     if not results:
-        raise UserError(f"the loss of each student is not finite: {named}; try a lower learning rate")
+        raise UserError(f"the loss of each student is not finite: {named}; lower the learning rate")
     first = next(iter(results.values()))
     split, teacher = first["primary_metric"]["split"], first["models"]["teacher"]
     rows = rows_of(results)
@@ -85,7 +85,7 @@ def compare_students(rows: pd.DataFrame, split: str) -> list[str]:
     if rows.empty:
         return []
     if rows["seed"].nunique() < 2:
-        return ["One seed does not show the variation over seeds."]
+        return ["The variation over seeds cannot be estimated from one seed."]
     scores = rows.pivot(index="seed", columns="name", values=f"{split} accuracy")
     gains = rows.pivot(index="seed", columns="name", values="gain over control")
     names = list(rows["name"].unique())

@@ -32,8 +32,8 @@ class Projector(nn.Module):
 
     Args:
         factor: f in the paper. From 256 to 256 channels, 2 adds 214,016 parameters and 8 adds 26,240.
-        relu: end with a ReLU, for a teacher's map that is after a ReLU.
-        max_size: size of the teacher's map in pixels; larger inputs are averaged down to it first.
+        relu: whether to end with a ReLU, because the teacher's map is the output of one.
+        max_size: size of the teacher's map in pixels; larger inputs are first averaged down to it.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ImageClassifierConfig(PreTrainedConfig):
 
     @property
     def label_names(self) -> list[str]:
-        """By class id."""
+        """Class names by class id."""
         names: dict[Any, str] = dict(self.id2label or {})
         return [names[i] for i in sorted(names)]
 
@@ -118,7 +118,7 @@ class ImageClassifier(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: constructors initialize all parts, and checkpoints are complete."""
+        """Does nothing: constructors initialize all parts, and every checkpoint is complete."""
 
     def forward(
         self, pixel_values: Tensor | None = None, codes: Tensor | None = None, return_dict: bool | None = None
@@ -188,7 +188,7 @@ def _fold_batch_norms(model: nn.Module) -> None:
 
 
 def _conv_norm_paths(model: nn.Module) -> list[tuple[str, str]]:
-    """(path of a convolution, path of the batch norm that alone reads its output), from the traced graph."""
+    """Pairs of a convolution and the batch norm that is the only reader of its output, from the traced graph."""
     try:
         graph = fx.symbolic_trace(model).graph
     except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, NotImplementedError):

@@ -21,15 +21,15 @@ from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.backbones import TIMM, known_weights
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
 
-IMAGENET_CLASSES = 1000  # always in the order of their WordNet ids
+IMAGENET_CLASSES = 1000  # in the order of their WordNet ids
 TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
 def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier, ImageData, bool]:
-    """The teacher NAME, the data in its normalization, and whether the teacher is pretrained.
+    """Returns the teacher NAME, the data in its normalization, and whether the teacher is pretrained.
 
-    Pretrained: the classifier of a folder, and a network of timm if the data have ImageNet's classes. Any other NAME
-    is an architecture, which is initialized with `seed`; the data are then unchanged.
+    The classifier of a folder is pretrained, and so is a network of timm if the data have ImageNet's classes. Any
+    other NAME is an architecture, which is initialized with `seed`; the data are then unchanged.
     """
     folder = trained_folder(name)
     if folder:
@@ -42,7 +42,7 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
 
 
 def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
-    """The classifiers of these folders. `data` has the normalization of --teacher.
+    """Loads the classifiers of these folders. `data` has the normalization of --teacher.
 
     Raises UserError for a classifier that was trained with another normalization or other labels.
     """
@@ -50,7 +50,7 @@ def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageC
     for name in names:
         folder = trained_folder(name)
         if folder is None:
-            raise UserError(f"--ensemble_teachers {name} is no trained classifier: pass the folder of one")
+            raise UserError(f"--ensemble_teachers {name} is not a trained classifier: pass the folder of one")
         teacher, normalized = load_trained(folder, data)
         if (normalized.mean, normalized.std) != (data.mean, data.std):
             raise UserError(
@@ -91,7 +91,7 @@ def trained_folder(name: str, student_first: bool = False) -> Path | None:
 
 
 def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tuple[ImageClassifier, ImageData]:
-    """The classifier of a folder, and the data in its normalization.
+    """Loads the classifier of a folder. Returns it with the data in its normalization.
 
     Raises UserError for another kind of model, another image size and, unless `any_labels`, other labels.
     """
@@ -215,7 +215,7 @@ def _load(name: str, checkpoint: str | None, classes: int) -> Any:
 
 
 def _imagenet_labels(name: str, classes: int) -> list[str]:
-    """WordNet's description of each class; WordNet ids distinguish classes with the same description."""
+    """WordNet's description of each class, with the WordNet id if several classes have the same description."""
     subset = infer_imagenet_subset({"num_classes": classes})
     if subset is None:
         raise UserError(f"timm's {name} has {classes} classes, which are not ImageNet's: pass label_names")

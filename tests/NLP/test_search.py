@@ -241,7 +241,7 @@ def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkey
 def test_a_finished_search_is_an_error(finished, few, teacher, capsys):
     with pytest.raises(SystemExit) as stopped:
         search("--dataset", few, "--teacher", teacher, "--output_dir", finished)
-    assert stopped.value.code == 2 and f"{finished} holds a finished run" in capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{finished} contains a finished run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_an_added_file_is_never_replaced(tmp_path: Path) -> None:
     with writing_folder(tmp_path / "model") as folder:
         (folder / "weights").write_text("old")
     (tmp_path / "model" / "card.md").write_text("mine")
-    with pytest.raises(UserError, match="card.md is in the way"):
+    with pytest.raises(UserError, match="card.md would be replaced"):
         with writing_folder(tmp_path / "model") as folder:
             (folder / "card.md").write_text("ours")
     assert (tmp_path / "model" / "card.md").read_text() == "mine"

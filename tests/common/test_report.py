@@ -283,7 +283,7 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     folders = write_runs(tmp_path, results(0), results(0, 0.5))
     (row,) = averaged(folders)
     assert (row["student_mean"], row["seeds"]) == ("0.81", "1")
-    assert f"left out: {folders[1]} repeats seed 0 of NLP, clinc150, soft_targets, as {folders[0]} has it" in (
+    assert f"left out: {folders[1]} repeats seed 0 of NLP, clinc150, soft_targets from {folders[0]}" in (
         capsys.readouterr().out
     )
 

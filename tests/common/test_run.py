@@ -74,7 +74,7 @@ def test_other_models_follow_teacher_control_and_student(tmp_path):
 def test_a_finished_stage_is_loaded_and_a_run_is_not_overwritten(tmp_path):
     args = RunArguments(output_dir=str(tmp_path / "run"))
     assert Run(args).stage("student", lambda: Number(7), Number.load).value == 7
-    with pytest.raises(UserError, match="holds an unfinished run"):
+    with pytest.raises(UserError, match="contains an unfinished run"):
         Run(args)
     again = RunArguments(output_dir=args.output_dir, resume_from_checkpoint=True)
 

@@ -61,7 +61,7 @@ def test_a_folder_without_a_run_is_an_error_and_stays_unchanged(tmp_path: Path, 
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
+    with pytest.raises(UserError, match="is not empty and contains no run"):
         Run(arguments(tmp_path, resume, overwrite), Inputs())
     assert files(tmp_path) == set(names)
 
@@ -69,7 +69,7 @@ def test_a_folder_without_a_run_is_an_error_and_stays_unchanged(tmp_path: Path, 
 def test_the_working_directory_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         Run(arguments(Path("."), overwrite=True))
     assert files(tmp_path) == {"thesis.tex"}
 

@@ -271,8 +271,8 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
         ("quite something else", "choose one such as [^;]*$"),
         ("timm:resnetx18", "timm has no model 'resnetx18'; did you mean one of resnet18,"),
         ("timm:resnet18.nobody", "no weights 'nobody' of resnet18, only a1_in1k, "),
-        ("timm:test_vit", r"are no map .* \(1, 101, 64\) for a batch of one\): choose a convolutional network"),
-        ("timm:test_mambaout", r"are no map .* \(1, 5, 5, 256\)"),  # channels come last
+        ("timm:test_vit", r"are not a map .* \(1, 101, 64\) for a batch of one\): choose a convolutional network"),
+        ("timm:test_mambaout", r"are not a map .* \(1, 5, 5, 256\)"),  # channels come last
         ("timm:inception_next_atto", "Cannot disable pooling"),
     ],
 )
@@ -340,7 +340,7 @@ def test_pretrained_rejects_other_heads(tmp_path: Path) -> None:
     _, path = checkpoint(tmp_path, name)
     with pytest.raises(UserError, match=r"does not end in .* \(its classifier is Conv2d"):
         pretrained_classifier(name, path, image_size=32)
-    with pytest.raises(UserError, match="are no map"):
+    with pytest.raises(UserError, match="are not a map"):
         pretrained_classifier("test_vit", path)
 
 

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: its loss by numpy, negatives, memory banks, and resuming."""
+"""Contrastive representation distillation: its loss against numpy, negatives, memory banks, and resuming."""
 
 import subprocess
 import sys

@@ -16,7 +16,7 @@ from kd.common.data.sources import stratified
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
 from kd.image_classification.data.sources import read_images
-from kd_testing.pictures import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
+from kd_testing.image_files import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Exported image students: the code in README.md preprocesses a picture as their image processor does."""
+"""Exported image students: the code in README.md preprocesses an image as their image processor does."""
 
 import json
 from typing import Any
@@ -14,18 +14,18 @@ from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.exports import run_readme
-from kd_testing.pictures import NAMES, in_colour, photos_in, pixels
-from kd_testing.pictures import large as large_data
-from kd_testing.pictures import small as small_data
+from kd_testing.image_files import NAMES, in_colour, photos_in, pixels
+from kd_testing.image_files import large as large_data
+from kd_testing.image_files import small as small_data
 from kd_testing.scripts import run_script
 
 PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
 
 
 def student_of(kind: str, data: Any) -> Any:
-    """With random weights, and running statistics that are not those of a new network."""
+    """A student with random weights and with running statistics that differ from those of a new network."""
     if kind == "probe":
-        model: Any = BottleneckProbe.around(None, data, {"codebooks": 4, "codebook_size": 8, "key_dim": 3})
+        model: Any = BottleneckProbe.from_encoder(None, data, {"codebooks": 4, "codebook_size": 8, "key_dim": 3})
         head, width = model.head, 3 * data.size**2
     else:
         parts: dict[str, Any] = {"projector": PROJECTOR} if kind == "simkd" else {}
@@ -60,9 +60,9 @@ def test_an_image_student(tmp_path, monkeypatch, capsys, kind, format, large):
     capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
-    side = 101 if large else data.size  # cut out of an odd size; resizing whole pictures is another library's matter
+    side = 101 if large else data.size  # crops of an odd size; resizing alone is the same in both libraries
     picture = Image.fromarray(pixels(1, side, side + 60 * large, 3)[0])
-    picture.save("picture.png")
+    picture.save("image.png")
     found = run_readme(tmp_path / "run" / "export", *(["torch", "transformers"] if format == "onnx" else []))
     seen = AutoImageProcessor.from_pretrained(student)(picture, return_tensors="pt")["pixel_values"]
     assert found["inputs"]["pixel_values"].shape == seen.shape
@@ -77,7 +77,7 @@ def test_an_image_student(tmp_path, monkeypatch, capsys, kind, format, large):
 
 
 def test_the_whole_student_is_in_the_export(tmp_path):
-    """Not only its backbone: the projector is between it and the head."""
+    """The export contains backbone, projector and head."""
     data = small_data(in_colour(tmp_path / "data"))
     model: ImageClassifier = student_of("simkd", data)
     assert model.projector is not None

@@ -15,7 +15,7 @@ from PIL import Image
 from kd.common.data.sources import holdout
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import load_image_data
-from kd_testing.pictures import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
+from kd_testing.image_files import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
 
 
 def classes_in(folder: Path, **counts: int) -> Path:
@@ -248,7 +248,7 @@ def test_evaluation_uses_the_same_validation_split_as_training(tmp_path: Path) -
 def test_the_fingerprint_of_large_images_depends_on_files_order_and_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_at_once: int
 ) -> None:
-    """Also if only some files are read, because it includes all file sizes."""
+    """It includes all file sizes, so it changes even if only some files are read."""
     monkeypatch.setattr(loading, "READ_AT_ONCE", read_at_once)
     monkeypatch.setattr(loading, "HASHED", 2)
     folder = Path(photos_in(tmp_path / "photos"))

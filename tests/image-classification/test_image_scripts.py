@@ -24,8 +24,8 @@ from kd.image_classification.student_model.sweep import Student
 from kd.image_classification.student_model.sweep_report import compare_students, rows_of
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
+from kd_testing.image_files import draw
 from kd_testing.paths import REPO
-from kd_testing.pictures import draw
 from kd_testing.processes import run_code
 from kd_testing.scripts import run_script
 
@@ -177,7 +177,7 @@ def test_the_logits_of_ensemble_teachers_are_averaged(teacher, tmp_path, capsys)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"mean": [0.5]}))
     for method, more, message in (("sp", teacher, "needs a single teacher"), ("kd", other, "another normalization"),
-                                  ("kd", "resnet8", "is no trained classifier")):  # fmt: skip
+                                  ("kd", "resnet8", "is not a trained classifier")):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             script("train_student.py", *words, "--method", method, "--ensemble_teachers", more, "--output_dir",
                    tmp_path / "rejected")  # fmt: skip
@@ -294,7 +294,7 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     assert results["gain_over_control"] == pytest.approx(student - control)
     assert results["seed"] == 0 and results["seconds"]["student"] > 0
     table, note = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
-    assert table.count("\n") == 11 and note == "One seed does not show the variation over seeds.\n"
+    assert table.count("\n") == 11 and note == "The variation over seeds cannot be estimated from one seed.\n"
     assert (tmp_path / "s" / "sweep.png").exists()
     with pytest.raises(SystemExit) as stopped:
         script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
@@ -418,7 +418,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--projector_factor", "3"], "does not divide the teacher's"),
         ("train_simkd.py", ["--feature_weight", "0"], "not all be zero"),
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
-        ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "needs features of the teacher"),
+        ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "caches only logits"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
         ("train_simkd.py", ["--teacher", "runs/nowhere"], "there is no folder runs/nowhere"),
         ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),
@@ -444,7 +444,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         (
             "train_student.py",
             ["--per_device_train_batch_size", "63", "--dataloader_drop_last", "false"],
-            "64 training images leave a batch of a single one",
+            "64 training images leave a last batch of one image",
         ),
         ("train_student.py", ["--methods", "kd", "--seeds", "one"], "invalid int value: 'one'"),
         ("train_student.py", ["--method", "kd", "--seeds", "0,0"], "must be different seeds"),
@@ -452,7 +452,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_student.py", ["--alpha", "2"], "--alpha must be between 0 and 1"),
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
         ("sweep.py", ["--methods", "kdd"], "there is no method 'kdd'"),
-        ("sweep.py", ["--max_grad_norm", "1"], "--max_grad_norm must be 0"),
+        ("sweep.py", ["--max_grad_norm", "1"], "leave --max_grad_norm at 0"),
         ("train_teacher.py", ["--lerning_rate", "1"], "did you mean --learning_rate?"),
         ("evaluate.py", ["nowhere"], "no folder nowhere"),
     ],

@@ -91,7 +91,7 @@ def test_only_the_probe_fails_on_the_first_classes(finished, digits):
     first = split_tasks(digits, 1, seed=0)[:7]
     for stage, low, high in (("control", 0.0, 0.15), ("student", 0.95, 1.0)):
         model = BottleneckProbe.from_pretrained(finished / "stages" / stage)
-        samples = HeadInputs.of(model, embed_images(model, digits), digits)
+        samples = HeadInputs.from_embeddings(model, embed_images(model, digits), digits)
         assert low <= accuracy(model, samples, "test", [c for task in first for c in task]) <= high
 
 
@@ -127,10 +127,10 @@ def test_value_training_does_not_change_the_keys(finished):
 
 
 def test_an_image_changes_only_the_values_of_its_keys(digits):
-    model = BottleneckProbe.around(None, digits, SMALL)
+    model = BottleneckProbe.from_encoder(None, digits, SMALL)
     assert isinstance(model.head, DiscreteKeyValueBottleneck)
     embeddings = embed_images(model, digits)
-    samples = HeadInputs.of(fit_keys(model, embeddings["train"], seed=0), embeddings, digits)
+    samples = HeadInputs.from_embeddings(fit_keys(model, embeddings["train"], seed=0), embeddings, digits)
     assert samples.inputs["train"].dtype == torch.uint16
 
     def values_after(*classes: int) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_keys_do_not_depend_on_labels(digits):
     keys = []
     for data in (digits, other):
         torch.manual_seed(7)
-        model = BottleneckProbe.around(None, data, SMALL)
+        model = BottleneckProbe.from_encoder(None, data, SMALL)
         keys.append(fit_keys(model, embed_images(model, data)["train"], seed=7).head.keys)
     assert torch.equal(*keys)
 

@@ -30,7 +30,7 @@ def new_pair(student, teacher, size=32):
 
 def toolbox_maps(model, images):
     """feat[1:-1] of RepDistiller and feats[1:] of mdistiller, the last of which is `the` last map, written out by
-    family: what a stage returns, but for wide ResNets before the next batch norm, and VGG without its first group.
+    family: the outputs of the stages, of wide ResNets before the next batch norm, of VGG without its first group.
     """
     b = model.backbone
     if model.config.architecture.startswith("vgg"):
@@ -141,7 +141,7 @@ def test_networks_with_four_stages_are_matched(name, student, teacher):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "own_channels", "target_channels"),
+    ("student", "teacher", "student_channels", "teacher_channels"),
     [
         ("resnet8", "resnet14x2", 64, 128),
         ("mobilenetv2", "vgg8", 1280, 512),  # its expansion comes after the last convolution, in the authors' networks
@@ -149,11 +149,11 @@ def test_networks_with_four_stages_are_matched(name, student, teacher):
         ("wrn_16_1", "wrn_16_2", 64, 128),
     ],
 )
-def test_maps_of_norm(student, teacher, own_channels, target_channels):
+def test_maps_of_norm(student, teacher, student_channels, teacher_channels):
     pair = new_pair(student, teacher)
     method = METHODS["norm"](pair.spec, copies=2)
     conv = method.objective.terms["representations"].projector[0]
-    assert (conv.in_channels, conv.out_channels) == (own_channels, 2 * target_channels)
+    assert (conv.in_channels, conv.out_channels) == (student_channels, 2 * teacher_channels)
     student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
     target = toolbox_maps(pair.teacher.eval(), pair.images)[-1]
     found = teacher_outputs.features[method.objective.terms["representations"].teacher_names[0]].double().numpy()

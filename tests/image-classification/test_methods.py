@@ -15,7 +15,7 @@ from kd.image_classification.teacher_model.classifier import new_classifier
 from kd_testing.image_pairs import Pair, forward_both, noise
 
 NAMES = sorted(METHODS)
-WITH_WEIGHTS = {  # what trains beside the student, and never ships
+WITH_WEIGHTS = {  # methods with auxiliary parameters
     *("cc", "crd", "ctkd", "fitnet", "norm", "ofd", "reviewkd", "semckd", "srrl", "vid"),
 }
 
@@ -161,7 +161,7 @@ def test_arguments_are_checked():
         with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
             parse_method(spec, METHODS)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="kd: alpha must be .*, got nan"):  # as flags give it
+    with pytest.raises(UserError, match="kd: alpha must be .*, got nan"):  # as flags pass it
         parse_method("kd", METHODS, alpha=float("nan"))
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from kd.common.cli import run
 from kd.image_classification.scripts import prepare_data
+from kd_testing.image_files import draw, in_colour, large, photos_in, pixels, sizes, small
 from kd_testing.paths import REPO
-from kd_testing.pictures import draw, in_colour, large, photos_in, pixels, sizes, small
 
 pytestmark = pytest.mark.usefixtures("digits_once")
 

@@ -24,7 +24,7 @@ from kd_testing.image_networks import assert_close_features, randomize_norms
 from kd_testing.image_pairs import Pair, forward_both, forward_with_features, noise
 from kd_testing.image_training import train
 
-# families that show their maps before the last ReLU of a stage, and those that do not
+# families that expose their maps before the last ReLU of a stage, and families that do not
 SHOWING = ["resnet20", "resnet50", "wrn_16_2", "vgg11", "shufflenetv1"]
 HIDING = ["mobilenetv2", "shufflenetv2x0.5", "timm:resnet10t"]
 
@@ -68,7 +68,7 @@ def test_hooked_maps_are_the_inputs_of_the_last_relus(name):
         norm = model.get_submodule(norm_path)
         assert isinstance(norm, nn.BatchNorm2d) and norm.num_features == maps[path].shape[1]
         assert maps[path].min() < 0
-        after = norm(maps[stage]) if name == "wrn_16_2" else maps[path].relu()  # there a stage ends in a sum
+        after = norm(maps[stage]) if name == "wrn_16_2" else maps[path].relu()  # whose stages end in a sum
         torch.testing.assert_close(after, maps[path] if name == "wrn_16_2" else maps[stage])
     torch.testing.assert_close(maps[found[-1].path].relu(), maps["map"])
     assert not any("before_relu" in key for key in model.state_dict())

@@ -88,7 +88,9 @@ def test_every_variant_trains_student_and_all_projectors(projector, teacher_name
     assert not without, "every part of the student learns"
     assert all(p.grad is not None for p in method.objective.parameters())
     assert all(p.grad is None for p in answering.parameters())
-    assert not any("objective" in name for name in student.state_dict())  # what only trains never ships
+    assert not any(
+        "objective" in name for name in student.state_dict()
+    )  # auxiliary parameters are not saved with the student
 
 
 def test_each_architecture_is_probed_once(monkeypatch):
@@ -216,7 +218,7 @@ def test_a_saved_student_loads_alone_with_equal_logits(tmp_path):
     teacher = new_classifier("resnet14x2", data.config)
     student = simkd_student("resnet8", teacher, data, factor=2).to(memory_format=torch.channels_last)
     images = some_images(data)
-    student.train()(images)  # batch norms have seen something
+    student.train()(images)  # updates the running statistics of the batch norms
     student.eval().save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(ImageClassifier.from_pretrained(tmp_path).eval()(images).logits, student(images).logits)

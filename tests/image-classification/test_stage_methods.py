@@ -71,7 +71,9 @@ def test_nst_against_a_loop_over_channels():
     assert losses.nst(pred, target).item() == pytest.approx(np.mean(gaps), rel=1e-5)
     assert losses.nst(pred, target, torch.tensor([0, 1])).item() == pytest.approx(gaps[1], rel=1e-5)
     assert losses.nst(target, 3 * target).item() == pytest.approx(0, abs=1e-6)  # the scale has no effect
-    assert losses.nst(target, target[:, [2, 0, 3, 1]]).item() == pytest.approx(0, abs=1e-6)  # nor does an order
+    assert losses.nst(target, target[:, [2, 0, 3, 1]]).item() == pytest.approx(
+        0, abs=1e-6
+    )  # nor does the order of the channels
     dead = torch.zeros(2, 4, 3, 3, requires_grad=True)
     losses.nst(dead, target).backward()
     assert dead.grad.isfinite().all()
@@ -194,7 +196,7 @@ def test_the_teachers_head_in_srrl_is_neither_trained_nor_saved():
     assert term.weight.dtype == term.bias.dtype == torch.float64 != pair.teacher.head.weight.dtype
 
 
-def test_class_maps_train_the_students_head_without_owning_it():
+def test_class_maps_train_the_students_head_without_saving_it():
     pair = new_pair()
     method, student_outputs, _, parts = parts_of("catkd", pair)
     parts["class_maps"].backward()
@@ -224,7 +226,7 @@ def test_stages_may_differ_in_size_but_not_in_number(name):
     assert len(parts) == 4 and all(part.isfinite() for part in parts.values())
     _, _, _, parts = parts_of(name, new_pair("resnet8", "shufflenetv2", size=32))
     assert len(parts) == 4 and all(part.isfinite() for part in parts.values())
-    with pytest.raises(UserError, match="resnet8 has 3 and vgg8 4: choose networks with as many stages") as error:
+    with pytest.raises(UserError, match="resnet8 has 3 and vgg8 4: choose networks with equally many stages") as error:
         METHODS[name](new_pair("resnet8", "vgg8").spec)
     assert "\n" not in str(error.value)
 

@@ -12,7 +12,7 @@ from kd.common.utils.files import read_json
 from kd.image_classification.data import views as views_module
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_operations
-from kd_testing.pictures import large, photos_in, pixels
+from kd_testing.image_files import large, photos_in, pixels
 from kd_testing.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("digits_once")
@@ -110,7 +110,7 @@ def test_each_operation_matches_pillow():
         "translate_y": lambda v: picture.transform((16, 16), Image.Transform.AFFINE, (1, 0, 0, 0, 1, -v * 16)),
     }
     for (operation, low, high), (name, expected) in zip(AUGMENTATIONS, named.items(), strict=True):
-        for share in (0.25, 0.75):  # a quarter of the range is not half a pixel
+        for share in (0.25, 0.75):  # at these magnitudes no shift is half a pixel
             magnitude = low + share * (high - low)
             if name.startswith("translate"):
                 magnitude = round(16 * magnitude) / 16  # Pillow rounds to the nearest pixel

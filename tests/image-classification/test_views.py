@@ -18,7 +18,7 @@ from kd.image_classification.data.views import ImageViews, LargeViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd_testing.pictures import in_colour, large, photos_in, pixels, sizes, small
+from kd_testing.image_files import in_colour, large, photos_in, pixels, sizes, small
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ METHODS: dict[str, Callable[..., Method]] = METHODS_OF_ALL_DOMAINS | {
 
 
 def with_pair_arguments(spec: str, pair: PairArguments) -> str:
-    """NAME[:argument=value]... with the pair's arguments added where `spec` does not set them."""
+    """NAME[:argument=value]..., with the arguments of the pair that `spec` does not set."""
     return spec if spec in (*CONTROLS, SIMKD) else fill_arguments(spec, pair.method_args, METHODS)
 
 
@@ -41,9 +41,11 @@ def image_method(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec]
 
 def check_kd_flags(methods: list[str], args: ImageTrainingArguments) -> None:
     """Raises UserError for an --alpha or --temperature that none of the methods uses."""
-    used = {"temperature"} if SIMKD in methods else set()  # by its --kl_weight
+    used = {"temperature"} if SIMKD in methods else set()  # for --kl_weight
     for spec in methods:
         used |= {flag for flag in kd_flags(spec, args) if f":{flag}=" not in spec}
     for flag in {"alpha", "temperature"} - used:
         if getattr(args, flag) != getattr(ImageTrainingArguments, flag):
-            raise UserError(f"--{flag} applies to plain kd only: set it in the method, as in {methods[-1]}:{flag}=...")
+            raise UserError(
+                f"--{flag} applies to plain kd only: leave it out, or set a method argument, as in dkd:{flag}=..."
+            )

@@ -1,4 +1,4 @@
-"""Methods that match a map of the teacher with several maps of the student.
+"""Methods that match several maps of student and teacher at once.
 
 Knowledge review fuses the student's maps from the deepest to the first. Semantic calibration learns which stages of
 the teacher each stage of the student matches.
@@ -21,7 +21,7 @@ from kd.common.utils.ranges import Positive, Share
 from kd.image_classification.student_model.matching import maps_before_relu
 from kd.image_classification.teacher_model.backbones.base import conv_norm
 
-WIDEST = 512  # of the maps that knowledge review fuses
+WIDEST = 512  # maximum number of channels of the maps that knowledge review fuses
 
 
 def reviewkd(spec: TaskSpec, *, weight: float = 5.0, warmup: Share = 20 / 240) -> Method:
@@ -32,7 +32,7 @@ def reviewkd(spec: TaskSpec, *, weight: float = 5.0, warmup: Share = 20 / 240) -
     has more stages, its first stages are left out. The weight rises with every step over the share `warmup` of the
     training; in the authors' code it rises with every epoch, from 0 in the first. Their weight differs by pair. They
     train with batches of 128, a learning rate of 0.1 (ShuffleNets 0.02) and Nesterov momentum; the protocol of the
-    tables has batches of 64, 0.05 and no Nesterov momentum.
+    tables has batches of 64, a learning rate of 0.05 and no Nesterov momentum.
     """
     stages, teacher_maps = spec.student_features.stages, maps_before_relu(spec.teacher)
     pairs = [(stages[i], teacher_maps[j]) for i, j in depth_map(len(stages), len(teacher_maps), "last")]
@@ -48,7 +48,7 @@ class Review(nn.Module):
     """A term: the sum over levels of `losses.hierarchical_l2` between the fused map and the teacher's.
 
     Args:
-        pairs: maps of student and teacher for each level. The last, deepest level is pooled.
+        pairs: maps of student and teacher for each level. Those of the last, deepest level are pooled.
     """
 
     def __init__(self, pairs: Sequence[tuple[Feature, Feature]]) -> None:

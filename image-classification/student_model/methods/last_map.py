@@ -1,7 +1,7 @@
 """Methods that match the last map, its average over positions, or its contribution to the logits.
 
 A linear head that a method uses is part of its network, not of the objective. The teacher's head is frozen and not
-saved with the auxiliary parameters; the student's head is trained and ships.
+saved with the auxiliary parameters. The student's head is trained and saved with the student.
 """
 
 import math
@@ -39,8 +39,8 @@ def srrl(spec: TaskSpec, *, weight: float = 1.0) -> Method:
     """Pooled features, and the logits of the teacher's head for them (Yang et al., Knowledge distillation via softmax
     regression representation learning, ICLR 2021), plus the labels' cross-entropy. The teacher needs a linear head.
 
-    This is the loss of the authors' code, which is for ImageNet. SimKD's toolbox, whose figure for CIFAR-100 is quoted
-    in the README, adds soft targets of weight 1 at a temperature of 4. The regressor ends in a ReLU only if the
+    This is the loss of the authors' code, which is for ImageNet. The README quotes a figure of SimKD's toolbox for
+    CIFAR-100, which adds soft targets with weight 1 at a temperature of 4. The regressor ends in a ReLU only if the
     teacher's map follows one, as in all networks of that toolbox.
     """
     student, teacher = spec.student_features.head, spec.teacher_features.head
@@ -66,7 +66,7 @@ def norm(spec: TaskSpec, *, copies: int = 8, alpha: float = 0.1, weight: float =
     A 1x1 convolution with batch norm expands the student's last map to `copies` times the teacher's channels. Each
     copy has to match the teacher's map. In the paper, a second convolution contracts the output, its sum with the map
     is the input of the student's head, and both layers are folded into the head after training. This contraction is
-    left out here: the labels train the student that ships, and the expansion is a regressor. Two more differences to
+    left out here: the labels train the saved student, and the expansion is a regressor. Two more differences from
     the authors' code: the labels' loss takes logits that are not standardized, and a larger map of the teacher is
     averaged down instead of max-pooled. The published figures are the best of four values of alpha, 0.0625 to 0.5.
 
@@ -98,7 +98,7 @@ class SoftmaxRegression(nn.Module):
     Args:
         student, teacher: the features whose averages are the inputs of the heads.
         regressor: g, from maps with the student's channels to maps with the teacher's.
-        head: the teacher's; the term uses copies of its parameters, which are neither trained nor saved.
+        head: the head of the teacher; the term uses copies of its parameters, which are neither trained nor saved.
     """
 
     weight: Tensor
@@ -187,8 +187,8 @@ def crd(
 
     Trained embeddings of both networks' pooled features become similar for the same image, and dissimilar for
     `negatives` images of other classes (at most as many as exist). The embeddings of the negatives are from earlier
-    batches. They are stored in two memory banks of `width` numbers per training image, which are checkpointed and
-    never ship. The banks start as random vectors of length 1; the authors' have about that length.
+    batches. They are stored in two memory banks of `width` numbers per training image, which are checkpointed but not
+    part of the student. The banks start as random vectors of length 1; the authors' have about that length.
     """
     student, teacher = spec.student_features.head, spec.teacher_features.head
     contrast = Contrast(student, teacher, spec.labels, negatives, width, temperature, momentum)
@@ -202,15 +202,15 @@ class Contrast(nn.Module):
     P = exp(cosine / temperature) / Z. The constant Z, one for each direction, is set in the first batch, so that P is
     on average one over the number of samples.
 
-    In a distributed run each process draws its negatives, and all processes store the embeddings of all. As with any
-    buffers, data parallelism broadcasts those of the first process in every step.
+    In a distributed run, each process draws negatives for its images, and all processes store the embeddings of all
+    images. Data parallelism broadcasts the memory banks of the first process in every step, as it does any buffer.
 
     Args:
         student, teacher: the maps whose averages are embedded.
-        labels: (samples,) the class of each training image, indexed by `sample_id`.
-        negatives: number for each image, bounded by the number of images of other classes.
-        width: of the embeddings.
-        momentum: the share of a stored embedding that remains when its image occurs again.
+        labels: (samples,) the classes of the training images, indexed by `sample_id`.
+        negatives: number of negatives for each image, bounded by the number of images of other classes.
+        width: width of the embeddings.
+        momentum: share of a stored embedding that remains when its image occurs again.
     """
 
     student_memory: Tensor
@@ -242,7 +242,7 @@ class Contrast(nn.Module):
         self.draw = int(torch.randint(FIRST_DRAW, ()))
 
     def get_extra_state(self) -> Tensor:
-        """The number of the next draw. It is no buffer, because reading it from a GPU would synchronize."""
+        """The number of the next draw. It is not a buffer, because reading it from a GPU would synchronize."""
         return torch.tensor(self.draw)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -256,8 +256,8 @@ class Contrast(nn.Module):
         embeddings = embedded(self.student_embedding, student.features[self.student_path])
         teacher_embeddings = embedded(self.teacher_embedding, teacher.features[self.teacher_path])
         rows, _ = pack([ids, self.draw_negatives(ids)], "batch *")  # (batch, 1 + negatives)
-        loss = self._among(embeddings, self.teacher_memory, rows, 0)
-        loss = loss + self._among(teacher_embeddings, self.student_memory, rows, 1)
+        loss = self._contrast(embeddings, self.teacher_memory, rows, 0)
+        loss = loss + self._contrast(teacher_embeddings, self.student_memory, rows, 1)
         remember(self.student_memory, ids, embeddings, self.momentum)
         remember(self.teacher_memory, ids, teacher_embeddings, self.momentum)
         return loss
@@ -274,7 +274,7 @@ class Contrast(nn.Module):
         order.masked_fill_(self.labels == self.labels[ids, None], -1.0)
         return order.topk(self.negatives, dim=1, sorted=False).indices
 
-    def _among(self, embeddings: Tensor, memory: Tensor, rows: Tensor, direction: int) -> Tensor:
+    def _contrast(self, embeddings: Tensor, memory: Tensor, rows: Tensor, direction: int) -> Tensor:
         """The loss of embeddings (batch, width) with the `rows` (batch, 1 + negatives) of a memory bank."""
         memory = memory.clone()  # `remember` changes it before the backward pass
         # The product with the whole bank is much faster than gathering the rows of each image.

@@ -1,6 +1,6 @@
-"""Methods that match the maps at the ends of a network's stages, stage by stage.
+"""Methods that match the output maps of stages one by one.
 
-The defaults are the papers' for CIFAR-100, as the common toolboxes run them: with a cross-entropy of weight 1.
+The defaults are those of the papers for CIFAR-100 with, as in the common toolboxes, a cross-entropy of weight 1.
 """
 
 import math
@@ -60,7 +60,7 @@ def ofd(spec: TaskSpec, *, weight: float = 1e-3) -> Method:
     A stage weighs half as much as the next one. The weight is small because differences are summed over a map and
     averaged only over the batch, as in the authors' code. The teacher must expose its maps before the ReLU. For a
     student that does not, the outputs of its stages are matched. If one network has more stages, its first stages are
-    left out. The teacher stays in eval mode, as in the paper; mdistiller's uses the statistics of each batch.
+    left out. The teacher stays in eval mode, as in the paper; in mdistiller it uses the statistics of each batch.
     """
     norms = [spec.teacher.get_submodule(norm) for _, norm in pre_activations(spec.teacher)]
     maps, teacher_maps = maps_before_relu(spec.student), maps_before_relu(spec.teacher)
@@ -168,12 +168,12 @@ def _every_stage(
     weight: float,
     loss_and_projector: Callable[[Feature, Feature], tuple[FeatureLoss, nn.Module | None]],
 ) -> Method:
-    """The labels, and a term `name`_i for each stage. Raises UserError if the numbers of stages differ."""
+    """The labels, and a term `name`_i for each stage. Raises UserError for different numbers of stages."""
     stages, teacher_stages = spec.student_features.stages, spec.teacher_features.stages
     if len(stages) != len(teacher_stages):
         raise UserError(
             f"this method matches stages one by one, but {spec.student.config.architecture} has {len(stages)} and "
-            f"{spec.teacher.config.architecture} {len(teacher_stages)}: choose networks with as many stages"
+            f"{spec.teacher.config.architecture} {len(teacher_stages)}: choose networks with equally many stages"
         )
     method = labels()
     for i, (student, teacher) in enumerate(zip(stages, teacher_stages, strict=True)):

@@ -49,12 +49,12 @@ def build_backbone(name: str) -> Backbone:
             try:
                 return family(*(float(group) if "." in group else int(group) for group in match.groups() if group))
             except ValueError as error:
-                raise UserError(f"unknown architecture {name!r}: {error}{_guess(name)}") from error
-    raise UserError(f"unknown architecture {name!r}: choose one such as {EXAMPLES}{_guess(name)}")
+                raise UserError(f"unknown architecture {name!r}: {error}{_did_you_mean(name)}") from error
+    raise UserError(f"unknown architecture {name!r}: choose one such as {EXAMPLES}{_did_you_mean(name)}")
 
 
-def _guess(name: str) -> str:
-    """`; did you mean ...?` for a misspelt name, or nothing."""
+def _did_you_mean(name: str) -> str:
+    """`; did you mean ...?` for a misspelt name, or an empty string."""
     if timm.is_model(name):
         return f"; did you mean {TIMM}{name}?"
     close = difflib.get_close_matches(name.lower(), COMMON, n=2)
@@ -67,8 +67,8 @@ def _guess(name: str) -> str:
 class TimmBackbone(Backbone):
     """timm's network without pooling and classifier: (batch, 3, h, w) -> last map (batch, num_features, h', w').
 
-    `stages` are timm's, without those whose maps are at least half as large as the image. The network decides how
-    small an image may be. Raises UserError for a name that timm does not know, and for a network whose last features
+    `stages` are timm's, without those whose maps are at least half as large as the image. The minimum image size
+    depends on the network. Raises UserError for a name that timm does not have, and for a network whose last features
     are not a map.
     """
 
@@ -98,9 +98,9 @@ class TimmBackbone(Backbone):
 
 
 def known_weights(name: str) -> Any:
-    """timm's PretrainedCfg of the weights NAME, `architecture` or `architecture.tag`; needs no file.
+    """timm's PretrainedCfg of the weights NAME, `architecture` or `architecture.tag`, without a download.
 
-    Raises UserError for an architecture or a tag that timm does not know.
+    Raises UserError for an architecture or a tag that timm does not have.
     """
     architecture, _, tag = name.partition(".")
     try:
@@ -125,6 +125,6 @@ def _output_shape(model: nn.Module, input_size: tuple[int, int, int]) -> torch.S
 
 def _no_map(name: str, reason: str) -> str:
     return (
-        f"the last features of timm's {name} are no map (channels, h, w) ({reason}): choose a convolutional network "
-        "such as timm:resnet18"
+        f"the last features of timm's {name} are not a map (channels, h, w) ({reason}): choose a convolutional "
+        "network such as timm:resnet18"
     )

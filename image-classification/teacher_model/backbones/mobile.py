@@ -86,7 +86,7 @@ class MobileNetV2(Backbone):
 
 STEM = 24  # channels
 BLOCKS = (4, 8, 4)  # per stage
-GROUPS = 3  # of ShuffleNetV1
+GROUPS = 3  # in the 1x1 convolutions of ShuffleNetV1
 CHANNELS_V1 = (240, 480, 960)  # of each stage
 CHANNELS_V2: dict[float, tuple[int, ...]] = {  # width: channels of each stage and of the last map
     0.5: (48, 96, 192, 1024),
