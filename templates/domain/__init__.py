@@ -1,1 +1,1 @@
-import kd.common  # noqa: F401  lets torchvision load with a CPU-only torch, before anything here imports it
+import kd.common  # noqa: F401  must be imported before torchvision, which otherwise does not load with a CPU-only torch

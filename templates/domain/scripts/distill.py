@@ -40,7 +40,7 @@ class Arguments:
 class TrainingArguments(KDTrainingArguments):
     """Training arguments of teacher, control and student."""
 
-    output_dir: str | None = field(default="runs/example-domain/distill", metadata={"help": "the run's folder"})
+    output_dir: str | None = field(default="runs/example-domain/distill", metadata={"help": "Folder of the run."})
     num_train_epochs: float = 10
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 250
@@ -52,7 +52,7 @@ class TrainingArguments(KDTrainingArguments):
 def main() -> None:
     args, training = parse(Arguments, TrainingArguments)
     if args.teacher:
-        reject_unused("--teacher names a trained classifier", training, "teacher_width")
+        reject_unused("--teacher is already trained", training, "teacher_width")
     reject_unused(
         "this domain has no label smoothing and no bottleneck",
         training,
