@@ -1,4 +1,4 @@
-"""Evaluation of text classifiers and regressions, the same during training and afterwards, and the report of a run."""
+"""Evaluation of text classifiers and regression models, identical during and after training, and reports of runs."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +14,7 @@ from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import (
     agreement,
+    calibration_metrics,
     choose_threshold,
     classification_metrics,
     classifier_warning,
@@ -23,6 +24,7 @@ from kd.common.metrics.quality import (
     scope_metrics,
     threshold_metrics,
 )
+from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import TextData, Texts, load_text_data
@@ -66,7 +68,7 @@ def predict_splits(model: Any, texts: Texts) -> Logits:
 
 
 def predict(model: PreTrainedModel, rows: Dataset, collate: Collate) -> np.ndarray:
-    """Logits (texts, classes) of each row. Always in fp32, as for a user who loads the model."""
+    """Logits (texts, classes) of all rows. Always in fp32, the precision of a model that a user loads."""
 
     def call(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
@@ -77,22 +79,33 @@ def predict(model: PreTrainedModel, rows: Dataset, collate: Collate) -> np.ndarr
 def metrics_by_split(
     texts: Texts, logits: Logits, teacher_logits: Logits | None = None
 ) -> dict[str, dict[str, float]]:
-    """The metrics of the logits by split, including the agreement with `teacher_logits`.
+    """The metrics of the logits by split, including the calibration and the agreement with `teacher_logits`.
 
-    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The first validation split
-    chooses the threshold; without a validation split there is none.
+    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The threshold is chosen on
+    the first validation split; without a validation split there is none.
     """
     data = texts.data
     labels = {split: np.asarray(texts.splits[split]["labels"]) for split in logits}
-    chooses = next((split for split in logits if split.startswith("validation")), None)
-    threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names) if chooses else None
+    chosen_on = next((split for split in logits if split.startswith("validation")), None)
+    threshold = choose_threshold(logits[chosen_on], labels[chosen_on], data.label_names) if chosen_on else None
     metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
     for split, scores in logits.items():
+        if not data.regression:
+            metrics[split] |= calibration_metrics(scores, labels[split])
         if threshold is not None:
             metrics[split] |= threshold_metrics(scores, labels[split], data.label_names, threshold)
         if teacher_logits is not None and not data.regression:
             metrics[split]["agreement"] = agreement(scores, teacher_logits[split])
     return metrics
+
+
+def measure(texts: Texts, logits: Logits) -> Measurement:
+    """The primary metric on any texts of the (first) validation split."""
+    data, split = texts.data, validation_split(texts.splits)
+    labels = np.asarray(texts.splits[split]["labels"])
+    if data.regression:
+        return measure_regression(logits[split].reshape(-1), labels, data.primary_metric)
+    return measure_classes(logits[split], labels, data.primary_metric)
 
 
 def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
@@ -125,8 +138,8 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
 def evaluate_teacher(
     run: TrainerRun, inputs: Inputs, teacher: PreTrainedModel, name: str, ensemble: Sequence[str] = ()
 ) -> Evaluation:
-    """Evaluates the teacher, or the mean logits and the total cost of the teacher and an `ensemble`. Warns about each
-    teacher that is no better than chance.
+    """Evaluates the teacher. With an `ensemble`, evaluates the mean logits of all teachers and sums their costs. Warns
+    about each teacher that is no better than chance.
     """
     texts = inputs.texts
     evaluations = [evaluate(name, teacher, texts)]
@@ -166,17 +179,22 @@ def report(
     results in the main process, None in the others.
     """
     entry, logits = teacher_results
-    models: dict[str, Any] = {"teacher": entry}
+    models: dict[str, Any] = {"teacher": entry, "control": None}
+    measurements = {"teacher": measure(inputs.texts, logits)}
     size = student_name or f"{inputs.student_layers} layers"
     for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
-        models[role] = model and evaluate(f"{size}, {trained_by}", model, inputs.student_texts, logits)[0]
+        if model is not None:
+            models[role], predicted = evaluate(f"{size}, {trained_by}", model, inputs.student_texts, logits)
+            measurements[role] = measure(inputs.student_texts, predicted)
     if not PartialState().is_main_process:
         return None
     trained = {"teacher": teacher, "control": control, "student": student}
     teacher_is_shared = run.shared == run.folder / ".."  # the runs of distill_glue.py share other stages
     extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_is_shared else {}
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
-    results = _results(run, inputs, method, models, **extra, **({"keys": keys} if keys else {}))
+    results = _results(
+        run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
+    )
     has_bottleneck = isinstance(student, BottleneckClassifier)
     usage = USAGE.format(
         module="kd.nlp.student_model.bottleneck_classifier" if has_bottleneck else "transformers",
@@ -218,7 +236,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
 
 def load_data_of(model: str, args: Namespace) -> TextData:
     """The data that the flags name, with the class ids of `model` (folder or Hub name). No train split is needed.
-    Prints what was inferred. Raises UserError if the data have other labels.
+    Prints what was inferred. Raises UserError if the data have labels that `model` lacks.
     """
     kind, labels = labels_of(model)
     data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)

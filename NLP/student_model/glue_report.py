@@ -1,17 +1,18 @@
-"""The GLUE table: a row per task, columns for teacher, control and systems, mean and deviation over seeds."""
+"""The GLUE table: one row per task; columns for teacher, control and systems; means and deviations over seeds."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kd.common.metrics.verdict import verdict_over_seeds
 from kd.common.reporting.results import RESULTS, validate
 from kd.common.reporting.tables import markdown, mean_and_deviation, print_rich, words
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
 from kd.nlp.student_model.arguments import SYSTEMS
 
-OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary one
+OFFICIAL = {  # the metrics that GLUE reports; the first one is the primary metric
     "cola": ["matthews"],
     "sst2": ["accuracy"],
     "mrpc": ["f1", "accuracy"],
@@ -34,8 +35,9 @@ def show(folder: Path, tasks: list[str]) -> None:
     header = ["task", "metric", "seeds", "teacher", "control", *SYSTEMS.values(), "retention of KD"]
     rows = [row for task, runs in found.items() for row in task_rows(task, runs, OFFICIAL[task])]
     others = [row for task, runs in found.items() if task != "stsb" for row in task_rows(task, runs, FOR_ALL)]
-    print_rich(header, rows, title="GLUE, mean ± standard deviation over seeds", below=_average(found))
-    sections = ["# GLUE", markdown(header, rows), _average(found), "## The same metrics for all classification tasks"]
+    below = [_average(found), *_verdicts(found)]
+    print_rich(header, rows, title="GLUE, mean ± standard deviation over seeds", below="\n".join(below))
+    sections = ["# GLUE", markdown(header, rows), *below, "## The same metrics for all classification tasks"]
     write_text(folder / "glue.md", "\n\n".join([*sections, markdown(header, others)]) + "\n")
 
 
@@ -56,8 +58,8 @@ def finished_seeds(folder: Path) -> list[int]:
 
 
 def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:
-    """A row per validation split and metric. Teacher and control are those of KD, or of the first system if KD was not
-    run; the control of a system with a bottleneck also has one.
+    """One row per validation split and metric. Teacher and control are those of KD, or of the first system if KD was
+    not run. The control of a system with a bottleneck has a bottleneck, too.
     """
     first = next(results for results in runs.values() if results)
     splits = [split for split in first[0]["models"]["student"]["metrics"] if split.startswith("validation")]
@@ -94,5 +96,20 @@ def _average(found: dict[str, Runs]) -> str:
         and (kept := retentions(runs["base"], runs["base"][0]["primary_metric"]["split"], OFFICIAL[task][0]))
     }
     if not of_tasks:
-        return "KD was not run, so its retention is not known."
+        return "KD was not run, so its retention is unknown."
     return f"KD retains {fmean(of_tasks.values()):.1%} of its teachers' scores, averaged over {', '.join(of_tasks)}."
+
+
+def _verdicts(found: dict[str, Runs]) -> list[str]:
+    """A sentence for each system: the verdicts on its gain over the control, by primary metric and over seeds."""
+    sentences = []
+    for system, name in SYSTEMS.items():
+        words: dict[str, list[str]] = {}
+        for task, runs in found.items():
+            verdicts = [control for one in runs[system] if (control := (one.get("verdict") or {}).get("control"))]
+            if verdicts:
+                words.setdefault(verdict_over_seeds(verdicts)["word"], []).append(task)
+        if words:
+            parts = (f"{word} on {', '.join(tasks)}" for word, tasks in words.items())
+            sentences.append(f"{name} against its control: {'; '.join(parts)}.")
+    return sentences

@@ -21,6 +21,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 from kd.common.data.fingerprints import dataset_hash, outputs_key
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
+from kd.common.metrics.verdict import Measurement, measure_bleu
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import NOT_INPUTS, run_inference
@@ -43,7 +44,7 @@ from kd.nlp.teacher_model.generative import (
     translate,
 )
 
-TIMED = 20  # sentences that are translated one at a time to measure the time
+TIMED = 20  # number of sentences for measuring the time of translation
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
@@ -70,15 +71,18 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
 
 
 class TranslationEvaluation(NamedTuple):
-    """A model's entry in results.json, the seconds to translate 100 sentences, and the signatures of sacreBLEU."""
+    """A model's entry in results.json, the seconds to translate 100 sentences, the signatures of sacreBLEU, and the
+    validation BLEU on any of the sentences.
+    """
 
     entry: dict[str, Any]
     seconds: dict[str, float]
     signatures: dict[str, str]
+    measurement: Measurement
 
 
 class TranslationTask(GenerationTask):
-    """The distillation of a translator. `data` is TranslationData; `splits` hold it in tokens."""
+    """The distillation of a translator. `data` is TranslationData; `splits` contain its tokens."""
 
     auto_class = AutoModelForSeq2SeqLM
 
@@ -156,11 +160,12 @@ class TranslationTask(GenerationTask):
 
     def evaluate(self, run: TrainerRun, role: str, model: PreTrainedModel) -> TranslationEvaluation:
         """Evaluates a model on every split but train, with greedy and with beam search. Warns if the teacher is no
-        better than chance. Always in fp32, as for a user who loads the model.
+        better than chance. Always in fp32, the precision of a model that a user loads.
         """
         translator = Generator(model, self.tokenizer)
         metrics: dict[str, dict[str, float]] = {}
         signatures: dict[str, str] = {}
+        greedy: dict[str, list[str]] = {}  # by split
         for split in (split for split in self.splits if split != "train"):
             rows, references = self.splits[split], self.data.splits[split]["target"][:]
             metrics[split] = teacher_forced_metrics(translator, rows)
@@ -169,7 +174,8 @@ class TranslationTask(GenerationTask):
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 scores, signatures = translation_metrics(texts, references)
                 metrics[split] |= {metric + suffix: score for metric, score in scores.items()}
-        validation = self.splits["validation"]
+                greedy.setdefault(split, texts)
+        validation, references = self.splits["validation"], self.data.splits["validation"]["target"][:]
         seconds = {
             f"seconds_per_100_{decoding}": seconds_per_100(translator, validation, beams)
             for decoding, beams in (("greedy", 1), ("beam", self.args.beams))
@@ -178,7 +184,7 @@ class TranslationTask(GenerationTask):
         entry = {"name": self._name(role, model), **costs, "metrics": metrics}
         if role == "teacher":
             self.warn_if_at_chance(run, entry, model.config.vocab_size)
-        return TranslationEvaluation(entry, seconds, signatures)
+        return TranslationEvaluation(entry, seconds, signatures, measure_bleu(greedy["validation"], references))
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
@@ -194,6 +200,7 @@ class TranslationTask(GenerationTask):
             run,
             f"{self.data.name} {'-'.join(self.data.languages)}",
             {role: evaluation.entry for role, evaluation in evaluations.items()},
+            measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
             method=self.args.method,
             metric="bleu",  # of greedy decoding, the fastest one
             decoding={role: evaluation.seconds for role, evaluation in evaluations.items()},
@@ -203,7 +210,7 @@ class TranslationTask(GenerationTask):
         usage = USAGE.format(folder=run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
         card = {"library_name": "transformers", "pipeline_tag": "translation"}
         run.finish(results, student, usage, self.tokenizer, **card)
-        if PartialState().is_main_process:  # BLEU is only measured at the end, so it has no curve
+        if PartialState().is_main_process:  # BLEU is computed only after training, so the curve shows token accuracy
             curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
             plot_curves(run.folder / "curves.png", run.history, curve)
 

@@ -33,6 +33,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd_testing.paths import REPO
 from kd_testing.processes import run_code
 from kd_testing.scripts import recipe_of, run_script
+from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 SCRIPTS = REPO / "NLP" / "scripts"
 BRIEF = ["--from_scratch_epochs", "1", "--align_epochs", "1", "--report_to", "none"]
@@ -127,6 +128,10 @@ def test_several_seeds_share_a_teacher_and_report_means(small, tmp_path):
     distill("keys_carried", "--dataset", small, "--output_dir", run, "--seeds", 3, 4)
     whole, *seeds = (results(folder) for folder in (run, run / "seed3", run / "seed4"))
     assert whole["seeds"] == [3, 4] and [one["seed"] for one in seeds] == [3, 4]
+    check_verdict_over_seeds(whole, seeds)
+    assert whole["verdict"]["shared_teacher"] and "that all seeds share" in (run / "report.md").read_text()
+    for one in seeds:
+        check_verdict(one)
     assert whole["shared_by_all_seeds"] == seeds[0]["shared_by_all_seeds"] == "the teacher"
     assert seeds[0]["models"]["teacher"] == seeds[1]["models"]["teacher"]
     assert {path.name for path in (run / "stages").iterdir()} == {"teacher_encoder", "teacher"}

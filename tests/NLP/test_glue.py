@@ -14,6 +14,7 @@ from kd.nlp.data.columns import GLUE, TASKS
 from kd.nlp.student_model.arguments import GLUE_TASKS
 from kd.nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
 from kd_testing.scripts import run_script
+from kd_testing.verdicts import check_verdict
 
 BRIEF = (
     "--teacher tiny-bert --from_scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
@@ -62,6 +63,10 @@ def test_one_table_and_shared_stages_train_once(glue, tmp_path, capsys):
     assert kd["seconds"]["teacher"] > 0 and carried["seconds"]["teacher"] > 0
     table = (tmp_path / "glue" / "glue.md").read_text()
     score = results(tmp_path / "glue" / "stsb" / "base" / "seed0")["models"]["student"]["metrics"]["validation"]
+    check_verdict(results(tmp_path / "glue" / "stsb" / "base" / "seed0"))
+    check_verdict(kd)
+    word = kd["verdict"]["control"]["word"]
+    assert "KD against its control: " in table and f"{word} on rte" in table
     assert f"| {score['pearson']:.4f} |" in table and "| rte | accuracy | 1 |" in table
     assert table.count("| stsb |") == 2  # it is not a classification task
     means = results(tmp_path / "glue" / "rte" / "base")
@@ -191,7 +196,7 @@ def test_the_primary_metric_of_each_task_comes_first():
     [
         (["--tasks", "wnli"], "--tasks must be some of cola"),
         (["--systems", "dino"], "--systems must be some of base"),
-        (["--tasks", "cola"], "holds neither cola nor glue_cola"),
+        (["--tasks", "cola"], "contains neither cola nor glue_cola"),
         (["--tasks", "rte", "--max_samples_seen", "0"], "--max_samples_seen must be at least 1"),
     ],
 )

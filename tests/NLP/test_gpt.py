@@ -32,6 +32,7 @@ from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
+from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 SCRIPT = "NLP/scripts/distill_gpt.py"
 TINY = (
@@ -92,7 +93,7 @@ def test_the_text_column_of_a_csv_file_is_inferred_and_its_documents_are_strings
     (tmp_path / "validation.csv").write_text("id,body\n1,007\n2,true\n")
     corpus = load_corpus(str(tmp_path))
     assert corpus.splits == {"train": ["first", "second"], "validation": ["007", "true"]}
-    assert "column 'body' holds the texts" in corpus.notes
+    assert "column 'body' contains the texts" in corpus.notes
 
 
 @pytest.mark.parametrize(("encoding", "message"), [("cp1252", "is not UTF-8"), ("utf-16", "UTF-16")])
@@ -123,7 +124,7 @@ def test_a_missing_validation_split_is_the_end_of_train(tmp_path):
     assert corpus.splits["validation"] == ["text 18", "text 19"]
     assert corpus.splits["train"] == [f"text {i}" for i in range(18)]
     assert "set aside" in corpus.notes[-1]
-    assert "1 of 21 rows of train hold no text and are left out" in corpus.notes
+    assert "1 of 21 rows of train have no text and are left out" in corpus.notes
 
 
 # ---- packing ----
@@ -268,6 +269,7 @@ def test_a_run_is_complete_and_reports_the_perplexity_of_the_saved_student(finis
     score = {role: model["metrics"]["validation"]["perplexity"] for role, model in found["models"].items()}
     assert found["retention"] == score["teacher"] / score["student"]
     assert found["gain_over_control"] == score["control"] - score["student"]
+    check_verdict(found)
     assert found["sample"]["prompt"]
     for name in ("recipe.yaml", "report.md", "curves.png"):
         assert (finished / name).stat().st_size > 0
@@ -304,7 +306,8 @@ def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsy
 def test_other_divergences_and_hidden_states(texts, tmp_path, words):
     found = distill(tmp_path / "run", texts, "--no_control", *words)
     assert found["models"]["control"] is None
-    assert found["selection"].startswith("best checkpoint by perplexity") == ("--load_best_model_at_end" in words)
+    selected = found["selection"].startswith("best checkpoint by validation perplexity")
+    assert selected == ("--load_best_model_at_end" in words)
     student = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert not [name for name in student if "regressor" in name]
     assert found["models"]["student"]["metrics"]["validation"]["perplexity"] < 300  # the vocabulary's size
@@ -327,6 +330,7 @@ def test_several_seeds_share_a_teacher_and_continue(texts, tmp_path):
     runs = [json.loads((tmp_path / "run" / f"seed{seed}" / "results.json").read_text()) for seed in (0, 1)]
     perplexity = [run["models"]["student"]["metrics"]["validation"]["perplexity"] for run in runs]
     mean = found["models"]["student"]["metrics"]["validation"]["perplexity"]
+    check_verdict_over_seeds(found, runs)
     assert perplexity[0] != perplexity[1] and mean == pytest.approx(sum(perplexity) / 2)
     assert runs[0]["models"]["teacher"] == runs[1]["models"]["teacher"]
     (tmp_path / "run" / "results.json").unlink()

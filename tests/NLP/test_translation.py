@@ -26,6 +26,7 @@ from kd.nlp.student_model.layers import alternating_layers, cut_translator
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
 from kd.nlp.teacher_model.generative import joint_bpe, random_marian
 from kd_testing.scripts import recipe_of, run_script
+from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 SCRIPT = "NLP/scripts/distill_translation.py"
 TINY = (
@@ -276,7 +277,7 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "few_numbers"
     for split, rows in number_words.load_number_words().items():
         short = rows.filter(lambda row: len(row["en"]) < 24)
-        short.select(range(64 if split == "train" else 4)).to_parquet(folder / f"{split}.parquet")
+        short.select(range(64 if split == "train" else 12)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -300,6 +301,7 @@ def test_a_run_is_complete(finished):
     found = results(finished)
     assert (found["method"], found["task"]) == ("sequence_kd+kd", "few_numbers en-de")
     assert found["data"]["train"] == 64
+    check_verdict(found)
     for model in found["models"].values():
         for split in ("validation", "test"):
             names = {"bleu", "bleu_beam", "chrf", "chrf_beam", "token_accuracy", "perplexity"}
@@ -374,6 +376,7 @@ def test_several_seeds_share_a_teacher_and_its_translations(small, tmp_path):
     distill("--dataset", small, "--output_dir", tmp_path, *words)
     found = results(tmp_path)
     assert found["seeds"] == [0, 1]
+    check_verdict_over_seeds(found, [results(tmp_path / f"seed{seed}") for seed in (0, 1)])
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("teacher_outputs")] == ["teacher_outputs"]
     students = [load_file(tmp_path / f"seed{seed}" / "student" / "model.safetensors") for seed in (0, 1)]
     assert not torch.equal(*(weights["model.shared.weight"] for weights in students))
