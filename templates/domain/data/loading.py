@@ -31,7 +31,7 @@ WRONG_LABELS = 0.2  # share of train labels that are drawn at random
 
 @dataclass(frozen=True)
 class LabelledData:
-    """A dataset whose splits have the columns values (length,) float32, labels (class ids) and sample_id, as tensors."""
+    """A dataset. Its splits have the columns values (length,) float32, labels (class ids) and sample_id."""
 
     name: str
     splits: Splits  # train, validation and, if the dataset has it, test

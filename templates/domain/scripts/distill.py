@@ -27,13 +27,13 @@ class Arguments:
     """Data, teacher and student."""
 
     dataset: str = field(
-        default="tones", metadata={"help": "tones, a folder of parquet or JSON files, or a Hub name."}
+        default="tones", metadata={"help": "Embedded dataset (tones), folder of files, or Hub name."}
     )
     teacher: str | None = field(
         default=None, metadata={"help": "Folder of a trained classifier (default: train one)."}
     )
-    teacher_width: Count = field(default=64, metadata={"help": "channels of a teacher that is trained here"})
-    student_width: Count = field(default=12, metadata={"help": "channels of the student and of its control"})
+    teacher_width: Count = field(default=64, metadata={"help": "Channels of a teacher that this run trains."})
+    student_width: Count = field(default=12, metadata={"help": "Channels of the student and of the control."})
 
 
 @dataclass
