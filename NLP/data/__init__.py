@@ -1,1 +1,1 @@
-"""Code that yields text datasets; no data files."""
+"""Text datasets: embedded, local or from the Hub. This folder contains only code."""

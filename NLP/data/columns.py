@@ -1,4 +1,4 @@
-"""Tasks that are known by name, and the text and label columns of a dataset, inferred from all splits."""
+"""Known tasks by name, and the text and label columns of a dataset, inferred from all splits."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class TaskSpec:
     text_columns: tuple[str, ...]
     label_column: str
     metric: str
-    label_names: tuple[str, ...] = ()  # empty: not recognised by its label names
+    label_names: tuple[str, ...] = ()  # empty: the task is not recognized by its label names
     labelled_test: bool = False  # False: the labels of the test split are hidden
     regression: bool = False
 
@@ -44,7 +44,7 @@ TASKS: dict[str, TaskSpec] = {
     "stsb": TaskSpec(f"{GLUE}:stsb", SENTENCES, "label", "spearman", regression=True),
 }
 
-LABEL_COLUMNS = (  # the first group with a column in the data determines the label
+LABEL_COLUMNS = (  # the first group with a column in the data names the label column
     ("label", "labels", "intent", "target", "class"),
     ("sentiment", "category", "topic", "emotion", "rating", "stars", "score"),
 )
@@ -80,7 +80,9 @@ def is_text(feature: object) -> bool:
 
 
 def text_columns(raw: Splits) -> list[str]:
-    """Columns that are strings in at least one split: others may hold only digits, written as numbers."""
+    """Columns of strings in at least one split. In another split they may contain only digits, which are read as
+    numbers.
+    """
     names = dict.fromkeys(name for rows in raw.values() for name in rows.features)
     return [name for name in names if any(is_text(rows.features.get(name)) for rows in raw.values())]
 
@@ -116,8 +118,8 @@ def _content(name: str, splits: list[datasets.Dataset]) -> Content:
 
 
 def choose_columns(raw: Splits, text: list[str] | None, label: str | None) -> tuple[Columns, str]:
-    """The columns that flags name, else those of a known task, else those inferred from names and contents; and a
-    note on the choice. Raises UserError if several choices are plausible.
+    """Returns the columns that the flags name, or those of a known task, or those inferred from names and contents,
+    together with a note on the choice. Raises UserError if several choices are plausible.
     """
     names = list(next(iter(raw.values())).features)
     for name in [*(text or []), *([label] if label else [])]:
@@ -134,7 +136,8 @@ def choose_columns(raw: Splits, text: list[str] | None, label: str | None) -> tu
     for name in columns.text:
         if name not in strings or name == columns.label:
             raise UserError(
-                f"column {name!r} does not hold texts (or is the label); the columns are {', '.join(names)}; {FLAGS}"
+                f"column {name!r} does not contain texts, or is the label column; the columns are "
+                f"{', '.join(names)}; {FLAGS}"
             )
     if len(columns.text) > 2:
         raise UserError(f"--text_columns takes one or two columns, not {', '.join(columns.text)}")
@@ -158,11 +161,14 @@ def _infer_label(contents: dict[str, Content], text: list[str]) -> str | None:
 
 
 def _infer_texts(contents: dict[str, Content], strings: list[str], label: str | None) -> list[str]:
-    """One column of texts, or a pair such as sentence1 and sentence2; empty if the choice is ambiguous."""
+    """One text column, or two such as sentence1 and sentence2; empty if the choice is ambiguous."""
     others = [name for name in strings if name != label]
     texts = [name for name in others if contents.get(name) == "texts"]
     fallback = [name for name in others if contents.get(name) == "classes" or name in TEXT_COLUMNS]
-    for found in (texts, fallback):  # a single column may hold repeated texts, and one named text only digits
+    for found in (
+        texts,
+        fallback,
+    ):  # a single text column may repeat its texts, and one with a known name may contain only digits
         if len(found) == 1 or (len(found) == 2 and _is_pair(*found)):
             return found
     return []

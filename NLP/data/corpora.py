@@ -29,7 +29,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
 
 EMBEDDED = "python"
-DOCUMENTS_PER_CALL = 1000  # of the tokenizer
+DOCUMENTS_PER_CALL = 1000  # tokenized by one call of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -42,8 +42,8 @@ Documents = dict[str, list[str]]
 class Corpus:
     """Documents by split: train, validation and perhaps test.
 
-    A document that is a single line with its newline is part of a longer text, as in WikiText or a .txt file, and the
-    next document continues it. Any other document is complete.
+    A document that is a single line ending with a newline is part of a longer text, as in WikiText or a .txt file, and
+    the next document continues it. Any other document is complete.
     """
 
     name: str
@@ -67,7 +67,7 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     raw, notes = read_splits(dataset, {EMBEDDED: dict}, "train.txt, or parquet, CSV or JSON files", _read_folder)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
-    notes.append(f"column {column!r} holds the texts")
+    notes.append(f"column {column!r} contains the texts")
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
         splits = _split_off_end(splits, notes)
@@ -75,7 +75,7 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
 
 
 def python_texts() -> dict[str, str]:
-    """The topics of `help()` and the library's docstrings by module or package, without repeated paragraphs.
+    """The topics of `help()` and the standard library's docstrings by module or package, without repeated paragraphs.
 
     Raises UserError if a minimal installation of Python lacks them.
     """
@@ -95,7 +95,7 @@ def python_texts() -> dict[str, str]:
 
 
 def _docstrings(library: Path) -> dict[str, list[str]]:
-    """Docstrings by module or package, without tests and without parts that not every installation has."""
+    """Docstrings by module or package. Leaves out tests, and parts that are missing in some installations."""
     found: dict[str, list[str]] = {}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
@@ -145,14 +145,14 @@ def _lines(path: Path) -> datasets.Dataset:
 
 
 def _text_column(raw: Splits, column: str | None) -> str:
-    """The column that the flag names, else `text`, else the only text column of all splits."""
+    """Returns the column that the flag names, or the column `text`, or the only text column of all splits."""
     strings, contents = text_columns(raw), infer_contents(raw)
     texts = [name for name in strings if contents.get(name) in ("texts", "classes")]
     chosen = column or ("text" if "text" in strings else texts[0] if len(texts) == 1 else None)
     if chosen is None or chosen not in strings:
         raise UserError(
             f"cannot infer the text column among {', '.join(contents)}"
-            f"{f': {column!r} holds no texts' if column else ''}; pass --text_column"
+            f"{f': {column!r} does not contain texts' if column else ''}; pass --text_column"
         )
     return chosen
 
@@ -163,9 +163,9 @@ def _texts(split: str, rows: datasets.Dataset, column: str, notes: list[str]) ->
         raise UserError(f"the {split} split has no column {column!r} of texts; pass --text_column")
     texts = [text for text in rows[:][column] if text]
     if not "".join(texts).strip():
-        raise UserError(f"the {split} split holds no text in column {column!r}: add at least one document")
+        raise UserError(f"the {split} split has no text in column {column!r}: add at least one document")
     if len(texts) < len(rows):
-        notes.append(f"{len(rows) - len(texts):,} of {len(rows):,} rows of {split} hold no text and are left out")
+        notes.append(f"{len(rows) - len(texts):,} of {len(rows):,} rows of {split} have no text and are left out")
     return texts
 
 
@@ -187,7 +187,7 @@ def _split_off_end(splits: Documents, notes: list[str]) -> Documents:
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> datasets.Dataset:
     """Concatenates the tokens of all documents and cuts them into blocks: `input_ids` (block_size,), `labels`
-    (block_size,), which are one token ahead, and `length`, the block_size.
+    (block_size,), shifted by one token, and `length`, which is block_size.
 
     The stream is `end document end document end ...`, with an end-of-text token before and after each complete
     document. Every token except the first one is a label exactly once: the last label of a block is the first input of
@@ -213,5 +213,5 @@ def _is_line(document: str) -> bool:
 
 
 def stack(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collates blocks to a batch. Drops `length`, which is the same for all."""
+    """Collates blocks into a batch. Drops `length`, which is the same for all blocks."""
     return {name: torch.stack([block[name] for block in blocks]) for name in blocks[0] if name != "length"}

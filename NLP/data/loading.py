@@ -26,7 +26,7 @@ from kd.nlp.data.intents import load_intents
 KNOWN = {name: task.hub or load_intents for name, task in TASKS.items()}
 # Texts that consist of digits may be stored as integers, and an empty column as null.
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
-MANY_ROWS = 100_000  # tokenized by several processes
+MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TextData:
     label_names: list[str]  # by class id; empty for regression
     regression: bool
     primary_metric: str
-    fingerprint: str  # of the contents, wherever they were loaded from
+    fingerprint: str  # hash of the contents, independent of their source
     notes: list[str] = field(default_factory=list)  # for the report
 
     @property
@@ -124,16 +124,16 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
 
 
 def _select(split: str, raw: Dataset, columns: Columns, labelled: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The columns text, text_pair (if there are two text columns) and label of the rows `labelled`."""
+    """The columns text, text_pair (if there are two text columns) and label of the labelled rows."""
     found: dict[str, pa.Array] = {}
     for new, name in zip(("text", "text_pair"), columns.text, strict=False):
         if name not in raw.features:
             raise UserError(
-                f"the {split} split lacks column {name!r} that train has: its columns are {raw.column_names}"
+                f"the {split} split lacks the column {name!r} of train: its columns are {raw.column_names}"
             )
         texts = raw.select_columns([name]).with_format("arrow")[:][name]
         if not any(matches(texts.type) for matches in TEXT_TYPES):
-            raise UserError(f"column {name!r} of the {split} split holds {texts.type}, not texts: {FLAGS}")
+            raise UserError(f"column {name!r} of the {split} split contains {texts.type}, not texts: {FLAGS}")
         texts = texts.cast(pa.large_string())
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy()
         if (empty := labelled[blank[labelled]]).size:

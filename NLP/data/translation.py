@@ -13,7 +13,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
-MAX_VALIDATION = 1000  # sentences that are moved from train to a missing validation split
+MAX_VALIDATION = 1000  # maximum number of sentence pairs moved from train if there is no validation split
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TranslationData:
     name: str
     languages: tuple[str, str]  # the original names of the columns source and target
     splits: Splits
-    fingerprint: str  # of the contents, wherever they were loaded from
+    fingerprint: str  # hash of the contents, independent of their source
     notes: list[str] = field(default_factory=list)
 
 
@@ -32,7 +32,7 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
     the same in every run.
 
     Args:
-        source, target: text columns, or keys of a column `translation`.
+        source, target: names of text columns, or keys of the column `translation`.
 
     Raises UserError if the dataset, a column or a text is missing.
     """
@@ -78,7 +78,7 @@ def tokenize_translation(data: TranslationData, tokenizer: PreTrainedTokenizerBa
     target). Longer sentences are truncated to the tokenizer's `model_max_length`.
 
     Args:
-        prefix: is added to each source sentence, as T5's "translate English to German: ".
+        prefix: added before each source sentence, such as T5's "translate English to German: ".
     """
 
     def encode(rows: dict[str, list]) -> dict[str, list]:

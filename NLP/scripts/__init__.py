@@ -1,1 +1,1 @@
-"""One entry point per job, its recipes, and .sh names for recipes."""
+"""Entry points for text models: one Python script per job, recipes (YAML), and shell scripts that run a recipe."""

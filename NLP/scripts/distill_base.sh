@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Plain BERT -> plain smaller BERT, by alignment and soft targets.
+# BERT -> smaller BERT, by alignment and soft targets.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 exec "${PYTHON:-python}" "$here/distill_classifier.py" "$@"

@@ -3,8 +3,8 @@
     python NLP/scripts/distill_bottleneck.py
     python NLP/scripts/distill_bottleneck.py NLP/scripts/new_keys.yaml --dataset clinc_oos
 
-`distill_keys_carried.sh` runs the defaults, `distill_new_keys.sh` and `distill_student_only.sh` the recipes of these
-names. distill_classifier.py distills a student without a bottleneck.
+`distill_keys_carried.sh` runs it with default arguments; `distill_new_keys.sh` and `distill_student_only.sh` run it
+with the recipes of these names. distill_classifier.py distills a student without a bottleneck.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help

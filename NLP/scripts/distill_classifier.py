@@ -1,11 +1,12 @@
-"""Distills a text classifier into a smaller one: by soft targets or another method, optionally also by features.
+"""Distills a text classifier into a smaller one, with soft targets or another method, and optionally with features.
 
     python NLP/scripts/distill_classifier.py
     python NLP/scripts/distill_classifier.py --seeds 0 1 2
     python NLP/scripts/distill_classifier.py --dataset sst2 --teacher bert-base-uncased \\
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --temperature 4
 
-`distill_base.sh` runs the defaults, `distill_clinc.sh` and `distill_sentiment.sh` the recipes of these names.
+`distill_base.sh` runs it with default arguments; `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes
+of these names.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -30,7 +31,7 @@ def main() -> None:
     text, pair, matching, training = parse(*ARGUMENTS)
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     unused = {"alpha", "temperature"} - kd_flags(matching.method, training).keys()
-    reject_unused(f"--method {matching.method} has other arguments", training, *sorted(unused))
+    reject_unused(f"--method {matching.method} does not use it", training, *sorted(unused))
     inputs = load_inputs(text, pair, training, text.load(), matching.ensemble_teachers)
     validate_arguments(inputs, pair, training)
     validate_matching(inputs, pair, matching, training)

@@ -2,8 +2,8 @@
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
 
-`OUT/TASK/SYSTEM` is a run of several seeds. Systems of a task share the other stages, in
-`OUT/TASK/shared/seedN`. The same command with more tasks, systems or seeds trains the new ones.
+`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share all stages except the student, in
+`OUT/TASK/shared/seedN`. The same command with more tasks, systems or seeds trains only the missing ones.
 """
 
 import copy
@@ -58,8 +58,8 @@ from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 
 class GlueRun(TrainerRun):
-    """The run of a system on a task. All systems share the stages of a seed, except the student. Systems with the same
-    pooling share the aligned encoder, because alignment matches pooled hidden states.
+    """The run of a system on a task. For each seed, all systems share the stages except the student. Systems with
+    the same pooling share the aligned encoder, because alignment matches pooled hidden states.
     """
 
     may_change = frozenset({"seeds"})
@@ -83,7 +83,7 @@ def main() -> None:
         check_smoothing(training, task, classes)
         if "base" in glue.systems:
             check_method(matching.method, training, task, classes)
-    training.seed = 0  # of the initial models of a task, independent of --seeds
+    training.seed = 0  # for the initial models of a task, independent of --seeds
     with PartialState().main_process_first():
         lock = RunFolder(folder, ["glue.md"]) if PartialState().is_main_process else None
     for task in glue.tasks:
@@ -105,7 +105,7 @@ def distill_task(
     bottleneck: TextBottleneckArguments,
     matching: MatchingArguments,
 ) -> None:
-    """Distills all systems on one task. They share stages, so later systems need the same arguments and inputs."""
+    """Distills all systems on one task. They share stages, so later systems require the same arguments and inputs."""
     inputs = load_inputs(text, pair, training, data, matching.ensemble_teachers if "base" in systems else [])
     validate_arguments(inputs, pair, training)
     if "base" in systems:
@@ -124,14 +124,14 @@ def distill_task(
 
 
 def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> GlueRun:
-    """Opens a folder for a new run, or continues the run in it. Its seeds are --seeds and all finished ones."""
+    """Opens a folder for a new run, or continues the run in it. Its seeds are --seeds and all finished seeds."""
     training = copy.copy(training)
     training.output_dir = str(folder)
     training.resume_from_checkpoint = (folder / RECIPE).exists() and not starts_over(training)
     if training.resume_from_checkpoint:
         training.seeds = list(dict.fromkeys([*finished_seeds(folder), *(training.seeds or [])]))
     opened = GlueRun(training, *arguments)
-    opened.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
+    opened.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.models))
     return opened
 
 
@@ -139,7 +139,7 @@ def distill(
     run: GlueRun, inputs: Inputs, pair: PairArguments, system: MatchingArguments | TextBottleneckArguments
 ) -> None:
     """Distills a system with one seed."""
-    epochs = pair.align_epochs + run.args.num_train_epochs  # of all controls, because systems share their encoder
+    epochs = pair.align_epochs + run.args.num_train_epochs  # for all controls, because systems share their encoder
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")

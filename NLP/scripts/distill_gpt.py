@@ -25,38 +25,47 @@ class Arguments:
     """Data, teacher, student and method."""
 
     dataset: str = field(
-        default="python", metadata={"help": "Embedded corpus, name on the Hub[:config], or folder of .txt or parquet."}
+        default="python",
+        metadata={"help": "Embedded corpus python, Hub name[:config], or folder of .txt, parquet, CSV or JSON files."},
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
     block_size: Annotated[int, Range(2, MOST)] = field(
-        default=128, metadata={"help": "Tokens of a training sequence."}
+        default=128, metadata={"help": "Number of tokens in a training block."}
     )
 
     teacher: str = field(
-        default=SCRATCH, metadata={"help": "Name on the Hub or folder, or scratch for a GPT-2 with random weights."}
+        default=SCRATCH,
+        metadata={"help": "Hub name or folder of the teacher, or scratch for a GPT-2 with random weights."},
     )
     teacher_epochs: NotNegative = field(
-        default=6, metadata={"help": "Epochs of the teacher; 0 to leave a pretrained teacher unchanged."}
+        default=6, metadata={"help": "Epochs of training the teacher; 0 to leave a pretrained teacher unchanged."}
     )
-    teacher_layers: Count = field(default=4, metadata={"help": "Layers of a teacher from scratch."})
-    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher from scratch."})
+    teacher_layers: Count = field(default=4, metadata={"help": "Number of layers of a teacher with random weights."})
+    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher with random weights."})
     vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = field(
-        default=2048, metadata={"help": "BPE vocabulary size of a teacher from scratch."}
+        default=2048, metadata={"help": "Vocabulary size of the BPE tokenizer of a teacher with random weights."}
     )
 
     student: str = field(
-        default=CUT, metadata={"help": "Name on the Hub or folder, scratch, or cut for layers of the teacher."}
+        default=CUT,
+        metadata={
+            "help": "Hub name or folder of the student, scratch for random weights, or cut for layers of the teacher."
+        },
     )
-    student_layers: Count = field(default=1, metadata={"help": "Layers of a student that is cut or from scratch."})
-    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student from scratch."})
+    student_layers: Count = field(
+        default=1, metadata={"help": "Number of layers of a student that is cut or has random weights."}
+    )
+    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
     dropout: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Dropout of models from scratch while they train on labels alone."}
+        default=0.1, metadata={"help": "Dropout of models with random weights while they train on labels alone."}
     )
     from_scratch_learning_rate: Positive = field(
-        default=2e-3, metadata={"help": "Learning rate of models that start from random weights."}
+        default=2e-3, metadata={"help": "Learning rate of models with random weights."}
     )
 
-    method: str = field(default="kd", metadata={"help": "Divergence: kd, reverse_kl, or js:beta=0.5."})
+    method: str = field(
+        default="kd", metadata={"help": "Divergence from the teacher: kd, reverse_kl, or js:beta=0.5."}
+    )
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
     )
@@ -66,7 +75,9 @@ class Arguments:
             if getattr(self, name) % HEAD_WIDTH:
                 raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
         if self.teacher == SCRATCH and self.teacher_epochs == 0:
-            raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
+            raise ValueError(
+                "--teacher_epochs 0 leaves a teacher with random weights untrained: pass --teacher NAME, or train it"
+            )
 
     def check_unused_flags(self) -> None:
         if self.teacher != SCRATCH:
@@ -105,9 +116,7 @@ def main() -> None:
     args, training = parse(*ARGUMENTS)
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
-        reject_unused(
-            "models of random weights are trained at --from_scratch_learning_rate", training, "learning_rate"
-        )
+        reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
     divergence_of(args.method, training.temperature)  # raises UserError for an unknown method
     corpus = load_corpus(args.dataset, args.text_column)
     print_notes(corpus.name, corpus.notes)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-2 -> six of its twelve layers, by its distributions over next tokens.
+# GPT-2 -> a student with every second layer, on WikiText, as in DistilGPT2. Downloads both; use a GPU.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 exec "${PYTHON:-python}" "$here/distill_gpt.py" "$here/gpt.yaml" "$@"

@@ -6,8 +6,9 @@
     python NLP/scripts/distill_translation.py --dataset FOLDER --student cut --learning_rate 3e-4 \\
         --teacher Helsinki-NLP/opus-mt-en-de --student_encoder_layers 3 --student_decoder_layers 1
 
-`kd`: the teacher's distribution over each next token of the references; `sequence_kd`: the teacher's beam-search
-translations instead of the references; `sequence_kd+kd`: its distributions over its translations.
+The student learns the teacher's distribution over each next token of the references (kd), the teacher's beam-search
+translations instead of the references (sequence_kd), or the teacher's distributions over its translations
+(sequence_kd+kd).
 """
 
 from dataclasses import dataclass, field
@@ -28,48 +29,65 @@ class Arguments:
     """Data, teacher, student and method."""
 
     dataset: str = field(
-        default="number_words", metadata={"help": "Embedded dataset, name on the Hub[:config] or local folder."}
+        default="number_words", metadata={"help": "Embedded dataset number_words, Hub name[:config] or folder."}
     )
     source: str = field(
         default="en", metadata={"help": "Column of the source sentences, or its key in the column translation."}
     )
-    target: str = field(default="de", metadata={"help": "Column of the target sentences, or its key."})
-    source_prefix: str = field(default="", metadata={"help": "Prompt before each source, as for T5."})
+    target: str = field(
+        default="de", metadata={"help": "Column of the target sentences, or its key in the column translation."}
+    )
+    source_prefix: str = field(
+        default="", metadata={"help": "Text added before each source sentence, such as the task prefix of T5."}
+    )
     max_length: Count = field(
         default=128, metadata={"help": "Maximum number of tokens; longer sentences are truncated."}
     )
 
     teacher: str = field(
-        default=SCRATCH, metadata={"help": "Name on the Hub or folder, or scratch for a Marian with random weights."}
+        default=SCRATCH,
+        metadata={"help": "Hub name or folder of the teacher, or scratch for a Marian model with random weights."},
     )
     teacher_epochs: NotNegative | None = field(
         default=None,
-        metadata={"help": f"Epochs of the teacher (default: {SCRATCH_EPOCHS} from scratch, else 0)."},
+        metadata={"help": f"Epochs of training the teacher (default: {SCRATCH_EPOCHS} with random weights, else 0)."},
     )
     teacher_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the teacher (default: --learning_rate)."}
     )
     teacher_layers: Count = field(
-        default=2, metadata={"help": "Layers of encoder and of decoder of a teacher from scratch."}
+        default=2,
+        metadata={"help": "Number of layers in the encoder and in the decoder of a teacher with random weights."},
     )
-    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher from scratch."})
+    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher with random weights."})
     vocabulary_size: Count = field(
-        default=600, metadata={"help": "Size of the joint BPE vocabulary of a teacher from scratch."}
+        default=600, metadata={"help": "Size of the joint BPE vocabulary of a teacher with random weights."}
     )
 
     student: str = field(
-        default=SCRATCH, metadata={"help": "Name on the Hub or folder, scratch, or cut for layers of the teacher."}
+        default=SCRATCH,
+        metadata={
+            "help": "Hub name or folder of the student, scratch for random weights, or cut for layers of the teacher."
+        },
     )
-    student_encoder_layers: Count = field(default=1, metadata={"help": "Encoder layers of the student."})
-    student_decoder_layers: Count = field(default=1, metadata={"help": "Decoder layers of the student."})
-    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student from scratch."})
-    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models from scratch."})
+    student_encoder_layers: Count = field(
+        default=1, metadata={"help": "Number of encoder layers of a student that is cut or has random weights."}
+    )
+    student_decoder_layers: Count = field(
+        default=1, metadata={"help": "Number of decoder layers of a student that is cut or has random weights."}
+    )
+    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
+    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models with random weights."})
 
     method: Literal["kd", "sequence_kd", "sequence_kd+kd"] = field(
         default="sequence_kd+kd",
-        metadata={"help": "Next-token distributions of the teacher, its translations, or both."},
+        metadata={
+            "help": "What to learn from the teacher: kd for next-token distributions, sequence_kd for translations."
+        },
     )
-    beams: Count = field(default=5, metadata={"help": "Beams of the translations and the *_beam metrics."})
+    beams: Count = field(
+        default=5, metadata={"help": "Number of beams for the teacher's translations and the *_beam metrics."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):
@@ -78,7 +96,9 @@ class Arguments:
         if self.teacher_epochs is None:
             self.teacher_epochs = SCRATCH_EPOCHS if self.teacher == SCRATCH else 0
         if self.teacher == SCRATCH and self.teacher_epochs == 0:
-            raise ValueError("--teacher_epochs 0 leaves a teacher from scratch untrained: name one, or train it")
+            raise ValueError(
+                "--teacher_epochs 0 leaves a teacher with random weights untrained: pass --teacher NAME, or train it"
+            )
 
     def check_unused_flags(self) -> None:
         if self.teacher != SCRATCH:
@@ -90,7 +110,7 @@ class Arguments:
         if self.student not in (CUT, SCRATCH):
             reject_unused("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
         if SCRATCH not in (self.teacher, self.student):
-            reject_unused("no model is from scratch", self, "dropout")
+            reject_unused("no model has random weights", self, "dropout")
         if self.method == "sequence_kd":
             reject_unused("--method sequence_kd trains on translations alone", self, "alpha", "temperature")
 

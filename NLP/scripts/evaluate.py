@@ -1,17 +1,18 @@
-"""Evaluates a saved classifier on every labelled split but train, exactly as its run did. The data may also be a
-single file, or have only a test split.
+"""Evaluates a saved classifier on every labelled split but train, and reproduces the metrics of its run.
 
-python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
-python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json
+    python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
+    python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json
+
+The dataset may also be a single file, or have only a test split.
 """
 
 from kd.common.cli import Parser, run, show_help
 from kd.nlp.student_model.arguments import add_data_arguments
 
 PARSER = Parser(description=__doc__)
-PARSER.add_argument("model", help="Folder or name on the Hub of a classifier.")
+PARSER.add_argument("model", help="Folder or Hub name of a trained classifier.")
 add_data_arguments(PARSER)
-PARSER.add_argument("--json", metavar="file", help="Also write the metrics to this file.")
+PARSER.add_argument("--json", metavar="file", help="File to write the metrics to, in addition to printing them.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 

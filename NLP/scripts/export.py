@@ -2,12 +2,13 @@
 
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos --formats onnx-int8 \\
-        --teacher runs/NLP/clinc/stages/teacher_encoder --output_dir exported
+        --teacher runs/NLP/clinc/stages/teacher --output_dir exported
 
 Writes model.onnx, model_int8.onnx and model_int8.safetensors (int8 weights for torch), the tokenizer, the labels
 (config.json), the results (export.json), and a table with the code that loads the files (export.md). The fp32 ONNX
-graph must reproduce the student's logits on all labelled validation and test texts; otherwise nothing is written. For
-int8 the loss in quality is measured. Everything runs on the CPU. `python -m kd.common.export` needs no dataset.
+graph must reproduce the student's logits on all labelled validation and test texts; otherwise nothing is written. The
+int8 models are compared with the student by their metrics and agreement. Everything runs on the CPU. To export without
+a dataset, use `python -m kd.common.export`.
 """
 
 from pathlib import Path
@@ -18,10 +19,10 @@ from kd.nlp.student_model.arguments import add_data_arguments
 
 FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 PARSER = Parser(description=__doc__)
-PARSER.add_argument("student", help="Folder or name on the Hub of a classifier.")
+PARSER.add_argument("student", help="Folder or Hub name of the classifier to export.")
 add_data_arguments(PARSER)
 PARSER.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES), help="Formats to export to.")
-PARSER.add_argument("--teacher", help="Folder or name on the Hub of a classifier to compare with.")
+PARSER.add_argument("--teacher", help="Folder or Hub name of a classifier to compare with.")
 PARSER.add_argument("--output_dir", help="Folder of the export (default: export, next to the student's folder).")
 PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
 if __name__ == "__main__":
@@ -89,7 +90,7 @@ def main() -> None:
             for split, expected in logits["student"].items():
                 differences = max_abs_difference(expected, logits["onnx"][split])
                 check_equal(args.student, differences, f"texts of {split}", ties=share_of_ties(student))
-        if "onnx" in models and "onnx" not in args.formats:  # it was needed only for the int8 graph
+        if "onnx" in models and "onnx" not in args.formats:  # only the int8 graph needed it
             del models["onnx"]
             (partial / FILES["onnx"]).unlink()
         results = {
@@ -116,7 +117,7 @@ def load_classifier(name: str, data: TextData) -> tuple[Any, Texts]:
 
 
 def export(student: PreTrainedModel, texts: Texts, formats: list[str], folder: Path) -> dict[str, Any]:
-    """Writes the files of `formats` (for `onnx-int8` also that of `onnx`) and returns the models loaded from them."""
+    """Writes the files of `formats` (and that of `onnx` for `onnx-int8`). Returns the models loaded from them."""
     paths = {name: folder / file for name, file in FILES.items()}
     models: dict[str, Any] = {}
     if "torch-int8" in formats:
@@ -134,7 +135,7 @@ def export(student: PreTrainedModel, texts: Texts, formats: list[str], folder: P
 
 
 def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], folder: Path) -> dict[str, Any]:
-    """For each model its MiB on disk, latency of one text of median length, speed-up and metrics."""
+    """Measures the size of each model in MiB, its latency for a text of median length, its speed-up and metrics."""
     cpu = torch.device("cpu")
     inputs = {name: (model, median_text(texts, cpu)) for name, (model, texts) in models.items()}
     latencies = interleaved_latency(inputs)
@@ -174,9 +175,9 @@ def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, fold
     sections = [
         f"# {results['student']}, exported",
         markdown(*table(results)),
-        f"Task {results['task']}. Latency: one text of median length, measured in turns on {environment['device']} "
+        f"Task {results['task']}. Latency: one text of median length, measured alternately on {environment['device']} "
         f"(threads: {environment['threads']}) with torch {environment['torch']} and ONNX Runtime "
-        f"{environment['onnxruntime']}. Agreement: the share of predictions that are those of the student in torch "
+        f"{environment['onnxruntime']}. Agreement: the share of predictions that equal those of the student in torch "
         "fp32.",
         "## Load it",
         *(f"```python\n{usage}\n```" for usage in usages),

@@ -2,10 +2,10 @@
 
     python NLP/scripts/search.py --dataset intents --teacher runs/NLP/base/stages/teacher
 
-Optuna suggests hyperparameters, transformers' Trainer trains a student with them, and the validation split decides.
-The test split is not used. The teacher is a trained classifier (here of a run of distill_base.sh). Its logits are
-cached for all trials. The control is a trial on labels alone, at the geometric mean of the learning rates. Writes
-search.json, search.md, search.png and best.yaml.
+Optuna suggests hyperparameters, transformers' Trainer trains a student with them, and the student is evaluated on the
+validation split. The test split is not used. The teacher is a trained classifier, in this example that of a run of
+distill_base.sh. Its logits are cached for all trials. The control is a trial on labels alone, at the geometric mean of
+the range of learning rates. Writes search.json, search.md, search.png and best.yaml.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import chance_warning, evaluate
-from kd.nlp.student_model.layers import cut_layers, layer_paths, switch_off_dropout
+from kd.nlp.student_model.layers import cut_layers, disable_dropout, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
 from kd.nlp.student_model.training import cached_outputs, set_trainable
@@ -38,7 +38,7 @@ from kd.nlp.teacher_model.teacher import (
 
 def main() -> None:
     text, args, training = parse(*ARGUMENTS)
-    reject_unused("--search varies it", training, *args.search)
+    reject_unused("--search sets it", training, *args.search)
     reason = "trials save no checkpoints and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
     if training.load_best_model_at_end:
@@ -49,14 +49,14 @@ def main() -> None:
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
     if data.regression and "temperature" in args.search:
         raise UserError(
-            f"{data.name} is a regression, and its loss has no temperature: pass --search alpha learning_rate"
+            f"{data.name} is a regression task, whose loss has no temperature: pass --search alpha learning_rate"
         )
     check_smoothing(training, data.name, data.num_labels)
-    set_seed(training.seed)  # for the random head of a student without one
+    set_seed(training.seed)  # determines the head of a student that is loaded without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
-    for start in (teacher, student):
-        start.set_max_length(text.max_length)
+    for model in (teacher, student):
+        model.set_max_length(text.max_length)
     texts = Texts.of(data, student.tokenizer)
     teacher_texts = Texts.of(data, teacher.tokenizer) if args.student else texts
     search_run = SearchRun(training, text, args)
@@ -65,7 +65,7 @@ def main() -> None:
     entry, _ = evaluate(args.teacher, teacher.model, teacher_texts)
     search_run.warn(chance_warning(entry, teacher_texts))
     outputs = cached_outputs(search_run, teacher.model, teacher_texts)
-    switch_off_dropout(student.model)
+    disable_dropout(student.model)
     set_trainable(student.model)  # except its embeddings, as in distill_classifier.py
     inputs = student.model, texts, outputs
     control = None
@@ -77,11 +77,11 @@ def main() -> None:
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:
     """The initial student of every trial: the model of --student, or a cut of the teacher."""
-    start = load_classifier(args.student, data) if args.student else teacher
-    if isinstance(start.model, BottleneckClassifier):
+    pretrained = load_classifier(args.student, data) if args.student else teacher
+    if isinstance(pretrained.model, BottleneckClassifier):
         raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")
     if args.student:
-        return start
+        return pretrained
     layers = args.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
     return Pretrained(cut_layers(teacher.model, layers), teacher.tokenizer)
 

@@ -1,1 +1,1 @@
-"""Text students, what ships with them, and the steps of their distillation."""
+"""Text students, the methods and stages that distill them, and their evaluation."""

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
-Ranges = dict[str, tuple[float, float]]  # training argument -> from, to; from == to is no choice
-METHOD_HELP = f"NAME or NAME:key=value:..., of {', '.join(METHOD_NAMES)}."
+Ranges = dict[str, tuple[float, float]]  # training argument -> lowest and highest value; equal if it is fixed
+METHOD_HELP = f"Method, as NAME or NAME:key=value:..., with NAME one of {', '.join(METHOD_NAMES)}."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
-CUT = "cut"  # names a student made of layers of its teacher
-SHORTEST = 8  # tokens of a text; up to four of them are special, and the rest is the text
+CUT = "cut"  # value of --student for a student with some of the teacher's layers
+MIN_LENGTH = 8  # minimum of --max_length in tokens, of which up to four are special tokens
 
 
 @dataclass
@@ -56,18 +56,18 @@ class TextArguments:
 
     dataset: str = field(default="intents", metadata={"help": "Embedded dataset, Hub name, folder or file."})
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "Column of the texts, or both columns of text pairs."}
+        default=None, metadata={"help": "Column of the texts, or the two columns of text pairs (default: inferred)."}
     )
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels (default: inferred)."})
     task: Literal["classification", "regression"] | None = field(
-        default=None, metadata={"help": "Kind of the labels, if ambiguous."}
+        default=None, metadata={"help": "Type of the task, if labels may be classes or scores."}
     )
-    max_length: Annotated[int, Range(SHORTEST, MOST)] = field(
+    max_length: Annotated[int, Range(MIN_LENGTH, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training texts."})
     max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of texts of each other split."}
+        default=None, metadata={"help": "Maximum number of texts in each of the other splits."}
     )
 
     def load(self) -> "TextData":
@@ -88,33 +88,41 @@ class TextArguments:
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:
-    """The flags of the data for scripts that evaluate a trained classifier."""
+    """Adds the data flags of scripts that evaluate a trained classifier."""
     help = "Embedded dataset, Hub name, folder or file."
     parser.add_argument("--dataset", required=True, help=help)
-    parser.add_argument("--text_columns", nargs="*", help="Column of the texts, or the two columns of text pairs.")
-    parser.add_argument("--label_column", help="Column of the labels.")
+    parser.add_argument(
+        "--text_columns", nargs="*", help="Column of the texts, or the two columns of text pairs (default: inferred)."
+    )
+    parser.add_argument("--label_column", help="Column of the labels (default: inferred).")
 
 
 @dataclass
 class PairArguments:
     """Teacher and student."""
 
-    teacher: str = field(default="tiny-bert", metadata={"help": "Hub name, folder, or the embedded tiny-bert."})
+    teacher: str = field(
+        default="tiny-bert",
+        metadata={"help": "Hub name or folder of the teacher, or tiny-bert for a small BERT with random weights."},
+    )
     teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
     student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder (default: layers of the teacher)."}
+        default=None, metadata={"help": "Hub name or folder of the student (default: a cut of the teacher)."}
     )
     student_layers: Count | None = field(
-        default=None, metadata={"help": "Layers of the teacher to keep (default: half)."}
+        default=None, metadata={"help": "Number of the teacher's layers that a cut keeps (default: half)."}
     )
     control_init: str | None = field(
-        default=None, metadata={"help": "Encoder of the control, if the teacher is already trained."}
+        default=None,
+        metadata={"help": "Pretrained encoder that the control is cut from, if the teacher is already trained."},
     )
     from_scratch_epochs: Positive = field(default=20, metadata={"help": "Epochs of a teacher with random weights."})
     from_scratch_learning_rate: Positive = field(
         default=1e-3, metadata={"help": "Learning rate of models with random weights."}
     )
-    align_epochs: NotNegative = field(default=6, metadata={"help": "Epochs of matching the teacher's hidden states."})
+    align_epochs: NotNegative = field(
+        default=6, metadata={"help": "Epochs of aligning the student's hidden states with the teacher's; 0 to skip."}
+    )
     align_learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of the alignment."})
 
     def __post_init__(self) -> None:
@@ -125,10 +133,10 @@ class PairArguments:
         if not self.align_epochs:
             reject_unused("--align_epochs is 0", self, "align_learning_rate")
         if self.student:
-            reject_unused("the control starts as --student does", self, "control_init")
+            reject_unused("the control starts from the model of --student", self, "control_init")
 
     def reject_unused_flags(self, teacher_is_trained: bool, teacher_from_scratch: bool, from_scratch: bool) -> None:
-        """Raises UserError for flags that are not those of what was loaded: `teacher_...`, or any model."""
+        """Raises UserError for flags without effect on the loaded teacher, or on all models (`from_scratch`)."""
         if teacher_is_trained:
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "from_scratch_epochs")
         elif teacher_from_scratch:
@@ -141,12 +149,16 @@ class PairArguments:
 
 @dataclass
 class TextBottleneckArguments(BottleneckArguments):
-    """Discrete key-value bottleneck. Which models have one."""
+    """Discrete key-value bottleneck."""
 
-    bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "Models with a bottleneck."})
-    freeze_teacher_encoder: bool = field(default=False, metadata={"help": "Train only the bottleneck of the teacher."})
+    bottleneck: Literal["both", "student"] = field(
+        default="both", metadata={"help": "Models with a bottleneck: teacher and student, or only the student."}
+    )
+    freeze_teacher_encoder: bool = field(
+        default=False, metadata={"help": "Train only the bottleneck of the teacher, not its encoder."}
+    )
     pooling: Literal["mean", "cls", "tokens"] = field(
-        default="mean", metadata={"help": "Pooling of the token embeddings."}
+        default="mean", metadata={"help": "Pooling of the encoder's hidden states before the bottleneck."}
     )
 
     def __post_init__(self) -> None:
@@ -166,21 +178,24 @@ class MatchingArguments:
 
     method: str = field(default="kd", metadata={"help": METHOD_HELP})
     ensemble_teachers: list[str] = field(
-        default_factory=list, metadata={"help": "Further teachers, to average logits with --teacher."}
+        default_factory=list, metadata={"help": "Further teachers, whose logits are averaged with those of --teacher."}
     )
     student_from: Literal["teacher", "pretrained"] = field(
-        default="teacher", metadata={"help": "Weights to cut from."}
+        default="teacher",
+        metadata={"help": "Model that the student is cut from: the fine-tuned teacher or the pretrained model."},
     )
     student_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the student (default: --learning_rate)."}
     )
     hidden_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of matching hidden states."})
-    hidden_loss: HiddenLoss = field(default="both", metadata={"help": "Loss between hidden states."})
+    hidden_loss: HiddenLoss = field(
+        default="both", metadata={"help": "Loss between hidden states: l2, cosine, or both for their sum."}
+    )
     embedding_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of matching the embedding layer."})
     attention_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching attention distributions."}
     )
-    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map between layers."})
+    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map of student layers to teacher layers."})
 
     def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:
@@ -201,14 +216,14 @@ class GlueTrainingArguments(KDTrainingArguments):
 class GlueArguments:
     """Tasks and systems."""
 
-    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "Tasks of GLUE."})
+    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "GLUE tasks to train on."})
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Systems to train."})
     glue_folder: Path | None = field(
-        default=None, metadata={"help": "Folder with the tasks' folders (default: the Hub)."}
+        default=None, metadata={"help": "Folder that contains a folder per task (default: tasks are downloaded)."}
     )
     max_samples_seen: Count = field(
         default=200_000,
-        metadata={"help": "Maximum number of texts per training stage."},
+        metadata={"help": "Maximum number of texts that a stage trains on, summed over its epochs."},
     )
 
     def __post_init__(self) -> None:
@@ -218,12 +233,12 @@ class GlueArguments:
                 raise ValueError(f"--{name} must be some of {', '.join(known)}, got {', '.join(words) or 'none'}")
 
     def source(self, task: str) -> str:
-        """What --dataset would be."""
+        """Returns the value of --dataset for a task."""
         if self.glue_folder is None:
             return task
         found = [self.glue_folder / name for name in (task, f"glue_{task}") if (self.glue_folder / name).is_dir()]
         if not found:
-            raise UserError(f"--glue_folder {self.glue_folder} holds neither {task} nor glue_{task}")
+            raise UserError(f"--glue_folder {self.glue_folder} contains neither {task} nor glue_{task}")
         return str(found[0])
 
 
@@ -233,10 +248,10 @@ class SearchArguments:
 
     teacher: str = field(metadata={"help": "Folder or name on the Hub of a classifier trained on these labels."})
     student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder (default: layers of the teacher)."}
+        default=None, metadata={"help": "Hub name or folder of the student (default: a cut of the teacher)."}
     )
     student_layers: Count | None = field(
-        default=None, metadata={"help": "Layers of the teacher to keep (default: half)."}
+        default=None, metadata={"help": "Number of the teacher's layers that a cut keeps (default: half)."}
     )
     trials: Count = field(default=20, metadata={"help": "Number of trials, including pruned ones."})
     search: list[str] = field(default_factory=lambda: list(SEARCHABLE), metadata={"help": "Arguments to search."})
@@ -278,7 +293,7 @@ class SearchArguments:
 
     @property
     def control_ranges(self) -> Ranges:
-        """Labels alone, at the middle of the learning rates: a single point."""
+        """Fixed values: labels alone, and the geometric mean of the range of learning rates."""
         ranges = {"alpha": (1.0, 1.0)}
         if "learning_rate" in self.search:
             rate = math.sqrt(math.prod(self.learning_rate_range))

@@ -21,8 +21,9 @@ Pooling = Literal["mean", "cls", "tokens"]
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Pools hidden states (batch, positions, hidden) to (batch, hidden) in fp32; `tokens` leaves them unpooled. Raises
-    ValueError if the mean has no mask.
+    """Pools hidden states (batch, positions, hidden) to (batch, hidden) in fp32; `tokens` leaves them unpooled.
+
+    Raises ValueError if `mean` is called without a mask.
     """
     hidden = hidden.float()
     if pooling == "cls":
@@ -38,8 +39,8 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
 class BottleneckConfig(FrozenEncoderConfig):
     """Configuration of a text encoder and of the bottleneck after it.
 
-    pooling: The bottleneck looks up one vector, the `mean` of the positions or the first position (`cls`); or with
-        `tokens` each position, and averages the fetched values.
+    pooling: Input of the bottleneck. `mean`: the mean over positions. `cls`: the first position. `tokens`: every
+        position; the values of all positions are averaged.
     """
 
     model_type = "bottleneck_classifier"
@@ -57,14 +58,14 @@ class BottleneckClassifier(FrozenEncoderModel):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config)
         if hasattr(self.encoder, "pooler"):
-            self.encoder.pooler = None  # the bottleneck reads the hidden states
+            self.encoder.pooler = None  # the input of the bottleneck is the hidden states
         self.bottleneck = DiscreteKeyValueBottleneck(
             config.encoder_config.hidden_size, config.num_labels or 1, **(config.bottleneck or {})
         )
         self.post_init()
 
     @classmethod
-    def around(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
+    def from_encoder(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
         """An untrained bottleneck after a copy of an encoder. `labels` is id2label."""
         config = BottleneckConfig(
             encoder_config=encoder.config,
@@ -78,7 +79,9 @@ class BottleneckClassifier(FrozenEncoderModel):
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initializes a bottleneck if a checkpoint has none of its tensors; they must not be mixed."""
+        """Initializes a bottleneck only if the checkpoint has none of its tensors: new and loaded ones must not be
+        mixed.
+        """
         if isinstance(module, DiscreteKeyValueBottleneck):
             if not any(getattr(p, "_is_hf_initialized", False) for p in [*module.parameters(), *module.buffers()]):
                 module.reset()
@@ -98,7 +101,7 @@ class BottleneckClassifier(FrozenEncoderModel):
         return_dict: bool | None = None,
     ) -> Outputs:
         """Logits (batch, labels) of texts, or of their cached codes (batch, codebooks) or (batch, positions,
-        codebooks), without encoder and search.
+        codebooks), which skip the encoder and the search for nearest keys.
         """
         if codes is None:
             if input_ids is None:

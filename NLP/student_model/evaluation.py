@@ -1,4 +1,4 @@
-"""Evaluation of text classifiers and regressions, the same during training and afterwards, and the report of a run."""
+"""Evaluation of text classifiers and regression models, identical during and after training, and reports of runs."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -68,7 +68,7 @@ def predict_splits(model: Any, texts: Texts) -> Logits:
 
 
 def predict(model: PreTrainedModel, rows: Dataset, collate: Collate) -> np.ndarray:
-    """Logits (texts, classes) of each row. Always in fp32, as for a user who loads the model."""
+    """Logits (texts, classes) of all rows. Always in fp32, the precision of a model that a user loads."""
 
     def call(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
@@ -81,13 +81,13 @@ def metrics_by_split(
 ) -> dict[str, dict[str, float]]:
     """The metrics of the logits by split, including the calibration and the agreement with `teacher_logits`.
 
-    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The first validation split
-    chooses the threshold; without a validation split there is none.
+    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The threshold is chosen on
+    the first validation split; without a validation split there is none.
     """
     data = texts.data
     labels = {split: np.asarray(texts.splits[split]["labels"]) for split in logits}
-    chooses = next((split for split in logits if split.startswith("validation")), None)
-    threshold = choose_threshold(logits[chooses], labels[chooses], data.label_names) if chooses else None
+    chosen_on = next((split for split in logits if split.startswith("validation")), None)
+    threshold = choose_threshold(logits[chosen_on], labels[chosen_on], data.label_names) if chosen_on else None
     metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
     for split, scores in logits.items():
         if not data.regression:
@@ -138,8 +138,8 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
 def evaluate_teacher(
     run: TrainerRun, inputs: Inputs, teacher: PreTrainedModel, name: str, ensemble: Sequence[str] = ()
 ) -> Evaluation:
-    """Evaluates the teacher, or the mean logits and the total cost of the teacher and an `ensemble`. Warns about each
-    teacher that is no better than chance.
+    """Evaluates the teacher. With an `ensemble`, evaluates the mean logits of all teachers and sums their costs. Warns
+    about each teacher that is no better than chance.
     """
     texts = inputs.texts
     evaluations = [evaluate(name, teacher, texts)]
@@ -236,7 +236,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
 
 def load_data_of(model: str, args: Namespace) -> TextData:
     """The data that the flags name, with the class ids of `model` (folder or Hub name). No train split is needed.
-    Prints what was inferred. Raises UserError if the data have other labels.
+    Prints what was inferred. Raises UserError if the data have labels that `model` lacks.
     """
     kind, labels = labels_of(model)
     data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)

@@ -1,4 +1,4 @@
-"""Shared by the distillation of language models and of translators: stages, the objective on tokens, results."""
+"""Base of the distillation of language models and translators: stages, the token-level objective, and results."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def open_run(
 
 @dataclass(frozen=True)
 class GenerationTask(ABC):
-    """The data and the models of a run, and the stages that train these.
+    """The data and the models of a run, and the stages that train the models.
 
     args: Arguments of the script.
     data: Corpus or TranslationData.
@@ -67,12 +67,12 @@ class GenerationTask(ABC):
     pretrained_student: PreTrainedModel | None
 
     auto_class: ClassVar[Any]  # loads a finished stage
-    settings: ClassVar[dict[str, Any]] = {}  # training arguments of all stages
+    training_arguments: ClassVar[dict[str, Any]] = {}  # of all stages
 
     @classmethod
     def of(cls, run: TrainerRun, args: Any, data: Any, teacher: Generator | None, student: Generator | None) -> Self:
-        """Tokenizes the data with the teacher's tokenizer. A teacher with random weights needs a new tokenizer, which
-        is a stage, so that a continued run keeps its vocabulary.
+        """Tokenizes the data with the teacher's tokenizer. For a teacher with random weights a tokenizer is learned.
+        This is a stage, so that a continued run keeps the vocabulary.
         """
         if teacher is None:
             read = stage_loader(AutoTokenizer, load_tokenizer)
@@ -146,18 +146,18 @@ class GenerationTask(ABC):
         initial: Callable[[], PreTrainedModel],
         teacher: PreTrainedModel | None = None,
         rows: Dataset | None = None,
-        **settings: Any,
+        **training_arguments: Any,
     ) -> PreTrainedModel:
         """Trains the result of `initial`, or loads the finished stage.
 
         Args:
             teacher: Computes the distributions that the model learns; None trains on labels alone.
             rows: Training data. Default: the train split.
-            settings: Training arguments of this stage.
+            training_arguments: Training arguments of this stage.
         """
 
         def build() -> PreTrainedModel:
-            return self.train(run, role, initial(), teacher, rows, **settings)
+            return self.train(run, role, initial(), teacher, rows, **training_arguments)
 
         return run.stage(role, build, stage_loader(self.auto_class), self.tokenizer)
 
@@ -168,7 +168,7 @@ class GenerationTask(ABC):
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
         rows: Dataset | None,
-        **settings: Any,
+        **training_arguments: Any,
     ) -> PreTrainedModel:
         """Metrics are computed from `token_counts`, because logits (batch, positions, vocabulary) are too large to
         gather.
@@ -177,7 +177,7 @@ class GenerationTask(ABC):
         return run.train(
             role,
             model,
-            {"learning_rate": self.learning_rate(run.args, role)} | self.settings | settings,
+            {"learning_rate": self.learning_rate(run.args, role)} | self.training_arguments | training_arguments,
             objective=method.objective,
             features=method.features,
             teacher=teacher,

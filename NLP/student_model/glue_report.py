@@ -1,4 +1,4 @@
-"""The GLUE table: a row per task, columns for teacher, control and systems, mean and deviation over seeds."""
+"""The GLUE table: one row per task; columns for teacher, control and systems; means and deviations over seeds."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
 from kd.nlp.student_model.arguments import SYSTEMS
 
-OFFICIAL = {  # the metrics that GLUE itself reports; the first is the primary one
+OFFICIAL = {  # the metrics that GLUE reports; the first one is the primary metric
     "cola": ["matthews"],
     "sst2": ["accuracy"],
     "mrpc": ["f1", "accuracy"],
@@ -58,8 +58,8 @@ def finished_seeds(folder: Path) -> list[int]:
 
 
 def task_rows(task: str, runs: Runs, metrics: Iterable[str]) -> list[list[str]]:
-    """A row per validation split and metric. Teacher and control are those of KD, or of the first system if KD was not
-    run; the control of a system with a bottleneck also has one.
+    """One row per validation split and metric. Teacher and control are those of KD, or of the first system if KD was
+    not run. The control of a system with a bottleneck has a bottleneck, too.
     """
     first = next(results for results in runs.values() if results)
     splits = [split for split in first[0]["models"]["student"]["metrics"] if split.startswith("validation")]
@@ -96,7 +96,7 @@ def _average(found: dict[str, Runs]) -> str:
         and (kept := retentions(runs["base"], runs["base"][0]["primary_metric"]["split"], OFFICIAL[task][0]))
     }
     if not of_tasks:
-        return "KD was not run, so its retention is not known."
+        return "KD was not run, so its retention is unknown."
     return f"KD retains {fmean(of_tasks.values()):.1%} of its teachers' scores, averaged over {', '.join(of_tasks)}."
 
 

@@ -29,7 +29,7 @@ from kd.nlp.student_model.generation import (
     divergence_of,
     label_tokens,
 )
-from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths, switch_off_dropout
+from kd.nlp.student_model.layers import check_cut, cut_layers, disable_dropout, layer_paths
 from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator, byte_level_bpe, load_language_model, random_gpt2
@@ -72,10 +72,10 @@ class LanguageEvaluation(NamedTuple):
 
 
 class LanguageTask(GenerationTask):
-    """The distillation of a language model. `data` is a Corpus; `splits` hold it in blocks of tokens."""
+    """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
     auto_class = AutoModelForCausalLM
-    settings = {"train_sampling_strategy": "random"}  # all blocks have the same length
+    training_arguments = {"train_sampling_strategy": "random"}  # all blocks have the same length
 
     @staticmethod
     def learn_tokenizer(args: Any, data: Corpus) -> PreTrainedTokenizerBase:
@@ -97,11 +97,11 @@ class LanguageTask(GenerationTask):
 
     def initial_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         student = self._untrained_student(teacher)
-        switch_off_dropout(student)
+        disable_dropout(student)
         return student
 
     def _untrained_student(self, source: PreTrainedModel | None) -> PreTrainedModel:
-        """A cut has layers of `source`, or random weights if that is None."""
+        """The student before training. A cut has layers of `source`, or random weights if `source` is None."""
         args = self.args
         if self.pretrained_student is not None:
             return copy.deepcopy(self.pretrained_student)
@@ -148,8 +148,8 @@ class LanguageTask(GenerationTask):
     def evaluate(
         self, run: TrainerRun, role: str, model: PreTrainedModel, teacher: LanguageEvaluation | None = None
     ) -> LanguageEvaluation:
-        """Evaluates a model on every split but train. With the `teacher`'s evaluation, this includes how often both
-        models choose the same token. Warns if the teacher is no better than chance.
+        """Evaluates a model on every split but train. With the evaluation of the `teacher`, this includes the share of
+        positions where both predict the same token. Warns if the teacher is no better than chance.
         """
         metrics, choices, counts = {}, {}, {}
         for split, blocks in self.splits.items():
@@ -179,7 +179,7 @@ class LanguageTask(GenerationTask):
 
         `evaluations` and `models` by role: teacher, control (unless --no_control) and student.
         """
-        args, new = self.args, min(CONTINUATION, self.args.block_size // 2)  # the context must hold the prompt too
+        args, new = self.args, min(CONTINUATION, self.args.block_size // 2)  # the prompt must fit into the context too
         prompt = first_words(self.data, self.tokenizer, args.block_size)
         samples = {role: continuation(model, self.tokenizer, prompt, new) for role, model in models.items()}
         tokens = {split: len(label_tokens(blocks)) for split, blocks in self.splits.items()}
@@ -205,7 +205,7 @@ class LanguageTask(GenerationTask):
 def predict_tokens(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """`token_counts` (blocks, 3) and the most probable next tokens (blocks, positions).
 
-    Always in fp32, as for a user who loads the model.
+    Always in fp32, the precision of a model that a user loads.
     """
 
     def call(input_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def predict_tokens(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> 
 
 
 def first_words(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
-    """The first words of a document, or line, that is not in train."""
+    """The first words of a document (or line) of the test split or, if there is none, of the validation split."""
     documents = corpus.splits.get("test", corpus.splits["validation"])
     document = next((text for text in documents if len(text.split()) >= PROMPT), documents[0])
     ids = tokenizer(document, add_special_tokens=False, truncation=True, max_length=min(PROMPT, block_size // 2))

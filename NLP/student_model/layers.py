@@ -1,4 +1,4 @@
-"""The layers of any text encoder or encoder-decoder: their paths, and smaller models with some of the layers."""
+"""Layers of text encoders and encoder-decoders: their paths, and cuts, which are smaller models with some of them."""
 
 import copy
 from pathlib import Path
@@ -28,8 +28,8 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
 
 
 def check_cut(model: PreTrainedModel, layers: int) -> None:
-    """Raises UserError if a model has fewer layers, or if a kept layer has other parameters than the layer that it
-    replaces.
+    """Raises UserError if `layers` exceeds the number of layers, or if a kept layer has parameters of other shapes
+    than the layer that it replaces.
     """
     paths = layer_paths(model)
     if not 1 <= layers <= len(paths):
@@ -37,8 +37,8 @@ def check_cut(model: PreTrainedModel, layers: int) -> None:
     built = [{n: w.shape for n, w in model.get_submodule(path).state_dict().items()} for path in paths]
     if any(built[new] != built[old] for new, old in depth_map(layers, len(paths))):
         raise UserError(
-            f"the layers of {type(model).__name__} differ in shape, so {layers} of {len(paths)} layers make no model: "
-            "name a student with --student"
+            f"the layers of {type(model).__name__} differ in shape, so no student with {layers} of its {len(paths)} "
+            "layers can be cut: name a student with --student"
         )
 
 
@@ -73,7 +73,7 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return student
 
 
-def switch_off_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -90,7 +90,9 @@ def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: 
     config = copy.deepcopy(model.config)
     config.update(numbers)
     student = type(model)(config)
-    student.load_state_dict(model.state_dict(), strict=False)  # all but the layers, and the first layers
+    student.load_state_dict(
+        model.state_dict(), strict=False
+    )  # all parameters outside the layers, and the first layers
     for new, old in ((student.get_encoder(), model.get_encoder()), (student.get_decoder(), model.get_decoder())):
         chosen = alternating_layers(len(_layers(new)), len(_layers(old)))
         for layer, number in zip(_layers(new), chosen, strict=True):

@@ -37,7 +37,7 @@ from kd.nlp.student_model.layers import layer_paths
 from kd.nlp.teacher_model.teacher import encoder_of
 
 PLAIN = "kd"
-QUERIES, KEYS = ("query", "q_lin", "q_proj"), ("key", "k_lin", "k_proj")  # of BERT, DistilBERT, others
+QUERIES, KEYS = ("query", "q_lin", "q_proj"), ("key", "k_lin", "k_proj")  # names in BERT, DistilBERT and others
 
 
 # ---- methods by name ----
@@ -72,7 +72,9 @@ def check_method(spec: str, training: KDTrainingArguments, dataset: str, classes
     regression).
     """
     if classes == 1 and spec != PLAIN:
-        raise UserError(f"--method {spec} is for classification, and {dataset} has numbers: pass --method {PLAIN}")
+        raise UserError(
+            f"--method {spec} is for classification, and the labels of {dataset} are numbers: pass --method {PLAIN}"
+        )
     if training.label_smoothing_factor and spec != PLAIN:
         raise UserError(f"--method {spec} does not support label smoothing: leave --label_smoothing_factor at 0")
     if classes > 1:
@@ -82,11 +84,13 @@ def check_method(spec: str, training: KDTrainingArguments, dataset: str, classes
 def check_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -> None:
     """Raises UserError for label smoothing of regression data (1 class)."""
     if training.label_smoothing_factor and classes == 1:
-        raise UserError(f"--label_smoothing_factor is for classification, and {dataset} has numbers: leave it at 0")
+        raise UserError(
+            f"--label_smoothing_factor is for classification, and the labels of {dataset} are numbers: leave it at 0"
+        )
 
 
 def needs_features(spec: str) -> bool:
-    """Whether a method needs features of the teacher, beyond its logits."""
+    """Whether a method needs features of the teacher in addition to its logits."""
     return bool(parse_method(spec, METHODS)(_without_models(classes=3)).teacher_features)
 
 
@@ -106,13 +110,15 @@ def _without_models(classes: int) -> TaskSpec:
 
 
 def text_features(model: PreTrainedModel) -> ModelFeatures:
-    """The outputs of the layers, before the final norm of encoders with one (ModernBERT, GPT-2)."""
+    """The outputs of the layers; those of the last layer precede a final norm, if there is one (ModernBERT, GPT-2)."""
     layers = [Feature(path, width(model)) for path in layer_paths(model)]
     return ModelFeatures(layers, head=layers[-1], last=layers[-1])
 
 
 def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str) -> tuple[Tensor, Tensor]:
-    """Pooled outputs (texts, width) of the last layer for PER_CLASS training texts of each class, and their labels."""
+    """Pooled outputs (texts, width) of the last layer for up to PER_CLASS training texts of each class, and their
+    labels.
+    """
     labels = torch.tensor(texts.train["labels"])
     rows = some_of_each_class(labels, texts.data.num_labels)
     encoder = encoder_of(teacher)
@@ -135,13 +141,13 @@ def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, pr
 def layer_pairs(layer_map: LayerMap, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     """Matched layers (student layer, teacher layer), counted from 0. `uniform`: at the same relative depth. `skip` and
     `last` are PKD's (arXiv:1908.09355): the uniform layers or the teacher's last ones, in both cases without the last
-    layer, the input of the head. Raises UserError if no layer remains, and if the student has more layers than the
+    layer, the input of the head. Raises UserError if no layer remains, or if the student has more layers than the
     teacher.
     """
     if student_layers > teacher_layers:
         raise UserError(
             f"the student has {student_layers} layers to match, its teacher only {teacher_layers}: choose a smaller "
-            "student, or match no layers (--align_epochs 0, weights of 0)"
+            "student, or match no layers (--align_epochs 0, and 0 for the weights of hidden states and attention)"
         )
     pairs = depth_map(student_layers, teacher_layers, "last" if layer_map == "last" else "nearest")
     if layer_map != "uniform":

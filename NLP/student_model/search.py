@@ -81,7 +81,7 @@ class SearchRun(TrainerRun):
 
 
 class Pruning(TrainerCallback):
-    """Reports each evaluation to the trial, and stops training if Optuna's pruner prunes it."""
+    """Reports each evaluation to the trial, and stops training if Optuna prunes the trial."""
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:
         self.trial, self.metric, self.pruned = trial, f"eval_{metric}", False
@@ -102,14 +102,14 @@ def run_trials(
     texts: Texts,
     teacher_outputs: TeacherOutputs,
 ) -> list[Trial]:
-    """Runs trials until the study `name` has `count` finished ones, with parameters from `ranges`. Returns them all.
+    """Runs trials with parameters from `ranges` until the study `name` has `count` finished trials. Returns all.
 
-    Suggestions depend only on the seed and the finished trials, so a continued search gives the same trials. A trial
-    that was interrupted is run again. Each trial trains a copy of the student.
+    Suggestions depend only on the seed and the finished trials, so a continued search produces the same trials. An
+    interrupted trial is run again. Each trial trains a copy of the student.
     """
     study = optuna.create_study(study_name=name, storage=run.storage, direction="maximize", load_if_exists=True)
-    for killed in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(killed.number, state=TrialState.FAIL)
+    for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(interrupted.number, state=TrialState.FAIL)
     study.pruner = optuna.pruners.MedianPruner()
     metric = texts.data.primary_metric
     with tqdm(total=count, initial=len(finished_trials(study)), desc=name) as bar:
@@ -239,10 +239,11 @@ def _headline(
     against = ""
     if control and control.value is not None:
         gain, rate = found.score - control.value, control.parameters.get("learning_rate", training.learning_rate)
-        against = f", {gain:+.4f} against labels only at learning rate {rate:.3g} ({number(control.value)})"
+        against = f", {gain:+.4f} over labels only at learning rate {rate:.3g} ({number(control.value)})"
     return (
         f"Best {metric} of {count} trials: {number(found.value)}{against}, on {texts:,} texts, seed {training.seed}. "
-        "It is optimistic, because these texts selected the trial: evaluate it with other seeds, and once on test."
+        "This value is optimistic, because the trial was selected on these texts: train with its parameters and other "
+        "seeds, and evaluate once on the test split."
     )
 
 
@@ -290,7 +291,7 @@ def plot(path: Path, metric: str, parameters: list[str], trials: list[Trial], co
     """The value of each complete trial against each searched parameter, and the value of the trial on labels alone."""
     complete = [trial for trial in trials if trial.state == "complete"]
     chosen = best(trials)
-    colour, line, _ = STYLES["control"]
+    color, line, _ = STYLES["control"]
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(0.6 + 2.8 * len(parameters), 2.9), dpi=200, layout="constrained")
         panels = figure.subplots(1, len(parameters), sharey=True, squeeze=False)[0]
@@ -299,7 +300,7 @@ def plot(path: Path, metric: str, parameters: list[str], trials: list[Trial], co
             axes.plot(values, [trial.value for trial in complete], "o", color="0.6", ms=4, label="trial")
             axes.plot(chosen.parameters[parameter], chosen.value, "^", color=STYLES["student"][0], label="best")
             if control and control.value is not None:
-                axes.axhline(control.value, color=colour, linestyle=line, linewidth=1.2, label="labels only")
+                axes.axhline(control.value, color=color, linestyle=line, linewidth=1.2, label="labels only")
             axes.set_xlabel(parameter.replace("_", " ").capitalize())
             if parameter in LOGARITHMIC:
                 axes.set_xscale("log")

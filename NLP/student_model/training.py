@@ -24,7 +24,7 @@ from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, Tex
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
-from kd.nlp.student_model.layers import cut_layers, switch_off_dropout
+from kd.nlp.student_model.layers import cut_layers, disable_dropout
 from kd.nlp.student_model.methods import (
     PLAIN,
     attentions,
@@ -37,7 +37,7 @@ from kd.nlp.student_model.methods import (
 )
 from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
 
-FEATURE_BYTES = 4 * 2**30  # larger hidden states are not cached: the teacher runs in every step
+FEATURE_BYTES = 4 * 2**30  # hidden states above this size are not cached; the teacher then runs in every step
 KEY_TEXTS = 20_000  # keys are fitted to the embeddings of at most this many texts
 
 read_stage = stage_loader(AutoModelForSequenceClassification)
@@ -49,7 +49,7 @@ def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> 
     Raises UserError if that run started from other data or models.
     """
     run = TrainerRun(training, *arguments)
-    run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
+    run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.models))
     return run
 
 
@@ -65,12 +65,12 @@ def teacher_kwargs(
     logits: bool = True,
     ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
 ) -> dict[str, Any]:
-    """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features that
-    `method` reads exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
+    """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
+    `method` exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
 
     Args:
-        logits: Whether the method reads logits.
-        ensemble: Further teachers, each with the texts in its tokens. Their logits are averaged with the teacher's,
+        logits: Whether the method needs logits.
+        ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
             which is the geometric mean of the distributions (arXiv:1503.02531).
 
     Raises UserError if an ensemble would have to run in every step.
@@ -78,7 +78,9 @@ def teacher_kwargs(
     paths = method.teacher_features
     if column_array(texts.train, "length").sum() * len(paths) * width(teacher) * 2 > FEATURE_BYTES:
         if ensemble:
-            raise UserError("an ensemble needs cached hidden states, and these are too many to cache: use one teacher")
+            raise UserError(
+                "an ensemble needs cached hidden states, and these are too large to cache: use one teacher"
+            )
         return {"teacher": teacher, "teacher_features": paths}
     first = cached_outputs(run, teacher, texts, paths, logits)
     others = [cached_outputs(run, model, tokens) for model, tokens in ensemble]
@@ -131,7 +133,7 @@ def fine_tune(
 
     def train() -> PreTrainedModel:
         if teacher is not None:
-            switch_off_dropout(model)
+            disable_dropout(model)
         set_trainable(model, freeze_embeddings)
         return run.train(
             name,
@@ -153,30 +155,30 @@ def fine_tune(
 def load_or_train_teacher(
     run: TrainerRun, inputs: Inputs, pair: PairArguments, name: str = "teacher"
 ) -> PreTrainedModel:
-    """The loaded teacher if it already classifies these labels. Otherwise the stage `name` fine-tunes it on labels."""
-    start = inputs.teacher
-    if start.trained:
-        return start.model
+    """Returns the loaded teacher if it is trained on these labels. Otherwise the stage `name` fine-tunes it."""
+    pretrained = inputs.teacher
+    if pretrained.trained:
+        return pretrained.model
     return fine_tune(
         run,
         name,
-        copy.deepcopy(start.model),  # the control is cut from the original
+        copy.deepcopy(pretrained.model),  # the control is cut from the original
         inputs.texts,
         labels_only(inputs.data, run.args),
-        epochs=pair.from_scratch_epochs if start.from_scratch else pair.teacher_epochs,
-        learning_rate=initial_rate(start, pair, run.args),
-        freeze_embeddings=not start.from_scratch,
+        epochs=pair.from_scratch_epochs if pretrained.from_scratch else pair.teacher_epochs,
+        learning_rate=learning_rate_of(pretrained, pair, run.args),
+        freeze_embeddings=not pretrained.from_scratch,
     )
 
 
 def train_control(
     run: TrainerRun, inputs: Inputs, pair: PairArguments, epochs: float, name: str = "control"
 ) -> PreTrainedModel:
-    """The stage `name`: the student without the teacher. The network and the number of epochs are the student's; its
-    weights come from the model before fine-tuning, and it trains on labels alone.
+    """The stage `name`: trains the control on labels alone. It has the student's network and number of epochs. Its
+    initial weights are those of the model before fine-tuning.
     """
-    start = inputs.student or inputs.control_init or inputs.teacher
-    model = copy.deepcopy(start.model) if inputs.student else cut_layers(start.model, inputs.student_layers)
+    pretrained = inputs.student or inputs.control_init or inputs.teacher
+    model = copy.deepcopy(pretrained.model) if inputs.student else cut_layers(pretrained.model, inputs.student_layers)
     return fine_tune(
         run,
         name,
@@ -184,8 +186,8 @@ def train_control(
         inputs.student_texts,
         labels_only(inputs.data, run.args),
         epochs=epochs,
-        learning_rate=initial_rate(start, pair, run.args),
-        freeze_embeddings=not start.from_scratch,
+        learning_rate=learning_rate_of(pretrained, pair, run.args),
+        freeze_embeddings=not pretrained.from_scratch,
     )
 
 
@@ -211,7 +213,7 @@ def train_student(
         texts,
         method,
         epochs=run.args.num_train_epochs,
-        learning_rate=initial_rate(inputs.student or inputs.teacher, pair, run.args) if rate is None else rate,
+        learning_rate=learning_rate_of(inputs.student or inputs.teacher, pair, run.args) if rate is None else rate,
         teacher=outputs,
         tokenizer=inputs.student_texts.collate.tokenizer,
     )
@@ -220,15 +222,15 @@ def train_student(
 def initial_student(
     inputs: Inputs, teacher: PreTrainedModel, source: Literal["teacher", "pretrained"] = "teacher"
 ) -> PreTrainedModel:
-    """The untrained student: the model of --student, or a cut of the trained (or of the original) teacher."""
+    """The student before training: the model of --student, or a cut of the trained or of the pretrained teacher."""
     if inputs.student:
         return copy.deepcopy(inputs.student.model)
     return cut_layers(teacher if source == "teacher" else inputs.teacher.model, inputs.student_layers)
 
 
-def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
-    """The learning rate of fine-tuning from these weights, or from a cut of them."""
-    return pair.from_scratch_learning_rate if start.from_scratch else training.learning_rate
+def learning_rate_of(pretrained: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
+    """The learning rate for fine-tuning this model, or a cut of it."""
+    return pair.from_scratch_learning_rate if pretrained.from_scratch else training.learning_rate
 
 
 def classifier_method(
@@ -264,14 +266,14 @@ def align(
     """The stage `student_encoder`: trains the student's encoder, in place, to match the hidden states of the teacher's
     layers at the same relative depth. It uses no labels and no dropout. --align_epochs 0 skips the stage.
 
-    A pooler keeps its weights, because not every system that shares this stage has one.
+    The weights of a pooler do not change, because some of the systems that share this stage have no pooler.
     """
     name, texts = "student_encoder", inputs.texts
     if not pair.align_epochs:
         return encoder
 
     def train() -> PreTrainedModel:
-        switch_off_dropout(encoder)
+        disable_dropout(encoder)
         for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
             if part is not None:
                 part.requires_grad_(False)  # copied from the teacher, or without effect on the hidden states
@@ -310,7 +312,7 @@ def set_trainable(model: PreTrainedModel, freeze_embeddings: bool = True) -> Non
 def train_bottleneck_teacher(
     run: TrainerRun, inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments
 ) -> PreTrainedModel:
-    """A fine-tuned classifier. With --bottleneck both, a bottleneck then replaces its head."""
+    """Trains the teacher: a fine-tuned classifier, whose head a bottleneck replaces with --bottleneck both."""
     if bottleneck.freeze_teacher_encoder:
         classifier = inputs.teacher.model
     else:
@@ -327,7 +329,7 @@ def train_bottleneck_control(
     bottleneck: TextBottleneckArguments,
     encoder_epochs: float,
 ) -> PreTrainedModel:
-    """The student's network without the teacher: its encoder, then its bottleneck, train on labels alone."""
+    """Trains the control, which has the student's network: first the encoder, then the bottleneck, on labels alone."""
     classifier = train_control(run, inputs, pair, encoder_epochs, "control_encoder")
     return add_bottleneck(run, "control", encoder_of(classifier), inputs.student_texts, bottleneck)
 
@@ -374,8 +376,8 @@ def add_bottleneck(
     def train() -> PreTrainedModel:
         args = run.args
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
-        model = BottleneckClassifier.around(encoder, labels, bottleneck.pooling, **bottleneck.shape())
-        settings = bottleneck.value_settings(args.value_learning_rate or args.learning_rate)
+        model = BottleneckClassifier.from_encoder(encoder, labels, bottleneck.pooling, **bottleneck.shape())
+        arguments = bottleneck.value_settings(args.value_learning_rate or args.learning_rate)
         method = labels_only if teacher_outputs is None else labels_and_logits
         return train_bottleneck(
             run,
@@ -383,7 +385,7 @@ def add_bottleneck(
             model,
             keys,
             source.bottleneck if source else None,
-            settings | {"train_sampling_strategy": "random"},
+            arguments | {"train_sampling_strategy": "random"},
             _samples(texts, texts.train),
             _samples(texts, texts.validation),
             key_rows=_random_rows(texts.train, KEY_TEXTS, args.seed),

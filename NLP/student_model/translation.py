@@ -44,7 +44,7 @@ from kd.nlp.teacher_model.generative import (
     translate,
 )
 
-TIMED = 20  # sentences that are translated one at a time to measure the time
+TIMED = 20  # number of sentences for measuring the time of translation
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
@@ -82,7 +82,7 @@ class TranslationEvaluation(NamedTuple):
 
 
 class TranslationTask(GenerationTask):
-    """The distillation of a translator. `data` is TranslationData; `splits` hold it in tokens."""
+    """The distillation of a translator. `data` is TranslationData; `splits` contain its tokens."""
 
     auto_class = AutoModelForSeq2SeqLM
 
@@ -160,7 +160,7 @@ class TranslationTask(GenerationTask):
 
     def evaluate(self, run: TrainerRun, role: str, model: PreTrainedModel) -> TranslationEvaluation:
         """Evaluates a model on every split but train, with greedy and with beam search. Warns if the teacher is no
-        better than chance. Always in fp32, as for a user who loads the model.
+        better than chance. Always in fp32, the precision of a model that a user loads.
         """
         translator = Generator(model, self.tokenizer)
         metrics: dict[str, dict[str, float]] = {}
@@ -210,7 +210,7 @@ class TranslationTask(GenerationTask):
         usage = USAGE.format(folder=run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
         card = {"library_name": "transformers", "pipeline_tag": "translation"}
         run.finish(results, student, usage, self.tokenizer, **card)
-        if PartialState().is_main_process:  # BLEU is only measured at the end, so it has no curve
+        if PartialState().is_main_process:  # BLEU is computed only after training, so the curve shows token accuracy
             curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
             plot_curves(run.folder / "curves.png", run.history, curve)
 

@@ -1,5 +1,5 @@
 """Text teachers: classifiers, language models and translators."""
 
-SCRATCH = "scratch"  # names a model with random weights
-HEAD_WIDTH = 32  # channels of an attention head of such a model
-MIN_VOCABULARY_SIZE = 257  # all bytes, and the end-of-text token
+SCRATCH = "scratch"  # value of --teacher or --student for a model with random weights
+HEAD_WIDTH = 32  # width of an attention head of such a model
+MIN_VOCABULARY_SIZE = 257  # for byte-level BPE: all bytes, and the end-of-text token

@@ -42,7 +42,7 @@ from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
 NO_DOWNLOAD = f"pass a local folder, or {SCRATCH}, which needs no download"
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-MIN_POSITIONS = 256  # of a translator with random weights
+MIN_POSITIONS = 256  # minimum number of positions of a translator with random weights
 
 
 class Generator(NamedTuple):
@@ -101,7 +101,9 @@ def byte_level_bpe(texts: Iterable[str], size: int, positions: int) -> GPT2Token
     learned = ByteLevelBPETokenizer()
     learned.train_from_iterator(texts, size, show_progress=False, special_tokens=[END_OF_TEXT])
     model = json.loads(learned.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in model["merges"]]  # tuples, although the annotation has strings
+    merges: Any = [
+        tuple(pair) for pair in model["merges"]
+    ]  # transformers requires tuples, although it annotates strings
     return GPT2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=positions)
 
 
@@ -121,7 +123,7 @@ def load_translator(name: str, max_length: int) -> Generator:
             )
         tokenizer = load_tokenizer(AutoTokenizer, name)
         model = load_model(AutoModelForSeq2SeqLM, name)
-    tokenizer.model_max_length = max_length  # saved with it
+    tokenizer.model_max_length = max_length  # saved with the tokenizer
     return Generator(_with_greedy_decoding(model, max_length), tokenizer)
 
 

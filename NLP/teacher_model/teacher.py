@@ -28,7 +28,7 @@ from kd.nlp.data.loading import TextData, with_label_order
 
 TINY_BERT = "tiny-bert"
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
-POSITION_TABLES = ("position_embeddings", "wpe")  # of BERT and similar encoders, of GPT-2
+POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
 CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
 UNNAMED = "LABEL_"  # transformers names the classes LABEL_0, LABEL_1, ... by default
 
@@ -62,15 +62,15 @@ class Pretrained:
         self.tokenizer.model_max_length = max_length
 
 
-def models_and_tokenizers(starts: Mapping[str, Any]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
-    """The arguments of `Run.check_inputs`. `starts` are objects with a model and a tokenizer, or None, by role."""
-    present = {role: start for role, start in starts.items() if start is not None}
-    models = {role: start.model for role, start in present.items()}
-    return models | {f"{role}_tokenizer": start.tokenizer for role, start in present.items()}
+def models_and_tokenizers(loaded: Mapping[str, Any]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
+    """The arguments of `Run.check_inputs`. `loaded`, by role, are objects with a model and a tokenizer, or None."""
+    present = {role: one for role, one in loaded.items() if one is not None}
+    models = {role: one.model for role, one in present.items()}
+    return models | {f"{role}_tokenizer": one.tokenizer for role, one in present.items()}
 
 
 def encoder_of(classifier: PreTrainedModel) -> Any:
-    """The model without its head or bottleneck."""
+    """The encoder of a classifier, without its head or bottleneck."""
     return classifier.base_model
 
 
@@ -123,8 +123,8 @@ def read_config(name: str) -> Any:
 
 
 def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
-    """Uses the end-of-text token as the padding token of a decoder without one. A classifier of that kind reads the
-    last token that is not padding.
+    """Uses the end-of-text token as the padding token of a decoder without one. A classifier with a decoder classifies
+    the last token that is not padding.
     """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -170,11 +170,11 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
         first = next(i for i, (label, other) in enumerate(pairs) if label != other)
         raise UserError(
             f"the label order of {name} differs: label {first} is {labels[first]!r} for this model and "
-            f"{data.label_names[first]!r} for the data and the models that were named before it"
+            f"{data.label_names[first]!r} for the data and the other models: reorder its head and its id2label"
         )
     raise UserError(
-        f"{name} classifies {len(labels)} labels ({_some(labels)}), {data.name} has {len(data.label_names)} "
-        f"({_some(data.label_names)}): name a classifier of the same labels, or an encoder without a head"
+        f"{name} classifies {len(labels)} labels ({_shortened(labels)}), {data.name} has {len(data.label_names)} "
+        f"({_shortened(data.label_names)}): name a classifier of the same labels, or an encoder without a head"
     )
 
 
@@ -193,17 +193,17 @@ def in_label_order(name: str, data: TextData) -> TextData:
         return data
     if data.primary_metric == "f1":
         raise UserError(
-            f"{name} has the labels of {data.name} in another order ({_some(labels)} instead of "
-            f"{_some(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
+            f"{name} has the labels of {data.name} in another order ({_shortened(labels)} instead of "
+            f"{_shortened(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
         )
-    note = f"class ids follow {name}: {_some(labels)}"
+    note = f"class ids follow {name}: {_shortened(labels)}"
     print(f"note: {note}")
     return replace(with_label_order(data, labels), notes=[*data.notes, note])
 
 
 def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
-    """The task and the class names, by output, of a saved classifier. None for what its config does not state: the
-    task of a model without a head; the names of a regression, or of classes LABEL_0, LABEL_1, ...
+    """The task and the class names, in the order of the outputs, of a saved classifier. The task is None for a model
+    without a head. The names are None for such a model, for regression, and for classes LABEL_0, LABEL_1, ...
     """
     config = read_config(model)
     if not is_classifier(config):
@@ -238,7 +238,8 @@ def _checked_labels(name: str, config: Any, data: TextData) -> list[str]:
         return data.label_names
     raise UserError(
         f"{name} does not name its {number} labels ({UNNAMED}0, ...), so they cannot be matched with the "
-        f"{len(data.label_names)} of {data.name} ({_some(data.label_names)}): name them in id2label of its config.json"
+        f"{len(data.label_names)} of {data.name} ({_shortened(data.label_names)}): name them in "
+        "id2label of its config.json"
     )
 
 
@@ -250,7 +251,7 @@ def _lower(labels: list[str]) -> list[str]:
     return [label.lower() for label in labels]
 
 
-def _some(labels: list[str], most: int = 10) -> str:
+def _shortened(labels: list[str], most: int = 10) -> str:
     return ", ".join(labels[:most]) + (", ..." if len(labels) > most else "")
 
 

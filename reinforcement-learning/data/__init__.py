@@ -1,1 +1,1 @@
-"""Environments, and the observations and returns that policies collect in them."""
+"""Environments, and the observations and returns of policies in them."""

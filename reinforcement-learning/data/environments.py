@@ -39,7 +39,7 @@ SUPPORTED = (
 
 
 def find_spec(id: str) -> EnvSpec:
-    """The registered environment; `module:id` imports the module first, as in gym.make."""
+    """The specification of a registered environment. `module:id` imports the module first, as in gym.make."""
     module, _, name = id.rpartition(":")
     module = module or _registering_module(name)
     try:
@@ -72,7 +72,7 @@ def _did_you_mean(name: str) -> str:
 
 
 def time_limit(spec: EnvSpec) -> dict[str, Any]:
-    """The argument of gym.make that limits the episodes of an environment registered without a time limit."""
+    """Arguments of gym.make that limit the episodes of an environment without a time limit."""
     limited = spec.max_episode_steps is not None or "max_episode_steps" in spec.kwargs or spec.namespace == "ALE"
     return {} if limited else {"max_episode_steps": EPISODE_STEPS}
 
@@ -87,7 +87,7 @@ def time_limit_warning(id: str) -> str | None:
 
 
 def registration_code(id: str) -> str:
-    """The line of code that registers an environment which Gymnasium does not register itself, or nothing."""
+    """The line of code that registers an environment from outside Gymnasium; empty for Gymnasium's environments."""
     module = _registering_module(id)
     return f"import {module}  # registers the environment\n" if module else ""
 
@@ -103,8 +103,8 @@ def fingerprint(id: str) -> str:
 
 
 def require_module_on_command_line(id: str, source: str) -> None:
-    """Raises UserError if the file `source` names an environment as `module:id` and the command line does not:
-    importing the module runs its code.
+    """Raises UserError if the file `source` has an environment `module:id` that the command line does not have,
+    because importing the module runs its code.
     """
     module, _, name = id.rpartition(":")
     if module and not any(id in word for word in sys.argv[1:]):
@@ -128,15 +128,15 @@ def require_single_process() -> None:
 
 @dataclass
 class Step:
-    rewards: np.ndarray  # (count,) float, 0 for an environment that only restarted
+    rewards: np.ndarray  # (count,) float; 0 for an environment that only restarted
     terminated: np.ndarray  # (count,) bool
     truncated: np.ndarray  # (count,) bool
-    # (count, ...): before a restart; the next observations differ from them after a restart by SAME_STEP.
+    # (count, ...), before a restart; with SAME_STEP, `Environments.observations` are then those after it.
     final_observations: np.ndarray
 
 
 class Environments:
-    """`count` copies of one Gymnasium environment, which are stepped together and restart by themselves.
+    """`count` copies of one Gymnasium environment, which are stepped together and restart automatically.
 
     Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). The
     caller clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time
@@ -315,5 +315,5 @@ class SB3Environments(VecEnv):
 
 
 def training_environments(id: str, count: int, seed: int, **env_kwargs: Any) -> VecMonitor:
-    """Environments for `learn`, which logs the returns and lengths of their episodes; `training` of `Environments`."""
+    """Environments for `learn`, with `training=True` and a log of the returns and lengths of their episodes."""
     return VecMonitor(SB3Environments(id, count, seed, training=True, **env_kwargs))

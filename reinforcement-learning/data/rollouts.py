@@ -14,9 +14,9 @@ from kd.reinforcement_learning.data.environments import Environments, to_environ
 
 Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 
-TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far from each other and from the seeds of trainings
+TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far from each other and from the seeds of training
 PARALLEL_ENVIRONMENTS = 20
-CHUNK = 4096  # observations in one forward of the teacher
+CHUNK = 4096  # observations per forward pass of the teacher
 
 
 def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -> Act:
@@ -37,14 +37,14 @@ def random_actions(space: spaces.Space) -> Act:
 
 
 class Recorder:
-    """Steps environments and records the actions, from which another process can restore the same state."""
+    """Steps environments and records the actions, with which another process can restore the same state."""
 
     def __init__(self, environments: Environments) -> None:
         self.environments, self.actions = environments, list[np.ndarray]()
 
     def collect(self, act: Act, steps: int) -> Tensor:
-        """Takes at least `steps` steps, and at least one, summed over all environments. Returns the observations that
-        were acted on (rows, ...).
+        """Takes at least `steps` steps, and at least one, in total over all environments. Returns the observations
+        (rows, ...) for which actions were selected.
         """
         rows, count = [], 0
         while count < max(steps, 1):
@@ -58,7 +58,7 @@ class Recorder:
         return torch.cat([self._step(step) for step in actions])
 
     def _step(self, actions: np.ndarray) -> Tensor:
-        """Returns the observations that were acted on; a step that only restarts an environment adds no row."""
+        """Returns the observations for which the actions count. Steps that only restart an environment add no row."""
         rows = torch.as_tensor(self.environments.observations)[torch.as_tensor(self.environments.acting)]
         self.actions.append(actions)
         self.environments.step(actions)
@@ -66,7 +66,7 @@ class Recorder:
 
 
 def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarray, Tensor]:
-    """Returns (episodes,) of whole episodes, and the observations acted on in them (rows, ...).
+    """Plays whole episodes. Returns their returns (episodes,) and the observations (rows, ...) in them.
 
     The environments play equal numbers of episodes (or one more), so that short episodes are not overrepresented.
     """
@@ -104,7 +104,7 @@ class Observations:
         return min(self.seen, self.capacity)
 
     def append(self, rows: Tensor, teacher: nn.Module) -> None:
-        """Adds observations (rows, ...) with the teacher's outputs, in place of the oldest rows if it is full."""
+        """Adds observations (rows, ...) with the teacher's outputs; they replace the oldest rows of a full buffer."""
         for chunk in rows.to(self.observations.dtype).split(min(CHUNK, self.capacity)):
             places = (self.place + torch.arange(len(chunk))) % self.capacity
             self.observations[places] = chunk
@@ -117,7 +117,7 @@ class Observations:
     def batches(
         self, batch_size: int, number: int, generator: torch.Generator, device: torch.device
     ) -> Iterator[tuple[Tensor, Outputs]]:
-        """`number` batches of (observations, teacher outputs) on a device, from passes in random order."""
+        """Yields `number` batches of (observations, teacher outputs) on a device, from epochs in random order."""
         order = torch.empty(0, dtype=torch.long)
         batch_size = min(batch_size, len(self))
         for _ in range(number):

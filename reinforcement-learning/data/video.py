@@ -17,7 +17,7 @@ from kd.reinforcement_learning.data.environments import Environments, find_spec,
 from kd.reinforcement_learning.data.rollouts import Act
 
 SCALE = 4  # the frames of an Atari game are 84 pixels wide
-MAX_FRAMES = 3_000  # in memory
+MAX_FRAMES = 3_000  # they are in memory until the video is written
 logger = logging.getLogger(__name__)
 
 
@@ -86,7 +86,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
         observation, _ = one.reset(seed=seed)
         frames, ended = [one.render()], False
     except Exception as error:
-        raise UserError(f"{environment} cannot be drawn here ({_line(error)}): leave out --video") from error
+        raise UserError(f"{environment} cannot be rendered here ({_line(error)}): leave out --video") from error
     while not ended and _has_room(frames):
         action = to_environment(act(rearrange(torch.as_tensor(observation), "... -> 1 ...")), one.action_space)[0]
         observation, _, terminated, truncated, _ = one.step(action)

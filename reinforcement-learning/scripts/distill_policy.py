@@ -6,8 +6,8 @@
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
-rollouts. For several environments one body is distilled with a head for each; each environment has a report and a
-student that loads alone.
+rollouts. For several environments, the student has one body and a head for each environment. Each environment has a
+report, and a student that loads without the others.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def main() -> None:
     require_single_process()
     args, student_args, distill_args, training = parse(*ARGUMENTS)
     args.output_dir = args.output_dir or str(args.default_folder())
-    check_is_run_or_empty(Path(args.output_dir))  # before a teacher is trained, like the next checks
+    check_is_run_or_empty(Path(args.output_dir))  # all checks precede the training of a teacher
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
     for environment in args.environment:
         check_environment(environment, student_args, loss)
@@ -76,8 +76,9 @@ def main() -> None:
 
         for teacher, (teacher_entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
             environment, entries = teacher.environment, {"teacher": teacher_entry}
-            for role, of in agents.items():
-                entries[role] = evaluate([of[environment]], environment, args.episodes, teacher=teacher.network)
+            for role, by_environment in agents.items():
+                agent = by_environment[environment]
+                entries[role] = evaluate([agent], environment, args.episodes, teacher=teacher.network)
             report(seed_run, args.method, environment, entries, random, "student", seed_run.folder / folder)
     run.summarize()
 
@@ -91,8 +92,8 @@ def check_environment(environment: str, student: StudentArguments, loss: Loss) -
 
 
 def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss) -> list[Teacher]:
-    """One teacher per environment, at its temperature, averaged with --ensemble_teachers. Raises UserError for a loss
-    that needs another kind of teacher.
+    """Loads or trains one teacher per environment, sets its temperature and averages it with --ensemble_teachers.
+    Raises UserError for a loss that the teacher does not support.
     """
     count = len(args.environment)
     statistics: Sequence[str | None] = args.vecnormalize or [None] * (count + len(args.ensemble_teachers))
@@ -115,8 +116,9 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss)
 
 
 def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: int) -> tuple[dict[str, Any], float]:
-    """The teacher's entry in results.json and the mean return of random actions; warns of a bad teacher. The teacher's
-    curve is its mean return on the episodes of the students' curves, from step 0 to `steps`.
+    """Returns the teacher's entry in results.json and the mean return of random actions; warns about a bad teacher.
+
+    The teacher's curve is constant from step 0 to `steps`: its mean return on the episodes of the students' curves.
     """
     environment = teacher.environment
     ensemble = teacher.network if len(teacher.agents) > 1 else None

@@ -1,10 +1,10 @@
-"""Evaluates a policy in its environment: mean, IQM and 95 % interval of its returns, cost, agreement with a teacher.
+"""Evaluates a policy: mean, IQM and 95 % interval of its returns, its cost, and its agreement with a teacher.
 
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1
     python reinforcement-learning/scripts/evaluate.py student.zip --environment CartPole-v1 --teacher teacher.zip
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1 --video cart.mp4
 
-MODEL is a zip of Stable-Baselines3, a folder or owner/name on the Hub, as for --teacher of distill_policy.py.
+MODEL is a zip of Stable-Baselines3, a folder or owner/name on the Hub, like --teacher of distill_policy.py.
 """
 
 import sys

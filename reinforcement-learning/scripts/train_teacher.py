@@ -4,7 +4,7 @@
     python reinforcement-learning/scripts/train_teacher.py --environment Pendulum-v1 --algorithm sac
     python reinforcement-learning/scripts/train_teacher.py --environment ALE/Pong-v5 --teacher_steps 100000
 
-`--teacher` of distill_policy.py takes the run's folder; the default folder is found by that script itself.
+Pass the folder of the run as --teacher to distill_policy.py, which finds the default folder without the flag.
 """
 
 from kd.common.cli import parse, run, show_help
@@ -31,7 +31,7 @@ def main() -> None:
     require_single_process()
     task, training, args = parse(*ARGUMENTS)
     if args.seeds:
-        raise UserError("train_teacher.py trains one teacher: pass --seed instead of --seeds")
+        raise UserError("train_teacher.py trains a single teacher: pass --seed instead of --seeds")
     environment = task.environment
     require_module_on_command_line(environment, "the recipe")
     args.output_dir = args.output_dir or str(training.folder(environment))

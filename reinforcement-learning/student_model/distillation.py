@@ -1,9 +1,9 @@
-"""Distillation of policies: the loop that collects observations and fits students, and the stages of a run.
+"""Distillation of policies: the loop that collects observations and trains students, and the stages of a run.
 
-Rounds of collecting and of fitting to all that has been collected (DAgger, arXiv:1011.0686), with the teacher's action
-distribution as target (Rusu et al., arXiv:1511.06295). The teacher runs once on each observation. The rollout policy
-acts while observations are collected: the teacher, the student, the teacher in the first round and then the student
-(dagger), or a mixture whose share of the teacher falls from 1 to 0 (mixed).
+Each round collects observations and trains on all observations so far (DAgger, arXiv:1011.0686). The target is the
+teacher's action distribution (Rusu et al., arXiv:1511.06295); the teacher runs once on each observation. The rollout
+policy selects the actions while observations are collected. It is the teacher, the student, the teacher in the first
+round and the student afterwards (dagger), or a mixture in which the share of the teacher falls from 1 to 0 (mixed).
 """
 
 import math
@@ -63,7 +63,7 @@ class Distiller:
     """Distills one task, or several whose students share layers; each update uses one minibatch of every task.
 
     Checkpoints in `folder` contain the weights, the optimizer, the random state and the recorded actions, from which
-    environments and buffers are restored. So an interrupted distillation gives the same student.
+    environments and buffers are restored. An interrupted distillation therefore gives the same student.
     """
 
     def __init__(self, tasks: list[DistillationTask], args: DistillArguments, folder: Path, seed: int) -> None:
@@ -74,7 +74,7 @@ class Distiller:
         self.cpu_seconds, self.history = 0.0, list[dict[str, Any]]()
 
     def learn(self, evaluate: Evaluate, description: str = "") -> list[dict[str, Any]]:
-        """Runs the remaining rounds. Returns the log: mean losses and `evaluate()` of each round."""
+        """Runs the remaining rounds. Returns the log: the mean losses and `evaluate()` of each round."""
         if (checkpoint := newest_checkpoint(self.folder)) is not None:
             self._restore(checkpoint / STATE)
         for number in tqdm(range(len(self.history), self.args.rounds), description, unit="round", leave=False):
@@ -118,7 +118,7 @@ class Distiller:
         return mixture(teacher, student, teacher_share, self.generator)
 
     def _fit(self, number: int) -> dict[str, float]:
-        """Fits the students in a round. Returns the means of the loss and its terms."""
+        """Trains the students for one round. Returns the means of the loss and its terms."""
         args, updates, tasks = self.args, self.args.updates, self.tasks
         batches = [t.buffer.batches(args.batch_size, updates, self.generator, t.student.device) for t in tasks]
         objectives = [self._objective(task) for task in tasks]
@@ -138,7 +138,7 @@ class Distiller:
             self.optimizer.step()
         means = {name: value.item() for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is not finite in round {number + 1} ({means}): try a lower --learning_rate")
+            raise UserError(f"the loss is not finite in round {number + 1} ({means}): lower --learning_rate")
         return means
 
     def _objective(self, task: DistillationTask) -> Objective:
@@ -174,7 +174,7 @@ class Distiller:
 
 
 class Agents(dict[str, Agent]):
-    """Agents by environment, saved in a folder each."""
+    """Agents by environment, each saved in a subfolder."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         for environment, agent in self.items():
@@ -183,7 +183,7 @@ class Agents(dict[str, Agent]):
 
 
 class PolicyRun(Run):
-    """A run with a report on each environment; those of several environments are in subfolders."""
+    """A run with a report for each environment; reports for several environments are in subfolders."""
 
     def __init__(self, environments: list[str], args: RunArguments, *instances: Any) -> None:
         if len(environments) > 1:
@@ -195,9 +195,9 @@ class PolicyRun(Run):
 
 @dataclass(frozen=True)
 class Distillation:
-    """Trains students as stages of `run`, one per environment; those of several environments share their body.
+    """Trains students as stages of `run`, one per environment. The students of several environments share their body.
 
-    Every method loads the agents of a stage that is finished.
+    Every method loads the agents of its stage if the stage is finished.
     """
 
     run: Run
@@ -206,8 +206,8 @@ class Distillation:
     eval_episodes: int
 
     def control(self) -> Agents:
-        """The same student, trained by PPO from reward alone, with as many environment steps, rounded up to whole
-        rollouts.
+        """Trains the control, the same network, by PPO from reward alone, with as many environment steps, rounded up
+        to whole rollouts.
         """
 
         def build(spec: StudentSpec) -> PPO:
@@ -230,7 +230,7 @@ class Distillation:
         return self._distilled("student", "student", self.args)
 
     def behaviour_cloning(self) -> Agents:
-        """Trains a baseline: the teacher always acts, and its greedy actions are the targets."""
+        """Trains a baseline: the teacher is the rollout policy, and its greedy actions are the targets."""
         discrete = all(isinstance(spec.teacher.agent.policy.action_space, spaces.Discrete) for spec in self.specs)
         args = replace(self.args, rollout_policy="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
         return self._distilled("behaviour_cloning", "behaviour cloning", args)
@@ -268,7 +268,7 @@ class Distillation:
         return self._stage(stage, name, build)
 
     def _fit_bottleneck(self, spec: StudentSpec, model: PPO) -> None:
-        """Fits the keys of a bottleneck to observations of the teacher, as many as in a round of distillation."""
+        """Fits the keys of a bottleneck to observations of the teacher, as many as in one round of distillation."""
         if spec.args.codebooks:
             rollout_policy = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
             with closing(Environments(spec.teacher.environment, self.args.num_envs, self._seed)) as environments:

@@ -1,4 +1,4 @@
-"""Evaluation of policies: returns, agreement with the teacher and cost; the report of a run."""
+"""Evaluation of policies (returns, agreement with the teacher, cost) and the report of a run."""
 
 import shutil
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, gree
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
 
-STATES = 20_000  # at most, for the agreement of student and teacher
+STATES = 20_000  # maximum number of states for the agreement of student and teacher
 USAGE = """{register}import gymnasium
 from stable_baselines3 import PPO
 
-model = PPO.load("{folder}/student.zip")  # one with a bottleneck needs this project
+model = PPO.load("{folder}/student.zip")  # a student with a bottleneck needs this project
 environments = gymnasium.make_vec("{environment}", num_envs=1)
 observations, _ = environments.reset(seed=0)
 actions, _ = model.predict(observations, deterministic=True)"""
@@ -40,8 +40,8 @@ def evaluate(
     network: PolicyNetwork | EnsembleTeacher | None = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """The entry of a model in results.json: greedy returns, the mean return of sampled actions, the cost of an action
-    and, with a teacher, the agreement with it in the states that the model visits.
+    """Returns the entry of a model in results.json: the returns of greedy actions, the mean return of sampled actions,
+    the cost of an action and, with a teacher, the agreement with it in the states that the model visits.
 
     Args:
         agents: one agent, or those of an ensemble.
@@ -96,8 +96,8 @@ def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -
     if score <= chance or chance_warning(name, "mean return", score, chance, "random actions", error) is None:
         return chance_warning(name, "mean return", score, chance, "random actions")
     return (
-        f"teacher {name} is not clearly better than random actions: its mean return is {score:.4g}, theirs "
-        f"{chance:.4g}, in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
+        f"teacher {name} is not clearly better than random actions: its mean return is {score:.4g}, that of random "
+        f"actions {chance:.4g}, in {teacher['episodes']} episodes; the standard error of the difference is {error:.3g}"
     )
 
 
@@ -110,11 +110,11 @@ def report(
     student_stage: str | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Writes the report on one environment to `folder` (default: the run's) and prints its table.
+    """Writes the report for one environment to `folder` (default: that of the run) and prints its table.
 
     Args:
-        models: results of `evaluate` by role: teacher, student, ... The last mean return of each log is added as the
-            split `validation`.
+        models: results of `evaluate` by role: teacher, student, ... The last mean return in the log of each role is
+            added as the split `validation`.
         random: mean return of random actions.
         student_stage: the stage of the student, which is copied to `folder/student`.
     """
@@ -165,7 +165,7 @@ def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
 
 
 def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
-    """The logs of one environment, with its mean return under the name that is plotted."""
+    """The logs of one environment, with its mean return as `eval_return_mean`, which is plotted."""
     name = curve_name(environment)
     logs = {stage: [entry for entry in log if name in entry] for stage, log in run.history.items()}
     return {stage: [entry | {"eval_return_mean": entry[name]} for entry in log] for stage, log in logs.items() if log}

@@ -56,10 +56,11 @@ class GreedyPolicy(nn.Module):
 
 def load(name: str, task: str | None, vecnormalize: str | None = None) -> Exportable:
     """Loads the policy in a zip file or folder for the environment `task`, with the statistics in the file
-    `vecnormalize` (default: the file named like the policy; none: no statistics). Raises UserError if there is none.
+    `vecnormalize` (default: the file named like the policy; none: no statistics). Raises UserError if there is no
+    policy.
     """
     if task is None:
-        raise UserError(f"the environment of {name} is not known: pass --task, such as --task CartPole-v1")
+        raise UserError(f"the environment of {name} is unknown: pass --task, such as --task CartPole-v1")
     agent = load_agent(name, task, vecnormalize=vecnormalize)
     policy = agent.policy.cpu()
     network = agent.network()
@@ -78,7 +79,7 @@ def load(name: str, task: str | None, vecnormalize: str | None = None) -> Export
 
 
 def _predict(policy: BasePolicy, statistics: ObservationStatistics | None, observations: np.ndarray) -> np.ndarray:
-    """Returns Stable-Baselines3's actions for observations, which are normalized as VecNormalize does."""
+    """The actions of Stable-Baselines3 for observations, which are normalized first, as in VecNormalize."""
     if statistics is not None:
         normalized = (observations - statistics.mean) / statistics.std
         observations = np.clip(normalized, -statistics.clip, statistics.clip).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The objective of policy distillation: losses between actions and values of student and teacher."""
+"""The objective of policy distillation: losses between the actions and values of student and teacher."""
 
 import torch
 from einops import rearrange
@@ -46,9 +46,9 @@ def gaussian_term(loss: Loss) -> Term:
 
 
 def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bool = False) -> None:
-    """Raises UserError for a loss that these actions or this teacher do not support."""
+    """Raises UserError if the actions or the teacher do not support the loss."""
     if loss == "nll" and not isinstance(action_space, spaces.Discrete):
-        raise UserError("--loss nll needs discrete actions: pass --loss kl, mse or huber for these continuous ones")
+        raise UserError("--loss nll needs discrete actions: pass --loss kl, mse or huber for continuous actions")
     if loss == "kl" and deterministic_teacher:
         raise UserError(
             "a deterministic teacher has no distribution for --loss kl or --method ppd: pass --loss mse or huber"

@@ -1,11 +1,11 @@
-"""Proximal policy distillation (Spigler 2025, arXiv:2407.15134): PPO whose student also stays close to the teacher.
+"""Proximal policy distillation (Spigler 2025, arXiv:2407.15134): PPO with a term for the KL to the teacher.
 
     loss = PPO's loss + weight * E[max(r, clip(r, 1 - eps, 1 + eps)) * KL(teacher || student)]
 
-r is the ratio of the action's probabilities under the current student and the one that collected the rollout, eps is
-PPO's clip range. The student acts and is trained on rewards, so it can become better than its teacher, which runs once
-on each observation. Unlike in the paper, the weight falls linearly to 0 during training, as in kickstarting
-(arXiv:1803.03835): a constant weight would keep the student close to a worse teacher.
+r is the ratio of the action's probabilities under the current student and the student that collected the rollout; eps
+is PPO's clip range. The student collects the rollouts and is also trained on rewards, so it can become better than its
+teacher. The teacher runs once on each observation. Unlike in the paper, the weight falls linearly to 0 during
+training, as in kickstarting (arXiv:1803.03835): a constant weight would keep the student close to a worse teacher.
 """
 
 from typing import Any, NamedTuple

@@ -45,13 +45,13 @@ class StudentSpec:
     recipe: TrainingRecipe
 
     def new(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
-        """An untrained student, determined by `seed`, in `environments` or those of its recipe."""
+        """An untrained student, initialized with `seed`, in `environments` (default: those of its recipe)."""
         if environments is None:
             environments = training_environments(self.teacher.environment, self.recipe.environments, seed)
         return new_student(environments, self.args, self.recipe, seed, **keywords)
 
     def load(self, name: str, folder: Path, seed: int) -> Agent:
-        """Loads the student that a stage saved. Raises UserError if the file is another model."""
+        """Loads the student that a stage saved. Raises UserError if the file contains another model."""
         model = self.new(seed)
         _, weights = read_model(folder / MODEL)
         try:
@@ -65,7 +65,7 @@ class StudentSpec:
     def with_policy(
         self, name: str, seed: int, policy: ActorCriticPolicy, folded: ObservationStatistics | None = None
     ) -> Agent:
-        """A student for raw observations: the weights of `policy`, with the statistics `folded` into them."""
+        """A student for raw observations: the weights of `policy`, into which the statistics `folded` are folded."""
         model = self.new(seed)
         model.policy.load_state_dict(policy.state_dict())
         if folded is not None:
@@ -108,10 +108,10 @@ def validate_student(args: StudentArguments, environment: str, observations: spa
     if not frames:
         reject_unused(f"{environment} has no frames", args, "channels")
     if frames and not args.student:
-        raise UserError(f"{environment} has frames: pass --student the width of the layer after the convolutions")
+        raise UserError(f"{environment} has frames: pass --student with the width of the layer after the convolutions")
     if args.codebooks and len(observations.shape or ()) != 1:
         raise UserError(
-            f"a key-value bottleneck takes vectors, and {environment} has observations of shape "
+            f"a key-value bottleneck needs vectors, but {environment} has observations of shape "
             f"{observations.shape}: leave out --codebooks"
         )
 

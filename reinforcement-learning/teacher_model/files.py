@@ -1,8 +1,8 @@
 """The files of a teacher: a zip of Stable-Baselines3, its VecNormalize statistics and its settings.
 
-A teacher is named by a zip, a folder of this project or of rl_zoo3, or a repository on the Hub. Nothing in the files
-is executed: tagged YAML values in the settings of rl_zoo3 (config.yml and args.yml) are read as plain values, and each
-name in the pickle of VecNormalize is replaced by an object that only stores its arguments.
+A teacher is a zip, a folder of this project or of rl_zoo3, or a repository on the Hub. Nothing in the files is
+executed: tagged YAML values in the settings of rl_zoo3 (config.yml and args.yml) are read as plain values, and each
+class or function in the pickle of VecNormalize is replaced by an object that only stores its arguments.
 """
 
 import pickle
@@ -24,7 +24,7 @@ from kd.reinforcement_learning.teacher_model.policies import ObservationStatisti
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ZIPS_OF_A_RUN = ("model.zip", "stages/teacher/model.zip", "student.zip", "student/student.zip")
-METRICS_ZIP = "train_eval_metrics.zip"  # rl_zoo3 pushes it to the Hub with every model; it contains no model
+METRICS_ZIP = "train_eval_metrics.zip"  # rl_zoo3 uploads it with every model; it does not contain the model
 STATISTICS_NAMES = ("vecnormalize.pkl", "vec_normalize.pkl")  # of rl_zoo3, locally and on the Hub
 NO_STATISTICS = "none"  # value of --vecnormalize
 OTHER_PICKLES = re.compile(r"replay_buffer|demonstrations|study", re.IGNORECASE)  # of Stable-Baselines3 and rl_zoo3
@@ -37,7 +37,7 @@ INSTEAD = "pass --teacher a local .zip that Stable-Baselines3 saved, a folder wi
 class TeacherFiles:
     """A zip of Stable-Baselines3 and its VecNormalize statistics, if any.
 
-    `raw`: the user states that the model has no statistics. `warnings`: doubts about the files.
+    `raw`: whether --vecnormalize is `none`. `warnings`: possible problems with the files.
     """
 
     policy: Path
@@ -49,8 +49,9 @@ class TeacherFiles:
 def find_teacher(
     name: str, environment: str, vecnormalize: str | None = None, flag: str = "--vecnormalize"
 ) -> TeacherFiles | None:
-    """Finds the files of the teacher `name`, on the Hub if necessary; None for `train`. `vecnormalize` is the value of
-    `flag`: the file of its statistics, or `none`.
+    """Finds the files of the teacher `name`, and downloads them from the Hub if necessary. Returns None for `train`.
+
+    `vecnormalize` is the value of `flag`: the file of the statistics, or `none`.
     """
     if name == "train":
         return None
@@ -77,7 +78,7 @@ def _search_folders(policy: Path, environment: str) -> list[Path]:
     places = [policy.parent, policy.with_suffix(""), policy.parent / environment]
     agents = [config.parent for config in sorted(policy.parent.glob(f"*/{CONFIG}"))]
     if policy.name == "best_model.zip" or (len(agents) == 1 and not policy.with_suffix("").is_dir()):
-        places += agents  # the environment may have had another id when the agent was trained
+        places += agents  # the agent may have been trained under another id of the environment
     return list(dict.fromkeys(places))
 
 
@@ -143,7 +144,7 @@ def _read_settings(path: Path) -> dict[Any, Any]:
             return settings
     except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError):
         pass
-    raise UserError(f"{path} is damaged, and the settings of the agent's training are unknown: remove it")
+    raise UserError(f"{path} is damaged, so the settings of the agent's training are unknown: remove it")
 
 
 def _normalizes_observations(config: Path) -> bool:
@@ -162,13 +163,13 @@ def _check_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
             wrappers.append(f"VecFrameStack of {settings['frame_stack']}")
         if wrappers:
             raise UserError(
-                f"{policy} was trained in {', '.join(wrappers)}, according to {config}, and wrappers "
-                "of environments are not supported: pass a teacher that was trained without"
+                f"{policy} was trained in {', '.join(wrappers)}, according to {config}, but wrappers "
+                "of environments are not supported: pass a teacher that was trained without them"
             )
 
 
 def _training_warnings(policy: Path, places: Iterable[Path], environment: str) -> list[str]:
-    """Warnings if args.yml names another environment, or arguments of the environment that are not used here."""
+    """Warns if args.yml contains another environment, or arguments of the environment that are not used here."""
     warnings = []
     for args in _files(places, ARGS):
         settings = _read_settings(args)
@@ -187,10 +188,10 @@ def _training_warnings(policy: Path, places: Iterable[Path], environment: str) -
 
 
 def _find_statistics(policy: Path, places: list[Path], chosen: str | None, flag: str) -> tuple[Path | None, list[str]]:
-    """The `chosen` statistics of a model, or those in `places`, or None; and warnings.
+    """Returns the file of the `chosen` statistics, or of those in `places`, or None; and warnings.
 
-    Raises UserError if the name of the statistics does not match the model, and if the settings of rl_zoo3 require
-    statistics that are missing.
+    Raises UserError if the only statistics do not match the model by name, or if the settings of rl_zoo3 require
+    statistics and there are none.
     """
     if chosen == NO_STATISTICS:
         return None, []
@@ -209,13 +210,13 @@ def _find_statistics(policy: Path, places: list[Path], chosen: str | None, flag:
     for file in others:
         if _has_statistics(file):
             raise UserError(
-                f"{file} has statistics of observations, and its name does not match {policy}: pass "
+                f"{file} has statistics of observations, but its name does not match {policy}: pass "
                 f"{flag} {file} to use them, or {flag} {NO_STATISTICS}"
             )
     for config in _files(places, CONFIG):
         if _normalizes_observations(config):
             raise UserError(
-                f"{policy} was trained on normalized observations, according to {config}, and its statistics "
+                f"{policy} was trained on normalized observations, according to {config}, but its statistics "
                 f"are missing: put the file that VecNormalize saved at {policy.parent / STATISTICS_NAMES[0]}, or pass "
                 f"{flag}"
             )
@@ -232,8 +233,8 @@ def _has_statistics(file: Path) -> bool:
 def read_statistics(path: Path) -> ObservationStatistics | None:
     """The statistics in a file that VecNormalize.save wrote, or None if it does not normalize observations.
 
-    Unlike VecNormalize.load this calls nothing that the pickle names, and needs neither the gym nor the numpy version
-    with which it was saved.
+    Unlike VecNormalize.load, this calls no class or function of the pickle, and needs neither the gym nor the numpy
+    version with which the file was saved.
     """
     try:
         with open(path, "rb") as file:
@@ -267,13 +268,13 @@ def check_statistics(statistics: ObservationStatistics, observation_space: space
     """Raises UserError if statistics, read from `path`, do not fit the observations of an environment."""
     if statistics.mean.shape != observation_space.shape:
         raise UserError(
-            f"{path} has statistics of observations of shape {statistics.mean.shape}, the environment's are "
-            f"{observation_space.shape}: pass the statistics that were saved with this teacher"
+            f"{path} has statistics of observations of shape {statistics.mean.shape}, but the environment's have "
+            f"shape {observation_space.shape}: pass the statistics that were saved with this teacher"
         )
 
 
 class _Inert:
-    """Replaces every class and function that a pickle names: stores its arguments and does nothing."""
+    """Replaces every class and function in a pickle. It stores its arguments and does nothing else."""
 
     name = ""
     arguments: tuple[Any, ...]
@@ -288,10 +289,10 @@ class _Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Ignores an entry of a dict: no statistics are in one."""
+        """Ignores the entries of dicts, which contain no statistics."""
 
     def extend(self, items: Any) -> None:
-        """Ignores items of a list: no statistics are in one."""
+        """Ignores the items of lists, which contain no statistics."""
 
 
 class _InertUnpickler(pickle.Unpickler):

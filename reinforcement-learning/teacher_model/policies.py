@@ -1,4 +1,4 @@
-"""Policies of Stable-Baselines3: their networks, with one forward for every algorithm, their inputs and their actions.
+"""The networks of Stable-Baselines3 policies, with the same forward for every algorithm; their inputs and actions.
 
 `network(observations) -> Outputs` returns the parameters of the action distribution and a value:
 
@@ -192,8 +192,8 @@ NETWORKS: dict[type[BasePolicy], type[nn.Module]] = {
 
 
 class PolicyNetwork(nn.Module):
-    """The network of a policy, which shares its weights and takes raw observations (batch, ...). Logits are divided by
-    `temperature`. Raises TypeError for an unknown kind of policy.
+    """The network of a policy for raw observations (batch, ...), which shares the weights of the policy. Logits are
+    divided by `temperature`. Raises TypeError for an unknown kind of policy.
     """
 
     mean: Tensor | None
@@ -234,7 +234,7 @@ def temperature_for_entropy(logits: Tensor, share: float) -> float:
     if not 0 < share < 1:
         raise ValueError(f"the share of the entropy must be between 0 and 1, got {share}")
     target = share * math.log(logits.shape[-1])
-    low, high = -20.0, 20.0  # log T, with which the entropy increases
+    low, high = -20.0, 20.0  # bounds of log T; the entropy increases with T
     for _ in range(50):
         middle = (low + high) / 2
         if entropy(logits / math.exp(middle)).mean() < target:

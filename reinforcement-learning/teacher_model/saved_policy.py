@@ -1,9 +1,9 @@
 """Builds the policy in a zip of Stable-Baselines3 from its weights, without unpickling anything.
 
 The zip contains `policy.pth`, a state dict, and `data`, a JSON of plain values and of pickles with readable
-descriptions. The networks follow from the names and shapes of the weights, other arguments from the plain values and
-descriptions, and the spaces are those of the environment. So no code in the file runs, and zips of the old `gym` load
-too. Only a policy of a custom class needs its pickles, and --trust_pickle.
+descriptions. The networks are built from the names and shapes of the weights, and other arguments from the plain
+values and descriptions; the spaces are those of the environment. So no code in the file is executed, and zips of the
+old `gym` load too. Only a policy of a custom class needs its pickles, and therefore --trust_pickle.
 """
 
 import io
@@ -50,7 +50,8 @@ Q_VALUES = _Layout(DQNPolicy, nn.ReLU, "q_net.features_extractor", ("q_net.q_net
 GAUSSIAN = _Layout(SACPolicy, nn.ReLU, "actor.features_extractor", ("actor.latent_pi", "actor.mu"), ("critic.qf0",))
 DETERMINISTIC = _Layout(TD3Policy, nn.ReLU, "actor.features_extractor", ("actor.mu",), ("critic.qf0",))
 
-# The class that unpickles an algorithm, its layout, and a setting that those below lack (PPO has all settings of A2C).
+# The class that unpickles an algorithm, its layout, and a setting that the algorithms below do not have (PPO has all
+# settings of A2C).
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
     "ppo": (PPO, ACTOR_CRITIC, "clip_range"),
     "trpo": (A2C, ACTOR_CRITIC, "cg_max_steps"),  # of sb3-contrib; its policy is that of A2C
@@ -69,7 +70,7 @@ CONTRIB = {
     "maskable": ("MaskablePPO", ""),
     "crossq": ("CrossQ", ""),
 }
-TEACHERS = "a teacher is one of PPO, A2C, DQN, SAC, TD3, DDPG and the TRPO of sb3-contrib"
+TEACHERS = "supported are PPO, A2C, DQN, SAC, TD3, DDPG, and TRPO of sb3-contrib"
 EXTRACTORS = {str(FrameFeatures), str(BottleneckFeatures)}  # of this project
 
 Weights = dict[str, Tensor]
@@ -78,10 +79,11 @@ Weights = dict[str, Tensor]
 def load_policy(
     path: Path, observation_space: spaces.Space, action_space: spaces.Space, trust_pickle: bool = False
 ) -> tuple[str, BasePolicy]:
-    """Loads a zip that Stable-Baselines3 saved, for the spaces of an environment: (algorithm, policy in eval mode on
-    the CPU). With `trust_pickle` Stable-Baselines3 unpickles it, which can run any code.
+    """Loads a zip that Stable-Baselines3 saved, for the spaces of an environment. Returns the algorithm, and the
+    policy in eval mode on the CPU. With `trust_pickle` Stable-Baselines3 unpickles the zip, which can run any code.
 
-    Raises UserError if the zip cannot be read, was trained for other spaces, or has weights of no standard policy.
+    Raises UserError if the zip cannot be read, was trained for other spaces, or does not have the weights of a
+    standard policy.
     """
     data, weights = read_model(path)
     name = _algorithm(path, data)
@@ -103,12 +105,14 @@ def trained_with_vec_normalize(path: Path) -> bool:
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
-    """The settings, as JSON, and the weights of the policy in a zip. Raises UserError if it is damaged."""
+    """The settings (JSON) and the weights of the policy in a zip. Raises UserError if the zip is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             settings, stored = archive.read("data"), archive.read("policy.pth")
     except KeyError:
-        raise UserError(f"{path} is no model of Stable-Baselines3 (no data or policy.pth inside): {SAVED}") from None
+        raise UserError(
+            f"{path} is not a model of Stable-Baselines3 (it has no data or policy.pth): {SAVED}"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: {SAVED}") from None
     except OSError as error:
@@ -168,8 +172,8 @@ def _check_space(path: Path, part: str, saved: dict[str, Any], space: spaces.Spa
     needed = " ".join(f"{type(space).__name__} {size}".split())
     if saved and trained != needed:
         raise UserError(
-            f"{path} was trained for {part} {trained}, the environment has {needed}: pass a teacher of this "
-            "environment and version (Ant-v4 has 27 numbers, Ant-v5 has 105)"
+            f"{path} was trained for {part} {trained}, but the environment has {needed}: pass a teacher of this "
+            "environment and version (Ant-v4 has observations of 27 numbers, Ant-v5 of 105)"
         )
 
 
@@ -183,7 +187,7 @@ def _build_policy(path: Path, name: str, data: dict[str, Any], weights: Weights,
         policy.load_state_dict(_with_both_extractors(weights) if layout is ACTOR_CRITIC else weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise UserError(
-            f"{path} contains a custom policy, whose weights fit no standard one of {name.upper()}: pass "
+            f"{path} contains a custom policy, whose weights do not fit the standard policy of {name.upper()}: pass "
             "--trust_pickle if you trust the file; Stable-Baselines3 then unpickles it, which can run any code"
         ) from None
     return policy
@@ -191,7 +195,7 @@ def _build_policy(path: Path, name: str, data: dict[str, Any], weights: Weights,
 
 def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """The policy's constructor arguments. Raises an error for classes from outside Stable-Baselines3, torch and this
-    project: they may use weights of the same shapes differently.
+    project, which may use weights of the same shapes differently.
     """
     chosen = _description(data, "policy_kwargs")
     extractor = str(chosen.get("features_extractor_class", "stable_baselines3."))
@@ -207,8 +211,8 @@ def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[
 
 
 def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
-    """The features extractor of frames or of a bottleneck; vectors need none. NatureCNN of Stable-Baselines3 has the
-    layers of FrameFeatures.
+    """The features extractor of frames or of a bottleneck; vectors have none. FrameFeatures also loads the weights of
+    Stable-Baselines3's NatureCNN, which has the same layers.
     """
     prefix = f"{layout.extractor}."
     extractor = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
@@ -243,7 +247,7 @@ def _hidden_widths(weights: Weights, parts: tuple[str, ...]) -> list[int]:
 
 
 def _with_both_extractors(weights: Weights) -> Weights:
-    """Adds the two names that the extractor of an actor-critic policy has since Stable-Baselines3 1.7."""
+    """Adds the two names under which Stable-Baselines3 saves the extractor of actor-critic policies since 1.7."""
     shared = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
     return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in shared.items()} | weights
 
@@ -256,7 +260,7 @@ def _unpickled_policy(
 ) -> BasePolicy:
     replaced = {"observation_space": observation_space, "action_space": action_space, "learning_rate": 0.0}
     replaced |= dict.fromkeys(("lr_schedule", "clip_range", "exploration_schedule"), _zero)  # pickled bytecode
-    replaced |= {"buffer_size": 1, "n_steps": 1, "seed": None}  # no replay memory; a seed would be set globally
+    replaced |= {"buffer_size": 1, "n_steps": 1, "seed": None}  # minimal replay memory; a seed would be set globally
     try:
         with legacy_gym():
             return algorithm.load(path, device="cpu", custom_objects=replaced).policy

@@ -46,8 +46,8 @@ CALIBRATION_EPISODES = 8
 class Agent:
     """A policy of Stable-Baselines3 with the statistics of its observations: a teacher, control or student.
 
-    `model` is the algorithm of the policy, None if only the policy was loaded. `source` describes in the report where
-    the statistics come from. `warnings` are doubts about a loaded policy.
+    `model`: the algorithm of the policy; None if only the policy was loaded. `source`: origin of the statistics, for
+    the report. `warnings`: possible problems of a loaded policy.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Agent:
         action_space: spaces.Space,
         trust_pickle: bool = False,
     ) -> "Agent":
-        """Raises UserError for damaged files, and for a policy of other spaces."""
+        """Loads a policy and its statistics. Raises UserError for damaged files, and for a policy of other spaces."""
         algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
         if is_image_space(observation_space):
             policy.to(best_device())  # smaller networks are faster on the CPU
@@ -75,8 +75,9 @@ class Agent:
         if files.statistics is None:
             if not files.raw and trained_with_vec_normalize(files.policy):
                 warnings += (
-                    f"{files.policy} was trained with VecNormalize, and no statistics were found: observations are "
-                    "not normalized, which is right only if VecNormalize normalized rewards; else pass --vecnormalize",
+                    f"{files.policy} was trained with VecNormalize, but no statistics were found: observations are "
+                    "not normalized. This is correct if VecNormalize normalized only rewards; otherwise pass "
+                    "--vecnormalize",
                 )
             return cls(name, policy, warnings=warnings)
         statistics, source = read_statistics(files.statistics), str(files.statistics)
@@ -102,7 +103,7 @@ class Agent:
         return isinstance(self.policy, TD3Policy)
 
     def network(self) -> PolicyNetwork:
-        """The policy's network, in eval mode on the policy's device, sharing its weights."""
+        """The network of the policy, which shares its weights, in eval mode on its device."""
         return PolicyNetwork(self.policy, self.statistics).to(self.policy.device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -123,10 +124,10 @@ def load_agent(
     vecnormalize: str | None = None,
     flag: str = "--vecnormalize",
 ) -> Agent:
-    """Loads the policy in the files that `find_teacher` finds; prints which statistics of observations it uses."""
+    """Loads the policy that `find_teacher` finds, and prints which statistics of observations it uses."""
     files = find_teacher(name, environment, vecnormalize, flag)
     if files is None:
-        raise UserError(f"{name} means a teacher that distill_policy.py trains: pass a file or folder")
+        raise UserError(f"only --teacher of distill_policy.py accepts {name}: pass a file or folder")
     with closing(Environments(environment, 1)) as environments:
         agent = Agent.load(files, environments.observation_space, environments.action_space, trust_pickle)
     print(f"{files.policy}: statistics of observations: {agent.source}")
@@ -139,8 +140,8 @@ def load_agent(
 def load_or_train_teacher(
     name: str, task: TeacherTask, training: TeacherArguments, vecnormalize: str | None, trust_pickle: bool
 ) -> Agent:
-    """Loads the teacher `name`. For `train`, loads the teacher in the environment's folder, or trains it if there is
-    none. Raises UserError if that one was trained with other arguments.
+    """Loads the teacher `name`. For `train`, loads the teacher in the default folder of the environment, or trains it
+    if there is none. Raises UserError if the existing teacher was trained with other arguments.
     """
     if name != "train":
         return load_agent(name, task.environment, trust_pickle, vecnormalize)
@@ -158,8 +159,8 @@ def _check_same_arguments(folder: Path, training: TeacherArguments) -> None:
     for name, value in asdict(training).items():
         if before.get(name) != value:
             raise UserError(
-                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: name it with "
-                "--teacher, or train another with train_teacher.py and --overwrite_output_dir"
+                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: pass its "
+                "folder as --teacher, or train another with train_teacher.py and --overwrite_output_dir"
             )
 
 
@@ -189,7 +190,7 @@ def train_from_reward(
 
 
 def mean_returns(run: Run, networks: dict[str, nn.Module], episodes: int) -> dict[str, float]:
-    """Mean returns of greedy actions by environment, for the curves. The time does not count for the stage."""
+    """Mean returns of greedy actions by environment, for the curves. Their time is not part of the stage's."""
     with run.timed("evaluation"):
         return {
             curve_name(environment): float(returns_of(greedy(net), environment, episodes, VALIDATION_SEED)[0].mean())
@@ -207,7 +208,7 @@ def curve_name(environment: str) -> str:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of one environment. `network` has the outputs that students learn: those of the agent at its
+    """The teacher of one environment. The outputs of `network` are the students' targets: those of the agent at its
     temperature or, for several agents, their average, each at its temperature and with its statistics.
     """
 
@@ -230,7 +231,7 @@ def average_policies(networks: Sequence[PolicyNetwork]) -> EnsembleTeacher:
 
 
 def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:
-    """The network of an agent at `temperature`. For a DQN without one, at the temperature where the mean entropy of
+    """The network of an agent at `temperature`. If it is None, a DQN has the temperature at which the mean entropy of
     its actions, in the states of its greedy policy, is `entropy` times the maximum.
     """
     network = agent.network()

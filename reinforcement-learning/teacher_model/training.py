@@ -2,7 +2,7 @@
 
 Training runs in segments, so that an interrupted training gives the same result as an uninterrupted one. In both, each
 segment starts with a checkpoint of the model, new seeds for all random generators and a reset of all environments,
-most of which cannot be saved. The rest of the training depends only on that checkpoint.
+because the state of most environments cannot be saved. The rest of the training depends only on that checkpoint.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def recipe_environments(
     norm_obs: bool = True,
     fixed: ObservationStatistics | None = None,
 ) -> VecEnv:
-    """The environments of a recipe, in a VecNormalize if it normalizes; `norm_obs=False` normalizes only rewards. With
-    `fixed`, these statistics normalize observations, and do not change.
+    """The environments of a recipe, with VecNormalize if the recipe normalizes; `norm_obs=False` normalizes only
+    rewards. With `fixed`, observations are normalized by these statistics, which do not change.
     """
     environments: VecEnv = training_environments(environment, recipe.environments, seed)
     if not recipe.normalize and fixed is None:
@@ -98,7 +98,7 @@ def train(
     model: BaseAlgorithm, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str = ""
 ) -> History:
     """Trains `model` for `steps` environment steps, and continues from the last checkpoint in `folder`, if any.
-    Returns the log: the `environment_steps` and `evaluate(model)` at the end of each segment.
+    Returns the log: `environment_steps` and `evaluate(model)` at the end of each segment.
     """
     segments = Segments(steps, folder, seed, evaluate, description)
     checkpoint = newest_checkpoint(folder)
@@ -115,7 +115,7 @@ def train(
 
 
 class Segments(BaseCallback):
-    """Writes a checkpoint and restarts at the beginning of each segment; records the log."""
+    """Writes a checkpoint and resets seeds and environments at the beginning of each segment; records the log."""
 
     def __init__(self, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def _replay(model: BaseAlgorithm) -> ReplayBuffer | None:
 
 
 def _arrays(model: BaseAlgorithm) -> dict[str, np.ndarray]:
-    """The state that a model's zip lacks: running means of VecNormalize and the replay buffer."""
+    """The state that the zip of a model does not contain: running means of VecNormalize and the replay buffer."""
     arrays: dict[str, np.ndarray] = {}
     for name, means in _running_means(model).items():
         arrays |= {f"{name}_{part}": np.asarray(getattr(means, part)) for part in ("mean", "var", "count")}

@@ -196,7 +196,7 @@ def test_the_primary_metric_of_each_task_comes_first():
     [
         (["--tasks", "wnli"], "--tasks must be some of cola"),
         (["--systems", "dino"], "--systems must be some of base"),
-        (["--tasks", "cola"], "holds neither cola nor glue_cola"),
+        (["--tasks", "cola"], "contains neither cola nor glue_cola"),
         (["--tasks", "rte", "--max_samples_seen", "0"], "--max_samples_seen must be at least 1"),
     ],
 )

@@ -93,7 +93,7 @@ def test_the_text_column_of_a_csv_file_is_inferred_and_its_documents_are_strings
     (tmp_path / "validation.csv").write_text("id,body\n1,007\n2,true\n")
     corpus = load_corpus(str(tmp_path))
     assert corpus.splits == {"train": ["first", "second"], "validation": ["007", "true"]}
-    assert "column 'body' holds the texts" in corpus.notes
+    assert "column 'body' contains the texts" in corpus.notes
 
 
 @pytest.mark.parametrize(("encoding", "message"), [("cp1252", "is not UTF-8"), ("utf-16", "UTF-16")])
@@ -124,7 +124,7 @@ def test_a_missing_validation_split_is_the_end_of_train(tmp_path):
     assert corpus.splits["validation"] == ["text 18", "text 19"]
     assert corpus.splits["train"] == [f"text {i}" for i in range(18)]
     assert "set aside" in corpus.notes[-1]
-    assert "1 of 21 rows of train hold no text and are left out" in corpus.notes
+    assert "1 of 21 rows of train have no text and are left out" in corpus.notes
 
 
 # ---- packing ----
@@ -306,7 +306,8 @@ def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsy
 def test_other_divergences_and_hidden_states(texts, tmp_path, words):
     found = distill(tmp_path / "run", texts, "--no_control", *words)
     assert found["models"]["control"] is None
-    assert found["selection"].startswith("best checkpoint by perplexity") == ("--load_best_model_at_end" in words)
+    selected = found["selection"].startswith("best checkpoint by validation perplexity")
+    assert selected == ("--load_best_model_at_end" in words)
     student = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert not [name for name in student if "regressor" in name]
     assert found["models"]["student"]["metrics"]["validation"]["perplexity"] < 300  # the vocabulary's size

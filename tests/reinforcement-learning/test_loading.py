@@ -272,16 +272,16 @@ def test_custom_policy_needs_trust_pickle(tmp_path: Path) -> None:
         policy = load_policy(path, *both, trust_pickle=True)[1]
         np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected[0])
     edited(saved(tmp_path, PPO), lambda _, weights: weights.update(more=torch.zeros(1)))
-    assert "fit no standard one of PPO" in error_of(load_policy, path, *both)
+    assert "do not fit the standard policy of PPO" in error_of(load_policy, path, *both)
     assert "cannot unpickle" in error_of(load_policy, path, *both, trust_pickle=True)
 
 
 def test_policy_of_other_spaces_raises_an_error(tmp_path: Path) -> None:
     path = saved(tmp_path, PPO)
     errors: list[tuple[str | gym.Env, str]] = [
-        ("Acrobot-v1", r"observations Box \[4\], the environment has Box \[6\]"),
-        ("FrozenLake-v1", r"observations Box \[4\], the environment has Discrete 16"),
-        (Frames(), r"observations Box \[4\], the environment has Box \[4, 84, 84\]"),
+        ("Acrobot-v1", r"observations Box \[4\], but the environment has Box \[6\]"),
+        ("FrozenLake-v1", r"observations Box \[4\], but the environment has Discrete 16"),
+        (Frames(), r"observations Box \[4\], but the environment has Box \[4, 84, 84\]"),
         ("MountainCar-v0", "Ant-v5"),
     ]
     for env, message in errors:
@@ -291,7 +291,7 @@ def test_policy_of_other_spaces_raises_an_error(tmp_path: Path) -> None:
     for space, described in zip(actions, ("Discrete 3", r"Box \[1\]", r"MultiDiscrete \[2 2\]"), strict=True):
         for trust in (False, True):
             caught = pytest.raises(UserError, load_policy, path, observed, space, trust_pickle=trust)
-            assert caught.match(f"actions Discrete 2, the environment has {described}")
+            assert caught.match(f"actions Discrete 2, but the environment has {described}")
     path = saved(tmp_path, PPO, Frames(), policy="CnnPolicy")
     last = spaces.Box(0, 255, (84, 84, 4), np.uint8)
     assert "[84, 84, 4]" in error_of(load_policy, path, last, spaces.Discrete(3))
@@ -597,7 +597,7 @@ def test_missing_statistics_of_vec_normalize_give_a_warning(tmp_path: Path) -> N
 
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
     PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8).save(path := tmp_path / "a.zip")
-    assert "was trained with VecNormalize, and no statistics were found" in warnings_of(path)
+    assert "was trained with VecNormalize, but no statistics were found" in warnings_of(path)
     assert warnings_of(path, raw=True) == ""
     PPO("MlpPolicy", "Pendulum-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8).save(path)
     assert warnings_of(path) == ""

@@ -275,7 +275,7 @@ def test_statistics_are_found_by_name_or_by_flag(steps, capsys):
     VecNormalize(SB3Environments("CartPole-v1", 1)).save("cart.pkl")
     capsys.readouterr()
     words = ["--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize"]
-    assert "of shape (4,), the environment's are (3,)" in error_line(capsys, *words, "cart.pkl")
+    assert "of shape (4,), but the environment's have shape (3,)" in error_line(capsys, *words, "cart.pkl")
 
 
 def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monkeypatch, capsys):
@@ -321,8 +321,8 @@ def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monke
         (["--hyperparameters", '{"gamma": 2}'], "gamma must be a finite number, between 0 and 1"),
         (["--teacher_steps", "100"], "raise --teacher_steps or lower n_steps"),
         (["--teacher", "{cart_pole}", "--vecnormalize", "nowhere.pkl"], "there is no file nowhere.pkl"),
-        (["--teacher", "{cart_pole}", "--vecnormalize", "none", "none"], "one --vecnormalize per --environment"),
-        (["--vecnormalize", "none"], "not to one trained here"),
+        (["--teacher", "{cart_pole}", "--vecnormalize", "none", "none"], "one --vecnormalize for each --environment"),
+        (["--vecnormalize", "none"], "leave it out for --teacher train"),
         (["--environment", "Pendulum-v1", "--loss", "nll"], "needs discrete actions"),  # before a teacher is trained
         (["--environment", "CartPole-v1", "CartPol-v1"], "did you mean CartPole-v"),
         (["--seed", "-1"], "--seed must be between 0"),
@@ -378,7 +378,7 @@ def test_student_of_several_teachers_learns_their_average(cart_pole):
 
 def test_invalid_ensemble_of_teachers_raises_an_error_before_training(cart_pole, capsys):
     more = [*TEACHER, "--ensemble_teachers", cart_pole]
-    assert "of one --environment" in error_line(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
+    assert "supports a single --environment" in error_line(capsys, *more, "--environment", "CartPole-v1", "Acrobot-v1")
     assert "--method ppd needs a single teacher" in error_line(capsys, *more, "--method", "ppd")
     assert "was trained for" in error_line(capsys, *more, "--environment", "Acrobot-v1")
     assert "and one for each of --ensemble_teachers" in error_line(
