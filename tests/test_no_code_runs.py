@@ -30,7 +30,7 @@ class Evil:
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A path that exists once the module `evil`, which is importable, was imported. All prompts are answered by yes."""
+    """A path that exists once the module `evil`, which is importable, was imported. Prompts are answered by yes."""
     mark = tmp_path / "it_ran"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,1 +1,1 @@
-import kd.common  # noqa: F401  must be imported before torchvision, which otherwise does not load with a CPU-only torch
+import kd.common  # noqa: F401  import it before torchvision, which a CPU-only torch cannot load alone

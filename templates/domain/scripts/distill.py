@@ -26,9 +26,7 @@ from kd.example_domain.teacher_model.classifier import load_trained
 class Arguments:
     """Data, teacher and student."""
 
-    dataset: str = field(
-        default="tones", metadata={"help": "Embedded dataset (tones), folder of files, or Hub name."}
-    )
+    dataset: str = field(default="tones", metadata={"help": "Embedded dataset (tones), folder of files, or Hub name."})
     teacher: str | None = field(
         default=None, metadata={"help": "Folder of a trained classifier (default: train one)."}
     )
