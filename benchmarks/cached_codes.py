@@ -61,7 +61,7 @@ def main() -> None:
     pretrained = load_classifier(args.encoder, data)
     texts = Texts.of(data, pretrained.tokenizer)
     names = dict(enumerate(data.label_names))
-    model = BottleneckClassifier.around(pretrained.encoder, names, "mean", decoder=args.decoder)
+    model = BottleneckClassifier.from_encoder(pretrained.encoder, names, "mean", decoder=args.decoder)
     started = time.perf_counter()
     embeddings = torch.stack(embed_samples(model, texts.train, texts.collate, args.precision)).to(model.device)
     set_keys(model.bottleneck, "new", None, embeddings, seed=0)

@@ -43,7 +43,7 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.devices import resolve_precision
 from kd.nlp.data.loading import TextData, load_text_data
-from kd.nlp.student_model.layers import cut_layers, switch_off_dropout
+from kd.nlp.student_model.layers import cut_layers, disable_dropout
 from kd.nlp.data.loading import Texts
 from kd.nlp.teacher_model.teacher import Pretrained, label_config, load_classifier, tiny_bert
 
@@ -167,7 +167,7 @@ class Case:
         student.get_input_embeddings().requires_grad_(not variant.frozen_embeddings)
         student.set_attn_implementation(variant.attention)
         if not variant.dropout:
-            switch_off_dropout(student)
+            disable_dropout(student)
         kwargs |= {
             "precision": variant.precision,
             "train_sampling_strategy": "group_by_length" if variant.grouped else "random",

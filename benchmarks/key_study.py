@@ -125,7 +125,7 @@ class Embeddings:
 
 
 def embed(encoder: Any, texts: Texts) -> Embeddings:
-    model = BottleneckClassifier.around(encoder, {0: "none"}, "mean", codebooks=1, codebook_size=1)
+    model = BottleneckClassifier.from_encoder(encoder, {0: "none"}, "mean", codebooks=1, codebook_size=1)
     precision = resolve_precision("auto")
     splits = texts.train, texts.validation
     return Embeddings(*(torch.stack(embed_samples(model, rows, texts.collate, precision)) for rows in splits))

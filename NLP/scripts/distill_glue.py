@@ -131,7 +131,7 @@ def open_run(folder: Path, inputs: Inputs, training: KDTrainingArguments, *argum
     if training.resume_from_checkpoint:
         training.seeds = list(dict.fromkeys([*finished_seeds(folder), *(training.seeds or [])]))
     opened = GlueRun(training, *arguments)
-    opened.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
+    opened.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.models))
     return opened
 
 

@@ -23,7 +23,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import chance_warning, evaluate
-from kd.nlp.student_model.layers import cut_layers, layer_paths, switch_off_dropout
+from kd.nlp.student_model.layers import cut_layers, disable_dropout, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
 from kd.nlp.student_model.training import cached_outputs, set_trainable
@@ -55,8 +55,8 @@ def main() -> None:
     set_seed(training.seed)  # determines the head of a student that is loaded without one
     teacher = load_trained(args.teacher, data)
     student = plain_student(args, data, teacher)
-    for start in (teacher, student):
-        start.set_max_length(text.max_length)
+    for model in (teacher, student):
+        model.set_max_length(text.max_length)
     texts = Texts.of(data, student.tokenizer)
     teacher_texts = Texts.of(data, teacher.tokenizer) if args.student else texts
     search_run = SearchRun(training, text, args)
@@ -65,7 +65,7 @@ def main() -> None:
     entry, _ = evaluate(args.teacher, teacher.model, teacher_texts)
     search_run.warn(chance_warning(entry, teacher_texts))
     outputs = cached_outputs(search_run, teacher.model, teacher_texts)
-    switch_off_dropout(student.model)
+    disable_dropout(student.model)
     set_trainable(student.model)  # except its embeddings, as in distill_classifier.py
     inputs = student.model, texts, outputs
     control = None
@@ -77,11 +77,11 @@ def main() -> None:
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:
     """The initial student of every trial: the model of --student, or a cut of the teacher."""
-    start = load_classifier(args.student, data) if args.student else teacher
-    if isinstance(start.model, BottleneckClassifier):
+    pretrained = load_classifier(args.student, data) if args.student else teacher
+    if isinstance(pretrained.model, BottleneckClassifier):
         raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")
     if args.student:
-        return start
+        return pretrained
     layers = args.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
     return Pretrained(cut_layers(teacher.model, layers), teacher.tokenizer)
 

@@ -65,7 +65,7 @@ class BottleneckClassifier(FrozenEncoderModel):
         self.post_init()
 
     @classmethod
-    def around(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
+    def from_encoder(cls, encoder: nn.Module, labels: dict[int, str], pooling: Pooling, **bottleneck: Any) -> Any:
         """An untrained bottleneck after a copy of an encoder. `labels` is id2label."""
         config = BottleneckConfig(
             encoder_config=encoder.config,

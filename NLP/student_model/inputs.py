@@ -40,15 +40,15 @@ class Inputs:
     student_layers: int
 
     @property
-    def starts(self) -> dict[str, Pretrained | None]:
+    def models(self) -> dict[str, Pretrained | None]:
         """All pretrained models by role."""
         others: dict[str, Pretrained | None] = {f"ensemble_teacher_{i}": t for i, t in enumerate(self.ensemble, 1)}
         return {"teacher": self.teacher, "student": self.student, "control_init": self.control_init} | others
 
     @property
     def notes(self) -> list[str]:
-        starts = [self.teacher, *self.ensemble, self.student, self.control_init]
-        return [note for start in starts if start for note in start.notes]
+        models = [self.teacher, *self.ensemble, self.student, self.control_init]
+        return [note for model in models if model for note in model.notes]
 
     @property
     def same_tokens(self) -> bool:
@@ -67,14 +67,14 @@ def load_inputs(
     """Loads all models and tokenizes the data."""
     data = in_label_order(pair.teacher, data)
     others = [load_trained(name, data) for name in ensemble]
-    teacher, student, control_init = load_starts(text, pair, training, data, training.seed)
+    teacher, student, control_init = load_pretrained(text, pair, training, data, training.seed)
     texts = Texts.of(data, teacher.tokenizer)
     student_texts = Texts.of(data, student.tokenizer) if student else texts
     layers = pair.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
     return Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
 
 
-def load_starts(
+def load_pretrained(
     text: TextArguments, pair: PairArguments, training: KDTrainingArguments, data: TextData, seed: int
 ) -> tuple[Pretrained, Pretrained | None, Pretrained | None]:
     """Loads teacher, student and the control's initial model. The seed sets random weights."""
@@ -83,8 +83,8 @@ def load_starts(
     student = load_classifier(pair.student, data) if pair.student else None
     has_control_init = pair.control_init and not (pair.student or training.no_control)
     control_init = load_classifier(str(pair.control_init), data) if has_control_init else None
-    for start in filter(None, (teacher, student, control_init)):
-        start.set_max_length(text.max_length)
+    for model in filter(None, (teacher, student, control_init)):
+        model.set_max_length(text.max_length)
     return teacher, student, control_init
 
 
@@ -94,7 +94,7 @@ def inputs_of_seed(
     """The same inputs, with random weights of another seed."""
     if seed == training.seed:
         return inputs
-    teacher, student, control_init = load_starts(text, pair, training, inputs.data, seed)
+    teacher, student, control_init = load_pretrained(text, pair, training, inputs.data, seed)
     return replace(inputs, teacher=teacher, student=student, control_init=control_init)
 
 
@@ -103,7 +103,7 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
     teacher, student, control_init = inputs.teacher, inputs.student, inputs.control_init
     layers = len(layer_paths(teacher.encoder))
     check_smoothing(training, inputs.data.name, inputs.data.num_labels)
-    from_scratch = any(start.from_scratch for start in (teacher, student, control_init) if start)
+    from_scratch = any(model.from_scratch for model in (teacher, student, control_init) if model)
     pair.reject_unused_flags(teacher.trained, teacher.from_scratch, from_scratch)
     if student is None:
         if not 1 <= inputs.student_layers <= layers:
@@ -166,7 +166,7 @@ def validate_matching(
         raise UserError("--attention_weight needs a single teacher: set it to 0, or leave out --ensemble_teachers")
     if reads_features and has_bottleneck:
         raise UserError(f"teacher {pair.teacher} has a bottleneck, whose features cannot be matched: {logits_only}")
-    if all(start.from_scratch for start in (teacher, student, inputs.control_init) if start):
+    if all(model.from_scratch for model in (teacher, student, inputs.control_init) if model):
         reject_unused(
             "models without pretrained weights train at --from_scratch_learning_rate", training, "learning_rate"
         )
@@ -189,7 +189,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
     elif bottleneck.freeze_teacher_encoder:
         reason = "--freeze_teacher_encoder does not train the teacher's encoder"
         reject_unused(reason, pair, "teacher_epochs", "from_scratch_epochs")
-    widths = [start.encoder.config.hidden_size for start in (teacher, student) if start]
+    widths = [model.encoder.config.hidden_size for model in (teacher, student) if model]
     shapes = [without_weights(width, inputs.data.num_labels, bottleneck.shape()) for width in widths]
     if bottleneck.keys not in ("carried", "reused"):
         return

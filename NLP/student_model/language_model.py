@@ -29,7 +29,7 @@ from kd.nlp.student_model.generation import (
     divergence_of,
     label_tokens,
 )
-from kd.nlp.student_model.layers import check_cut, cut_layers, layer_paths, switch_off_dropout
+from kd.nlp.student_model.layers import check_cut, cut_layers, disable_dropout, layer_paths
 from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator, byte_level_bpe, load_language_model, random_gpt2
@@ -97,7 +97,7 @@ class LanguageTask(GenerationTask):
 
     def initial_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         student = self._untrained_student(teacher)
-        switch_off_dropout(student)
+        disable_dropout(student)
         return student
 
     def _untrained_student(self, source: PreTrainedModel | None) -> PreTrainedModel:

@@ -73,7 +73,7 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return student
 
 
-def switch_off_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

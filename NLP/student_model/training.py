@@ -24,7 +24,7 @@ from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, Tex
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
-from kd.nlp.student_model.layers import cut_layers, switch_off_dropout
+from kd.nlp.student_model.layers import cut_layers, disable_dropout
 from kd.nlp.student_model.methods import (
     PLAIN,
     attentions,
@@ -49,7 +49,7 @@ def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> 
     Raises UserError if that run started from other data or models.
     """
     run = TrainerRun(training, *arguments)
-    run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.starts))
+    run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.models))
     return run
 
 
@@ -133,7 +133,7 @@ def fine_tune(
 
     def train() -> PreTrainedModel:
         if teacher is not None:
-            switch_off_dropout(model)
+            disable_dropout(model)
         set_trainable(model, freeze_embeddings)
         return run.train(
             name,
@@ -156,18 +156,18 @@ def load_or_train_teacher(
     run: TrainerRun, inputs: Inputs, pair: PairArguments, name: str = "teacher"
 ) -> PreTrainedModel:
     """Returns the loaded teacher if it is trained on these labels. Otherwise the stage `name` fine-tunes it."""
-    start = inputs.teacher
-    if start.trained:
-        return start.model
+    pretrained = inputs.teacher
+    if pretrained.trained:
+        return pretrained.model
     return fine_tune(
         run,
         name,
-        copy.deepcopy(start.model),  # the control is cut from the original
+        copy.deepcopy(pretrained.model),  # the control is cut from the original
         inputs.texts,
         labels_only(inputs.data, run.args),
-        epochs=pair.from_scratch_epochs if start.from_scratch else pair.teacher_epochs,
-        learning_rate=initial_rate(start, pair, run.args),
-        freeze_embeddings=not start.from_scratch,
+        epochs=pair.from_scratch_epochs if pretrained.from_scratch else pair.teacher_epochs,
+        learning_rate=learning_rate_of(pretrained, pair, run.args),
+        freeze_embeddings=not pretrained.from_scratch,
     )
 
 
@@ -177,8 +177,8 @@ def train_control(
     """The stage `name`: trains the control on labels alone. It has the student's network and number of epochs. Its
     initial weights are those of the model before fine-tuning.
     """
-    start = inputs.student or inputs.control_init or inputs.teacher
-    model = copy.deepcopy(start.model) if inputs.student else cut_layers(start.model, inputs.student_layers)
+    pretrained = inputs.student or inputs.control_init or inputs.teacher
+    model = copy.deepcopy(pretrained.model) if inputs.student else cut_layers(pretrained.model, inputs.student_layers)
     return fine_tune(
         run,
         name,
@@ -186,8 +186,8 @@ def train_control(
         inputs.student_texts,
         labels_only(inputs.data, run.args),
         epochs=epochs,
-        learning_rate=initial_rate(start, pair, run.args),
-        freeze_embeddings=not start.from_scratch,
+        learning_rate=learning_rate_of(pretrained, pair, run.args),
+        freeze_embeddings=not pretrained.from_scratch,
     )
 
 
@@ -213,7 +213,7 @@ def train_student(
         texts,
         method,
         epochs=run.args.num_train_epochs,
-        learning_rate=initial_rate(inputs.student or inputs.teacher, pair, run.args) if rate is None else rate,
+        learning_rate=learning_rate_of(inputs.student or inputs.teacher, pair, run.args) if rate is None else rate,
         teacher=outputs,
         tokenizer=inputs.student_texts.collate.tokenizer,
     )
@@ -228,9 +228,9 @@ def initial_student(
     return cut_layers(teacher if source == "teacher" else inputs.teacher.model, inputs.student_layers)
 
 
-def initial_rate(start: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
+def learning_rate_of(pretrained: Pretrained, pair: PairArguments, training: KDTrainingArguments) -> float:
     """The learning rate for fine-tuning this model, or a cut of it."""
-    return pair.from_scratch_learning_rate if start.from_scratch else training.learning_rate
+    return pair.from_scratch_learning_rate if pretrained.from_scratch else training.learning_rate
 
 
 def classifier_method(
@@ -273,7 +273,7 @@ def align(
         return encoder
 
     def train() -> PreTrainedModel:
-        switch_off_dropout(encoder)
+        disable_dropout(encoder)
         for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
             if part is not None:
                 part.requires_grad_(False)  # copied from the teacher, or without effect on the hidden states
@@ -376,7 +376,7 @@ def add_bottleneck(
     def train() -> PreTrainedModel:
         args = run.args
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
-        model = BottleneckClassifier.around(encoder, labels, bottleneck.pooling, **bottleneck.shape())
+        model = BottleneckClassifier.from_encoder(encoder, labels, bottleneck.pooling, **bottleneck.shape())
         arguments = bottleneck.value_settings(args.value_learning_rate or args.learning_rate)
         method = labels_only if teacher_outputs is None else labels_and_logits
         return train_bottleneck(

@@ -62,11 +62,11 @@ class Pretrained:
         self.tokenizer.model_max_length = max_length
 
 
-def models_and_tokenizers(starts: Mapping[str, Any]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
-    """The arguments of `Run.check_inputs`. `starts` are objects with a model and a tokenizer, or None, by role."""
-    present = {role: start for role, start in starts.items() if start is not None}
-    models = {role: start.model for role, start in present.items()}
-    return models | {f"{role}_tokenizer": start.tokenizer for role, start in present.items()}
+def models_and_tokenizers(loaded: Mapping[str, Any]) -> dict[str, PreTrainedModel | PreTrainedTokenizerBase]:
+    """The arguments of `Run.check_inputs`. `loaded`, by role, are objects with a model and a tokenizer, or None."""
+    present = {role: one for role, one in loaded.items() if one is not None}
+    models = {role: one.model for role, one in present.items()}
+    return models | {f"{role}_tokenizer": one.tokenizer for role, one in present.items()}
 
 
 def encoder_of(classifier: PreTrainedModel) -> Any:

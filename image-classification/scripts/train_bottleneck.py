@@ -48,7 +48,7 @@ def main() -> None:
     run = ForgettingRun(run_args, args, data_args)
     run.check_inputs(data.fingerprint, encoder=encoder)
 
-    linear = BottleneckProbe.around(encoder, data, None)
+    linear = BottleneckProbe.from_encoder(encoder, data, None)
     with run.timed("embeddings"):
         embeddings = embed_images(linear, data)
 

@@ -155,7 +155,7 @@ class BottleneckProbe(FrozenEncoderModel):
         self.train(False)
 
     @classmethod
-    def around(
+    def from_encoder(
         cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int | None] | None
     ) -> "BottleneckProbe":
         """An untrained head for the classes of `data`, after a copy of the encoder or (None) after the pixels."""

@@ -116,7 +116,7 @@ def fitted_bottleneck(
     """Runs the stage `keys`: fits the keys of a new bottleneck to embeddings (images, width); its values are zero."""
 
     def fit() -> BottleneckProbe:
-        return fit_keys(BottleneckProbe.around(encoder, data, args.bottleneck), embeddings, run.args.seed)
+        return fit_keys(BottleneckProbe.from_encoder(encoder, data, args.bottleneck), embeddings, run.args.seed)
 
     return run.stage("keys", fit, read_stage, image_processor(data))
 

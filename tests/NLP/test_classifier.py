@@ -53,7 +53,7 @@ from kd.nlp.student_model.methods import (
     labels_only,
     layer_pairs,
 )
-from kd.nlp.student_model.training import cached_outputs, initial_rate
+from kd.nlp.student_model.training import cached_outputs, learning_rate_of
 from kd.nlp.teacher_model.teacher import max_positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -325,7 +325,7 @@ def test_a_control_with_control_init_starts_from_that_model(small, teachers, tmp
         assert (
             settings["learning_rate"]
             == pair.from_scratch_learning_rate
-            != initial_rate(inputs.teacher, pair, training)
+            != learning_rate_of(inputs.teacher, pair, training)
         )
         heads.append(control.classifier.weight)
     assert torch.equal(*heads)

@@ -71,7 +71,7 @@ def saved(kind: str, scoped: Path, folder: Path) -> Path:
         model = BertForSequenceClassification(BertConfig(**shape, **label_config(data)))
     else:
         labels = dict(enumerate(data.label_names))
-        model = BottleneckClassifier.around(
+        model = BottleneckClassifier.from_encoder(
             BertModel(BertConfig(**shape)), labels, "mean", codebooks=8, codebook_size=16
         )
         set_keys(model.bottleneck, "new", None, torch.randn(200, 64), 0)

@@ -159,7 +159,9 @@ def test_glue_checks_the_method_before_training(task, tmp_path, capsys):
 def test_a_teacher_with_a_bottleneck_distills_its_logits_into_a_plain_student(small, folder, tmp_path, capsys):
     data = load_text_data(str(small))
     encoder = AutoModelForSequenceClassification.from_pretrained(folder).base_model
-    made = BottleneckClassifier.around(encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, codebook_size=8)
+    made = BottleneckClassifier.from_encoder(
+        encoder, dict(enumerate(data.label_names)), "cls", codebooks=4, codebook_size=8
+    )
     made.config.key_statistics = {}  # of keys that are fitted, as a run leaves them
     made.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "teacher")

@@ -65,7 +65,7 @@ def test_a_classifier(texts, tmp_path, capsys, kind, format):
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=12)
     config = DistilBertConfig(vocab_size=len(tokenizer), **SIZES)
     if kind == "bottleneck":
-        model: Any = BottleneckClassifier.around(
+        model: Any = BottleneckClassifier.from_encoder(
             DistilBertModel(config), LABELS["id2label"], "mean", codebooks=4, codebook_size=8
         )
         set_keys(model.bottleneck, "new", None, torch.randn(50, 32), 0)

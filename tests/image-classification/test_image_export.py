@@ -25,7 +25,7 @@ PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
 def student_of(kind: str, data: Any) -> Any:
     """A student with random weights and with running statistics that differ from those of a new network."""
     if kind == "probe":
-        model: Any = BottleneckProbe.around(None, data, {"codebooks": 4, "codebook_size": 8, "key_dim": 3})
+        model: Any = BottleneckProbe.from_encoder(None, data, {"codebooks": 4, "codebook_size": 8, "key_dim": 3})
         head, width = model.head, 3 * data.size**2
     else:
         parts: dict[str, Any] = {"projector": PROJECTOR} if kind == "simkd" else {}

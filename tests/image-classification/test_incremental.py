@@ -127,7 +127,7 @@ def test_value_training_does_not_change_the_keys(finished):
 
 
 def test_an_image_changes_only_the_values_of_its_keys(digits):
-    model = BottleneckProbe.around(None, digits, SMALL)
+    model = BottleneckProbe.from_encoder(None, digits, SMALL)
     assert isinstance(model.head, DiscreteKeyValueBottleneck)
     embeddings = embed_images(model, digits)
     samples = HeadInputs.from_embeddings(fit_keys(model, embeddings["train"], seed=0), embeddings, digits)
@@ -157,7 +157,7 @@ def test_keys_do_not_depend_on_labels(digits):
     keys = []
     for data in (digits, other):
         torch.manual_seed(7)
-        model = BottleneckProbe.around(None, data, SMALL)
+        model = BottleneckProbe.from_encoder(None, data, SMALL)
         keys.append(fit_keys(model, embed_images(model, data)["train"], seed=7).head.keys)
     assert torch.equal(*keys)
 
