@@ -519,7 +519,7 @@ def test_threshold_by_hand() -> None:
             (0.20, 0.10, 0.70, 2),
         ]
     )
-    # Without a threshold 3 of 5 are correct. Rejecting below 0.4: 3, 0.5: 4, 0.6: 3, 0.9: 4. 0.5 is the lowest best one.
+    # Correct without a threshold: 3 of 5; rejecting below 0.4: 3, 0.5: 4, 0.6: 3, 0.9: 4. The best are 0.5 and 0.9.
     threshold = choose_threshold(*validation, SCOPED)
     assert threshold is not None and threshold == pytest.approx(0.5)
     test = scoped([(0.45, 0.35, 0.20, 0), (0.20, 0.70, 0.10, 1), (0.48, 0.02, 0.50, 2), (0.30, 0.44, 0.26, 2)])
