@@ -89,7 +89,7 @@ def train_plain_student(
     """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
     reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "ensemble_teachers")
-    reject_unused(f"--method {PLAIN} has no teacher", training, "no_control")
+    reject_unused(f"--method {PLAIN} has no teacher", training, "no_control", "margin")
     data = data_args.load()
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)

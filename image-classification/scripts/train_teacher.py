@@ -35,7 +35,13 @@ from kd.image_classification.teacher_model.classifier import new_classifier
 def main() -> None:
     args, data_args, training = parse(*ARGUMENTS)
     reject_unused(
-        "a teacher is trained on labels alone", training, "alpha", "temperature", "no_control", "value_learning_rate"
+        "a teacher is trained on labels alone",
+        training,
+        "alpha",
+        "temperature",
+        "no_control",
+        "value_learning_rate",
+        "margin",
     )
     data = data_args.load()
     new_classifier(args.architecture, data.config)  # raises UserError before anything is written

@@ -12,6 +12,7 @@ from torch import nn
 from kd.common.data.fingerprints import outputs_key
 from kd.common.methods import Method, labels
 from kd.common.metrics.quality import classifier_warning, constant_score
+from kd.common.metrics.verdict import Measurement
 from kd.common.objective import Objective
 from kd.common.outputs import EnsembleTeacher
 from kd.common.pretrained import stage_loader
@@ -26,7 +27,13 @@ from kd.common.utils.files import check_writable
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import ImageViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
-from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor, trainer_metrics
+from kd.image_classification.student_model.evaluation import (
+    Logits,
+    evaluate,
+    image_processor,
+    measure,
+    trainer_metrics,
+)
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -175,17 +182,23 @@ class ImageRun(TrainerRun):
             labels_only: whether the student was trained without a teacher.
         """
         entries: dict[str, Any] = {} if teacher is None else {"teacher": teacher[0]}
-        logits, workers = None if teacher is None else teacher[1], self.args.dataloader_num_workers
+        measurements = {} if teacher is None else {"teacher": measure(self.data, teacher[1])}
+        teacher_logits, workers = None if teacher is None else teacher[1], self.args.dataloader_num_workers
         for role, (name, model) in models.items():
-            entries[role] = None if model is None else evaluate(name, model, self.data, logits, workers)[0]
-        results = self.image_results(method, entries)
+            entries[role] = None
+            if model is not None:
+                entries[role], logits = evaluate(name, model, self.data, teacher_logits, workers)
+                measurements[role] = measure(self.data, logits)
+        results = self.image_results(method, entries, measurements)
         results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
         self.write_results(self.folder, results, models.get("student", ("", None))[1], self.history)
         if PartialState().is_main_process:
             print_table(results)
             print(f"report: {self.folder / 'report.md'}")
 
-    def image_results(self, method: str, entries: dict[str, Any]) -> dict[str, Any]:
+    def image_results(
+        self, method: str, entries: dict[str, Any], measurements: Mapping[str, Measurement]
+    ) -> dict[str, Any]:
         """The content of results.json. `entries`: results of `evaluate` by role, or None without such a model."""
         data, split = self.data, self.data.selection_split
         parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
@@ -204,6 +217,7 @@ class ImageRun(TrainerRun):
             models=models,
             split=split,
             metric="accuracy",
+            measurements=measurements,
             chance=constant_score(data.splits[split].labels.numpy(), len(data.label_names), "accuracy"),
             selection=self.args.selection,
             data_notes="; ".join(data.notes) or "none",

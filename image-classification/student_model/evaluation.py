@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
 from kd.common.metrics.cost import cost, flops, parameters
-from kd.common.metrics.quality import agreement, classification_metrics, top_k_accuracy
+from kd.common.metrics.quality import agreement, calibration_metrics, classification_metrics, top_k_accuracy
+from kd.common.metrics.verdict import Measurement, measure_classes
 from kd.common.outputs import EnsembleTeacher
 from kd.common.training.inference import identity_collate, run_inference
 from kd.image_classification.data.loading import ImageData, LargeImageData
@@ -59,7 +60,8 @@ def evaluate(
     logits = {split: predict(model, data, split, workers) for split in data.splits if split != "train"}
     metrics = {}
     for split, predictions in logits.items():
-        metrics[split] = image_metrics(predictions, data.splits[split].labels.numpy())
+        labels = data.splits[split].labels.numpy()
+        metrics[split] = image_metrics(predictions, labels) | calibration_metrics(predictions, labels)
         if teacher_logits is not None:
             metrics[split]["agreement"] = agreement(predictions, teacher_logits[split])
     image = data.views(data.selection_split, model.device).__getitems__([0])["pixel_values"]
@@ -69,6 +71,12 @@ def evaluate(
         if keys := getattr(model.config, "key_statistics", None):  # only with a bottleneck
             entry["keys"] = keys
     return entry, logits
+
+
+def measure(data: ImageData, logits: Logits) -> Measurement:
+    """The accuracy on any images of the selection split."""
+    split = data.selection_split
+    return measure_classes(logits[split], data.splits[split].labels.numpy())
 
 
 def cost_of_parts(model: ImageClassifier, image: torch.Tensor) -> dict[str, dict[str, int | None]]:

@@ -33,7 +33,7 @@ from kd.common.utils.files import writing_folder
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import IncrementalArguments
 from kd.image_classification.student_model.bottleneck import BottleneckProbe
-from kd.image_classification.student_model.evaluation import evaluate, image_processor
+from kd.image_classification.student_model.evaluation import evaluate, image_processor, measure
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 Tasks = list[list[int]]  # the class ids of each task, in training order
@@ -221,7 +221,8 @@ def incremental_results(
     """
     student, vectors = heads["student"], heads["control"].samples.inputs["train"]
     keys = student.untrained.bottleneck.key_statistics(vectors.to(student.untrained.device))
-    entries = {stage: evaluate(heads[stage].name, model, data)[0] for stage, model in models.items()}  # on images
+    evaluations = {stage: evaluate(heads[stage].name, model, data) for stage, model in models.items()}  # on images
+    entries = {stage: entry for stage, (entry, _) in evaluations.items()}
     sizes = {name: len(images) for name, images in data.splits.items()}
     one_by_one = {stage: head for stage, head in heads.items() if head.tasks == student.tasks}
     seen = {head.name: _after_each_task(run.history[stage], "classes seen") for stage, head in one_by_one.items()}
@@ -238,6 +239,7 @@ def incremental_results(
         models={role: entries[role] for role in ("teacher", "control", "student")},
         split=data.selection_split,
         metric="accuracy",
+        measurements={role: measure(data, evaluations[role][1]) for role in ("teacher", "control", "student")},
         selection="last epoch; no split chose anything",
         data_notes="; ".join(data.notes) or "none",
         order_of_classes=", ".join(data.label_names[c] for task in student.tasks for c in task),

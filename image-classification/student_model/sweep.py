@@ -22,6 +22,7 @@ from transformers import set_seed
 
 from kd.common.cli import reject_unused
 from kd.common.methods import Method, check_methods_differ, labels
+from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.results import RECIPE, RESULTS
 from kd.common.training.run_folder import REPORT_FILES, RUN_FILES
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
@@ -41,7 +42,13 @@ from kd.image_classification.student_model.arguments import (
     SimKDWeights,
 )
 from kd.image_classification.student_model.distillation import ImageRun, read_stage, validate_teacher_views
-from kd.image_classification.student_model.evaluation import Logits, evaluate, image_processor
+from kd.image_classification.student_model.evaluation import (
+    Logits,
+    evaluate,
+    image_processor,
+    measure,
+    predict,
+)
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import check_kd_flags, image_method
 from kd.image_classification.student_model.simkd import simkd, simkd_student
@@ -263,7 +270,7 @@ def write_group(
     auxiliary_parameters: dict[str, int],
 ) -> None:
     """Evaluates the students of a stage and writes their folders, or diverged.json for a student that diverged."""
-    history = run.history[stage]
+    history, measured = run.history[stage], dict[Student, Measurement]()
     for student, model in trained.items():  # controls first, because the others are compared with them
         folder = student.folder(run.folder)
         if non_finite_tensor(model) is not None:
@@ -271,11 +278,18 @@ def write_group(
                 write_json(folder / DIVERGED, {"epoch": _epoch_of_divergence(student, history)})
             continue
         entries = {"teacher": teacher_results[0], "control": None}
-        if student.control is not None and (control := student.control.folder(run.folder) / RESULTS).exists():
-            entries["control"] = read_json(control)["models"]["student"]
+        measurements = {"teacher": measure(run.data, teacher_results[1])}
+        if (control := student.control) is not None and (control.folder(run.folder) / RESULTS).exists():
+            entries["control"] = read_json(control.folder(run.folder) / RESULTS)["models"]["student"]
+            if control not in measured:  # of another group
+                saved = read_stage(str(control.folder(run.folder) / "student")).to(model.device)
+                split = run.data.selection_split
+                measured[control] = measure(run.data, {split: predict(saved, run.data, split)})
+            measurements["control"] = measured[control]
         name = f"{model.config.architecture}, {student.label}"
-        entries["student"], _ = evaluate(name, model, run.data, teacher_results[1])
-        results = run.image_results(student.label, entries) | {
+        entries["student"], logits = evaluate(name, model, run.data, teacher_results[1])
+        measurements["student"] = measured[student] = measure(run.data, logits)
+        results = run.image_results(student.label, entries, measurements) | {
             "learning_rate": student.learning_rate,
             "labels_only": student.is_control,
             "auxiliary_parameters": auxiliary_parameters[student.key],

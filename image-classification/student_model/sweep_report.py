@@ -2,6 +2,7 @@
 
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -9,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kd.common.metrics.verdict import OVER_EXAMPLES, OVER_SEEDS, verdict_over_seeds
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich
@@ -17,6 +19,12 @@ from kd.common.utils.files import read_json, write_text
 from kd.image_classification.student_model.sweep import DIVERGED, Student
 
 GROUP = ["label", "rate"]  # columns that identify a student
+CONTROL_SENTENCES = {  # by the word of the verdict
+    "better": "Better than the control",
+    "no difference shown": "No difference shown to the control",
+    "worse": "Worse than the control",
+    "None": "Without a control",
+}
 
 
 def write_sweep_report(folder: Path, students: list[Student], seeds: list[int]) -> None:
@@ -38,7 +46,7 @@ def write_sweep_report(folder: Path, students: list[Student], seeds: list[int]) 
     first = next(iter(results.values()))
     split, teacher = first["primary_metric"]["split"], first["models"]["teacher"]
     rows = rows_of(results)
-    (header, cells), notes = table(rows), compare_students(rows, split)
+    (header, cells), notes = table(rows), compare_students(results, split)
     if diverged:
         notes.append(f"Diverged (the loss is not finite) and left out: {named}.")
     write_text(folder / "sweep.md", "\n\n".join([markdown(header, cells), *notes]) + "\n")
@@ -78,30 +86,39 @@ def table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return ["student", "learning rate", "seeds", *means, *sizes, "seconds"], cells
 
 
-def compare_students(rows: pd.DataFrame, split: str) -> list[str]:
-    """Sentences that name the students that are not better than their control, and those not worse than the best."""
-    rows = rows[~rows["is_control"]]
-    rows = rows.assign(name=[f"{label} at {rate:g}" for label, rate in zip(rows["label"], rows["rate"], strict=True)])
-    if rows.empty:
+def compare_students(results: dict[tuple[Student, int], dict[str, Any]], split: str) -> list[str]:
+    """Sentences with the verdict on each student: against its control and, over several seeds, against the best."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for (student, _), found in results.items():
+        if not student.is_control:
+            runs.setdefault(f"{student.label} at {student.learning_rate:g}", []).append(found)
+    if not runs:
         return []
-    if rows["seed"].nunique() < 2:
-        return ["The variation over seeds cannot be estimated from one seed."]
-    scores = rows.pivot(index="seed", columns="name", values=f"{split} accuracy")
-    gains = rows.pivot(index="seed", columns="name", values="gain over control")
-    names = list(rows["name"].unique())
-    best = scores[names].mean().idxmax()
-    without = [name for name in names if gains[name].isna().any()]
-    like_control = [name for name in names if name not in without and not _stands_out(gains[name])]
-    like_best = [name for name in names if name != best and not _stands_out(scores[best] - scores[name])]
-    sentences = [f"A difference counts if its mean over seeds in {split} accuracy exceeds two standard deviations."]
-    if len(without) < len(names):
-        sentences.append(f"Not better than the control: {', '.join(like_control) or 'none'}.")
-    sentences.append(f"Not worse than the best, {best}: {', '.join(like_best) or 'none'}.")
-    return sentences + ([f"Without a control: {', '.join(without)}."] if without else [])
+    seeds = len({seed for _, seed in results})
+    sentences = [f"Verdicts on {split} accuracy, by 95% intervals: {OVER_SEEDS if seeds > 1 else OVER_EXAMPLES}."]
+    names: dict[str, list[str]] = {}
+    for name, of_student in runs.items():
+        verdicts = [control for one in of_student if (control := (one.get("verdict") or {}).get("control"))]
+        word = verdict_over_seeds(verdicts)["word"] if len(verdicts) == len(of_student) else None
+        names.setdefault(str(word).removesuffix(" (one seed)"), []).append(name)
+    for word, sentence in CONTROL_SENTENCES.items():
+        if word in names:
+            sentences.append(f"{sentence}: {', '.join(names[word])}.")
+    if seeds < 2:
+        return [*sentences, "The variation over seeds cannot be estimated from one seed."]
+    return [*sentences, _compared_with_best(runs, split)]
 
 
-def _stands_out(differences: pd.Series) -> bool:
-    return bool(differences.mean() > 2 * differences.std())
+def _compared_with_best(runs: dict[str, list[dict[str, Any]]], split: str) -> str:
+    scores = {n: [r["models"]["student"]["metrics"][split]["accuracy"] for r in found] for n, found in runs.items()}
+    best = max(scores, key=lambda name: fmean(scores[name]))
+
+    def is_like_best(name: str) -> bool:
+        gains = [one - other for one, other in zip(scores[best], scores[name], strict=True)]
+        return verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])["word"] != "better"
+
+    like_best = [name for name in scores if name != best and is_like_best(name)]
+    return f"No difference shown to the best, {best}: {', '.join(like_best) or 'none'}."
 
 
 def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) -> None:

@@ -224,7 +224,7 @@ def test_flops_by_hand(model, inputs, expected):
 
 
 class Watcher(nn.Module):
-    """Records the modes in which it is called; its normalization is frozen, as in fine-tuning."""
+    """Records the modes of its forward passes. Its normalization is frozen, as in fine-tuning."""
 
     def __init__(self):
         super().__init__()

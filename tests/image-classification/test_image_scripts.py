@@ -21,13 +21,14 @@ from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.sweep import Student
-from kd.image_classification.student_model.sweep_report import compare_students, rows_of
+from kd.image_classification.student_model.sweep_report import compare_students
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.image_files import draw
 from kd_testing.paths import REPO
 from kd_testing.processes import run_code
 from kd_testing.scripts import run_script
+from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 pytestmark = pytest.mark.usefixtures("digits_once")
 SCRIPTS = REPO / "image-classification" / "scripts"
@@ -82,6 +83,7 @@ def test_simkd_trains_and_reports_student_and_control(simkd, teacher):
     assert results["retention"] == pytest.approx(
         models["student"]["metrics"]["validation"]["accuracy"] / models["teacher"]["metrics"]["validation"]["accuracy"]
     )
+    check_verdict(results)
     parts = results["parameters_of_parts"]["student"]
     assert parts["backbone"] + parts["projector"] + parts["head"] == models["student"]["parameters"]
     assert "agreement" in models["student"]["metrics"]["test"]
@@ -226,6 +228,7 @@ def test_runs_of_several_seeds_share_the_teacher(tmp_path, capsys):
     script("train_student.py", *words, "--seeds", "3,4", "--output_dir", tmp_path / "several")
     results, each = results_of(tmp_path / "several"), [results_of(tmp_path / "several" / f"seed{s}") for s in (3, 4)]
     assert results["seeds"] == [3, 4] and [run["seed"] for run in each] == [3, 4]
+    check_verdict_over_seeds(results, each)
     scores = [run["models"]["student"]["metrics"]["test"]["accuracy"] for run in each]
     assert results["models"]["student"]["metrics"]["test"]["accuracy"] == pytest.approx(sum(scores) / 2)
     assert [path.parent.parent.name for path in (tmp_path / "several").rglob("stages/teacher")] == ["several"]
@@ -293,8 +296,12 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     student = results["models"]["student"]["metrics"]["validation"]["accuracy"]
     assert results["gain_over_control"] == pytest.approx(student - control)
     assert results["seed"] == 0 and results["seconds"]["student"] > 0
-    table, note = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
-    assert table.count("\n") == 11 and note == "The variation over seeds cannot be estimated from one seed.\n"
+    table, *notes = (tmp_path / "s" / "sweep.md").read_text().split("\n\n")
+    assert table.count("\n") == 11 and notes[-1] == "The variation over seeds cannot be estimated from one seed.\n"
+    check_verdict(results)
+    check_verdict(results_of(students / "kd_lr0.05"))  # its control was evaluated by another process
+    word = results["verdict"]["control"]["word"].removesuffix(" (one seed)")
+    assert any("simkd single l2 at 0.05" in note and word in note.lower() for note in notes)
     assert (tmp_path / "s" / "sweep.png").exists()
     with pytest.raises(SystemExit) as stopped:
         script("sweep.py", *words, "--learning_rates", 0.05, "--projector_factor", 4)
@@ -346,7 +353,7 @@ def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher
 
 def test_students_of_a_sweep_are_compared_over_seeds():
     """Of three seeds: kd gains 3, 4 and 5 points over the control, dkd 4, 3.5 and 4, fitnet -1, 1 and 3."""
-    found = {}
+    found: dict[tuple[Student, int], dict[str, Any]] = {}
     for method, scores in {
         "none": [0.60, 0.61, 0.62],
         "kd": [0.63, 0.65, 0.67],
@@ -357,20 +364,20 @@ def test_students_of_a_sweep_are_compared_over_seeds():
             found[Student(method, None, None, 0.1), seed] = {
                 "models": {"student": {"metrics": {"validation": {"accuracy": score}}, "parameters": 1}},
                 "gain_over_control": None if method == "none" else score - control,
-                "auxiliary_parameters": 0,
-                "seconds": {"student": 1.0},
+                "verdict": {"control": {"gain": score - control, "interval": None, "seeds": 1}},
             }
-    rule = "A difference counts if its mean over seeds in validation accuracy exceeds two standard deviations."
-    assert compare_students(rows_of(found), "validation") == [
+    rule = "Verdicts on validation accuracy, by 95% intervals: paired t over the seeds."
+    assert compare_students(found, "validation") == [
         rule,
-        "Not better than the control: fitnet at 0.1.",
-        "Not worse than the best, kd at 0.1: dkd at 0.1.",
+        "Better than the control: kd at 0.1, dkd at 0.1.",
+        "No difference shown to the control: fitnet at 0.1.",
+        "No difference shown to the best, kd at 0.1: dkd at 0.1.",
     ]
-    students = {key: one | {"gain_over_control": None} for key, one in found.items() if key[0].method != "none"}
-    assert compare_students(rows_of(students), "validation") == [
+    students = {key: one | {"verdict": None} for key, one in found.items() if key[0].method != "none"}
+    assert compare_students(students, "validation") == [
         rule,
-        "Not worse than the best, kd at 0.1: dkd at 0.1.",
         "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
+        "No difference shown to the best, kd at 0.1: dkd at 0.1.",
     ]
 
 
@@ -549,7 +556,9 @@ def test_a_teacher_at_chance_level_is_reported_before_distillation(teacher, tmp_
     [warning] = results_of(tmp_path / "run")["warnings"]
     assert warning.startswith(f"teacher {folder} is no better than chance: its validation accuracy is ")
     assert f"warning: {warning}" in capsys.readouterr().err
-    assert f"**Warning:** {warning}" in (tmp_path / "run" / "report.md").read_text()
+    assert (tmp_path / "run" / "report.md").read_text().count(f"**Warning:** {warning}") == 1
+    verdict = results_of(tmp_path / "run")["verdict"]
+    assert verdict["warnings"][0] == warning and verdict["control"] is None
 
 
 def test_a_file_as_teacher_is_rejected(tmp_path, capsys):

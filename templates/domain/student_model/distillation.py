@@ -48,12 +48,12 @@ def train(run: TrainerRun, stage: str, width: int, data: LabelledData, method: M
 
 
 def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a transformers Trainer."""
+    """The metrics of an evaluation during training, as `compute_metrics` of a transformers Trainer."""
     return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
 def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
-    """Logits (samples, classes) of the rows, in fp32, the precision of a loaded model."""
+    """Logits (samples, classes) of the rows, computed in fp32 like those of a loaded model."""
 
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits}
@@ -62,8 +62,8 @@ def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
 
 
 def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> dict[str, Any]:
-    """The model's entry in results.json: its cost, and its metrics on every split except train. With `teacher`, also
-    the agreement of both models.
+    """The model's entry in results.json: its cost, and its metrics on every split except train. If `teacher` is
+    passed, the metrics include the agreement with the teacher.
     """
     metrics = {}
     for split, rows in data.splits.items():
