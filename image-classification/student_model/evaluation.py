@@ -38,7 +38,7 @@ def predict(model: PreTrainedModel | EnsembleTeacher, data: ImageData, split: st
         return {"logits": model(**batch).logits.float()}
 
     outputs = run_inference(
-        model,  # type: ignore[arg-type]
+        model,
         forward,
         data.views(split, model.device),
         identity_collate,
