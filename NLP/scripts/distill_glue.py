@@ -2,8 +2,8 @@
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
 
-`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share all stages except the student, in
-`OUT/TASK/shared/seedN`. The same command with more tasks, systems or seeds trains only the missing ones.
+`OUT/TASK/SYSTEM` is a run of several seeds. `OUT/TASK/shared/seedN` has the stages that systems share.
+The same command with more tasks, systems or seeds trains only the missing ones.
 """
 
 import copy

@@ -104,8 +104,8 @@ class PairArguments:
         if self.pair not in PAIRS_BY_NAME:
             raise UserError(f"unknown --pair {self.pair}: choose from {', '.join(PAIRS_BY_NAME)}")
         teacher, student = PAIRS_BY_NAME[self.pair]
-        settings, rate = PAIRS[teacher, student], learning_rate(student)
-        _set_defaults(self, teacher=teacher, student=student, method_args=settings)
+        method_args, rate = PAIRS[teacher, student], learning_rate(student)
+        _set_defaults(self, teacher=teacher, student=student, method_args=method_args)
         _set_defaults(data, dataset="cifar100")
         if rate is not None:
             _set_defaults(training, learning_rate=rate)

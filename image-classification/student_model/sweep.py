@@ -154,7 +154,7 @@ def sweep(
     missing = {s: [one for one in students if not one.is_finished(run.folder / f"seed{s}")] for s in seeds}
     number = len(seeds) * len(students)
     if PartialState().is_main_process:
-        print(f"{number - sum(map(len, missing.values()))} of {number} students are finished already")
+        print(f"{number - sum(map(len, missing.values()))} of {number} students are already finished")
     if any(missing.values()):
         teacher_results = run.evaluate_teacher(pair.teacher, teacher)
         for seed_run in run.each_seed():
