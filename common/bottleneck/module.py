@@ -269,7 +269,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         }
 
 
-def without_weights(width: int, num_outputs: int, shape: dict[str, Any]) -> DiscreteKeyValueBottleneck:
+def meta_bottleneck(width: int, num_outputs: int, shape: dict[str, Any]) -> DiscreteKeyValueBottleneck:
     """A bottleneck of this shape on the meta device. Raises UserError if it cannot split an embedding of `width`."""
     try:
         with torch.device("meta"):

@@ -219,7 +219,7 @@ class BottleneckArguments(CodebookArguments):
         names = ("codebooks", "codebook_size", "split", "key_dim", "decoder", "value_dim")
         return {name: getattr(self, name) for name in names}
 
-    def value_settings(self, rate: float) -> dict[str, Any]:
+    def value_arguments(self, rate: float) -> dict[str, Any]:
         """Training arguments of the values: learning rate `rate` for the values and a tenth of it for the decoder.
         Every sample updates the decoder, but only samples that select its key update a value.
         """

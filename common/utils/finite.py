@@ -47,7 +47,7 @@ def non_finite_tensor(*modules: nn.Module) -> str | None:
 
 
 def _divergence(tensor: str, when: str) -> str:
-    remedy = "try a lower learning rate, other optimizer settings or fp32"
+    remedy = "try a lower learning rate, other optimizer arguments or fp32"
     return f"training diverged: {tensor} is not finite {when}; {remedy}"
 
 
