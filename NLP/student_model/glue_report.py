@@ -101,7 +101,7 @@ def _average(found: dict[str, Runs]) -> str:
 
 
 def _verdicts(found: dict[str, Runs]) -> list[str]:
-    """One sentence per system: verdicts over seeds on the gain over its control, in the primary metric of each task."""
+    """One sentence per system: verdicts over seeds on its gain over the control in the primary metric of each task."""
     sentences = []
     for system, name in SYSTEMS.items():
         tasks_by_word: dict[str, list[str]] = {}
