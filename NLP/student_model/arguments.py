@@ -138,9 +138,11 @@ class PairArguments:
         if teacher_is_trained:
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "from_scratch_epochs")
         elif teacher_from_scratch:
-            reject_unused(f"{self.teacher} has random weights and --from_scratch_epochs", self, "teacher_epochs")
+            reject_unused(
+                f"{self.teacher} has random weights and is trained for --from_scratch_epochs", self, "teacher_epochs"
+            )
         else:
-            reject_unused(f"{self.teacher} has no random weights", self, "from_scratch_epochs")
+            reject_unused(f"{self.teacher} has pretrained weights", self, "from_scratch_epochs")
         if not from_scratch:
             reject_unused("no model has random weights", self, "from_scratch_learning_rate")
 
@@ -277,9 +279,10 @@ class SearchArguments:
                 reject_unused(f"--search leaves out {name}", self, f"{name}_range")
 
     def _check_range(self, name: str, limits: list[float]) -> None:
-        shown = " ".join(map(str, limits))
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise ValueError(f"--{name}_range takes two numbers, the lower one first, got {shown}")
+            raise ValueError(
+                f"--{name}_range takes two numbers, the lower one first, got {' '.join(map(str, limits))}"
+            )
 
     @property
     def ranges(self) -> Ranges:

@@ -66,7 +66,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
-        transformers_logging.disable_progress_bar()  # for loading and saving; training keeps its bar
+        transformers_logging.disable_progress_bar()  # hides bars of loading and saving; training has a bar
         datasets.disable_progress_bars()
         self._open()
 
@@ -280,19 +280,19 @@ class TrainerRun(Run):
 
     args: KDTrainingArguments
 
-    def train(self, name: str, model: Network, settings: dict[str, Any], **trainer: Any) -> Network:
+    def train(self, name: str, model: Network, overrides: dict[str, Any], **trainer: Any) -> Network:
         """Trains the model of a stage, starting from its last checkpoint.
 
         Args:
-            settings: Training arguments of this stage that differ from the run's.
+            overrides: Training arguments of this stage that differ from those of the run.
             trainer: Arguments of KDTrainer.
         """
         args = copy.copy(self.args)
         args.output_dir = str(self.folder / "checkpoints" / name)
         if trainer.get("eval_dataset") is None:
             args.eval_strategy = "no"
-        for setting, value in settings.items():
-            setattr(args, setting, value)
+        for argument, value in overrides.items():
+            setattr(args, argument, value)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)

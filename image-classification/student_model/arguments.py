@@ -215,7 +215,7 @@ class ImageBottleneckArguments(BottleneckArguments):
     codebook_size: CodebookSize = 256
     value_epochs: Positive = 20
 
-    def value_settings(self, rate: float) -> dict[str, Any]:
+    def value_arguments(self, rate: float) -> dict[str, Any]:
         """Training arguments for the values: AdamW, independent of the optimizer of the convolutions."""
         return {
             "dataloader_drop_last": False,
@@ -225,7 +225,7 @@ class ImageBottleneckArguments(BottleneckArguments):
             "lr_milestones": None,
             "lr_scheduler_type": "linear",
             "warmup_steps": 0.1,
-        } | super().value_settings(rate)
+        } | super().value_arguments(rate)
 
 
 @dataclass
