@@ -23,7 +23,7 @@ LONGEST_LABEL = 24
 GROUP = ["label", "rate"]  # columns that identify a student
 CONTROL_SENTENCES = {  # by the word of the verdict
     "better": "Better than the control",
-    "no difference shown": "Not shown to differ from the control",
+    "no difference shown": "No difference shown to the control",
     "worse": "Worse than the control",
     "None": "Without a control",
 }
