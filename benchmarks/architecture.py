@@ -13,10 +13,11 @@ of two or more folders. A folder is a top folder with its first subfolder (`comm
 is a top folder. Imports inside functions count.
 
 Commands run for a few steps in separate processes. Files imported: the project's modules in `sys.modules` at the end,
-and the script, without files that hold only a docstring. Files run: the files in which a function is called. One step:
-the time between the ends of two calls of `optimizer.step()` in the last training without a control (for the alignment:
-the last but one). Its figures are the calls of project functions (without comprehensions, with resumed generators),
-the distinct files, and the moves, consecutive calls in different files; each is the median of three steps.
+and the script, without files that contain only a docstring. Files run: the files in which a function is called. One
+step: the time between the ends of two calls of `optimizer.step()` in the last training without a control (for the
+alignment: the last but one). Its figures are the calls of project functions (without comprehensions, with resumed
+generators), the distinct files, and the moves, consecutive calls in different files; each is the median of three
+steps.
 
 Networks of SimKD: instances of a class named ImageClassifier or Backbone, or of a subclass, that are not part of
 another one; copies do not count. Students have less than half of the parameters of the largest one. Probe forwards:
@@ -225,7 +226,7 @@ class Recorder:
         self.probes: list[tuple[str, bool]] = []  # the caller, and whether it was before the first step
         self._optimizer: Optimizer | None = None
         self._calls: list[str] = []
-        self._depth = 0  # of forwards in forwards
+        self._depth = 0  # nesting depth of the current forward pass
         init = nn.Module.__init__
 
         def recording_init(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -370,10 +371,10 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="root of the checkout")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--compare", type=Path, help="JSON file of an earlier checkout")
-    parser.add_argument("--static", action="store_true", help="do not run commands")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="Root of the checkout.")
+    parser.add_argument("--json", type=Path, help="File to which the figures are also written.")
+    parser.add_argument("--compare", type=Path, help="JSON file of another checkout, for comparison.")
+    parser.add_argument("--static", action="store_true", help="Do not run commands.")
     args = parser.parse_args()
     root = args.root.resolve()
     before = {"before": json.loads(args.compare.read_text(encoding="utf-8"))} if args.compare else {}

@@ -49,11 +49,11 @@ def train(
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--dataset", default="intents")
-    parser.add_argument("--encoder", default="tiny-bert")
-    parser.add_argument("--decoder", choices=["linear", "mean"], default="linear")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--dataset", default="intents", help="Embedded dataset, Hub name, folder or file.")
+    parser.add_argument("--encoder", default="tiny-bert", help="Hub name or folder of the encoder.")
+    parser.add_argument("--decoder", choices=["linear", "mean"], default="linear", help="Map from values to logits.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Samples per step.")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision.")
     args = parser.parse_args()
     args.precision = resolve_precision(args.precision)
 
@@ -77,7 +77,9 @@ def main() -> None:
     print(f"keys fitted in {fitted - started:.1f} s, codes cached in one pass of {pass_seconds:.1f} s")
     print("| values trained on | samples per second |\n|---|---|")
     print(f"| texts: encoder and search every step | {online:,.0f} |\n| cached codes | {cached:,.0f} |")
-    print(f"ratio {cached / online:.0f}; the cache pays from epoch {1 + pass_seconds * online / len(codes):.1f} on")
+    print(
+        f"ratio {cached / online:.0f}; the cache pays off from epoch {1 + pass_seconds * online / len(codes):.1f} on"
+    )
 
 
 if __name__ == "__main__":

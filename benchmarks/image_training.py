@@ -200,7 +200,7 @@ def methods_seconds(names: list[str], teacher: ImageClassifier, data: SmallImage
     features = SideBySide.paths({name: method.features for name, method in methods.items()})
     teacher_features = {name: path for method in methods.values() for name, path in method.teacher_features.items()}
     paths = features, teacher_features
-    # Low, because the maps of an untrained teacher are too large for the published weights of some terms.
+    # The learning rate is low, because maps of an untrained teacher are too large for the published weights.
     return seconds_per_step(SideBySide(students), objective, paths, teacher, data, args, learning_rate=1e-9)
 
 
@@ -225,18 +225,20 @@ def compare_methods(args: Namespace, data: SmallImageData) -> None:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("comparison", choices=["simkd", "methods"])
-    parser.add_argument("--batch_size", type=int, default=64, within=Range(1), help="images per step")
-    parser.add_argument("--steps", type=int, default=12, within=Range(2), help="steps per block")
-    parser.add_argument("--blocks", type=int, default=3, within=Range(1), help="blocks of each step")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of this project's step")
-    parser.add_argument("--torch_compile", action="store_true", help="simkd: compile this project's student")
-    parser.add_argument("--teacher", default="resnet56", help="methods: the teacher's architecture")
-    parser.add_argument("--student", default="resnet20", help="methods: the student's architecture")
+    parser.add_argument("--batch_size", type=int, default=64, within=Range(1), help="Images per step.")
+    parser.add_argument("--steps", type=int, default=12, within=Range(2), help="Steps per block.")
+    parser.add_argument("--blocks", type=int, default=3, within=Range(1), help="Number of blocks per step.")
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to measure"
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of this project's step."
+    )
+    parser.add_argument("--torch_compile", action="store_true", help="simkd: compile the student of this project.")
+    parser.add_argument("--teacher", default="resnet56", help="methods: architecture of the teacher.")
+    parser.add_argument("--student", default="resnet20", help="methods: architecture of the student.")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods: methods to measure."
     )
     parser.add_argument("--together", nargs="+", default=["kd", "dkd", "dist"], choices=list(METHODS),
-                        help="methods: students that share one teacher pass")  # fmt: skip
+                        help="methods: methods whose students share one teacher pass.")  # fmt: skip
     args = parser.parse_args()
     logging.disable_progress_bar()
     torch.manual_seed(0)

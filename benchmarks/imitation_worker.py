@@ -5,7 +5,7 @@
 `WEIGHTS.npz` is the state dict of an ActorCriticPolicy of Stable-Baselines3. The script first prints a line of JSON
 with the teacher's return and the installed versions. For each request on stdin,
 `{"method": "dagger" or "bc", "seed": 0, "goal": 475, "arguments": null or {"steps": 2000, "updates": 200, ...}}`,
-it prints the CPU time until a student's mean greedy return reaches the goal. `null` stands for imitation's defaults.
+it prints the CPU time until a student's mean greedy return reaches the goal. `null` selects imitation's defaults.
 DAgger is evaluated after each round. BC trains on whole episodes of the teacher, 2,000 steps or more, and is evaluated
 after each epoch.
 """
@@ -71,7 +71,7 @@ def load_teacher(path: str, environments: VecEnv) -> ActorCriticPolicy:
 
 
 class Distillation:
-    """Distills one student. `observations`: the number that the teacher has labelled."""
+    """Distills one student. `observations` is the number of observations that the teacher has labelled."""
 
     def __init__(self, name: str, teacher: ActorCriticPolicy, seed: int, arguments: dict[str, Any] | None) -> None:
         torch.manual_seed(seed)
@@ -115,8 +115,8 @@ class Distillation:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--environment", default="CartPole-v1")
+    parser.add_argument("--teacher", required=True, help="npz file with the state dict of the teacher.")
+    parser.add_argument("--environment", default="CartPole-v1", help="Gymnasium environment.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -11,7 +11,7 @@ per CPU-second (all threads). On a shared machine use the latter, with OMP_NUM_T
 each other use CPU time.
 """
 
-import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
+import kd.common  # noqa: F401, I001 - must be imported before transformers' models
 
 import copy
 import statistics
@@ -188,7 +188,7 @@ def make_case(data: TextData, teacher: str | None, student_layers: int, batch_si
     number = min(len(texts.train), steps * batch_size)
     if number < 2 * batch_size:
         raise UserError(
-            f"{number} texts make no two batches of {batch_size}: pass a smaller --batch_size or more --steps"
+            f"{number} texts are fewer than two batches of {batch_size}: pass a smaller --batch_size or more --steps"
         )
     texts.splits["train"] = texts.train.shuffle(seed=0).select(range(number)).flatten_indices()
     return Case(pretrained.model, cut_layers(pretrained.model, student_layers), texts, batch_size)
@@ -221,13 +221,15 @@ def report(rates: dict[str, list[tuple[float, float]]], cache_seconds: tuple[flo
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--dataset", default="intents")
-    parser.add_argument("--teacher", help="Hub name or folder (default: random weights of the size of MiniLM)")
-    parser.add_argument("--student_layers", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=50, help="steps per variant and round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--dataset", default="intents", help="Embedded dataset, Hub name, folder or file.")
+    parser.add_argument("--teacher", help="Hub name or folder (default: a BERT like MiniLM with random weights).")
+    parser.add_argument("--student_layers", type=int, default=3, help="Layers of the teacher to keep.")
+    parser.add_argument("--batch_size", type=int, default=48, help="Texts per step.")
+    parser.add_argument("--steps", type=int, default=50, help="Steps per variant and round.")
+    parser.add_argument("--rounds", type=int, default=5, help="Number of rounds, each with all variants.")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of the last variants."
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)

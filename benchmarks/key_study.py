@@ -1,10 +1,10 @@
-"""Accuracy of a student's bottleneck with carried, new, random and reused keys, in settings where keys may matter.
+"""Accuracy of a student's bottleneck with carried, new, random and reused keys, in several settings.
 
     python benchmarks/key_study.py runs/NLP/keys_carried_seed* --dataset clinc_oos --markdown keys.md
 
-Reads finished runs of distill_keys_carried.sh on one dataset, one per seed. Their encoders, aligned or not, embed the
-texts once. Then each combination of setting and keys trains only values, which takes seconds. The table holds the mean
-and standard deviation of the student's validation accuracy over the runs.
+Reads finished runs of distill_keys_carried.sh on one dataset, one per seed. Their encoders, with and without
+alignment, embed the texts once. Then only the values are trained for each combination of setting and keys, which takes
+seconds. The table contains the mean and standard deviation of the student's validation accuracy over the runs.
 """
 
 import statistics
@@ -36,7 +36,7 @@ from kd.nlp.student_model.layers import cut_layers, load_encoder
 from kd.nlp.teacher_model.teacher import load_classifier
 
 KEYS = get_args(Keys)
-GROUPS = 10  # of classes that arrive one after another
+GROUPS = 10  # groups of classes for training on one group after another
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ SETTINGS = [
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="finished runs of distill_keys_carried.sh")
-    parser.add_argument("--dataset", required=True, help="the dataset of those runs")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of finished runs of distill_keys_carried.sh.")
+    parser.add_argument("--dataset", required=True, help="Dataset of the runs.")
+    parser.add_argument("--markdown", type=Path, help="File to which the table is also written.")
     args = parser.parse_args()
     accuracies: dict[tuple[str, str], list[float]] = defaultdict(list)
     probes = []
@@ -214,7 +214,7 @@ class KeyStudy:
         teacher_outputs: TeacherOutputs | None,
         optimizer: str = "adamw_torch",
     ) -> None:
-        """Trains values and decoder on `rows` with labels and, if there are any, the teacher's logits."""
+        """Trains values and decoder on `rows` with labels and, unless it is None, the teacher's logits."""
         method = labels() if teacher_outputs is None else labels_and_soft_targets(0.5, 2.0)
         args = self.args
         args.optim, args.value_learning_rate = optimizer, 30.0 if optimizer == "sgd" else 3e-2

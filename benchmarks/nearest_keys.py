@@ -4,8 +4,8 @@
     python benchmarks/nearest_keys.py --codebooks 64 --codebook_size 4096 --key_dim 12 --rows 16384
 
 Each search runs in a separate process and reports the increase of its peak resident memory. All distances of the
-default shape (32 texts of 512 tokens, 64 codebooks of 4,096 keys) would need 17 GB, so the naive search runs on
-`--naive_rows` rows, and the last column scales its memory up.
+default shape (32 texts of 512 tokens, 64 codebooks of 4,096 keys) would need 17 GB. Therefore the naive search runs on
+`--naive_rows` rows, and the last column extrapolates its memory to all rows.
 """
 
 import argparse
@@ -41,12 +41,12 @@ def _peak() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codebooks", type=int, default=64)
-    parser.add_argument("--codebook_size", type=int, default=4096)
-    parser.add_argument("--key_dim", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=32 * 512, help="texts times tokens")
-    parser.add_argument("--naive_rows", type=int, default=2048)
-    parser.add_argument("--side", choices=["blocks", "naive"], help="internal: run one search and print JSON")
+    parser.add_argument("--codebooks", type=int, default=64, help="Number of codebooks.")
+    parser.add_argument("--codebook_size", type=int, default=4096, help="Number of keys per codebook.")
+    parser.add_argument("--key_dim", type=int, default=12, help="Width of a key.")
+    parser.add_argument("--rows", type=int, default=32 * 512, help="Number of embeddings: texts times tokens.")
+    parser.add_argument("--naive_rows", type=int, default=2048, help="Number of embeddings of the naive search.")
+    parser.add_argument("--side", choices=["blocks", "naive"], help="Run one search and print JSON (internal).")
     args = parser.parse_args()
     rows = {"blocks": args.rows, "naive": args.naive_rows}
     if args.side:

@@ -1,4 +1,4 @@
-"""Distilling a CartPole-v1 policy: this project, `imitation` (BC and DAgger) and Stable-Baselines3.
+"""Compares distilling a CartPole-v1 policy with this project, `imitation` (BC and DAgger) and Stable-Baselines3.
 
     python benchmarks/policy_distillation.py --imitation_python imitation-venv/bin/python --json figures.json
 
@@ -181,12 +181,12 @@ def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--teacher", default="train", help="zip file or folder of a PPO; default: train one")
-    parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--goal", type=float, default=475.0)
-    parser.add_argument("--steps", type=int, default=20_000, help="steps per collection")
-    parser.add_argument("--json", help="also write all figures to this file")
+    parser.add_argument("--teacher", default="train", help="Zip file or folder of a PPO, or train to train one.")
+    parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed.")
+    parser.add_argument("--repetitions", type=int, default=5, help="Number of repetitions, each with another seed.")
+    parser.add_argument("--goal", type=float, default=475.0, help="Mean return that ends the measured time.")
+    parser.add_argument("--steps", type=int, default=20_000, help="Environment steps per collection.")
+    parser.add_argument("--json", help="File to which all figures are also written.")
     args = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ The teacher is a small BERT with random weights, so most of the time is spent on
 anonymous memory of this process (RssAnon of /proc/self/status), without memory-mapped files.
 """
 
-import kd.common  # noqa: F401, I001 - before transformers' models, for its shim
+import kd.common  # noqa: F401, I001 - must be imported before transformers' models
 
 import random
 import tempfile
@@ -109,9 +109,9 @@ def measure(folder: Path, number: int, features: dict[str, str], batch_size: int
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=1_000_000, help="number of texts")
-    parser.add_argument("--features", action="store_true", help="also cache the layer's hidden states")
-    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--texts", type=int, default=1_000_000, help="Number of texts.")
+    parser.add_argument("--features", action="store_true", help="Also cache the hidden states of the layer.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Texts per batch.")
     args = parser.parse_args()
     features = {"layer_0": "bert.encoder.layer.0"} if args.features else {}
     datasets.disable_progress_bars()

@@ -182,7 +182,7 @@ class FeatureTerm(nn.Module):
             teacher_features = [outputs[1][name] for name in self.teacher_names]
         except KeyError as error:
             names = " and ".join(str(sorted(named) or "none") for named in outputs)
-            raise ValueError(f"the objective needs feature {error}; student and teacher output {names}") from None
+            raise UserError(f"the objective needs feature {error}; student and teacher output {names}") from None
         mask = student.mask
         if self.projector is not None:
             features = [self.projector(feature) for feature in features]
@@ -213,5 +213,5 @@ def teacher_is_right(teacher: Outputs | None, labels: Tensor | None) -> Tensor:
 
 def _require(value: Tensor | None, name: str) -> Tensor:
     if value is None:
-        raise ValueError(f"the objective needs {name}, and this batch has none")
+        raise UserError(f"the objective needs {name}, and this batch has none: choose another method")
     return value

@@ -1,4 +1,4 @@
-"""Links, files, flags and code in the documents are valid."""
+"""Links, files, flags and code in the Markdown documents are valid."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Files never cause imports, and pickles are never executed: code only comes from the command line."""
+"""Files never cause imports, and pickles are never executed: code runs only if the command line names it."""
 
 import io
 import json
@@ -30,7 +30,7 @@ class Evil:
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A path that exists if the importable module `evil` was imported. Prompts on stdin are answered with yes."""
+    """A path that exists once the module `evil`, which is importable, was imported. Prompts are answered by yes."""
     mark = tmp_path / "it_ran"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

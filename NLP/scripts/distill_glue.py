@@ -2,8 +2,8 @@
 
     bash NLP/scripts/distill_glue.sh --teacher bert-base-uncased --tasks rte mrpc --seeds 0 1 2
 
-`OUT/TASK/SYSTEM` is a run of several seeds. The systems of a task share all stages except the student, in
-`OUT/TASK/shared/seedN`. The same command with more tasks, systems or seeds trains only the missing ones.
+`OUT/TASK/SYSTEM` is a run of several seeds. `OUT/TASK/shared/seedN` has the stages that systems share.
+The same command with more tasks, systems or seeds trains only the missing ones.
 """
 
 import copy
@@ -36,7 +36,7 @@ from kd.common.training.run_folder import RunFolder, starts_over
 from kd.nlp.data.columns import TASKS
 from kd.nlp.data.loading import TextData
 from kd.nlp.student_model.evaluation import evaluate_teacher, report
-from kd.nlp.student_model.glue_report import finished_seeds, show
+from kd.nlp.student_model.glue_report import finished_seeds, write_report
 from kd.nlp.student_model.inputs import (
     Inputs,
     inputs_of_seed,
@@ -91,7 +91,7 @@ def main() -> None:
         data = text.load()
         limited = limit_epochs(glue.max_samples_seen / len(data.splits["train"]), pair, training)
         distill_task(folder / task, glue.systems, data, text, *limited, bottleneck, matching)
-    show(folder, glue.tasks)
+    write_report(folder, glue.tasks)
     del lock  # releases the folder for other processes
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
 Ranges = dict[str, tuple[float, float]]  # training argument -> lowest and highest value; equal if it is fixed
-METHOD_HELP = f"Method, as NAME or NAME:key=value:..., with NAME one of {', '.join(METHOD_NAMES)}."
+METHOD_HELP = f"NAME or NAME:key=value:...; one of {', '.join(METHOD_NAMES)}."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
@@ -56,11 +56,11 @@ class TextArguments:
 
     dataset: str = field(default="intents", metadata={"help": "Embedded dataset, Hub name, folder or file."})
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "Column of the texts, or the two columns of text pairs (default: inferred)."}
+        default=None, metadata={"help": "Column of texts, or two for text pairs (default: inferred)."}
     )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels (default: inferred)."})
     task: Literal["classification", "regression"] | None = field(
-        default=None, metadata={"help": "Type of the task, if labels may be classes or scores."}
+        default=None, metadata={"help": "Type of task, if ambiguous."}
     )
     max_length: Annotated[int, Range(MIN_LENGTH, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
@@ -92,7 +92,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     help = "Embedded dataset, Hub name, folder or file."
     parser.add_argument("--dataset", required=True, help=help)
     parser.add_argument(
-        "--text_columns", nargs="*", help="Column of the texts, or the two columns of text pairs (default: inferred)."
+        "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
     parser.add_argument("--label_column", help="Column of the labels (default: inferred).")
 
@@ -103,7 +103,7 @@ class PairArguments:
 
     teacher: str = field(
         default="tiny-bert",
-        metadata={"help": "Hub name or folder of the teacher, or tiny-bert for a small BERT with random weights."},
+        metadata={"help": "Hub name, folder, or the embedded tiny-bert."},
     )
     teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
     student: str | None = field(
@@ -114,15 +114,13 @@ class PairArguments:
     )
     control_init: str | None = field(
         default=None,
-        metadata={"help": "Pretrained encoder that the control is cut from, if the teacher is already trained."},
+        metadata={"help": "Model that the control is cut from, for a trained teacher."},
     )
     from_scratch_epochs: Positive = field(default=20, metadata={"help": "Epochs of a teacher with random weights."})
     from_scratch_learning_rate: Positive = field(
         default=1e-3, metadata={"help": "Learning rate of models with random weights."}
     )
-    align_epochs: NotNegative = field(
-        default=6, metadata={"help": "Epochs of aligning the student's hidden states with the teacher's; 0 to skip."}
-    )
+    align_epochs: NotNegative = field(default=6, metadata={"help": "Epochs of aligning hidden states; 0 to skip."})
     align_learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of the alignment."})
 
     def __post_init__(self) -> None:
@@ -140,9 +138,11 @@ class PairArguments:
         if teacher_is_trained:
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs", "from_scratch_epochs")
         elif teacher_from_scratch:
-            reject_unused(f"{self.teacher} has random weights and --from_scratch_epochs", self, "teacher_epochs")
+            reject_unused(
+                f"{self.teacher} has random weights and is trained for --from_scratch_epochs", self, "teacher_epochs"
+            )
         else:
-            reject_unused(f"{self.teacher} has no random weights", self, "from_scratch_epochs")
+            reject_unused(f"{self.teacher} has pretrained weights", self, "from_scratch_epochs")
         if not from_scratch:
             reject_unused("no model has random weights", self, "from_scratch_learning_rate")
 
@@ -151,14 +151,12 @@ class PairArguments:
 class TextBottleneckArguments(BottleneckArguments):
     """Discrete key-value bottleneck."""
 
-    bottleneck: Literal["both", "student"] = field(
-        default="both", metadata={"help": "Models with a bottleneck: teacher and student, or only the student."}
-    )
+    bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": "Models with a bottleneck."})
     freeze_teacher_encoder: bool = field(
         default=False, metadata={"help": "Train only the bottleneck of the teacher, not its encoder."}
     )
     pooling: Literal["mean", "cls", "tokens"] = field(
-        default="mean", metadata={"help": "Pooling of the encoder's hidden states before the bottleneck."}
+        default="mean", metadata={"help": "Pooling of the hidden states."}
     )
 
     def __post_init__(self) -> None:
@@ -182,20 +180,18 @@ class MatchingArguments:
     )
     student_from: Literal["teacher", "pretrained"] = field(
         default="teacher",
-        metadata={"help": "Model that the student is cut from: the fine-tuned teacher or the pretrained model."},
+        metadata={"help": "Weights of a cut student."},
     )
     student_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the student (default: --learning_rate)."}
     )
     hidden_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of matching hidden states."})
-    hidden_loss: HiddenLoss = field(
-        default="both", metadata={"help": "Loss between hidden states: l2, cosine, or both for their sum."}
-    )
+    hidden_loss: HiddenLoss = field(default="both", metadata={"help": "Hidden state loss; both is the sum."})
     embedding_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of matching the embedding layer."})
     attention_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching attention distributions."}
     )
-    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map of student layers to teacher layers."})
+    layer_map: LayerMap = field(default="uniform", metadata={"help": "Map to the teacher's layers."})
 
     def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:
@@ -216,14 +212,14 @@ class GlueTrainingArguments(KDTrainingArguments):
 class GlueArguments:
     """Tasks and systems."""
 
-    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "GLUE tasks to train on."})
+    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "GLUE tasks."})
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Systems to train."})
     glue_folder: Path | None = field(
-        default=None, metadata={"help": "Folder that contains a folder per task (default: tasks are downloaded)."}
+        default=None, metadata={"help": "Folder with one folder per task (default: download)."}
     )
     max_samples_seen: Count = field(
         default=200_000,
-        metadata={"help": "Maximum number of texts that a stage trains on, summed over its epochs."},
+        metadata={"help": "Maximum texts over all epochs of a stage."},
     )
 
     def __post_init__(self) -> None:
@@ -283,9 +279,10 @@ class SearchArguments:
                 reject_unused(f"--search leaves out {name}", self, f"{name}_range")
 
     def _check_range(self, name: str, limits: list[float]) -> None:
-        shown = " ".join(map(str, limits))
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise ValueError(f"--{name}_range takes two numbers, the lower one first, got {shown}")
+            raise ValueError(
+                f"--{name}_range takes two numbers, the lower one first, got {' '.join(map(str, limits))}"
+            )
 
     @property
     def ranges(self) -> Ranges:

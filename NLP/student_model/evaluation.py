@@ -100,7 +100,7 @@ def metrics_by_split(
 
 
 def measure(texts: Texts, logits: Logits) -> Measurement:
-    """The primary metric on any texts of the (first) validation split."""
+    """The measurement of the primary metric on the first validation split."""
     data, split = texts.data, validation_split(texts.splits)
     labels = np.asarray(texts.splits[split]["labels"])
     if data.regression:

@@ -26,8 +26,8 @@ FOR_ALL = ["accuracy", "f1_macro", "matthews"]  # metrics of every classificatio
 Runs = dict[str, list[dict[str, Any]]]  # system -> results of all seeds
 
 
-def show(folder: Path, tasks: list[str]) -> None:
-    """Prints the table of the finished runs `folder/TASK/SYSTEM/seedN`; writes glue.md with all metrics."""
+def write_report(folder: Path, tasks: list[str]) -> None:
+    """Prints the table of the finished runs `folder/TASK/SYSTEM/seedN`, and writes glue.md with all metrics."""
     found = {task: read_systems(folder / task) for task in tasks}
     found = {task: runs for task, runs in found.items() if any(runs.values())}
     if not found:
@@ -101,15 +101,15 @@ def _average(found: dict[str, Runs]) -> str:
 
 
 def _verdicts(found: dict[str, Runs]) -> list[str]:
-    """A sentence for each system: the verdicts on its gain over the control, by primary metric and over seeds."""
+    """One sentence per system: verdicts over seeds on its gain over the control in the primary metric of each task."""
     sentences = []
     for system, name in SYSTEMS.items():
-        words: dict[str, list[str]] = {}
+        tasks_by_word: dict[str, list[str]] = {}
         for task, runs in found.items():
             verdicts = [control for one in runs[system] if (control := (one.get("verdict") or {}).get("control"))]
             if verdicts:
-                words.setdefault(verdict_over_seeds(verdicts)["word"], []).append(task)
-        if words:
-            parts = (f"{word} on {', '.join(tasks)}" for word, tasks in words.items())
+                tasks_by_word.setdefault(verdict_over_seeds(verdicts)["word"], []).append(task)
+        if tasks_by_word:
+            parts = (f"{word} on {', '.join(tasks)}" for word, tasks in tasks_by_word.items())
             sentences.append(f"{name} against its control: {'; '.join(parts)}.")
     return sentences

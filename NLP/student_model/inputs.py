@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers import set_seed
 
-from kd.common.bottleneck.module import without_weights
+from kd.common.bottleneck.module import meta_bottleneck
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
@@ -190,7 +190,7 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
         reason = "--freeze_teacher_encoder does not train the teacher's encoder"
         reject_unused(reason, pair, "teacher_epochs", "from_scratch_epochs")
     widths = [model.encoder.config.hidden_size for model in (teacher, student) if model]
-    shapes = [without_weights(width, inputs.data.num_labels, bottleneck.shape()) for width in widths]
+    shapes = [meta_bottleneck(width, inputs.data.num_labels, bottleneck.shape()) for width in widths]
     if bottleneck.keys not in ("carried", "reused"):
         return
     if isinstance(teacher.model, BottleneckClassifier):

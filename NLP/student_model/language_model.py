@@ -62,8 +62,8 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
 
 
 class LanguageEvaluation(NamedTuple):
-    """A model's entry in results.json, its most probable next tokens (blocks, positions) by split, and its validation
-    perplexity on any of the blocks.
+    """A model's entry in results.json, its most probable next tokens (blocks, positions) by split, and the measurement
+    of its validation perplexity.
     """
 
     entry: dict[str, Any]

@@ -377,7 +377,7 @@ def add_bottleneck(
         args = run.args
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
         model = BottleneckClassifier.from_encoder(encoder, labels, bottleneck.pooling, **bottleneck.shape())
-        arguments = bottleneck.value_settings(args.value_learning_rate or args.learning_rate)
+        arguments = bottleneck.value_arguments(args.value_learning_rate or args.learning_rate)
         method = labels_only if teacher_outputs is None else labels_and_logits
         return train_bottleneck(
             run,

@@ -72,7 +72,7 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
 
 class TranslationEvaluation(NamedTuple):
     """A model's entry in results.json, the seconds to translate 100 sentences, the signatures of sacreBLEU, and the
-    validation BLEU on any of the sentences.
+    measurement of its validation BLEU.
     """
 
     entry: dict[str, Any]

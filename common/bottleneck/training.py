@@ -143,7 +143,7 @@ def train_bottleneck(
     model: Any,
     keys: Keys,
     source: DiscreteKeyValueBottleneck | None,
-    settings: dict[str, Any],
+    overrides: dict[str, Any],
     train: Samples,
     validation: Samples | None = None,
     key_rows: Any = None,
@@ -155,7 +155,7 @@ def train_bottleneck(
     Args:
         model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.
         keys, source: as in `set_keys`, which raises ValueError.
-        settings: training arguments of the stage.
+        overrides: training arguments of the stage that differ from those of the run.
         key_rows: samples to which new keys are fitted. Default: all rows of `train`.
         batch_size: samples per batch of the encoder.
         trainer: further arguments of KDTrainer.
@@ -181,7 +181,7 @@ def train_bottleneck(
     return run.train(
         stage,
         model,
-        settings,
+        overrides,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=identity_collate,

@@ -331,7 +331,10 @@ with torch {environment["torch"]} in {number(results["seconds"]["total"])} secon
 def _limitations(results: Results) -> str:
     split, gain = results["primary_metric"]["split"], results["gain_over_control"]
     student, teacher = results["models"]["student"], results["models"]["teacher"]
-    lines = [f"These are the results of one run, seed {results['seed']}: the variation over seeds is not known."]
+    lines = [f"These are the results of one run, seed {results.get('seed')}: the variation over seeds is not known."]
+    if "seeds" in results:
+        seeds = ", ".join(map(str, results["seeds"]))
+        lines = [f"The results are means over the seeds {seeds}. The weights are those of seed {results['seeds'][0]}."]
     if results["data"][split] is not None:
         lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
     if "test" not in student["metrics"]:

@@ -164,7 +164,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
 
     @property
     def selection(self) -> str:
-        """For the report: which epoch of its stages was kept, and by which metric."""
+        """The description, for the report, of the epoch that is kept in each stage and the metric that selects it."""
         if not self.load_best_model_at_end:
             return "last epoch of every stage"
         metric = str(self.metric_for_best_model).removeprefix("eval_")
@@ -219,7 +219,7 @@ class BottleneckArguments(CodebookArguments):
         names = ("codebooks", "codebook_size", "split", "key_dim", "decoder", "value_dim")
         return {name: getattr(self, name) for name in names}
 
-    def value_settings(self, rate: float) -> dict[str, Any]:
+    def value_arguments(self, rate: float) -> dict[str, Any]:
         """Training arguments of the values: learning rate `rate` for the values and a tenth of it for the decoder.
         Every sample updates the decoder, but only samples that select its key update a value.
         """

@@ -103,8 +103,8 @@ def check_optimizer(args: TrainingArguments) -> None:
     except (ValueError, TypeError) as error:
         raise ValueError(f"--optim {_name(args.optim)} with --optim_args {args.optim_args}: {error}") from error
     try:
-        settings = args.lr_scheduler_kwargs or {}
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(settings))  # type: ignore[arg-type]
+        kwargs = args.lr_scheduler_kwargs or {}
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))  # type: ignore[arg-type]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--lr_scheduler_type {_name(args.lr_scheduler_type)} with --lr_scheduler_kwargs "

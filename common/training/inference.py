@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from kd.common.utils.devices import best_device, process
 
@@ -67,7 +66,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 @torch.no_grad()
 def run_inference(
-    model: PreTrainedModel,
+    model: nn.Module,
     call: Callable[..., dict[str, Any]],
     dataset: Any,
     collate: Collate,
@@ -90,7 +89,7 @@ def run_inference(
     """
     rank, world = process()
     device, was_training = best_device(), model.training
-    model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device).eval()
     batches = [rows.tolist() for rows in similar_length_order(dataset).split(batch_size)[rank::world]]
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
     progress = tqdm(loader, description, leave=False) if description and rank == 0 else loader
@@ -103,7 +102,7 @@ def run_inference(
             outputs += zip(rows, _split(batch_outputs, batch.get("attention_mask")), strict=True)
     finally:
         model.train(was_training)
-    if world > 1:  # as arrays, because tensors of uint16 cannot be gathered
+    if world > 1:  # gathers arrays, because tensors of uint16 cannot be gathered
         arrays = gather_object([(row, {name: t.numpy() for name, t in values.items()}) for row, values in outputs])
         outputs = [(row, {name: torch.from_numpy(a) for name, a in values.items()}) for row, values in arrays]
     outputs.sort(key=lambda output: output[0])

@@ -57,6 +57,7 @@ class Run:
     files: tuple[str, ...] = RUN_FILES  # patterns of the files that a run writes outside of stages/ and student/
     reports: tuple[str, ...] = (".",)  # folders with a report, relative to the run's folder
     may_change: frozenset[str] = frozenset()  # arguments that may change when the run is continued
+    quiet = False  # prints no table, and with disable_tqdm no progress
     shared_by_seeds = ".."  # folder with the stages that seed runs share, relative to theirs; may contain {seed}
 
     def __init__(self, args: RunArguments, *instances: Any) -> None:
@@ -65,7 +66,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
-        transformers_logging.disable_progress_bar()  # for loading and saving; training keeps its bar
+        transformers_logging.disable_progress_bar()  # hides bars of loading and saving; training has a bar
         datasets.disable_progress_bars()
         self._open()
 
@@ -124,8 +125,7 @@ class Run:
                 with writing_folder(folder / "student") as partial:
                     shutil.copytree(student, partial, ignore=shutil.ignore_patterns(CHECKSUMS), dirs_exist_ok=True)
             write_report(folder, results, None)
-            print_table(results)
-            print(f"report:  {folder / 'report.md'}")
+            self.show(results)
 
     def check_inputs(self, data: str, **models: nn.Module | PreTrainedTokenizerBase | None) -> None:
         """Stores the fingerprints of the run's inputs.
@@ -266,6 +266,11 @@ class Run:
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)
             write_report(self.folder, results, self.history)
+            self.show(results)
+
+    def show(self, results: dict[str, Any]) -> None:
+        """Prints the results and where they are."""
+        if not self.quiet:
             print_table(results)
             print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
 
@@ -275,27 +280,30 @@ class TrainerRun(Run):
 
     args: KDTrainingArguments
 
-    def train(self, name: str, model: Network, settings: dict[str, Any], **trainer: Any) -> Network:
+    def train(self, name: str, model: Network, overrides: dict[str, Any], **trainer: Any) -> Network:
         """Trains the model of a stage, starting from its last checkpoint.
 
         Args:
-            settings: Training arguments of this stage that differ from the run's.
+            overrides: Training arguments of this stage that differ from those of the run.
             trainer: Arguments of KDTrainer.
         """
         args = copy.copy(self.args)
         args.output_dir = str(self.folder / "checkpoints" / name)
         if trainer.get("eval_dataset") is None:
             args.eval_strategy = "no"
-        for setting, value in settings.items():
-            setattr(args, setting, value)
+        for argument, value in overrides.items():
+            setattr(args, argument, value)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
-        if loop.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback):  # not in notebooks
+        popped = loop.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # not in notebooks
+        if popped and not (self.quiet and args.disable_tqdm):
             loop.add_callback(StageProgress(name.replace("_", " ")))
-        with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
-            loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        loop.finish()
+        try:
+            with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
+                loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        finally:
+            loop.finish()  # after an interrupt in a notebook, the teacher is used again
         if args.fsdp:  # all weights, in each process
             weights = trained.state_dict().items()
             model.load_state_dict({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights})

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, has_length
 
 from kd.common.objective import IGNORED, Objective
@@ -332,8 +333,11 @@ class KDTrainer(CheckpointTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         weights = self.model.state_dict() if state_dict is None else state_dict
-        # safetensors cannot save channels_last weights.
-        super()._save(output_dir, {name: weight.contiguous() for name, weight in weights.items()})
+        # safetensors cannot save channels_last weights, or weights that share memory.
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+        if not isinstance(self.model, PreTrainedModel):  # its save_pretrained saves tied weights once
+            weights = _without_sharing(weights)
+        super()._save(output_dir, weights)
         state = self.objective.state_dict()
         if state and self.args.should_save:
             save_file(state, str(Path(output_dir or str(self.args.output_dir)) / OBJECTIVE_FILE))
@@ -358,6 +362,14 @@ class KDTrainer(CheckpointTrainer):
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
+
+
+def _without_sharing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clones the weights that share memory with an earlier one."""
+    first: dict[int, str] = {}
+    for name, weight in weights.items():
+        first.setdefault(weight.data_ptr(), name)
+    return {name: w if first[w.data_ptr()] == name else w.clone() for name, w in weights.items()}
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

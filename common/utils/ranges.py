@@ -55,7 +55,7 @@ ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 ShareAbove0 = Annotated[float, Range(0, 1, above=True)]
 ProperShare = Annotated[float, Range(0, 1, above=True, below=True)]
 Count = Annotated[int, Range(1, MOST)]
-CountOrNone = Annotated[int, Range(0, MOST)]
+CountOrZero = Annotated[int, Range(0, MOST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 

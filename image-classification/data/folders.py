@@ -1,4 +1,4 @@
-"""Reads images in folders, SPLIT/CLASS/NAME.png. Images are the files that Pillow decodes, by suffix or header."""
+"""Reads images in folders SPLIT/CLASS/NAME.png. Images are files with a suffix or header that Pillow supports."""
 
 import os
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class Files:
 def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Splits:
     """Reads SPLIT/CLASS/NAME.png or, if `needs_train` is False, CLASS/NAME.png as `test`.
 
-    The columns are image and label. The label is null for an image that is in no class folder. Notes report files that
+    The columns are image and label. The label is null for an image outside of class folders. Notes report files that
     are not used.
     """
     files = find_files(root)
@@ -55,7 +55,7 @@ def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Split
 
 
 def _split_folders(root: Path, files: Files, needs_train: bool) -> dict[str, Path]:
-    """The folders of the splits by name; the root itself, as `test`, if it only has classes."""
+    """The folders of the splits by name; the root, as `test`, if it only has classes."""
     folders = _subfolders(root)
     splits = {path.name: path for path in folders if path.name in SPLIT_NAMES}
     if ("train" in splits) or (splits and not needs_train):
@@ -141,16 +141,16 @@ def _names(root: Path, paths: list[Path]) -> str:
 
 
 def find_files(folder: Path) -> Files:
-    """Finds all files below a folder and follows links to folders. Raises UserError for a folder it cannot read."""
+    """Finds all files below a folder and follows links to folders. Raises UserError for an unreadable folder."""
     found = Files()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
         for name in [name for name in folders if name.startswith(".")]:
             folders.remove(name)
-            found.hidden += sum(len(names) for _, _, names in os.walk(Path(place, name)))
-        real = Path(os.path.realpath(place))
-        folders[:] = [name for name in folders if not _is_cycle(Path(place, name), real)]
+            found.hidden += sum(len(names) for _, _, names in os.walk(Path(parent, name)))
+        real = Path(os.path.realpath(parent))
+        folders[:] = [name for name in folders if not _is_cycle(Path(parent, name), real)]
         for name in files:
-            path = Path(place, name)
+            path = Path(parent, name)
             if name.startswith(".") or name.lower() in HIDDEN:
                 found.hidden += 1
             else:

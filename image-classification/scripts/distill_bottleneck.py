@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from transformers import set_seed
 
-from kd.common.bottleneck.module import without_weights
+from kd.common.bottleneck.module import meta_bottleneck
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.bottleneck import replace_head
 from kd.image_classification.student_model.distillation import ImageRun
@@ -46,7 +46,7 @@ def main() -> None:
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
     width: int = encoder.head.in_features  # type: ignore[assignment]
-    without_weights(width, len(data.label_names), bottleneck.shape())
+    meta_bottleneck(width, len(data.label_names), bottleneck.shape())
 
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
     run = ImageRun(name, training, data, *instances, teacher=encoder if pretrained else None)

@@ -104,8 +104,8 @@ class PairArguments:
         if self.pair not in PAIRS_BY_NAME:
             raise UserError(f"unknown --pair {self.pair}: choose from {', '.join(PAIRS_BY_NAME)}")
         teacher, student = PAIRS_BY_NAME[self.pair]
-        settings, rate = PAIRS[teacher, student], learning_rate(student)
-        _set_defaults(self, teacher=teacher, student=student, method_args=settings)
+        method_args, rate = PAIRS[teacher, student], learning_rate(student)
+        _set_defaults(self, teacher=teacher, student=student, method_args=method_args)
         _set_defaults(data, dataset="cifar100")
         if rate is not None:
             _set_defaults(training, learning_rate=rate)
@@ -215,7 +215,7 @@ class ImageBottleneckArguments(BottleneckArguments):
     codebook_size: CodebookSize = 256
     value_epochs: Positive = 20
 
-    def value_settings(self, rate: float) -> dict[str, Any]:
+    def value_arguments(self, rate: float) -> dict[str, Any]:
         """Training arguments for the values: AdamW, independent of the optimizer of the convolutions."""
         return {
             "dataloader_drop_last": False,
@@ -225,7 +225,7 @@ class ImageBottleneckArguments(BottleneckArguments):
             "lr_milestones": None,
             "lr_scheduler_type": "linear",
             "warmup_steps": 0.1,
-        } | super().value_settings(rate)
+        } | super().value_arguments(rate)
 
 
 @dataclass

@@ -73,7 +73,7 @@ def replace_head(
             with_bottleneck(encoder, arguments.shape()),
             keys,
             None if teacher is None else teacher.bottleneck,
-            arguments.value_settings(args.value_learning_rate or VALUE_LEARNING_RATE),
+            arguments.value_arguments(args.value_learning_rate or VALUE_LEARNING_RATE),
             _samples(data, "train"),
             _samples(data, "validation") if "validation" in data.splits else None,
             batch_size=BATCH_SIZE,

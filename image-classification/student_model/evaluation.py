@@ -38,7 +38,7 @@ def predict(model: PreTrainedModel | EnsembleTeacher, data: ImageData, split: st
         return {"logits": model(**batch).logits.float()}
 
     outputs = run_inference(
-        model,  # type: ignore[arg-type]
+        model,
         forward,
         data.views(split, model.device),
         identity_collate,
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def measure(data: ImageData, logits: Logits) -> Measurement:
-    """The accuracy on any images of the selection split."""
+    """The accuracy on the selection split, as a Measurement for bootstrap intervals."""
     split = data.selection_split
     return measure_classes(logits[split], data.splits[split].labels.numpy())
 

@@ -21,7 +21,7 @@ from kd.image_classification.student_model.sweep import DIVERGED, Student
 GROUP = ["label", "rate"]  # columns that identify a student
 CONTROL_SENTENCES = {  # by the word of the verdict
     "better": "Better than the control",
-    "no difference shown": "No difference shown to the control",
+    "no difference shown": "Not shown to differ from the control",
     "worse": "Worse than the control",
     "None": "Without a control",
 }
@@ -89,9 +89,9 @@ def table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 def compare_students(results: dict[tuple[Student, int], dict[str, Any]], split: str) -> list[str]:
     """Sentences with the verdict on each student: against its control and, over several seeds, against the best."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for (student, _), found in results.items():
+    for (student, _), entry in results.items():
         if not student.is_control:
-            runs.setdefault(f"{student.label} at {student.learning_rate:g}", []).append(found)
+            runs.setdefault(f"{student.label} at {student.learning_rate:g}", []).append(entry)
     if not runs:
         return []
     seeds = len({seed for _, seed in results})
@@ -118,7 +118,7 @@ def _compared_with_best(runs: dict[str, list[dict[str, Any]]], split: str) -> st
         return verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])["word"] != "better"
 
     like_best = [name for name in scores if name != best and is_like_best(name)]
-    return f"No difference shown to the best, {best}: {', '.join(like_best) or 'none'}."
+    return f"Not shown to differ from the best, {best}: {', '.join(like_best) or 'none'}."
 
 
 def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) -> None:

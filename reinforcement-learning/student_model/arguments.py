@@ -11,7 +11,7 @@ from kd.common.cli import reject_unused
 from kd.common.training.arguments import CodebookArguments, CodebookSize, RunArguments
 from kd.common.utils.ranges import (
     Count,
-    CountOrNone,
+    CountOrZero,
     NotNegative,
     Positive,
     ProperShare,
@@ -41,7 +41,7 @@ class StudentArguments(CodebookArguments):
         default_factory=lambda: [16, 16, 16],
         metadata={"help": "Numbers of channels of the three convolutions, for frames."},
     )
-    codebooks: CountOrNone = field(
+    codebooks: CountOrZero = field(
         default=0,
         metadata={"help": "Number of codebooks of the student's bottleneck; 0 for a plain MLP."},
     )

@@ -55,19 +55,19 @@ def find_teacher(
     """
     if name == "train":
         return None
-    path, folder = Path(name), environment.replace("/", "-")  # rl_zoo3 writes ALE/Pong-v5 as ALE-Pong-v5
+    path, agent_folder = Path(name), environment.replace("/", "-")  # rl_zoo3 writes ALE/Pong-v5 as ALE-Pong-v5
     if path.is_file():
         policy = path
     elif path.is_dir():
-        policy = _find_zip(path, name, folder)
+        policy = _find_zip(path, name, agent_folder)
     elif HUB_ID.fullmatch(name) and path.suffix != ".zip":
-        policy = _find_zip(_download(name), name, folder)
+        policy = _find_zip(_download(name), name, agent_folder)
     else:
         raise UserError(f"there is no teacher at {name}: {INSTEAD}")
-    places = _search_folders(policy, folder)
-    _check_wrappers(policy, places, atari=environment.startswith("ALE/"))
-    statistics, warnings = _find_statistics(policy, places, vecnormalize, flag)
-    warnings += _training_warnings(policy, places, environment)
+    folders = _search_folders(policy, agent_folder)
+    _check_wrappers(policy, folders, atari=environment.startswith("ALE/"))
+    statistics, warnings = _find_statistics(policy, folders, vecnormalize, flag)
+    warnings += _training_warnings(policy, folders, environment)
     return TeacherFiles(policy, statistics, vecnormalize == NO_STATISTICS, tuple(warnings))
 
 
@@ -75,11 +75,11 @@ def _search_folders(policy: Path, environment: str) -> list[Path]:
     """Folders that may contain the statistics and settings of a zip: its folder, and subfolders that have the name of
     the zip or of the environment.
     """
-    places = [policy.parent, policy.with_suffix(""), policy.parent / environment]
+    folders = [policy.parent, policy.with_suffix(""), policy.parent / environment]
     agents = [config.parent for config in sorted(policy.parent.glob(f"*/{CONFIG}"))]
     if policy.name == "best_model.zip" or (len(agents) == 1 and not policy.with_suffix("").is_dir()):
-        places += agents  # the agent may have been trained under another id of the environment
-    return list(dict.fromkeys(places))
+        folders += agents  # the agent may have been trained under another id of the environment
+    return list(dict.fromkeys(folders))
 
 
 def _find_zip(folder: Path, name: str, environment: str) -> Path:
@@ -113,8 +113,8 @@ def _download(name: str) -> Path:
         raise UserError(f"cannot load {name} from the Hub ({' '.join(str(error).split())}): {INSTEAD}") from None
 
 
-def _files(places: Iterable[Path], name: str) -> list[Path]:
-    return [place / name for place in places if (place / name).is_file()]
+def _files(folders: Iterable[Path], name: str) -> list[Path]:
+    return [folder / name for folder in folders if (folder / name).is_file()]
 
 
 # ---- settings of rl_zoo3 ----
@@ -153,9 +153,9 @@ def _normalizes_observations(config: Path) -> bool:
     return bool(normalize) and not re.search(r"norm_obs\W+False", str(normalize))
 
 
-def _check_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
+def _check_wrappers(policy: Path, folders: Iterable[Path], atari: bool) -> None:
     """Raises UserError if the agent was trained in a wrapper that this project does not apply."""
-    for config in _files(places, CONFIG):
+    for config in _files(folders, CONFIG):
         settings = _read_settings(config)
         named = re.findall(r"[A-Za-z_][\w.]*\.\w+", f"{settings.get('env_wrapper')} {settings.get('vec_env_wrapper')}")
         wrappers = [name for name in named if not (atari and name.endswith(ATARI_WRAPPER))]
@@ -168,10 +168,10 @@ def _check_wrappers(policy: Path, places: Iterable[Path], atari: bool) -> None:
             )
 
 
-def _training_warnings(policy: Path, places: Iterable[Path], environment: str) -> list[str]:
+def _training_warnings(policy: Path, folders: Iterable[Path], environment: str) -> list[str]:
     """Warns if args.yml contains another environment, or arguments of the environment that are not used here."""
     warnings = []
-    for args in _files(places, ARGS):
+    for args in _files(folders, ARGS):
         settings = _read_settings(args)
         trained, keywords = settings.get("env"), settings.get("env_kwargs")
         if trained and str(trained).rpartition(":")[2] != environment.rpartition(":")[2]:
@@ -187,8 +187,10 @@ def _training_warnings(policy: Path, places: Iterable[Path], environment: str) -
 # ---- statistics of observations ----
 
 
-def _find_statistics(policy: Path, places: list[Path], chosen: str | None, flag: str) -> tuple[Path | None, list[str]]:
-    """Returns the file of the `chosen` statistics, or of those in `places`, or None; and warnings.
+def _find_statistics(
+    policy: Path, folders: list[Path], chosen: str | None, flag: str
+) -> tuple[Path | None, list[str]]:
+    """Returns the file of the `chosen` statistics, or of those in `folders`, or None; and warnings.
 
     Raises UserError if the only statistics do not match the model by name, or if the settings of rl_zoo3 require
     statistics and there are none.
@@ -201,19 +203,21 @@ def _find_statistics(policy: Path, places: list[Path], chosen: str | None, flag:
                 f"there is no file {chosen}: pass {flag} the file that VecNormalize.save wrote, or {NO_STATISTICS}"
             )
         return Path(chosen), []
-    names = [place / name for place in places for name in STATISTICS_NAMES]
+    names = [folder / name for folder in folders for name in STATISTICS_NAMES]
     if step := re.fullmatch(r"(.+)_(\d+_steps)\.zip", policy.name):  # of Stable-Baselines3's CheckpointCallback
         names.insert(0, policy.with_name(f"{step[1]}_vecnormalize_{step[2]}.pkl"))
     if found := next((file for file in names if file.is_file()), None):
         return found, []
-    others = [file for place in places for file in sorted(place.glob("*.pkl")) if not OTHER_PICKLES.search(file.name)]
+    others = [
+        file for folder in folders for file in sorted(folder.glob("*.pkl")) if not OTHER_PICKLES.search(file.name)
+    ]
     for file in others:
         if _has_statistics(file):
             raise UserError(
                 f"{file} has statistics of observations, but its name does not match {policy}: pass "
                 f"{flag} {file} to use them, or {flag} {NO_STATISTICS}"
             )
-    for config in _files(places, CONFIG):
+    for config in _files(folders, CONFIG):
         if _normalizes_observations(config):
             raise UserError(
                 f"{policy} was trained on normalized observations, according to {config}, but its statistics "

@@ -1,1 +1,1 @@
-import kd.common  # noqa: F401  lets torchvision load with a CPU-only torch, before anything here imports it
+import kd.common  # noqa: F401  import it before torchvision, which a CPU-only torch cannot load alone

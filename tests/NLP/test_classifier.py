@@ -185,7 +185,7 @@ def test_a_distilbert_matches_a_bert():
 
 
 def test_a_live_and_a_cached_teacher_give_the_same_losses(small, teachers, tmp_path, monkeypatch):
-    """Up to the fp16 of cached hidden states. The student works in a pipeline."""
+    """The losses are equal up to the fp16 of cached hidden states. The student loads in a pipeline."""
     words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
     words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
     distill(small, *words, "--output_dir", tmp_path / "cached")
@@ -207,7 +207,7 @@ def test_text_pairs_reach_the_teacher_with_token_types(tmp_path):
     rows = datasets.Dataset.from_dict(
         {
             "sentence1": [f"the {w} is red" for w in ("cat", "dog", "hat", "car")] * 6,
-            "sentence2": [f"a {w} has a colour" for w in ("cat", "dog", "tree", "star")] * 6,
+            "sentence2": [f"a {w} has a color" for w in ("cat", "dog", "tree", "star")] * 6,
             "label": ["yes", "yes", "no", "no"] * 6,
         }
     )
@@ -243,7 +243,7 @@ def test_text_pairs_reach_the_teacher_with_token_types(tmp_path):
     assert recorded and all(types is not None and int(types.max()) == 1 for types in recorded)
 
 
-def test_labels_in_another_order_are_matched_by_name_and_a_teacher_at_chance_causes_a_warning(
+def test_labels_in_another_order_are_matched_by_name_and_a_teacher_at_chance_is_reported(
     small, teachers, tmp_path, capsys
 ):
     """A teacher with its outputs in another order has the same accuracy and gives the same student."""
@@ -312,8 +312,8 @@ def loaded(folder: Path, small: Path, **pair: Any) -> tuple[Inputs, PairArgument
 
 
 def test_a_control_with_control_init_starts_from_that_model(small, teachers, tmp_path, monkeypatch):
-    """It has the learning rate of that model, and a head that depends only on the seed."""
-    monkeypatch.setattr(training_steps, "fine_tune", lambda run, name, model, *_, **settings: (model, settings))
+    """The control has the learning rate of that model, and a head that depends only on the seed."""
+    monkeypatch.setattr(training_steps, "fine_tune", lambda run, name, model, *_, **arguments: (model, arguments))
     heads = []
     for drawn in range(2):
         inputs, pair, training = loaded(
@@ -321,9 +321,9 @@ def test_a_control_with_control_init_starts_from_that_model(small, teachers, tmp
         )
         torch.rand(drawn)
         run: Any = SimpleNamespace(args=training)
-        control, settings = training_steps.train_control(run, inputs, pair, 1.0)
+        control, arguments = training_steps.train_control(run, inputs, pair, 1.0)
         assert (
-            settings["learning_rate"]
+            arguments["learning_rate"]
             == pair.from_scratch_learning_rate
             != learning_rate_of(inputs.teacher, pair, training)
         )
@@ -413,10 +413,10 @@ def test_a_control_init_that_does_not_fit_the_teacher(small, teachers, tmp_path)
     shape: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
     shallow = BertModel(BertConfig(vocab_size=50, num_hidden_layers=1, **shape))
     deep = BertModel(BertConfig(vocab_size=50, num_hidden_layers=2, **shape))
-    foreign = BertTokenizer(vocab=vocabulary(["a few other words"]))
+    other_tokenizer = BertTokenizer(vocab=vocabulary(["a few other words"]))
     for control_init, message in (
         (saved(tmp_path / "shallow", shallow, tokenizer), "has fewer layers"),
-        (saved(tmp_path / "foreign", deep, foreign), "different vocabularies"),
+        (saved(tmp_path / "other", deep, other_tokenizer), "different vocabularies"),
         (teachers[1], "is trained already"),
     ):
         with pytest.raises(UserError, match=message):

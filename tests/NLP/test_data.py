@@ -1,4 +1,4 @@
-"""Text data: the embedded generator, local folders in every format, labels, fingerprints, and errors of one line."""
+"""Text data: the embedded generator, local folders in every format, labels, fingerprints, and one-line errors."""
 
 import json
 import os
@@ -28,7 +28,7 @@ Columns = dict[str, list]
 
 
 def write(folder: Path, format: str = "parquet", **splits: Columns | datasets.Dataset) -> str:
-    """Writes one file per split. Returns the folder as the value of a flag."""
+    """Writes one file per split. Returns the folder as a string."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, columns in splits.items():
         rows = columns if isinstance(columns, datasets.Dataset) else datasets.Dataset.from_dict(columns)
@@ -84,7 +84,7 @@ def test_no_intent_text_occurs_twice() -> None:
     assert {name: len(rows) for name, rows in found.items()} == {"train": 6000, "validation": 1500, "test": 1500}
 
 
-def test_intents_are_many_with_a_rare_tail_and_no_majority() -> None:
+def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> None:
     found = load_intents()
     names = found["train"].features["intent"].names
     assert names == [*INTENTS, "oos"] and len(names) == 41
@@ -116,7 +116,7 @@ def test_intents_schema() -> None:
 
 
 @pytest.mark.parametrize("format", ["parquet", "csv", "jsonl", "json"])
-def test_every_format_is_the_same_data(tmp_path: Path, format: str) -> None:
+def test_all_formats_load_the_same_data(tmp_path: Path, format: str) -> None:
     splits = small(["pear", "apple", "fig", "apple"])
     data = load_text_data(write(tmp_path / "one", format, **splits))
     assert data.label_names == ["apple", "fig", "pear"]
@@ -185,7 +185,7 @@ def test_integer_labels_are_named_by_number(tmp_path: Path) -> None:
     assert data.label_names == ["0", "1", "2"] and data.splits["train"]["label"][:] == [1, 0, 2]
 
 
-def test_columns_are_guessed_or_named(tmp_path: Path) -> None:
+def test_columns_are_inferred_or_named(tmp_path: Path) -> None:
     rows = {"id": [7, 8, 9], "title": texts(3), "body": texts(3, 9), "topic": ["b", "a", "b"]}
     folder = write(tmp_path / "named", train=rows, validation=rows)
     assert "--text_columns" in error_of(folder) and "title" in error_of(folder)
@@ -212,7 +212,7 @@ def test_a_pandas_frame_with_its_index(tmp_path: Path, format: str) -> None:
     assert data.notes[0].endswith("not used (row numbers)")
 
 
-def test_an_ambiguous_label_column_is_not_guessed(tmp_path: Path) -> None:
+def test_an_ambiguous_label_column_is_an_error(tmp_path: Path) -> None:
     names = ["text", "airline_sentiment", "airline_sentiment_confidence"]
     rows = dict(zip(names, [texts(8), ["good", "bad"] * 4, [0.1 * i for i in range(8)]], strict=True))
     for format in ("csv", "jsonl"):
@@ -379,13 +379,13 @@ def test_errors_of_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9"], ids=["offline", "unreachable"])
-def test_an_unreachable_hub_is_one_quick_line(
+def test_an_unreachable_hub_quickly_gives_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None
 ) -> None:
-    """The same settings as HF_HUB_OFFLINE and HF_ENDPOINT in a new process."""
+    """Sets the constants that HF_HUB_OFFLINE and HF_ENDPOINT set in a new process."""
     constants: Any = huggingface_hub.constants
-    for settings in (constants, datasets.config):
-        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", endpoint is None)
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", endpoint is None)
     if endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
@@ -393,7 +393,7 @@ def test_an_unreachable_hub_is_one_quick_line(
         monkeypatch.setattr(datasets.config, name, tmp_path)
     start = time.monotonic()
     message = error_of("rte")
-    assert time.monotonic() - start < 20  # without the check datasets retries for half a minute
+    assert time.monotonic() - start < 20  # without the check, the library datasets retries for half a minute
     assert message.startswith("rte") and "--dataset FOLDER" in message and "--dataset intents" in message
 
 
@@ -409,14 +409,14 @@ def test_a_new_process_without_the_hub_ends_in_one_line(tmp_path: Path, setting:
         capture_output=True,
         text=True,
     )
-    assert time.monotonic() - start < 20  # without the check datasets retries for half a minute
+    assert time.monotonic() - start < 20  # without the check, the library datasets retries for half a minute
     last = done.stderr.strip().splitlines()[-1]
     assert "UserError: rte" in last and "--dataset FOLDER" in last and "--dataset intents" in last
 
 
 @pytest.mark.parametrize("error", [datasets.exceptions.DatasetNotFoundError("gone"), ValueError("no\nsuch config")])
 def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def refuse(name: str, config: str | None) -> None:
+    def raise_error(name: str, config: str | None) -> None:
         assert (name, config, datasets.config.HF_HUB_OFFLINE) == ("owner/name", "small", True)
         raise error
 
@@ -424,7 +424,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch, error: 
         raise OSError("no route to host")
 
     before = datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", raise_error)
     monkeypatch.setattr(huggingface_hub, "get_session", no_route)
     assert "owner/name:small" in error_of("owner/name:small")
     assert datasets.config.HF_HUB_OFFLINE == before
@@ -494,7 +494,7 @@ def test_stsb_keeps_its_fractions() -> None:
 def test_scope_metrics_by_hand() -> None:
     logits = np.eye(3)[[0, 1, 2, 2, 0, 2]]
     labels = np.array([0, 0, 1, 2, 2, 2])
-    # in scope: rows 0-2, one right; out of scope: rows 3-5, two found
+    # in scope: rows 0-2, one correct; out of scope: rows 3-5, two recalled
     found = scope_metrics(logits, labels, ["a", "b", "oos"])
     assert found == {"accuracy_in_scope": pytest.approx(1 / 3), "oos_recall": pytest.approx(2 / 3)}
     assert scope_metrics(logits, labels, ["a", "b", "c"]) == {}
@@ -519,7 +519,7 @@ def test_threshold_by_hand() -> None:
             (0.20, 0.10, 0.70, 2),
         ]
     )
-    # Right without a threshold: 3 of 5. Refusing below 0.4: 3, 0.5: 4, 0.6: 3, 0.9: 4. The lowest of the best is 0.5.
+    # Correct without a threshold: 3 of 5; rejecting below 0.4: 3, 0.5: 4, 0.6: 3, 0.9: 4. The best are 0.5 and 0.9.
     threshold = choose_threshold(*validation, SCOPED)
     assert threshold is not None and threshold == pytest.approx(0.5)
     test = scoped([(0.45, 0.35, 0.20, 0), (0.20, 0.70, 0.10, 1), (0.48, 0.02, 0.50, 2), (0.30, 0.44, 0.26, 2)])
@@ -527,7 +527,7 @@ def test_threshold_by_hand() -> None:
         "oos_threshold": threshold,
         "accuracy_threshold": 0.75,  # the first row is rejected although it is an "a"
         "accuracy_in_scope_threshold": 0.5,
-        "oos_recall_threshold": 1.0,  # one by its logits, one for lack of confidence
+        "oos_recall_threshold": 1.0,  # one by its logits, one by its low confidence
     }
     assert choose_threshold(*validation, ["a", "b", "c"]) is None
     assert choose_threshold(validation[0], np.zeros(5, int), SCOPED) is None

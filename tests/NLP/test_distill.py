@@ -180,7 +180,7 @@ def bert(carried, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "recipe"), [(32, "keys_carried"), (16, "base")])
 def test_a_named_distilbert_as_student_of_a_bert(carried, small, bert, tmp_path, width, recipe):
-    """One of the same width, with carried keys, and a narrower one, aligned with regressors."""
+    """A student of the same width has carried keys; a narrower one is aligned through regressors."""
     student = tmp_path / "distilbert"
     config = DistilBertConfig(vocab_size=4000, dim=width, hidden_dim=32, n_layers=2, n_heads=2)
     DistilBertModel(config).save_pretrained(student)

@@ -32,11 +32,11 @@ from kd.nlp.teacher_model.teacher import label_config, tiny_bert
 from kd_testing.scripts import run_script
 
 WORDS = {"alarm": ["wake", "clock", "morning"], "money": ["bank", "euro", "send"], "oos": ["sea", "moon", "why"]}
-LENGTH = 12  # longer texts are cut
+LENGTH = 12  # longer texts are truncated
 
 
 @pytest.fixture(autouse=True)
-def _own_device():
+def _reset_device():
     """The script selects the CPU; other tests of this process may use a GPU."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -132,7 +132,7 @@ def test_figures(exported, scoped, tmp_path):
 
 
 def test_the_student_predicts_several_classes(exported, scoped):
-    """Otherwise agreement would mean nothing."""
+    """Agreement is meaningless for a student that predicts a single class."""
     model = AutoModelForSequenceClassification.from_pretrained(exported.parent / "student")
     tokenizer = AutoTokenizer.from_pretrained(exported.parent / "student")
     texts = load_text_data(str(scoped)).splits["test"]["text"][:]
@@ -142,7 +142,7 @@ def test_the_student_predicts_several_classes(exported, scoped):
 
 WITHOUT_TORCH = """
 import sys
-sys.modules |= dict.fromkeys(["torch", "transformers", "common", "nlp"])  # importing one of these is an error
+sys.modules |= dict.fromkeys(["torch", "transformers", "kd"])  # importing one of these is an error
 exec(open(sys.argv[1]).read())
 """
 
@@ -192,8 +192,8 @@ def test_a_student_with_a_bottleneck(scoped, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_format_and_another_in_its_place(scoped, tmp_path):
-    """A DistilBERT, which takes no token types."""
+def test_an_export_in_another_format_replaces_the_first(scoped, tmp_path):
+    """The student is a DistilBERT, which takes no token types."""
     student, folder = saved("distilbert", scoped, tmp_path / "student"), tmp_path / "elsewhere"
     export(student, scoped, "--formats", "onnx-int8", "--output_dir", folder)
     assert list(figures(folder)) == ["student", "onnx-int8"]

@@ -20,14 +20,14 @@ BRIEF = (
     "--teacher tiny-bert --from_scratch_epochs 1 --align_epochs 1 --num_train_epochs 1 --value_epochs 1 --codebooks 8"
 )
 BRIEF += " --codebook_size 8 --report_to none --per_device_train_batch_size 16"
-COLOURS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree", "lamp")
+COLORS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree", "lamp")
 
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory) -> Path:
     """RTE with classes as labels, STS-B with numbers, and MNLI with two validation splits."""
     folder = tmp_path_factory.mktemp("glue")
-    pairs = [(a, b) for a in COLOURS for b in THINGS]
+    pairs = [(a, b) for a in COLORS for b in THINGS]
     texts = {"sentence1": [f"the {b} is {a}" for a, b in pairs], "sentence2": [f"a {a} {b}" for a, b in pairs]}
     label = datasets.ClassLabel(names=["entailment", "not_entailment"])
     entailment = datasets.Features({name: datasets.Value("string") for name in texts} | {"label": label})
@@ -105,7 +105,7 @@ def test_the_student_does_not_depend_on_the_system_that_aligned_its_encoder(glue
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
 
 
-def test_more_seeds_train_only_what_is_missing(glue, tmp_path):
+def test_more_seeds_train_only_the_missing_ones(glue, tmp_path):
     words = ["--tasks", "rte", "--systems", "base", "--no_control", "--output_dir", tmp_path / "glue"]
     system = tmp_path / "glue" / "rte" / "base"
     for seeds, finished in (([1], [1]), ([0], [1, 0]), ([0, 2], [0, 1, 2])):
@@ -120,7 +120,7 @@ def test_more_seeds_train_only_what_is_missing(glue, tmp_path):
     assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
 
 
-def test_large_tasks_get_fewer_epochs(glue, tmp_path):
+def test_large_tasks_train_for_fewer_epochs(glue, tmp_path):
     folder = tmp_path / "glue"
     distill(glue, "--tasks", "rte", "--systems", "base", "--max_samples_seen", 10, "--no_control",
             "--output_dir", folder)  # fmt: skip

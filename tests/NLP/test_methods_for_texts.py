@@ -72,8 +72,8 @@ def test_a_student_is_distilled_and_reported(method, parts, small, folder, tmp_p
     assert json.loads((tmp_path / "r" / "results.json").read_text())["method"] == method
     logged = json.loads((tmp_path / "r" / "stages" / "student" / "stage.json").read_text())["history"][0]
     assert {key for key in logged if key.startswith("loss_")} == parts
-    shipped = load_file(tmp_path / "r" / "student" / "model.safetensors")
-    assert all(key.startswith(("bert.", "classifier.")) for key in shipped), "auxiliary parameters must not ship"
+    saved = load_file(tmp_path / "r" / "student" / "model.safetensors")
+    assert all(key.startswith(("bert.", "classifier.")) for key in saved), "auxiliary parameters must not be saved"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -128,7 +128,7 @@ def test_errors_are_one_line_and_nothing_is_written(words, message, small, folde
     assert not (tmp_path / "r").exists()
 
 
-def test_regression_has_only_kd_and_two_classes_have_some_methods():
+def test_regression_supports_only_kd_and_two_classes_support_some_methods():
     training = KDTrainingArguments(output_dir="unused")
     with pytest.raises(UserError, match="numbers: pass --method kd"):
         check_method("dist", training, "stsb", 1)

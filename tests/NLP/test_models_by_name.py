@@ -1,4 +1,4 @@
-"""Loading models by name or folder: errors of one line, and a single request to an unreachable Hub."""
+"""Loading models by name or folder: one-line errors, and a single request to an unreachable Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_folder_without_weights_or_with_another_architecture(tmp_path, loader,
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_an_unreachable_hub_gets_one_request(monkeypatch, loader):
-    """Without this, its clients would retry five times each, for half a minute."""
+    """Otherwise each client of the Hub would retry five times, for half a minute."""
     requests: list[str] = []
 
     def no_route() -> None:

@@ -23,7 +23,7 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def pictures(notebook: nbformat.NotebookNode) -> int:
+def count_images(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
@@ -32,7 +32,7 @@ def test_the_stored_notebook_has_its_plots_and_no_errors():
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))  # executed once, from top to bottom
-    assert pictures(notebook) == 3
+    assert count_images(notebook) == 3
     assert not [
         output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
     ]
@@ -46,7 +46,7 @@ def test_the_notebook_runs_from_top_to_bottom(small, tmp_path):
     cell.source = SMALL.format(dataset=small, output=tmp_path / "run")
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     NotebookClient(notebook, timeout=600, kernel_name="python3", env=environment).execute(cwd=str(tmp_path))
-    assert pictures(notebook) == 3
+    assert count_images(notebook) == 3
     assert (tmp_path / "run" / "results.json").exists() and (tmp_path / "run" / "onnx" / "model_int8.onnx").exists()
-    answers = [output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout"]
-    assert "".join(answers).count("\n") == 3
+    predictions = [output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout"]
+    assert "".join(predictions).count("\n") == 3

@@ -1,4 +1,4 @@
-"""Loading models that were saved elsewhere: in fp32, with matching weights and labels, or an error of one line."""
+"""Loading models that were saved elsewhere: in fp32, with matching weights and labels, or with a one-line error."""
 
 import json
 from pathlib import Path
@@ -298,7 +298,7 @@ def test_a_decoder_without_a_padding_token_has_the_same_logits_for_padded_texts(
 # ---- labels ----
 
 
-def test_data_get_the_label_order_of_the_model(tmp_path, capsys):
+def test_data_follow_the_label_order_of_the_model(tmp_path, capsys):
     folder = str(saved(tmp_path, bert({0: "POSITIVE", 1: "NEGATIVE"})))
     data = two_labels()
     with pytest.raises(UserError, match="label order of .* differs: label 0 is 'POSITIVE'"):

@@ -29,7 +29,7 @@ from kd.nlp.teacher_model.teacher import label_config, tiny_bert
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
-TRIALS = 12  # of the finished search: ten random ones of the sampler and two that depend on these
+TRIALS = 12  # of the finished search: the sampler draws ten at random, and two depend on these
 CLASSES = {"train": 24, "validation": 12, "test": 3}  # texts per class
 QUICK = (
     "--max_steps 4 --per_device_train_batch_size 32 --precision fp32 --report_to none --temperature_range 1 9".split()
@@ -180,7 +180,7 @@ def test_trials_start_from_the_same_weights_and_train_with_their_parameters(few,
     assert all(torch.equal(weight, start[name]) for start in starts for name, weight in cut.items())
 
 
-def test_the_best_command_gives_the_value_of_the_best_trial(finished, tmp_path):
+def test_the_best_command_reproduces_the_value_of_the_best_trial(finished, tmp_path):
     _, script, *words = found(finished)["best_command"]
     run_script(script, *words, "--output_dir", tmp_path / "best")
     measured = json.loads((tmp_path / "best" / "results.json").read_text())["models"]["student"]["metrics"]
@@ -221,7 +221,7 @@ def test_a_named_student_with_another_vocabulary(few, teacher, tmp_path):
 
 
 def test_a_diverged_trial_does_not_end_the_search(few, teacher, tmp_path, monkeypatch):
-    """Even if it is the first one, so that there is no best trial yet."""
+    """The first trial diverges, so there is no best trial yet."""
     kl, calls = losses.soft_target_kl, iter(range(10**6))
 
     def first_is_nan(*args: Any, **options: Any) -> torch.Tensor:
@@ -285,7 +285,7 @@ def states(run: Path) -> list[tuple[int, str]]:
     try:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
             return database.execute(query).fetchall()
-    except sqlite3.OperationalError:  # locked, or still without tables
+    except sqlite3.OperationalError:  # the database is locked, or has no tables yet
         return []
 
 

@@ -1,4 +1,4 @@
-"""Exported text students: the code in README.md computes what transformers does."""
+"""Exported text students: the code in README.md computes the same outputs as transformers."""
 
 import json
 from pathlib import Path
@@ -44,8 +44,8 @@ def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
     return folder
 
 
-def lively(model: Any) -> Any:
-    """Gives a model weights that are large enough for its outputs to differ between inputs."""
+def with_large_weights(model: Any) -> Any:
+    """Enlarges the weights of a model, so that its outputs differ between inputs."""
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.5)
@@ -61,7 +61,7 @@ def exported(run: Path, format: str) -> Path:
     ("kind", "format"), [("distilbert", "torch.export"), ("bottleneck", "onnx"), ("score", "torch.export")]
 )
 def test_a_classifier(texts, tmp_path, capsys, kind, format):
-    """DistilBERT takes no token types, with a bottleneck neither."""
+    """DistilBERT takes no token types, with or without a bottleneck."""
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=12)
     config = DistilBertConfig(vocab_size=len(tokenizer), **SIZES)
     if kind == "bottleneck":
@@ -93,7 +93,7 @@ def test_a_classifier(texts, tmp_path, capsys, kind, format):
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
 def test_a_language_model_generates_as_transformers(texts, tmp_path, capsys, format):
     tokenizer = byte_level_bpe(texts, 300, 64)
-    model = lively(random_gpt2(len(tokenizer), tokenizer.eos_token_id, 2, 32, 64, 0.1))
+    model = with_large_weights(random_gpt2(len(tokenizer), tokenizer.eos_token_id, 2, 32, 64, 0.1))
     folder = exported(saved(tmp_path, model, tokenizer), format)
     capsys.readouterr()
     found = run_readme(folder, *(["torch", "transformers"] if format == "onnx" else []))
@@ -109,7 +109,8 @@ def test_a_translator_generates_as_transformers(texts, tmp_path, format):
     tokenizer = joint_bpe(texts, 200, 32)
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     folder = exported(
-        saved(tmp_path, lively(random_marian(len(tokenizer), special, 32, 1, 1, 0.1, 32)), tokenizer), format
+        saved(tmp_path, with_large_weights(random_marian(len(tokenizer), special, 32, 1, 1, 0.1, 32)), tokenizer),
+        format,
     )
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")  # restores the order of positions
     found = run_readme(folder)

@@ -359,7 +359,7 @@ def test_the_code_of_the_model_card_runs(finished, capsys):
 
 
 def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
-    """It is continued after the teacher's stage, without later files."""
+    """The run continues after the teacher's stage, without the files of later stages."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for name in ("student", "stages/student", "stages/control", "teacher_outputs"):

@@ -34,7 +34,7 @@ BEST: dict[str, Any] = ONLY | {
 
 
 def error(prediction: EvalPrediction) -> dict[str, float]:
-    """Largest after the first epoch; the largest counts as the best here."""
+    """A metric that is largest after the first epoch, which makes that checkpoint the best."""
     logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
     return {"error": F.cross_entropy(logits, labels).item()}
 
@@ -218,7 +218,7 @@ def test_the_best_checkpoint_is_found_after_a_run_is_moved_or_copied(moved, tmp_
     if moved:
         shutil.rmtree("run")
     else:
-        flip(Path("run/checkpoint-3/model.safetensors"))  # nobody reads that
+        flip(Path("run/checkpoint-3/model.safetensors"))  # the copy does not read this file
     assert torch.equal(train(tmp_path / "elsewhere/run", resume=True, **BEST), whole)
     assert "does not exist anymore" not in caplog.text
     state = json.loads((tmp_path / "elsewhere/run/checkpoint-3/trainer_state.json").read_text())
@@ -239,7 +239,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_an_error_of_one_line(tm
     assert "\n" not in str(line.value)
 
 
-# ---- which are kept ----
+# ---- rotation ----
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_an_error_of_one_line(tm
     [(None, None, "3 6 9 12"), (1, None, "9"), (2, None, "6 9"), (1, 3, "3 9"), (2, 9, "6 9"), (3, 3, "3 6 9")],
 )
 def test_the_newest_and_the_best_are_kept_and_incomplete_ones_removed_first(limit, best, kept, tmp_path):
-    for step in (3, 6, 9, 12):  # 12 was not written to its end
+    for step in (3, 6, 9, 12):  # 12 is incomplete
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step < 12:
             write_checksums(tmp_path / f"checkpoint-{step}")

@@ -61,7 +61,7 @@ def recipe(folder: Path, text: str, name: str = "recipe.yaml") -> str:
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *argv: str, types: tuple[type, ...] = (Toy,)) -> str:
-    """Parses what must be refused; returns the one line that says so."""
+    """The error message, in one line, for an invalid command line."""
     with pytest.raises(SystemExit) as exit:
         cli.parse(*types, argv=list(argv))
     output = capsys.readouterr()
@@ -78,7 +78,7 @@ def test_flags_override_recipes_and_later_recipes_earlier_ones(tmp_path: Path) -
     assert toy == Toy(method="hint", temperature=0.001, layers=["c"], no_control=True, shuffle=False, note="first")
 
 
-def test_words_stay_as_written(tmp_path: Path) -> None:
+def test_values_of_recipes_keep_their_spelling(tmp_path: Path) -> None:
     (toy,) = cli.parse(Toy, argv=[recipe(tmp_path, "note: no\nseeds: []\nlayers: [on, 1.50]\n")])
     assert (toy.note, toy.seeds, toy.layers) == ("no", [], ["on", "1.50"])
     (arguments,) = cli.parse(Arguments, argv=[recipe(tmp_path, f"output_dir: {tmp_path}\nsave_strategy: no\n")])
@@ -208,7 +208,7 @@ class Resumable:
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_run_names_the_way_on_where_there_is_one(
+def test_an_interruption_names_the_flag_that_continues_a_run_that_has_started(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -221,8 +221,8 @@ def test_run_names_the_way_on_where_there_is_one(
         raise KeyboardInterrupt
 
     assert ended(main) == 130
-    way_on = ": the same command with --resume_from_checkpoint continues the run" if begun else ""
-    assert capsys.readouterr().err == f"interrupted{way_on}\n"
+    hint = ": the same command with --resume_from_checkpoint continues the run" if begun else ""
+    assert capsys.readouterr().err == f"interrupted{hint}\n"
 
 
 def ended(main: Callable[[], None]) -> Any:
@@ -261,7 +261,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "a/b")
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), None, "--dataloader_num_workers 0"),
     ],
 )
-def test_a_fault_of_the_system_is_one_line(
+def test_an_error_of_the_operating_system_is_one_line(
     capsys: pytest.CaptureFixture[str], error: BaseException, cause: BaseException | None, expected: str
 ) -> None:
     assert ended(raising(error, cause)) == 2
@@ -269,7 +269,7 @@ def test_a_fault_of_the_system_is_one_line(
     assert line.startswith("error: ") and line.count("\n") == 1 and expected in line
 
 
-def test_a_user_error_of_a_worker_is_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_in_a_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(torch.utils.data.Dataset):
         def __getitem__(self, i: int) -> int:
             raise UserError(f"row {i} is damaged")
@@ -312,12 +312,12 @@ run(main)
 
 def program(body: str) -> subprocess.Popen[str]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    own = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(body=body)], env=own, text=True, **pipes)
+    variables = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(body=body)], env=variables, text=True, **pipes)
 
 
-def test_a_reader_that_is_gone_is_no_error() -> None:
-    """In a process that ends as others do: Python itself complains of what it could not write at its end."""
+def test_a_closed_pipe_is_not_an_error() -> None:
+    """Uses a separate process, because Python reports output that it cannot write when a process ends."""
     process = program("[print('x' * 1000) for _ in range(10000)]")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -338,10 +338,10 @@ def test_an_ascii_terminal_shows_tables_and_errors() -> None:
 
 
 @pytest.mark.parametrize("failing", [[0, 1], [1]])
-def test_of_several_processes_one_prints_the_error(
+def test_only_one_of_several_processes_prints_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: list[int]
 ) -> None:
-    """As torchrun starts processes: when one has ended with an error, it ends the others."""
+    """Starts processes like torchrun, which ends the others when one has failed."""
     monkeypatch.setattr(errors, "PATIENCE", 1.0)
 
     def start(rank: int) -> Child:
@@ -351,8 +351,9 @@ def test_of_several_processes_one_prints_the_error(
                 raise UserError("no such thing")
             time.sleep(60)
 
-        own = {"RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(tmp_path / str(rank))}
-        with mock.patch.dict(os.environ, own):
+        error_file = str(tmp_path / str(rank))
+        variables = {"RANK": str(rank), "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": error_file}
+        with mock.patch.dict(os.environ, variables):
             return Child(lambda: cli.run(main))
 
     processes = [start(rank) for rank in (0, 1)]
@@ -367,13 +368,13 @@ def test_of_several_processes_one_prints_the_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("failing", "printed"), [("True", 1), ("os.environ['RANK'] == '1'", 1)])
-def test_under_torchrun_one_prints_the_error(tmp_path: Path, failing: str, printed: int) -> None:
+def test_only_one_process_of_torchrun_prints_the_error(tmp_path: Path, failing: str, printed: int) -> None:
     script = tmp_path / "script.py"
     body = f"import os, time\n    if {failing}:\n        raise UserError('no such thing')\n    time.sleep(60)"
     script.write_text(PROGRAM.format(body=body))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    own = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"}
-    done = subprocess.run([*launcher, str(script)], env=own, capture_output=True, text=True, timeout=120)
+    variables = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'typings'}"}
+    done = subprocess.run([*launcher, str(script)], env=variables, capture_output=True, text=True, timeout=120)
     assert done.stderr.splitlines().count("error: no such thing") == printed
     assert done.returncode != 0 and "interrupted" not in done.stderr
     assert "traceback : error: no such thing" in done.stderr  # torchrun's summary names the reason
@@ -382,12 +383,12 @@ def test_under_torchrun_one_prints_the_error(tmp_path: Path, failing: str, print
 def test_an_interruption_of_imports_is_one_line(tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "slow.py"
     script.parent.mkdir()
-    # What is imported may swallow exceptions.
+    # Imported code may suppress exceptions.
     body = "try:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)\n"
     script.write_text(f"import time\nimport kd.common\n{body}")
-    own = os.environ | {"PYTHONPATH": str(REPO)}
+    variables = os.environ | {"PYTHONPATH": str(REPO)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, str(script)], env=own, text=True, **pipes)
+    process = subprocess.Popen([sys.executable, str(script)], env=variables, text=True, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert (process.communicate()[1], process.returncode) == ("interrupted\n", 130)

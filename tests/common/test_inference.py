@@ -1,4 +1,4 @@
-"""Eager attention while a model trains on short texts in bf16 on a CPU, and the model's kernel otherwise."""
+"""Attention is eager while a model trains on short texts in bf16 on a CPU, and unchanged otherwise."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def texts(longest: int) -> Dataset:
     return Dataset.from_dict({"length": [3, longest, 5]})
 
 
-def test_eager_inside_and_fused_again_outside_with_the_same_outputs():
+def test_attention_is_eager_inside_and_fused_outside_with_the_same_outputs():
     model, ids = encoder(), torch.arange(12).view(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     before = model(ids, mask).last_hidden_state

@@ -152,10 +152,10 @@ def test_dist_is_one_minus_pearsons_correlations():
     within = 1 - np.mean([pearsonr(s, t).statistic for s, t in zip(pred.T, target.T, strict=True)])
     found = losses.correlation_loss(student, teacher, beta=1.5, gamma=0.5)
     assert found.item() == pytest.approx(16 * (1.5 * between + 0.5 * within), rel=1e-4)
-    for beta, gamma in ((1.0, 0.0), (0.0, 1.0)):  # either term on its pred
+    for beta, gamma in ((1.0, 0.0), (0.0, 1.0)):  # one of the terms alone
         nearer = [torch.lerp(-teacher, teacher, x) for x in (0.0, 0.7, 1.0)]
         values = [losses.correlation_loss(logits, teacher, beta, gamma) for logits in nearer]
-        assert values[0] > values[1] > values[2], "to descend is to correlate"
+        assert values[0] > values[1] > values[2], "the loss falls as the correlation rises"
 
 
 def test_standardized_logits_are_z_scores_invariant_to_shift_and_scale():
@@ -281,9 +281,10 @@ def over_temperatures(loss, student, teacher, first):
 
 @pytest.mark.parametrize(("batch", "classes"), [(20, 10), (40, 10), (30, 3)])
 def test_relations_of_confident_predictions_grow_with_the_images_per_class(batch, classes):
-    """By hand, a sure teacher of as many images of each class against a student that knows nothing: the Gram matrix of
-    classes is batch / classes on its diagonal against batch / classes^2 everywhere, that of samples 1 between images
-    of one class against 1 / classes everywhere.
+    """A confident teacher and a uniform student, computed by hand for equally many images of each class. The Gram
+    matrix of classes is batch / classes on the diagonal for the teacher, and batch / classes^2 everywhere for the
+    student. That of samples is 1 between images of one class for the teacher, and 1 / classes everywhere for the
+    student.
     """
     teacher = 100 * F.one_hot(torch.arange(batch) % classes, classes).float()
     of_a_class, unlike = batch / classes, 1 - 1 / classes

@@ -486,7 +486,7 @@ def test_attention_kl_is_that_of_the_probabilities_of_a_bert_layer():
         bert.set_attn_implementation("eager")
         attention = bert.encoder.layer[0].attention.self
         for projection in (attention.query, attention.key):
-            torch.nn.init.normal_(projection.weight)  # as it comes, everything is attended to alike
+            torch.nn.init.normal_(projection.weight)  # by default, attention is almost uniform
         probabilities.append(bert(ids, mask, output_attentions=True).attentions[0])
         embedded = bert.embeddings(ids)
         parts += [attention.query(embedded), attention.key(embedded)]

@@ -188,7 +188,7 @@ def test_size_counts_shared_tensors_once_and_buffers_only_in_megabytes():
     assert parameters(Tied()) == 10 * 4 + 10
     assert megabytes(Tied()) == (50 * 4 + 3 * 8) / 2**20
     assert megabytes(Tied().to(torch.bfloat16)) == 53 * 2 / 2**20
-    with torch.device("meta"):  # where tensors have no addresses
+    with torch.device("meta"):  # tensors on the meta device have no addresses
         assert megabytes(Tied()) == (50 * 4 + 3 * 8) / 2**20
 
 
@@ -224,7 +224,7 @@ def test_flops_by_hand(model, inputs, expected):
 
 
 class Watcher(nn.Module):
-    """Records the modes in which it is called; its normalization is frozen, as in fine-tuning."""
+    """Records the modes of its forward passes. Its normalization is frozen, as in fine-tuning."""
 
     def __init__(self):
         super().__init__()

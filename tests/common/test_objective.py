@@ -85,7 +85,7 @@ def test_a_feature_term_trains_its_projector():
     ],
 )
 def test_errors_name_the_missing_input(term, student, missing):
-    with pytest.raises(ValueError, match=missing):
+    with pytest.raises(UserError, match=missing):
         term(student, None, None)
 
 

@@ -10,7 +10,7 @@ from kd.common.methods import Feature, ModelFeatures, TaskSpec
 from kd.common.methods.classification import RELATION_METHODS, cc
 from kd.common.outputs import Outputs
 
-RELATIONS = {  # with the scales of the features that they do not see
+RELATIONS = {  # losses that do not depend on the scale of the features
     "similarity_preserving": losses.similarity_preserving,
     "rkd_distance": losses.rkd_distance,
     "rkd_angle": losses.rkd_angle,
@@ -44,7 +44,7 @@ def test_relative_distances_by_hand():
     pred, target = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]])
     # Distances 1, 2, 3 over their mean 2, and 1, 1, 2 over 4/3: two pairs of three differ by 1/4, each counted twice.
     assert losses.rkd_distance(pred, target).item() == pytest.approx(4 * 0.5 * 0.25**2 / 9, rel=1e-6)
-    # Of those that are not zero the mean is 1, so that 1, 1, 0 are compared with 3/4, 3/4, 3/2.
+    # The mean of the nonzero distances is 1, so 1, 1, 0 are compared with 3/4, 3/4, 3/2.
     coinciding = torch.tensor([[0.0], [1.0], [0.0]])
     expected = 2 * (2 * 0.5 * 0.25**2 + (1.5 - 0.5)) / 9
     assert losses.rkd_distance(coinciding, target).item() == pytest.approx(expected, rel=1e-6)
@@ -182,11 +182,11 @@ def task(width=4, teacher_width=6):
         feature = Feature("pooled", width)
         return ModelFeatures([feature], feature, feature)
 
-    def as_it_is(feature, mask):
+    def identity(feature, mask):
         return feature
 
     none = torch.zeros(0, teacher_width), torch.zeros(0)
-    return TaskSpec(3, width, teacher_width, features_of, as_it_is, as_it_is, none[1], lambda: none)
+    return TaskSpec(3, width, teacher_width, features_of, identity, identity, none[1], lambda: none)
 
 
 def test_published_weights():

@@ -51,7 +51,7 @@ def test_interval_depends_only_on_the_returns_and_the_seed():
     first = return_metrics(returns, seed=1)
     assert return_metrics(returns, seed=1) == first
     assert return_metrics(returns, seed=2)["return_ci95"] != first["return_ci95"]
-    assert np.array_equal(np.random.get_state()[1], state)  # the generator that everyone shares is left alone
+    assert np.array_equal(np.random.get_state()[1], state)  # the global generator is unchanged
 
 
 @pytest.mark.parametrize("value", [0.1, -0.1, 500.0, 1e9 + 0.1])

@@ -1,4 +1,4 @@
-"""Reading parquet, CSV and JSON files and folders, and errors of one line with the name of the file."""
+"""Parquet, CSV and JSON files and folders are read; errors have one line and name the file."""
 
 import json
 import re

@@ -48,7 +48,9 @@ def trained(folder: Path, student: TinyClassifier, objective: Objective | None =
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (3, 3)])
 def test_accumulated_gradient_equals_the_gradient_of_one_big_batch(tmp_path, batch, accumulation):
-    """One SGD step with learning rate 1 shows the gradient; 3 x 3 over 8 samples has a short micro-batch."""
+    """The gradient is the change of the weights in one SGD step with learning rate 1. With 3 x 3 over 8 samples, one
+    micro-batch is short.
+    """
     student, teacher, rows = model(), model(9), Rows(8)
     out = student(rows.x)
     loss = 0.5 * F.cross_entropy(out.logits, rows.labels) + 0.5 * soft_target_kl(out.logits, teacher(rows.x).logits, 2)
@@ -208,7 +210,7 @@ def test_cached_teacher_outputs_train_the_same_student_as_the_live_teacher(tmp_p
 
 @pytest.mark.parametrize("save_steps", [3, 4])
 def test_resuming_ends_in_the_same_weights(tmp_path, save_steps):
-    """Steps 3 and 6 end epochs, step 4 lies within one."""
+    """Steps 3 and 6 are the last of an epoch, step 4 is not."""
     settings = {
         "num_train_epochs": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": save_steps,
         "train_sampling_strategy": "random", "save_total_limit": 10,
@@ -320,19 +322,19 @@ def test_the_learning_rate_falls_to_a_tenth_after_each_milestone(tmp_path):
     assert rates == pytest.approx([0.05] * 3 + [0.005] * 6 + [0.0005] * 3)  # three steps an epoch
 
 
-@pytest.mark.parametrize("everything", [False, True])
-def test_weight_decay_excludes_biases_and_norms_unless_requested(everything, tmp_path):
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_weight_decay_excludes_biases_and_norms_by_default(decay_all, tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
-    args = arguments(tmp_path, weight_decay=0.1, decay_norm_and_bias=everything)
+    args = arguments(tmp_path, weight_decay=0.1, decay_norm_and_bias=decay_all)
     hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(2, 3))  # its weights are auxiliary parameters
     trainer = KDTrainer(model=network, args=args, objective=Objective(task=(1.0, task_loss()), hint=(1.0, hint)))
     decayed = {
         id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
     }
-    assert {id(p) in decayed for p in hint.parameters()} == {everything}
+    assert {id(p) in decayed for p in hint.parameters()} == {decay_all}
     names = {name for name, parameter in network.named_parameters() if id(parameter) in decayed}
-    everyone = {name for name, _ in network.named_parameters()}
-    assert names == (everyone if everything else {"0.weight", "2.weight"})
+    all_names = {name for name, _ in network.named_parameters()}
+    assert names == (all_names if decay_all else {"0.weight", "2.weight"})
 
 
 def test_drop_last_applies_to_training_and_not_to_evaluation(tmp_path):

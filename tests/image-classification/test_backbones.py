@@ -55,7 +55,7 @@ NETWORKS: dict[str, tuple[int, int, int, int, list[tuple[int, int]]]] = {
     "shufflenetv2x1.5": (2_580_548, 1024, 4, 1, [(176, 16), (352, 8), (704, 4)]),
     "shufflenetv2x2.0": (5_549_320, 2048, 4, 1, [(244, 16), (488, 8), (976, 4)]),
 }
-# one per family, and of timm: one with buffers that timm does not save, and one whose head widens the last map
+# one per family and two of timm: with buffers that timm does not save, and with a head that widens the last map
 ONE_OF_EACH = ["resnet20", "resnet50", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
 FROM_TIMM = ["timm:resnet18", "timm:resnetblur18", "timm:mobilenetv3_small_050"]
 
@@ -218,7 +218,7 @@ def test_hooks_record_maps_that_are_not_modified_later(name: str) -> None:
         (
             "wrn_16_2",
             6,
-        ),  # those that read a sum, or a map with other readers: most bn1, and the last bn
+        ),  # the batch norms of a sum, or of a map with other readers, remain: most bn1, and the last bn
         ("wrn_16_1", 7),  # also bn1 of the first block, because its shortcut reads the stem
         ("vgg8", 0),
         ("mobilenetv2", 0),

@@ -105,7 +105,7 @@ def test_negatives_are_of_other_classes_without_repetition():
             assert len(set(row)) == 20
             seen[i] |= set(row)
     for i, found in seen.items():
-        assert found == set(torch.nonzero(labels != labels[i]).flatten().tolist()), "each gets its turn"
+        assert found == set(torch.nonzero(labels != labels[i]).flatten().tolist()), "each of them is drawn"
 
 
 def test_the_largest_class_bounds_the_number_of_negatives():
@@ -181,7 +181,7 @@ def crd(pair: Pair, seed: int = 0) -> Method:
 
 
 def test_a_resumed_training_gives_the_same_student_and_memories(tmp_path):
-    """Step 7 lies within an epoch of five steps."""
+    """Step 7 is within an epoch of five steps."""
     settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 7, "save_total_limit": 9}
     pair = new_pair()
     whole = crd(pair)

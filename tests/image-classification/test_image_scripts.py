@@ -282,7 +282,7 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in students.glob("*/results.json")}
     assert len(before) == 3
     script("sweep.py", *words, "--learning_rates", 0.05, 0.01, "--methods", "none", "control", "kd", "simkd")
-    assert "3 of 10 students are finished already" in capsys.readouterr().out
+    assert "3 of 10 students are already finished" in capsys.readouterr().out
     assert len(list(students.glob("*/results.json"))) == 10
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     stages = set((tmp_path / "s" / "seed0" / "stages").iterdir())
@@ -316,20 +316,20 @@ def test_a_sweep_accepts_more_seeds_and_shares_its_teacher(tmp_path, capsys):
     script("train_student.py", *words, "--seeds", 1)
     before = weights(tmp_path / "seed1" / "students" / "kd_lr0.05")
     script("train_student.py", *words, "--seeds", "0,1")
-    assert "2 of 4 students are finished already" in capsys.readouterr().out
+    assert "2 of 4 students are already finished" in capsys.readouterr().out
     assert [path.parent.parent.name for path in tmp_path.rglob("stages/teacher")] == [tmp_path.name]
     assert all(torch.equal(w, before[name]) for name, w in weights(tmp_path / "seed1/students/kd_lr0.05").items())
 
 
 def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher, tmp_path, capsys):
     words = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", "0,1"]
-    methods, infinite = "kd,kd:temperature=2", "fitnet:weight=1e39"  # a number that single precision does not have
+    methods, infinite = "kd,kd:temperature=2", "fitnet:weight=1e39"  # infinite in single precision
     script("train_student.py", *words, "--methods", methods, "--output_dir", tmp_path / "finite")
     diverging = [*words, "--methods", f"{methods},{infinite}", "--output_dir", tmp_path / "diverging"]
     script("train_student.py", *diverging)
     capsys.readouterr()
     script("train_student.py", *diverging)
-    assert "8 of 8 students are finished already" in capsys.readouterr().out, "a diverged one is not trained again"
+    assert "8 of 8 students are already finished" in capsys.readouterr().out, "a diverged student is not trained again"
     for student in (tmp_path / "finite").glob("seed*/students/*"):
         found = weights(tmp_path / "diverging" / student.relative_to(tmp_path / "finite"))
         assert all(torch.equal(found[name], weight) for name, weight in weights(student).items())
@@ -370,14 +370,14 @@ def test_students_of_a_sweep_are_compared_over_seeds():
     assert compare_students(found, "validation") == [
         rule,
         "Better than the control: kd at 0.1, dkd at 0.1.",
-        "No difference shown to the control: fitnet at 0.1.",
-        "No difference shown to the best, kd at 0.1: dkd at 0.1.",
+        "Not shown to differ from the control: fitnet at 0.1.",
+        "Not shown to differ from the best, kd at 0.1: dkd at 0.1.",
     ]
     students = {key: one | {"verdict": None} for key, one in found.items() if key[0].method != "none"}
     assert compare_students(students, "validation") == [
         rule,
         "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
-        "No difference shown to the best, kd at 0.1: dkd at 0.1.",
+        "Not shown to differ from the best, kd at 0.1: dkd at 0.1.",
     ]
 
 
@@ -395,7 +395,7 @@ def test_a_student_of_a_sweep_equals_the_same_student_trained_alone(teacher, tmp
 
 @pytest.mark.slow
 def test_methods_side_by_side_equal_each_method_alone(teacher, tmp_path):
-    """Also methods with auxiliary parameters or a memory of samples."""
+    """The methods include some with auxiliary parameters or a memory of samples."""
     common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2, "--no_control"]
     names = ["vid", "ctkd", "crd", "semckd"]
     script("train_student.py", *common, "--methods", ",".join(names), "--seeds", "3", "--output_dir", tmp_path / "s")
@@ -475,7 +475,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, words, message, tmp_
 
 
 def test_a_folder_of_new_images_is_evaluated_by_class_name(teacher, tmp_path, capsys):
-    """Digits saved in folders of two of the ten classes get the same accuracy as in the run."""
+    """Digits of two of the ten classes, saved in folders, are classified as accurately as in the run."""
     test = load_image_data("digits").splits["test"]
     chosen = [row for row, label in enumerate(test.labels.tolist()) if label in (3, 7)]
     for row in chosen:

@@ -149,7 +149,7 @@ def test_ofd_by_numpy():
 
 def test_the_teacher_of_ofd_stays_in_eval_mode(tmp_path):
     pair = new_pair()
-    pair.teacher.train()  # the trainer has to switch it to eval mode
+    pair.teacher.train()  # the trainer must switch it to eval mode
     before = {name: value.clone() for name, value in pair.teacher.state_dict().items()}
     method = METHODS["ofd"](pair.spec)
     margins = [method.objective.terms[f"overhaul_{i}"].loss.margin.clone() for i in range(3)]
@@ -255,7 +255,7 @@ def test_semckd_by_numpy():
 
 
 def test_missing_images_of_a_smaller_batch_have_similarity_zero():
-    """As images whose maps are zero."""
+    """They are treated as images whose maps are zero."""
     term, student_outputs, teacher_outputs = calibration(batch=6)
     small = term.attention(list(features(student_outputs).values()), list(features(teacher_outputs).values()))
     filled = [

@@ -94,7 +94,7 @@ def test_every_variant_trains_student_and_all_projectors(projector, teacher_name
 
 
 def test_each_architecture_is_probed_once(monkeypatch):
-    """A script builds student and method several times, but probes teacher and student once each."""
+    """A script builds student and method several times, but probes teacher and student only once."""
     data, probed = noise(), []
     monkeypatch.setattr(matching, "_CACHE", {})
     monkeypatch.setattr(ImageClassifier, "forward", counting(ImageClassifier.forward, probed))
@@ -134,7 +134,7 @@ def test_blocks_are_matched_at_the_same_relative_depth(blocks, teacher_blocks, e
 
 
 def test_the_larger_map_is_averaged_down():
-    """A larger student map is averaged down before its projector, in training and deployment alike."""
+    """A larger student map is averaged down before its projector, in training and in deployment."""
     data = noise(32)
     large, small = new_classifier("resnet8", data.config), new_classifier("timm:resnet10t", data.config)
     images = some_images(data)

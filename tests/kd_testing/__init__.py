@@ -1,1 +1,1 @@
-"""Helpers of several test files."""
+"""Functions that several test files use."""

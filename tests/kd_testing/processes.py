@@ -1,4 +1,4 @@
-"""Other processes, forked so that they need not import anything again."""
+"""Child processes for tests. They are forked, so that they do not repeat imports."""
 
 import os
 import signal

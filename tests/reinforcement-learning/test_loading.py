@@ -95,7 +95,7 @@ def edited(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]
 
 
 def of_old_gym(data: dict[str, Any], _: Any) -> None:
-    """Writes spaces as Python 3.7 and gym did; in pickle protocol 3 a name has no length prefix."""
+    """Writes spaces like Python 3.7 and gym; in pickle protocol 3 a name has no length prefix."""
     for name in ("observation_space", "action_space"):
         space = pickle.loads(base64.b64decode(data[name][":serialized:"]))
         old = pickle.dumps(space, protocol=3).replace(b"gymnasium.", b"gym.")

@@ -1,4 +1,4 @@
-"""Students with a key-value bottleneck: keys are fitted once, values are learned, in every stage alike."""
+"""Students with a key-value bottleneck: keys are fitted once and values are trained, in every stage."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -133,7 +133,7 @@ def test_resumed_distillation_does_not_fit_the_keys_again(tmp_path, monkeypatch)
 
 
 def test_all_stages_use_the_same_student_with_the_same_keys(tmp_path):
-    """Also with normalized rewards and a teacher with statistics: the student receives raw observations."""
+    """Even with normalized rewards and a teacher with statistics, the student receives raw observations."""
     run, other = (PolicyRun([ENVIRONMENT], RunArguments(output_dir=str(tmp_path / name))) for name in ("run", "other"))
     one = spec()
     stages = Distillation(run, [one], arguments(), 2)

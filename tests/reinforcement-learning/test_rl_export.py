@@ -81,13 +81,13 @@ def test_squashed_actions_are_in_the_units_of_the_environment(tmp_path):
     act = exported(saved(tmp_path, model, "Pendulum-v1"), "onnx")
     rows = observations("Pendulum-v1")
     expected = model.predict(rows, deterministic=True)[0]
-    assert np.abs(expected).max() > 1, "beyond what tanh gives"
+    assert np.abs(expected).max() > 1, "outside the range of tanh"
     np.testing.assert_allclose(act(rows), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
 def test_export_contains_the_statistics_of_vecnormalize(tmp_path, format):
-    """Also the clipping: the exported policy takes raw observations."""
+    """The exported policy takes raw observations, and normalizes and clips them."""
     normalizer = VecNormalize(SB3Environments("Pendulum-v1", 3, seed=3), clip_obs=1.2)
     normalizer.reset()
     for _ in range(20):

@@ -31,13 +31,13 @@ WRONG_LABELS = 0.2  # share of train labels that are drawn at random
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Every split has the columns values (length,) float32, labels (class ids) and sample_id, as tensors."""
+    """A dataset. Its splits have the columns values (length,) float32, labels (class ids) and sample_id."""
 
     name: str
-    splits: Splits  # train, validation and perhaps test
-    label_names: list[str]  # by class id
-    fingerprint: str  # of the contents
-    notes: list[str]  # for the report
+    splits: Splits  # train, validation and, if the dataset has it, test
+    label_names: list[str]  # class names by id
+    fingerprint: str  # hash of the contents
+    notes: list[str]  # notes on the labels and splits, for the report
 
 
 def load_data(dataset: str) -> LabelledData:
@@ -57,7 +57,7 @@ def load_data(dataset: str) -> LabelledData:
 
 
 def _values(split: str, rows: datasets.Dataset) -> np.ndarray:
-    """Signals (samples, length)."""
+    """The column `values` as an array (samples, length)."""
     values: np.ndarray
     if "values" not in rows.column_names:
         raise UserError(f"the {split} split has no column 'values', only {', '.join(rows.column_names)}: rename one")

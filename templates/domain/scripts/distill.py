@@ -26,21 +26,19 @@ from kd.example_domain.teacher_model.classifier import load_trained
 class Arguments:
     """Data, teacher and student."""
 
-    dataset: str = field(
-        default="tones", metadata={"help": "tones, a folder of parquet or JSON files, or a Hub name."}
-    )
+    dataset: str = field(default="tones", metadata={"help": "Embedded dataset (tones), folder of files, or Hub name."})
     teacher: str | None = field(
         default=None, metadata={"help": "Folder of a trained classifier (default: train one)."}
     )
-    teacher_width: Count = field(default=64, metadata={"help": "channels of a teacher that is trained here"})
-    student_width: Count = field(default=12, metadata={"help": "channels of the student and of its control"})
+    teacher_width: Count = field(default=64, metadata={"help": "Channels of a teacher that this run trains."})
+    student_width: Count = field(default=12, metadata={"help": "Channels of the student and of the control."})
 
 
 @dataclass
 class TrainingArguments(KDTrainingArguments):
     """Training arguments of teacher, control and student."""
 
-    output_dir: str | None = field(default="runs/example-domain/distill", metadata={"help": "the run's folder"})
+    output_dir: str | None = field(default="runs/example-domain/distill", metadata={"help": "Folder of the run."})
     num_train_epochs: float = 10
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 250
@@ -52,7 +50,7 @@ class TrainingArguments(KDTrainingArguments):
 def main() -> None:
     args, training = parse(Arguments, TrainingArguments)
     if args.teacher:
-        reject_unused("--teacher names a trained classifier", training, "teacher_width")
+        reject_unused("--teacher is already trained", training, "teacher_width")
     reject_unused(
         "this domain has no label smoothing and no bottleneck",
         training,

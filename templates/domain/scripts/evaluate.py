@@ -1,4 +1,4 @@
-"""Evaluates a saved classifier on every split except train, as the run that trained it did.
+"""Evaluates a saved classifier on every split except train, with the same metrics as the run that trained it.
 
     python example-domain/scripts/evaluate.py runs/example-domain/distill/student
     python example-domain/scripts/evaluate.py runs/example-domain/distill/stages/teacher
@@ -15,9 +15,9 @@ from kd.example_domain.teacher_model.classifier import load_trained
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("model", help="folder of a classifier")
-    parser.add_argument("--dataset", default="tones", help="dataset that the model was trained on")
-    parser.add_argument("--json", help="also write the metrics to this file")
+    parser.add_argument("model", help="Folder of a classifier.")
+    parser.add_argument("--dataset", default="tones", help="Dataset on which the model was trained.")
+    parser.add_argument("--json", help="File to which the metrics are also written.")
     args = parser.parse_args()
 
     data = load_data(args.dataset)

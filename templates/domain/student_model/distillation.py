@@ -55,12 +55,12 @@ def train(run: TrainerRun, stage: str, width: int, data: LabelledData, method: M
 
 
 def trainer_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a transformers Trainer."""
+    """The metrics of an evaluation during training, as `compute_metrics` of a transformers Trainer."""
     return classification_metrics(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
 
 
 def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
-    """Logits (samples, classes) of the rows, in fp32, the precision of a loaded model."""
+    """Logits (samples, classes) of the rows, computed in fp32 like those of a loaded model."""
 
     def logits(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits}
@@ -76,8 +76,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> Evaluation:
-    """Evaluates a model: its cost, and its metrics on every split except train. With `teacher`, also the agreement of
-    both models.
+    """Evaluates a model: its cost, and its metrics on every split except train. If `teacher` is passed, the metrics
+    include the agreement with the teacher.
     """
     metrics, measurements = {}, {}
     for split, rows in data.splits.items():

@@ -17,7 +17,7 @@ print(labels[str(logits.argmax())])"""
 
 
 def load(name: str, task: str | None) -> Exportable:
-    """Loads the student in a folder. `task` is not used. Raises UserError if there is none."""
+    """Loads the student from a folder. `task` is not used. Raises UserError if the folder contains no student."""
     with reading(name, "a classifier of this domain"):
         model = load_model(Classifier, name).eval()
     signals = torch.randn(20, LENGTH, generator=torch.Generator().manual_seed(0))

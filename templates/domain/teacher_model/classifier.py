@@ -69,7 +69,9 @@ def new_classifier(label_names: list[str], width: int) -> Classifier:
 
 
 def load_trained(folder: str, data: LabelledData) -> Classifier:
-    """Loads a classifier. Raises UserError for another kind of model, and for other labels."""
+    """Loads a classifier. Raises UserError if the folder has another kind of model, or if its labels differ from the
+    data's.
+    """
     if not Path(folder, "config.json").exists():
         raise UserError(f"no classifier in folder {folder}: it has no config.json; pass a student of distill.py")
     with reading(folder, "a classifier"):

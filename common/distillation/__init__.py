@@ -1,0 +1,1 @@
+"""Distillation from Python, for any models and data: `kd.common.distill`."""
