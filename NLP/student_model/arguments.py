@@ -1,7 +1,7 @@
 """Arguments that the scripts for text classifiers share. Nothing here imports torch or transformers."""
 
 import math
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -40,7 +40,8 @@ class BottleneckTrainingArguments(ClassifierTrainingArguments):
     """The defaults of a student with a bottleneck."""
 
     output_dir: str | None = "runs/NLP/keys_carried"
-    value_learning_rate: Positive | None = 3e-2
+    num_train_epochs: Positive = field(default=3.0, metadata={"help": SUPPRESS})  # stages have their own
+    value_learning_rate: Positive | None = field(default=3e-2, metadata={"help": "Learning rate of the values."})
 
 
 @dataclass
@@ -205,6 +206,7 @@ class GlueTrainingArguments(KDTrainingArguments):
     """The defaults of every task and system of GLUE."""
 
     output_dir: str | None = "runs/NLP/glue"
+    value_learning_rate: Positive | None = field(default=None, metadata={"help": "Learning rate of the values."})
     seeds: list[Seed] | None = field(default_factory=lambda: [0])
 
 

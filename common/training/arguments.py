@@ -85,9 +85,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     decay_norm_and_bias: bool = field(default=False, metadata={"help": "Apply weight decay to norms and biases too."})
     alpha: Share = field(default=0.5, metadata={"help": "Weight of the labels; soft targets have 1 - alpha."})
     temperature: Positive = field(default=2.0, metadata={"help": "Temperature of the soft targets."})
-    value_learning_rate: Positive | None = field(
-        default=None, metadata={"help": "Learning rate of a bottleneck's values."}
-    )
+    value_learning_rate: Positive | None = None  # of a bottleneck's values; None: --learning_rate
     label_smoothing_factor: ShareBelow1 = field(
         default=0.0, metadata={"help": "Label smoothing factor; 0 for no smoothing."}
     )

@@ -13,14 +13,14 @@ the labels alone.
 
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
+    BottleneckTrainingArguments,
     DataArguments,
     ImageBottleneckArguments,
-    ImageTrainingArguments,
     PairArguments,
     SimKDArguments,
 )
 
-ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments
+ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, DataArguments, BottleneckTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

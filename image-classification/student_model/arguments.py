@@ -287,6 +287,7 @@ class ImageTrainingArguments(KDTrainingArguments):
     )
     alpha: Share = 0.1
     temperature: Positive = 4.0
+    label_smoothing_factor: ShareBelow1 = field(default=0.0, metadata={"help": SUPPRESS})  # not supported
 
     @property
     def views(self) -> int:
@@ -299,3 +300,10 @@ class ImageTrainingArguments(KDTrainingArguments):
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # None until the script sets its default
+
+
+@dataclass
+class BottleneckTrainingArguments(ImageTrainingArguments):
+    """Training with a bottleneck."""
+
+    value_learning_rate: Positive | None = field(default=None, metadata={"help": "Learning rate of the values."})
