@@ -120,7 +120,7 @@ def _compared_with_best(runs: dict[str, list[dict[str, Any]]], split: str) -> st
         return verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])["word"] != "better"
 
     like_best = [name for name in scores if name != best and is_like_best(name)]
-    return f"Not shown to differ from the best, {best}: {', '.join(like_best) or 'none'}."
+    return f"No difference shown to the best, {best}: {', '.join(like_best) or 'none'}."
 
 
 def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) -> None:
