@@ -3,6 +3,7 @@
 This module does not import torch or transformers, so that `--help` is fast.
 """
 
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
