@@ -226,7 +226,7 @@ class Recorder:
         self.probes: list[tuple[str, bool]] = []  # the caller, and whether it was before the first step
         self._optimizer: Optimizer | None = None
         self._calls: list[str] = []
-        self._depth = 0  # of forwards in forwards
+        self._depth = 0  # nesting depth of the current forward pass
         init = nn.Module.__init__
 
         def recording_init(module: nn.Module, *args: Any, **kwargs: Any) -> None:

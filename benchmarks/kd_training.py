@@ -227,7 +227,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=48, help="Texts per step.")
     parser.add_argument("--steps", type=int, default=50, help="Steps per variant and round.")
     parser.add_argument("--rounds", type=int, default=5, help="Number of rounds, each with all variants.")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Low precision.")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of the last variants."
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)

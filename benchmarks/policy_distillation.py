@@ -181,7 +181,7 @@ def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--teacher", default="train", help="Zip file or folder of a PPO teacher, or train.")
+    parser.add_argument("--teacher", default="train", help="Zip file or folder of a PPO, or train to train one.")
     parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed.")
     parser.add_argument("--repetitions", type=int, default=5, help="Number of repetitions, each with another seed.")
     parser.add_argument("--goal", type=float, default=475.0, help="Mean return that ends the measured time.")

@@ -61,7 +61,7 @@ def test_shell_scripts_can_be_run_and_their_recipes_exist(script: Path):
 
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-NAME = re.compile(r"[^=<>\[]+")  # of a requirement
+NAME = re.compile(r"[^=<>\[]+")  # the name in a requirement
 EXTRAS = {"common": (), "NLP": ("nlp",), "image-classification": ("images",), "reinforcement-learning": ("rl",)}
 ELSEWHERE = {  # optional imports of the core, checked where a user needs them
     "common": {"onnx", "onnxruntime", "sacrebleu"},

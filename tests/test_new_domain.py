@@ -80,7 +80,7 @@ def test_the_commands_of_a_new_domain_run(birds):
 
 @pytest.mark.parametrize(("folder", "name"), [("Audio", "audio"), ("environmental-sounds", "environmental_sounds")])
 def test_all_names_are_replaced_and_ruff_accepts_the_code(tmp_path, folder, name):
-    """Also for a name that sorts before `common`, and for one that makes lines longer."""
+    """Covers a name that sorts before `common`, and a name that makes lines longer."""
     root = copy_into(tmp_path / "repository")
     new_domain(root, folder)
     files = [path for place in (root / folder, root / "tests" / folder) for path in place.rglob("*") if path.is_file()]

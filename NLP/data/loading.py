@@ -112,7 +112,7 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
     Ignores case unless two labels differ only in case. Raises UserError for a label that `names` lacks.
     """
     if data.regression:
-        raise UserError(f"{data.name} has scores, not classes: it does not fit a classifier")
+        raise UserError(f"{data.name} has scores, not classes: it cannot be used with a classifier")
     tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
     ids = {split: table["label"].to_numpy() for split, table in tables.items()}
     ids = map_label_ids(data.name, ids, data.label_names, names)

@@ -157,7 +157,7 @@ def train_trial(
         compute_metrics=trainer_metrics(data),
         callbacks=[pruning],
     )
-    trainer.remove_callback(PrinterCallback)  # there is one progress bar, over trials
+    trainer.remove_callback(PrinterCallback)  # only the progress bar over trials is printed
     try:
         trainer.train()
     except UserError as error:  # the loss became infinite or NaN with these parameters

@@ -53,7 +53,7 @@ class Pretrained:
         return encoder_of(self.model)
 
     def set_max_length(self, max_length: int) -> None:
-        """Makes the tokenizer truncate texts to `max_length` tokens. A saved tokenizer does so too.
+        """Sets the number of tokens to which the tokenizer truncates texts. It is saved with the tokenizer.
 
         Raises UserError if the encoder has fewer positions.
         """
@@ -108,8 +108,8 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
 
 
 def load_trained(name: str, data: TextData) -> Pretrained:
-    """The classifier NAME of the labels of `data`. Raises UserError as `load_classifier` does, and for an encoder
-    without a head.
+    """Loads the classifier NAME, trained on the labels of `data`. Raises UserError as `load_classifier` does, and for
+    an encoder without a head.
     """
     classifier = load_classifier(name, data)
     if not classifier.trained:

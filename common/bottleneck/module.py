@@ -173,7 +173,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         sample = self.heads(random_rows(rows, max(8192, 16 * self.codebook_size), generator))
         keys, counts = kmeans(sample, self.codebook_size, generator)
         self.keys.copy_(keys)
-        self.key_counts.copy_(counts * min(1.0, batch_size / len(sample)))  # as if counted in batches of that size
+        self.key_counts.copy_(counts * min(1.0, batch_size / len(sample)))  # scaled to a batch of that size
         self.key_sums.copy_(keys * rearrange(self.key_counts, "c k -> c k 1"))
         steps = largest_across_processes(-(-len(rows) // batch_size))
         for _ in range(epochs):

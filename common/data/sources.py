@@ -25,7 +25,7 @@ SPLIT_SEED = 0  # fixed, so that no run trains on the validation rows of another
 
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # of datasets.DatasetDict and datasets.Dataset
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # written by save_to_disk of a DatasetDict and a Dataset
 
 # Datasets of a domain by name: a function that returns the splits of an embedded one, or a name on the Hub.
 KnownDatasets = Mapping[str, Callable[[], Mapping[str, datasets.Dataset]] | str]

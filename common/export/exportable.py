@@ -23,7 +23,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_json, write_text, writing_folder
 
 RECORD = "export.json"  # marks a folder as an export
-TOLERANCE = 1e-3  # of a logit: a prediction changes only if the two largest logits differ by less than twice that
+TOLERANCE = 1e-3  # for a logit: a prediction changes only if the two largest logits differ by less than twice that
 TIES = 1e-3  # share of rows that may differ with a bottleneck: for equally near keys, the code depends on rounding
 
 
@@ -94,7 +94,7 @@ def _load_program(path: Path) -> Callable[..., Tensor]:
 
 
 class Format(NamedTuple):
-    """How a student is written, and how it is loaded here and with the code in README.md."""
+    """A file format: functions that write and load a student, and the code in README.md that loads it."""
 
     file: str
     write: Callable[[Exportable, Path], None]

@@ -16,7 +16,7 @@ from kd.common.losses.shared import einsum, kl, product, same_shape, unit, weigh
 
 LEAST_DEVIATION = 1e-30
 COARSE_SIZES = (4, 2, 1)
-SMALLEST_MEAN = 1e-12  # of distances, to avoid dividing by zero if all samples coincide
+SMALLEST_MEAN = 1e-12  # minimum mean distance, to avoid dividing by zero if all samples are equal
 
 
 # ---- hidden states and attention ----
@@ -110,7 +110,7 @@ def channel_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tem
 
 
 def spatial_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """As channel_kl, with the softmax over the positions of each channel (channel-wise distillation,
+    """Like `channel_kl`, but with the softmax over the positions of each channel (channel-wise distillation,
     arXiv:2011.13256); summed over positions, averaged over batch and channels.
     """
     same_shape(student, teacher)
@@ -300,7 +300,9 @@ def noise_contrastive(log_scores: Tensor, samples: int) -> Tensor:
     negatives = log_scores.shape[1] - 1
     if negatives < 1:
         raise ValueError(f"log_scores must have a positive and negatives, got {tuple(log_scores.shape)}")
-    log_odds = log_scores.float() - math.log(negatives / samples)  # of a positive against noise
+    log_odds = log_scores.float() - math.log(
+        negatives / samples
+    )  # log odds that a sample is the positive and not noise
     return -(F.logsigmoid(log_odds[:, 0]) + F.logsigmoid(-log_odds[:, 1:]).sum(1)).mean()
 
 

@@ -132,7 +132,7 @@ def gaussian_kl(
     student = student_mean.float(), _expanded(student_log_std, student_mean)
     teacher = teacher_mean.detach().float(), _expanded(teacher_log_std.detach(), teacher_mean)
     (p_mean, p_log_std), (q_mean, q_log_std) = (teacher, student) if direction == "forward" else (student, teacher)
-    log_ratio = 2 * (p_log_std - q_log_std)  # of the variances
+    log_ratio = 2 * (p_log_std - q_log_std)  # log of the ratio of the variances
     distance = (p_mean - q_mean) * (-q_log_std).exp()
     # exp(x) - 1 - x cancels near zero: expm1 keeps the digits.
     divergence = (torch.expm1(log_ratio) - log_ratio + distance.square()).sum(dim=-1).clamp(min=0) / 2  # (batch,)
@@ -260,7 +260,9 @@ def transport(
         for x in (student_logits, teacher_logits.detach())
     )
     kernel = -cost.float() / regularization  # (classes, classes)
-    start = torch.full_like(student, -math.log(student.shape[1] - 1))  # as published: uniform over the other classes
+    start = torch.full_like(
+        student, -math.log(student.shape[1] - 1)
+    )  # uniform over the other classes, as in the authors' code
     rows = rearrange(start.masked_fill(is_label, LOG_ZERO), "batch row -> batch row 1")
     for _ in range(iterations):
         columns = rearrange(teacher - torch.logsumexp(kernel + rows, dim=1), "batch column -> batch 1 column")

@@ -27,8 +27,8 @@ STYLES = {  # colour, line, marker: each alone identifies the stage
 OTHER_STYLES = [("#CC79A7", "-.", "D"), ("#E69F00", ":", "v"), ("#56B4E9", "--", "P"), ("#000000", "-", "X")]
 PAPER: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 GREY = "0.45"
-FINAL_SIZE = 9  # of the circles around final scores
-LABEL_SIZE, LABEL_DISTANCE, LABEL_HEIGHT = 7, 8, 9.5  # of the labels of points, in typographic points
+FINAL_SIZE = 9  # marker size of final scores
+LABEL_SIZE, LABEL_DISTANCE, LABEL_HEIGHT = 7, 8, 9.5  # labels of models, in typographic points
 History = dict[str, list[dict[str, Any]]]  # stage -> its log
 Curve = list[tuple[float, float]]
 Style = tuple[str, str, str]
@@ -128,7 +128,7 @@ def _capitalized(text: str) -> str:
 
 
 def _add_legend(figure: Figure) -> None:
-    """One legend below all panels."""
+    """Adds one legend below all panels."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -213,7 +213,7 @@ def _add_labels(axes: Axes, points: list[Point]) -> None:
             if left < start + width and start < end and abs(height - taken) < LABEL_HEIGHT:
                 height = taken + LABEL_HEIGHT
         placed = sorted([*placed, (start, start + width, height)], key=lambda label: label[2])
-        end_of_line = (0 if start > x else 1, 0.5)  # of the line from a moved label to its point
+        end_of_line = (0 if start > x else 1, 0.5)  # end at the label of the line from a moved label to its point
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3, "relpos": end_of_line}
         axes.annotate(
             point.label,

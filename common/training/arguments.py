@@ -164,7 +164,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
 
     @property
     def selection(self) -> str:
-        """For the report: which epoch of its stages was kept, and by which metric."""
+        """The description, for the report, of the epoch that is kept in each stage and the metric that selects it."""
         if not self.load_best_model_at_end:
             return "last epoch of every stage"
         metric = str(self.metric_for_best_model).removeprefix("eval_")

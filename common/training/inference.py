@@ -102,7 +102,7 @@ def run_inference(
             outputs += zip(rows, _split(batch_outputs, batch.get("attention_mask")), strict=True)
     finally:
         model.train(was_training)
-    if world > 1:  # as arrays, because tensors of uint16 cannot be gathered
+    if world > 1:  # gathers arrays, because tensors of uint16 cannot be gathered
         arrays = gather_object([(row, {name: t.numpy() for name, t in values.items()}) for row, values in outputs])
         outputs = [(row, {name: torch.from_numpy(a) for name, a in values.items()}) for row, values in arrays]
     outputs.sort(key=lambda output: output[0])

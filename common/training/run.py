@@ -66,7 +66,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.started, self.seconds_before = time.perf_counter(), 0.0
-        transformers_logging.disable_progress_bar()  # for loading and saving; training keeps its bar
+        transformers_logging.disable_progress_bar()  # hides bars of loading and saving; training has a bar
         datasets.disable_progress_bars()
         self._open()
 

@@ -205,7 +205,7 @@ def _is_complete(folder: Path, key: str, sample_ids: Tensor) -> bool:
 
 def _write(folder: Path, key: str, outputs: dict[str, list[Tensor]]) -> None:
     table = pa.table({name: _arrow_array(rows) for name, rows in outputs.items()}, metadata={"key": key})
-    for name in (SHARD_FILE, CHECKSUMS):  # of a shard that is damaged or has another key
+    for name in (SHARD_FILE, CHECKSUMS):  # remove a shard that is damaged or has another key
         (folder / name).unlink(missing_ok=True)
     with writing_folder(folder) as partial, pa.ipc.new_stream(str(partial / SHARD_FILE), table.schema) as writer:
         writer.write_table(table)
@@ -279,7 +279,7 @@ class TeacherViews:
         path = Path(folder) / key[:20]
         path.mkdir(parents=True, exist_ok=True)
         description = json.dumps({"samples": samples, "views": views, "classes": classes, "key": key})
-        shape = path / "shape.json"  # for people who read the folder
+        shape = path / "shape.json"  # not read by the project; it describes the folder for users
         if not shape.exists() or shape.read_bytes() != description.encode():
             write_text(shape, description)
         self._start = zlib.crc32(description.encode())  # so that rows of a table of another shape do not match

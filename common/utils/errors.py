@@ -43,7 +43,7 @@ MESSAGES = {  # part of the message of a library that is not written in Python -
     "--dataloader_num_workers 0",
 }
 PATIENCE = 5.0  # seconds that processes of rank > 0 wait for torchrun to end them before they print their error
-RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # of a run, of a seed run, of a GLUE system
+RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # in the folder of a run, a seed run, or a GLUE system
 parsed: list[Any] = []  # the arguments of the running script
 
 
@@ -132,7 +132,7 @@ def run(main: Callable[[], None]) -> None:
     _on_sigterm(lambda *_: _terminate(main_process))
     try:
         _main_or_one_line(main)
-    except KeyboardInterrupt as interrupt:  # also one that arrives while an error is printed
+    except KeyboardInterrupt as interrupt:  # including one that arrives while an error is printed
         by_sigterm = isinstance(interrupt, Terminated)
         # Rank 0 prints a line, unless torchrun ended it because another process failed.
         if os.environ.get("RANK", "0") == "0" and not (by_sigterm and "TORCHELASTIC_RUN_ID" in os.environ):

@@ -88,8 +88,8 @@ class DivergenceMonitor:
         return torch.stack(list(kept.values())).nansum(), kept
 
     def check_losses(self, last_checkpoint: Callable[[], str | None]) -> bool:
-        """Whether any student is left to train. Reports the step and the parts of a non-finite loss: as a UserError,
-        which names the last checkpoint, for a single student, and as a warning for one of several.
+        """Returns whether any student has not diverged. Reports the step and the parts of a non-finite loss: for a
+        single student as a UserError that names the last checkpoint, for one of several as a warning.
         """
         for prefix, first in self._first.items():
             if step := int(first["step"].item()):
@@ -103,8 +103,8 @@ class DivergenceMonitor:
         return len(self._reported) < len(self._prefixes)
 
     def check_weights(self, step: int, modules: Mapping[str, Sequence[nn.Module]]) -> bool:
-        """The same for the weights after a step, over all processes. `modules` are listed by student; for a single
-        student the name is not used.
+        """Like `check_losses`, for the weights after a step in all processes. `modules` are listed by student; the
+        name of a single student is not used.
         """
         here = [{name: non_finite_tensor(*student_modules) for name, student_modules in modules.items()}]
         found = {name: tensor for process in gather_object(here) for name, tensor in process.items() if tensor}

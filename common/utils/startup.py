@@ -32,9 +32,9 @@ def exit_on_interrupt(*_: object) -> None:
 
 
 def prepare_script() -> None:
-    """In the project's scripts, but not in notebooks and other programs: handles Ctrl-C during imports by
-    `exit_on_interrupt`, until `kd.common.cli.run` restores Python's handler, and disables tqdm's progress bars unless
-    stderr is a terminal.
+    """Prepares a script of the project; does nothing in notebooks and other programs. `exit_on_interrupt` handles
+    Ctrl-C during imports, until `kd.common.cli.run` restores Python's handler. tqdm's progress bars are disabled
+    unless stderr is a terminal.
     """
     module = any(word.startswith("kd.common.") for word in sys.orig_argv[1:3])
     if not module and Path(sys.argv[0]).resolve().parent.name != "scripts":

@@ -74,7 +74,7 @@ def evaluate(
 
 
 def measure(data: ImageData, logits: Logits) -> Measurement:
-    """The accuracy on any images of the selection split."""
+    """The accuracy on the selection split, as a Measurement for bootstrap intervals."""
     split = data.selection_split
     return measure_classes(logits[split], data.splits[split].labels.numpy())
 

@@ -301,14 +301,15 @@ def write_group(
 
 def _losses_of(student: Student, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The losses of a student in the log of its group, while they are finite."""
-    shares = [(entry["epoch"], _share(student, entry)) for entry in history if "loss" in entry]
-    return [{"epoch": epoch, "loss": sum(share)} for epoch, share in shares if share]
+    losses = [(entry["epoch"], _loss_terms(student, entry)) for entry in history if "loss" in entry]
+    return [{"epoch": epoch, "loss": sum(terms)} for epoch, terms in losses if terms]
 
 
 def _epoch_of_divergence(student: Student, history: list[dict[str, Any]]) -> int:
-    logged = [entry["epoch"] for entry in history if "loss" in entry and not _share(student, entry)]
+    logged = [entry["epoch"] for entry in history if "loss" in entry and not _loss_terms(student, entry)]
     return math.ceil([*logged, history[-1]["epoch"]][0])
 
 
-def _share(student: Student, entry: dict[str, Any]) -> list[float]:
+def _loss_terms(student: Student, entry: dict[str, Any]) -> list[float]:
+    """The weighted terms of a student's loss in an entry of the log; empty after the student has diverged."""
     return [value for name, value in entry.items() if name.startswith(f"loss_{student.key}/")]

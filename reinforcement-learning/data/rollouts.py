@@ -68,20 +68,23 @@ class Recorder:
 def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarray, Tensor]:
     """Plays whole episodes. Returns their returns (episodes,) and the observations (rows, ...) in them.
 
-    The environments play equal numbers of episodes (or one more), so that short episodes are not overrepresented.
+    The environments play equal numbers of episodes (or one more), so that short episodes are not overrepresented. The
+    returns are in the order of the environments, so that those of two policies are paired by their starts.
     """
     shares = np.full(environments.count, episodes // environments.count)
     shares[: episodes % environments.count] += 1
-    running, finished, rows = np.zeros(environments.count), [], []
+    running, rows = np.zeros(environments.count), []
+    finished: list[list[float]] = [[] for _ in range(environments.count)]
     while (shares > 0).any():
         observations, counts = torch.as_tensor(environments.observations), environments.acting & (shares > 0)
         rows.append(observations[torch.as_tensor(counts)])
         step = environments.step(to_environment(act(observations), environments.action_space))
         running += step.rewards * counts
         ended = (step.terminated | step.truncated) & counts
-        finished += running[ended].tolist()
+        for number in ended.nonzero()[0]:
+            finished[number].append(running[number])
         running[ended], shares = 0.0, shares - ended
-    return np.array(finished), torch.cat(rows)
+    return np.concatenate(finished), torch.cat(rows)
 
 
 def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:

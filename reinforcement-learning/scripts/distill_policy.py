@@ -13,7 +13,6 @@ report, and a student that loads without the others.
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from kd.common.cli import parse, run, show_help
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, Loss, PolicyArguments, StudentArguments
@@ -33,7 +32,13 @@ from kd.reinforcement_learning.data.environments import (
     time_limit_warning,
 )
 from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
-from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
+from kd.reinforcement_learning.student_model.evaluation import (
+    PolicyEvaluation,
+    evaluate,
+    random_metrics,
+    random_warning,
+    report,
+)
 from kd.reinforcement_learning.student_model.matching import check_loss
 from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
 from kd.reinforcement_learning.teacher_model.teacher import (
@@ -74,12 +79,12 @@ def main() -> None:
         if not args.no_control:
             agents["behaviour_cloning"] = train.behaviour_cloning()
 
-        for teacher, (teacher_entry, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
-            environment, entries = teacher.environment, {"teacher": teacher_entry}
+        for teacher, (teacher_evaluation, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
+            environment, evaluations = teacher.environment, {"teacher": teacher_evaluation}
             for role, by_environment in agents.items():
                 agent = by_environment[environment]
-                entries[role] = evaluate([agent], environment, args.episodes, teacher=teacher.network)
-            report(seed_run, args.method, environment, entries, random, "student", seed_run.folder / folder)
+                evaluations[role] = evaluate([agent], environment, args.episodes, teacher=teacher.network)
+            report(seed_run, args.method, environment, evaluations, random, "student", seed_run.folder / folder)
     run.summarize()
 
 
@@ -115,14 +120,14 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss)
     return teachers
 
 
-def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: int) -> tuple[dict[str, Any], float]:
-    """Returns the teacher's entry in results.json and the mean return of random actions; warns about a bad teacher.
+def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: int) -> tuple[PolicyEvaluation, float]:
+    """Returns the teacher's evaluation and the mean return of random actions; warns about a bad teacher.
 
     The teacher's curve is constant from step 0 to `steps`: its mean return on the episodes of the students' curves.
     """
     environment = teacher.environment
     ensemble = teacher.network if len(teacher.agents) > 1 else None
-    entry = evaluate(teacher.agents, environment, args.episodes, ensemble)
+    evaluation = evaluate(teacher.agents, environment, args.episodes, ensemble)
     validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
     run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)
@@ -130,8 +135,9 @@ def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: in
     for agent in teacher.agents:
         for warning in agent.warnings:
             run.warn(warning)
+    entry = evaluation.entry
     run.warn(random_warning(entry["name"], entry["metrics"]["test"], random))
-    return entry, random["return_mean"]
+    return evaluation, random["return_mean"]
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
 
-    entry = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
+    entry, _ = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
     show_metrics(args.model, entry, args.json)
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")

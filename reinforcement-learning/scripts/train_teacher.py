@@ -7,7 +7,7 @@
 Pass the folder of the run as --teacher to distill_policy.py, which finds the default folder without the flag.
 """
 
-from kd.common.cli import parse, run, show_help
+from kd.common.cli import parse, reject_unused, run, show_help
 from kd.common.training.arguments import RunArguments
 from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask
 
@@ -32,6 +32,7 @@ def main() -> None:
     task, training, args = parse(*ARGUMENTS)
     if args.seeds:
         raise UserError("train_teacher.py trains a single teacher: pass --seed instead of --seeds")
+    reject_unused("train_teacher.py trains no student", args, "margin")
     environment = task.environment
     require_module_on_command_line(environment, "the recipe")
     args.output_dir = args.output_dir or str(training.folder(environment))
@@ -40,11 +41,11 @@ def main() -> None:
     run = Run(args, task, training)
     teacher = train_teacher(run, model, task, training)
 
-    entry = evaluate([teacher], environment, task.episodes)
+    evaluation = evaluate([teacher], environment, task.episodes)
     random = random_metrics(environment, teacher.policy.action_space, task.episodes)
     run.warn(time_limit_warning(environment))
-    run.warn(random_warning(teacher.name, entry["metrics"]["test"], random))
-    report(run, f"{training.algorithm} teacher", environment, {"teacher": entry}, random["return_mean"])
+    run.warn(random_warning(teacher.name, evaluation.entry["metrics"]["test"], random))
+    report(run, f"{training.algorithm} teacher", environment, {"teacher": evaluation}, random["return_mean"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd.common import losses
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
+from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.report import model_card, print_table, write_report
 from kd.common.training.run import Run
@@ -33,15 +34,22 @@ observations, _ = environments.reset(seed=0)
 actions, _ = model.predict(observations, deterministic=True)"""
 
 
+class PolicyEvaluation(NamedTuple):
+    """A model's entry in results.json, and its mean return on any of the episodes."""
+
+    entry: dict[str, Any]
+    measurement: Measurement
+
+
 def evaluate(
     agents: Sequence[Agent],
     environment: str,
     episodes: int,
     network: PolicyNetwork | EnsembleTeacher | None = None,
     teacher: nn.Module | None = None,
-) -> dict[str, Any]:
-    """Returns the entry of a model in results.json: the returns of greedy actions, the mean return of sampled actions,
-    the cost of an action and, with a teacher, the agreement with it in the states that the model visits.
+) -> PolicyEvaluation:
+    """Evaluates a model: the returns of greedy actions, the mean return of sampled actions, the cost of an action and,
+    with a teacher, the agreement with it in the states that the model visits.
 
     Args:
         agents: one agent, or those of an ensemble.
@@ -52,15 +60,20 @@ def evaluate(
     generator = torch.Generator().manual_seed(0)
     sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
+    constant = False
     if teacher is not None:
         states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
-        metrics |= policy_agreement(predict(network, states), predict(teacher, states), agents[0].policy.action_space)
-    return {
+        outputs, space = predict(network, states), agents[0].policy.action_space
+        metrics |= policy_agreement(outputs, predict(teacher, states), space)
+        discrete = isinstance(space, spaces.Discrete)
+        constant = is_constant((outputs["logits"].argmax(1) if discrete else outputs["mean"]).numpy())
+    entry = {
         "name": " + ".join(agent.name for agent in agents),
         "observation_statistics": " + ".join(agent.source for agent in agents),
         **cost(network, {"observations": observations[:1].to(network.device), "value": False}),
         "metrics": {"test": metrics},
     }
+    return PolicyEvaluation(entry, measure_mean(returns, constant))
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
@@ -105,7 +118,7 @@ def report(
     run: Run,
     method: str,
     environment: str,
-    models: dict[str, dict[str, Any]],
+    evaluations: dict[str, PolicyEvaluation],
     random: float,
     student_stage: str | None = None,
     folder: Path | None = None,
@@ -113,12 +126,12 @@ def report(
     """Writes the report for one environment to `folder` (default: that of the run) and prints its table.
 
     Args:
-        models: results of `evaluate` by role: teacher, student, ... The last mean return in the log of each role is
-            added as the split `validation`.
+        evaluations: results of `evaluate` by role: teacher, student, ... The last mean return in the log of each role
+            is added as the split `validation`.
         random: mean return of random actions.
         student_stage: the stage of the student, which is copied to `folder/student`.
     """
-    folder = folder or run.folder
+    folder, models = folder or run.folder, {role: evaluation.entry for role, evaluation in evaluations.items()}
     history = _history(run, environment)
     for role in models.keys() & history.keys():
         models[role]["metrics"]["validation"] = {"return_mean": history[role][-1]["eval_return_mean"]}
@@ -142,6 +155,7 @@ def report(
         models=models,
         split="test",
         metric="return_mean",
+        measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
         floor=random,
         chance=random,
         return_of_random_actions=random,

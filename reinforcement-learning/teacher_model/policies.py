@@ -82,7 +82,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
         policy = self.policy
-        prepared = _prepared(policy, observations)
+        prepared = _preprocess(policy, observations)
         actor = policy.pi_features_extractor(prepared)
         output = policy.action_net(policy.mlp_extractor.forward_actor(actor))  # (batch, actions)
         features: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ class QValues(nn.Module):
         self.q_net = policy.q_net
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
-        q_values = self.q_net.q_net(self.q_net.features_extractor(_prepared(self.q_net, observations)))
+        q_values = self.q_net.q_net(self.q_net.features_extractor(_preprocess(self.q_net, observations)))
         return Outputs(logits=q_values, features={"value": q_values.amax(-1)} if value else {})
 
 
@@ -136,7 +136,7 @@ class SquashedGaussian(nn.Module):
         std = variance.clamp(min=1e-8).sqrt() * self.units.half_range
         features = {"mean": self.units(action), "log_std": std.log()}
         if value:
-            features["value"] = _least(self.critic(observations, action))
+            features["value"] = _min_value(self.critic(observations, action))
         return Outputs(features=features)
 
 
@@ -151,7 +151,7 @@ class Deterministic(nn.Module):
         action = self.actor(observations)  # in [-1, 1]
         features = {"mean": self.units(action)}
         if value:
-            features["value"] = _least(self.critic(observations, action))
+            features["value"] = _min_value(self.critic(observations, action))
         return Outputs(features=features)
 
 
@@ -172,12 +172,12 @@ class ActionUnits(nn.Module):
         return self.middle + self.half_range * action
 
 
-def _least(values: tuple[Tensor, ...]) -> Tensor:
+def _min_value(values: tuple[Tensor, ...]) -> Tensor:
     """The minimum of the values of several critics, each (batch, 1) -> (batch,)."""
     return reduce(list(values), "critic batch 1 -> batch", "min")
 
 
-def _prepared(policy: BasePolicy, observations: Tensor) -> Tensor:
+def _preprocess(policy: BasePolicy, observations: Tensor) -> Tensor:
     prepared = preprocess_obs(observations, policy.observation_space, normalize_images=policy.normalize_images)
     assert isinstance(prepared, Tensor)
     return prepared

@@ -125,7 +125,7 @@ class Segments(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self.arrays:
-            _put_arrays(self.model, self.arrays)  # the reset at the start of `learn` has changed them
+            _restore_arrays(self.model, self.arrays)  # the reset at the start of `learn` has changed them
 
     def _on_step(self) -> bool:
         self.bar.update(self.model.num_timesteps - self.bar.n)
@@ -203,7 +203,7 @@ def _arrays(model: BaseAlgorithm) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _put_arrays(model: BaseAlgorithm, arrays: dict[str, np.ndarray]) -> None:
+def _restore_arrays(model: BaseAlgorithm, arrays: dict[str, np.ndarray]) -> None:
     for name, means in _running_means(model).items():
         means.mean, means.var = arrays[f"{name}_mean"], arrays[f"{name}_var"]
         means.count = float(arrays[f"{name}_count"])

@@ -70,7 +70,7 @@ def test_ema_converges_to_cluster_means():
 
 
 def test_key_norms_stay_bounded_by_the_data():
-    """In the published defect, keys moved towards *sums*, and their norms grew with the number of hits."""
+    """In the published code, keys move towards *sums*, and their norms grow with the number of assigned heads."""
     x = torch.randn(4096, 12)
     bottleneck = make()
     bottleneck.fit_keys(x, epochs=3, batch_size=512)
@@ -78,7 +78,7 @@ def test_key_norms_stay_bounded_by_the_data():
     assert bottleneck.keys.norm(dim=-1).max() <= longest
 
     sums = make()
-    for batch in x.split(512):  # what the published code does; this test must detect it
+    for batch in x.split(512):  # the published code does this, and the test must detect it
         codes = sums.encode(batch)
         hits = F.one_hot(codes, 8).float()
         sums.keys.lerp_(torch.einsum("nck,ncd->ckd", hits, sums.heads(batch)), 0.8)

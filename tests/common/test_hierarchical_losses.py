@@ -60,7 +60,7 @@ def test_partial_l2_by_hand():
     """Margin -1. A positive target always counts; a negative one counts only if the student is above the margin."""
     target = torch.tensor([[2.0, 2.0, -0.5, -0.5, -3.0, -3.0, -3.0]])
     student = torch.tensor([[3.0, -1.0, 0.5, -0.8, 0.0, -2.0, -1.0]])
-    expected = 1 + 9 + 1 + 0 + 1 + 0 + 0  # to 2, 2, -0.5, hidden, -1, hidden, at the margin
+    expected = 1 + 9 + 1 + 0 + 1 + 0 + 0  # targets 2, 2, -0.5, none, -1, none, at the margin
     loss = losses.partial_l2(student.view(1, 1, 1, 7), target.view(1, 1, 1, 7), torch.tensor([-1.0]))
     assert loss.item() == pytest.approx(expected)
 

@@ -104,7 +104,7 @@ def test_minus_one_among_names_is_a_class(kind: str | None) -> None:
 
 @pytest.mark.parametrize("minus_one", [-1, -1.0, "-1"])
 def test_minus_one_among_ids_is_no_label(minus_one: Any) -> None:
-    """Also with only two ids, and with ids that do not start at 0."""
+    """Covers two ids, and ids that do not start at 0."""
     for ids in ([0, 1], [1, 2, 5]):
         column = [*map(type(minus_one), ids), minus_one]
         found = labels("ids", train=column, validation=column)

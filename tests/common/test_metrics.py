@@ -188,7 +188,7 @@ def test_size_counts_shared_tensors_once_and_buffers_only_in_megabytes():
     assert parameters(Tied()) == 10 * 4 + 10
     assert megabytes(Tied()) == (50 * 4 + 3 * 8) / 2**20
     assert megabytes(Tied().to(torch.bfloat16)) == 53 * 2 / 2**20
-    with torch.device("meta"):  # where tensors have no addresses
+    with torch.device("meta"):  # tensors on the meta device have no addresses
         assert megabytes(Tied()) == (50 * 4 + 3 * 8) / 2**20
 
 

@@ -355,7 +355,7 @@ def test_labels_of_points_do_not_overlap() -> None:
 
 
 def test_a_folder_that_groups_finished_runs_is_not_unfinished(tmp_path: Path) -> None:
-    """As OUT/TASK of GLUE; a run of several seeds that lacks its summary is."""
+    """OUT/TASK of GLUE is such a folder. A run of several seeds without its summary is unfinished."""
     write_runs(tmp_path / "task" / "system", results(0))
     write_text(tmp_path / "task" / "recipe.yaml", "seed: 0\n")
     assert comparison.read_runs([tmp_path])[1] == []

@@ -94,10 +94,10 @@ def test_each_seed_has_a_complete_run_and_the_student_is_that_of_the_first_seed(
         assert results["seed"] == seed and results["warnings"] == ["the teacher is weak"]
         assert results["seconds"]["teacher"] > 0
         assert f"seed: {seed}\n" in (tmp_path / f"seed{seed}" / "recipe.yaml").read_text()
-    assert Number.load(str(tmp_path / "student")).value == 3  # not the better one
+    assert Number.load(str(tmp_path / "student")).value == 3  # the first seed, although the other student is better
     runs, problems = read_runs([tmp_path])
     assert sorted(run["seed"] for run in runs) == [0, 3] and not problems
-    assert distill(tmp_path / "seed0", None, resume_from_checkpoint=True) == []  # with the stages that it shares
+    assert distill(tmp_path / "seed0", None, resume_from_checkpoint=True) == []  # uses the shared stages
 
 
 def test_a_killed_run_continues_where_it_stopped(tmp_path):
@@ -119,7 +119,7 @@ def test_starting_over_removes_the_runs_of_all_seeds(tmp_path):
 
 def test_several_processes_share_each_seed(tmp_path):
     def of_group() -> list[str]:
-        PartialState(cpu=True)  # as KDTrainingArguments make it
+        PartialState(cpu=True)  # as KDTrainingArguments creates it
         return distill(tmp_path / "run", [3, 0])
 
     built = in_processes(2, tmp_path / "processes", of_group)

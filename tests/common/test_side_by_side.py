@@ -126,7 +126,7 @@ def test_a_diverged_student_stays_diverged_and_leaves_the_others_unaffected(tmp_
     assert "loss_quiet/bad" in losses[0]
     resumed = train_students(
         tmp_path / "diverged",
-        {"kd": kd(), "loud": kd(), "quiet": kd()},  # which would be finite again
+        {"kd": kd(), "loud": kd(), "quiet": kd()},  # these losses are finite again
         num_train_epochs=4,
         resume_from_checkpoint=str(tmp_path / "diverged" / f"checkpoint-{3 * steps}"),
     )

@@ -48,7 +48,9 @@ def trained(folder: Path, student: TinyClassifier, objective: Objective | None =
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (3, 3)])
 def test_accumulated_gradient_equals_the_gradient_of_one_big_batch(tmp_path, batch, accumulation):
-    """One SGD step with learning rate 1 shows the gradient; 3 x 3 over 8 samples has a short micro-batch."""
+    """The gradient is the change of the weights in one SGD step with learning rate 1. With 3 x 3 over 8 samples, one
+    micro-batch is short.
+    """
     student, teacher, rows = model(), model(9), Rows(8)
     out = student(rows.x)
     loss = 0.5 * F.cross_entropy(out.logits, rows.labels) + 0.5 * soft_target_kl(out.logits, teacher(rows.x).logits, 2)

@@ -268,6 +268,17 @@ def test_play_counts_complete_episodes_of_every_environment():
     assert len(drawn) == 4 and (drawn < 9).all()
 
 
+def test_returns_are_in_the_order_of_the_environments():
+    """So the returns of two policies are paired by their starts, whichever episodes end first."""
+
+    def returns(episodes: int) -> np.ndarray:
+        left = lambda rows: torch.zeros(len(rows), dtype=torch.long)  # noqa: E731
+        return returns_of(left, "CartPole-v1", episodes, seed=3)[0]
+
+    first, all_three = returns(20), returns(60)  # of 20 environments
+    assert np.array_equal(all_three[::3], first) and (np.diff(first) < 0).any()
+
+
 def test_policy_agreement():
     space = Environments("CartPole-v1", 1).action_space
     student, teacher = (

@@ -25,10 +25,11 @@ from kd.reinforcement_learning.data.rollouts import TEST_SEED, VALIDATION_SEED, 
 from kd.reinforcement_learning.student_model import distillation
 from kd_testing.paths import REPO
 from kd_testing.scripts import recipe_of, run_script
+from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 SCRIPTS = "reinforcement-learning/scripts"
 RUNS = Path("runs/reinforcement-learning")
-SHORT = "--steps 400 --rounds 2 --updates 20 --episodes 4 --eval_episodes 2 --num_envs 4".split()
+SHORT = "--steps 400 --rounds 2 --updates 20 --episodes 12 --eval_episodes 2 --num_envs 4".split()
 TEACHER = ["--teacher_steps", "600", "--hyperparameters", '{"environments": 4}']
 
 
@@ -79,7 +80,8 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     assert list(models) == ["teacher", "control", "student", "behaviour_cloning"]
     assert models["student"]["parameters"] == models["control"]["parameters"] == 755
     test = models["student"]["metrics"]["test"]
-    assert test["episodes"] == 4 and 0 <= test["agreement"] <= 1 and test["kl"] >= 0
+    check_verdict(results)
+    assert test["episodes"] == 12 and 0 <= test["agreement"] <= 1 and test["kl"] >= 0
     assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
     assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
     teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
@@ -90,9 +92,9 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     teacher_zip = RUNS / "teacher_CartPole-v1_ppo" / "stages" / "teacher" / "model.zip"
     zips = {"student": run / "student" / "student.zip", "teacher": teacher_zip}
     for role, path in zips.items():  # the episodes of the curves and of the table are the same for both
-        assert mean_return(path, 4, TEST_SEED) == models[role]["metrics"]["test"]["return_mean"]
+        assert mean_return(path, 12, TEST_SEED) == models[role]["metrics"]["test"]["return_mean"]
         assert mean_return(path, 2, VALIDATION_SEED) == models[role]["metrics"]["validation"]["return_mean"]
-    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 4, "--json", "again.json")
+    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 12, "--json", "again.json")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
     assert "PPO.load" in (run / "student" / "README.md").read_text()
 
@@ -107,6 +109,9 @@ def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
     assert capsys.readouterr().out.count("statistics of observations: none") == 1, "the teacher is loaded once"
     distill(*words, "--seed", 1, "--output_dir", "alone")
     both, alone = read_json("runs/results.json"), read_json("alone/results.json")
+    assert both["verdict"]["control"] is None and both["verdict"]["shared_teacher"]
+    gains = [read_json(f"runs/seed{seed}/results.json")["verdict"]["teacher"]["gain"] for seed in (0, 1)]
+    assert both["verdict"]["teacher"]["gain"] == pytest.approx(np.mean(gains))
     assert both["seeds"] == [0, 1] and read_json("runs/seed1/results.json")["seed"] == 1
     assert (
         read_json("runs/seed1/results.json")["models"]["student"]["metrics"] == alone["models"]["student"]["metrics"]
@@ -117,6 +122,12 @@ def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
     assert same_policy(Path("runs/seed1/student/student.zip"), Path("alone/student/student.zip"))
     assert same_policy(Path("runs/seed0/student/student.zip"), Path("runs/student/student.zip"))
     assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
+
+
+def test_the_verdict_over_seeds(cart_pole):
+    distill("--teacher", cart_pole, "--seeds", "0,1", "--output_dir", "runs")
+    runs = [read_json(f"runs/seed{seed}/results.json") for seed in (0, 1)]
+    check_verdict_over_seeds(read_json("runs/results.json"), runs)
 
 
 def test_resumed_run_gives_the_same_student(cart_pole, monkeypatch):

@@ -1,1 +1,1 @@
-"""One script per job, with its recipes."""
+"""Scripts to distill and evaluate, with a recipe."""

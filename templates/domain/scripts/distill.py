@@ -63,8 +63,8 @@ def main() -> None:
     whole.check_inputs(data.fingerprint, teacher=pretrained)
 
     teacher = pretrained or train(whole, "teacher", args.teacher_width, data, labels())
-    models = {"teacher": evaluate(f"width {teacher.config.width}", teacher, data)}
-    whole.warn(chance_warning(models["teacher"], data))
+    evaluations = {"teacher": evaluate(f"width {teacher.config.width}", teacher, data)}
+    whole.warn(chance_warning(evaluations["teacher"].entry, data))
     with whole.timed("teacher_outputs"):
         folder = whole.folder / "teacher_outputs"
         outputs = cache_teacher_outputs(teacher, data.splits["train"], default_data_collator, folder, batch_size=256)
@@ -73,10 +73,10 @@ def main() -> None:
     for seed_run in whole.each_seed():
         if not training.no_control:
             control = train(seed_run, "control", args.student_width, data, labels())
-            models["control"] = evaluate(f"width {args.student_width}, labels only", control, data, teacher)
+            evaluations["control"] = evaluate(f"width {args.student_width}, labels only", control, data, teacher)
         student = train(seed_run, "student", args.student_width, data, method, teacher_outputs=outputs)
-        models["student"] = evaluate(f"width {args.student_width}, kd", student, data, teacher)
-        report(seed_run, data, student, models)
+        evaluations["student"] = evaluate(f"width {args.student_width}, kd", student, data, teacher)
+        report(seed_run, data, student, evaluations)
     whole.summarize()
 
 

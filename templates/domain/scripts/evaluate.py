@@ -22,7 +22,7 @@ def main() -> None:
 
     data = load_data(args.dataset)
     model = load_trained(args.model, data)
-    show_metrics(args.model, evaluate(args.model, model, data), args.json)
+    show_metrics(args.model, evaluate(args.model, model, data).entry, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The steps of a distillation: training a classifier as a stage of a run, evaluation, and the report."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -9,7 +9,14 @@ from transformers import EvalPrediction, default_data_collator
 
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import agreement, classification_metrics, classifier_warning
+from kd.common.metrics.quality import (
+    agreement,
+    calibration_metrics,
+    classification_metrics,
+    classifier_warning,
+    constant_score,
+)
+from kd.common.metrics.verdict import Measurement, measure_classes
 from kd.common.pretrained import stage_loader
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.run import TrainerRun
@@ -61,20 +68,29 @@ def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
     return torch.stack(run_inference(model, logits, rows, default_data_collator, batch_size=256)["logits"]).numpy()
 
 
-def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> dict[str, Any]:
-    """The model's entry in results.json: its cost, and its metrics on every split except train. If `teacher` is
-    passed, the metrics include the agreement with the teacher.
+class Evaluation(NamedTuple):
+    """The model's entry in results.json, and its accuracy on any of the validation samples, for the verdict."""
+
+    entry: dict[str, Any]
+    measurement: Measurement
+
+
+def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> Evaluation:
+    """Evaluates a model: its cost, and its metrics on every split except train. If `teacher` is passed, the metrics
+    include the agreement with the teacher.
     """
-    metrics = {}
+    metrics, measurements = {}, {}
     for split, rows in data.splits.items():
         if split != "train":
-            logits = predict(model, rows)
-            metrics[split] = classification_metrics(logits, rows["labels"][:].numpy())
+            logits, labels = predict(model, rows), rows["labels"][:].numpy()
+            metrics[split] = classification_metrics(logits, labels) | calibration_metrics(logits, labels)
+            measurements[split] = measure_classes(logits, labels)
             if teacher is not None:
                 metrics[split]["agreement"] = agreement(logits, predict(teacher, rows))
     sample = default_data_collator([data.splits["validation"][0]])
     inputs = {column: value.to(model.device) for column, value in sample.items() if column not in NOT_INPUTS}
-    return {"name": name, **cost(model, inputs), "metrics": metrics}
+    entry = {"name": name, **cost(model, inputs), "metrics": metrics}
+    return Evaluation(entry, measurements["validation"])
 
 
 def chance_warning(entry: dict[str, Any], data: LabelledData) -> str | None:
@@ -84,17 +100,19 @@ def chance_warning(entry: dict[str, Any], data: LabelledData) -> str | None:
     return classifier_warning(entry["name"], "accuracy", accuracy, labels, len(data.label_names))
 
 
-def report(run: TrainerRun, data: LabelledData, student: Classifier, models: dict[str, Any]) -> None:
-    """Saves the student, writes the report of the evaluated `models`, and prints the table."""
+def report(run: TrainerRun, data: LabelledData, student: Classifier, evaluations: dict[str, Evaluation]) -> None:
+    """Saves the student, writes the report of the evaluated models by role, and prints the table."""
     sizes: dict[str, int | None] = {"test": None} | {split: len(rows) for split, rows in data.splits.items()}
     results = run.results(
         domain="example-domain",
         task=data.name,
         method="kd",
         data=sizes | {"fingerprint": data.fingerprint},
-        models=models,
+        models={role: evaluation.entry for role, evaluation in evaluations.items()},
         split="validation",
         metric="accuracy",
+        measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
+        chance=constant_score(data.splits["validation"]["labels"][:].numpy(), len(data.label_names), "accuracy"),
         selection=run.args.selection,
         data_notes="; ".join(data.notes) or "none",
     )

@@ -44,6 +44,11 @@ def test_a_run_is_complete_and_its_models_have_learned(finished: Path) -> None:
     scores = {role: model["metrics"]["test"]["accuracy"] for role, model in models.items()}
     assert min(scores.values()) > 1.5 / len(OVERTONES) and scores["teacher"] > 2.5 / len(OVERTONES), scores
     assert models["student"]["parameters"] == models["control"]["parameters"] < models["teacher"]["parameters"]
+    verdict = results_of(finished)["verdict"]["control"]
+    student, control = (models[role]["metrics"]["validation"]["accuracy"] for role in ("student", "control"))
+    low, high = verdict["interval"]
+    assert low <= verdict["gain"] <= high and verdict["word"].endswith("(one seed)")
+    assert verdict["gain"] == pytest.approx(student - control)
     for name in ("recipe.yaml", "report.md", "curves.png", "student/model.safetensors"):
         assert (finished / name).stat().st_size > 0
 
