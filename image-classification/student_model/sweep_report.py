@@ -1,5 +1,6 @@
 """The report of a sweep: a table and a plot with mean and standard deviation over seeds."""
 
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -18,10 +19,11 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
 from kd.image_classification.student_model.sweep import DIVERGED, Student
 
+LONGEST_LABEL = 24
 GROUP = ["label", "rate"]  # columns that identify a student
 CONTROL_SENTENCES = {  # by the word of the verdict
     "better": "Better than the control",
-    "no difference shown": "Not shown to differ from the control",
+    "no difference shown": "No difference shown to the control",
     "worse": "Worse than the control",
     "None": "Without a control",
 }
@@ -118,7 +120,7 @@ def _compared_with_best(runs: dict[str, list[dict[str, Any]]], split: str) -> st
         return verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])["word"] != "better"
 
     like_best = [name for name in scores if name != best and is_like_best(name)]
-    return f"Not shown to differ from the best, {best}: {', '.join(like_best) or 'none'}."
+    return f"No difference shown to the best, {best}: {', '.join(like_best) or 'none'}."
 
 
 def plot(path: Path, rows: pd.DataFrame, split: str, teacher_accuracy: float) -> None:
@@ -161,7 +163,19 @@ def _draw_students(axes: Axes, spreads: pd.DataFrame, split: str) -> None:
         axes.errorbar(shown["mean"], shown.index, xerr=shown["std"], ms=4, capsize=2, **style)
     for mean, deviation in zip(shown["mean"], shown["std"], strict=True):
         axes.axvspan(mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
-    axes.set_yticks(range(len(spreads)), spreads["label"], fontsize=8)
+    for row, (mean, deviation) in enumerate(zip(spreads["mean"], spreads["std"], strict=True)):
+        place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 6.5}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+        axes.annotate(f"{mean:.3f}", (mean + deviation, row), **place)
+    axes.margins(x=0.1)
+    axes.set_yticks(range(len(spreads)), _short_labels(spreads["label"]), fontsize=8)
     axes.set_ylim(-0.6, len(spreads) - 0.4)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.set_xlabel(f"{split.capitalize()} accuracy")
+
+
+def _short_labels(labels: Iterable[str]) -> list[str]:
+    """Labels without a method's arguments, where these are long and no two labels become the same."""
+    full = list(labels)
+    short = [f"{label.split(':')[0]}:..." if len(label) > LONGEST_LABEL and ":" in label else label for label in full]
+    return [label if short.count(shortened) > 1 else shortened for label, shortened in zip(full, short, strict=True)]

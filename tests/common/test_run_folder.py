@@ -137,22 +137,22 @@ def test_starting_over_works_through_a_link_to_the_run(tmp_path: Path) -> None:
     assert files(tmp_path / "run") == NEW_RUN
 
 
-@pytest.mark.parametrize("survivors", [1, 3, 6])
-def test_a_killed_removal_is_completed(tmp_path: Path, survivors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("removals", [1, 3, 6])
+def test_a_killed_removal_is_completed(tmp_path: Path, removals: int, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(tmp_path)
-    removed = Path.unlink
-    left = [survivors]
+    unlink = Path.unlink
+    left = [removals]
 
     def killed(path: Path, missing_ok: bool = False) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= path.exists() and not path.name.endswith(".tmp")
-        removed(path, missing_ok)
+        unlink(path, missing_ok)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "unlink", killed)
         Run(arguments(tmp_path, overwrite=True), Inputs())
-    Run(arguments(tmp_path), Inputs(5))  # the earlier run is gone, and no stage of it is found
+    Run(arguments(tmp_path), Inputs(5))  # without any stage of the earlier run
     assert files(tmp_path) == NEW_RUN
     assert read_json(tmp_path / MARK)["fingerprints"].keys() == {"recipe.yaml"}
 
@@ -164,7 +164,7 @@ def holding(folder: Path, with_worker: bool = False) -> Child:
     """Another process that locks the folder until it is killed."""
 
     def hold() -> None:
-        files_module._locks.clear()  # the locks of this process are not those of the child
+        files_module._locks.clear()  # the child must not share the locks of this process
         held = RunFolder(folder)
         if with_worker and os.fork() == 0:
             time.sleep(5)

@@ -370,14 +370,14 @@ def test_students_of_a_sweep_are_compared_over_seeds():
     assert compare_students(found, "validation") == [
         rule,
         "Better than the control: kd at 0.1, dkd at 0.1.",
-        "Not shown to differ from the control: fitnet at 0.1.",
-        "Not shown to differ from the best, kd at 0.1: dkd at 0.1.",
+        "No difference shown to the control: fitnet at 0.1.",
+        "No difference shown to the best, kd at 0.1: dkd at 0.1.",
     ]
     students = {key: one | {"verdict": None} for key, one in found.items() if key[0].method != "none"}
     assert compare_students(students, "validation") == [
         rule,
         "Without a control: kd at 0.1, dkd at 0.1, fitnet at 0.1.",
-        "Not shown to differ from the best, kd at 0.1: dkd at 0.1.",
+        "No difference shown to the best, kd at 0.1: dkd at 0.1.",
     ]
 
 
