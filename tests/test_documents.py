@@ -110,9 +110,20 @@ def test_scripts_start_without_earlier_imports_and_have_the_documented_flags(tmp
         assert not missing, f"{script.name} has no {missing}"
 
 
+def code_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (REPO / document).read_text(), re.S)
+
+
 @pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "new"])
-def test_the_example_of_the_common_readme_distills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool):
-    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "common" / "README.md").read_text(), re.S)
+def test_the_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: bool):
     monkeypatch.chdir(tmp_path)
-    accuracies = dict(re.findall(r"^(teacher|control|student) ([\d.]+)$", run_code(code, fork=fork), re.M))
-    assert 0.4 < float(accuracies["control"]) < float(accuracies["student"]) < float(accuracies["teacher"])
+    images, texts, trainer = code_blocks("common/README.md")
+    assert code_blocks("README.md") == [images, texts]
+    output = run_code(images, fork=fork)
+    accuracies = dict(re.findall(r"^(teacher|control|student) +Sequential +([\d.]+)", output, re.M))
+    assert 0.8 < float(accuracies["control"]) < float(accuracies["student"]) < float(accuracies["teacher"])
+    assert "Verdict: better than the control" in output
+    assert "student  DistilBertForSequenceClassification" in run_code(texts, fork=fork)
+    assert "loss" in run_code(trainer, fork=fork)
+    assert (tmp_path / "runs" / "digits" / "student" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "texts" / "student" / "config.json").exists()

@@ -124,6 +124,13 @@ def test_operators_are_declared_only_where_they_are_missing(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+DISTILL = """
+import torch; from kd.common import distill
+rows = [(torch.randn(4), number % 2) for number in range(20)]
+print(distill(torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), rows, num_train_epochs=1))
+"""
+
+
 @pytest.mark.slow
 def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
     """The wheel has all modules and recipes. An installation of it trains and exports, and has no domain template."""
@@ -142,5 +149,6 @@ def test_a_wheel_runs_elsewhere(tmp_path: Path) -> None:
     call(tmp_path / "elsewhere", python, "-m", "kd.nlp.scripts.distill_classifier", *arguments)
     call(tmp_path / "elsewhere", python, "-m", "kd.common.export", "run")
     assert (tmp_path / "elsewhere" / "run" / "export" / "model.onnx").exists()
+    assert "student" in call(tmp_path / "elsewhere", python, "-c", DISTILL)
     error = call(tmp_path, python, "-m", "kd.common.new_domain", "speech", status=2)
     assert "checkout of the repository" in error and error.count("\n") == 1
