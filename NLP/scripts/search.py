@@ -41,6 +41,7 @@ def main() -> None:
     reject_unused("--search sets it", training, *args.search)
     reason = "trials save no checkpoints and have no bottleneck"
     reject_unused(reason, training, "save_strategy", "save_steps", "save_total_limit", "value_learning_rate")
+    reject_unused("a search has no verdict", training, "margin")
     if training.load_best_model_at_end:
         raise UserError("trials save no checkpoints: leave out --load_best_model_at_end")
     if training.world_size > 1:
