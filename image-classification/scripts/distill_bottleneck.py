@@ -44,7 +44,7 @@ def main() -> None:
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
-    width: int = encoder.head.in_features  # type: ignore[assignment]
+    width: int = encoder.head.in_features
     meta_bottleneck(width, len(data.label_names), bottleneck.shape())
 
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
