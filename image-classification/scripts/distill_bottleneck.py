@@ -31,7 +31,6 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.bottleneck import replace_head
 from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.student_model.simkd import simkd, simkd_student
-from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
@@ -40,12 +39,12 @@ def main() -> None:
     if bottleneck.keys == "reused":
         reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
     data, factor = data_args.load(), matching.projector_factor
-    encoder, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    encoder, data, pretrained = pair.load_teacher(data, training.seed)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
-    width: int = encoder.head.in_features  # type: ignore[assignment]
+    width: int = encoder.head.in_features
     meta_bottleneck(width, len(data.label_names), bottleneck.shape())
 
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)

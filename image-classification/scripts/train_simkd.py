@@ -24,7 +24,6 @@ from transformers import set_seed
 
 from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.student_model.simkd import simkd, simkd_student
-from kd.image_classification.teacher_model.teacher import load_teacher
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     if not args.kl_weight:
         reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
-    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    teacher, data, pretrained = pair.load_teacher(data, training.seed)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises UserError if they do not fit
     simkd(student, teacher, args, training.temperature)
 

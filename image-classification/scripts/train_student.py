@@ -38,7 +38,7 @@ from kd.image_classification.student_model.methods import check_kd_flags, image_
 from kd.image_classification.student_model.sweep import students_of, sweep
 from kd.image_classification.student_model.sweep_report import write_sweep_report
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.teacher import load_ensemble_teachers, load_teacher
+from kd.image_classification.teacher_model.teacher import load_ensemble_teachers
 
 
 def main() -> None:
@@ -88,11 +88,11 @@ def train_plain_student(
 ) -> None:
     """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
-    reject_unused(f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "ensemble_teachers")
+    reject_unused(
+        f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "ensemble_teachers", "teacher_views"
+    )
     reject_unused(f"--method {PLAIN} has no teacher", training, "no_control", "margin")
     data = data_args.load()
-    if args.teacher_views:
-        validate_teacher_views(args.teacher_views, data, training)
     new_classifier(pair.student, data.config)  # raises UserError before anything is written
 
     run = ImageRun(PLAIN, training, data, args, pair, data_args)
@@ -114,7 +114,7 @@ def distill_student(
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)
     method_for = image_method(args.method, training)
-    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    teacher, data, pretrained = pair.load_teacher(data, training.seed)
     others = load_ensemble_teachers(args.ensemble_teachers, data)
     student = new_classifier(pair.student, data.config)
     method = method_for(task_spec(student, teacher, data, training.views))

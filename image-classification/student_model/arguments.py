@@ -22,6 +22,7 @@ from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, le
 
 if TYPE_CHECKING:
     from kd.image_classification.data.loading import ImageData
+    from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # other values of --method and --methods
 CONTROLS = (PLAIN, CONTROL)  # trained on the labels alone, without and with SimKD's projector
@@ -112,11 +113,14 @@ class PairArguments:
             _set_defaults(training, learning_rate=rate)
         self.pair = None  # the saved recipe contains the arguments that the pair has set
 
-    def check_unused_flags(self) -> None:
-        from kd.image_classification.teacher_model.teacher import trained_folder
+    def load_teacher(self, data: "ImageData", seed: int) -> tuple["ImageClassifier", "ImageData", bool]:
+        """See `teacher_model.teacher.load_teacher`. Raises UserError for `--teacher_epochs` of a trained teacher."""
+        from kd.image_classification.teacher_model.teacher import load_teacher
 
-        if "teacher_epochs" in vars(self)["explicit_flags"] and trained_folder(self.teacher):
+        teacher, data, pretrained = load_teacher(self.teacher, data, seed)
+        if pretrained:
             reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
+        return teacher, data, pretrained
 
 
 def _set_defaults(arguments: Any, **values: Any) -> None:

@@ -53,7 +53,6 @@ from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import check_kd_flags, image_method
 from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
-from kd.image_classification.teacher_model.teacher import load_teacher
 
 DIVERGED = "diverged.json"  # written instead of the results of a student that diverged; contains the epoch
 
@@ -138,7 +137,7 @@ def sweep(
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
     training = shared_arguments(training)
-    teacher, data, pretrained = load_teacher(pair.teacher, data, training.seed)
+    teacher, data, pretrained = pair.load_teacher(data, training.seed)
     build = partial(build_student, architecture=pair.student, data=data, args=training, weights=weights)
     auxiliary_parameters = {  # raises UserError if the networks do not fit
         key: build(student, teacher)[1].auxiliary_parameters
