@@ -89,7 +89,8 @@ class Rows(Dataset[dict[str, Any]]):
 def check_dataset(rows: Any) -> None:
     """Raises UserError unless `rows` has a length above zero and rows."""
     if isinstance(rows, tuple | Mapping):
-        raise UserError(f"a dataset must be a sequence of rows, got a {type(rows).__name__}: pass TensorDataset(x, y)")
+        kind = type(rows).__name__
+        raise UserError(f"a dataset must be a sequence of rows, got a {kind}: pass one split, or TensorDataset(x, y)")
     if isinstance(rows, IterableDataset) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise UserError(
             f"a dataset needs a length and rows, which {type(rows).__name__} lacks: pass a list of its rows"
@@ -99,7 +100,7 @@ def check_dataset(rows: Any) -> None:
 
 
 def stored_labels(rows: Any) -> Any:
-    """The labels of a dataset that stores them beside its inputs; None if all rows must be read."""
+    """The labels of a dataset that stores them as one column; None if all rows must be read."""
     if isinstance(rows, Subset):
         stored = stored_labels(rows.dataset)
         return None if stored is None else np.asarray(stored)[list(rows.indices)]

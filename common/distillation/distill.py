@@ -21,7 +21,6 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
 
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.distillation.adapters import NamedOutputs, Rows, restored
@@ -153,7 +152,9 @@ def distill(
         if output_dir is None and process()[1] > 1:
             raise UserError("several processes need a common folder: pass `output_dir`")
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        args = training_arguments(folder, list(seeds), control, output_dir is not None, student, training)
+        defaults = DEFAULTS | (TRANSFORMERS if task.is_transformers else OTHERS)
+        defaults |= {"save_strategy": "no" if output_dir is None else "epoch", "no_control": not control}
+        args = training_arguments(folder, list(seeds), defaults, training)
         if args.seeds and isinstance(student, nn.Module):
             notes.append("All seeds share the student's initial weights: pass a function to vary them.")
         paths = [f"{one}={other}" for one, other in (features or {}).items()]
@@ -162,7 +163,7 @@ def distill(
 
 
 def training_arguments(
-    folder: Any, seeds: list[int], control: bool, saves: bool, student: Any, training: dict[str, Any]
+    folder: Any, seeds: list[int], defaults: dict[str, Any], training: dict[str, Any]
 ) -> KDTrainingArguments:
     """Raises UserError for unknown or invalid arguments."""
     known = KDTrainingArguments.complete().__dataclass_fields__
@@ -172,8 +173,6 @@ def training_arguments(
         if name not in known:
             close = get_close_matches(name, known, n=1)
             raise UserError(f"there is no argument {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
-    defaults = DEFAULTS | (TRANSFORMERS if isinstance(student, PreTrainedModel) else OTHERS)
-    defaults |= {"save_strategy": "epoch" if saves else "no", "no_control": not control}
     if not seeds:
         raise UserError("seeds must name at least one seed")
     try:
@@ -210,6 +209,7 @@ def distill_task(run: QuietRun, task: Task, notes: list[str]) -> Distilled:
             metric=evaluation.metric,
             measurements=evaluation.measurements,
             chance=evaluation.chance,
+            selection=run.args.selection,
             data_notes=" ".join(notes) or "none",
         )
         seed_run.finish(results, student, student.usage)

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from transformers import PreTrainedModel
 
 from kd.common import losses
 from kd.common.distillation.adapters import Collator, NamedOutputs, Rows, restored
@@ -26,7 +26,7 @@ from kd.common.methods import (
     some_of_each_class,
 )
 from kd.common.methods.classification import RELATION_METHODS
-from kd.common.objective import Terms, task_loss
+from kd.common.objective import task_loss
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.inference import run_inference
 from kd.common.utils.devices import best_device
@@ -51,6 +51,7 @@ class Task:
     Attributes:
         data: By split: "train" and, mostly, "validation".
         classes: Number of logits of both models.
+        is_transformers: Whether the student is a transformers model.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Task:
         self.teacher = NamedOutputs(teacher, self.columns)
         self.make_student = (lambda: student) if isinstance(student, nn.Module) else student
         untrained = self.new_student()
+        self.is_transformers = isinstance(untrained.module, PreTrainedModel)
         self.pretrained = {"teacher": teacher} | ({"student": student} if isinstance(student, nn.Module) else {})
         inputs = [name for name in self.columns if name in {*self.teacher.columns, *untrained.columns}]
         padding = getattr(getattr(teacher, "config", None), "pad_token_id", None) or 0
@@ -162,7 +164,9 @@ class Task:
                 method.terms["task"] = method.terms["task"][0], task_loss(regression=True)
         for paths in self.matched.items() if matches else ():
             method += self._match(*paths)
-        return method if self.labelled else replace(method, terms=_without_labels(method.terms))
+        if not self.labelled:
+            method.terms.pop("task", None)
+        return method
 
     def _match(self, student: str, teacher: str) -> Method:
         """The squared difference of two features, through a linear projector where widths differ (arXiv:1412.6550)."""
@@ -226,10 +230,6 @@ class Task:
 
 def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(best_device()) for name, value in batch.items()}
-
-
-def _without_labels(terms: Terms) -> Terms:
-    return {name: term for name, term in terms.items() if name != "task"}
 
 
 def _unmasked(feature: Tensor, mask: Tensor | None) -> Tensor:

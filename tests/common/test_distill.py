@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -133,10 +134,9 @@ def test_labels_of_torchvision_are_read_without_the_images():
     assert result.results["task"] == "Digits"
 
 
-def test_rows_are_dictionaries_of_several_lengths_and_models_take_other_columns():
-    teacher = bert()
-    result = distill(teacher, distilbert(), texts(), texts(8), **QUICK)
-    assert result.results["environment"]["precision"] in ("fp32", "bf16")
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list], ids=["list", "datasets"])
+def test_rows_are_dictionaries_of_several_lengths_and_models_take_other_columns(kind: Any):
+    result = distill(bert(), distilbert, kind(texts()), kind(texts(8)), **QUICK)
     assert isinstance(result.student, DistilBertForSequenceClassification)
     assert result.results["models"]["teacher"]["name"] == "BertForSequenceClassification"
 
@@ -225,7 +225,7 @@ def test_the_teacher_stays_as_it_was():
     assert not any(module._forward_hooks or "forward" in vars(module) for module in teacher.modules())
 
 
-def test_a_teacher_can_be_its_own_student():
+def test_one_model_can_be_teacher_and_student():
     teacher = net()
     before = copy.deepcopy(teacher)
     result = distill(teacher, teacher, table(), seeds=(0, 1), learning_rate=1e-2, **QUICK)
@@ -310,6 +310,38 @@ def test_a_finished_run_is_read_again_and_an_unfinished_one_continued(tmp_path: 
         arguments = {"teacher": teacher, "student": student, "train": table(), **settings, **changed}
         with pytest.raises(UserError, match="cannot continue"):
             distill(resume_from_checkpoint=True, **arguments)
+
+
+def test_an_interrupted_training_continues_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    teacher, student = net(16), net()
+    settings = {"features": {"0": "0"}, "control": False, "learning_rate": 1e-2, **QUICK, "num_train_epochs": 4}
+    expected = distill(teacher, student, table(), output_dir=tmp_path / "other", **settings)
+    step, steps = kd.common.KDTrainer.training_step, []
+
+    def interrupted_in_sixth_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        steps.append(self.state.global_step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(kd.common.KDTrainer, "training_step", interrupted_in_sixth_step)
+    settings["output_dir"] = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, student, table(), **settings)
+    resumed = distill(teacher, student, table(), resume_from_checkpoint=True, **settings)
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert same(resumed.student, expected.student) and resumed.metrics == expected.metrics
+
+
+def test_the_best_checkpoint_by_validation_can_be_kept(tmp_path: Path):
+    best: dict[str, Any] = {
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+    }
+    folder = tmp_path / "run"
+    distill(net(16), net(), table(), control=False, output_dir=folder, **best, **(QUICK | {"num_train_epochs": 2}))
+    assert sum("eval_accuracy" in log for log in history(folder)) == 2
 
 
 # ---- methods ----
@@ -424,7 +456,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "iterable data": ({"train": Stream()}, "needs a length and rows"),
     "a loader": ({"train": DataLoader(table())}, "needs a length and rows"),
     "no rows": ({"train": []}, "is empty"),
-    "a tuple of arrays": ({"train": table().tensors}, "pass TensorDataset"),
+    "a tuple of arrays": ({"train": table().tensors}, "or TensorDataset"),
     "too few rows": ({"train": table(3)}, "too few"),
     "labels of text": ({"train": [{"x": torch.zeros(6), "label": "cat"}] * 20}, "must be one number, got 'cat'"),
     "too many classes": ({"train": TensorDataset(torch.zeros(40, 6), torch.arange(40) % 4)}, "use 0 to 2"),
