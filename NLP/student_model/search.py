@@ -112,16 +112,22 @@ def run_trials(
         study.tell(interrupted.number, state=TrialState.FAIL)
     study.pruner = optuna.pruners.MedianPruner()
     metric = texts.data.primary_metric
-    with tqdm(total=count, initial=len(finished_trials(study)), desc=name) as bar:
-        while bar.n < count:
-            seed = np.random.SeedSequence((run.args.seed, int(bar.n))).generate_state(1).item()
+    first = len(finished_trials(study))
+    with tqdm(total=count, initial=first, desc=name) as bar:
+        for trials in range(first, count):
+            seed = np.random.SeedSequence((run.args.seed, trials)).generate_state(1).item()
             study.sampler = optuna.samplers.TPESampler(seed=seed)
             study.optimize(
-                lambda trial: train_trial(run, trial, ranges, f"{name}_{bar.n + 1}", student, texts, teacher_outputs),
+                lambda trial, index=trials + 1: train_trial(  # type: ignore[misc]
+                    run, trial, ranges, f"{name}_{index}", student, texts, teacher_outputs
+                ),
                 n_trials=1,
             )
             bar.update()
-            bar.set_postfix_str(f"last {metric} {number(finished_trials(study)[-1].value)}")
+            last = f"{metric} {number(finished_trials(study)[-1].value)}"
+            bar.set_postfix_str(last)
+            if bar.disable:  # not on a terminal
+                print(f"{name}, {trials + 1} of {count}: {last}", flush=True)
     return [_summary(i, trial) for i, trial in enumerate(finished_trials(study), 1)]
 
 
