@@ -52,9 +52,12 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 def calibration_metrics(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, float]:
     """Returns nll, the mean negative log-likelihood of the labels, and ece, the expected calibration error: the mean
     |accuracy - confidence| over equal-width bins of the confidence, weighted by their samples (Guo et al., ICML 2017,
-    arXiv:1706.04599).
+    arXiv:1706.04599). Neither is defined for logits that are not finite, as of a model whose activations overflow: the
+    result is then empty.
     """
     _check_logits(logits, labels)
+    if not np.isfinite(logits).all():
+        return {}
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
     confidences, right = np.exp(log_probabilities.max(axis=1)), logits.argmax(axis=1) == labels
     of_bin = np.ceil(confidences * bins).clip(1, bins).astype(np.int64) - 1  # a bin includes its upper edge

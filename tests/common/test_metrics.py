@@ -86,6 +86,11 @@ def test_calibration_by_hand():
     assert calibration_metrics(same_bin, np.array([1, 1]))["ece"] == pytest.approx(abs(1 - 1.82) / 2)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_calibration_is_left_out_if_logits_are_not_finite(value: float):
+    assert calibration_metrics(np.array([[0.0, value], [0.0, 1.0]]), np.array([0, 1])) == {}
+
+
 def test_calibration_of_a_sure_classifier_is_finite():
     logits = np.array([[1e4, 0.0], [0.0, 1e4]], dtype=np.float32)
     assert calibration_metrics(logits, np.array([0, 1])) == {"nll": 0.0, "ece": 0.0}
