@@ -27,6 +27,7 @@ STYLES = {  # colour, line, marker: each alone identifies the stage
 OTHER_STYLES = [("#CC79A7", "-.", "D"), ("#E69F00", ":", "v"), ("#56B4E9", "--", "P"), ("#000000", "-", "X")]
 PAPER: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 GREY = "0.45"
+LEGEND_WIDTH = 1.7  # inches of an entry of the legend
 FINAL_SIZE = 9  # marker size of final scores
 LABEL_SIZE, LABEL_DISTANCE, LABEL_HEIGHT = 7, 8, 9.5  # labels of models, in typographic points
 History = dict[str, list[dict[str, Any]]]  # stage -> its log
@@ -136,7 +137,8 @@ def _add_legend(figure: Figure) -> None:
     if any(line.get_markersize() == FINAL_SIZE for axes in figure.axes for line in axes.lines):
         entries["final score"] = Line2D([], [], marker="o", linestyle="", color=GREY, markerfacecolor="none")
     if entries:
-        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=6, frameon=False)
+        columns = int(figure.get_figwidth() / LEGEND_WIDTH)
+        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _grid(panels: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -19,7 +20,7 @@ from kd.common import cli
 from kd.common.reporting import __main__ as comparison
 from kd.common.reporting import plots
 from kd.common.reporting.__main__ import main
-from kd.common.reporting.plots import Point
+from kd.common.reporting.plots import Point, plot_curves
 from kd.common.reporting.report import headline, model_card, print_table, write_report
 from kd.common.utils.files import read_json, write_json, write_text
 
@@ -102,6 +103,24 @@ def test_write_report_writes_three_whole_files(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run" / "results.json") == results()
     with Image.open(tmp_path / "run" / "curves.png") as image:
         assert image.format == "PNG" and image.width >= 1200 and len(set(image.convert("RGB").getdata())) > 50
+
+
+@pytest.mark.parametrize("kinds", [["task"], ["task", "soft_targets"], ["task", "soft_targets", "hidden"]])
+def test_the_legend_of_many_stages_is_inside_the_figure(monkeypatch: pytest.MonkeyPatch, kinds: list[str]) -> None:
+    figures = []
+    monkeypatch.setattr("kd.common.reporting.plots.save_figure", lambda figure, path: figures.append(figure))
+    log = [
+        {"epoch": epoch, "loss": 1.0, "eval_accuracy": 0.5} | {f"loss_{kind}": 1.0 for kind in kinds}
+        for epoch in (1.0, 2.0)
+    ]
+    stages = ["teacher", "control", "student", "teacher_encoder", "control_encoder", "student_encoder"]
+    plot_curves("curves.png", dict.fromkeys(stages, log), results(chance=0.1))
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == len(stages) + 2  # chance and final scores
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
 
 
 def test_report_holds_the_exact_figures(tmp_path: Path) -> None:
