@@ -15,14 +15,14 @@ from typing import Annotated
 from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, ShareBelow1
-from kd.nlp.student_model.arguments import CUT
-from kd.nlp.teacher_model import HEAD_WIDTH, MIN_VOCABULARY_SIZE, SCRATCH
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
+from kd.nlp.student_model.arguments import CUT, GenerativePairArguments
+from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
-class Arguments:
-    """Data, teacher, student and method."""
+class Arguments(GenerativePairArguments):
+    """Data and method."""
 
     dataset: str = field(
         default="python",
@@ -33,31 +33,10 @@ class Arguments:
         default=128, metadata={"help": "Number of tokens in a training block."}
     )
 
-    teacher: str = field(
-        default=SCRATCH,
-        metadata={"help": "Hub name or folder of the teacher, or scratch for a GPT-2 with random weights."},
-    )
-    teacher_epochs: NotNegative = field(
-        default=6, metadata={"help": "Epochs of training the teacher; 0 to leave a pretrained teacher unchanged."}
-    )
-    teacher_layers: Count = field(default=4, metadata={"help": "Number of layers of a teacher with random weights."})
-    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher with random weights."})
-    vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = field(
-        default=2048, metadata={"help": "Vocabulary size of the BPE tokenizer of a teacher with random weights."}
-    )
-
-    student: str = field(
-        default=CUT,
-        metadata={
-            "help": "Hub name or folder of the student, scratch for random weights, or cut for layers of the teacher."
-        },
-    )
+    teacher_epochs: NotNegative = 6
+    vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 2048
     student_layers: Count = field(
         default=1, metadata={"help": "Number of layers of a student that is cut or has random weights."}
-    )
-    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
-    dropout: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Dropout of models with random weights while they train on labels alone."}
     )
     from_scratch_learning_rate: Positive = field(
         default=2e-3, metadata={"help": "Learning rate of models with random weights."}
@@ -69,25 +48,6 @@ class Arguments:
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
     )
-
-    def __post_init__(self) -> None:
-        for name in ("teacher_width", "student_width"):
-            if getattr(self, name) % HEAD_WIDTH:
-                raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
-        if self.teacher == SCRATCH and self.teacher_epochs == 0:
-            raise ValueError(
-                "--teacher_epochs 0 leaves a teacher with random weights untrained: pass --teacher NAME, or train it"
-            )
-
-    def check_unused_flags(self) -> None:
-        if self.teacher != SCRATCH:
-            reject_unused("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
-        if self.student != SCRATCH:
-            reject_unused("--student is not scratch", self, "student_width")
-        if self.student not in (CUT, SCRATCH):
-            reject_unused("--student names a model", self, "student_layers")
-        if SCRATCH not in (self.teacher, self.student):
-            reject_unused("no model has random weights", self, "dropout", "from_scratch_learning_rate")
 
 
 @dataclass

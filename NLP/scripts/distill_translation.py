@@ -18,15 +18,15 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
-from kd.nlp.student_model.arguments import CUT
-from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
+from kd.nlp.student_model.arguments import GenerativePairArguments
+from kd.nlp.teacher_model import SCRATCH
 
 SCRATCH_EPOCHS = 5
 
 
 @dataclass
-class Arguments:
-    """Data, teacher, student and method."""
+class Arguments(GenerativePairArguments):
+    """Data and method."""
 
     dataset: str = field(
         default="number_words", metadata={"help": "Embedded dataset number_words, Hub name[:config] or folder."}
@@ -44,10 +44,6 @@ class Arguments:
         default=128, metadata={"help": "Maximum number of tokens; longer sentences are truncated."}
     )
 
-    teacher: str = field(
-        default=SCRATCH,
-        metadata={"help": "Hub name or folder of the teacher, or scratch for a Marian model with random weights."},
-    )
     teacher_epochs: NotNegative | None = field(
         default=None,
         metadata={"help": f"Epochs of training the teacher (default: {SCRATCH_EPOCHS} with random weights, else 0)."},
@@ -59,26 +55,14 @@ class Arguments:
         default=2,
         metadata={"help": "Number of layers in the encoder and in the decoder of a teacher with random weights."},
     )
-    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher with random weights."})
-    vocabulary_size: Count = field(
-        default=600, metadata={"help": "Size of the joint BPE vocabulary of a teacher with random weights."}
-    )
-
-    student: str = field(
-        default=SCRATCH,
-        metadata={
-            "help": "Hub name or folder of the student, scratch for random weights, or cut for layers of the teacher."
-        },
-    )
+    vocabulary_size: Count = 600
+    student: str = SCRATCH
     student_encoder_layers: Count = field(
         default=1, metadata={"help": "Number of encoder layers of a student that is cut or has random weights."}
     )
     student_decoder_layers: Count = field(
         default=1, metadata={"help": "Number of decoder layers of a student that is cut or has random weights."}
     )
-    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
-    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models with random weights."})
-
     method: Literal["kd", "sequence_kd", "sequence_kd+kd"] = field(
         default="sequence_kd+kd",
         metadata={
@@ -90,27 +74,14 @@ class Arguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("teacher_width", "student_width"):
-            if getattr(self, name) % HEAD_WIDTH:
-                raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
         if self.teacher_epochs is None:
             self.teacher_epochs = SCRATCH_EPOCHS if self.teacher == SCRATCH else 0
-        if self.teacher == SCRATCH and self.teacher_epochs == 0:
-            raise ValueError(
-                "--teacher_epochs 0 leaves a teacher with random weights untrained: pass --teacher NAME, or train it"
-            )
+        super().__post_init__()
 
     def check_unused_flags(self) -> None:
-        if self.teacher != SCRATCH:
-            reject_unused("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+        super().check_unused_flags()
         if not self.teacher_epochs:
             reject_unused("--teacher_epochs is 0", self, "teacher_learning_rate")
-        if self.student != SCRATCH:
-            reject_unused("--student is not scratch", self, "student_width")
-        if self.student not in (CUT, SCRATCH):
-            reject_unused("--student names a model", self, "student_encoder_layers", "student_decoder_layers")
-        if SCRATCH not in (self.teacher, self.student):
-            reject_unused("no model has random weights", self, "dropout")
         if self.method == "sequence_kd":
             reject_unused("--method sequence_kd trains on translations alone", self, "alpha", "temperature")
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import METHOD_NAMES, BottleneckArguments, KDTrainingArguments
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
 
 if TYPE_CHECKING:
     from kd.nlp.data.loading import TextData
@@ -298,3 +299,48 @@ class SearchArguments:
             rate = math.sqrt(math.prod(self.learning_rate_range))
             ranges["learning_rate"] = (rate, rate)
         return ranges
+
+
+@dataclass
+class GenerativePairArguments:
+    """Teacher and student."""
+
+    teacher: str = field(
+        default=SCRATCH, metadata={"help": "Hub name or folder of the teacher, or scratch for random weights."}
+    )
+    teacher_epochs: NotNegative | None = field(
+        default=None, metadata={"help": "Epochs of training the teacher; 0 to leave a pretrained teacher unchanged."}
+    )
+    teacher_layers: Count = field(default=4, metadata={"help": "Number of layers of a teacher with random weights."})
+    teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher with random weights."})
+    vocabulary_size: Count = field(
+        default=2048, metadata={"help": "Size of the BPE vocabulary of a teacher with random weights."}
+    )
+    student: str = field(
+        default=CUT,
+        metadata={
+            "help": "Hub name or folder of the student, scratch for random weights, or cut for layers of the teacher."
+        },
+    )
+    student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
+    dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models with random weights."})
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_width", "student_width"):
+            if getattr(self, name) % HEAD_WIDTH:
+                raise ValueError(f"--{name} must be a multiple of {HEAD_WIDTH}, got {getattr(self, name)}")
+        if self.teacher == SCRATCH and self.teacher_epochs == 0:
+            raise ValueError(
+                "--teacher_epochs 0 leaves a teacher with random weights untrained: pass --teacher NAME, or train it"
+            )
+
+    def check_unused_flags(self) -> None:
+        if self.teacher != SCRATCH:
+            reject_unused("--teacher names a model", self, "teacher_layers", "teacher_width", "vocabulary_size")
+        if self.student != SCRATCH:
+            reject_unused("--student is not scratch", self, "student_width")
+        if self.student not in (CUT, SCRATCH):
+            layers = "student_layers", "student_encoder_layers", "student_decoder_layers"
+            reject_unused("--student names a model", self, *layers)
+        if SCRATCH not in (self.teacher, self.student):
+            reject_unused("no model has random weights", self, "dropout", "from_scratch_learning_rate")
