@@ -94,6 +94,7 @@ def stage_loader(kind: Any, load: Callable[[Any, str | Path], Any] = load_model)
 
 def _load(kind: Any, name: str | Path, whole: bool, kwargs: dict[str, Any]) -> tuple[Any, str, str]:
     """The model, a description of the weights that do not fit, and a prefix that all unknown weights share, if any."""
+    transformers_logging.disable_progress_bar()  # an error is one line, also on stderr
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # hides its table of missing and unknown weights
     try:

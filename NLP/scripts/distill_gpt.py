@@ -22,7 +22,7 @@ from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 @dataclass
 class Arguments(GenerativePairArguments):
-    """Data and method."""
+    """Data, layers and method."""
 
     dataset: str = field(
         default="python",

@@ -26,7 +26,7 @@ SCRATCH_EPOCHS = 5
 
 @dataclass
 class Arguments(GenerativePairArguments):
-    """Data and method."""
+    """Data, layers and method."""
 
     dataset: str = field(
         default="number_words", metadata={"help": "Embedded dataset number_words, Hub name[:config] or folder."}

@@ -35,7 +35,6 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_model
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from kd.common.export.exportable import (
     LOAD_ONNX,
@@ -77,7 +76,6 @@ def main() -> None:
 
     folder = output_folder(args.student, args.output_dir, args.overwrite_output_dir)
     PartialState(cpu=True)  # also with a GPU: int8 inference and the latencies are for a CPU
-    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     data = load_data_of(args.student, args)
     names = {"teacher": args.teacher, "student": args.student}

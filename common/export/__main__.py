@@ -29,7 +29,6 @@ PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from transformers.utils import logging as transformers_logging
 
 from kd.common.export.exportable import Exportable, export_student, output_folder, run_of
 from kd.common.reporting.results import RESULTS
@@ -51,7 +50,6 @@ def main() -> None:
         raise UserError(f"{run_folder}/{RESULTS} is damaged: it holds no results")
     load = loader(name, args.domain or results.get("domain"))
     task = args.task or task_of(results.get("task"), run_folder)
-    transformers_logging.disable_progress_bar()
     statistics = {"vecnormalize": args.vecnormalize} if args.vecnormalize else {}
     if statistics and "vecnormalize" not in inspect.signature(load).parameters:
         raise UserError(f"--vecnormalize is for policies, and {name} is not a policy: leave it out")
