@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kd.common import losses
 from kd.common.outputs import Outputs
+from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
@@ -98,15 +99,18 @@ def cosine_decay(weight: float, start: float) -> Weight:
     return weight if weight == 0 else decayed
 
 
-def task_loss(regression: bool = False, smoothing: float = 0.0) -> Term:
-    """Cross-entropy with the labels (batch,) or (batch, positions) that are not IGNORED, or the mean squared error for
-    regression. `smoothing` is the share of the uniform distribution in the targets (arXiv:1512.00567).
+def task_loss(task: TaskType = "classification", smoothing: float = 0.0) -> Term:
+    """Cross-entropy with the labels (batch,) or (batch, positions) that are not IGNORED, the mean squared error for
+    regression, or the binary cross-entropy with labels (batch, labels) of 0 and 1 for multi_label. `smoothing` is the
+    share of the uniform distribution in the targets (arXiv:1512.00567).
     """
 
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         logits, labels = _require(student.logits, "student logits"), _require(labels, "labels")
-        if regression:
+        if task == "regression":
             return losses.regression_mse(logits, labels)
+        if task == "multi_label":
+            return losses.binary_cross_entropy(logits, labels, smoothing)
         rows = rearrange(logits.float(), "... classes -> (...) classes")
         return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
 
@@ -140,9 +144,14 @@ def logit_term(
     return term
 
 
-def soft_targets(temperature: float, regression: bool = False) -> Term:
-    """Soft targets at a temperature (Hinton 2015), or the teacher's predictions for regression."""
-    return logit_term(losses.regression_mse if regression else partial(losses.soft_target_kl, temperature=temperature))
+def soft_targets(temperature: float, task: TaskType = "classification") -> Term:
+    """Soft targets at a temperature (Hinton 2015), those of each label for multi_label, those of the labelled tokens
+    for token_classification, or the teacher's predictions for regression.
+    """
+    if task == "regression":
+        return logit_term(losses.regression_mse)
+    loss = losses.binary_soft_target_kl if task == "multi_label" else losses.soft_target_kl
+    return logit_term(partial(loss, temperature=temperature), ignore_unlabelled=task == "token_classification")
 
 
 class FeatureTerm(nn.Module):

@@ -19,6 +19,8 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import Kind, map_label_ids, read_labels
 from kd.common.data.sources import Splits, read_splits, short_name, stratified, with_validation
+from kd.common.metrics.tasks import TaskMetrics, task_metrics
+from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
 from kd.nlp.data.intents import load_intents
@@ -36,14 +38,19 @@ class TextData:
     name: str
     splits: Splits
     label_names: list[str]  # by class id; empty for regression
-    regression: bool
+    task: TaskType
     primary_metric: str
     fingerprint: str  # hash of the contents, independent of their source
     notes: list[str] = field(default_factory=list)  # for the report
 
     @property
     def num_labels(self) -> int:
-        return 1 if self.regression else len(self.label_names)
+        return len(self.label_names) or 1
+
+    @property
+    def scores(self) -> TaskMetrics:
+        """The metrics of the task."""
+        return task_metrics(self.task, self.label_names)
 
 
 def load_text_data(
@@ -99,7 +106,7 @@ def load_text_data(
         name=name,
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
         label_names=names,
-        regression=regression,
+        task="regression" if regression else "classification",
         primary_metric=spec.metric if spec else "spearman" if regression else "accuracy",
         fingerprint=_fingerprint(splits, names),
         notes=notes,
@@ -111,7 +118,7 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
 
     Ignores case unless two labels differ only in case. Raises UserError for a label that `names` lacks.
     """
-    if data.regression:
+    if data.task == "regression":
         raise UserError(f"{data.name} has scores, not classes: it cannot be used with a classifier")
     tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
     ids = {split: table["label"].to_numpy() for split, table in tables.items()}
@@ -193,6 +200,10 @@ class Texts:
     def validation(self) -> Dataset:
         """The first validation split."""
         return next(rows for name, rows in self.splits.items() if name.startswith("validation"))
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, as `task_metrics` takes them."""
+        return np.asarray(self.splits[split]["labels"])
 
     def unused_inputs(self, model: PreTrainedModel) -> list[str]:
         """Columns of the tokenizer that the model's forward does not take: DistilBERT has no token types."""

@@ -48,7 +48,7 @@ def main() -> None:
         raise UserError("a search runs in one process: start it without torchrun or accelerate launch")
     data = in_label_order(args.teacher, text.load())
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
-    if data.regression and "temperature" in args.search:
+    if data.task == "regression" and "temperature" in args.search:
         raise UserError(
             f"{data.name} is a regression task, whose loss has no temperature: pass --search alpha learning_rate"
         )

@@ -12,19 +12,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import (
-    agreement,
-    calibration_metrics,
-    choose_threshold,
-    classification_metrics,
-    classifier_warning,
-    constant_score,
-    regression_metrics,
-    regressor_warning,
-    scope_metrics,
-    threshold_metrics,
-)
-from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
+from kd.common.metrics.verdict import Measurement
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import TextData, Texts, load_text_data
@@ -43,16 +31,9 @@ logits = model(**tokenizer("some text", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
 
 
-def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of the task, including out-of-scope metrics if the data have that class."""
-    if data.regression:
-        return regression_metrics(logits.reshape(-1), labels)
-    return classification_metrics(logits, labels) | scope_metrics(logits, labels, data.label_names)
-
-
 def trainer_metrics(data: TextData) -> Callable[[EvalPrediction], dict[str, float]]:
     """`compute_metrics` of a transformers Trainer."""
-    return lambda prediction: text_metrics(data, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+    return lambda found: data.scores.metrics(np.asarray(found.predictions), np.asarray(found.label_ids))
 
 
 def evaluate(name: str, model: PreTrainedModel, texts: Texts, teacher_logits: Logits | None = None) -> Evaluation:
@@ -81,40 +62,34 @@ def metrics_by_split(
 ) -> dict[str, dict[str, float]]:
     """The metrics of the logits by split, including the calibration and the agreement with `teacher_logits`.
 
-    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The threshold is chosen on
-    the first validation split; without a validation split there is none.
+    If the data have out-of-scope texts, or several labels per text, this includes metrics with a threshold. It is
+    chosen on the first validation split; without a validation split there is none.
     """
-    data = texts.data
-    labels = {split: np.asarray(texts.splits[split]["labels"]) for split in logits}
+    scores = texts.data.scores
+    labels = {split: texts.labels(split) for split in logits}
     chosen_on = next((split for split in logits if split.startswith("validation")), None)
-    threshold = choose_threshold(logits[chosen_on], labels[chosen_on], data.label_names) if chosen_on else None
-    metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
-    for split, scores in logits.items():
-        if not data.regression:
-            metrics[split] |= calibration_metrics(scores, labels[split])
+    threshold = scores.choose_threshold(logits[chosen_on], labels[chosen_on]) if chosen_on else None
+    metrics = {}
+    for split, values in logits.items():
+        metrics[split] = scores.metrics(values, labels[split]) | scores.calibration(values, labels[split])
         if threshold is not None:
-            metrics[split] |= threshold_metrics(scores, labels[split], data.label_names, threshold)
-        if teacher_logits is not None and not data.regression:
-            metrics[split]["agreement"] = agreement(scores, teacher_logits[split])
+            metrics[split] |= scores.threshold_metrics(values, labels[split], threshold)
+        if teacher_logits is not None:
+            metrics[split]["agreement"] = scores.agreement(values, teacher_logits[split], labels[split])
     return metrics
 
 
 def measure(texts: Texts, logits: Logits) -> Measurement:
     """The measurement of the primary metric on the first validation split."""
     data, split = texts.data, validation_split(texts.splits)
-    labels = np.asarray(texts.splits[split]["labels"])
-    if data.regression:
-        return measure_regression(logits[split].reshape(-1), labels, data.primary_metric)
-    return measure_classes(logits[split], labels, data.primary_metric)
+    return data.scores.measure(logits[split], texts.labels(split), data.primary_metric)
 
 
 def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
     """A warning if a teacher, by its entry in results.json, is no better than chance on validation."""
-    data, name, split = texts.data, entry["name"], validation_split(texts.splits)
-    metric, metrics, labels = data.primary_metric, entry["metrics"][split], np.asarray(texts.splits[split]["labels"])
-    if data.regression:
-        return regressor_warning(name, metrics, labels, metric, split)
-    return classifier_warning(name, metric, metrics[metric], labels, data.num_labels, split)
+    data, split = texts.data, validation_split(texts.splits)
+    metrics, labels = entry["metrics"][split], texts.labels(split)
+    return data.scores.warning(entry["name"], metrics, labels, data.primary_metric, split)
 
 
 def validation_split(splits: Iterable[str]) -> str:
@@ -209,7 +184,6 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
     data = inputs.data
     sizes = {name: len(rows) for name, rows in inputs.texts.splits.items()}
     split, metric = validation_split(inputs.texts.splits), data.primary_metric
-    labels = np.asarray(inputs.texts.splits[split]["labels"])
     return run.results(
         domain="NLP",
         task=data.name,
@@ -223,7 +197,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
         models=models,
         split=split,
         metric=metric,
-        chance=None if data.regression else constant_score(labels, data.num_labels, metric),
+        chance=data.scores.chance(inputs.texts.labels(split), metric),
         selection=run.args.selection,
         data_notes="; ".join(data.notes) or "none",
         model_notes="; ".join(inputs.notes) or "none",

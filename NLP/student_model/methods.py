@@ -254,10 +254,10 @@ def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = ""
 
 
 def labels_only(data: TextData, training: KDTrainingArguments) -> Method:
-    return labels(1.0, data.regression, training.label_smoothing_factor)
+    return labels(1.0, data.task, training.label_smoothing_factor)
 
 
 def labels_and_logits(data: TextData, training: KDTrainingArguments) -> Method:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
     smoothing = training.label_smoothing_factor
-    return labels_and_soft_targets(training.alpha, training.temperature, data.regression, smoothing)
+    return labels_and_soft_targets(training.alpha, training.temperature, data.task, smoothing)

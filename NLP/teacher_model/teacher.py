@@ -141,7 +141,7 @@ def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 def label_config(data: TextData) -> dict:
     """id2label and label2id, or a single unnamed output for regression."""
-    if data.regression:
+    if data.task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     return {
         "id2label": dict(enumerate(data.label_names)),
@@ -156,8 +156,8 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
     """
     if not is_classifier(config):
         return False
-    if data.regression or config.num_labels == 1:
-        if data.regression and config.num_labels == 1:
+    if data.task == "regression" or config.num_labels == 1:
+        if data.task == "regression" and config.num_labels == 1:
             return True
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
     if config.problem_type == "multi_label_classification":
@@ -184,7 +184,7 @@ def in_label_order(name: str, data: TextData) -> TextData:
 
     Raises UserError if the primary metric is F1, which would then count another class as positive.
     """
-    if name == TINY_BERT or data.regression or not is_classifier(config := read_config(name)):
+    if name == TINY_BERT or data.task == "regression" or not is_classifier(config := read_config(name)):
         return data
     if config.num_labels == 1:
         return data

@@ -244,7 +244,8 @@ def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, 
     """Mask (rows,) of the train rows that become the validation split, the same in every run. Adds a note.
 
     Args:
-        labels: labels of train (rows,): class ids (integers), scores (floats), or all equal.
+        labels: labels of train: class ids (integers), scores (floats) or equal numbers (rows,), or 0 and 1 (rows,
+            labels).
         share: fraction of all rows, and of each class.
         advice: another remedy for the error message if train is too small.
     """
@@ -275,7 +276,7 @@ def holdout(labels: np.ndarray, share: float) -> np.ndarray:
 
 
 def stratified(labels: np.ndarray, share: float) -> np.ndarray:
-    """Mask (rows,) of a `share` of the rows, evenly spaced after sorting by label."""
+    """Mask (rows,) of a `share` of the rows, evenly spaced after sorting by label (rows,) or labels (rows, labels)."""
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[_by_label(labels)[np.diff(np.floor(np.arange(len(labels) + 1) * share + 0.5)) > 0]] = True
     return chosen
@@ -283,4 +284,4 @@ def stratified(labels: np.ndarray, share: float) -> np.ndarray:
 
 def _by_label(labels: np.ndarray) -> np.ndarray:
     """Row indices sorted by label, in a fixed random order within each label."""
-    return np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(labels)), labels))
+    return np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(labels)), *np.atleast_2d(labels.T)))

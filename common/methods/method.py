@@ -19,6 +19,7 @@ from kd.common.objective import (
     soft_targets,
     task_loss,
 )
+from kd.common.training.arguments import TaskType
 
 PER_CLASS = 50  # number of training samples that represent a class
 Depth = Literal["nearest", "up", "last"]
@@ -121,17 +122,17 @@ class TaskSpec:
         return match(name, weight, self.student_features.head, self.teacher_features.head, loss, transform=self.pool)
 
 
-def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:
+def labels(weight: Weight = 1.0, task: TaskType = "classification", smoothing: float = 0.0) -> Method:
     """The labels alone, as in a control; see `task_loss`."""
-    return Method({"task": (weight, task_loss(regression, smoothing))})
+    return Method({"task": (weight, task_loss(task, smoothing))})
 
 
 def labels_and_soft_targets(
-    alpha: float, temperature: float, regression: bool = False, smoothing: float = 0.0
+    alpha: float, temperature: float, task: TaskType = "classification", smoothing: float = 0.0
 ) -> Method:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
-    soft = 1 - alpha, soft_targets(temperature, regression)
-    return labels(alpha, regression, smoothing) + Method({"soft_targets": soft})
+    soft = 1 - alpha, soft_targets(temperature, task)
+    return labels(alpha, task, smoothing) + Method({"soft_targets": soft})
 
 
 def match(

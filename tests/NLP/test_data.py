@@ -106,7 +106,12 @@ def test_train_never_uses_excluded_alternatives() -> None:
 
 def test_intents_schema() -> None:
     data = load_text_data("intents")
-    assert (data.name, data.primary_metric, data.regression, data.num_labels) == ("intents", "accuracy", False, 41)
+    assert (data.name, data.primary_metric, data.task, data.num_labels) == (
+        "intents",
+        "accuracy",
+        "classification",
+        41,
+    )
     for rows in data.splits.values():
         assert rows.column_names == ["text", "label", "sample_id"]
         assert rows["sample_id"][:] == list(range(len(rows)))
@@ -130,7 +135,12 @@ def test_all_formats_load_the_same_data(tmp_path: Path, format: str) -> None:
 def test_scores_stay_floats_in_every_format(tmp_path: Path, format: str) -> None:
     pairs = {"sentence1": texts(4), "sentence2": texts(4, 50), "label": [3.8, 0.0, 4.9999, 5.0]}
     data = load_text_data(write(tmp_path / format, format, train=pairs, dev=pairs))
-    assert data.regression and data.num_labels == 1 and data.label_names == [] and data.primary_metric == "spearman"
+    assert (
+        data.task == "regression"
+        and data.num_labels == 1
+        and data.label_names == []
+        and data.primary_metric == "spearman"
+    )
     assert data.splits["validation"]["label"][:] == pytest.approx([3.8, 0.0, 4.9999, 5.0])
     assert data.splits["train"].column_names == ["text", "text_pair", "label", "sample_id"]
     assert data.fingerprint == load_text_data(write(tmp_path / "p", train=pairs, validation=pairs)).fingerprint
@@ -193,7 +203,7 @@ def test_columns_are_inferred_or_named(tmp_path: Path) -> None:
     assert data.splits["train"]["text"][:] == rows["body"] and data.label_names == ["a", "b"]
     assert load_text_data(folder, ["title", "body"], "topic").splits["train"]["text_pair"][:] == rows["body"]
     lone = {"body": texts(3), "score": [0.5, 1.5, 2.5]}
-    assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).regression
+    assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).task == "regression"
 
 
 # Typical files: a pandas index, a score next to the label, label names next to label ids
@@ -221,9 +231,9 @@ def test_an_ambiguous_label_column_is_an_error(tmp_path: Path) -> None:
         assert "the label column (airline_sentiment, airline_sentiment_confidence)" in message
         assert "--label_column" in message
         data = load_text_data(folder, None, "airline_sentiment")
-        assert data.label_names == ["bad", "good"] and not data.regression
+        assert data.label_names == ["bad", "good"] and data.task == "classification"
         assert data.notes[0].endswith("'airline_sentiment_confidence' not used")
-        assert load_text_data(folder, None, "airline_sentiment_confidence").regression
+        assert load_text_data(folder, None, "airline_sentiment_confidence").task == "regression"
 
 
 def test_label_names_next_to_label_ids_are_not_a_second_text(tmp_path: Path) -> None:
@@ -253,7 +263,7 @@ def test_the_flag_decides_between_classes_and_scores(tmp_path: Path) -> None:
     assert "--task" in error_of(folder) and "--label_column" in error_of(folder)
     assert load_text_data(folder, task="classification").label_names == ["1", "2", "5"]
     data = load_text_data(folder, task="regression")
-    assert data.regression and data.splits["train"]["label"][:] == [1.0, 2.0, 5.0, 5.0]
+    assert data.task == "regression" and data.splits["train"]["label"][:] == [1.0, 2.0, 5.0, 5.0]
 
 
 @pytest.mark.parametrize("change", ["order", "cut", "labels", "names"])
@@ -484,7 +494,7 @@ def test_glue(name: str, rows: dict[str, int], labels: list[str], metric: str) -
 def test_stsb_keeps_its_fractions() -> None:
     data = shared("glue_stsb")
     labels = np.array(data.splits["train"]["label"][:])
-    assert data.regression and labels.min() == 0 and labels.max() == 5 and (labels % 1 != 0).mean() > 0.4
+    assert data.task == "regression" and labels.min() == 0 and labels.max() == 5 and (labels % 1 != 0).mean() > 0.4
     assert labels[1] == pytest.approx(3.8)
 
 
@@ -552,7 +562,7 @@ def test_only_validation_chooses_the_threshold() -> None:
     labels = {split: generator.integers(0, 3, size=60) for split in ("test", "validation")}
     logits = {split: generator.normal(size=(60, 3)) for split in labels}
     splits = {split: datasets.Dataset.from_dict({"labels": values}) for split, values in labels.items()}
-    data, collate = TextData("scoped", splits, SCOPED, False, "accuracy", ""), MagicMock()
+    data, collate = TextData("scoped", splits, SCOPED, "classification", "accuracy", ""), MagicMock()
     texts = Texts(data, splits, collate)
     first = metrics_by_split(texts, logits)
     assert first["test"]["oos_threshold"] == first["validation"]["oos_threshold"] > 0

@@ -41,7 +41,7 @@ LABELS = {0: "negative", 1: "positive"}
 
 def two_labels(names: tuple[str, ...] = ("negative", "positive"), metric: str = "accuracy") -> TextData:
     rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1, 0], "sample_id": [0, 1, 2, 3]})
-    return TextData("tastes", {"train": rows, "validation": rows}, list(names), False, metric, "f")
+    return TextData("tastes", {"train": rows, "validation": rows}, list(names), "classification", metric, "f")
 
 
 def tokenizer() -> BertTokenizer:

@@ -42,9 +42,7 @@ def test_a_term_of_weight_zero_needs_no_inputs():
 def test_regression_terms_by_hand():
     student = Outputs(logits=torch.tensor([[1.0], [3.0]]))
     teacher = Outputs(logits=torch.tensor([[2.0], [3.0]]))
-    objective = Objective(
-        task=(0.5, task_loss(regression=True)), soft_targets=(0.5, soft_targets(9.0, regression=True))
-    )
+    objective = Objective(task=(0.5, task_loss("regression")), soft_targets=(0.5, soft_targets(9.0, "regression")))
     parts = objective(student, teacher, torch.tensor([1.0, 5.0]))
     assert parts["task"].item() == pytest.approx(0.5 * (0 + 4) / 2)
     assert parts["soft_targets"].item() == pytest.approx(0.5 * (1 + 0) / 2)  # no softmax, no temperature
