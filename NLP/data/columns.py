@@ -7,7 +7,7 @@ from typing import Literal
 import datasets
 import pyarrow as pa
 
-from kd.common.data.labels import is_number
+from kd.common.data.label_names import is_number
 from kd.common.data.sources import Splits
 from kd.common.utils.errors import UserError
 
@@ -88,9 +88,9 @@ def text_columns(raw: Splits) -> list[str]:
 
 
 def infer_contents(raw: Splits) -> dict[str, Content]:
-    """The contents of each column of the first split, inferred from all splits."""
-    first = next(iter(raw.values()))
-    return {name: _content(name, [rows for rows in raw.values() if name in rows.features]) for name in first.features}
+    """The contents of each column, inferred from all splits."""
+    names = dict.fromkeys(name for rows in raw.values() for name in rows.features)
+    return {name: _content(name, [rows for rows in raw.values() if name in rows.features]) for name in names}
 
 
 def _content(name: str, splits: list[datasets.Dataset]) -> Content:
@@ -121,11 +121,14 @@ def choose_columns(raw: Splits, text: list[str] | None, label: str | None) -> tu
     """Returns the columns that the flags name, or those of a known task, or those inferred from names and contents,
     together with a note on the choice. Raises UserError if several choices are plausible.
     """
+    contents, strings = infer_contents(raw), text_columns(raw)
     names = list(next(iter(raw.values())).features)
+    if not {*names} & {name for name, content in contents.items() if content in ("classes", "numbers")}:
+        names = list(contents)  # the first split has no labels
+    contents = {name: contents[name] for name in names}
     for name in [*(text or []), *([label] if label else [])]:
         if name not in names:
             raise UserError(f"no column {name!r}: the columns are {', '.join(names)}; {FLAGS}")
-    strings, contents = text_columns(raw), infer_contents(raw)
     columns = None if text or label else _columns_of_known_task(names, strings)
     if columns is None:
         label = label or _infer_label(contents, text or [])

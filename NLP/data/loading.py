@@ -3,8 +3,9 @@
 import inspect
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,21 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.labels import Kind, map_label_ids, read_labels
-from kd.common.data.sources import Splits, read_splits, short_name, stratified, with_validation
+from kd.common.data.label_columns import Kind
+from kd.common.data.label_names import map_label_ids
+from kd.common.data.labels import read_labels
+from kd.common.data.sources import (
+    Splits,
+    join_unlabelled,
+    labelled,
+    read_splits,
+    short_name,
+    stratified,
+    with_validation,
+)
 from kd.common.metrics.tasks import TaskMetrics, task_metrics
 from kd.common.training.arguments import TaskType
+from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
 from kd.nlp.data.intents import load_intents
@@ -33,7 +45,10 @@ MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
 @dataclass(frozen=True)
 class TextData:
-    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float) and sample_id."""
+    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float) and sample_id.
+
+    Only train has rows without a label: IGNORED, or NaN for regression.
+    """
 
     name: str
     splits: Splits
@@ -62,11 +77,13 @@ def load_text_data(
     needs_train: bool = True,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    unlabelled_label: Sequence[str] = (),
+    drop_unlabelled: bool = False,
 ) -> TextData:
     """Loads `dataset`: a name in TASKS, a folder or file, or owner/name[:config] of the Hub.
 
-    Rows without a label are left out. A missing validation split is made from train, the same in every run. The notes
-    report what was inferred and left out.
+    Rows without a label, and those of a split `unlabelled`, are training rows. A missing validation split is made from
+    the train rows with a label, the same in every run. The notes report what was inferred and left out.
 
     Args:
         task: resolves labels that could be either classes or scores.
@@ -74,16 +91,19 @@ def load_text_data(
         needs_train: whether a missing train split is an error.
         max_train_samples, max_eval_samples: maximum number of rows of train and of each other split, a fixed
             stratified sample.
+        unlabelled_label: placeholders for a missing label.
+        drop_unlabelled: leave out the training rows without a label.
 
     Raises UserError if the dataset, a column, a text or the labels are missing or ambiguous.
     """
-    raw, notes = read_splits(dataset, KNOWN, needs_train=needs_train)
+    raw, notes = read_splits(dataset, KNOWN, needs_train=needs_train, with_unlabelled=not drop_unlabelled)
     if dataset in TASKS:
         task = "regression" if TASKS[dataset].regression else "classification"
         raw = {split: rows for split, rows in raw.items() if split != "test" or TASKS[dataset].labelled_test}
     columns, note = choose_columns(raw, text_columns, label_column)
+    raw = join_unlabelled(raw, columns.label, notes)
     try:
-        labels = read_labels(raw, columns.label, task, known_labels)
+        labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label, not drop_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     name, regression = dataset if dataset in TASKS else short_name(dataset), not labels.names
@@ -95,12 +115,14 @@ def load_text_data(
     ids = labels.values if regression else map_label_ids(name, labels.values, labels.names, names)
     notes += [note, *labels.notes]
     splits = {split: _select(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
-    splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
+    if "train" in splits:
+        splits["train"] = _without_empty(splits["train"], notes)
+        splits = with_validation(splits, column_array(splits["train"], "label"), notes)
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
         if most is not None and most < len(rows):
             notes.append(f"{most:,} of {len(rows):,} {split} rows")
-            chosen = stratified(np.asarray(rows.with_format("numpy")["label"]), most / len(rows))
+            chosen = stratified(column_array(rows, "label"), most / len(rows))
             splits[split] = rows.select(np.flatnonzero(chosen)).flatten_indices()
     return TextData(
         name=name,
@@ -130,8 +152,11 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
     return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
 
 
-def _select(split: str, raw: Dataset, columns: Columns, labelled: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The columns text, text_pair (if there are two text columns) and label of the labelled rows."""
+def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels: np.ndarray) -> Dataset:
+    """The columns text, text_pair (if there are two text columns) and label of some rows.
+
+    Raises UserError for a row with a label and without a text.
+    """
     found: dict[str, pa.Array] = {}
     for new, name in zip(("text", "text_pair"), columns.text, strict=False):
         if name not in raw.features:
@@ -143,11 +168,24 @@ def _select(split: str, raw: Dataset, columns: Columns, labelled: np.ndarray, la
             raise UserError(f"column {name!r} of the {split} split contains {texts.type}, not texts: {FLAGS}")
         texts = texts.cast(pa.large_string())
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy()
-        if (empty := labelled[blank[labelled]]).size:
+        if (empty := rows[blank[rows] & labelled(labels)]).size:
             raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
-        found[new] = texts.take(pa.array(labelled))
+        found[new] = pc.fill_null(texts.take(pa.array(rows)), "")
     kinds = {name: datasets.Value("string") for name in found} | {"label": datasets.Value(str(labels.dtype))}
     return Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
+
+
+def _without_empty(rows: Dataset, notes: list[str]) -> Dataset:
+    """Leaves out the rows of train that have neither a label nor a text."""
+    empty = np.zeros(len(rows), dtype=bool)
+    for name in ("text", "text_pair"):
+        if name in rows.features:
+            texts = rows.with_format("arrow")[:][name]
+            empty |= pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy()
+    if not empty.any():
+        return rows
+    notes.append(f"rows of train with neither a label nor a text, left out: {empty.sum():,}")
+    return rows.select(np.flatnonzero(~empty)).flatten_indices()
 
 
 def _fingerprint(splits: Splits, label_names: list[str]) -> str:
@@ -195,6 +233,12 @@ class Texts:
     @property
     def train(self) -> Dataset:
         return self.splits["train"]
+
+    @cached_property
+    def labelled_train(self) -> Dataset:
+        """The rows of train that have a label. The others have no target without a teacher."""
+        known = labelled(column_array(self.train, "labels"))
+        return self.train if known.all() else self.train.select(np.flatnonzero(known)).flatten_indices()
 
     @property
     def validation(self) -> Dataset:

@@ -10,12 +10,12 @@ with the recipes of these names. distill_classifier.py distills a student withou
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.nlp.student_model.arguments import (
     BottleneckTrainingArguments,
+    LabelledTextArguments,
     PairArguments,
-    TextArguments,
     TextBottleneckArguments,
 )
 
-ARGUMENTS = TextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
+ARGUMENTS = LabelledTextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

@@ -10,9 +10,14 @@ of these names.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
-from kd.nlp.student_model.arguments import ClassifierTrainingArguments, MatchingArguments, PairArguments, TextArguments
+from kd.nlp.student_model.arguments import (
+    ClassifierTrainingArguments,
+    LabelledTextArguments,
+    MatchingArguments,
+    PairArguments,
+)
 
-ARGUMENTS = TextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
+ARGUMENTS = LabelledTextArguments, PairArguments, MatchingArguments, ClassifierTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

@@ -11,9 +11,9 @@ the range of learning rates. Writes search.json, search.md, search.png and best.
 from dataclasses import replace
 
 from kd.common.cli import parse, reject_unused, run, show_help
-from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
+from kd.nlp.student_model.arguments import LabelledTextArguments, SearchArguments, SearchTrainingArguments
 
-ARGUMENTS = TextArguments, SearchArguments, SearchTrainingArguments
+ARGUMENTS = LabelledTextArguments, SearchArguments, SearchTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

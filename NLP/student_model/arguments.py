@@ -4,7 +4,7 @@ import math
 from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import METHOD_NAMES, BottleneckArguments, KDTrainingArguments
@@ -84,9 +84,29 @@ class TextArguments:
             self.task,
             max_train_samples=self.max_train_samples,
             max_eval_samples=self.max_eval_samples,
+            **self.label_options,
         )
         print_notes(data.name, data.notes)
         return data
+
+    @property
+    def label_options(self) -> dict[str, Any]:
+        """Further arguments of `load_text_data`."""
+        return {}
+
+
+@dataclass
+class LabelledTextArguments(TextArguments):
+    """Data."""
+
+    unlabelled_label: list[str] = field(
+        default_factory=list, metadata={"help": "Placeholders in the label column for a missing label."}
+    )
+    drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
+
+    @property
+    def label_options(self) -> dict[str, Any]:
+        return {"unlabelled_label": self.unlabelled_label, "drop_unlabelled": self.drop_unlabelled}
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:

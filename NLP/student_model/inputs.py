@@ -13,7 +13,13 @@ from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
-from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
+from kd.nlp.student_model.methods import (
+    check_method,
+    check_needs_no_labels,
+    check_smoothing,
+    layer_pairs,
+    needs_features,
+)
 from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
 
 
@@ -104,6 +110,14 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
     layers = len(layer_paths(teacher.encoder))
     check_smoothing(training, inputs.data.name, inputs.data.num_labels)
     from_scratch = any(model.from_scratch for model in (teacher, student, control_init) if model)
+    labelled = len(inputs.student_texts.labelled_train)
+    if not labelled and not teacher.trained:
+        raise UserError(
+            f"no row of train has a label, and {pair.teacher} has to be trained on labels: pass a classifier of these "
+            "labels as --teacher, or add labels"
+        )
+    if not labelled and not training.no_control:
+        raise UserError("no row of train has a label, so there is nothing to train a control on: pass --no_control")
     pair.reject_unused_flags(teacher.trained, teacher.from_scratch, from_scratch)
     if student is None:
         if not 1 <= inputs.student_layers <= layers:
@@ -162,6 +176,8 @@ def validate_matching(
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
+    if len(inputs.texts.labelled_train) < len(inputs.texts.train):
+        check_needs_no_labels(matching.method)
     if matching.attention_weight and inputs.ensemble:
         raise UserError("--attention_weight needs a single teacher: set it to 0, or leave out --ensemble_teachers")
     if reads_features and has_bottleneck:

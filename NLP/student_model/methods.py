@@ -24,6 +24,7 @@ from kd.common.methods import (
     match,
     parse_method,
     some_of_each_class,
+    unlabelled_error,
 )
 from kd.common.objective import FeatureLoss, FeatureTerm
 from kd.common.outputs import FeatureHooks
@@ -92,6 +93,13 @@ def check_smoothing(training: KDTrainingArguments, dataset: str, classes: int) -
 def needs_features(spec: str) -> bool:
     """Whether a method needs features of the teacher in addition to its logits."""
     return bool(parse_method(spec, METHODS)(_without_models(classes=3)).teacher_features)
+
+
+def check_needs_no_labels(spec: str) -> None:
+    """Raises UserError for a method that needs the label of every row."""
+    method = parse_method(spec, METHODS)(_without_models(classes=3))
+    if method.label_terms:
+        raise UserError(unlabelled_error(f"--method {spec}", method.label_terms))
 
 
 def _without_models(classes: int) -> TaskSpec:

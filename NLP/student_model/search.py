@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from optuna.trial import FrozenTrial, TrialState
@@ -26,7 +27,8 @@ from kd.common.cli import save_recipe
 from kd.common.reporting.plots import PAPER, STYLES, save_figure
 from kd.common.reporting.tables import markdown, number, print_rich, words
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
+from kd.common.training.inference import column_array
+from kd.common.training.run import TrainerRun, count_epochs_in
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
@@ -151,12 +153,16 @@ def train_trial(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard" / name)
     pruning = Pruning(trial, data.primary_metric)
     model = copy.deepcopy(student)
+    train = texts.labelled_train if args.alpha == 1 else texts.train
+    if len(train) < len(texts.train):
+        count_epochs_in(args, len(texts.train))
+    train_labels = torch.from_numpy(column_array(train, "labels"))
     trainer = KDTrainer(
         model=model,
         args=args,
-        objective=labels_and_logits(data, args).objective,
+        objective=labels_and_logits(data, args).for_labels(train_labels).objective,
         teacher_outputs=teacher_outputs,
-        train_dataset=texts.train,
+        train_dataset=train,
         eval_dataset=texts.validation,
         data_collator=texts.collate,
         not_for_student=texts.unused_inputs(model),

@@ -127,7 +127,8 @@ def fine_tune(
     """The stage `name`: trains a whole classifier.
 
     Args:
-        teacher: Result of `teacher_kwargs`. The model then trains without dropout. None trains on labels alone.
+        teacher: Result of `teacher_kwargs`. The model then trains without dropout. None trains on the rows with a
+            label alone, for as many updates.
         tokenizer: Saved with the model. Default: the tokenizer of `texts`.
     """
 
@@ -141,7 +142,8 @@ def fine_tune(
             {"num_train_epochs": epochs, "learning_rate": learning_rate},
             objective=method.objective,
             features=method.features,
-            train_dataset=texts.train,
+            samples=len(texts.train),
+            train_dataset=texts.labelled_train if teacher is None else texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
             not_for_student=texts.unused_inputs(model),
@@ -252,7 +254,7 @@ def classifier_method(
         method += embeddings(student, teacher, weight, matching.hidden_loss)
     if weight := matching.attention_weight:
         method += attentions(student, teacher, weight, matching.layer_map)
-    return method
+    return method.for_labels(torch.from_numpy(column_array(texts.train, "labels")))
 
 
 def align(
@@ -378,7 +380,11 @@ def add_bottleneck(
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
         model = BottleneckClassifier.from_encoder(encoder, labels, bottleneck.pooling, **bottleneck.shape())
         arguments = bottleneck.value_arguments(args.value_learning_rate or args.learning_rate)
-        method = labels_only if teacher_outputs is None else labels_and_logits
+        if teacher_outputs is None:
+            train, method = texts.labelled_train, labels_only(texts.data, args)
+        else:
+            train, method = texts.train, labels_and_logits(texts.data, args)
+        train_labels = torch.from_numpy(column_array(train, "labels"))
         return train_bottleneck(
             run,
             name,
@@ -386,10 +392,11 @@ def add_bottleneck(
             keys,
             source.bottleneck if source else None,
             arguments | {"train_sampling_strategy": "random"},
-            _samples(texts, texts.train),
+            _samples(texts, train),
             _samples(texts, texts.validation),
             key_rows=_random_rows(texts.train, KEY_TEXTS, args.seed),
-            objective=method(texts.data, args).objective,
+            samples=len(texts.train),
+            objective=method.for_labels(train_labels).objective,
             teacher_outputs=teacher_outputs,
             compute_metrics=trainer_metrics(texts.data),
         )

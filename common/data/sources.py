@@ -1,6 +1,7 @@
 """The splits of a dataset by its name: embedded, a local file or folder, or a dataset of the Hugging Face Hub.
 
-A missing validation split is made from train. Its rows do not depend on the seed of a run.
+A missing validation split is made from train. Its rows do not depend on the seed of a run. Rows without a label, and
+those of a split `unlabelled`, are training rows; no metric counts them.
 """
 
 import re
@@ -12,8 +13,10 @@ from typing import Any
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 
 from kd.common.data.readers import READERS, read_rows, reason_of
+from kd.common.objective import IGNORED
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
 
@@ -21,6 +24,8 @@ Splits = dict[str, datasets.Dataset]
 
 SPLIT_NAMES = {name: name for name in ("train", "validation", "validation_matched", "validation_mismatched", "test")}
 SPLIT_NAMES |= {name: "validation" for name in ("valid", "dev", "val")}
+UNLABELLED = "unlabelled"  # a split of training rows without labels
+SPLIT_NAMES |= {name: UNLABELLED for name in ("unlabelled", "unlabeled", "unsupervised")}
 SPLIT_SEED = 0  # fixed, so that no run trains on the validation rows of another run
 
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
@@ -37,6 +42,7 @@ def read_splits(
     contents: str = "parquet, CSV or JSON files",
     read: Callable[[Path], Splits] | None = None,
     needs_train: bool = True,
+    with_unlabelled: bool = False,
 ) -> tuple[Splits, list[str]]:
     """Reads the splits of a dataset. Returns the splits, and notes on splits that are not used.
 
@@ -47,6 +53,7 @@ def read_splits(
         contents: the supported contents of a folder, for messages.
         read: reads a folder; default: `read_folder`.
         needs_train: whether a missing train split is an error.
+        with_unlabelled: whether to return a split `unlabelled`, which then may replace train.
     """
     source = known.get(dataset, dataset)
     embedded = ", ".join(name for name, where in known.items() if callable(where))
@@ -63,7 +70,7 @@ def read_splits(
             f"unknown dataset {shorten(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
             "Hub name such as owner/name or owner/name:config"
         )
-    return _rename_splits(found, dataset, needs_train)
+    return _rename_splits(found, dataset, needs_train, with_unlabelled)
 
 
 def short_name(dataset: str) -> str:
@@ -210,8 +217,10 @@ def offline_if_unreachable(name: str = "") -> Iterator[None]:
 # ---------------------------------------------------------------- split names, and the validation split
 
 
-def _rename_splits(found: Splits, dataset: str, needs_train: bool) -> tuple[Splits, list[str]]:
+def _rename_splits(found: Splits, dataset: str, needs_train: bool, with_unlabelled: bool) -> tuple[Splits, list[str]]:
     """Renames dev, valid and val to validation, and drops splits of any other name with a note."""
+    unused = [name for name in found if SPLIT_NAMES.get(name) in ((None,) if with_unlabelled else (None, UNLABELLED))]
+    found = {name: rows for name, rows in found.items() if name not in unused} or found
     splits: Splits = {}
     for name, rows in found.items():
         usual = SPLIT_NAMES.get(name)
@@ -219,14 +228,54 @@ def _rename_splits(found: Splits, dataset: str, needs_train: bool) -> tuple[Spli
             raise UserError(f"{dataset} has two {usual} splits ({', '.join(found)}): keep one")
         if usual:
             splits[usual] = rows
-    if needs_train and "train" not in splits:
+    if needs_train and "train" not in splits and UNLABELLED not in splits:
         raise UserError(f"{dataset} has no train split, only {', '.join(found)}: name one of its files train.*")
     if not splits:
         raise UserError(f"{dataset} has no known split, only {', '.join(found)}: name one of its files test.*")
-    ordered = {name: splits[name] for name in SPLIT_NAMES if name in splits}
+    ordered = {name: splits[name] for name in dict.fromkeys(SPLIT_NAMES.values()) if name in splits}
     if empty := [name for name, rows in ordered.items() if not len(rows)]:
         raise UserError(f"the {empty[0]} split is empty: it needs at least one row")
-    return ordered, [f"split {name} is not used" for name in found if name not in SPLIT_NAMES]
+    return ordered, [f"split {name} is not used" for name in unused]
+
+
+def join_unlabelled(splits: Splits, label: str, notes: list[str]) -> Splits:
+    """Moves the rows of the split `unlabelled` to the end of train, without their values in the column `label`."""
+    if UNLABELLED not in splits:
+        return splits
+    extra = splits[UNLABELLED]
+    others = {name: rows for name, rows in splits.items() if name != UNLABELLED}
+    if label in extra.features:
+        notes.append(f"column {label!r} of split unlabelled is not used")
+        extra = extra.remove_columns(label)
+    if "train" not in splits:
+        return {"train": extra, **others}
+    train = splits["train"]
+    table, features = extra.with_format("arrow")[:], train.features
+    shared = [name for name in features if name in extra.features]
+    if not shared:
+        raise UserError(
+            f"split unlabelled has none of the columns of train, {', '.join(features)}: rename its columns"
+        )
+    schema = features.arrow_schema
+    try:
+        columns = [
+            table[name].cast(schema.field(name).type)
+            if name in shared
+            else pa.nulls(len(extra), schema.field(name).type)
+            for name in features
+        ]
+    except pa.ArrowException as error:
+        raise UserError(
+            f"the columns of split unlabelled differ in their types from those of train ({reason_of(error)}): use the "
+            "same types"
+        ) from None
+    added = datasets.Dataset(pa.table(columns, schema=schema))
+    return {**others, "train": datasets.concatenate_datasets([train, added])}
+
+
+def labelled(values: np.ndarray) -> np.ndarray:
+    """Mask of the class ids (rows,) that are not IGNORED, or of the scores that are not NaN."""
+    return ~np.isnan(values) if values.dtype.kind == "f" else values != IGNORED
 
 
 def with_validation(splits: Splits, labels: np.ndarray, notes: list[str], share: float = 0.1) -> Splits:
@@ -245,21 +294,23 @@ def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, 
 
     Args:
         labels: labels of train: class ids (integers), scores (floats) or equal numbers (rows,), or 0 and 1 (rows,
-            labels).
-        share: fraction of all rows, and of each class.
+            labels). Rows without a label are not chosen.
+        share: fraction of all rows with a label, and of each class.
         advice: another remedy for the error message if train is too small.
     """
-    chosen = holdout(labels, share)
-    percent = f"{share * 100:.4g}%"
+    usable = labelled(labels)
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[usable] = holdout(labels[usable], share)
+    percent, those = f"{share * 100:.4g}%", "" if usable.all() else " with a label"
     if not chosen.any():
         raise UserError(
-            f"no validation split, and too few training rows to set {percent} of them aside, {len(labels):,}: add a "
-            f"validation split{advice}"
+            f"no validation split, and too few training rows{those} to set {percent} of them aside, {usable.sum():,}: "
+            f"add a validation split{advice}"
         )
-    sampling = "stratified" if len(np.unique(labels)) > 1 else "random"
+    sampling = "stratified" if len(np.unique(labels[usable])) > 1 else "random"
     notes.append(
-        f"no validation split: {chosen.sum():,} rows of train, a {sampling} {percent}, were set aside, the same for "
-        "every seed"
+        f"no validation split: {chosen.sum():,} rows of train{those}, a {sampling} {percent}, were set aside, the "
+        "same for every seed"
     )
     return chosen
 

@@ -1,7 +1,7 @@
 """`TaskSpec`, the argument of a method, `Method`, its return value, and functions that create methods."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,14 +12,17 @@ from kd.common.objective import (
     FeatureLoss,
     FeatureTerm,
     Objective,
+    TaskLoss,
     Term,
     Terms,
     Transform,
     Weight,
+    is_labelled,
     soft_targets,
     task_loss,
 )
 from kd.common.training.arguments import TaskType
+from kd.common.utils.errors import UserError
 
 PER_CLASS = 50  # number of training samples that represent a class
 Depth = Literal["nearest", "up", "last"]
@@ -51,6 +54,28 @@ class Method:
             self.watched | other.watched,
         )
 
+    @property
+    def label_terms(self) -> list[str]:
+        """The names of the terms that need the label of every sample."""
+        return [name for name, (_, term) in self.terms.items() if getattr(term, "needs_labels", False)]
+
+    def for_labels(self, labels: Tensor) -> "Method":
+        """The method for training data with these labels (samples,), some of which may be missing; see `TaskLoss`.
+
+        Raises UserError if a term needs the label of every sample.
+        """
+        if (share := is_labelled(labels).float().mean().item()) == 1:
+            return self
+        if self.label_terms:
+            raise UserError(unlabelled_error("this method", self.label_terms))
+        terms: Terms = {}
+        for name, (weight, term) in self.terms.items():
+            if not isinstance(term, TaskLoss):
+                terms[name] = weight, term
+            elif share > 0:
+                terms[name] = weight, TaskLoss(term.task, term.smoothing, share)
+        return replace(self, terms=terms)
+
     @cached_property
     def objective(self) -> Objective:
         return Objective(**self.terms).watching(**self.watched)
@@ -59,6 +84,14 @@ class Method:
     def auxiliary_parameters(self) -> int:
         """Number of parameters that are trained with the student and not saved with it."""
         return sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+
+
+def unlabelled_error(method: str, terms: Sequence[str]) -> str:
+    """The message for a method with `terms` that need labels which the training data lack."""
+    return (
+        f"the loss {' and '.join(terms)} of {method} needs the label of every training sample, and some have none: "
+        "pass --method kd, or --drop_unlabelled"
+    )
 
 
 @dataclass(frozen=True)

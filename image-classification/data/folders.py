@@ -10,7 +10,7 @@ from typing import NoReturn
 import datasets
 from PIL import Image
 
-from kd.common.data.labels import shorten_list, sort_labels
+from kd.common.data.label_names import shorten_list, sort_labels
 from kd.common.data.sources import SPLIT_NAMES, Splits
 from kd.common.utils.errors import UserError
 

@@ -17,7 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from kd.common.data.labels import read_labels, shorten_list
+from kd.common.data.label_names import shorten_list
+from kd.common.data.labels import read_labels
 from kd.common.data.readers import READERS
 from kd.common.data.sources import (
     SPLIT_NAMES,

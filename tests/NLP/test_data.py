@@ -18,6 +18,7 @@ import pyarrow.csv
 import pytest
 
 from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
+from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
 from kd.nlp.data.loading import TextData, Texts, load_text_data, with_label_order
@@ -251,11 +252,87 @@ def test_texts_and_labels_of_digits_are_the_same_in_every_split(tmp_path: Path) 
     assert data.label_names == ["false", "maybe", "true"] and data.splits["test"]["label"][:] == [2, 0]
 
 
-def test_rows_without_a_label_are_left_out_with_their_texts(tmp_path: Path) -> None:
-    data = load_text_data(write(tmp_path, "csv", **small(["a", "", "b", None, "a"], ["b", "a"])))
-    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, 1, 0]
-    assert data.splits["train"]["text"][:] == [texts(5)[i] for i in (0, 2, 4)]
-    assert "2 of 5 rows of train have no label and are left out" in data.notes
+def test_rows_of_train_without_a_label_are_unlabelled(tmp_path: Path) -> None:
+    splits = small(["a", "", "b", None, "a"], ["b", "", "a"])
+    data = load_text_data(folder := write(tmp_path, "csv", **splits))
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, IGNORED, 1, IGNORED, 0]
+    assert data.splits["train"]["text"][:] == texts(5)
+    assert "2 of 5 rows of train have no label: they train the student by the teacher's outputs alone" in data.notes
+    assert data.splits["validation"]["label"][:] == [1, 0]  # metrics need labels
+    assert "1 of 3 rows of validation have no label and are left out" in data.notes
+    dropped = load_text_data(folder, drop_unlabelled=True)
+    assert dropped.splits["train"]["text"][:] == [texts(5)[i] for i in (0, 2, 4)]
+    assert "2 of 5 rows of train have no label and are left out" in dropped.notes
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("name", ["unlabelled", "unlabeled", "unsupervised"])
+def test_a_split_of_unlabelled_texts_joins_train(tmp_path: Path, format: str, name: str) -> None:
+    splits = small(["a", "b", "a"])
+    splits["train"]["id"] = [7, 8, 9]
+    extra = {"text": texts(2, 500), "label": ["a", "secret"]} if name == "unsupervised" else {"text": texts(2, 500)}
+    data = load_text_data(write(tmp_path, format, **splits, **{name: extra}))
+    assert data.splits["train"]["text"][:] == [*texts(3), *texts(2, 500)]
+    assert data.splits["train"]["label"][:] == [0, 1, 0, IGNORED, IGNORED] and data.label_names == ["a", "b"]
+    assert ("column 'label' of split unlabelled is not used" in data.notes) == (name == "unsupervised")
+    dropped = load_text_data(str(tmp_path), drop_unlabelled=True)
+    assert len(dropped.splits["train"]) == 3 and f"split {name} is not used" in dropped.notes
+
+
+def test_scores_and_ids_may_be_missing_too(tmp_path: Path) -> None:
+    data = load_text_data(write(tmp_path / "scores", "csv", **small([0.5, None, 2.0], [1.5, 0.0])))
+    assert data.task == "regression" and np.isnan(data.splits["train"]["label"][1])
+    assert data.notes[-2] == "labels: scores from 0 to 2"
+    data = load_text_data(write(tmp_path / "ids", **small([0, -1, 2, 1, -1], [1, 0])))
+    assert data.splits["train"]["label"][:] == [0, IGNORED, 2, 1, IGNORED]
+    assert with_label_order(data, ["2", "1", "0"]).splits["train"]["label"][:] == [2, IGNORED, 0, 1, IGNORED]
+
+
+def test_train_may_have_no_labels_at_all(tmp_path: Path) -> None:
+    valid = {"text": texts(4, 90), "label": ["a", "b", "b", "a"]}
+    for name, column in (("without", {}), ("empty", {"label": [""] * 3})):
+        data = load_text_data(write(tmp_path / name, "csv", train={"text": texts(3)} | column, validation=valid))
+        assert data.splits["train"]["label"][:] == [IGNORED] * 3 and data.label_names == ["a", "b"]
+    data = load_text_data(write(tmp_path / "split", "csv", unlabeled={"text": texts(3)}, validation=valid))
+    assert data.splits["train"]["label"][:] == [IGNORED] * 3
+    message = error_of(write(tmp_path / "none", "csv", train={"text": texts(3)}, test=valid))
+    assert "too few training rows with a label" in message and "add a validation split" in message
+
+
+def test_a_placeholder_is_no_label(tmp_path: Path) -> None:
+    folder = write(tmp_path, "csv", **small(["a", "unknown", "b", "?", "a"], ["b", "a", "?"]))
+    data = load_text_data(folder, unlabelled_label=["unknown", "?"])
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, IGNORED, 1, IGNORED, 0]
+    assert "no label in column 'label' is 'none'" in (message := error_of(folder, unlabelled_label=["none"]))
+    assert "--unlabelled_label" in message
+    named = datasets.ClassLabel(names=["a", "todo", "b"])
+    rows = datasets.Dataset.from_dict(
+        {"text": texts(3), "label": [2, 1, 0]},
+        features=datasets.Features({"text": datasets.Value("string"), "label": named}),
+    )
+    data = load_text_data(
+        write(tmp_path / "ids", train=rows, validation=rows.select([0, 2])), unlabelled_label=["todo"]
+    )
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [1, IGNORED, 0]
+
+
+def test_validation_and_samples_are_chosen_among_the_rows_with_a_label(tmp_path: Path) -> None:
+    labels = ["a" if i % 8 == 0 else "b" if i % 8 == 4 else "" for i in range(400)]
+    folder = write(tmp_path, "csv", train={"text": texts(400), "label": labels})
+    data = load_text_data(folder)
+    assert Counter(data.splits["validation"]["label"]) == {0: 5, 1: 5}
+    assert Counter(data.splits["train"]["label"]) == {0: 45, 1: 45, IGNORED: 300}
+    assert "10 rows of train with a label, a stratified 10%" in data.notes[-1]
+    some = load_text_data(folder, max_train_samples=39)
+    assert Counter(some.splits["train"]["label"]) == {0: 4, 1: 5, IGNORED: 30}
+
+
+def test_a_row_with_neither_label_nor_text_is_left_out(tmp_path: Path) -> None:
+    splits = small(["a", "", "b", ""], ["a", "b"])
+    splits["train"]["text"][3] = " "
+    data = load_text_data(write(tmp_path, "csv", **splits))
+    assert data.splits["train"]["label"][:] == [0, IGNORED, 1]
+    assert "rows of train with neither a label nor a text, left out: 1" in data.notes
 
 
 def test_the_flag_decides_between_classes_and_scores(tmp_path: Path) -> None:

@@ -112,6 +112,45 @@ def test_the_other_systems(small, tmp_path, recipe, words, method):
         assert isinstance(model, BertForSequenceClassification)
 
 
+@pytest.fixture(scope="session")
+def hidden_labels(small, tmp_path_factory) -> Path:
+    """The small dataset with two thirds of its training labels hidden."""
+    folder = tmp_path_factory.mktemp("data") / "hidden"
+    folder.mkdir()
+    train, validation = (pq.read_table(Path(small) / f"{name}.parquet") for name in ("train", "validation"))
+    ids = np.where(np.arange(len(train)) % 3, -1, train["intent"])
+    place = train.column_names.index("intent")
+    pq.write_table(train.set_column(place, train.schema.field(place), [ids]), folder / "train.parquet")
+    pq.write_table(validation, folder / "validation.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["base", "new_keys"])
+def test_unlabelled_texts_train_the_student_alone(hidden_labels, tmp_path, recipe):
+    words = ["--num_train_epochs", 2] if recipe == "base" else []
+    distill(recipe, "--dataset", hidden_labels, "--output_dir", tmp_path / "run", *words)
+    found = results(tmp_path / "run")
+    assert found["data"]["train"] == 246 and "164 of 246 rows of train have no label" in found["data_notes"]
+    logs = {path.parent.name: json.loads(path.read_text())["history"]
+            for path in (tmp_path / "run" / "stages").glob("*/stage.json")}  # fmt: skip
+    assert not [name for name, entries in logs.items() for entry in entries if not np.isfinite(entry.get("loss", 0))]
+    if recipe == "base":
+        steps = {name: entries[-1]["step"] for name, entries in logs.items()}
+        assert steps["control"] == steps["student_encoder"] + steps["student"] == 18  # 6 batches of 48 in an epoch
+        assert steps["teacher"] == 6
+        evaluated = [entry["step"] for entry in logs["control"] if "eval_accuracy" in entry]
+        assert evaluated == [6, 12, 18]  # as often as the student
+
+
+def test_methods_that_need_labels_reject_unlabelled_texts(hidden_labels, tmp_path, capsys):
+    words = "--dataset", hidden_labels, "--output_dir", tmp_path / "run"
+    with pytest.raises(SystemExit):
+        distill("base", *words, "--method", "dkd")
+    message = capsys.readouterr().err
+    assert "decoupled of --method dkd needs the label" in message and "--drop_unlabelled" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_trained_teacher_stays_unchanged(carried, small, tmp_path):
     teacher = carried / "stages" / "teacher"
     distill("keys_carried", "--dataset", small, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "run")

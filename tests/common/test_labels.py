@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kd.common.data.labels import Labels, map_label_ids, read_labels, sort_labels
+from kd.common.data.label_names import map_label_ids, sort_labels
+from kd.common.data.labels import Labels, read_labels
 from kd.common.utils.errors import UserError
 
 NAMED = datasets.ClassLabel(names=["neg", "pos"])

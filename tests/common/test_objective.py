@@ -1,12 +1,16 @@
 """Objectives, feature hooks, and inference over a dataset."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kd.common.losses import feature_cosine, feature_l2, soft_target_kl
-from kd.common.objective import FeatureTerm, Objective, soft_targets, task_loss
+from kd.common.methods import Method
+from kd.common.methods import labels as labels_method
+from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, soft_targets, task_loss
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
@@ -46,6 +50,42 @@ def test_regression_terms_by_hand():
     parts = objective(student, teacher, torch.tensor([1.0, 5.0]))
     assert parts["task"].item() == pytest.approx(0.5 * (0 + 4) / 2)
     assert parts["soft_targets"].item() == pytest.approx(0.5 * (1 + 0) / 2)  # no softmax, no temperature
+
+
+def test_rows_without_a_label_have_no_loss_and_no_gradient():
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([2, IGNORED, 0, IGNORED])
+    loss = task_loss()(Outputs(logits=logits), None, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[[0, 2]], labels[[0, 2]]))
+    loss.backward()
+    assert (logits.grad.abs().sum(1) > 0).tolist() == [True, False, True, False]
+    assert task_loss()(Outputs(logits=logits), None, torch.full((4,), IGNORED)).item() == 0
+    scores, predicted = torch.tensor([1.0, math.nan, 5.0]), torch.tensor([[2.0], [9.0], [3.0]], requires_grad=True)
+    loss = task_loss(regression=True)(Outputs(logits=predicted), None, scores)
+    assert loss.item() == (1 + 4) / 2
+    loss.backward()
+    assert predicted.grad.flatten().tolist() == [1.0, 0.0, -2.0]
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_each_label_has_the_same_weight_in_any_batch(regression):
+    """The mean over batches of any composition is the mean over all rows with a label."""
+    logits = torch.randn(8, 1 if regression else 3)
+    labels = torch.tensor([0.0, 1, 2, 1, math.nan, math.nan, 0, math.nan])
+    labels = labels if regression else labels.nan_to_num(IGNORED).long()
+    method = labels_method(regression=regression).for_labels(labels)
+    term = method.terms["task"][1]
+    parts = [term(Outputs(logits=logits[rows]), None, labels[rows]) for rows in torch.arange(8).split(4)]
+    torch.testing.assert_close(sum(parts) / 2, task_loss(regression)(Outputs(logits=logits), None, labels))
+    assert labels_method().for_labels(torch.tensor([0, 1])).terms["task"][1].labelled_share is None
+
+
+def test_a_method_that_needs_every_label_is_rejected():
+    term = logit_term(lambda student, teacher, labels: student.sum(), labels=True)
+    needy = Method({"decoupled": (1.0, term)})
+    assert needy.for_labels(torch.tensor([0, 1])) is needy
+    with pytest.raises(UserError, match="decoupled.*--method kd, or --drop_unlabelled"):
+        needy.for_labels(torch.tensor([0, IGNORED]))
 
 
 @pytest.mark.parametrize("loss", [feature_l2, feature_cosine])

@@ -216,6 +216,7 @@ class Contrast(nn.Module):
     student_memory: Tensor
     teacher_memory: Tensor
     log_z: Tensor
+    needs_labels = True  # negatives are images of other classes
     labels: Tensor
 
     def __init__(
