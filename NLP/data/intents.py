@@ -157,7 +157,7 @@ OUT_OF_SCOPE = {  # other domains in every split
 }
 
 
-class _Generator:
+class Generator:
     """Generates the sentences of one split: expands templates, then perturbs them."""
 
     def __init__(self, seed: int, split: str) -> None:
@@ -215,7 +215,7 @@ def load_intents(seed: int = 0) -> datasets.DatasetDict:
     seen: set[str] = set()
     splits = {}
     for split, size in SIZES.items():
-        generator = _Generator(seed, split)
+        generator = Generator(seed, split)
         wanted = list(_quota(split))
         wanted += [OOS] * (size - len(wanted))
         rows = []

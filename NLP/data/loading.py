@@ -13,13 +13,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, load_from_disk
 from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.label_columns import Kind
-from kd.common.data.label_names import map_label_ids
+from kd.common.data.label_names import Ids, map_label_ids
+from kd.common.data.label_sets import is_list, map_label_sets, read_label_sets
 from kd.common.data.labels import read_labels
 from kd.common.data.sources import (
     Splits,
@@ -31,23 +32,35 @@ from kd.common.data.sources import (
     with_validation,
 )
 from kd.common.metrics.tasks import TaskMetrics, task_metrics
+from kd.common.objective import IGNORED
 from kd.common.training.arguments import TaskType
 from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
-from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
+from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_task, known_task
+from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.intents import load_intents
+from kd.nlp.data.multilabel_intents import load_multilabel_intents
+from kd.nlp.data.tags import list_array, map_tags, read_tags
 
-KNOWN = {name: task.hub or load_intents for name, task in TASKS.items()}
+EMBEDDED = {
+    "intents": load_intents,
+    "multilabel_intents": load_multilabel_intents,
+    "synthetic_entities": load_synthetic_entities,
+}
+KNOWN = {name: task.hub or EMBEDDED[name] for name, task in TASKS.items()}
 # Texts that consist of digits may be stored as integers, and an empty column as null.
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
+NOT_IN_BATCH = ("length", "first_tokens")
 MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float) and sample_id.
+    """Every split has the columns text, text_pair (for tasks with pairs), label and sample_id.
 
-    Only train has rows without a label: IGNORED, or NaN for regression.
+    A label is a class id, a float for regression, a list of 0 and 1 for multi_label, or a list of tag ids for
+    token_classification, whose text is a list of words. Only train has rows without a label: IGNORED, or NaN for
+    regression and multi_label.
     """
 
     name: str
@@ -71,14 +84,15 @@ class TextData:
 def load_text_data(
     dataset: str,
     text_columns: list[str] | None = None,
-    label_column: str | None = None,
-    task: Kind | None = None,
+    label_column: str | Sequence[str] | None = None,
+    task: TaskType | None = None,
     known_labels: list[str] | None = None,
     needs_train: bool = True,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     unlabelled_label: Sequence[str] = (),
     drop_unlabelled: bool = False,
+    label_separator: str | None = None,
 ) -> TextData:
     """Loads `dataset`: a name in TASKS, a folder or file, or owner/name[:config] of the Hub.
 
@@ -86,50 +100,59 @@ def load_text_data(
     the train rows with a label, the same in every run. The notes report what was inferred and left out.
 
     Args:
-        task: resolves labels that could be either classes or scores.
+        label_column: one column, or several of 0 and 1 for any number of labels per text.
+        task: resolves labels that could be of several types.
         known_labels: the labels, by id, of the classifier that is evaluated.
         needs_train: whether a missing train split is an error.
         max_train_samples, max_eval_samples: maximum number of rows of train and of each other split, a fixed
             stratified sample.
         unlabelled_label: placeholders for a missing label.
         drop_unlabelled: leave out the training rows without a label.
+        label_separator: the separator of several labels in one column.
 
     Raises UserError if the dataset, a column, a text or the labels are missing or ambiguous.
     """
     raw, notes = read_splits(dataset, KNOWN, needs_train=needs_train, with_unlabelled=not drop_unlabelled)
     if dataset in TASKS:
-        task = "regression" if TASKS[dataset].regression else "classification"
+        task = TASKS[dataset].task
         raw = {split: rows for split, rows in raw.items() if split != "test" or TASKS[dataset].labelled_test}
-    columns, note = choose_columns(raw, text_columns, label_column)
+    chosen = [label_column] if isinstance(label_column, str) else list(label_column or ())
+    raw, columns, task, note = choose_task(raw, text_columns, chosen, task, label_separator)
     raw = join_unlabelled(raw, columns.label, notes)
     try:
-        labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label, not drop_unlabelled)
+        if task == "token_classification":
+            labels = read_tags(raw, columns, known_labels)
+        elif task == "multi_label":
+            labels = read_label_sets(raw, columns.label, known_labels, not drop_unlabelled)
+        else:
+            labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label, not drop_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
-    name, regression = dataset if dataset in TASKS else short_name(dataset), not labels.names
-    if regression and known_labels:
+    task = task or ("classification" if labels.names else "regression")
+    name = dataset if dataset in TASKS else short_name(dataset)
+    if task == "regression" and known_labels:
         raise UserError(f"{name} has scores, not classes: the classifier cannot be evaluated on it")
-    spec = known_task(columns, known_labels or labels.names, regression)
+    spec = known_task(columns, known_labels or labels.names, task)
     # F1 is computed for class 1, so the label order of a known task also applies to a local file.
     names = known_labels or (list(spec.label_names) if spec else []) or labels.names
-    ids = labels.values if regression else map_label_ids(name, labels.values, labels.names, names)
+    ids = map_labels(task, name, labels.values, labels.names, names)
     notes += [note, *labels.notes]
     splits = {split: _select(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
     if "train" in splits:
         splits["train"] = _without_empty(splits["train"], notes)
-        splits = with_validation(splits, column_array(splits["train"], "label"), notes)
+        splits = with_validation(splits, _strata(splits["train"]), notes)
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
         if most is not None and most < len(rows):
             notes.append(f"{most:,} of {len(rows):,} {split} rows")
-            chosen = stratified(column_array(rows, "label"), most / len(rows))
-            splits[split] = rows.select(np.flatnonzero(chosen)).flatten_indices()
+            kept = stratified(_strata(rows), most / len(rows))
+            splits[split] = rows.select(np.flatnonzero(kept)).flatten_indices()
     return TextData(
         name=name,
         splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
         label_names=names,
-        task="regression" if regression else "classification",
-        primary_metric=spec.metric if spec else "spearman" if regression else "accuracy",
+        task=task,
+        primary_metric=spec.metric if spec else task_metrics(task, names).primary,
         fingerprint=_fingerprint(splits, names),
         notes=notes,
     )
@@ -143,13 +166,37 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
     if data.task == "regression":
         raise UserError(f"{data.name} has scores, not classes: it cannot be used with a classifier")
     tables = {split: rows.with_format("arrow")[:] for split, rows in data.splits.items()}
-    ids = {split: table["label"].to_numpy() for split, table in tables.items()}
-    ids = map_label_ids(data.name, ids, data.label_names, names)
+    ids = {split: label_array(rows, data.task) for split, rows in data.splits.items()}
+    ids = map_labels(data.task, data.name, ids, data.label_names, names)
     splits = {
-        split: Dataset(table.set_column(table.column_names.index("label"), "label", pa.array(ids[split])))
+        split: Dataset(table.set_column(table.column_names.index("label"), "label", _label_column(ids[split])))
         for split, table in tables.items()
     }
     return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
+
+
+def map_labels(task: TaskType, name: str, values: Ids, data_names: list[str], names: list[str]) -> Ids:
+    """The labels of all splits by `names`, those of a model, instead of `data_names`."""
+    if task == "regression":
+        return values
+    maps = {"multi_label": map_label_sets, "token_classification": map_tags}
+    return maps.get(task, map_label_ids)(name, values, data_names, names)
+
+
+def label_array(rows: Dataset, task: TaskType, column: str = "label") -> np.ndarray:
+    """The labels of rows: (rows,), (rows, labels) for multi_label, or an array of lists for token_classification."""
+    if task != "token_classification":
+        return column_array(rows, column)
+    return list_array(rows[column][:])
+
+
+def _strata(rows: Dataset) -> np.ndarray:
+    """The labels by which rows are sampled; rows of words are sampled at random."""
+    return np.zeros(len(rows)) if is_list(rows.features["text"]) else column_array(rows, "label")
+
+
+def _label_column(values: np.ndarray) -> pa.Array:
+    return pa.array(values.tolist() if values.dtype == object or values.ndim > 1 else values)
 
 
 def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels: np.ndarray) -> Dataset:
@@ -164,6 +211,9 @@ def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels
                 f"the {split} split lacks the column {name!r} of train: its columns are {raw.column_names}"
             )
         texts = raw.select_columns([name]).with_format("arrow")[:][name]
+        if labels.dtype == object:  # lists of words
+            found[new] = texts.take(pa.array(rows))
+            continue
         if not any(matches(texts.type) for matches in TEXT_TYPES):
             raise UserError(f"column {name!r} of the {split} split contains {texts.type}, not texts: {FLAGS}")
         texts = texts.cast(pa.large_string())
@@ -171,13 +221,19 @@ def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels
         if (empty := rows[blank[rows] & labelled(labels)]).size:
             raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
         found[new] = pc.fill_null(texts.take(pa.array(rows)), "")
-    kinds = {name: datasets.Value("string") for name in found} | {"label": datasets.Value(str(labels.dtype))}
-    return Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
+    text: Any = datasets.Value("string")
+    label: Any = datasets.Value("int64" if labels.dtype == object else str(labels.dtype))
+    kinds = {name: datasets.List(text) if labels.dtype == object else text for name in found}
+    kinds["label"] = datasets.List(label) if labels.dtype == object or labels.ndim > 1 else label
+    table = pa.table({**found, "label": _label_column(labels)})
+    return Dataset(table.cast(datasets.Features(kinds).arrow_schema))
 
 
 def _without_empty(rows: Dataset, notes: list[str]) -> Dataset:
     """Leaves out the rows of train that have neither a label nor a text."""
     empty = np.zeros(len(rows), dtype=bool)
+    if is_list(rows.features["text"]):
+        return rows  # rows without words are left out before
     for name in ("text", "text_pair"):
         if name in rows.features:
             texts = rows.with_format("arrow")[:][name]
@@ -202,10 +258,20 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
 
 
 class Collator(DataCollatorWithPadding):
-    """Pads to the longest text of the batch. Drops `length`, which is only for grouping."""
+    """Pads to the longest text of the batch, the tags of its tokens with IGNORED. Drops `length`, which is only for
+    grouping, and `first_tokens`.
+    """
 
     def __call__(self, features: list[dict]) -> dict:
-        return dict(super().__call__([{k: v for k, v in row.items() if k != "length"} for row in features]))
+        rows = [{name: value for name, value in row.items() if name not in NOT_IN_BATCH} for row in features]
+        if "first_tokens" not in features[0] or "labels" not in features[0]:
+            return dict(super().__call__(rows))
+        tags = [torch.tensor(row.pop("labels")) for row in rows]
+        batch = dict(super().__call__(rows))
+        padding = torch.full_like(batch["input_ids"], IGNORED)
+        for row, ids in zip(padding, tags, strict=True):
+            row[: len(ids)] = ids
+        return batch | {"labels": padding}
 
 
 @dataclass
@@ -214,6 +280,9 @@ class Texts:
 
     Splits have the tokenizer's columns, labels, sample_id and length (in tokens). Longer texts are truncated to the
     tokenizer's `model_max_length`, which is saved with it.
+
+    For token_classification, the label of the first token of a word is the word's tag, and that of all other tokens is
+    IGNORED. `first_tokens` are the places of the first token of each word, -1 for words that were cut off.
     """
 
     data: TextData
@@ -223,9 +292,12 @@ class Texts:
     @classmethod
     def of(cls, data: TextData, tokenizer: PreTrainedTokenizerBase) -> "Texts":
         def encode(rows: dict[str, list]) -> dict[str, list]:
-            encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True)
+            if data.task == "token_classification":
+                encoded = encode_words(tokenizer, rows["text"], rows["label"])
+            else:
+                encoded = {**tokenizer(rows["text"], rows.get("text_pair"), truncation=True), "labels": rows["label"]}
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            return {**encoded, "labels": rows["label"], "sample_id": rows["sample_id"], "length": lengths}
+            return {**encoded, "sample_id": rows["sample_id"], "length": lengths}
 
         splits = {split: _map(rows, encode) for split, rows in data.splits.items()}
         return cls(data, splits, Collator(tokenizer))
@@ -237,8 +309,15 @@ class Texts:
     @cached_property
     def labelled_train(self) -> Dataset:
         """The rows of train that have a label. The others have no target without a teacher."""
-        known = labelled(column_array(self.train, "labels"))
+        known = labelled(self.train_labels)
         return self.train if known.all() else self.train.select(np.flatnonzero(known)).flatten_indices()
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """The labels of train, which may be missing; zeros for token_classification, where all rows have tags."""
+        if self.data.task == "token_classification":
+            return np.zeros(len(self.train), dtype=np.int64)
+        return column_array(self.train, "labels")
 
     @property
     def validation(self) -> Dataset:
@@ -247,12 +326,38 @@ class Texts:
 
     def labels(self, split: str) -> np.ndarray:
         """The labels of a split, as `task_metrics` takes them."""
+        if self.data.task == "token_classification":
+            return pad_rows(self.data.splits[split]["label"][:], IGNORED)
         return np.asarray(self.splits[split]["labels"])
 
     def unused_inputs(self, model: PreTrainedModel) -> list[str]:
         """Columns of the tokenizer that the model's forward does not take: DistilBERT has no token types."""
         accepted = inspect.signature(model.forward).parameters
         return [name for name in self.collate.tokenizer.model_input_names if name not in accepted]
+
+
+def encode_words(tokenizer: PreTrainedTokenizerBase, words: list[list[str]], tags: list[list[int]]) -> dict[str, Any]:
+    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Needs a fast tokenizer."""
+    encoded = tokenizer(words, is_split_into_words=True, truncation=True)
+    first_tokens, labels = [], []
+    for number, row in enumerate(tags):
+        places: dict[int | None, int] = {}
+        for place, word in enumerate(encoded.word_ids(number)):
+            places.setdefault(word, place)
+        first_tokens.append([places.get(word, -1) for word in range(len(row))])
+        labels.append([IGNORED] * len(encoded["input_ids"][number]))
+        for word, tag in enumerate(row):
+            if word in places:
+                labels[-1][places[word]] = tag
+    return {**encoded, "labels": labels, "first_tokens": first_tokens}
+
+
+def pad_rows(rows: Sequence[Sequence[int]], padding: int) -> np.ndarray:
+    """Lists of integers as one array (rows, longest)."""
+    padded = np.full((len(rows), max(map(len, rows))), padding)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded
 
 
 def _map(rows: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:

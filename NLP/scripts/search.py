@@ -52,6 +52,8 @@ def main() -> None:
         raise UserError(
             f"{data.name} is a regression task, whose loss has no temperature: pass --search alpha learning_rate"
         )
+    if data.task == "token_classification":
+        raise UserError(f"a search classifies texts, and {data.name} has tags of words: use distill_classifier.py")
     check_smoothing(training, data.name, data.num_labels)
     set_seed(training.seed)  # determines the head of a student that is loaded without one
     teacher = load_trained(args.teacher, data)

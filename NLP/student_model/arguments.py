@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import METHOD_NAMES, BottleneckArguments, KDTrainingArguments
+from kd.common.training.arguments import METHOD_NAMES, BottleneckArguments, KDTrainingArguments, TaskType
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1
 from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
@@ -19,6 +19,7 @@ LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
 Ranges = dict[str, tuple[float, float]]  # training argument -> lowest and highest value; equal if it is fixed
 METHOD_HELP = f"NAME or NAME:key=value:...; one of {', '.join(METHOD_NAMES)}."
+SEPARATOR_HELP = "Separator of several labels in the label column, such as a comma."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 SEARCHABLE = ("alpha", "temperature", "learning_rate")
@@ -60,10 +61,10 @@ class TextArguments:
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "Column of texts, or two for text pairs (default: inferred)."}
     )
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels (default: inferred)."})
-    task: Literal["classification", "regression"] | None = field(
-        default=None, metadata={"help": "Type of task, if ambiguous."}
+    label_column: list[str] | None = field(
+        default=None, metadata={"help": "Column of the labels, or several of 0 and 1 (default: inferred)."}
     )
+    task: TaskType | None = field(default=None, metadata={"help": "Type of task, if ambiguous."})
     max_length: Annotated[int, Range(MIN_LENGTH, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
     )
@@ -103,10 +104,15 @@ class LabelledTextArguments(TextArguments):
         default_factory=list, metadata={"help": "Placeholders in the label column for a missing label."}
     )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
+    label_separator: str | None = field(default=None, metadata={"help": SEPARATOR_HELP})
 
     @property
     def label_options(self) -> dict[str, Any]:
-        return {"unlabelled_label": self.unlabelled_label, "drop_unlabelled": self.drop_unlabelled}
+        return {
+            "unlabelled_label": self.unlabelled_label,
+            "drop_unlabelled": self.drop_unlabelled,
+            "label_separator": self.label_separator,
+        }
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:
@@ -116,7 +122,9 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
-    parser.add_argument("--label_column", help="Column of the labels (default: inferred).")
+    help = "Column of the labels, or several of 0 and 1 (default: inferred)."
+    parser.add_argument("--label_column", nargs="*", help=help)
+    parser.add_argument("--label_separator", help=SEPARATOR_HELP)
 
 
 @dataclass

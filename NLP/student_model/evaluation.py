@@ -12,12 +12,15 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
+from kd.common.metrics.entities import OUTSIDE
 from kd.common.metrics.verdict import Measurement
+from kd.common.training.arguments import TaskType
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
 from kd.nlp.student_model.inputs import Inputs
+from kd.nlp.student_model.words import word_logits
 from kd.nlp.teacher_model.teacher import labels_of
 
 Logits = dict[str, np.ndarray]  # (texts, classes) by split
@@ -29,6 +32,14 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = {model}.from_pretrained("{folder}").eval()
 logits = model(**tokenizer("some text", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
+PIPELINE = """from transformers import pipeline
+
+classify = pipeline("{task}", model="{folder}", {option})  # {meaning}
+print(classify("some text"))"""
+PIPELINES: dict[TaskType, tuple[str, str, str]] = {  # the name, an argument and its meaning
+    "multi_label": ("text-classification", "top_k=None", "the probability of each label"),
+    "token_classification": ("token-classification", 'aggregation_strategy="first"', "the first token of each word"),
+}
 
 
 def trainer_metrics(data: TextData) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -45,16 +56,24 @@ def evaluate(name: str, model: PreTrainedModel, texts: Texts, teacher_logits: Lo
 
 def predict_splits(model: Any, texts: Texts) -> Logits:
     """Logits of every split but train."""
-    return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
+    names = texts.data.label_names
+    outside = names.index(OUTSIDE) if OUTSIDE in names else 0
+    splits = {split: rows for split, rows in texts.splits.items() if split != "train"}
+    return {split: predict(model, rows, texts.collate, outside) for split, rows in splits.items()}
 
 
-def predict(model: PreTrainedModel, rows: Dataset, collate: Collate) -> np.ndarray:
-    """Logits (texts, classes) of all rows. Always in fp32, the precision of a model that a user loads."""
+def predict(model: PreTrainedModel, rows: Dataset, collate: Collate, outside: int = 0) -> np.ndarray:
+    """Logits (texts, classes) of all rows, or (texts, words, tags) for token_classification; see `word_logits`. Always
+    in fp32, the precision of a model that a user loads.
+    """
 
     def call(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
 
-    return torch.stack(run_inference(model, call, rows, collate, description="evaluating")["logits"]).numpy()
+    logits = run_inference(model, call, rows, collate, description="evaluating")["logits"]
+    if "first_tokens" in rows.column_names:
+        return word_logits(logits, rows["first_tokens"][:], outside)
+    return torch.stack(logits).numpy()
 
 
 def metrics_by_split(
@@ -170,14 +189,21 @@ def report(
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
     )
-    has_bottleneck = isinstance(student, BottleneckClassifier)
-    usage = USAGE.format(
-        module="kd.nlp.student_model.bottleneck_classifier" if has_bottleneck else "transformers",
-        model="BottleneckClassifier" if has_bottleneck else "AutoModelForSequenceClassification",
-        folder=run.folder / "student",
-    )
+    usage = usage_of(student, inputs.data.task, str(run.folder / "student"))
     run.finish(results, student, usage, inputs.student_texts.collate.tokenizer)
     return results
+
+
+def usage_of(student: PreTrainedModel, task: TaskType, folder: str) -> str:
+    """The code that loads and calls a student, for its model card."""
+    if task in PIPELINES:
+        name, option, meaning = PIPELINES[task]
+        return PIPELINE.format(task=name, folder=folder, option=option, meaning=meaning)
+    if isinstance(student, BottleneckClassifier):
+        module, model = "kd.nlp.student_model.bottleneck_classifier", "BottleneckClassifier"
+    else:
+        module, model = "transformers", "AutoModelForSequenceClassification"
+    return USAGE.format(module=module, model=model, folder=folder)
 
 
 def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
@@ -213,6 +239,14 @@ def load_data_of(model: str, args: Namespace) -> TextData:
     Prints what was inferred. Raises UserError if the data have labels that `model` lacks.
     """
     kind, labels = labels_of(model)
-    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)
+    data = load_text_data(
+        args.dataset,
+        args.text_columns,
+        args.label_column,
+        kind,
+        labels,
+        needs_train=False,
+        label_separator=args.label_separator,
+    )
     print_notes(data.name, data.notes)
     return data

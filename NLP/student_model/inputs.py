@@ -14,6 +14,7 @@ from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, Tex
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
 from kd.nlp.student_model.methods import (
+    PLAIN,
     check_method,
     check_needs_no_labels,
     check_smoothing,
@@ -176,6 +177,11 @@ def validate_matching(
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
+    if inputs.data.task in ("multi_label", "token_classification") and matching.method != PLAIN:
+        raise UserError(
+            f"--method {matching.method} is for one label per text, and {inputs.data.name} is a task of type "
+            f"{inputs.data.task}: pass --method {PLAIN}"
+        )
     if len(inputs.texts.labelled_train) < len(inputs.texts.train):
         check_needs_no_labels(matching.method)
     if matching.attention_weight and inputs.ensemble:
@@ -198,7 +204,12 @@ def validate_matching(
 
 
 def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments) -> None:
-    """Raises UserError for a bottleneck that does not fit teacher and student."""
+    """Raises UserError for a bottleneck that does not fit the data, or teacher and student."""
+    if inputs.data.task in ("multi_label", "token_classification"):
+        raise UserError(
+            f"a bottleneck predicts one label per text, and {inputs.data.name} is a task of type {inputs.data.task}: "
+            "use distill_classifier.py"
+        )
     teacher, student = inputs.teacher, inputs.student
     if teacher.trained:
         reject_unused(f"teacher {pair.teacher} is trained already", bottleneck, "freeze_teacher_encoder")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from kd.common.bottleneck.training import Samples, train_bottleneck
@@ -35,12 +35,11 @@ from kd.nlp.student_model.methods import (
     text_method,
     width,
 )
-from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
+from kd.nlp.student_model.words import WordOutputs
+from kd.nlp.teacher_model.teacher import Pretrained, auto_class, encoder_of, models_and_tokenizers
 
 FEATURE_BYTES = 4 * 2**30  # hidden states above this size are not cached; the teacher then runs in every step
 KEY_TEXTS = 20_000  # keys are fitted to the embeddings of at most this many texts
-
-read_stage = stage_loader(AutoModelForSequenceClassification)
 
 
 def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> TrainerRun:
@@ -64,6 +63,7 @@ def teacher_kwargs(
     *,
     logits: bool = True,
     ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
+    student_texts: Texts | None = None,
 ) -> dict[str, Any]:
     """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
     `method` exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
@@ -72,6 +72,8 @@ def teacher_kwargs(
         logits: Whether the method needs logits.
         ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
             which is the geometric mean of the distributions (arXiv:1503.02531).
+        student_texts: The texts in the student's tokens, if these may differ: the logits of words are then moved to
+            them.
 
     Raises UserError if an ensemble would have to run in every step.
     """
@@ -82,9 +84,15 @@ def teacher_kwargs(
                 "an ensemble needs cached hidden states, and these are too large to cache: use one teacher"
             )
         return {"teacher": teacher, "teacher_features": paths}
-    first = cached_outputs(run, teacher, texts, paths, logits)
-    others = [cached_outputs(run, model, tokens) for model, tokens in ensemble]
-    return {"teacher_outputs": JoinedOutputs([first, *others]) if others else first}
+    caches = [cached_outputs(run, teacher, texts, paths, logits)]
+    caches += [cached_outputs(run, model, tokens) for model, tokens in ensemble]
+    if texts.data.task == "token_classification" and student_texts:
+        sources = [texts, *(tokens for _, tokens in ensemble)]
+        caches = [
+            cache if source is student_texts else WordOutputs(cache, source, student_texts)
+            for cache, source in zip(caches, sources, strict=True)
+        ]
+    return {"teacher_outputs": JoinedOutputs(caches) if ensemble else caches[0]}
 
 
 def cached_outputs(
@@ -151,7 +159,7 @@ def fine_tune(
             **(teacher or {}),
         )
 
-    return run.stage(name, train, read_stage, tokenizer or texts.collate.tokenizer)
+    return run.stage(name, train, stage_loader(auto_class(texts.data)), tokenizer or texts.collate.tokenizer)
 
 
 def load_or_train_teacher(
@@ -203,10 +211,10 @@ def train_student(
     """Aligns the student's encoder with the teacher's, then trains the classifier on labels and teacher outputs."""
     texts = inputs.texts if inputs.same_tokens else inputs.student_texts
     student = initial_student(inputs, teacher, matching.student_from)
-    align(run, encoder_of(student), teacher, inputs, pair, "cls")
+    align(run, encoder_of(student), teacher, inputs, pair, head_pooling(texts))
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
-    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble)
+    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble, student_texts=texts)
     rate = matching.student_learning_rate
     return fine_tune(
         run,
@@ -219,6 +227,11 @@ def train_student(
         teacher=outputs,
         tokenizer=inputs.student_texts.collate.tokenizer,
     )
+
+
+def head_pooling(texts: Texts) -> Pooling:
+    """The hidden states that the head of a classifier reads: those of all tokens for token_classification."""
+    return "tokens" if texts.data.task == "token_classification" else "cls"
 
 
 def initial_student(
@@ -249,12 +262,14 @@ def classifier_method(
     else:
         method = text_method(matching.method, training, student, teacher, texts, "cls")
     if weight := matching.hidden_weight:
-        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
+        method += hidden_states(
+            student, teacher, weight, matching.hidden_loss, matching.layer_map, head_pooling(texts)
+        )
     if weight := matching.embedding_weight:
         method += embeddings(student, teacher, weight, matching.hidden_loss)
     if weight := matching.attention_weight:
         method += attentions(student, teacher, weight, matching.layer_map)
-    return method.for_labels(torch.from_numpy(column_array(texts.train, "labels")))
+    return method.for_labels(torch.from_numpy(texts.train_labels))
 
 
 def align(
@@ -401,7 +416,7 @@ def add_bottleneck(
             compute_metrics=trainer_metrics(texts.data),
         )
 
-    return run.stage(name, train, read_stage, texts.collate.tokenizer)
+    return run.stage(name, train, stage_loader(auto_class(texts.data)), texts.collate.tokenizer)
 
 
 def _samples(texts: Texts, rows: Dataset) -> Samples:

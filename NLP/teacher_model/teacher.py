@@ -13,23 +13,31 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from kd.common.data.label_columns import Kind
 from kd.common.pretrained import load_model, load_tokenizer, reading
+from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
 
 TINY_BERT = "tiny-bert"
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
-CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
+TAGGER = "ForTokenClassification"
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "BottleneckClassifier",
+    TAGGER,
+)  # architectures of classifiers end in these
+MULTI_LABEL = "multi_label_classification"  # transformers' problem_type
 UNNAMED = "LABEL_"  # transformers names the classes LABEL_0, LABEL_1, ... by default
 
 
@@ -100,11 +108,19 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     with reading(name, "a text encoder", NO_DOWNLOAD):
         tokenizer = load_tokenizer(AutoTokenizer, name)
         labels = {} if trained else label_config(data)
-        model = load_model(AutoModelForSequenceClassification, name, whole=trained, notes=notes, **labels)
+        if data.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+            tokenizer = load_tokenizer(AutoTokenizer, name, add_prefix_space=True)  # words of a list have a space
+        model = load_model(auto_class(data), name, whole=trained, notes=notes, **labels)
     accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
     tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
     set_padding(name, model, tokenizer, notes)
     return Pretrained(model, tokenizer, trained=trained, notes=notes)
+
+
+def auto_class(data: TextData) -> Any:
+    """The class of transformers that loads a classifier of the data."""
+    is_tagger = data.task == "token_classification"
+    return AutoModelForTokenClassification if is_tagger else AutoModelForSequenceClassification
 
 
 def load_trained(name: str, data: TextData) -> Pretrained:
@@ -140,13 +156,13 @@ def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def label_config(data: TextData) -> dict:
-    """id2label and label2id, or a single unnamed output for regression."""
+    """id2label and label2id, also with the type of a multi-label task, or a single unnamed output for regression."""
     if data.task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     return {
         "id2label": dict(enumerate(data.label_names)),
         "label2id": {label: i for i, label in enumerate(data.label_names)},
-    }
+    } | ({"problem_type": MULTI_LABEL} if data.task == "multi_label" else {})
 
 
 def is_trained(name: str, config: Any, data: TextData) -> bool:
@@ -154,14 +170,19 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
 
     Raises UserError if it is a classifier of other labels or of another order.
     """
-    if not is_classifier(config):
+    if not is_classifier(config) or is_tagger(config) != (data.task == "token_classification"):
         return False
     if data.task == "regression" or config.num_labels == 1:
         if data.task == "regression" and config.num_labels == 1:
             return True
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
-    if config.problem_type == "multi_label_classification":
+    if config.problem_type == MULTI_LABEL and data.task == "classification":
         raise UserError(f"{name} assigns several labels to a text, {data.name} has one per text: use another model")
+    if config.problem_type != MULTI_LABEL and data.task == "multi_label":
+        raise UserError(
+            f"{name} assigns one label to a text, {data.name} has any number per text: use another model, or set "
+            f'"problem_type": "{MULTI_LABEL}" in its config.json if it was trained on them'
+        )
     labels = _checked_labels(name, config, data)
     if _lower(labels) == _lower(data.label_names):
         return True
@@ -186,12 +207,14 @@ def in_label_order(name: str, data: TextData) -> TextData:
     """
     if name == TINY_BERT or data.task == "regression" or not is_classifier(config := read_config(name)):
         return data
+    if is_tagger(config) != (data.task == "token_classification"):
+        return data
     if config.num_labels == 1:
         return data
     labels = _checked_labels(name, config, data)
     if not _same_labels(labels, data.label_names) or _lower(labels) == _lower(data.label_names):
         return data
-    if data.primary_metric == "f1":
+    if data.primary_metric == "f1" and data.task == "classification":
         raise UserError(
             f"{name} has the labels of {data.name} in another order ({_shortened(labels)} instead of "
             f"{_shortened(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
@@ -201,7 +224,7 @@ def in_label_order(name: str, data: TextData) -> TextData:
     return replace(with_label_order(data, labels), notes=[*data.notes, note])
 
 
-def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
+def labels_of(model: str) -> tuple[TaskType | None, list[str] | None]:
     """The task and the class names, in the order of the outputs, of a saved classifier. The task is None for a model
     without a head. The names are None for such a model, for regression, and for classes LABEL_0, LABEL_1, ...
     """
@@ -210,11 +233,17 @@ def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
         return None, None
     if config.num_labels == 1:
         return "regression", None
-    return "classification", named_labels(model, config)
+    task: TaskType = "multi_label" if config.problem_type == MULTI_LABEL else "classification"
+    return "token_classification" if is_tagger(config) else task, named_labels(model, config)
 
 
 def is_classifier(config: Any) -> bool:
     return (config.architectures or [""])[0].endswith(CLASSIFIERS)
+
+
+def is_tagger(config: Any) -> bool:
+    """Whether a checkpoint classifies tokens."""
+    return (config.architectures or [""])[0].endswith(TAGGER)
 
 
 def named_labels(name: str, config: Any) -> list[str] | None:
@@ -262,6 +291,8 @@ def tiny_bert(data: TextData) -> Pretrained:
     """A 4-layer BERT of width 128 with random weights, and a vocabulary from the training texts."""
     train = data.splits["train"]
     texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
+    is_words = data.task == "token_classification"
+    texts = [" ".join(words) for words in texts] if is_words else texts
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -271,7 +302,8 @@ def tiny_bert(data: TextData) -> Pretrained:
         intermediate_size=512,
         **label_config(data),
     )
-    return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)
+    kind = BertForTokenClassification if is_words else BertForSequenceClassification
+    return Pretrained(kind(config), tokenizer, from_scratch=True)
 
 
 def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:

@@ -74,12 +74,12 @@ def read_labels(
     if not labels:
         raise UserError(f"column {column!r} holds no labels")
     kept = {split for split, found in counts.items() if found or (keep_unlabelled and split == "train")}
-    notes += _check_unlabelled(raw, counts, column, keep_unlabelled)
+    notes += check_unlabelled(raw, counts, column, keep_unlabelled)
     if kind is None:
         kind = "classification" if declared or known else _infer_kind(labels, counts, column, notes)
-    names = [] if kind == "regression" else _class_names(declared, labels)
+    names = [] if kind == "regression" else class_names(declared, labels)
     if names:
-        notes += _check_classes(counts, names, column, known)
+        notes += check_classes(counts, names, column, known)
     if kind == "regression" or (kind == "ids" and not declared):
         _check_numbers(strings, label_of, column, kind)
     numbers = {name: float(i) for i, name in enumerate(names)} or {label: float(label) for label in labels}
@@ -145,7 +145,7 @@ def _check_numbers(strings: dict[str, pa.Array], label_of: dict[str, str | None]
                 raise UserError(f"row {row} of {split}: {string!r} in column {column!r} is {problem}")
 
 
-def _class_names(declared: list[list[str]], labels: set[str]) -> list[str]:
+def class_names(declared: list[list[str]], labels: set[str]) -> list[str]:
     """The class names that the first split declares, then labels that only later splits declare."""
     if not declared:
         return sort_labels(labels)
@@ -153,7 +153,7 @@ def _class_names(declared: list[list[str]], labels: set[str]) -> list[str]:
     return [*declared[0], *sort_labels(others)]
 
 
-def _check_classes(counts: Counts, names: list[str], column: str, known: list[str] | None) -> list[str]:
+def check_classes(counts: Counts, names: list[str], column: str, known: list[str] | None) -> list[str]:
     """Raises UserError for an undeclared label, for a single class to train on, and for a split that shares no label
     with train. Returns notes on labels that never occur in train.
     """
@@ -183,7 +183,7 @@ def _check_classes(counts: Counts, names: list[str], column: str, known: list[st
     return notes
 
 
-def _check_unlabelled(raw: Splits, counts: Counts, column: str, keep_unlabelled: bool) -> list[str]:
+def check_unlabelled(raw: Splits, counts: Counts, column: str, keep_unlabelled: bool) -> list[str]:
     """Raises UserError if validation, or train unless unlabelled rows are kept, has no labels. Returns notes on rows
     and splits without labels.
     """

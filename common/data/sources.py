@@ -29,7 +29,7 @@ SPLIT_NAMES |= {name: UNLABELLED for name in ("unlabelled", "unlabeled", "unsupe
 SPLIT_SEED = 0  # fixed, so that no run trains on the validation rows of another run
 
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")  # owner/name:config@revision
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # written by save_to_disk of a DatasetDict and a Dataset
 
 # Datasets of a domain by name: a function that returns the splits of an embedded one, or a name on the Hub.
@@ -176,10 +176,11 @@ def _read_shards(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset
 
 def _read_hub(dataset: str, source: str, instead: str) -> Splits:
     """All splits of `source`, owner/name[:config], from the Hub or its cache. Messages call it `dataset`."""
+    source, _, revision = source.partition("@")
     name, _, config = source.partition(":")
     try:
         with offline_if_unreachable():
-            return dict(datasets.load_dataset(name, config or None))
+            return dict(datasets.load_dataset(name, config or None, revision=revision or None))
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
             f"{dataset} is neither a local folder nor a dataset on the Hub that you may read: {instead}"
@@ -274,8 +275,9 @@ def join_unlabelled(splits: Splits, label: str, notes: list[str]) -> Splits:
 
 
 def labelled(values: np.ndarray) -> np.ndarray:
-    """Mask of the class ids (rows,) that are not IGNORED, or of the scores that are not NaN."""
-    return ~np.isnan(values) if values.dtype.kind == "f" else values != IGNORED
+    """Mask (rows,) of class ids that are not IGNORED, or of scores or labels (rows, labels) that are not NaN."""
+    found = ~np.isnan(values) if values.dtype.kind == "f" else values != IGNORED
+    return found.reshape(len(values), -1).all(axis=1)
 
 
 def with_validation(splits: Splits, labels: np.ndarray, notes: list[str], share: float = 0.1) -> Splits:

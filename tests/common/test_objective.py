@@ -61,23 +61,28 @@ def test_rows_without_a_label_have_no_loss_and_no_gradient():
     assert (logits.grad.abs().sum(1) > 0).tolist() == [True, False, True, False]
     assert task_loss()(Outputs(logits=logits), None, torch.full((4,), IGNORED)).item() == 0
     scores, predicted = torch.tensor([1.0, math.nan, 5.0]), torch.tensor([[2.0], [9.0], [3.0]], requires_grad=True)
-    loss = task_loss(regression=True)(Outputs(logits=predicted), None, scores)
+    loss = task_loss("regression")(Outputs(logits=predicted), None, scores)
     assert loss.item() == (1 + 4) / 2
     loss.backward()
     assert predicted.grad.flatten().tolist() == [1.0, 0.0, -2.0]
 
 
-@pytest.mark.parametrize("regression", [False, True])
-def test_each_label_has_the_same_weight_in_any_batch(regression):
+@pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])
+def test_each_label_has_the_same_weight_in_any_batch(task):
     """The mean over batches of any composition is the mean over all rows with a label."""
-    logits = torch.randn(8, 1 if regression else 3)
+    logits = torch.randn(8, 1 if task == "regression" else 3)
     labels = torch.tensor([0.0, 1, 2, 1, math.nan, math.nan, 0, math.nan])
-    labels = labels if regression else labels.nan_to_num(IGNORED).long()
-    method = labels_method(regression=regression).for_labels(labels)
+    if task == "classification":
+        labels = labels.nan_to_num(IGNORED).long()
+    elif task == "multi_label":
+        labels = torch.stack([labels * 0 + i for i in (0, 1, 0)], dim=1)
+    method = labels_method(task=task).for_labels(labels)
     term = method.terms["task"][1]
     parts = [term(Outputs(logits=logits[rows]), None, labels[rows]) for rows in torch.arange(8).split(4)]
-    torch.testing.assert_close(sum(parts) / 2, task_loss(regression)(Outputs(logits=logits), None, labels))
+    torch.testing.assert_close(sum(parts) / 2, task_loss(task)(Outputs(logits=logits), None, labels))
     assert labels_method().for_labels(torch.tensor([0, 1])).terms["task"][1].labelled_share is None
+    nothing = task_loss(task)(Outputs(logits=logits[4:6]), None, labels[4:6])
+    assert nothing == 0
 
 
 def test_a_method_that_needs_every_label_is_rejected():
