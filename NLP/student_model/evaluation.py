@@ -1,7 +1,7 @@
 """Evaluation of text classifiers and regression models, identical during and after training, and reports of runs."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np

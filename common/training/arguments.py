@@ -186,9 +186,7 @@ def _complete(kind: Any) -> Any:
 
 def ensemble_weights() -> Any:
     """The field of the weights of several teachers. `check_ensemble_weights` checks their number."""
-    return field(
-        default=None, metadata={"help": "Weights of --teacher and of these teachers (default: equal)."}
-    )
+    return field(default=None, metadata={"help": "Weights of --teacher and of these teachers (default: equal)."})
 
 
 def check_ensemble_weights(teachers: list[str], weights: list[float] | None) -> None:

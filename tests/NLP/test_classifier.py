@@ -287,7 +287,9 @@ def test_an_ensemble_is_evaluated_by_its_mean_logits(small, teachers, tmp_path):
         )
         texts = Texts.of(data, tokenizer)
         logits.append(predict(model, texts.splits["validation"], texts.collate))
-    expected = text_metrics(data, 0.75 * logits[0] + 0.25 * logits[1], np.asarray(texts.splits["validation"]["labels"]))
+    expected = text_metrics(
+        data, 0.75 * logits[0] + 0.25 * logits[1], np.asarray(texts.splits["validation"]["labels"])
+    )
     assert {name: found["metrics"]["validation"][name] for name in expected} == pytest.approx(expected)
     assert expected != text_metrics(data, logits[0], np.asarray(texts.splits["validation"]["labels"]))
     assert found["parameters"] == 2 * model.num_parameters()
