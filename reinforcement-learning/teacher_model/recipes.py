@@ -117,7 +117,7 @@ def folder_name(environment: str) -> str:
 @cache
 def _table() -> dict[str, dict[str, dict[str, Any]]]:
     """Algorithm -> environment -> its row of hyperparameters.yaml."""
-    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 
 
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
