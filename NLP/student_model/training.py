@@ -63,6 +63,7 @@ def teacher_kwargs(
     *,
     logits: bool = True,
     ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
+    ensemble_weights: Sequence[float] | None = None,
     student_texts: Texts | None = None,
 ) -> dict[str, Any]:
     """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
@@ -72,6 +73,7 @@ def teacher_kwargs(
         logits: Whether the method needs logits.
         ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
             which is the geometric mean of the distributions (arXiv:1503.02531).
+        ensemble_weights: One weight for the teacher and for each of the ensemble (default: equal).
         student_texts: The texts in the student's tokens, if these may differ: the logits of words are then moved to
             them.
 
@@ -92,7 +94,7 @@ def teacher_kwargs(
             cache if source is student_texts else WordOutputs(cache, source, student_texts)
             for cache, source in zip(caches, sources, strict=True)
         ]
-    return {"teacher_outputs": JoinedOutputs(caches) if ensemble else caches[0]}
+    return {"teacher_outputs": JoinedOutputs(caches, ensemble_weights) if ensemble else caches[0]}
 
 
 def cached_outputs(
@@ -214,7 +216,10 @@ def train_student(
     align(run, encoder_of(student), teacher, inputs, pair, head_pooling(texts))
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
-    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble, student_texts=texts)
+    weights = matching.ensemble_weights
+    outputs = teacher_kwargs(
+        run, teacher, inputs.texts, method, ensemble=ensemble, ensemble_weights=weights, student_texts=texts
+    )
     rate = matching.student_learning_rate
     return fine_tune(
         run,

@@ -29,6 +29,9 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
 
 TINY_BERT = "tiny-bert"
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512
+}  # fmt: skip
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
 TAGGER = "ForTokenClassification"
@@ -294,14 +297,7 @@ def tiny_bert(data: TextData) -> Pretrained:
     is_words = data.task == "token_classification"
     texts = [" ".join(words) for words in texts] if is_words else texts
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        **label_config(data),
-    )
+    config = BertConfig(vocab_size=len(tokenizer), **TINY_SIZES, **label_config(data))
     kind = BertForTokenClassification if is_words else BertForSequenceClassification
     return Pretrained(kind(config), tokenizer, from_scratch=True)
 
