@@ -227,8 +227,9 @@ def dataset_name(rows: Any) -> str:
 def train(run: TrainerRun, task: Task, evaluation: Evaluation, stage: str) -> NamedOutputs:
     """Trains the student by the method with its teacher, or the control on the labels alone."""
     model = task.new_student()
+    teacher: dict[str, Any] = {}
     if stage == "control":
-        method, teacher = labels(regression=task.regression), {}
+        method = labels(regression=task.regression)
     else:
         method = task.new_method()
         teacher = {"teacher": task.teacher, "teacher_features": task.hooks(method.teacher_features)}
