@@ -30,6 +30,7 @@ from kd.common.data.sources import (
     stratified,
     with_validation,
 )
+from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
 from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
@@ -55,6 +56,8 @@ class TextData:
     primary_metric: str
     fingerprint: str  # hash of the contents, independent of their source
     notes: list[str] = field(default_factory=list)  # for the report
+    teacher: TeacherColumns | None = None  # its logits are also the column `teacher` of the splits that have any
+    model_labels: list[str] | None = None  # the labels, by id, of classifiers that do not name theirs
 
     @property
     def num_labels(self) -> int:
@@ -72,6 +75,10 @@ def load_text_data(
     max_eval_samples: int | None = None,
     unlabelled_label: Sequence[str] = (),
     drop_unlabelled: bool = False,
+    label_names: list[str] | None = None,
+    trust_label_order: bool = False,
+    teacher_columns: list[str] | None = None,
+    teacher_values: Values | None = None,
 ) -> TextData:
     """Loads `dataset`: a name in TASKS, a folder or file, or owner/name[:config] of the Hub.
 
@@ -86,6 +93,9 @@ def load_text_data(
             stratified sample.
         unlabelled_label: placeholders for a missing label.
         drop_unlabelled: leave out the training rows without a label.
+        label_names: the labels, by id, of classifiers and of teacher outputs that do not name theirs.
+        trust_label_order: these have the labels of the data, in their order.
+        teacher_columns, teacher_values: see `read_teacher_columns`.
 
     Raises UserError if the dataset, a column, a text or the labels are missing or ambiguous.
     """
@@ -93,7 +103,11 @@ def load_text_data(
     if dataset in TASKS:
         task = "regression" if TASKS[dataset].regression else "classification"
         raw = {split: rows for split, rows in raw.items() if split != "test" or TASKS[dataset].labelled_test}
-    columns, note = choose_columns(raw, text_columns, label_column)
+    outputs = expand_columns(raw, teacher_columns or [])
+    others = {
+        split: rows.select_columns([c for c in rows.column_names if c not in outputs]) for split, rows in raw.items()
+    }
+    columns, note = choose_columns(others, text_columns, label_column)
     raw = join_unlabelled(raw, columns.label, notes)
     try:
         labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label, not drop_unlabelled)
@@ -108,6 +122,11 @@ def load_text_data(
     ids = labels.values if regression else map_label_ids(name, labels.values, labels.names, names)
     notes += [note, *labels.notes]
     splits = {split: _select(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
+    order = label_names or (names if trust_label_order else None)
+    teacher = read_teacher_columns(raw, outputs, names, teacher_values, order) if outputs else None
+    if teacher is not None:
+        notes += teacher.notes
+        splits = {split: _with_teacher(rows, teacher, split, labels.rows[split]) for split, rows in splits.items()}
     if "train" in splits:
         splits["train"] = _without_empty(splits["train"], notes)
         splits = with_validation(splits, column_array(splits["train"], "label"), notes)
@@ -125,7 +144,13 @@ def load_text_data(
         primary_metric=spec.metric if spec else "spearman" if regression else "accuracy",
         fingerprint=_fingerprint(splits, names),
         notes=notes,
+        teacher=teacher,
+        model_labels=order,
     )
+
+
+def _shared(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    return [name for name in names if name in others]
 
 
 def with_label_order(data: TextData, names: list[str]) -> TextData:
@@ -168,16 +193,34 @@ def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels
     return Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
 
 
+def _with_teacher(rows: Dataset, teacher: TeacherColumns, split: str, chosen: np.ndarray) -> Dataset:
+    """Adds the column `teacher` (classes,), with NaN in rows without an output, to a split that has outputs."""
+    if split not in teacher.logits:
+        return rows
+    logits = teacher.logits[split][chosen]
+    column = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
+    table = rows.with_format("arrow")[:].append_column("teacher", column)
+    features = rows.features | {"teacher": datasets.List(datasets.Value("float32"), logits.shape[1])}
+    return Dataset(table.cast(datasets.Features(features).arrow_schema))
+
+
 def _without_empty(rows: Dataset, notes: list[str]) -> Dataset:
-    """Leaves out the rows of train that have neither a label nor a text."""
+    """Leaves out the rows of train that have no label, and no text or no output of the teacher either."""
     empty = np.zeros(len(rows), dtype=bool)
-    for name in ("text", "text_pair"):
+    for name in ("text", "text_pair"):  # a row with a label has a text
         if name in rows.features:
             texts = rows.with_format("arrow")[:][name]
             empty |= pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy()
+    if empty.any():
+        notes.append(f"rows of train with neither a label nor a text, left out: {empty.sum():,}")
+    if "teacher" in rows.features:
+        no_output = np.isnan(np.stack(rows.with_format("numpy")["teacher"])).any(axis=1)
+        useless = no_output & ~labelled(column_array(rows, "label")) & ~empty
+        if useless.any():
+            notes.append(f"rows of train with neither a label nor an output, left out: {useless.sum():,}")
+        empty |= useless
     if not empty.any():
         return rows
-    notes.append(f"rows of train with neither a label nor a text, left out: {empty.sum():,}")
     return rows.select(np.flatnonzero(~empty)).flatten_indices()
 
 
