@@ -60,10 +60,10 @@ def distill_from_columns(
 def reject_unused_flags(pair: PairArguments, matching: MatchingArguments) -> None:
     """Raises UserError for flags of a teacher model."""
     reason = "the teacher is --teacher_columns"
-    flags = "teacher", "teacher_epochs", "student_layers", "control_init", "align_epochs", "align_learning_rate"
-    reject_unused(reason, pair, *flags, "from_scratch_epochs")
-    flags = "ensemble_teachers", "student_from", "hidden_weight", "embedding_weight", "attention_weight"
-    reject_unused(reason, matching, *flags)
+    for_models = "teacher", "teacher_epochs", "student_layers", "control_init", "align_epochs", "align_learning_rate"
+    reject_unused(reason, pair, *for_models, "from_scratch_epochs")
+    for_features = "hidden_weight", "embedding_weight", "attention_weight"
+    reject_unused(reason, matching, "ensemble_teachers", "student_from", *for_features)
 
 
 def load_student(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:

@@ -36,7 +36,10 @@ def at(found: TeacherColumns, temperature: float = 1.0) -> np.ndarray:
 
 NAMED = [dict(zip(CLASSES, row, strict=True)) for row in P]
 FORMS: dict[str, tuple[list[str], dict[str, list]]] = {
-    "a column for each class": (["anger", "joy", "no_fear"], dict(zip(CLASSES, zip(*P, strict=True), strict=True))),
+    "a column for each class": (
+        ["anger", "joy", "no_fear"],
+        {"anger": [0.7, 0.0], "joy": [0.2, 1.0], "no_fear": [0.1, 0.0]},
+    ),
     "a pattern": (["p_*"], {"p_joy": [0.2, 1.0], "p_anger": [0.7, 0.0], "p_no_fear": [0.1, 0.0]}),
     "text": (["p_*"], {"p_joy": ["0.2", "1"], "p_anger": ["0.70", "0"], "p_no_fear": ["0.1", "0.0"]}),
     "beginning and end": (["* score"], {"Joy score": [0.2, 1.0], "Anger score": [0.7, 0], "No-fear score": [0.1, 0]}),
@@ -68,7 +71,9 @@ def test_every_form_of_probabilities_gives_the_same_distributions(form: str) -> 
 
 def test_logits_and_log_probabilities_are_used_as_they_are() -> None:
     rows = [[2.5, -1.0, 0.25], [-3.0, 8.0, 1.0]]
-    found = read(["z*"], **dict(zip(["z0_anger", "z0_joy", "z0_no_fear"], zip(*rows, strict=True), strict=True)))
+    found = read(
+        ["z*"], **dict(zip(["z0_anger", "z0_joy", "z0_no_fear"], map(list, zip(*rows, strict=True)), strict=True))
+    )
     np.testing.assert_allclose(found.logits["train"], rows)
     assert found.complete and found.description.endswith("as logits")
     logs = np.log([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
@@ -127,7 +132,7 @@ def test_probabilities_that_do_not_add_up_need_the_flag() -> None:
         (
             ["answer"],
             {"answer": ['{"joy": 0.5, "hate": 0.5}']},
-            "'hate' in --teacher_columns is not among the classes",
+            "'hate' in --teacher_columns is not among",
         ),
         (["answer"], {"answer": ['[{"x": "joy", "score": 1}]']}, "rename its keys"),
         (["answer"], {"answer": ["joy", '{"joy": 1}']}, "different forms"),
