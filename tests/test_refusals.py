@@ -66,7 +66,6 @@ INVALID_TRAINING_FLAGS = [
     ("--do_train", "--do_train has no effect"),
     ("--push_to_hub", "--push_to_hub has no effect"),
     ("--remove_unused_columns", "--remove_unused_columns has no effect"),
-    ("--label_names a b", "--label_names has no effect"),
     ("--fp16", "--fp16 has no effect, because --precision replaces it"),
     ("--bf16 --precision fp32", "--bf16 has no effect"),
     ("--run_name a", "--run_name has no effect"),

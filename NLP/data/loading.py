@@ -9,18 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.label_names import Ids, map_label_ids
-from kd.common.data.label_sets import is_list, map_label_sets, read_label_sets
+from kd.common.data.label_sets import read_label_sets
 from kd.common.data.labels import read_labels
 from kd.common.data.sources import (
     Splits,
@@ -31,16 +27,18 @@ from kd.common.data.sources import (
     stratified,
     with_validation,
 )
+from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
 from kd.common.metrics.tasks import TaskMetrics, task_metrics
 from kd.common.objective import IGNORED
 from kd.common.training.arguments import TaskType
 from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
-from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_task, known_task
+from kd.nlp.data.columns import TASKS, choose_task, known_task
 from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.intents import load_intents
 from kd.nlp.data.multilabel_intents import load_multilabel_intents
-from kd.nlp.data.tags import list_array, map_tags, read_tags
+from kd.nlp.data.rows import label_array, map_labels, select_rows, strata, to_column, with_teacher, without_empty
+from kd.nlp.data.tags import read_tags
 
 EMBEDDED = {
     "intents": load_intents,
@@ -48,8 +46,6 @@ EMBEDDED = {
     "synthetic_entities": load_synthetic_entities,
 }
 KNOWN = {name: task.hub or EMBEDDED[name] for name, task in TASKS.items()}
-# Texts that consist of digits may be stored as integers, and an empty column as null.
-TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
 NOT_IN_BATCH = ("length", "first_tokens")
 MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
@@ -70,6 +66,8 @@ class TextData:
     primary_metric: str
     fingerprint: str  # hash of the contents, independent of their source
     notes: list[str] = field(default_factory=list)  # for the report
+    teacher: TeacherColumns | None = None  # its logits are also the column `teacher` of the splits that have any
+    model_labels: list[str] | None = None  # the labels, by id, of classifiers that do not name theirs
 
     @property
     def num_labels(self) -> int:
@@ -93,6 +91,10 @@ def load_text_data(
     unlabelled_label: Sequence[str] = (),
     drop_unlabelled: bool = False,
     label_separator: str | None = None,
+    label_names: list[str] | None = None,
+    trust_label_order: bool = False,
+    teacher_columns: list[str] | None = None,
+    teacher_values: Values | None = None,
 ) -> TextData:
     """Loads `dataset`: a name in TASKS, a folder or file, or owner/name[:config] of the Hub.
 
@@ -109,6 +111,9 @@ def load_text_data(
         unlabelled_label: placeholders for a missing label.
         drop_unlabelled: leave out the training rows without a label.
         label_separator: the separator of several labels in one column.
+        label_names: the labels, by id, of classifiers and of teacher outputs that do not name theirs.
+        trust_label_order: these have the labels of the data, in their order.
+        teacher_columns, teacher_values: see `read_teacher_columns`.
 
     Raises UserError if the dataset, a column, a text or the labels are missing or ambiguous.
     """
@@ -116,8 +121,15 @@ def load_text_data(
     if dataset in TASKS:
         task = TASKS[dataset].task
         raw = {split: rows for split, rows in raw.items() if split != "test" or TASKS[dataset].labelled_test}
+    outputs = expand_columns(raw, teacher_columns or [])
+    others = {
+        split: rows.select_columns([c for c in rows.column_names if c not in outputs]) for split, rows in raw.items()
+    }
     chosen = [label_column] if isinstance(label_column, str) else list(label_column or ())
-    raw, columns, task, note = choose_task(raw, text_columns, chosen, task, label_separator)
+    others, columns, task, note = choose_task(others, text_columns, chosen, task, label_separator)
+    if outputs and task in ("multi_label", "token_classification"):
+        raise UserError(f"--teacher_columns hold the outputs for one label per text, and the task is {task}")
+    raw = raw if outputs else others
     raw = join_unlabelled(raw, columns.label, notes)
     try:
         if task == "token_classification":
@@ -137,15 +149,20 @@ def load_text_data(
     names = known_labels or (list(spec.label_names) if spec else []) or labels.names
     ids = map_labels(task, name, labels.values, labels.names, names)
     notes += [note, *labels.notes]
-    splits = {split: _select(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
+    splits = {split: select_rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
+    order = label_names or (names if trust_label_order else None)
+    teacher = read_teacher_columns(raw, outputs, names, teacher_values, order) if outputs else None
+    if teacher is not None:
+        notes += teacher.notes
+        splits = {split: with_teacher(rows, teacher, split, labels.rows[split]) for split, rows in splits.items()}
     if "train" in splits:
-        splits["train"] = _without_empty(splits["train"], notes)
-        splits = with_validation(splits, _strata(splits["train"]), notes)
+        splits["train"] = without_empty(splits["train"], notes)
+        splits = with_validation(splits, strata(splits["train"]), notes)
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
         if most is not None and most < len(rows):
             notes.append(f"{most:,} of {len(rows):,} {split} rows")
-            kept = stratified(_strata(rows), most / len(rows))
+            kept = stratified(strata(rows), most / len(rows))
             splits[split] = rows.select(np.flatnonzero(kept)).flatten_indices()
     return TextData(
         name=name,
@@ -155,7 +172,13 @@ def load_text_data(
         primary_metric=spec.metric if spec else task_metrics(task, names).primary,
         fingerprint=_fingerprint(splits, names),
         notes=notes,
+        teacher=teacher,
+        model_labels=order,
     )
+
+
+def _shared(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    return [name for name in names if name in others]
 
 
 def with_label_order(data: TextData, names: list[str]) -> TextData:
@@ -169,79 +192,10 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
     ids = {split: label_array(rows, data.task) for split, rows in data.splits.items()}
     ids = map_labels(data.task, data.name, ids, data.label_names, names)
     splits = {
-        split: Dataset(table.set_column(table.column_names.index("label"), "label", _label_column(ids[split])))
+        split: Dataset(table.set_column(table.column_names.index("label"), "label", to_column(ids[split])))
         for split, table in tables.items()
     }
     return replace(data, splits=splits, label_names=list(names), fingerprint=_fingerprint(splits, list(names)))
-
-
-def map_labels(task: TaskType, name: str, values: Ids, data_names: list[str], names: list[str]) -> Ids:
-    """The labels of all splits by `names`, those of a model, instead of `data_names`."""
-    if task == "regression":
-        return values
-    maps = {"multi_label": map_label_sets, "token_classification": map_tags}
-    return maps.get(task, map_label_ids)(name, values, data_names, names)
-
-
-def label_array(rows: Dataset, task: TaskType, column: str = "label") -> np.ndarray:
-    """The labels of rows: (rows,), (rows, labels) for multi_label, or an array of lists for token_classification."""
-    if task != "token_classification":
-        return column_array(rows, column)
-    return list_array(rows[column][:])
-
-
-def _strata(rows: Dataset) -> np.ndarray:
-    """The labels by which rows are sampled; rows of words are sampled at random."""
-    return np.zeros(len(rows)) if is_list(rows.features["text"]) else column_array(rows, "label")
-
-
-def _label_column(values: np.ndarray) -> pa.Array:
-    return pa.array(values.tolist() if values.dtype == object or values.ndim > 1 else values)
-
-
-def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The columns text, text_pair (if there are two text columns) and label of some rows.
-
-    Raises UserError for a row with a label and without a text.
-    """
-    found: dict[str, pa.Array] = {}
-    for new, name in zip(("text", "text_pair"), columns.text, strict=False):
-        if name not in raw.features:
-            raise UserError(
-                f"the {split} split lacks the column {name!r} of train: its columns are {raw.column_names}"
-            )
-        texts = raw.select_columns([name]).with_format("arrow")[:][name]
-        if labels.dtype == object:  # lists of words
-            found[new] = texts.take(pa.array(rows))
-            continue
-        if not any(matches(texts.type) for matches in TEXT_TYPES):
-            raise UserError(f"column {name!r} of the {split} split contains {texts.type}, not texts: {FLAGS}")
-        texts = texts.cast(pa.large_string())
-        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy()
-        if (empty := rows[blank[rows] & labelled(labels)]).size:
-            raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
-        found[new] = pc.fill_null(texts.take(pa.array(rows)), "")
-    text: Any = datasets.Value("string")
-    label: Any = datasets.Value("int64" if labels.dtype == object else str(labels.dtype))
-    kinds = {name: datasets.List(text) if labels.dtype == object else text for name in found}
-    kinds["label"] = datasets.List(label) if labels.dtype == object or labels.ndim > 1 else label
-    table = pa.table({**found, "label": _label_column(labels)})
-    return Dataset(table.cast(datasets.Features(kinds).arrow_schema))
-
-
-def _without_empty(rows: Dataset, notes: list[str]) -> Dataset:
-    """Leaves out the rows of train that have neither a label nor a text."""
-    empty = np.zeros(len(rows), dtype=bool)
-    if is_list(rows.features["text"]):
-        return rows  # rows without words are left out before
-    for name in ("text", "text_pair"):
-        if name in rows.features:
-            texts = rows.with_format("arrow")[:][name]
-            empty |= pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy()
-    if not empty.any():
-        return rows
-    notes.append(f"rows of train with neither a label nor a text, left out: {empty.sum():,}")
-    return rows.select(np.flatnonzero(~empty)).flatten_indices()
 
 
 def _fingerprint(splits: Splits, label_names: list[str]) -> str:

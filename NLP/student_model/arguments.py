@@ -113,14 +113,43 @@ class LabelledTextArguments(TextArguments):
     )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
     label_separator: str | None = field(default=None, metadata={"help": SEPARATOR_HELP})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Labels, by id, of classifiers that name theirs LABEL_0, LABEL_1, ..."}
+    )
+    trust_label_order: bool = field(
+        default=False, metadata={"help": "Such classifiers have the labels of the data, in their order."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.label_names and self.trust_label_order:
+            raise ValueError("--label_names and --trust_label_order both order the labels: pass one of them")
 
     @property
     def label_options(self) -> dict[str, Any]:
-        return {
-            "unlabelled_label": self.unlabelled_label,
-            "drop_unlabelled": self.drop_unlabelled,
-            "label_separator": self.label_separator,
-        }
+        names = "unlabelled_label", "drop_unlabelled", "label_names", "trust_label_order", "label_separator"
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class TeacherColumnArguments(LabelledTextArguments):
+    """Data."""
+
+    teacher_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns with a teacher's outputs, instead of a teacher: names, or a pattern such as p_*."},
+    )
+    teacher_values: Literal["probabilities", "percentages", "log_probabilities", "logits"] | None = field(
+        default=None, metadata={"help": "Numbers in --teacher_columns (default: inferred)."}
+    )
+
+    def check_unused_flags(self) -> None:
+        if not self.teacher_columns:
+            reject_unused("there are no --teacher_columns", self, "teacher_values")
+
+    @property
+    def label_options(self) -> dict[str, Any]:
+        columns = {"teacher_columns": self.teacher_columns, "teacher_values": self.teacher_values}
+        return super().label_options | columns
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:

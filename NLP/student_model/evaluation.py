@@ -169,17 +169,20 @@ def report(
     inputs: Inputs,
     method: str,
     student_name: str | None,
-    teacher: PreTrainedModel,
-    teacher_results: Evaluation,
+    teacher: PreTrainedModel | None,
+    teacher_results: Evaluation | None,
     control: PreTrainedModel | None,
     student: PreTrainedModel,
+    **others: Any,
 ) -> dict[str, Any] | None:
     """Evaluates control and student, writes the report and the student's folder, and prints the table. Returns the
     results in the main process, None in the others.
+
+    `teacher` is None if its outputs come from the data; `others` are further entries of the results.
     """
-    entry, logits = teacher_results
+    entry, logits = teacher_results or (None, None)
     models: dict[str, Any] = {"teacher": entry, "control": None}
-    measurements = {"teacher": measure(inputs.texts, logits)}
+    measurements = {} if logits is None else {"teacher": measure(inputs.texts, logits)}
     size = student_name or f"{inputs.student_layers} layers"
     for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
         if model is not None:
@@ -190,6 +193,7 @@ def report(
     trained = {"teacher": teacher, "control": control, "student": student}
     teacher_is_shared = run.shared == run.folder / ".."  # the runs of distill_glue.py share other stages
     extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_is_shared else {}
+    extra |= others
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kd.common.data.label_names import match_names
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
@@ -187,11 +188,11 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
             f'"problem_type": "{MULTI_LABEL}" in its config.json if it was trained on them'
         )
     labels = _checked_labels(name, config, data)
-    if _lower(labels) == _lower(data.label_names):
+    ids = match_names(labels, data.label_names)
+    if ids == list(range(len(data.label_names))):
         return True
-    if _same_labels(labels, data.label_names):
-        pairs = zip(_lower(labels), _lower(data.label_names), strict=True)
-        first = next(i for i, (label, other) in enumerate(pairs) if label != other)
+    if sorted(ids) == list(range(len(data.label_names))):
+        first = next(i for i, place in enumerate(ids) if place != i)
         raise UserError(
             f"the label order of {name} differs: label {first} is {labels[first]!r} for this model and "
             f"{data.label_names[first]!r} for the data and the other models: reorder its head and its id2label"
@@ -215,7 +216,8 @@ def in_label_order(name: str, data: TextData) -> TextData:
     if config.num_labels == 1:
         return data
     labels = _checked_labels(name, config, data)
-    if not _same_labels(labels, data.label_names) or _lower(labels) == _lower(data.label_names):
+    ids = match_names(data.label_names, labels)  # the model may have more labels than the data
+    if -1 in ids or labels == data.label_names or ids == list(range(len(labels))):
         return data
     if data.primary_metric == "f1" and data.task == "classification":
         raise UserError(
@@ -223,6 +225,8 @@ def in_label_order(name: str, data: TextData) -> TextData:
             f"{_shortened(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
         )
     note = f"class ids follow {name}: {_shortened(labels)}"
+    if len(labels) > len(data.label_names):
+        note += f"; {len(labels) - len(data.label_names)} of its classes have no rows"
     print(f"note: {note}")
     return replace(with_label_order(data, labels), notes=[*data.notes, note])
 
@@ -266,21 +270,20 @@ def _checked_labels(name: str, config: Any, data: TextData) -> list[str]:
     if labels is not None:
         return labels
     number = len(config.id2label)
+    if data.model_labels is not None:
+        if len(data.model_labels) != number:
+            raise UserError(
+                f"{name} has {number} labels, and --label_names or the data have {len(data.model_labels)} "
+                f"({_shortened(data.model_labels)}): pass its labels, by id, as --label_names"
+            )
+        return data.model_labels
     if data.label_names in ([str(i) for i in range(number)], [f"{UNNAMED}{i}" for i in range(number)]):
         return data.label_names
     raise UserError(
         f"{name} does not name its {number} labels ({UNNAMED}0, ...), so they cannot be matched with the "
-        f"{len(data.label_names)} of {data.name} ({_shortened(data.label_names)}): name them in "
-        "id2label of its config.json"
+        f"{len(data.label_names)} of {data.name} ({_shortened(data.label_names)}): pass them by id as --label_names, "
+        "or --trust_label_order if they are those of the data in this order"
     )
-
-
-def _same_labels(labels: list[str], others: list[str]) -> bool:
-    return sorted(_lower(labels)) == sorted(_lower(others))
-
-
-def _lower(labels: list[str]) -> list[str]:
-    return [label.lower() for label in labels]
 
 
 def _shortened(labels: list[str], most: int = 10) -> str:

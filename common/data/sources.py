@@ -55,14 +55,17 @@ def read_splits(
         needs_train: whether a missing train split is an error.
         with_unlabelled: whether to return a split `unlabelled`, which then may replace train.
     """
-    source = known.get(dataset, dataset)
+    source, notes = known.get(dataset, dataset), list[str]()
     embedded = ", ".join(name for name, where in known.items() if callable(where))
     instead = f"pass --dataset FOLDER with {contents}, or --dataset {embedded}, which needs no download"
     if not isinstance(source, str):
         found = dict(source())
     elif dataset not in known and _exists(dataset):
         path = Path(dataset)
-        found = (read or read_folder)(path) if path.is_dir() else read_file(path, "train" if needs_train else "test")
+        if path.is_dir():
+            found = read(path) if read else read_folder(path, notes)
+        else:
+            found = read_file(path, "train" if needs_train else "test", notes)
     elif HUB_NAME.fullmatch(source):
         found = _read_hub(dataset, source, instead)
     else:
@@ -70,7 +73,8 @@ def read_splits(
             f"unknown dataset {shorten(dataset)!r}: pass {', '.join(known)}, a folder or file of {contents}, or a "
             "Hub name such as owner/name or owner/name:config"
         )
-    return _rename_splits(found, dataset, needs_train, with_unlabelled)
+    splits, unused = _rename_splits(found, dataset, needs_train, with_unlabelled)
+    return splits, [*notes, *unused]
 
 
 def short_name(dataset: str) -> str:
@@ -103,12 +107,18 @@ def shorten(name: str | Path, width: int = 100) -> str:
 # ---------------------------------------------------------------- files and folders
 
 
-def read_file(path: Path, default: str) -> Splits:
+def read_file(path: Path, default: str, notes: list[str] | None = None) -> Splits:
     """Reads a file as the split in its name, or else as `default`."""
     if path.suffix.lower() not in READERS:
-        raise UserError(f"{path} is not a parquet, CSV or JSON file (.parquet, .csv, .json, .jsonl): convert it")
+        raise UserError(f"{path} is not a parquet, CSV or JSON file (.parquet, .csv, .tsv, .json, .jsonl): convert it")
     name = SHARD.sub("", path.stem)
-    return {name if name in SPLIT_NAMES else default: read_rows(path)}
+    return {name if name in SPLIT_NAMES else default: read_rows(path, notes)}
+
+
+def _split_in(name: str) -> str:
+    """The only split among the words of a file name, such as `my-train_v2`; otherwise the name."""
+    found = {word for word in re.split(r"[\W_]+", name.lower()) if word in SPLIT_NAMES}
+    return found.pop() if len(found) == 1 and name not in SPLIT_NAMES else name
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -119,19 +129,26 @@ def list_folder(folder: Path) -> list[Path]:
         raise UserError(f"cannot read folder {folder} ({reason_of(error)})") from None
 
 
-def read_folder(folder: Path) -> Splits:
-    """Reads one file per split, or shards such as train-00000-of-00002.parquet. A file with another name becomes an
-    empty split and is not read.
+def read_folder(folder: Path, notes: list[str] | None = None) -> Splits:
+    """Reads one file per split, or shards such as train-00000-of-00002.parquet. A name may contain the split, such as
+    my_train.csv. Any other file becomes an empty split and is not read.
     """
     by_split: dict[str, list[Path]] = {}
     for path in list_folder(folder):
         if path.suffix.lower() in READERS:
             by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
+    notes = [] if notes is None else notes
+    for name in [name for name in by_split if name not in SPLIT_NAMES]:
+        split = _split_in(name)
+        if split in SPLIT_NAMES and split not in by_split:
+            by_split[split] = by_split.pop(name)
+            notes.append(f"{by_split[split][0].name} is read as the {SPLIT_NAMES[split]} split")
     if not by_split or (SPLIT_NAMES.keys().isdisjoint(by_split) and any((folder / n).exists() for n in SAVED_TO_DISK)):
         raise UserError(_no_files_message(folder))
     unread = datasets.Dataset.from_dict({})
     return {
-        name: _read_shards(folder, name, paths) if name in SPLIT_NAMES else unread for name, paths in by_split.items()
+        name: _read_shards(folder, name, paths, notes) if name in SPLIT_NAMES else unread
+        for name, paths in by_split.items()
     }
 
 
@@ -143,14 +160,13 @@ def _no_files_message(folder: Path) -> str:
         if path.is_dir() and any(file.suffix.lower() in READERS for file in list_folder(path)):
             return f"no parquet, CSV or JSON file in folder {folder}, but in {path}: pass that folder"
     names = ", ".join(path.name for path in inside[:5]) or "nothing"
-    tabs = "; convert .tsv files to comma-separated .csv files" if any(p.suffix == ".tsv" for p in inside) else ""
     return (
-        f"no parquet, CSV or JSON file in folder {folder}, which holds {names}: put train.parquet (or .csv, .jsonl) "
-        f"there{tabs}"
+        f"no parquet, CSV or JSON file in folder {folder}, which holds {names}: put train.parquet (or .csv, .tsv, "
+        ".jsonl) there"
     )
 
 
-def _read_shards(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset:
+def _read_shards(folder: Path, name: str, paths: list[Path], notes: list[str]) -> datasets.Dataset:
     shards = [SHARD.search(path.stem) for path in paths]
     if len(paths) > 1 and (len({path.suffix for path in paths}) > 1 or not all(shards)):
         raise UserError(f"several files for split {name} in {folder} ({', '.join(p.name for p in paths)}): keep one")
@@ -159,7 +175,7 @@ def _read_shards(folder: Path, name: str, paths: list[Path]) -> datasets.Dataset
         raise UserError(
             f"{folder} has {len(paths)} of the {numbers[0][1]} files of split {name}: add the missing files"
         )
-    parts = [read_rows(path) for path in paths]
+    parts = [read_rows(path, notes) for path in paths]
     for path, part in zip(paths, parts, strict=True):
         if set(part.column_names) != set(parts[0].column_names):
             raise UserError(f"the columns of {path} and {paths[0].name} differ: use the same columns in both")

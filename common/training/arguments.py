@@ -109,7 +109,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     save_total_limit: Count | None = 2
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     remove_unused_columns: bool = False  # `sample_id` is no argument of any model
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], init=False)  # names of columns
     logging_nan_inf_filter: bool = False  # the trainer stops at a non-finite loss instead of filtering it
 
     @classmethod

@@ -34,7 +34,6 @@ _UNSUPPORTED_BY_REASON = {
     "a run is stored locally; upload the folder of its student afterwards": "push_to_hub hub_model_id hub_token "
     "hub_private_repo hub_strategy hub_always_push hub_revision",
     "the columns that models and objective need are kept": "remove_unused_columns",
-    "labels are called `labels`": "label_names",
     "lengths are called `length`": "length_column_name",
     "a loss that is not finite stops the run": "logging_nan_inf_filter",
     "evaluation always computes the metrics of the report, from logits and labels": "prediction_loss_only "

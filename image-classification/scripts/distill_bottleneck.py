@@ -41,7 +41,7 @@ def main() -> None:
     data, factor = data_args.load(), matching.projector_factor
     encoder, data, pretrained = pair.load_teacher(data, training.seed)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit
-    simkd(student, encoder, matching, training.temperature)
+    simkd(student, encoder, matching, training.temperature).for_labels(data.splits["train"].labels)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
     width: int = encoder.head.in_features

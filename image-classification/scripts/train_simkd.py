@@ -35,7 +35,7 @@ def main() -> None:
     data = data_args.load()
     teacher, data, pretrained = pair.load_teacher(data, training.seed)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises UserError if they do not fit
-    simkd(student, teacher, args, training.temperature)
+    simkd(student, teacher, args, training.temperature).for_labels(data.splits["train"].labels)
 
     name = f"simkd_{args.projector}"
     run = ImageRun(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)

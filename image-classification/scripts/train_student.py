@@ -118,6 +118,7 @@ def distill_student(
     others = load_ensemble_teachers(args.ensemble_teachers, data)
     student = new_classifier(pair.student, data.config)
     method = method_for(task_spec(student, teacher, data, training.views))
+    method.for_labels(data.splits["train"].labels)  # raises UserError if it needs labels that the data lack
     auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
     check_compatible(args, method, student, teacher)
 

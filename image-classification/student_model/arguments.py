@@ -60,12 +60,17 @@ class DataArguments:
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Maximum number of validation and of test images."}
     )
+    drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training images without a label."})
 
-    def load(self, label_names: list[str] | None = None) -> "ImageData":
+    def load(self, label_names: list[str] | None = None, keep_unlabelled: bool = True) -> "ImageData":
         """Loads the data and prints notes on what was left out or inferred.
 
-        `label_names`: the classes, by id, of a model to evaluate.
+        Args:
+            label_names: the classes, by id, of a model to evaluate.
+            keep_unlabelled: whether training images without a label may be kept. Raises UserError for an unused flag.
         """
+        if not keep_unlabelled:
+            reject_unused("images without a label are always left out here", self, "drop_unlabelled")
         from kd.common.data.sources import print_notes
         from kd.image_classification.data.loading import load_image_data
 
@@ -78,6 +83,7 @@ class DataArguments:
             self.max_train_samples,
             label_names,
             self.max_eval_samples,
+            keep_unlabelled and not self.drop_unlabelled and label_names is None,
         )
         print_notes(data.name, data.notes)
         return data

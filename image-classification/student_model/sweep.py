@@ -201,18 +201,20 @@ def build_student(
     args: ImageTrainingArguments,
     weights: SimKDWeights,
 ) -> tuple[ImageClassifier, Method]:
-    """An untrained student and its method."""
+    """An untrained student and its method. Raises UserError for a method that needs labels which the data lack."""
+    train_labels = data.splits["train"].labels
     if student.method == SIMKD:
         simkd_args = SimKDArguments(**asdict(weights), projector=student.projector, feature_loss=student.feature_loss)  # type: ignore[arg-type]
         model = simkd_student(architecture, teacher, data, weights.projector_factor)
-        return model, simkd(model, teacher, simkd_args, args.temperature)
+        return model, simkd(model, teacher, simkd_args, args.temperature).for_labels(train_labels)
     if student.method == CONTROL:
         model = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
         model = new_classifier(architecture, data.config)
     if student.is_control:
-        return model, labels()
-    return model, image_method(student.method, args)(task_spec(model, teacher, data, args.views))
+        return model, labels().for_labels(train_labels)
+    method = image_method(student.method, args)(task_spec(model, teacher, data, args.views))
+    return model, method.for_labels(train_labels)
 
 
 def train_group(
