@@ -1,4 +1,4 @@
-"""Reads a parquet, CSV or JSON file as a dataset. A damaged file causes a one-line error."""
+"""Reads a parquet, CSV, JSON or CoNLL file as a dataset. A damaged file causes a one-line error."""
 
 import json
 from collections.abc import Callable
@@ -9,11 +9,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
+from kd.common.data.conll import parse_conll
 from kd.common.data.csv_files import check_unique, decode, read_csv
 from kd.common.utils.errors import UserError
 
 VALUES = "use as many values in each row as column names, and quote texts that contain the delimiter"
 MAX_REASON = 300  # characters of a parser's message, which may quote a whole row
+TXT = ".txt"  # of CoNLL-2003; any other text file next to files of data is not read
 SCALARS = str | int | float | bool | None
 
 
@@ -53,6 +55,10 @@ def _read_parquet(path: Path, notes: list[str]) -> pa.Table:
     with pyarrow.parquet.ParquetFile(path) as file:
         check_unique(path, file.schema_arrow.names)
         return file.read()
+
+
+def _read_conll(path: Path, notes: list[str]) -> pa.Table:
+    return parse_conll(path, decode(path, notes), notes)
 
 
 def _read_json(path: Path, notes: list[str]) -> pa.Table:
@@ -143,4 +149,5 @@ READERS: dict[str, Callable[[Path, list[str]], pa.Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
     ".ndjson": _read_json,
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", TXT), _read_conll),
 }

@@ -15,7 +15,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 
-from kd.common.data.readers import READERS, read_rows, reason_of
+from kd.common.data.readers import READERS, TXT, read_rows, reason_of
 from kd.common.objective import IGNORED
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
@@ -110,7 +110,10 @@ def shorten(name: str | Path, width: int = 100) -> str:
 def read_file(path: Path, default: str, notes: list[str] | None = None) -> Splits:
     """Reads a file as the split in its name, or else as `default`."""
     if path.suffix.lower() not in READERS:
-        raise UserError(f"{path} is not a parquet, CSV or JSON file (.parquet, .csv, .tsv, .json, .jsonl): convert it")
+        raise UserError(
+            f"{path} is not a parquet, CSV, JSON or CoNLL file (.parquet, .csv, .tsv, .json, .jsonl, .conll): convert "
+            "it"
+        )
     name = SHARD.sub("", path.stem)
     return {name if name in SPLIT_NAMES else default: read_rows(path, notes)}
 
@@ -134,8 +137,10 @@ def read_folder(folder: Path, notes: list[str] | None = None) -> Splits:
     my_train.csv. Any other file becomes an empty split and is not read.
     """
     by_split: dict[str, list[Path]] = {}
-    for path in list_folder(folder):
-        if path.suffix.lower() in READERS:
+    paths = [path for path in list_folder(folder) if path.suffix.lower() in READERS]
+    only_txt = all(path.suffix.lower() == TXT for path in paths)
+    for path in paths:
+        if only_txt or path.suffix.lower() != TXT:
             by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
     notes = [] if notes is None else notes
     for name in [name for name in by_split if name not in SPLIT_NAMES]:
