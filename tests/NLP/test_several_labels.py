@@ -77,7 +77,7 @@ def test_the_layout_of_go_emotions(tmp_path: Path) -> None:
     """The columns of its config `simplified`: text, labels, id. Its 28 labels are in the order of the Hub."""
     names = [f"emotion {i}" for i in range(28)]
     kinds = Features({"text": Value("string"), "labels": List(ClassLabel(names=names)), "id": Value("string")})
-    rows = {"labels": [[i, (i + 1) % 28] for i in range(24)], "id": [f"ee{i}" for i in range(24)]}
+    rows: dict[str, list] = {"labels": [[i, (i + 1) % 28] for i in range(24)], "id": [f"ee{i}" for i in range(24)]}
     data = load_text_data(write(tmp_path, kinds, **rows))
     assert data.task == "multi_label" and data.label_names == names
     assert np.asarray(data.splits["train"]["label"]).sum(axis=1).tolist() == [2] * 24

@@ -188,6 +188,7 @@ def test_logits_of_words_move_to_the_tokens_of_another_tokenizer(data: Any) -> N
     moved = WordOutputs(TeacherOutputs(ids, logits), teacher, student)
     batch = student.collate([student.train[i] for i in (1, 0)])
     outputs = moved.batch(batch["sample_id"], batch["input_ids"].shape[1])
+    assert outputs.logits is not None
     for row, sample in zip(outputs.logits, (1, 0), strict=True):
         places, sources = student.train[sample]["first_tokens"], teacher.train[sample]["first_tokens"]
         torch.testing.assert_close(row[places], logits[sample][sources])
