@@ -272,7 +272,7 @@ def test_models_of_other_kinds(run: Path, tmp_path: Path) -> None:
     words.save_pretrained(folder)
     untrained = load_classifier(str(folder), data)
     assert not untrained.trained and untrained.model.config.num_labels == 9
-    words_of_run = [
+    flags = [
         "--dataset",
         run / "data",
         "--teacher",
@@ -282,8 +282,8 @@ def test_models_of_other_kinds(run: Path, tmp_path: Path) -> None:
         "--align_epochs",
         0,
     ]
-    words_of_run += ["--num_train_epochs", 1, "--report_to", "none", "--output_dir", tmp_path / "run"]
-    run_script("NLP/scripts/distill_classifier.py", *words_of_run)
+    flags += ["--num_train_epochs", 1, "--report_to", "none", "--output_dir", tmp_path / "run"]
+    run_script("NLP/scripts/distill_classifier.py", *flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 <= results["models"]["student"]["metrics"]["test"]["agreement"] <= 1
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "student")) == len(words)
