@@ -65,6 +65,10 @@ LABEL_COLUMNS = (  # the first group with a column in the data names the label c
 )
 TEXT_COLUMNS = {name for task in TASKS.values() for name in task.text_columns}
 WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "ner", "labels", "label")  # columns of lists
+LISTED: dict[TaskType | None, str] = {
+    "multi_label": "lists of labels",
+    "token_classification": "lists of tags",
+}  # contents of a label column
 UNNAMED = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")  # the index of pandas, or a trailing comma
 INDEX = re.compile(r"(.*[ _-])?(id|idx|index|row)", re.IGNORECASE)
 PAIR = re.compile(r"(.+?)[ _-]?(1|2|a|b|A|B)")
@@ -214,9 +218,9 @@ def choose_task(
     if any(is_list(rows.features.get(columns.label)) for rows in raw.values()):
         words = any(is_list(rows.features.get(columns.text[0])) for rows in raw.values())
         found = "token_classification" if words else "multi_label"
-    if task and found != task and "_" in f"{task} {found}":
-        kind = {None: "one label per text", "multi_label": "lists of labels"}.get(found, "lists of tags")
-        raise UserError(f"--task {task}, but column {columns.label!r} holds {kind}: {SEVERAL}")
+    if task and found != task and (found or task in LISTED):
+        holds = LISTED[found] if found in LISTED else "one label per text"
+        raise UserError(f"the task is {task}, but column {columns.label!r} holds {holds}: {SEVERAL}")
     return raw, columns, found or task, note
 
 

@@ -12,7 +12,6 @@ from kd.common.training.arguments import (
     BottleneckArguments,
     KDTrainingArguments,
     Keys,
-    TaskType,
     check_ensemble_weights,
     ensemble_weights,
 )
@@ -70,9 +69,11 @@ class TextArguments:
         default=None, metadata={"help": "Column of texts, or two for text pairs (default: inferred)."}
     )
     label_column: list[str] | None = field(
-        default=None, metadata={"help": "Column of the labels, or several of 0 and 1 (default: inferred)."}
+        default=None, metadata={"help": "Label column, or several of 0 and 1 (default: inferred)."}
     )
-    task: TaskType | None = field(default=None, metadata={"help": "Type of task, if ambiguous."})
+    task: Literal["classification", "regression", "multi_label"] | None = field(
+        default=None, metadata={"help": "Type of task, if ambiguous."}
+    )
     max_length: Annotated[int, Range(MIN_LENGTH, MOST)] = field(
         default=128, metadata={"help": "Maximum number of tokens of a text."}
     )
@@ -159,7 +160,7 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
-    help = "Column of the labels, or several of 0 and 1 (default: inferred)."
+    help = "Label column, or several of 0 and 1 (default: inferred)."
     parser.add_argument("--label_column", nargs="*", help=help)
     parser.add_argument("--label_separator", help=SEPARATOR_HELP)
 

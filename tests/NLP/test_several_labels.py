@@ -105,7 +105,7 @@ def test_labels_follow_the_order_of_a_model(tmp_path: Path) -> None:
         ({"labels": SETS}, {"label_separator": ","}, "holds lists: leave out --label_separator"),
         ({"label": ["a", "b"] * 12}, {"task": "multi_label", "label_column": "label"}, "one label per text: name sev"),
         ({"label": ["a", "b"] * 12}, {"label_separator": ","}, "',' does not occur in column 'label'"),
-        ({"labels": SETS}, {"task": "classification"}, "--task classification, but column 'labels' holds lists"),
+        ({"labels": SETS}, {"task": "classification"}, "the task is classification, but column 'labels' holds lists"),
         ({"a": [0, 1] * 12, "b": [0, 2] * 12}, {"label_column": ["a", "b"]}, "2 in the label column 'b' is neither 0"),
         ({"a": [0, 1] * 12}, {"label_column": ["a", "c"]}, "no column 'c'"),
         ({"labels": [[]] * 24}, {}, "column 'labels' holds no labels"),
