@@ -248,6 +248,16 @@ def load_data_of(model: str, args: Namespace) -> TextData:
     Prints what was inferred. Raises UserError if the data have labels that `model` lacks.
     """
     kind, labels = labels_of(model)
-    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)
+    data = load_text_data(
+        args.dataset,
+        args.text_columns,
+        args.label_column,
+        kind,
+        labels or args.label_names,
+        needs_train=False,
+        unlabelled_label=args.unlabelled_label,
+        label_names=args.label_names,
+        trust_label_order=args.trust_label_order,
+    )
     print_notes(data.name, data.notes)
     return data
