@@ -163,6 +163,14 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     help = "Label column, or several of 0 and 1 (default: inferred)."
     parser.add_argument("--label_column", nargs="*", help=help)
     parser.add_argument("--label_separator", help=SEPARATOR_HELP)
+    parser.add_argument(
+        "--unlabelled_label", nargs="*", default=[], help="Placeholders in the label column for a missing label."
+    )
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--label_names", nargs="*", help="Labels, by id, of a model that names its own LABEL_0, ...")
+    names.add_argument(
+        "--trust_label_order", action="store_true", help="Such a model has the labels of the data, in their order."
+    )
 
 
 @dataclass

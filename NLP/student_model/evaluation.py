@@ -253,8 +253,11 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         args.text_columns,
         args.label_column,
         kind,
-        labels,
+        labels or args.label_names,
         needs_train=False,
+        unlabelled_label=args.unlabelled_label,
+        label_names=args.label_names,
+        trust_label_order=args.trust_label_order,
         label_separator=args.label_separator,
     )
     print_notes(data.name, data.notes)

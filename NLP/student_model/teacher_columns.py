@@ -62,7 +62,7 @@ def reject_unused_flags(pair: PairArguments, matching: MatchingArguments) -> Non
     for_models = "teacher", "teacher_epochs", "student_layers", "control_init", "align_epochs", "align_learning_rate"
     reject_unused(reason, pair, *for_models, "from_scratch_epochs")
     for_features = "hidden_weight", "embedding_weight", "attention_weight"
-    reject_unused(reason, matching, "ensemble_teachers", "student_from", *for_features)
+    reject_unused(reason, matching, "ensemble_teachers", "ensemble_weights", "student_from", *for_features)
 
 
 def load_student(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:

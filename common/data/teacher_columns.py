@@ -128,7 +128,8 @@ def _hard_labels(
     table = {answer: match_names([answer], classes)[0] for answer in answers}  # alone: a class may have two spellings
     if set(table.values()) == {-1} and all(map(is_number, answers)):
         ids = _ids_in_order(f"the hard labels of {FLAG} are numbers ({shorten_list(answers)})", classes, order)
-        table = {answer: dict(enumerate(ids)).get(int(float(answer)), -1) for answer in answers}
+        by_number = {float(number): place for number, place in enumerate(ids)}
+        table = {answer: by_number.get(float(answer), -1) for answer in answers}
     unknown = [answer for answer, place in table.items() if place < 0]
     if len(unknown) == len(answers):
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from kd.common.data.label_columns import NO_LABEL
 from kd.common.data.label_names import is_number, match_names, shorten_list
 from kd.common.utils.errors import UserError
 
@@ -48,7 +49,7 @@ def parse_rows(split: str, rows: datasets.Dataset, names: list[str], classes: li
 
 
 def _literal(value: Any) -> Any:
-    """A value of a cell. Text is parsed if it is a number, or JSON or Python in brackets; empty text is None."""
+    """The value of a cell. Text in brackets is parsed as JSON or as a Python literal; empty text is None."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if not isinstance(value, str):
@@ -60,9 +61,7 @@ def _literal(value: Any) -> Any:
                 return parse(text)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-    if text.lower() in ("", "nan", "null", "none"):
-        return None
-    return text
+    return None if text.lower() in NO_LABEL else text
 
 
 def is_numeric(value: Any) -> bool:
@@ -100,6 +99,9 @@ def _prediction(split: str, number: int, value: Any) -> Row:
     if value is None or value in ([], {}):
         return None
     if isinstance(value, Mapping):
+        for one in value.values():
+            if one is not None and not is_numeric(one):
+                raise UserError(f"row {number} of {split}: {one!r} in {FLAG} is no number: correct it")
         return {str(name): float(one) for name, one in value.items() if one is not None} or None
     if isinstance(value, list | tuple) and isinstance(value[0], Mapping):
         return dict(_named_number(split, number, entry) for entry in value)

@@ -138,6 +138,7 @@ def test_probabilities_that_do_not_add_up_need_the_flag() -> None:
         (["answer"], {"answer": ["joy", '{"joy": 1}']}, "different forms"),
         (["answer"], {"answer": [None, ""]}, "are empty"),
         (["answer"], {"answer": ['{"joy": -2.0, "anger": 1.5}']}, "--teacher_values"),
+        (["answer"], {"answer": ['{"joy": "high"}']}, "'high' in --teacher_columns is no number"),
         (["a", "b"], {"a": [["joy"]], "b": [[0.5, 0.5]]}, "1 names and 2 numbers"),
     ],
 )
