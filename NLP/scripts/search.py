@@ -11,7 +11,8 @@ the range of learning rates. Writes search.json, search.md, search.png and best.
 from dataclasses import replace
 
 from kd.common.cli import parse, reject_unused, run, show_help
-from kd.nlp.student_model.arguments import LabelledTextArguments, SearchArguments, SearchTrainingArguments
+from kd.nlp.student_model.arguments import LabelledTextArguments
+from kd.nlp.student_model.search_arguments import SearchArguments, SearchTrainingArguments
 
 ARGUMENTS = LabelledTextArguments, SearchArguments, SearchTrainingArguments
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Arguments that the scripts for text classifiers share. Nothing here imports torch or transformers."""
 
-import math
 from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from kd.common.training.arguments import (
     ensemble_weights,
 )
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, ShareBelow1
 from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
 
 if TYPE_CHECKING:
@@ -24,12 +23,10 @@ if TYPE_CHECKING:
 
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
-Ranges = dict[str, tuple[float, float]]  # training argument -> lowest and highest value; equal if it is fixed
 METHOD_HELP = f"NAME or NAME:key=value:...; one of {', '.join(METHOD_NAMES)}."
 SEPARATOR_HELP = "Separator of several labels in the label column, such as a comma."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
-SEARCHABLE = ("alpha", "temperature", "learning_rate")
 CUT = "cut"  # value of --student for a student with some of the teacher's layers
 MIN_LENGTH = 8  # minimum of --max_length in tokens, of which up to four are special tokens
 
@@ -51,13 +48,6 @@ class BottleneckTrainingArguments(ClassifierTrainingArguments):
     output_dir: str | None = "runs/NLP/keys_carried"
     num_train_epochs: Positive = field(default=3.0, metadata={"help": SUPPRESS})  # stages have their own
     value_learning_rate: Positive | None = field(default=3e-2, metadata={"help": "Learning rate of the values."})
-
-
-@dataclass
-class SearchTrainingArguments(ClassifierTrainingArguments):
-    """The defaults of the trials of a search."""
-
-    output_dir: str | None = "runs/NLP/search"
 
 
 @dataclass
@@ -325,66 +315,6 @@ class GlueArguments:
         if not found:
             raise UserError(f"--glue_folder {self.glue_folder} contains neither {task} nor glue_{task}")
         return str(found[0])
-
-
-@dataclass
-class SearchArguments:
-    """Teacher, student and search."""
-
-    teacher: str = field(metadata={"help": "Folder or name on the Hub of a classifier trained on these labels."})
-    student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the student (default: a cut of the teacher)."}
-    )
-    student_layers: Count | None = field(
-        default=None, metadata={"help": "Number of the teacher's layers that a cut keeps (default: half)."}
-    )
-    trials: Count = field(default=20, metadata={"help": "Number of trials, including pruned ones."})
-    search: list[str] = field(default_factory=lambda: list(SEARCHABLE), metadata={"help": "Arguments to search."})
-    alpha_range: list[Share] = field(
-        default_factory=lambda: [0.0, 1.0], metadata={"help": "Lowest and highest --alpha."}
-    )
-    temperature_range: list[Positive] = field(
-        default_factory=lambda: [1.0, 20.0], metadata={"help": "Lowest and highest --temperature."}
-    )
-    learning_rate_range: list[Positive] = field(
-        default_factory=lambda: [1e-5, 1e-3],
-        metadata={"help": "Lowest and highest --learning_rate, searched on a logarithmic scale."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.student and self.student_layers:
-            raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
-        unknown = [name for name in self.search if name not in SEARCHABLE]
-        if unknown or not self.search:
-            raise ValueError(
-                f"--search takes one or more of {', '.join(SEARCHABLE)}, got {' '.join(unknown) or 'none'}"
-            )
-        for name in self.search:
-            self._check_range(name, getattr(self, f"{name}_range"))
-
-    def check_unused_flags(self) -> None:
-        for name in SEARCHABLE:
-            if name not in self.search:
-                reject_unused(f"--search leaves out {name}", self, f"{name}_range")
-
-    def _check_range(self, name: str, limits: list[float]) -> None:
-        if len(limits) != 2 or not limits[0] < limits[1]:
-            raise ValueError(
-                f"--{name}_range takes two numbers, the lower one first, got {' '.join(map(str, limits))}"
-            )
-
-    @property
-    def ranges(self) -> Ranges:
-        return {name: tuple(getattr(self, f"{name}_range")) for name in SEARCHABLE if name in self.search}
-
-    @property
-    def control_ranges(self) -> Ranges:
-        """Fixed values: labels alone, and the geometric mean of the range of learning rates."""
-        ranges = {"alpha": (1.0, 1.0)}
-        if "learning_rate" in self.search:
-            rate = math.sqrt(math.prod(self.learning_rate_range))
-            ranges["learning_rate"] = (rate, rate)
-        return ranges
 
 
 @dataclass

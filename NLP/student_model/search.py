@@ -35,9 +35,10 @@ from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_json, write_text
 from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.arguments import SEARCHABLE, PairArguments, Ranges, SearchArguments, TextArguments
+from kd.nlp.student_model.arguments import PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import trainer_metrics, validation_split
 from kd.nlp.student_model.methods import labels_and_logits
+from kd.nlp.student_model.search_arguments import SEARCHABLE, Ranges, SearchArguments
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
