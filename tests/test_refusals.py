@@ -260,6 +260,7 @@ def argument_types() -> list[type[Any]]:
     names = [
         "kd.common.training.arguments",
         "kd.nlp.student_model.arguments",
+        "kd.nlp.student_model.search_arguments",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
         "kd.image_classification.student_model.arguments",
