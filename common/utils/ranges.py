@@ -83,7 +83,8 @@ def range_in(hint: Any) -> Range | None:
 
 def check_declared(arguments: Any) -> None:
     """Raises ValueError if a field of a dataclass instance is out of its range."""
-    check_ranges(vars(arguments), ranges_of(type(arguments)))
+    kind: type = type(arguments)
+    check_ranges(vars(arguments), ranges_of(kind))
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
