@@ -99,7 +99,7 @@ def without_empty(rows: Dataset, notes: list[str]) -> Dataset:
     if empty.any():
         notes.append(f"rows of train with neither a label nor a text, left out: {empty.sum():,}")
     if "teacher" in rows.features:
-        no_output = np.isnan(np.stack(rows.with_format("numpy")["teacher"])).any(axis=1)
+        no_output = np.isnan(column_array(rows, "teacher")).any(axis=1)
         useless = no_output & ~labelled(column_array(rows, "label")) & ~empty
         if useless.any():
             notes.append(f"rows of train with neither a label nor an output, left out: {useless.sum():,}")

@@ -95,20 +95,15 @@ def validate(inputs: Inputs, matching: MatchingArguments, training: KDTrainingAr
         )
 
 
-def teacher_logits(data: TextData, split: str) -> np.ndarray:
-    """The outputs (rows, classes) of the teacher for a split."""
-    return np.stack(data.splits[split].with_format("numpy")["teacher"])
-
-
 def has_output(data: TextData, split: str = "train") -> np.ndarray:
     """Mask of the rows with an output of the teacher."""
-    return ~np.isnan(teacher_logits(data, split)).any(axis=1)
+    return ~np.isnan(column_array(data.splits[split], "teacher")).any(axis=1)
 
 
 def outputs_of_teacher(data: TextData) -> TeacherOutputs:
     """The outputs for train, by sample id."""
-    ids = torch.from_numpy(column_array(data.splits["train"], "sample_id"))
-    return TeacherOutputs(ids, torch.from_numpy(teacher_logits(data, "train")))
+    ids, logits = (torch.from_numpy(column_array(data.splits["train"], name)) for name in ("sample_id", "teacher"))
+    return TeacherOutputs(ids, logits)
 
 
 def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, dict[str, float]]:
@@ -120,7 +115,7 @@ def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, dict[str, floa
     for split, rows in data.splits.items():
         if "teacher" not in rows.column_names:
             continue
-        labels, logits = column_array(rows, "label"), teacher_logits(data, split)
+        labels, logits = column_array(rows, "label"), column_array(rows, "teacher")
         both = labelled(labels) & has_output(data, split)
         if both.any():
             metrics = data.scores.metrics(logits[both], labels[both])

@@ -267,7 +267,8 @@ def join_unlabelled(splits: Splits, label: str, notes: list[str]) -> Splits:
     extra = splits[UNLABELLED]
     others = {name: rows for name, rows in splits.items() if name != UNLABELLED}
     if label in extra.features:
-        notes.append(f"column {label!r} of split unlabelled is not used")
+        if extra.with_format("arrow")[:][label].null_count < len(extra):
+            notes.append(f"column {label!r} of split unlabelled is not used")
         extra = extra.remove_columns(label)
     if "train" not in splits:
         return {"train": extra, **others}

@@ -119,7 +119,7 @@ def test_probabilities_that_do_not_add_up_need_the_flag() -> None:
     np.testing.assert_allclose(at(found), [[0.8, 0.1, 0.1], [0.25, 0.625, 0.125]], atol=1e-6)
     assert "the probabilities of 2 rows of train do not add up to 1 and are scaled" in found.notes
     np.testing.assert_allclose(read(CLASSES, "logits", **scores).logits["train"][0], [8, 1, 1])
-    assert "row 0 of train: a number of --teacher_columns is negative" in error_of(
+    assert "row 0 of train: a probability of --teacher_columns is negative" in error_of(
         CLASSES, "probabilities", anger=[-1.0], joy=[1.0], no_fear=[1.0]
     )
 
