@@ -15,6 +15,7 @@ from kd.nlp.data.loading import Texts, load_text_data, with_label_order
 from kd.nlp.data.multilabel_intents import LABELS, load_multilabel_intents
 from kd.nlp.student_model.evaluation import evaluate
 from kd.nlp.teacher_model.teacher import load_trained
+from kd_testing.exports import run_readme
 from kd_testing.scripts import run_script
 
 SETS = [["joy"], ["joy", "anger"], [], ["fear"]] * 6
@@ -155,9 +156,22 @@ def test_the_student_loads_in_a_pipeline_and_in_the_project(run: Path) -> None:
     found = entry["metrics"]["test"]
     assert found["map"] == pytest.approx(stored["map"]) and found["nll"] == pytest.approx(stored["nll"])
     classify = pipeline("text-classification", model=str(run / "run" / "student"), top_k=None)
-    scores = {one["label"]: one["score"] for one in classify(data.splits["test"][0]["text"])}
+    scores = {one["label"]: one["score"] for one in classify([data.splits["test"][0]["text"]])[0]}
     expected = 1 / (1 + np.exp(-logits["test"][0]))
     assert [scores[name] for name in LABELS] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_export(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """The code in README.md prints the labels from a probability of 0.5 on."""
+    run_script("common/export/__main__.py", run / "run", "--format", "onnx", "--output_dir", run / "export")
+    capsys.readouterr()
+    found = run_readme(run / "export", "torch", "transformers")
+    expected = [name for name, logit in zip(LABELS, found["logits"][0], strict=True) if logit >= 0]
+    assert capsys.readouterr().out.strip() == str(expected)
+    words = run / "run" / "student", "--dataset", run / "data", "--output_dir", run / "int8"
+    run_script("NLP/scripts/export.py", *words)
+    assert json.loads((run / "int8" / "export.json").read_text())["models"]["torch-int8"]["metrics"]["test"]["map"] > 0
 
 
 def test_other_methods_and_models_are_rejected(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Token classification: words and tags in every layout, word pieces, models with other tokens, a run, the pipeline."""
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kd.nlp.data.loading import Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import evaluate
 from kd.nlp.student_model.words import WordOutputs, word_logits
 from kd.nlp.teacher_model.teacher import load_classifier, load_trained, vocabulary
+from kd_testing.exports import run_readme
 from kd_testing.scripts import run_script
 
 WORDS = [["Ann", "flew", "to", "New", "York"], ["Bob", "slept"], ["rain"]] * 4
@@ -121,13 +123,18 @@ def test_tags_follow_the_order_of_a_model(tmp_path: Path) -> None:
             {"tokens": WORDS, "a": TAGS, "b": TAGS},
             "column 'tokens' holds lists of words, so one column of lists holds",
         ),
-        ({"tokens": WORDS, "tags": [None] * 12}, "the train split has no tags in column 'tags'"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, columns: Any, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_text_data(write(tmp_path, **columns))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_split_without_tags_is_an_error(tmp_path: Path) -> None:
+    lists = Features({"tokens": List(Value("string")), "tags": List(Value("string"))})
+    with pytest.raises(UserError, match="the train split has no tags in column 'tags'"):
+        load_text_data(write(tmp_path, lists, tokens=WORDS, tags=[None] * 12))
 
 
 def test_a_file_of_sentences_is_no_conll_file(tmp_path: Path) -> None:
@@ -172,7 +179,7 @@ def test_the_first_piece_of_a_word_has_its_tag(data: Any) -> None:
 
 
 def test_a_word_that_was_cut_off_counts_as_outside(data: Any) -> None:
-    texts = Texts.of(data, tokenizer(["flew flew to to"], length=6))
+    texts = Texts.of(data, tokenizer(["flew flew to to ann"], length=6))
     assert texts.train[0]["first_tokens"] == [1, 4, -1, -1, -1]
     logits = [torch.arange(24.0).reshape(6, 4)]
     found = word_logits(logits, [texts.train[0]["first_tokens"]], outside=0)
@@ -249,15 +256,29 @@ def test_the_student_loads_in_a_pipeline_and_in_the_project(run: Path) -> None:
     assert [tokens[start] for start in starts] == logits["test"][0, : len(words)].argmax(axis=1).tolist()
 
 
-def test_evaluate_and_export(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_evaluate(run: Path) -> None:
     student = run / "run" / "student"
     run_script("NLP/scripts/evaluate.py", student, "--dataset", run / "data", "--json", run / "metrics.json")
     stored = json.loads((run / "run" / "results.json").read_text())["models"]["student"]["metrics"]["test"]
     found = json.loads((run / "metrics.json").read_text())["metrics"]["test"]
     assert found["f1"] == stored["f1"] and found["accuracy"] == stored["accuracy"]
+
+
+@pytest.mark.slow
+def test_export(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """The code in README.md prints a tag for each token, without torch."""
+    student = run / "run" / "student"
     run_script("common/export/__main__.py", run / "run", "--format", "onnx", "--output_dir", run / "export")
-    assert (run / "export" / "model.onnx").exists() and "labels[str(i)]" in (run / "export" / "README.md").read_text()
     capsys.readouterr()
+    run_readme(run / "export", "torch", "transformers")
+    printed = capsys.readouterr().out
+    tag = pipeline("token-classification", model=str(student))
+    tags = [one["entity"] for one in tag("move fifty dollars to my savings", ignore_labels=[])]
+    found = ast.literal_eval(printed)
+    assert [name for _, name in found[1:-1]] == tags
+    run_script("NLP/scripts/export.py", student, "--dataset", run / "data", "--output_dir", run / "int8")
+    results = json.loads((run / "int8" / "export.json").read_text())
+    assert results["models"]["onnx-int8"]["metrics"]["test"]["agreement"] > 0.9
 
 
 def test_models_of_other_kinds(run: Path, tmp_path: Path) -> None:
