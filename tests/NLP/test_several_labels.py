@@ -155,7 +155,7 @@ def test_the_student_loads_in_a_pipeline_and_in_the_project(run: Path) -> None:
     stored = json.loads((run / "run" / "results.json").read_text())["models"]["student"]["metrics"]["test"]
     found = entry["metrics"]["test"]
     assert found["map"] == pytest.approx(stored["map"]) and found["nll"] == pytest.approx(stored["nll"])
-    classify = pipeline("text-classification", model=str(run / "run" / "student"), top_k=None)
+    classify: Any = pipeline("text-classification", model=str(run / "run" / "student"), top_k=None)
     scores = {one["label"]: one["score"] for one in classify([data.splits["test"][0]["text"]])[0]}
     expected = 1 / (1 + np.exp(-logits["test"][0]))
     assert [scores[name] for name in LABELS] == pytest.approx(expected, abs=1e-5)
