@@ -187,7 +187,7 @@ def test_flags_of_a_teacher_model_have_no_effect_next_to_its_outputs(answers, tm
         ("--teacher tiny-bert", "--teacher has no effect"),
         ("--align_epochs 2", "--align_epochs has no effect"),
         ("--hidden_weight 1", "--hidden_weight has no effect"),
-        ("--method rkd", "needs a teacher's features"),
+        ("--method rkd", "needs features of a teacher"),
         ("--method dist", "pass --method kd"),
         ("--method dkd", "needs the label of every"),
         ("--teacher_columns answer", "no column 'answer'"),

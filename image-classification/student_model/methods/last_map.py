@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kd.common.losses import feature_l2, noise_contrastive
 from kd.common.losses.shared import product, unit
-from kd.common.methods import Feature, Method, TaskSpec, hooked, labels, match
-from kd.common.objective import Weight
+from kd.common.methods import Feature, Method, TaskSpec, hooked, labels, match, unlabelled_error
+from kd.common.objective import Weight, is_labelled
 from kd.common.outputs import Outputs
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
@@ -216,7 +216,6 @@ class Contrast(nn.Module):
     student_memory: Tensor
     teacher_memory: Tensor
     log_z: Tensor
-    needs_labels = True  # negatives are images of other classes
     labels: Tensor
 
     def __init__(
@@ -230,6 +229,8 @@ class Contrast(nn.Module):
         momentum: float,
     ) -> None:
         super().__init__()
+        if not is_labelled(labels).all():
+            raise UserError(unlabelled_error("--method crd", ["contrast"]))
         most = len(labels) - int(labels.bincount().max())
         if not most:
             raise UserError("method crd needs training images of at least 2 classes: choose another method")
