@@ -23,12 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.readers import READERS, read_text
-from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_splits, short_name
+from kd.common.data.sources import (
+    SPLIT_NAMES,
+    KnownDatasets,
+    Splits,
+    list_folder,
+    read_folder,
+    read_splits,
+    short_name,
+)
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
 
 EMBEDDED = "python"
+KNOWN: KnownDatasets = {EMBEDDED: dict}  # load_corpus makes its documents
 DOCUMENTS_PER_CALL = 1000  # tokenized by one call of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
@@ -64,7 +73,7 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     if dataset == EMBEDDED:
         note = f"reference and docstrings of Python {platform.python_version()}, PSF License"
         return Corpus(dataset, split_by_name(python_texts()), [note])
-    raw, notes = read_splits(dataset, {EMBEDDED: dict}, "train.txt, or parquet, CSV or JSON files", _read_folder)
+    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", _read_folder)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
     notes.append(f"column {column!r} contains the texts")

@@ -8,11 +8,12 @@ import numpy as np
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.sources import Splits, read_splits, short_name, with_validation
+from kd.common.data.sources import KnownDatasets, Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
+KNOWN: KnownDatasets = {NUMBER_WORDS: load_number_words}
 MAX_VALIDATION = 1000  # maximum number of sentence pairs moved from train if there is no validation split
 
 
@@ -36,7 +37,7 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
 
     Raises UserError if the dataset, a column or a text is missing.
     """
-    raw, notes = read_splits(dataset, {NUMBER_WORDS: load_number_words})
+    raw, notes = read_splits(dataset, KNOWN)
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _source_and_target(split, rows, source, target) for split, rows in raw.items()}

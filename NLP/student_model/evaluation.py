@@ -27,20 +27,14 @@ from kd.common.metrics.quality import (
 from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
-from kd.nlp.data.loading import TextData, Texts, load_text_data
+from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
+from kd.nlp.student_model.cards import card_of, classifier_usage
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.teacher_model.teacher import labels_of
 
 Logits = dict[str, np.ndarray]  # (texts, classes) by split
 Evaluation = tuple[dict[str, Any], Logits]  # an entry of results.json, and the logits
-USAGE = """from transformers import AutoTokenizer
-from {module} import {model}
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = {model}.from_pretrained("{folder}").eval()
-logits = model(**tokenizer("some text", return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])"""
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -195,13 +189,9 @@ def report(
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
     )
-    has_bottleneck = isinstance(student, BottleneckClassifier)
-    usage = USAGE.format(
-        module="kd.nlp.student_model.bottleneck_classifier" if has_bottleneck else "transformers",
-        model="BottleneckClassifier" if has_bottleneck else "AutoModelForSequenceClassification",
-        folder=run.folder / "student",
-    )
-    run.finish(results, student, usage, inputs.student_texts.collate.tokenizer)
+    usage = classifier_usage(student, "text_pair" in inputs.data.splits["train"].column_names, inputs.data.regression)
+    card = card_of(run, usage, "text-classification", KNOWN)
+    run.finish(results, student, card, inputs.student_texts.collate.tokenizer)
     return results
 
 

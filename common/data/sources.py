@@ -66,6 +66,14 @@ def read_splits(
     return _rename_splits(found, dataset, needs_train)
 
 
+def hub_dataset(dataset: str, known: KnownDatasets) -> str | None:
+    """The name owner/name[:config] on the Hub of a dataset that `read_splits` reads there; None for any other."""
+    source = known.get(dataset, dataset)
+    if not isinstance(source, str) or (dataset not in known and _exists(dataset)):
+        return None
+    return source if HUB_NAME.fullmatch(source) else None
+
+
 def short_name(dataset: str) -> str:
     """The name of a dataset in reports: the last part of a path, or the name itself."""
     return Path(dataset).resolve().name if _exists(dataset) else dataset

@@ -13,7 +13,7 @@ import numpy as np
 
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import read_labels
-from kd.common.data.sources import Splits, read_splits, short_name, with_validation
+from kd.common.data.sources import KnownDatasets, Splits, read_splits, short_name, with_validation
 from kd.common.utils.errors import UserError
 
 OVERTONES = {  # instrument: amplitudes of the fundamental and of its overtones
@@ -42,7 +42,7 @@ class LabelledData:
 
 def load_data(dataset: str) -> LabelledData:
     """Loads `tones`, a folder or owner/name[:config]. A missing validation split is made from a tenth of train."""
-    raw, notes = read_splits(dataset, {"tones": tones}, "train.parquet (or .jsonl)")
+    raw, notes = read_splits(dataset, KNOWN, "train.parquet (or .jsonl)")
     labels = read_labels(raw, "label", "ids")
     notes += labels.notes
     splits: Splits = {}
@@ -85,6 +85,9 @@ def tones() -> Splits:
             columns["label"] = np.where(generator.random(size) < WRONG_LABELS, random_labels, labels)
         splits[split] = datasets.Dataset.from_dict(columns, features=kinds)
     return splits
+
+
+KNOWN: KnownDatasets = {"tones": tones}
 
 
 def _synthesize(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, default_data_collator
 
+from kd.common.data.sources import hub_dataset
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import (
@@ -18,15 +19,17 @@ from kd.common.metrics.quality import (
 )
 from kd.common.metrics.verdict import Measurement, measure_classes
 from kd.common.pretrained import stage_loader
+from kd.common.reporting.model_card import Card
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.run import TrainerRun
-from kd.example_domain.data.loading import LabelledData
+from kd.example_domain.data.loading import KNOWN, LabelledData
 from kd.example_domain.teacher_model.classifier import Classifier, new_classifier
 
 USAGE = """import torch
 from kd.example_domain.teacher_model.classifier import Classifier
 
-model = Classifier.from_pretrained("{folder}").eval()
+folder = "student"  # the path of this model
+model = Classifier.from_pretrained(folder).eval()
 logits = model(torch.zeros(1, {length})).logits  # signals (batch, length)
 print(model.config.id2label[logits.argmax().item()])"""
 
@@ -117,4 +120,6 @@ def report(run: TrainerRun, data: LabelledData, student: Classifier, evaluations
         data_notes="; ".join(data.notes) or "none",
     )
     length = len(data.splits["train"][0]["values"])
-    run.finish(results, student, USAGE.format(folder=run.folder / "student", length=length))
+    dataset = hub_dataset(run.argument("dataset"), KNOWN)
+    origins = list(filter(None, [run.argument("teacher")]))
+    run.finish(results, student, Card(USAGE.format(length=length), dataset=dataset, origins=origins))
