@@ -68,11 +68,29 @@ class Corpus:
         return sum(len(document.encode()) for document in self.splits[split])
 
 
-def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
-    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub."""
+def load_corpus(
+    dataset: str,
+    text_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> Corpus:
+    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub.
+
+    `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of each other split.
+    """
     if dataset == EMBEDDED:
-        note = f"reference and docstrings of Python {platform.python_version()}, PSF License"
-        return Corpus(dataset, split_by_name(python_texts()), [note])
+        notes = [f"reference and docstrings of Python {platform.python_version()}, PSF License"]
+        splits = split_by_name(python_texts())
+    else:
+        splits, notes = _read_corpus(dataset, text_column)
+    for split, documents in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        splits[split] = _at_most(documents, most, split, notes)
+    return Corpus(dataset if dataset == EMBEDDED else short_name(dataset), splits, notes)
+
+
+def _read_corpus(dataset: str, text_column: str | None) -> tuple[Documents, list[str]]:
+    """The documents of a dataset that is not embedded, and notes for the report."""
     raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", _read_folder)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
@@ -80,7 +98,17 @@ def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
         splits = _split_off_end(splits, notes)
-    return Corpus(short_name(dataset), splits, notes)
+    return splits, notes
+
+
+def _at_most(documents: list[str], most: int | None, split: str, notes: list[str]) -> list[str]:
+    """At most `most` documents, evenly spaced, or the first ones if they are lines of longer texts. Adds a note."""
+    if most is None or most >= len(documents):
+        return documents
+    notes.append(f"{most:,} of {len(documents):,} documents of {split}")
+    if any(map(_is_line, documents)):
+        return documents[:most]
+    return [documents[number * len(documents) // most] for number in range(most)]
 
 
 def python_texts() -> dict[str, str]:

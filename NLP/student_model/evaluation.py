@@ -25,6 +25,7 @@ from kd.common.metrics.quality import (
     threshold_metrics,
 )
 from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
+from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
@@ -221,7 +222,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
     )
 
 
-# ---- data for evaluating a saved classifier ----
+# ---- evaluation of a saved classifier ----
 
 
 def load_data_of(model: str, args: Namespace) -> TextData:
@@ -229,6 +230,30 @@ def load_data_of(model: str, args: Namespace) -> TextData:
     Prints what was inferred. Raises UserError if the data have labels that `model` lacks.
     """
     kind, labels = labels_of(model)
-    data = load_text_data(args.dataset, args.text_columns, args.label_column, kind, labels, needs_train=False)
+    data = load_text_data(
+        args.dataset,
+        args.text_columns,
+        args.label_column,
+        kind,
+        labels,
+        needs_train=False,
+        max_eval_samples=args.max_eval_samples,
+    )
     print_notes(data.name, data.notes)
     return data
+
+
+def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]]:
+    """The columns of `write_predictions` by split. `row` is the row of the split, or that of train if the split was
+    set aside from it.
+    """
+    data, columns = texts.data, {}
+    for split, scores in logits.items():
+        rows = data.splits[split]
+        labels = np.asarray(rows["label"])
+        if data.regression:
+            found: dict[str, Any] = {"label": labels.tolist(), "prediction": scores.reshape(-1).tolist()}
+        else:
+            found = class_predictions(scores, labels, data.label_names)
+        columns[split] = {"row": rows["row"][:]} | found
+    return columns

@@ -271,6 +271,17 @@ def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, 
     return chosen
 
 
+def sample(
+    rows: datasets.Dataset, most: int | None, split: str, notes: list[str], labels: np.ndarray | None = None
+) -> datasets.Dataset:
+    """At most `most` rows of a split, the same in every run, stratified by `labels` (rows,). Adds a note."""
+    if most is None or most >= len(rows):
+        return rows
+    notes.append(f"{most:,} of {len(rows):,} {split} rows")
+    chosen = stratified(np.zeros(len(rows)) if labels is None else labels, most / len(rows))
+    return rows.select(np.flatnonzero(chosen)).flatten_indices()
+
+
 def holdout(labels: np.ndarray, share: float) -> np.ndarray:
     """Mask (rows,) of a stratified `share`. With integer labels, at least one row of each class is excluded."""
     chosen = stratified(labels, share)

@@ -37,18 +37,6 @@ def print_table(results: Results) -> None:
     print_rich(header[:-1], [row[:-1] for row in rows], title(results), "\n".join([*_sentences(results), *warnings]))
 
 
-def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
-    """Prints the metrics of a model's entry in results.json. Writes the entry to `path` unless it is None."""
-    rows = [
-        [split, words(metric), f"{value:.6f}" if isinstance(value, float) else number(value)]
-        for split, values in entry["metrics"].items()
-        for metric, value in values.items()
-    ]
-    print_rich(["split", "metric", "value"], rows, title=name)
-    if path:
-        write_json(path, entry)
-
-
 # ---------------------------------------------------------------- report.md
 
 

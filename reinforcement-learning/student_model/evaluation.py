@@ -20,7 +20,7 @@ from kd.common.reporting.report import print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, registration_code
-from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
@@ -38,10 +38,11 @@ actions, _ = model.predict(observations, deterministic=True)"""
 
 
 class PolicyEvaluation(NamedTuple):
-    """A model's entry in results.json, and its mean return on any of the episodes."""
+    """A model's entry in results.json, its mean return on any of the episodes, and the greedy episodes."""
 
     entry: dict[str, Any]
     measurement: Measurement
+    episodes: Episodes
 
 
 def evaluate(
@@ -59,7 +60,8 @@ def evaluate(
         network: the network of the ensemble; default: that of the agent.
     """
     network = agents[0].network() if network is None else network
-    returns, observations = returns_of(greedy(network), environment, episodes, TEST_SEED)
+    played = play_in(environment, greedy(network), episodes, TEST_SEED)
+    returns, observations = played.returns, played.observations
     generator = torch.Generator().manual_seed(0)
     sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
@@ -76,7 +78,7 @@ def evaluate(
         **cost(network, {"observations": observations[:1].to(network.device), "value": False}),
         "metrics": {"test": metrics},
     }
-    return PolicyEvaluation(entry, measure_mean(returns, constant))
+    return PolicyEvaluation(entry, measure_mean(returns, constant), played)
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:

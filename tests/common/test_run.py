@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from kd.common.reporting.report import show_metrics, write_report
+from kd.common.reporting.report import write_report
 from kd.common.reporting.results import validate
+from kd.common.reporting.saved_models import show_metrics
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run, TrainerRun, log_line
 from kd.common.utils.errors import UserError
