@@ -20,7 +20,6 @@ if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
 from kd.common.reporting.saved_models import (
-    check_files,
     parse_with_recipe,
     saved_model,
     show_metrics,
@@ -33,7 +32,6 @@ from kd.nlp.teacher_model.teacher import load_trained
 
 def main() -> None:
     args = parse_with_recipe(PARSER, DATA_ARGUMENTS)
-    check_files(args)
     model = saved_model(args.model)
     data = load_data_of(model, args)
     classifier = load_trained(model, data)

@@ -22,6 +22,7 @@ from kd.common.reporting.report import (
     samples,
     score_text,
     verdict_sentence,
+    warnings_of,
 )
 from kd.common.reporting.results import Results
 from kd.common.reporting.tables import code, escaped, fenced, markdown, number, words
@@ -92,7 +93,8 @@ def model_card(results: Results, card: Card) -> str:
         f"---\n{metadata(results, card)}\n---",
         f"# {escaped(results['task'])}: {escaped(results['method'])}",
         f"{code(student['name'])}, a student of {student['parameters']:,} parameters for {escaped(results['task'])}, "
-        f"{training}. {escaped(headline(results))}",
+        f"{training}.",
+        escaped(headline(results)),
         "## Load it",
         fenced(card.usage, "python"),
         *_requirements(card.usage),
@@ -102,7 +104,7 @@ def model_card(results: Results, card: Card) -> str:
         "## How it was trained",
         fenced(shlex.join(results["command"])),
         f"{samples(results)} Trained in {environment['precision']} on {escaped(environment['device'])} "
-        f"({environment['threads']} threads) with torch {environment['torch']} in "
+        f"({_counted(environment['threads'], 'thread')}) with torch {environment['torch']} in "
         f"{number(results['seconds']['total'])} seconds.",
         "## Limitations",
         "\n".join(f"- {escaped(line)}" for line in _limitations(results)),
@@ -115,6 +117,10 @@ def with_seeds(card: str, first: Results, merged: Results) -> str:
     return card.replace(escaped(_seeds(first)), escaped(_seeds(merged)))
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _requirements(usage: str) -> list[str]:
     if not re.search(r"^(from|import) kd\.", usage, re.MULTILINE):
         return []
@@ -124,7 +130,7 @@ def _requirements(usage: str) -> list[str]:
 def _limitations(results: Results) -> list[str]:
     split, gain = results["primary_metric"]["split"], results["gain_over_control"]
     student, teacher = results["models"]["student"], results["models"]["teacher"]
-    lines = [_seeds(results)]
+    lines = [_seeds(results), *warnings_of(results)]
     if results["data"][split] is not None:
         lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
     if "test" not in student["metrics"]:

@@ -22,7 +22,6 @@ if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
 from kd.common.reporting.saved_models import (
-    check_files,
     parse_with_recipe,
     saved_model,
     show_metrics,
@@ -35,7 +34,6 @@ from kd.image_classification.teacher_model.teacher import load_trained, trained_
 
 def main() -> None:
     args = parse_with_recipe(PARSER, EVALUATION_DATA)
-    check_files(args)
     data_args = DataArguments(*(getattr(args, field.name) for field in fields(DataArguments)))
 
     folder = trained_folder(saved_model(args.model))

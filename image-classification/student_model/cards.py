@@ -8,7 +8,7 @@ from kd.image_classification.teacher_model.backbones import TIMM, known_weights
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import IMAGENET_CLASSES, trained_folder
 
-FOLDER = 'folder = "student"  # the path of this model; huggingface_hub.snapshot_download("OWNER/NAME") of the Hub'
+FOLDER = 'folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")'
 USAGE = f"""from kd.image_classification.teacher_model.classifier import ImageClassifier
 from PIL import Image
 from transformers import AutoImageProcessor

@@ -30,7 +30,7 @@ BOTTLENECK_IMPORT = "import kd.reinforcement_learning.teacher_model.bottleneck  
 USAGE = """{imports}import gymnasium
 from stable_baselines3 import PPO
 
-folder = "student"  # the path of this model; huggingface_hub.snapshot_download("OWNER/NAME") of the Hub
+folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")
 model = PPO.load(f"{{folder}}/student.zip")
 environments = gymnasium.make_vec("{environment}", num_envs=1)
 observations, _ = environments.reset(seed=0)

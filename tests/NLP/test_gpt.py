@@ -31,6 +31,7 @@ from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -288,8 +289,7 @@ def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsy
     assert torch.equal(student(ids).logits, stage(ids).logits)
     tokenizers = [AutoTokenizer.from_pretrained(finished / name) for name in ("student", "stages/tokenizer")]
     assert tokenizers[0]("The same – text")["input_ids"] == tokenizers[1]("The same – text")["input_ids"]
-    usage = (finished / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(usage, {})
+    run_readme(finished / "student")
     prompt = json.loads((finished / "results.json").read_text())["sample"]["prompt"]
     assert " ".join(capsys.readouterr().out.split()).startswith(prompt)
 

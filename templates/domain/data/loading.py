@@ -53,7 +53,7 @@ def load_data(
     max_eval_samples: int | None = None,
     label_names: list[str] | None = None,
 ) -> LabelledData:
-    """Loads `tones`, a folder, a file or owner/name[:config]. A missing validation split is made from a tenth of train.
+    """Loads `tones`, a folder, a file or owner/name[:config]. A tenth of train becomes a missing validation split.
 
     Args:
         max_train_samples, max_eval_samples: Maximum number of signals of train and of each other split, a fixed

@@ -22,7 +22,6 @@ if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
 from kd.common.reporting.saved_models import (
-    check_files,
     parse_with_recipe,
     saved_model,
     show_metrics,
@@ -35,7 +34,6 @@ from kd.example_domain.teacher_model.classifier import load_trained, read_config
 
 def main() -> None:
     args = parse_with_recipe(PARSER, ("dataset", "max_eval_samples"))
-    check_files(args)
     folder = saved_model(args.model)
     names = read_config(folder).label_names
     data = load_data(args.dataset, max_eval_samples=args.max_eval_samples, label_names=names)

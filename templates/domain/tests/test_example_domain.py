@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_evaluate_reproduces_the_reported_metrics(finished: Path, tmp_path: Path
 def test_the_model_card_loads_the_student(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search("```python\n(.*?)```", (finished / "student" / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    exec(code[1], {})
+    with chdir(finished):
+        exec(code[1], {})
     assert capsys.readouterr().out.strip() in OVERTONES
 
 
