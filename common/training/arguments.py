@@ -193,6 +193,24 @@ def add_evaluation_arguments(parser: Parser, model: str, predictions: str) -> No
     parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
 
 
+def ensemble_weights() -> Any:
+    """The field of the weights of several teachers. `check_ensemble_weights` checks their number."""
+    return field(default=None, metadata={"help": "Weights of --teacher and of these teachers (default: equal)."})
+
+
+def check_ensemble_weights(teachers: list[str], weights: list[float] | None) -> None:
+    """Raises ValueError unless there is one weight for --teacher and for each of --ensemble_teachers."""
+    if weights is None:
+        return
+    if not teachers:
+        raise ValueError("--ensemble_weights needs several teachers: pass --ensemble_teachers")
+    if len(weights) != len(teachers) + 1:
+        raise ValueError(
+            f"--ensemble_weights needs {len(teachers) + 1} weights, for --teacher and each of --ensemble_teachers, "
+            f"got {len(weights)}"
+        )
+
+
 @dataclass
 class CodebookArguments:
     """Discrete key-value bottleneck."""
