@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -299,6 +300,8 @@ class TrainerRun(Run):
         for argument, value in overrides.items():
             setattr(args, argument, value)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
+        os.environ["WANDB_RUN_GROUP"] = str(self.folder)
+        args.run_name = f"{args.run_name or self.folder}/{name}"  # W&B has a run for each stage
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
         popped = loop.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # not in notebooks
@@ -309,6 +312,8 @@ class TrainerRun(Run):
                 loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         finally:
             loop.finish()  # after an interrupt in a notebook, the teacher is used again
+            if "wandb" in args.report_to and args.process_index == 0:
+                import_module("wandb").finish()
         if args.fsdp:  # all weights, in each process
             weights = trained.state_dict().items()
             model.load_state_dict({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights})
