@@ -14,8 +14,8 @@ from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
 NEEDED = ("common", "typings", "templates", "tests/kd_testing", "tests/conftest.py",
-          "tests/test_layout.py", "tests/test_documents.py", "tests/test_help.py", "setup.py", "pyproject.toml", "requirements.txt",
-          "README.md", "CONTRIBUTING.md")  # fmt: skip
+          "tests/test_layout.py", "tests/test_documents.py", "tests/test_help.py", "setup.py", "pyproject.toml",
+          "requirements.txt", "README.md", "CONTRIBUTING.md")  # fmt: skip
 LAYOUT = ("a_domain_is_importable_and_complete", "domains_import_common_and_never_each_other",
           "shell_scripts_can_be_run_and_their_recipes_exist")  # fmt: skip
 

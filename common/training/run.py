@@ -312,7 +312,7 @@ class TrainerRun(Run):
                 loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         finally:
             loop.finish()  # after an interrupt in a notebook, the teacher is used again
-            if "wandb" in args.report_to and args.process_index == 0:
+            if "wandb" in (args.report_to or []) and args.process_index == 0:
                 import_module("wandb").finish()
         if args.fsdp:  # all weights, in each process
             weights = trained.state_dict().items()

@@ -353,6 +353,17 @@ def test_a_saved_student_reproduces_the_reported_bleu(finished, small):
     assert scores == pytest.approx({name: measured[name] for name in scores})
 
 
+def test_sentence_pairs_are_limited():
+    whole, part = (
+        load_translation_data("number_words", "en", "de"),
+        load_translation_data("number_words", "en", "de", max_train_samples=50, max_eval_samples=20),
+    )
+    assert {split: len(rows) for split, rows in part.splits.items()} == {"train": 50, "validation": 20, "test": 20}
+    assert set(part.splits["train"]["source"][:]) <= set(whole.splits["train"]["source"][:])
+    assert part.fingerprint != whole.fingerprint
+    assert f"50 of {len(whole.splits['train']):,} train rows" in part.notes
+
+
 def test_the_code_of_the_model_card_runs(finished, capsys):
     run_readme(finished / "student")
     assert capsys.readouterr().out.strip()
