@@ -10,17 +10,12 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from kd.common.reporting.model_card import Card
-from kd.common.utils import startup
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.cards import card_of
 from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.image_files import draw
 from kd_testing.readmes import run_readme, run_readme_alone
-
-OPERATORS = "import torch\nlibrary = torch.library.Library('torchvision', 'FRAGMENT')\n" + "".join(
-    f"library.define({schema!r})\n" for schema in startup.SCHEMAS.values()
-)
 
 
 def card(student: ImageClassifier, labels_only: bool = False, **arguments: Any) -> Card:
@@ -43,8 +38,7 @@ def test_the_code_of_a_network_of_timm_runs_without_this_project(alone: bool, tm
     picture = AutoImageProcessor.from_pretrained(folder)(Image.open(tmp_path / "image.png"), return_tensors="pt")
     expected = student.eval()(**picture).logits
     if alone:
-        before = OPERATORS if startup._libraries else ""  # only if torchvision does not load with this torch
-        printed = run_readme_alone(folder, before, "print(logits.argmax().item())")
+        printed = run_readme_alone(folder, after="print(logits.argmax().item())")
         assert printed.splitlines()[-1] == str(expected.argmax().item())
     else:
         torch.testing.assert_close(run_readme(folder)["logits"], expected)

@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from kd.common.utils import startup
+
+# What torchvision needs if it was built for another torch; then transformers and timm cannot be imported without it.
+OPERATORS = "import torch\nlibrary = torch.library.Library('torchvision', 'FRAGMENT')\n" + "".join(
+    f"library.define({schema!r})\n" for schema in startup.SCHEMAS.values()
+)
+
 
 def code_of(folder: Path) -> str:
     return "\n".join(re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
@@ -24,10 +31,10 @@ def run_readme(folder: Path, *missing: str) -> dict[str, Any]:
     return found
 
 
-def run_readme_alone(folder: Path, before: str = "", after: str = "") -> str:
-    """The output of the code, with code before and after it, in a new process that cannot import the project."""
+def run_readme_alone(folder: Path, after: str = "") -> str:
+    """The output of the code, with more code after it, in a new process that cannot import the project."""
     hide = "import sys\nsys.modules['kd'] = None"
-    code = "\n".join([hide, before, code_of(folder), after])
+    code = "\n".join([hide, OPERATORS if startup._libraries else "", code_of(folder), after])
     done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
