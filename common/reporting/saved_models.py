@@ -93,8 +93,8 @@ def saved_model(name: str) -> str:
 
 def print_seeds(run: Path) -> None:
     """Prints which student of a run of several seeds is evaluated."""
-    seeds = read_json(run / RESULTS).get("seeds") if (run / RESULTS).exists() else None
-    if seeds:
+    results = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
+    if isinstance(results, dict) and (seeds := results.get("seeds")):
         others = f"; the others are in {', '.join(f'{run}/seed{seed}' for seed in seeds[1:])}" if seeds[1:] else ""
         print(f"note: the student of seed {seeds[0]} is evaluated{others}")
 
