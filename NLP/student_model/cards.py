@@ -20,7 +20,7 @@ print({result})"""
 PLAIN = "AutoModelForSequenceClassification"
 
 
-def classifier_usage(student: Any, pairs: bool, regression: bool) -> str:
+def usage_of(student: Any, pairs: bool, regression: bool) -> str:
     """The code that loads a text classifier, or a regression model, and calls it."""
     model, imports = PLAIN, f"from transformers import {PLAIN}, AutoTokenizer"
     if isinstance(student, BottleneckClassifier):

@@ -31,7 +31,7 @@ from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
-from kd.nlp.student_model.cards import card_of, classifier_usage
+from kd.nlp.student_model.cards import card_of, usage_of
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.teacher_model.teacher import labels_of
 
@@ -195,7 +195,7 @@ def report(
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
     )
-    usage = classifier_usage(student, "text_pair" in inputs.data.splits["train"].column_names, inputs.data.regression)
+    usage = usage_of(student, "text_pair" in inputs.data.splits["train"].column_names, inputs.data.regression)
     card = card_of(run, usage, "text-classification", KNOWN)
     run.finish(results, student, card, inputs.student_texts.collate.tokenizer)
     return results

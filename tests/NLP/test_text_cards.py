@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizer
 
 from kd.nlp.data.loading import KNOWN, Texts, load_text_data
-from kd.nlp.student_model.cards import card_of, classifier_usage
+from kd.nlp.student_model.cards import card_of, usage_of
 from kd.nlp.student_model.evaluation import prediction_columns
 from kd_testing.readmes import run_readme, run_readme_alone
 
@@ -35,7 +35,7 @@ def test_the_code_of_a_plain_student_runs_without_this_project(
     folder = tmp_path / "student"
     student.save_pretrained(folder)
     BertTokenizer(vocab=VOCABULARY).save_pretrained(folder)
-    usage = classifier_usage(student, pairs=regression, regression=regression)
+    usage = usage_of(student, pairs=regression, regression=regression)
     (folder / "README.md").write_text(f"```python\n{usage}\n```\n")
     texts = ("some text", "another text") if regression else ("some text",)
     logits = student.eval()(**AutoTokenizer.from_pretrained(folder)(*texts, return_tensors="pt")).logits
