@@ -25,9 +25,10 @@ def run_readme(folder: Path, *missing: str) -> dict[str, Any]:
     an error.
     """
     found: dict[str, Any] = {}
+    code = code_of(folder)
     project = ["kd", *(name for name in sys.modules if name.startswith("kd."))]
     with contextlib.chdir(folder.parent), mock.patch.dict(sys.modules, dict.fromkeys([*project, *missing])):
-        exec(code_of(folder), found)
+        exec(code, found)
     return found
 
 
