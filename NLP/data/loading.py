@@ -23,8 +23,8 @@ from kd.common.data.sources import (
     join_unlabelled,
     labelled,
     read_splits,
+    sample,
     short_name,
-    stratified,
     with_validation,
 )
 from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
@@ -52,7 +52,8 @@ MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
 @dataclass(frozen=True)
 class TextData:
-    """Every split has the columns text, text_pair (for tasks with pairs), label and sample_id.
+    """Every split has the columns text, text_pair (for tasks with pairs), label, row (in the data as
+    stored) and sample_id.
 
     A label is a class id, a float for regression, a list of 0 and 1 for multi_label, or a list of tag ids for
     token_classification, whose text is a list of words. Only train has rows without a label: IGNORED, or NaN for
@@ -160,10 +161,7 @@ def load_text_data(
         splits = with_validation(splits, strata(splits["train"]), notes)
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
-        if most is not None and most < len(rows):
-            notes.append(f"{most:,} of {len(rows):,} {split} rows")
-            kept = stratified(strata(rows), most / len(rows))
-            splits[split] = rows.select(np.flatnonzero(kept)).flatten_indices()
+        splits[split] = sample(rows, most, split, notes, strata(rows))
     return TextData(
         name=name,
         splits={split: rows.add_column("sample_id", np.arange(len(rows))) for split, rows in splits.items()},
@@ -202,7 +200,7 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
     def parts() -> Iterator[object]:
         yield label_names
         for split in sorted(splits):
-            for column in (name for name in splits[split].column_names if name != "sample_id"):
+            for column in (name for name in splits[split].column_names if name not in ("row", "sample_id")):
                 yield [split, column, splits[split][:][column]]
 
     return data_fingerprint(parts())

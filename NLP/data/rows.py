@@ -47,7 +47,7 @@ def to_column(values: np.ndarray) -> pa.Array:
 
 
 def select_rows(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The columns text, text_pair (if there are two text columns) and label of some rows.
+    """The columns text, text_pair (if there are two text columns), label and row of some rows.
 
     Raises UserError for a row with a label and without a text.
     """
@@ -72,7 +72,8 @@ def select_rows(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, la
     label: Any = datasets.Value("int64" if labels.dtype == object else str(labels.dtype))
     kinds = {name: datasets.List(text) if labels.dtype == object else text for name in found}
     kinds["label"] = datasets.List(label) if labels.dtype == object or labels.ndim > 1 else label
-    table = pa.table({**found, "label": to_column(labels)})
+    kinds["row"] = datasets.Value("int64")
+    table = pa.table({**found, "label": to_column(labels), "row": rows})
     return Dataset(table.cast(datasets.Features(kinds).arrow_schema))
 
 

@@ -13,34 +13,22 @@ from transformers import EvalPrediction, PreTrainedModel
 from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
 from kd.common.metrics.entities import OUTSIDE
+from kd.common.metrics.label_sets import predict_labels
 from kd.common.metrics.verdict import Measurement
-from kd.common.training.arguments import TaskType
+from kd.common.objective import IGNORED
+from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
-from kd.nlp.data.loading import TextData, Texts, load_text_data
+from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
+from kd.nlp.student_model.cards import card_of, pipeline_tag, usage_of
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.words import word_logits
 from kd.nlp.teacher_model.teacher import labels_of
 
 Logits = dict[str, np.ndarray]  # (texts, classes) by split
 Evaluation = tuple[dict[str, Any], Logits]  # an entry of results.json, and the logits
-USAGE = """from transformers import AutoTokenizer
-from {module} import {model}
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = {model}.from_pretrained("{folder}").eval()
-logits = model(**tokenizer("some text", return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])"""
-PIPELINE = """from transformers import pipeline
-
-classify = pipeline("{task}", model="{folder}", {option})  # {meaning}
-print(classify("some text"))"""
-PIPELINES: dict[TaskType, tuple[str, str, str]] = {  # the name, an argument and its meaning
-    "multi_label": ("text-classification", "top_k=None", "the probability of each label"),
-    "token_classification": ("token-classification", 'aggregation_strategy="first"', "the first token of each word"),
-}
 
 
 def trainer_metrics(data: TextData) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -198,21 +186,11 @@ def report(
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
     )
-    usage = usage_of(student, inputs.data.task, str(run.folder / "student"))
-    run.finish(results, student, usage, inputs.student_texts.collate.tokenizer)
+    data = inputs.data
+    usage = usage_of(student, "text_pair" in data.splits["train"].column_names, data.task)
+    card = card_of(run, usage, pipeline_tag(data.task), KNOWN)
+    run.finish(results, student, card, inputs.student_texts.collate.tokenizer)
     return results
-
-
-def usage_of(student: PreTrainedModel, task: TaskType, folder: str) -> str:
-    """The code that loads and calls a student, for its model card."""
-    if task in PIPELINES:
-        name, option, meaning = PIPELINES[task]
-        return PIPELINE.format(task=name, folder=folder, option=option, meaning=meaning)
-    if isinstance(student, BottleneckClassifier):
-        module, model = "kd.nlp.student_model.bottleneck_classifier", "BottleneckClassifier"
-    else:
-        module, model = "transformers", "AutoModelForSequenceClassification"
-    return USAGE.format(module=module, model=model, folder=folder)
 
 
 def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any], **extra: Any) -> dict[str, Any]:
@@ -240,7 +218,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
     )
 
 
-# ---- data for evaluating a saved classifier ----
+# ---- evaluation of a saved classifier ----
 
 
 def load_data_of(model: str, args: Namespace) -> TextData:
@@ -259,6 +237,37 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         label_names=args.label_names,
         trust_label_order=args.trust_label_order,
         label_separator=args.label_separator,
+        max_eval_samples=args.max_eval_samples,
     )
     print_notes(data.name, data.notes)
     return data
+
+
+def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]]:
+    """The columns of `write_predictions` by split. `row` is the row of the split, or that of train if the split was
+    set aside from it.
+    """
+    data, columns = texts.data, {}
+    for split, scores in logits.items():
+        found: dict[str, Any]
+        rows, labels = data.splits[split], texts.labels(split)
+        if data.task == "regression":
+            found = {"label": labels.tolist(), "prediction": scores.reshape(-1).tolist()}
+        elif data.task == "classification":
+            found = class_predictions(scores, labels, data.label_names)
+        else:
+            found = {name: _listed(data, values, labels) for name, values in (("label", None), ("prediction", scores))}
+        columns[split] = {"row": rows["row"][:]} | found
+    return columns
+
+
+def _listed(data: TextData, logits: np.ndarray | None, labels: np.ndarray) -> list[str]:
+    """The labels of each text, with semicolons, or the tags of its words, with spaces: predicted, or without `logits`
+    actual.
+    """
+    names = np.array(data.label_names)
+    if data.task == "multi_label":
+        chosen = labels > 0 if logits is None else predict_labels(logits)
+        return ["; ".join(names[row]) for row in chosen]
+    tags = labels if logits is None else logits.argmax(axis=-1)
+    return [" ".join(names[row[known != IGNORED]]) for row, known in zip(tags, labels, strict=True)]

@@ -15,7 +15,7 @@ from kd.nlp.data.loading import Texts, load_text_data, with_label_order
 from kd.nlp.data.multilabel_intents import LABELS, load_multilabel_intents
 from kd.nlp.student_model.evaluation import evaluate
 from kd.nlp.teacher_model.teacher import load_trained
-from kd_testing.exports import run_readme
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 
 SETS = [["joy"], ["joy", "anger"], [], ["fear"]] * 6

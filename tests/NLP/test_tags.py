@@ -21,7 +21,7 @@ from kd.nlp.data.loading import Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import evaluate
 from kd.nlp.student_model.words import WordOutputs, word_logits
 from kd.nlp.teacher_model.teacher import load_classifier, load_trained, vocabulary
-from kd_testing.exports import run_readme
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 
 WORDS = [["Ann", "flew", "to", "New", "York"], ["Bob", "slept"], ["rain"]] * 4
