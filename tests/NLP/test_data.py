@@ -451,8 +451,8 @@ def test_errors_of_columns(tmp_path: Path) -> None:
     assert "no column 'body'" in error_of(folder, ["body"]) and "text, label" in error_of(folder, ["body"])
     assert "no column 'topic'" in error_of(folder, None, "topic")
     assert "does not contain texts" in error_of(folder, ["label"], "text")
-    lists = {"text": texts(2), "label": [[0], [1]]}
-    assert "holds no labels" in error_of(write(tmp_path / "lists", train=lists, validation=lists))
+    lists = {"text": texts(2), "label": [[[0]], [[1]]]}
+    assert "not lists of labels" in error_of(write(tmp_path / "lists", train=lists, validation=lists))
 
 
 @pytest.mark.parametrize("empty", [None, "", "  \n"])
