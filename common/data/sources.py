@@ -209,7 +209,7 @@ def _read_hub(dataset: str, source: str, instead: str) -> Splits:
     name, _, config = source.partition(":")
     try:
         with offline_if_unreachable():
-            return dict(datasets.load_dataset(name, config or None, revision=revision or None))
+            return dict(datasets.load_dataset(name, config or None, **({"revision": revision} if revision else {})))
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
             f"{dataset} is neither a local folder nor a dataset on the Hub that you may read: {instead}"
