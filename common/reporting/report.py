@@ -86,8 +86,10 @@ def _seeds(results: Results) -> str:
 
 
 def _samples(results: Results) -> str:
-    sizes = {split: results["data"][split] for split in ("train", "validation", "test")}
-    return f"Samples: {', '.join(f'{split} {size:,}' for split, size in sizes.items() if size is not None)}."
+    sizes, units = results["data"], results["data"].get("units", {})
+    splits = [split for split in ("train", "validation", "test") if sizes[split] is not None]
+    parts = [f"{split} {sizes[split]:,} {units.get(split, '')}".strip() for split in splits]
+    return f"{'Data' if units else 'Samples'}: {', '.join(parts)}."
 
 
 def model_table(results: Results) -> Table:
@@ -336,7 +338,8 @@ def _limitations(results: Results) -> str:
         seeds = ", ".join(map(str, results["seeds"]))
         lines = [f"The results are means over the seeds {seeds}. The weights are those of seed {results['seeds'][0]}."]
     if results["data"][split] is not None:
-        lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
+        unit = results["data"].get("units", {}).get(split, "samples")
+        lines.append(f"The headline is measured on {results['data'][split]:,} {unit} of the {split} split.")
     if "test" not in student["metrics"]:
         lines.append("It was not evaluated on a test split.")
     if teacher and results["retention"] is not None and results["retention"] < 1:

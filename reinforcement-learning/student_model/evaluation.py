@@ -15,14 +15,14 @@ from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.report import model_card, print_table, write_report
-from kd.common.training.run import Run
+from kd.common.reporting.report import model_card, write_report
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
+from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
 
 STATES = 20_000  # maximum number of states for the agreement of student and teacher
 USAGE = """{register}import gymnasium
@@ -115,7 +115,7 @@ def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -
 
 
 def report(
-    run: Run,
+    run: PolicyRun,
     method: str,
     environment: str,
     evaluations: dict[str, PolicyEvaluation],
@@ -148,9 +148,10 @@ def report(
         method=method,
         data={
             "train": work.get("observations"),
-            "validation": None,
+            "validation": run.args.eval_episodes,
             "test": teacher["episodes"],
             "fingerprint": fingerprint(environment),
+            "units": {"train": "observations", "validation": "episodes", "test": "episodes"},
         },
         models=models,
         split="test",
@@ -166,8 +167,7 @@ def report(
     if student_stage:
         _save_student(run.folder / "stages" / student_stage / folder_name(environment), folder / "student", results)
     write_report(folder, results, history, progress="environment_steps")
-    print_table(results)
-    print(f"report: {folder / 'report.md'}")
+    run.show(results, folder)
 
 
 def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
         write_text(partial / "README.md", model_card(results, usage))
 
 
-def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
+def _history(run: PolicyRun, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return as `eval_return_mean`, which is plotted."""
     name = curve_name(environment)
     logs = {stage: [entry for entry in log if name in entry] for stage, log in run.history.items()}
