@@ -5,8 +5,8 @@
     python reinforcement-learning/scripts/distill_policy.py --environment LunarLander-v3 --teacher lander.zip
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
-The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
-rollouts. For several environments, the student has one body and a head for each environment. Each environment has a
+The teacher is trained in the run, in OUTPUT_DIR/stages/teacher, unless --teacher names one. The control is the same
+student trained by PPO from reward alone, with as many environment steps, rounded up to whole rollouts. For several environments, the student has one body and a head for each environment. Each environment has a
 report, and a student that loads without the others.
 """
 
@@ -134,7 +134,8 @@ def untrained_teachers(args: PolicyArguments, training: TeacherArguments) -> dic
 def soft_teacher(environment: str, agents: list[Agent], args: PolicyArguments) -> Teacher:
     """The teacher of an environment: its agents at their temperatures, averaged if there are several."""
     networks = [soft_network(one, environment, args.teacher_temperature, args.teacher_entropy) for one in agents]
-    return Teacher(environment, tuple(agents), average_policies(networks) if len(agents) > 1 else networks[0])
+    network = average_policies(networks, args.ensemble_weights) if len(agents) > 1 else networks[0]
+    return Teacher(environment, tuple(agents), network)
 
 
 def measure_teacher(
