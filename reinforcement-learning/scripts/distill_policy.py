@@ -6,8 +6,9 @@
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The teacher is trained in the run, in OUTPUT_DIR/stages/teacher, unless --teacher names one. The control is the same
-student trained by PPO from reward alone, with as many environment steps, rounded up to whole rollouts. For several environments, the student has one body and a head for each environment. Each environment has a
-report, and a student that loads without the others.
+student trained by PPO from reward alone, with as many environment steps, rounded up to whole rollouts. For several
+environments, the student has one body and a head for each. Each environment has a report, and a student that loads
+without the others.
 """
 
 from collections.abc import Sequence
