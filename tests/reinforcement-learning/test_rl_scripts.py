@@ -238,7 +238,7 @@ def test_several_environments_share_one_body(capsys):
 
 @pytest.fixture
 def short_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_FRAMES", 10)
+    monkeypatch.setattr(video, "MAX_FRAMES", 30)
 
 
 @pytest.mark.usefixtures("short_videos")
