@@ -37,7 +37,7 @@ from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
-from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH, initial_deviation
 
 NO_DOWNLOAD = f"pass a local folder, or {SCRATCH}, which needs no download"
 END_OF_TEXT = "<|endoftext|>"
@@ -90,6 +90,7 @@ def random_gpt2(vocabulary: int, end: int, layers: int, width: int, positions: i
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
+        initializer_range=initial_deviation(width),
         bos_token_id=end,
         eos_token_id=end,
     )
@@ -160,6 +161,7 @@ def random_marian(
         decoder_ffn_dim=4 * width,
         activation_function="relu",
         dropout=dropout,
+        init_std=initial_deviation(width),
         scale_embedding=True,
         max_position_embeddings=max(MIN_POSITIONS, max_length),
         forced_eos_token_id=special_ids["eos_token_id"],

@@ -25,6 +25,7 @@ from kd.common.data.labels import Kind
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
+from kd.nlp.teacher_model import initial_deviation
 
 TINY_BERT = "tiny-bert"
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
@@ -268,7 +269,8 @@ def tiny_bert(data: TextData) -> Pretrained:
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=512,
+        intermediate_size=256,
+        initializer_range=initial_deviation(128),
         **label_config(data),
     )
     return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)

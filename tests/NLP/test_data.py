@@ -16,12 +16,14 @@ import numpy as np
 import pandas
 import pyarrow.csv
 import pytest
+import torch
 
 from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
-from kd.nlp.data.loading import TextData, Texts, load_text_data, with_label_order
+from kd.nlp.data.loading import Collator, TextData, Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import metrics_by_split
+from kd.nlp.teacher_model.teacher import tiny_bert
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 Columns = dict[str, list]
@@ -110,6 +112,19 @@ def test_intents_schema() -> None:
     for rows in data.splits.values():
         assert rows.column_names == ["text", "label", "sample_id"]
         assert rows["sample_id"][:] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_those_of_the_padding_of_transformers(side: str) -> None:
+    made = tiny_bert(load_text_data("intents"))
+    made.tokenizer.padding_side = side
+    tokens = [made.tokenizer(text) for text in ("cancel", "set an alarm", "a timer")]
+    rows = [{**columns, "labels": 1, "sample_id": i} for i, columns in enumerate(tokens)]
+    batch = Collator(made.tokenizer)([row | {"length": 0} for row in rows])
+    reference = made.tokenizer.pad(rows, return_tensors="pt")
+    assert batch.keys() == reference.keys()
+    for name, values in batch.items():
+        assert torch.equal(values, reference[name]) and values.dtype == reference[name].dtype
 
 
 # Local folders
