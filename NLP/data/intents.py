@@ -14,17 +14,19 @@ words.
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 
 import datasets
 
-SIZES = {"train": 6000, "validation": 1500, "test": 1500}
+SIZES = {"train": 10_000, "validation": 1500, "test": 3000}
 OOS = "oos"
-OOS_SHARE = {"train": 0.05, "validation": 0.1, "test": 0.1}
+OOS_SHARE = 0.05
 TAIL_EVERY, TAIL_WEIGHT = 4, 0.25  # every fourth intent is rare in train
 LABEL_NOISE = 0.03  # train only
 EXCLUDED_RATE = 0.07  # probability of an excluded alternative in validation and test
-CORRECTION, CLAUSE, POLITE, TYPO, DROPPED = 0.08, 0.25, 0.5, 0.1, 0.08
+CORRECTION, CLAUSE, POLITE, TYPO, DROPPED = 0.2, 0.25, 0.5, 0.1, 0.08
 
+SLOT, ARTICLE = re.compile(r"{(\w+)}"), re.compile(r"\ba (?=[aeiou])")
 SLOTS = {
     "hour": "six|seven|eight|nine|ten|eleven|noon|midnight|half past six|quarter to nine|*five|*half past four",
     "day": "today|tomorrow|on monday|on tuesday|on friday|this weekend|tonight|*on sunday|*next week",
@@ -157,6 +159,13 @@ OUT_OF_SCOPE = {  # other domains in every split
 }
 
 
+@cache
+def _alternatives(lines: str) -> tuple[list[str], list[str]]:
+    """The alternatives of a template that train uses, and those that are excluded from it."""
+    options = lines.split("|")
+    return [o for o in options if not o.startswith("*")], [o[1:] for o in options if o.startswith("*")]
+
+
 class _Generator:
     """Generates the sentences of one split: expands templates, then perturbs them."""
 
@@ -165,11 +174,10 @@ class _Generator:
         self.split = split
 
     def expand(self, lines: str) -> str:
-        common = [option for option in lines.split("|") if not option.startswith("*")]
-        excluded = [option[1:] for option in lines.split("|") if option.startswith("*")]
+        common, excluded = _alternatives(lines)
         use_excluded = excluded and self.split != "train" and self.chance(EXCLUDED_RATE)
         line = self.rng.choice(excluded if use_excluded else common)
-        return re.sub(r"{(\w+)}", lambda slot: self.expand(SLOTS[slot[1]]), line)
+        return SLOT.sub(lambda slot: self.expand(SLOTS[slot[1]]), line)
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -182,7 +190,7 @@ class _Generator:
             text = self.expand("{clause} ") + text if self.chance(0.5) else text + self.expand(" {after}")
         if self.chance(POLITE):
             text = self.expand("{before} ") + text if self.chance(0.5) else text + self.expand(" {behind}")
-        text = re.sub(r"\ba (?=[aeiou])", "an ", text)
+        text = ARTICLE.sub("an ", text)
         return " ".join(self.perturb(text.split()))
 
     def perturb(self, words: list[str]) -> list[str]:
@@ -202,7 +210,7 @@ def _quota(split: str) -> Iterator[str]:
     weights = {name: 1.0 for name in INTENTS}
     if split == "train":
         weights |= {name: TAIL_WEIGHT for name in list(INTENTS)[::TAIL_EVERY]}
-    in_scope = SIZES[split] * (1 - OOS_SHARE[split])
+    in_scope = SIZES[split] * (1 - OOS_SHARE)
     unit = in_scope / sum(weights.values())
     for name, weight in weights.items():
         yield from [name] * int(unit * weight)

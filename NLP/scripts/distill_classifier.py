@@ -43,7 +43,9 @@ def main() -> None:
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None
         if not training.no_control:
-            control = train_control(seed_run, inputs, pair, epochs=pair.align_epochs + training.num_train_epochs)
+            control = train_control(
+                seed_run, inputs, pair, epochs=(pair.align_epochs or 0) + training.num_train_epochs
+            )
         student = train_student(seed_run, inputs, pair, matching, teacher)
         report(seed_run, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

@@ -161,7 +161,6 @@ def random_marian(
         decoder_ffn_dim=4 * width,
         activation_function="relu",
         dropout=dropout,
-        init_std=initial_deviation(width),
         scale_embedding=True,
         max_position_embeddings=max(MIN_POSITIONS, max_length),
         forced_eos_token_id=special_ids["eos_token_id"],

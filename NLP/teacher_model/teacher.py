@@ -25,9 +25,8 @@ from kd.common.data.labels import Kind
 from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
-from kd.nlp.teacher_model import initial_deviation
+from kd.nlp.teacher_model import TINY_BERT, initial_deviation
 
-TINY_BERT = "tiny-bert"
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
 CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
@@ -271,6 +270,8 @@ def tiny_bert(data: TextData) -> Pretrained:
         num_attention_heads=4,
         intermediate_size=256,
         initializer_range=initial_deviation(128),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         **label_config(data),
     )
     return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)

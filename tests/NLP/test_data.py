@@ -82,8 +82,8 @@ def test_intents_are_the_same_for_the_same_seed_and_in_another_process() -> None
 def test_no_intent_text_occurs_twice() -> None:
     found = load_intents()
     every = [text for split in found.values() for text in split["text"]]
-    assert len(every) == len(set(every)) == 9000
-    assert {name: len(rows) for name, rows in found.items()} == {"train": 6000, "validation": 1500, "test": 1500}
+    assert len(every) == len(set(every)) == 14_500
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 10_000, "validation": 1500, "test": 3000}
 
 
 def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> None:
@@ -92,7 +92,7 @@ def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> 
     assert names == [*INTENTS, "oos"] and len(names) == 41
     assert "oos" in load_text_data("intents").label_names
     train = Counter(found["train"]["intent"])
-    assert len(train) == 41 and sum(count < 80 for count in train.values()) == 10
+    assert len(train) == 41 and sum(count < 100 for count in train.values()) == 10
     assert max(Counter(found["validation"]["intent"]).values()) / 1500 < 0.15
     assert len({word for text in found["train"]["text"] for word in text.split()}) < 3000
 
