@@ -161,7 +161,7 @@ OUT_OF_SCOPE = {  # other domains in every split
 
 @cache
 def _alternatives(lines: str) -> tuple[list[str], list[str]]:
-    """The alternatives of a template that train uses, and those that are excluded from it."""
+    """The alternatives of a template: those of every split, and those that train excludes."""
     options = lines.split("|")
     return [o for o in options if not o.startswith("*")], [o[1:] for o in options if o.startswith("*")]
 
@@ -218,10 +218,15 @@ def _quota(split: str) -> Iterator[str]:
 
 def load_intents(seed: int = 0) -> datasets.DatasetDict:
     """Generates train, validation and test with the columns text and intent. The rows depend only on the seed."""
+    return datasets.DatasetDict(_splits(seed))
+
+
+@cache
+def _splits(seed: int) -> dict[str, datasets.Dataset]:
     names = [*INTENTS, OOS]
     features = datasets.Features({"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=names)})
     seen: set[str] = set()
-    splits = {}
+    splits: dict[str, datasets.Dataset] = {}
     for split, size in SIZES.items():
         generator = _Generator(seed, split)
         wanted = list(_quota(split))
@@ -235,4 +240,4 @@ def load_intents(seed: int = 0) -> datasets.DatasetDict:
             rows.append({"text": text, "intent": generator.rng.choice(names) if noisy else intent})
         generator.rng.shuffle(rows)
         splits[split] = datasets.Dataset.from_list(rows, features=features)
-    return datasets.DatasetDict(splits)
+    return splits

@@ -38,14 +38,13 @@ def main() -> None:
     parent_run = open_run(inputs, training, text, pair, matching)
 
     teacher = load_or_train_teacher(parent_run, inputs, pair)
-    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.ensemble_teachers)
+    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching)
     for seed_run in parent_run.each_seed():
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None
         if not training.no_control:
-            control = train_control(
-                seed_run, inputs, pair, epochs=(pair.align_epochs or 0) + training.num_train_epochs
-            )
+            epochs = (pair.align_epochs or 0) + training.num_train_epochs
+            control = train_control(seed_run, inputs, pair, epochs)
         student = train_student(seed_run, inputs, pair, matching, teacher)
         report(seed_run, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

@@ -27,6 +27,9 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
 from kd.nlp.teacher_model import TINY_BERT, initial_deviation
 
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256
+}  # fmt: skip
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
 CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
@@ -265,13 +268,10 @@ def tiny_bert(data: TextData) -> Pretrained:
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=256,
-        initializer_range=initial_deviation(128),
-        hidden_dropout_prob=0.0,
+        initializer_range=initial_deviation(TINY_SIZES["hidden_size"]),
+        hidden_dropout_prob=0.0,  # few epochs do not overfit, and dropout takes a fifth of a step on a CPU
         attention_probs_dropout_prob=0.0,
+        **TINY_SIZES,
         **label_config(data),
     )
     return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)
