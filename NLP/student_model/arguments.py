@@ -125,7 +125,7 @@ class PairArguments:
         default=None,
         metadata={"help": "Model that the control is cut from, for a trained teacher."},
     )
-    from_scratch_epochs: Positive = field(default=3, metadata={"help": "Epochs of a teacher with random weights."})
+    from_scratch_epochs: Positive = field(default=2, metadata={"help": "Epochs of a teacher with random weights."})
     from_scratch_learning_rate: Positive = field(
         default=2e-3, metadata={"help": "Learning rate of models with random weights."}
     )
