@@ -316,10 +316,8 @@ class KDTrainer(CheckpointTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """The parent reads the length of each sample by itself, which takes longer than a small model."""
-        name = self.args.length_column_name
-        if self.args.train_sampling_strategy != "group_by_length" or name not in getattr(
-            eval_dataset, "column_names", ()
-        ):
+        columns, name = getattr(eval_dataset, "column_names", ()), self.args.length_column_name
+        if self.args.train_sampling_strategy != "group_by_length" or name not in columns:
             return super()._get_eval_sampler(eval_dataset)
         return LengthGroupedSampler(column_array(eval_dataset, name), self.args.eval_batch_size, self.args.seed)
 
