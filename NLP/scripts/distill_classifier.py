@@ -5,8 +5,7 @@
     python NLP/scripts/distill_classifier.py --dataset sst2 --teacher bert-base-uncased \\
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --temperature 4
 
-`distill_base.sh` runs it with default arguments; `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes
-of these names.
+`distill_base.sh`, `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes of these names.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
