@@ -37,7 +37,7 @@ from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
-from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH, initial_deviation
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
 
 NO_DOWNLOAD = f"pass a local folder, or {SCRATCH}, which needs no download"
 END_OF_TEXT = "<|endoftext|>"
@@ -90,7 +90,6 @@ def random_gpt2(vocabulary: int, end: int, layers: int, width: int, positions: i
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
-        initializer_range=initial_deviation(width),
         bos_token_id=end,
         eos_token_id=end,
     )
