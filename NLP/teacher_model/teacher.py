@@ -268,8 +268,8 @@ def tiny_bert(data: TextData) -> Pretrained:
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        # BERT's 0.02 for a width of 768, scaled such that the outputs of layers have the same variance: with 0.02, this
-        # model needs several times as many epochs.
+        # BERT's 0.02, scaled from its width of 768 such that the outputs of layers have the same variance. With 0.02,
+        # this model needs several times as many epochs.
         initializer_range=0.02 * math.sqrt(768 / TINY_SIZES["hidden_size"]),
         hidden_dropout_prob=0.0,  # few epochs do not overfit, and dropout takes a fifth of a step on a CPU
         attention_probs_dropout_prob=0.0,
