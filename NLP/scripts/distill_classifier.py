@@ -11,8 +11,7 @@
 The label column determines the task: one class or score per text, any number of labels per text (multi-label), or a
 tag for each word (token classification).
 
-`distill_base.sh` runs it with default arguments; `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes
-of these names.
+`distill_base.sh`, `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes of these names.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -57,7 +56,8 @@ def main() -> None:
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None
         if not training.no_control:
-            control = train_control(seed_run, inputs, pair, epochs=pair.align_epochs + training.num_train_epochs)
+            epochs = (pair.align_epochs or 0) + training.num_train_epochs
+            control = train_control(seed_run, inputs, pair, epochs)
         student = train_student(seed_run, inputs, pair, matching, teacher)
         report(seed_run, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

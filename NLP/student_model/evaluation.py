@@ -17,7 +17,7 @@ from kd.common.metrics.label_sets import predict_labels
 from kd.common.metrics.verdict import Measurement
 from kd.common.objective import IGNORED
 from kd.common.reporting.saved_models import class_predictions
-from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
+from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
@@ -111,7 +111,7 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
     """
     splits = texts.splits
     rows = next((rows for split, rows in splits.items() if split.startswith("validation")), [*splits.values()][-1])
-    middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
+    middle = int(np.argsort(column_array(rows, "length"), kind="stable")[len(rows) // 2])
     return {name: t.to(device) for name, t in texts.collate([rows[middle]]).items() if name not in NOT_INPUTS}
 
 
