@@ -49,6 +49,7 @@ class ImageData:
     size: int  # of the model's input, in pixels
     fingerprint: str  # of the contents
     notes: list[str] = field(default_factory=list)  # for the report
+    validation_is_from_train: bool = False  # set aside by this project
 
     @property
     def selection_split(self) -> str:
@@ -145,6 +146,7 @@ def load_image_data(
             optional, and not returned.
     """
     splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
+    has_validation = "validation" in splits
     splits = _make_validation(dataset, splits, validation_share, notes)
     for split, images in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
@@ -162,11 +164,14 @@ def load_image_data(
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name = short_name(dataset)
+    data: ImageData
     if dataset == "imagenet":
-        return _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
-    if image_size is not None and (image_size > MAX_SIZE_IN_MEMORY or not _fits_memory(splits, image_size, notes)):
-        return _large_images(name, splits, class_names, image_size, notes)
-    return _small_images(name, splits, class_names, image_size, notes)
+        data = _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
+    elif image_size is not None and (image_size > MAX_SIZE_IN_MEMORY or not _fits_memory(splits, image_size, notes)):
+        data = _large_images(name, splits, class_names, image_size, notes)
+    else:
+        data = _small_images(name, splits, class_names, image_size, notes)
+    return replace(data, validation_is_from_train=not has_validation and "validation" in splits)
 
 
 def _make_validation(

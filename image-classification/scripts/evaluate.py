@@ -18,17 +18,21 @@ PARSER.add_argument(
     "model", help="Folder of a classifier, or of a run (its student if it has one, otherwise its teacher)."
 )
 PARSER.add_argument("--json", metavar="file", help="Also write the metrics to this file.")
+PARSER.add_argument("--import_module", metavar="MODULE", help="Module that defines the model's network.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
 from kd.common.reporting.report import show_metrics
 from kd.common.utils.errors import UserError
+from kd.common.utils.modules import import_named
 from kd.image_classification.student_model.evaluation import evaluate
 from kd.image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
 
 
 def main() -> None:
     args = PARSER.parse_args()
+    if args.import_module:
+        import_named(args.import_module, f"the network of {args.model}")
     data_args = DataArguments(*(getattr(args, field.name) for field in fields(DataArguments)))
 
     folder = trained_folder(args.model, student_first=True)

@@ -20,7 +20,7 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.matching import image_features
 from kd.image_classification.teacher_model.backbones import COMMON, build_backbone
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
-from kd.image_classification.teacher_model.teacher import pretrained_classifier
+from kd.image_classification.teacher_model.timm_weights import pretrained_classifier
 from kd_testing.image_networks import assert_close_features, randomize_norms
 
 # name: (parameters with a head for 100 classes, channels of the last map, its size for 32x32 and for 8x8 images,
