@@ -388,6 +388,11 @@ def test_student_of_several_teachers_learns_their_average(cart_pole):
     student = PPO.load("two/student/student.zip", device="cpu")
     assert student.predict(np.zeros((1, 4), np.float32), deterministic=True)[0].item() == 1
 
+    words = ["--teacher", "first.zip", "--ensemble_teachers", "other.zip", "--no_control", "--output_dir", "weighted"]
+    distill(*words, "--ensemble_weights", 30, 1)  # 30 * 5 to the left, 50 to the right
+    student = PPO.load("weighted/student/student.zip", device="cpu")
+    assert student.predict(np.zeros((1, 4), np.float32), deterministic=True)[0].item() == 0
+
 
 def test_invalid_ensemble_of_teachers_raises_an_error_before_training(cart_pole, capsys):
     more = [*TEACHER, "--ensemble_teachers", cart_pole]

@@ -4,6 +4,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import timm
@@ -104,6 +105,7 @@ def _did_you_mean(name: str) -> str:
 # ---- timm ----
 
 
+@cache
 def needs_structure(name: str) -> bool:
     """Whether timm's network is no convolutional network whose average map is the input of its classifier."""
     network, arguments = timm_arguments(name)
