@@ -159,7 +159,7 @@ class MethodArguments:
     )
     ensemble_teachers: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders of further teachers, whose logits are averaged with those of --teacher."},
+        metadata={"help": "Folders of more teachers, whose logits are averaged."},
     )
     ensemble_weights: list[Positive] | None = ensemble_weights()
     teacher_views: Path | None = field(
