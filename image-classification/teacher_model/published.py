@@ -100,18 +100,27 @@ def load_transformers(name: str, data: ImageData, normalization: Normalization) 
             f"{name} has no preprocessor_config.json: pass --teacher_mean and --teacher_std if it was trained with "
             "another normalization than that of the data"
         )
-    size = getattr(network.config, "image_size", data.size)
-    if size != data.size:
-        raise UserError(
-            f"{name} was trained on images of {size} pixels, {data.name} has {data.size}: pass --image_size {size}"
-        )
     normalized = normalization.apply(data, mean, std)
-    architecture = f"{TRANSFORMERS}{network.config.model_type}"
-    model = from_network(network, architecture, normalized.config, network.config.to_dict())
+    model = _sized(name, network, normalized)
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.copy_(parameter[order])
     return model, replace(normalized, notes=[*data.notes, *notes])
+
+
+def _sized(name: str, network: Any, data: ImageData) -> ImageClassifier:
+    """The classifier of a network of transformers for images of the data's size. Raises UserError if the network needs
+    another size.
+    """
+    architecture, size = f"{TRANSFORMERS}{network.config.model_type}", getattr(network.config, "image_size", None)
+    try:
+        return from_network(network, architecture, data.config, network.config.to_dict())
+    except UserError as error:
+        if size in (None, data.size):
+            raise
+        raise UserError(
+            f"{name} was trained on images of {size} pixels, {data.name} has {data.size}: pass --image_size {size}"
+        ) from error
 
 
 def _label_order(name: str, config: Any, data: ImageData) -> tuple[list[int], list[str]]:
