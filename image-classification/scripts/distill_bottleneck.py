@@ -36,7 +36,7 @@ def main() -> None:
     if bottleneck.keys == "reused":
         reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
     data, factor = data_args.load(), matching.projector_factor
-    encoder, data, pretrained, known = pair.load_teacher(data, training.seed)
+    encoder, data, pretrained, known = pair.load_teacher(data, training)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit
     simkd(student, encoder, matching, training.temperature)
     if encoder.config.bottleneck:

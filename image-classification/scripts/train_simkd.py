@@ -33,7 +33,7 @@ def main() -> None:
     if not args.kl_weight:
         reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
-    teacher, data, pretrained, known = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises UserError if they do not fit
     simkd(student, teacher, args, training.temperature)
 

@@ -114,7 +114,7 @@ def distill_student(
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)
     method_for = image_method(args.method, training)
-    teacher, data, pretrained, known = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     others = load_ensemble_teachers(args.ensemble_teachers, data)
     student = new_classifier(pair.student, data.config)
     method = method_for(task_spec(student, teacher, data, training.views))

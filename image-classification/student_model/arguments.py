@@ -130,7 +130,7 @@ class PairArguments:
             _set_defaults(training, learning_rate=rate)
         self.pair = None  # the saved recipe contains the arguments that the pair has set
 
-    def load_teacher(self, data: "ImageData", seed: int) -> "LoadedTeacher":
+    def load_teacher(self, data: "ImageData", training: "ImageTrainingArguments") -> "LoadedTeacher":
         """Loads the teacher. One with weights of another project is evaluated.
 
         Raises UserError for flags without effect, and for a teacher that is worse than the flags require.
@@ -140,7 +140,7 @@ class PairArguments:
 
         if self.import_module:
             import_named(self.import_module, f"--teacher {self.teacher}")
-        return LoadedTeacher.load(self, data, seed)
+        return LoadedTeacher.load(self, data, training)
 
 
 def _set_defaults(arguments: Any, **values: Any) -> None:

@@ -16,7 +16,7 @@ from kd.image_classification.teacher_model.published import Normalization
 from kd.image_classification.teacher_model.teacher import FILE_ADVICE, is_transformers, load_teacher, trained_folder
 
 if TYPE_CHECKING:
-    from kd.image_classification.student_model.arguments import PairArguments
+    from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
 
 ROUNDING = 0.005  # of published accuracies, and between platforms
 WEAK = 0.15  # share of the way from chance to 1; right weights in a wrong network reach less
@@ -35,11 +35,11 @@ class LoadedTeacher(NamedTuple):
     results: tuple[dict[str, Any], Logits] | None
 
     @classmethod
-    def load(cls, pair: "PairArguments", data: ImageData, seed: int) -> "LoadedTeacher":
+    def load(cls, pair: "PairArguments", data: ImageData, training: "ImageTrainingArguments") -> "LoadedTeacher":
         """See `PairArguments.load_teacher`."""
         name, weights = _name_and_weights(pair)
         normalization = Normalization(pair.teacher_mean, pair.teacher_std)
-        model, normalized, is_trained = load_teacher(name, data, seed, weights, normalization)
+        model, normalized, is_trained = load_teacher(name, data, training.seed, weights, normalization)
         if is_trained:
             reject_unused(f"teacher {pair.teacher} is trained already", pair, "teacher_epochs")
         if not is_trained or (weights is None and not is_transformers(name, trained_folder(name))):
@@ -50,7 +50,7 @@ class LoadedTeacher(NamedTuple):
         if data.validation_is_from_train:
             notes.append(CARVED)
         print_notes(f"teacher {pair.teacher}", notes)
-        results = evaluate(pair.teacher, model, normalized)
+        results = evaluate(pair.teacher, model, normalized, workers=training.dataloader_num_workers)
         _check(pair, results[0]["metrics"], normalized)
         return cls(model, replace(normalized, notes=[*data.notes, *notes]), True, results)
 

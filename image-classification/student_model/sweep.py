@@ -137,7 +137,7 @@ def sweep(
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
     training = shared_arguments(training)
-    teacher, data, pretrained, known = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     build = partial(build_student, architecture=pair.student, data=data, args=training, weights=weights)
     auxiliary_parameters = {  # raises UserError if the networks do not fit
         key: build(student, teacher)[1].auxiliary_parameters

@@ -96,9 +96,9 @@ def test_steps_that_loss_scaling_skips_leave_no_gradients_behind(tmp_path: Path)
         set_seed(0)
         hint = FeatureTerm("hidden", "hidden", feature_l2, nn.Linear(8, 8))
         objective = Objective(task=(1.0, task_loss()), hint=(1.0, hint))
+        args = arguments(tmp_path, max_steps=steps, max_grad_norm=0)
         trainer = KDTrainer(
-            model=model(1), args=arguments(tmp_path, max_steps=steps, max_grad_norm=0), objective=objective, teacher=model(2),
-            train_dataset=Rows(8),
+            model=model(1), args=args, objective=objective, teacher=model(2), train_dataset=Rows(8)
         )  # fmt: skip
         scaler = None
         if scale is not None:

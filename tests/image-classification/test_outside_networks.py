@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
 from kd.image_classification.student_model.arguments import SimKDArguments
 from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import METHODS
@@ -39,6 +40,7 @@ from kd.image_classification.teacher_model.published import Normalization, load_
 from kd_testing.image_networks import assert_close_features
 from kd_testing.image_pairs import Pair, forward_both, noise, some_images
 from kd_testing.other_projects import Distiller
+from kd_testing.scripts import run_script
 
 VIT = "timm:vit_tiny_patch16_224:patch_size=8:depth=4:embed_dim=24:num_heads=2"
 DEIT = "timm:deit_tiny_distilled_patch16_224:patch_size=8:depth=2:embed_dim=24:num_heads=2"
@@ -271,3 +273,31 @@ def test_weights_of_another_network_are_refused(module: Path) -> None:
     torch.save(Distiller(5, n=2).state_dict(), module / "weights.pth")
     with pytest.raises(UserError, match="the weights of .* do not fit my_networks:small"):
         load_weights("my_networks:small", str(module / "weights.pth"), noise(16), Normalization())
+
+
+# ---- learning ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "size", "teacher", "student", "words"),
+    [
+        ("train_simkd.py", 32, VIT, "resnet8", []),
+        ("train_simkd.py", 32, "resnet8", VIT, []),
+        ("train_student.py", 32, DEIT, CONVNEXT, ["--method", "kd"]),
+        ("train_student.py", 64, SWIN, VIT, ["--method", "fitnet:weight=1"]),
+        ("train_simkd.py", 64, CONVNEXT, "shufflenetv1", []),
+    ],
+)
+def test_transformers_learn_and_teach(
+    script: str, size: int, teacher: str, student: str, words: list[str], tmp_path: Path
+) -> None:
+    """Handwritten digits at 32 and 64 pixels, on a CPU."""
+    run_script(
+        f"image-classification/scripts/{script}", "--image_size", size, "--teacher", teacher, "--student", student,
+        *words, "--optim", "adamw_torch", "--optim_args", "eps=1e-8", "--learning_rate", 2e-3, "--num_train_epochs", 8,
+        "--no_control", "--report_to", "none", "--output_dir", tmp_path,
+    )  # fmt: skip
+    models = read_json(tmp_path / "results.json")["models"]
+    accuracies = {name: models[name]["metrics"]["test"]["accuracy"] for name in ("teacher", "student")}
+    assert min(accuracies.values()) > 0.7, accuracies

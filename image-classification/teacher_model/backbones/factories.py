@@ -1,7 +1,7 @@
 """Networks that this project does not define, with their classifiers: of a user's module, timm or transformers.
 
 package.module:factory           a class or function of a module
-timm:NAME, timm:NAME:key=value   timm's network NAME, with arguments of `timm.create_model`
+timm:NAME, timm:NAME:key=value   timm's network NAME, with arguments of that network
 transformers:NAME                an image classifier of transformers, with the configuration of a folder or Hub name
 """
 
@@ -23,6 +23,10 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.modules import import_named
 
 TIMM, TRANSFORMERS = "timm:", "transformers:"
+NOT_OF_THE_NETWORK = {  # arguments of timm.create_model that load weights or files
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"),
+    *("num_classes", "img_size", "scriptable", "exportable", "no_jit"),
+}
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 CLASSES = ("num_classes", "n_classes", "classes", "num_labels")  # parameters of a factory, by their usual names
 SIZES = ("image_size", "img_size", "input_size")
@@ -37,7 +41,8 @@ def build_network(name: str, classes: int, image_size: int, config: dict[str, An
         if name.startswith(TIMM):
             return timm_network(name, classes, image_size)
         if name.startswith(TRANSFORMERS):
-            return AutoModelForImageClassification.from_config(AutoConfig.for_model(**(config or {})))
+            settings = AutoConfig.for_model(**(config or {}))
+            return AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
         return call_factory(name, classes, image_size)
 
 
@@ -50,8 +55,8 @@ def timm_arguments(name: str) -> tuple[str, dict[str, Any]]:
     arguments = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not key.isidentifier() or not equals:
-            raise UserError(f"{name} has {word!r}: pass arguments of timm.create_model as {TIMM}{network}:key=value")
+        if not key.isidentifier() or not equals or key in NOT_OF_THE_NETWORK:
+            raise UserError(f"{name} has {word!r}: pass arguments of timm's network as {TIMM}{network}:key=value")
         try:
             arguments[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
