@@ -25,6 +25,7 @@ from transformers import (
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.image_classification.student_model.arguments import SimKDArguments
+from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.student_model.matching import image_features, task_spec
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.simkd import simkd, simkd_student
@@ -125,6 +126,20 @@ def test_labels_and_normalization_of_transformers_are_those_of_its_files(tmp_pat
         load_transformers(str(tmp_path), noise(32, classes=4), Normalization())
     with pytest.raises(UserError, match="pass --image_size 32"):
         load_transformers(str(tmp_path), noise(16), Normalization())
+
+
+def test_a_student_with_the_configuration_of_transformers_is_saved_without_its_folder(tmp_path: Path) -> None:
+    data, network = noise(16), transformers_networks(32)["vit"]
+    network.config.save_pretrained(tmp_path / "other")  # type: ignore[union-attr]
+    model = new_classifier(f"transformers:{tmp_path / 'other'}", data.config)
+    images = some_images(data)
+    assert model(images).logits.shape == (8, 5) and model.config.network is not None
+    model.save_pretrained(tmp_path / "own")
+    (tmp_path / "other" / "config.json").unlink()
+    restored = ImageClassifier.from_pretrained(tmp_path / "own").eval()
+    torch.testing.assert_close(restored(images).logits, model.eval()(images).logits)
+    with pytest.raises(UserError, match="no model"):
+        new_classifier(f"transformers:{tmp_path / 'other'}", data.config)
 
 
 @pytest.mark.parametrize("name", [VIT, DEIT, SWIN, CONVNEXT])
@@ -275,7 +290,19 @@ def test_weights_of_another_network_are_refused(module: Path) -> None:
         load_weights("my_networks:small", str(module / "weights.pth"), noise(16), Normalization())
 
 
-# ---- learning ----
+# ---- learning, and export ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [VIT, SWIN, CONVNEXT])
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+def test_transformers_are_exported(name: str, format: str, tmp_path: Path) -> None:
+    data = noise(32)
+    new_classifier(name, data.config).save_pretrained(tmp_path / "student")
+    image_processor(data).save_pretrained(tmp_path / "student")
+    words = ["--domain", "image-classification", "--format", format, "--output_dir", tmp_path / "export"]
+    run_script("common/export/__main__.py", tmp_path / "student", *words)
+    assert len(read_json(tmp_path / "export" / "export.json")["checks"]) == 2
 
 
 @pytest.mark.slow
