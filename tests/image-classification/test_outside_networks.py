@@ -129,8 +129,9 @@ def test_labels_and_normalization_of_transformers_are_those_of_its_files(tmp_pat
 
 
 def test_a_student_with_the_configuration_of_transformers_is_saved_without_its_folder(tmp_path: Path) -> None:
-    data, network = noise(16), transformers_networks(32)["vit"]
-    network.config.save_pretrained(tmp_path / "other")  # type: ignore[union-attr]
+    network: Any = transformers_networks(32)["vit"]
+    data = noise(16)
+    network.config.save_pretrained(tmp_path / "other")
     model = new_classifier(f"transformers:{tmp_path / 'other'}", data.config)
     images = some_images(data)
     assert model(images).logits.shape == (8, 5) and model.config.network is not None
