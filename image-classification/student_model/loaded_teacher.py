@@ -13,7 +13,7 @@ from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.evaluation import Logits, evaluate
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.published import Normalization
-from kd.image_classification.teacher_model.teacher import FILE_ADVICE, is_transformers, load_teacher, trained_folder
+from kd.image_classification.teacher_model.teacher import FILE_ADVICE, is_own, load_teacher
 
 if TYPE_CHECKING:
     from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
@@ -42,7 +42,7 @@ class LoadedTeacher(NamedTuple):
         model, normalized, is_trained = load_teacher(name, data, training.seed, weights, normalization)
         if is_trained:
             reject_unused(f"teacher {pair.teacher} is trained already", pair, "teacher_epochs")
-        if not is_trained or (weights is None and not is_transformers(name, trained_folder(name))):
+        if not is_trained or (weights is None and is_own(name)):
             reason = f"teacher {pair.teacher} has no weights of another project"
             reject_unused(reason, pair, "teacher_accuracy", "allow_weak_teacher", "teacher_mean", "teacher_std")
             return cls(model, normalized, is_trained, None)

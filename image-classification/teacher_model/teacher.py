@@ -54,6 +54,12 @@ def load_teacher(
     return new_classifier(name, data.config), data, False
 
 
+def is_own(name: str) -> bool:
+    """Whether NAME is a folder of a classifier that this project trained."""
+    folder = trained_folder(name)
+    return folder is not None and not is_transformers(name, folder)
+
+
 def is_transformers(name: str, folder: Path | None) -> bool:
     """Whether a folder with a configuration is of another model than an ImageClassifier, or NAME is a Hub name."""
     if folder is None:
