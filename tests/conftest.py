@@ -5,8 +5,9 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for background jobs
@@ -18,7 +19,9 @@ import kd.common  # noqa: E402, F401, I001
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from kd.common.metrics import cost  # noqa: E402
 from kd_testing.paths import SHARED  # noqa: E402
+from torch import nn  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +38,35 @@ def _freeze_imported_objects() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _short_measurements() -> Iterator[None]:
+    """Scripts measure the latency of each model with 3 forward passes instead of 30. The tests of the measurements
+    call the original functions.
+    """
+    original, interleaved = cost.latency, cost.interleaved_latency
+
+    def latency(model: nn.Module, inputs: dict[str, Any], repeats: int = 3, warmup: int = 1) -> dict[str, Any]:
+        return original(model, inputs, repeats, warmup)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "latency", latency)
+        patch.setattr(cost, "interleaved_latency", partial(interleaved, repeats=10))
+        yield
+
+
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def narrow_bert() -> Iterator[None]:
+    """The width of tiny-bert is 32 instead of 128."""
+    from kd.nlp.teacher_model import teacher
+
+    narrow = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "TINY_SIZES", narrow)
+        yield
+
+
+@pytest.fixture(scope="session")
+def small(narrow_bert: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few of the embedded intents."""
     from kd.nlp.data.intents import load_intents
 

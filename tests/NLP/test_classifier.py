@@ -80,7 +80,7 @@ def teachers(small, tmp_path_factory) -> list[Path]:
         with torch.no_grad():
             for weight in made.model.parameters():
                 if weight.dim() > 1:
-                    weight.mul_(4)  # default random weights are so small that all texts have the same logits
+                    weight.mul_(8)  # default random weights are so small that all texts have the same logits
         made.model.save_pretrained(folder)
         made.tokenizer.save_pretrained(folder)
         folders.append(folder)
