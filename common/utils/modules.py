@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kd.common.data.readers import reason_of
 from kd.common.utils.errors import UserError
 
 
@@ -28,7 +27,7 @@ def import_named(module: str, purpose: str) -> None:
                 ) from error
             raise UserError(f"module {module} needs {missing}, which is not installed") from error
         except Exception as error:  # of the module's code
-            reason = f"{type(error).__name__}: {reason_of(error)}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"module {module} cannot be imported: {reason}") from error
 
 

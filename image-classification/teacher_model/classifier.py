@@ -161,7 +161,8 @@ class ImageClassifier(PreTrainedModel):
 
 def new_classifier(architecture: str, data_config: dict[str, Any], **parts: Any) -> ImageClassifier:
     """A classifier with random weights. `data_config`: `ImageData.config` of the training images."""
-    network = new_network(architecture, data_config["image_size"], len(data_config["id2label"]))
+    size, classes = data_config.get("image_size", ImageClassifierConfig.image_size), data_config.get("id2label", {})
+    network = new_network(architecture, size, len(classes))
     if network is not None:
         parts = {"network": network, "pool": network["pool"]} | parts
     return ImageClassifier(ImageClassifierConfig(architecture=architecture, **data_config, **parts))
