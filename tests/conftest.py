@@ -1,4 +1,7 @@
-"""Fixtures of all tests. Imports `kd.common` first, so that torchvision and transformers' Trainer load on a CPU."""
+"""Fixtures of all tests. Imports `kd.common` first, so that torchvision and transformers' Trainer load on a CPU.
+
+Fixtures import what takes seconds, such as torch: pytest's main process reads this file before it starts the others.
+"""
 
 import contextlib
 import gc
@@ -16,16 +19,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on models too small for several threads
 
 import kd.common  # noqa: E402, F401, I001
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from kd.common.metrics import cost  # noqa: E402
 from kd_testing.paths import SHARED  # noqa: E402
-from torch import nn  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -43,9 +44,11 @@ def _short_measurements() -> Iterator[None]:
     """Scripts measure the latency of each model with 3 forward passes instead of 30. The tests of the measurements
     call the original functions.
     """
+    from kd.common.metrics import cost
+
     original, interleaved = cost.latency, cost.interleaved_latency
 
-    def latency(model: nn.Module, inputs: dict[str, Any], repeats: int = 3, warmup: int = 1) -> dict[str, Any]:
+    def latency(model: Any, inputs: dict[str, Any], repeats: int = 3, warmup: int = 1) -> dict[str, Any]:
         return original(model, inputs, repeats, warmup)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -68,6 +71,8 @@ def narrow_bert() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small(narrow_bert: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few of the embedded intents."""
+    import numpy as np
+
     from kd.nlp.data.intents import load_intents
 
     folder = tmp_path_factory.mktemp("data") / "few_intents"
@@ -101,6 +106,16 @@ def digits_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sources.KNOWN, "digits", digits)
         patch.setattr(loading, "_decode", decode_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def onnx_operators_once() -> Iterator[None]:
+    """Torch reads its table of ONNX operators once. Otherwise it takes a fifth of the time of each export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
 
 

@@ -19,6 +19,7 @@ from kd_testing.image_files import large as large_data
 from kd_testing.image_files import small as small_data
 from kd_testing.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
 
 
@@ -45,7 +46,7 @@ def student_of(kind: str, data: Any) -> Any:
     [
         ("plain", "onnx", True),
         ("simkd", "onnx", False),
-        ("simkd", "torch.export", False),
+        pytest.param("simkd", "torch.export", False, marks=pytest.mark.slow),
         ("bottleneck", "torch.export", False),
         ("probe", "torch.export", True),
     ],
