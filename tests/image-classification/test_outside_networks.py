@@ -46,7 +46,7 @@ from kd_testing.scripts import run_script
 VIT = "timm:vit_tiny_patch16_224:patch_size=8:depth=4:embed_dim=24:num_heads=2"
 DEIT = "timm:deit_tiny_distilled_patch16_224:patch_size=8:depth=2:embed_dim=24:num_heads=2"
 SWIN = "timm:swin_tiny_patch4_window7_224:patch_size=4:depths=(1,1):num_heads=(1,2):embed_dim=12:window_size=2"
-CONVNEXT = "timm:convnext_atto:depths=(1,1,1,1):dims=(8,8,16,24):stem_type=patch:patch_size=2"
+CONVNEXT = "timm:convnext_atto:depths=(1,1,1,1):dims=(8,8,16,24):stem_type=patch:patch_size=1"
 LABELS: dict[str, Any] = {"num_labels": 5}
 TINY = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, **LABELS}
 
@@ -152,7 +152,7 @@ def test_networks_of_timm_load_from_a_file(name: str, tmp_path: Path) -> None:
     torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pth")
     model, _ = load_weights(name, str(tmp_path / "weights.pth"), data, Normalization([0.5] * 3, [0.5] * 3))
     assert_same_function(model, network, some_images(data))
-    other = "timm:convnext_atto:depths=(1,1,1,1):dims=(8,8,16,32):stem_type=patch:patch_size=2"
+    other = "timm:convnext_atto:depths=(1,1,1,1):dims=(8,8,16,32):stem_type=patch:patch_size=1"
     with pytest.raises(UserError, match="holds no weights of"):
         load_weights(other, str(tmp_path / "weights.pth"), data, Normalization())
 
@@ -213,8 +213,9 @@ def test_dropout_before_the_classifier_is_kept_in_training() -> None:
     assert not structure.exact, "in training"
     backbone, x = NetworkBackbone(network, structure), torch.randn(4, 3, 16, 16)
     assert (average_pooled(backbone.train()(x), 1).abs() < 1e-6).float().mean() > 0.25, "dropped"
+    backbone.eval()
     pooled = network.body(network.stem(x)).relu().mean((2, 3))
-    torch.testing.assert_close(average_pooled(backbone.eval()(x), 1), pooled.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(average_pooled(backbone(x), 1).detach(), pooled.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_networks_that_return_no_logits_are_refused() -> None:
