@@ -85,6 +85,13 @@ def test_a_students_network_of_the_user_is_saved_evaluated_and_exported(
     assert (here / "out" / "export" / "model.pt2").exists()
 
 
+def constant() -> dict[str, torch.Tensor]:
+    """Weights of a ResNet8 that always predicts the first class."""
+    state = ResNet(3, 1, 16, 16, "downsample", "fc").state_dict()
+    state["fc.bias"] = torch.tensor([1000.0, 0.0, 0.0])
+    return state
+
+
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.raises(SystemExit) as exit:
         run_script(STUDENT, *arguments, *QUICK, "--output_dir", "refused")
@@ -96,8 +103,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_refusals_name_the_flag_that_resolves_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--dataset", "data", "--validation_share", 0.25]
-    torch.manual_seed(0)
-    torch.save(ResNet(3, 1, 16, 16, "downsample", "fc").state_dict(), "random.pth")
+    torch.save(constant(), "random.pth")
     random = [*data, "--teacher", "random.pth"]
     message = error_of(capsys, *random)
     for flag in ("--teacher_architecture", "--teacher_mean", "--teacher_std", "--teacher_accuracy"):
@@ -121,7 +127,7 @@ def test_refusals_name_the_flag_that_resolves_them(here: Path, capsys: pytest.Ca
 
 
 def test_a_weak_teacher_is_accepted_on_request(here: Path) -> None:
-    torch.save({"model": ResNet(3, 1, 16, 16, "downsample", "fc").state_dict()}, "random.pth")
+    torch.save({"model": constant()}, "random.pth")
     words = ["--dataset", "data", "--teacher", "random.pth", "--teacher_architecture", "resnet8"]
     run_script(STUDENT, *words, "--allow_weak_teacher", "--student", "resnet8", *QUICK, "--output_dir", "weak")
     results = read_json(here / "weak" / "results.json")
