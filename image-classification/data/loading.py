@@ -50,6 +50,7 @@ class ImageData:
     fingerprint: str  # of the contents
     notes: list[str] = field(default_factory=list)  # for the report
     validation_is_from_train: bool = False  # set aside by this project
+    places: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # `StoredImages.places` of all but train
 
     @property
     def selection_split(self) -> str:
@@ -163,15 +164,16 @@ def load_image_data(
         if image_size and any(images.image(0).size != (image_size, image_size) for images in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
-    name = short_name(dataset)
+    name, places = short_name(dataset), {split: splits[split].places() for split in splits if split != "train"}
+    carved = not has_validation and "validation" in splits
     data: ImageData
     if dataset == "imagenet":
         data = _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
-    elif image_size is not None and (image_size > MAX_SIZE_IN_MEMORY or not _fits_memory(splits, image_size, notes)):
-        data = _large_images(name, splits, class_names, image_size, notes)
-    else:
+    elif image_size is None or (image_size <= MAX_SIZE_IN_MEMORY and _fits_memory(splits, image_size, notes)):
         data = _small_images(name, splits, class_names, image_size, notes)
-    return replace(data, validation_is_from_train=not has_validation and "validation" in splits)
+    else:
+        data = _large_images(name, splits, class_names, image_size, notes)
+    return replace(data, places=places, validation_is_from_train=carved)
 
 
 def _make_validation(

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from stable_baselines3 import PPO, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback
@@ -24,6 +26,7 @@ from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.student_model import distillation
 from kd_testing.paths import REPO
+from kd_testing.readmes import run_readme, run_readme_alone
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -94,13 +97,26 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     for role, path in zips.items():  # the episodes of the curves and of the table are the same for both
         assert mean_return(path, 12, TEST_SEED) == models[role]["metrics"]["test"]["return_mean"]
         assert mean_return(path, 2, VALIDATION_SEED) == models[role]["metrics"]["validation"]["return_mean"]
-    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 12, "--json", "again.json")
+    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 12, "--json", "again.json", "--predictions", "p.csv")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
-    assert "PPO.load" in (run / "student" / "README.md").read_text()
+    episodes = pandas.read_csv("p.csv")
+    assert episodes.columns.tolist() == ["split", "episode", "return", "length"]
+    assert episodes["return"].mean() == test["return_mean"] and episodes.episode.tolist() == list(range(12))
+    assert (episodes["return"] == episodes.length).all()  # CartPole rewards each step with 1
+    assert run_readme(run / "student")["actions"].shape == (1,)
+    card = ModelCard.load(run / "student" / "README.md").data
+    assert (card.library_name, card.pipeline_tag) == ("stable-baselines3", "reinforcement-learning")
+    assert card.eval_results[0].metric_value == test["return_mean"] and "CartPole-v1" in card.tags
 
     words = ["--no_control", "--output_dir", "second", "--student", 7, "--student_value"]
     distill(*TEACHER, *words)  # the teacher is reused
     assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
+
+
+@pytest.mark.slow
+def test_the_code_of_a_model_card_runs_without_this_project(cart_pole):
+    distill("--teacher", cart_pole, "--no_control", "--output_dir", "run")
+    assert run_readme_alone(Path("run", "student").absolute(), after="print(actions)") in ("[0]", "[1]")
 
 
 def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
