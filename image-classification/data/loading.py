@@ -161,12 +161,8 @@ def load_image_data(
             optional, and not returned.
         keep_unlabelled: whether train has the images without a label too.
     """
-<<<<<<< HEAD
     splits, class_names, notes = read_images(dataset, image_column, label_column, label_names, keep_unlabelled)
-=======
-    splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
     has_validation = "validation" in splits
->>>>>>> main
     splits = _make_validation(dataset, splits, validation_share, notes)
     for split, images in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
