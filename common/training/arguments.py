@@ -39,7 +39,7 @@ class RunArguments:
         default=None,
         metadata={"help": "Non-inferiority margin (default: 1% of teacher minus chance)."},
     )
-    precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(default="fp32", init=False)
 
     def __post_init__(self) -> None:
         check_declared(self)
@@ -89,8 +89,8 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     label_smoothing_factor: ShareBelow1 = field(
         default=0.0, metadata={"help": "Label smoothing factor; 0 for no smoothing."}
     )
-    precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto", metadata={"help": "Precision; auto is bf16 if native."}
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto", metadata={"help": "auto is the fastest native one."}
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, the student trained without the teacher."}
@@ -137,7 +137,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
             raise ValueError(f"--lr_milestones must be in order, each once, got {self.lr_milestones}")
         resolve_device(self)
         check_supported(self)
-        self.bf16 = self.precision == "bf16"
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"  # fp16 with loss scaling
         TrainingArguments.__post_init__(self)
         self.do_eval = False  # the parent derives it, and no code here reads it
         check_report_to(self)

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from kd.common.utils.devices import resolve_precision
+from kd.common.utils.devices import accelerator_type, resolve_precision
 from kd.common.utils.ranges import MOST, Range
 
 _BELOW_1 = Range(0, 1, below=True)
@@ -52,8 +52,8 @@ OPTIMIZER_RANGES = {"momentum": _BELOW_1, "dampening": Range(0, 1), "alpha": _BE
 
 def resolve_device(args: TrainingArguments) -> None:
     """Sets --use_cpu, and --precision if it is auto, according to the hardware."""
-    args.use_cpu = args.use_cpu or not torch.cuda.is_available()
-    device = torch.device("cpu" if args.use_cpu else "cuda")
+    device = torch.device("cpu" if args.use_cpu else accelerator_type())
+    args.use_cpu = device.type == "cpu"
     args.precision = resolve_precision(args.precision, device)  # type: ignore[attr-defined]
 
 

@@ -29,7 +29,7 @@ from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batch_norm import (
     TOO_SMALL,
-    checking_batch_norm_inputs,
+    checking_last_batch,
     release_batch_norms,
     synchronize_batch_norms,
 )
@@ -97,7 +97,7 @@ class KDTrainer(CheckpointTrainer):
         self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
-        self._interrupted = threading.Event()
+        self._interrupted, self._step_of_gradients = threading.Event(), -1
         if self.args.world_size > 1:
             synchronize_batch_norms(self.model, objective)
 
@@ -111,6 +111,9 @@ class KDTrainer(CheckpointTrainer):
         if self._interrupted.is_set():
             raise KeyboardInterrupt
         is_first = self.state.global_step == self._initial_global_step
+        if self.state.global_step != self._step_of_gradients:  # the parent clears the gradients of the model alone
+            self.objective.zero_grad()
+            self._step_of_gradients = self.state.global_step
         try:
             with self._checking_last_batch() if is_first else nullcontext():
                 return super().training_step(*args, **kwargs)
@@ -125,12 +128,8 @@ class KDTrainer(CheckpointTrainer):
         """
         if self.args.world_size > 1 or self.args.dataloader_drop_last or not has_length(self.train_dataset):
             return nullcontext()
-        samples, batch = len(self.train_dataset), self._train_batch_size
-        batches = math.ceil(samples / batch)
-        is_reached = batches <= self.state.max_steps * self.args.gradient_accumulation_steps
-        if samples - (batches - 1) * batch > 1 or not is_reached:
-            return nullcontext()
-        return checking_batch_norm_inputs(min(batch, samples), self.model, self.objective)
+        samples, batches = len(self.train_dataset), self.state.max_steps * self.args.gradient_accumulation_steps
+        return checking_last_batch(samples, self._train_batch_size, batches, self.model, self.objective)
 
     def compute_loss(
         self,
@@ -267,7 +266,6 @@ class KDTrainer(CheckpointTrainer):
         if extra:
             decay = self.args.weight_decay if self.args.decay_norm_and_bias else 0.0
             optimizer.add_param_group({"params": extra, "weight_decay": decay})
-            optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -49,6 +49,7 @@ class ImageData:
     size: int  # of the model's input, in pixels
     fingerprint: str  # of the contents
     notes: list[str] = field(default_factory=list)  # for the report
+    validation_is_from_train: bool = False  # set aside by this project
     places: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # `StoredImages.places` of all but train
 
     @property
@@ -146,6 +147,7 @@ def load_image_data(
             optional, and not returned.
     """
     splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
+    has_validation = "validation" in splits
     splits = _make_validation(dataset, splits, validation_share, notes)
     for split, images in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
@@ -163,11 +165,15 @@ def load_image_data(
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name, places = short_name(dataset), {split: splits[split].places() for split in splits if split != "train"}
+    carved = not has_validation and "validation" in splits
+    data: ImageData
     if dataset == "imagenet":
-        image_size = image_size or IMAGENET_SIZE
+        data = _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
     elif image_size is None or (image_size <= MAX_SIZE_IN_MEMORY and _fits_memory(splits, image_size, notes)):
-        return replace(_small_images(name, splits, class_names, image_size, notes), places=places)
-    return replace(_large_images(name, splits, class_names, image_size, notes), places=places)
+        data = _small_images(name, splits, class_names, image_size, notes)
+    else:
+        data = _large_images(name, splits, class_names, image_size, notes)
+    return replace(data, places=places, validation_is_from_train=carved)
 
 
 def _make_validation(

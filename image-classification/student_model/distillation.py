@@ -150,10 +150,17 @@ class ImageRun(TrainerRun):
 
     # ---- reports ----
 
-    def evaluate_teacher(self, name: str, teacher: ImageClassifier | EnsembleTeacher) -> tuple[dict[str, Any], Logits]:
-        """`evaluate`, with a warning if the teacher is no better than chance."""
+    def evaluate_teacher(
+        self,
+        name: str,
+        teacher: ImageClassifier | EnsembleTeacher,
+        results: tuple[dict[str, Any], Logits] | None = None,
+    ) -> tuple[dict[str, Any], Logits]:
+        """`evaluate`, or its `results` if the teacher is evaluated already, with a warning if the teacher is no better
+        than chance.
+        """
         data, split = self.data, self.data.selection_split
-        entry, logits = evaluate(name, teacher, data, workers=self.args.dataloader_num_workers)
+        entry, logits = results or evaluate(name, teacher, data, workers=self.args.dataloader_num_workers)
         labels, accuracy = data.splits[split].labels.numpy(), entry["metrics"][split]["accuracy"]
         self.warn(classifier_warning(name, "accuracy", accuracy, labels, len(data.label_names), split))
         return entry, logits

@@ -137,7 +137,7 @@ def sweep(
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
     training = shared_arguments(training)
-    teacher, data, pretrained = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     build = partial(build_student, architecture=pair.student, data=data, args=training, weights=weights)
     auxiliary_parameters = {  # raises UserError if the networks do not fit
         key: build(student, teacher)[1].auxiliary_parameters
@@ -155,7 +155,7 @@ def sweep(
     if PartialState().is_main_process:
         print(f"{number - sum(map(len, missing.values()))} of {number} students are already finished")
     if any(missing.values()):
-        teacher_results = run.evaluate_teacher(pair.teacher, teacher)
+        teacher_results = run.evaluate_teacher(pair.teacher, teacher, known)
         for seed_run in run.each_seed():
             for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
                 group = list(members)

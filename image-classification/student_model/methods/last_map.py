@@ -83,7 +83,12 @@ def norm(spec: TaskSpec, *, copies: int = 8, alpha: float = 0.1, weight: float =
 
 
 def linear_head(model: ImageClassifier) -> nn.Linear:
-    """The head of a classifier. Raises UserError if it is not linear."""
+    """The head of a classifier. Raises UserError if it is not a linear function of the average map."""
+    if model.config.pool > 1:
+        raise UserError(
+            f"this method needs a head on the average of the last map, but that of {model.config.architecture} reads "
+            f"averages of {model.config.pool}x{model.config.pool} parts: choose another --method"
+        )
     if not isinstance(model.head, nn.Linear):
         raise UserError(
             f"this method needs a linear head, but {model.config.architecture} has a {type(model.head).__name__}: "
