@@ -106,10 +106,10 @@ class PairArguments:
         default=None, metadata={"help": "Architecture of the weights in --teacher FILE."}
     )
     teacher_weights: str | None = field(default=None, metadata={"help": "File of weights of --teacher NAME."})
-    teacher_mean: list[float] | None = field(
+    teacher_mean: list[Share] | None = field(
         default=None, metadata={"help": "Mean of the pixels (0 to 1) in the teacher's training."}
     )
-    teacher_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
+    teacher_std: list[Positive] | None = field(default=None, metadata={"help": "Their standard deviation."})
     teacher_accuracy: Share | None = field(
         default=None, metadata={"help": "Accuracy that a loaded teacher must reach, within 0.005."}
     )

@@ -38,8 +38,6 @@ class Normalization:
         for name, values in zip(("mean", "std"), found, strict=True):
             if values is not None and len(values) not in (1, 3):
                 raise UserError(f"--teacher_{name} needs one value per channel, 1 or 3, got {len(values)}")
-            if values is not None and name == "std" and min(values) <= 0:
-                raise UserError(f"--teacher_std must be above 0, got {min(values)}")
         return replace(data, mean=found[0] or data.mean, std=found[1] or data.std)
 
 

@@ -52,6 +52,8 @@ def build_network(name: str, classes: int, image_size: int, config: dict[str, An
 def timm_arguments(name: str) -> tuple[str, dict[str, Any]]:
     """`timm:NAME:key=value:...` -> NAME, {key: value}."""
     network, *words = name.removeprefix(TIMM).split(":")
+    if words and not timm.is_model(network.partition(".")[0]):
+        raise UserError(f"timm has no model {network!r}")
     arguments = {}
     for word in words:
         key, equals, value = word.partition("=")
