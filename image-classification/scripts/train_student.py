@@ -127,7 +127,7 @@ def distill_student(
         ensemble_teachers=EnsembleTeacher(others) if others else None,
     )  # fmt: skip
     if not pretrained:
-        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.epochs_of_teacher(training))
     outputs = EnsembleTeacher([teacher, *others]) if others else teacher
     teacher_results = run.evaluate_teacher(" + ".join([pair.teacher, *args.ensemble_teachers]), outputs)
 
