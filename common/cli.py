@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from inspect import get_annotations
 from pathlib import Path
 from textwrap import fill, wrap
@@ -337,9 +338,14 @@ def _complete(kind: type) -> type:
 
 def _owner(kind: type, name: str) -> type:
     """The class that is the first to declare a field of `kind`, if possible one of this project."""
-    declaring = [base for base in kind.__mro__ if name in get_annotations(base)]
+    declaring = [base for base in kind.__mro__ if name in _annotations(base)]
     ours = [base for base in declaring if not base.__module__.startswith("transformers.")]
     return (ours or declaring)[-1]
+
+
+@cache
+def _annotations(kind: type) -> dict[str, Any]:
+    return get_annotations(kind)
 
 
 def _title(kind: type) -> str:

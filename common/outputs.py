@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import reduce
+from einops import einsum, reduce
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -55,13 +55,15 @@ class FeatureHooks:
 
 
 class EnsembleTeacher(nn.Module):
-    """Several teachers of the same inputs as one. It outputs the mean of their logits (`mean_logits`), and the mean of
-    each of the named `features` that all of them output.
+    """Several teachers of the same inputs as one. It outputs the weighted mean of their logits (`mean_logits`), and
+    that of each of the named `features` that all of them output. `weights`: one per teacher (default: equal).
     """
 
-    def __init__(self, teachers: Iterable[nn.Module], features: Sequence[str] = ()) -> None:
+    def __init__(
+        self, teachers: Iterable[nn.Module], features: Sequence[str] = (), weights: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
-        self.teachers, self.features = nn.ModuleList(teachers), tuple(features)
+        self.teachers, self.features, self.weights = nn.ModuleList(teachers), tuple(features), weights
 
     @property
     def device(self) -> torch.device:
@@ -73,20 +75,26 @@ class EnsembleTeacher(nn.Module):
         for name in self.features:
             values = [one.features[name] for one in outputs if one.features and name in one.features]
             if len(values) == len(outputs):
-                means[name] = _mean(values)
-        return Outputs(logits=mean_logits(outputs), features=means)
+                means[name] = weighted_mean(values, self.weights)
+        return Outputs(logits=mean_logits(outputs, self.weights), features=means)
 
 
-def mean_logits(outputs: Sequence[Outputs]) -> Tensor | None:
-    """The mean of the logits (batch, classes) of several teachers. Its softmax is the normalized geometric mean of
-    their distributions (Hinton et al., arXiv:1503.02531). None if no teacher outputs logits.
+def mean_logits(outputs: Sequence[Outputs], weights: Sequence[float] | None = None) -> Tensor | None:
+    """The weighted mean of the logits (batch, classes) of several teachers. Its softmax is the normalized geometric
+    mean of their distributions (Hinton et al., arXiv:1503.02531). None if no teacher outputs logits.
 
     Used in every domain: by `EnsembleTeacher`, and for the cached outputs of teachers with different tokenizers
     (`JoinedOutputs`).
     """
     logits = [one.logits for one in outputs if one.logits is not None]
-    return _mean(logits) if logits else None
+    return weighted_mean(logits, weights) if logits else None
 
 
-def _mean(tensors: list[Tensor]) -> Tensor:
-    return reduce([tensor.float() for tensor in tensors], "teacher ... -> ...", "mean")
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """The mean of tensors of one shape, in fp32. `weights`: one positive number per tensor (default: equal)."""
+    if weights is None:
+        return reduce([tensor.float() for tensor in tensors], "teacher ... -> ...", "mean")
+    if len(weights) != len(tensors):
+        raise ValueError(f"{len(tensors)} teachers need as many weights, got {len(weights)}")
+    shares = torch.tensor(weights, device=tensors[0].device) / sum(weights)
+    return einsum(torch.stack([tensor.float() for tensor in tensors]), shares, "teacher ..., teacher -> ...")

@@ -1,12 +1,16 @@
-"""Fixtures of all tests. Imports `kd.common` first, so that torchvision and transformers' Trainer load on a CPU."""
+"""Fixtures of all tests. Imports `kd.common` first, so that torchvision and transformers' Trainer load on a CPU.
+
+Fixtures import what takes seconds, such as torch: pytest's main process reads this file before it starts the others.
+"""
 
 import contextlib
 import gc
 import os
 import signal
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for background jobs
@@ -15,14 +19,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on models too small for several threads
 
 import kd.common  # noqa: E402, F401, I001
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from kd_testing.paths import SHARED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -35,9 +39,40 @@ def _freeze_imported_objects() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _short_measurements() -> Iterator[None]:
+    """Scripts measure the latency of each model with 3 forward passes instead of 30. The tests of the measurements
+    call the original functions.
+    """
+    from kd.common.metrics import cost
+
+    original, interleaved = cost.latency, cost.interleaved_latency
+
+    def latency(model: Any, inputs: dict[str, Any], repeats: int = 3, warmup: int = 1) -> dict[str, Any]:
+        return original(model, inputs, repeats, warmup)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "latency", latency)
+        patch.setattr(cost, "interleaved_latency", partial(interleaved, repeats=10))
+        yield
+
+
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def narrow_bert() -> Iterator[None]:
+    """The width of tiny-bert is 32 instead of 128."""
+    from kd.nlp.teacher_model import teacher
+
+    narrow = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "TINY_SIZES", narrow)
+        yield
+
+
+@pytest.fixture(scope="session")
+def small(narrow_bert: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few of the embedded intents."""
+    import numpy as np
+
     from kd.nlp.data.intents import load_intents
 
     folder = tmp_path_factory.mktemp("data") / "few_intents"

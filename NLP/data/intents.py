@@ -14,6 +14,7 @@ words.
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 
 import datasets
 
@@ -157,6 +158,13 @@ OUT_OF_SCOPE = {  # other domains in every split
 }
 
 
+@cache
+def _alternatives(lines: str) -> tuple[list[str], list[str]]:
+    """The alternatives of a template: those of every split, and those that train excludes."""
+    options = lines.split("|")
+    return [o for o in options if not o.startswith("*")], [o[1:] for o in options if o.startswith("*")]
+
+
 class _Generator:
     """Generates the sentences of one split: expands templates, then perturbs them."""
 
@@ -165,8 +173,7 @@ class _Generator:
         self.split = split
 
     def expand(self, lines: str) -> str:
-        common = [option for option in lines.split("|") if not option.startswith("*")]
-        excluded = [option[1:] for option in lines.split("|") if option.startswith("*")]
+        common, excluded = _alternatives(lines)
         use_excluded = excluded and self.split != "train" and self.chance(EXCLUDED_RATE)
         line = self.rng.choice(excluded if use_excluded else common)
         return re.sub(r"{(\w+)}", lambda slot: self.expand(SLOTS[slot[1]]), line)
@@ -210,10 +217,15 @@ def _quota(split: str) -> Iterator[str]:
 
 def load_intents(seed: int = 0) -> datasets.DatasetDict:
     """Generates train, validation and test with the columns text and intent. The rows depend only on the seed."""
+    return datasets.DatasetDict(_splits(seed))
+
+
+@cache
+def _splits(seed: int) -> dict[str, datasets.Dataset]:
     names = [*INTENTS, OOS]
     features = datasets.Features({"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=names)})
     seen: set[str] = set()
-    splits = {}
+    splits: dict[str, datasets.Dataset] = {}
     for split, size in SIZES.items():
         generator = _Generator(seed, split)
         wanted = list(_quota(split))
@@ -227,4 +239,4 @@ def load_intents(seed: int = 0) -> datasets.DatasetDict:
             rows.append({"text": text, "intent": generator.rng.choice(names) if noisy else intent})
         generator.rng.shuffle(rows)
         splits[split] = datasets.Dataset.from_list(rows, features=features)
-    return datasets.DatasetDict(splits)
+    return splits

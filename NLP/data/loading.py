@@ -97,7 +97,7 @@ def load_text_data(
             splits[split] = rows.select(np.flatnonzero(chosen)).flatten_indices()
     return TextData(
         name=name,
-        splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
+        splits={split: rows.add_column("sample_id", np.arange(len(rows))) for split, rows in splits.items()},
         label_names=names,
         regression=regression,
         primary_metric=spec.metric if spec else "spearman" if regression else "accuracy",
@@ -206,7 +206,7 @@ def _map(rows: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) 
     """
     kwargs: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
     if len(rows) < MANY_ROWS:
-        return rows.map(function, **kwargs)
+        return rows.map(function, new_fingerprint=uuid.uuid4().hex, **kwargs)  # otherwise it hashes the tokenizer
     folder = Path(get_temporary_cache_files_directory(), uuid.uuid4().hex)
     rows.save_to_disk(folder)  # otherwise each process would copy the rows in memory
     rows = load_from_disk(folder)

@@ -46,7 +46,7 @@ def load_translation_data(dataset: str, source: str, target: str) -> Translation
     return TranslationData(
         name=short_name(dataset),
         languages=(source, target),
-        splits={split: rows.add_column("sample_id", list(range(len(rows)))) for split, rows in splits.items()},
+        splits={split: rows.add_column("sample_id", np.arange(len(rows))) for split, rows in splits.items()},
         fingerprint=data_fingerprint([texts]),
         notes=notes,
     )

@@ -38,7 +38,7 @@ def main() -> None:
     parent_run = open_run(inputs, training, text, pair, matching)
 
     teacher = load_or_train_teacher(parent_run, inputs, pair)
-    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching.ensemble_teachers)
+    measured_teacher = evaluate_teacher(parent_run, inputs, teacher, pair.teacher, matching)
     for seed_run in parent_run.each_seed():
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None

@@ -15,6 +15,7 @@ from kd.common.cli import parse, reject_unused, run, show_help
 from kd.common.training.arguments import KDTrainingArguments
 from kd.nlp.student_model.arguments import (
     GlueArguments,
+    GlueBottleneckArguments,
     GlueTrainingArguments,
     MatchingArguments,
     PairArguments,
@@ -23,7 +24,7 @@ from kd.nlp.student_model.arguments import (
 )
 
 ARGUMENTS = (
-    GlueArguments, TextArguments, PairArguments, TextBottleneckArguments, MatchingArguments, GlueTrainingArguments
+    GlueArguments, TextArguments, PairArguments, GlueBottleneckArguments, MatchingArguments, GlueTrainingArguments
 )  # fmt: skip
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
@@ -143,7 +144,7 @@ def distill(
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
-        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system.ensemble_teachers)
+        measured_teacher = evaluate_teacher(run, inputs, teacher, pair.teacher, system)
         if not run.args.no_control:
             control = train_control(run, inputs, pair, epochs, "control_encoder")
         student = train_student(run, inputs, pair, system, teacher)

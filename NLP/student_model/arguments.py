@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import METHOD_NAMES, BottleneckArguments, KDTrainingArguments
+from kd.common.training.arguments import (
+    METHOD_NAMES,
+    BottleneckArguments,
+    KDTrainingArguments,
+    Keys,
+    check_ensemble_weights,
+    ensemble_weights,
+)
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1
 from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
@@ -180,6 +187,7 @@ class MatchingArguments:
     ensemble_teachers: list[str] = field(
         default_factory=list, metadata={"help": "Further teachers, whose logits are averaged with those of --teacher."}
     )
+    ensemble_weights: list[Positive] | None = ensemble_weights()
     student_from: Literal["teacher", "pretrained"] = field(
         default="teacher",
         metadata={"help": "Weights of a cut student."},
@@ -195,11 +203,22 @@ class MatchingArguments:
     )
     layer_map: LayerMap = field(default="uniform", metadata={"help": "Map to the teacher's layers."})
 
+    def __post_init__(self) -> None:
+        check_ensemble_weights(self.ensemble_teachers, self.ensemble_weights)
+
     def check_unused_flags(self) -> None:
         if not self.hidden_weight and not self.embedding_weight:
             reject_unused("--hidden_weight and --embedding_weight are 0", self, "hidden_loss")
         if not self.hidden_weight and not self.attention_weight:
             reject_unused("--hidden_weight and --attention_weight are 0", self, "layer_map")
+
+
+@dataclass
+class GlueBottleneckArguments(TextBottleneckArguments):
+    """Discrete key-value bottleneck."""
+
+    bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": SUPPRESS})  # --systems sets both
+    keys: Keys = field(default="carried", metadata={"help": SUPPRESS})
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Evaluation of text classifiers and regression models, identical during and after training, and reports of runs."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from kd.common.metrics.verdict import Measurement, measure_classes, measure_regr
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import TextData, Texts, load_text_data
+from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.teacher_model.teacher import labels_of
@@ -136,20 +137,24 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def evaluate_teacher(
-    run: TrainerRun, inputs: Inputs, teacher: PreTrainedModel, name: str, ensemble: Sequence[str] = ()
+    run: TrainerRun, inputs: Inputs, teacher: PreTrainedModel, name: str, matching: MatchingArguments | None = None
 ) -> Evaluation:
-    """Evaluates the teacher. With an `ensemble`, evaluates the mean logits of all teachers and sums their costs. Warns
-    about each teacher that is no better than chance.
+    """Evaluates the teacher. With --ensemble_teachers, evaluates the mean logits of all teachers and sums their costs.
+    Warns about each teacher that is no better than chance.
     """
+    ensemble = matching.ensemble_teachers if matching else []
     texts = inputs.texts
     evaluations = [evaluate(name, teacher, texts)]
     for other_name, other in zip(ensemble, inputs.ensemble, strict=True):
         evaluations.append(evaluate(other_name, other.model, Texts.of(inputs.data, other.tokenizer)))
     for entry, _ in evaluations:
         run.warn(chance_warning(entry, texts))
-    if not ensemble:
+    if matching is None or not ensemble:
         return evaluations[0]
-    logits = {split: np.mean([logits[split] for _, logits in evaluations], axis=0) for split in evaluations[0][1]}
+    logits = {
+        split: np.average([logits[split] for _, logits in evaluations], axis=0, weights=matching.ensemble_weights)
+        for split in evaluations[0][1]
+    }
     return _total_cost([entry for entry, _ in evaluations]) | {"metrics": metrics_by_split(texts, logits)}, logits
 
 

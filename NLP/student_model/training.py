@@ -64,6 +64,7 @@ def teacher_kwargs(
     *,
     logits: bool = True,
     ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
+    ensemble_weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
     `method` exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
@@ -72,6 +73,7 @@ def teacher_kwargs(
         logits: Whether the method needs logits.
         ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
             which is the geometric mean of the distributions (arXiv:1503.02531).
+        ensemble_weights: One weight for the teacher and for each of the ensemble (default: equal).
 
     Raises UserError if an ensemble would have to run in every step.
     """
@@ -84,7 +86,7 @@ def teacher_kwargs(
         return {"teacher": teacher, "teacher_features": paths}
     first = cached_outputs(run, teacher, texts, paths, logits)
     others = [cached_outputs(run, model, tokens) for model, tokens in ensemble]
-    return {"teacher_outputs": JoinedOutputs([first, *others]) if others else first}
+    return {"teacher_outputs": JoinedOutputs([first, *others], ensemble_weights) if others else first}
 
 
 def cached_outputs(
@@ -204,7 +206,9 @@ def train_student(
     align(run, encoder_of(student), teacher, inputs, pair, "cls")
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
-    outputs = teacher_kwargs(run, teacher, inputs.texts, method, ensemble=ensemble)
+    outputs = teacher_kwargs(
+        run, teacher, inputs.texts, method, ensemble=ensemble, ensemble_weights=matching.ensemble_weights
+    )
     rate = matching.student_learning_rate
     return fine_tune(
         run,

@@ -27,6 +27,9 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
 
 TINY_BERT = "tiny-bert"
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512
+}  # fmt: skip
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
 CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
@@ -263,14 +266,7 @@ def tiny_bert(data: TextData) -> Pretrained:
     train = data.splits["train"]
     texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        **label_config(data),
-    )
+    config = BertConfig(vocab_size=len(tokenizer), **TINY_SIZES, **label_config(data))
     return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)
 
 

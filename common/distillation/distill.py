@@ -159,6 +159,7 @@ def distill(
             notes.append("All seeds share the student's initial weights: pass a function to vary them.")
         paths = [f"{one}={other}" for one, other in (features or {}).items()]
         run = QuietRun(args, DistillArguments(task.method_name, paths, feature_weight))
+        run.plots = output_dir is not None
         return distill_task(run, task, notes)
 
 

@@ -184,6 +184,24 @@ def _complete(kind: Any) -> Any:
     return dataclass(type(kind.__name__, (kind, TrainingArguments), body))
 
 
+def ensemble_weights() -> Any:
+    """The field of the weights of several teachers. `check_ensemble_weights` checks their number."""
+    return field(default=None, metadata={"help": "Weights of --teacher and of these teachers (default: equal)."})
+
+
+def check_ensemble_weights(teachers: list[str], weights: list[float] | None) -> None:
+    """Raises ValueError unless there is one weight for --teacher and for each of --ensemble_teachers."""
+    if weights is None:
+        return
+    if not teachers:
+        raise ValueError("--ensemble_weights needs several teachers: pass --ensemble_teachers")
+    if len(weights) != len(teachers) + 1:
+        raise ValueError(
+            f"--ensemble_weights needs {len(teachers) + 1} weights, for --teacher and each of --ensemble_teachers, "
+            f"got {len(weights)}"
+        )
+
+
 @dataclass
 class CodebookArguments:
     """Discrete key-value bottleneck."""

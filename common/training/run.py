@@ -58,6 +58,7 @@ class Run:
     reports: tuple[str, ...] = (".",)  # folders with a report, relative to the run's folder
     may_change: frozenset[str] = frozenset()  # arguments that may change when the run is continued
     quiet = False  # prints no table, and with disable_tqdm no progress
+    plots = True  # draws curves.png
     shared_by_seeds = ".."  # folder with the stages that seed runs share, relative to theirs; may contain {seed}
 
     def __init__(self, args: RunArguments, *instances: Any) -> None:
@@ -265,7 +266,7 @@ class Run:
         """
         if PartialState().is_main_process:
             save_student(self.folder / "student", student, results, usage, processor, **metadata)
-            write_report(self.folder, results, self.history)
+            write_report(self.folder, results, self.history if self.plots else None)
             self.show(results)
 
     def show(self, results: dict[str, Any]) -> None:

@@ -88,15 +88,18 @@ class TeacherOutputs:
 
 
 class JoinedOutputs(TeacherOutputs):
-    """Several caches as one: the `mean_logits` of their teachers, and the features of all of them."""
+    """Several caches as one: the `mean_logits` of their teachers, and the features of all of them.
 
-    def __init__(self, caches: Sequence[TeacherOutputs]) -> None:
-        self.caches = caches
+    `weights`: one per cache that has logits (default: equal).
+    """
+
+    def __init__(self, caches: Sequence[TeacherOutputs], weights: Sequence[float] | None = None) -> None:
+        self.caches, self.weights = caches, weights
 
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
         outputs = [cache.batch(sample_ids, positions, device) for cache in self.caches]
         features = {name: feature for one in outputs for name, feature in (one.features or {}).items()}
-        return Outputs(logits=mean_logits(outputs), features=features)
+        return Outputs(logits=mean_logits(outputs, self.weights), features=features)
 
 
 def _batched(column: Column, rows: list[int], positions: int | None = None) -> Tensor:

@@ -11,6 +11,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
 MOST = 2**31 - 1
@@ -59,6 +60,7 @@ CountOrZero = Annotated[int, Range(0, MOST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
+@cache
 def ranges_of(arguments: type) -> dict[str, Range]:
     """The ranges of a dataclass by field: those of its types and its parents' types, and INHERITED_RANGES for fields
     of a parent outside this project.
@@ -81,7 +83,8 @@ def range_in(hint: Any) -> Range | None:
 
 def check_declared(arguments: Any) -> None:
     """Raises ValueError if a field of a dataclass instance is out of its range."""
-    check_ranges(vars(arguments), ranges_of(type(arguments)))
+    kind: type = type(arguments)
+    check_ranges(vars(arguments), ranges_of(kind))
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:

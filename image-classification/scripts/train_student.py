@@ -71,7 +71,7 @@ def train_side_by_side(
     training: ImageTrainingArguments,
 ) -> None:
     """Trains the students of several methods and their controls side by side, at one learning rate."""
-    reject_unused("students train side by side", args, "ensemble_teachers")
+    reject_unused("students train side by side", args, "ensemble_teachers", "ensemble_weights")
     methods = [with_pair_arguments(spec, pair) for spec in args.methods]
     if not training.no_control:
         controls = [PLAIN, CONTROL] if SIMKD in methods else [PLAIN]
@@ -128,7 +128,7 @@ def distill_student(
     )  # fmt: skip
     if not pretrained:
         teacher = run.train_on_labels("teacher", teacher, pair.epochs_of_teacher(training))
-    outputs = EnsembleTeacher([teacher, *others]) if others else teacher
+    outputs = EnsembleTeacher([teacher, *others], weights=args.ensemble_weights) if others else teacher
     teacher_results = run.evaluate_teacher(" + ".join([pair.teacher, *args.ensemble_teachers]), outputs)
 
     for seed_run in run.each_seed():

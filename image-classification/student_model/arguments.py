@@ -15,6 +15,8 @@ from kd.common.training.arguments import (
     CodebookArguments,
     CodebookSize,
     KDTrainingArguments,
+    check_ensemble_weights,
+    ensemble_weights,
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, NotNegative, Positive, Seed, Share, ShareAbove0, ShareBelow1, check_declared
@@ -151,9 +153,13 @@ class MethodArguments:
         default_factory=list,
         metadata={"help": "Folders of further teachers, whose logits are averaged with those of --teacher."},
     )
+    ensemble_weights: list[Positive] | None = ensemble_weights()
     teacher_views: Path | None = field(
         default=None, metadata={"help": "Folder for a cache of the teacher's logits for every view."}
     )
+
+    def __post_init__(self) -> None:
+        check_ensemble_weights(self.ensemble_teachers, self.ensemble_weights)
 
 
 @dataclass

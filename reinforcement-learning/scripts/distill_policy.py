@@ -115,7 +115,7 @@ def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss)
         check_loss(loss, agent.policy.action_space, agent.deterministic)
         agents = (agent, *more_agents)
         networks = [soft_network(one, environment, args.teacher_temperature, args.teacher_entropy) for one in agents]
-        network = average_policies(networks) if more_agents else networks[0]
+        network = average_policies(networks, args.ensemble_weights) if more_agents else networks[0]
         teachers.append(Teacher(environment, agents, network))
     return teachers
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from kd.common.cli import reject_unused
-from kd.common.training.arguments import CodebookArguments, CodebookSize, RunArguments
+from kd.common.training.arguments import (
+    CodebookArguments,
+    CodebookSize,
+    RunArguments,
+    check_ensemble_weights,
+    ensemble_weights,
+)
 from kd.common.utils.ranges import (
     Count,
     CountOrZero,
@@ -107,6 +113,7 @@ class PolicyArguments(RunArguments):
             "with those of --teacher."
         },
     )
+    ensemble_weights: list[Positive] | None = ensemble_weights()
     vecnormalize: list[str] | None = field(
         default=None,
         metadata={
@@ -153,6 +160,7 @@ class PolicyArguments(RunArguments):
             raise ValueError("--ensemble_teachers supports a single --environment: leave it out for several")
         if self.ensemble_teachers and self.method == "ppd":
             raise ValueError("--method ppd needs a single teacher: leave out --ensemble_teachers")
+        check_ensemble_weights(self.ensemble_teachers, self.ensemble_weights)
         statistics = len(self.environment) + len(self.ensemble_teachers)
         if self.vecnormalize is not None and len(self.vecnormalize) != statistics:
             further = " and one for each of --ensemble_teachers" if self.ensemble_teachers else ""

@@ -7,8 +7,10 @@ imported inside of functions, so that `--help` is fast.
 import inspect
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,14 +114,20 @@ def folder_name(environment: str) -> str:
     return environment.replace("/", "-").replace(":", "-")
 
 
+@cache
+def _table() -> dict[str, dict[str, dict[str, Any]]]:
+    """Algorithm -> environment -> its row of hyperparameters.yaml."""
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
     """The row of an environment, or of ALE for an Atari game, or the default; `changes` override it.
 
     Raises ValueError for unknown and unsupported hyper-parameters, and for values out of range.
     """
-    rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))[algorithm]
+    rows = _table()[algorithm]
     family = "ALE" if environment.startswith("ALE/") else "default"
-    row = dict(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
+    row = deepcopy(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
     _check(algorithm, row)
     keywords = {name: _value(name, value) for name, value in row.items()}
     steps, count, normalize = keywords.pop("steps"), keywords.pop("environments"), keywords.pop("normalize", False)

@@ -222,12 +222,13 @@ class Teacher:
         return self.agents[0]
 
 
-def average_policies(networks: Sequence[PolicyNetwork]) -> EnsembleTeacher:
+def average_policies(networks: Sequence[PolicyNetwork], weights: Sequence[float] | None = None) -> EnsembleTeacher:
     """Averages policies. For discrete actions it averages the logits at their temperatures, which is the normalized
     geometric mean of the distributions; for Box actions it averages `mean` and `log_std`. With a deterministic policy,
     which has no `log_std`, the average is deterministic. Values keep the units in which each policy was trained.
+    `weights`: one per policy (default: equal).
     """
-    return EnsembleTeacher(networks, features=("mean", "log_std", "value")).eval()
+    return EnsembleTeacher(networks, features=("mean", "log_std", "value"), weights=weights).eval()
 
 
 def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:

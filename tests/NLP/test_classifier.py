@@ -80,7 +80,7 @@ def teachers(small, tmp_path_factory) -> list[Path]:
         with torch.no_grad():
             for weight in made.model.parameters():
                 if weight.dim() > 1:
-                    weight.mul_(4)  # default random weights are so small that all texts have the same logits
+                    weight.mul_(8)  # default random weights are so small that all texts have the same logits
         made.model.save_pretrained(folder)
         made.tokenizer.save_pretrained(folder)
         folders.append(folder)
@@ -275,8 +275,8 @@ def test_labels_in_another_order_are_matched_by_name_and_a_teacher_at_chance_is_
 
 
 def test_an_ensemble_is_evaluated_by_its_mean_logits(small, teachers, tmp_path):
-    words = ["--teacher", teachers[0], "--ensemble_teachers", teachers[1], "--no_control", "--max_steps", 1]
-    distill(small, *words, "--output_dir", tmp_path / "run")
+    words = ["--teacher", teachers[0], "--ensemble_teachers", teachers[1], "--ensemble_weights", 3, 1]
+    distill(small, *words, "--no_control", "--max_steps", 1, "--output_dir", tmp_path / "run")
     found = results(tmp_path / "run")["models"]["teacher"]
     data = load_text_data(str(small))
     logits = []
@@ -287,7 +287,9 @@ def test_an_ensemble_is_evaluated_by_its_mean_logits(small, teachers, tmp_path):
         )
         texts = Texts.of(data, tokenizer)
         logits.append(predict(model, texts.splits["validation"], texts.collate))
-    expected = text_metrics(data, np.mean(logits, axis=0), np.asarray(texts.splits["validation"]["labels"]))
+    expected = text_metrics(
+        data, 0.75 * logits[0] + 0.25 * logits[1], np.asarray(texts.splits["validation"]["labels"])
+    )
     assert {name: found["metrics"]["validation"][name] for name in expected} == pytest.approx(expected)
     assert expected != text_metrics(data, logits[0], np.asarray(texts.splits["validation"]["labels"]))
     assert found["parameters"] == 2 * model.num_parameters()
@@ -386,6 +388,9 @@ def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         (["--label_smoothing_factor", "0.1", "--method", "dist"], "leave --label_smoothing_factor at 0"),
         (["--ensemble_teachers", "{untrained}"], "is not a trained classifier"),
         (["--ensemble_teachers", "{teacher}", "--attention_weight", "1"], "a single teacher"),
+        (["--ensemble_weights", "1"], "pass --ensemble_teachers"),
+        (["--ensemble_teachers", "{teacher}", "--ensemble_weights", "1"], "needs 2 weights"),
+        (["--ensemble_teachers", "{teacher}", "--ensemble_weights", "1", "0"], "--ensemble_weights"),
         (["--student_from", "pretrained", "--teacher", "{teacher}"], "--student_from pretrained"),
         (["--teacher", "bert-base-uncased", "--max_steps", "5"], "cannot be reached"),
         (["--student", "distilbert-base-uncased", "--max_steps", "5"], "cannot be reached"),

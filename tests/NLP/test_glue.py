@@ -24,7 +24,7 @@ COLORS, THINGS = ("red", "blue", "green", "grey"), ("cat", "hat", "car", "tree",
 
 
 @pytest.fixture(scope="module")
-def glue(tmp_path_factory) -> Path:
+def glue(narrow_bert, tmp_path_factory) -> Path:
     """RTE with classes as labels, STS-B with numbers, and MNLI with two validation splits."""
     folder = tmp_path_factory.mktemp("glue")
     pairs = [(a, b) for a in COLORS for b in THINGS]

@@ -87,9 +87,9 @@ def teacher(few, tmp_path_factory) -> Path:
     return classifier(tmp_path_factory.mktemp("models") / "teacher", load_text_data(str(few)), steps=40)
 
 
-def search(*words: object) -> None:
+def search(*words: object, draw: bool = False) -> None:
     quick = QUICK[:-3] if "--search" in words else QUICK  # some searches leave out the temperature
-    run_script("NLP/scripts/search.py", *quick, *words)
+    run_script("NLP/scripts/search.py", *quick, *words, draw=draw)
 
 
 def found(folder: Path) -> dict:
@@ -104,7 +104,7 @@ def without_seconds(folder: Path) -> list[dict]:
 def finished(few, teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "search"
     words = [*EVALUATED_TWICE, *STUDENT, "--dataset", few, "--teacher", teacher, "--output_dir", folder]
-    search(*words, "--trials", TRIALS)
+    search(*words, "--trials", TRIALS, draw=True)
     return folder
 
 

@@ -58,14 +58,15 @@ def test_sample_ids_must_be_distinct():
         TeacherOutputs(torch.tensor([1, 2, 1]), torch.zeros(3, 2))
 
 
-def test_averaged_teachers_have_the_mean_of_logits_as_their_caches_have():
+@pytest.mark.parametrize("weights, shares", [(None, (0.5, 0.5)), ([3.0, 1.0], (0.75, 0.25))])
+def test_averaged_teachers_have_the_mean_of_logits_as_their_caches_have(weights, shares):
     teachers = [model(0), model(1)]
     x = torch.randn(3, 6)
     logits = [teacher(x).logits for teacher in teachers]
-    averaged = EnsembleTeacher(teachers)(x).logits
-    torch.testing.assert_close(averaged, (logits[0] + logits[1]) / 2)
+    averaged = EnsembleTeacher(teachers, weights=weights)(x).logits
+    torch.testing.assert_close(averaged, shares[0] * logits[0] + shares[1] * logits[1])
     samples = torch.arange(3)
-    joined = JoinedOutputs([TeacherOutputs(samples, each) for each in logits])
+    joined = JoinedOutputs([TeacherOutputs(samples, each) for each in logits], weights)
     torch.testing.assert_close(joined.batch(samples).logits, averaged)
 
 

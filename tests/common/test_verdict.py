@@ -33,7 +33,7 @@ EXAMPLES, TRIALS = 400, 100
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("kd.common.metrics.verdict.RESAMPLES", 200)
+    monkeypatch.setattr("kd.common.metrics.verdict.RESAMPLES", 100)
 
 
 def accuracy_of(right: np.ndarray) -> Score:

@@ -45,7 +45,7 @@ def student_of(kind: str, data: Any) -> Any:
     [
         ("plain", "onnx", True),
         ("simkd", "onnx", False),
-        ("simkd", "torch.export", False),
+        pytest.param("simkd", "torch.export", False, marks=pytest.mark.slow),
         ("bottleneck", "torch.export", False),
         ("probe", "torch.export", True),
     ],

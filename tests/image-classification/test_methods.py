@@ -12,7 +12,7 @@ from kd.common.objective import Scheduled
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import Pair, forward_both, noise
+from kd_testing.image_pairs import Pair, copied, forward_both, noise
 
 NAMES = sorted(METHODS)
 WITH_WEIGHTS = {  # methods with auxiliary parameters
@@ -20,8 +20,8 @@ WITH_WEIGHTS = {  # methods with auxiliary parameters
 }
 
 
+@copied
 def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", classes: int = 5) -> Pair:
-    torch.manual_seed(0)
     data = noise(classes=classes)
     return Pair(new_classifier(student, data.config), new_classifier(teacher, data.config), data)
 

@@ -10,10 +10,9 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from kd.common.cli import run
-from kd.image_classification.scripts import prepare_data
 from kd_testing.image_files import draw, in_colour, large, photos_in, pixels, sizes, small
 from kd_testing.paths import REPO
+from kd_testing.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("digits_once")
 
@@ -28,21 +27,18 @@ def photos(tmp_path: Path) -> str:
     return photos_in(tmp_path / "photos")
 
 
-def prepare(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, flags)])
-    run(prepare_data.main)
+def prepare(*flags: object) -> None:
+    run_script("image-classification/scripts/prepare_data.py", *flags)
 
 
-def test_a_prepared_folder_is_the_same_data(
-    tmp_path: Path, colour: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_prepared_folder_is_the_same_data(tmp_path: Path, colour: str, capsys: pytest.CaptureFixture) -> None:
     for name, flags, keywords in (
         ("digits", [], {}),
         (colour, ["--validation_share", 0.25], {"validation_share": 0.25}),
         (colour, ["--image_size", 6, "--max_train_samples", 20], {"image_size": 6, "max_train_samples": 20}),
     ):
         folder = tmp_path / f"prepared{len(flags)}"
-        prepare(monkeypatch, "--dataset", name, "--output", folder, *flags)
+        prepare("--dataset", name, "--output", folder, *flags)
         output = capsys.readouterr().out
         before, after = small(name, **keywords), small(folder)
         assert after.fingerprint == before.fingerprint and sizes(after) == sizes(before)
@@ -53,7 +49,7 @@ def test_a_prepared_folder_is_the_same_data(
         assert Image.open(folder / "views.png").width > 500
 
 
-def test_class_folders_with_other_files_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_folders_with_other_files_are_prepared(tmp_path: Path) -> None:
     """Numbered class folders, a class with one image, other files, and an image without a label."""
     for number, array in enumerate(pixels(30, 6, 6, 3)):
         draw(
@@ -63,19 +59,17 @@ def test_class_folders_with_other_files_are_prepared(tmp_path: Path, monkeypatch
     draw(tmp_path / "source" / "train" / "loose.png", pixels(1, 6, 6, 3)[0])
     (tmp_path / "source" / "labels.txt").write_text("")
     before = small(tmp_path / "source")
-    prepare(monkeypatch, "--dataset", tmp_path / "source", "--output", tmp_path / "prepared")
+    prepare("--dataset", tmp_path / "source", "--output", tmp_path / "prepared")
     after = small(tmp_path / "prepared")
     assert after.fingerprint == before.fingerprint and after.config == before.config
     assert after.label_names == ["2", "7", "10"] and sizes(after) == sizes(before) and len(before.notes) == 5
     assert after.notes[1:] == ["classes without an image in validation: 1 of 3 (10)"]
 
 
-def test_large_images_keep_their_files(
-    tmp_path: Path, photos: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_large_images_keep_their_files(tmp_path: Path, photos: str, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "prepared"
     flags = ["--image_size", 72, "--validation_share", 0.2]
-    prepare(monkeypatch, "--dataset", photos, "--output", folder, *flags)
+    prepare("--dataset", photos, "--output", folder, *flags)
     assert "--image_size 72" in capsys.readouterr().out
     before, after = large(photos), large(str(folder))
     assert after.fingerprint == before.fingerprint and sizes(after) == sizes(before)
@@ -86,29 +80,27 @@ def test_without_output_the_script_only_prints_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    prepare(monkeypatch)
+    prepare()
     output = capsys.readouterr().out
     assert "1,294" in output and "14 to 15" in output and "8x8" in output and "10 classes: 0, 1" in output
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_others_are_never_deleted(
-    tmp_path: Path, colour: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_files_of_others_are_never_deleted(tmp_path: Path, colour: str, capsys: pytest.CaptureFixture) -> None:
     def error_of(*flags: object) -> str:
         with pytest.raises(SystemExit) as caught:
-            prepare(monkeypatch, *flags)
+            prepare(*flags)
         captured = capsys.readouterr()
         assert caught.value.code == 2 and len(captured.err.splitlines()) == 1 and captured.err.startswith("error: ")
         return captured.err
 
     folder = tmp_path / "out"
     folder.mkdir()
-    prepare(monkeypatch, "--output", folder)  # an empty folder may be used
+    prepare("--output", folder)  # an empty folder may be used
     capsys.readouterr()
     assert "--overwrite" in error_of("--dataset", colour, "--output", folder)
     assert small(folder).fingerprint == small("digits").fingerprint
-    prepare(monkeypatch, "--dataset", colour, "--output", folder, "--overwrite")
+    prepare("--dataset", colour, "--output", folder, "--overwrite")
     capsys.readouterr()
     assert small(folder).fingerprint == small(colour).fingerprint
     (folder / "thesis.txt").write_text("")
@@ -132,7 +124,7 @@ def test_an_unreachable_hub_is_one_line(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(SystemExit) as stopped:
-        prepare(monkeypatch, "--dataset", "cifar100", "--output", tmp_path / "out")
+        prepare("--dataset", "cifar100", "--output", tmp_path / "out")
     output, error = capsys.readouterr()
     assert stopped.value.code == 2 and not output and not (tmp_path / "out").exists()
     assert_message_has_remedies(error)

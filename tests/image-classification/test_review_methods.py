@@ -21,7 +21,7 @@ from kd.image_classification.student_model.methods import METHODS, image_method
 from kd.image_classification.student_model.methods.all_stages import Calibration, Fusion, Review
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 from kd_testing.image_networks import assert_close_features, randomize_norms
-from kd_testing.image_pairs import Pair, forward_both, forward_with_features, noise
+from kd_testing.image_pairs import Pair, copied, forward_both, forward_with_features, noise
 from kd_testing.image_training import train
 
 # families that expose their maps before the last ReLU of a stage, and families that do not
@@ -36,8 +36,8 @@ def network(name: str, size: int = 16) -> ImageClassifier:
     return model.eval()
 
 
+@copied
 def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", size: int = 16) -> Pair:
-    torch.manual_seed(0)
     return Pair(network(student, size), network(teacher, size), noise(size))
 
 
@@ -110,8 +110,8 @@ def test_networks_of_different_families_are_matched(student, teacher, names):
     for name in names:
         method = METHODS[name](pair.spec)
         method.objective.set_progress(0.5)
-        student_outputs, teacher_outputs = forward_both(method, pair, pair.images)
-        parts = method.objective(student_outputs, teacher_outputs, torch.arange(8) % 5)
+        student_outputs, teacher_outputs = forward_both(method, pair, pair.images[:3])
+        parts = method.objective(student_outputs, teacher_outputs, torch.arange(3))
         torch.stack(list(parts.values())).sum().backward()
         assert all(part.item() > 0 for part in parts.values()), name
         assert all(p.grad is not None and p.grad.isfinite().all() for p in method.objective.parameters()), name

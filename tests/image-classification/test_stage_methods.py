@@ -13,14 +13,14 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.methods.last_map import class_maps, n_to_one
 from kd.image_classification.teacher_model.classifier import new_classifier
-from kd_testing.image_pairs import Pair, forward_both, noise
+from kd_testing.image_pairs import Pair, copied, forward_both, noise
 
 EVERY_STAGE = ("attention", "nst", "vid")
 ANY_NETWORKS = ("fitnet", "srrl", "catkd", "norm", "rkd", "sp", "pkt", "cc")
 
 
+@copied
 def new_pair(student: str = "resnet8", teacher: str = "resnet14x2", size: int = 16) -> Pair:
-    torch.manual_seed(0)
     data = noise(size)
     return Pair(new_classifier(student, data.config), new_classifier(teacher, data.config), data)
 

@@ -1,7 +1,10 @@
 """Random images, and forward passes of student and teacher as in the trainer."""
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,25 @@ class Pair:
     @cached_property
     def images(self) -> Tensor:
         return some_images(self.data)
+
+
+def copied(build: Callable[..., Pair]) -> Callable[..., Pair]:
+    """Builds pairs from the seed 0, the last ones once, and returns copies: random weights of large networks take
+    long.
+    """
+
+    @lru_cache(4)
+    def built(*args: Any, **kwargs: Any) -> Pair:
+        torch.manual_seed(0)
+        return build(*args, **kwargs)
+
+    @wraps(build)
+    def copy(*args: Any, **kwargs: Any) -> Pair:
+        pair = deepcopy(built(*args, **kwargs))
+        torch.manual_seed(0)
+        return pair
+
+    return copy
 
 
 def some_images(data: ImageData) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 from unittest import mock
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from kd_testing.paths import REPO
 
 INIT = Figure.__init__
+DRAWN: set[str] = set()  # scripts whose figures this process has drawn
 
 
 def _rough(figure: Figure, figsize: Any = None, dpi: Any = None, layout: Any = None, **others: Any) -> None:
@@ -20,11 +22,20 @@ def _rough(figure: Figure, figsize: Any = None, dpi: Any = None, layout: Any = N
     INIT(figure, figsize, 80, **others)
 
 
-def run_script(path: str, *arguments: object) -> None:
-    """Runs `python PATH ARGUMENTS` with coarse figures. PATH is relative to the repository."""
+def _blank(figure: Figure, file: Any, **_: Any) -> None:
+    """Writes a white image of the figure's size."""
+    Image.new("L", figure.canvas.get_width_height(), 255).save(file, "png")
+
+
+def run_script(path: str, *arguments: object, draw: bool = False) -> None:
+    """Runs `python PATH ARGUMENTS` with coarse figures. PATH is relative to the repository. To save time, only the
+    first run of each script in this process, and runs with `draw`, draw their figures.
+    """
     before, sys.argv = sys.argv, [str(REPO / path), *map(str, arguments)]
+    save = Figure.savefig if draw or path not in DRAWN else _blank
+    DRAWN.add(path)
     try:
-        with mock.patch.object(Figure, "__init__", _rough):
+        with mock.patch.object(Figure, "__init__", _rough), mock.patch.object(Figure, "savefig", save):
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = before

@@ -64,7 +64,7 @@ def test_a_linear_student_solves_the_known_answers_exactly(environment, loss, tm
     discrete = environment == "KnownAnswer-v0"
     student = model(environment, [])
     one = task(environment, Expert(discrete), student)
-    args = arguments(loss=loss, learning_rate=0.05, updates=400, steps=2000)
+    args = arguments(loss=loss, learning_rate=0.05, updates=150, steps=2000)
     Distiller([one], args, tmp_path, 0).learn(no_metrics)
     returns, _ = returns_of(greedy(one.student), environment, 100, seed=123)
     assert len(returns) == 100
@@ -164,7 +164,7 @@ def test_resumed_distillation_gives_the_same_student(environment, at, tmp_path):
 
     def run(folder: Path, interrupted_at: int | None) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         one = task(environment, teacher, model(environment, [8]))
-        distiller = Distiller([one], arguments(rollout_policy="mixed"), folder, seed=5)
+        distiller = Distiller([one], arguments(rollout_policy="mixed", steps=200, updates=10), folder, seed=5)
         calls = 0
 
         def evaluate() -> dict[str, float]:
@@ -189,7 +189,7 @@ def test_resumed_distillation_gives_the_same_student(environment, at, tmp_path):
 def test_seed_determines_the_student(tmp_path):
     def run(name: str, seed: int) -> torch.Tensor:
         one = task("CartPole-v1", PolicyNetwork(model("CartPole-v1", [8], seed=1).policy), model("CartPole-v1", [8]))
-        Distiller([one], arguments(), tmp_path / name, seed).learn(no_metrics)
+        Distiller([one], arguments(steps=200, updates=10), tmp_path / name, seed).learn(no_metrics)
         return one.student.state_dict()["network.policy.action_net.weight"]
 
     first = run("a", 0)

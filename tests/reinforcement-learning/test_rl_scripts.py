@@ -213,6 +213,12 @@ def test_several_environments_share_one_body(capsys):
     assert "contains a finished run" in error_line(capsys, *words, "--teacher", *teachers)
 
 
+@pytest.fixture
+def short_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_FRAMES", 10)
+
+
+@pytest.mark.usefixtures("short_videos")
 def test_videos(cart_pole):
     words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
     run_script(f"{SCRIPTS}/evaluate.py", *words, "cart.gif")
@@ -221,6 +227,7 @@ def test_videos(cart_pole):
     assert Path("cart.mp4").read_bytes()[4:8] == b"ftyp"
 
 
+@pytest.mark.usefixtures("short_videos")
 def test_gif_replaces_an_mp4_that_cannot_be_written(cart_pole, monkeypatch):
     write = video.imageio.v3.imwrite
 
@@ -235,6 +242,7 @@ def test_gif_replaces_an_mp4_that_cannot_be_written(cart_pole, monkeypatch):
     assert Path("c.gif").exists() and not Path("c.mp4").exists()
 
 
+@pytest.mark.usefixtures("short_videos")
 def test_incomplete_video_is_removed(cart_pole, monkeypatch, capsys):
     words = [cart_pole, "--environment", "CartPole-v1", "--episodes", 1, "--video"]
     Path("file").touch()
@@ -387,6 +395,11 @@ def test_student_of_several_teachers_learns_their_average(cart_pole):
     assert test["return_mean"] == pytest.approx(returns.mean())
     student = PPO.load("two/student/student.zip", device="cpu")
     assert student.predict(np.zeros((1, 4), np.float32), deterministic=True)[0].item() == 1
+
+    words = ["--teacher", "first.zip", "--ensemble_teachers", "other.zip", "--no_control", "--output_dir", "weighted"]
+    distill(*words, "--ensemble_weights", 30, 1)  # 30 * 5 to the left, 50 to the right
+    student = PPO.load("weighted/student/student.zip", device="cpu")
+    assert student.predict(np.zeros((1, 4), np.float32), deterministic=True)[0].item() == 0
 
 
 def test_invalid_ensemble_of_teachers_raises_an_error_before_training(cart_pole, capsys):
