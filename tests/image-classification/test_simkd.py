@@ -117,7 +117,7 @@ def test_weights_of_the_projectors():
     data = noise()
     teacher = new_classifier("resnet14x2", data.config)
     student = simkd_student("resnet14", teacher, data, factor=2)
-    multi = simkd(student, teacher, SimKDArguments(projector="multi"), 4.0).objective
+    multi = simkd(student, teacher, SimKDArguments(projector="multi", feature_weight=1.0), 4.0).objective
     assert multi.weights == pytest.approx({"feature_0": 2 / 3, "feature_1": 1 / 3})
     layers = simkd(student, teacher, SimKDArguments(projector="all-layer", feature_weight=3.0), 4.0).objective
     assert layers.weights == pytest.approx({f"feature_{i}": 3.0 / 6 for i in range(6)})
