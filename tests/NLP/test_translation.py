@@ -277,7 +277,7 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "few_numbers"
     for split, rows in number_words.load_number_words().items():
         short = rows.filter(lambda row: len(row["en"]) < 24)
-        short.select(range(64 if split == "train" else 12)).to_parquet(folder / f"{split}.parquet")
+        short.select(range(64 if split == "train" else 10)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -423,8 +423,12 @@ def t5(small, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("student", "kind"),
-    [("cut", "t5"), ("scratch", "marian"), pytest.param("by name", "t5", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("cut", "t5"),
+        pytest.param("scratch", "marian", marks=pytest.mark.slow),
+        pytest.param("by name", "t5", marks=pytest.mark.slow),
+    ],
+)
 def test_a_t5_as_teacher(small, t5, tmp_path, student, kind):
     """The student is a cut of it, or has random weights, or is the same T5 by name."""
     words = ["--student", t5 if student == "by name" else student, "--teacher", t5, "--teacher_epochs", 0]

@@ -29,6 +29,8 @@ from kd_testing.exports import run_readme
 from kd_testing.scripts import run_script
 from kd_testing.tiny import model as tiny_model
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
+
 
 class Mixed(nn.Module):
     """A lookup, a convolution and attention: ids and pixels -> logits (batch, 3)."""

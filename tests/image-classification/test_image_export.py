@@ -19,6 +19,7 @@ from kd_testing.image_files import large as large_data
 from kd_testing.image_files import small as small_data
 from kd_testing.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
 
 

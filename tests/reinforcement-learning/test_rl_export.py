@@ -22,6 +22,8 @@ from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd_testing.exports import run_readme
 from kd_testing.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
+
 
 def saved(run: Path, model: BaseAlgorithm, environment: str) -> Path:
     """A run with this student, whose actions differ between states."""

@@ -163,7 +163,7 @@ def test_proximal_policy_distillation(cart_pole):
 
 def test_normalized_continuous_teacher_and_student_for_raw_observations():
     """The teacher was trained with VecNormalize; the student takes raw observations."""
-    hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600]
+    hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600, "--episodes", 3]
     distill(*hopper, "--student", 8, "--steps", 300)
     stage = RUNS / "teacher_Hopper-v5_ppo" / "stages" / "teacher"
     assert (stage / "vecnormalize.pkl").exists()
@@ -187,7 +187,7 @@ def test_teachers_of_other_algorithms(algorithm, environment):
                "--episodes", 2, "--eval_episodes", 1)  # fmt: skip
     folder = RUNS / f"teacher_{environment}_{algorithm}"
     assert read_json(folder / "results.json")["models"]["student"] is None
-    distill("--environment", environment, "--teacher", folder, "--no_control")
+    distill("--environment", environment, "--teacher", folder, "--no_control", "--episodes", 3)
     results = read_json(RUNS / f"distill_{environment}" / "results.json")
     assert results["models"]["teacher"]["name"].startswith(algorithm)
     if environment == "Pendulum-v1":  # returns are negative: retention counts from the random policy
@@ -200,7 +200,8 @@ def test_several_environments_share_one_body(capsys):
     for name in ("CartPole-v1", "MountainCar-v0"):
         PPO("MlpPolicy", name, n_steps=32, batch_size=32, device="cpu").learn(64).save(f"{name}.zip")
         teachers.append(f"{name}.zip")
-    distill("--environment", "CartPole-v1", "MountainCar-v0", "--teacher", *teachers, "--output_dir", "both")
+    distill("--environment", "CartPole-v1", "MountainCar-v0", "--teacher", *teachers, "--output_dir", "both",
+            "--episodes", 3)  # fmt: skip
     names = ("CartPole-v1", "MountainCar-v0")
     students = [PPO.load(f"both/{name}/student/student.zip", device="cpu").policy for name in names]
     pole, car = (student.mlp_extractor.policy_net for student in students)
@@ -215,7 +216,7 @@ def test_several_environments_share_one_body(capsys):
 
 @pytest.fixture
 def short_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_FRAMES", 10)
+    monkeypatch.setattr(video, "MAX_FRAMES", 40)
 
 
 @pytest.mark.usefixtures("short_videos")
@@ -258,7 +259,7 @@ def test_incomplete_video_is_removed(cart_pole, monkeypatch, capsys):
     assert Image.open("new/folder/cart.gif").n_frames > 3
 
 
-@pytest.mark.parametrize("steps", [16, 64])
+@pytest.mark.parametrize("steps", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_statistics_are_found_by_name_or_by_flag(steps, capsys):
     """Returns are those of `evaluate_policy` of Stable-Baselines3 with VecNormalize."""
     env = VecNormalize(SB3Environments("Pendulum-v1", 2), norm_reward=False)
@@ -287,7 +288,8 @@ def test_statistics_are_found_by_name_or_by_flag(steps, capsys):
     raw, source = found("--vecnormalize", "none")
     assert source == "none" and raw != pytest.approx(expected, rel=1e-3)
     assert "my_norm.pkl" in error_line(capsys, "--environment", "Pendulum-v1", "--teacher", zip)
-    distill("--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control")
+    words = ["--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control", "--episodes", 3]
+    distill("--environment", "Pendulum-v1", *words)
     results = read_json(RUNS / "distill_Pendulum-v1" / "results.json")
     assert results["teacher_observation_statistics"] == "my_norm.pkl"
     assert "my_norm.pkl" in (RUNS / "distill_Pendulum-v1" / "report.md").read_text()
