@@ -3,7 +3,8 @@
     python image-classification/scripts/train_simkd.py
     python image-classification/scripts/train_simkd.py --projector all-layer
     python image-classification/scripts/train_simkd.py image-classification/scripts/paper.yaml --dataset cifar100 \\
-        --teacher runs/image-classification/teacher_cifar100 --student resnet8x4 --feature_weight 1
+        --teacher runs/image-classification/teacher_cifar100 --student resnet8x4 \\
+        --feature_weight 1 --kl_weight 0
 
 The control is the same network, including the projector, trained on the labels alone.
 """

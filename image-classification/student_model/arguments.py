@@ -208,9 +208,9 @@ class SimKDWeights:
     use_labels: bool = field(
         default=False, metadata={"help": "Match features only where the teacher predicts the label."}
     )
-    feature_weight: NotNegative = field(default=50.0, metadata={"help": "Weight of the feature loss."})
+    feature_weight: NotNegative = field(default=5.0, metadata={"help": "Weight of the feature loss."})
     cls_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the labels' cross-entropy."})
-    kl_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the teacher's soft targets."})
+    kl_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the teacher's soft targets."})
 
     def __post_init__(self) -> None:
         if not (self.feature_weight or self.cls_weight or self.kl_weight):
