@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.labels import Kind, map_label_ids, read_labels
-from kd.common.data.sources import Splits, read_splits, short_name, stratified, with_validation
+from kd.common.data.sources import Splits, read_splits, sample, short_name, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import FLAGS, TASKS, Columns, choose_columns, known_task
 from kd.nlp.data.intents import load_intents
@@ -31,7 +31,9 @@ MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
 @dataclass(frozen=True)
 class TextData:
-    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float) and sample_id."""
+    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float), row (in the data
+    as stored) and sample_id.
+    """
 
     name: str
     splits: Splits
@@ -91,10 +93,7 @@ def load_text_data(
     splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
-        if most is not None and most < len(rows):
-            notes.append(f"{most:,} of {len(rows):,} {split} rows")
-            chosen = stratified(np.asarray(rows.with_format("numpy")["label"]), most / len(rows))
-            splits[split] = rows.select(np.flatnonzero(chosen)).flatten_indices()
+        splits[split] = sample(rows, most, split, notes, np.asarray(rows.with_format("numpy")["label"]))
     return TextData(
         name=name,
         splits={split: rows.add_column("sample_id", np.arange(len(rows))) for split, rows in splits.items()},
@@ -124,7 +123,7 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
 
 
 def _select(split: str, raw: Dataset, columns: Columns, labelled: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The columns text, text_pair (if there are two text columns) and label of the labelled rows."""
+    """The columns text, text_pair (if there are two text columns), label and row of the labelled rows."""
     found: dict[str, pa.Array] = {}
     for new, name in zip(("text", "text_pair"), columns.text, strict=False):
         if name not in raw.features:
@@ -140,14 +139,15 @@ def _select(split: str, raw: Dataset, columns: Columns, labelled: np.ndarray, la
             raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
         found[new] = texts.take(pa.array(labelled))
     kinds = {name: datasets.Value("string") for name in found} | {"label": datasets.Value(str(labels.dtype))}
-    return Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
+    kinds["row"] = datasets.Value("int64")
+    return Dataset(pa.table({**found, "label": labels, "row": labelled}).cast(datasets.Features(kinds).arrow_schema))
 
 
 def _fingerprint(splits: Splits, label_names: list[str]) -> str:
     def parts() -> Iterator[object]:
         yield label_names
         for split in sorted(splits):
-            for column in (name for name in splits[split].column_names if name != "sample_id"):
+            for column in (name for name in splits[split].column_names if name not in ("row", "sample_id")):
                 yield [split, column, splits[split][:][column]]
 
     return data_fingerprint(parts())

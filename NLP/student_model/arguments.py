@@ -1,12 +1,12 @@
 """Arguments that the scripts for text classifiers share. Nothing here imports torch or transformers."""
 
 import math
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from kd.common.cli import reject_unused
+from kd.common.cli import Parser, reject_unused
 from kd.common.training.arguments import (
     METHOD_NAMES,
     BottleneckArguments,
@@ -96,14 +96,20 @@ class TextArguments:
         return data
 
 
-def add_data_arguments(parser: ArgumentParser) -> None:
+DATA_ARGUMENTS = ("dataset", "text_columns", "label_column", "max_eval_samples")  # of add_data_arguments
+
+
+def add_data_arguments(parser: Parser) -> None:
     """Adds the data flags of scripts that evaluate a trained classifier."""
-    help = "Embedded dataset, Hub name, folder or file."
-    parser.add_argument("--dataset", required=True, help=help)
+    help = "Embedded dataset, Hub name, folder or file (default: that of the run)."
+    parser.add_argument("--dataset", help=help)
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
     parser.add_argument("--label_column", help="Column of the labels (default: inferred).")
+    parser.add_argument(
+        "--max_eval_samples", type=int, within=Range(1, MOST), help="Maximum number of texts in each split."
+    )
 
 
 @dataclass

@@ -24,7 +24,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load
 from kd.nlp.teacher_model.generative import byte_level_bpe, joint_bpe, random_gpt2, random_marian
 from kd.nlp.teacher_model.teacher import vocabulary
-from kd_testing.exports import run_readme
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("onnx_operators_once")
