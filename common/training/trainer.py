@@ -250,6 +250,12 @@ class KDTrainer(CheckpointTrainer):
 
     # ---- optimizer ----
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The parent's choice; SGD in one pass over the weights (on a CPU, torch would take several)."""
+        kind, keywords = CheckpointTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return kind, keywords | {"fused": True} if kind is torch.optim.SGD else keywords
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's optimizer, with the parameter groups of submodules and the auxiliary parameters added."""
         if self.optimizer is not None:
