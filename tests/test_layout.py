@@ -116,6 +116,7 @@ assert timm.create_model("resnet18", num_classes=2)
 """
 
 
+@pytest.mark.slow
 def test_timm_and_the_trainer_load_after_common_with_the_operators_that_are_missing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", NEW_PROCESS], capture_output=True, text=True, cwd=tmp_path, timeout=120

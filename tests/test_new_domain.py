@@ -14,8 +14,8 @@ from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
 NEEDED = ("common", "typings", "templates", "tests/kd_testing", "tests/conftest.py",
-          "tests/test_layout.py", "tests/test_documents.py", "setup.py", "pyproject.toml", "requirements.txt",
-          "README.md", "CONTRIBUTING.md")  # fmt: skip
+          "tests/test_layout.py", "tests/test_documents.py", "tests/test_help.py", "setup.py", "pyproject.toml",
+          "requirements.txt", "README.md", "CONTRIBUTING.md")  # fmt: skip
 LAYOUT = ("a_domain_is_importable_and_complete", "domains_import_common_and_never_each_other",
           "shell_scripts_can_be_run_and_their_recipes_exist")  # fmt: skip
 
@@ -57,6 +57,8 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_new_domain_passes_its_tests_and_those_of_the_layout(birds):
     root, python = birds
     layout = [f"tests/test_layout.py::test_{name}" for name in LAYOUT]
+    layout += [f"tests/test_help.py::test_help_of_a_script_imports_no_torch_and_is_short[bird-songs/scripts/{name}.py]"
+               for name in ("distill", "evaluate")]  # fmt: skip
     output = call(root, python, "-m", "pytest", "-q", "-n", "0", "-rA", "tests/bird-songs", *layout)
     for name in (*LAYOUT, "evaluate_reproduces_the_reported_metrics"):
         assert f"test_{name}" in output

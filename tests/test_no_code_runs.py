@@ -87,7 +87,7 @@ SMALL: dict[str, Any] = {
         ("NLP/scripts/search.py", ["--teacher", "MODEL"]),
         ("image-classification/scripts/train_student.py", ["--teacher", "MODEL"]),
         ("image-classification/scripts/train_bottleneck.py", ["--encoder", "MODEL"]),
-        ("image-classification/scripts/evaluate.py", ["MODEL"]),
+        ("image-classification/scripts/evaluate.py", ["MODEL", "--dataset", "digits"]),
         (EXPORT, ["MODEL", "--domain", "NLP"]),
         (EXPORT, ["MODEL", "--domain", "image-classification"]),
     ],
@@ -130,7 +130,7 @@ def test_an_architecture_is_only_a_name(
 ) -> None:
     config = {"model_type": "image_classifier", "architecture": architecture, "image_size": 8}
     folder = model_folder(tmp_path / "model", mark, config)
-    for script, words in ((EXPORT, ["--domain", "image-classification"]), (EVALUATE_IMAGES, [])):
+    for script, words in ((EXPORT, ["--domain", "image-classification"]), (EVALUATE_IMAGES, ["--dataset", "digits"])):
         error_of(capsys, script, folder, *words)
     assert not mark.exists()
 
@@ -144,7 +144,11 @@ def test_an_architecture_is_only_a_name(
             ["--domain", "NLP"],
             BertConfig(**SMALL, architectures=["BertForMaskedLM"]).to_dict(),
         ),
-        (EVALUATE_IMAGES, [], {"model_type": "image_classifier", "architecture": "resnet8x4", "image_size": 8}),
+        (
+            EVALUATE_IMAGES,
+            ["--dataset", "digits"],
+            {"model_type": "image_classifier", "architecture": "resnet8x4", "image_size": 8},
+        ),
     ],
 )
 def test_no_pickle_is_executed(

@@ -23,12 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.readers import READERS, read_text
-from kd.common.data.sources import SPLIT_NAMES, Splits, list_folder, read_folder, read_splits, short_name
+from kd.common.data.sources import (
+    SPLIT_NAMES,
+    KnownDatasets,
+    Splits,
+    list_folder,
+    read_folder,
+    read_splits,
+    short_name,
+)
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
 
 EMBEDDED = "python"
+KNOWN: KnownDatasets = {EMBEDDED: dict}  # load_corpus makes its documents
 DOCUMENTS_PER_CALL = 1000  # tokenized by one call of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
@@ -59,19 +68,47 @@ class Corpus:
         return sum(len(document.encode()) for document in self.splits[split])
 
 
-def load_corpus(dataset: str, text_column: str | None = None) -> Corpus:
-    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub."""
+def load_corpus(
+    dataset: str,
+    text_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> Corpus:
+    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub.
+
+    `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of each other split.
+    """
     if dataset == EMBEDDED:
-        note = f"reference and docstrings of Python {platform.python_version()}, PSF License"
-        return Corpus(dataset, split_by_name(python_texts()), [note])
-    raw, notes = read_splits(dataset, {EMBEDDED: dict}, "train.txt, or parquet, CSV or JSON files", _read_folder)
+        notes = [f"reference and docstrings of Python {platform.python_version()}, PSF License"]
+        splits = split_by_name(python_texts())
+    else:
+        splits, notes = _read_corpus(dataset, text_column)
+    for split, documents in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        splits[split] = _at_most(documents, most, split, notes)
+    return Corpus(dataset if dataset == EMBEDDED else short_name(dataset), splits, notes)
+
+
+def _read_corpus(dataset: str, text_column: str | None) -> tuple[Documents, list[str]]:
+    """The documents of a dataset that is not embedded, and notes for the report."""
+    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", _read_folder)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
     notes.append(f"column {column!r} contains the texts")
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
         splits = _split_off_end(splits, notes)
-    return Corpus(short_name(dataset), splits, notes)
+    return splits, notes
+
+
+def _at_most(documents: list[str], most: int | None, split: str, notes: list[str]) -> list[str]:
+    """At most `most` documents, evenly spaced, or the first ones if they are lines of longer texts. Adds a note."""
+    if most is None or most >= len(documents):
+        return documents
+    notes.append(f"{most:,} of {len(documents):,} documents of {split}")
+    if any(map(_is_line, documents)):
+        return documents[:most]
+    return [documents[number * len(documents) // most] for number in range(most)]
 
 
 def python_texts() -> dict[str, str]:

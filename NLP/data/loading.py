@@ -26,8 +26,8 @@ from kd.common.data.sources import (
     join_unlabelled,
     labelled,
     read_splits,
+    sample,
     short_name,
-    stratified,
     with_validation,
 )
 from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
@@ -44,7 +44,8 @@ MANY_ROWS = 100_000  # from this number on, several processes tokenize the rows
 
 @dataclass(frozen=True)
 class TextData:
-    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float) and sample_id.
+    """Every split has the columns text, text_pair (for tasks with pairs), label (class id or float), row (in the data
+    as stored) and sample_id.
 
     Only train has rows without a label: IGNORED, or NaN for regression.
     """
@@ -132,10 +133,7 @@ def load_text_data(
         splits = with_validation(splits, column_array(splits["train"], "label"), notes)
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
-        if most is not None and most < len(rows):
-            notes.append(f"{most:,} of {len(rows):,} {split} rows")
-            chosen = stratified(column_array(rows, "label"), most / len(rows))
-            splits[split] = rows.select(np.flatnonzero(chosen)).flatten_indices()
+        splits[split] = sample(rows, most, split, notes, column_array(rows, "label"))
     return TextData(
         name=name,
         splits={split: rows.add_column("sample_id", np.arange(len(rows))) for split, rows in splits.items()},
@@ -171,7 +169,7 @@ def with_label_order(data: TextData, names: list[str]) -> TextData:
 
 
 def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The columns text, text_pair (if there are two text columns) and label of some rows.
+    """The columns text, text_pair (if there are two text columns), label and row of some rows.
 
     Raises UserError for a row with a label and without a text.
     """
@@ -190,7 +188,8 @@ def _select(split: str, raw: Dataset, columns: Columns, rows: np.ndarray, labels
             raise UserError(f"row {empty[0]} of {split}: no text in column {name!r}; remove the row or fill it in")
         found[new] = pc.fill_null(texts.take(pa.array(rows)), "")
     kinds = {name: datasets.Value("string") for name in found} | {"label": datasets.Value(str(labels.dtype))}
-    return Dataset(pa.table({**found, "label": labels}).cast(datasets.Features(kinds).arrow_schema))
+    kinds["row"] = datasets.Value("int64")
+    return Dataset(pa.table({**found, "label": labels, "row": rows}).cast(datasets.Features(kinds).arrow_schema))
 
 
 def _with_teacher(rows: Dataset, teacher: TeacherColumns, split: str, chosen: np.ndarray) -> Dataset:
@@ -228,7 +227,7 @@ def _fingerprint(splits: Splits, label_names: list[str]) -> str:
     def parts() -> Iterator[object]:
         yield label_names
         for split in sorted(splits):
-            for column in (name for name in splits[split].column_names if name != "sample_id"):
+            for column in (name for name in splits[split].column_names if name not in ("row", "sample_id")):
                 yield [split, column, splits[split][:][column]]
 
     return data_fingerprint(parts())

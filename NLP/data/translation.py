@@ -8,11 +8,12 @@ import numpy as np
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.sources import Splits, read_splits, short_name, with_validation
+from kd.common.data.sources import KnownDatasets, Splits, read_splits, sample, short_name, with_validation
 from kd.common.utils.errors import UserError
 from kd.nlp.data.number_words import load_number_words
 
 NUMBER_WORDS = "number_words"
+KNOWN: KnownDatasets = {NUMBER_WORDS: load_number_words}
 MAX_VALIDATION = 1000  # maximum number of sentence pairs moved from train if there is no validation split
 
 
@@ -27,21 +28,32 @@ class TranslationData:
     notes: list[str] = field(default_factory=list)
 
 
-def load_translation_data(dataset: str, source: str, target: str) -> TranslationData:
+def load_translation_data(
+    dataset: str,
+    source: str,
+    target: str,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> TranslationData:
     """Loads `dataset`: number_words, a folder, or owner/name[:config]. A missing validation split is made from train,
     the same in every run.
 
     Args:
         source, target: names of text columns, or keys of the column `translation`.
+        max_train_samples, max_eval_samples: maximum number of sentence pairs of train and of each other split, a fixed
+            sample.
 
     Raises UserError if the dataset, a column or a text is missing.
     """
-    raw, notes = read_splits(dataset, {NUMBER_WORDS: load_number_words})
+    raw, notes = read_splits(dataset, KNOWN)
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _source_and_target(split, rows, source, target) for split, rows in raw.items()}
     number = len(splits["train"])
     splits = with_validation(splits, np.zeros(number), notes, min(0.1, MAX_VALIDATION / number))
+    for split, rows in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        splits[split] = sample(rows, most, split, notes)
     texts = [[split, *(splits[split][column][:] for column in ("source", "target"))] for split in sorted(splits)]
     return TranslationData(
         name=short_name(dataset),

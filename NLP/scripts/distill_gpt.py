@@ -29,6 +29,12 @@ class Arguments(GenerativePairArguments):
         metadata={"help": "Embedded corpus python, Hub name[:config], or folder of .txt, parquet, CSV or JSON files."},
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
+    max_train_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of training documents, or lines of a .txt file."}
+    )
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of documents or lines in each of the other splits."}
+    )
     block_size: Annotated[int, Range(2, MOST)] = field(
         default=128, metadata={"help": "Number of tokens in a training block."}
     )
@@ -78,7 +84,7 @@ def main() -> None:
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
     divergence_of(args.method, training.temperature)  # raises UserError for an unknown method
-    corpus = load_corpus(args.dataset, args.text_column)
+    corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)
     print_notes(corpus.name, corpus.notes)
     named_models = load_named_models(args)
     run = open_run(training, args, corpus, *named_models)

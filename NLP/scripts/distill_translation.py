@@ -31,6 +31,12 @@ class Arguments(GenerativePairArguments):
     dataset: str = field(
         default="number_words", metadata={"help": "Embedded dataset number_words, Hub name[:config] or folder."}
     )
+    max_train_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of training sentence pairs."}
+    )
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of sentence pairs in each of the other splits."}
+    )
     source: str = field(
         default="en", metadata={"help": "Column of the source sentences, or its key in the column translation."}
     )
@@ -116,7 +122,8 @@ from kd.nlp.student_model.translation import TranslationTask, load_named_models
 def main() -> None:
     args, training = parse(*ARGUMENTS)
     reject_unused("a translator has no bottleneck", training, "value_learning_rate")
-    data = load_translation_data(args.dataset, args.source, args.target)
+    limits = args.max_train_samples, args.max_eval_samples
+    data = load_translation_data(args.dataset, args.source, args.target, *limits)
     print_notes(data.name, data.notes)
     named_models = load_named_models(args)
     run = open_run(training, args, data, *named_models)

@@ -1,33 +1,44 @@
-"""Evaluates a saved classifier on every labelled split but train, and reproduces the metrics of its run.
+"""Evaluates the student of a run, or any saved classifier, on every labelled split but train.
 
-    python NLP/scripts/evaluate.py runs/NLP/keys_carried/student --dataset intents
+    python NLP/scripts/evaluate.py runs/NLP/keys_carried
+    python NLP/scripts/evaluate.py runs/NLP/keys_carried --dataset new.csv --predictions predictions.csv
     python NLP/scripts/evaluate.py runs/NLP/keys_carried/stages/teacher --dataset new.csv --json metrics.json
 
-The dataset may also be a single file, or have only a test split.
+Without --dataset, the data are those of the run, and the metrics those of its report. Of several seeds, the student of
+the first one is evaluated; RUN/seed1 names that of another. The dataset may be a single file, or have only a test
+split.
 """
 
 from kd.common.cli import Parser, run, show_help
-from kd.nlp.student_model.arguments import add_data_arguments
+from kd.common.training.arguments import add_evaluation_arguments
+from kd.nlp.student_model.arguments import DATA_ARGUMENTS, add_data_arguments
 
 PARSER = Parser(description=__doc__)
-PARSER.add_argument("model", help="Folder or Hub name of a trained classifier.")
+add_evaluation_arguments(PARSER, "a folder or Hub name of a classifier", "the row, label, prediction and probability")
 add_data_arguments(PARSER)
-PARSER.add_argument("--json", metavar="file", help="File to write the metrics to, in addition to printing them.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from kd.common.reporting.report import show_metrics
+from kd.common.reporting.saved_models import (
+    parse_with_recipe,
+    saved_model,
+    show_metrics,
+    write_predictions,
+)
 from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.evaluation import evaluate, load_data_of
+from kd.nlp.student_model.evaluation import evaluate, load_data_of, prediction_columns
 from kd.nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:
-    args = PARSER.parse_args()
-    data = load_data_of(args.model, args)
-    classifier = load_trained(args.model, data)
-    measured, _ = evaluate(args.model, classifier.model, Texts.of(data, classifier.tokenizer))
-    show_metrics(args.model, measured, args.json)
+    args = parse_with_recipe(PARSER, DATA_ARGUMENTS)
+    model = saved_model(args.model)
+    data = load_data_of(model, args)
+    classifier = load_trained(model, data)
+    texts = Texts.of(data, classifier.tokenizer)
+    entry, logits = evaluate(model, classifier.model, texts)
+    show_metrics(model, entry, args.json)
+    write_predictions(args.predictions, prediction_columns(texts, logits))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Exports a text classifier to ONNX and int8, and measures the size, latency and metrics of each file on a dataset.
 
-    python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos
+    python NLP/scripts/export.py runs/NLP/clinc
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos --formats onnx-int8 \\
         --teacher runs/NLP/clinc/stages/teacher --output_dir exported
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.cli import Parser, run, show_help
-from kd.nlp.student_model.arguments import add_data_arguments
+from kd.nlp.student_model.arguments import DATA_ARGUMENTS, add_data_arguments
 
 FILES = {"torch-int8": "model_int8.safetensors", "onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 PARSER = Parser(description=__doc__)
-PARSER.add_argument("student", help="Folder or Hub name of the classifier to export.")
+PARSER.add_argument("student", help="A run, for its student, or a folder or Hub name of the classifier to export.")
 add_data_arguments(PARSER)
 PARSER.add_argument("--formats", nargs="+", choices=list(FILES), default=list(FILES), help="Formats to export to.")
 PARSER.add_argument("--teacher", help="Folder or Hub name of a classifier to compare with.")
@@ -47,6 +47,7 @@ from kd.common.export.exportable import (
 from kd.common.export.int8 import load_int8, quantize_dynamic
 from kd.common.export.onnx import OnnxModel, quantize_onnx, to_onnx
 from kd.common.metrics.cost import interleaved_latency, megabytes
+from kd.common.reporting.saved_models import parse_with_recipe, saved_model
 from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
@@ -72,7 +73,8 @@ Models = dict[str, tuple[Any, Texts]]  # a model, and the data in its tokens
 
 
 def main() -> None:
-    args = PARSER.parse_args()
+    args = parse_with_recipe(PARSER, DATA_ARGUMENTS, "student")
+    args.student = saved_model(args.student)
 
     folder = output_folder(args.student, args.output_dir, args.overwrite_output_dir)
     PartialState(cpu=True)  # also with a GPU: int8 inference and the latencies are for a CPU

@@ -1,12 +1,12 @@
 """Arguments that the scripts for text classifiers share. Nothing here imports torch or transformers."""
 
 import math
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from kd.common.cli import reject_unused
+from kd.common.cli import Parser, reject_unused
 from kd.common.training.arguments import (
     METHOD_NAMES,
     BottleneckArguments,
@@ -149,21 +149,31 @@ class TeacherColumnArguments(LabelledTextArguments):
         return super().label_options | columns
 
 
-def add_data_arguments(parser: ArgumentParser) -> None:
+DATA_ARGUMENTS = (
+    "dataset",
+    "text_columns",
+    "label_column",
+    "unlabelled_label",
+    "max_eval_samples",
+)  # of add_data_arguments
+
+
+def add_data_arguments(parser: Parser) -> None:
     """Adds the data flags of scripts that evaluate a trained classifier."""
-    help = "Embedded dataset, Hub name, folder or file."
-    parser.add_argument("--dataset", required=True, help=help)
+    help = "Embedded dataset, Hub name, folder or file (default: that of the run)."
+    parser.add_argument("--dataset", help=help)
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
     parser.add_argument("--label_column", help="Column of the labels (default: inferred).")
-    parser.add_argument(
-        "--unlabelled_label", nargs="*", default=[], help="Placeholders in the label column for a missing label."
-    )
+    parser.add_argument("--unlabelled_label", nargs="*", help="Placeholders in the label column for a missing label.")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--label_names", nargs="*", help="Labels, by id, of a model that names its own LABEL_0, ...")
     names.add_argument(
         "--trust_label_order", action="store_true", help="Such a model has the labels of the data, in their order."
+    )
+    parser.add_argument(
+        "--max_eval_samples", type=int, within=Range(1, MOST), help="Maximum number of texts in each split."
     )
 
 

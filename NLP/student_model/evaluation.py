@@ -25,23 +25,18 @@ from kd.common.metrics.quality import (
     threshold_metrics,
 )
 from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
+from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.run import TrainerRun
-from kd.nlp.data.loading import TextData, Texts, load_text_data
+from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
+from kd.nlp.student_model.cards import card_of, usage_of
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.teacher_model.teacher import labels_of
 
 Logits = dict[str, np.ndarray]  # (texts, classes) by split
 Evaluation = tuple[dict[str, Any], Logits]  # an entry of results.json, and the logits
-USAGE = """from transformers import AutoTokenizer
-from {module} import {model}
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = {model}.from_pretrained("{folder}").eval()
-logits = model(**tokenizer("some text", return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])"""
 
 
 def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -204,13 +199,9 @@ def report(
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
     )
-    has_bottleneck = isinstance(student, BottleneckClassifier)
-    usage = USAGE.format(
-        module="kd.nlp.student_model.bottleneck_classifier" if has_bottleneck else "transformers",
-        model="BottleneckClassifier" if has_bottleneck else "AutoModelForSequenceClassification",
-        folder=run.folder / "student",
-    )
-    run.finish(results, student, usage, inputs.student_texts.collate.tokenizer)
+    usage = usage_of(student, "text_pair" in inputs.data.splits["train"].column_names, inputs.data.regression)
+    card = card_of(run, usage, "text-classification", KNOWN)
+    run.finish(results, student, card, inputs.student_texts.collate.tokenizer)
     return results
 
 
@@ -240,7 +231,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
     )
 
 
-# ---- data for evaluating a saved classifier ----
+# ---- evaluation of a saved classifier ----
 
 
 def load_data_of(model: str, args: Namespace) -> TextData:
@@ -255,9 +246,26 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         kind,
         labels or args.label_names,
         needs_train=False,
-        unlabelled_label=args.unlabelled_label,
+        max_eval_samples=args.max_eval_samples,
+        unlabelled_label=args.unlabelled_label or (),
         label_names=args.label_names,
         trust_label_order=args.trust_label_order,
     )
     print_notes(data.name, data.notes)
     return data
+
+
+def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]]:
+    """The columns of `write_predictions` by split. `row` is the row of the split, or that of train if the split was
+    set aside from it.
+    """
+    data, columns = texts.data, {}
+    for split, scores in logits.items():
+        rows = data.splits[split]
+        labels = np.asarray(rows["label"])
+        if data.regression:
+            found: dict[str, Any] = {"label": labels.tolist(), "prediction": scores.reshape(-1).tolist()}
+        else:
+            found = class_predictions(scores, labels, data.label_names)
+        columns[split] = {"row": rows["row"][:]} | found
+    return columns

@@ -20,8 +20,9 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
-from kd.nlp.data.corpora import Corpus, pack, stack
+from kd.nlp.data.corpora import KNOWN, Corpus, pack, stack
 from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.cards import card_of
 from kd.nlp.student_model.generation import (
     GenerationTask,
     Splits,
@@ -37,8 +38,9 @@ from kd.nlp.teacher_model.generative import Generator, byte_level_bpe, load_lang
 PROMPT, CONTINUATION = 12, 30  # tokens of the sample in the report
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}").eval()
+folder = "student"  # the path of this model, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
 ids = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens={new}, do_sample=False)
 print(tokenizer.decode(ids[0]))"""
 
@@ -197,9 +199,8 @@ class LanguageTask(GenerationTask):
             sample={"prompt": one_line(prompt)} | samples,
         )
         quoted = json.dumps(prompt, ensure_ascii=False)
-        usage = USAGE.format(folder=run.folder / "student", prompt=quoted, new=new)
-        card = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        run.finish(results, models["student"], usage, self.tokenizer, **card)
+        card = card_of(run, USAGE.format(prompt=quoted, new=new), "text-generation", KNOWN)
+        run.finish(results, models["student"], card, self.tokenizer)
 
 
 def predict_tokens(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

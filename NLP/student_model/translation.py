@@ -29,8 +29,9 @@ from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_outputs
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
-from kd.nlp.data.translation import TranslationCollator, TranslationData, tokenize_translation
+from kd.nlp.data.translation import KNOWN, TranslationCollator, TranslationData, tokenize_translation
 from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.cards import card_of
 from kd.nlp.student_model.generation import GenerationTask, Splits, check_same_vocabulary
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
 from kd.nlp.teacher_model import SCRATCH
@@ -47,8 +48,9 @@ from kd.nlp.teacher_model.generative import (
 TIMED = 20  # number of sentences for measuring the time of translation
 USAGE = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForSeq2SeqLM.from_pretrained("{folder}").eval()
+folder = "student"  # the path of this model, or its name on the Hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 ids = model.generate(**tokenizer({sentence}, return_tensors="pt"))  # greedy, unless num_beams is more than 1
 print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
 
@@ -207,9 +209,8 @@ class TranslationTask(GenerationTask):
             sacrebleu=evaluations["student"].signatures,
         )
         example = self.args.source_prefix + self.data.splits["validation"]["source"][0]
-        usage = USAGE.format(folder=run.folder / "student", sentence=json.dumps(example, ensure_ascii=False))
-        card = {"library_name": "transformers", "pipeline_tag": "translation"}
-        run.finish(results, student, usage, self.tokenizer, **card)
+        usage = USAGE.format(sentence=json.dumps(example, ensure_ascii=False))
+        run.finish(results, student, card_of(run, usage, "translation", KNOWN), self.tokenizer)
         if PartialState().is_main_process:  # BLEU is computed only after training, so the curve shows token accuracy
             curve = results | {"primary_metric": {"split": "validation", "name": "token_accuracy"}}
             plot_curves(run.folder / "curves.png", run.history, curve)

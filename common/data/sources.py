@@ -77,6 +77,14 @@ def read_splits(
     return splits, [*notes, *unused]
 
 
+def hub_dataset(dataset: str, known: KnownDatasets) -> str | None:
+    """The name owner/name[:config] on the Hub of a dataset that `read_splits` reads there; None for any other."""
+    source = known.get(dataset, dataset)
+    if not isinstance(source, str) or (dataset not in known and _exists(dataset)):
+        return None
+    return source if HUB_NAME.fullmatch(source) else None
+
+
 def short_name(dataset: str) -> str:
     """The name of a dataset in reports: the last part of a path, or the name itself."""
     return Path(dataset).resolve().name if _exists(dataset) else dataset
@@ -330,6 +338,17 @@ def choose_validation(labels: np.ndarray, notes: list[str], share: float = 0.1, 
         "same for every seed"
     )
     return chosen
+
+
+def sample(
+    rows: datasets.Dataset, most: int | None, split: str, notes: list[str], labels: np.ndarray | None = None
+) -> datasets.Dataset:
+    """At most `most` rows of a split, the same in every run, stratified by `labels` (rows,). Adds a note."""
+    if most is None or most >= len(rows):
+        return rows
+    notes.append(f"{most:,} of {len(rows):,} {split} rows")
+    chosen = stratified(np.zeros(len(rows)) if labels is None else labels, most / len(rows))
+    return rows.select(np.flatnonzero(chosen)).flatten_indices()
 
 
 def holdout(labels: np.ndarray, share: float) -> np.ndarray:

@@ -16,12 +16,27 @@ from transformers import PreTrainedModel
 
 from kd.common.data.sources import holdout
 from kd.common.outputs import Outputs
+from kd.common.reporting.model_card import Card
 from kd.common.training.inference import NOT_INPUTS, column_array
 from kd.common.utils.errors import UserError
 
 INPUT = "input"  # the column of rows that are no dictionaries
 LABELS = ("labels", "label")
 WEIGHTS = "model.safetensors"
+PIPELINE_TAGS = {  # of the Hub, by the end of the name of a transformers model
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+}
+TRANSFORMERS_USAGE = """from {module} import {name}
+
+folder = "student"  # the path of this model, or its name on the Hub
+student = {name}.from_pretrained(folder).eval()"""
+TORCH_USAGE = """from safetensors.torch import load_model
+
+folder = "student"  # the path of this model
+student = ...  # a {name}, as it was passed to distill()
+load_model(student, f"{{folder}}/{weights}")
+student.eval()"""
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -198,15 +213,15 @@ class NamedOutputs(nn.Module):
         return self
 
     @property
-    def usage(self) -> str:
-        """The code that loads a saved model, for its model card."""
+    def card(self) -> Card:
+        """The code that loads a saved model, and its library."""
         name = type(self.module).__name__
-        if isinstance(self.module, PreTrainedModel):
-            return f'from transformers import {name}\n\nstudent = {name}.from_pretrained("FOLDER").eval()'
-        return (
-            f"from safetensors.torch import load_model\n\nstudent = ...  # a {name}, as it was passed to distill()\n"
-            f'load_model(student, "FOLDER/{WEIGHTS}")\nstudent.eval()'
-        )
+        if not isinstance(self.module, PreTrainedModel):
+            return Card(TORCH_USAGE.format(name=name, weights=WEIGHTS))
+        if not type(self.module).__module__.startswith("transformers."):
+            return Card(TRANSFORMERS_USAGE.format(module=type(self.module).__module__, name=name))
+        tag = next((tag for head, tag in PIPELINE_TAGS.items() if name.endswith(head)), None)
+        return Card(TRANSFORMERS_USAGE.format(module="transformers", name=name), "transformers", tag)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from kd.common.distillation.adapters import NamedOutputs, Rows, restored
 from kd.common.distillation.evaluation import Evaluation
 from kd.common.distillation.task import Task
 from kd.common.methods import Method, labels
-from kd.common.reporting.report import headline, model_table, print_table, save_student, warnings_of
+from kd.common.reporting.model_card import Card, save_student
+from kd.common.reporting.report import headline, model_table, print_table, warnings_of
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown
 from kd.common.training.arguments import KDTrainingArguments
@@ -74,12 +75,14 @@ class Distilled:
         control: The control of the first seed; None without one.
         results: The content of results.json: means over several seeds.
         notes: What was assumed.
+        card: The part of the student's model card that is not in the results.
     """
 
     student: nn.Module
     control: nn.Module | None
     results: dict[str, Any]
     notes: list[str]
+    card: Card
 
     @property
     def metrics(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -93,8 +96,7 @@ class Distilled:
 
     def save(self, folder: str | Path) -> None:
         """Writes the student's weights, a model card and `results.json` into a folder."""
-        student = NamedOutputs(self.student, [])
-        save_student(Path(folder), student, self.results, student.usage)
+        save_student(Path(folder), NamedOutputs(self.student, []), self.results, self.card)
         write_json(Path(folder, RESULTS), self.results)
 
     def __repr__(self) -> str:
@@ -196,6 +198,7 @@ def distill_task(run: QuietRun, task: Task, notes: list[str]) -> Distilled:
     evaluation = Evaluation(task)
     run.warn(evaluation.warning())
     stages = ["student"] if run.args.no_control or not task.labelled else ["control", "student"]
+    card = replace(task.new_student().card, origins=task.origins)
     for seed_run in run.each_seed():
         for stage in stages:
             student = seed_run.stage(stage, partial(train, seed_run, task, evaluation, stage), task.load)
@@ -213,12 +216,12 @@ def distill_task(run: QuietRun, task: Task, notes: list[str]) -> Distilled:
             selection=run.args.selection,
             data_notes=" ".join(notes) or "none",
         )
-        seed_run.finish(results, student, student.usage)
+        seed_run.finish(results, student, card)
     run.summarize()
     PartialState().wait_for_everyone()
     first = run.folder / f"seed{run.args.seeds[0]}" if run.args.seeds else run.folder
     found = {stage: task.load(first / "stages" / stage).module.eval() for stage in stages}
-    return Distilled(found["student"], found.get("control"), read_json(run.folder / RESULTS), notes)
+    return Distilled(found["student"], found.get("control"), read_json(run.folder / RESULTS), notes, card)
 
 
 def dataset_name(rows: Any) -> str:

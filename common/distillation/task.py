@@ -83,6 +83,12 @@ class Task:
         self._check_labels()
         self.new_method()  # raises UserError
 
+    @property
+    def origins(self) -> list[str]:
+        """The names or folders from which transformers loaded student and teacher, as of `Card`."""
+        models = [self.pretrained.get("student"), self.pretrained["teacher"]]
+        return [model.name_or_path for model in models if isinstance(model, PreTrainedModel) and model.name_or_path]
+
     # ---- data ----
 
     @property

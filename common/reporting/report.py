@@ -1,15 +1,13 @@
-"""The report of a run: report.md, the printed table, and the student's folder with its model card."""
+"""The report of a run: report.md and the printed table."""
 
 import shlex
 from pathlib import Path
-from typing import Any, Protocol
-
-from huggingface_hub import ModelCardData
+from typing import Any
 
 from kd.common.reporting.plots import plot_curves
 from kd.common.reporting.results import RESULTS, Results, Schema, primary_score, useless_teacher, validate
-from kd.common.reporting.tables import markdown, number, percent, print_rich, si, words
-from kd.common.utils.files import write_json, write_text, writing_folder
+from kd.common.reporting.tables import escaped, fenced, markdown, number, percent, print_rich, si, words
+from kd.common.utils.files import write_json, write_text
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 ONE_SEED = " (one seed)"  # at the end of the word of a verdict
@@ -39,34 +37,22 @@ def print_table(results: Results) -> None:
     print_rich(header[:-1], [row[:-1] for row in rows], title(results), "\n".join([*_sentences(results), *warnings]))
 
 
-def show_metrics(name: str, entry: dict[str, Any], path: str | None) -> None:
-    """Prints the metrics of a model's entry in results.json. Writes the entry to `path` unless it is None."""
-    rows = [
-        [split, words(metric), f"{value:.6f}" if isinstance(value, float) else number(value)]
-        for split, values in entry["metrics"].items()
-        for metric, value in values.items()
-    ]
-    print_rich(["split", "metric", "value"], rows, title=name)
-    if path:
-        write_json(path, entry)
-
-
 # ---------------------------------------------------------------- report.md
 
 
 def _report(results: Results) -> str:
     sections = [
-        f"# {title(results)}",
-        headline(results),
-        *(f"**Warning:** {text}" for text in warnings_of(results)),
+        f"# {escaped(title(results))}",
+        escaped(headline(results)),
+        *(f"**Warning:** {escaped(text)}" for text in warnings_of(results)),
         markdown(*model_table(results)),
         _curves(results),
         "## All metrics",
         markdown(*metric_table(results)),
         *_extra_sections(results),
         "## How to reproduce it",
-        f"```\n{shlex.join(results['command'])}\n```",
-        f"{_seeds(results)} {_samples(results)} Data fingerprint `{results['data']['fingerprint']}`.",
+        fenced(shlex.join(results["command"])),
+        f"{_seeds(results)} {samples(results)} Data fingerprint `{results['data']['fingerprint']}`.",
         markdown(*_values(results["seconds"], "stage", "seconds")),
         markdown(*_values(results["environment"], "environment", "")),
     ]
@@ -85,7 +71,7 @@ def _seeds(results: Results) -> str:
     return f"Seed {results['seed']}."
 
 
-def _samples(results: Results) -> str:
+def samples(results: Results) -> str:
     sizes = {split: results["data"][split] for split in ("train", "validation", "test")}
     return f"Samples: {', '.join(f'{split} {size:,}' for split, size in sizes.items() if size is not None)}."
 
@@ -97,7 +83,7 @@ def model_table(results: Results) -> Table:
     header = [
         "model",
         "name",
-        _metric(results),
+        metric_name(results),
         "parameters",
         "MB",
         "FLOPs",
@@ -108,7 +94,7 @@ def model_table(results: Results) -> Table:
     for stage, model in models.items():
         latency = [number(model["latency_ms"][key]) for key in ("median", "p90")]
         size = [f"{model['parameters']:,}", number(model["megabytes"]), si(model["flops"])]
-        rows.append([words(stage), model["name"], _score(results, stage), *size, *latency])
+        rows.append([words(stage), model["name"], score_text(results, stage), *size, *latency])
     return header, rows
 
 
@@ -132,7 +118,7 @@ def _extra_sections(results: Results) -> list[str]:
     texts = []
     for key, section in sections.items():
         heading = words(key)
-        texts += [f"## {heading[0].upper()}{heading[1:]}", markdown(*_section_table(section))]
+        texts += [f"## {escaped(heading[0].upper() + heading[1:])}", markdown(*_section_table(section))]
     return texts
 
 
@@ -168,13 +154,13 @@ def headline(results: Results) -> str:
 def _sentences(results: Results) -> list[str]:
     if not results["models"]["student"]:
         return ["No student was trained."]
-    score = _score(results, "student")
+    score = score_text(results, "student")
     direction = " (lower is better)" if results.get("lower_is_better") else ""
-    sentences = [f"The student reaches a {_metric(results)} of {score}{direction}{_against_teacher(results)}."]
+    sentences = [f"The student reaches a {metric_name(results)} of {score}{direction}{_against_teacher(results)}."]
     control, gain = results["models"]["control"], results["gain_over_control"]
     if gain is not None:
         difference = f"the gain over it is {'+' if gain > 0 else ''}{number(gain)}"
-        sentences.append(f"The control ({control['name']}) reaches {_score(results, 'control')}: {difference}.")
+        sentences.append(f"The control ({control['name']}) reaches {score_text(results, 'control')}: {difference}.")
     if results.get("chance") not in (None, results.get("floor")):
         sentences.append(f"Chance level is {number(results['chance'])}.")
     if results["models"]["teacher"]:
@@ -228,7 +214,7 @@ def warnings_of(results: Results) -> list[str]:
 def _against_teacher(results: Results) -> str:
     if results["models"]["teacher"] is None:
         return ""
-    score = _score(results, "teacher")
+    score = score_text(results, "teacher")
     if reason := useless_teacher(results):
         return f"; the teacher's {score} is no better than {reason}" + ("'s" if reason == "the control" else "")
     if results["retention"] is None or results.get("lower_is_better"):
@@ -246,106 +232,13 @@ def _size(results: Results) -> str:
     return f"The student has {percent(size)} of the teacher's parameters and {percent(seconds)} of its latency."
 
 
-def _metric(results: Results) -> str:
+def metric_name(results: Results) -> str:
     return f"{results['primary_metric']['split']} {words(results['primary_metric']['name'])}"
 
 
-def _score(results: Results, stage: str) -> str:
+def score_text(results: Results, stage: str) -> str:
     """The primary metric of a model, with its standard deviation over several seeds."""
     primary = results["primary_metric"]
     deviations = results.get("standard_deviations", {}).get("models", {}).get(stage, {})
     deviation = deviations.get(primary["split"], {}).get(primary["name"])
     return number(primary_score(results, stage)) + ("" if deviation is None else f" ± {number(deviation)}")
-
-
-# ---------------------------------------------------------------- the student's folder
-
-
-class Savable(Protocol):
-    """A transformers model, tokenizer or image processor, or any object with this method."""
-
-    def save_pretrained(self, save_directory: Any) -> Any: ...
-
-
-def save_student(
-    folder: Path, student: Savable, results: Results, usage: str, processor: Savable | None = None, **metadata: Any
-) -> None:
-    """Writes a student, its `processor` and its model card, atomically; `usage` and `metadata` as of `model_card`."""
-    with writing_folder(folder) as partial:
-        for part in (student, processor):
-            if part is not None:
-                part.save_pretrained(partial)
-        write_text(partial / "README.md", model_card(results, usage, **metadata))
-
-
-def model_card(results: Results, usage: str, license: str = "mit", **metadata: Any) -> str:
-    """Returns the README.md of a student for the Hugging Face Hub.
-
-    `usage` is the Python code that loads and calls the student. `metadata` are more entries of the YAML header
-    (library_name, pipeline_tag, base_model, datasets).
-    """
-    metrics = [results["primary_metric"]["name"]]
-    front = ModelCardData(license=license, tags=["knowledge-distillation"], metrics=metrics, **metadata)
-    student, teacher = results["models"]["student"], results["models"]["teacher"]
-    source = f" from the teacher `{teacher['name']}`" if teacher else ""
-    training = f"distilled{source} with the method `{results['method']}`"
-    if results.get("labels_only"):
-        training = "trained on the labels alone, as a control of distillation"
-    environment = results["environment"]
-    return f"""---
-{front}
----
-
-# {results["task"]}: {results["method"]}
-
-`{student["name"]}`, a student of {student["parameters"]:,} parameters for {results["task"]}, {training}.
-{headline(results)}
-
-## Load it
-
-```python
-{usage.strip()}
-```
-
-## Results
-
-{markdown(*model_table(results))}
-
-{markdown(*metric_table(results))}
-
-## How it was trained
-
-```
-{shlex.join(results["command"])}
-```
-
-{_samples(results)} Trained in {environment["precision"]} on {environment["device"]} ({environment["threads"]} threads)
-with torch {environment["torch"]} in {number(results["seconds"]["total"])} seconds.
-
-## Limitations
-
-{_limitations(results)}
-"""
-
-
-def _limitations(results: Results) -> str:
-    split, gain = results["primary_metric"]["split"], results["gain_over_control"]
-    student, teacher = results["models"]["student"], results["models"]["teacher"]
-    lines = [f"These are the results of one run, seed {results.get('seed')}: the variation over seeds is not known."]
-    if "seeds" in results:
-        seeds = ", ".join(map(str, results["seeds"]))
-        lines = [f"The results are means over the seeds {seeds}. The weights are those of seed {results['seeds'][0]}."]
-    if results["data"][split] is not None:
-        lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
-    if "test" not in student["metrics"]:
-        lines.append("It was not evaluated on a test split.")
-    if teacher and results["retention"] is not None and results["retention"] < 1:
-        scores = f"{_score(results, 'student')} against {_score(results, 'teacher')}"
-        lines.append(f"It does not reach the {_metric(results)} of its teacher: {scores}.")
-    if gain is None:
-        lines.append("Without a control, the effect of the teacher is not known.")
-    elif gain <= 0:
-        lines.append("The control, which was trained without the teacher, is as good or better.")
-    batch, device = student["latency_ms"]["batch"], results["environment"]["device"]
-    lines.append(f"Latency was measured with batches of {batch} on {device}; other hardware differs.")
-    return "\n".join(f"- {line}" for line in lines)

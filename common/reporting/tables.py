@@ -1,5 +1,6 @@
-"""Numbers and names as text, and tables in Markdown and in the terminal."""
+"""Numbers and names as text, text in Markdown, and tables in Markdown and in the terminal."""
 
+import re
 import statistics
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+MARKUP = re.compile(r"[\\`*<|]|\](?=\()|~(?=~)|&(?=#?\w+;)|(?<!\w)_|_(?!\w)")  # Markdown in a line of text
 WIDTH, TEXT_WIDTH = 100, 12  # width of a table in the terminal, and minimum width of a column of longer texts
 WORDS = {
     "accuracy_in_scope": "accuracy in scope",
@@ -93,11 +95,33 @@ def _numeric_columns(header: list[str], rows: list[list[str]]) -> list[bool]:
     return [all(row[column][:1] in set("0123456789+-–[") for row in rows) for column in range(len(header))]
 
 
+def escaped(text: str) -> str:
+    """Text in one line that Markdown shows as it is, whatever names it contains."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Text in one line as a code span."""
+    text, marks = " ".join(text.split()), _longer_than_in(text, 1)
+    space = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{marks}{space}{text}{space}{marks}"
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Text as a block of code."""
+    marks = _longer_than_in(text, 3)
+    return f"{marks}{language}\n{text.strip()}\n{marks}"
+
+
+def _longer_than_in(text: str, least: int) -> str:
+    """Backticks, at least `least`, and more than follow each other in the text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---:" if numeric else "---" for numeric in _numeric_columns(header, rows)]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [header, rule, *rows]
-    )
+    cells = [list(map(escaped, header)), rule, *(list(map(escaped, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def print_rich(header: list[str], rows: list[list[str]], title: str, below: str = "") -> None:

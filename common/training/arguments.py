@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from kd.common.cli import reject_unused
+from kd.common.cli import Parser, reject_unused
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1, check_declared
 
 if TYPE_CHECKING:
@@ -182,6 +182,15 @@ def _complete(kind: Any) -> Any:
         return kind
     body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "INHERITED_RANGES": RANGES}
     return dataclass(type(kind.__name__, (kind, TrainingArguments), body))
+
+
+def add_evaluation_arguments(parser: Parser, model: str, predictions: str) -> None:
+    """Adds the arguments of the scripts that evaluate a saved model. `model` describes the models that are no run, and
+    `predictions` the columns of the file.
+    """
+    parser.add_argument("model", help=f"A run (its student is evaluated), {model}.")
+    parser.add_argument("--predictions", metavar="FILE", help=f"Write {predictions} to this .csv or .jsonl file.")
+    parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
 
 
 def ensemble_weights() -> Any:

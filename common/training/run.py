@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -29,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
 from kd.common.metrics.verdict import Measurement
-from kd.common.reporting.report import Savable, print_table, save_student, write_report
+from kd.common.reporting.model_card import CARD, Card, Savable, save_student, with_seeds
+from kd.common.reporting.report import print_table, write_report
 from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, verdict_of_run
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.inference import eager_attention_on_cpu
@@ -37,7 +39,7 @@ from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import CHECKSUMS, find_damage, read_json, write_json, writing_folder
+from kd.common.utils.files import CHECKSUMS, find_damage, read_json, write_json, write_text, writing_folder
 
 Model = TypeVar("Model")
 Network = TypeVar("Network", bound=nn.Module)
@@ -127,6 +129,8 @@ class Run:
             if (student := runs[0] / "student").exists():
                 with writing_folder(folder / "student") as partial:
                     shutil.copytree(student, partial, ignore=shutil.ignore_patterns(CHECKSUMS), dirs_exist_ok=True)
+                    card = (student / CARD).read_text(encoding="utf-8")
+                    write_text(partial / CARD, with_seeds(card, read_json(runs[0] / RESULTS), results))
             write_report(folder, results, None)
             self.show(results)
 
@@ -190,6 +194,10 @@ class Run:
         yield
         inside = sum(self.seconds.values()) - others
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
+
+    def argument(self, name: str) -> Any:
+        """The value of an argument of the script; None if it has no such argument."""
+        return next((getattr(one, name) for one in (self.args, *self.instances) if hasattr(one, name)), None)
 
     def warn(self, text: str | None) -> None:
         """Prints a warning once, in the main process, and stores it for the report. None is ignored."""
@@ -260,14 +268,12 @@ class Run:
             results["verdict"] = verdict_of_run(results, measurements, self.args.margin)
         return results
 
-    def finish(
-        self, results: dict[str, Any], student: Savable, usage: str, processor: Savable | None = None, **metadata: Any
-    ) -> None:
+    def finish(self, results: dict[str, Any], student: Savable, card: Card, processor: Savable | None = None) -> None:
         """Writes the student's folder and the report, and prints the table, in the main process. See
-        `report.save_student` for the arguments.
+        `model_card.save_student` for the arguments.
         """
         if PartialState().is_main_process:
-            save_student(self.folder / "student", student, results, usage, processor, **metadata)
+            save_student(self.folder / "student", student, results, card, processor)
             write_report(self.folder, results, self.history if self.plots else None)
             self.show(results)
 
@@ -303,6 +309,8 @@ class TrainerRun(Run):
         if samples is not None and samples != len(trainer["train_dataset"]):
             count_epochs_in(args, samples)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
+        os.environ["WANDB_RUN_GROUP"] = str(self.folder)
+        args.run_name = f"{args.run_name or self.folder}/{name}"  # W&B has a run for each stage
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
         popped = loop.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # not in notebooks
@@ -313,6 +321,8 @@ class TrainerRun(Run):
                 loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         finally:
             loop.finish()  # after an interrupt in a notebook, the teacher is used again
+            if "wandb" in (args.report_to or []) and args.process_index == 0:
+                import_module("wandb").finish()
         if args.fsdp:  # all weights, in each process
             weights = trained.state_dict().items()
             model.load_state_dict({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights})

@@ -52,6 +52,7 @@ class ImageData:
     size: int  # of the model's input, in pixels
     fingerprint: str  # of the contents
     notes: list[str] = field(default_factory=list)  # for the report
+    places: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # `StoredImages.places` of all but train
 
     @property
     def selection_split(self) -> str:
@@ -176,12 +177,12 @@ def load_image_data(
         if image_size and any(images.image(0).size != (image_size, image_size) for images in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
-    name = short_name(dataset)
+    name, places = short_name(dataset), {split: splits[split].places() for split in splits if split != "train"}
     if dataset == "imagenet":
-        return _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
-    if image_size is not None and (image_size > MAX_SIZE_IN_MEMORY or not _fits_memory(splits, image_size, notes)):
-        return _large_images(name, splits, class_names, image_size, notes)
-    return _small_images(name, splits, class_names, image_size, notes)
+        image_size = image_size or IMAGENET_SIZE
+    elif image_size is None or (image_size <= MAX_SIZE_IN_MEMORY and _fits_memory(splits, image_size, notes)):
+        return replace(_small_images(name, splits, class_names, image_size, notes), places=places)
+    return replace(_large_images(name, splits, class_names, image_size, notes), places=places)
 
 
 def _make_validation(

@@ -89,6 +89,15 @@ class StoredImages:
         stored, number = self._stored(row), f"image {int(self.indices[row])} of {self.split}"
         return number if stored.get("bytes") is not None else stored.get("path") or number
 
+    def places(self) -> dict[str, list[Any]]:
+        """The columns `row`, the rows in the stored split, and `file`, the paths of images in folders."""
+        images = self.source.with_format("arrow")[:]["image"]
+        columns = {"row": self.indices.tolist()}
+        if pc.struct_field(images, "bytes").null_count == len(images):
+            paths = pc.struct_field(images, "path").to_pylist()
+            columns["file"] = [paths[row] for row in columns["row"]]
+        return columns
+
     def encoded(self, row: int) -> bytes:
         """The bytes of an image file, PNG or JPEG as stored."""
         with self._open(row) as file:

@@ -1,44 +1,50 @@
-"""Evaluates a saved classifier on each split except train, with the metrics that training reports.
+"""Evaluates the student of a run, or any saved classifier, on each split except train.
 
-python image-classification/scripts/evaluate.py runs/image-classification/simkd_single/student
-python image-classification/scripts/evaluate.py runs/image-classification/teacher --dataset cifar10 --json metrics.json
+    python image-classification/scripts/evaluate.py runs/image-classification/simkd_single
+    python image-classification/scripts/evaluate.py runs/image-classification/simkd_single --dataset FOLDER \\
+        --predictions predictions.csv
+    python image-classification/scripts/evaluate.py runs/image-classification/teacher --json metrics.json
 
-The flags of the data are those of train_teacher.py: --dataset, --image_column, --validation_share, ... New images may
-be in a folder as test/CLASS/NAME.png or CLASS/NAME.png. Their classes are matched with the model's by name, and their
-size and normalization are the model's.
+Without --dataset, the data are those of the run, and the metrics those of its report. Of several seeds, the student of
+the first one is evaluated; RUN/seed1 names that of another. New images may be in a folder as test/CLASS/NAME.png or
+CLASS/NAME.png. Their classes are matched with the model's by name, and their size and normalization are the model's.
 """
 
 from dataclasses import fields
 
 from kd.common.cli import Parser, run, show_help
-from kd.image_classification.student_model.arguments import DataArguments
+from kd.common.training.arguments import add_evaluation_arguments
+from kd.image_classification.student_model.arguments import EVALUATION_DATA, DataArguments
 
 PARSER = Parser([DataArguments], description=__doc__)
-PARSER.add_argument(
-    "model", help="Folder of a classifier, or of a run (its student if it has one, otherwise its teacher)."
-)
-PARSER.add_argument("--json", metavar="file", help="Also write the metrics to this file.")
+add_evaluation_arguments(PARSER, "or the folder of a classifier", "the row, file, label, prediction and probability")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from kd.common.reporting.report import show_metrics
+from kd.common.reporting.saved_models import (
+    parse_with_recipe,
+    saved_model,
+    show_metrics,
+    write_predictions,
+)
 from kd.common.utils.errors import UserError
-from kd.image_classification.student_model.evaluation import evaluate
+from kd.image_classification.student_model.evaluation import evaluate, prediction_columns
 from kd.image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
 
 
 def main() -> None:
-    args = PARSER.parse_args()
+    args = parse_with_recipe(PARSER, EVALUATION_DATA)
     data_args = DataArguments(*(getattr(args, field.name) for field in fields(DataArguments)))
 
-    folder = trained_folder(args.model, student_first=True)
+    folder = trained_folder(saved_model(args.model))
     if folder is None:
         raise UserError(f"no folder {args.model}: pass the folder of a classifier or of a run")
     config = trained_config(folder)
     data_args.image_size = data_args.image_size or config.image_size
     model, data = load_trained(folder, data_args.load(config.label_names))
-    entry, _ = evaluate(str(folder), model, data)
+    entry, logits = evaluate(str(folder), model, data)
     show_metrics(str(folder), entry | {"data_notes": data.notes}, args.json)
+    write_predictions(args.predictions, prediction_columns(data, logits))
 
 
 if __name__ == "__main__":

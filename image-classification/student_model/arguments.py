@@ -89,6 +89,10 @@ class DataArguments:
         return data
 
 
+# The arguments with which the data of a run are evaluated; the model has the size of the images.
+EVALUATION_DATA = ("dataset", "image_column", "label_column", "validation_share", "max_eval_samples")
+
+
 @dataclass
 class PairArguments:
     """Teacher and student."""

@@ -16,7 +16,8 @@ from kd.common.metrics.verdict import Measurement
 from kd.common.objective import Objective
 from kd.common.outputs import EnsembleTeacher
 from kd.common.pretrained import stage_loader
-from kd.common.reporting.report import print_table, save_student, write_report
+from kd.common.reporting.model_card import save_student
+from kd.common.reporting.report import print_table, write_report
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
@@ -27,6 +28,7 @@ from kd.common.utils.files import check_writable
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import ImageViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
+from kd.image_classification.student_model.cards import card_of
 from kd.image_classification.student_model.evaluation import (
     Logits,
     evaluate,
@@ -38,15 +40,6 @@ from kd.image_classification.teacher_model.classifier import ImageClassifier, fr
 
 Model = TypeVar("Model", bound=nn.Module)
 read_stage = stage_loader(ImageClassifier)
-
-USAGE = """from PIL import Image
-from transformers import AutoImageProcessor
-from kd.image_classification.teacher_model.classifier import ImageClassifier
-
-processor = AutoImageProcessor.from_pretrained("{folder}")
-model = ImageClassifier.from_pretrained("{folder}").eval()
-logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])"""
 
 
 class ImageRun(TrainerRun):
@@ -242,8 +235,8 @@ class ImageRun(TrainerRun):
         """Writes the report, and the student with its model card, into a folder (in the main process)."""
         if PartialState().is_main_process:
             if student is not None:
-                usage = USAGE.format(folder=folder / "student")
-                save_student(folder / "student", student, results, usage, image_processor(self.data))
+                card = card_of(self, student, results.get("labels_only", False))
+                save_student(folder / "student", student, results, card, image_processor(self.data))
             write_report(folder, results, history)
 
 

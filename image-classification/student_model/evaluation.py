@@ -11,6 +11,7 @@ from kd.common.metrics.cost import cost, flops, parameters
 from kd.common.metrics.quality import agreement, calibration_metrics, classification_metrics, top_k_accuracy
 from kd.common.metrics.verdict import Measurement, measure_classes
 from kd.common.outputs import EnsembleTeacher
+from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import identity_collate, run_inference
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import shorter_side
@@ -71,6 +72,16 @@ def evaluate(
         if keys := getattr(model.config, "key_statistics", None):  # only with a bottleneck
             entry["keys"] = keys
     return entry, logits
+
+
+def prediction_columns(data: ImageData, logits: Logits) -> dict[str, dict[str, list[Any]]]:
+    """The columns of `write_predictions` by split. `row` is the row of the split, or that of train if the split was
+    set aside from it.
+    """
+    return {
+        split: data.places[split] | class_predictions(scores, data.splits[split].labels.numpy(), data.label_names)
+        for split, scores in logits.items()
+    }
 
 
 def measure(data: ImageData, logits: Logits) -> Measurement:

@@ -64,14 +64,13 @@ def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageC
 # ---- a classifier in a folder ----
 
 
-def trained_folder(name: str, student_first: bool = False) -> Path | None:
+def trained_folder(name: str) -> Path | None:
     """The folder of a trained classifier: NAME itself, or the teacher or student of the run NAME.
 
-    None if NAME is not a path. Raises UserError for a path without a classifier. `student_first`: prefer the student.
+    None if NAME is not a path. Raises UserError for a path without a classifier.
     """
-    in_run = [Path(name, "stages", "teacher"), Path(name, "student")]
     try:
-        for folder in (Path(name), *(reversed(in_run) if student_first else in_run)):
+        for folder in (Path(name), Path(name, "stages", "teacher"), Path(name, "student")):
             if (folder / "config.json").exists():
                 return folder
         is_folder, is_file = Path(name).is_dir(), Path(name).is_file()

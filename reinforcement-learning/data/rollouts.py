@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,29 +66,44 @@ class Recorder:
         return rows
 
 
-def play(act: Act, environments: Environments, episodes: int) -> tuple[np.ndarray, Tensor]:
-    """Plays whole episodes. Returns their returns (episodes,) and the observations (rows, ...) in them.
+class Episodes(NamedTuple):
+    """Returns and numbers of steps (episodes,), and the observations (rows, ...) in the episodes."""
+
+    returns: np.ndarray
+    observations: Tensor
+    lengths: np.ndarray
+
+
+def play(act: Act, environments: Environments, episodes: int) -> Episodes:
+    """Plays whole episodes.
 
     The environments play equal numbers of episodes (or one more), so that short episodes are not overrepresented. The
     returns are in the order of the environments, so that those of two policies are paired by their starts.
     """
     shares = np.full(environments.count, episodes // environments.count)
     shares[: episodes % environments.count] += 1
-    running, rows = np.zeros(environments.count), []
-    finished: list[list[float]] = [[] for _ in range(environments.count)]
+    running, rows = np.zeros((environments.count, 2)), []  # returns and numbers of steps
+    finished: list[list[np.ndarray]] = [[] for _ in range(environments.count)]
     while (shares > 0).any():
         observations, counts = torch.as_tensor(environments.observations), environments.acting & (shares > 0)
         rows.append(observations[torch.as_tensor(counts)])
         step = environments.step(to_environment(act(observations), environments.action_space))
-        running += step.rewards * counts
+        running += np.stack([step.rewards, np.ones(environments.count)], axis=1) * counts[:, None]
         ended = (step.terminated | step.truncated) & counts
         for number in ended.nonzero()[0]:
-            finished[number].append(running[number])
+            finished[number].append(running[number].copy())
         running[ended], shares = 0.0, shares - ended
-    return np.concatenate(finished), torch.cat(rows)
+    returns, lengths = np.stack([episode for played in finished for episode in played], axis=1)
+    return Episodes(returns, torch.cat(rows), lengths.astype(int))
 
 
 def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:
+    """The returns (episodes,) and the observations (rows, ...) of `play_in`."""
+    played = play_in(environment, act, episodes, seed)
+    return played.returns, played.observations
+
+
+def play_in(environment: str, act: Act, episodes: int, seed: int) -> Episodes:
     """`play` in new environments."""
     with closing(Environments(environment, min(episodes, PARALLEL_ENVIRONMENTS), seed)) as environments:
         return play(act, environments, episodes)

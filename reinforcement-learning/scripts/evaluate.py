@@ -3,18 +3,26 @@
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1
     python reinforcement-learning/scripts/evaluate.py student.zip --environment CartPole-v1 --teacher teacher.zip
     python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1 --video cart.mp4
+    python reinforcement-learning/scripts/evaluate.py runs/reinforcement-learning/distill_CartPole-v1 \\
+        --predictions episodes.csv
 
-MODEL is a zip of Stable-Baselines3, a folder or owner/name on the Hub, like --teacher of distill_policy.py.
+MODEL is a run, a zip of Stable-Baselines3, a folder or owner/name on the Hub, like --teacher of distill_policy.py. Of
+several seeds, the student of the first one is evaluated; RUN/seed1 names that of another.
 """
 
 import sys
 from pathlib import Path
 
 from kd.common.cli import Parser, run, show_help
+from kd.common.training.arguments import add_evaluation_arguments
 from kd.common.utils.ranges import MOST, Range
 
 PARSER = Parser(description=__doc__)
-PARSER.add_argument("model", help="A zip of Stable-Baselines3, a folder with one, or owner/name on the Hub.")
+add_evaluation_arguments(
+    PARSER,
+    "a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub",
+    "the return and length of each episode",
+)
 PARSER.add_argument("--environment", help="Gymnasium id of the environment (default: that of the run).")
 PARSER.add_argument("--teacher", help="Policy to compare with, in the states that the model visits.")
 PARSER.add_argument(
@@ -29,15 +37,14 @@ PARSER.add_argument(
 )
 PARSER.add_argument("--episodes", type=int, default=100, within=Range(1, MOST), help="Number of episodes to play.")
 PARSER.add_argument("--video", metavar="FILE", help="Write a video of one episode to this .mp4 or .gif.")
-PARSER.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
 PARSER.add_argument(
     "--trust_pickle", action="store_true", help="Let Stable-Baselines3 unpickle the model, which can run any code."
 )
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from kd.common.reporting.report import show_metrics
 from kd.common.reporting.results import RESULTS
+from kd.common.reporting.saved_models import check_files, print_seeds, show_metrics, write_predictions
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data.environments import (
@@ -55,6 +62,7 @@ from kd.reinforcement_learning.teacher_model.teacher import load_agent
 def main() -> None:
     require_single_process()
     args = PARSER.parse_args()
+    check_files(args)
     if args.video:
         check_video(args.video)
     environment = args.environment or environment_of(Path(args.model))
@@ -67,8 +75,11 @@ def main() -> None:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
 
-    entry, _ = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
+    print_seeds(Path(args.model))
+    entry, _, played = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
     show_metrics(args.model, entry, args.json)
+    rows = {"episode": range(args.episodes), "return": played.returns.tolist(), "length": played.lengths.tolist()}
+    write_predictions(args.predictions, {"test": rows})
     if args.video:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
 

@@ -15,30 +15,34 @@ from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.report import model_card, print_table, write_report
+from kd.common.reporting.model_card import CARD, Card, model_card
+from kd.common.reporting.report import print_table, write_report
 from kd.common.training.run import Run
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, registration_code
-from kd.reinforcement_learning.data.rollouts import TEST_SEED, predict, random_actions, returns_of
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
 
 STATES = 20_000  # maximum number of states for the agreement of student and teacher
-USAGE = """{register}import gymnasium
+BOTTLENECK_IMPORT = "import kd.reinforcement_learning.teacher_model.bottleneck  # a part of the student\n"
+USAGE = """{imports}import gymnasium
 from stable_baselines3 import PPO
 
-model = PPO.load("{folder}/student.zip")  # a student with a bottleneck needs this project
+folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")
+model = PPO.load(f"{{folder}}/student.zip")
 environments = gymnasium.make_vec("{environment}", num_envs=1)
 observations, _ = environments.reset(seed=0)
 actions, _ = model.predict(observations, deterministic=True)"""
 
 
 class PolicyEvaluation(NamedTuple):
-    """A model's entry in results.json, and its mean return on any of the episodes."""
+    """A model's entry in results.json, its mean return on any of the episodes, and the greedy episodes."""
 
     entry: dict[str, Any]
     measurement: Measurement
+    episodes: Episodes
 
 
 def evaluate(
@@ -56,7 +60,8 @@ def evaluate(
         network: the network of the ensemble; default: that of the agent.
     """
     network = agents[0].network() if network is None else network
-    returns, observations = returns_of(greedy(network), environment, episodes, TEST_SEED)
+    played = play_in(environment, greedy(network), episodes, TEST_SEED)
+    returns, observations = played.returns, played.observations
     generator = torch.Generator().manual_seed(0)
     sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
@@ -73,7 +78,7 @@ def evaluate(
         **cost(network, {"observations": observations[:1].to(network.device), "value": False}),
         "metrics": {"test": metrics},
     }
-    return PolicyEvaluation(entry, measure_mean(returns, constant))
+    return PolicyEvaluation(entry, measure_mean(returns, constant), played)
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
@@ -164,18 +169,30 @@ def report(
         teacher_observation_statistics=models["teacher"]["observation_statistics"],
     )
     if student_stage:
-        _save_student(run.folder / "stages" / student_stage / folder_name(environment), folder / "student", results)
+        _save_student(run, student_stage, folder / "student", results)
     write_report(folder, results, history, progress="environment_steps")
     print_table(results)
     print(f"report: {folder / 'report.md'}")
 
 
-def _save_student(stage: Path, folder: Path, results: dict[str, Any]) -> None:
+def _save_student(run: Run, stage: str, folder: Path, results: dict[str, Any]) -> None:
     environment = results["task"]
     with writing_folder(folder) as partial:
-        shutil.copy(stage / MODEL, partial / "student.zip")
-        usage = USAGE.format(register=registration_code(environment), folder=folder, environment=environment)
-        write_text(partial / "README.md", model_card(results, usage))
+        shutil.copy(run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
+        write_text(partial / CARD, model_card(results, _card_of(run, environment)))
+
+
+def _card_of(run: Run, environment: str) -> Card:
+    imports = registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
+    teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
+    names = [teachers[environment], *run.argument("ensemble_teachers")]
+    return Card(
+        USAGE.format(imports=imports, environment=environment),
+        library_name="stable-baselines3",
+        pipeline_tag="reinforcement-learning",
+        origins=[name for name in names if name != "train"],
+        tags=["deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3", environment],
+    )
 
 
 def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:

@@ -115,7 +115,7 @@ def test_intents_schema() -> None:
     data = load_text_data("intents")
     assert (data.name, data.primary_metric, data.regression, data.num_labels) == ("intents", "accuracy", False, 41)
     for rows in data.splits.values():
-        assert rows.column_names == ["text", "label", "sample_id"]
+        assert rows.column_names == ["text", "label", "row", "sample_id"]
         assert rows["sample_id"][:] == list(range(len(rows)))
 
 
@@ -139,7 +139,7 @@ def test_scores_stay_floats_in_every_format(tmp_path: Path, format: str) -> None
     data = load_text_data(write(tmp_path / format, format, train=pairs, dev=pairs))
     assert data.regression and data.num_labels == 1 and data.label_names == [] and data.primary_metric == "spearman"
     assert data.splits["validation"]["label"][:] == pytest.approx([3.8, 0.0, 4.9999, 5.0])
-    assert data.splits["train"].column_names == ["text", "text_pair", "label", "sample_id"]
+    assert data.splits["train"].column_names == ["text", "text_pair", "label", "row", "sample_id"]
     assert data.fingerprint == load_text_data(write(tmp_path / "p", train=pairs, validation=pairs)).fingerprint
 
 
@@ -236,7 +236,7 @@ def test_an_ambiguous_label_column_is_an_error(tmp_path: Path) -> None:
 def test_label_names_next_to_label_ids_are_not_a_second_text(tmp_path: Path) -> None:
     rows = {"text": texts(8), "label": [1, 0] * 4, "label_text": ["good", "bad"] * 4}
     data = load_text_data(write(tmp_path, "jsonl", train=rows, validation=rows))
-    assert data.splits["train"].column_names == ["text", "label", "sample_id"]
+    assert data.splits["train"].column_names == ["text", "label", "row", "sample_id"]
     assert data.notes[0] == "columns: 'text' as text, 'label' as label; 'label_text' not used"
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,6 +34,7 @@ from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd_testing.paths import REPO
 from kd_testing.processes import run_code
+from kd_testing.readmes import code_of
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -327,6 +330,46 @@ def test_evaluate_reproduces_the_reported_metrics(carried, small, tmp_path, role
     reported = results(carried)["models"][role]["metrics"]
     for split, metrics in measured.items():
         assert metrics == {name: value for name, value in reported[split].items() if name != "agreement"}
+
+
+def test_a_run_is_evaluated_on_its_own_data_with_a_file_of_predictions(carried, small, tmp_path, capsys):
+    script("evaluate.py", carried, "--json", tmp_path / "m.json", "--predictions", tmp_path / "p.csv")
+    assert f"note: --dataset {small}, from {carried / 'recipe.yaml'}" in capsys.readouterr().out
+    reported = results(carried)["models"]["student"]["metrics"]
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    found = pandas.read_csv(tmp_path / "p.csv")
+    for split, rows in found.groupby("split"):
+        assert metrics[split]["accuracy"] == reported[split]["accuracy"] == (rows.label == rows.prediction).mean()
+        stored = pandas.read_parquet(small / f"{split}.parquet")
+        names = load_intents()["train"].features["intent"].names
+        assert [names[label] for label in stored["intent"][rows.row]] == rows.label.tolist()
+    assert set(found.split) == {"validation", "test"} and found.probability.between(1 / 41, 1).all()
+
+
+def test_predictions_for_a_file_of_the_user_name_its_rows(carried, tmp_path):
+    """Rows without a label are left out, so the numbers of the others have a gap."""
+    first, second, *_ = load_intents()["train"].features["intent"].names
+    texts = ["set an alarm", "no label here", "set a timer", "wake me up at six"]
+    rows = pandas.DataFrame({"text": texts, "intent": [first, None, second, first]})
+    rows.to_csv(tmp_path / "mine.csv", index=False)
+    script("evaluate.py", carried, "--dataset", tmp_path / "mine.csv", "--predictions", tmp_path / "p.jsonl")
+    found = pandas.read_json(tmp_path / "p.jsonl", lines=True)
+    assert found.columns.tolist() == ["split", "row", "label", "prediction", "probability"]
+    assert found.row.tolist() == [0, 2, 3] and found.label.tolist() == [first, second, first]
+    script("evaluate.py", carried, "--dataset", tmp_path / "mine.csv", "--predictions", tmp_path / "p.csv",
+           "--max_eval_samples", 2)  # fmt: skip
+    assert len(pandas.read_csv(tmp_path / "p.csv")) == 2
+
+
+def test_the_code_of_the_model_card_loads_a_student_with_a_bottleneck(carried, monkeypatch, capsys):
+    monkeypatch.chdir(carried)
+    card = carried / "student" / "README.md"
+    exec(code_of(card.parent), {})
+    assert capsys.readouterr().out.strip() in load_intents()["train"].features["intent"].names
+    metadata = ModelCard.load(card).data
+    assert metadata.library_name is None and metadata.pipeline_tag == "text-classification"
+    assert metadata.datasets is None and metadata.base_model is None and metadata.license is None
+    assert "The code needs `kd`" in card.read_text() and str(carried) not in card.read_text()
 
 
 def test_logits_of_cached_codes_equal_those_of_texts(carried, small):

@@ -31,6 +31,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.teacher_model.teacher import label_config, tiny_bert
 from kd_testing.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 WORDS = {"alarm": ["wake", "clock", "morning"], "money": ["bank", "euro", "send"], "oos": ["sea", "moon", "why"]}
 LENGTH = 12  # longer texts are truncated
 

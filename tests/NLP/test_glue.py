@@ -13,6 +13,7 @@ from kd.common.reporting.results import validate
 from kd.nlp.data.columns import GLUE, TASKS
 from kd.nlp.student_model.arguments import GLUE_TASKS
 from kd.nlp.student_model.glue_report import OFFICIAL, Runs, retentions, task_rows
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 from kd_testing.verdicts import check_verdict
 
@@ -167,6 +168,8 @@ def test_mnli_is_evaluated_on_both_validation_splits(glue, tmp_path):
     assert found["data"]["validation"] == 40 and found["data"]["validation_mismatched"] == 20
     card = (folder / "mnli" / "base" / "seed0" / "student" / "README.md").read_text()
     assert "measured on 20 samples of the validation_matched split" in card
+    assert run_readme(folder / "mnli" / "base" / "seed0" / "student")["logits"].shape == (1, 3)
+    assert 'tokenizer("some text", "another text"' in card
     table = (folder / "glue.md").read_text()
     assert "| mnli | accuracy, matched | 1 |" in table and "| mnli | accuracy, mismatched | 1 |" in table
 

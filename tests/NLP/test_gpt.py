@@ -31,6 +31,7 @@ from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -282,14 +283,29 @@ def test_a_run_is_complete_and_reports_the_perplexity_of_the_saved_student(finis
         assert found["models"]["student"]["metrics"][split]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
+def test_documents_are_limited_and_lines_stay_consecutive(tmp_path):
+    lines = [f"line {number}\n" for number in range(40)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    corpus = load_corpus(str(tmp_path), max_train_samples=10, max_eval_samples=5)
+    assert corpus.splits == {"train": lines[:10], "validation": lines[:5]}
+    assert corpus.size("validation") == len("".join(lines[:5])) and "10 of 40 documents of train" in corpus.notes
+    documents = [{"text": f"a whole document {number}"} for number in range(40)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").unlink()
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    corpus = load_corpus(str(tmp_path), max_train_samples=4)
+    assert corpus.splits["train"] == [f"a whole document {number}" for number in (0, 10, 20, 30)]
+    assert len(corpus.splits["validation"]) == 40
+
+
 def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsys):
     ids = torch.randint(0, 300, (2, 16))
     student, stage = (AutoModelForCausalLM.from_pretrained(finished / name) for name in ("student", "stages/student"))
     assert torch.equal(student(ids).logits, stage(ids).logits)
     tokenizers = [AutoTokenizer.from_pretrained(finished / name) for name in ("student", "stages/tokenizer")]
     assert tokenizers[0]("The same – text")["input_ids"] == tokenizers[1]("The same – text")["input_ids"]
-    usage = (finished / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(usage, {})
+    run_readme(finished / "student")
     prompt = json.loads((finished / "results.json").read_text())["sample"]["prompt"]
     assert " ".join(capsys.readouterr().out.split()).startswith(prompt)
 

@@ -24,9 +24,10 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.exportable import load
 from kd.nlp.teacher_model.generative import byte_level_bpe, joint_bpe, random_gpt2, random_marian
 from kd.nlp.teacher_model.teacher import vocabulary
-from kd_testing.exports import run_readme
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 SIZES: dict[str, Any] = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "initializer_range": 0.5}
 LABELS = {"id2label": {0: "alarm", 1: "money", 2: "oos"}, "label2id": {"alarm": 0, "money": 1, "oos": 2}}
 
@@ -58,7 +59,12 @@ def exported(run: Path, format: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "format"), [("distilbert", "torch.export"), ("bottleneck", "onnx"), ("score", "torch.export")]
+    ("kind", "format"),
+    [
+        ("distilbert", "torch.export"),
+        ("bottleneck", "onnx"),
+        pytest.param("score", "torch.export", marks=pytest.mark.slow),
+    ],
 )
 def test_a_classifier(texts, tmp_path, capsys, kind, format):
     """DistilBERT takes no token types, with or without a bottleneck."""

@@ -25,6 +25,7 @@ from kd.nlp.student_model.generation import divergence_of, token_level
 from kd.nlp.student_model.layers import alternating_layers, cut_translator
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
 from kd.nlp.teacher_model.generative import joint_bpe, random_marian
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -277,7 +278,7 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "few_numbers"
     for split, rows in number_words.load_number_words().items():
         short = rows.filter(lambda row: len(row["en"]) < 24)
-        short.select(range(64 if split == "train" else 12)).to_parquet(folder / f"{split}.parquet")
+        short.select(range(64 if split == "train" else 10)).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -352,9 +353,19 @@ def test_a_saved_student_reproduces_the_reported_bleu(finished, small):
     assert scores == pytest.approx({name: measured[name] for name in scores})
 
 
+def test_sentence_pairs_are_limited():
+    whole, part = (
+        load_translation_data("number_words", "en", "de"),
+        load_translation_data("number_words", "en", "de", max_train_samples=50, max_eval_samples=20),
+    )
+    assert {split: len(rows) for split, rows in part.splits.items()} == {"train": 50, "validation": 20, "test": 20}
+    assert set(part.splits["train"]["source"][:]) <= set(whole.splits["train"]["source"][:])
+    assert part.fingerprint != whole.fingerprint
+    assert f"50 of {len(whole.splits['train']):,} train rows" in part.notes
+
+
 def test_the_code_of_the_model_card_runs(finished, capsys):
-    card = (finished / "student" / "README.md").read_text()
-    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})
+    run_readme(finished / "student")
     assert capsys.readouterr().out.strip()
 
 
@@ -423,8 +434,12 @@ def t5(small, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("student", "kind"),
-    [("cut", "t5"), ("scratch", "marian"), pytest.param("by name", "t5", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("cut", "t5"),
+        pytest.param("scratch", "marian", marks=pytest.mark.slow),
+        pytest.param("by name", "t5", marks=pytest.mark.slow),
+    ],
+)
 def test_a_t5_as_teacher(small, t5, tmp_path, student, kind):
     """The student is a cut of it, or has random weights, or is the same T5 by name."""
     words = ["--student", t5 if student == "by name" else student, "--teacher", t5, "--teacher_epochs", 0]

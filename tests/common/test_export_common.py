@@ -25,9 +25,11 @@ from kd.common.export.onnx import OnnxModel, load_program, quantize_onnx, to_onn
 from kd.common.metrics.cost import interleaved_latency
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd_testing.exports import run_readme
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 from kd_testing.tiny import model as tiny_model
+
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 
 
 class Mixed(nn.Module):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -21,54 +20,9 @@ from kd.common.reporting import __main__ as comparison
 from kd.common.reporting import plots
 from kd.common.reporting.__main__ import main
 from kd.common.reporting.plots import Point, plot_curves
-from kd.common.reporting.report import headline, model_card, print_table, write_report
+from kd.common.reporting.report import headline, print_table, write_report
 from kd.common.utils.files import read_json, write_json, write_text
-
-
-def model(name: str, accuracy: float, parameters: int, milliseconds: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "parameters": parameters,
-        "megabytes": parameters * 4 / 1e6,
-        "flops": 2 * parameters,
-        "latency_ms": {"batch": 1, "median": milliseconds, "p90": 1.5 * milliseconds},
-        "metrics": {
-            "validation": {"accuracy": accuracy, "f1": accuracy - 0.01},
-            "test": {"accuracy": accuracy - 0.02},
-        },
-    }
-
-
-def results(seed: int = 0, student: float = 0.81, control: float | None = 0.78, **changes: Any) -> dict[str, Any]:
-    teacher = 0.90
-    models = {
-        "teacher": model("bert-base", teacher, 109_482_240, 20.0),
-        "control": model("tiny", control, 1_234_567, 2.5) if control is not None else None,
-        "student": model("tiny", student, 1_234_567, 2.5),
-    }
-    return {
-        "schema_version": 1,
-        "domain": "NLP",
-        "task": "clinc150",
-        "method": "soft_targets",
-        "seed": seed,
-        "command": ["python", "distill.py", "--note", "two words"],
-        "data": {"train": 15_000, "validation": 3_000, "test": 4_500, "fingerprint": "abc123"},
-        "models": models,
-        "primary_metric": {"split": "validation", "name": "accuracy"},
-        "retention": student / teacher,
-        "gain_over_control": student - control if control is not None else None,
-        "seconds": {"teacher": None, "teacher_outputs": 3.0, "control": 10.0, "student": 12.5, "total": 25.5},
-        "environment": {
-            "python": "3.11.7",
-            "torch": "2.13.0",
-            "device": "Some CPU",
-            "threads": 2,
-            "precision": "fp32",
-            "git_commit": None,
-        },
-    } | changes
-
+from kd_testing.results import results
 
 HISTORY = {
     "teacher": [],
@@ -207,18 +161,6 @@ def test_print_table(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     for figure in ("0.8100", "1,234,567", "4.938", "2.500", "90.0%", "+0.0300"):
         assert figure in output
-
-
-def test_the_model_card_holds_the_results_and_their_limits(tmp_path: Path) -> None:
-    card = model_card(results(student=0.75), "load('tiny')", license="apache-2.0", library_name="x")
-    _, front, body = card.split("---\n", 2)
-    header = yaml.safe_load(front)
-    assert header["license"] == "apache-2.0" and header["library_name"] == "x" and header["metrics"] == ["accuracy"]
-    assert "knowledge-distillation" in header["tags"]
-    assert "```python\nload('tiny')\n```" in body and "1,234,567" in body and "distill.py" in body
-    assert "It does not reach the validation accuracy of its teacher: 0.7500 against 0.9000." in body
-    assert "The control, which was trained without the teacher, is as good or better" in body
-    assert "the effect of the teacher is not known" in model_card(results(control=None), "")
 
 
 def averaged(folders: list[str]) -> list[dict[str, str]]:

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kd.common.reporting.report import show_metrics, write_report
+from kd.common.reporting.report import write_report
 from kd.common.reporting.results import validate
+from kd.common.reporting.saved_models import show_metrics
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run import Run, TrainerRun, log_line
 from kd.common.utils.errors import UserError
@@ -190,3 +192,35 @@ def test_sharded_training_in_two_processes_ends_and_resumes_with_the_weights_of_
     ]
     for student in students[1:]:
         torch.testing.assert_close(student, students[0])
+
+
+class RecordedTrainer:
+    """Records what W&B would be named by, in place of a training."""
+
+    runs: list[tuple[str, str]] = []
+    state = SimpleNamespace(log_history=[])
+
+    def __init__(self, model: Any, args: Any, **others: Any) -> None:
+        self.args = args
+
+    def pop_callback(self, callback: Any) -> None:
+        pass
+
+    def train(self, resume_from_checkpoint: bool) -> None:
+        self.runs.append((self.args.run_name, os.environ["WANDB_RUN_GROUP"]))
+
+    def finish(self) -> None:
+        self.runs.append(("trainer", "finished"))
+
+
+def test_each_stage_is_a_run_of_wandb(tmp_path, monkeypatch):
+    finished = SimpleNamespace(finish=lambda: RecordedTrainer.runs.append(("wandb", "finished")))
+    monkeypatch.setitem(sys.modules, "wandb", finished)
+    monkeypatch.setattr("kd.common.training.run.KDTrainer", RecordedTrainer)
+    run = TrainerRun(arguments(tmp_path))
+    run.args.report_to = ["wandb"]
+    for stage in ("control", "student"):
+        run.train(stage, model(), {}, train_dataset=[])
+    ends = [("trainer", "finished"), ("wandb", "finished")]
+    names = [(f"{tmp_path}/{stage}", str(tmp_path)) for stage in ("control", "student")]
+    assert RecordedTrainer.runs == [names[0], *ends, names[1], *ends]

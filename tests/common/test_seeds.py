@@ -13,6 +13,7 @@ from scipy import stats
 from kd.common.cli import parse
 from kd.common.metrics.verdict import AT_LEAST, OVER_SEEDS, measure_mean
 from kd.common.reporting.__main__ import read_runs
+from kd.common.reporting.model_card import Card
 from kd.common.reporting.report import headline
 from kd.common.reporting.results import over_seeds, validate
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
@@ -59,7 +60,7 @@ def distill(folder: Path, seeds: list[int] | None, killed_in: int | None = None,
         noise = {"teacher": 1, "control": -1, "student": 1}  # the gain over the control varies over examples
         measurements = {role: measure_mean(score + noise[role] * NOISE) for role, score in scores.items()}
         results = one.results("d", "t", "m", sizes, models, "test", "score", measurements=measurements)
-        one.finish(results, student, "use", domain="d")
+        one.finish(results, student, Card("use"))
     run.summarize()
     return built
 
@@ -95,6 +96,9 @@ def test_each_seed_has_a_complete_run_and_the_student_is_that_of_the_first_seed(
         assert results["seconds"]["teacher"] > 0
         assert f"seed: {seed}\n" in (tmp_path / f"seed{seed}" / "recipe.yaml").read_text()
     assert Number.load(str(tmp_path / "student")).value == 3  # the first seed, although the other student is better
+    cards = [(tmp_path / name / "student" / "README.md").read_text() for name in ("seed3", ".")]
+    assert "one run, seed 3: the variation over seeds is not known" in cards[0]
+    assert "over the seeds 3, 0:" in cards[1] and "The weights are those of seed 3." in cards[1]
     runs, problems = read_runs([tmp_path])
     assert sorted(run["seed"] for run in runs) == [0, 3] and not problems
     assert distill(tmp_path / "seed0", None, resume_from_checkpoint=True) == []  # uses the shared stages

@@ -13,12 +13,13 @@ from kd.common.bottleneck.training import set_keys
 from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import image_processor
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd_testing.exports import run_readme
 from kd_testing.image_files import NAMES, in_colour, photos_in, pixels
 from kd_testing.image_files import large as large_data
 from kd_testing.image_files import small as small_data
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 PROJECTOR = {"out_channels": 32, "factor": 2, "relu": True, "max_size": None}
 
 

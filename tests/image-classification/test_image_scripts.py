@@ -10,14 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import load_image_data
+from kd.image_classification.data.sources import embedded_digits
 from kd.image_classification.student_model.arguments import DataArguments
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.sweep import Student
@@ -27,6 +30,7 @@ from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.image_files import draw
 from kd_testing.paths import REPO
 from kd_testing.processes import run_code
+from kd_testing.readmes import code_of
 from kd_testing.scripts import run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -98,6 +102,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.data.loading import load_image_data
+from kd.image_classification.data.sources import embedded_digits
 from kd.image_classification.student_model.evaluation import predict
 model = ImageClassifier.from_pretrained(sys.argv[1]).eval()
 data = load_image_data("digits")
@@ -130,6 +135,32 @@ def test_evaluate_reproduces_the_reported_metrics(simkd, tmp_path, capsys):
     again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]["test"]
     reported = results_of(simkd)["models"]["student"]["metrics"]["test"]
     assert again == {name: value for name, value in reported.items() if name != "agreement"}
+
+
+def test_a_run_is_evaluated_on_its_own_data_with_a_file_of_predictions(simkd, tmp_path, capsys):
+    script("evaluate.py", simkd, "--json", tmp_path / "m.json", "--predictions", tmp_path / "p.csv")
+    assert "note: --dataset digits --validation_share 0.1, from " in capsys.readouterr().out
+    reported = results_of(simkd)["models"]["student"]["metrics"]
+    found = pandas.read_csv(tmp_path / "p.csv")
+    source = embedded_digits()
+    for split, rows in found.groupby("split"):
+        assert (rows.label == rows.prediction).mean() == pytest.approx(reported[split]["accuracy"], abs=1e-12)
+        stored = source["train" if split == "validation" else "test"].select_columns(["label"])
+        assert stored[rows.row.tolist()]["label"] == rows.label.tolist()  # validation was set aside from train
+    assert set(found.split) == {"validation", "test"}
+
+
+def test_the_code_of_the_model_card_loads_the_student(simkd, tmp_path, monkeypatch, capsys):
+    shutil.copytree(simkd / "student", tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20), "red").save("image.png")
+    exec(code_of(tmp_path / "student"), {})
+    assert capsys.readouterr().out.strip() in map(str, range(10))
+    text = (tmp_path / "student" / "README.md").read_text()
+    card = ModelCard(text).data
+    assert card.pipeline_tag == "image-classification" and card.library_name is None and card.base_model is None
+    assert {result.dataset_split for result in card.eval_results} == {"validation", "test"}
+    assert "The code needs `kd`" in text and str(simkd.parent) not in text
 
 
 @pytest.mark.parametrize(
@@ -506,7 +537,7 @@ def test_a_damaged_teacher_is_one_line(teacher, tmp_path, capsys):
         if content is not None:
             (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(SystemExit) as stopped:
-            script("evaluate.py", tmp_path)
+            script("evaluate.py", tmp_path, "--dataset", "digits")
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and error.startswith(
             f"error: cannot read an image classifier of this project from {tmp_path}: "

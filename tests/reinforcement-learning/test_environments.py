@@ -63,7 +63,7 @@ def rows(environments: Environments, policy: Callable[[np.ndarray], np.ndarray],
         ("KnownAnswerBox-v0", lambda observations: observations[:, :2] / 2, 60, {}),
         ("LunarLander-v3", lander, 400, {"max_episode_steps": 80}),  # crashes and time limits
         ("ALE/Breakout-v5", pixels(4), 100, {"training": True}),
-        ("ALE/Pong-v5", pixels(6), 80, {"max_num_frames_per_episode": 60}),
+        pytest.param("ALE/Pong-v5", pixels(6), 80, {"max_num_frames_per_episode": 60}, marks=pytest.mark.slow),
     ],
 )
 def test_both_autoreset_modes_give_the_same_transitions(id, policy, steps, kwargs):

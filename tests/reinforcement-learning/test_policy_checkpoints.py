@@ -54,7 +54,7 @@ def distilled(folder: Path, call: int | None = None, **changes: Any) -> dict[str
     buffer = Observations(1000, (4,), torch.float32)
     student = StudentNetwork(model([8], 0).policy, None)
     task = DistillationTask(Recorder(environments), PolicyNetwork(model([16], 7).policy), student, buffer)
-    args = DistillArguments(**({"steps": 400, "rounds": 4, "updates": 10, "num_envs": 4} | changes))
+    args = DistillArguments(**({"steps": 80, "rounds": 4, "updates": 3, "num_envs": 4} | changes))
     Distiller([task], args, folder, seed=5).learn(interrupt_at(call))
     return student.state_dict()
 

@@ -19,8 +19,10 @@ from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.exportable import load
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd_testing.exports import run_readme
+from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
+
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 
 
 def saved(run: Path, model: BaseAlgorithm, environment: str) -> Path:
@@ -120,7 +122,7 @@ def test_export_of_a_bottleneck_and_the_code_of_its_readme(tmp_path, capsys):
     assert set(expected) == {0, 1}
     np.testing.assert_array_equal(act(rows), expected)
     capsys.readouterr()
-    found = run_readme(tmp_path / "export", "torch")
+    found = run_readme(tmp_path / "export", "torch", "stable_baselines3")
     assert found["actions"].shape == (2,)
     assert capsys.readouterr().out.strip() == str(found["actions"])
 

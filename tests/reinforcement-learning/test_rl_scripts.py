@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from stable_baselines3 import PPO, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback
@@ -24,6 +26,7 @@ from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.student_model import distillation
 from kd_testing.paths import REPO
+from kd_testing.readmes import run_readme, run_readme_alone
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
@@ -94,13 +97,26 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     for role, path in zips.items():  # the episodes of the curves and of the table are the same for both
         assert mean_return(path, 12, TEST_SEED) == models[role]["metrics"]["test"]["return_mean"]
         assert mean_return(path, 2, VALIDATION_SEED) == models[role]["metrics"]["validation"]["return_mean"]
-    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 12, "--json", "again.json")
+    run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 12, "--json", "again.json", "--predictions", "p.csv")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
-    assert "PPO.load" in (run / "student" / "README.md").read_text()
+    episodes = pandas.read_csv("p.csv")
+    assert episodes.columns.tolist() == ["split", "episode", "return", "length"]
+    assert episodes["return"].mean() == test["return_mean"] and episodes.episode.tolist() == list(range(12))
+    assert (episodes["return"] == episodes.length).all()  # CartPole rewards each step with 1
+    assert run_readme(run / "student")["actions"].shape == (1,)
+    card = ModelCard.load(run / "student" / "README.md").data
+    assert (card.library_name, card.pipeline_tag) == ("stable-baselines3", "reinforcement-learning")
+    assert card.eval_results[0].metric_value == test["return_mean"] and "CartPole-v1" in card.tags
 
     words = ["--no_control", "--output_dir", "second", "--student", 7, "--student_value"]
     distill(*TEACHER, *words)  # the teacher is reused
     assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
+
+
+@pytest.mark.slow
+def test_the_code_of_a_model_card_runs_without_this_project(cart_pole):
+    distill("--teacher", cart_pole, "--no_control", "--output_dir", "run")
+    assert run_readme_alone(Path("run", "student").absolute(), after="print(actions)") in ("[0]", "[1]")
 
 
 def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
@@ -163,7 +179,7 @@ def test_proximal_policy_distillation(cart_pole):
 
 def test_normalized_continuous_teacher_and_student_for_raw_observations():
     """The teacher was trained with VecNormalize; the student takes raw observations."""
-    hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600]
+    hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600, "--episodes", 3]
     distill(*hopper, "--student", 8, "--steps", 300)
     stage = RUNS / "teacher_Hopper-v5_ppo" / "stages" / "teacher"
     assert (stage / "vecnormalize.pkl").exists()
@@ -187,7 +203,7 @@ def test_teachers_of_other_algorithms(algorithm, environment):
                "--episodes", 2, "--eval_episodes", 1)  # fmt: skip
     folder = RUNS / f"teacher_{environment}_{algorithm}"
     assert read_json(folder / "results.json")["models"]["student"] is None
-    distill("--environment", environment, "--teacher", folder, "--no_control")
+    distill("--environment", environment, "--teacher", folder, "--no_control", "--episodes", 3)
     results = read_json(RUNS / f"distill_{environment}" / "results.json")
     assert results["models"]["teacher"]["name"].startswith(algorithm)
     if environment == "Pendulum-v1":  # returns are negative: retention counts from the random policy
@@ -200,7 +216,8 @@ def test_several_environments_share_one_body(capsys):
     for name in ("CartPole-v1", "MountainCar-v0"):
         PPO("MlpPolicy", name, n_steps=32, batch_size=32, device="cpu").learn(64).save(f"{name}.zip")
         teachers.append(f"{name}.zip")
-    distill("--environment", "CartPole-v1", "MountainCar-v0", "--teacher", *teachers, "--output_dir", "both")
+    distill("--environment", "CartPole-v1", "MountainCar-v0", "--teacher", *teachers, "--output_dir", "both",
+            "--episodes", 3)  # fmt: skip
     names = ("CartPole-v1", "MountainCar-v0")
     students = [PPO.load(f"both/{name}/student/student.zip", device="cpu").policy for name in names]
     pole, car = (student.mlp_extractor.policy_net for student in students)
@@ -215,7 +232,7 @@ def test_several_environments_share_one_body(capsys):
 
 @pytest.fixture
 def short_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_FRAMES", 10)
+    monkeypatch.setattr(video, "MAX_FRAMES", 40)
 
 
 @pytest.mark.usefixtures("short_videos")
@@ -258,7 +275,7 @@ def test_incomplete_video_is_removed(cart_pole, monkeypatch, capsys):
     assert Image.open("new/folder/cart.gif").n_frames > 3
 
 
-@pytest.mark.parametrize("steps", [16, 64])
+@pytest.mark.parametrize("steps", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_statistics_are_found_by_name_or_by_flag(steps, capsys):
     """Returns are those of `evaluate_policy` of Stable-Baselines3 with VecNormalize."""
     env = VecNormalize(SB3Environments("Pendulum-v1", 2), norm_reward=False)
@@ -287,7 +304,8 @@ def test_statistics_are_found_by_name_or_by_flag(steps, capsys):
     raw, source = found("--vecnormalize", "none")
     assert source == "none" and raw != pytest.approx(expected, rel=1e-3)
     assert "my_norm.pkl" in error_line(capsys, "--environment", "Pendulum-v1", "--teacher", zip)
-    distill("--environment", "Pendulum-v1", "--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control")
+    words = ["--teacher", zip, "--vecnormalize", "my_norm.pkl", "--no_control", "--episodes", 3]
+    distill("--environment", "Pendulum-v1", *words)
     results = read_json(RUNS / "distill_Pendulum-v1" / "results.json")
     assert results["teacher_observation_statistics"] == "my_norm.pkl"
     assert "my_norm.pkl" in (RUNS / "distill_Pendulum-v1" / "report.md").read_text()

@@ -12,8 +12,9 @@ import datasets
 import numpy as np
 
 from kd.common.data.fingerprints import data_fingerprint
+from kd.common.data.label_names import map_label_ids
 from kd.common.data.labels import read_labels
-from kd.common.data.sources import Splits, read_splits, short_name, with_validation
+from kd.common.data.sources import KnownDatasets, Splits, read_splits, sample, short_name, with_validation
 from kd.common.utils.errors import UserError
 
 OVERTONES = {  # instrument: amplitudes of the fundamental and of its overtones
@@ -31,7 +32,9 @@ WRONG_LABELS = 0.2  # share of train labels that are drawn at random
 
 @dataclass(frozen=True)
 class LabelledData:
-    """A dataset. Its splits have the columns values (length,) float32, labels (class ids) and sample_id."""
+    """A dataset. Its splits have the columns values (length,) float32, labels (class ids), and sample_id (the row
+    in the data as stored; of train, if validation was set aside from it).
+    """
 
     name: str
     splits: Splits  # train, validation and, if the dataset has it, test
@@ -39,21 +42,41 @@ class LabelledData:
     fingerprint: str  # hash of the contents
     notes: list[str]  # notes on the labels and splits, for the report
 
+    @property
+    def selection_split(self) -> str:
+        """The split of headline metrics: test only for data without validation, which are never trained on."""
+        return "validation" if "validation" in self.splits else "test"
 
-def load_data(dataset: str) -> LabelledData:
-    """Loads `tones`, a folder or owner/name[:config]. A missing validation split is made from a tenth of train."""
-    raw, notes = read_splits(dataset, {"tones": tones}, "train.parquet (or .jsonl)")
-    labels = read_labels(raw, "label", "ids")
+
+def load_data(
+    dataset: str,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    label_names: list[str] | None = None,
+) -> LabelledData:
+    """Loads `tones`, a folder, a file or owner/name[:config]. A tenth of train becomes a missing validation split.
+
+    Args:
+        max_train_samples, max_eval_samples: Maximum number of signals of train and of each other split, a fixed
+            stratified sample.
+        label_names: The classes, by id, of a model to evaluate, which needs no train split.
+    """
+    raw, notes = read_splits(dataset, KNOWN, "train.parquet (or .jsonl)", needs_train=label_names is None)
+    labels = read_labels(raw, "label", "ids", label_names)
+    names = label_names or labels.names
     notes += labels.notes
     splits: Splits = {}
-    contents: list[object] = [labels.names]
-    for split, rows in labels.rows.items():
-        values, ids = _values(split, raw[split])[rows], labels.values[split]
-        contents += [split, values, ids]
-        columns = {"values": values, "labels": ids, "sample_id": np.arange(len(rows))}
+    contents: list[object] = [names]
+    for split, ids in map_label_ids(dataset, labels.values, labels.names, names).items():
+        rows = labels.rows[split]
+        columns = {"values": _values(split, raw[split])[rows], "labels": ids, "sample_id": rows}
         splits[split] = datasets.Dataset.from_dict(columns).with_format("torch")
-    splits = with_validation(splits, labels.values["train"], notes)
-    return LabelledData(short_name(dataset), splits, labels.names, data_fingerprint(contents), notes)
+    splits = with_validation(splits, labels.values.get("train", np.empty(0)), notes)
+    for split, signals in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        splits[split] = sample(signals, most, split, notes, signals["labels"][:].numpy())
+        contents += [split, *(splits[split][column][:].numpy() for column in ("values", "labels"))]
+    return LabelledData(short_name(dataset), splits, names, data_fingerprint(contents), notes)
 
 
 def _values(split: str, rows: datasets.Dataset) -> np.ndarray:
@@ -85,6 +108,9 @@ def tones() -> Splits:
             columns["label"] = np.where(generator.random(size) < WRONG_LABELS, random_labels, labels)
         splits[split] = datasets.Dataset.from_dict(columns, features=kinds)
     return splits
+
+
+KNOWN: KnownDatasets = {"tones": tones}
 
 
 def _synthesize(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:

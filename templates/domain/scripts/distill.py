@@ -9,17 +9,9 @@ The second command reads its flags from a recipe; `distill_soft.sh` runs it.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import default_data_collator
-
-from kd.common.cli import parse, reject_unused, run
-from kd.common.methods import labels, labels_and_soft_targets
+from kd.common.cli import parse, reject_unused, run, show_help
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import cache_teacher_outputs
 from kd.common.utils.ranges import Count
-from kd.example_domain.data.loading import load_data
-from kd.example_domain.student_model.distillation import chance_warning, evaluate, report, train
-from kd.example_domain.teacher_model.classifier import load_trained
 
 
 @dataclass
@@ -32,6 +24,10 @@ class Arguments:
     )
     teacher_width: Count = field(default=64, metadata={"help": "Channels of a teacher that this run trains."})
     student_width: Count = field(default=12, metadata={"help": "Channels of the student and of the control."})
+    max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training signals."})
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Maximum number of signals in each of the other splits."}
+    )
 
 
 @dataclass
@@ -47,8 +43,22 @@ class TrainingArguments(KDTrainingArguments):
     train_sampling_strategy: Literal["random", "sequential"] = "random"  # all signals are of one length
 
 
+ARGUMENTS = Arguments, TrainingArguments
+if __name__ == "__main__":
+    show_help(*ARGUMENTS)  # before the imports below, which take seconds
+
+from transformers import default_data_collator
+
+from kd.common.methods import labels, labels_and_soft_targets
+from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_outputs import cache_teacher_outputs
+from kd.example_domain.data.loading import load_data
+from kd.example_domain.student_model.distillation import chance_warning, evaluate, report, train
+from kd.example_domain.teacher_model.classifier import load_trained
+
+
 def main() -> None:
-    args, training = parse(Arguments, TrainingArguments)
+    args, training = parse(*ARGUMENTS)
     if args.teacher:
         reject_unused("--teacher is already trained", training, "teacher_width")
     reject_unused(
@@ -57,7 +67,7 @@ def main() -> None:
         "label_smoothing_factor",
         "value_learning_rate",
     )
-    data = load_data(args.dataset)
+    data = load_data(args.dataset, args.max_train_samples, args.max_eval_samples)
     pretrained = load_trained(args.teacher, data) if args.teacher else None
     whole = TrainerRun(training, args)
     whole.check_inputs(data.fingerprint, teacher=pretrained)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, default_data_collator
 
+from kd.common.data.sources import hub_dataset
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import (
@@ -18,15 +19,18 @@ from kd.common.metrics.quality import (
 )
 from kd.common.metrics.verdict import Measurement, measure_classes
 from kd.common.pretrained import stage_loader
+from kd.common.reporting.model_card import Card
+from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.run import TrainerRun
-from kd.example_domain.data.loading import LabelledData
+from kd.example_domain.data.loading import KNOWN, LabelledData
 from kd.example_domain.teacher_model.classifier import Classifier, new_classifier
 
 USAGE = """import torch
 from kd.example_domain.teacher_model.classifier import Classifier
 
-model = Classifier.from_pretrained("{folder}").eval()
+folder = "student"  # the path of this model
+model = Classifier.from_pretrained(folder).eval()
 logits = model(torch.zeros(1, {length})).logits  # signals (batch, length)
 print(model.config.id2label[logits.argmax().item()])"""
 
@@ -69,28 +73,42 @@ def predict(model: Classifier, rows: datasets.Dataset) -> np.ndarray:
 
 
 class Evaluation(NamedTuple):
-    """The model's entry in results.json, and its accuracy on any of the validation samples, for the verdict."""
+    """The model's entry in results.json, its accuracy on any of the selection samples, for the verdict, and its logits
+    (samples, classes) by split.
+    """
 
     entry: dict[str, Any]
     measurement: Measurement
+    logits: dict[str, np.ndarray]
 
 
 def evaluate(name: str, model: Classifier, data: LabelledData, teacher: Classifier | None = None) -> Evaluation:
     """Evaluates a model: its cost, and its metrics on every split except train. If `teacher` is passed, the metrics
     include the agreement with the teacher.
     """
-    metrics, measurements = {}, {}
+    metrics, predicted = {}, {}
     for split, rows in data.splits.items():
         if split != "train":
-            logits, labels = predict(model, rows), rows["labels"][:].numpy()
-            metrics[split] = classification_metrics(logits, labels) | calibration_metrics(logits, labels)
-            measurements[split] = measure_classes(logits, labels)
+            predicted[split], labels = predict(model, rows), rows["labels"][:].numpy()
+            metrics[split] = classification_metrics(predicted[split], labels)
+            metrics[split] |= calibration_metrics(predicted[split], labels)
             if teacher is not None:
-                metrics[split]["agreement"] = agreement(logits, predict(teacher, rows))
-    sample = default_data_collator([data.splits["validation"][0]])
-    inputs = {column: value.to(model.device) for column, value in sample.items() if column not in NOT_INPUTS}
+                metrics[split]["agreement"] = agreement(predicted[split], predict(teacher, rows))
+    split = data.selection_split
+    signal = default_data_collator([data.splits[split][0]])
+    inputs = {column: value.to(model.device) for column, value in signal.items() if column not in NOT_INPUTS}
     entry = {"name": name, **cost(model, inputs), "metrics": metrics}
-    return Evaluation(entry, measurements["validation"])
+    measurement = measure_classes(predicted[split], data.splits[split]["labels"][:].numpy())
+    return Evaluation(entry, measurement, predicted)
+
+
+def prediction_columns(data: LabelledData, logits: dict[str, np.ndarray]) -> dict[str, dict[str, list[Any]]]:
+    """The columns of `write_predictions` by split."""
+    columns = {}
+    for split, scores in logits.items():
+        rows, labels = (data.splits[split][column][:].numpy() for column in ("sample_id", "labels"))
+        columns[split] = {"row": rows.tolist()} | class_predictions(scores, labels, data.label_names)
+    return columns
 
 
 def chance_warning(entry: dict[str, Any], data: LabelledData) -> str | None:
@@ -117,4 +135,6 @@ def report(run: TrainerRun, data: LabelledData, student: Classifier, evaluations
         data_notes="; ".join(data.notes) or "none",
     )
     length = len(data.splits["train"][0]["values"])
-    run.finish(results, student, USAGE.format(folder=run.folder / "student", length=length))
+    dataset = hub_dataset(run.argument("dataset"), KNOWN)
+    origins = list(filter(None, [run.argument("teacher")]))
+    run.finish(results, student, Card(USAGE.format(length=length), dataset=dataset, origins=origins))

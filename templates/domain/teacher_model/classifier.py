@@ -68,10 +68,8 @@ def new_classifier(label_names: list[str], width: int) -> Classifier:
     return Classifier(ClassifierConfig(width=width, id2label=dict(enumerate(label_names))))
 
 
-def load_trained(folder: str, data: LabelledData) -> Classifier:
-    """Loads a classifier. Raises UserError if the folder has another kind of model, or if its labels differ from the
-    data's.
-    """
+def read_config(folder: str) -> ClassifierConfig:
+    """The configuration of a classifier. Raises UserError if the folder has another kind of model."""
     if not Path(folder, "config.json").exists():
         raise UserError(f"no classifier in folder {folder}: it has no config.json; pass a student of distill.py")
     with reading(folder, "a classifier"):
@@ -80,6 +78,14 @@ def load_trained(folder: str, data: LabelledData) -> Classifier:
         raise UserError(
             f"{folder} holds a {config.model_type}, not a model of example-domain: pass a student of distill.py"
         )
+    return config
+
+
+def load_trained(folder: str, data: LabelledData) -> Classifier:
+    """Loads a classifier. Raises UserError if the folder has another kind of model, or if its labels differ from the
+    data's.
+    """
+    config = read_config(folder)
     if config.label_names != data.label_names:
         raise UserError(
             f"{folder} has the labels {config.label_names}, but {data.name} has {data.label_names}: pass the "

@@ -1,8 +1,10 @@
 """The domain from end to end on small data: loading, distillation, evaluation, and bad input."""
 
+import csv
 import json
 import re
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +63,36 @@ def test_evaluate_reproduces_the_reported_metrics(finished: Path, tmp_path: Path
     assert json.loads((tmp_path / "again.json").read_text())["metrics"] == reported
 
 
+def test_a_run_is_evaluated_on_its_own_data_and_on_a_file(finished: Path, tmp_path: Path) -> None:
+    script("evaluate.py", finished, "--predictions", tmp_path / "p.csv", "--json", tmp_path / "m.json")
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for split in ("validation", "test"):
+        right = [row["label"] == row["prediction"] for row in rows if row["split"] == split]
+        assert metrics[split]["accuracy"] == sum(right) / len(right)
+    few = [row for row in tones()["test"] if row["label"] in (1, 3)][:20]  # two of six classes
+    names = [list(OVERTONES)[row["label"]] for row in few]
+    datasets.Dataset.from_dict({"values": [row["values"] for row in few], "label": names}).to_json(
+        tmp_path / "few.jsonl"
+    )
+    script("evaluate.py", finished, "--dataset", tmp_path / "few.jsonl", "--predictions", tmp_path / "p.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == names and [line["row"] for line in lines] == list(range(20))
+    assert all(1 / 6 <= line["probability"] <= 1 for line in lines)
+
+
+def test_samples_are_limited() -> None:
+    data = load_data("tones", max_train_samples=60, max_eval_samples=30)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 60, "validation": 30, "test": 30}
+    assert len(set(data.splits["train"]["labels"][:].tolist())) == 6 and "60 of 1,500 train rows" in data.notes
+
+
 def test_the_model_card_loads_the_student(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search("```python\n(.*?)```", (finished / "student" / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    exec(code[1], {})
+    with chdir(finished):
+        exec(code[1], {})
     assert capsys.readouterr().out.strip() in OVERTONES
 
 

@@ -1,0 +1,285 @@
+"""The model card of a student for the Hugging Face Hub, and the student's folder."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import huggingface_hub
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from kd.common.data.sources import offline_if_unreachable
+from kd.common.reporting.report import (
+    headline,
+    metric_name,
+    metric_table,
+    model_table,
+    samples,
+    score_text,
+    verdict_sentence,
+    warnings_of,
+)
+from kd.common.reporting.results import Results
+from kd.common.reporting.tables import code, escaped, fenced, markdown, number, words
+from kd.common.utils.files import write_text, writing_folder
+
+CARD = "README.md"
+TAG = "knowledge-distillation"
+LICENCE = ("license", "license_name", "license_link")  # entries of the metadata of a card
+HUB_METRICS = {  # the metrics of the Hub, by ours; the others are in the card's tables alone
+    **{name: name for name in ("accuracy", "f1", "mse", "perplexity", "bleu", "chrf")},
+    "f1_macro": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "return_mean": "mean_reward",
+    "spearman": "spearmanr",
+    "top5_accuracy": "accuracy",
+}
+
+
+class Savable(Protocol):
+    """A transformers model, tokenizer or image processor, or any object with this method."""
+
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Card:
+    """The part of a model card that does not depend on the results of a run.
+
+    usage: The Python code that loads and calls the student, from a variable `folder` that it sets.
+    library_name, pipeline_tag: Entries of the metadata.
+    dataset: The dataset owner/name[:config] of the Hub; None for other data.
+    origins: Names of the pretrained models on which the student depends, on the Hub or of local files: the one that it
+        started from, if any, then its teachers.
+    licence: Their licence, if no card of theirs states one.
+    tags: More tags.
+    """
+
+    usage: str
+    library_name: str | None = None
+    pipeline_tag: str | None = None
+    dataset: str | None = None
+    origins: list[str] = field(default_factory=list)
+    licence: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+def save_student(
+    folder: Path, student: Savable, results: Results, card: Card, processor: Savable | None = None
+) -> None:
+    """Writes a student, its `processor` and its model card, atomically."""
+    with writing_folder(folder) as partial:
+        for part in (student, processor):
+            if part is not None:
+                part.save_pretrained(partial)
+        write_text(partial / CARD, model_card(results, card))
+
+
+def model_card(results: Results, card: Card) -> str:
+    """The README.md of a student. It contains no local path, and shows names that contain markup as they are."""
+    results = without_local_paths(results, card.origins)
+    student, teacher, environment = results["models"]["student"], results["models"]["teacher"], results["environment"]
+    source = f" from the teacher {code(teacher['name'])}" if teacher else ""
+    training = f"distilled{source} with the method {code(results['method'])}"
+    if results.get("labels_only"):
+        training = "trained on the labels alone, as a control of distillation"
+    sections = [
+        f"---\n{metadata(results, card)}\n---",
+        f"# {escaped(results['task'])}: {escaped(results['method'])}",
+        f"{code(student['name'])}, a student of {student['parameters']:,} parameters for {escaped(results['task'])}, "
+        f"{training}.",
+        escaped(headline(results)),
+        "## Load it",
+        fenced(card.usage, "python"),
+        *_requirements(card.usage),
+        "## Results",
+        markdown(*model_table(results)),
+        markdown(*metric_table(results)),
+        "## How it was trained",
+        fenced(shlex.join(results["command"])),
+        f"{samples(results)} Trained in {environment['precision']} on {escaped(environment['device'])} "
+        f"({_counted(environment['threads'], 'thread')}) with torch {environment['torch']} in "
+        f"{number(results['seconds']['total'])} seconds.",
+        "## Limitations",
+        "\n".join(f"- {escaped(line)}" for line in _limitations(results)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def with_seeds(card: str, first: Results, merged: Results) -> str:
+    """The card of the first of several seeds, with a statement on all of them in place of the one on a single seed."""
+    return card.replace(escaped(_seeds(first)), escaped(_seeds(merged)))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _requirements(usage: str) -> list[str]:
+    if not re.search(r"^(from|import) kd\.", usage, re.MULTILINE):
+        return []
+    return ["The code needs `kd`, the package of the project that trained this student."]
+
+
+def _limitations(results: Results) -> list[str]:
+    split, gain = results["primary_metric"]["split"], results["gain_over_control"]
+    student, teacher = results["models"]["student"], results["models"]["teacher"]
+    lines = [_seeds(results), *warnings_of(results)]
+    if results["data"][split] is not None:
+        lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
+    if "test" not in student["metrics"]:
+        lines.append("It was not evaluated on a test split.")
+    if teacher and results["retention"] is not None and results["retention"] < 1:
+        scores = f"{score_text(results, 'student')} against {score_text(results, 'teacher')}"
+        lines.append(f"It does not reach the {metric_name(results)} of its teacher: {scores}.")
+    if gain is None:
+        lines.append("Without a control, the effect of the teacher is not known.")
+    elif gain <= 0:
+        lines.append("The control, which was trained without the teacher, is as good or better.")
+    batch, device = student["latency_ms"]["batch"], results["environment"]["device"]
+    return [*lines, f"Latency was measured with batches of {batch} on {device}; other hardware differs."]
+
+
+def _seeds(results: Results) -> str:
+    if "seeds" not in results:
+        return f"These are the results of one run, seed {results.get('seed')}: the variation over seeds is not known."
+    seeds = ", ".join(map(str, results["seeds"]))
+    scores = [f"{role} {score_text(results, role)}" for role, model in results["models"].items() if model]
+    over_seeds = f"The {metric_name(results)}, mean ± standard deviation over the seeds {seeds}: {', '.join(scores)}."
+    weights = f"The weights are those of seed {results['seeds'][0]}."
+    return " ".join(filter(None, [over_seeds, verdict_sentence(results), weights]))
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def metadata(results: Results, card: Card) -> ModelCardData:
+    """The metadata of a card for the Hub, with the metrics of validation and test as `model-index`."""
+    hub_names = [name for name in card.origins if is_hub_name(name)]
+    evaluations = _evaluations(results, card)
+    licence = _common_licence(card.origins) or {"license": card.licence}
+    return ModelCardData(
+        license=licence["license"],
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
+        library_name=card.library_name,
+        pipeline_tag=card.pipeline_tag,
+        base_model=hub_names[0] if hub_names else None,
+        datasets=[card.dataset.partition(":")[0]] if card.dataset else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in evaluations)) or None,
+        tags=[TAG, *card.tags],
+        model_name=f"{_one_line(results['task'])} {_one_line(results['method'])}",
+        eval_results=evaluations or None,
+    )
+
+
+def _evaluations(results: Results, card: Card) -> list[EvalResult]:
+    hub_name, _, config = (card.dataset or "").partition(":")
+    task = _one_line(results["task"])
+    mean = f", mean over {len(results['seeds'])} seeds" if "seeds" in results else ""
+    return [
+        EvalResult(
+            task_type=card.pipeline_tag or "other",
+            dataset_type=hub_name or task,
+            dataset_name=task,
+            dataset_config=config or None,
+            dataset_split=split,
+            metric_type=HUB_METRICS[name],
+            metric_name=words(name) + mean,
+            metric_value=value,
+        )
+        for split, values in results["models"]["student"]["metrics"].items()
+        for name, value in values.items()
+        if name in HUB_METRICS and isinstance(value, int | float)
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model is one of the Hub, because no local file or folder has its name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not _is_local(name)
+
+
+def _common_licence(origins: list[str]) -> dict[str, str | None]:
+    """The licence that the cards of all models state; empty if one states none, or another one."""
+    found = [licence_of(name) for name in origins]
+    return found[0] if found and all(licence == found[0] for licence in found) else {}
+
+
+def licence_of(model: str) -> dict[str, str | None]:
+    """The entries LICENCE of a model's card, or of the config.json next to it; empty without one.
+
+    `model`: A name on the Hub, a local folder, or a file in one.
+    """
+    folder = None
+    if _is_local(model):
+        folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    with offline_if_unreachable(str(folder or "")):
+        for file in (CARD, "config.json"):
+            found = _entries(model, folder, file)
+            if isinstance(found.get("license"), str):
+                return {name: found[name] for name in LICENCE if isinstance(found.get(name), str)}
+    return {}
+
+
+def _entries(model: str, folder: Path | None, file: str) -> Mapping[str, Any]:
+    """The metadata of a card, or the entries of a configuration, in a folder or on the Hub; empty if the file is
+    missing or damaged.
+    """
+    try:
+        path = folder / file if folder else Path(huggingface_hub.hf_hub_download(model, file))
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text if file != CARD else text.split("---\n")[1] if text.startswith("---\n") else "")
+    except Exception:  # a model without a card, a Hub that cannot be reached, a damaged file: no licence is stated
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# ---------------------------------------------------------------- paths
+
+
+def without_local_paths(results: Results, names: list[str]) -> Results:
+    """The results with only the last part of each local path that is in the command, a model's name or `names`. Of a
+    script of the project, three parts remain.
+    """
+    models = [part for model in results["models"].values() if model for part in model["name"].split(" + ")]
+    arguments = [word.partition("=")[2] if word.startswith("--") else word for word in results["command"]]
+    found = {text for text in (*arguments, *models, *names) if "/" in text and (text[0] == "/" or _is_local(text))}
+    paths = {text: _last_part(Path(text)) for text in sorted(found, key=len, reverse=True)}
+    public: Results = _replaced(results, paths)
+    return public
+
+
+def _is_local(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
+def _last_part(path: Path) -> str:
+    return "/".join(path.parts[-3:]) if path.parent.name == "scripts" else path.name or "folder"
+
+
+def _replaced(value: Any, texts: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _replaced(part, texts) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_replaced(part, texts) for part in value]
+    if isinstance(value, str):
+        for text, replacement in texts.items():
+            value = value.replace(text, replacement)
+    return value

@@ -1,0 +1,68 @@
+"""The part of the model cards of image students that does not depend on their results."""
+
+from kd.common.data.sources import hub_dataset
+from kd.common.reporting.model_card import Card
+from kd.common.training.run import Run
+from kd.image_classification.data.sources import KNOWN
+from kd.image_classification.teacher_model.backbones import TIMM, known_weights
+from kd.image_classification.teacher_model.classifier import ImageClassifier
+from kd.image_classification.teacher_model.teacher import IMAGENET_CLASSES, trained_folder
+
+FOLDER = 'folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")'
+USAGE = f"""from kd.image_classification.teacher_model.classifier import ImageClassifier
+from PIL import Image
+from transformers import AutoImageProcessor
+
+{FOLDER}
+processor = AutoImageProcessor.from_pretrained(folder)
+model = ImageClassifier.from_pretrained(folder).eval()
+logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax().item()])"""
+TIMM_USAGE = f"""import json
+
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor
+
+{FOLDER}
+labels = json.load(open(f"{{{{folder}}}}/config.json"))["id2label"]
+weights = load_file(f"{{{{folder}}}}/model.safetensors")
+backbone = timm.create_model("{{name}}", num_classes=0, global_pool="").eval()
+head = torch.nn.Linear(*reversed(weights["head.weight"].shape))
+head.load_state_dict({{{{name: weights.pop(f"head.{{{{name}}}}") for name in ("weight", "bias")}}}})
+weights = {{{{name.removeprefix("backbone.model."): weight for name, weight in weights.items()}}}}
+backbone.load_state_dict(weights, strict=False)  # the file also has buffers that timm computes itself
+
+processor = AutoImageProcessor.from_pretrained(folder)
+pixels = processor(Image.open("image.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    logits = head(backbone(pixels).mean((2, 3)))
+print(labels[str(logits.argmax().item())])"""
+
+
+def card_of(run: Run, student: ImageClassifier, labels_only: bool) -> Card:
+    """The card of the student of a run. A network of timm with a linear head is loaded without this project."""
+    config = student.config
+    standard = config.architecture.startswith(TIMM) and not config.projector and not config.bottleneck
+    origins, licence = ([], None) if labels_only else _origins(run, len(config.label_names))
+    return Card(
+        TIMM_USAGE.format(name=config.architecture.removeprefix(TIMM)) if standard else USAGE,
+        pipeline_tag="image-classification",
+        dataset=hub_dataset(run.argument("dataset"), KNOWN),
+        origins=origins,
+        licence=licence,
+    )
+
+
+def _origins(run: Run, classes: int) -> tuple[list[str], str | None]:
+    """The pretrained teachers, and the licence of timm's weights."""
+    teacher: str = run.argument("teacher")
+    others: list[str] = run.argument("ensemble_teachers") or []
+    if trained_folder(teacher):
+        return [teacher, *others], None
+    if teacher.startswith(TIMM) and classes == IMAGENET_CLASSES:
+        weights = known_weights(teacher.removeprefix(TIMM))
+        return [f"timm/{weights.architecture}.{weights.tag}", *others], weights.license
+    return others, None
