@@ -74,7 +74,7 @@ def load_text_data(
     needs_train: bool = True,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-    unlabelled_label: Sequence[str] = (),
+    unlabelled_label: Sequence[str] | None = None,
     drop_unlabelled: bool = False,
     label_names: list[str] | None = None,
     trust_label_order: bool = False,
@@ -111,7 +111,7 @@ def load_text_data(
     columns, note = choose_columns(others, text_columns, label_column)
     raw = join_unlabelled(raw, columns.label, notes)
     try:
-        labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label, not drop_unlabelled)
+        labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label or (), not drop_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     name, regression = dataset if dataset in TASKS else short_name(dataset), not labels.names

@@ -106,8 +106,8 @@ class TextArguments:
 class LabelledTextArguments(TextArguments):
     """Data."""
 
-    unlabelled_label: list[str] = field(
-        default_factory=list, metadata={"help": "Placeholders in the label column for a missing label."}
+    unlabelled_label: list[str] | None = field(
+        default=None, metadata={"help": "Placeholders in the label column for a missing label."}
     )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
     label_names: list[str] | None = field(
@@ -149,13 +149,8 @@ class TeacherColumnArguments(LabelledTextArguments):
         return super().label_options | columns
 
 
-DATA_ARGUMENTS = (
-    "dataset",
-    "text_columns",
-    "label_column",
-    "unlabelled_label",
-    "max_eval_samples",
-)  # of add_data_arguments
+# The flags of add_data_arguments that a run's recipe may set.
+DATA_ARGUMENTS = ("dataset", "text_columns", "label_column", "unlabelled_label", "max_eval_samples")
 
 
 def add_data_arguments(parser: Parser) -> None:

@@ -247,7 +247,7 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         labels or args.label_names,
         needs_train=False,
         max_eval_samples=args.max_eval_samples,
-        unlabelled_label=args.unlabelled_label or (),
+        unlabelled_label=args.unlabelled_label,
         label_names=args.label_names,
         trust_label_order=args.trust_label_order,
     )
