@@ -36,11 +36,12 @@ from kd.reinforcement_learning.student_model.arguments import DistillArguments, 
 from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
-from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import load_or_train_teacher
+from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.teacher import load_agent
 from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
+TEACHER = "runs/reinforcement-learning/teacher_CartPole-v1_ppo"  # the default folder of train_teacher.py
 EPISODES = 20
 RECIPES = {id: training_recipe("ppo", id) for id in (CARTPOLE, LANDER)}
 INSTALL_IMITATION = (
@@ -181,7 +182,7 @@ def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--teacher", default="train", help="Zip file or folder of a PPO, or train to train one.")
+    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a PPO.")
     parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed.")
     parser.add_argument("--repetitions", type=int, default=5, help="Number of repetitions, each with another seed.")
     parser.add_argument("--goal", type=float, default=475.0, help="Mean return that ends the measured time.")
@@ -190,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    agent = load_or_train_teacher(args.teacher, TeacherTask(CARTPOLE), TeacherArguments(), None, False)
+    agent = load_agent(args.teacher, CARTPOLE)
     teacher = agent.policy
     if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
         raise UserError("the teacher must be a PPO without observation normalization: pass another --teacher")

@@ -6,7 +6,7 @@ The public names are imported when they are used, because torch takes seconds (_
 import importlib
 from typing import Any
 
-from kd.common.utils.startup import declare_operators_before_torchvision, prepare_script
+from kd.common.utils.startup import declare_operators_before_torchvision, prepare_script, set_wait_policy
 
 MODULES = {
     "DiscreteKeyValueBottleneck": "bottleneck.module",
@@ -16,6 +16,7 @@ MODULES = {
     "distill": "distillation.distill",
 }
 
+set_wait_policy()
 prepare_script()
 declare_operators_before_torchvision()
 

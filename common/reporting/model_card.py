@@ -132,7 +132,8 @@ def _limitations(results: Results) -> list[str]:
     student, teacher = results["models"]["student"], results["models"]["teacher"]
     lines = [_seeds(results), *warnings_of(results)]
     if results["data"][split] is not None:
-        lines.append(f"The headline is measured on {results['data'][split]:,} samples of the {split} split.")
+        unit = results["data"].get("units", {}).get(split, "samples")
+        lines.append(f"The headline is measured on {results['data'][split]:,} {unit} of the {split} split.")
     if "test" not in student["metrics"]:
         lines.append("It was not evaluated on a test split.")
     if teacher and results["retention"] is not None and results["retention"] < 1:

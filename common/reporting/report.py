@@ -72,8 +72,10 @@ def _seeds(results: Results) -> str:
 
 
 def samples(results: Results) -> str:
-    sizes = {split: results["data"][split] for split in ("train", "validation", "test")}
-    return f"Samples: {', '.join(f'{split} {size:,}' for split, size in sizes.items() if size is not None)}."
+    sizes, units = results["data"], results["data"].get("units", {})
+    splits = [split for split in ("train", "validation", "test") if sizes[split] is not None]
+    parts = [f"{split} {sizes[split]:,} {units.get(split, '')}".strip() for split in splits]
+    return f"{'Data' if units else 'Samples'}: {', '.join(parts)}."
 
 
 def model_table(results: Results) -> Table:

@@ -52,6 +52,7 @@ class Data(BaseModel):  # sizes of the splits
     validation: int | None
     test: int | None
     fingerprint: str
+    units: dict[str, str] = {}  # what a split consists of if not of samples, such as episodes
 
 
 class PrimaryMetric(BaseModel):

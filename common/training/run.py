@@ -132,7 +132,7 @@ class Run:
                     card = (student / CARD).read_text(encoding="utf-8")
                     write_text(partial / CARD, with_seeds(card, read_json(runs[0] / RESULTS), results))
             write_report(folder, results, None)
-            self.show(results)
+            self.show(results, folder)
 
     def check_inputs(self, data: str, **models: nn.Module | PreTrainedTokenizerBase | None) -> None:
         """Stores the fingerprints of the run's inputs.
@@ -277,11 +277,14 @@ class Run:
             write_report(self.folder, results, self.history if self.plots else None)
             self.show(results)
 
-    def show(self, results: dict[str, Any]) -> None:
-        """Prints the results and where they are."""
+    def show(self, results: dict[str, Any], folder: Path | None = None) -> None:
+        """Prints the results and where they are: in `folder`, by default that of the run."""
         if not self.quiet:
+            folder = folder or self.folder
             print_table(results)
-            print(f"student: {self.folder / 'student'}\nreport:  {self.folder / 'report.md'}")
+            if (folder / "student").exists():
+                print(f"student: {folder / 'student'}")
+            print(f"report:  {folder / 'report.md'}")
 
 
 class TrainerRun(Run):

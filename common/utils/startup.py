@@ -1,4 +1,4 @@
-"""Setup before slow imports: the handler of Ctrl-C, progress bars and torchvision's operators.
+"""Setup before slow imports: OpenMP's threads, the handler of Ctrl-C, progress bars and torchvision's operators.
 
 torchvision's wheels are built for CUDA torch. With a CPU-only torch their C++ library does not load, so the operators
 `torchvision::nms` and `torchvision::qnms` are never declared, and `import torchvision` (hence timm, and the Trainer of
@@ -22,7 +22,19 @@ SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # of GNU's and LLVM's OpenMP
 _libraries: list[Any] = []  # a garbage-collected torch.library.Library withdraws its declarations
+
+
+def set_wait_policy() -> None:
+    """Makes OpenMP's threads sleep while they wait for each other, unless the environment has a setting of the user.
+
+    By default they spin, for up to some milliseconds at the end of each operation. If another process needs the core,
+    every operation then waits until the scheduler stops one of the spinning threads. OpenMP reads the environment when
+    torch is imported; child processes inherit it.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def exit_on_interrupt(*_: object) -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -18,6 +18,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -133,6 +134,25 @@ class Step:
     truncated: np.ndarray  # (count,) bool
     # (count, ...), before a restart; with SAME_STEP, `Environments.observations` are then those after it.
     final_observations: np.ndarray
+
+
+def is_vectorized(id: str) -> bool:
+    """Whether NumPy steps all copies of an environment at once, so that hundreds cost little more than one."""
+    spec = find_spec(id)
+    return spec.vector_entry_point is not None and spec.namespace != "ALE"
+
+
+def choose_threads(*ids: str) -> None:
+    """Uses one thread in this process if no environment has frames, unless the user has set OMP_NUM_THREADS: a policy
+    for vectors is too small for several threads.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    for id in ids:
+        with closing(Environments(id, 1)) as environments:
+            if is_image_space(environments.observation_space):
+                return
+    torch.set_num_threads(1)
 
 
 class Environments:

@@ -11,12 +11,12 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
-from kd.reinforcement_learning.data.environments import Environments, to_environment
+from kd.reinforcement_learning.data.environments import Environments, is_vectorized, to_environment
 
 Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 
 TEST_SEED, VALIDATION_SEED = 10_000_000, 20_000_000  # far from each other and from the seeds of training
-PARALLEL_ENVIRONMENTS = 20
+PARALLEL_ENVIRONMENTS, VECTORIZED_ENVIRONMENTS = 20, 1000  # maximum numbers in an evaluation
 CHUNK = 4096  # observations per forward pass of the teacher
 
 
@@ -105,7 +105,8 @@ def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np
 
 def play_in(environment: str, act: Act, episodes: int, seed: int) -> Episodes:
     """`play` in new environments."""
-    with closing(Environments(environment, min(episodes, PARALLEL_ENVIRONMENTS), seed)) as environments:
+    count = min(episodes, VECTORIZED_ENVIRONMENTS if is_vectorized(environment) else PARALLEL_ENVIRONMENTS)
+    with closing(Environments(environment, count, seed)) as environments:
         return play(act, environments, episodes)
 
 

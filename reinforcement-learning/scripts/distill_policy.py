@@ -5,9 +5,10 @@
     python reinforcement-learning/scripts/distill_policy.py --environment LunarLander-v3 --teacher lander.zip
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
-The control is the same student trained by PPO from reward alone, with as many environment steps, rounded up to whole
-rollouts. For several environments, the student has one body and a head for each environment. Each environment has a
-report, and a student that loads without the others.
+The teacher is trained in the run, in OUTPUT_DIR/stages/teacher, unless --teacher names one. The control is the same
+student trained by PPO from reward alone, with as many environment steps, rounded up to whole rollouts. For several
+environments, the student has one body and a head for each. Each environment has a report, and a student that loads
+without the others.
 """
 
 from collections.abc import Sequence
@@ -16,22 +17,25 @@ from pathlib import Path
 
 from kd.common.cli import parse, run, show_help
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, Loss, PolicyArguments, StudentArguments
-from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, training_recipe
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, training_recipe
 
 ARGUMENTS = (PolicyArguments, StudentArguments, DistillArguments, TeacherArguments)
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
-from kd.common.training.run import Run
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
 from kd.common.training.run_folder import check_is_run_or_empty
 from kd.reinforcement_learning.data.environments import (
     Environments,
+    choose_threads,
     fingerprint,
     require_module_on_command_line,
     require_single_process,
     time_limit_warning,
 )
-from kd.reinforcement_learning.student_model.distillation import Agents, Distillation, PolicyRun
+from kd.reinforcement_learning.student_model.distillation import Distillation
 from kd.reinforcement_learning.student_model.evaluation import (
     PolicyEvaluation,
     evaluate,
@@ -41,14 +45,17 @@ from kd.reinforcement_learning.student_model.evaluation import (
 )
 from kd.reinforcement_learning.student_model.matching import check_loss
 from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
+from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
 from kd.reinforcement_learning.teacher_model.teacher import (
+    Agent,
+    Agents,
     Teacher,
     average_policies,
     load_agent,
-    load_or_train_teacher,
-    mean_returns,
     soft_network,
+    train_teachers,
 )
+from kd.reinforcement_learning.teacher_model.training import new_teacher
 
 
 def main() -> None:
@@ -60,18 +67,22 @@ def main() -> None:
     for environment in args.environment:
         check_environment(environment, student_args, loss)
 
-    teachers = load_teachers(args, training, loss)
-    specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
+    choose_threads(*args.environment)
+    loaded, untrained = load_teachers(args, loss), untrained_teachers(args, training)
 
     run = PolicyRun(args.environment, args, student_args, distill_args, training)
-    run.check_inputs(
-        ", ".join(map(fingerprint, args.environment)),
-        **{f"teacher of {teacher.environment}": teacher.network for teacher in teachers},
-    )
+    networks = {
+        f"teacher of {name}": nn.ModuleList(one.network() for one in agents) for name, agents in loaded.items()
+    }
+    run.check_inputs(", ".join(map(fingerprint, args.environment)), **networks)
+    for environment, agent in train_teachers(run, untrained, training).items():
+        loaded[environment].insert(0, agent)
+    teachers = [soft_teacher(name, loaded[name], args) for name in args.environment]
     measured = [measure_teacher(run, teacher, args, distill_args.steps) for teacher in teachers]
 
+    specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
     for seed_run in run.each_seed():
-        train = Distillation(seed_run, specs, distill_args, args.eval_episodes)
+        train = Distillation(seed_run, specs, distill_args)
         agents: dict[str, Agents] = {}  # by role
         if not args.no_control:
             agents["control"] = train.control()
@@ -96,40 +107,53 @@ def check_environment(environment: str, student: StudentArguments, loss: Loss) -
         check_loss(loss, environments.action_space)
 
 
-def load_teachers(args: PolicyArguments, training: TeacherArguments, loss: Loss) -> list[Teacher]:
-    """Loads or trains one teacher per environment, sets its temperature and averages it with --ensemble_teachers.
-    Raises UserError for a loss that the teacher does not support.
+def load_teachers(args: PolicyArguments, loss: Loss) -> dict[str, list[Agent]]:
+    """Loads the teachers of each environment: --teacher, unless it is `train`, and --ensemble_teachers. Raises
+    UserError for a loss that a teacher does not support.
     """
-    count = len(args.environment)
-    statistics: Sequence[str | None] = args.vecnormalize or [None] * (count + len(args.ensemble_teachers))
-    more_agents = [  # fails before a teacher is trained
-        load_agent(name, args.environment[0], args.trust_pickle, vecnormalize)
-        for name, vecnormalize in zip(args.ensemble_teachers, statistics[count:], strict=True)
-    ]
-    for agent in more_agents:
-        check_loss(loss, agent.policy.action_space, agent.deterministic)
-    teachers = []
-    for environment, name, vecnormalize in zip(args.environment, args.teacher, statistics[:count], strict=True):
-        task = TeacherTask(environment, args.episodes, args.eval_episodes)
-        agent = load_or_train_teacher(name, task, training, vecnormalize, args.trust_pickle)
-        check_loss(loss, agent.policy.action_space, agent.deterministic)
-        agents = (agent, *more_agents)
-        networks = [soft_network(one, environment, args.teacher_temperature, args.teacher_entropy) for one in agents]
-        network = average_policies(networks, args.ensemble_weights) if more_agents else networks[0]
-        teachers.append(Teacher(environment, agents, network))
+    count, further = len(args.environment), args.ensemble_teachers
+    environments, names = [*args.environment, *args.environment[:1] * len(further)], [*args.teacher, *further]
+    statistics: Sequence[str | None] = args.vecnormalize or [None] * len(names)
+    teachers: dict[str, list[Agent]] = {environment: [] for environment in args.environment}
+    for number, (environment, name, vecnormalize) in enumerate(zip(environments, names, statistics, strict=True)):
+        if number >= count or name != "train":
+            agent = load_agent(name, environment, args.trust_pickle, vecnormalize)
+            check_loss(loss, agent.policy.action_space, agent.deterministic)
+            teachers[environment].append(agent)
     return teachers
 
 
-def measure_teacher(run: Run, teacher: Teacher, args: PolicyArguments, steps: int) -> tuple[PolicyEvaluation, float]:
+def untrained_teachers(args: PolicyArguments, training: TeacherArguments) -> dict[str, BaseAlgorithm]:
+    """A new teacher for each environment whose --teacher is `train`."""
+    return {
+        environment: new_teacher(environment, training.recipe(environment), args.seed)
+        for environment, name in zip(args.environment, args.teacher, strict=True)
+        if name == "train"
+    }
+
+
+def soft_teacher(environment: str, agents: list[Agent], args: PolicyArguments) -> Teacher:
+    """The teacher of an environment: its agents at their temperatures, averaged if there are several."""
+    networks = [soft_network(one, environment, args.teacher_temperature, args.teacher_entropy) for one in agents]
+    network = average_policies(networks, args.ensemble_weights) if len(agents) > 1 else networks[0]
+    return Teacher(environment, tuple(agents), network)
+
+
+def measure_teacher(
+    run: PolicyRun, teacher: Teacher, args: PolicyArguments, steps: int
+) -> tuple[PolicyEvaluation, float]:
     """Returns the teacher's evaluation and the mean return of random actions; warns about a bad teacher.
 
-    The teacher's curve is constant from step 0 to `steps`: its mean return on the episodes of the students' curves.
+    The curve of a teacher that is not trained in this run is constant from step 0 to `steps`: its mean return on the
+    episodes of the students' curves.
     """
     environment = teacher.environment
     ensemble = teacher.network if len(teacher.agents) > 1 else None
     evaluation = evaluate(teacher.agents, environment, args.episodes, ensemble)
-    validation = mean_returns(run, {environment: teacher.network}, args.eval_episodes)
-    run.history.setdefault("teacher", []).extend({"environment_steps": step} | validation for step in (0, steps))
+    log = run.history.setdefault("teacher", [])
+    if not any(curve_name(environment) in entry for entry in log):
+        validation = run.mean_returns({environment: teacher.network})
+        log.extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)
     run.warn(time_limit_warning(environment))
     for agent in teacher.agents:

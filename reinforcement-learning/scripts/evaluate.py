@@ -48,6 +48,7 @@ from kd.common.reporting.saved_models import check_files, print_seeds, show_metr
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data.environments import (
+    choose_threads,
     require_module_on_command_line,
     require_single_process,
     time_limit_warning,
@@ -66,6 +67,7 @@ def main() -> None:
     if args.video:
         check_video(args.video)
     environment = args.environment or environment_of(Path(args.model))
+    choose_threads(environment)
     agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
     teacher = None
     if args.teacher:

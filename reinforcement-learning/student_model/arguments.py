@@ -11,7 +11,6 @@ from kd.common.cli import reject_unused
 from kd.common.training.arguments import (
     CodebookArguments,
     CodebookSize,
-    RunArguments,
     check_ensemble_weights,
     ensemble_weights,
 )
@@ -23,7 +22,7 @@ from kd.common.utils.ranges import (
     ProperShare,
     check_declared,
 )
-from kd.reinforcement_learning.teacher_model.recipes import folder_name
+from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
 
 Loss = Literal["kl", "nll", "mse", "huber"]
 RolloutPolicy = Literal["teacher", "student", "dagger", "mixed"]
@@ -77,7 +76,7 @@ class DistillArguments:
     rounds: Count = field(
         default=10, metadata={"help": "Number of rounds, each of collecting observations and training."}
     )
-    updates: Count = field(default=200, metadata={"help": "Number of update steps per round."})
+    updates: Count = field(default=100, metadata={"help": "Number of update steps per round."})
     batch_size: Count = field(default=256, metadata={"help": "Number of observations per update step."})
     learning_rate: Positive = field(
         default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
@@ -92,8 +91,8 @@ class DistillArguments:
 
 
 @dataclass
-class PolicyArguments(RunArguments):
-    """Environment, teacher, method and evaluation."""
+class PolicyArguments(PolicyRunArguments):
+    """Environment, teacher and method."""
 
     environment: list[str] = field(
         default_factory=lambda: ["CartPole-v1"],
@@ -103,7 +102,7 @@ class PolicyArguments(RunArguments):
         default_factory=lambda: ["train"],
         metadata={
             "help": "Teacher of each environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or "
-            "`train` to train one and reuse it in later runs."
+            "`train` to train one."
         },
     )
     ensemble_teachers: list[str] = field(
@@ -127,10 +126,6 @@ class PolicyArguments(RunArguments):
     )
     teacher_entropy: ProperShare = field(
         default=0.1, metadata={"help": "Mean entropy of a DQN's action probabilities, as a share of the maximum."}
-    )
-    episodes: Count = field(default=100, metadata={"help": "Number of episodes of the final evaluation."})
-    eval_episodes: Count = field(
-        default=10, metadata={"help": "Number of episodes of each evaluation during training."}
     )
     method: Literal["kd", "ppd"] = field(
         default="kd",

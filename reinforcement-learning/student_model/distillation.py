@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kd.common.objective import Objective
-from kd.common.reporting.results import RESULTS
-from kd.common.training.arguments import RunArguments
 from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
-from kd.common.training.run import Run
-from kd.common.training.run_folder import REPORT_FILES
+from kd.common.training.trackers import Trackers, tracked
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.reinforcement_learning.data.environments import Environments
@@ -38,7 +36,8 @@ from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
 from kd.reinforcement_learning.teacher_model.policies import sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.teacher import Agent, mean_returns, train_from_reward
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
+from kd.reinforcement_learning.teacher_model.teacher import Agent, Agents, train_from_reward
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 STATE = "state.pt"  # file in a checkpoint
@@ -73,8 +72,13 @@ class Distiller:
         self.optimizer = torch.optim.Adam(self.students.parameters(), lr=args.learning_rate, fused=True)
         self.cpu_seconds, self.history = 0.0, list[dict[str, Any]]()
 
-    def learn(self, evaluate: Evaluate, description: str = "") -> list[dict[str, Any]]:
-        """Runs the remaining rounds. Returns the log: the mean losses and `evaluate()` of each round."""
+    def learn(
+        self, evaluate: Evaluate, description: str = "", trackers: Trackers | None = None
+    ) -> list[dict[str, Any]]:
+        """Runs the remaining rounds. Returns the log: the mean losses and `evaluate()` of each round. `trackers` get
+        it too.
+        """
+        trackers = trackers or Trackers()
         if (checkpoint := newest_checkpoint(self.folder)) is not None:
             self._restore(checkpoint / STATE)
         for number in tqdm(range(len(self.history), self.args.rounds), description, unit="round", leave=False):
@@ -85,7 +89,9 @@ class Distiller:
             check_finite_weights(self.students, when=f"after round {number + 1}")
             self.cpu_seconds += time.process_time() - started
             work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-            self.history.append({"environment_steps": self._steps(number + 1)} | work | means | evaluate())
+            measured = means | evaluate()
+            self.history.append({"environment_steps": self._steps(number + 1)} | work | measured)
+            trackers.log(tracked(measured), self._steps(number + 1))
             save_checkpoint(self.folder, number + 1, self._write)
         return self.history
 
@@ -173,26 +179,6 @@ class Distiller:
 # ---- the stages of a run ----
 
 
-class Agents(dict[str, Agent]):
-    """Agents by environment, each saved in a subfolder."""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        for environment, agent in self.items():
-            (path := Path(folder, folder_name(environment))).mkdir()
-            agent.save_pretrained(path)
-
-
-class PolicyRun(Run):
-    """A run with a report for each environment; reports for several environments are in subfolders."""
-
-    def __init__(self, environments: list[str], args: RunArguments, *instances: Any) -> None:
-        if len(environments) > 1:
-            self.reports = tuple(map(folder_name, environments))
-            self.last_file = f"{self.reports[-1]}/{RESULTS}"
-            self.files = (*Run.files, *(f"{folder}/{name}" for folder in self.reports for name in REPORT_FILES))
-        super().__init__(args, *instances)
-
-
 @dataclass(frozen=True)
 class Distillation:
     """Trains students as stages of `run`, one per environment. The students of several environments share their body.
@@ -200,10 +186,9 @@ class Distillation:
     Every method loads the agents of its stage if the stage is finished.
     """
 
-    run: Run
+    run: PolicyRun
     specs: list[StudentSpec]
     args: DistillArguments
-    eval_episodes: int
 
     def control(self) -> Agents:
         """Trains the control, the same network, by PPO from reward alone, with as many environment steps, rounded up
@@ -260,7 +245,7 @@ class Distillation:
             for spec in self.specs:
                 environment, model = spec.teacher.environment, untrained(spec)
                 self._fit_bottleneck(spec, model)
-                train_from_reward(self.run, stage, environment, model, self._steps, self.eval_episodes)
+                train_from_reward(self.run, stage, environment, model, self._steps)
                 statistics = Agent.trained(name, model).statistics
                 agents[environment] = spec.with_policy(name, self._seed, model.policy, statistics)
             return agents
@@ -285,11 +270,10 @@ class Distillation:
             }
             networks: dict[str, nn.Module] = {environment: task.student for environment, task in tasks.items()}
 
-            def evaluate() -> dict[str, float]:
-                return mean_returns(self.run, networks, self.eval_episodes)
-
             distiller = Distiller(list(tasks.values()), args, self.run.folder / "checkpoints" / stage, self._seed)
-            self.run.history[stage] = distiller.learn(evaluate, description=stage)
+            with self.run.trackers(stage) as trackers:
+                evaluate = partial(self.run.mean_returns, networks)
+                self.run.history[stage] = distiller.learn(evaluate, stage, trackers)
             agents = Agents()
             for spec, (environment, task) in zip(self.specs, tasks.items(), strict=True):
                 task.recorder.environments.close()

@@ -16,14 +16,14 @@ from kd.common.metrics.quality import agreement, chance_warning, normalized_retu
 from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.model_card import CARD, Card, model_card
-from kd.common.reporting.report import print_table, write_report
-from kd.common.training.run import Run
+from kd.common.reporting.report import write_report
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in, predict, random_actions, returns_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, curve_name
+from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
 
 STATES = 20_000  # maximum number of states for the agreement of student and teacher
 BOTTLENECK_IMPORT = "import kd.reinforcement_learning.teacher_model.bottleneck  # a part of the student\n"
@@ -120,7 +120,7 @@ def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -
 
 
 def report(
-    run: Run,
+    run: PolicyRun,
     method: str,
     environment: str,
     evaluations: dict[str, PolicyEvaluation],
@@ -153,9 +153,10 @@ def report(
         method=method,
         data={
             "train": work.get("observations"),
-            "validation": None,
+            "validation": run.args.eval_episodes,
             "test": teacher["episodes"],
             "fingerprint": fingerprint(environment),
+            "units": {"train": "observations", "validation": "episodes", "test": "episodes"},
         },
         models=models,
         split="test",
@@ -171,18 +172,17 @@ def report(
     if student_stage:
         _save_student(run, student_stage, folder / "student", results)
     write_report(folder, results, history, progress="environment_steps")
-    print_table(results)
-    print(f"report: {folder / 'report.md'}")
+    run.show(results, folder)
 
 
-def _save_student(run: Run, stage: str, folder: Path, results: dict[str, Any]) -> None:
+def _save_student(run: PolicyRun, stage: str, folder: Path, results: dict[str, Any]) -> None:
     environment = results["task"]
     with writing_folder(folder) as partial:
         shutil.copy(run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
         write_text(partial / CARD, model_card(results, _card_of(run, environment)))
 
 
-def _card_of(run: Run, environment: str) -> Card:
+def _card_of(run: PolicyRun, environment: str) -> Card:
     imports = registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
     names = [teachers[environment], *run.argument("ensemble_teachers")]
@@ -195,7 +195,7 @@ def _card_of(run: Run, environment: str) -> Card:
     )
 
 
-def _history(run: Run, environment: str) -> dict[str, list[dict[str, Any]]]:
+def _history(run: PolicyRun, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return as `eval_return_mean`, which is plotted."""
     name = curve_name(environment)
     logs = {stage: [entry for entry in log if name in entry] for stage, log in run.history.items()}

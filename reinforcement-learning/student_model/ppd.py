@@ -69,36 +69,65 @@ class PPD(PPO):
     def train(self) -> None:
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        clip: float = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        logs: list[dict[str, Tensor]] = []
         for _ in range(self.n_epochs):
-            for samples in self.rollout_buffer.get(self.batch_size):
-                loss = self._loss(samples, clip)  # type: ignore[arg-type]
-                self.policy.optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                self.policy.optimizer.step()
-        self._n_updates += self.n_epochs
+            finished = self._train_epoch(logs)
+            self._n_updates += 1
+            if not finished:
+                break
+        for name in logs[0]:
+            self.logger.record(f"train/{name}", torch.stack([log[name] for log in logs]).mean().item())
 
-    def _loss(self, samples: DistillationSamples, clip: float) -> Tensor:
+    def _train_epoch(self, logs: list[dict[str, Tensor]]) -> bool:
+        """Updates the policy once on each minibatch, and appends the parts of each loss to `logs`. Like PPO it stops,
+        and returns False, when the policy is further than `target_kl` from that of the rollout.
+        """
+        for samples in self.rollout_buffer.get(self.batch_size):
+            loss, log = self._loss(samples)  # type: ignore[arg-type]
+            logs.append(log)
+            if self.target_kl is not None and log["approx_kl"] > 1.5 * self.target_kl:
+                return False
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+        return True
+
+    def _loss(self, samples: DistillationSamples) -> tuple[Tensor, dict[str, Tensor]]:
         discrete = isinstance(self.action_space, spaces.Discrete)
         distribution = self.policy.get_distribution(samples.observations)
         actions = samples.actions.long().flatten() if discrete else samples.actions
-        ratio = (distribution.log_prob(actions) - samples.old_log_prob).exp()  # (batch,)
+        log_ratio = distribution.log_prob(actions) - samples.old_log_prob  # (batch,)
+        ratio, clip = log_ratio.exp(), self._now(self.clip_range)
         clipped = ratio.clamp(1 - clip, 1 + clip)
 
         advantages = samples.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         reward = torch.min(ratio * advantages, clipped * advantages).mean()
-        value = F.mse_loss(self.policy.predict_values(samples.observations).flatten(), samples.returns)
+        value = self._value_loss(samples)
         divergence = kl_divergence(_distribution(samples.teacher), distribution.distribution)  # type: ignore[arg-type]
         divergence = divergence if discrete else divergence.sum(-1)  # (batch,)
         distillation = (torch.max(ratio, clipped) * divergence).mean()
         entropy = distribution.entropy()
         assert entropy is not None  # of a categorical or Gaussian distribution
-        terms = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
         remaining = max(0.0, self._current_progress_remaining)  # negative in a rollout that ends after the last step
-        return terms + self.teacher_weight * remaining * distillation
+        loss = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
+        loss = loss + self.teacher_weight * remaining * distillation
+        parts = {"policy_gradient_loss": -reward, "value_loss": value, "distillation_loss": distillation, "loss": loss}
+        parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _value_loss(self, samples: DistillationSamples) -> Tensor:
+        values = self.policy.predict_values(samples.observations).flatten()
+        if self.clip_range_vf is not None:
+            clip = self._now(self.clip_range_vf)
+            values = samples.old_values + (values - samples.old_values).clamp(-clip, clip)
+        return F.mse_loss(values, samples.returns)
+
+    def _now(self, schedule: Any) -> float:
+        """The value of a schedule of PPO at this point of the training."""
+        return float(schedule(self._current_progress_remaining))
 
 
 def _distribution(outputs: Outputs) -> Distribution:

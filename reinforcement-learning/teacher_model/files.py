@@ -21,9 +21,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from kd.common.data.sources import offline_if_unreachable
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.recipes import folder_name
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-ZIPS_OF_A_RUN = ("model.zip", "stages/teacher/model.zip", "student.zip", "student/student.zip")
+ZIPS_OF_A_RUN = (  # of a student or its run, then of a teacher's run or its stage
+    *("model.zip", "student.zip", "student/student.zip", "{environment}/model.zip"),
+    *("stages/teacher/{environment}/model.zip", "stages/teacher/model.zip"),
+)
 METRICS_ZIP = "train_eval_metrics.zip"  # rl_zoo3 uploads it with every model; it does not contain the model
 STATISTICS_NAMES = ("vecnormalize.pkl", "vec_normalize.pkl")  # of rl_zoo3, locally and on the Hub
 NO_STATISTICS = "none"  # value of --vecnormalize
@@ -83,7 +87,8 @@ def _search_folders(policy: Path, environment: str) -> list[Path]:
 
 
 def _find_zip(folder: Path, name: str, environment: str) -> Path:
-    for usual in (*ZIPS_OF_A_RUN, f"{environment}.zip", "best_model.zip"):
+    in_runs = [usual.format(environment=folder_name(environment)) for usual in ZIPS_OF_A_RUN]
+    for usual in (*in_runs, f"{environment}.zip", "best_model.zip"):
         if (folder / usual).is_file():
             return folder / usual
     found = sorted(path for path in folder.glob("*.zip") if path.name != METRICS_ZIP)

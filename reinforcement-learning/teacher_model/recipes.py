@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from kd.common.training.arguments import RunArguments
+from kd.common.training.trackers import check_trackers
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Range
 
@@ -74,19 +76,32 @@ class TeacherArguments:
         return training_recipe(self.algorithm, environment, changes)
 
     def folder(self, environment: str) -> Path:
-        """The default --output_dir of train_teacher.py, in which `--teacher train` looks for the teacher."""
+        """The default --output_dir of train_teacher.py."""
         return Path("runs/reinforcement-learning", f"teacher_{folder_name(environment)}_{self.algorithm}")
 
 
 @dataclass
 class TeacherTask:
-    """Environment and evaluation."""
+    """Environment."""
 
     environment: str = field(default="CartPole-v1", metadata={"help": "Gymnasium id of the environment."})
+
+
+@dataclass
+class PolicyRunArguments(RunArguments):
+    """Run."""
+
     episodes: Count = field(default=100, metadata={"help": "Number of episodes of the final evaluation."})
     eval_episodes: Count = field(
         default=10, metadata={"help": "Number of episodes of each evaluation during training."}
     )
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "Trackers: tensorboard, wandb, none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_trackers(self.report_to)
 
 
 @dataclass(frozen=True)

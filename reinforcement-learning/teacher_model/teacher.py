@@ -2,26 +2,23 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.td3.policies import TD3Policy
-from torch import nn
 
 from kd.common.outputs import EnsembleTeacher
-from kd.common.training.arguments import RunArguments
-from kd.common.training.run import STAGE, Run
-from kd.common.training.run_folder import read_recipe
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights, non_finite_tensor
-from kd.reinforcement_learning.data.environments import Environments, fingerprint
+from kd.reinforcement_learning.data.environments import Environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
 from kd.reinforcement_learning.teacher_model.policies import (
@@ -31,9 +28,10 @@ from kd.reinforcement_learning.teacher_model.policies import (
     greedy,
     temperature_for_entropy,
 )
-from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, TeacherTask, folder_name
+from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, folder_name
+from kd.reinforcement_learning.teacher_model.run import LogWriter, PolicyRun
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy, trained_with_vec_normalize
-from kd.reinforcement_learning.teacher_model.training import new_teacher, train
+from kd.reinforcement_learning.teacher_model.training import train
 
 MODEL, STATISTICS = "model.zip", "vecnormalize.pkl"
 CALIBRATION_EPISODES = 8
@@ -137,70 +135,41 @@ def load_agent(
 # ---- training from reward ----
 
 
-def load_or_train_teacher(
-    name: str, task: TeacherTask, training: TeacherArguments, vecnormalize: str | None, trust_pickle: bool
-) -> Agent:
-    """Loads the teacher `name`. For `train`, loads the teacher in the default folder of the environment, or trains it
-    if there is none. Raises UserError if the existing teacher was trained with other arguments.
-    """
-    if name != "train":
-        return load_agent(name, task.environment, trust_pickle, vecnormalize)
-    folder = training.folder(task.environment)
-    if (folder / "stages" / "teacher" / STAGE).exists():
-        _check_same_arguments(folder, training)
-        return load_agent(str(folder), task.environment)
-    args = RunArguments(output_dir=str(folder), resume_from_checkpoint=True)
-    model = new_teacher(task.environment, training.recipe(task.environment), args.seed)
-    return train_teacher(Run(args, task, training), model, task, training)
+class Agents(dict[str, Agent]):
+    """Agents by environment, each saved in a subfolder."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        for environment, agent in self.items():
+            (path := Path(folder, folder_name(environment))).mkdir()
+            agent.save_pretrained(path)
 
 
-def _check_same_arguments(folder: Path, training: TeacherArguments) -> None:
-    before = read_recipe(folder)
-    for name, value in asdict(training).items():
-        if before.get(name) != value:
-            raise UserError(
-                f"the teacher in {folder} was trained with {name} {before.get(name)}, not {value}: pass its "
-                "folder as --teacher, or train another with train_teacher.py and --overwrite_output_dir"
-            )
+def train_teachers(run: PolicyRun, models: dict[str, BaseAlgorithm], training: TeacherArguments) -> Agents:
+    """Trains new teachers, by environment, as the stage `teacher` of a run, or loads the finished stage."""
+
+    def build() -> Agents:
+        for environment, model in models.items():
+            train_from_reward(run, "teacher", environment, model, training.recipe(environment).steps)
+        return Agents({name: Agent.trained(training.algorithm, model) for name, model in models.items()})
+
+    def load(folder: str) -> Agents:
+        paths = {environment: str(Path(folder, folder_name(environment))) for environment in models}
+        return Agents({name: replace(load_agent(path, name), name=training.algorithm) for name, path in paths.items()})
+
+    return run.stage("teacher", build, load) if models else Agents()
 
 
-def train_teacher(run: Run, model: BaseAlgorithm, task: TeacherTask, training: TeacherArguments) -> Agent:
-    """Trains `model`, a new teacher, as the stage `teacher` of a run, or loads the finished stage."""
-    recipe = training.recipe(task.environment)
-    run.check_inputs(fingerprint(task.environment))
-
-    def build() -> Agent:
-        train_from_reward(run, "teacher", task.environment, model, recipe.steps, task.eval_episodes)
-        return Agent.trained(recipe.algorithm, model)
-
-    return run.stage("teacher", build, lambda folder: load_agent(folder, task.environment))
-
-
-def train_from_reward(
-    run: Run, stage: str, environment: str, model: BaseAlgorithm, steps: int, eval_episodes: int
-) -> None:
+def train_from_reward(run: PolicyRun, stage: str, environment: str, model: BaseAlgorithm, steps: int) -> None:
     """Trains a model by its algorithm inside a stage of `run`, and adds its log to the history of the stage."""
 
     def evaluate(model: BaseAlgorithm) -> dict[str, float]:
-        return mean_returns(run, {environment: Agent.trained(stage, model).network()}, eval_episodes)
+        return run.mean_returns({environment: Agent.trained(stage, model).network()})
 
     folder = run.folder / "checkpoints" / stage / folder_name(environment)
-    log = train(model, steps, folder, run.args.seed, evaluate, description=f"{stage} {environment}")
+    with run.trackers(stage, environment) as trackers:
+        model.set_logger(Logger(folder=None, output_formats=[LogWriter(trackers)]))
+        log = train(model, steps, folder, run.args.seed, evaluate, f"{stage} {environment}", trackers)
     run.history[stage] = run.history.get(stage, []) + log
-
-
-def mean_returns(run: Run, networks: dict[str, nn.Module], episodes: int) -> dict[str, float]:
-    """Mean returns of greedy actions by environment, for the curves. Their time is not part of the stage's."""
-    with run.timed("evaluation"):
-        return {
-            curve_name(environment): float(returns_of(greedy(net), environment, episodes, VALIDATION_SEED)[0].mean())
-            for environment, net in networks.items()
-        }
-
-
-def curve_name(environment: str) -> str:
-    """The name of an environment's mean return in the log of a stage."""
-    return f"eval_return_mean {environment}"
 
 
 # ---- the teacher of a student ----

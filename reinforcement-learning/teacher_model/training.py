@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tqdm.auto import tqdm
 
 from kd.common.training.checkpoints import newest_checkpoint, save_checkpoint
+from kd.common.training.trackers import Trackers, tracked
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import check_finite_weights
@@ -95,12 +96,18 @@ def new_teacher(environment: str, recipe: TrainingRecipe, seed: int) -> BaseAlgo
 
 
 def train(
-    model: BaseAlgorithm, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str = ""
+    model: BaseAlgorithm,
+    steps: int,
+    folder: Path,
+    seed: int,
+    evaluate: Evaluate,
+    description: str = "",
+    trackers: Trackers | None = None,
 ) -> History:
     """Trains `model` for `steps` environment steps, and continues from the last checkpoint in `folder`, if any.
-    Returns the log: `environment_steps` and `evaluate(model)` at the end of each segment.
+    Returns the log: `environment_steps` and `evaluate(model)` at the end of each segment. `trackers` get it too.
     """
-    segments = Segments(steps, folder, seed, evaluate, description)
+    segments = Segments(steps, folder, seed, evaluate, description, trackers)
     checkpoint = newest_checkpoint(folder)
     done = 0 if checkpoint is None else segments.restore(model, checkpoint)
     try:
@@ -117,8 +124,17 @@ def train(
 class Segments(BaseCallback):
     """Writes a checkpoint and resets seeds and environments at the beginning of each segment; records the log."""
 
-    def __init__(self, steps: int, folder: Path, seed: int, evaluate: Evaluate, description: str) -> None:
+    def __init__(
+        self,
+        steps: int,
+        folder: Path,
+        seed: int,
+        evaluate: Evaluate,
+        description: str = "",
+        trackers: Trackers | None = None,
+    ) -> None:
         super().__init__()
+        self.trackers = trackers or Trackers()
         self.length, self.folder, self.seed, self.evaluate = max(1, -(-steps // SEGMENTS)), folder, seed, evaluate
         self.bar = tqdm(total=steps, desc=description, unit="step", unit_scale=True, leave=False)
         self.begun, self.history, self.arrays = -1, History(), dict[str, np.ndarray]()
@@ -146,7 +162,9 @@ class Segments(BaseCallback):
 
     def log(self) -> None:
         self.check()
-        self.history.append({"environment_steps": self.model.num_timesteps} | self.evaluate(self.model))
+        measured = self.evaluate(self.model)
+        self.history.append({"environment_steps": self.model.num_timesteps} | measured)
+        self.trackers.log(tracked(measured), self.model.num_timesteps)
 
     def restart(self, seed: int) -> None:
         model, environment = self.model, self.training_env

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from stable_baselines3 import PPO
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.environments import require_module_on_command_line
+from kd.reinforcement_learning.data.environments import choose_threads, require_module_on_command_line
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
@@ -83,3 +84,18 @@ def test_layer_does_not_import_higher_layers(layer):
     for path in (REPO / "reinforcement-learning" / layer).glob("*.py"):
         imports = re.findall(r"^ *(?:from|import) kd\.reinforcement_learning\.(\w+)", path.read_text(), re.MULTILINE)
         assert not set(imports) & set(above), path
+
+
+def test_policies_for_vectors_use_one_thread_unless_the_user_sets_it(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for environments, expected in {("CartPole-v1",): 1, ("CartPole-v1", "ALE/Pong-v5"): 2}.items():
+            torch.set_num_threads(2)
+            choose_threads(*environments)
+            assert torch.get_num_threads() == expected, environments
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        choose_threads("CartPole-v1")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

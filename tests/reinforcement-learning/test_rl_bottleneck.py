@@ -11,12 +11,11 @@ from stable_baselines3 import PPO
 from torch import Tensor, nn
 
 from kd.common.metrics.cost import parameters
-from kd.common.training.arguments import RunArguments
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
-from kd.reinforcement_learning.student_model.distillation import Distillation, DistillationTask, Distiller, PolicyRun
+from kd.reinforcement_learning.student_model.distillation import Distillation, DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import (
     StudentNetwork,
     StudentSpec,
@@ -26,7 +25,8 @@ from kd.reinforcement_learning.student_model.student import (
 )
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, greedy
-from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, training_recipe
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy
 from kd.reinforcement_learning.teacher_model.teacher import Agent, Teacher
 from kd_testing import known_answer  # noqa: F401 - registers the environments
@@ -134,10 +134,12 @@ def test_resumed_distillation_does_not_fit_the_keys_again(tmp_path, monkeypatch)
 
 def test_all_stages_use_the_same_student_with_the_same_keys(tmp_path):
     """Even with normalized rewards and a teacher with statistics, the student receives raw observations."""
-    run, other = (PolicyRun([ENVIRONMENT], RunArguments(output_dir=str(tmp_path / name))) for name in ("run", "other"))
+    folders = (str(tmp_path / name) for name in ("run", "other"))
+    args = [PolicyRunArguments(output_dir=folder, eval_episodes=2, report_to=["none"]) for folder in folders]
+    run, other = (PolicyRun([ENVIRONMENT], one) for one in args)
     one = spec()
-    stages = Distillation(run, [one], arguments(), 2)
-    agents = [stages.student(), stages.control(), Distillation(other, [one], arguments(), 2).ppd_student(1.0)]
+    stages = Distillation(run, [one], arguments())
+    agents = [stages.student(), stages.control(), Distillation(other, [one], arguments()).ppd_student(1.0)]
     policies = [of[ENVIRONMENT].policy for of in agents]
     for policy in policies[1:]:
         assert parameters(policy) == parameters(policies[0])

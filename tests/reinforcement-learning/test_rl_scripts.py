@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from stable_baselines3 import PPO, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data import video
@@ -75,9 +77,11 @@ def same_policy(first: Path, second: Path) -> bool:
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_loads():
+def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_loads(capsys):
     distill(*TEACHER)
     run = RUNS / "distill_CartPole-v1"
+    assert f"student: {run / 'student'}\nreport:  {run / 'report.md'}" in capsys.readouterr().out
+    assert [folder.name for folder in RUNS.iterdir()] == ["distill_CartPole-v1"], "the teacher is inside the run"
     results = read_json(run / "results.json")
     models: dict[str, Any] = results["models"]
     assert list(models) == ["teacher", "control", "student", "behaviour_cloning"]
@@ -92,13 +96,15 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     assert results["retention"] == (pytest.approx(share) if teacher > random else None)
     assert Image.open(run / "curves.png").width > 500
 
-    teacher_zip = RUNS / "teacher_CartPole-v1_ppo" / "stages" / "teacher" / "model.zip"
+    teacher_zip = run / "stages" / "teacher" / "CartPole-v1" / "model.zip"
     zips = {"student": run / "student" / "student.zip", "teacher": teacher_zip}
     for role, path in zips.items():  # the episodes of the curves and of the table are the same for both
         assert mean_return(path, 12, TEST_SEED) == models[role]["metrics"]["test"]["return_mean"]
         assert mean_return(path, 2, VALIDATION_SEED) == models[role]["metrics"]["validation"]["return_mean"]
     run_script(f"{SCRIPTS}/evaluate.py", run, "--episodes", 12, "--json", "again.json", "--predictions", "p.csv")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
+    report = (run / "report.md").read_text()
+    assert re.search(r"Data: train \d+ observations, validation 2 episodes, test 12 episodes\.", report)
     episodes = pandas.read_csv("p.csv")
     assert episodes.columns.tolist() == ["split", "episode", "return", "length"]
     assert episodes["return"].mean() == test["return_mean"] and episodes.episode.tolist() == list(range(12))
@@ -109,8 +115,25 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     assert card.eval_results[0].metric_value == test["return_mean"] and "CartPole-v1" in card.tags
 
     words = ["--no_control", "--output_dir", "second", "--student", 7, "--student_value"]
-    distill(*TEACHER, *words)  # the teacher is reused
-    assert read_json("second/results.json")["models"]["student"]["parameters"] == 56
+    distill("--teacher", run / "stages" / "teacher", *words)  # the same teacher
+    second = read_json("second/results.json")["models"]
+    assert second["student"]["parameters"] == 56
+    assert second["teacher"]["metrics"] == models["teacher"]["metrics"]
+
+
+def test_trackers_get_losses_and_returns(cart_pole):
+    """TensorBoard has the losses and returns of the distillation, and the log of Stable-Baselines3."""
+    words = ["--teacher", cart_pole, "--output_dir"]
+    distill(*words, "run")
+    history = read_json("run/stages/student/stage.json")["history"]
+    events = {stage.name: EventAccumulator(str(stage)).Reload() for stage in Path("run/tensorboard").iterdir()}
+    assert events.keys() == {"control", "student", "behaviour_cloning"}
+    for tag, name in {"train/loss": "loss", "eval/return_mean CartPole-v1": "eval_return_mean CartPole-v1"}.items():
+        logged = [(event.step, event.value) for event in events["student"].Scalars(tag)]
+        assert logged == [(row["environment_steps"], pytest.approx(row[name])) for row in history]
+    assert {"rollout/ep_rew_mean", "eval/return_mean CartPole-v1"} <= set(events["control"].Tags()["scalars"])
+    distill(*words, "run", "--overwrite_output_dir", "--report_to", "none", "--no_control")
+    assert not Path("run/tensorboard").exists()
 
 
 @pytest.mark.slow
@@ -181,11 +204,11 @@ def test_normalized_continuous_teacher_and_student_for_raw_observations():
     """The teacher was trained with VecNormalize; the student takes raw observations."""
     hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600, "--episodes", 3]
     distill(*hopper, "--student", 8, "--steps", 300)
-    stage = RUNS / "teacher_Hopper-v5_ppo" / "stages" / "teacher"
+    stage = RUNS / "distill_Hopper-v5" / "stages" / "teacher" / "Hopper-v5"
     assert (stage / "vecnormalize.pkl").exists()
     results = read_json(RUNS / "distill_Hopper-v5" / "results.json")
     assert results["models"]["student"]["metrics"]["test"]["agreement"] > 0.5
-    distill(*hopper, "--student", 8, "--method", "ppd", "--no_control")
+    distill(*hopper[:2], "--teacher", stage, "--student", 8, "--method", "ppd", "--no_control")
 
     moved = Path(shutil.copytree(stage, "moved"))
     (moved / "vecnormalize.pkl").unlink()
@@ -369,6 +392,8 @@ def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monke
         (["--teacher", "{cart_pole}", "--output_dir", "{cart_pole}/run"], "Not a directory"),
         (["--channels", "8"], "three convolutions"),
         (["--teacher_temperature", "0"], "--teacher_temperature must be above 0"),
+        (["--report_to", "foo"], "--report_to foo is unknown or not installed"),
+        (["--report_to", "none", "tensorboard"], "leave out none or the others"),
     ],
 )
 def test_invalid_input_gives_one_line(words, expected, cart_pole, capsys):
@@ -436,14 +461,6 @@ def test_invalid_ensemble_of_teachers_raises_an_error_before_training(cart_pole,
     assert not RUNS.exists()
     distill(*words, "--loss", "mse", "--no_control", "--output_dir", "averaged")
     assert read_json("averaged/results.json")["models"]["teacher"]["name"] == "ppo ppo + td3 td3"
-
-
-def test_existing_teacher_with_other_arguments_raises_an_error(capsys):
-    folder = RUNS / "teacher_CartPole-v1_ppo"
-    run_script(f"{SCRIPTS}/train_teacher.py", *TEACHER, "--episodes", 1, "--eval_episodes", 1)
-    assert (folder / "results.json").exists()
-    capsys.readouterr()
-    assert "teacher_steps 600, not 700" in error_line(capsys, "--teacher_steps", 700, *TEACHER[2:])
 
 
 def test_train_teacher_takes_one_seed(capsys):
