@@ -45,7 +45,7 @@ def main() -> None:
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None
         if not training.no_control:
-            control = train_bottleneck_control(seed_run, inputs, pair, bottleneck, encoder_epochs=pair.align_epochs)
+            control = train_bottleneck_control(seed_run, inputs, pair, bottleneck, pair.align_epochs or 0)
         student = train_bottleneck_student(seed_run, inputs, pair, bottleneck, teacher)
         report(seed_run, inputs, bottleneck.system, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

@@ -6,8 +6,7 @@
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --temperature 4
     python NLP/scripts/distill_classifier.py --dataset answers.csv --teacher_columns "p_*"
 
-`distill_base.sh` runs it with default arguments; `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes
-of these names.
+`distill_base.sh`, `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes of these names.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -52,7 +51,8 @@ def main() -> None:
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None
         if not training.no_control:
-            control = train_control(seed_run, inputs, pair, epochs=pair.align_epochs + training.num_train_epochs)
+            epochs = (pair.align_epochs or 0) + training.num_train_epochs
+            control = train_control(seed_run, inputs, pair, epochs)
         student = train_student(seed_run, inputs, pair, matching, teacher)
         report(seed_run, inputs, matching.method, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

@@ -17,7 +17,7 @@ from kd.common.training.arguments import (
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1
-from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH, TINY_BERT
 
 if TYPE_CHECKING:
     from kd.nlp.data.loading import TextData
@@ -177,8 +177,8 @@ class PairArguments:
     """Teacher and student."""
 
     teacher: str = field(
-        default="tiny-bert",
-        metadata={"help": "Hub name, folder, or the embedded tiny-bert."},
+        default=TINY_BERT,
+        metadata={"help": f"Hub name, folder, or the embedded {TINY_BERT}."},
     )
     teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
     student: str | None = field(
@@ -191,14 +191,23 @@ class PairArguments:
         default=None,
         metadata={"help": "Model that the control is cut from, for a trained teacher."},
     )
-    from_scratch_epochs: Positive = field(default=20, metadata={"help": "Epochs of a teacher with random weights."})
+    from_scratch_epochs: Positive = field(default=2, metadata={"help": "Epochs of a teacher with random weights."})
     from_scratch_learning_rate: Positive = field(
-        default=1e-3, metadata={"help": "Learning rate of models with random weights."}
+        default=2e-3, metadata={"help": "Learning rate of models with random weights."}
     )
-    align_epochs: NotNegative = field(default=6, metadata={"help": "Epochs of aligning hidden states; 0 to skip."})
-    align_learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of the alignment."})
+    align_epochs: NotNegative | None = field(
+        default=None, metadata={"help": "Epochs of aligning hidden states (default: 6; tiny-bert: 1)."}
+    )
+    align_learning_rate: Positive | None = field(
+        default=None, metadata={"help": "Learning rate of the alignment (default: 5e-4; tiny-bert: 2e-3)."}
+    )
 
     def __post_init__(self) -> None:
+        is_tiny = self.teacher == TINY_BERT
+        if self.align_epochs is None:
+            self.align_epochs = 1 if is_tiny else 6
+        if self.align_learning_rate is None:
+            self.align_learning_rate = 2e-3 if is_tiny else 5e-4
         if self.student and self.student_layers:
             raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
 

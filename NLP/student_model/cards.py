@@ -7,8 +7,7 @@ from kd.common.reporting.model_card import Card
 from kd.common.training.run import Run
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.teacher_model import SCRATCH
-from kd.nlp.teacher_model.teacher import TINY_BERT
+from kd.nlp.teacher_model import SCRATCH, TINY_BERT
 
 CLASSIFIER_USAGE = """{imports}
 

@@ -26,7 +26,7 @@ from kd.common.metrics.quality import (
 )
 from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
 from kd.common.reporting.saved_models import class_predictions
-from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
+from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
@@ -81,7 +81,7 @@ def metrics_by_split(
     the first validation split; without a validation split there is none.
     """
     data = texts.data
-    labels = {split: np.asarray(texts.splits[split]["labels"]) for split in logits}
+    labels = {split: column_array(texts.splits[split], "labels") for split in logits}
     chosen_on = next((split for split in logits if split.startswith("validation")), None)
     threshold = choose_threshold(logits[chosen_on], labels[chosen_on], data.label_names) if chosen_on else None
     metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
@@ -98,7 +98,7 @@ def metrics_by_split(
 def measure(texts: Texts, logits: Logits) -> Measurement:
     """The measurement of the primary metric on the first validation split."""
     data, split = texts.data, validation_split(texts.splits)
-    labels = np.asarray(texts.splits[split]["labels"])
+    labels = column_array(texts.splits[split], "labels")
     if data.regression:
         return measure_regression(logits[split].reshape(-1), labels, data.primary_metric)
     return measure_classes(logits[split], labels, data.primary_metric)
@@ -107,7 +107,7 @@ def measure(texts: Texts, logits: Logits) -> Measurement:
 def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
     """A warning if a teacher, by its entry in results.json, is no better than chance on validation."""
     data, name, split = texts.data, entry["name"], validation_split(texts.splits)
-    metric, metrics, labels = data.primary_metric, entry["metrics"][split], np.asarray(texts.splits[split]["labels"])
+    metric, metrics, labels = data.primary_metric, entry["metrics"][split], column_array(texts.splits[split], "labels")
     if data.regression:
         return regressor_warning(name, metrics, labels, metric, split)
     return classifier_warning(name, metric, metrics[metric], labels, data.num_labels, split)
@@ -124,7 +124,7 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
     """
     splits = texts.splits
     rows = next((rows for split, rows in splits.items() if split.startswith("validation")), [*splits.values()][-1])
-    middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
+    middle = int(np.argsort(column_array(rows, "length"), kind="stable")[len(rows) // 2])
     return {name: t.to(device) for name, t in texts.collate([rows[middle]]).items() if name not in NOT_INPUTS}
 
 
@@ -209,7 +209,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
     data = inputs.data
     sizes = {name: len(rows) for name, rows in inputs.texts.splits.items()}
     split, metric = validation_split(inputs.texts.splits), data.primary_metric
-    labels = np.asarray(inputs.texts.splits[split]["labels"])
+    labels = column_array(inputs.texts.splits[split], "labels")
     return run.results(
         domain="NLP",
         task=data.name,
@@ -262,7 +262,7 @@ def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]
     data, columns = texts.data, {}
     for split, scores in logits.items():
         rows = data.splits[split]
-        labels = np.asarray(rows["label"])
+        labels = column_array(rows, "label")
         if data.regression:
             found: dict[str, Any] = {"label": labels.tolist(), "prediction": scores.reshape(-1).tolist()}
         else:

@@ -29,7 +29,7 @@ from kd.common.methods import (
 from kd.common.objective import FeatureLoss, FeatureTerm
 from kd.common.outputs import FeatureHooks
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import run_inference
+from kd.common.training.inference import column_array, run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import HiddenLoss, LayerMap
@@ -61,7 +61,7 @@ def text_method(
             features_of=text_features,
             pool=partial(pool, pooling=pooling),
             flatten=partial(pool, pooling=pooling),  # before pooling, the size of features differs between batches
-            labels=torch.tensor(texts.train["labels"]),
+            labels=torch.from_numpy(column_array(texts.train, "labels")),
             teacher_samples=partial(teacher_samples, teacher, texts, pooling, training.precision),
         )
     )
@@ -127,7 +127,7 @@ def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, pr
     """Pooled outputs (texts, width) of the last layer for up to PER_CLASS training texts of each class, and their
     labels.
     """
-    labels = torch.tensor(texts.train["labels"])
+    labels = torch.from_numpy(column_array(texts.train, "labels"))
     rows = some_of_each_class(labels, texts.data.num_labels)
     encoder = encoder_of(teacher)
     hooks = FeatureHooks(encoder, {"last": layer_paths(encoder)[-1]})

@@ -409,7 +409,8 @@ def add_bottleneck(
 
 
 def _samples(texts: Texts, rows: Dataset) -> Samples:
-    return Samples(rows, texts.collate, torch.tensor(rows["labels"]), torch.tensor(rows["sample_id"]))
+    labels, sample_ids = (torch.from_numpy(column_array(rows, name)) for name in ("labels", "sample_id"))
+    return Samples(rows, texts.collate, labels, sample_ids)
 
 
 def _random_rows(rows: Dataset, most: int, seed: int) -> Dataset:

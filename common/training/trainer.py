@@ -33,7 +33,7 @@ from kd.common.training.batch_norm import (
     release_batch_norms,
     synchronize_batch_norms,
 )
-from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
+from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint, without_sharing
 from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
@@ -311,9 +311,15 @@ class KDTrainer(CheckpointTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = column_array(dataset, self.args.length_column_name)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(lengths, step, self.args.seed)
+        return LengthGroupedSampler(column_array(dataset, self.args.length_column_name), step, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """The parent reads the length of each sample by itself, which takes longer than a small model."""
+        columns, name = getattr(eval_dataset, "column_names", ()), self.args.length_column_name
+        if self.args.train_sampling_strategy != "group_by_length" or name not in columns:
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(column_array(eval_dataset, name), self.args.eval_batch_size, self.args.seed)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Applies `dataloader_drop_last` to training batches only: evaluation covers all samples."""
@@ -336,7 +342,7 @@ class KDTrainer(CheckpointTrainer):
         # safetensors cannot save channels_last weights, or weights that share memory.
         weights = {name: weight.contiguous() for name, weight in weights.items()}
         if not isinstance(self.model, PreTrainedModel):  # its save_pretrained saves tied weights once
-            weights = _without_sharing(weights)
+            weights = without_sharing(weights)
         super()._save(output_dir, weights)
         state = self.objective.state_dict()
         if state and self.args.should_save:
@@ -362,14 +368,6 @@ class KDTrainer(CheckpointTrainer):
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
-
-
-def _without_sharing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clones the weights that share memory with an earlier one."""
-    first: dict[int, str] = {}
-    for name, weight in weights.items():
-        first.setdefault(weight.data_ptr(), name)
-    return {name: w if first[w.data_ptr()] == name else w.clone() for name, w in weights.items()}
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -16,13 +16,15 @@ import numpy as np
 import pandas
 import pyarrow.csv
 import pytest
+import torch
 
 from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
 from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
-from kd.nlp.data.loading import TextData, Texts, load_text_data, with_label_order
+from kd.nlp.data.loading import Collator, TextData, Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import metrics_by_split
+from kd.nlp.teacher_model.teacher import tiny_bert
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 Columns = dict[str, list]
@@ -87,8 +89,8 @@ def test_intents_are_the_same_for_the_same_seed_and_in_another_process(capsys: p
 def test_no_intent_text_occurs_twice() -> None:
     found = load_intents()
     every = [text for split in found.values() for text in split["text"]]
-    assert len(every) == len(set(every)) == 9000
-    assert {name: len(rows) for name, rows in found.items()} == {"train": 6000, "validation": 1500, "test": 1500}
+    assert len(every) == len(set(every)) == 14_500
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 10_000, "validation": 1500, "test": 3000}
 
 
 def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> None:
@@ -97,7 +99,7 @@ def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> 
     assert names == [*INTENTS, "oos"] and len(names) == 41
     assert "oos" in load_text_data("intents").label_names
     train = Counter(found["train"]["intent"])
-    assert len(train) == 41 and sum(count < 80 for count in train.values()) == 10
+    assert len(train) == 41 and sum(count < 100 for count in train.values()) == 10
     assert max(Counter(found["validation"]["intent"]).values()) / 1500 < 0.15
     assert len({word for text in found["train"]["text"] for word in text.split()}) < 3000
 
@@ -117,6 +119,19 @@ def test_intents_schema() -> None:
     for rows in data.splits.values():
         assert rows.column_names == ["text", "label", "row", "sample_id"]
         assert rows["sample_id"][:] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_those_of_the_padding_of_transformers(side: str) -> None:
+    made = tiny_bert(load_text_data("intents"))
+    made.tokenizer.padding_side = side
+    tokens = [made.tokenizer(text) for text in ("cancel", "set an alarm", "a timer")]
+    rows = [{**columns, "labels": 1, "sample_id": i} for i, columns in enumerate(tokens)]
+    batch = Collator(made.tokenizer)([row | {"length": 0} for row in rows])
+    reference = made.tokenizer.pad(rows, return_tensors="pt")
+    assert batch.keys() == reference.keys()
+    for name, values in batch.items():
+        assert torch.equal(values, reference[name]) and values.dtype == reference[name].dtype
 
 
 # Local folders
