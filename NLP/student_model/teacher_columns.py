@@ -31,7 +31,8 @@ from kd.nlp.student_model.methods import (
     text_method,
 )
 from kd.nlp.student_model.training import fine_tune, learning_rate_of, open_run, train_control
-from kd.nlp.teacher_model.teacher import TINY_BERT, load_classifier
+from kd.nlp.teacher_model import TINY_BERT
+from kd.nlp.teacher_model.teacher import load_classifier
 
 
 def distill_from_columns(
