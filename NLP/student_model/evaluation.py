@@ -233,11 +233,11 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         kind,
         labels or args.label_names,
         needs_train=False,
+        max_eval_samples=args.max_eval_samples,
         unlabelled_label=args.unlabelled_label,
         label_names=args.label_names,
         trust_label_order=args.trust_label_order,
         label_separator=args.label_separator,
-        max_eval_samples=args.max_eval_samples,
     )
     print_notes(data.name, data.notes)
     return data
