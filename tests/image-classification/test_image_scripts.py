@@ -456,7 +456,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--student", "nonsense"], "unknown architecture 'nonsense'"),
         ("train_simkd.py", ["--projector", "double"], "invalid choice: 'double'"),
         ("train_simkd.py", ["--projector_factor", "3"], "does not divide the teacher's"),
-        ("train_simkd.py", ["--feature_weight", "0"], "not all be zero"),
+        ("train_simkd.py", ["--feature_weight", "0", "--kl_weight", "0"], "not all be zero"),
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "caches only logits"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),

@@ -211,9 +211,10 @@ def test_networks_that_do_not_match_are_errors(capsys):
     teacher = new_classifier("resnet8", data.config)
     with pytest.raises(UserError, match="factor 3 does not divide the teacher's 64 channels"):
         simkd_student("resnet8", teacher, data, factor=3)
-    for flag, value in (("projector_factor", 0), ("projector_ratio", 0.0), ("feature_weight", 0.0), ("kl_weight", -1)):
+    cases = (("projector_factor", 0), ("projector_ratio", 0.0), ("feature_weight", 0.0), ("cls_weight", -1))
+    for flag, value in cases:
         with pytest.raises(SystemExit):
-            parse(SimKDArguments, argv=[f"--{flag}", str(value)])
+            parse(SimKDArguments, argv=[f"--{flag}", str(value), "--kl_weight", "0"])
         assert re.search(rf"--{flag}.* must (not all )?be", capsys.readouterr().err)
 
 
