@@ -34,7 +34,7 @@ IMAGE_METHODS = (
     *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
 )
 METHOD_HELP = f"NAME or NAME:argument=value:...; NAME is {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
-TEACHER_EPOCHS = 3  # times the epochs of a student
+TEACHER_EPOCHS = 2  # times the epochs of a student
 PIXELS = "pixels"  # no encoder: the pixels are the embedding
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
@@ -317,7 +317,7 @@ class ImageTrainingArguments(KDTrainingArguments):
         default=None, metadata={"help": "Folder of the run (default: runs/image-classification/METHOD)."}
     )
     num_train_epochs: Positive = 4
-    per_device_train_batch_size: Count = 64
+    per_device_train_batch_size: Count = 32
     per_device_eval_batch_size: Count = 250
     learning_rate: Positive = 0.1
     optim: str = field(default="sgd", metadata={"help": "Name of the optimizer: sgd, adamw_torch, ..."})
