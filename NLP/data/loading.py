@@ -31,10 +31,9 @@ from kd.common.data.sources import (
 )
 from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
 from kd.common.metrics.tasks import TaskMetrics, task_metrics
-from kd.common.objective import IGNORED
-from kd.common.training.arguments import TaskType
 from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED, TaskType
 from kd.nlp.data.columns import TASKS, choose_task, known_task
 from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.intents import load_intents

@@ -55,10 +55,10 @@ class DataArguments:
     label_column: str | None = field(default=None, metadata={"help": "Name of the column with the labels."})
     image_size: Count | None = field(
         default=None,
-        metadata={"help": "Height and width of the images in pixels; above 64, training uses random crops."},
+        metadata={"help": "Size of the images; above 64, training uses random crops."},
     )
     validation_share: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Share of train to use for validation if the dataset has no validation split."}
+        default=0.1, metadata={"help": "Share of train for a missing validation split."}
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
     max_eval_samples: Count | None = field(
@@ -123,7 +123,7 @@ class PairArguments:
     )
     teacher_epochs: Positive | None = field(
         default=None,
-        metadata={"help": f"Number of epochs of the teacher (default: {TEACHER_EPOCHS} times --num_train_epochs)."},
+        metadata={"help": f"Epochs of the teacher (default: {TEACHER_EPOCHS} times --num_train_epochs)."},
     )
     student: str = field(default="resnet8x4", metadata={"help": "Architecture, timm:NAME or module:factory."})
     method_args: list[str] = field(

@@ -15,13 +15,14 @@ from torch import nn
 
 from kd.common.losses import feature_l2, soft_target_kl
 from kd.common.metrics.quality import classification_metrics
-from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, task_loss
+from kd.common.objective import FeatureTerm, Objective, logit_term, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.checkpoints import last_checkpoint
 from kd.common.training.inference import LengthGroupedSampler
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd_testing.paths import REPO
 from kd_testing.tiny import Rows, TinyClassifier, arguments, break_second_step, kd, model
 
