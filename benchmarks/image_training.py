@@ -32,7 +32,7 @@ from kd.common.methods import Method, parse_method
 from kd.common.training.inference import identity_collate
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.trainer import KDTrainer
-from kd.common.utils.devices import resolve_precision
+from kd.common.utils.devices import AUTOCAST, resolve_precision
 from kd.common.utils.ranges import Range
 from kd.image_classification.data.loading import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments, SimKDArguments
@@ -178,7 +178,7 @@ def compare_simkd(args: Namespace, data: SmallImageData) -> None:
     print(f"ratio {statistics.median(p / o for p, o in zip(plain, ours, strict=True)):.2f}")
     flops = args.batch_size * flops_per_image(simkd_student("resnet8x4", teacher, data, 2), teacher)
     reached = flops / statistics.median(ours)
-    rates = {name: convolution_rate(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    rates = {name: convolution_rate(AUTOCAST.get(name, torch.float32)) for name in ("fp32", precision)}
     print(
         f"{flops / 1e9:.0f} GFLOP a step, {reached / 1e9:.0f} GFLOP/s: {reached / rates[precision]:.0%} of a 3x3 "
         f"convolution's {rates[precision] / 1e9:.0f} in {precision} on {torch.get_num_threads()} threads, which is "

@@ -12,6 +12,7 @@ is a number, or a function of the training progress, such as `warm_up(1.0, 0.1)`
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kd.common import losses
+from kd.common.losses.shared import same_shape
 from kd.common.outputs import Outputs
+from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
@@ -28,7 +31,7 @@ Terms = dict[str, tuple[Weight, Term]]
 FeatureLoss = Callable[..., Tensor]
 Divergence = Callable[[Tensor, Tensor], Tensor]
 Transform = Callable[[Tensor, Tensor | None], Tensor]
-IGNORED = -100  # the label of a position without a target: padding, or the end of a sequence
+IGNORED = -100  # the label of a row or position without a target: unlabelled, padding, or the end of a sequence
 
 
 class Objective(nn.Module):
@@ -98,19 +101,62 @@ def cosine_decay(weight: float, start: float) -> Weight:
     return weight if weight == 0 else decayed
 
 
-def task_loss(regression: bool = False, smoothing: float = 0.0) -> Term:
-    """Cross-entropy with the labels (batch,) or (batch, positions) that are not IGNORED, or the mean squared error for
-    regression. `smoothing` is the share of the uniform distribution in the targets (arXiv:1512.00567).
+class TaskLoss:
+    """Cross-entropy with the labels (batch,) or (batch, positions) that are not IGNORED, the mean squared error with
+    scores (batch,) that are not NaN, or the binary cross-entropy with labels (batch, labels) of 0 and 1 that are not
+    NaN. Zero for a batch without a label.
+
+    Args:
+        smoothing: Share of the uniform distribution in the targets (arXiv:1512.00567).
+        labelled_share: Share of the training rows that have a label. The loss is then the sum over the labelled rows,
+            divided by the number that a batch of this size has on average. So each label has the same weight, whatever
+            the batch, and gradient accumulation changes nothing. None: the mean over the labelled rows of the batch.
     """
 
-    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        logits, labels = _require(student.logits, "student logits"), _require(labels, "labels")
-        if regression:
-            return losses.regression_mse(logits, labels)
-        rows = rearrange(logits.float(), "... classes -> (...) classes")
-        return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing)
+    needs_labels = False  # of all rows
 
-    return term
+    def __init__(
+        self, task: TaskType = "classification", smoothing: float = 0.0, labelled_share: float | None = None
+    ) -> None:
+        self.task, self.smoothing, self.labelled_share = task, smoothing, labelled_share
+
+    def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        logits, labels = _require(student.logits, "student logits"), _require(labels, "labels")
+        labelled = is_labelled(labels)
+        if self.task == "regression":
+            total = losses.regression_mse(logits, _with_predictions(labels, logits)) * len(labels)
+        elif self.task == "multi_label":
+            total = self._sum_over_labels(logits, labels, labelled)
+        else:
+            rows = rearrange(logits.float(), "... classes -> (...) classes")
+            options: dict[str, Any] = {"ignore_index": IGNORED, "label_smoothing": self.smoothing}
+            total = F.cross_entropy(rows, labels.flatten(), reduction="sum", **options)
+        if self.labelled_share is not None:
+            return total / (labels.numel() * self.labelled_share)
+        return total / labelled.sum().clamp(min=1)
+
+    def _sum_over_labels(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        same_shape(logits, labels)
+        if not labelled.any():
+            return logits.sum() * 0.0
+        return losses.binary_cross_entropy(logits[labelled], labels[labelled], self.smoothing) * labelled.sum()
+
+
+def is_labelled(labels: Tensor) -> Tensor:
+    """Mask of the class ids that are not IGNORED, or of the scores or labels that are not NaN."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+
+
+def _with_predictions(scores: Tensor, predictions: Tensor) -> Tensor:
+    """Scores whose missing values are the predictions, so that they have no error and no gradient."""
+    if not scores.is_floating_point() or scores.numel() != predictions.numel():
+        return scores
+    return torch.where(scores.isnan(), predictions.detach().reshape(scores.shape).to(scores.dtype), scores)
+
+
+def task_loss(task: TaskType = "classification", smoothing: float = 0.0) -> Term:
+    """The `TaskLoss` of a type of task."""
+    return TaskLoss(task, smoothing)
 
 
 def logit_term(
@@ -137,12 +183,18 @@ def logit_term(
             logits, teacher_logits = losses.standardized(logits), losses.standardized(teacher_logits)
         return loss(logits, teacher_logits, *([_require(targets, "labels")] if labels else []))
 
+    term.needs_labels = labels  # type: ignore[attr-defined]
     return term
 
 
-def soft_targets(temperature: float, regression: bool = False) -> Term:
-    """Soft targets at a temperature (Hinton 2015), or the teacher's predictions for regression."""
-    return logit_term(losses.regression_mse if regression else partial(losses.soft_target_kl, temperature=temperature))
+def soft_targets(temperature: float, task: TaskType = "classification") -> Term:
+    """Soft targets at a temperature (Hinton 2015), those of each label for multi_label, those of the labelled tokens
+    for token_classification, or the teacher's predictions for regression.
+    """
+    if task == "regression":
+        return logit_term(losses.regression_mse)
+    loss = losses.binary_soft_target_kl if task == "multi_label" else losses.soft_target_kl
+    return logit_term(partial(loss, temperature=temperature), ignore_unlabelled=task == "token_classification")
 
 
 class FeatureTerm(nn.Module):
@@ -173,7 +225,7 @@ class FeatureTerm(nn.Module):
             (names,) if isinstance(names, str) else tuple(names) for names in (student, teacher)
         )
         self.loss, self.projector, self.transform = loss, projector, transform
-        self.only_where_right = only_where_right
+        self.only_where_right = self.needs_labels = only_where_right
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         outputs = student.features or {}, (teacher.features if teacher else None) or {}

@@ -74,9 +74,9 @@ def load_model(kind: Any, name: str | Path, whole: bool = True, notes: list[str]
     return model
 
 
-def load_tokenizer(kind: Any, name: str | Path) -> Any:
-    """Calls `kind.from_pretrained(name)`. Raises UserError if `name` has no tokenizer."""
-    tokenizer = kind.from_pretrained(str(name), trust_remote_code=False)
+def load_tokenizer(kind: Any, name: str | Path, **kwargs: Any) -> Any:
+    """Calls `kind.from_pretrained(name, **kwargs)`. Raises UserError if `name` has no tokenizer."""
+    tokenizer = kind.from_pretrained(str(name), trust_remote_code=False, **kwargs)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{shorten(name)} has no tokenizer: save it there with tokenizer.save_pretrained")
     return tokenizer

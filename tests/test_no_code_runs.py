@@ -124,11 +124,27 @@ def test_export_imports_no_module_that_results_json_names(
         assert "pass --task evil:Evil-v0 if you trust that module" in line
 
 
-@pytest.mark.parametrize("architecture", ["timm:hf-hub:evil/evil", "timm:local-dir:.", "timm:evil", "evil.Evil"])
+STRUCTURE: dict[str, Any] = {"heads": [], "width": 2, "channels": 2, "last": None, "stages": []}
+REMOTE = STRUCTURE | {"config": {"model_type": "evil"} | auto_map("AutoConfig", "AutoModelForImageClassification")}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "network"),
+    [
+        *(("timm:hf-hub:evil/evil", None), ("timm:local-dir:.", None), ("timm:evil", None), ("evil.Evil", None)),
+        *(("evil:Evil", None), ("evil:Evil", STRUCTURE), ("timm:hf-hub:evil/evil", STRUCTURE)),
+        *(("timm:local-dir:.", STRUCTURE), ("timm:test_vit:checkpoint_path=x", STRUCTURE)),
+        ("transformers:evil", REMOTE),
+    ],
+)
 def test_an_architecture_is_only_a_name(
-    tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str], architecture: str
+    tmp_path: Path,
+    mark: Path,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    network: dict[str, Any] | None,
 ) -> None:
-    config = {"model_type": "image_classifier", "architecture": architecture, "image_size": 8}
+    config = {"model_type": "image_classifier", "architecture": architecture, "image_size": 8, "network": network}
     folder = model_folder(tmp_path / "model", mark, config)
     for script, words in ((EXPORT, ["--domain", "image-classification"]), (EVALUATE_IMAGES, ["--dataset", "digits"])):
         error_of(capsys, script, folder, *words)

@@ -66,7 +66,6 @@ INVALID_TRAINING_FLAGS = [
     ("--do_train", "--do_train has no effect"),
     ("--push_to_hub", "--push_to_hub has no effect"),
     ("--remove_unused_columns", "--remove_unused_columns has no effect"),
-    ("--label_names a b", "--label_names has no effect"),
     ("--fp16", "--fp16 has no effect, because --precision replaces it"),
     ("--bf16 --precision fp32", "--bf16 has no effect"),
     ("--run_name a", "--run_name has no effect"),
@@ -261,6 +260,7 @@ def argument_types() -> list[type[Any]]:
     names = [
         "kd.common.training.arguments",
         "kd.nlp.student_model.arguments",
+        "kd.nlp.student_model.search_arguments",
         "kd.nlp.scripts.distill_gpt",
         "kd.nlp.scripts.distill_translation",
         "kd.image_classification.student_model.arguments",

@@ -10,12 +10,12 @@ with the recipes of these names. distill_classifier.py distills a student withou
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.nlp.student_model.arguments import (
     BottleneckTrainingArguments,
+    LabelledTextArguments,
     PairArguments,
-    TextArguments,
     TextBottleneckArguments,
 )
 
-ARGUMENTS = TextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
+ARGUMENTS = LabelledTextArguments, PairArguments, TextBottleneckArguments, BottleneckTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
@@ -45,7 +45,7 @@ def main() -> None:
         inputs = inputs_of_seed(inputs, text, pair, training, seed_run.args.seed)
         control = None
         if not training.no_control:
-            control = train_bottleneck_control(seed_run, inputs, pair, bottleneck, encoder_epochs=pair.align_epochs)
+            control = train_bottleneck_control(seed_run, inputs, pair, bottleneck, pair.align_epochs or 0)
         student = train_bottleneck_student(seed_run, inputs, pair, bottleneck, teacher)
         report(seed_run, inputs, bottleneck.system, pair.student, teacher, measured_teacher, control, student)
     parent_run.summarize()

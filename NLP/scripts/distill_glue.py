@@ -140,7 +140,8 @@ def distill(
     run: GlueRun, inputs: Inputs, pair: PairArguments, system: MatchingArguments | TextBottleneckArguments
 ) -> None:
     """Distills a system with one seed."""
-    epochs = pair.align_epochs + run.args.num_train_epochs  # for all controls, because systems share their encoder
+    # All controls train for as many epochs, because systems share their encoder.
+    epochs = (pair.align_epochs or 0) + run.args.num_train_epochs
     control = None
     if isinstance(system, MatchingArguments):
         teacher = load_or_train_teacher(run, inputs, pair, "teacher_encoder")

@@ -105,7 +105,7 @@ class TranslationTrainingArguments(KDTrainingArguments):
     label_smoothing_factor: ShareBelow1 = field(
         default=0.1, metadata={"help": "Label smoothing of the labels, not of the teacher's distributions."}
     )
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     temperature: Positive = 1.0
 
 

@@ -55,20 +55,20 @@ from kd.common.utils.files import write_json, write_text, writing_folder
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.evaluation import load_data_of, median_text, metrics_by_split, predict_splits
 from kd.nlp.student_model.exportable import classifier_usage
-from kd.nlp.teacher_model.teacher import load_trained
+from kd.nlp.teacher_model.teacher import auto_class, load_trained
 
 TITLES = {"teacher": "teacher, torch fp32", "student": "student, torch fp32", "torch-int8": "student, torch int8",
           "onnx": "student, ONNX fp32", "onnx-int8": "student, ONNX int8"}  # fmt: skip
-LOAD_INT8 = """from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+LOAD_INT8 = """from transformers import AutoConfig, {auto}, AutoTokenizer
 from kd.common.export.int8 import load_int8
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # only for a student with a bottleneck
 
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-architecture = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+architecture = {auto}.from_config(AutoConfig.from_pretrained(folder))
 model = load_int8(architecture, f"{{folder}}/{file}")
 logits = model(**tokenizer("move fifty dollars to my savings", return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])"""
+print({prediction})"""
 Models = dict[str, tuple[Any, Texts]]  # a model, and the data in its tokens
 
 
@@ -171,7 +171,12 @@ def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, fold
         usage = classifier_usage(student, texts.collate.tokenizer)
         usages.append(f"{LOAD_ONNX.format(folder=folder, file=onnx)}\n\n\n{usage}")
     if "torch-int8" in models:
-        usages.append(LOAD_INT8.format(folder=folder, file=FILES["torch-int8"]))
+        prediction = {
+            "multi_label": "logits.sigmoid()",
+            "token_classification": "[model.config.id2label[i] for i in logits[0].argmax(-1).tolist()]",
+        }.get(texts.data.task, "model.config.id2label[logits.argmax().item()]")
+        auto = auto_class(texts.data).__name__
+        usages.append(LOAD_INT8.format(folder=folder, file=FILES["torch-int8"], auto=auto, prediction=prediction))
     sections = [
         f"# {results['student']}, exported",
         markdown(*table(results)),

@@ -11,9 +11,10 @@ the range of learning rates. Writes search.json, search.md, search.png and best.
 from dataclasses import replace
 
 from kd.common.cli import parse, reject_unused, run, show_help
-from kd.nlp.student_model.arguments import SearchArguments, SearchTrainingArguments, TextArguments
+from kd.nlp.student_model.arguments import LabelledTextArguments
+from kd.nlp.student_model.search_arguments import SearchArguments, SearchTrainingArguments
 
-ARGUMENTS = TextArguments, SearchArguments, SearchTrainingArguments
+ARGUMENTS = LabelledTextArguments, SearchArguments, SearchTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
@@ -48,10 +49,12 @@ def main() -> None:
         raise UserError("a search runs in one process: start it without torchrun or accelerate launch")
     data = in_label_order(args.teacher, text.load())
     data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "test"})
-    if data.regression and "temperature" in args.search:
+    if data.task == "regression" and "temperature" in args.search:
         raise UserError(
             f"{data.name} is a regression task, whose loss has no temperature: pass --search alpha learning_rate"
         )
+    if data.task == "token_classification":
+        raise UserError(f"a search classifies texts, and {data.name} has tags of words: use distill_classifier.py")
     check_smoothing(training, data.name, data.num_labels)
     set_seed(training.seed)  # determines the head of a student that is loaded without one
     teacher = load_trained(args.teacher, data)

@@ -1,10 +1,9 @@
 """Arguments that the scripts for text classifiers share. Nothing here imports torch or transformers."""
 
-import math
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kd.common.cli import Parser, reject_unused
 from kd.common.training.arguments import (
@@ -16,19 +15,18 @@ from kd.common.training.arguments import (
     ensemble_weights,
 )
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, Share, ShareBelow1
-from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, ShareBelow1
+from kd.nlp.teacher_model import HEAD_WIDTH, SCRATCH, TINY_BERT
 
 if TYPE_CHECKING:
     from kd.nlp.data.loading import TextData
 
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
-Ranges = dict[str, tuple[float, float]]  # training argument -> lowest and highest value; equal if it is fixed
 METHOD_HELP = f"NAME or NAME:key=value:...; one of {', '.join(METHOD_NAMES)}."
+SEPARATOR_HELP = "Separator of several labels in the label column, such as a comma."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
-SEARCHABLE = ("alpha", "temperature", "learning_rate")
 CUT = "cut"  # value of --student for a student with some of the teacher's layers
 MIN_LENGTH = 8  # minimum of --max_length in tokens, of which up to four are special tokens
 
@@ -53,13 +51,6 @@ class BottleneckTrainingArguments(ClassifierTrainingArguments):
 
 
 @dataclass
-class SearchTrainingArguments(ClassifierTrainingArguments):
-    """The defaults of the trials of a search."""
-
-    output_dir: str | None = "runs/NLP/search"
-
-
-@dataclass
 class TextArguments:
     """Data."""
 
@@ -67,8 +58,10 @@ class TextArguments:
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "Column of texts, or two for text pairs (default: inferred)."}
     )
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels (default: inferred)."})
-    task: Literal["classification", "regression"] | None = field(
+    label_column: list[str] | None = field(
+        default=None, metadata={"help": "Label column, or several of 0 and 1 (default: inferred)."}
+    )
+    task: Literal["classification", "regression", "multi_label"] | None = field(
         default=None, metadata={"help": "Type of task, if ambiguous."}
     )
     max_length: Annotated[int, Range(MIN_LENGTH, MOST)] = field(
@@ -91,12 +84,72 @@ class TextArguments:
             self.task,
             max_train_samples=self.max_train_samples,
             max_eval_samples=self.max_eval_samples,
+            **self.label_options,
         )
         print_notes(data.name, data.notes)
         return data
 
+    @property
+    def label_options(self) -> dict[str, Any]:
+        """Further arguments of `load_text_data`."""
+        return {}
 
-DATA_ARGUMENTS = ("dataset", "text_columns", "label_column", "max_eval_samples")  # of add_data_arguments
+
+@dataclass
+class LabelledTextArguments(TextArguments):
+    """Data."""
+
+    unlabelled_label: list[str] = field(
+        default_factory=list, metadata={"help": "Placeholders in the label column for a missing label."}
+    )
+    drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
+    label_separator: str | None = field(default=None, metadata={"help": SEPARATOR_HELP})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Labels, by id, of classifiers that name theirs LABEL_0, LABEL_1, ..."}
+    )
+    trust_label_order: bool = field(
+        default=False, metadata={"help": "Such classifiers have the labels of the data, in their order."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.label_names and self.trust_label_order:
+            raise ValueError("--label_names and --trust_label_order both order the labels: pass one of them")
+
+    @property
+    def label_options(self) -> dict[str, Any]:
+        names = "unlabelled_label", "drop_unlabelled", "label_names", "trust_label_order", "label_separator"
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class TeacherColumnArguments(LabelledTextArguments):
+    """Data."""
+
+    teacher_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns with a teacher's outputs, instead of a teacher: names, or a pattern such as p_*."},
+    )
+    teacher_values: Literal["probabilities", "percentages", "log_probabilities", "logits"] | None = field(
+        default=None, metadata={"help": "Numbers in --teacher_columns (default: inferred)."}
+    )
+
+    def check_unused_flags(self) -> None:
+        if not self.teacher_columns:
+            reject_unused("there are no --teacher_columns", self, "teacher_values")
+
+    @property
+    def label_options(self) -> dict[str, Any]:
+        columns = {"teacher_columns": self.teacher_columns, "teacher_values": self.teacher_values}
+        return super().label_options | columns
+
+
+DATA_ARGUMENTS = (
+    "dataset",
+    "text_columns",
+    "label_column",
+    "label_separator",
+    "max_eval_samples",
+)  # of add_data_arguments
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -106,7 +159,17 @@ def add_data_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
-    parser.add_argument("--label_column", help="Column of the labels (default: inferred).")
+    help = "Label column, or several of 0 and 1 (default: inferred)."
+    parser.add_argument("--label_column", nargs="*", help=help)
+    parser.add_argument("--label_separator", help=SEPARATOR_HELP)
+    parser.add_argument(
+        "--unlabelled_label", nargs="*", default=[], help="Placeholders in the label column for a missing label."
+    )
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--label_names", nargs="*", help="Labels, by id, of a model that names its own LABEL_0, ...")
+    names.add_argument(
+        "--trust_label_order", action="store_true", help="Such a model has the labels of the data, in their order."
+    )
     parser.add_argument(
         "--max_eval_samples", type=int, within=Range(1, MOST), help="Maximum number of texts in each split."
     )
@@ -117,8 +180,8 @@ class PairArguments:
     """Teacher and student."""
 
     teacher: str = field(
-        default="tiny-bert",
-        metadata={"help": "Hub name, folder, or the embedded tiny-bert."},
+        default=TINY_BERT,
+        metadata={"help": f"Hub name, folder, or the embedded {TINY_BERT}."},
     )
     teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
     student: str | None = field(
@@ -131,14 +194,23 @@ class PairArguments:
         default=None,
         metadata={"help": "Model that the control is cut from, for a trained teacher."},
     )
-    from_scratch_epochs: Positive = field(default=20, metadata={"help": "Epochs of a teacher with random weights."})
+    from_scratch_epochs: Positive = field(default=2, metadata={"help": "Epochs of a teacher with random weights."})
     from_scratch_learning_rate: Positive = field(
-        default=1e-3, metadata={"help": "Learning rate of models with random weights."}
+        default=2e-3, metadata={"help": "Learning rate of models with random weights."}
     )
-    align_epochs: NotNegative = field(default=6, metadata={"help": "Epochs of aligning hidden states; 0 to skip."})
-    align_learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of the alignment."})
+    align_epochs: NotNegative | None = field(
+        default=None, metadata={"help": "Epochs of aligning hidden states (default: 6; tiny-bert: 1)."}
+    )
+    align_learning_rate: Positive | None = field(
+        default=None, metadata={"help": "Learning rate of the alignment (default: 5e-4; tiny-bert: 2e-3)."}
+    )
 
     def __post_init__(self) -> None:
+        is_tiny = self.teacher == TINY_BERT
+        if self.align_epochs is None:
+            self.align_epochs = 1 if is_tiny else 6
+        if self.align_learning_rate is None:
+            self.align_learning_rate = 2e-3 if is_tiny else 5e-4
         if self.student and self.student_layers:
             raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
 
@@ -264,66 +336,6 @@ class GlueArguments:
         if not found:
             raise UserError(f"--glue_folder {self.glue_folder} contains neither {task} nor glue_{task}")
         return str(found[0])
-
-
-@dataclass
-class SearchArguments:
-    """Teacher, student and search."""
-
-    teacher: str = field(metadata={"help": "Folder or name on the Hub of a classifier trained on these labels."})
-    student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the student (default: a cut of the teacher)."}
-    )
-    student_layers: Count | None = field(
-        default=None, metadata={"help": "Number of the teacher's layers that a cut keeps (default: half)."}
-    )
-    trials: Count = field(default=20, metadata={"help": "Number of trials, including pruned ones."})
-    search: list[str] = field(default_factory=lambda: list(SEARCHABLE), metadata={"help": "Arguments to search."})
-    alpha_range: list[Share] = field(
-        default_factory=lambda: [0.0, 1.0], metadata={"help": "Lowest and highest --alpha."}
-    )
-    temperature_range: list[Positive] = field(
-        default_factory=lambda: [1.0, 20.0], metadata={"help": "Lowest and highest --temperature."}
-    )
-    learning_rate_range: list[Positive] = field(
-        default_factory=lambda: [1e-5, 1e-3],
-        metadata={"help": "Lowest and highest --learning_rate, searched on a logarithmic scale."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.student and self.student_layers:
-            raise ValueError("--student names a whole model, --student_layers cuts one from the teacher: choose one")
-        unknown = [name for name in self.search if name not in SEARCHABLE]
-        if unknown or not self.search:
-            raise ValueError(
-                f"--search takes one or more of {', '.join(SEARCHABLE)}, got {' '.join(unknown) or 'none'}"
-            )
-        for name in self.search:
-            self._check_range(name, getattr(self, f"{name}_range"))
-
-    def check_unused_flags(self) -> None:
-        for name in SEARCHABLE:
-            if name not in self.search:
-                reject_unused(f"--search leaves out {name}", self, f"{name}_range")
-
-    def _check_range(self, name: str, limits: list[float]) -> None:
-        if len(limits) != 2 or not limits[0] < limits[1]:
-            raise ValueError(
-                f"--{name}_range takes two numbers, the lower one first, got {' '.join(map(str, limits))}"
-            )
-
-    @property
-    def ranges(self) -> Ranges:
-        return {name: tuple(getattr(self, f"{name}_range")) for name in SEARCHABLE if name in self.search}
-
-    @property
-    def control_ranges(self) -> Ranges:
-        """Fixed values: labels alone, and the geometric mean of the range of learning rates."""
-        ranges = {"alpha": (1.0, 1.0)}
-        if "learning_rate" in self.search:
-            rate = math.sqrt(math.prod(self.learning_rate_range))
-            ranges["learning_rate"] = (rate, rate)
-        return ranges
 
 
 @dataclass

@@ -4,11 +4,11 @@ from typing import Any
 
 from kd.common.data.sources import KnownDatasets, hub_dataset
 from kd.common.reporting.model_card import Card
+from kd.common.training.arguments import TaskType
 from kd.common.training.run import Run
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.teacher_model import SCRATCH
-from kd.nlp.teacher_model.teacher import TINY_BERT
+from kd.nlp.teacher_model import SCRATCH, TINY_BERT
 
 CLASSIFIER_USAGE = """{imports}
 
@@ -18,16 +18,32 @@ model = {model}.from_pretrained(folder).eval()
 logits = model(**tokenizer({texts}, return_tensors="pt")).logits
 print({result})"""
 PLAIN = "AutoModelForSequenceClassification"
+PIPELINE_USAGE = """from transformers import pipeline
+
+folder = "student"  # the path of this model, or its name on the Hub
+classify = pipeline("{tag}", model=folder, {argument})
+print(classify("some text"))  # {meaning}"""
+PIPELINES: dict[TaskType, dict[str, str]] = {
+    "multi_label": {"argument": "top_k=None", "meaning": "the probability of each label"},
+    "token_classification": {"argument": 'aggregation_strategy="first"', "meaning": "the tag of a word's first token"},
+}
 
 
-def usage_of(student: Any, pairs: bool, regression: bool) -> str:
+def pipeline_tag(task: TaskType) -> str:
+    """The name of the pipeline of transformers."""
+    return "token-classification" if task == "token_classification" else "text-classification"
+
+
+def usage_of(student: Any, pairs: bool, task: TaskType) -> str:
     """The code that loads a text classifier, or a regression model, and calls it."""
+    if task in PIPELINES:
+        return PIPELINE_USAGE.format(tag=pipeline_tag(task), **PIPELINES[task])
     model, imports = PLAIN, f"from transformers import {PLAIN}, AutoTokenizer"
     if isinstance(student, BottleneckClassifier):
         model = BottleneckClassifier.__name__
         imports = f"from transformers import AutoTokenizer\nfrom {BottleneckClassifier.__module__} import {model}"
     texts = '"some text", "another text"' if pairs else '"some text"'
-    result = "logits.item()" if regression else "model.config.id2label[logits.argmax().item()]"
+    result = "logits.item()" if task == "regression" else "model.config.id2label[logits.argmax().item()]"
     return CLASSIFIER_USAGE.format(imports=imports, model=model, texts=texts, result=result)
 
 

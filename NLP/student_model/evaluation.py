@@ -12,43 +12,28 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import (
-    agreement,
-    calibration_metrics,
-    choose_threshold,
-    classification_metrics,
-    classifier_warning,
-    constant_score,
-    regression_metrics,
-    regressor_warning,
-    scope_metrics,
-    threshold_metrics,
-)
-from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
+from kd.common.metrics.entities import OUTSIDE
+from kd.common.metrics.label_sets import predict_labels
+from kd.common.metrics.verdict import Measurement
+from kd.common.objective import IGNORED
 from kd.common.reporting.saved_models import class_predictions
-from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
+from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
 from kd.common.training.run import TrainerRun
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
-from kd.nlp.student_model.cards import card_of, usage_of
+from kd.nlp.student_model.cards import card_of, pipeline_tag, usage_of
 from kd.nlp.student_model.inputs import Inputs
+from kd.nlp.student_model.words import word_logits
 from kd.nlp.teacher_model.teacher import labels_of
 
 Logits = dict[str, np.ndarray]  # (texts, classes) by split
 Evaluation = tuple[dict[str, Any], Logits]  # an entry of results.json, and the logits
 
 
-def text_metrics(data: TextData, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of the task, including out-of-scope metrics if the data have that class."""
-    if data.regression:
-        return regression_metrics(logits.reshape(-1), labels)
-    return classification_metrics(logits, labels) | scope_metrics(logits, labels, data.label_names)
-
-
 def trainer_metrics(data: TextData) -> Callable[[EvalPrediction], dict[str, float]]:
     """`compute_metrics` of a transformers Trainer."""
-    return lambda prediction: text_metrics(data, np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
+    return lambda found: data.scores.metrics(np.asarray(found.predictions), np.asarray(found.label_ids))
 
 
 def evaluate(name: str, model: PreTrainedModel, texts: Texts, teacher_logits: Logits | None = None) -> Evaluation:
@@ -60,16 +45,24 @@ def evaluate(name: str, model: PreTrainedModel, texts: Texts, teacher_logits: Lo
 
 def predict_splits(model: Any, texts: Texts) -> Logits:
     """Logits of every split but train."""
-    return {split: predict(model, rows, texts.collate) for split, rows in texts.splits.items() if split != "train"}
+    names = texts.data.label_names
+    outside = names.index(OUTSIDE) if OUTSIDE in names else 0
+    splits = {split: rows for split, rows in texts.splits.items() if split != "train"}
+    return {split: predict(model, rows, texts.collate, outside) for split, rows in splits.items()}
 
 
-def predict(model: PreTrainedModel, rows: Dataset, collate: Collate) -> np.ndarray:
-    """Logits (texts, classes) of all rows. Always in fp32, the precision of a model that a user loads."""
+def predict(model: PreTrainedModel, rows: Dataset, collate: Collate, outside: int = 0) -> np.ndarray:
+    """Logits (texts, classes) of all rows, or (texts, words, tags) for token_classification; see `word_logits`. Always
+    in fp32, the precision of a model that a user loads.
+    """
 
     def call(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": model(**batch).logits.float()}
 
-    return torch.stack(run_inference(model, call, rows, collate, description="evaluating")["logits"]).numpy()
+    logits = run_inference(model, call, rows, collate, description="evaluating")["logits"]
+    if "first_tokens" in rows.column_names:
+        return word_logits(logits, rows["first_tokens"][:], outside)
+    return torch.stack(logits).numpy()
 
 
 def metrics_by_split(
@@ -77,40 +70,34 @@ def metrics_by_split(
 ) -> dict[str, dict[str, float]]:
     """The metrics of the logits by split, including the calibration and the agreement with `teacher_logits`.
 
-    If the data have out-of-scope texts, this includes metrics with a confidence threshold. The threshold is chosen on
-    the first validation split; without a validation split there is none.
+    If the data have out-of-scope texts, or several labels per text, this includes metrics with a threshold. It is
+    chosen on the first validation split; without a validation split there is none.
     """
-    data = texts.data
-    labels = {split: np.asarray(texts.splits[split]["labels"]) for split in logits}
+    scores = texts.data.scores
+    labels = {split: texts.labels(split) for split in logits}
     chosen_on = next((split for split in logits if split.startswith("validation")), None)
-    threshold = choose_threshold(logits[chosen_on], labels[chosen_on], data.label_names) if chosen_on else None
-    metrics = {split: text_metrics(data, scores, labels[split]) for split, scores in logits.items()}
-    for split, scores in logits.items():
-        if not data.regression:
-            metrics[split] |= calibration_metrics(scores, labels[split])
+    threshold = scores.choose_threshold(logits[chosen_on], labels[chosen_on]) if chosen_on else None
+    metrics = {}
+    for split, values in logits.items():
+        metrics[split] = scores.metrics(values, labels[split]) | scores.calibration(values, labels[split])
         if threshold is not None:
-            metrics[split] |= threshold_metrics(scores, labels[split], data.label_names, threshold)
-        if teacher_logits is not None and not data.regression:
-            metrics[split]["agreement"] = agreement(scores, teacher_logits[split])
+            metrics[split] |= scores.threshold_metrics(values, labels[split], threshold)
+        if teacher_logits is not None:
+            metrics[split]["agreement"] = scores.agreement(values, teacher_logits[split], labels[split])
     return metrics
 
 
 def measure(texts: Texts, logits: Logits) -> Measurement:
     """The measurement of the primary metric on the first validation split."""
     data, split = texts.data, validation_split(texts.splits)
-    labels = np.asarray(texts.splits[split]["labels"])
-    if data.regression:
-        return measure_regression(logits[split].reshape(-1), labels, data.primary_metric)
-    return measure_classes(logits[split], labels, data.primary_metric)
+    return data.scores.measure(logits[split], texts.labels(split), data.primary_metric)
 
 
 def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
     """A warning if a teacher, by its entry in results.json, is no better than chance on validation."""
-    data, name, split = texts.data, entry["name"], validation_split(texts.splits)
-    metric, metrics, labels = data.primary_metric, entry["metrics"][split], np.asarray(texts.splits[split]["labels"])
-    if data.regression:
-        return regressor_warning(name, metrics, labels, metric, split)
-    return classifier_warning(name, metric, metrics[metric], labels, data.num_labels, split)
+    data, split = texts.data, validation_split(texts.splits)
+    metrics, labels = entry["metrics"][split], texts.labels(split)
+    return data.scores.warning(entry["name"], metrics, labels, data.primary_metric, split)
 
 
 def validation_split(splits: Iterable[str]) -> str:
@@ -124,7 +111,7 @@ def median_text(texts: Texts, device: torch.device) -> dict[str, torch.Tensor]:
     """
     splits = texts.splits
     rows = next((rows for split, rows in splits.items() if split.startswith("validation")), [*splits.values()][-1])
-    middle = int(np.argsort(rows["length"], kind="stable")[len(rows) // 2])
+    middle = int(np.argsort(column_array(rows, "length"), kind="stable")[len(rows) // 2])
     return {name: t.to(device) for name, t in texts.collate([rows[middle]]).items() if name not in NOT_INPUTS}
 
 
@@ -170,17 +157,20 @@ def report(
     inputs: Inputs,
     method: str,
     student_name: str | None,
-    teacher: PreTrainedModel,
-    teacher_results: Evaluation,
+    teacher: PreTrainedModel | None,
+    teacher_results: Evaluation | None,
     control: PreTrainedModel | None,
     student: PreTrainedModel,
+    **others: Any,
 ) -> dict[str, Any] | None:
     """Evaluates control and student, writes the report and the student's folder, and prints the table. Returns the
     results in the main process, None in the others.
+
+    `teacher` is None if its outputs come from the data; `others` are further entries of the results.
     """
-    entry, logits = teacher_results
+    entry, logits = teacher_results or (None, None)
     models: dict[str, Any] = {"teacher": entry, "control": None}
-    measurements = {"teacher": measure(inputs.texts, logits)}
+    measurements = {} if logits is None else {"teacher": measure(inputs.texts, logits)}
     size = student_name or f"{inputs.student_layers} layers"
     for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
         if model is not None:
@@ -191,12 +181,14 @@ def report(
     trained = {"teacher": teacher, "control": control, "student": student}
     teacher_is_shared = run.shared == run.folder / ".."  # the runs of distill_glue.py share other stages
     extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_is_shared else {}
+    extra |= others
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
     results = _results(
         run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
     )
-    usage = usage_of(student, "text_pair" in inputs.data.splits["train"].column_names, inputs.data.regression)
-    card = card_of(run, usage, "text-classification", KNOWN)
+    data = inputs.data
+    usage = usage_of(student, "text_pair" in data.splits["train"].column_names, data.task)
+    card = card_of(run, usage, pipeline_tag(data.task), KNOWN)
     run.finish(results, student, card, inputs.student_texts.collate.tokenizer)
     return results
 
@@ -205,7 +197,6 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
     data = inputs.data
     sizes = {name: len(rows) for name, rows in inputs.texts.splits.items()}
     split, metric = validation_split(inputs.texts.splits), data.primary_metric
-    labels = np.asarray(inputs.texts.splits[split]["labels"])
     return run.results(
         domain="NLP",
         task=data.name,
@@ -219,7 +210,7 @@ def _results(run: TrainerRun, inputs: Inputs, method: str, models: dict[str, Any
         models=models,
         split=split,
         metric=metric,
-        chance=None if data.regression else constant_score(labels, data.num_labels, metric),
+        chance=data.scores.chance(inputs.texts.labels(split), metric),
         selection=run.args.selection,
         data_notes="; ".join(data.notes) or "none",
         model_notes="; ".join(inputs.notes) or "none",
@@ -240,8 +231,12 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         args.text_columns,
         args.label_column,
         kind,
-        labels,
+        labels or args.label_names,
         needs_train=False,
+        unlabelled_label=args.unlabelled_label,
+        label_names=args.label_names,
+        trust_label_order=args.trust_label_order,
+        label_separator=args.label_separator,
         max_eval_samples=args.max_eval_samples,
     )
     print_notes(data.name, data.notes)
@@ -254,11 +249,25 @@ def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]
     """
     data, columns = texts.data, {}
     for split, scores in logits.items():
-        rows = data.splits[split]
-        labels = np.asarray(rows["label"])
-        if data.regression:
-            found: dict[str, Any] = {"label": labels.tolist(), "prediction": scores.reshape(-1).tolist()}
-        else:
+        found: dict[str, Any]
+        rows, labels = data.splits[split], texts.labels(split)
+        if data.task == "regression":
+            found = {"label": labels.tolist(), "prediction": scores.reshape(-1).tolist()}
+        elif data.task == "classification":
             found = class_predictions(scores, labels, data.label_names)
+        else:
+            found = {name: _listed(data, values, labels) for name, values in (("label", None), ("prediction", scores))}
         columns[split] = {"row": rows["row"][:]} | found
     return columns
+
+
+def _listed(data: TextData, logits: np.ndarray | None, labels: np.ndarray) -> list[str]:
+    """The labels of each text, with semicolons, or the tags of its words, with spaces: predicted, or without `logits`
+    actual.
+    """
+    names = np.array(data.label_names)
+    if data.task == "multi_label":
+        chosen = labels > 0 if logits is None else predict_labels(logits)
+        return ["; ".join(names[row]) for row in chosen]
+    tags = labels if logits is None else logits.argmax(axis=-1)
+    return [" ".join(names[row[known != IGNORED]]) for row, known in zip(tags, labels, strict=True)]

@@ -1,4 +1,4 @@
-"""Text students for `python -m kd.common.export`: classifiers, language models and translators.
+"""Text students for `python -m kd.common.export`: classifiers of texts and tokens, language models and translators.
 
 Exports are compared with the students on the embedded intents.
 """
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +29,7 @@ from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
-from kd.nlp.teacher_model.teacher import encoder_of
+from kd.nlp.teacher_model.teacher import MULTI_LABEL, encoder_of, is_tagger
 
 CLASSIFY = """import json
 
@@ -79,6 +80,8 @@ def load(name: str, task: str | None) -> Exportable:
 def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTrainedTokenizerBase], Exportable]]:
     """Returns the class that loads a student, and the function that makes it exportable."""
     architecture = (config.architectures or [""])[0]
+    if is_tagger(config):
+        return AutoModelForTokenClassification, _classifier
     if "Classif" in architecture:
         return AutoModelForSequenceClassification, _classifier
     if config.is_encoder_decoder:
@@ -92,8 +95,12 @@ def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTr
 
 def classifier_usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns code that classifies a text with `folder` and `model(inputs)`."""
-    one_number = model.config.num_labels == 1
-    prediction = "logits[0, 0]" if one_number else "labels[str(logits.argmax())]"
+    if is_tagger(model.config):
+        prediction = "[(token, labels[str(i)]) for token, i in zip(text.tokens, logits[0].argmax(-1))]"
+    elif model.config.problem_type == MULTI_LABEL:
+        prediction = "[labels[str(i)] for i, logit in enumerate(logits[0]) if logit >= 0]"
+    else:
+        prediction = "logits[0, 0]" if model.config.num_labels == 1 else "labels[str(logits.argmax())]"
     return CLASSIFY.format(names=json.dumps(_inputs_of(model, tokenizer)), prediction=prediction)
 
 

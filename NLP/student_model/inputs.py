@@ -13,7 +13,14 @@ from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.layers import check_cut, layer_paths
-from kd.nlp.student_model.methods import check_method, check_smoothing, layer_pairs, needs_features
+from kd.nlp.student_model.methods import (
+    PLAIN,
+    check_method,
+    check_needs_no_labels,
+    check_smoothing,
+    layer_pairs,
+    needs_features,
+)
 from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
 
 
@@ -104,6 +111,14 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
     layers = len(layer_paths(teacher.encoder))
     check_smoothing(training, inputs.data.name, inputs.data.num_labels)
     from_scratch = any(model.from_scratch for model in (teacher, student, control_init) if model)
+    labelled = len(inputs.student_texts.labelled_train)
+    if not labelled and not teacher.trained:
+        raise UserError(
+            f"no row of train has a label, and {pair.teacher} has to be trained on labels: pass a classifier of these "
+            "labels as --teacher, or add labels"
+        )
+    if not labelled and not training.no_control:
+        raise UserError("no row of train has a label, so there is nothing to train a control on: pass --no_control")
     pair.reject_unused_flags(teacher.trained, teacher.from_scratch, from_scratch)
     if student is None:
         if not 1 <= inputs.student_layers <= layers:
@@ -162,6 +177,13 @@ def validate_matching(
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
+    if inputs.data.task in ("multi_label", "token_classification") and matching.method != PLAIN:
+        raise UserError(
+            f"--method {matching.method} is for one label per text, and {inputs.data.name} is a task of type "
+            f"{inputs.data.task}: pass --method {PLAIN}"
+        )
+    if len(inputs.texts.labelled_train) < len(inputs.texts.train):
+        check_needs_no_labels(matching.method)
     if matching.attention_weight and inputs.ensemble:
         raise UserError("--attention_weight needs a single teacher: set it to 0, or leave out --ensemble_teachers")
     if reads_features and has_bottleneck:
@@ -182,7 +204,12 @@ def validate_matching(
 
 
 def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments) -> None:
-    """Raises UserError for a bottleneck that does not fit teacher and student."""
+    """Raises UserError for a bottleneck that does not fit the data, or teacher and student."""
+    if inputs.data.task in ("multi_label", "token_classification"):
+        raise UserError(
+            f"a bottleneck predicts one label per text, and {inputs.data.name} is a task of type {inputs.data.task}: "
+            "use distill_classifier.py"
+        )
     teacher, student = inputs.teacher, inputs.student
     if teacher.trained:
         reject_unused(f"teacher {pair.teacher} is trained already", bottleneck, "freeze_teacher_encoder")

@@ -24,11 +24,12 @@ from kd.common.methods import (
     match,
     parse_method,
     some_of_each_class,
+    unlabelled_error,
 )
 from kd.common.objective import FeatureLoss, FeatureTerm
 from kd.common.outputs import FeatureHooks
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import run_inference
+from kd.common.training.inference import column_array, run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import HiddenLoss, LayerMap
@@ -60,7 +61,7 @@ def text_method(
             features_of=text_features,
             pool=partial(pool, pooling=pooling),
             flatten=partial(pool, pooling=pooling),  # before pooling, the size of features differs between batches
-            labels=torch.tensor(texts.train["labels"]),
+            labels=torch.from_numpy(column_array(texts.train, "labels")),
             teacher_samples=partial(teacher_samples, teacher, texts, pooling, training.precision),
         )
     )
@@ -94,6 +95,13 @@ def needs_features(spec: str) -> bool:
     return bool(parse_method(spec, METHODS)(_without_models(classes=3)).teacher_features)
 
 
+def check_needs_no_labels(spec: str) -> None:
+    """Raises UserError for a method that needs the label of every row."""
+    method = parse_method(spec, METHODS)(_without_models(classes=3))
+    if method.label_terms:
+        raise UserError(unlabelled_error(f"--method {spec}", method.label_terms))
+
+
 def _without_models(classes: int) -> TaskSpec:
     """A TaskSpec to check a method with before models are loaded."""
     feature, labels = Feature("last", width=1), torch.arange(classes)
@@ -119,7 +127,7 @@ def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, pr
     """Pooled outputs (texts, width) of the last layer for up to PER_CLASS training texts of each class, and their
     labels.
     """
-    labels = torch.tensor(texts.train["labels"])
+    labels = torch.from_numpy(column_array(texts.train, "labels"))
     rows = some_of_each_class(labels, texts.data.num_labels)
     encoder = encoder_of(teacher)
     hooks = FeatureHooks(encoder, {"last": layer_paths(encoder)[-1]})
@@ -254,10 +262,10 @@ def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = ""
 
 
 def labels_only(data: TextData, training: KDTrainingArguments) -> Method:
-    return labels(1.0, data.regression, training.label_smoothing_factor)
+    return labels(1.0, data.task, training.label_smoothing_factor)
 
 
 def labels_and_logits(data: TextData, training: KDTrainingArguments) -> Method:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
     smoothing = training.label_smoothing_factor
-    return labels_and_soft_targets(training.alpha, training.temperature, data.regression, smoothing)
+    return labels_and_soft_targets(training.alpha, training.temperature, data.task, smoothing)

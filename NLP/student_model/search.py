@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from optuna.trial import FrozenTrial, TrialState
@@ -26,16 +27,18 @@ from kd.common.cli import save_recipe
 from kd.common.reporting.plots import PAPER, STYLES, save_figure
 from kd.common.reporting.tables import markdown, number, print_rich, words
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
+from kd.common.training.inference import column_array
+from kd.common.training.run import TrainerRun, count_epochs_in
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_json, write_text
 from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.arguments import SEARCHABLE, PairArguments, Ranges, SearchArguments, TextArguments
+from kd.nlp.student_model.arguments import PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import trainer_metrics, validation_split
 from kd.nlp.student_model.methods import labels_and_logits
+from kd.nlp.student_model.search_arguments import SEARCHABLE, Ranges, SearchArguments
 
 LOGARITHMIC = {"learning_rate"}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -151,12 +154,16 @@ def train_trial(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard" / name)
     pruning = Pruning(trial, data.primary_metric)
     model = copy.deepcopy(student)
+    train = texts.labelled_train if args.alpha == 1 else texts.train
+    if len(train) < len(texts.train):
+        count_epochs_in(args, len(texts.train))
+    train_labels = torch.from_numpy(column_array(train, "labels"))
     trainer = KDTrainer(
         model=model,
         args=args,
-        objective=labels_and_logits(data, args).objective,
+        objective=labels_and_logits(data, args).for_labels(train_labels).objective,
         teacher_outputs=teacher_outputs,
-        train_dataset=texts.train,
+        train_dataset=train,
         eval_dataset=texts.validation,
         data_collator=texts.collate,
         not_for_student=texts.unused_inputs(model),

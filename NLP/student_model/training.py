@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from kd.common.bottleneck.training import Samples, train_bottleneck
@@ -35,12 +35,11 @@ from kd.nlp.student_model.methods import (
     text_method,
     width,
 )
-from kd.nlp.teacher_model.teacher import Pretrained, encoder_of, models_and_tokenizers
+from kd.nlp.student_model.words import WordOutputs
+from kd.nlp.teacher_model.teacher import Pretrained, auto_class, encoder_of, models_and_tokenizers
 
 FEATURE_BYTES = 4 * 2**30  # hidden states above this size are not cached; the teacher then runs in every step
 KEY_TEXTS = 20_000  # keys are fitted to the embeddings of at most this many texts
-
-read_stage = stage_loader(AutoModelForSequenceClassification)
 
 
 def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> TrainerRun:
@@ -65,6 +64,7 @@ def teacher_kwargs(
     logits: bool = True,
     ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
     ensemble_weights: Sequence[float] | None = None,
+    student_texts: Texts | None = None,
 ) -> dict[str, Any]:
     """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
     `method` exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
@@ -74,6 +74,8 @@ def teacher_kwargs(
         ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
             which is the geometric mean of the distributions (arXiv:1503.02531).
         ensemble_weights: One weight for the teacher and for each of the ensemble (default: equal).
+        student_texts: The texts in the student's tokens, if these may differ: the logits of words are then moved to
+            them.
 
     Raises UserError if an ensemble would have to run in every step.
     """
@@ -84,9 +86,15 @@ def teacher_kwargs(
                 "an ensemble needs cached hidden states, and these are too large to cache: use one teacher"
             )
         return {"teacher": teacher, "teacher_features": paths}
-    first = cached_outputs(run, teacher, texts, paths, logits)
-    others = [cached_outputs(run, model, tokens) for model, tokens in ensemble]
-    return {"teacher_outputs": JoinedOutputs([first, *others], ensemble_weights) if others else first}
+    caches = [cached_outputs(run, teacher, texts, paths, logits)]
+    caches += [cached_outputs(run, model, tokens) for model, tokens in ensemble]
+    if texts.data.task == "token_classification" and student_texts:
+        sources = [texts, *(tokens for _, tokens in ensemble)]
+        caches = [
+            cache if source is student_texts else WordOutputs(cache, source, student_texts)
+            for cache, source in zip(caches, sources, strict=True)
+        ]
+    return {"teacher_outputs": JoinedOutputs(caches, ensemble_weights) if ensemble else caches[0]}
 
 
 def cached_outputs(
@@ -129,7 +137,8 @@ def fine_tune(
     """The stage `name`: trains a whole classifier.
 
     Args:
-        teacher: Result of `teacher_kwargs`. The model then trains without dropout. None trains on labels alone.
+        teacher: Result of `teacher_kwargs`. The model then trains without dropout. None trains on the rows with a
+            label alone, for as many updates.
         tokenizer: Saved with the model. Default: the tokenizer of `texts`.
     """
 
@@ -143,7 +152,8 @@ def fine_tune(
             {"num_train_epochs": epochs, "learning_rate": learning_rate},
             objective=method.objective,
             features=method.features,
-            train_dataset=texts.train,
+            samples=len(texts.train),
+            train_dataset=texts.labelled_train if teacher is None else texts.train,
             eval_dataset=texts.validation,
             data_collator=texts.collate,
             not_for_student=texts.unused_inputs(model),
@@ -151,7 +161,7 @@ def fine_tune(
             **(teacher or {}),
         )
 
-    return run.stage(name, train, read_stage, tokenizer or texts.collate.tokenizer)
+    return run.stage(name, train, stage_loader(auto_class(texts.data)), tokenizer or texts.collate.tokenizer)
 
 
 def load_or_train_teacher(
@@ -203,11 +213,12 @@ def train_student(
     """Aligns the student's encoder with the teacher's, then trains the classifier on labels and teacher outputs."""
     texts = inputs.texts if inputs.same_tokens else inputs.student_texts
     student = initial_student(inputs, teacher, matching.student_from)
-    align(run, encoder_of(student), teacher, inputs, pair, "cls")
+    align(run, encoder_of(student), teacher, inputs, pair, head_pooling(texts))
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
+    weights = matching.ensemble_weights
     outputs = teacher_kwargs(
-        run, teacher, inputs.texts, method, ensemble=ensemble, ensemble_weights=matching.ensemble_weights
+        run, teacher, inputs.texts, method, ensemble=ensemble, ensemble_weights=weights, student_texts=texts
     )
     rate = matching.student_learning_rate
     return fine_tune(
@@ -221,6 +232,11 @@ def train_student(
         teacher=outputs,
         tokenizer=inputs.student_texts.collate.tokenizer,
     )
+
+
+def head_pooling(texts: Texts) -> Pooling:
+    """The hidden states that the head of a classifier reads: those of all tokens for token_classification."""
+    return "tokens" if texts.data.task == "token_classification" else "cls"
 
 
 def initial_student(
@@ -251,12 +267,14 @@ def classifier_method(
     else:
         method = text_method(matching.method, training, student, teacher, texts, "cls")
     if weight := matching.hidden_weight:
-        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, "cls")
+        method += hidden_states(
+            student, teacher, weight, matching.hidden_loss, matching.layer_map, head_pooling(texts)
+        )
     if weight := matching.embedding_weight:
         method += embeddings(student, teacher, weight, matching.hidden_loss)
     if weight := matching.attention_weight:
         method += attentions(student, teacher, weight, matching.layer_map)
-    return method
+    return method.for_labels(torch.from_numpy(texts.train_labels))
 
 
 def align(
@@ -382,7 +400,11 @@ def add_bottleneck(
         labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
         model = BottleneckClassifier.from_encoder(encoder, labels, bottleneck.pooling, **bottleneck.shape())
         arguments = bottleneck.value_arguments(args.value_learning_rate or args.learning_rate)
-        method = labels_only if teacher_outputs is None else labels_and_logits
+        if teacher_outputs is None:
+            train, method = texts.labelled_train, labels_only(texts.data, args)
+        else:
+            train, method = texts.train, labels_and_logits(texts.data, args)
+        train_labels = torch.from_numpy(column_array(train, "labels"))
         return train_bottleneck(
             run,
             name,
@@ -390,19 +412,21 @@ def add_bottleneck(
             keys,
             source.bottleneck if source else None,
             arguments | {"train_sampling_strategy": "random"},
-            _samples(texts, texts.train),
+            _samples(texts, train),
             _samples(texts, texts.validation),
             key_rows=_random_rows(texts.train, KEY_TEXTS, args.seed),
-            objective=method(texts.data, args).objective,
+            samples=len(texts.train),
+            objective=method.for_labels(train_labels).objective,
             teacher_outputs=teacher_outputs,
             compute_metrics=trainer_metrics(texts.data),
         )
 
-    return run.stage(name, train, read_stage, texts.collate.tokenizer)
+    return run.stage(name, train, stage_loader(auto_class(texts.data)), texts.collate.tokenizer)
 
 
 def _samples(texts: Texts, rows: Dataset) -> Samples:
-    return Samples(rows, texts.collate, torch.tensor(rows["labels"]), torch.tensor(rows["sample_id"]))
+    labels, sample_ids = (torch.from_numpy(column_array(rows, name)) for name in ("labels", "sample_id"))
+    return Samples(rows, texts.collate, labels, sample_ids)
 
 
 def _random_rows(rows: Dataset, most: int, seed: int) -> Dataset:

@@ -13,26 +13,35 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from kd.common.data.labels import Kind
+from kd.common.data.label_names import match_names
 from kd.common.pretrained import load_model, load_tokenizer, reading
+from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, with_label_order
+from kd.nlp.teacher_model import TINY_BERT
 
-TINY_BERT = "tiny-bert"
 TINY_SIZES: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256
 }  # fmt: skip
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
-CLASSIFIERS = ("ForSequenceClassification", "BottleneckClassifier")  # the architectures of classifiers end in these
+TAGGER = "ForTokenClassification"
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "BottleneckClassifier",
+    TAGGER,
+)  # architectures of classifiers end in these
+MULTI_LABEL = "multi_label_classification"  # transformers' problem_type
 UNNAMED = "LABEL_"  # transformers names the classes LABEL_0, LABEL_1, ... by default
 
 
@@ -103,11 +112,19 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     with reading(name, "a text encoder", NO_DOWNLOAD):
         tokenizer = load_tokenizer(AutoTokenizer, name)
         labels = {} if trained else label_config(data)
-        model = load_model(AutoModelForSequenceClassification, name, whole=trained, notes=notes, **labels)
+        if data.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+            tokenizer = load_tokenizer(AutoTokenizer, name, add_prefix_space=True)  # words of a list have a space
+        model = load_model(auto_class(data), name, whole=trained, notes=notes, **labels)
     accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
     tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
     set_padding(name, model, tokenizer, notes)
     return Pretrained(model, tokenizer, trained=trained, notes=notes)
+
+
+def auto_class(data: TextData) -> Any:
+    """The class of transformers that loads a classifier of the data."""
+    is_tagger = data.task == "token_classification"
+    return AutoModelForTokenClassification if is_tagger else AutoModelForSequenceClassification
 
 
 def load_trained(name: str, data: TextData) -> Pretrained:
@@ -143,13 +160,13 @@ def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def label_config(data: TextData) -> dict:
-    """id2label and label2id, or a single unnamed output for regression."""
-    if data.regression:
+    """id2label and label2id, also with the type of a multi-label task, or a single unnamed output for regression."""
+    if data.task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     return {
         "id2label": dict(enumerate(data.label_names)),
         "label2id": {label: i for i, label in enumerate(data.label_names)},
-    }
+    } | ({"problem_type": MULTI_LABEL} if data.task == "multi_label" else {})
 
 
 def is_trained(name: str, config: Any, data: TextData) -> bool:
@@ -157,20 +174,25 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
 
     Raises UserError if it is a classifier of other labels or of another order.
     """
-    if not is_classifier(config):
+    if not is_classifier(config) or is_tagger(config) != (data.task == "token_classification"):
         return False
-    if data.regression or config.num_labels == 1:
-        if data.regression and config.num_labels == 1:
+    if data.task == "regression" or config.num_labels == 1:
+        if data.task == "regression" and config.num_labels == 1:
             return True
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
-    if config.problem_type == "multi_label_classification":
+    if config.problem_type == MULTI_LABEL and data.task == "classification":
         raise UserError(f"{name} assigns several labels to a text, {data.name} has one per text: use another model")
+    if config.problem_type != MULTI_LABEL and data.task == "multi_label":
+        raise UserError(
+            f"{name} assigns one label to a text, {data.name} has any number per text: use another model, or set "
+            f'"problem_type": "{MULTI_LABEL}" in its config.json if it was trained on them'
+        )
     labels = _checked_labels(name, config, data)
-    if _lower(labels) == _lower(data.label_names):
+    ids = match_names(labels, data.label_names)
+    if ids == list(range(len(data.label_names))):
         return True
-    if _same_labels(labels, data.label_names):
-        pairs = zip(_lower(labels), _lower(data.label_names), strict=True)
-        first = next(i for i, (label, other) in enumerate(pairs) if label != other)
+    if sorted(ids) == list(range(len(data.label_names))):
+        first = next(i for i, place in enumerate(ids) if place != i)
         raise UserError(
             f"the label order of {name} differs: label {first} is {labels[first]!r} for this model and "
             f"{data.label_names[first]!r} for the data and the other models: reorder its head and its id2label"
@@ -187,24 +209,29 @@ def in_label_order(name: str, data: TextData) -> TextData:
 
     Raises UserError if the primary metric is F1, which would then count another class as positive.
     """
-    if name == TINY_BERT or data.regression or not is_classifier(config := read_config(name)):
+    if name == TINY_BERT or data.task == "regression" or not is_classifier(config := read_config(name)):
+        return data
+    if is_tagger(config) != (data.task == "token_classification"):
         return data
     if config.num_labels == 1:
         return data
     labels = _checked_labels(name, config, data)
-    if not _same_labels(labels, data.label_names) or _lower(labels) == _lower(data.label_names):
+    ids = match_names(data.label_names, labels)  # the model may have more labels than the data
+    if -1 in ids or labels == data.label_names or ids == list(range(len(labels))):
         return data
-    if data.primary_metric == "f1":
+    if data.primary_metric == "f1" and data.task == "classification":
         raise UserError(
             f"{name} has the labels of {data.name} in another order ({_shortened(labels)} instead of "
             f"{_shortened(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
         )
     note = f"class ids follow {name}: {_shortened(labels)}"
+    if len(labels) > len(data.label_names):
+        note += f"; {len(labels) - len(data.label_names)} of its classes have no rows"
     print(f"note: {note}")
     return replace(with_label_order(data, labels), notes=[*data.notes, note])
 
 
-def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
+def labels_of(model: str) -> tuple[TaskType | None, list[str] | None]:
     """The task and the class names, in the order of the outputs, of a saved classifier. The task is None for a model
     without a head. The names are None for such a model, for regression, and for classes LABEL_0, LABEL_1, ...
     """
@@ -213,11 +240,17 @@ def labels_of(model: str) -> tuple[Kind | None, list[str] | None]:
         return None, None
     if config.num_labels == 1:
         return "regression", None
-    return "classification", named_labels(model, config)
+    task: TaskType = "multi_label" if config.problem_type == MULTI_LABEL else "classification"
+    return "token_classification" if is_tagger(config) else task, named_labels(model, config)
 
 
 def is_classifier(config: Any) -> bool:
     return (config.architectures or [""])[0].endswith(CLASSIFIERS)
+
+
+def is_tagger(config: Any) -> bool:
+    """Whether a checkpoint classifies tokens."""
+    return (config.architectures or [""])[0].endswith(TAGGER)
 
 
 def named_labels(name: str, config: Any) -> list[str] | None:
@@ -237,21 +270,20 @@ def _checked_labels(name: str, config: Any, data: TextData) -> list[str]:
     if labels is not None:
         return labels
     number = len(config.id2label)
+    if data.model_labels is not None:
+        if len(data.model_labels) != number:
+            raise UserError(
+                f"{name} has {number} labels, and --label_names or the data have {len(data.model_labels)} "
+                f"({_shortened(data.model_labels)}): pass its labels, by id, as --label_names"
+            )
+        return data.model_labels
     if data.label_names in ([str(i) for i in range(number)], [f"{UNNAMED}{i}" for i in range(number)]):
         return data.label_names
     raise UserError(
         f"{name} does not name its {number} labels ({UNNAMED}0, ...), so they cannot be matched with the "
-        f"{len(data.label_names)} of {data.name} ({_shortened(data.label_names)}): name them in "
-        "id2label of its config.json"
+        f"{len(data.label_names)} of {data.name} ({_shortened(data.label_names)}): pass them by id as --label_names, "
+        "or --trust_label_order if they are those of the data in this order"
     )
-
-
-def _same_labels(labels: list[str], others: list[str]) -> bool:
-    return sorted(_lower(labels)) == sorted(_lower(others))
-
-
-def _lower(labels: list[str]) -> list[str]:
-    return [label.lower() for label in labels]
 
 
 def _shortened(labels: list[str], most: int = 10) -> str:
@@ -265,9 +297,21 @@ def tiny_bert(data: TextData) -> Pretrained:
     """A 4-layer BERT of width 128 with random weights, and a vocabulary from the training texts."""
     train = data.splits["train"]
     texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
+    is_words = data.task == "token_classification"
+    texts = [" ".join(words) for words in texts] if is_words else texts
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
-    config = BertConfig(vocab_size=len(tokenizer), **TINY_SIZES, **label_config(data))
-    return Pretrained(BertForSequenceClassification(config), tokenizer, from_scratch=True)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        # BERT's 0.02, scaled from its width of 768 such that the outputs of layers have the same variance. With 0.02,
+        # this model needs several times as many epochs.
+        initializer_range=0.02 * math.sqrt(768 / TINY_SIZES["hidden_size"]),
+        hidden_dropout_prob=0.0,  # few epochs do not overfit, and dropout takes a fifth of a step on a CPU
+        attention_probs_dropout_prob=0.0,
+        **TINY_SIZES,
+        **label_config(data),
+    )
+    kind = BertForTokenClassification if is_words else BertForSequenceClassification
+    return Pretrained(kind(config), tokenizer, from_scratch=True)
 
 
 def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:

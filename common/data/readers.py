@@ -1,10 +1,5 @@
-"""Reads a parquet, CSV or JSON file as a dataset. A damaged file causes a one-line error.
+"""Reads a parquet, CSV, JSON or CoNLL file as a dataset. A damaged file causes a one-line error."""
 
-The columns of a CSV file stay strings, because types are inferred over all splits. Inferred from one file, `007` would
-become the number 7, and `true` a boolean in one split and a string in another.
-"""
-
-import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +7,22 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from kd.common.data.conll import parse_conll
+from kd.common.data.csv_files import check_unique, decode, read_csv
 from kd.common.utils.errors import UserError
 
+VALUES = "use as many values in each row as column names, and quote texts that contain the delimiter"
 MAX_REASON = 300  # characters of a parser's message, which may quote a whole row
-OTHER_DELIMITERS = {b";": "semicolons", b"\t": "tabs", b"|": "vertical bars"}
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32 LE starts with the BOM of UTF-16 LE
+TXT = ".txt"  # of CoNLL-2003; any other text file next to files of data is not read
 SCALARS = str | int | float | bool | None
 
 
-def read_rows(path: Path) -> datasets.Dataset:
-    """Reads a file whose suffix is in READERS. Raises UserError if it cannot be read."""
+def read_rows(path: Path, notes: list[str] | None = None) -> datasets.Dataset:
+    """Reads a file whose suffix is in READERS, and notes what was inferred. Raises UserError if it cannot be read."""
     try:
-        table = READERS[path.suffix.lower()](path)
+        table = READERS[path.suffix.lower()](path, [] if notes is None else notes)
         table.validate(full=True)  # strings of a damaged parquet file may not be UTF-8
         return datasets.Dataset(_decode_dictionaries(table))
     except UserError:
@@ -39,7 +35,7 @@ def read_rows(path: Path) -> datasets.Dataset:
 def read_text(path: Path) -> str:
     """Reads a UTF-8 text file, with or without a byte order mark. Raises UserError if it cannot be read."""
     try:
-        return _utf8(path).decode("utf-8")
+        return decode(path)
     except OSError as error:
         raise UserError(f"cannot read {path} ({reason_of(error)})") from None
 
@@ -55,55 +51,19 @@ def reason_of(error: Exception) -> str:
     return reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
 
 
-def _utf8(path: Path) -> bytes:
-    raw = path.read_bytes()
-    if raw.startswith(WIDE):
-        raise UserError(f"{path} is UTF-16 or UTF-32, not UTF-8: convert it")
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    if (place := raw.find(b"\0")) >= 0:
-        line = _line_number(raw, place)
-        raise UserError(f"{path} holds a NUL byte (line {line}): convert it from UTF-16, or remove the byte")
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{raw[error.start]:02x} in line {_line_number(raw, error.start)}"
-        raise UserError(f"{path} is not UTF-8 ({where}): convert it, for example from Windows-1252") from None
-    return raw
-
-
-def _line_number(raw: bytes, place: int) -> int:
-    return raw.count(b"\n", 0, place) + 1
-
-
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path, notes: list[str]) -> pa.Table:
     with pyarrow.parquet.ParquetFile(path) as file:
-        _check_unique(path, file.schema_arrow.names)
+        check_unique(path, file.schema_arrow.names)
         return file.read()
 
 
-def _read_csv(path: Path) -> pa.Table:
-    raw = _utf8(path)
-    if not raw.strip():
-        raise UserError(f"{path} is empty: add a line of column names, and rows")
-    header = raw.lstrip(b"\r\n").splitlines()[0]
-    for mark, name in OTHER_DELIMITERS.items():
-        if mark in header and b"," not in header:
-            raise UserError(
-                f"{path} has one column {header.decode()!r}, because its columns are separated by {name}: use "
-                "commas, and quote texts that contain one"
-            )
-    # One thread, so that a parsing error reports its row.
-    read = pyarrow.csv.ReadOptions(use_threads=False)
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    names = pyarrow.csv.open_csv(pa.py_buffer(raw), read, parse).schema.names
-    _check_unique(path, names)
-    convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names})
-    return pyarrow.csv.read_csv(pa.py_buffer(raw), read, parse, convert)
+def _read_conll(path: Path, notes: list[str]) -> pa.Table:
+    return parse_conll(path, decode(path, notes), notes)
 
 
-def _read_json(path: Path) -> pa.Table:
+def _read_json(path: Path, notes: list[str]) -> pa.Table:
     """Reads one list of objects, or one object per line."""
-    text = _utf8(path).decode("utf-8")
+    text = decode(path, notes)
     listed = text.lstrip().startswith("[")
     try:
         rows = json.loads(text, object_pairs_hook=_object) if listed else _json_lines(text)
@@ -165,12 +125,6 @@ def _array(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def _check_unique(path: Path, names: list[str]) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path} has two columns {repeated[0]!r}: rename or remove one")
-
-
 def _decode_dictionaries(table: pa.Table) -> pa.Table:
     """Decodes pandas' categories, which datasets does not read."""
     for place, field in enumerate(table.schema):
@@ -182,14 +136,18 @@ def _decode_dictionaries(table: pa.Table) -> pa.Table:
 def _advice(path: Path) -> str:
     return {
         ".parquet": "write it again",
-        ".csv": "use as many values in each row as column names, and quote texts that contain a comma",
+        ".csv": VALUES,
+        ".tsv": VALUES,
     }.get(path.suffix.lower(), "use one list of objects, or one object per line")
 
 
 # These do not use the cache of datasets, which would copy each file to disk.
-READERS: dict[str, Callable[[Path], pa.Table]] = {
+READERS: dict[str, Callable[[Path, list[str]], pa.Table]] = {
     ".parquet": _read_parquet,
-    ".csv": _read_csv,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".json": _read_json,
     ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", TXT), _read_conll),
 }

@@ -75,7 +75,7 @@ class Rows(Dataset[dict[str, Any]]):
         return [name for name in self[0] if name not in NOT_INPUTS]
 
     def _read_labels(self) -> np.ndarray | None:
-        """Labels (rows,): class ids (int64), or scores (float); None without labels."""
+        """Class ids (int64) or scores (float) (rows,), or 0 and 1 (rows, labels); None without labels."""
         if "labels" not in self[0]:
             return None
         stored = stored_labels(self.rows)
@@ -83,8 +83,12 @@ class Rows(Dataset[dict[str, Any]]):
             labels = np.asarray([self[i]["labels"] for i in range(len(self))] if stored is None else stored)
         except ValueError:  # of several lengths
             labels = np.empty((0,), dtype=object)
-        if labels.shape != (len(self),) or labels.dtype.kind not in "biuf":
-            raise UserError(f"a label must be one number, got {self[0]['labels']!r}: convert it, or leave it out")
+        several = labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind == "f"
+        if len(labels) != len(self) or not (labels.ndim == 1 or several) or labels.dtype.kind not in "biuf":
+            raise UserError(
+                f"a label must be one number, or floats of 0 and 1 for several labels, got {self[0]['labels']!r}: "
+                "convert it, or leave it out"
+            )
         return labels if labels.dtype.kind == "f" else labels.astype(np.int64)
 
     def split(self, share: float) -> tuple["Rows", "Rows"]:

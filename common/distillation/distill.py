@@ -129,8 +129,9 @@ def distill(
         teacher: A trained module that returns logits (batch, classes), or `logits` by name. It is not changed.
         student: A module, of which each seed trains a copy, or a function that creates one for each seed.
         train, validation: Anything with a length and rows: dictionaries of inputs and `labels`, (input, label) tuples,
-            or inputs alone. Labels are class ids, or floats for regression. Without `validation`, a tenth of `train`
-            is set aside. Without labels, the student is trained on the teacher's outputs, and there is no control.
+            or inputs alone. Labels are class ids, floats for regression, or floats of 0 and 1 (rows, labels) for any
+            number of labels per row. Without `validation`, a tenth of `train` is set aside. Without labels, the
+            student is trained on the teacher's outputs, and there is no control.
         method: A method with its arguments, such as "dkd:beta=2", or a Method.
         seeds: Random seeds for initialization, data order and dropout.
         output_dir: Folder of the run; `resume_from_checkpoint=True` continues it. None: a temporary folder.
@@ -231,8 +232,9 @@ def dataset_name(rows: Any) -> str:
 def train(run: TrainerRun, task: Task, evaluation: Evaluation, stage: str) -> NamedOutputs:
     """Trains the student by the method with its teacher, or the control on the labels alone."""
     model = task.new_student()
+    teacher: dict[str, Any] = {}
     if stage == "control":
-        method, teacher = labels(regression=task.regression), {}
+        method = labels(task=task.type)
     else:
         method = task.new_method()
         teacher = {"teacher": task.teacher, "teacher_features": task.hooks(method.teacher_features)}

@@ -9,16 +9,8 @@ from torch import Tensor
 from kd.common.distillation.adapters import NamedOutputs
 from kd.common.distillation.task import Task, on_device
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import (
-    agreement,
-    calibration_metrics,
-    classification_metrics,
-    classifier_warning,
-    constant_score,
-    regression_metrics,
-    regressor_warning,
-)
-from kd.common.metrics.verdict import Measurement, measure_classes, measure_regression
+from kd.common.metrics.tasks import task_metrics
+from kd.common.metrics.verdict import Measurement
 from kd.common.training.inference import run_inference
 
 
@@ -35,40 +27,31 @@ class Evaluation:
         self.task = task
         self.split = "validation" if "validation" in task.data else "train"
         self.labels = task.data[self.split].labels
-        self.metric = "agreement" if self.labels is None else "spearman" if task.regression else "accuracy"
+        self.scores = task_metrics(task.type, list(map(str, range(task.classes))))
+        self.metric = "agreement" if self.labels is None else self.scores.primary
         self.entries: dict[str, Any] = {}
         self.measurements: dict[str, Measurement] = {}
         self.teacher_logits = self._predict(task.teacher)
         self.add("teacher", task.teacher)
 
     def add(self, role: str, model: NamedOutputs) -> None:
-        """Evaluates a model. `agreement` is with the teacher: the share of equal predictions, or for regression their
-        rank correlation.
-        """
-        logits, regression = self._predict(model), self.task.regression
+        """Evaluates a model. `agreement` is with the teacher."""
+        logits = self._predict(model)
         metrics = {} if self.labels is None else self.metrics(logits, self.labels)
-        if regression:
-            metrics["agreement"] = regression_metrics(logits[:, 0], self.teacher_logits[:, 0])["spearman"]
-        else:
-            metrics["agreement"] = agreement(logits, self.teacher_logits)
+        metrics["agreement"] = self.scores.agreement(logits, self.teacher_logits)
         if self.labels is not None:
-            measured = measure_regression(logits[:, 0], self.labels) if regression else None
-            self.measurements[role] = measured or measure_classes(logits, self.labels)
+            self.measurements[role] = self.scores.measure(logits, self.labels, self.metric)
         one = on_device({name: value[:1] for name, value in self.task.sample.items()})
         costs = cost(model, one)
         self.entries[role] = {"name": type(model.module).__name__, **costs, "metrics": {self.split: metrics}}
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        if self.task.regression:
-            return regression_metrics(logits[:, 0], labels)
-        return classification_metrics(logits, labels) | calibration_metrics(logits, labels)
+        return self.scores.metrics(logits, labels) | self.scores.calibration(logits, labels)
 
     @property
     def chance(self) -> float | None:
-        """The accuracy of the best constant prediction."""
-        if self.labels is None or self.task.regression:
-            return None
-        return constant_score(self.labels, self.task.classes, "accuracy")
+        """The score of the best constant prediction."""
+        return None if self.labels is None else self.scores.chance(self.labels, self.metric)
 
     def _predict(self, model: NamedOutputs) -> np.ndarray:
         """Logits (rows, classes) in fp32."""
@@ -85,6 +68,4 @@ class Evaluation:
         name, metrics = teacher["name"], teacher["metrics"][self.split]
         if labels is None:
             return None
-        if self.task.regression:
-            return regressor_warning(name, metrics, labels, split=self.split)
-        return classifier_warning(name, "accuracy", metrics["accuracy"], labels, self.task.classes, self.split)
+        return self.scores.warning(name, metrics, labels, self.metric, self.split)

@@ -28,20 +28,30 @@ from kd.common.methods import (
 from kd.common.methods.classification import RELATION_METHODS
 from kd.common.objective import task_loss
 from kd.common.outputs import FeatureHooks, Outputs
+from kd.common.training.arguments import TaskType
 from kd.common.training.inference import run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Share
+from kd.common.utils.ranges import Positive, Share
 
 Shapes = dict[str, torch.Size]  # of the outputs of submodules, by path
 
 
 def regression_kd(spec: TaskSpec, *, alpha: Share = 0.1) -> Method:
     """alpha * labels + (1 - alpha) * mean squared difference to the teacher's predictions."""
-    return labels_and_soft_targets(alpha, 1.0, regression=True)
+    return labels_and_soft_targets(alpha, 1.0, "regression")
 
 
-REGRESSION_METHODS = {"kd": regression_kd} | RELATION_METHODS
+def multi_label_kd(spec: TaskSpec, *, alpha: Share = 0.1, temperature: Positive = 4.0) -> Method:
+    """alpha * labels + (1 - alpha) * soft targets of each label (`losses.binary_soft_target_kl`)."""
+    return labels_and_soft_targets(alpha, temperature, "multi_label")
+
+
+METHODS_OF: dict[TaskType, Mapping[str, Callable[..., Method]]] = {
+    "classification": METHODS,
+    "regression": {"kd": regression_kd} | RELATION_METHODS,
+    "multi_label": {"kd": multi_label_kd} | RELATION_METHODS,
+}
 FEATURE_METHODS = {*RELATION_METHODS, "wkd"}
 
 
@@ -97,8 +107,12 @@ class Task:
         return self.data["train"].labels is not None
 
     @property
-    def regression(self) -> bool:
-        return self.classes == 1
+    def type(self) -> TaskType:
+        """Several labels per row are floats (rows, classes)."""
+        labels = self.data["train"].labels
+        if labels is not None and labels.ndim == 2:
+            return "multi_label"
+        return "regression" if self.classes == 1 else "classification"
 
     @property
     def labels_by_split(self) -> dict[str, np.ndarray]:
@@ -110,12 +124,19 @@ class Task:
 
     def _check_labels(self) -> None:
         for split, labels in self.labels_by_split.items():
-            if self.regression != (labels.dtype.kind == "f"):
+            if self.type == "multi_label":
+                if labels.shape[1:] != (self.classes,) or not np.isin(labels, (0, 1)).all():
+                    raise UserError(
+                        f"the {split} labels are {labels.shape[-1]} numbers from {labels.min():g} to "
+                        f"{labels.max():g}, and the models return {self.classes} logits: use 0 or 1 for each of them"
+                    )
+                continue
+            if (self.type == "regression") != (labels.dtype.kind == "f"):
                 raise UserError(
                     f"the {split} labels are {labels.dtype}, and the models return {self.classes} logits: pass "
                     "integers as classes, or floats with one logit for regression"
                 )
-            if not self.regression and not (0 <= labels.min() and labels.max() < self.classes):
+            if self.type == "classification" and not (0 <= labels.min() and labels.max() < self.classes):
                 raise UserError(
                     f"the {split} labels are {labels.min()} to {labels.max()}, and the models return {self.classes} "
                     f"logits: use 0 to {self.classes - 1}"
@@ -165,9 +186,9 @@ class Task:
             matches = name not in FEATURE_METHODS
             if not matches and not self.matched:
                 raise UserError(f'method {name} compares features: pass them, as in features={{"layer2": "layer4"}}')
-            method = parse_method(self.method, REGRESSION_METHODS if self.regression else METHODS)(self._spec())
-            if self.regression and "task" in method.terms:
-                method.terms["task"] = method.terms["task"][0], task_loss(regression=True)
+            method = parse_method(self.method, METHODS_OF[self.type])(self._spec())
+            if "task" in method.terms:
+                method.terms["task"] = method.terms["task"][0], task_loss(self.type)
         for paths in self.matched.items() if matches else ():
             method += self._match(*paths)
         if not self.labelled:

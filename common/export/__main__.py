@@ -24,6 +24,7 @@ PARSER.add_argument("--format", choices=["onnx", "torch.export"], default="onnx"
 PARSER.add_argument("--domain", help="Domain of the student. Default: read from results.json of its run.")
 PARSER.add_argument("--task", help="Task, or environment of a policy. Default: read from results.json.")
 PARSER.add_argument("--vecnormalize", metavar="FILE", help="File of VecNormalize.save for a policy, or none.")
+PARSER.add_argument("--import_module", metavar="MODULE", help="Module that defines the student's network.")
 PARSER.add_argument("--output_dir", help="Folder of the export. Default: export, in the run folder or by the student.")
 PARSER.add_argument("--overwrite_output_dir", action="store_true", help="Replace an earlier export.")
 if __name__ == "__main__":
@@ -35,12 +36,15 @@ from kd.common.reporting.results import RESULTS
 from kd.common.utils import import_name
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
+from kd.common.utils.modules import import_named
 
 MODULE_TASK = re.compile(r"[^/:]+:.*", re.DOTALL)  # owner/name:config is a dataset
 
 
 def main() -> None:
     args = PARSER.parse_args()
+    if args.import_module:
+        import_named(args.import_module, args.student)
     path = Path(args.student, "student")
     name = str(path) if path.is_dir() else args.student
     folder = output_folder(name, args.output_dir, args.overwrite_output_dir)

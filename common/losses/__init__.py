@@ -22,6 +22,8 @@ from kd.common.losses.features import (
     variational,
 )
 from kd.common.losses.predictions import (
+    binary_cross_entropy,
+    binary_soft_target_kl,
     class_relations,
     class_similarity,
     correlation_loss,
@@ -42,6 +44,8 @@ __all__ = [
     "attended_mean",
     "attention_kl",
     "attention_transfer",
+    "binary_cross_entropy",
+    "binary_soft_target_kl",
     "channel_kl",
     "class_relations",
     "class_similarity",

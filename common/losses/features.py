@@ -183,9 +183,11 @@ def mean_below_zero(mean: Tensor, deviation: Tensor) -> Tensor:
     vanishes, the result approaches -deviation^2 / mean. (The published code of arXiv:1904.01866 uses -3 * deviation
     for probabilities below 0.001.) The sign of `deviation` has no effect.
     """
-    mean, deviation = mean.double(), deviation.double().abs().clamp(min=LEAST_DEVIATION)
+    device = mean.device
+    mean, deviation = mean.cpu().double(), deviation.cpu().double()  # Apple's GPUs have no double precision
+    deviation = deviation.abs().clamp(min=LEAST_DEVIATION)
     hazard = math.sqrt(2 / math.pi) / torch.special.erfcx(mean / deviation / math.sqrt(2))
-    return (mean - deviation * hazard).clamp(max=0).float()
+    return (mean - deviation * hazard).clamp(max=0).float().to(device)
 
 
 def hierarchical_l2(student: Tensor, teacher: Tensor) -> Tensor:

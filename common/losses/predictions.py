@@ -1,4 +1,4 @@
-"""Losses between predictions: distributions over classes or tokens, Gaussian policies, and numbers.
+"""Losses between predictions: distributions over classes or tokens, labels, Gaussian policies, and numbers.
 
 Logits are (batch, classes), or (batch, positions, vocabulary) if a docstring lists that shape; labels are (batch,).
 """
@@ -15,7 +15,7 @@ from kd.common.losses.shared import einsum, kl, same_shape, unit, weighted_mean
 LOG_ZERO = -1e9  # log of a probability of zero; minus infinity would have no gradient
 
 
-# ---- soft targets, hard targets, numbers and Gaussians ----
+# ---- soft targets, hard targets, labels, numbers and Gaussians ----
 
 
 def soft_target_kl(
@@ -80,6 +80,40 @@ def hard_targets(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     same_shape(student_logits, teacher_logits)
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
+
+
+def binary_cross_entropy(student_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of independent labels: -y log sigmoid(z) - (1 - y) log sigmoid(-z).
+
+    Averaged over batch and labels. `labels` (batch, labels) are 1 for the labels of a sample and 0 for all others.
+    `smoothing` moves them towards 1/2: y (1 - smoothing) + smoothing / 2. Raises ValueError for shapes that differ.
+    """
+    same_shape(student_logits, labels)
+    targets = labels.float() * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(student_logits.float(), targets)
+
+
+def binary_soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Soft targets of independent labels: T^2 KL(Bernoulli(sigmoid(teacher / T)) || Bernoulli(sigmoid(student / T))).
+
+    Logits are (batch, labels); averaged over batch and labels, as `binary_cross_entropy`. The divergence of each label
+    is that of multi-label logits distillation (MLD, Yang et al., arXiv:2308.06453), which sums it over the labels and
+    has no temperature; T and T^2 are Hinton's (arXiv:1503.02531). It is `soft_target_kl` of the logits (0, z) of each
+    label. Raises ValueError for a temperature that is not positive and for shapes that differ.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperatures must be positive, got {temperature}")
+    same_shape(student_logits, teacher_logits)
+    student, teacher = (
+        _both_outcomes(student_logits / temperature),
+        _both_outcomes(teacher_logits.detach() / temperature),
+    )
+    return temperature**2 * kl(teacher, student, dim=-1).mean()
+
+
+def _both_outcomes(logits: Tensor) -> Tensor:
+    """Logits (...) -> log-probabilities (..., 2) of the label and of its absence."""
+    return torch.stack([F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())], dim=-1)
 
 
 def regression_mse(prediction: Tensor, target: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kd.common.methods.method import (
     labels_and_soft_targets,
     match,
     some_of_each_class,
+    unlabelled_error,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "match",
     "parse_method",
     "some_of_each_class",
+    "unlabelled_error",
 ]

@@ -1,7 +1,7 @@
 """`TaskSpec`, the argument of a method, `Method`, its return value, and functions that create methods."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,13 +12,17 @@ from kd.common.objective import (
     FeatureLoss,
     FeatureTerm,
     Objective,
+    TaskLoss,
     Term,
     Terms,
     Transform,
     Weight,
+    is_labelled,
     soft_targets,
     task_loss,
 )
+from kd.common.training.arguments import TaskType
+from kd.common.utils.errors import UserError
 
 PER_CLASS = 50  # number of training samples that represent a class
 Depth = Literal["nearest", "up", "last"]
@@ -50,6 +54,28 @@ class Method:
             self.watched | other.watched,
         )
 
+    @property
+    def label_terms(self) -> list[str]:
+        """The names of the terms that need the label of every sample."""
+        return [name for name, (_, term) in self.terms.items() if getattr(term, "needs_labels", False)]
+
+    def for_labels(self, labels: Tensor) -> "Method":
+        """The method for training data with these labels (samples,), some of which may be missing; see `TaskLoss`.
+
+        Raises UserError if a term needs the label of every sample.
+        """
+        if (share := is_labelled(labels).float().mean().item()) == 1:
+            return self
+        if self.label_terms:
+            raise UserError(unlabelled_error("this method", self.label_terms))
+        terms: Terms = {}
+        for name, (weight, term) in self.terms.items():
+            if not isinstance(term, TaskLoss):
+                terms[name] = weight, term
+            elif share > 0:
+                terms[name] = weight, TaskLoss(term.task, term.smoothing, share)
+        return replace(self, terms=terms)
+
     @cached_property
     def objective(self) -> Objective:
         return Objective(**self.terms).watching(**self.watched)
@@ -58,6 +84,14 @@ class Method:
     def auxiliary_parameters(self) -> int:
         """Number of parameters that are trained with the student and not saved with it."""
         return sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+
+
+def unlabelled_error(method: str, terms: Sequence[str]) -> str:
+    """The message for a method with `terms` that need labels which the training data lack."""
+    return (
+        f"the loss {' and '.join(terms)} of {method} needs the label of every training sample, and some have none: "
+        "pass --method kd, or --drop_unlabelled"
+    )
 
 
 @dataclass(frozen=True)
@@ -121,17 +155,17 @@ class TaskSpec:
         return match(name, weight, self.student_features.head, self.teacher_features.head, loss, transform=self.pool)
 
 
-def labels(weight: Weight = 1.0, regression: bool = False, smoothing: float = 0.0) -> Method:
+def labels(weight: Weight = 1.0, task: TaskType = "classification", smoothing: float = 0.0) -> Method:
     """The labels alone, as in a control; see `task_loss`."""
-    return Method({"task": (weight, task_loss(regression, smoothing))})
+    return Method({"task": (weight, task_loss(task, smoothing))})
 
 
 def labels_and_soft_targets(
-    alpha: float, temperature: float, regression: bool = False, smoothing: float = 0.0
+    alpha: float, temperature: float, task: TaskType = "classification", smoothing: float = 0.0
 ) -> Method:
     """alpha * labels + (1 - alpha) * soft targets (Hinton 2015, arXiv:1503.02531)."""
-    soft = 1 - alpha, soft_targets(temperature, regression)
-    return labels(alpha, regression, smoothing) + Method({"soft_targets": soft})
+    soft = 1 - alpha, soft_targets(temperature, task)
+    return labels(alpha, task, smoothing) + Method({"soft_targets": soft})
 
 
 def match(

@@ -200,6 +200,17 @@ def measure_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Measur
     return Measurement(score, len(references), len(set(hypotheses)) == 1 < len(references))
 
 
+def measure_counts(counts: np.ndarray, constant: bool = False) -> Measurement:
+    """The micro F1 of counts (examples, 3): right, predicted and actual elements of the set of each example."""
+    return Measurement(lambda rows: f1_of_counts(counts[rows]), len(counts), constant)
+
+
+def f1_of_counts(counts: np.ndarray) -> float:
+    """Micro F1 of counts (examples, 3): right, predicted and actual elements. 0 if there are none."""
+    right, predicted, actual = counts.sum(axis=0)
+    return float(2 * right / (predicted + actual)) if predicted + actual else 0.0
+
+
 def measure_mean(values: np.ndarray, constant: bool = False) -> Measurement:
     """The mean of values (examples,), such as the returns of episodes."""
     return Measurement(lambda rows: float(values[rows].mean()), len(values), constant)

@@ -20,6 +20,8 @@ METHOD_NAMES = ("kd", "dkd", "dist", "lskd", "dkd_ls", "mlkd", "mlkd_ls", "ctkd"
 Keys = Literal["carried", "new", "random", "reused"]
 CodebookSize = Annotated[int, Range(1, 2**16)]
 Strategy = Literal["no", "steps", "epoch"]
+# What is predicted: one class, a number, any number of labels, or a tag for each word.
+TaskType = Literal["classification", "regression", "multi_label", "token_classification"]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class RunArguments:
         default=None,
         metadata={"help": "Non-inferiority margin (default: 1% of teacher minus chance)."},
     )
-    precision: Literal["auto", "fp32", "bf16"] = field(default="fp32", init=False)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(default="fp32", init=False)
 
     def __post_init__(self) -> None:
         check_declared(self)
@@ -89,8 +91,8 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     label_smoothing_factor: ShareBelow1 = field(
         default=0.0, metadata={"help": "Label smoothing factor; 0 for no smoothing."}
     )
-    precision: Literal["auto", "fp32", "bf16"] = field(
-        default="auto", metadata={"help": "Precision; auto is bf16 if native."}
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto", metadata={"help": "auto is the fastest native one."}
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, the student trained without the teacher."}
@@ -107,7 +109,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     save_total_limit: Count | None = 2
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     remove_unused_columns: bool = False  # `sample_id` is no argument of any model
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], init=False)  # names of columns
     logging_nan_inf_filter: bool = False  # the trainer stops at a non-finite loss instead of filtering it
 
     @classmethod
@@ -137,7 +139,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
             raise ValueError(f"--lr_milestones must be in order, each once, got {self.lr_milestones}")
         resolve_device(self)
         check_supported(self)
-        self.bf16 = self.precision == "bf16"
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"  # fp16 with loss scaling
         TrainingArguments.__post_init__(self)
         self.do_eval = False  # the parent derives it, and no code here reads it
         check_report_to(self)

@@ -6,8 +6,9 @@ their forward.
 """
 
 import logging
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -37,6 +38,16 @@ def release_batch_norms(*modules: nn.Module) -> None:
     """Undoes `synchronize_batch_norms`."""
     for norm in _batch_norms(*modules):
         vars(norm).pop("forward", None)
+
+
+def checking_last_batch(samples: int, batch: int, batches: int, *modules: nn.Module) -> AbstractContextManager[None]:
+    """`checking_batch_norm_inputs` if the last batch of an epoch over `samples` in batches of `batch` has one sample
+    and is among the first `batches` of the training.
+    """
+    in_epoch = math.ceil(samples / batch)
+    if samples - (in_epoch - 1) * batch > 1 or in_epoch > batches:
+        return nullcontext()
+    return checking_batch_norm_inputs(min(batch, samples), *modules)
 
 
 @contextmanager

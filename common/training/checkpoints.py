@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -105,6 +105,14 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: str | None) -> Non
     others.sort(key=lambda path: ((path / CHECKSUMS).exists(), _step(path)))
     for checkpoint in others[: max(len(others) + len(kept) - limit, 0) if limit else 0]:
         remove_checkpoint(checkpoint)
+
+
+def without_sharing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clones the weights that share memory with an earlier one."""
+    first: dict[int, str] = {}
+    for name, weight in weights.items():
+        first.setdefault(weight.data_ptr(), name)
+    return {name: w if first[w.data_ptr()] == name else w.clone() for name, w in weights.items()}
 
 
 def _step(checkpoint: Path) -> int:

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from kd.common.utils.devices import resolve_precision
+from kd.common.utils.devices import accelerator_type, resolve_precision
 from kd.common.utils.ranges import MOST, Range
 
 _BELOW_1 = Range(0, 1, below=True)
@@ -34,7 +34,6 @@ _UNSUPPORTED_BY_REASON = {
     "a run is stored locally; upload the folder of its student afterwards": "push_to_hub hub_model_id hub_token "
     "hub_private_repo hub_strategy hub_always_push hub_revision",
     "the columns that models and objective need are kept": "remove_unused_columns",
-    "labels are called `labels`": "label_names",
     "lengths are called `length`": "length_column_name",
     "a loss that is not finite stops the run": "logging_nan_inf_filter",
     "evaluation always computes the metrics of the report, from logits and labels": "prediction_loss_only "
@@ -52,8 +51,8 @@ OPTIMIZER_RANGES = {"momentum": _BELOW_1, "dampening": Range(0, 1), "alpha": _BE
 
 def resolve_device(args: TrainingArguments) -> None:
     """Sets --use_cpu, and --precision if it is auto, according to the hardware."""
-    args.use_cpu = args.use_cpu or not torch.cuda.is_available()
-    device = torch.device("cpu" if args.use_cpu else "cuda")
+    device = torch.device("cpu" if args.use_cpu else accelerator_type())
+    args.use_cpu = device.type == "cpu"
     args.precision = resolve_precision(args.precision, device)  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from kd.common.utils.devices import best_device, process
+from kd.common.utils.devices import autocast, best_device, process
 
 Collate = Callable[[Any], dict[str, Tensor]]
 NOT_INPUTS = ("labels", "sample_id", "view", "length")
@@ -97,7 +97,7 @@ def run_inference(
     try:
         for rows, batch in zip(batches, progress, strict=True):
             batch = {name: value.to(device) for name, value in batch.items() if name not in NOT_INPUTS}
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with autocast(device, precision):
                 batch_outputs = call(**batch)
             outputs += zip(rows, _split(batch_outputs, batch.get("attention_mask")), strict=True)
     finally:

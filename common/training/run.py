@@ -6,6 +6,7 @@ from the run's seed, so its result does not depend on whether earlier stages wer
 """
 
 import copy
+import math
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging as transformers_logging
 
 from kd.common.data.fingerprints import model_fingerprint
@@ -290,11 +292,15 @@ class TrainerRun(Run):
 
     args: KDTrainingArguments
 
-    def train(self, name: str, model: Network, overrides: dict[str, Any], **trainer: Any) -> Network:
+    def train(
+        self, name: str, model: Network, overrides: dict[str, Any], samples: int | None = None, **trainer: Any
+    ) -> Network:
         """Trains the model of a stage, starting from its last checkpoint.
 
         Args:
             overrides: Training arguments of this stage that differ from those of the run.
+            samples: Number of samples in an epoch; default: those of the training data. A stage that trains on some of
+                them makes as many updates as one that trains on all.
             trainer: Arguments of KDTrainer.
         """
         args = copy.copy(self.args)
@@ -303,6 +309,8 @@ class TrainerRun(Run):
             args.eval_strategy = "no"
         for argument, value in overrides.items():
             setattr(args, argument, value)
+        if samples is not None and samples != len(trainer["train_dataset"]):
+            count_epochs_in(args, samples)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
         os.environ["WANDB_RUN_GROUP"] = str(self.folder)
         args.run_name = f"{args.run_name or self.folder}/{name}"  # W&B has a run for each stage
@@ -323,6 +331,19 @@ class TrainerRun(Run):
             model.load_state_dict({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights})
         self.history[name] = loop.state.log_history
         return model
+
+
+def count_epochs_in(args: KDTrainingArguments, samples: int) -> None:
+    """Sets the length of a training, and what happens after each epoch, to the updates of epochs of `samples`."""
+    batch = args.train_batch_size * args.world_size
+    batches = samples // batch if args.dataloader_drop_last else -(-samples // batch)
+    updates = max(1, -(-batches // args.gradient_accumulation_steps))
+    if args.max_steps <= 0:
+        args.max_steps = math.ceil(args.num_train_epochs * updates)
+    for name in ("eval", "logging", "save"):
+        if getattr(args, f"{name}_strategy") == "epoch":
+            setattr(args, f"{name}_strategy", IntervalStrategy.STEPS if name != "save" else SaveStrategy.STEPS)
+            setattr(args, f"{name}_steps", updates)
 
 
 class StageProgress(ProgressCallback):

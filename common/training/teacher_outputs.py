@@ -51,7 +51,7 @@ class TeacherOutputs:
 
     Args:
         sample_ids: (samples,) distinct integers.
-        logits: (samples, classes), or None.
+        logits: (samples, classes), one tensor (positions, classes) per sample, or None.
         features: {name: one tensor per sample, (positions, width) or (width,)}.
     """
 
@@ -64,13 +64,13 @@ class TeacherOutputs:
             raise ValueError("sample ids must be distinct")
 
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
-        """Outputs of these samples, with features padded with zeros to (batch, positions, width).
+        """Outputs of these samples. Features and logits of tokens are padded with zeros to (batch, positions, width).
 
         Raises KeyError for a sample that is not in the cache.
         """
         rows = self._rows(sample_ids.cpu())
         features = {name: _batched(column, rows, positions).to(device) for name, column in self.features.items()}
-        logits = None if self.logits is None else _batched(self.logits, rows).to(device)
+        logits = None if self.logits is None else _batched(self.logits, rows, positions).to(device)
         return Outputs(logits=logits, features=features)
 
     def feature(self, name: str, sample_ids: Tensor) -> list[Tensor]:

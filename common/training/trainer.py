@@ -29,11 +29,11 @@ from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batch_norm import (
     TOO_SMALL,
-    checking_batch_norm_inputs,
+    checking_last_batch,
     release_batch_norms,
     synchronize_batch_norms,
 )
-from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint
+from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint, without_sharing
 from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
@@ -97,7 +97,7 @@ class KDTrainer(CheckpointTrainer):
         self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
-        self._interrupted = threading.Event()
+        self._interrupted, self._step_of_gradients = threading.Event(), -1
         if self.args.world_size > 1:
             synchronize_batch_norms(self.model, objective)
 
@@ -111,6 +111,9 @@ class KDTrainer(CheckpointTrainer):
         if self._interrupted.is_set():
             raise KeyboardInterrupt
         is_first = self.state.global_step == self._initial_global_step
+        if self.state.global_step != self._step_of_gradients:  # the parent clears the gradients of the model alone
+            self.objective.zero_grad()
+            self._step_of_gradients = self.state.global_step
         try:
             with self._checking_last_batch() if is_first else nullcontext():
                 return super().training_step(*args, **kwargs)
@@ -125,12 +128,8 @@ class KDTrainer(CheckpointTrainer):
         """
         if self.args.world_size > 1 or self.args.dataloader_drop_last or not has_length(self.train_dataset):
             return nullcontext()
-        samples, batch = len(self.train_dataset), self._train_batch_size
-        batches = math.ceil(samples / batch)
-        is_reached = batches <= self.state.max_steps * self.args.gradient_accumulation_steps
-        if samples - (batches - 1) * batch > 1 or not is_reached:
-            return nullcontext()
-        return checking_batch_norm_inputs(min(batch, samples), self.model, self.objective)
+        samples, batches = len(self.train_dataset), self.state.max_steps * self.args.gradient_accumulation_steps
+        return checking_last_batch(samples, self._train_batch_size, batches, self.model, self.objective)
 
     def compute_loss(
         self,
@@ -267,7 +266,6 @@ class KDTrainer(CheckpointTrainer):
         if extra:
             decay = self.args.weight_decay if self.args.decay_norm_and_bias else 0.0
             optimizer.add_param_group({"params": extra, "weight_decay": decay})
-            optimizer.register_step_post_hook(lambda *_: self.objective.zero_grad())  # the parent clears the model's
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -311,9 +309,15 @@ class KDTrainer(CheckpointTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = column_array(dataset, self.args.length_column_name)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(lengths, step, self.args.seed)
+        return LengthGroupedSampler(column_array(dataset, self.args.length_column_name), step, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """The parent reads the length of each sample by itself, which takes longer than a small model."""
+        columns, name = getattr(eval_dataset, "column_names", ()), self.args.length_column_name
+        if self.args.train_sampling_strategy != "group_by_length" or name not in columns:
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(column_array(eval_dataset, name), self.args.eval_batch_size, self.args.seed)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Applies `dataloader_drop_last` to training batches only: evaluation covers all samples."""
@@ -336,7 +340,7 @@ class KDTrainer(CheckpointTrainer):
         # safetensors cannot save channels_last weights, or weights that share memory.
         weights = {name: weight.contiguous() for name, weight in weights.items()}
         if not isinstance(self.model, PreTrainedModel):  # its save_pretrained saves tied weights once
-            weights = _without_sharing(weights)
+            weights = without_sharing(weights)
         super()._save(output_dir, weights)
         state = self.objective.state_dict()
         if state and self.args.should_save:
@@ -362,14 +366,6 @@ class KDTrainer(CheckpointTrainer):
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
-
-
-def _without_sharing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clones the weights that share memory with an earlier one."""
-    first: dict[int, str] = {}
-    for name, weight in weights.items():
-        first.setdefault(weight.data_ptr(), name)
-    return {name: w if first[w.data_ptr()] == name else w.clone() for name, w in weights.items()}
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

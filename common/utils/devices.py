@@ -11,12 +11,25 @@ import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the type of matrix products; weights stay in fp32
 
 
 def best_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
+    """This process's GPU (CUDA, or Apple's MPS) if there is one, else the CPU."""
     return PartialState().device
+
+
+def accelerator_type() -> str:
+    """The type of the device that training uses unless --use_cpu: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in this precision."""
+    return torch.autocast(device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
 
 
 def process() -> tuple[int, int]:
@@ -35,18 +48,24 @@ def synchronize(device: torch.device) -> None:
     """Waits for the kernels of a GPU, so that a clock measures their execution and not their launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device | None = None) -> Precision:
-    """`auto` is bf16 if the device computes it natively, else fp32; other names are returned unchanged.
+def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device | None = None) -> Precision:
+    """`auto` is bf16 if the device computes it natively, else fp16 if it has tensor cores for it, else fp32; other
+    names are returned unchanged.
 
-    `device` defaults to the first CUDA device if there is one, else the CPU.
+    `device` defaults to `accelerator_type()`. Raises ValueError for fp16 on a CPU, which has no loss scaling.
     """
+    device = device or torch.device(accelerator_type())
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU: pass --precision fp32 or bf16")
     if name != "auto":
         return name
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16" if computes_bf16(device) else "fp32"
+    if computes_bf16(device):
+        return "bf16"
+    return "fp16" if has_fp16_tensor_cores(device) else "fp32"
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -57,6 +76,13 @@ def computes_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
+
+
+def has_fp16_tensor_cores(device: torch.device) -> bool:
+    """Whether fp16 is much faster than fp32, as on V100 (CUDA compute capability 7.0) and T4 (7.5). Apple's GPUs
+    compute both at about the same rate.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def environment(precision: str, device: torch.device | str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Reads images in folders SPLIT/CLASS/NAME.png. Images are files with a suffix or header that Pillow supports."""
+"""Reads images in folders SPLIT/CLASS/NAME.png, and unlabelled/NAME.png. Images are files with a suffix or header that
+Pillow supports.
+"""
 
 import os
 from collections.abc import Iterable
@@ -10,8 +12,8 @@ from typing import NoReturn
 import datasets
 from PIL import Image
 
-from kd.common.data.labels import shorten_list, sort_labels
-from kd.common.data.sources import SPLIT_NAMES, Splits
+from kd.common.data.label_names import shorten_list, sort_labels
+from kd.common.data.sources import SPLIT_NAMES, UNLABELLED, Splits
 from kd.common.utils.errors import UserError
 
 LAYOUT = "put images into SPLIT/CLASS/, such as train/cat/1.png"
@@ -32,8 +34,8 @@ class Files:
 def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Splits:
     """Reads SPLIT/CLASS/NAME.png or, if `needs_train` is False, CLASS/NAME.png as `test`.
 
-    The columns are image and label. The label is null for an image outside of class folders. Notes report files that
-    are not used.
+    The columns are image and label. The label is null for an image outside of class folders, and for all images of
+    the split `unlabelled`. Notes report files that are not used.
     """
     files = find_files(root)
     folders = _split_folders(root, files, needs_train)
@@ -43,7 +45,10 @@ def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Split
     for split, folder in folders.items():
         _check_split(root, split, folder, images[split], files)
     notes += _unused_files(root, folders, images, files)
-    classes = {split: [_class_of(folder, path) for path in images[split]] for split, folder in folders.items()}
+    classes = {
+        split: [None if SPLIT_NAMES[split] == UNLABELLED else _class_of(folder, path) for path in images[split]]
+        for split, folder in folders.items()
+    }
     names = sort_labels({name for found in classes.values() for name in found if name is not None})
     ids: dict[str | None, int | None] = {None: None, **{name: i for i, name in enumerate(names)}}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -109,7 +114,7 @@ def _unused_files(root: Path, folders: dict[str, Path], images: dict[str, list[P
             path
             for split, folder in folders.items()
             for path in images[split]
-            if len(path.relative_to(folder).parts) > 2
+            if SPLIT_NAMES[split] != UNLABELLED and len(path.relative_to(folder).parts) > 2
         ],
     }
     notes = [f"{kind}: {len(paths):,} ({_names(root, paths)})" for kind, paths in kinds.items() if paths]

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.labels import map_label_ids, shorten_list
+from kd.common.data.label_names import map_label_ids, shorten_list
 from kd.common.data.sources import choose_validation, short_name, stratified
+from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.sources import StoredImages, read_images
 from kd.image_classification.data.views import ImageViews, LargeViews, StrongViews, Views
@@ -29,12 +30,14 @@ CHECKED = 50_000  # maximum number of images of a split that are checked before 
 
 
 class Split(Protocol):
-    """Images with labels (images,) int64."""
+    """Images with labels (images,) int64; IGNORED for an image of train without a label."""
 
     @property
     def labels(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Tensor) -> "Split": ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class ImageData:
     size: int  # of the model's input, in pixels
     fingerprint: str  # of the contents
     notes: list[str] = field(default_factory=list)  # for the report
+    validation_is_from_train: bool = False  # set aside by this project
     places: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # `StoredImages.places` of all but train
 
     @property
@@ -78,6 +82,13 @@ class ImageData:
         """
         raise NotImplementedError
 
+    def labelled_train(self) -> "ImageData":
+        """The same data without the training images that have no label."""
+        known = self.splits["train"].labels != IGNORED
+        if known.all():
+            return self
+        return replace(self, splits={**self.splits, "train": self.splits["train"][known.nonzero().flatten()]})
+
 
 @dataclass(frozen=True)
 class Images:
@@ -88,6 +99,9 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def __getitem__(self, chosen: Tensor) -> "Images":
+        return Images(self.pixels[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +148,7 @@ def load_image_data(
     max_train_samples: int | None = None,
     label_names: list[str] | None = None,
     max_eval_samples: int | None = None,
+    keep_unlabelled: bool = False,
 ) -> ImageData:
     """Loads `dataset`, and moves a stratified share of train to a missing validation split.
 
@@ -144,8 +159,10 @@ def load_image_data(
             stratified sample.
         label_names: the classes, by id, of a model to evaluate. The dataset may lack some of them. Its train split is
             optional, and not returned.
+        keep_unlabelled: whether train has the images without a label too.
     """
-    splits, class_names, notes = read_images(dataset, image_column, label_column, label_names)
+    splits, class_names, notes = read_images(dataset, image_column, label_column, label_names, keep_unlabelled)
+    has_validation = "validation" in splits
     splits = _make_validation(dataset, splits, validation_share, notes)
     for split, images in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
@@ -163,11 +180,15 @@ def load_image_data(
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name, places = short_name(dataset), {split: splits[split].places() for split in splits if split != "train"}
+    carved = not has_validation and "validation" in splits
+    data: ImageData
     if dataset == "imagenet":
-        image_size = image_size or IMAGENET_SIZE
+        data = _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
     elif image_size is None or (image_size <= MAX_SIZE_IN_MEMORY and _fits_memory(splits, image_size, notes)):
-        return replace(_small_images(name, splits, class_names, image_size, notes), places=places)
-    return replace(_large_images(name, splits, class_names, image_size, notes), places=places)
+        data = _small_images(name, splits, class_names, image_size, notes)
+    else:
+        data = _large_images(name, splits, class_names, image_size, notes)
+    return replace(data, places=places, validation_is_from_train=carved)
 
 
 def _make_validation(

@@ -17,13 +17,15 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from kd.common.data.labels import read_labels, shorten_list
+from kd.common.data.label_names import shorten_list
+from kd.common.data.labels import read_labels
 from kd.common.data.readers import READERS
 from kd.common.data.sources import (
     SPLIT_NAMES,
     KnownDatasets,
     Splits,
     holdout,
+    join_unlabelled,
     list_folder,
     read_folder,
     read_splits,
@@ -167,16 +169,22 @@ def _check_depth(image: Image.Image) -> None:
 
 
 def read_images(
-    dataset: str, image_column: str | None = None, label_column: str | None = None, known: list[str] | None = None
+    dataset: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    known: list[str] | None = None,
+    keep_unlabelled: bool = False,
 ) -> tuple[dict[str, StoredImages], list[str], list[str]]:
-    """The labelled images of `dataset` by split, the class names by id, and notes on what is not used.
+    """The images of `dataset` by split, the class names by id, and notes on what is not used.
 
     known: the class names of a model to evaluate on the dataset, which then needs no train split.
+    keep_unlabelled: whether train has the images without a label, and those of a split `unlabelled`, as IGNORED.
     """
-    raw, notes = read_image_splits(dataset, known is None)
+    raw, notes = read_image_splits(dataset, known is None, keep_unlabelled)
     image, label = _choose_columns(next(iter(raw.values())), image_column, label_column, notes)
+    raw = join_unlabelled(raw, label, notes)
     try:
-        labels = read_labels(raw, label, "ids", known)
+        labels = read_labels(raw, label, "ids", known, keep_unlabelled=keep_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     splits = {}
@@ -186,7 +194,9 @@ def read_images(
     return splits, labels.names, notes + labels.notes
 
 
-def read_image_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, list[str]]:
+def read_image_splits(
+    dataset: str, needs_train: bool = True, with_unlabelled: bool = False
+) -> tuple[Splits, list[str]]:
     """The splits of a dataset, and notes on what is not used."""
     path = Path(dataset)
     if dataset not in KNOWN and path.suffix.lower() not in READERS and _is_file(path):
@@ -194,7 +204,7 @@ def read_image_splits(dataset: str, needs_train: bool = True) -> tuple[Splits, l
     notes: list[str] = []
     contents = "parquet files or one folder of images per class"
     read = partial(_read_folder, needs_train=needs_train, notes=notes)
-    splits, unused = read_splits(dataset, KNOWN, contents, read, needs_train)
+    splits, unused = read_splits(dataset, KNOWN, contents, read, needs_train, with_unlabelled)
     return splits, notes + unused
 
 

@@ -1,14 +1,11 @@
 """Distills an image classifier with a discrete key-value bottleneck into a smaller one.
 
-    python image-classification/scripts/distill_bottleneck.py --keys carried
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10 \\
         --teacher runs/image-classification/teacher_cifar10
 
-The teacher's backbone is trained on labels and frozen, then its bottleneck is trained. The student's backbone and
-projector are trained to match the teacher's maps as in SimKD, without labels. The keys of the student's bottleneck are
-carried from the teacher, fitted to the student's embeddings (`new`) or random, and its values are trained; with
-`--keys reused`, keys and values are those of the teacher. The control is the same network with new keys, trained on
-the labels alone.
+The teacher's bottleneck is trained on its frozen backbone. The student's backbone and projector match the teacher's
+maps as in SimKD. The keys of its bottleneck are carried from the teacher, fitted to its embeddings (`new`) or random,
+and its values are trained; `--keys reused` takes both. The control has new keys and is trained on labels alone.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -39,9 +36,9 @@ def main() -> None:
     if bottleneck.keys == "reused":
         reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
     data, factor = data_args.load(), matching.projector_factor
-    encoder, data, pretrained = pair.load_teacher(data, training.seed)
+    encoder, data, pretrained, known = pair.load_teacher(data, training)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit
-    simkd(student, encoder, matching, training.temperature)
+    simkd(student, encoder, matching, training.temperature).for_labels(data.splits["train"].labels)
     if encoder.config.bottleneck:
         raise UserError(f"teacher {pair.teacher} already has a bottleneck: pass one with a linear head")
     width: int = encoder.head.in_features
@@ -51,7 +48,7 @@ def main() -> None:
     run = ImageRun(name, training, data, *instances, teacher=encoder if pretrained else None)
     if not pretrained:
         encoder = run.train_on_labels("teacher_encoder", encoder, pair.teacher_epochs)
-    run.evaluate_teacher(pair.teacher, encoder)
+    run.evaluate_teacher(pair.teacher, encoder, known)
     teacher = replace_head(run, data, "teacher", encoder, bottleneck, "new")
     teacher_results = run.evaluate_teacher(f"{pair.teacher} + bottleneck", teacher)
 

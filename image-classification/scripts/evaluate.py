@@ -18,6 +18,7 @@ from kd.image_classification.student_model.arguments import EVALUATION_DATA, Dat
 
 PARSER = Parser([DataArguments], description=__doc__)
 add_evaluation_arguments(PARSER, "or the folder of a classifier", "the row, file, label, prediction and probability")
+PARSER.add_argument("--import_module", metavar="MODULE", help="Module that defines the model's network.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
@@ -28,12 +29,15 @@ from kd.common.reporting.saved_models import (
     write_predictions,
 )
 from kd.common.utils.errors import UserError
+from kd.common.utils.modules import import_named
 from kd.image_classification.student_model.evaluation import evaluate, prediction_columns
 from kd.image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
 
 
 def main() -> None:
     args = parse_with_recipe(PARSER, EVALUATION_DATA)
+    if args.import_module:
+        import_named(args.import_module, f"the network of {args.model}")
     data_args = DataArguments(*(getattr(args, field.name) for field in fields(DataArguments)))
 
     folder = trained_folder(saved_model(args.model))

@@ -56,7 +56,7 @@ CLASSES_SHOWN, VIEWS_SHOWN = 6, 6  # in views.png
 def main() -> None:
     args, data_args = parse(*ARGUMENTS)
     folder = None if args.output is None else check_folder(args.output, args.overwrite)
-    data = data_args.load()
+    data = data_args.load(keep_unlabelled=False)
     print_table(data)
     if folder is None:
         return

@@ -43,7 +43,7 @@ class ForgettingRun(Run):
 def main() -> None:
     args, data_args, run_args = parse(*ARGUMENTS)
     run_args.output_dir = run_args.output_dir or f"runs/image-classification/{METHOD}"
-    encoder, data = load_encoder(args.encoder, data_args.load())
+    encoder, data = load_encoder(args.encoder, data_args.load(keep_unlabelled=False))
     split_tasks(data, args.classes_per_task, run_args.seed)  # raises UserError if the classes do not fit
     run = ForgettingRun(run_args, args, data_args)
     run.check_inputs(data.fingerprint, encoder=encoder)

@@ -33,15 +33,15 @@ def main() -> None:
     if not args.kl_weight:
         reject_unused("--kl_weight is 0", training, "temperature")
     data = data_args.load()
-    teacher, data, pretrained = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     student = simkd_student(pair.student, teacher, data, args.projector_factor)  # raises UserError if they do not fit
-    simkd(student, teacher, args, training.temperature)
+    simkd(student, teacher, args, training.temperature).for_labels(data.splits["train"].labels)
 
     name = f"simkd_{args.projector}"
     run = ImageRun(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
     if not pretrained:
         teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
-    teacher_results = run.evaluate_teacher(pair.teacher, teacher)
+    teacher_results = run.evaluate_teacher(pair.teacher, teacher, known)
 
     for seed_run in run.each_seed():
         control = None

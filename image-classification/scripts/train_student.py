@@ -114,10 +114,11 @@ def distill_student(
     if args.teacher_views:
         validate_teacher_views(args.teacher_views, data, training)
     method_for = image_method(args.method, training)
-    teacher, data, pretrained = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     others = load_ensemble_teachers(args.ensemble_teachers, data)
     student = new_classifier(pair.student, data.config)
     method = method_for(task_spec(student, teacher, data, training.views))
+    method.for_labels(data.splits["train"].labels)  # raises UserError if it needs labels that the data lack
     auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
     check_compatible(args, method, student, teacher)
 
@@ -129,7 +130,8 @@ def distill_student(
     if not pretrained:
         teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
     outputs = EnsembleTeacher([teacher, *others], weights=args.ensemble_weights) if others else teacher
-    teacher_results = run.evaluate_teacher(" + ".join([pair.teacher, *args.ensemble_teachers]), outputs)
+    names = " + ".join([pair.teacher, *args.ensemble_teachers])
+    teacher_results = run.evaluate_teacher(names, outputs, None if others else known)
 
     for seed_run in run.each_seed():
         control = None

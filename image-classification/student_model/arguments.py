@@ -24,7 +24,7 @@ from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, le
 
 if TYPE_CHECKING:
     from kd.image_classification.data.loading import ImageData
-    from kd.image_classification.teacher_model.classifier import ImageClassifier
+    from kd.image_classification.student_model.loaded_teacher import LoadedTeacher
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # other values of --method and --methods
 CONTROLS = (PLAIN, CONTROL)  # trained on the labels alone, without and with SimKD's projector
@@ -60,12 +60,17 @@ class DataArguments:
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Maximum number of validation and of test images."}
     )
+    drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training images without a label."})
 
-    def load(self, label_names: list[str] | None = None) -> "ImageData":
+    def load(self, label_names: list[str] | None = None, keep_unlabelled: bool = True) -> "ImageData":
         """Loads the data and prints notes on what was left out or inferred.
 
-        `label_names`: the classes, by id, of a model to evaluate.
+        Args:
+            label_names: the classes, by id, of a model to evaluate.
+            keep_unlabelled: whether training images without a label may be kept. Raises UserError for an unused flag.
         """
+        if not keep_unlabelled:
+            reject_unused("images without a label are always left out here", self, "drop_unlabelled")
         from kd.common.data.sources import print_notes
         from kd.image_classification.data.loading import load_image_data
 
@@ -78,6 +83,7 @@ class DataArguments:
             self.max_train_samples,
             label_names,
             self.max_eval_samples,
+            keep_unlabelled and not self.drop_unlabelled and label_names is None,
         )
         print_notes(data.name, data.notes)
         return data
@@ -93,13 +99,28 @@ class PairArguments:
 
     pair: str | None = field(
         default=None,
-        metadata={"help": "Published CIFAR-100 pair, such as resnet32x4_vgg8. Sets dataset, networks and method."},
+        metadata={"help": "CIFAR-100 pair, as resnet32x4_vgg8: sets data, networks, method."},
     )
-    teacher: str = field(default="resnet32x4", metadata={"help": "Folder of a classifier, or an architecture."})
+    teacher: str = field(default="resnet32x4", metadata={"help": "Folder, Hub name, architecture or weights."})
+    teacher_architecture: str | None = field(
+        default=None, metadata={"help": "Architecture of the weights in --teacher FILE."}
+    )
+    teacher_weights: str | None = field(default=None, metadata={"help": "File of weights of --teacher NAME."})
+    teacher_mean: list[Share] | None = field(
+        default=None, metadata={"help": "Mean of the pixels (0 to 1) in the teacher's training."}
+    )
+    teacher_std: list[Positive] | None = field(default=None, metadata={"help": "Their standard deviation."})
+    teacher_accuracy: Share | None = field(
+        default=None, metadata={"help": "Accuracy that a loaded teacher must reach, within 0.005."}
+    )
+    allow_weak_teacher: bool = field(default=False, metadata={"help": "Accept a loaded teacher near chance."})
+    import_module: str | None = field(
+        default=None, metadata={"help": "Module with the network in the folder of --teacher."}
+    )
     teacher_epochs: Positive | None = field(
         default=None, metadata={"help": "Number of epochs of the teacher (default: --num_train_epochs)."}
     )
-    student: str = field(default="resnet8x4", metadata={"help": "Architecture, such as vgg8 or timm:NAME."})
+    student: str = field(default="resnet8x4", metadata={"help": "Architecture, timm:NAME or module:factory."})
     method_args: list[str] = field(
         default_factory=list,
         metadata={"help": "Arguments that --method does not set: NAME:argument=value:..."},
@@ -119,14 +140,17 @@ class PairArguments:
             _set_defaults(training, learning_rate=rate)
         self.pair = None  # the saved recipe contains the arguments that the pair has set
 
-    def load_teacher(self, data: "ImageData", seed: int) -> tuple["ImageClassifier", "ImageData", bool]:
-        """See `teacher_model.teacher.load_teacher`. Raises UserError for `--teacher_epochs` of a trained teacher."""
-        from kd.image_classification.teacher_model.teacher import load_teacher
+    def load_teacher(self, data: "ImageData", training: "ImageTrainingArguments") -> "LoadedTeacher":
+        """Loads the teacher. One with weights of another project is evaluated.
 
-        teacher, data, pretrained = load_teacher(self.teacher, data, seed)
-        if pretrained:
-            reject_unused(f"teacher {self.teacher} is trained already", self, "teacher_epochs")
-        return teacher, data, pretrained
+        Raises UserError for flags without effect, and for a teacher that is worse than the flags require.
+        """
+        from kd.common.utils.modules import import_named
+        from kd.image_classification.student_model.loaded_teacher import LoadedTeacher
+
+        if self.import_module:
+            import_named(self.import_module, f"--teacher {self.teacher}")
+        return LoadedTeacher.load(self, data, training)
 
 
 def _set_defaults(arguments: Any, **values: Any) -> None:
@@ -145,7 +169,7 @@ class MethodArguments:
     )
     ensemble_teachers: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders of further teachers, whose logits are averaged with those of --teacher."},
+        metadata={"help": "Folders of more teachers, whose logits are averaged."},
     )
     ensemble_weights: list[Positive] | None = ensemble_weights()
     teacher_views: Path | None = field(
@@ -216,7 +240,7 @@ class SimKDArguments(SimKDWeights):
     """SimKD. Its feature maps."""
 
     projector: Variant = field(default="single", metadata={"help": "Feature maps to match."})
-    feature_loss: FeatureLossName = field(default="l2", metadata={"help": "Loss between feature maps."})
+    feature_loss: FeatureLossName = field(default="l2", metadata={"help": "Loss between maps."})
 
     def check_unused_flags(self) -> None:
         if self.projector != "multi":

@@ -63,10 +63,11 @@ def replace_head(
     args = run.args
 
     def train() -> ImageClassifier:
-        method, outputs = labels(), None
+        method, outputs, used = labels(), None, data.labelled_train()
         if teacher is not None and keys != "reused":
-            method = labels_and_soft_targets(args.alpha, args.temperature)
+            method, used = labels_and_soft_targets(args.alpha, args.temperature), data
             outputs = cached_logits(run, data, teacher)
+        method = method.for_labels(used.splits["train"].labels)
         return train_bottleneck(
             run,
             stage,
@@ -74,9 +75,10 @@ def replace_head(
             keys,
             None if teacher is None else teacher.bottleneck,
             arguments.value_arguments(args.value_learning_rate or VALUE_LEARNING_RATE),
-            _samples(data, "train"),
+            _samples(used, "train"),
             _samples(data, "validation") if "validation" in data.splits else None,
             batch_size=BATCH_SIZE,
+            samples=len(data.splits["train"]),
             objective=method.objective,
             teacher_outputs=outputs,
             compute_metrics=trainer_metrics,

@@ -1,12 +1,15 @@
 """The part of the model cards of image students that does not depend on their results."""
 
+import os
+
 from kd.common.data.sources import hub_dataset
 from kd.common.reporting.model_card import Card
 from kd.common.training.run import Run
 from kd.image_classification.data.sources import KNOWN
-from kd.image_classification.teacher_model.backbones import TIMM, known_weights
+from kd.image_classification.teacher_model.backbones import known_weights
+from kd.image_classification.teacher_model.backbones.factories import TIMM, is_factory
 from kd.image_classification.teacher_model.classifier import ImageClassifier
-from kd.image_classification.teacher_model.teacher import IMAGENET_CLASSES, trained_folder
+from kd.image_classification.teacher_model.teacher import HUB_NAME, IMAGENET_CLASSES, trained_folder
 
 FOLDER = 'folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")'
 USAGE = f"""from kd.image_classification.teacher_model.classifier import ImageClassifier
@@ -45,10 +48,15 @@ print(labels[str(logits.argmax().item())])"""
 def card_of(run: Run, student: ImageClassifier, labels_only: bool) -> Card:
     """The card of the student of a run. A network of timm with a linear head is loaded without this project."""
     config = student.config
-    standard = config.architecture.startswith(TIMM) and not config.projector and not config.bottleneck
+    added = config.projector or config.bottleneck or config.network
+    usage = USAGE
+    if config.architecture.startswith(TIMM) and not added:
+        usage = TIMM_USAGE.format(name=config.architecture.removeprefix(TIMM))
+    elif is_factory(config.architecture) and not config.architecture.startswith(TIMM):
+        usage = f"import {config.architecture.partition(':')[0]}  # defines the network\n{USAGE}"
     origins, licence = ([], None) if labels_only else _origins(run, len(config.label_names))
     return Card(
-        TIMM_USAGE.format(name=config.architecture.removeprefix(TIMM)) if standard else USAGE,
+        usage,
         pipeline_tag="image-classification",
         dataset=hub_dataset(run.argument("dataset"), KNOWN),
         origins=origins,
@@ -60,7 +68,10 @@ def _origins(run: Run, classes: int) -> tuple[list[str], str | None]:
     """The pretrained teachers, and the licence of timm's weights."""
     teacher: str = run.argument("teacher")
     others: list[str] = run.argument("ensemble_teachers") or []
-    if trained_folder(teacher):
+    weights_file: str | None = run.argument("teacher_weights")
+    if weights_file or os.path.isfile(teacher):
+        return [weights_file or teacher, *others], None
+    if trained_folder(teacher) or HUB_NAME.fullmatch(teacher):
         return [teacher, *others], None
     if teacher.startswith(TIMM) and classes == IMAGENET_CLASSES:
         weights = known_weights(teacher.removeprefix(TIMM))

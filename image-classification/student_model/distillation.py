@@ -64,6 +64,11 @@ class ImageRun(TrainerRun):
         ensemble_teachers: nn.Module | None = None,
     ) -> None:
         validate_training(training, data)
+        if not len(data.labelled_train().splits["train"]) and (teacher is None or not training.no_control):
+            raise UserError(
+                "no training image has a label: pass a trained --teacher and --no_control, or put images into "
+                "train/CLASS/"
+            )
         folder = re.sub(r"[^\w-]+", "_", name)  # a method with arguments contains colons
         training.output_dir = training.output_dir or f"runs/image-classification/{folder}"
         super().__init__(training, *instances)
@@ -73,11 +78,13 @@ class ImageRun(TrainerRun):
     # ---- training ----
 
     def train_on_labels(self, stage: str, model: ImageClassifier, epochs: float | None = None) -> ImageClassifier:
-        """Trains `model` on the labels alone, or loads it if the stage is finished."""
+        """Trains `model` on the images with a label alone, or loads it if the stage is finished. It makes as many
+        updates as a training on all images.
+        """
         settings = {} if epochs is None else {"num_train_epochs": epochs}
 
         def train() -> ImageClassifier:
-            return self.fit(stage, model, labels().objective, settings)
+            return self.fit(stage, model, labels().objective, settings, on_labels=True)
 
         return self.stage(stage, train, read_stage, image_processor(self.data))
 
@@ -98,7 +105,7 @@ class ImageRun(TrainerRun):
             return self.fit(
                 stage,
                 student,
-                method.objective,
+                method.for_labels(self.data.splits["train"].labels).objective,
                 features=method.features,
                 teacher=frozen(teacher, self.args.precision),
                 teacher_views=teacher_views and self.teacher_view_cache(teacher, teacher_views),
@@ -114,6 +121,7 @@ class ImageRun(TrainerRun):
         objective: Objective | SideBySideObjective,
         settings: dict[str, Any] | None = None,
         validate: bool = True,
+        on_labels: bool = False,
         **trainer: Any,
     ) -> Model:
         """Trains the model of a stage on augmented images, and resumes from its last checkpoint, if any.
@@ -121,6 +129,7 @@ class ImageRun(TrainerRun):
         Args:
             settings: training arguments that differ in this stage from those of the run.
             validate: whether to log the accuracy on the validation images after each epoch.
+            on_labels: whether to leave out images without a label.
             trainer: other arguments of KDTrainer.
         """
         device, splits = best_device(), self.data.splits
@@ -129,17 +138,18 @@ class ImageRun(TrainerRun):
             model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             settings or {},
             objective=objective,
-            train_dataset=self.training_views(device),
+            samples=len(splits["train"]),
+            train_dataset=self.training_views(device, on_labels),
             eval_dataset=self.data.views("validation", device) if validate and "validation" in splits else None,
             data_collator=identity_collate,
             compute_metrics=trainer_metrics,
             **trainer,
         )
 
-    def training_views(self, device: torch.device) -> ImageViews:
-        """The augmented training images."""
-        strong = self.args.strong_augmentation
-        return self.data.views("train", device, augment=True, seed=self.args.seed, strong=strong)
+    def training_views(self, device: torch.device, on_labels: bool = False) -> ImageViews:
+        """The augmented training images, or those with a label."""
+        strong, data = self.args.strong_augmentation, self.data.labelled_train() if on_labels else self.data
+        return data.views("train", device, augment=True, seed=self.args.seed, strong=strong)
 
     def teacher_view_cache(self, teacher: nn.Module, folder: Path) -> TeacherViews:
         """The cache of the teacher's logits for every view. Call `validate_teacher_views` first."""
@@ -150,10 +160,17 @@ class ImageRun(TrainerRun):
 
     # ---- reports ----
 
-    def evaluate_teacher(self, name: str, teacher: ImageClassifier | EnsembleTeacher) -> tuple[dict[str, Any], Logits]:
-        """`evaluate`, with a warning if the teacher is no better than chance."""
+    def evaluate_teacher(
+        self,
+        name: str,
+        teacher: ImageClassifier | EnsembleTeacher,
+        results: tuple[dict[str, Any], Logits] | None = None,
+    ) -> tuple[dict[str, Any], Logits]:
+        """`evaluate`, or its `results` if the teacher is evaluated already, with a warning if the teacher is no better
+        than chance.
+        """
         data, split = self.data, self.data.selection_split
-        entry, logits = evaluate(name, teacher, data, workers=self.args.dataloader_num_workers)
+        entry, logits = results or evaluate(name, teacher, data, workers=self.args.dataloader_num_workers)
         labels, accuracy = data.splits[split].labels.numpy(), entry["metrics"][split]["accuracy"]
         self.warn(classifier_warning(name, "accuracy", accuracy, labels, len(data.label_names), split))
         return entry, logits

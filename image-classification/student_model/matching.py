@@ -9,7 +9,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from kd.common.methods import Feature, ModelFeatures, TaskSpec, some_of_each_class
+from kd.common.methods import Feature, ModelFeatures, TaskSpec, depth_map, some_of_each_class
 from kd.common.outputs import FeatureHooks
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
@@ -22,12 +22,23 @@ _CACHE: dict[tuple[str, int, str, str], "ImageFeatures"] = {}
 
 
 def task_spec(student: ImageClassifier, teacher: ImageClassifier, data: ImageData, views: int = 1) -> TaskSpec:
-    """The TaskSpec of two classifiers and the images that both are trained on, with `views` views of each image."""
+    """The TaskSpec of two classifiers and the images that both are trained on, with `views` views of each image.
+
+    Stages of one size, the blocks of a ViT, are reduced to as many as the other network has, evenly spaced.
+    """
+
+    def features_of(model: ImageClassifier) -> ModelFeatures:
+        features, other = image_features(model), image_features(teacher if model is student else student)
+        number = len(other.stages)
+        if not model.backbone.same_size or number >= len(features.stages):
+            return features
+        return replace(features, stages=[features.stages[j] for _, j in depth_map(number, len(features.stages))])
+
     return TaskSpec(
         classes=len(data.label_names),
         student=student,
         teacher=teacher,
-        features_of=image_features,
+        features_of=features_of,
         pool=pooled,
         flatten=flattened,
         labels=data.splits["train"].labels,
@@ -75,7 +86,7 @@ def image_features(model: ImageClassifier) -> ImageFeatures:
     Raises UserError for images that are too small, and for features that are not square maps.
     """
     config, head = model.config, head_path(model)
-    key = config.architecture, config.image_size, head, str(config.projector)
+    key = config.architecture, config.image_size, head, str((config.projector, config.network))
     if key not in _CACHE:
         stages, blocks = stage_paths(model), block_paths(model)
         shapes = _probe(model, {*stages, *blocks, head})
@@ -100,7 +111,7 @@ def _probe(model: ImageClassifier, paths: set[str]) -> dict[str, Feature]:
     try:
         model.eval()(images.to(model.device))
         maps = hooks.take()
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:
         raise UserError(f"{model.config.architecture} does not support images of {size} pixels: {error}") from error
     finally:
         hooks.remove()

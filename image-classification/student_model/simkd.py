@@ -8,9 +8,10 @@ evaluated, saved and deployed with it.
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.common import losses
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.methods import Feature, Method, depth_map, labels, match
 from kd.common.objective import FeatureLoss, soft_targets, teacher_is_right
 from kd.common.outputs import Outputs
@@ -33,7 +34,13 @@ def simkd_student(
 ) -> ImageClassifier:
     """Backbone, projector and a frozen copy of the teacher's head; or the control, whose head is new and trained."""
     projector = _projector_to(image_features(teacher).head, factor)
-    student = new_classifier(architecture, data.config, projector=projector, bottleneck=teacher.config.bottleneck)
+    if not isinstance(teacher.head, nn.Linear | DiscreteKeyValueBottleneck):
+        raise UserError(
+            f"SimKD reuses the teacher's linear classifier, which {teacher.config.architecture} does not end in: pass "
+            "another --teacher, or a method on logits such as --method kd"
+        )
+    parts = {"projector": projector, "bottleneck": teacher.config.bottleneck, "pool": teacher.config.pool}
+    student = new_classifier(architecture, data.config, **parts)
     if reuse_head:
         student.head.load_state_dict(teacher.head.state_dict())
         student.head.requires_grad_(False)

@@ -137,7 +137,7 @@ def sweep(
     if teacher_views:
         validate_teacher_views(teacher_views, data, training)
     training = shared_arguments(training)
-    teacher, data, pretrained = pair.load_teacher(data, training.seed)
+    teacher, data, pretrained, known = pair.load_teacher(data, training)
     build = partial(build_student, architecture=pair.student, data=data, args=training, weights=weights)
     auxiliary_parameters = {  # raises UserError if the networks do not fit
         key: build(student, teacher)[1].auxiliary_parameters
@@ -155,7 +155,7 @@ def sweep(
     if PartialState().is_main_process:
         print(f"{number - sum(map(len, missing.values()))} of {number} students are already finished")
     if any(missing.values()):
-        teacher_results = run.evaluate_teacher(pair.teacher, teacher)
+        teacher_results = run.evaluate_teacher(pair.teacher, teacher, known)
         for seed_run in run.each_seed():
             for _, members in groupby(missing[seed_run.args.seed], lambda student: student.learning_rate):
                 group = list(members)
@@ -201,18 +201,20 @@ def build_student(
     args: ImageTrainingArguments,
     weights: SimKDWeights,
 ) -> tuple[ImageClassifier, Method]:
-    """An untrained student and its method."""
+    """An untrained student and its method. Raises UserError for a method that needs labels which the data lack."""
+    train_labels = data.splits["train"].labels
     if student.method == SIMKD:
         simkd_args = SimKDArguments(**asdict(weights), projector=student.projector, feature_loss=student.feature_loss)  # type: ignore[arg-type]
         model = simkd_student(architecture, teacher, data, weights.projector_factor)
-        return model, simkd(model, teacher, simkd_args, args.temperature)
+        return model, simkd(model, teacher, simkd_args, args.temperature).for_labels(train_labels)
     if student.method == CONTROL:
         model = simkd_student(architecture, teacher, data, weights.projector_factor, reuse_head=False)
     else:
         model = new_classifier(architecture, data.config)
     if student.is_control:
-        return model, labels()
-    return model, image_method(student.method, args)(task_spec(model, teacher, data, args.views))
+        return model, labels().for_labels(train_labels)
+    method = image_method(student.method, args)(task_spec(model, teacher, data, args.views))
+    return model, method.for_labels(train_labels)
 
 
 def train_group(

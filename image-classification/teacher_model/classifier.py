@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.outputs import Outputs
-from kd.image_classification.teacher_model.backbones import build_backbone
+from kd.common.utils.devices import AUTOCAST
+from kd.image_classification.teacher_model.backbones import build_backbone, new_network
 from kd.image_classification.teacher_model.backbones.base import initialize
+from kd.image_classification.teacher_model.backbones.network import NetworkBackbone, average_pooled
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -66,19 +67,23 @@ class Projector(nn.Module):
 class ImageClassifierConfig(PreTrainedConfig):
     """Configuration of an ImageClassifier.
 
-    architecture: name of a backbone (`resnet8x4`, `timm:resnet18`).
+    architecture: name of a backbone (`resnet8x4`, `timm:resnet18`, `package.module:factory`).
+    network: for a network that this project does not define, its `Structure` and, of transformers, its configuration.
     image_size, mean, std: inputs are square images, (pixels between 0 and 1 - `mean`) / `std`.
     projector: arguments of `Projector`, for a student that reuses its teacher's head. As in SimKD, the projector reads
         the map of the last stage, so the backbone has no last 1x1 convolution (`Backbone.last`).
+    pool: the map is averaged to pool x pool parts for the head; 1 for a global average.
     bottleneck: arguments of `DiscreteKeyValueBottleneck` except width and outputs; None for a linear head.
     """
 
     model_type = "image_classifier"
     architecture: str = "resnet8x4"
+    network: dict[str, Any] | None = None
     image_size: int = 32
     mean: list[float] | None = None
     std: list[float] | None = None
     projector: dict[str, Any] | None = None
+    pool: int = 1
     bottleneck: dict[str, Any] | None = None
 
     @property
@@ -89,7 +94,7 @@ class ImageClassifierConfig(PreTrainedConfig):
 
 
 class ImageClassifier(PreTrainedModel):
-    """Images (batch, 3, h, w) -> backbone -> [projector] -> global average -> head -> logits (batch, labels).
+    """Images (batch, 3, h, w) -> backbone -> [projector] -> average -> head -> logits (batch, labels).
 
     Features: `map`, the last map, and `pooled`, its average, which is the head's input. The trained module is the one
     that is evaluated, saved and exported.
@@ -101,17 +106,21 @@ class ImageClassifier(PreTrainedModel):
 
     def __init__(self, config: ImageClassifierConfig) -> None:
         super().__init__(config)
-        self.backbone = build_backbone(config.architecture)
+        classes = len(config.id2label or {})
+        self.backbone = build_backbone(config.architecture, config.network, config.image_size, classes)
         if config.projector:
             self.backbone.remove_last()
-        width, classes = self.backbone.num_features, len(config.id2label or {})
+        width = self.backbone.num_features
         self.projector = None
         if config.projector:
             self.projector = Projector(width, **config.projector)
             width = config.projector["out_channels"]
+        width *= config.pool**2
         self.head: nn.Module
         if config.bottleneck:
             self.head = DiscreteKeyValueBottleneck(width, classes, **config.bottleneck)
+        elif config.network and not config.network["heads"] and not config.projector:
+            self.head = nn.Identity()  # the features are the network's logits
         else:
             self.head = nn.Linear(width, classes)
             self.backbone.initialize_head(self.head)
@@ -129,7 +138,7 @@ class ImageClassifier(PreTrainedModel):
         if pixel_values is None:
             raise ValueError("ImageClassifier needs pixel_values, or codes for its bottleneck")
         features = self.last_map(pixel_values)
-        pooled = features.mean((2, 3))  # (batch, channels)
+        pooled = average_pooled(features, self.config.pool)  # (batch, channels * pool²)
         return Outputs(logits=self.head(pooled), features={"map": features, "pooled": pooled})
 
     @property
@@ -140,8 +149,8 @@ class ImageClassifier(PreTrainedModel):
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """Pooled features (batch, channels), the input of the head, in fp32."""
-        return reduce(self.last_map(pixel_values), "batch channel h w -> batch channel", "mean").float()
+        """Pooled features (batch, channels * pool²), the input of the head, in fp32."""
+        return average_pooled(self.last_map(pixel_values), self.config.pool).float()
 
     def last_map(self, pixel_values: Tensor) -> Tensor:
         """The map (batch, channels, h', w') whose average is the head's input."""
@@ -152,6 +161,10 @@ class ImageClassifier(PreTrainedModel):
 
 def new_classifier(architecture: str, data_config: dict[str, Any], **parts: Any) -> ImageClassifier:
     """A classifier with random weights. `data_config`: `ImageData.config` of the training images."""
+    size, classes = data_config.get("image_size", ImageClassifierConfig.image_size), data_config.get("id2label", {})
+    network = new_network(architecture, size, len(classes))
+    if network is not None:
+        parts = {"network": network, "pool": network["pool"]} | parts
     return ImageClassifier(ImageClassifierConfig(architecture=architecture, **data_config, **parts))
 
 
@@ -163,15 +176,17 @@ AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)
 
 
 def frozen(teacher: Network, precision: str) -> Network:
-    """A frozen copy for fast inference: channels_last, bf16 if that is the precision, and batch norms folded into the
-    convolutions before them.
+    """A frozen copy for fast inference: channels_last, bf16 or fp16 if that is the precision, and batch norms folded
+    into the convolutions before them.
     """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = AUTOCAST.get(precision, torch.float32)
     for model in [module for module in teacher.modules() if isinstance(module, ImageClassifier)]:
         for part in filter(None, (model.backbone, model.projector)):
-            _fold_batch_norms(part)
-            part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            is_foreign = isinstance(part, NetworkBackbone)
+            _fold_batch_norms(part.network if isinstance(part, NetworkBackbone) else part)
+            # Networks of other projects may compute in types that bf16 weights do not fit; autocast casts these.
+            part.to(dtype=torch.float32 if is_foreign else dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return teacher
 
 

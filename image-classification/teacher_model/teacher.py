@@ -1,37 +1,50 @@
 """Loading teachers: the folder of a trained classifier, a pretrained network of timm, or an untrained architecture."""
 
-import os
-import textwrap
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import timm
-import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
-from kd.common.data.sources import offline_if_unreachable, shorten
+from kd.common.data.sources import shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
-from kd.image_classification.teacher_model.backbones import TIMM, known_weights
+from kd.image_classification.teacher_model.backbones.factories import TIMM, TRANSFORMERS
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
+from kd.image_classification.teacher_model.published import Normalization, load_transformers, load_weights
+from kd.image_classification.teacher_model.timm_weights import pretrained_classifier
 
 IMAGENET_CLASSES = 1000  # in the order of their WordNet ids
-TOLERANCE = 1e-4  # of logits, relative to the largest
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ANY = Normalization()
+FILE_ADVICE = (
+    "pass --teacher FILE --teacher_architecture NAME with the network of these weights (resnet32x4, wrn_40_2, "
+    "timm:NAME, package.module:factory) and, if they are known, --teacher_mean and --teacher_std of its training and "
+    "--teacher_accuracy of its publication; the accuracy is measured before anything is trained"
+)
 
 
-def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier, ImageData, bool]:
+def load_teacher(
+    name: str, data: ImageData, seed: int, weights: str | None = None, normalization: Normalization = ANY
+) -> tuple[ImageClassifier, ImageData, bool]:
     """Returns the teacher NAME, the data in its normalization, and whether the teacher is pretrained.
 
-    The classifier of a folder is pretrained, and so is a network of timm if the data have ImageNet's classes. Any
-    other NAME is an architecture, which is initialized with `seed`; the data are then unchanged.
+    The classifier of a folder is pretrained, and so are an architecture with `weights`, a file, an image classifier of
+    transformers, and a network of timm if the data have ImageNet's classes. Any other NAME is an architecture, which
+    is initialized with `seed`; the data are then unchanged. Raises UserError for a `normalization` without effect.
     """
+    if weights is not None:
+        return *load_weights(name, weights, data, normalization), True
     folder = trained_folder(name)
+    if is_transformers(name, folder):
+        return *load_transformers(str(folder or name), data, normalization), True
+    if normalization != ANY:
+        raise UserError(
+            f"--teacher_mean and --teacher_std have no effect, because teacher {name} has a normalization: leave them "
+            "out"
+        )
     if folder:
         return *load_trained(folder, data), True
     if name.startswith(TIMM) and len(data.label_names) == IMAGENET_CLASSES:
@@ -39,6 +52,23 @@ def load_teacher(name: str, data: ImageData, seed: int) -> tuple[ImageClassifier
         return model, replace(data, mean=model.config.mean, std=model.config.std), True
     set_seed(seed)
     return new_classifier(name, data.config), data, False
+
+
+def is_own(name: str) -> bool:
+    """Whether NAME is a folder of a classifier that this project trained."""
+    folder = trained_folder(name)
+    return folder is not None and not is_transformers(name, folder)
+
+
+def is_transformers(name: str, folder: Path | None) -> bool:
+    """Whether a folder with a configuration is of another model than an ImageClassifier, or NAME is a Hub name."""
+    if folder is None:
+        return HUB_NAME.fullmatch(name) is not None
+    with reading(folder, "an image classifier"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return type(config) in AutoModelForImageClassification._model_mapping and not isinstance(
+        config, ImageClassifierConfig
+    )
 
 
 def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
@@ -79,12 +109,9 @@ def trained_folder(name: str) -> Path | None:
     if is_folder:
         raise UserError(f"no classifier in folder {name}: it has no config.json; train_teacher.py creates one")
     if is_file:
-        raise UserError(
-            f"{name} is a file: pass the folder of a classifier that train_teacher.py created, the name of a network "
-            f"to train, or {TIMM}NAME; pretrained_classifier(NAME, checkpoint=FILE).save_pretrained(FOLDER) converts "
-            "weights of timm"
-        )
-    if "/" in name and not name.startswith(TIMM):
+        raise UserError(f"{name} is a file: {FILE_ADVICE}")
+    is_network = name.startswith((TIMM, TRANSFORMERS)) or HUB_NAME.fullmatch(name)
+    if "/" in name and not is_network:
         raise UserError(f"there is no folder {shorten(name)}: train_teacher.py --output_dir FOLDER creates one")
     return None
 
@@ -128,107 +155,4 @@ def _check_labels(folder: Path, labels: list[str], data: ImageData) -> None:
     raise UserError(
         f"{folder} has {len(labels)} labels ({', '.join(labels[:3])}, ...), {data.name} has {len(data.label_names)} "
         f"({', '.join(data.label_names[:3])}, ...): pass a teacher with the same labels"
-    )
-
-
-# ---- timm's pretrained networks ----
-
-
-def pretrained_classifier(
-    name: str,
-    checkpoint: str | None = None,
-    label_names: list[str] | None = None,
-    image_size: int | None = None,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-) -> ImageClassifier:
-    """timm's NAME (`resnet18`, `resnet18.a1_in1k`) with pretrained weights, in evaluation mode.
-
-    Raises UserError for weights that cannot be loaded, and for a network that does not end in a map, global average
-    pooling and one linear layer, as an ImageClassifier does. The logits are compared with those of timm's network.
-
-    Args:
-        checkpoint: file with weights of timm's network (.safetensors or torch.save); default: the weights on the Hub.
-        label_names: by class id; default: ImageNet's.
-        image_size, mean, std: of the images that the weights were trained on; default: timm's.
-    """
-    weights = known_weights(name)
-    labels = label_names or _imagenet_labels(name, weights.num_classes)
-    if checkpoint is None and len(labels) != weights.num_classes:
-        raise UserError(f"timm's {name} has {weights.num_classes} classes, not the {len(labels)} of label_names")
-    size = image_size or weights.input_size[-1]
-    data_config = {
-        "image_size": size,
-        "mean": mean or list(weights.mean),
-        "std": std or list(weights.std),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-    model = new_classifier(f"{TIMM}{name}", data_config).eval()
-    original = _load(name, checkpoint, len(labels)).eval()
-    images = torch.randn(2, 3, size, size, generator=torch.Generator())
-    with torch.no_grad():
-        expected = original(images)
-        _copy_weights(model, name, original)
-        difference = (model(images).logits - expected).abs().max() / expected.abs().max()
-    if not difference <= TOLERANCE:
-        raise UserError(_unsupported_head(name, f"the logits would differ by {difference:.2%}"))
-    return model
-
-
-def _copy_weights(model: ImageClassifier, name: str, original: Any) -> None:
-    """Copies all weights of timm's network, and removes its classifier."""
-    head = original.get_classifier()
-    if not isinstance(head, nn.Linear):
-        raise UserError(_unsupported_head(name, f"its classifier is {textwrap.shorten(str(head), 200)}"))
-    try:
-        model.head.load_state_dict(head.state_dict())
-        original.reset_classifier(0, "")
-        buffers = dict(original.named_buffers())  # also those that timm does not save
-        model.backbone.get_submodule("model").load_state_dict({**original.state_dict(), **buffers})
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise UserError(_unsupported_head(name, textwrap.shorten(str(error), 200))) from error
-
-
-def _load(name: str, checkpoint: str | None, classes: int) -> Any:
-    """timm's network with its classifier, and with weights from the file or from the Hub."""
-    if checkpoint is None:
-        try:
-            with offline_if_unreachable():
-                return timm.create_model(name, pretrained=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = textwrap.shorten(str(error), 300).rstrip(".")
-            raise UserError(
-                f"cannot get timm's pretrained weights of {name} ({reason}): pass the local folder of a trained "
-                "classifier instead, or the file of these weights as checkpoint"
-            ) from error
-    if not os.path.isfile(checkpoint):
-        raise UserError(f"there is no file {checkpoint}: pass one with weights of timm's {name}")
-    # With another number of classes timm would silently skip the weights of the classifier.
-    overlay = {"file": checkpoint, "num_classes": classes, "custom_load": False}
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # each format has its own exceptions for damaged files and other networks
-        reason = textwrap.shorten(str(error), 300)
-        raise UserError(f"{checkpoint} holds no weights of timm's {name} with {classes} classes ({reason})") from error
-
-
-def _imagenet_labels(name: str, classes: int) -> list[str]:
-    """WordNet's description of each class, with the WordNet id if several classes have the same description."""
-    subset = infer_imagenet_subset({"num_classes": classes})
-    if subset is None:
-        raise UserError(f"timm's {name} has {classes} classes, which are not ImageNet's: pass label_names")
-    info = ImageNetInfo(subset)
-    descriptions = info.label_descriptions()
-    count = Counter(descriptions)
-    return [
-        text if count[text] == 1 else f"{text} ({wordnet_id})"
-        for text, wordnet_id in zip(descriptions, info.label_names(), strict=True)
-    ]
-
-
-def _unsupported_head(name: str, reason: str) -> str:
-    return (
-        f"timm's {name} does not end in global average pooling and one linear layer ({reason}): choose a network that "
-        "does, such as resnet18"
     )

@@ -43,7 +43,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
-from kd.nlp.student_model.evaluation import predict, text_metrics
+from kd.nlp.student_model.evaluation import predict
 from kd.nlp.student_model.inputs import Inputs, inputs_of_seed, load_inputs, validate_arguments
 from kd.nlp.student_model.methods import (
     attentions,
@@ -287,11 +287,11 @@ def test_an_ensemble_is_evaluated_by_its_mean_logits(small, teachers, tmp_path):
         )
         texts = Texts.of(data, tokenizer)
         logits.append(predict(model, texts.splits["validation"], texts.collate))
-    expected = text_metrics(
-        data, 0.75 * logits[0] + 0.25 * logits[1], np.asarray(texts.splits["validation"]["labels"])
+    expected = data.scores.metrics(
+        0.75 * logits[0] + 0.25 * logits[1], np.asarray(texts.splits["validation"]["labels"])
     )
     assert {name: found["metrics"]["validation"][name] for name in expected} == pytest.approx(expected)
-    assert expected != text_metrics(data, logits[0], np.asarray(texts.splits["validation"]["labels"]))
+    assert expected != data.scores.metrics(logits[0], np.asarray(texts.splits["validation"]["labels"]))
     assert found["parameters"] == 2 * model.num_parameters()
 
 

@@ -16,12 +16,15 @@ import numpy as np
 import pandas
 import pyarrow.csv
 import pytest
+import torch
 
 from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
+from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
-from kd.nlp.data.loading import TextData, Texts, load_text_data, with_label_order
+from kd.nlp.data.loading import Collator, TextData, Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import metrics_by_split
+from kd.nlp.teacher_model.teacher import tiny_bert
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 Columns = dict[str, list]
@@ -86,8 +89,8 @@ def test_intents_are_the_same_for_the_same_seed_and_in_another_process(capsys: p
 def test_no_intent_text_occurs_twice() -> None:
     found = load_intents()
     every = [text for split in found.values() for text in split["text"]]
-    assert len(every) == len(set(every)) == 9000
-    assert {name: len(rows) for name, rows in found.items()} == {"train": 6000, "validation": 1500, "test": 1500}
+    assert len(every) == len(set(every)) == 14_500
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 10_000, "validation": 1500, "test": 3000}
 
 
 def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> None:
@@ -96,7 +99,7 @@ def test_there_are_many_intents_some_of_them_rare_and_none_in_the_majority() -> 
     assert names == [*INTENTS, "oos"] and len(names) == 41
     assert "oos" in load_text_data("intents").label_names
     train = Counter(found["train"]["intent"])
-    assert len(train) == 41 and sum(count < 80 for count in train.values()) == 10
+    assert len(train) == 41 and sum(count < 100 for count in train.values()) == 10
     assert max(Counter(found["validation"]["intent"]).values()) / 1500 < 0.15
     assert len({word for text in found["train"]["text"] for word in text.split()}) < 3000
 
@@ -112,10 +115,28 @@ def test_train_never_uses_excluded_alternatives() -> None:
 
 def test_intents_schema() -> None:
     data = load_text_data("intents")
-    assert (data.name, data.primary_metric, data.regression, data.num_labels) == ("intents", "accuracy", False, 41)
+    assert (data.name, data.primary_metric, data.task, data.num_labels) == (
+        "intents",
+        "accuracy",
+        "classification",
+        41,
+    )
     for rows in data.splits.values():
         assert rows.column_names == ["text", "label", "row", "sample_id"]
         assert rows["sample_id"][:] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_those_of_the_padding_of_transformers(side: str) -> None:
+    made = tiny_bert(load_text_data("intents"))
+    made.tokenizer.padding_side = side
+    tokens = [made.tokenizer(text) for text in ("cancel", "set an alarm", "a timer")]
+    rows = [{**columns, "labels": 1, "sample_id": i} for i, columns in enumerate(tokens)]
+    batch = Collator(made.tokenizer)([row | {"length": 0} for row in rows])
+    reference = made.tokenizer.pad(rows, return_tensors="pt")
+    assert batch.keys() == reference.keys()
+    for name, values in batch.items():
+        assert torch.equal(values, reference[name]) and values.dtype == reference[name].dtype
 
 
 # Local folders
@@ -136,7 +157,12 @@ def test_all_formats_load_the_same_data(tmp_path: Path, format: str) -> None:
 def test_scores_stay_floats_in_every_format(tmp_path: Path, format: str) -> None:
     pairs = {"sentence1": texts(4), "sentence2": texts(4, 50), "label": [3.8, 0.0, 4.9999, 5.0]}
     data = load_text_data(write(tmp_path / format, format, train=pairs, dev=pairs))
-    assert data.regression and data.num_labels == 1 and data.label_names == [] and data.primary_metric == "spearman"
+    assert (
+        data.task == "regression"
+        and data.num_labels == 1
+        and data.label_names == []
+        and data.primary_metric == "spearman"
+    )
     assert data.splits["validation"]["label"][:] == pytest.approx([3.8, 0.0, 4.9999, 5.0])
     assert data.splits["train"].column_names == ["text", "text_pair", "label", "row", "sample_id"]
     assert data.fingerprint == load_text_data(write(tmp_path / "p", train=pairs, validation=pairs)).fingerprint
@@ -199,7 +225,7 @@ def test_columns_are_inferred_or_named(tmp_path: Path) -> None:
     assert data.splits["train"]["text"][:] == rows["body"] and data.label_names == ["a", "b"]
     assert load_text_data(folder, ["title", "body"], "topic").splits["train"]["text_pair"][:] == rows["body"]
     lone = {"body": texts(3), "score": [0.5, 1.5, 2.5]}
-    assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).regression
+    assert load_text_data(write(tmp_path / "lone", train=lone, val=lone)).task == "regression"
 
 
 # Typical files: a pandas index, a score next to the label, label names next to label ids
@@ -227,9 +253,9 @@ def test_an_ambiguous_label_column_is_an_error(tmp_path: Path) -> None:
         assert "the label column (airline_sentiment, airline_sentiment_confidence)" in message
         assert "--label_column" in message
         data = load_text_data(folder, None, "airline_sentiment")
-        assert data.label_names == ["bad", "good"] and not data.regression
+        assert data.label_names == ["bad", "good"] and data.task == "classification"
         assert data.notes[0].endswith("'airline_sentiment_confidence' not used")
-        assert load_text_data(folder, None, "airline_sentiment_confidence").regression
+        assert load_text_data(folder, None, "airline_sentiment_confidence").task == "regression"
 
 
 def test_label_names_next_to_label_ids_are_not_a_second_text(tmp_path: Path) -> None:
@@ -247,11 +273,88 @@ def test_texts_and_labels_of_digits_are_the_same_in_every_split(tmp_path: Path) 
     assert data.label_names == ["false", "maybe", "true"] and data.splits["test"]["label"][:] == [2, 0]
 
 
-def test_rows_without_a_label_are_left_out_with_their_texts(tmp_path: Path) -> None:
-    data = load_text_data(write(tmp_path, "csv", **small(["a", "", "b", None, "a"], ["b", "a"])))
-    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, 1, 0]
-    assert data.splits["train"]["text"][:] == [texts(5)[i] for i in (0, 2, 4)]
-    assert "2 of 5 rows of train have no label and are left out" in data.notes
+def test_rows_of_train_without_a_label_are_unlabelled(tmp_path: Path) -> None:
+    splits = small(["a", "", "b", None, "a"], ["b", "", "a"])
+    data = load_text_data(folder := write(tmp_path, "csv", **splits))
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, IGNORED, 1, IGNORED, 0]
+    assert data.splits["train"]["text"][:] == texts(5)
+    assert "2 of 5 rows of train have no label: they train the student by the teacher's outputs alone" in data.notes
+    assert data.splits["validation"]["label"][:] == [1, 0]  # metrics need labels
+    assert "1 of 3 rows of validation have no label and are left out" in data.notes
+    dropped = load_text_data(folder, drop_unlabelled=True)
+    assert dropped.splits["train"]["text"][:] == [texts(5)[i] for i in (0, 2, 4)]
+    assert "2 of 5 rows of train have no label and are left out" in dropped.notes
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("name", ["unlabelled", "unlabeled", "unsupervised"])
+def test_a_split_of_unlabelled_texts_joins_train(tmp_path: Path, format: str, name: str) -> None:
+    splits = small(["a", "b", "a"])
+    splits["train"]["id"] = [7, 8, 9]
+    extra = {"text": texts(2, 500), "label": ["a", "secret"]} if name == "unsupervised" else {"text": texts(2, 500)}
+    data = load_text_data(write(tmp_path, format, **splits, **{name: extra}))
+    assert data.splits["train"]["text"][:] == [*texts(3), *texts(2, 500)]
+    assert data.splits["train"]["label"][:] == [0, 1, 0, IGNORED, IGNORED] and data.label_names == ["a", "b"]
+    assert ("column 'label' of split unlabelled is not used" in data.notes) == (name == "unsupervised")
+    dropped = load_text_data(str(tmp_path), drop_unlabelled=True)
+    assert len(dropped.splits["train"]) == 3 and f"split {name} is not used" in dropped.notes
+
+
+def test_scores_and_ids_may_be_missing_too(tmp_path: Path) -> None:
+    data = load_text_data(write(tmp_path / "scores", "csv", **small([0.5, None, 2.0], [1.5, 0.0])))
+    assert data.task == "regression" and np.isnan(data.splits["train"]["label"][1])
+    assert data.notes[-2] == "labels: scores from 0 to 2"
+    data = load_text_data(write(tmp_path / "ids", **small([0, -1, 2, 1, -1], [1, 0])))
+    assert data.splits["train"]["label"][:] == [0, IGNORED, 2, 1, IGNORED]
+    assert with_label_order(data, ["2", "1", "0"]).splits["train"]["label"][:] == [2, IGNORED, 0, 1, IGNORED]
+
+
+def test_train_may_have_no_labels_at_all(tmp_path: Path) -> None:
+    valid = {"text": texts(4, 90), "label": ["a", "b", "b", "a"]}
+    for name, column in (("without", {}), ("empty", {"label": [""] * 3})):
+        data = load_text_data(write(tmp_path / name, "csv", train={"text": texts(3)} | column, validation=valid))
+        assert data.splits["train"]["label"][:] == [IGNORED] * 3 and data.label_names == ["a", "b"]
+    data = load_text_data(write(tmp_path / "split", "csv", unlabeled={"text": texts(3)}, validation=valid))
+    assert data.splits["train"]["label"][:] == [IGNORED] * 3
+    message = error_of(write(tmp_path / "none", "csv", train={"text": texts(3)}, test=valid))
+    assert "too few training rows with a label" in message and "add a validation split" in message
+
+
+def test_a_placeholder_is_no_label(tmp_path: Path) -> None:
+    folder = write(tmp_path, "csv", **small(["a", "unknown", "b", "?", "a"], ["b", "a", "?"]))
+    data = load_text_data(folder, unlabelled_label=["unknown", "?"])
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [0, IGNORED, 1, IGNORED, 0]
+    assert "no label in column 'label' is 'none'" in (message := error_of(folder, unlabelled_label=["none"]))
+    assert "--unlabelled_label" in message
+    named = datasets.ClassLabel(names=["a", "todo", "b"])
+    rows = datasets.Dataset.from_dict(
+        {"text": texts(3), "label": [2, 1, 0]},
+        features=datasets.Features({"text": datasets.Value("string"), "label": named}),
+    )
+    data = load_text_data(
+        write(tmp_path / "ids", train=rows, validation=rows.select([0, 2])), unlabelled_label=["todo"]
+    )
+    assert data.label_names == ["a", "b"] and data.splits["train"]["label"][:] == [1, IGNORED, 0]
+
+
+def test_validation_and_samples_are_chosen_among_the_rows_with_a_label(tmp_path: Path) -> None:
+    labels = ["a" if i % 8 == 0 else "b" if i % 8 == 4 else "" for i in range(400)]
+    folder = write(tmp_path, "csv", train={"text": texts(400), "label": labels})
+    data = load_text_data(folder)
+    assert Counter(data.splits["validation"]["label"]) == {0: 5, 1: 5}
+    assert Counter(data.splits["train"]["label"]) == {0: 45, 1: 45, IGNORED: 300}
+    assert "10 rows of train with a label, a stratified 10%" in data.notes[-1]
+    some = load_text_data(folder, max_train_samples=39)
+    counts = Counter(some.splits["train"]["label"])
+    assert counts[IGNORED] == 30 and counts[0] + counts[1] == 9 and abs(counts[0] - counts[1]) == 1
+
+
+def test_a_row_with_neither_label_nor_text_is_left_out(tmp_path: Path) -> None:
+    splits = small(["a", "", "b", ""], ["a", "b"])
+    splits["train"]["text"][3] = " "
+    data = load_text_data(write(tmp_path, "csv", **splits))
+    assert data.splits["train"]["label"][:] == [0, IGNORED, 1]
+    assert "rows of train with neither a label nor a text, left out: 1" in data.notes
 
 
 def test_the_flag_decides_between_classes_and_scores(tmp_path: Path) -> None:
@@ -259,7 +362,7 @@ def test_the_flag_decides_between_classes_and_scores(tmp_path: Path) -> None:
     assert "--task" in error_of(folder) and "--label_column" in error_of(folder)
     assert load_text_data(folder, task="classification").label_names == ["1", "2", "5"]
     data = load_text_data(folder, task="regression")
-    assert data.regression and data.splits["train"]["label"][:] == [1.0, 2.0, 5.0, 5.0]
+    assert data.task == "regression" and data.splits["train"]["label"][:] == [1.0, 2.0, 5.0, 5.0]
 
 
 @pytest.mark.parametrize("change", ["order", "cut", "labels", "names"])
@@ -363,8 +466,8 @@ def test_errors_of_columns(tmp_path: Path) -> None:
     assert "no column 'body'" in error_of(folder, ["body"]) and "text, label" in error_of(folder, ["body"])
     assert "no column 'topic'" in error_of(folder, None, "topic")
     assert "does not contain texts" in error_of(folder, ["label"], "text")
-    lists = {"text": texts(2), "label": [[0], [1]]}
-    assert "holds no labels" in error_of(write(tmp_path / "lists", train=lists, validation=lists))
+    lists = {"text": texts(2), "label": [[[0]], [[1]]]}
+    assert "not lists of labels" in error_of(write(tmp_path / "lists", train=lists, validation=lists))
 
 
 @pytest.mark.parametrize("empty", [None, "", "  \n"])
@@ -491,7 +594,7 @@ def test_glue(name: str, rows: dict[str, int], labels: list[str], metric: str) -
 def test_stsb_keeps_its_fractions() -> None:
     data = shared("glue_stsb")
     labels = np.array(data.splits["train"]["label"][:])
-    assert data.regression and labels.min() == 0 and labels.max() == 5 and (labels % 1 != 0).mean() > 0.4
+    assert data.task == "regression" and labels.min() == 0 and labels.max() == 5 and (labels % 1 != 0).mean() > 0.4
     assert labels[1] == pytest.approx(3.8)
 
 
@@ -559,7 +662,7 @@ def test_only_validation_chooses_the_threshold() -> None:
     labels = {split: generator.integers(0, 3, size=60) for split in ("test", "validation")}
     logits = {split: generator.normal(size=(60, 3)) for split in labels}
     splits = {split: datasets.Dataset.from_dict({"labels": values}) for split, values in labels.items()}
-    data, collate = TextData("scoped", splits, SCOPED, False, "accuracy", ""), MagicMock()
+    data, collate = TextData("scoped", splits, SCOPED, "classification", "accuracy", ""), MagicMock()
     texts = Texts(data, splits, collate)
     first = metrics_by_split(texts, logits)
     assert first["test"]["oos_threshold"] == first["validation"]["oos_threshold"] > 0

@@ -115,6 +115,95 @@ def test_the_other_systems(small, tmp_path, recipe, words, method):
         assert isinstance(model, BertForSequenceClassification)
 
 
+@pytest.fixture(scope="session")
+def hidden_labels(small, tmp_path_factory) -> Path:
+    """The small dataset with two thirds of its training labels hidden."""
+    folder = tmp_path_factory.mktemp("data") / "hidden"
+    folder.mkdir()
+    train, validation = (pq.read_table(Path(small) / f"{name}.parquet") for name in ("train", "validation"))
+    ids = np.where(np.arange(len(train)) % 3, -1, train["intent"])
+    place = train.column_names.index("intent")
+    pq.write_table(train.set_column(place, train.schema.field(place), [ids]), folder / "train.parquet")
+    pq.write_table(validation, folder / "validation.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["base", "new_keys"])
+def test_unlabelled_texts_train_the_student_alone(hidden_labels, tmp_path, recipe):
+    words = ["--num_train_epochs", 2] if recipe == "base" else []
+    distill(recipe, "--dataset", hidden_labels, "--output_dir", tmp_path / "run", *words)
+    found = results(tmp_path / "run")
+    assert found["data"]["train"] == 246 and "164 of 246 rows of train have no label" in found["data_notes"]
+    logs = {path.parent.name: json.loads(path.read_text())["history"]
+            for path in (tmp_path / "run" / "stages").glob("*/stage.json")}  # fmt: skip
+    assert not [name for name, entries in logs.items() for entry in entries if not np.isfinite(entry.get("loss", 0))]
+    if recipe == "base":
+        steps = {name: entries[-1]["step"] for name, entries in logs.items()}
+        assert steps["control"] == steps["student_encoder"] + steps["student"] == 18  # 6 batches of 48 in an epoch
+        assert steps["teacher"] == 6
+        evaluated = [entry["step"] for entry in logs["control"] if "eval_accuracy" in entry]
+        assert evaluated == [6, 12, 18]  # as often as the student
+
+
+def test_methods_that_need_labels_reject_unlabelled_texts(hidden_labels, tmp_path, capsys):
+    words = "--dataset", hidden_labels, "--output_dir", tmp_path / "run"
+    with pytest.raises(SystemExit):
+        distill("base", *words, "--method", "dkd")
+    message = capsys.readouterr().err
+    assert "decoupled of --method dkd needs the label" in message and "--drop_unlabelled" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="session")
+def answers(small, tmp_path_factory) -> Path:
+    """The small dataset as CSV files with answers of a language model: right, wrong, no class, none; few labels."""
+    folder = tmp_path_factory.mktemp("data") / "answers"
+    folder.mkdir()
+    names = load_intents()["train"].features["intent"].names
+    for split in ("train", "validation"):
+        frame = pq.read_table(Path(small) / f"{split}.parquet").to_pandas()
+        right = [names[i] for i in frame["intent"]]
+        frame["intent"] = [name if split == "validation" or i % 3 == 0 else None for i, name in enumerate(right)]
+        others = {3: names[0], 5: "not sure", 7: None}
+        frame["model answer"] = [others.get(i % 8, name.replace("_", " ")) for i, name in enumerate(right)]
+        frame.to_csv(folder / f"{split}.csv", sep=";", index=False)
+    return folder
+
+
+def test_a_student_learns_from_a_column_of_answers(answers, tmp_path, capsys):
+    words = ["--dataset", answers, "--teacher_columns", "model answer", "--num_train_epochs", 2, "--report_to", "none"]
+    script("distill_classifier.py", *words, "--output_dir", tmp_path / "run")
+    found = results(tmp_path / "run")
+    assert found["models"]["teacher"] is None and found["models"]["control"] and found["models"]["student"]
+    assert not (tmp_path / "run" / "stages" / "teacher").exists()
+    measured = found["teacher_outputs"]["validation"]
+    assert measured["rows"] == 62 and measured["accuracy"] == pytest.approx(51 / 62, abs=0.03)
+    notes = found["data_notes"]
+    assert "separated by semicolons" in notes and "as hard labels" in notes and "not sure" in notes
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "Teacher outputs" in report and "hard labels" in report
+
+
+def test_flags_of_a_teacher_model_have_no_effect_next_to_its_outputs(answers, tmp_path, capsys):
+    words = ["--dataset", answers, "--teacher_columns", "model answer", "--output_dir", tmp_path / "run"]
+    for more, message in (
+        ("--teacher tiny-bert", "--teacher has no effect"),
+        ("--align_epochs 2", "--align_epochs has no effect"),
+        ("--hidden_weight 1", "--hidden_weight has no effect"),
+        ("--method rkd", "needs features of a teacher"),
+        ("--method dist", "pass --method kd"),
+        ("--method dkd", "needs the label of every"),
+        ("--teacher_columns answer", "no column 'answer'"),
+    ):
+        with pytest.raises(SystemExit):
+            script("distill_classifier.py", *words, *more.split())
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script("distill_classifier.py", "--teacher_values", "logits")
+    assert "--teacher_values has no effect" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_trained_teacher_stays_unchanged(carried, small, tmp_path):
     teacher = carried / "stages" / "teacher"
     distill("keys_carried", "--dataset", small, "--teacher", teacher, "--no_control", "--output_dir", tmp_path / "run")

@@ -26,7 +26,9 @@ def benchmark() -> dict:
 def data() -> TextData:
     texts = ["switch on the lamp", "what is the weather", "switch it off", "will it rain in the city today"] * 3
     rows = Dataset.from_dict({"text": texts, "label": [0, 1] * 6, "sample_id": list(range(12))})
-    return TextData("few", {"train": rows, "validation": rows}, ["lights", "weather"], False, "accuracy", "few")
+    return TextData(
+        "few", {"train": rows, "validation": rows}, ["lights", "weather"], "classification", "accuracy", "few"
+    )
 
 
 def test_every_variant_trains_and_has_its_line(benchmark, data, capsys):

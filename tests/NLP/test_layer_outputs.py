@@ -62,7 +62,9 @@ def classifier(kind: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def texts() -> Texts:
     rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1, 0], "sample_id": list(range(5))})
-    return Texts.of(TextData("few", {"train": rows, "validation": rows}, ["a", "b"], False, "accuracy", "f"), WORDS)
+    return Texts.of(
+        TextData("few", {"train": rows, "validation": rows}, ["a", "b"], "classification", "accuracy", "f"), WORDS
+    )
 
 
 @pytest.fixture

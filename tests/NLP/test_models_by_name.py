@@ -15,7 +15,9 @@ from kd.nlp.student_model.exportable import load
 from kd.nlp.teacher_model.generative import load_translator
 from kd.nlp.teacher_model.teacher import load_classifier, vocabulary
 
-DATA = TextData("two", {"train": datasets.Dataset.from_dict({"text": []})}, ["a", "b"], False, "accuracy", "")
+DATA = TextData(
+    "two", {"train": datasets.Dataset.from_dict({"text": []})}, ["a", "b"], "classification", "accuracy", ""
+)
 LOADERS: dict[str, Callable[[str], Any]] = {
     "classifier": lambda name: load_classifier(name, DATA),
     "translator": lambda name: load_translator(name, 20),

@@ -41,7 +41,7 @@ LABELS = {0: "negative", 1: "positive"}
 
 def two_labels(names: tuple[str, ...] = ("negative", "positive"), metric: str = "accuracy") -> TextData:
     rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1, 0], "sample_id": [0, 1, 2, 3]})
-    return TextData("tastes", {"train": rows, "validation": rows}, list(names), False, metric, "f")
+    return TextData("tastes", {"train": rows, "validation": rows}, list(names), "classification", metric, "f")
 
 
 def tokenizer() -> BertTokenizer:
@@ -315,7 +315,7 @@ def test_data_follow_the_label_order_of_the_model(tmp_path, capsys):
 def test_unnamed_labels_are_an_error(tmp_path):
     folder = str(saved(tmp_path, bert({0: "LABEL_0", 1: "LABEL_1"})))
     for read in (load_trained, in_label_order):
-        with pytest.raises(UserError, match="does not name its 2 labels .LABEL_0, ....*id2label of its config.json"):
+        with pytest.raises(UserError, match="does not name its 2 labels .LABEL_0, ....*--label_names, or --trust"):
             read(folder, two_labels())
     assert load_trained(folder, two_labels(("0", "1"))).trained  # the labels of the data are numbers too
 

@@ -35,7 +35,7 @@ def test_the_code_of_a_plain_student_runs_without_this_project(
     folder = tmp_path / "student"
     student.save_pretrained(folder)
     BertTokenizer(vocab=VOCABULARY).save_pretrained(folder)
-    usage = usage_of(student, pairs=regression, regression=regression)
+    usage = usage_of(student, pairs=regression, task="regression" if regression else "classification")
     (folder / "README.md").write_text(f"```python\n{usage}\n```\n")
     texts = ("some text", "another text") if regression else ("some text",)
     logits = student.eval()(**AutoTokenizer.from_pretrained(folder)(*texts, return_tensors="pt")).logits
@@ -70,7 +70,7 @@ def test_rows_of_a_validation_split_that_was_set_aside_are_those_of_train(tmp_pa
     texts = [f"text {i} {i % 7}" for i in range(60)]
     labels = [None if i % 10 == 3 else "ab"[i % 2] for i in range(60)]
     pandas.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "train.csv", index=False)
-    data = load_text_data(str(tmp_path), max_train_samples=20)
+    data = load_text_data(str(tmp_path), max_train_samples=20, drop_unlabelled=True)
     assert len(data.splits["train"]) == 20 and len(data.splits["validation"]) == 5
     for split in ("train", "validation"):
         rows = data.splits[split]

@@ -282,6 +282,13 @@ def small(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def without_test(small, tmp_path_factory) -> Path:
+    """The same pairs without a test split, on which each model would translate once more."""
+    folder = tmp_path_factory.mktemp("data") / "few_numbers"
+    return shutil.copytree(small, folder, ignore=shutil.ignore_patterns("test.*"))
+
+
 def distill(*words: object) -> None:
     run_script(SCRIPT, recipe_of(*TINY), *words)
 
@@ -315,10 +322,10 @@ def test_a_run_is_complete(finished):
 
 
 @pytest.mark.parametrize("student", ["scratch", "cut"])
-def test_the_control_starts_like_the_student_but_without_trained_weights(small, tmp_path, student):
+def test_the_control_starts_like_the_student_but_without_trained_weights(without_test, tmp_path, student):
     """With a learning rate too small for fp32, students keep their initial weights."""
     words = ["--student", student, "--method", "kd", "--learning_rate", 1e-50, "--teacher_learning_rate", 1e-2]
-    distill("--dataset", small, "--output_dir", tmp_path, *words)
+    distill("--dataset", without_test, "--output_dir", tmp_path, *words)
     start, control, teacher = (
         load_file(tmp_path / "stages" / role / "model.safetensors") for role in ("student", "control", "teacher")
     )
@@ -382,9 +389,9 @@ def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
         assert all(torch.equal(whole[weight], continued[weight]) for weight in whole)
 
 
-def test_several_seeds_share_a_teacher_and_its_translations(small, tmp_path):
+def test_several_seeds_share_a_teacher_and_its_translations(without_test, tmp_path):
     words = ["--seeds", "0,1", "--method", "sequence_kd", "--num_train_epochs", 1, "--teacher_epochs", 1]
-    distill("--dataset", small, "--output_dir", tmp_path, *words)
+    distill("--dataset", without_test, "--output_dir", tmp_path, *words)
     found = results(tmp_path)
     assert found["seeds"] == [0, 1]
     check_verdict_over_seeds(found, [results(tmp_path / f"seed{seed}") for seed in (0, 1)])
@@ -440,12 +447,12 @@ def t5(small, tmp_path_factory) -> Path:
         pytest.param("by name", "t5", marks=pytest.mark.slow),
     ],
 )
-def test_a_t5_as_teacher(small, t5, tmp_path, student, kind):
+def test_a_t5_as_teacher(without_test, t5, tmp_path, student, kind):
     """The student is a cut of it, or has random weights, or is the same T5 by name."""
     words = ["--student", t5 if student == "by name" else student, "--teacher", t5, "--teacher_epochs", 0]
     words += ["--no_control", "--source_prefix", "translate: ", "--max_steps", 2]
     words += [] if student == "by name" else ["--student_encoder_layers", 2]
-    distill("--dataset", small, "--output_dir", tmp_path / "run", *words)
+    distill("--dataset", without_test, "--output_dir", tmp_path / "run", *words)
     saved = tmp_path / "run" / "student"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
     assert model.config.model_type == kind

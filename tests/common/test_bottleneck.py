@@ -30,7 +30,7 @@ def clusters(codebooks: int = 1, per_cluster: int = 200, width: int = 2) -> tupl
 
 @pytest.mark.parametrize(("rows", "codebooks", "codebook_size"), [(1, 1, 1), (17, 3, 8), (1000, 4, 64)])
 def test_chunked_search_equals_brute_force(monkeypatch, rows, codebooks, codebook_size):
-    monkeypatch.setattr(key_search, "SEARCH_BYTES", 7 * 4 * codebooks * codebook_size)  # blocks of seven rows
+    monkeypatch.setattr(key_search, "SEARCH_BYTES", {"cpu": 7 * 4 * codebooks * codebook_size})  # blocks of seven rows
     heads, keys = torch.randn(rows, codebooks, 6), torch.randn(codebooks, codebook_size, 6)
     brute = torch.stack([torch.cdist(heads[:, c].double(), keys[c].double()).argmin(1) for c in range(codebooks)], 1)
     assert torch.equal(nearest_keys(heads, keys), brute)

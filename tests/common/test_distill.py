@@ -183,6 +183,20 @@ def test_regression():
         distill(net(16, 1), net(8, 1), data, method="dkd")
 
 
+def test_several_labels_per_row():
+    x = torch.randn(120, 6)
+    data = TensorDataset(x, (x[:, :3] > 0).float())
+    result = distill(knowing(), net(8), data, num_train_epochs=20, learning_rate=2e-2, per_device_train_batch_size=8)
+    assert result.results["primary_metric"]["name"] == "f1_micro" and result.verdict is not None
+    metrics = result.metrics["student"]["validation"]
+    assert metrics["f1_micro"] > 0.9 and metrics["map"] > 0.9 and {"agreement", "nll"} < metrics.keys()
+    assert distill(net(16), net(), data, method="rkd", features={"0": "0"}, **QUICK).student is not None
+    with pytest.raises(UserError, match="dkd"):
+        distill(knowing(), net(8), data, method="dkd")
+    with pytest.raises(UserError, match="use 0 or 1 for each of them"):
+        distill(knowing(), net(8), TensorDataset(x, x[:, :3]))
+
+
 # ---- students and seeds ----
 
 

@@ -206,25 +206,6 @@ def test_git_commit_of_clean_changed_and_absent_repositories(tmp_path: Path, mon
     assert (tmp_path / ".git" / "index").stat() == index  # a run that is killed meanwhile leaves no index.lock
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")],
-)
-def test_auto_precision_of_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert devices.resolve_precision("auto", torch.device("cpu")) == expected
-    assert devices.resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    assert devices.resolve_precision("bf16", torch.device("cpu")) == "bf16"
-
-
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_auto_precision_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert devices.resolve_precision("auto", torch.device("cuda")) == expected
-
-
 # ---- checksums ----
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kd.common.data.labels import Labels, map_label_ids, read_labels, sort_labels
+from kd.common.data.label_names import map_label_ids, match_names, sort_labels
+from kd.common.data.labels import Labels, read_labels
 from kd.common.utils.errors import UserError
 
 NAMED = datasets.ClassLabel(names=["neg", "pos"])
@@ -191,6 +192,19 @@ def test_ids_are_mapped_to_those_of_a_model_by_name(case: Callable[[str], str]) 
         UserError, match=r"pets has the label 'dog' \(1 row of train\), which is not among Dog, DOG, cat"
     ):
         map_label_ids("pets", ids, data_names, ["Dog", "DOG", "cat"])
+
+
+@pytest.mark.parametrize("name", ["card declined", "Card_Declined", "card-declined", " CARD  DECLINED"])
+def test_names_match_in_any_case_and_with_any_separator(name: str) -> None:
+    assert match_names(["b", name], ["card_declined", "B"]) == [1, 0]
+    unambiguous = {"Card_Declined": 0, "card-declined": 1}  # the others match both
+    assert match_names([name], ["card_declined", "card-declined", "b"]) == [unambiguous.get(name, -1)]
+
+
+def test_rows_without_a_label_have_none_in_any_order() -> None:
+    assert map_label_ids("d", {"train": np.array([1, -100, 0])}, ["a", "b"], ["b", "c", "a"])["train"].tolist() == [
+        0, -100, 2
+    ]  # fmt: skip
 
 
 def test_numbers_come_first_and_by_size() -> None:

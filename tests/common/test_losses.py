@@ -47,6 +47,7 @@ LOSSES = {
     "spatial_kl": (losses.spatial_kl, MAPS),
     "hierarchical_l2": (losses.hierarchical_l2, MAPS),
     "partial_l2": (partial_l2, MAPS),
+    "binary_soft_target_kl": (losses.binary_soft_target_kl, (4, 3)),
     "regression_mse": (losses.regression_mse, (4,)),
     "regression_huber": (losses.regression_huber, (4,)),
 }
@@ -505,3 +506,39 @@ def test_attention_kl_ignores_padding_and_accepts_other_widths():
     assert losses.attention_kl(pred, pred, pred, pred, 2, mask).item() == pytest.approx(0, abs=1e-7)
     with pytest.raises(ValueError, match="3 heads"):
         losses.attention_kl(pred, pred, target, target, 3)
+
+
+# ---- independent labels ----
+
+
+def test_binary_losses_by_hand():
+    logits, labels = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.0, 0.0]])
+    expected = (math.log(2) + math.log(4)) / 2  # probabilities 1/2 and 3/4
+    assert losses.binary_cross_entropy(logits, labels).item() == pytest.approx(expected)
+    smooth = (math.log(2) + 0.1 * -math.log(0.75) + 0.9 * math.log(4)) / 2  # targets 0.9 and 0.1
+    assert losses.binary_cross_entropy(logits, labels, smoothing=0.2).item() == pytest.approx(smooth)
+    teacher = torch.tensor([[math.log(3), math.log(3)]])
+    divergence = (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)) / 2
+    assert losses.binary_soft_target_kl(logits, teacher).item() == pytest.approx(divergence)
+    tempered = losses.binary_soft_target_kl(2 * logits, 2 * teacher, temperature=2.0)
+    assert tempered.item() == pytest.approx(4 * divergence)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_binary_soft_targets_are_those_of_two_classes_per_label(temperature):
+    student, teacher = (x.detach() for x in pair((5, 4)))
+    two = [torch.stack([torch.zeros_like(x), x], dim=-1).reshape(-1, 2) for x in (student, teacher)]
+    expected = losses.soft_target_kl(*two, temperature)
+    torch.testing.assert_close(losses.binary_soft_target_kl(student, teacher, temperature), expected)
+
+
+def test_binary_losses_are_finite_for_confident_logits_and_check_shapes():
+    far = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    value = losses.binary_soft_target_kl(far, -far) + losses.binary_cross_entropy(far, torch.tensor([[0.0, 1.0]]))
+    value.backward()
+    assert value.item() == pytest.approx(400) and far.grad.isfinite().all()
+    for loss in (losses.binary_cross_entropy, losses.binary_soft_target_kl):
+        with pytest.raises(ValueError, match="shapes differ"):
+            loss(torch.zeros(2, 3), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="positive"):
+        losses.binary_soft_target_kl(far, far, temperature=0)

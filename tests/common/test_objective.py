@@ -1,12 +1,16 @@
 """Objectives, feature hooks, and inference over a dataset."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kd.common.losses import feature_cosine, feature_l2, soft_target_kl
-from kd.common.objective import FeatureTerm, Objective, soft_targets, task_loss
+from kd.common.methods import Method
+from kd.common.methods import labels as labels_method
+from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, soft_targets, task_loss
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
@@ -42,12 +46,51 @@ def test_a_term_of_weight_zero_needs_no_inputs():
 def test_regression_terms_by_hand():
     student = Outputs(logits=torch.tensor([[1.0], [3.0]]))
     teacher = Outputs(logits=torch.tensor([[2.0], [3.0]]))
-    objective = Objective(
-        task=(0.5, task_loss(regression=True)), soft_targets=(0.5, soft_targets(9.0, regression=True))
-    )
+    objective = Objective(task=(0.5, task_loss("regression")), soft_targets=(0.5, soft_targets(9.0, "regression")))
     parts = objective(student, teacher, torch.tensor([1.0, 5.0]))
     assert parts["task"].item() == pytest.approx(0.5 * (0 + 4) / 2)
     assert parts["soft_targets"].item() == pytest.approx(0.5 * (1 + 0) / 2)  # no softmax, no temperature
+
+
+def test_rows_without_a_label_have_no_loss_and_no_gradient():
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([2, IGNORED, 0, IGNORED])
+    loss = task_loss()(Outputs(logits=logits), None, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[[0, 2]], labels[[0, 2]]))
+    loss.backward()
+    assert (logits.grad.abs().sum(1) > 0).tolist() == [True, False, True, False]
+    assert task_loss()(Outputs(logits=logits), None, torch.full((4,), IGNORED)).item() == 0
+    scores, predicted = torch.tensor([1.0, math.nan, 5.0]), torch.tensor([[2.0], [9.0], [3.0]], requires_grad=True)
+    loss = task_loss("regression")(Outputs(logits=predicted), None, scores)
+    assert loss.item() == (1 + 4) / 2
+    loss.backward()
+    assert predicted.grad.flatten().tolist() == [1.0, 0.0, -2.0]
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])
+def test_each_label_has_the_same_weight_in_any_batch(task):
+    """The mean over batches of any composition is the mean over all rows with a label."""
+    logits = torch.randn(8, 1 if task == "regression" else 3)
+    labels = torch.tensor([0.0, 1, 2, 1, math.nan, math.nan, 0, math.nan])
+    if task == "classification":
+        labels = labels.nan_to_num(IGNORED).long()
+    elif task == "multi_label":
+        labels = torch.stack([labels * 0 + i for i in (0, 1, 0)], dim=1)
+    method = labels_method(task=task).for_labels(labels)
+    term = method.terms["task"][1]
+    parts = [term(Outputs(logits=logits[rows]), None, labels[rows]) for rows in torch.arange(8).split(4)]
+    torch.testing.assert_close(sum(parts) / 2, task_loss(task)(Outputs(logits=logits), None, labels))
+    assert labels_method().for_labels(torch.tensor([0, 1])).terms["task"][1].labelled_share is None
+    nothing = task_loss(task)(Outputs(logits=logits[4:6]), None, labels[4:6])
+    assert nothing == 0
+
+
+def test_a_method_that_needs_every_label_is_rejected():
+    term = logit_term(lambda student, teacher, labels: student.sum(), labels=True)
+    needy = Method({"decoupled": (1.0, term)})
+    assert needy.for_labels(torch.tensor([0, 1])) is needy
+    with pytest.raises(UserError, match="decoupled.*--method kd, or --drop_unlabelled"):
+        needy.for_labels(torch.tensor([0, IGNORED]))
 
 
 @pytest.mark.parametrize("loss", [feature_l2, feature_cosine])

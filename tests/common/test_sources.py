@@ -58,12 +58,10 @@ def test_categories_of_pandas_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (UMLAUT.encode("cp1252"), "is not UTF-8 (byte 0xe9 in line 2): convert it"),
-        (UMLAUT.encode("utf-16"), "is UTF-16 or UTF-32, not UTF-8"),
+        ("text,label\nnaïve é,1\n".encode() + b"\xe9,2\n", "is not UTF-8 (byte 0xe9 in line 3): convert it"),
+        (b"text,label\n\x81,1\n", "is neither UTF-8 nor Windows-1252 (byte 0x81 in line 2)"),
         (UMLAUT.encode("utf-16-le"), "a NUL byte (line 1)"),
         (b"text,label\na\0b,1\n", "a NUL byte (line 2)"),
-        ("text;label\na, b;1\n", "one column 'text;label', because its columns are separated by semicolons"),
-        ("text\tlabel\na\t1\n", "separated by tabs"),
         ("text,label\na, b,1\n", "Row #2: Expected 2 columns, got 3"),
         ("text,label,label\na,1,2\n", "two columns 'label'"),
         ("", "is empty"),
@@ -87,7 +85,7 @@ def test_errors_of_csv_files(tmp_path: Path, content: str | bytes, message: str)
         ('[{"text": "\\ud800"}]', "surrogates"),
         ('[{"text": "a", "text": "b"}]', "two values of the same name"),
         ("[]", "is empty"),
-        (b"\xff", "is not UTF-8"),
+        (b"\x81", "neither UTF-8 nor"),
     ],
 )
 def test_errors_of_json_files(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -125,6 +123,63 @@ def test_two_parquet_columns_with_the_same_name_are_rejected(tmp_path: Path) -> 
     assert "two columns 'label'" in error_of(tmp_path)
 
 
+# Files as they come
+
+ROWS = {"text": ["café, closed", 'she "said" so', "no; never"], "label": ["a", "b", "a"]}
+PLAIN = 'text,label\n"café, closed",a\n"she ""said"" so",b\nno; never,a\n'
+LINES = "".join(json.dumps(row) + "\n" for row in datasets.Dataset.from_dict(ROWS))
+SEMICOLONS = 'text;label\ncafé, closed;a\n"she ""said"" so";b\n"no; never";a\n'
+TABS = 'text\tlabel\ncafé, closed\ta\nshe "said" so\tb\nno; never\ta\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("train.csv", PLAIN.encode(), None),
+        ("train.csv", b"\xef\xbb\xbf" + PLAIN.replace("\n", "\r\n").encode(), None),
+        ("train.csv", PLAIN.encode("cp1252"), "is not UTF-8 (byte 0xe9 in line 2): it is read as Windows-1252"),
+        ("train.csv", PLAIN.encode("utf-16"), "train.csv is read as UTF-16"),
+        ("train.csv", SEMICOLONS.replace("\n", "\r\n").encode(), "train.csv: the columns are separated by semicolons"),
+        ("train.csv", SEMICOLONS.replace(";", "|").replace("no|", "no;").encode(), "separated by vertical bars"),
+        ("train.tsv", TABS.encode(), "train.tsv: the columns are separated by tabs"),
+        ("train.tsv", SEMICOLONS.replace(";", "\t").replace("no\t", "no;").encode(), "separated by tabs"),
+        ("train.csv", PLAIN.replace("text,label", " text , label").encode(), None),
+        ("my_train-v2.csv", PLAIN.encode(), "my_train-v2.csv is read as the train split"),
+        ("Train.csv", PLAIN.encode(), "Train.csv is read as the train split"),
+        (
+            "train.ndjson",
+            LINES.encode(),
+            None,
+        ),
+    ],
+)
+def test_every_usual_file_gives_the_same_rows(tmp_path: Path, name: str, content: bytes, note: str | None) -> None:
+    (tmp_path / name).write_bytes(content)
+    found, notes = read_splits(str(tmp_path), {})
+    assert found["train"][:] == ROWS
+    assert [note in one for one in notes] == [True] if note else not notes
+    if name.startswith("train."):
+        single, notes = read_splits(str(tmp_path / name), {})
+        assert single["train"][:] == ROWS and len(notes) == (note is not None)
+
+
+def test_quotes_that_no_quote_closes_are_part_of_a_tab_separated_text(tmp_path: Path) -> None:
+    found, notes = read_splits(str(folder_of(tmp_path, train__tsv='text\tlabel\n"hello\ta\nbye\tb\n')), {})
+    assert found["train"]["text"][:] == ['"hello', "bye"] and "train.tsv: quotes are part of the texts" in notes
+
+
+def test_decimal_commas_become_points_in_columns_of_numbers_only(tmp_path: Path) -> None:
+    content = "text;score;code\na;0,5;1,x\nb;2;2,5\nc;;3\n"
+    found, notes = read_splits(str(folder_of(tmp_path, train__csv=content)), {})
+    assert found["train"]["score"][:] == ["0.5", "2", ""] and found["train"]["code"][:] == ["1,x", "2,5", "3"]
+    assert "train.csv: the numbers of 'score' have decimal commas" in notes
+
+
+def test_a_file_with_one_column_needs_no_delimiter(tmp_path: Path) -> None:
+    found, _ = read_splits(str(folder_of(tmp_path, train__csv='text\nyes, it is; so\n"quoted, too"\n')), {})
+    assert found["train"][:] == {"text": ["yes, it is; so", "quoted, too"]}
+
+
 # Folders and names
 
 
@@ -153,8 +208,8 @@ def test_errors_list_the_contents_of_a_folder_without_data_files(tmp_path: Path)
     rows.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     assert f"but in {tmp_path / 'hub' / 'data'}" in error_of(tmp_path / "hub")
     assert list(splits(tmp_path / "hub" / "data")) == ["train"]
-    (tmp_path / "tabs").mkdir()
-    assert "holds train.tsv" in error_of(folder_of(tmp_path / "tabs", train__tsv="a\tb"))
+    (tmp_path / "sheets").mkdir()
+    assert "holds train.xlsx" in error_of(folder_of(tmp_path / "sheets", train__xlsx="a"))
 
 
 def test_a_missing_shard_or_different_columns_are_rejected(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_a_validation_split_is_kept(colour: str, tmp_path: Path) -> None:
     assert sizes(without) == {"train": 60, "test": 12} and without.selection_split == "test"
 
 
+@pytest.mark.usefixtures("digits_once")
 def test_max_train_samples_selects_the_same_images_every_time() -> None:
     labels = np.array([0] * 300 + [1] * 100)
     assert np.array_equal(stratified(labels, 0.1), stratified(labels, 0.1))

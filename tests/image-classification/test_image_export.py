@@ -60,10 +60,9 @@ def test_an_image_student(tmp_path, monkeypatch, capsys, kind, format, large):
     run_script("common/export/__main__.py", student, "--format", format)
     capsys.readouterr()
 
-    monkeypatch.chdir(tmp_path)
     side = 101 if large else data.size  # crops of an odd size; resizing alone is the same in both libraries
     picture = Image.fromarray(pixels(1, side, side + 60 * large, 3)[0])
-    picture.save("image.png")
+    picture.save(tmp_path / "run" / "image.png")  # next to the export
     found = run_readme(tmp_path / "run" / "export", *(["torch", "transformers"] if format == "onnx" else []))
     seen = AutoImageProcessor.from_pretrained(student)(picture, return_tensors="pt")["pixel_values"]
     assert found["inputs"]["pixel_values"].shape == seen.shape

@@ -1,6 +1,7 @@
 """Image folders and columns: every image is found, labels are matched by name, and unused files are reported."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from PIL import Image
 
 from kd.common.data.sources import holdout
+from kd.common.objective import IGNORED
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import load_image_data
 from kd_testing.image_files import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
+from kd_testing.scripts import run_script
 
 
 def classes_in(folder: Path, **counts: int) -> Path:
@@ -290,3 +293,50 @@ def test_a_file_that_is_not_an_image_is_found_before_training(tmp_path: Path) ->
     assert error_of(folder, image_size=72) == (
         f"{folder}/train/a/08.png cannot be read (the file is empty): replace or remove it"
     )
+
+
+# Images without a label
+
+
+@pytest.mark.parametrize("name", ["unlabeled", "unlabelled"])
+def test_a_folder_of_unlabelled_images_joins_train(tmp_path: Path, name: str) -> None:
+    classes_in(tmp_path / "train", cat=4, dog=4)
+    classes_in(tmp_path / "test", cat=1, dog=1)
+    classes_in(tmp_path, **{name: 3})
+    classes_in(tmp_path / name, cat=1)  # a folder there is no class
+    data = small(tmp_path, validation_share=0, keep_unlabelled=True)
+    assert sizes(data) == {"train": 12, "test": 2} and data.label_names == ["cat", "dog"]
+    assert data.splits["train"].labels.tolist() == [0] * 4 + [1] * 4 + [IGNORED] * 4
+    assert "4 of 12 rows of train have no label: they train the student by the teacher's outputs alone" in data.notes
+    on_labels = data.labelled_train().splits
+    assert on_labels["train"].labels.tolist() == [0] * 4 + [1] * 4 and len(on_labels["test"]) == 2
+    left_out = small(tmp_path, validation_share=0)
+    assert sizes(left_out) == {"train": 8, "test": 2} and f"split {name} is not used" in left_out.notes
+
+
+def test_validation_images_have_labels(tmp_path: Path) -> None:
+    data = small(columns_in(tmp_path / "d", [0, 1, -1, -1] * 20), keep_unlabelled=True)
+    assert sizes(data) == {"train": 76, "validation": 4}
+    assert sorted(data.splits["validation"].labels.tolist()) == [0, 0, 1, 1]
+    assert (data.splits["train"].labels == IGNORED).sum() == 40
+
+
+def test_unlabelled_images_train_the_student_alone(tmp_path: Path) -> None:
+    classes_in(tmp_path / "data" / "train", cat=16, dog=16)
+    classes_in(tmp_path / "data" / "validation", cat=6, dog=6)
+    classes_in(tmp_path / "data", unlabeled=32)
+    words = ["--dataset", tmp_path / "data", "--image_size", 8, "--teacher", "resnet8", "--student", "resnet8"]
+    words += ["--num_train_epochs", 1, "--per_device_train_batch_size", 16, "--report_to", "none", "--method"]
+    script = "image-classification/scripts/train_student.py"
+    run_script(script, *words, "kd", "--output_dir", tmp_path / "run")
+    logs = {
+        path.parent.name: json.loads(path.read_text())["history"][-1]["step"]
+        for path in (tmp_path / "run" / "stages").glob("*/stage.json")
+    }
+    assert logs == {"teacher": 4, "control": 4, "student": 4}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["data"]["train"] == 64 and "32 of 64 rows of train have no label" in results["data_notes"]
+    for method in ("dkd", "crd"):
+        with pytest.raises(SystemExit):
+            run_script(script, *words, method, "--output_dir", tmp_path / "needy")
+    assert not (tmp_path / "needy").exists()

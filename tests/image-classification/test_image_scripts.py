@@ -460,7 +460,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "caches only logits"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
-        ("train_simkd.py", ["--teacher", "runs/nowhere"], "there is no folder runs/nowhere"),
+        ("train_simkd.py", ["--teacher", "runs/nowhere"], "no model runs/nowhere: it is not a folder"),
         ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),
         ("train_simkd.py", ["--validation_share", "0.9999"], "10 training images do not fill a batch of 64"),
         ("train_simkd.py", ["--validation_share", "1e-5"], "too few training rows to set 0.001% of them aside"),
@@ -596,7 +596,7 @@ def test_a_teacher_at_chance_level_is_reported_before_distillation(teacher, tmp_
 
 def test_a_file_as_teacher_is_rejected(tmp_path, capsys):
     torch.save({}, tmp_path / "teacher.pth")
-    for name, message in ((tmp_path / "teacher.pth", "is a file: pass the folder of a classifier"),
+    for name, message in ((tmp_path / "teacher.pth", "is a file: pass --teacher FILE --teacher_architecture NAME"),
                           ("/" + "y" * 400, "File name too long")):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             script("train_simkd.py", *SHORT, *PAIR, "--teacher", name, "--output_dir", tmp_path / "run")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kd.common.losses import feature_l2, noise_contrastive
 from kd.common.losses.shared import product, unit
-from kd.common.methods import Feature, Method, TaskSpec, hooked, labels, match
-from kd.common.objective import Weight
+from kd.common.methods import Feature, Method, TaskSpec, hooked, labels, match, unlabelled_error
+from kd.common.objective import Weight, is_labelled
 from kd.common.outputs import Outputs
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
@@ -83,7 +83,12 @@ def norm(spec: TaskSpec, *, copies: int = 8, alpha: float = 0.1, weight: float =
 
 
 def linear_head(model: ImageClassifier) -> nn.Linear:
-    """The head of a classifier. Raises UserError if it is not linear."""
+    """The head of a classifier. Raises UserError if it is not a linear function of the average map."""
+    if model.config.pool > 1:
+        raise UserError(
+            f"this method needs a head on the average of the last map, but that of {model.config.architecture} reads "
+            f"averages of {model.config.pool}x{model.config.pool} parts: choose another --method"
+        )
     if not isinstance(model.head, nn.Linear):
         raise UserError(
             f"this method needs a linear head, but {model.config.architecture} has a {type(model.head).__name__}: "
@@ -229,6 +234,8 @@ class Contrast(nn.Module):
         momentum: float,
     ) -> None:
         super().__init__()
+        if not is_labelled(labels).all():
+            raise UserError(unlabelled_error("--method crd", ["contrast"]))
         most = len(labels) - int(labels.bincount().max())
         if not most:
             raise UserError("method crd needs training images of at least 2 classes: choose another method")

@@ -1,9 +1,10 @@
-"""Backbones by name: the networks of the distillation literature for small images, and any of timm's."""
+"""Backbones by name: networks of the distillation literature for small images, of timm, and of a user's module."""
 
 import difflib
 import re
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import timm
@@ -13,18 +14,30 @@ from torch.func import functional_call
 
 from kd.common.utils.errors import UserError
 from kd.image_classification.teacher_model.backbones.base import Backbone
+from kd.image_classification.teacher_model.backbones.factories import (
+    TIMM,
+    TRANSFORMERS,
+    build_network,
+    import_factory,
+    is_factory,
+    timm_arguments,
+    transformers_config,
+)
 from kd.image_classification.teacher_model.backbones.mobile import MobileNetV2, ShuffleNetV1, ShuffleNetV2
+from kd.image_classification.teacher_model.backbones.network import NetworkBackbone, Structure
+from kd.image_classification.teacher_model.backbones.structure import find_structure
 from kd.image_classification.teacher_model.backbones.vgg_resnet import (
     VGG,
     WideResNet,
     four_stage_resnet,
+    padded_resnet,
     three_stage_resnet,
 )
 
-TIMM = "timm:"
 FAMILIES: dict[str, Callable[..., Backbone]] = {  # the groups of a pattern are the arguments
     r"resnet(18|34|50)": four_stage_resnet,
     r"resnet(\d+)(?:x(\d+))?": three_stage_resnet,
+    r"resnet(\d+)a": padded_resnet,
     r"wrn_(\d+)_(\d+)": WideResNet,
     r"vgg(\d+)": VGG,
     r"mobilenetv2(?:x(\d+(?:\.\d+)?))?": MobileNetV2,
@@ -39,8 +52,36 @@ COMMON = (  # the networks of the distillation literature
 EXAMPLES = "resnet8x4, resnet32x4, resnet56, wrn_40_2, vgg8, mobilenetv2, shufflenetv2, timm:resnet18"
 
 
-def build_backbone(name: str) -> Backbone:
-    """The backbone NAME with random weights. Raises UserError for an unknown name."""
+def new_network(name: str, image_size: int, classes: int) -> dict[str, Any] | None:
+    """The structure of a network that this project does not define, for the configuration of a classifier; None for
+    other backbones. The command line names the network, so a user's module is imported.
+    """
+    config = None
+    if name.startswith(TIMM):
+        if not needs_structure(name):
+            return None
+    elif name.startswith(TRANSFORMERS):
+        config = transformers_config(name, classes, image_size)
+    elif is_factory(name):
+        import_factory(name)
+    else:
+        return None
+    network = build_network(name, classes, image_size, config)
+    return find_structure(network, name, classes, image_size).to_dict() | ({"config": config} if config else {})
+
+
+def build_backbone(
+    name: str, network: dict[str, Any] | None = None, image_size: int = 32, classes: int = 2
+) -> Backbone:
+    """The backbone NAME with random weights. Raises UserError for an unknown name.
+
+    Args:
+        network: of `new_network`.
+        image_size, classes: of that network.
+    """
+    if network is not None:
+        structure = Structure.from_dict({key: value for key, value in network.items() if key != "config"})
+        return NetworkBackbone(build_network(name, classes, image_size, network.get("config")), structure)
     if name.startswith(TIMM):
         return TimmBackbone(name.removeprefix(TIMM))
     for pattern, family in FAMILIES.items():
@@ -62,6 +103,25 @@ def _did_you_mean(name: str) -> str:
 
 
 # ---- timm ----
+
+
+@cache
+def needs_structure(name: str) -> bool:
+    """Whether timm's network is no convolutional network whose average map is the input of its classifier."""
+    network, arguments = timm_arguments(name)
+    known_weights(network)  # raises UserError for an unknown name
+    if arguments:
+        return True
+    try:
+        with torch.device("meta"):
+            TimmBackbone(network)
+            whole, plain = timm.create_model(network), timm.create_model(network, num_classes=0, global_pool="")
+    except UserError:
+        return True
+    classifier = getattr(whole, "get_classifier", lambda: None)()
+    return not isinstance(classifier, nn.Linear) or len(whole.state_dict()) != len(plain.state_dict()) + len(
+        classifier.state_dict()
+    )
 
 
 class TimmBackbone(Backbone):

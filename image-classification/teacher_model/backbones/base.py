@@ -21,11 +21,13 @@ class Backbone(nn.Module):
             blocks.
         pre_activations: one for each stage; empty where stages do not end in a ReLU of a submodule's output.
         last: the 1x1 convolution, batch norm and ReLU of MobileNetV2 and ShuffleNetV2 after their stages.
+        same_size: whether the stages are blocks of one size, as in a ViT. Methods then match evenly spaced blocks.
     """
 
     num_features: int
     pre_activations: Sequence[PreActivation] = ()
     last: nn.Sequential | None
+    same_size: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,8 @@ first of the five groups of convolutions is the stem and the other four are the 
 ResNets with three stages (He et al., arXiv:1512.03385, section 4.2) have depth 6n + 2, which counts the stem, two
 convolutions per block and the classifier. `resnet20` has a stem of 16 channels and stages of 16, 32 and 64;
 `resnet38x2` has stages twice as wide; `resnet32x4` and `resnet8x4` have stages four times as wide (64, 128, 256) and a
-stem of 32.
+stem of 32. Their shortcuts to more channels are convolutions, as in the distillation toolboxes; those of `resnet20a`,
+`resnet56a`, ... are the paper's option A, without parameters.
 
 ResNets with four stages (table 1 of the paper): `resnet18`, `resnet34` and `resnet50` are those for ImageNet, except
 for the stem: a 3x3 convolution that keeps the size, without pooling. 50 is also 6n + 2, but no paper uses a ResNet50
@@ -124,6 +125,17 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
+class PaddedShortcut(nn.Module):
+    """Every second row and column, with zero channels before and after the others (option A of the paper)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.channels, self.channels))
+
+
 class ResNet(Backbone):
     """Images (batch, 3, h, w) -> last map, after the ReLU. Each stage except the first halves the size.
 
@@ -162,6 +174,16 @@ def three_stage_resnet(depth: int, width: int = 1) -> ResNet:
         raise ValueError(f"the width of a ResNet is at least 1, got {width}")
     channels = [16 * width, 32 * width, 64 * width]
     return ResNet(BasicBlock, 32 if width >= 4 else 16, channels, [(depth - 2) // 6] * 3)
+
+
+def padded_resnet(depth: int) -> ResNet:
+    """`three_stage_resnet` of width 1 whose shortcuts have no parameters."""
+    network = three_stage_resnet(depth)
+    for stage in network.stages:
+        block = network.get_submodule(stage)[0]  # type: ignore[index]
+        if not isinstance(block.shortcut, nn.Identity):
+            block.shortcut = PaddedShortcut((block.conv2.out_channels - block.conv1.in_channels) // 2)
+    return network
 
 
 def four_stage_resnet(depth: int) -> ResNet:

@@ -12,7 +12,8 @@ import datasets
 import numpy as np
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.labels import map_label_ids, read_labels
+from kd.common.data.label_names import map_label_ids
+from kd.common.data.labels import read_labels
 from kd.common.data.sources import KnownDatasets, Splits, read_splits, sample, short_name, with_validation
 from kd.common.utils.errors import UserError
 

@@ -1,0 +1,170 @@
+"""Distillation from the outputs of a teacher that are columns of the data. No teacher model is loaded."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from kd.common.cli import reject_unused
+from kd.common.data.sources import labelled
+from kd.common.objective import Term
+from kd.common.outputs import Outputs
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.inference import column_array
+from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import TextData, Texts
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TeacherColumnArguments
+from kd.nlp.student_model.evaluation import report
+from kd.nlp.student_model.inputs import Inputs
+from kd.nlp.student_model.methods import (
+    PLAIN,
+    check_method,
+    check_needs_no_labels,
+    check_smoothing,
+    labels_and_logits,
+    needs_features,
+    text_method,
+)
+from kd.nlp.student_model.training import fine_tune, learning_rate_of, open_run, train_control
+from kd.nlp.teacher_model import TINY_BERT
+from kd.nlp.teacher_model.teacher import load_classifier
+
+
+def distill_from_columns(
+    text: TeacherColumnArguments, pair: PairArguments, matching: MatchingArguments, training: KDTrainingArguments
+) -> None:
+    """Trains a student on labels and the outputs in the data, and a control on the labels alone, for each seed."""
+    reject_unused_flags(pair, matching)
+    data = text.load()
+    check_smoothing(training, data.name, data.num_labels)
+    check_method(matching.method, training, data.name, data.num_labels)
+    pair.student = pair.student or TINY_BERT
+    inputs = load_student(text, pair, data, training.seed)
+    validate(inputs, matching, training)
+    parent_run = open_run(inputs, training, text, pair, matching)
+    outputs = outputs_of_teacher(data)
+    measured = measure_teacher(parent_run, data)
+    for run in parent_run.each_seed():
+        if run.args.seed != training.seed:
+            inputs = load_student(text, pair, data, run.args.seed)
+        control = None if training.no_control else train_control(run, inputs, pair, training.num_train_epochs)
+        student = train_student(run, inputs, pair, matching, outputs)
+        report(run, inputs, matching.method, pair.student, None, None, control, student, teacher_outputs=measured)
+    parent_run.summarize()
+
+
+def reject_unused_flags(pair: PairArguments, matching: MatchingArguments) -> None:
+    """Raises UserError for flags of a teacher model."""
+    reason = "the teacher is --teacher_columns"
+    for_models = "teacher", "teacher_epochs", "student_layers", "control_init", "align_epochs", "align_learning_rate"
+    reject_unused(reason, pair, *for_models, "from_scratch_epochs")
+    for_features = "hidden_weight", "embedding_weight", "attention_weight"
+    reject_unused(reason, matching, "ensemble_teachers", "ensemble_weights", "student_from", *for_features)
+
+
+def load_student(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:
+    """The data and the initial student, which stands in for the teacher that the data replace. The seed sets random
+    weights.
+    """
+    set_seed(seed)
+    student = load_classifier(str(pair.student), data)
+    student.set_max_length(text.max_length)
+    texts = Texts.of(data, student.tokenizer)
+    return Inputs(data, student, student, None, [], texts, texts, 0)
+
+
+def validate(inputs: Inputs, matching: MatchingArguments, training: KDTrainingArguments) -> None:
+    """Raises UserError for a method that the outputs do not support, and for a control without labels."""
+    data, spec = inputs.data, matching.method
+    assert data.teacher is not None
+    if not len(inputs.texts.labelled_train) and not training.no_control:
+        raise UserError("no row of train has a label, so there is nothing to train a control on: pass --no_control")
+    if needs_features(spec):
+        raise UserError(
+            f"--method {spec} needs features of a teacher, and --teacher_columns have none: pass --method kd"
+        )
+    if len(inputs.texts.labelled_train) < len(inputs.texts.train):
+        check_needs_no_labels(spec)
+    if spec != PLAIN and not (data.teacher.complete and has_output(data).all()):
+        raise UserError(
+            f"--method {spec} needs a probability above 0 or a logit of every class in every row, which "
+            f"{data.teacher.description} lack: pass --method kd"
+        )
+
+
+def has_output(data: TextData, split: str = "train") -> np.ndarray:
+    """Mask of the rows with an output of the teacher."""
+    return ~np.isnan(column_array(data.splits[split], "teacher")).any(axis=1)
+
+
+def outputs_of_teacher(data: TextData) -> TeacherOutputs:
+    """The outputs for train, by sample id."""
+    ids, logits = (torch.from_numpy(column_array(data.splits["train"], name)) for name in ("sample_id", "teacher"))
+    return TeacherOutputs(ids, logits)
+
+
+def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, dict[str, float]]:
+    """The metrics of the teacher by split, on the rows with both a label and an output. Warns if they are no better
+    than chance.
+    """
+    assert data.teacher is not None
+    found = {}
+    for split, rows in data.splits.items():
+        if "teacher" not in rows.column_names:
+            continue
+        labels, logits = column_array(rows, "label"), column_array(rows, "teacher")
+        both = labelled(labels) & has_output(data, split)
+        if both.any():
+            metrics = data.scores.metrics(logits[both], labels[both])
+            found[split] = {"rows": int(both.sum()), **metrics}
+            name, metric = data.teacher.description, data.primary_metric
+            run.warn(data.scores.warning(name, metrics, labels[both], metric, split))
+    return found
+
+
+def train_student(
+    run: TrainerRun, inputs: Inputs, pair: PairArguments, matching: MatchingArguments, outputs: TeacherOutputs
+) -> PreTrainedModel:
+    """The stage `student`: trains on labels and the teacher's outputs, each where a row has it."""
+    data, texts, start = inputs.data, inputs.texts, inputs.teacher
+    student = copy.deepcopy(start.model)
+    set_seed(run.args.seed)
+    if matching.method == PLAIN:
+        method = labels_and_logits(data, run.args)
+        if (share := has_output(data).mean()) < 1:
+            weight, term = method.terms["soft_targets"]
+            method.terms["soft_targets"] = weight, where_present(term, float(share))
+    else:
+        method = text_method(matching.method, run.args, student, student, texts, "cls")
+    rate = matching.student_learning_rate
+    return fine_tune(
+        run,
+        "student",
+        student,
+        texts,
+        method.for_labels(torch.from_numpy(column_array(texts.train, "labels"))),
+        epochs=run.args.num_train_epochs,
+        learning_rate=learning_rate_of(start, pair, run.args) if rate is None else rate,
+        freeze_embeddings=not start.from_scratch,
+        teacher={"teacher_outputs": outputs},
+    )
+
+
+def where_present(term: Term, share: float) -> Term:
+    """A term for rows of which a `share` has teacher outputs, the others NaN; averaged over those that have them, as
+    labels are by `TaskLoss`.
+    """
+
+    def present(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+        assert student.logits is not None and teacher is not None and teacher.logits is not None
+        keep = ~teacher.logits.isnan().any(dim=1)
+        if not keep.any():
+            return student.logits.sum() * 0.0
+        loss = term(Outputs(logits=student.logits[keep]), Outputs(logits=teacher.logits[keep]), None)
+        return loss * keep.sum() / (len(keep) * share)
+
+    return present
