@@ -34,7 +34,7 @@ IMAGE_METHODS = (
     *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
 )
 METHOD_HELP = f"NAME or NAME:argument=value:...; NAME is {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
-TEACHER_EPOCHS = 2  # times the epochs of a student
+TEACHER_EPOCHS = 3  # times the epochs of a student
 PIXELS = "pixels"  # no encoder: the pixels are the embedding
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
