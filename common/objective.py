@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from kd.common import losses
 from kd.common.losses.shared import same_shape
 from kd.common.outputs import Outputs
-from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED, TaskType
 
 Term = Callable[[Outputs, Outputs | None, Tensor | None], Tensor]
 Weight = float | Callable[[float], float]  # a function of the training progress, from 0 to 1
@@ -31,7 +31,6 @@ Terms = dict[str, tuple[Weight, Term]]
 FeatureLoss = Callable[..., Tensor]
 Divergence = Callable[[Tensor, Tensor], Tensor]
 Transform = Callable[[Tensor, Tensor | None], Tensor]
-IGNORED = -100  # the label of a row or position without a target: unlabelled, padding, or the end of a sequence
 
 
 class Objective(nn.Module):

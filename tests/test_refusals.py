@@ -306,7 +306,13 @@ def types_of(recipe: Path) -> list[type[Any]]:
             recipes.TeacherArguments,
         ]
     if "image-classification" in recipe.parts:
-        return [images.MethodArguments, images.PairArguments, images.DataArguments, images.ImageTrainingArguments]
+        return [
+            images.MethodArguments,
+            images.PairArguments,
+            images.SimKDWeights,
+            images.DataArguments,
+            images.ImageTrainingArguments,
+        ]
     if recipe.stem in ("gpt", "translation", "multi30k"):
         gpt, translation = (
             importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")

@@ -11,8 +11,8 @@ import pyarrow as pa
 from kd.common.data.label_names import is_number
 from kd.common.data.label_sets import is_list, join_marks, mark_columns, split_names
 from kd.common.data.sources import Splits
-from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import TaskType
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
-from kd.common.data.readers import READERS, read_text
+from kd.common.data.readers import READERS, TXT, read_text
 from kd.common.data.sources import (
     SPLIT_NAMES,
     KnownDatasets,
@@ -32,8 +32,8 @@ from kd.common.data.sources import (
     read_splits,
     short_name,
 )
-from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
 
 EMBEDDED = "python"
@@ -170,8 +170,8 @@ def split_by_name(documents: dict[str, str]) -> Documents:
 def _read_folder(folder: Path) -> Splits:
     """Reads SPLIT.txt files if the folder has no other files."""
     inside = list_folder(folder)
-    plain = [path for path in inside if path.suffix == ".txt" and path.stem in SPLIT_NAMES]
-    if plain and not any(path.suffix.lower() in READERS for path in inside):
+    plain = [path for path in inside if path.suffix == TXT and path.stem in SPLIT_NAMES]
+    if plain and not any(path.suffix.lower() in READERS and path.suffix.lower() != TXT for path in inside):
         return {path.stem: _lines(path) for path in plain}
     return read_folder(folder)
 

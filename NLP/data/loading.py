@@ -31,10 +31,9 @@ from kd.common.data.sources import (
 )
 from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
 from kd.common.metrics.tasks import TaskMetrics, task_metrics
-from kd.common.objective import IGNORED
-from kd.common.training.arguments import TaskType
 from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED, TaskType
 from kd.nlp.data.columns import TASKS, choose_task, known_task
 from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.intents import load_intents
@@ -91,7 +90,7 @@ def load_text_data(
     needs_train: bool = True,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-    unlabelled_label: Sequence[str] = (),
+    unlabelled_label: Sequence[str] | None = None,
     drop_unlabelled: bool = False,
     label_separator: str | None = None,
     label_names: list[str] | None = None,
@@ -140,7 +139,7 @@ def load_text_data(
         elif task == "multi_label":
             labels = read_label_sets(raw, columns.label, known_labels, not drop_unlabelled)
         else:
-            labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label, not drop_unlabelled)
+            labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label or (), not drop_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     task = task or ("classification" if labels.names else "regression")

@@ -12,9 +12,9 @@ from kd.common.data.label_names import Ids, map_label_ids
 from kd.common.data.label_sets import is_list, map_label_sets
 from kd.common.data.sources import labelled
 from kd.common.data.teacher_columns import TeacherColumns
-from kd.common.training.arguments import TaskType
 from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import TaskType
 from kd.nlp.data.columns import FLAGS, Columns
 from kd.nlp.data.tags import list_array, map_tags
 

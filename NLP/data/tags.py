@@ -11,8 +11,8 @@ from kd.common.data.label_sets import is_list
 from kd.common.data.labels import Labels, check_classes, class_names
 from kd.common.data.sources import Splits
 from kd.common.metrics.entities import OUTSIDE, begin_entities, is_iob
-from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.columns import Columns
 
 Rows = list[list[Any] | None]

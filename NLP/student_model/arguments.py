@@ -99,8 +99,8 @@ class TextArguments:
 class LabelledTextArguments(TextArguments):
     """Data."""
 
-    unlabelled_label: list[str] = field(
-        default_factory=list, metadata={"help": "Placeholders in the label column for a missing label."}
+    unlabelled_label: list[str] | None = field(
+        default=None, metadata={"help": "Placeholders in the label column for a missing label."}
     )
     drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
     label_separator: str | None = field(default=None, metadata={"help": SEPARATOR_HELP})
@@ -143,13 +143,15 @@ class TeacherColumnArguments(LabelledTextArguments):
         return super().label_options | columns
 
 
+# The flags of add_data_arguments that a run's recipe may set.
 DATA_ARGUMENTS = (
     "dataset",
     "text_columns",
     "label_column",
     "label_separator",
+    "unlabelled_label",
     "max_eval_samples",
-)  # of add_data_arguments
+)
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -162,9 +164,7 @@ def add_data_arguments(parser: Parser) -> None:
     help = "Label column, or several of 0 and 1 (default: inferred)."
     parser.add_argument("--label_column", nargs="*", help=help)
     parser.add_argument("--label_separator", help=SEPARATOR_HELP)
-    parser.add_argument(
-        "--unlabelled_label", nargs="*", default=[], help="Placeholders in the label column for a missing label."
-    )
+    parser.add_argument("--unlabelled_label", nargs="*", help="Placeholders in the label column for a missing label.")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--label_names", nargs="*", help="Labels, by id, of a model that names its own LABEL_0, ...")
     names.add_argument(

@@ -4,8 +4,8 @@ from typing import Any
 
 from kd.common.data.sources import KnownDatasets, hub_dataset
 from kd.common.reporting.model_card import Card
-from kd.common.training.arguments import TaskType
 from kd.common.training.run import Run
+from kd.common.utils.tasks import TaskType
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.teacher_model import SCRATCH, TINY_BERT

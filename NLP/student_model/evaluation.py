@@ -15,10 +15,10 @@ from kd.common.metrics.cost import cost
 from kd.common.metrics.entities import OUTSIDE
 from kd.common.metrics.label_sets import predict_labels
 from kd.common.metrics.verdict import Measurement
-from kd.common.objective import IGNORED
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
 from kd.common.training.run import TrainerRun
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # registers it with AutoModel...
@@ -233,11 +233,11 @@ def load_data_of(model: str, args: Namespace) -> TextData:
         kind,
         labels or args.label_names,
         needs_train=False,
+        max_eval_samples=args.max_eval_samples,
         unlabelled_label=args.unlabelled_label,
         label_names=args.label_names,
         trust_label_order=args.trust_label_order,
         label_separator=args.label_separator,
-        max_eval_samples=args.max_eval_samples,
     )
     print_notes(data.name, data.notes)
     return data

@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kd.common.losses import jensen_shannon, soft_target_kl
 from kd.common.methods import Method, parse_method
 from kd.common.metrics.quality import language_warning, token_counts
-from kd.common.objective import IGNORED, Divergence, logit_term, task_loss
+from kd.common.objective import Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, ProperShare
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator

@@ -25,8 +25,8 @@ from transformers import (
 
 from kd.common.data.label_names import match_names
 from kd.common.pretrained import load_model, load_tokenizer, reading
-from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import TaskType
 from kd.nlp.data.loading import TextData, with_label_order
 from kd.nlp.teacher_model import TINY_BERT
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 
 Ids = dict[str, np.ndarray]  # class ids (rows,) by split
 

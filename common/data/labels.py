@@ -23,8 +23,8 @@ from kd.common.data.label_columns import (
 )
 from kd.common.data.label_names import count_rows, is_number, shorten_list, sort_labels
 from kd.common.data.sources import Splits
-from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 
 FEW_ROWS = 20  # a smaller train split may have a different class in each row
 

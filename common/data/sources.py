@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from kd.common.data.readers import READERS, TXT, read_rows, reason_of
-from kd.common.objective import IGNORED
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 
 Splits = dict[str, datasets.Dataset]
 
@@ -56,8 +56,8 @@ def read_splits(
         with_unlabelled: whether to return a split `unlabelled`, which then may replace train.
     """
     source, notes = known.get(dataset, dataset), list[str]()
-    embedded = ", ".join(name for name, where in known.items() if callable(where))
-    instead = f"pass --dataset FOLDER with {contents}, or --dataset {embedded}, which needs no download"
+    embedded = " or ".join(name for name, where in known.items() if callable(where))
+    instead = f"pass --dataset FOLDER with {contents}, or --dataset {embedded}, without a download"
     if not isinstance(source, str):
         found = dict(source())
     elif dataset not in known and _exists(dataset):

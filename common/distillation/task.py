@@ -28,11 +28,11 @@ from kd.common.methods import (
 from kd.common.methods.classification import RELATION_METHODS
 from kd.common.objective import task_loss
 from kd.common.outputs import FeatureHooks, Outputs
-from kd.common.training.arguments import TaskType
 from kd.common.training.inference import run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, Share
+from kd.common.utils.tasks import TaskType
 
 Shapes = dict[str, torch.Size]  # of the outputs of submodules, by path
 

@@ -21,8 +21,8 @@ from kd.common.objective import (
     soft_targets,
     task_loss,
 )
-from kd.common.training.arguments import TaskType
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import TaskType
 
 PER_CLASS = 50  # number of training samples that represent a class
 Depth = Literal["nearest", "up", "last"]

@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from kd.common.metrics.verdict import AT_CHANCE
-from kd.common.objective import IGNORED
+from kd.common.utils.tasks import IGNORED
 
 OUT_OF_SCOPE = "oos"  # the label of texts that belong to no other class
 RESAMPLES = 2000  # bootstrap resamples of the returns

@@ -17,8 +17,7 @@ import numpy as np
 from kd.common.metrics import entities as spans
 from kd.common.metrics import label_sets, quality
 from kd.common.metrics.verdict import Measurement, is_constant, measure_classes, measure_counts, measure_regression
-from kd.common.objective import IGNORED
-from kd.common.training.arguments import TaskType
+from kd.common.utils.tasks import IGNORED, TaskType
 
 Metrics = dict[str, float]
 

@@ -4,8 +4,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from kd.common.metrics.verdict import (
@@ -17,9 +19,22 @@ from kd.common.metrics.verdict import (
     verdict_over_seeds,
     with_margin,
 )
+from kd.common.utils.errors import UserError
 
 Results = dict[str, Any]  # the content of results.json, as `Schema` describes it
 RECIPE, RESULTS = "recipe.yaml", "results.json"  # written when a run starts, and when it has finished
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The arguments that a run was started with. Raises UserError if they cannot be read."""
+    path = folder / RECIPE
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): the run cannot be continued") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} is damaged: it contains no arguments, so the run cannot be continued")
+    return recipe
 
 
 # ---------------------------------------------------------------- the schema, version 1

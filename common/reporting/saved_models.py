@@ -14,9 +14,8 @@ from scipy.special import softmax
 
 from kd.common.cli import Parser
 from kd.common.data.sources import shorten
-from kd.common.reporting.results import RECIPE, RESULTS
+from kd.common.reporting.results import RECIPE, RESULTS, read_recipe
 from kd.common.reporting.tables import number, print_rich, words
-from kd.common.training.run_folder import read_recipe
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, read_json, write_json, write_text
 

@@ -21,7 +21,6 @@ Keys = Literal["carried", "new", "random", "reused"]
 CodebookSize = Annotated[int, Range(1, 2**16)]
 Strategy = Literal["no", "steps", "epoch"]
 # What is predicted: one class, a number, any number of labels, or a tag for each word.
-TaskType = Literal["classification", "regression", "multi_label", "token_classification"]
 
 
 @dataclass

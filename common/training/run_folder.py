@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from kd.common.cli import recipe_of, save_recipe
-from kd.common.reporting.results import RECIPE, RESULTS
+from kd.common.reporting.results import RECIPE, RESULTS, read_recipe
 from kd.common.training.arguments import RunArguments
 from kd.common.utils.devices import command
 from kd.common.utils.errors import UserError
@@ -221,18 +221,6 @@ def read_mark(folder: Path) -> dict[str, Any]:
             f"{folder}"
         )
     return mark
-
-
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """The arguments that a run was started with. Raises UserError if they cannot be read."""
-    path = folder / RECIPE
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): the run cannot be continued") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path} is damaged: it contains no arguments, so the run cannot be continued")
-    return recipe
 
 
 def _new_command(folder: Path) -> list[str]:

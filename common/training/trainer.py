@@ -24,7 +24,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, has_length
 
-from kd.common.objective import IGNORED, Objective
+from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batch_norm import (
@@ -39,6 +39,7 @@ from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
 from kd.common.utils.errors import UserError, recording_interrupts
 from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
+from kd.common.utils.tasks import IGNORED
 
 OBJECTIVE_FILE = "objective.safetensors"
 
@@ -249,6 +250,12 @@ class KDTrainer(CheckpointTrainer):
         return None, None if logits is None else logits.detach().float(), labels
 
     # ---- optimizer ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The parent's choice; SGD in one pass over the weights (on a CPU, torch would take several)."""
+        kind, keywords = CheckpointTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return kind, keywords | {"fused": True} if kind is torch.optim.SGD else keywords
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's optimizer, with the parameter groups of submodules and the auxiliary parameters added."""

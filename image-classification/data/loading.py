@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.label_names import map_label_ids, shorten_list
 from kd.common.data.sources import choose_validation, short_name, stratified
-from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.image_classification.data.sources import StoredImages, read_images
 from kd.image_classification.data.views import ImageViews, LargeViews, StrongViews, Views
 

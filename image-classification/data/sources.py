@@ -31,6 +31,7 @@ from kd.common.data.sources import (
     read_splits,
 )
 from kd.common.utils.errors import UserError
+from kd.image_classification.data.distorted_digits import distorted_digits
 from kd.image_classification.data.folders import read_class_folders
 
 LABELS = ("label", "fine_label", "labels", "class", "target")  # columns, in the order of preference
@@ -39,16 +40,24 @@ LABELS = ("label", "fine_label", "labels", "class", "target")  # columns, in the
 def embedded_digits() -> Splits:
     """The 1,797 handwritten digits of scikit-learn, 8x8 (UCI, Alpaydin and Kaynak 1998). A fifth is test."""
     digits = load_digits()
-    images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
-    )
-    rows = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    rows = _rows_of_digits((digits.images * (255 / 16)).round().astype(np.uint8), digits.target)
     test = holdout(digits.target, 0.2)
     return {"train": rows.select(np.flatnonzero(~test)), "test": rows.select(np.flatnonzero(test))}
 
 
+def embedded_distorted_digits() -> Splits:
+    """`distorted_digits` as rows."""
+    return {split: _rows_of_digits(*images) for split, images in distorted_digits().items()}
+
+
+def _rows_of_digits(pixels: np.ndarray, labels: np.ndarray) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    images = [Image.fromarray(image) for image in pixels]
+    return datasets.Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+
+
 KNOWN: KnownDatasets = {
+    "distorted_digits": embedded_distorted_digits,
     "digits": embedded_digits,
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",

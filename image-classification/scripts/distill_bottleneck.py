@@ -47,7 +47,7 @@ def main() -> None:
     name, instances = f"keys_{bottleneck.keys}", (bottleneck, pair, matching, data_args)
     run = ImageRun(name, training, data, *instances, teacher=encoder if pretrained else None)
     if not pretrained:
-        encoder = run.train_on_labels("teacher_encoder", encoder, pair.teacher_epochs)
+        encoder = run.train_on_labels("teacher_encoder", encoder, pair.epochs_of_teacher(training))
     run.evaluate_teacher(pair.teacher, encoder, known)
     teacher = replace_head(run, data, "teacher", encoder, bottleneck, "new")
     teacher_results = run.evaluate_teacher(f"{pair.teacher} + bottleneck", teacher)

@@ -3,7 +3,8 @@
     python image-classification/scripts/train_simkd.py
     python image-classification/scripts/train_simkd.py --projector all-layer
     python image-classification/scripts/train_simkd.py image-classification/scripts/paper.yaml --dataset cifar100 \\
-        --teacher runs/image-classification/teacher_cifar100 --student resnet8x4
+        --teacher runs/image-classification/teacher_cifar100 --student resnet8x4 \\
+        --feature_weight 1 --kl_weight 0
 
 The control is the same network, including the projector, trained on the labels alone.
 """
@@ -40,7 +41,7 @@ def main() -> None:
     name = f"simkd_{args.projector}"
     run = ImageRun(name, training, data, pair, args, data_args, teacher=teacher if pretrained else None)
     if not pretrained:
-        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.epochs_of_teacher(training))
     teacher_results = run.evaluate_teacher(pair.teacher, teacher, known)
 
     for seed_run in run.each_seed():

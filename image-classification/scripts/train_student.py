@@ -10,6 +10,8 @@
 trained side by side on the same batches, with one forward pass of the teacher, and reported in one table.
 """
 
+from dataclasses import fields
+
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
     CONTROL,
@@ -45,11 +47,9 @@ def main() -> None:
     args, pair, weights, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
     args.methods = ",".join(args.methods).split(",") if args.methods else []  # --methods kd,dkd
-    if weights != SimKDWeights() and SIMKD not in (args.methods or [args.method]):
-        raise UserError(
-            "the flags of SimKD's projector and weights apply to simkd only: add it to --methods, or set an argument "
-            "of another method, as in fitnet:weight=10"
-        )
+    if SIMKD not in (args.methods or [args.method]):
+        reason = f"it applies to {SIMKD} only, and other methods have arguments, as in fitnet:weight=10"
+        reject_unused(reason, weights, *(field.name for field in fields(weights)))
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
     if args.methods:
         reject_unused("--methods is set", args, "method")
@@ -128,7 +128,7 @@ def distill_student(
         ensemble_teachers=EnsembleTeacher(others) if others else None,
     )  # fmt: skip
     if not pretrained:
-        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.epochs_of_teacher(training))
     outputs = EnsembleTeacher([teacher, *others], weights=args.ensemble_weights) if others else teacher
     names = " + ".join([pair.teacher, *args.ensemble_teachers])
     teacher_results = run.evaluate_teacher(names, outputs, None if others else known)

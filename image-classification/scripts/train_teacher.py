@@ -10,7 +10,8 @@ Pass the run's folder as --teacher to the other scripts.
 from dataclasses import dataclass, field
 
 from kd.common.cli import parse, reject_unused, run, show_help
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments
+from kd.common.utils.ranges import Positive
+from kd.image_classification.student_model.arguments import TEACHER_EPOCHS, DataArguments, ImageTrainingArguments
 
 
 @dataclass
@@ -22,7 +23,16 @@ class Arguments:
     )
 
 
-ARGUMENTS = Arguments, DataArguments, ImageTrainingArguments
+@dataclass
+class TeacherTrainingArguments(ImageTrainingArguments):
+    """Training."""
+
+    num_train_epochs: Positive = field(
+        default=TEACHER_EPOCHS * ImageTrainingArguments.num_train_epochs, metadata={"help": "Number of epochs."}
+    )
+
+
+ARGUMENTS = Arguments, DataArguments, TeacherTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

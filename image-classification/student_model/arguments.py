@@ -34,6 +34,7 @@ IMAGE_METHODS = (
     *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
 )
 METHOD_HELP = f"NAME or NAME:argument=value:...; NAME is {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
+TEACHER_EPOCHS = 2  # times the epochs of a student
 PIXELS = "pixels"  # no encoder: the pixels are the embedding
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
@@ -44,17 +45,20 @@ class DataArguments:
     """Data."""
 
     dataset: str = field(
-        default="digits",
-        metadata={"help": "Dataset: digits, cifar10, cifar100, mnist, imagenet, a name on the Hub or a folder."},
+        default="distorted_digits",
+        metadata={
+            "help": "Dataset: distorted_digits, digits, cifar10, cifar100, mnist, imagenet, a name on the Hub or a "
+            "folder."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Name of the column with the images."})
     label_column: str | None = field(default=None, metadata={"help": "Name of the column with the labels."})
     image_size: Count | None = field(
         default=None,
-        metadata={"help": "Height and width of the images in pixels; above 64, training uses random crops."},
+        metadata={"help": "Size of the images; above 64, training uses random crops."},
     )
     validation_share: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Share of train to use for validation if the dataset has no validation split."}
+        default=0.1, metadata={"help": "Share of train for a missing validation split."}
     )
     max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
     max_eval_samples: Count | None = field(
@@ -118,7 +122,8 @@ class PairArguments:
         default=None, metadata={"help": "Module with the network in the folder of --teacher."}
     )
     teacher_epochs: Positive | None = field(
-        default=None, metadata={"help": "Number of epochs of the teacher (default: --num_train_epochs)."}
+        default=None,
+        metadata={"help": f"Epochs of the teacher (default: {TEACHER_EPOCHS} times --num_train_epochs)."},
     )
     student: str = field(default="resnet8x4", metadata={"help": "Architecture, timm:NAME or module:factory."})
     method_args: list[str] = field(
@@ -139,6 +144,11 @@ class PairArguments:
         if rate is not None:
             _set_defaults(training, learning_rate=rate)
         self.pair = None  # the saved recipe contains the arguments that the pair has set
+
+    def epochs_of_teacher(self, training: "ImageTrainingArguments") -> float:
+        """`--teacher_epochs`, by default a multiple of a student's, or as many if `--lr_milestones` apply to both."""
+        factor = 1 if training.lr_milestones else TEACHER_EPOCHS
+        return self.teacher_epochs or factor * training.num_train_epochs
 
     def load_teacher(self, data: "ImageData", training: "ImageTrainingArguments") -> "LoadedTeacher":
         """Loads the teacher. One with weights of another project is evaluated.
@@ -226,9 +236,9 @@ class SimKDWeights:
     use_labels: bool = field(
         default=False, metadata={"help": "Match features only where the teacher predicts the label."}
     )
-    feature_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the feature loss."})
+    feature_weight: NotNegative = field(default=5.0, metadata={"help": "Weight of the feature loss."})
     cls_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the labels' cross-entropy."})
-    kl_weight: NotNegative = field(default=0.0, metadata={"help": "Weight of the teacher's soft targets."})
+    kl_weight: NotNegative = field(default=1.0, metadata={"help": "Weight of the teacher's soft targets."})
 
     def __post_init__(self) -> None:
         if not (self.feature_weight or self.cls_weight or self.kl_weight):
@@ -306,10 +316,10 @@ class ImageTrainingArguments(KDTrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the run (default: runs/image-classification/METHOD)."}
     )
-    num_train_epochs: Positive = 50
-    per_device_train_batch_size: Count = 64
+    num_train_epochs: Positive = 4
+    per_device_train_batch_size: Count = 32
     per_device_eval_batch_size: Count = 250
-    learning_rate: Positive = 0.05
+    learning_rate: Positive = 0.1
     optim: str = field(default="sgd", metadata={"help": "Name of the optimizer: sgd, adamw_torch, ..."})
     optim_args: str | None = field(
         default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}

@@ -148,7 +148,7 @@ def sweep(
     run = SweepRun("sweep", training, data, pair, weights, data_args, teacher=start)
     run.args.seeds = seeds
     if not pretrained:
-        teacher = run.train_on_labels("teacher", teacher, pair.teacher_epochs)
+        teacher = run.train_on_labels("teacher", teacher, pair.epochs_of_teacher(training))
 
     missing = {s: [one for one in students if not one.is_finished(run.folder / f"seed{s}")] for s in seeds}
     number = len(seeds) * len(students)

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from kd.common.metrics.quality import choose_threshold, confidence, scope_metrics, threshold_metrics
-from kd.common.objective import IGNORED
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.intents import INTENTS, OUT_OF_SCOPE, load_intents
 from kd.nlp.data.loading import Collator, TextData, Texts, load_text_data, with_label_order
 from kd.nlp.student_model.evaluation import metrics_by_split

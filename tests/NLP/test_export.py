@@ -238,7 +238,7 @@ def test_bad_input(capsys, scoped, exported, tmp_path):
     assert "--overwrite_output_dir" in error_of(capsys, student, scoped)
     assert "invalid choice: 'onxn'" in error_of(capsys, student, scoped, "--formats", "onxn")
     assert "no folder" in error_of(capsys, tmp_path / "missing", scoped)
-    assert "no model" in error_of(capsys, exported.parent, scoped, "--output_dir", tmp_path / "x")
+    assert "no model" in error_of(capsys, tmp_path, scoped, "--output_dir", tmp_path / "x")
     other = error_of(capsys, student, scoped, "--output_dir", student, "--overwrite_output_dir")
     assert "is not an export" in other
     BertModel(BertConfig(vocab_size=100, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
-from kd.common.objective import IGNORED
 from kd.common.outputs import Outputs
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data import corpora
 from kd.nlp.data.corpora import Corpus, load_corpus, pack
 from kd.nlp.scripts.distill_gpt import Arguments, LanguageTrainingArguments

@@ -11,10 +11,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, BertTokenizer, pipeline
 
-from kd.common.objective import IGNORED, soft_targets
+from kd.common.objective import soft_targets
 from kd.common.outputs import Outputs
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.columns import TASKS
 from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.loading import Texts, load_text_data, with_label_order

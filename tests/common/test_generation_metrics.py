@@ -8,7 +8,7 @@ import sacrebleu
 import torch
 
 from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
-from kd.common.objective import IGNORED
+from kd.common.utils.tasks import IGNORED
 
 HYPOTHESES = ["Ein Hund läuft über die Wiese.", "Zwei Männer, die reden", "Das Haus"]
 REFERENCES = ["Ein brauner Hund läuft über eine Wiese.", "Zwei Männer reden.", "Das kleine Haus steht dort."]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kd.common.metrics.quality import language_metrics, token_agreement, token_counts
-from kd.common.objective import IGNORED
+from kd.common.utils.tasks import IGNORED
 
 
 def test_by_hand():

@@ -10,10 +10,11 @@ from torch import nn
 from kd.common.losses import feature_cosine, feature_l2, soft_target_kl
 from kd.common.methods import Method
 from kd.common.methods import labels as labels_method
-from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, soft_targets, task_loss
+from kd.common.objective import FeatureTerm, Objective, logit_term, soft_targets, task_loss
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd_testing.tiny import Rows, model
 
 

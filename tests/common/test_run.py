@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,7 +215,9 @@ class RecordedTrainer:
 
 
 def test_each_stage_is_a_run_of_wandb(tmp_path, monkeypatch):
-    finished = SimpleNamespace(finish=lambda: RecordedTrainer.runs.append(("wandb", "finished")))
+    finished = SimpleNamespace(
+        finish=lambda: RecordedTrainer.runs.append(("wandb", "finished")), __spec__=ModuleSpec("wandb", None)
+    )
     monkeypatch.setitem(sys.modules, "wandb", finished)
     monkeypatch.setattr("kd.common.training.run.KDTrainer", RecordedTrainer)
     run = TrainerRun(arguments(tmp_path))

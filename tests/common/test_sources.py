@@ -227,5 +227,5 @@ def test_a_file_is_the_split_in_its_name(tmp_path: Path) -> None:
     assert splits(tmp_path / "new.csv", needs_train=False)["test"]["text"][:] == ["a"]
     assert splits(tmp_path / "test.csv", needs_train=False)["test"]["text"][:] == ["b"]
     assert "no train split" in error_of(tmp_path / "test.csv")
-    assert re.search(r"new.xlsx is not a parquet, CSV or JSON file", error_of(tmp_path / "new.xlsx"))
+    assert re.search(r"new.xlsx is not a parquet, CSV, JSON or CoNLL file", error_of(tmp_path / "new.xlsx"))
     assert short_name(str(tmp_path / "new.csv")) == "new.csv"

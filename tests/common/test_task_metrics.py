@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from kd.common.metrics.label_sets import choose_label_threshold, constant_label_score, multi_label_metrics
 from kd.common.metrics.tasks import task_metrics
 from kd.common.metrics.verdict import f1_of_counts
-from kd.common.objective import IGNORED
+from kd.common.utils.tasks import IGNORED
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.3, 0.1, 0.0]).astype(np.float32)  # the last label never occurs

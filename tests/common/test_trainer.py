@@ -15,13 +15,14 @@ from torch import nn
 
 from kd.common.losses import feature_l2, soft_target_kl
 from kd.common.metrics.quality import classification_metrics
-from kd.common.objective import IGNORED, FeatureTerm, Objective, logit_term, task_loss
+from kd.common.objective import FeatureTerm, Objective, logit_term, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.checkpoints import last_checkpoint
 from kd.common.training.inference import LengthGroupedSampler
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd_testing.paths import REPO
 from kd_testing.tiny import Rows, TinyClassifier, arguments, break_second_step, kd, model
 
@@ -61,6 +62,26 @@ def test_accumulated_gradient_equals_the_gradient_of_one_big_batch(tmp_path, bat
         gradient_accumulation_steps=accumulation, learning_rate=1.0, max_grad_norm=0.0, max_steps=1,
     )  # fmt: skip
     torch.testing.assert_close(before - weights(student), expected)
+
+
+def test_sgd_in_one_pass_takes_the_steps_of_several(tmp_path):
+    """On weights in channels_last, also of 1x1 convolutions, whose memory format is ambiguous."""
+    args = arguments(tmp_path, optim="sgd", optim_args="momentum=0.9,nesterov=true", weight_decay=0.1)
+    kind, keywords = KDTrainer.get_optimizer_cls_and_kwargs(args)
+    assert kind is torch.optim.SGD and keywords["fused"]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1, bias=False))
+    network.to(memory_format=torch.channels_last)
+    trained = []
+    for fused in (True, False):
+        student = copy.deepcopy(network)
+        optimizer = kind(student.parameters(), **keywords | {"fused": fused, "lr": 0.5})
+        for images in torch.randn(4, 2, 3, 6, 6, generator=torch.Generator().manual_seed(0)):
+            student(images.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(student.state_dict())
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], msg=name)
 
 
 class Sequences(torch.utils.data.Dataset):

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from kd.common.data.sources import stratified
-from kd.image_classification.data import loading
+from kd.image_classification.data import distorted_digits, loading
 from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
 from kd.image_classification.data.sources import read_images
 from kd_testing.image_files import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
@@ -36,6 +37,36 @@ def test_digits() -> None:
     assert data.fingerprint == small("digits").fingerprint and "stratified 10%" in data.notes[-1]
     every = torch.cat([images.pixels.flatten(1) for images in data.splits.values()])
     assert len(every) == 1797 and every.max() == 255
+
+
+def test_distorted_digits_are_fixed_and_the_splits_share_no_handwriting() -> None:
+    """An image without distortion, light and noise is one of scikit-learn's digits, of another set in each split."""
+    data = small("distorted_digits")
+    assert sizes(data) == {"train": 1500, "validation": 500, "test": 1000} and data.size == 8 and not data.flip
+    assert data.label_names == [str(i) for i in range(10)]
+    assert min(np.bincount(images.labels).min() / len(images) for images in data.splits.values()) > 0.08
+    assert data.fingerprint == small("distorted_digits").fingerprint
+    with pytest.MonkeyPatch.context() as patch:
+        plain = {
+            "ROTATION": 0,
+            "SHEAR": 0,
+            "SHIFT": 0,
+            "SCALE": (1, 1),
+            "BRIGHTNESS": (1, 1),
+            "GRADIENT": 0,
+            "NOISE": 0,
+        }
+        for name, value in plain.items():
+            patch.setattr(distorted_digits, name, value)
+        drawn = distorted_digits.distorted_digits()
+    digits = load_digits()
+    labels = {image.tobytes(): label for image, label in zip(digits.images, digits.target, strict=True)}
+    parts = []
+    for pixels_of_split, labels_of_split in drawn.values():
+        originals = [np.round(image / (255 / 16)).tobytes() for image in pixels_of_split]
+        assert [labels[original] for original in originals] == labels_of_split.tolist()
+        parts.append(set(originals))
+    assert sum(map(len, parts)) == len(labels) == len(set.union(*parts))
 
 
 def test_validation_is_a_fixed_stratified_part_of_train(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from kd.common.data.sources import holdout
-from kd.common.objective import IGNORED
+from kd.common.utils.tasks import IGNORED
 from kd.image_classification.data import loading
 from kd.image_classification.data.loading import load_image_data
 from kd_testing.image_files import NAMES, draw, error_of, large, photos_in, pixels, png, sizes, small, write
@@ -326,7 +326,17 @@ def test_unlabelled_images_train_the_student_alone(tmp_path: Path) -> None:
     classes_in(tmp_path / "data" / "validation", cat=6, dog=6)
     classes_in(tmp_path / "data", unlabeled=32)
     words = ["--dataset", tmp_path / "data", "--image_size", 8, "--teacher", "resnet8", "--student", "resnet8"]
-    words += ["--num_train_epochs", 1, "--per_device_train_batch_size", 16, "--report_to", "none", "--method"]
+    words += [
+        "--num_train_epochs",
+        1,
+        "--teacher_epochs",
+        1,
+        "--per_device_train_batch_size",
+        16,
+        "--report_to",
+        "none",
+        "--method",
+    ]
     script = "image-classification/scripts/train_student.py"
     run_script(script, *words, "kd", "--output_dir", tmp_path / "run")
     logs = {

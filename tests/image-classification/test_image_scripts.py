@@ -36,7 +36,7 @@ from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 pytestmark = pytest.mark.usefixtures("digits_once")
 SCRIPTS = REPO / "image-classification" / "scripts"
-SHORT = ["--max_train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]
+SHORT = ["--dataset", "digits", "--max_train_samples", 256, "--num_train_epochs", 1, "--report_to", "none"]
 PAIR = ["--student", "resnet8"]
 
 
@@ -58,8 +58,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def teacher(tmp_path_factory) -> Path:
     """The run of a teacher trained on the embedded digits."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    script("train_teacher.py", "--architecture", "resnet8x2", "--num_train_epochs", 4, "--report_to", "none",
-           "--output_dir", folder)  # fmt: skip
+    script("train_teacher.py", "--dataset", "digits", "--architecture", "resnet8x2", "--num_train_epochs", 4,
+           "--learning_rate", 0.05, "--report_to", "none", "--output_dir", folder)  # fmt: skip
     return folder
 
 
@@ -347,11 +347,11 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
 def test_a_sweep_accepts_more_seeds_and_shares_its_teacher(tmp_path, capsys):
     words = [*SHORT, *PAIR, "--teacher", "resnet8", "--methods", "none,kd", "--output_dir", tmp_path]
     script("train_student.py", *words, "--seeds", 1)
-    before = weights(tmp_path / "seed1" / "students" / "kd_lr0.05")
+    before = weights(tmp_path / "seed1" / "students" / "kd_lr0.1")
     script("train_student.py", *words, "--seeds", "0,1")
     assert "2 of 4 students are already finished" in capsys.readouterr().out
     assert [path.parent.parent.name for path in tmp_path.rglob("stages/teacher")] == [tmp_path.name]
-    assert all(torch.equal(w, before[name]) for name, w in weights(tmp_path / "seed1/students/kd_lr0.05").items())
+    assert all(torch.equal(w, before[name]) for name, w in weights(tmp_path / "seed1/students/kd_lr0.1").items())
 
 
 def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher, tmp_path, capsys):
@@ -368,12 +368,12 @@ def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher
         assert all(torch.equal(found[name], weight) for name, weight in weights(student).items())
     folder = tmp_path / "diverging"
     diverged = {path.parent.relative_to(folder): path.read_text() for path in tmp_path.rglob("diverged.json")}
-    expected = [Path(f"seed{seed}/students/fitnet_weight_1e39_lr0.05") for seed in (0, 1)]
+    expected = [Path(f"seed{seed}/students/fitnet_weight_1e39_lr0.1") for seed in (0, 1)]
     assert diverged == dict.fromkeys(expected, '{\n  "epoch": 1\n}\n')
     assert not list(folder.glob("seed*/students/fitnet*/student"))
     finite, report = ((tmp_path / run / "sweep.md").read_text() for run in ("finite", "diverging"))
     seeds = "seed 0 in epoch 1, seed 1 in epoch 1"
-    note = f"Diverged (the loss is not finite) and left out: {infinite} at 0.05 ({seeds})."
+    note = f"Diverged (the loss is not finite) and left out: {infinite} at 0.1 ({seeds})."
     assert [line.rsplit("|", 2)[0] for line in report.splitlines()] == [
         line.rsplit("|", 2)[0] for line in [*finite.splitlines(), "", note]
     ]
@@ -434,7 +434,7 @@ def test_methods_side_by_side_equal_each_method_alone(teacher, tmp_path):
     script("train_student.py", *common, "--methods", ",".join(names), "--seeds", "3", "--output_dir", tmp_path / "s")
     for name in names:
         script("train_student.py", *common, "--method", name, "--seed", 3, "--output_dir", tmp_path / name)
-        together, alone = weights(tmp_path / "s" / "seed3" / "students" / f"{name}_lr0.05"), weights(tmp_path / name)
+        together, alone = weights(tmp_path / "s" / "seed3" / "students" / f"{name}_lr0.1"), weights(tmp_path / name)
         for key, value in alone.items():
             torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
 
@@ -444,9 +444,9 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
     script("train_student.py", *words, "--teacher_views", tmp_path / "views", "--output_dir", tmp_path / "s")
     students = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("s/seed*/students/*/results.json")}
     names = "none", "kd", "kd_temperature_2"
-    assert students == {f"s/seed{seed}/students/{name}_lr0.05" for name in names for seed in (0, 1)}
+    assert students == {f"s/seed{seed}/students/{name}_lr0.1" for name in names for seed in (0, 1)}
     assert list((tmp_path / "views").rglob("logits.f16")) and (tmp_path / "s" / "sweep.png").exists()
-    assert results_of(tmp_path / "s/seed1/students/kd_lr0.05")["gain_over_control"] is not None
+    assert results_of(tmp_path / "s/seed1/students/kd_lr0.1")["gain_over_control"] is not None
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--student", "nonsense"], "unknown architecture 'nonsense'"),
         ("train_simkd.py", ["--projector", "double"], "invalid choice: 'double'"),
         ("train_simkd.py", ["--projector_factor", "3"], "does not divide the teacher's"),
-        ("train_simkd.py", ["--feature_weight", "0"], "not all be zero"),
+        ("train_simkd.py", ["--feature_weight", "0", "--kl_weight", "0"], "not all be zero"),
         ("train_simkd.py", ["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         ("train_student.py", ["--method", "fitnet", "--teacher_views", "v"], "caches only logits"),
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
@@ -499,9 +499,9 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
 )
 def test_bad_input_is_one_line_and_nothing_is_written(name, words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = [] if name == "evaluate.py" else ["--num_train_epochs", 1, "--max_train_samples", 64, "--report_to", "none"]
+    few = [] if name == "evaluate.py" else [*SHORT, "--max_train_samples", 64]
     with pytest.raises(SystemExit) as stopped:
-        script(name, *words, *few)
+        script(name, *few, *words)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith("error:") and message in error
     assert not list(tmp_path.rglob("*.*"))
@@ -556,7 +556,7 @@ def test_teachers_load_in_fp32_and_without_a_wrapper_prefix(teacher, tmp_path):
         "half": lambda w: {name: t.half() if t.is_floating_point() else t for name, t in w.items()},
         "wrapped": lambda w: {f"module.{name}": t for name, t in w.items()},
     }
-    data = DataArguments().load()
+    data = DataArguments("digits").load()
     original = load_trained(teacher / "stages" / "teacher", data)[0].state_dict()
     for name, change in changes.items():
         model, _ = load_trained(modified(teacher, tmp_path / name, change), data)
@@ -575,7 +575,7 @@ def test_teachers_load_in_fp32_and_without_a_wrapper_prefix(teacher, tmp_path):
 )
 def test_a_teacher_whose_weights_do_not_fit_is_rejected(teacher, tmp_path, change, message):
     with pytest.raises(UserError) as caught:
-        load_trained(modified(teacher, tmp_path / "teacher", change), DataArguments().load())
+        load_trained(modified(teacher, tmp_path / "teacher", change), DataArguments("digits").load())
     assert f"the weights of {tmp_path}"[:60] in str(caught.value) and message in str(caught.value)
 
 

@@ -35,7 +35,7 @@ SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", v
 
 
 def script(*words: object) -> None:
-    run_script("image-classification/scripts/train_bottleneck.py", *words)
+    run_script("image-classification/scripts/train_bottleneck.py", "--dataset", "digits", *words)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_without_output_the_script_only_prints_a_table(
     monkeypatch.chdir(tmp_path)
     prepare()
     output = capsys.readouterr().out
-    assert "1,294" in output and "14 to 15" in output and "8x8" in output and "10 classes: 0, 1" in output
+    assert "1,500" in output and "147 to 153" in output and "8x8" in output and "10 classes: 0, 1" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -99,7 +99,7 @@ def test_files_of_others_are_never_deleted(tmp_path: Path, colour: str, capsys: 
     prepare("--output", folder)  # an empty folder may be used
     capsys.readouterr()
     assert "--overwrite" in error_of("--dataset", colour, "--output", folder)
-    assert small(folder).fingerprint == small("digits").fingerprint
+    assert small(folder).fingerprint == small("distorted_digits").fingerprint
     prepare("--dataset", colour, "--output", folder, "--overwrite")
     capsys.readouterr()
     assert small(folder).fingerprint == small(colour).fingerprint
@@ -132,7 +132,7 @@ def test_an_unreachable_hub_is_one_line(
 
 def assert_message_has_remedies(error: str) -> None:
     (line,) = error.strip().splitlines()
-    assert "cifar100" in line and "--dataset FOLDER" in line and "--dataset digits" in line
+    assert "cifar100" in line and "--dataset FOLDER" in line and "--dataset distorted_digits or digits" in line
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_a_student_with_the_teachers_weights_has_zero_loss_and_equal_logits(loss
     student = new_classifier("resnet14x2", data.config).eval()
     student.load_state_dict(teacher.state_dict())
     student.projector = nn.Identity()
-    method = simkd(student, teacher, SimKDArguments(feature_loss=loss), temperature=4.0)
+    method = simkd(student, teacher, SimKDArguments(feature_loss=loss, kl_weight=0.0), temperature=4.0)
     images = some_images(data)
     with torch.no_grad():
         student_outputs, teacher_outputs = (
@@ -83,7 +83,7 @@ def test_every_variant_trains_student_and_all_projectors(projector, teacher_name
     parts = method.objective(forward_with_features(student, method.features, images), teacher_outputs, labels)
     sum(parts.values()).backward()
     expected = {"single": 1, "multi": 2, "all-layer": len(block_paths(student))}[projector]
-    assert len(parts) == expected and all(part.item() > 0 for part in parts.values())
+    assert len(parts) == expected + 1 and all(part.item() > 0 for part in parts.values())
     without = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, "every part of the student learns"
     assert all(p.grad is not None for p in method.objective.parameters())
@@ -117,9 +117,13 @@ def test_weights_of_the_projectors():
     data = noise()
     teacher = new_classifier("resnet14x2", data.config)
     student = simkd_student("resnet14", teacher, data, factor=2)
-    multi = simkd(student, teacher, SimKDArguments(projector="multi"), 4.0).objective
+    multi = simkd(
+        student, teacher, SimKDArguments(projector="multi", feature_weight=1.0, kl_weight=0.0), 4.0
+    ).objective
     assert multi.weights == pytest.approx({"feature_0": 2 / 3, "feature_1": 1 / 3})
-    layers = simkd(student, teacher, SimKDArguments(projector="all-layer", feature_weight=3.0), 4.0).objective
+    layers = simkd(
+        student, teacher, SimKDArguments(projector="all-layer", feature_weight=3.0, kl_weight=0.0), 4.0
+    ).objective
     assert layers.weights == pytest.approx({f"feature_{i}": 3.0 / 6 for i in range(6)})
     mixed = SimKDArguments(cls_weight=0.5, kl_weight=2.0, feature_weight=0.0)
     assert simkd(student, teacher, mixed, 4.0).objective.weights == {"task": 0.5, "soft_targets": 2.0}
@@ -207,9 +211,10 @@ def test_networks_that_do_not_match_are_errors(capsys):
     teacher = new_classifier("resnet8", data.config)
     with pytest.raises(UserError, match="factor 3 does not divide the teacher's 64 channels"):
         simkd_student("resnet8", teacher, data, factor=3)
-    for flag, value in (("projector_factor", 0), ("projector_ratio", 0.0), ("feature_weight", 0.0), ("kl_weight", -1)):
+    cases = (("projector_factor", 0), ("projector_ratio", 0.0), ("feature_weight", 0.0), ("cls_weight", -1))
+    for flag, value in cases:
         with pytest.raises(SystemExit):
-            parse(SimKDArguments, argv=[f"--{flag}", str(value)])
+            parse(SimKDArguments, argv=[f"--{flag}", str(value), "--kl_weight", "0"])
         assert re.search(rf"--{flag}.* must (not all )?be", capsys.readouterr().err)
 
 

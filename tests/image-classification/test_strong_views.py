@@ -136,9 +136,9 @@ def test_cutout_is_a_square_of_up_to_half_the_width_that_may_exceed_the_border()
 
 @pytest.mark.parametrize("script, words", [("train_simkd.py", []), ("train_student.py", ["--method", "kd"])])
 def test_a_student_and_its_control_are_trained_on_both(script, words, tmp_path: Path):
-    run_script(f"image-classification/scripts/{script}", "--teacher", "resnet8", "--student", "resnet8", *words,
-               "--strong_augmentation", "--max_train_samples", 64, "--num_train_epochs", 1, "--report_to", "none",
-               "--output_dir", tmp_path / "run")  # fmt: skip
+    run_script(f"image-classification/scripts/{script}", "--dataset", "digits", "--teacher", "resnet8", "--student",
+               "resnet8", *words, "--strong_augmentation", "--max_train_samples", 64, "--num_train_epochs", 1,
+               "--report_to", "none", "--output_dir", tmp_path / "run")  # fmt: skip
     results = read_json(tmp_path / "run" / "results.json")
     assert results["models"]["control"] and results["models"]["student"]
     assert "strong_augmentation: true" in (tmp_path / "run" / "recipe.yaml").read_text()

@@ -170,7 +170,7 @@ def test_missing_time_limit_is_added_with_a_warning(registry, monkeypatch, mode)
     monkeypatch.setattr(environments_module, "EPISODE_STEPS", 7)
     gym.register("Endless-v0", KnownAnswer)
     environments = Environments("Endless-v0", 2, autoreset=mode)
-    found, rows = rollouts.play(
+    found, rows, _ = rollouts.play(
         lambda observations: torch.as_tensor(KnownAnswer.right_action(observations.numpy())), environments, 4
     )
     assert found.tolist() == [7.0] * 4 and len(rows) == 28
@@ -278,7 +278,7 @@ def test_sb3_learns_and_evaluates(algorithm, id, kwargs):
     assert len(model.ep_info_buffer) >= 4
     assert {episode["l"] for episode in model.ep_info_buffer} == {10}
     mean, _ = evaluate_policy(model, SB3Environments(id, 2), n_eval_episodes=4, warn=False)
-    returns, _ = rollouts.play(greedy(Agent.trained("", model).network()), Environments(id, 2), 4)
+    returns = rollouts.play(greedy(Agent.trained("", model).network()), Environments(id, 2), 4).returns
     assert mean == pytest.approx(returns.mean(), abs=1e-4)
 
 

@@ -1,7 +1,8 @@
 """Evaluates the student of a run, or any saved classifier, on every split except train.
 
     python example-domain/scripts/evaluate.py runs/example-domain/distill
-    python example-domain/scripts/evaluate.py runs/example-domain/distill --dataset FILE --predictions predictions.csv
+    python example-domain/scripts/evaluate.py runs/example-domain/distill --dataset FILE \\
+        --predictions predictions.csv
     python example-domain/scripts/evaluate.py runs/example-domain/distill/stages/teacher
 
 Without --dataset, the data are those of the run, and the metrics those of its report. Of several seeds, the student of
