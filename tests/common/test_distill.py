@@ -472,7 +472,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"train": []}, "is empty"),
     "a tuple of arrays": ({"train": table().tensors}, "or TensorDataset"),
     "too few rows": ({"train": table(3)}, "too few"),
-    "labels of text": ({"train": [{"x": torch.zeros(6), "label": "cat"}] * 20}, "must be one number, or floats .*, got 'cat'"),
+    "labels of text": (
+        {"train": [{"x": torch.zeros(6), "label": "cat"}] * 20},
+        "must be one number, or floats .*, got 'cat'",
+    ),
     "too many classes": ({"train": TensorDataset(torch.zeros(40, 6), torch.arange(40) % 4)}, "use 0 to 2"),
     "float labels": ({"train": TensorDataset(torch.zeros(40, 6), torch.ones(40))}, "labels are float32"),
     "unlabelled validation": ({"validation": table().tensors[0]}, "validation data have no labels"),
