@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from kd.common.data.label_names import count_rows, map_label_ids, shorten_list
-from kd.common.data.label_sets import is_list
+from kd.common.data.label_sets import declared_names, is_list
 from kd.common.data.labels import Labels, check_classes, class_names
 from kd.common.data.sources import Splits
 from kd.common.metrics.entities import OUTSIDE, begin_entities, is_iob
@@ -28,7 +28,7 @@ def read_tags(raw: Splits, columns: Columns, known: list[str] | None = None) -> 
     Raises UserError if a row has other numbers of words and tags, and if train or validation has no tags.
     """
     words, column = columns.text[0], columns.label
-    declared = [names for rows in raw.values() if (names := _declared(rows.features.get(column)))]
+    declared = [names for rows in raw.values() if (names := declared_names(rows.features.get(column)))]
     lists = {split: _tags_of_rows(split, rows, words, column) for split, rows in raw.items()}
     converted, notes = _in_iob2(lists)
     occurring = {tag for rows in converted.values() for row in rows for tag in row or () if tag is not None}
@@ -78,18 +78,13 @@ def _place(tag: str) -> tuple[bool, str, str]:
     return tag != OUTSIDE, kind, prefix
 
 
-def _declared(feature: Any) -> list[str]:
-    inner = getattr(feature, "feature", None)
-    return list(inner.names) if isinstance(inner, datasets.ClassLabel) else []
-
-
 def _tags_of_rows(split: str, rows: datasets.Dataset, words: str, column: str) -> Rows:
     """The names of the tags of each row; None for a word with the id IGNORED. Raises UserError for invalid rows."""
     if words not in rows.features or not is_list(rows.features.get(column)):
         if split == "test":
             return [None] * len(rows)
         raise UserError(f"the {split} split lacks lists of words and tags in the columns {words!r} and {column!r}")
-    names, found = _declared(rows.features[column]), list[list[Any] | None]()
+    names, found = declared_names(rows.features[column]), list[list[Any] | None]()
     for number, (row_words, row_tags) in enumerate(zip(rows[words][:], rows[column][:], strict=True)):
         if row_tags is not None and len(row_tags) != len(row_words or ()):
             raise UserError(

@@ -4,8 +4,8 @@
     python NLP/scripts/distill_classifier.py --seeds 0 1 2
     python NLP/scripts/distill_classifier.py --dataset sst2 --teacher bert-base-uncased \\
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --temperature 4
-    python NLP/scripts/distill_classifier.py --dataset multilabel_intents
-    python NLP/scripts/distill_classifier.py --dataset synthetic_entities
+    python NLP/scripts/distill_classifier.py NLP/scripts/multilabel.yaml
+    python NLP/scripts/distill_classifier.py --dataset synthetic_entities --from_scratch_epochs 6
     python NLP/scripts/distill_classifier.py --dataset answers.csv --teacher_columns "p_*"
 
 The label column determines the task: one class or score per text, any number of labels per text (multi-label), or a

@@ -25,6 +25,10 @@ LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
 METHOD_HELP = f"NAME or NAME:key=value:...; one of {', '.join(METHOD_NAMES)}."
 SEPARATOR_HELP = "Separator of several labels in the label column, such as a comma."
+PLACEHOLDER_HELP = "Placeholders in the label column for a missing label."
+LABEL_NAMES_HELP = "Labels, by id, of classifiers that name theirs LABEL_0, LABEL_1, ..."
+LABEL_ORDER_HELP = "Such classifiers have the labels of the data, in their order."
+COLUMNS_HELP = "Label column, or several of 0 and 1 (default: inferred)."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 CUT = "cut"  # value of --student for a student with some of the teacher's layers
@@ -58,9 +62,7 @@ class TextArguments:
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "Column of texts, or two for text pairs (default: inferred)."}
     )
-    label_column: list[str] | None = field(
-        default=None, metadata={"help": "Label column, or several of 0 and 1 (default: inferred)."}
-    )
+    label_column: list[str] | None = field(default=None, metadata={"help": COLUMNS_HELP})
     task: Literal["classification", "regression", "multi_label"] | None = field(
         default=None, metadata={"help": "Type of task, if ambiguous."}
     )
@@ -99,17 +101,11 @@ class TextArguments:
 class LabelledTextArguments(TextArguments):
     """Data."""
 
-    unlabelled_label: list[str] | None = field(
-        default=None, metadata={"help": "Placeholders in the label column for a missing label."}
-    )
+    unlabelled_label: list[str] | None = field(default=None, metadata={"help": PLACEHOLDER_HELP})
     drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training texts without a label."})
     label_separator: str | None = field(default=None, metadata={"help": SEPARATOR_HELP})
-    label_names: list[str] | None = field(
-        default=None, metadata={"help": "Labels, by id, of classifiers that name theirs LABEL_0, LABEL_1, ..."}
-    )
-    trust_label_order: bool = field(
-        default=False, metadata={"help": "Such classifiers have the labels of the data, in their order."}
-    )
+    label_names: list[str] | None = field(default=None, metadata={"help": LABEL_NAMES_HELP})
+    trust_label_order: bool = field(default=False, metadata={"help": LABEL_ORDER_HELP})
 
     def __post_init__(self) -> None:
         if self.label_names and self.trust_label_order:
@@ -161,15 +157,12 @@ def add_data_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )
-    help = "Label column, or several of 0 and 1 (default: inferred)."
-    parser.add_argument("--label_column", nargs="*", help=help)
+    parser.add_argument("--label_column", nargs="*", help=COLUMNS_HELP)
     parser.add_argument("--label_separator", help=SEPARATOR_HELP)
-    parser.add_argument("--unlabelled_label", nargs="*", help="Placeholders in the label column for a missing label.")
+    parser.add_argument("--unlabelled_label", nargs="*", help=PLACEHOLDER_HELP)
     names = parser.add_mutually_exclusive_group()
-    names.add_argument("--label_names", nargs="*", help="Labels, by id, of a model that names its own LABEL_0, ...")
-    names.add_argument(
-        "--trust_label_order", action="store_true", help="Such a model has the labels of the data, in their order."
-    )
+    names.add_argument("--label_names", nargs="*", help=LABEL_NAMES_HELP)
+    names.add_argument("--trust_label_order", action="store_true", help=LABEL_ORDER_HELP)
     parser.add_argument(
         "--max_eval_samples", type=int, within=Range(1, MOST), help="Maximum number of texts in each split."
     )

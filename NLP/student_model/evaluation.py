@@ -256,7 +256,7 @@ def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]
         elif data.task == "classification":
             found = class_predictions(scores, labels, data.label_names)
         else:
-            found = {name: _listed(data, values, labels) for name, values in (("label", None), ("prediction", scores))}
+            found = {"label": _listed(data, None, labels), "prediction": _listed(data, scores, labels)}
         columns[split] = {"row": rows["row"][:]} | found
     return columns
 

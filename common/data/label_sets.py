@@ -38,7 +38,7 @@ def read_label_sets(raw: Splits, column: str, known: list[str] | None = None, ke
 
     Raises UserError for values that are no labels, and if train or validation has no labels.
     """
-    declared = [names for rows in raw.values() if (names := _declared(rows.features.get(column)))]
+    declared = [names for rows in raw.values() if (names := declared_names(rows.features.get(column)))]
     found = {split: _names_of_rows(split, rows, column) for split, rows in raw.items()}
     occurring = {name for rows in found.values() for names in rows for name in names or ()}
     names = class_names(declared, occurring)
@@ -87,8 +87,8 @@ def _zeros_and_ones(names: list[str] | None, places: dict[str, int]) -> np.ndarr
 # ---- columns of lists ----
 
 
-def _declared(feature: Any) -> list[str]:
-    """The names that a column of lists of ids declares."""
+def declared_names(feature: Any) -> list[str]:
+    """The names that a column of lists of ids declares; none for another column."""
     inner = feature.feature if is_list(feature) else None
     return list(inner.names) if isinstance(inner, datasets.ClassLabel) else []
 
@@ -99,7 +99,7 @@ def _names_of_rows(split: str, rows: datasets.Dataset, column: str) -> Names:
         return [None] * len(rows)
     if not is_list(feature) or is_list(feature.feature):
         raise UserError(f"column {column!r} of the {split} split holds {feature}, not lists of labels")
-    lists, names = rows[column][:], _declared(feature)
+    lists, names = rows[column][:], declared_names(feature)
     if _has_marks(lists):
         lists = [None if row is None else [i for i, mark in enumerate(row) if mark] for row in lists]
     try:

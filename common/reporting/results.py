@@ -31,9 +31,11 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): the run cannot be continued") from None
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}): the arguments of the run cannot be read"
+        ) from None
     if not isinstance(recipe, dict):
-        raise UserError(f"{path} is damaged: it contains no arguments, so the run cannot be continued")
+        raise UserError(f"{path} is damaged: it contains no arguments")
     return recipe
 
 

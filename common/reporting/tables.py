@@ -102,7 +102,7 @@ def _numeric_columns(header: list[str], rows: list[list[str]]) -> list[bool]:
 
 
 def escaped(text: str) -> str:
-    """Text in one line that Markdown shows as it is, whatever names it contains."""
+    """The text in one line, escaped so that Markdown renders it unchanged."""
     return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 

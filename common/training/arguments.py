@@ -20,7 +20,6 @@ METHOD_NAMES = ("kd", "dkd", "dist", "lskd", "dkd_ls", "mlkd", "mlkd_ls", "ctkd"
 Keys = Literal["carried", "new", "random", "reused"]
 CodebookSize = Annotated[int, Range(1, 2**16)]
 Strategy = Literal["no", "steps", "epoch"]
-# What is predicted: one class, a number, any number of labels, or a tag for each word.
 
 
 @dataclass
@@ -91,7 +90,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
         default=0.0, metadata={"help": "Label smoothing factor; 0 for no smoothing."}
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
-        default="auto", metadata={"help": "auto is the fastest native one."}
+        default="auto", metadata={"help": "Precision; auto is the fastest."}
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, the student trained without the teacher."}

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -36,6 +35,7 @@ from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, verdict_of_
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.inference import eager_attention_on_cpu
 from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
+from kd.common.training.trackers import wandb_run
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
@@ -312,7 +312,6 @@ class TrainerRun(Run):
         if samples is not None and samples != len(trainer["train_dataset"]):
             count_epochs_in(args, samples)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard" / name)  # its callback reads this
-        os.environ["WANDB_RUN_GROUP"] = str(self.folder)
         args.run_name = f"{args.run_name or self.folder}/{name}"  # W&B has a run for each stage
         trained = copy.deepcopy(model) if args.fsdp else model  # FSDP shards a model permanently
         loop = KDTrainer(model=trained, args=args, **trainer)
@@ -320,12 +319,12 @@ class TrainerRun(Run):
         if popped and not (self.quiet and args.disable_tqdm):
             loop.add_callback(StageProgress(name.replace("_", " ")))
         try:
-            with eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type):
+            attention = eager_attention_on_cpu(trained, trainer["train_dataset"], args.precision, best_device().type)
+            trackers = (args.report_to or []) if args.process_index == 0 else []
+            with attention, wandb_run(trackers, self.folder):
                 loop.train(resume_from_checkpoint=args.resume_from_checkpoint)
         finally:
             loop.finish()  # after an interrupt in a notebook, the teacher is used again
-            if "wandb" in (args.report_to or []) and args.process_index == 0:
-                import_module("wandb").finish()
         if args.fsdp:  # all weights, in each process
             weights = trained.state_dict().items()
             model.load_state_dict({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights})

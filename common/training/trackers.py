@@ -5,7 +5,9 @@ that `--help` is fast.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 NAMES = ("tensorboard", "wandb")
+GROUP = "WANDB_RUN_GROUP"  # the environment variable
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -44,7 +47,7 @@ class Trackers:
             from accelerate.tracking import WandBTracker
 
             project = os.environ.get("WANDB_PROJECT", "huggingface")  # as in transformers
-            self.trackers.append(WandBTracker(project, name=f"{folder}/{stage}", group=str(folder), reinit=True))
+            self.trackers.append(WandBTracker(project, name=f"{folder}/{stage}", group=_group(folder), reinit=True))
         for tracker in self.trackers:
             tracker.start()
 
@@ -57,6 +60,28 @@ class Trackers:
     def finish(self) -> None:
         for tracker in self.trackers:
             tracker.finish()
+
+
+@contextmanager
+def wandb_run(names: Sequence[str], folder: Path) -> Iterator[None]:
+    """Groups the W&B run that transformers' Trainer starts inside by the folder, and finishes it. Does nothing unless
+    `names` include wandb.
+    """
+    if "wandb" not in names:
+        yield
+        return
+    before = os.environ.get(GROUP)
+    os.environ[GROUP] = _group(folder)
+    try:
+        yield
+    finally:
+        import_module("wandb").finish()
+        if before is None:
+            del os.environ[GROUP]
+
+
+def _group(folder: Path) -> str:
+    return os.environ.get(GROUP, str(folder))
 
 
 def tracked(log: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,5 +2,6 @@
 
 from typing import Literal
 
+# One class per sample, a number, any number of labels, or a tag for each word.
 TaskType = Literal["classification", "regression", "multi_label", "token_classification"]
 IGNORED = -100  # unlabelled, padding, or the end of a sequence

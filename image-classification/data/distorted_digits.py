@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from einops import rearrange
+from scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
 
 from kd.common.data.sources import holdout
@@ -34,38 +35,26 @@ def distorted_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for number, (split, part) in enumerate(parts.items()):
         rng = np.random.default_rng([SEED, number])
         rows = rng.permutation(np.resize(np.flatnonzero(part), SIZES[split]))
-        splits[split] = _photographed(_moved(images[rows], rng), rng), labels[rows]
+        splits[split] = _with_light_and_noise(_transformed(images[rows], rng), rng), labels[rows]
     return splits
 
 
-def _moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _transformed(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Rotates, scales, shears and shifts images (images, 8, 8), each at random, with bilinear interpolation."""
     angle, scale, shear, right, down = (
         rearrange(rng.uniform(low, high, len(images)), "images -> images 1 1")
         for low, high in ((-ROTATION, ROTATION), SCALE, (-SHEAR, SHEAR), (-SHIFT, SHIFT), (-SHIFT, SHIFT))
     )
+    rows = rearrange(np.arange(len(images)), "images -> images 1 1")
     y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
     x, y = x - right, y - down  # of each pixel, from the centre of its digit
     across = (np.cos(angle) * x + np.sin(angle) * y) / scale + shear * y
     along = (np.cos(angle) * y - np.sin(angle) * x) / scale
-    return _interpolated(images, along + (SIZE - 1) / 2, across + (SIZE - 1) / 2)
+    places = np.broadcast_arrays(rows, along + (SIZE - 1) / 2, across + (SIZE - 1) / 2)
+    return map_coordinates(images, places, order=1, mode="grid-constant")
 
 
-def _interpolated(images: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The values of images at real positions (images, height, width), 0 outside of an image."""
-    border = 2
-    padded = np.pad(images, ((0, 0), (border, border), (border, border)))
-    y, x = (np.clip(place + border, 0, SIZE + 2 * border - 1.001) for place in (y, x))
-    top, left = y.astype(int), x.astype(int)
-    down, right = y - top, x - left
-    row = rearrange(np.arange(len(images)), "images -> images 1 1")
-    upper, lower = (
-        (1 - right) * padded[row, line, left] + right * padded[row, line, left + 1] for line in (top, top + 1)
-    )
-    return (1 - down) * upper + down * lower
-
-
-def _photographed(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _with_light_and_noise(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Ink between 0 and 1 (images, 8, 8) -> pixels uint8, dimmed, with a gradient of light and noise."""
     brightness, across, down = (
         rearrange(values, "images -> images 1 1")

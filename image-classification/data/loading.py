@@ -180,7 +180,7 @@ def load_image_data(
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
     name, places = short_name(dataset), {split: splits[split].places() for split in splits if split != "train"}
-    carved = not has_validation and "validation" in splits
+    set_aside = not has_validation and "validation" in splits
     data: ImageData
     if dataset == "imagenet":
         data = _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
@@ -188,7 +188,7 @@ def load_image_data(
         data = _small_images(name, splits, class_names, image_size, notes)
     else:
         data = _large_images(name, splits, class_names, image_size, notes)
-    return replace(data, places=places, validation_is_from_train=carved)
+    return replace(data, places=places, validation_is_from_train=set_aside)
 
 
 def _make_validation(

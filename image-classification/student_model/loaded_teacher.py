@@ -13,14 +13,14 @@ from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.evaluation import Logits, evaluate
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.published import Normalization
-from kd.image_classification.teacher_model.teacher import FILE_ADVICE, is_own, load_teacher
+from kd.image_classification.teacher_model.teacher import FILE_ADVICE, is_project_classifier, load_teacher
 
 if TYPE_CHECKING:
     from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
 
 ROUNDING = 0.005  # of published accuracies, and between platforms
 WEAK = 0.15  # share of the way from chance to 1; right weights in a wrong network reach less
-CARVED = (
+VALIDATION_FROM_TRAIN = (
     "the validation images were set aside from train, which the teacher was probably trained on: its validation "
     "metrics are optimistic; --validation_share 0 reports test instead"
 )
@@ -42,13 +42,13 @@ class LoadedTeacher(NamedTuple):
         model, normalized, is_trained = load_teacher(name, data, training.seed, weights, normalization)
         if is_trained:
             reject_unused(f"teacher {pair.teacher} is trained already", pair, "teacher_epochs")
-        if not is_trained or (weights is None and is_own(name)):
+        if not is_trained or (weights is None and is_project_classifier(name)):
             reason = f"teacher {pair.teacher} has no weights of another project"
             reject_unused(reason, pair, "teacher_accuracy", "allow_weak_teacher", "teacher_mean", "teacher_std")
             return cls(model, normalized, is_trained, None)
         notes = normalized.notes[len(data.notes) :]
         if data.validation_is_from_train:
-            notes.append(CARVED)
+            notes.append(VALIDATION_FROM_TRAIN)
         print_notes(f"teacher {pair.teacher}", notes)
         results = evaluate(pair.teacher, model, normalized, workers=training.dataloader_num_workers)
         _check(pair, results[0]["metrics"], normalized)

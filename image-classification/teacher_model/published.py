@@ -20,7 +20,7 @@ from kd.image_classification.teacher_model.backbones.factories import (
     is_factory,
 )
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
-from kd.image_classification.teacher_model.outside import from_network
+from kd.image_classification.teacher_model.conversion import from_network
 from kd.image_classification.teacher_model.state_dicts import State, read_state_dict, rename
 from kd.image_classification.teacher_model.timm_weights import load_timm_weights, timm_classifier
 

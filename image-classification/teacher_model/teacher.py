@@ -54,7 +54,7 @@ def load_teacher(
     return new_classifier(name, data.config), data, False
 
 
-def is_own(name: str) -> bool:
+def is_project_classifier(name: str) -> bool:
     """Whether NAME is a folder of a classifier that this project trained."""
     folder = trained_folder(name)
     return folder is not None and not is_transformers(name, folder)

@@ -224,6 +224,10 @@ def test_each_stage_is_a_run_of_wandb(tmp_path, monkeypatch):
     run.args.report_to = ["wandb"]
     for stage in ("control", "student"):
         run.train(stage, model(), {}, train_dataset=[])
-    ends = [("trainer", "finished"), ("wandb", "finished")]
+    assert "WANDB_RUN_GROUP" not in os.environ
+    ends = [("wandb", "finished"), ("trainer", "finished")]
     names = [(f"{tmp_path}/{stage}", str(tmp_path)) for stage in ("control", "student")]
     assert RecordedTrainer.runs == [names[0], *ends, names[1], *ends]
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    run.train("student", model(), {}, train_dataset=[])
+    assert RecordedTrainer.runs[-3] == (f"{tmp_path}/student", "mine") and os.environ["WANDB_RUN_GROUP"] == "mine"

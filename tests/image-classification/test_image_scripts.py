@@ -197,7 +197,7 @@ def test_the_logits_of_ensemble_teachers_are_averaged(teacher, tmp_path, capsys)
     words = [*SHORT, *PAIR, "--no_control", "--teacher", teacher]
     script("train_student.py", *words, "--method", "kd", "--output_dir", tmp_path / "one")
     script(
-        "train_student.py", *words, "--method", "kd", "--ensemble_teachers", teacher, "--ensemble_weights", 1, 4,
+        "train_student.py", *words, "--method", "kd", "--ensemble_teachers", teacher, "--ensemble_weights", 2, 2,
         "--output_dir", tmp_path / "two",
     )  # fmt: skip
     one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
@@ -462,7 +462,7 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("train_simkd.py", ["--lr_milestones", "1", "--max_steps", "5"], "--lr_milestones are epochs"),
         ("train_simkd.py", ["--teacher", "runs/nowhere"], "no model runs/nowhere: it is not a folder"),
         ("train_simkd.py", ["--per_device_train_batch_size", "100"], "do not fill a batch of 100"),
-        ("train_simkd.py", ["--validation_share", "0.9999"], "10 training images do not fill a batch of 64"),
+        ("train_simkd.py", ["--validation_share", "0.9999"], "10 training images do not fill a batch of 32"),
         ("train_simkd.py", ["--validation_share", "1e-5"], "too few training rows to set 0.001% of them aside"),
         ("train_student.py", ["--teacher_views", "/dev/null/x"], "--teacher_views /dev/null/x cannot be written"),
         ("train_student.py", ["--student", "vgg8", "--image_size", "4"], "vgg8 does not support images of 4 pixels"),
