@@ -61,10 +61,10 @@ def _short_measurements() -> Iterator[None]:
 def narrow_bert() -> Iterator[None]:
     """The width of tiny-bert is 32 instead of 128."""
     from kd.nlp.teacher_model import teacher
+    from kd_testing.tiny import NARROW_BERT
 
-    narrow = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "TINY_SIZES", narrow)
+        patch.setattr(teacher, "TINY_SIZES", NARROW_BERT)
         yield
 
 

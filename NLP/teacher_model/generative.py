@@ -204,12 +204,14 @@ def translate(
     batch_size: int = 64,
     description: str = "",
 ) -> list[list[int]]:
-    """Token ids of the translation of each row. `rows` has the columns input_ids, attention_mask and length."""
+    """Token ids of the translation of each row, the end-of-sequence token alone if it is empty. `rows` has the columns
+    input_ids, attention_mask and length.
+    """
     model, tokenizer = translator
     sources = rows.select_columns(["input_ids", "attention_mask", "length"])
     call = beam_search(model, beams)
     outputs = run_inference(model, call, sources, Collator(tokenizer), precision, batch_size, description)
-    return [tokens.tolist() for tokens in outputs["tokens"]]
+    return [tokens.tolist() or [tokenizer.eos_token_id] for tokens in outputs["tokens"]]
 
 
 def beam_search(model: PreTrainedModel, beams: int) -> Callable[..., dict[str, list[Tensor]]]:

@@ -34,6 +34,7 @@ IMAGE_METHODS = (
     *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
 )
 METHOD_HELP = f"NAME or NAME:argument=value:...; NAME is {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
+SGD_ARGS = "momentum=0.9,nesterov=true"
 TEACHER_EPOCHS = 3  # times the epochs of a student
 PIXELS = "pixels"  # no encoder: the pixels are the embedding
 Variant = Literal["single", "multi", "all-layer"]
@@ -321,9 +322,7 @@ class ImageTrainingArguments(KDTrainingArguments):
     per_device_eval_batch_size: Count = 250
     learning_rate: Positive = 0.1
     optim: str = field(default="sgd", metadata={"help": "Name of the optimizer: sgd, adamw_torch, ..."})
-    optim_args: str | None = field(
-        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
-    )
+    optim_args: str | None = field(default=None, metadata={"help": f"Arguments of the optimizer (sgd: {SGD_ARGS})."})
     weight_decay: NotNegative = 5e-4
     max_grad_norm: NotNegative = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})
     lr_scheduler_type: str = "cosine"
@@ -346,6 +345,8 @@ class ImageTrainingArguments(KDTrainingArguments):
     def __post_init__(self) -> None:
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported for image classifiers: leave it at 0")
+        if self.optim == "sgd" and self.optim_args is None:
+            self.optim_args = SGD_ARGS
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # None until the script sets its default

@@ -36,6 +36,7 @@ from kd_testing.paths import REPO
 from kd_testing.processes import run_code
 from kd_testing.readmes import code_of
 from kd_testing.scripts import recipe_of, run_script
+from kd_testing.tiny import NARROW_BERT
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
 SCRIPTS = REPO / "NLP" / "scripts"
@@ -391,7 +392,11 @@ def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
     """SIGKILL at four moments, in different stages. The student equals that of an uninterrupted run."""
     run = tmp_path / "run"
     words = [*SHORT, "--dataset", small, "--output_dir", run]
-    command = [sys.executable, str(SCRIPTS / "distill_bottleneck.py"), *map(str, words)]
+    code = (  # of the narrow tiny-bert of these tests, in another process
+        f"import runpy; from kd.nlp.teacher_model import teacher; teacher.TINY_SIZES = {NARROW_BERT}; "
+        f"runpy.run_path({str(SCRIPTS / 'distill_bottleneck.py')!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, *map(str, words)]
     moments = [
         "checkpoints/teacher_encoder/checkpoint-*/model.safetensors",
         "stages/teacher_encoder/stage.json",

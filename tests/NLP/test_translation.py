@@ -19,12 +19,12 @@ from kd.common.outputs import Outputs
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data import number_words
-from kd.nlp.data.translation import TranslationCollator, load_translation_data
+from kd.nlp.data.translation import TranslationCollator, load_translation_data, tokenize_translation
 from kd.nlp.scripts.distill_translation import Arguments, TranslationTrainingArguments
 from kd.nlp.student_model.generation import divergence_of, token_level
 from kd.nlp.student_model.layers import alternating_layers, cut_translator
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
-from kd.nlp.teacher_model.generative import joint_bpe, random_marian
+from kd.nlp.teacher_model.generative import Generator, joint_bpe, random_marian, translate
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
@@ -460,6 +460,14 @@ def test_a_t5_as_teacher(without_test, t5, tmp_path, student, kind):
     ids = model.generate(**tokenizer("translate: twenty one", return_tensors="pt"))
     assert isinstance(tokenizer.decode(ids[0], skip_special_tokens=True), str)
     assert "translate: " in (saved / "README.md").read_text()
+
+
+def test_an_empty_translation_ends_at_once(small, t5):
+    translator = Generator(AutoModelForSeq2SeqLM.from_pretrained(t5), AutoTokenizer.from_pretrained(t5))
+    for parameter in translator.model.parameters():
+        parameter.data.zero_()  # all logits are equal, and the first token is padding
+    rows = tokenize_translation(load_translation_data(str(small), "en", "de"), translator.tokenizer)["validation"]
+    assert translate(translator, rows, beams=1) == [[translator.tokenizer.eos_token_id]] * len(rows)
 
 
 # ---- invalid input: one line, exit code 2, no output files ----

@@ -429,12 +429,12 @@ def test_a_student_of_a_sweep_equals_the_same_student_trained_alone(teacher, tmp
 @pytest.mark.slow
 def test_methods_side_by_side_equal_each_method_alone(teacher, tmp_path):
     """The methods include some with auxiliary parameters or a memory of samples."""
-    common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2, "--no_control"]
+    common = [*SHORT, *PAIR, "--teacher", teacher, "--num_train_epochs", 2, "--no_control", "--learning_rate", 0.01]
     names = ["vid", "ctkd", "crd", "semckd"]
     script("train_student.py", *common, "--methods", ",".join(names), "--seeds", "3", "--output_dir", tmp_path / "s")
     for name in names:
         script("train_student.py", *common, "--method", name, "--seed", 3, "--output_dir", tmp_path / name)
-        together, alone = weights(tmp_path / "s" / "seed3" / "students" / f"{name}_lr0.1"), weights(tmp_path / name)
+        together, alone = weights(tmp_path / "s" / "seed3" / "students" / f"{name}_lr0.01"), weights(tmp_path / name)
         for key, value in alone.items():
             torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
 

@@ -14,6 +14,9 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.files import read_json, write_json
 
+# Sizes of a narrow tiny-bert, for `kd.nlp.teacher_model.teacher.TINY_SIZES`.
+NARROW_BERT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+
 
 class TinyClassifier(nn.Module):
     """x (batch, 6) -> logits (batch, 3). The hidden layer is a named feature; dropout reveals a missing eval mode."""
