@@ -315,18 +315,18 @@ def test_transformers_are_exported(name: str, format: str, tmp_path: Path) -> No
         ("train_simkd.py", 32, "resnet8", VIT, []),
         ("train_student.py", 32, DEIT, CONVNEXT, ["--method", "kd"]),
         ("train_student.py", 64, SWIN, VIT, ["--method", "fitnet:weight=1"]),
-        ("train_simkd.py", 16, CONVNEXT, "shufflenetv1", []),
+        ("train_simkd.py", 8, CONVNEXT, "shufflenetv1", []),
     ],
 )
 def test_transformers_learn_and_teach(
     script: str, size: int, teacher: str, student: str, words: list[str], tmp_path: Path
 ) -> None:
-    """Handwritten digits at 16 to 64 pixels, on a CPU: both are far above chance, 0.1, after a short training."""
+    """Handwritten digits at 8 to 64 pixels, on a CPU: both exceed three times chance, 0.1, after a short training."""
     run_script(
         f"image-classification/scripts/{script}", "--image_size", size, "--teacher", teacher, "--student", student,
-        *words, "--dataset", "digits", "--optim", "adamw_torch", "--learning_rate", 3e-3, "--num_train_epochs", 20,
-        "--teacher_epochs", 20, "--no_control", "--report_to", "none", "--output_dir", tmp_path,
+        *words, "--dataset", "digits", "--optim", "adamw_torch", "--learning_rate", 3e-3, "--num_train_epochs", 12,
+        "--teacher_epochs", 12, "--no_control", "--report_to", "none", "--output_dir", tmp_path,
     )  # fmt: skip
     models = read_json(tmp_path / "results.json")["models"]
     accuracies = {name: models[name]["metrics"]["test"]["accuracy"] for name in ("teacher", "student")}
-    assert min(accuracies.values()) > 0.5, accuracies
+    assert min(accuracies.values()) > 0.3, accuracies
