@@ -1,6 +1,7 @@
 """Layers of text encoders and encoder-decoders: their paths, and cuts, which are smaller models with some of them."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,24 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
     raise UserError(f"{type(model).__name__} has no list of {number} layers; distilling its layers is not supported")
 
 
-def check_cut(model: PreTrainedModel, layers: int) -> None:
+def aligned_layers(kept: int, layers: int) -> list[int]:
+    """Evenly spaced layers (from 0) that end the kept layers at the same relative depth, so that the last one is kept:
+    6 of 12 gives 1, 3, 5, 7, 9, 11. Each is the layer whose output the student's layer is aligned to (`depth_map`).
+    """
+    return [old for _, old in depth_map(kept, layers)]
+
+
+def alternating_layers(kept: int, layers: int) -> list[int]:
+    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5, and 6 of 12 gives 0, 2, 4, 7,
+    9, 11, as in DistilBERT (arXiv:1910.01108, extract_distilbert.py).
+    """
+    return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
+
+
+Choice = Callable[[int, int], list[int]]  # (number of kept layers, number of layers) -> the kept layers, from 0
+
+
+def check_cut(model: PreTrainedModel, layers: int, choose: Choice = aligned_layers) -> None:
     """Raises UserError if `layers` exceeds the number of layers, or if a kept layer has parameters of other shapes
     than the layer that it replaces.
     """
@@ -35,22 +53,20 @@ def check_cut(model: PreTrainedModel, layers: int) -> None:
     if not 1 <= layers <= len(paths):
         raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
     built = [{n: w.shape for n, w in model.get_submodule(path).state_dict().items()} for path in paths]
-    if any(built[new] != built[old] for new, old in depth_map(layers, len(paths))):
+    if any(built[new] != built[old] for new, old in enumerate(choose(layers, len(paths)))):
         raise UserError(
             f"the layers of {type(model).__name__} differ in shape, so no student with {layers} of its {len(paths)} "
             "layers can be cut: name a student with --student"
         )
 
 
-def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A new model of the same class and weights with `layers` evenly spaced layers: 6 of 12 keeps layers 1, 3, 5, 7, 9
-    and 11 (from 0). DistilBERT keeps layers 0, 2, 4, 7, 9 and 11 (arXiv:1910.01108, extract_distilbert.py). Here a
-    layer is initialized from the layer whose output it is aligned to (`depth_map`), and the last layer, the input of
-    the head, is always kept. Raises UserError as `check_cut` does.
+def cut_layers(model: PreTrainedModel, layers: int, choose: Choice = aligned_layers) -> PreTrainedModel:
+    """A new model of the same class and weights with `layers` of the layers, by default evenly spaced ones with the
+    last layer, the input of the head. Raises UserError as `check_cut` does.
     """
-    check_cut(model, layers)
+    check_cut(model, layers, choose)
     paths = layer_paths(model)
-    chosen = [old for _, old in depth_map(layers, len(paths))]
+    chosen = choose(layers, len(paths))
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):  # kinds of attention by layer, in Qwen and Gemma
@@ -99,11 +115,6 @@ def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: 
             layer.load_state_dict(_layers(old)[number].state_dict())
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
-
-
-def alternating_layers(kept: int, layers: int) -> list[int]:
-    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5."""
-    return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 
 def number_of_layers(model: PreTrainedModel) -> tuple[int, int]:
