@@ -2,7 +2,8 @@
 
 The embedded corpus `python` is English text of the Python installation: the language reference for `help()`
 (`pydoc_data.topics`) and the docstrings of the standard library, about 1.7 MB without repeated paragraphs. It is under
-the Python Software Foundation License and differs slightly between Python versions.
+the Python Software Foundation License and differs slightly between Python versions. `intents` are the texts of the
+embedded classification data.
 """
 
 import ast
@@ -76,7 +77,8 @@ def load_corpus(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> Corpus:
-    """Loads `python`, the texts of `intents`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub.
+    """Loads `python`, the texts of `intents`, a folder (one parquet, CSV, JSON or .txt file per split) or
+    owner/name[:config] of the Hub.
 
     `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of each other split.
     """

@@ -1,7 +1,7 @@
 """Rows of tokens for masked language models, and their masks.
 
-A mask follows BERT (arXiv:1810.04805): a share of the tokens, or of the words, is chosen. Of the chosen tokens, 80 % are
-replaced by the mask token, 10 % by a random token, and 10 % stay as they are. Special tokens are never chosen.
+A mask follows BERT (arXiv:1810.04805): a share of the tokens, or of the words, is chosen. Of the chosen tokens, 80 %
+are replaced by the mask token, 10 % by a random token, and 10 % stay as they are. Special tokens are never chosen.
 
 The mask of a row depends only on seed, epoch and row. So every epoch has new masks, and a resumed run repeats them.
 transformers' DataCollatorForLanguageModeling draws from one generator for all batches, whose state is not part of a
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from kd.common.training.inference import column_array
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.corpora import encode_documents, is_line
@@ -82,6 +83,9 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(self, rows: datasets.Dataset, masking: Masking, seed: int) -> None:
         self.rows, self.masking, self.seed, self.epoch = rows, masking, seed, 0
         self.column_names = rows.column_names
+        self.ends = np.cumsum(column_array(rows, "length"))
+        self.ids = _joined(rows, "input_ids")
+        self.starts = _joined(rows, "starts") if "starts" in rows.column_names else None
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the masks. The trainer calls it before each epoch."""
@@ -98,15 +102,24 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> Rows:
-        columns = self.rows[numbers]
-        masked = []
-        for place, number in enumerate(numbers):
-            ids = columns["input_ids"][place]
-            draws = np.random.default_rng([self.seed, self.epoch, number]).random((3, len(ids)))
-            starts = columns["starts"][place] if "starts" in columns else None
-            inputs, labels = self.masking.mask(ids, torch.from_numpy(draws), starts)
-            masked.append({"input_ids": inputs, "labels": labels})
-        return masked
+        """One call of `mask` for the tokens of all these rows takes a fraction of the time of one call per row."""
+        places = [slice(self.ends[n - 1] if n else 0, self.ends[n]) for n in numbers]
+        sizes = [int(place.stop - place.start) for place in places]
+        generators = (np.random.default_rng([self.seed, self.epoch, number]) for number in numbers)
+        draws = np.concatenate([g.random((3, size)) for g, size in zip(generators, sizes, strict=True)], axis=1)
+        ids, starts = np.concatenate([self.ids[place] for place in places]), None
+        if self.starts is not None:
+            before = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+            starts = torch.from_numpy(np.concatenate([self.starts[place] for place in places]) + before)
+        inputs, labels = self.masking.mask(torch.from_numpy(ids), torch.from_numpy(draws), starts)
+        rows = zip(inputs.split(sizes), labels.split(sizes), strict=True)
+        return [{"input_ids": one, "labels": other} for one, other in rows]
+
+
+def _joined(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """The lists of a column, joined."""
+    column = rows.select_columns([name]).with_format("arrow")[:][name]
+    return np.array(column.combine_chunks().flatten().to_numpy())  # a copy: torch needs a writable array
 
 
 def fixed_masks(rows: datasets.Dataset, masking: Masking) -> datasets.Dataset:
@@ -173,8 +186,8 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, whole_words: 
     for kind in ("mask", "pad", "cls", "sep"):
         if getattr(tokenizer, f"{kind}_token_id") is None:
             raise UserError(
-                f"the tokenizer of {name} has no {kind}_token: pass a --teacher for masked language modelling, such as "
-                "a BERT or RoBERTa"
+                f"the tokenizer of {name} has no {kind}_token: pass a --teacher for masked language modelling, such "
+                "as a BERT or RoBERTa"
             )
     if whole_words and not tokenizer.is_fast:
         raise UserError(f"--whole_words needs a fast tokenizer, and that of {name} is not: leave it out")

@@ -5,9 +5,9 @@
     bash NLP/scripts/distill_mlm.sh   # BERT to six layers on WikiText, from the Hub
 
 The student starts from layers of the teacher (0, 2, 4, 7, 9 and 11 of 12) and learns masked tokens, the teacher's
-distributions over the vocabulary and its last hidden states (arXiv:1910.01108). The control starts from the same layers
-and learns the masked tokens alone. Fine-tune the student on a task with distill_classifier.py --student or
-train_teacher.py --teacher.
+distributions over the vocabulary and its last hidden states (arXiv:1910.01108). The control starts from the same
+layers and learns the masked tokens alone. Fine-tune the student on a task with train_teacher.py --teacher, or distill
+a classifier into it with distill_classifier.py --student.
 """
 
 from dataclasses import dataclass, field

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class LanguageEvaluation(NamedTuple):
 class LanguageTask(GenerationTask):
     """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
-    auto_class = AutoModelForCausalLM
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
     training_arguments = {"train_sampling_strategy": "random"}  # all blocks have the same length
 
     @staticmethod

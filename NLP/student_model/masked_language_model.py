@@ -35,7 +35,7 @@ from kd.nlp.teacher_model.generative import Generator
 from kd.nlp.teacher_model.masked import load_masked_language_model, random_bert, word_pieces
 
 METRIC = "masked_accuracy"
-SAMPLE = 24  # tokens of the sample in the report
+SAMPLE = 24  # maximum number of tokens of the sample in the report
 USAGE = """from transformers import pipeline
 
 folder = "student"  # the path of this model, or its name on the Hub
@@ -45,8 +45,8 @@ for guess in fill_mask({text}):
 
 
 def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
-    """The models of --teacher and --student; None for `scratch` and `cut`. `args` are those of distill_mlm.py; sets the
-    default of --student_layers, half of the teacher's layers.
+    """The models of --teacher and --student; None for `scratch` and `cut`. `args` are those of distill_mlm.py. Sets
+    the default of --student_layers, half of the teacher's layers.
 
     Raises UserError if this student cannot be distilled from this teacher.
     """
@@ -173,7 +173,7 @@ class MaskedLanguageTask(LanguageTask):
 
         `evaluations` and `models` by role: teacher, control (unless --no_control) and student.
         """
-        text, token = masked_sentence(self.data, self.tokenizer)
+        text, token = masked_sentence(self.data, self.tokenizer, min(SAMPLE, self.args.block_size - 2))
         guesses = {role: ", ".join(guess(model, self.tokenizer, text)) for role, model in models.items()}
         tokens = {split: int(sum(rows["length"][:])) for split, rows in self.splits.items()}
         masked = {s: len(label_tokens(rows)) for s, rows in self.splits.items() if s != "train"}
@@ -218,16 +218,16 @@ def masked_metrics(counts: np.ndarray) -> dict[str, float]:
     return {METRIC: metrics["token_accuracy"], "masked_perplexity": metrics["perplexity"]}
 
 
-def masked_sentence(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The first tokens of a document (or line) of the test split or, if there is none, of the validation split, with
-    a mask token in the middle, and the token at that place.
+def masked_sentence(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[str, str]:
+    """The first tokens, at most `most`, of a document (or line) of the test split or, if there is none, of the
+    validation split, with a mask token in the middle, and the token at that place.
     """
     documents = corpus.splits.get("test", corpus.splits["validation"])
-    encodings = (tokenizer(text, add_special_tokens=False)["input_ids"][:SAMPLE] for text in documents)
+    encodings = (tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in documents)
     ids = max(islice(encodings, 100), key=len)
     middle = len(ids) // 2
-    token, ids[middle] = tokenizer.decode([ids[middle]]).strip(), tokenizer.mask_token_id
-    return one_line(tokenizer.decode(ids)), token
+    token, ids[middle] = str(tokenizer.decode([ids[middle]])).strip(), tokenizer.mask_token_id
+    return one_line(str(tokenizer.decode(ids))), token
 
 
 def guess(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, number: int = 3) -> list[str]:
@@ -236,4 +236,4 @@ def guess(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str,
     with torch.no_grad():
         logits = model.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
     at_mask = logits[0, (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]]
-    return [tokenizer.decode([token]).strip() for token in at_mask.topk(number).indices.tolist()]
+    return [str(tokenizer.decode([token])).strip() for token in at_mask.topk(number).indices.tolist()]

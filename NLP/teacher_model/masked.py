@@ -65,7 +65,7 @@ def random_bert(
 
 
 def word_pieces(texts: Iterable[str], size: int, positions: int) -> BertTokenizer:
-    """BERT's uncased tokenizer with `size` word pieces learned from `texts`, for a model with this number of positions.
+    """BERT's uncased tokenizer with `size` word pieces learned from `texts`, for a model with `positions`.
 
     The pieces are sorted, because their order in the tokenizers library differs between processes.
     """
