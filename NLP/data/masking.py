@@ -119,7 +119,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
 def _joined(rows: datasets.Dataset, name: str) -> np.ndarray:
     """The lists of a column, joined."""
     column = rows.select_columns([name]).with_format("arrow")[:][name]
-    return np.array(column.combine_chunks().flatten().to_numpy())  # a copy: torch needs a writable array
+    return np.array(column.combine_chunks().flatten().to_numpy(), dtype=np.int64)  # a copy: torch writes to arrays
 
 
 def fixed_masks(rows: datasets.Dataset, masking: Masking) -> datasets.Dataset:
