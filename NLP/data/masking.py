@@ -134,19 +134,17 @@ def fixed_masks(rows: datasets.Dataset, masking: Masking) -> datasets.Dataset:
 
 
 def token_rows(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, most: int, truncate: bool, words: bool
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, most: int, pack: bool, words: bool
 ) -> datasets.Dataset:
     """Rows `[CLS] tokens [SEP]` of at most `most` tokens: `input_ids`, `length` and, with `words`, `starts`, the place
     of the first token of the word of each token.
 
-    Consecutive documents fill each row, with a separator token between them. With `truncate`, each document is a row,
-    and the end of long ones is left out.
-
-    Raises UserError for a tokenizer without the special tokens, and for documents without a token.
+    Each document is a row, and the end of long ones is left out. With `pack`, consecutive documents fill each row,
+    with a separator token between them.
     """
     room = most - 2
     pieces = _pieces(documents, tokenizer, words)
-    contents = [piece[:, :room] for piece, _ in pieces] if truncate else _packed(pieces, tokenizer.sep_token_id, room)
+    contents = _packed(pieces, tokenizer.sep_token_id, room) if pack else [piece[:, :room] for piece, _ in pieces]
     rows: dict[str, Any] = {"input_ids": [], "length": []} | ({"starts": []} if words else {})
     for ids, numbers in contents:
         rows["input_ids"].append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))

@@ -1,7 +1,7 @@
 """Distills a masked language model, as DistilBERT was made: on raw text, for any task, with a control.
 
     python NLP/scripts/distill_mlm.py
-    python NLP/scripts/distill_mlm.py --dataset FOLDER --teacher google-bert/bert-base-uncased --truncate
+    python NLP/scripts/distill_mlm.py --dataset FOLDER --teacher google-bert/bert-base-uncased
     bash NLP/scripts/distill_mlm.sh   # BERT to six layers on WikiText, from the Hub
 
 The student starts from layers of the teacher (0, 2, 4, 7, 9 and 11 of 12) and learns masked tokens, the teacher's
@@ -20,7 +20,7 @@ from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperSha
 from kd.nlp.student_model.arguments import CUT, MIN_LENGTH, GenerativePairArguments
 from kd.nlp.teacher_model import SCRATCH
 
-SCRATCH_EPOCHS = 3.0
+SCRATCH_EPOCHS = 4
 
 
 @dataclass
@@ -39,20 +39,20 @@ class Arguments(GenerativePairArguments):
         default=None, metadata={"help": "Maximum number of texts or lines in each of the other splits."}
     )
     block_size: Annotated[int, Range(MIN_LENGTH, MOST)] = field(
-        default=128, metadata={"help": "Number of tokens in a row."}
+        default=128, metadata={"help": "Maximum number of tokens in a row."}
     )
-    truncate: bool = field(
-        default=False, metadata={"help": "One truncated text per row, instead of texts that fill the rows."}
+    pack: bool = field(
+        default=False, metadata={"help": "Fill rows with consecutive texts, instead of one truncated text per row."}
     )
     mask_share: ProperShare = field(default=0.15, metadata={"help": "Share of tokens, or of words, that is masked."})
     whole_words: bool = field(default=False, metadata={"help": "Mask whole words."})
 
     teacher_epochs: NotNegative | None = field(
         default=None,
-        metadata={"help": f"Epochs of training the teacher (default: 0; scratch: {SCRATCH_EPOCHS:g})."},
+        metadata={"help": f"Epochs of training the teacher (default: 0; scratch: {SCRATCH_EPOCHS})."},
     )
     vocabulary_size: Count = field(
-        default=2048, metadata={"help": "Number of word pieces of a teacher with random weights."}
+        default=1000, metadata={"help": "Number of word pieces of a teacher with random weights."}
     )
     student_layers: Count | None = field(
         default=None, metadata={"help": "Number of layers of a student that is cut or random (default: half)."}
@@ -80,7 +80,7 @@ class MaskedTrainingArguments(KDTrainingArguments):
     """Training with the defaults of small BERTs."""
 
     output_dir: str | None = "runs/NLP/mlm"
-    num_train_epochs: Positive = 2
+    num_train_epochs: Positive = 1
     per_device_train_batch_size: Count = 32
     per_device_eval_batch_size: Count = 64
     learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of pretrained models."})

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.common.data.sources import print_notes
 from kd.common.losses import feature_cosine, soft_target_kl
 from kd.common.methods import Method, labels, match
 from kd.common.metrics.quality import chance_warning, token_metrics
@@ -20,6 +21,7 @@ from kd.common.metrics.verdict import Measurement, measure_token_accuracy
 from kd.common.objective import Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.inference import column_array
 from kd.common.training.run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import KNOWN, Corpus
@@ -34,6 +36,7 @@ from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator
 from kd.nlp.teacher_model.masked import load_masked_language_model, random_bert, word_pieces
 
+LONG = 0.1  # share of full rows above which a note says that texts are truncated
 METRIC = "masked_accuracy"
 SAMPLE = 24  # maximum number of tokens of the sample in the report
 USAGE = """from transformers import pipeline
@@ -84,7 +87,11 @@ class MaskedLanguageTask(LanguageTask):
         masking = masking_of(args, tokenizer)
         splits = {}
         for split, texts in data.splits.items():
-            rows = token_rows(texts, tokenizer, args.block_size, args.truncate, args.whole_words)
+            rows = token_rows(texts, tokenizer, args.block_size, args.pack, args.whole_words)
+            full = int((column_array(rows, "length") == args.block_size).sum())
+            if not args.pack and full > LONG * len(rows):
+                data.notes.append(f"{full:,} of {len(rows):,} rows of {split} are full; --pack keeps all tokens")
+                print_notes(data.name, data.notes[-1:])
             splits[split] = rows if split == "train" else fixed_masks(rows, masking)
             if split != "train" and not len(label_tokens(splits[split])):
                 raise UserError(f"no token of the {split} split is masked: add texts, or pass a larger --mask_share")
@@ -124,7 +131,7 @@ class MaskedLanguageTask(LanguageTask):
     ) -> PreTrainedModel:
         """Trains on rows that are masked anew in each epoch. The masks of control and student are the same."""
         masked: Any = MaskedRows(self.splits["train"] if rows is None else rows, self.masking, run.args.seed)
-        sampling = "group_by_length" if self.args.truncate else "random"
+        sampling = "random" if self.args.pack else "group_by_length"
         return super().train(run, role, model, teacher, masked, train_sampling_strategy=sampling, **training_arguments)
 
     def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:

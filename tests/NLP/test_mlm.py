@@ -38,7 +38,7 @@ from kd_testing.verdicts import check_verdict
 
 SCRIPT = "NLP/scripts/distill_mlm.py"
 TINY = (
-    "--teacher_layers 3 --teacher_width 32 --block_size 16 --vocabulary_size 300 --teacher_epochs 1 "
+    "--teacher_layers 3 --teacher_width 32 --block_size 16 --vocabulary_size 300 "
     "--num_train_epochs 2 --report_to none --precision fp32 --per_device_train_batch_size 8"
 ).split()
 
@@ -74,7 +74,7 @@ def test_the_vocabulary_is_the_same_in_every_process_and_covers_the_texts(senten
 
 
 def test_texts_fill_rows_and_every_token_stays(sentences, tokenizer):
-    rows = token_rows(sentences, tokenizer, 16, truncate=False, words=True)
+    rows = token_rows(sentences, tokenizer, 16, pack=True, words=True)
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     ids = [row.tolist() for row in rows["input_ids"][:]]
     assert all(row[0] == first and row[-1] == last for row in ids)
@@ -85,13 +85,13 @@ def test_texts_fill_rows_and_every_token_stays(sentences, tokenizer):
 
 
 def test_truncated_texts_are_the_rows_of_the_tokenizer(sentences, tokenizer):
-    rows = token_rows(sentences, tokenizer, 10, truncate=True, words=False)
+    rows = token_rows(sentences, tokenizer, 10, pack=False, words=False)
     expected = tokenizer(sentences, truncation=True, max_length=10)["input_ids"]
     assert [row.tolist() for row in rows["input_ids"][:]] == expected
 
 
 def test_a_line_continues_the_line_before(tokenizer):
-    rows = token_rows(["set an\n", "alarm\n"], tokenizer, 16, truncate=False, words=False)
+    rows = token_rows(["set an\n", "alarm\n"], tokenizer, 16, pack=True, words=False)
     assert rows[0]["input_ids"].tolist() == tokenizer("set an alarm")["input_ids"]
 
 
@@ -100,7 +100,7 @@ def test_the_word_of_a_token_starts_where_its_tokenizer_splits(sentences, tokeni
     if kind == "bytes":
         tokenizer = byte_level_bpe(sentences, 300, 16)
         tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"})
-    rows = token_rows(sentences, tokenizer, 40, truncate=True, words=True)
+    rows = token_rows(sentences, tokenizer, 40, pack=False, words=True)
     for text, starts in zip(sentences, rows["starts"][:], strict=True):
         words = tokenizer(text, add_special_tokens=False).word_ids()
         words = words[:38]
@@ -136,7 +136,7 @@ def test_a_mask_of_given_draws(tokenizer):
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_the_shares_of_masks_are_those_of_bert(sentences, tokenizer, whole_words):
-    rows = token_rows(sentences * 20, tokenizer, 64, truncate=False, words=whole_words)
+    rows = token_rows(sentences * 8, tokenizer, 64, pack=True, words=whole_words)
     ids, inputs, labels = masks(rows, Masking(tokenizer, 0.15, whole_words))
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     chosen = labels != IGNORED
@@ -144,15 +144,15 @@ def test_the_shares_of_masks_are_those_of_bert(sentences, tokenizer, whole_words
     assert torch.equal(labels[chosen], ids[chosen])
     number, total = (~special).sum().item(), chosen.sum().item()
     assert total / number == pytest.approx(0.15, abs=0.01)
-    assert (inputs[chosen] == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (inputs[chosen] == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.03)
     changed = chosen & (inputs != tokenizer.mask_token_id) & (inputs != ids)
     assert changed.sum() / total == pytest.approx(0.1, abs=0.02)
     assert not torch.isin(inputs[changed], torch.tensor(tokenizer.all_special_ids)).any()
-    assert len(inputs[changed].unique()) > 100
+    assert len(inputs[changed].unique()) > 60
 
 
 def test_whole_words_are_masked_whole(sentences, tokenizer):
-    rows = token_rows(sentences, tokenizer, 40, truncate=True, words=True)
+    rows = token_rows(sentences, tokenizer, 40, pack=False, words=True)
     pieces = 0
     for row, masked in zip(rows, MaskedRows(rows, Masking(tokenizer, 0.3, True), 0), strict=False):
         chosen = masked["labels"] != IGNORED
@@ -162,7 +162,7 @@ def test_whole_words_are_masked_whole(sentences, tokenizer):
 
 
 def test_masks_depend_on_seed_epoch_and_row_alone(sentences, tokenizer):
-    rows = token_rows(sentences, tokenizer, 16, truncate=False, words=False)
+    rows = token_rows(sentences, tokenizer, 16, pack=True, words=False)
     masking = Masking(tokenizer)
     _, inputs, labels = masks(rows, masking)
     assert torch.equal(masks(rows, masking)[1], inputs)
@@ -235,7 +235,7 @@ def test_the_objective_has_the_gradient_of_distilberts_loss(task, positions, sen
     teacher = random_bert(len(tokenizer), 0, layers=2, width=32, positions=16, dropout=0.0).eval()
     student = cut_layers(teacher, 1, alternating_layers).eval()
     masking = Masking(tokenizer, 0.3)
-    rows = MaskedRows(token_rows(sentences[:6], tokenizer, 16, True, False), masking, 0)
+    rows = MaskedRows(token_rows(sentences[:6], tokenizer, 16, False, False), masking, 0)
     batch = masking.collate([rows[i] for i in range(6)])
     assert not batch["attention_mask"].all()
     inputs = batch["input_ids"], batch["attention_mask"]
@@ -290,7 +290,7 @@ def distill(folder: Path, texts: Path, *words: object) -> dict:
 def finished(texts, tmp_path_factory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("runs") / "mlm"
-    distill(folder, texts, "--truncate", "--whole_words")
+    distill(folder, texts, "--whole_words", "--teacher_epochs", 1)
     return folder
 
 
@@ -306,7 +306,7 @@ def test_a_run_is_complete_and_reports_the_masked_accuracy_of_the_saved_student(
     assert model.config.num_hidden_layers == 1
     for split in ("validation", "test"):
         sentences = datasets.load_dataset("parquet", data_files=str(texts / f"{split}.parquet"))["train"]["text"][:]
-        rows = fixed_masks(token_rows(sentences, tokenizer, 16, True, True), Masking(tokenizer, 0.15, True))
+        rows = fixed_masks(token_rows(sentences, tokenizer, 16, False, True), Masking(tokenizer, 0.15, True))
         right = total = 0
         for row in rows:
             with torch.no_grad():
@@ -344,7 +344,7 @@ def test_a_continued_run_gives_the_same_student(finished, texts, tmp_path):
         self.epoch = epoch
 
     interrupted.setattr(MaskedRows, "set_epoch", stop)
-    words = "--truncate", "--whole_words", "--resume_from_checkpoint"
+    words = "--whole_words", "--teacher_epochs", 1, "--resume_from_checkpoint"
     with pytest.raises(Killed):
         distill(run, texts, *words)
     interrupted.undo()
@@ -356,7 +356,7 @@ def test_a_continued_run_gives_the_same_student(finished, texts, tmp_path):
 
 def test_a_named_teacher_stays_as_it_is_and_a_student_of_another_width_is_distilled(finished, texts, tmp_path):
     teacher = finished / "stages" / "teacher"
-    words = "--teacher", teacher, "--teacher_epochs", 0, "--no_control", "--soft_target_positions", "masked"
+    words = "--teacher", teacher, "--pack", "--no_control", "--soft_target_positions", "masked"
     found = distill(tmp_path / "run", texts, *words, "--student", "scratch", "--student_width", 64)
     assert not (tmp_path / "run" / "stages" / "teacher").exists()
     before = json.loads((finished / "results.json").read_text())["models"]["teacher"]
@@ -367,6 +367,7 @@ def test_a_named_teacher_stays_as_it_is_and_a_student_of_another_width_is_distil
     assert not [name for name in weights if "projector" in name or "regressor" in name]
 
 
+@pytest.mark.slow
 def test_a_roberta_is_cut_and_distilled(texts, sentences, tmp_path):
     tokenizer = byte_level_bpe(sentences, 300, 16)
     tokenizer.add_special_tokens(
@@ -379,7 +380,7 @@ def test_a_roberta_is_cut_and_distilled(texts, sentences, tmp_path):
         vocab_size=len(tokenizer), max_position_embeddings=17 + padding, pad_token_id=padding, **sizes
     )
     RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
-    words = "--teacher", tmp_path / "roberta", "--teacher_epochs", 0, "--no_control"
+    words = "--teacher", tmp_path / "roberta", "--no_control"
     found = distill(tmp_path / "run", texts, *words)
     assert found["sample"]["text"].count("<mask>") == 1
 
