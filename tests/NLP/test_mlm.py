@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -222,7 +223,7 @@ def distilbert_loss(
 
 @pytest.fixture
 def task(tokenizer):
-    def build(**arguments: object) -> MaskedLanguageTask:
+    def build(**arguments: Any) -> MaskedLanguageTask:
         args = Arguments(teacher_width=32, student_layers=1, **arguments)
         return MaskedLanguageTask(args, None, tokenizer, {}, None, None)
 
