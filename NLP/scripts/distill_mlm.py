@@ -10,6 +10,7 @@ layers and learns the masked tokens alone. Fine-tune the student on a task with 
 a classifier into it with distill_classifier.py --student.
 """
 
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -74,6 +75,11 @@ class Arguments(GenerativePairArguments):
         if self.teacher_epochs is None:
             self.teacher_epochs = SCRATCH_EPOCHS if self.teacher == SCRATCH else 0
 
+    def check_unused_flags(self) -> None:
+        super().check_unused_flags()
+        if not self.alpha_ce:
+            reject_unused("--alpha_ce is 0", self, "soft_target_positions")
+
 
 @dataclass
 class MaskedTrainingArguments(KDTrainingArguments):
@@ -84,7 +90,7 @@ class MaskedTrainingArguments(KDTrainingArguments):
     per_device_train_batch_size: Count = 32
     per_device_eval_batch_size: Count = 64
     learning_rate: Positive = field(default=5e-4, metadata={"help": "Learning rate of pretrained models."})
-    alpha: Share = field(default=0.5, init=False)  # --alpha_ce, --alpha_mlm and --alpha_cos are the weights
+    alpha: Share = field(default=0.5, metadata={"help": SUPPRESS})  # the script has a weight for each term
 
 
 ARGUMENTS = Arguments, MaskedTrainingArguments
@@ -100,6 +106,9 @@ from kd.nlp.student_model.masked_language_model import MaskedLanguageTask, load_
 def main() -> None:
     args, training = parse(*ARGUMENTS)
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
+    reject_unused("--alpha_ce, --alpha_mlm and --alpha_cos are the weights", training, "alpha")
+    if not args.alpha_ce:
+        reject_unused("--alpha_ce is 0", training, "temperature")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
     corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)

@@ -419,9 +419,7 @@ def test_the_student_is_fine_tuned_and_distilled_on_a_task(finished, tmp_path):
         (["--teacher", "BERT", "--student_layers", "4"], "cannot be cut from the teacher's 3"),
         (["--teacher", "nonsense"], "nonsense"),
         (["--teacher_epochs", "0"], "untrained"),
-        (["--mask_share", "1"], "mask_share"),
         (["--mask_share", "0.0001"], "no token of the validation split is masked"),
-        (["--alpha", "0.5"], "--alpha"),
         (["--dataset", "intents", "--text_column", "body"], "--text_column"),
     ],
 )
