@@ -1,6 +1,7 @@
 """Distillation from the outputs of a teacher that are columns of the data. No teacher model is loaded."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def train_student(
         method = labels_and_logits(data, run.args)
     else:
         method = text_method(matching.method, run.args, student, student, texts, "cls")
-    method = where_outputs(method, logits_of(data))
+    method = replace(method, terms=where_outputs(method.terms, logits_of(data)))
     rate = matching.student_learning_rate
     return fine_tune(
         run,

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from kd.common.data.sources import labelled
 from kd.common.data.teacher_columns import TeacherColumns
-from kd.common.methods import Method
 from kd.common.metrics.tasks import TaskMetrics
-from kd.common.objective import Term
+from kd.common.objective import Term, Terms
 from kd.common.outputs import Outputs
 from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
@@ -42,12 +41,13 @@ def check_method(spec: str, needs_features: bool, teacher: TeacherColumns, logit
         )
 
 
-def where_outputs(method: Method, logits: np.ndarray) -> Method:
-    """The method for training rows of which some have no output: soft targets apply to the others."""
-    if "soft_targets" in method.terms and (share := float(has_output(logits).mean())) < 1:
-        weight, term = method.terms["soft_targets"]
-        method.terms["soft_targets"] = weight, where_present(term, share)
-    return method
+def where_outputs(terms: Terms, logits: np.ndarray) -> Terms:
+    """The terms of a method for training rows of which some have no output: soft targets apply to the others."""
+    share = float(has_output(logits).mean())
+    if "soft_targets" not in terms or share == 1:
+        return terms
+    weight, term = terms["soft_targets"]
+    return terms | {"soft_targets": (weight, where_present(term, share))}
 
 
 def where_present(term: Term, share: float) -> Term:

@@ -3,6 +3,8 @@
 The outputs of an image apply to all of its augmented views, since the teacher predicted the image as it is.
 """
 
+from dataclasses import replace
+
 from transformers import set_seed
 
 from kd.common.cli import reject_unused
@@ -57,7 +59,8 @@ def distill_from_columns(
 
         set_seed(seed_run.args.seed)
         student = new_classifier(pair.student, data.config)
-        method = where_outputs(method_for(task_spec(student, student, data, training.views)), logits)
+        method = method_for(task_spec(student, student, data, training.views))
+        method = replace(method, terms=where_outputs(method.terms, logits))
         student = seed_run.distill("student", student, method, outputs_of_columns(logits))
 
         models = {
