@@ -11,7 +11,7 @@ from scipy.special import softmax
 
 from kd.common.utils.files import read_json
 from kd.common.utils.tasks import IGNORED
-from kd.image_classification.data.loading import load_image_data
+from kd.image_classification.data.loading import SmallImageData, load_image_data
 from kd_testing.image_files import draw, error_of, pixels, sizes, small
 from kd_testing.scripts import run_script
 
@@ -110,7 +110,8 @@ def outputs(folder: Path, count: int, **words: Any) -> Path:
 def test_columns_of_a_table_are_logits_of_their_images(tmp_path: Path) -> None:
     """softmax(logits) are the probabilities of each image's row, also in the part of train that is validation."""
     data = load_image_data(str(outputs(tmp_path, 30)), keep_unlabelled=True, teacher_columns=["p_*"])
-    assert data.teacher is not None and sizes(data) == {"train": 28, "validation": 2}
+    assert isinstance(data, SmallImageData) and data.teacher is not None
+    assert sizes(data) == {"train": 28, "validation": 2}
     assert "teacher: columns 'p_cat', 'p_sea horse', 'p_Bed' as probabilities" in data.notes
     for split in ("train", "validation"):
         images, logits = data.splits[split], data.teacher.logits[split]
