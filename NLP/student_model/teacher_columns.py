@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, set_seed
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_columns import check_method as check_columns
 from kd.common.training.teacher_columns import measure_outputs, outputs_of_columns, where_outputs
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TeacherColumnArguments

@@ -32,7 +32,7 @@ from kd.common.reporting.report import headline, model_table, print_table, warni
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json

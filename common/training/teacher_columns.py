@@ -11,8 +11,8 @@ from kd.common.data.teacher_columns import TeacherColumns
 from kd.common.metrics.tasks import TaskMetrics
 from kd.common.objective import Term, Terms
 from kd.common.outputs import Outputs
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 
 PLAIN = "kd"  # the method that rows without an output, and classes without a probability, do not exclude

@@ -19,9 +19,9 @@ from kd.common.pretrained import stage_loader
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.report import print_table, write_report
 from kd.common.training.inference import identity_collate
-from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable

@@ -9,8 +9,8 @@ from transformers import set_seed
 
 from kd.common.cli import reject_unused
 from kd.common.metrics.tasks import task_metrics
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_columns import check_method, measure_outputs, outputs_of_columns, where_outputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.student_model.arguments import (

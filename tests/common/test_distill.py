@@ -22,7 +22,7 @@ import kd.common
 from kd.common import Method, distill, losses
 from kd.common.objective import FeatureTerm, logit_term, soft_targets, task_loss
 from kd.common.outputs import Outputs
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 
