@@ -19,14 +19,14 @@ ARGUMENTS = LabelledTextArguments, PairArguments, TextBottleneckArguments, Bottl
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
-from kd.nlp.student_model.evaluation import evaluate_teacher, report
-from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
-from kd.nlp.student_model.training import (
-    open_run,
+from kd.nlp.student_model.bottleneck_training import (
     train_bottleneck_control,
     train_bottleneck_student,
     train_bottleneck_teacher,
 )
+from kd.nlp.student_model.evaluation import evaluate_teacher, report
+from kd.nlp.student_model.inputs import inputs_of_seed, load_inputs, validate_arguments, validate_bottleneck
+from kd.nlp.student_model.training import open_run
 
 
 def main() -> None:

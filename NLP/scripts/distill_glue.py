@@ -32,10 +32,15 @@ if __name__ == "__main__":
 from accelerate import PartialState
 
 from kd.common.reporting.results import RECIPE
-from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
+from kd.common.training.trainer_run import TrainerRun
 from kd.nlp.data.columns import TASKS
 from kd.nlp.data.loading import TextData
+from kd.nlp.student_model.bottleneck_training import (
+    train_bottleneck_control,
+    train_bottleneck_student,
+    train_bottleneck_teacher,
+)
 from kd.nlp.student_model.evaluation import evaluate_teacher, report
 from kd.nlp.student_model.glue_report import finished_seeds, write_report
 from kd.nlp.student_model.inputs import (
@@ -47,14 +52,7 @@ from kd.nlp.student_model.inputs import (
     validate_matching,
 )
 from kd.nlp.student_model.methods import check_method, check_smoothing
-from kd.nlp.student_model.training import (
-    load_or_train_teacher,
-    train_bottleneck_control,
-    train_bottleneck_student,
-    train_bottleneck_teacher,
-    train_control,
-    train_student,
-)
+from kd.nlp.student_model.training import load_or_train_teacher, train_control, train_student
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
 
 

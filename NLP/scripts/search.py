@@ -27,7 +27,8 @@ from kd.nlp.student_model.evaluation import chance_warning, evaluate
 from kd.nlp.student_model.layers import cut_layers, disable_dropout, layer_paths
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
-from kd.nlp.student_model.training import cached_outputs, set_trainable
+from kd.nlp.student_model.teacher_outputs import cached_outputs
+from kd.nlp.student_model.training import set_trainable
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     in_label_order,

@@ -22,7 +22,7 @@ from kd.common.objective import Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import KNOWN, Corpus
 from kd.nlp.data.masking import MaskedRows, Masking, check_tokenizer, fixed_masks, token_rows

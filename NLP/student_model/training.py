@@ -1,27 +1,21 @@
-"""The stages of distilling a text classifier, with or without a bottleneck: teacher, control and student."""
+"""The stages of distilling a text classifier: teacher, control and student."""
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
-from kd.common.training.arguments import KDTrainingArguments, Keys
-from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun
-from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
-from kd.common.utils.errors import UserError
+from kd.common.training.arguments import KDTrainingArguments
+from kd.common.training.trainer_run import TrainerRun
 from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextBottleneckArguments
-from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier, Pooling
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
+from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.layers import cut_layers, disable_dropout
@@ -33,13 +27,9 @@ from kd.nlp.student_model.methods import (
     labels_and_logits,
     labels_only,
     text_method,
-    width,
 )
-from kd.nlp.student_model.words import WordOutputs
+from kd.nlp.student_model.teacher_outputs import teacher_kwargs
 from kd.nlp.teacher_model.teacher import Pretrained, auto_class, encoder_of, models_and_tokenizers
-
-FEATURE_BYTES = 4 * 2**30  # hidden states above this size are not cached; the teacher then runs in every step
-KEY_TEXTS = 20_000  # keys are fitted to the embeddings of at most this many texts
 
 
 def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> TrainerRun:
@@ -50,75 +40,6 @@ def open_run(inputs: Inputs, training: KDTrainingArguments, *arguments: Any) -> 
     run = TrainerRun(training, *arguments)
     run.check_inputs(inputs.data.fingerprint, **models_and_tokenizers(inputs.models))
     return run
-
-
-# ---- outputs of the frozen teacher ----
-
-
-def teacher_kwargs(
-    run: TrainerRun,
-    teacher: PreTrainedModel,
-    texts: Texts,
-    method: Method,
-    *,
-    logits: bool = True,
-    ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
-    ensemble_weights: Sequence[float] | None = None,
-    student_texts: Texts | None = None,
-) -> dict[str, Any]:
-    """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
-    `method` exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
-
-    Args:
-        logits: Whether the method needs logits.
-        ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
-            which is the geometric mean of the distributions (arXiv:1503.02531).
-        ensemble_weights: One weight for the teacher and for each of the ensemble (default: equal).
-        student_texts: The texts in the student's tokens, if these may differ: the logits of words are then moved to
-            them.
-
-    Raises UserError if an ensemble would have to run in every step.
-    """
-    paths = method.teacher_features
-    if column_array(texts.train, "length").sum() * len(paths) * width(teacher) * 2 > FEATURE_BYTES:
-        if ensemble:
-            raise UserError(
-                "an ensemble needs cached hidden states, and these are too large to cache: use one teacher"
-            )
-        return {"teacher": teacher, "teacher_features": paths}
-    caches = [cached_outputs(run, teacher, texts, paths, logits)]
-    caches += [cached_outputs(run, model, tokens) for model, tokens in ensemble]
-    if texts.data.task == "token_classification" and student_texts:
-        sources = [texts, *(tokens for _, tokens in ensemble)]
-        caches = [
-            cache if source is student_texts else WordOutputs(cache, source, student_texts)
-            for cache, source in zip(caches, sources, strict=True)
-        ]
-    return {"teacher_outputs": JoinedOutputs(caches, ensemble_weights) if ensemble else caches[0]}
-
-
-def cached_outputs(
-    run: TrainerRun,
-    teacher: PreTrainedModel,
-    texts: Texts,
-    features: dict[str, str] | None = None,
-    logits: bool = True,
-) -> TeacherOutputs:
-    """The teacher's outputs for the training texts: logits, and outputs of submodules by name, {name: path}."""
-    folder = (run.shared or run.folder) / "teacher_outputs"
-    with run.timed("teacher_outputs"):
-        return cache_teacher_outputs(
-            teacher,
-            texts.train,
-            texts.collate,
-            folder,
-            features=features,
-            logits=logits,
-            precision=run.args.precision,
-        )
-
-
-# ---- plain classifiers ----
 
 
 def fine_tune(
@@ -334,108 +255,3 @@ def align(
 def set_trainable(model: PreTrainedModel, freeze_embeddings: bool = True) -> None:
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(not freeze_embeddings)
-
-
-# ---- classifiers with a bottleneck after a frozen encoder ----
-
-
-def train_bottleneck_teacher(
-    run: TrainerRun, inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments
-) -> PreTrainedModel:
-    """Trains the teacher: a fine-tuned classifier, whose head a bottleneck replaces with --bottleneck both."""
-    if bottleneck.freeze_teacher_encoder:
-        classifier = inputs.teacher.model
-    else:
-        classifier = load_or_train_teacher(run, inputs, pair, "teacher_encoder")
-    if bottleneck.bottleneck == "student" or isinstance(classifier, BottleneckClassifier):
-        return classifier
-    return add_bottleneck(run, "teacher", encoder_of(classifier), inputs.texts, bottleneck)
-
-
-def train_bottleneck_control(
-    run: TrainerRun,
-    inputs: Inputs,
-    pair: PairArguments,
-    bottleneck: TextBottleneckArguments,
-    encoder_epochs: float,
-) -> PreTrainedModel:
-    """Trains the control, which has the student's network: first the encoder, then the bottleneck, on labels alone."""
-    classifier = train_control(run, inputs, pair, encoder_epochs, "control_encoder")
-    return add_bottleneck(run, "control", encoder_of(classifier), inputs.student_texts, bottleneck)
-
-
-def train_bottleneck_student(
-    run: TrainerRun,
-    inputs: Inputs,
-    pair: PairArguments,
-    bottleneck: TextBottleneckArguments,
-    teacher: PreTrainedModel,
-) -> PreTrainedModel:
-    """Aligns the student's encoder with the teacher's, then trains the values on labels and the teacher's logits."""
-    keys = bottleneck.keys
-    student = initial_student(inputs, encoder_of(teacher))
-    encoder = align(run, encoder_of(student), teacher, inputs, pair, bottleneck.pooling)
-    return add_bottleneck(
-        run,
-        "student",
-        encoder,
-        inputs.student_texts,
-        bottleneck,
-        keys,
-        source=teacher if isinstance(teacher, BottleneckClassifier) else None,
-        teacher_outputs=None if keys == "reused" else cached_outputs(run, teacher, inputs.texts),
-    )
-
-
-def add_bottleneck(
-    run: TrainerRun,
-    name: str,
-    encoder: PreTrainedModel,
-    texts: Texts,
-    bottleneck: TextBottleneckArguments,
-    keys: Keys = "new",
-    *,
-    source: BottleneckClassifier | None = None,
-    teacher_outputs: TeacherOutputs | None = None,
-) -> PreTrainedModel:
-    """The stage `name`: trains a bottleneck after a frozen encoder, on labels and on the teacher's logits, if any.
-
-    `source` is the model whose keys are carried or reused.
-    """
-
-    def train() -> PreTrainedModel:
-        args = run.args
-        labels = dict(enumerate(texts.data.label_names)) or {0: "LABEL_0"}
-        model = BottleneckClassifier.from_encoder(encoder, labels, bottleneck.pooling, **bottleneck.shape())
-        arguments = bottleneck.value_arguments(args.value_learning_rate or args.learning_rate)
-        if teacher_outputs is None:
-            train, method = texts.labelled_train, labels_only(texts.data, args)
-        else:
-            train, method = texts.train, labels_and_logits(texts.data, args)
-        train_labels = torch.from_numpy(column_array(train, "labels"))
-        return train_bottleneck(
-            run,
-            name,
-            model,
-            keys,
-            source.bottleneck if source else None,
-            arguments | {"train_sampling_strategy": "random"},
-            _samples(texts, train),
-            _samples(texts, texts.validation),
-            key_rows=_random_rows(texts.train, KEY_TEXTS, args.seed),
-            samples=len(texts.train),
-            objective=method.for_labels(train_labels).objective,
-            teacher_outputs=teacher_outputs,
-            compute_metrics=trainer_metrics(texts.data),
-        )
-
-    return run.stage(name, train, stage_loader(auto_class(texts.data)), texts.collate.tokenizer)
-
-
-def _samples(texts: Texts, rows: Dataset) -> Samples:
-    labels, sample_ids = (torch.from_numpy(column_array(rows, name)) for name in ("labels", "sample_id"))
-    return Samples(rows, texts.collate, labels, sample_ids)
-
-
-def _random_rows(rows: Dataset, most: int, seed: int) -> Dataset:
-    return rows.shuffle(seed=seed).select(range(most)) if len(rows) > most else rows

@@ -41,6 +41,7 @@ from kd.common.outputs import FeatureHooks, Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts, load_text_data
+from kd.nlp.student_model import teacher_outputs
 from kd.nlp.student_model import training as training_steps
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments
 from kd.nlp.student_model.evaluation import predict
@@ -53,7 +54,8 @@ from kd.nlp.student_model.methods import (
     labels_only,
     layer_pairs,
 )
-from kd.nlp.student_model.training import cached_outputs, learning_rate_of
+from kd.nlp.student_model.teacher_outputs import cached_outputs
+from kd.nlp.student_model.training import learning_rate_of
 from kd.nlp.teacher_model.teacher import max_positions, tiny_bert, vocabulary
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
@@ -189,7 +191,7 @@ def test_a_live_and_a_cached_teacher_give_the_same_losses(small, teachers, tmp_p
     words = ["--teacher", teachers[0], "--no_control", "--max_steps", 3, "--logging_strategy", "steps"]
     words += ["--logging_steps", 1, "--hidden_weight", 1, "--embedding_weight", 0.5, "--precision", "fp32"]
     distill(small, *words, "--output_dir", tmp_path / "cached")
-    monkeypatch.setattr(training_steps, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(teacher_outputs, "FEATURE_BYTES", 0)
     distill(small, *words, "--output_dir", tmp_path / "live")
     logs = []
     for name in ("cached", "live"):

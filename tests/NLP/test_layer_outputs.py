@@ -25,10 +25,10 @@ from kd.common.methods import Method
 from kd.common.objective import Objective
 from kd.common.outputs import FeatureHooks, Outputs
 from kd.nlp.data.loading import TextData, Texts
-from kd.nlp.student_model import training
+from kd.nlp.student_model import teacher_outputs
 from kd.nlp.student_model.layers import cut_layers, layer_paths
 from kd.nlp.student_model.methods import embeddings, hidden_states, teacher_samples
-from kd.nlp.student_model.training import teacher_kwargs
+from kd.nlp.student_model.teacher_outputs import teacher_kwargs
 from kd.nlp.teacher_model.teacher import encoder_of, vocabulary
 
 TEXTS = ["a red cat", "a dog", "the small cat and the big red dog and the hat", "hat", "a dog and a cat"]
@@ -100,7 +100,7 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_live_and_cached(monkeypatc
     texts = Texts(texts.data, {"train": texts.train.remove_columns(texts.unused_inputs(model))}, texts.collate)
     student = recorded(model, inputs, matching.features)
 
-    monkeypatch.setattr(training, "FEATURE_BYTES", 0)
+    monkeypatch.setattr(teacher_outputs, "FEATURE_BYTES", 0)
     live = teacher_kwargs(run, model, texts, matching)
     assert live["teacher_features"] == matching.teacher_features
     teacher = recorded(live["teacher"], inputs, live["teacher_features"])
