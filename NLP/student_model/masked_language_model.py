@@ -180,7 +180,7 @@ class MaskedLanguageTask(LanguageTask):
 
         `evaluations` and `models` by role: teacher, control (unless --no_control) and student.
         """
-        text, token = masked_sentence(self.data, self.tokenizer, min(SAMPLE, self.args.block_size - 2))
+        text, token = masked_sentence(self.data, self.tokenizer, min(SAMPLE, self.args.block_size // 2))
         guesses = {role: ", ".join(guess(model, self.tokenizer, text)) for role, model in models.items()}
         tokens = {split: int(sum(rows["length"][:])) for split, rows in self.splits.items()}
         masked = {s: len(label_tokens(rows)) for s, rows in self.splits.items() if s != "train"}
@@ -230,7 +230,7 @@ def masked_sentence(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, most: in
     validation split, with a mask token in the middle, and the token at that place.
     """
     documents = corpus.splits.get("test", corpus.splits["validation"])
-    encodings = (tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in documents)
+    encodings = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most] for text in documents)
     ids = max(islice(encodings, 100), key=len)
     middle = len(ids) // 2
     token, ids[middle] = str(tokenizer.decode([ids[middle]])).strip(), tokenizer.mask_token_id

@@ -1,9 +1,10 @@
 """Masked language models as teachers: loaded by name, or with random weights."""
 
 import math
-from collections.abc import Iterable
+from collections import Counter
 
 from tokenizers import BertWordPieceTokenizer
+from tokenizers.normalizers import BertNormalizer
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -21,6 +22,7 @@ from kd.nlp.teacher_model.generative import NO_DOWNLOAD, Generator
 from kd.nlp.teacher_model.teacher import max_positions, read_config
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MAX_LETTERS = 1000  # maximum number of different letters in a learned vocabulary
 HEADS = ("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")  # ends of architectures with a head over the vocabulary
 
 
@@ -64,13 +66,20 @@ def random_bert(
     return BertForMaskedLM(config)
 
 
-def word_pieces(texts: Iterable[str], size: int, positions: int) -> BertTokenizer:
+def word_pieces(texts: list[str], size: int, positions: int) -> BertTokenizer:
     """BERT's uncased tokenizer with `size` word pieces learned from `texts`, for a model with `positions`.
 
-    The pieces are sorted, because their order in the tokenizers library differs between processes.
+    The letters have fixed ids. Otherwise the library, which breaks ties by id, would learn other pieces in each
+    process.
     """
+    normalizer, counts = BertNormalizer(lowercase=True), Counter[str]()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    letters = sorted(letter for letter, _ in counts.most_common(MAX_LETTERS) if not letter.isspace())
+    first = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     learned = BertWordPieceTokenizer(lowercase=True)
-    learned.train_from_iterator(texts, size, show_progress=False, special_tokens=SPECIAL)
-    pieces = [*SPECIAL, *sorted(learned.get_vocab().keys() - set(SPECIAL))]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=positions)
+    learned.train_from_iterator(texts, size, show_progress=False, special_tokens=first)
+    pieces = [*first, *sorted(learned.get_vocab().keys() - set(first))]
+    return BertTokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)}, do_lower_case=True, model_max_length=positions
+    )

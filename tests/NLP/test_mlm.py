@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from kd.nlp.student_model.layers import alternating_layers, cut_layers, layer_pa
 from kd.nlp.student_model.masked_language_model import MaskedLanguageTask, token_soft_targets
 from kd.nlp.teacher_model.generative import byte_level_bpe
 from kd.nlp.teacher_model.masked import random_bert, word_pieces
+from kd_testing.paths import REPO
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict
@@ -67,9 +70,13 @@ def texts(tmp_path_factory, sentences) -> Path:
 
 
 def test_the_vocabulary_is_the_same_in_every_process_and_covers_the_texts(sentences, tokenizer):
-    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    assert pieces[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and pieces[5:] == sorted(pieces[5:])
-    assert any(piece.startswith("##") for piece in pieces)
+    program = (
+        "from kd.nlp.data.intents import load_intents; from kd.nlp.teacher_model.masked import word_pieces;"
+        "print(sorted(word_pieces(load_intents()['train']['text'][:200], 200, 16).get_vocab().items()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPO)
+    assert done.stdout.splitlines()[-1] == str(sorted(tokenizer.get_vocab().items()))
+    assert len(tokenizer) == 200 and any(len(piece) > 4 for piece in tokenizer.get_vocab() if piece[:2] == "##")
     encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
     assert not any(tokenizer.unk_token_id in ids for ids in encoded)
 
