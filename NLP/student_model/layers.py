@@ -1,6 +1,7 @@
 """Layers of text encoders and encoder-decoders: their paths, and cuts, which are smaller models with some of them."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,17 @@ def check_cut(model: PreTrainedModel, layers: int) -> None:
         )
 
 
-def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+def cut_layers(model: PreTrainedModel, layers: int, kept: Sequence[int] = ()) -> PreTrainedModel:
     """A new model of the same class and weights with `layers` evenly spaced layers: 6 of 12 keeps layers 1, 3, 5, 7, 9
     and 11 (from 0). DistilBERT keeps layers 0, 2, 4, 7, 9 and 11 (arXiv:1910.01108, extract_distilbert.py). Here a
     layer is initialized from the layer whose output it is aligned to (`depth_map`), and the last layer, the input of
     the head, is always kept. Raises UserError as `check_cut` does.
+
+    `kept`: the numbers of the layers that are kept instead, from 0.
     """
     check_cut(model, layers)
     paths = layer_paths(model)
-    chosen = [old for _, old in depth_map(layers, len(paths))]
+    chosen = list(kept) or [old for _, old in depth_map(layers, len(paths))]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):  # kinds of attention by layer, in Qwen and Gemma
@@ -61,22 +64,26 @@ def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     student = type(model)(config)
     if getattr(model, "pooler", student) is None:
         student.pooler = None  # type: ignore[assignment]
-    kept = {paths[old]: paths[new] for new, old in enumerate(chosen)}
+    places = {paths[old]: paths[new] for new, old in enumerate(chosen)}
     weights = {}
     for name, tensor in model.state_dict().items():
         layer = next((path for path in paths if name.startswith(f"{path}.")), None)
         if layer is None:
             weights[name] = tensor
-        elif layer in kept:
-            weights[kept[layer] + name[len(layer) :]] = tensor
+        elif layer in places:
+            weights[places[layer] + name[len(layer) :]] = tensor
     student.load_state_dict(weights)
     return student
 
 
 def disable_dropout(model: nn.Module) -> None:
+    set_dropout(model, 0.0)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = probability
 
 
 # ---- encoder-decoders ----
