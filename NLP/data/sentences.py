@@ -68,7 +68,7 @@ def load_pairs(
         notes.append("split train is not used")
     elif "train" in splits:
         splits["test"] = splits.pop("train")
-        notes.append("no pair trains a model, so the other pairs of train are the test split")
+        notes.append("no pair trains a model, so train is the test split")
     if needs_validation and not any(name.startswith("validation") for name in splits):
         raise UserError(f"{data.name} has no validation split: name one of its files validation.*")
     return replace(data, splits=splits, notes=notes)
@@ -113,7 +113,7 @@ def _texts_of(source: str, columns: list[str] | None, notes: list[str]) -> list[
         chosen = list(TASKS[source].text_columns)
     else:
         contents = infer_contents(raw)
-        chosen = [name for name in present if contents[name] == "texts"]
+        chosen = [name for name in present if contents[name] == "texts" or len(present) == 1]
     if not chosen or not set(chosen) <= set(present):
         raise UserError(
             f"{short_name(source)} has no column {' or '.join(columns or ['of texts'])}, only "

@@ -115,9 +115,7 @@ def _pooling_of(name: str, modules: list[dict[str, Any]], config: dict[str, Any]
     """The pooling that the files of sentence-transformers name; None if there are none."""
     others = [kind for module in modules if (kind := str(module["type"]).rpartition(".")[2]) not in SUPPORTED]
     if others:
-        raise UserError(
-            f"{name} has the module {others[0]} after its encoder, which is not supported: use another one"
-        )
+        raise UserError(f"{name} has a module {others[0]}, which is not supported: pass another --teacher")
     if config is None:
         return None
     prefix = "pooling_mode_"

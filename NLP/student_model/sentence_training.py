@@ -16,8 +16,8 @@ from kd.common.methods import Method
 from kd.common.reporting.model_card import Card
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import Collate
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_outputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import KNOWN, TextData
 from kd.nlp.data.sentences import Sentences, load_pairs, load_sentences, tokenize
