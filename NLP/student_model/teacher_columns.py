@@ -139,7 +139,7 @@ def train_student(
             weight, term = method.terms["soft_targets"]
             method.terms["soft_targets"] = weight, where_present(term, float(share))
     else:
-        method = text_method(matching.method, run.args, student, student, texts, "cls")
+        method = text_method(matching.method, run.args, student, student, texts)
     rate = matching.student_learning_rate
     return fine_tune(
         run,
