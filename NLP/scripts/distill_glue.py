@@ -32,8 +32,8 @@ if __name__ == "__main__":
 from accelerate import PartialState
 
 from kd.common.reporting.results import RECIPE
-from kd.common.training.run import TrainerRun
 from kd.common.training.run_folder import RunFolder, starts_over
+from kd.common.training.trainer_run import TrainerRun
 from kd.nlp.data.columns import TASKS
 from kd.nlp.data.loading import TextData
 from kd.nlp.student_model.bottleneck_training import (

@@ -11,6 +11,7 @@ from kd.common.training.arguments import (
     BottleneckArguments,
     KDTrainingArguments,
     Keys,
+    TeacherOutputArguments,
     check_ensemble_weights,
     ensemble_weights,
 )
@@ -118,20 +119,8 @@ class LabelledTextArguments(TextArguments):
 
 
 @dataclass
-class TeacherColumnArguments(LabelledTextArguments):
+class TeacherColumnArguments(TeacherOutputArguments, LabelledTextArguments):
     """Data."""
-
-    teacher_columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "Columns with a teacher's outputs, instead of a teacher: names, or a pattern such as p_*."},
-    )
-    teacher_values: Literal["probabilities", "percentages", "log_probabilities", "logits"] | None = field(
-        default=None, metadata={"help": "Numbers in --teacher_columns (default: inferred)."}
-    )
-
-    def check_unused_flags(self) -> None:
-        if not self.teacher_columns:
-            reject_unused("there are no --teacher_columns", self, "teacher_values")
 
     @property
     def label_options(self) -> dict[str, Any]:

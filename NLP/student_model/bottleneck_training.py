@@ -8,8 +8,8 @@ from kd.common.bottleneck.training import Samples, train_bottleneck
 from kd.common.pretrained import stage_loader
 from kd.common.training.arguments import Keys
 from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import PairArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier

@@ -17,7 +17,7 @@ from kd.common.metrics.label_sets import predict_labels
 from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
 from kd.nlp.student_model.arguments import MatchingArguments

@@ -17,7 +17,7 @@ from kd.common.metrics.quality import language_warning, token_counts
 from kd.common.objective import Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, ProperShare
 from kd.common.utils.tasks import IGNORED

@@ -18,7 +18,7 @@ from kd.common.metrics.verdict import Measurement, measure_perplexity
 from kd.common.objective import Divergence
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import run_inference
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import KNOWN, Corpus, pack, stack
 from kd.nlp.student_model.arguments import CUT

@@ -28,9 +28,9 @@ from kd.common.reporting.plots import PAPER, STYLES, save_figure
 from kd.common.reporting.tables import markdown, number, print_rich, words
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun, count_epochs_in
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer import KDTrainer
+from kd.common.training.trainer_run import TrainerRun, count_epochs_in
 from kd.common.utils.devices import best_device, command, environment
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_json, write_text

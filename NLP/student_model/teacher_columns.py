@@ -1,20 +1,19 @@
 """Distillation from the outputs of a teacher that are columns of the data. No teacher model is loaded."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from kd.common.cli import reject_unused
-from kd.common.data.sources import labelled
-from kd.common.objective import Term
-from kd.common.outputs import Outputs
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun
+from kd.common.training.teacher_columns import check_method as check_columns
+from kd.common.training.teacher_columns import measure_outputs, outputs_of_columns, where_outputs
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TeacherColumnArguments
@@ -46,7 +45,7 @@ def distill_from_columns(
     inputs = load_student(text, pair, data, training.seed)
     validate(inputs, matching, training)
     parent_run = open_run(inputs, training, text, pair, matching)
-    outputs = outputs_of_teacher(data)
+    outputs = outputs_of_columns(logits_of(data))
     measured = measure_teacher(parent_run, data)
     for run in parent_run.each_seed():
         if run.args.seed != training.seed:
@@ -83,47 +82,25 @@ def validate(inputs: Inputs, matching: MatchingArguments, training: KDTrainingAr
     assert data.teacher is not None
     if not len(inputs.texts.labelled_train) and not training.no_control:
         raise UserError("no row of train has a label, so there is nothing to train a control on: pass --no_control")
-    if needs_features(spec):
-        raise UserError(
-            f"--method {spec} needs features of a teacher, and --teacher_columns have none: pass --method kd"
-        )
     if len(inputs.texts.labelled_train) < len(inputs.texts.train):
         check_needs_no_labels(spec)
-    if spec != PLAIN and not (data.teacher.complete and has_output(data).all()):
-        raise UserError(
-            f"--method {spec} needs a probability above 0 or a logit of every class in every row, which "
-            f"{data.teacher.description} lack: pass --method kd"
-        )
+    check_columns(spec, needs_features(spec), data.teacher, logits_of(data))
 
 
-def has_output(data: TextData, split: str = "train") -> np.ndarray:
-    """Mask of the rows with an output of the teacher."""
-    return ~np.isnan(column_array(data.splits[split], "teacher")).any(axis=1)
-
-
-def outputs_of_teacher(data: TextData) -> TeacherOutputs:
-    """The outputs for train, by sample id."""
-    ids, logits = (torch.from_numpy(column_array(data.splits["train"], name)) for name in ("sample_id", "teacher"))
-    return TeacherOutputs(ids, logits)
+def logits_of(data: TextData, split: str = "train") -> np.ndarray:
+    """The teacher's logits (rows, classes) of a split, NaN in rows without an output."""
+    return column_array(data.splits[split], "teacher")
 
 
 def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, dict[str, float]]:
-    """The metrics of the teacher by split, on the rows with both a label and an output. Warns if they are no better
-    than chance.
-    """
+    """See `measure_outputs`."""
     assert data.teacher is not None
-    found = {}
-    for split, rows in data.splits.items():
-        if "teacher" not in rows.column_names:
-            continue
-        labels, logits = column_array(rows, "label"), column_array(rows, "teacher")
-        both = labelled(labels) & has_output(data, split)
-        if both.any():
-            metrics = data.scores.metrics(logits[both], labels[both])
-            found[split] = {"rows": int(both.sum()), **metrics}
-            name, metric = data.teacher.description, data.primary_metric
-            run.warn(data.scores.warning(name, metrics, labels[both], metric, split))
-    return found
+    splits = {
+        split: (column_array(rows, "label"), logits_of(data, split))
+        for split, rows in data.splits.items()
+        if "teacher" in rows.column_names
+    }
+    return measure_outputs(run, data.teacher, data.scores, data.primary_metric, splits)
 
 
 def train_student(
@@ -135,11 +112,9 @@ def train_student(
     set_seed(run.args.seed)
     if matching.method == PLAIN:
         method = labels_and_logits(data, run.args)
-        if (share := has_output(data).mean()) < 1:
-            weight, term = method.terms["soft_targets"]
-            method.terms["soft_targets"] = weight, where_present(term, float(share))
     else:
         method = text_method(matching.method, run.args, student, student, texts)
+    method = replace(method, terms=where_outputs(method.terms, logits_of(data)))
     rate = matching.student_learning_rate
     return fine_tune(
         run,
@@ -152,19 +127,3 @@ def train_student(
         freeze_embeddings=not start.from_scratch,
         teacher={"teacher_outputs": outputs},
     )
-
-
-def where_present(term: Term, share: float) -> Term:
-    """A term for rows of which a `share` has teacher outputs, the others NaN; averaged over those that have them, as
-    labels are by `TaskLoss`.
-    """
-
-    def present(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        assert student.logits is not None and teacher is not None and teacher.logits is not None
-        keep = ~teacher.logits.isnan().any(dim=1)
-        if not keep.any():
-            return student.logits.sum() * 0.0
-        loss = term(Outputs(logits=student.logits[keep]), Outputs(logits=teacher.logits[keep]), None)
-        return loss * keep.sum() / (len(keep) * share)
-
-    return present

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from kd.common.methods import Method
 from kd.common.training.inference import column_array
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, cache_teacher_outputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.methods import width

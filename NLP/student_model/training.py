@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from kd.common.methods import Method
 from kd.common.pretrained import reading, stage_loader
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
 from kd.nlp.student_model.evaluation import trainer_metrics

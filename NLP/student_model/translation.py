@@ -25,8 +25,8 @@ from kd.common.metrics.verdict import Measurement, measure_bleu
 from kd.common.reporting.plots import plot_curves
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import NOT_INPUTS, run_inference
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_outputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Collator
 from kd.nlp.data.translation import KNOWN, TranslationCollator, TranslationData, tokenize_translation

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.training.arguments import Keys
 from kd.common.training.inference import Collate, identity_collate, run_inference
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.devices import best_device, process
 
 

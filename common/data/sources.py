@@ -126,7 +126,7 @@ def read_file(path: Path, default: str, notes: list[str] | None = None) -> Split
     return {name if name in SPLIT_NAMES else default: read_rows(path, notes)}
 
 
-def _split_in(name: str) -> str:
+def split_in(name: str) -> str:
     """The only split among the words of a file name, such as `my-train_v2`; otherwise the name."""
     found = {word for word in re.split(r"[\W_]+", name.lower()) if word in SPLIT_NAMES}
     return found.pop() if len(found) == 1 and name not in SPLIT_NAMES else name
@@ -152,7 +152,7 @@ def read_folder(folder: Path, notes: list[str] | None = None) -> Splits:
             by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
     notes = [] if notes is None else notes
     for name in [name for name in by_split if name not in SPLIT_NAMES]:
-        split = _split_in(name)
+        split = split_in(name)
         if split in SPLIT_NAMES and split not in by_split:
             by_split[split] = by_split.pop(name)
             notes.append(f"{by_split[split][0].name} is read as the {SPLIT_NAMES[split]} split")

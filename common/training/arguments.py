@@ -212,6 +212,23 @@ def check_ensemble_weights(teachers: list[str], weights: list[float] | None) -> 
 
 
 @dataclass
+class TeacherOutputArguments:
+    """Data. Its columns with the outputs of a teacher."""
+
+    teacher_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns with a teacher's outputs, or a pattern such as p_*."},
+    )
+    teacher_values: Literal["probabilities", "percentages", "log_probabilities", "logits"] | None = field(
+        default=None, metadata={"help": "Numbers in --teacher_columns (default: inferred)."}
+    )
+
+    def check_unused_flags(self) -> None:
+        if not self.teacher_columns:
+            reject_unused("there are no --teacher_columns", self, "teacher_values")
+
+
+@dataclass
 class CodebookArguments:
     """Discrete key-value bottleneck."""
 

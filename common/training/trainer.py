@@ -33,7 +33,8 @@ from kd.common.training.batch_norm import (
     release_batch_norms,
     synchronize_batch_norms,
 )
-from kd.common.training.checkpoints import CheckpointTrainer, last_checkpoint, without_sharing
+from kd.common.training.checkpoint_trainer import CheckpointTrainer
+from kd.common.training.checkpoints import last_checkpoint, without_sharing
 from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews

@@ -15,9 +15,9 @@ from PIL import Image
 from kd.common.data.label_names import shorten_list, sort_labels
 from kd.common.data.sources import SPLIT_NAMES, UNLABELLED, Splits
 from kd.common.utils.errors import UserError
+from kd.image_classification.data.manifests import LISTS, is_metadata, join_metadata
 
 LAYOUT = "put images into SPLIT/CLASS/, such as train/cat/1.png"
-LISTS = (".csv", ".tsv", ".json", ".jsonl", ".txt")  # files that may list the classes of images
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes but does not decode
 HIDDEN = {"thumbs.db", "desktop.ini"}  # in addition to names that start with a dot
 
@@ -34,16 +34,19 @@ class Files:
 def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Splits:
     """Reads SPLIT/CLASS/NAME.png or, if `needs_train` is False, CLASS/NAME.png as `test`.
 
-    The columns are image and label. The label is null for an image outside of class folders, and for all images of
-    the split `unlabelled`. Notes report files that are not used.
+    The columns are image and label, and those of tables `metadata.csv` (or .jsonl) with the paths of images. The
+    label is null for an image outside of class folders, and for all images of the split `unlabelled`. Notes report
+    files that are not used.
     """
     files = find_files(root)
     folders = _split_folders(root, files, needs_train)
+    metadata = [path for path in files.others if is_metadata(path) and path.parent in (root, *folders.values())]
+    files.others = [path for path in files.others if path not in metadata]
     if list(folders.values()) == [root]:
         notes.append(f"{root.name} has classes but no splits: all of its images are the test split")
     images = {split: _below(folder, files.images) for split, folder in folders.items()}
     for split, folder in folders.items():
-        _check_split(root, split, folder, images[split], files)
+        _check_split(root, split, folder, images[split], files, listed=bool(metadata))
     notes += _unused_files(root, folders, images, files)
     classes = {
         split: [None if SPLIT_NAMES[split] == UNLABELLED else _class_of(folder, path) for path in images[split]]
@@ -56,7 +59,8 @@ def read_class_folders(root: Path, needs_train: bool, notes: list[str]) -> Split
         split: {"image": list(map(str, images[split])), "label": [ids[name] for name in classes[split]]}
         for split in folders
     }
-    return {split: datasets.Dataset.from_dict(rows, features=features) for split, rows in columns.items()}
+    splits = {split: datasets.Dataset.from_dict(rows, features=features) for split, rows in columns.items()}
+    return join_metadata(splits, metadata, notes) if metadata else splits
 
 
 def _split_folders(root: Path, files: Files, needs_train: bool) -> dict[str, Path]:
@@ -82,12 +86,15 @@ def _split_folders(root: Path, files: Files, needs_train: bool) -> dict[str, Pat
     raise UserError(f"{root} has no train split, only {shorten_list([path.name for path in folders])}: {LAYOUT}")
 
 
-def _check_split(root: Path, split: str, folder: Path, images: list[Path], files: Files) -> None:
-    """Raises UserError for a split without images, and for a train split with an empty class or without classes."""
+def _check_split(root: Path, split: str, folder: Path, images: list[Path], files: Files, listed: bool) -> None:
+    """Raises UserError for a split without images, and for a train split with an empty class or without classes.
+
+    `listed`: whether a table may name the classes.
+    """
     others = _below(folder, files.others)
     if not images:
         raise UserError(f"{folder} holds no images{_other_files(root, others)}: add images or remove the folder")
-    if split != "train":
+    if split != "train" or listed:
         return
     classes = {_class_of(folder, path) for path in images}
     if classes == {None}:
@@ -99,9 +106,9 @@ def _check_split(root: Path, split: str, folder: Path, images: list[Path], files
 
 
 def _raise_without_class(root: Path, image: Path, files: Files) -> NoReturn:
-    lists = [path.name for path in files.others if path.parent == root and path.suffix.lower() in LISTS]
-    unread = f"; lists of labels such as {lists[0]} are not read" if lists else ""
-    raise UserError(f"{image} is in no class: {LAYOUT}{unread}")
+    lists = [path for path in files.others if path.parent == root and path.suffix.lower() in LISTS]
+    instead = f", or pass --dataset {lists[0]} if it lists images and their labels" if lists else ""
+    raise UserError(f"{image} is in no class: {LAYOUT}{instead}")
 
 
 def _unused_files(root: Path, folders: dict[str, Path], images: dict[str, list[Path]], files: Files) -> list[str]:
@@ -181,6 +188,11 @@ def is_image(path: Path) -> bool:
         return False
     except Exception:  # depends on the decoder: the file has another format
         return False
+
+
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of image files, in lower case and with the dot."""
+    return _decodable()[0]
 
 
 @cache

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.label_names import map_label_ids, shorten_list
 from kd.common.data.sources import choose_validation, short_name, stratified
+from kd.common.data.teacher_columns import TeacherColumns, Values
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
-from kd.image_classification.data.sources import StoredImages, read_images
+from kd.image_classification.data.sources import OutputColumns, StoredImages, read_images
 from kd.image_classification.data.views import ImageViews, LargeViews, StrongViews, Views
 
 MAX_SIZE_IN_MEMORY = 64  # pixels; larger images are decoded for each batch
@@ -54,6 +55,8 @@ class ImageData:
     notes: list[str] = field(default_factory=list)  # for the report
     validation_is_from_train: bool = False  # set aside by this project
     places: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # `StoredImages.places` of all but train
+    teacher: TeacherColumns | None = None  # outputs in columns of the data, logits in the order of the splits
+    model_labels: list[str] | None = None  # the labels, by id, of a teacher that does not name its labels
 
     @property
     def selection_split(self) -> str:
@@ -149,6 +152,10 @@ def load_image_data(
     label_names: list[str] | None = None,
     max_eval_samples: int | None = None,
     keep_unlabelled: bool = False,
+    model_labels: list[str] | None = None,
+    trust_label_order: bool = False,
+    teacher_columns: list[str] | None = None,
+    teacher_values: Values | None = None,
 ) -> ImageData:
     """Loads `dataset`, and moves a stratified share of train to a missing validation split.
 
@@ -160,8 +167,17 @@ def load_image_data(
         label_names: the classes, by id, of a model to evaluate. The dataset may lack some of them. Its train split is
             optional, and not returned.
         keep_unlabelled: whether train has the images without a label too.
+        model_labels: the labels, by id, of a teacher and of teacher outputs that do not name theirs.
+        trust_label_order: these have the labels of the data, in their order.
+        teacher_columns, teacher_values: see `read_teacher_columns`.
     """
-    splits, class_names, notes = read_images(dataset, image_column, label_column, label_names, keep_unlabelled)
+    outputs = None
+    if teacher_columns:
+        outputs = OutputColumns(teacher_columns, teacher_values, model_labels, trust_label_order)
+    read = read_images(dataset, image_column, label_column, label_names, keep_unlabelled, outputs)
+    splits, class_names, notes = read.splits, read.label_names, read.notes
+    if read.teacher:
+        splits = _without_useless(splits, read.teacher, notes)
     has_validation = "validation" in splits
     splits = _make_validation(dataset, splits, validation_share, notes)
     for split, images in splits.items():
@@ -188,7 +204,35 @@ def load_image_data(
         data = _small_images(name, splits, class_names, image_size, notes)
     else:
         data = _large_images(name, splits, class_names, image_size, notes)
-    return replace(data, places=places, validation_is_from_train=set_aside)
+    teacher = read.teacher and _in_order_of(read.teacher, splits)
+    if teacher:
+        contents = [data.fingerprint, *(teacher.logits[split] for split in sorted(teacher.logits))]
+        data = replace(data, teacher=teacher, fingerprint=data_fingerprint(contents))
+    order = class_names if trust_label_order else model_labels
+    return replace(data, places=places, validation_is_from_train=set_aside, model_labels=order)
+
+
+def _without_useless(
+    splits: dict[str, StoredImages], teacher: TeacherColumns, notes: list[str]
+) -> dict[str, StoredImages]:
+    """Leaves out the images of train with neither a label nor an output of the teacher."""
+    train = splits["train"]
+    no_output = np.isnan(teacher.logits["train"][train.indices.numpy()]).any(axis=1)
+    useless = torch.from_numpy(no_output) & (train.labels == IGNORED)
+    if not useless.any():
+        return splits
+    notes.append(f"images of train with neither a label nor an output, left out: {int(useless.sum()):,}")
+    return splits | {"train": train[~useless]}
+
+
+def _in_order_of(teacher: TeacherColumns, splits: dict[str, StoredImages]) -> TeacherColumns:
+    """The outputs for the images of the splits that have any. Validation may be a part of train."""
+    logits = {
+        name: teacher.logits[images.split][images.indices.numpy()]
+        for name, images in splits.items()
+        if images.split in teacher.logits
+    }
+    return replace(teacher, logits=logits)
 
 
 def _make_validation(

@@ -30,9 +30,11 @@ from kd.common.data.sources import (
     read_folder,
     read_splits,
 )
+from kd.common.data.teacher_columns import TeacherColumns, Values, expand_columns, read_teacher_columns
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.distorted_digits import distorted_digits
-from kd.image_classification.data.folders import read_class_folders
+from kd.image_classification.data.folders import image_suffixes, read_class_folders
+from kd.image_classification.data.manifests import is_list_of_a_split, open_paths
 
 LABELS = ("label", "fine_label", "labels", "class", "target")  # columns, in the order of preference
 
@@ -177,21 +179,50 @@ def _check_depth(image: Image.Image) -> None:
         raise ValueError("it has more than 8 bits per pixel: convert it to 8")
 
 
+@dataclass(frozen=True)
+class OutputColumns:
+    """Columns with the outputs of a teacher; see `read_teacher_columns`.
+
+    model_labels: the class names in the order of outputs that do not name them; `trust_order`: the data's.
+    """
+
+    columns: list[str]
+    values: Values | None = None
+    model_labels: list[str] | None = None
+    trust_order: bool = False
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """Image files by split, the class names by id, the outputs of a teacher by stored split, and notes on what was
+    inferred or is not used.
+    """
+
+    splits: dict[str, StoredImages]
+    label_names: list[str]
+    teacher: TeacherColumns | None
+    notes: list[str]
+
+
 def read_images(
     dataset: str,
     image_column: str | None = None,
     label_column: str | None = None,
     known: list[str] | None = None,
     keep_unlabelled: bool = False,
-) -> tuple[dict[str, StoredImages], list[str], list[str]]:
-    """The images of `dataset` by split, the class names by id, and notes on what is not used.
+    outputs: OutputColumns | None = None,
+) -> LabelledFiles:
+    """Reads the images of `dataset`.
 
     known: the class names of a model to evaluate on the dataset, which then needs no train split.
     keep_unlabelled: whether train has the images without a label, and those of a split `unlabelled`, as IGNORED.
     """
     raw, notes = read_image_splits(dataset, known is None, keep_unlabelled)
-    image, label = _choose_columns(next(iter(raw.values())), image_column, label_column, notes)
-    raw = join_unlabelled(raw, label, notes)
+    columns = expand_columns(raw, outputs.columns) if outputs else []
+    raw, of_teacher = _apart(raw, columns)
+    raw = _with_images_of_paths(raw, dataset, image_column, notes)
+    image, label = _choose_columns(raw, image_column, label_column, notes)
+    raw = join_unlabelled({split: _joined(rows, of_teacher[split]) for split, rows in raw.items()}, label, notes)
     try:
         labels = read_labels(raw, label, "ids", known, keep_unlabelled=keep_unlabelled)
     except UserError as error:
@@ -200,7 +231,31 @@ def read_images(
     for split, indices in labels.rows.items():
         files = image_files(split, raw[split], image)
         splits[split] = StoredImages(split, files, torch.from_numpy(indices), torch.from_numpy(labels.values[split]))
-    return splits, labels.names, notes + labels.notes
+    teacher = None
+    if outputs:
+        order = labels.names if outputs.trust_order else outputs.model_labels
+        teacher = read_teacher_columns(raw, columns, labels.names, outputs.values, order)
+    return LabelledFiles(splits, labels.names, teacher, notes + labels.notes + (teacher.notes if teacher else []))
+
+
+def _apart(raw: Splits, columns: list[str]) -> tuple[Splits, dict[str, datasets.Dataset]]:
+    """The splits without the columns of a teacher, and those columns alone."""
+    of_teacher = {s: rows.select_columns([c for c in columns if c in rows.features]) for s, rows in raw.items()}
+    return {s: rows.remove_columns(of_teacher[s].column_names) for s, rows in raw.items()}, of_teacher
+
+
+def _joined(rows: datasets.Dataset, others: datasets.Dataset) -> datasets.Dataset:
+    return datasets.concatenate_datasets([rows, others], axis=1) if others.column_names else rows
+
+
+def _with_images_of_paths(raw: Splits, dataset: str, column: str | None, notes: list[str]) -> Splits:
+    """The splits of a local dataset with images in place of their paths."""
+    path = Path(dataset)
+    if dataset in KNOWN or not path.exists():
+        return raw
+    root = path if path.is_dir() else path.parent
+    needed = not any(map(_holds_images, next(iter(raw.values())).features.values()))
+    return open_paths(raw, root, column, image_suffixes(), notes, needed)
 
 
 def read_image_splits(
@@ -211,7 +266,7 @@ def read_image_splits(
     if dataset not in KNOWN and path.suffix.lower() not in READERS and _is_file(path):
         raise UserError(f"{dataset} is a file: unpack it if it is an archive, and pass the folder as --dataset")
     notes: list[str] = []
-    contents = "parquet files or one folder of images per class"
+    contents = "parquet files, tables of image files (CSV, JSON) or one folder of images per class"
     read = partial(_read_folder, needs_train=needs_train, notes=notes)
     splits, unused = read_splits(dataset, KNOWN, contents, read, needs_train, with_unlabelled)
     return splits, notes + unused
@@ -225,34 +280,39 @@ def _is_file(path: Path) -> bool:
 
 
 def _read_folder(folder: Path, needs_train: bool, notes: list[str]) -> Splits:
-    """Reads parquet files named by split, or SPLIT/CLASS/NAME.png."""
+    """Reads tables of images, or of their paths, named by split, or SPLIT/CLASS/NAME.png."""
     contents = list_folder(folder)
-    if not any(path.suffix == ".parquet" for path in contents):
+    tables = [path for path in contents if path.suffix == ".parquet" or is_list_of_a_split(path)]
+    if not tables:
         return read_class_folders(folder, needs_train, notes)
     unread = [path.name for path in contents if path.is_dir() and path.name in SPLIT_NAMES]
     if unread:
-        notes.append(f"folders are not read, since there are parquet files: {shorten_list(unread)}")
-    return read_folder(folder)
+        kind = "parquet files" if tables[0].suffix == ".parquet" else f"tables such as {tables[0].name}"
+        notes.append(f"folders are not searched for images, since there are {kind}: {shorten_list(unread)}")
+    return read_folder(folder, notes)
 
 
 # ---- columns ----
 
 
-def _choose_columns(rows: datasets.Dataset, image: str | None, label: str | None, notes: list[str]) -> tuple[str, str]:
+def _choose_columns(raw: Splits, image: str | None, label: str | None, notes: list[str]) -> tuple[str, str]:
     """The columns that flags name, or the first candidates. A note reports a choice among several candidates."""
-    features = rows.features
-    for name in filter(None, (image, label)):
-        if name not in features:
-            raise UserError(f"there is no column {name!r}: the columns are {', '.join(features)}")
+    features = next(iter(raw.values())).features
+    labelled = {name: kind for rows in raw.values() for name, kind in rows.features.items()}  # train may lack labels
+    for name, known in ((image, features), (label, labelled)):
+        if name is not None and name not in known:
+            raise UserError(f"there is no column {name!r}: the columns are {', '.join(known)}")
     if image is not None and not _holds_images(features[image]):
-        raise UserError(f"column {image!r} holds no images (file names are not read): pass another --image_column")
+        raise UserError(f"column {image!r} holds no images, and no paths of local ones: pass another --image_column")
     images = [image] if image else [name for name, kind in features.items() if _holds_images(kind)]
-    labels = [label] if label else [name for name in LABELS if name in features]
+    labels = [label] if label else [name for name in LABELS if name in labelled]
     if not images or not labels:
-        missing = "labels: pass --label_column" if images else "images (file names are not read): pass --image_column"
-        raise UserError(f"no column of {missing}; the columns are {', '.join(features)}")
+        missing = (
+            "labels: pass --label_column" if images else "images, or of local paths of images: pass --image_column"
+        )
+        raise UserError(f"no column of {missing}; the columns are {', '.join(labelled)}")
     if label is None:
-        classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        classes = [name for name, kind in labelled.items() if isinstance(kind, datasets.ClassLabel)]
         labels += [name for name in classes if name not in labels]
     for kind, flag, names in (("images", "--image_column", images), ("labels", "--label_column", labels)):
         if len(names) > 1:

@@ -1,7 +1,6 @@
 """Distills an image classifier with a discrete key-value bottleneck into a smaller one.
 
-    python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10 \\
-        --teacher runs/image-classification/teacher_cifar10
+    python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10
 
 The teacher's bottleneck is trained on its frozen backbone. The student's backbone and projector match the teacher's
 maps as in SimKD. The keys of its bottleneck are carried from the teacher, fitted to its embeddings (`new`) or random,
@@ -11,13 +10,13 @@ and its values are trained; `--keys reused` takes both. The control has new keys
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
     BottleneckTrainingArguments,
-    DataArguments,
     ImageBottleneckArguments,
     PairArguments,
+    PairDataArguments,
     SimKDArguments,
 )
 
-ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, DataArguments, BottleneckTrainingArguments
+ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, PairDataArguments, BottleneckTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

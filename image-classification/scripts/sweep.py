@@ -9,14 +9,14 @@ The result is one table and one plot. Running the command again, also with more 
 
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
-    DataArguments,
     ImageTrainingArguments,
     PairArguments,
+    PairDataArguments,
     SimKDWeights,
     SweepArguments,
 )
 
-ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, PairDataArguments, ImageTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

@@ -11,13 +11,13 @@ The control is the same network, including the projector, trained on the labels 
 
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
-    DataArguments,
     ImageTrainingArguments,
     PairArguments,
+    PairDataArguments,
     SimKDArguments,
 )
 
-ARGUMENTS = PairArguments, SimKDArguments, DataArguments, ImageTrainingArguments
+ARGUMENTS = PairArguments, SimKDArguments, PairDataArguments, ImageTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

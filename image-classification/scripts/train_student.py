@@ -1,13 +1,11 @@
 """Distills a teacher into a student whose architecture the method does not change, with a control.
 
     python image-classification/scripts/train_student.py --method kd
-    python image-classification/scripts/train_student.py --method dkd:beta=2:warmup=0
-    python image-classification/scripts/train_student.py --methods kd,dkd,dist --seeds 0,1,2
-    python image-classification/scripts/train_student.py image-classification/scripts/paper.yaml --dataset cifar100 \\
-        --teacher runs/image-classification/teacher_cifar100 --method attention
+    python image-classification/scripts/train_student.py --methods kd,dkd --seeds 0,1,2
+    python image-classification/scripts/train_student.py --dataset my.csv --teacher_columns "p_*"
 
-`--method none` trains the student on the labels alone, like the control of the other methods. Several `--methods` are
-trained side by side on the same batches, with one forward pass of the teacher, and reported in one table.
+`--method none` trains on the labels alone, like the control of the other methods. Several `--methods` are trained side
+by side on the same batches, with one forward pass of the teacher.
 """
 
 from dataclasses import fields
@@ -17,14 +15,14 @@ from kd.image_classification.student_model.arguments import (
     CONTROL,
     PLAIN,
     SIMKD,
-    DataArguments,
     ImageTrainingArguments,
     MethodArguments,
     PairArguments,
     SimKDWeights,
+    TeacherColumnArguments,
 )
 
-ARGUMENTS = MethodArguments, PairArguments, SimKDWeights, DataArguments, ImageTrainingArguments
+ARGUMENTS = MethodArguments, PairArguments, SimKDWeights, TeacherColumnArguments, ImageTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
@@ -39,6 +37,7 @@ from kd.image_classification.student_model.matching import image_features, task_
 from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
 from kd.image_classification.student_model.sweep import students_of, sweep
 from kd.image_classification.student_model.sweep_report import write_sweep_report
+from kd.image_classification.student_model.teacher_columns import distill_from_columns
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.teacher import load_ensemble_teachers
 
@@ -51,6 +50,8 @@ def main() -> None:
         reason = f"it applies to {SIMKD} only, and other methods have arguments, as in fitnet:weight=10"
         reject_unused(reason, weights, *(field.name for field in fields(weights)))
     reject_unused("a plain student has no bottleneck", training, "value_learning_rate")
+    if data_args.teacher_columns:
+        return distill_from_columns(args, pair, data_args, training)
     if args.methods:
         reject_unused("--methods is set", args, "method")
     elif args.method == SIMKD:  # trained side by side with its control, which has the projector too
@@ -67,7 +68,7 @@ def train_side_by_side(
     args: MethodArguments,
     pair: PairArguments,
     weights: SimKDWeights,
-    data_args: DataArguments,
+    data_args: TeacherColumnArguments,
     training: ImageTrainingArguments,
 ) -> None:
     """Trains the students of several methods and their controls side by side, at one learning rate."""
@@ -84,7 +85,7 @@ def train_side_by_side(
 
 
 def train_plain_student(
-    args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: TeacherColumnArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
@@ -105,7 +106,7 @@ def train_plain_student(
 
 
 def distill_student(
-    args: MethodArguments, pair: PairArguments, data_args: DataArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: TeacherColumnArguments, training: ImageTrainingArguments
 ) -> None:
     """Trains a student and its control, for each seed."""
     args.method = with_pair_arguments(args.method, pair)

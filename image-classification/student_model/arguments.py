@@ -15,6 +15,7 @@ from kd.common.training.arguments import (
     CodebookArguments,
     CodebookSize,
     KDTrainingArguments,
+    TeacherOutputArguments,
     check_ensemble_weights,
     ensemble_weights,
 )
@@ -89,9 +90,45 @@ class DataArguments:
             label_names,
             self.max_eval_samples,
             keep_unlabelled and not self.drop_unlabelled and label_names is None,
+            **self.teacher_options,
         )
         print_notes(data.name, data.notes)
         return data
+
+    @property
+    def teacher_options(self) -> dict[str, Any]:
+        """Further arguments of `load_image_data`."""
+        return {}
+
+
+@dataclass
+class PairDataArguments(DataArguments):
+    """Data."""
+
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Labels, by id, of a teacher that does not name them."}
+    )
+    trust_label_order: bool = field(
+        default=False, metadata={"help": "Such a teacher has the labels of the data, in their order."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.label_names and self.trust_label_order:
+            raise ValueError("--label_names and --trust_label_order both order the labels: pass one of them")
+
+    @property
+    def teacher_options(self) -> dict[str, Any]:
+        return {"model_labels": self.label_names, "trust_label_order": self.trust_label_order}
+
+
+@dataclass
+class TeacherColumnArguments(TeacherOutputArguments, PairDataArguments):
+    """Data."""
+
+    @property
+    def teacher_options(self) -> dict[str, Any]:
+        columns = {"teacher_columns": self.teacher_columns, "teacher_values": self.teacher_values}
+        return super().teacher_options | columns
 
 
 # The arguments with which the data of a run are evaluated; the model has the size of the images.

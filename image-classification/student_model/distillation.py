@@ -19,9 +19,9 @@ from kd.common.pretrained import stage_loader
 from kd.common.reporting.model_card import save_student
 from kd.common.reporting.report import print_table, write_report
 from kd.common.training.inference import identity_collate
-from kd.common.training.run import TrainerRun
 from kd.common.training.side_by_side import SideBySideObjective
-from kd.common.training.teacher_outputs import TeacherViews
+from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable
@@ -64,7 +64,8 @@ class ImageRun(TrainerRun):
         ensemble_teachers: nn.Module | None = None,
     ) -> None:
         validate_training(training, data)
-        if not len(data.labelled_train().splits["train"]) and (teacher is None or not training.no_control):
+        has_teacher = teacher is not None or data.teacher is not None
+        if not len(data.labelled_train().splits["train"]) and not (has_teacher and training.no_control):
             raise UserError(
                 "no training image has a label: pass a trained --teacher and --no_control, or put images into "
                 "train/CLASS/"
@@ -93,24 +94,24 @@ class ImageRun(TrainerRun):
         stage: str,
         student: ImageClassifier,
         method: Method,
-        teacher: nn.Module,
+        teacher: nn.Module | TeacherOutputs,
         teacher_views: Path | None = None,
     ) -> ImageClassifier:
-        """Trains `student` with a teacher by `method`, or loads it if the stage is finished.
+        """Trains `student` with a teacher, or its outputs by row, by `method`, or loads it if the stage is finished.
 
         `teacher_views`: folder of a cache of the teacher's logits for every view, for methods without features.
         """
 
         def train() -> ImageClassifier:
-            return self.fit(
-                stage,
-                student,
-                method.for_labels(self.data.splits["train"].labels).objective,
-                features=method.features,
-                teacher=frozen(teacher, self.args.precision),
-                teacher_views=teacher_views and self.teacher_view_cache(teacher, teacher_views),
-                teacher_features=method.teacher_features,
-            )
+            source: dict[str, Any] = {"teacher_outputs": teacher}
+            if isinstance(teacher, nn.Module):
+                source = {
+                    "teacher": frozen(teacher, self.args.precision),
+                    "teacher_views": teacher_views and self.teacher_view_cache(teacher, teacher_views),
+                    "teacher_features": method.teacher_features,
+                }
+            objective = method.for_labels(self.data.splits["train"].labels).objective
+            return self.fit(stage, student, objective, features=method.features, **source)
 
         return self.stage(stage, train, read_stage, image_processor(self.data))
 
@@ -182,6 +183,7 @@ class ImageRun(TrainerRun):
         teacher: tuple[dict[str, Any], Logits] | None = None,
         auxiliary_parameters: int = 0,
         labels_only: bool = False,
+        **others: Any,
     ) -> None:
         """Evaluates the models, writes the report and the student into the run's folder, and prints the table.
 
@@ -190,6 +192,7 @@ class ImageRun(TrainerRun):
             teacher: result of `evaluate_teacher`.
             auxiliary_parameters: number of parameters that were trained with the student and are not part of it.
             labels_only: whether the student was trained without a teacher.
+            others: further entries of the results.
         """
         entries: dict[str, Any] = {} if teacher is None else {"teacher": teacher[0]}
         measurements = {} if teacher is None else {"teacher": measure(self.data, teacher[1])}
@@ -200,7 +203,7 @@ class ImageRun(TrainerRun):
                 entries[role], logits = evaluate(name, model, self.data, teacher_logits, workers)
                 measurements[role] = measure(self.data, logits)
         results = self.image_results(method, entries, measurements)
-        results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
+        results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only} | others
         self.write_results(self.folder, results, models.get("student", ("", None))[1], self.history)
         if PartialState().is_main_process:
             print_table(results)

@@ -45,6 +45,12 @@ class LoadedTeacher(NamedTuple):
         if not is_trained or (weights is None and is_project_classifier(name)):
             reason = f"teacher {pair.teacher} has no weights of another project"
             reject_unused(reason, pair, "teacher_accuracy", "allow_weak_teacher", "teacher_mean", "teacher_std")
+            if not is_trained and data.model_labels is not None:
+                raise UserError(
+                    f"--label_names and --trust_label_order have no effect, because teacher {pair.teacher} is trained "
+                    "on these data: leave them out"
+                )
+            print_notes(f"teacher {pair.teacher}", normalized.notes[len(data.notes) :])
             return cls(model, normalized, is_trained, None)
         notes = normalized.notes[len(data.notes) :]
         if data.validation_is_from_train:
@@ -80,7 +86,7 @@ def _check(pair: "PairArguments", metrics: dict[str, Any], data: ImageData) -> N
     accuracy, labels = accuracies[split], data.splits[split].labels.numpy()
     causes = (
         "the causes may be another network with the same shapes (--teacher_architecture), another normalization "
-        "(--teacher_mean, --teacher_std) or another order of the labels"
+        "(--teacher_mean, --teacher_std) or another order of the labels (--label_names)"
     )
     if pair.teacher_accuracy is not None and accuracy < pair.teacher_accuracy - ROUNDING:
         raise UserError(

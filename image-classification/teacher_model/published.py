@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -21,6 +20,7 @@ from kd.image_classification.teacher_model.backbones.factories import (
 )
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.conversion import from_network
+from kd.image_classification.teacher_model.labels import label_order, reorder
 from kd.image_classification.teacher_model.state_dicts import State, read_state_dict, rename
 from kd.image_classification.teacher_model.timm_weights import load_timm_weights, timm_classifier
 
@@ -57,20 +57,23 @@ def load_weights(
             f"the images are normalized with the mean {normalized.mean} and std {normalized.std} of the data: pass "
             "--teacher_mean and --teacher_std if the teacher was trained with others"
         )
-    notes.append(f"the labels of {path} are assumed to have the order of those of {data.name}")
+    order, order_notes = label_order(path, None, data, assume=True)
+    notes += order_notes
     if architecture.startswith(TIMM):
         network = load_timm_weights(architecture, path, len(data.label_names), data.size)
-        return timm_classifier(architecture, network, normalized.config), replace(normalized, notes=notes)
-    if is_factory(architecture):
+        model = timm_classifier(architecture, network, normalized.config)
+    elif is_factory(architecture):
         import_factory(architecture)
         network = call_factory(architecture, len(data.label_names), data.size)
         _load_strictly(network, read_state_dict(path), path, architecture)
-        return from_network(network, architecture, normalized.config), replace(normalized, notes=notes)
-    model = new_classifier(architecture, normalized.config)
-    renamed, how = rename(read_state_dict(path), model.state_dict(), architecture)
-    model.load_state_dict(renamed)
-    notes.append(f"the weights of {path} were matched with {architecture} by {how}")
-    return model.eval(), replace(normalized, notes=notes)
+        model = from_network(network, architecture, normalized.config)
+    else:
+        model = new_classifier(architecture, normalized.config).eval()
+        renamed, how = rename(read_state_dict(path), model.state_dict(), architecture)
+        model.load_state_dict(renamed)
+        notes.append(f"the weights of {path} were matched with {architecture} by {how}")
+    reorder(path, model, order, data)
+    return model, replace(normalized, notes=notes)
 
 
 def _load_strictly(network: nn.Module, state: State, path: str, architecture: str) -> None:
@@ -86,12 +89,12 @@ def _load_strictly(network: nn.Module, state: State, path: str, architecture: st
 def load_transformers(name: str, data: ImageData, normalization: Normalization) -> tuple[ImageClassifier, ImageData]:
     """The image classifier of transformers in a folder or on the Hub, and the data in its normalization.
 
-    Its classes are those of the data in any order; names that only count (LABEL_0) are assumed to have the data's
-    order. Raises UserError for other classes.
+    Its classes are those of the data in any order. Raises UserError for other classes, and for names that only count
+    (LABEL_0) unless flags name their order.
     """
     with reading(name, "an image classifier of transformers"):
         network = load_model(AutoModelForImageClassification, name)
-    order, notes = _label_order(name, network.config, data)
+    order, notes = label_order(name, [network.config.id2label[i] for i in sorted(network.config.id2label)], data)
     mean, std = _processor_statistics(name)
     if mean is None and normalization.mean is None:
         notes.append(
@@ -100,9 +103,7 @@ def load_transformers(name: str, data: ImageData, normalization: Normalization) 
         )
     normalized = normalization.apply(data, mean, std)
     model = _sized(name, network, normalized)
-    with torch.no_grad():
-        for parameter in model.head.parameters():
-            parameter.copy_(parameter[order])
+    reorder(name, model, order, data)
     return model, replace(normalized, notes=[*data.notes, *notes])
 
 
@@ -119,22 +120,6 @@ def _sized(name: str, network: Any, data: ImageData) -> ImageClassifier:
         raise UserError(
             f"{name} was trained on images of {size} pixels, {data.name} has {data.size}: pass --image_size {size}"
         ) from error
-
-
-def _label_order(name: str, config: Any, data: ImageData) -> tuple[list[int], list[str]]:
-    """The rows of the model's classifier in the order of the data's labels, and notes."""
-    labels = [config.id2label[i] for i in sorted(config.id2label)]
-    if labels == data.label_names:
-        return list(range(len(labels))), []
-    if sorted(labels) == sorted(data.label_names):
-        return [labels.index(label) for label in data.label_names], [f"the labels of {name} were matched by name"]
-    if len(labels) == len(data.label_names) and all(label == f"LABEL_{i}" for i, label in enumerate(labels)):
-        note = f"{name} does not name its labels: they are assumed to have the order of those of {data.name}"
-        return list(range(len(labels))), [note]
-    raise UserError(
-        f"{name} has {len(labels)} labels ({', '.join(labels[:3])}, ...), {data.name} has {len(data.label_names)} "
-        f"({', '.join(data.label_names[:3])}, ...): pass a --teacher with the same labels"
-    )
 
 
 def _processor_statistics(name: str) -> tuple[Any, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
-from kd.common.data.sources import shorten
+from kd.common.data.sources import print_notes, shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import ImageData
 from kd.image_classification.teacher_model.backbones.factories import TIMM, TRANSFORMERS
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
+from kd.image_classification.teacher_model.labels import label_order, reorder
 from kd.image_classification.teacher_model.published import Normalization, load_transformers, load_weights
 from kd.image_classification.teacher_model.timm_weights import pretrained_classifier
 
@@ -74,19 +75,22 @@ def is_transformers(name: str, folder: Path | None) -> bool:
 def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageClassifier]:
     """Loads the classifiers of these folders. `data` has the normalization of --teacher.
 
-    Raises UserError for a classifier that was trained with another normalization or other labels.
+    Adds notes to the data. Raises UserError for a classifier with another normalization or other labels.
     """
     teachers = []
     for name in names:
         folder = trained_folder(name)
         if folder is None:
             raise UserError(f"--ensemble_teachers {name} is not a trained classifier: pass the folder of one")
-        teacher, normalized = load_trained(folder, data)
+        teacher, normalized = load_trained(folder, replace(data, model_labels=None))
         if (normalized.mean, normalized.std) != (data.mean, data.std):
             raise UserError(
                 f"--ensemble_teachers {name} was trained with another normalization of the images than --teacher: "
                 "choose one that was trained on the same data"
             )
+        notes = normalized.notes[len(data.notes) :]
+        print_notes(f"teacher {name}", notes)
+        data.notes.extend(notes)
         teachers.append(teacher)
     return teachers
 
@@ -119,11 +123,11 @@ def trained_folder(name: str) -> Path | None:
 def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tuple[ImageClassifier, ImageData]:
     """Loads the classifier of a folder. Returns it with the data in its normalization.
 
-    Raises UserError for another kind of model, another image size and, unless `any_labels`, other labels.
+    Its labels may be in another order. Raises UserError for another kind of model, another image size and, unless
+    `any_labels`, other labels.
     """
     config = trained_config(folder)
-    if not any_labels:
-        _check_labels(folder, config.label_names, data)
+    order, notes = (None, []) if any_labels else label_order(str(folder), config.label_names, data)
     if config.image_size != data.size:
         raise UserError(
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
@@ -131,7 +135,10 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
         )
     with reading(folder, "an image classifier of this project"):
         model = load_model(ImageClassifier, folder)
-    return model, replace(data, mean=config.mean or data.mean, std=config.std or data.std)
+    if order is not None:
+        reorder(str(folder), model, order, data)
+    mean, std = config.mean or data.mean, config.std or data.std
+    return model, replace(data, mean=mean, std=std, notes=[*data.notes, *notes])
 
 
 def trained_config(folder: Path) -> ImageClassifierConfig:
@@ -141,18 +148,3 @@ def trained_config(folder: Path) -> ImageClassifierConfig:
     if not isinstance(config, ImageClassifierConfig):
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
     return config
-
-
-def _check_labels(folder: Path, labels: list[str], data: ImageData) -> None:
-    if labels == data.label_names:
-        return
-    if sorted(labels) == sorted(data.label_names):
-        first = next(i for i, (a, b) in enumerate(zip(labels, data.label_names, strict=True)) if a != b)
-        raise UserError(
-            f"the label order of {folder} differs from that of {data.name}: label {first} is {labels[first]!r} for "
-            f"this model and {data.label_names[first]!r} in the data"
-        )
-    raise UserError(
-        f"{folder} has {len(labels)} labels ({', '.join(labels[:3])}, ...), {data.name} has {len(data.label_names)} "
-        f"({', '.join(data.label_names[:3])}, ...): pass a teacher with the same labels"
-    )

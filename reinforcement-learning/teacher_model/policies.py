@@ -218,8 +218,9 @@ class PolicyNetwork(nn.Module):
         if self.mean is not None and self.std is not None:
             observations = ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
         outputs: Outputs = self.network(observations, value=value)
-        logits = None if outputs.logits is None else outputs.logits / self.temperature
-        return Outputs(logits=logits, features=outputs.features)
+        if outputs.logits is None or self.temperature == 1:
+            return outputs
+        return Outputs(logits=outputs.logits / self.temperature, features=outputs.features)
 
 
 # ---- temperature and actions ----
@@ -269,27 +270,24 @@ def sampled_actions(outputs: Outputs, generator: torch.Generator) -> Tensor:
 
 def greedy(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Observations -> the most probable actions."""
+    device = next(network.parameters()).device
 
     @torch.inference_mode()
     def act(observations: Tensor) -> Tensor:
-        return greedy_actions(_policy_outputs(network, observations))
+        return greedy_actions(network(observations.to(device), value=False))
 
     return act
 
 
 def sampling(network: nn.Module, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """Observations -> actions sampled from the policy's distribution."""
+    device = next(network.parameters()).device
 
     @torch.inference_mode()
     def act(observations: Tensor) -> Tensor:
-        return sampled_actions(_policy_outputs(network, observations), generator)
+        return sampled_actions(network(observations.to(device), value=False), generator)
 
     return act
-
-
-def _policy_outputs(network: nn.Module, observations: Tensor) -> Outputs:
-    outputs: Outputs = network(observations.to(next(network.parameters()).device), value=False)
-    return outputs
 
 
 def _features(outputs: Outputs) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from kd.common.outputs import Outputs
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data import corpora

@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from kd.common.metrics.quality import translation_metrics
 from kd.common.outputs import Outputs
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data import number_words
 from kd.nlp.data.translation import TranslationCollator, load_translation_data, tokenize_translation

@@ -68,7 +68,7 @@ def interrupted(folder: Path, after_save: int, **settings) -> None:
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr("kd.common.training.checkpoints.rotate_checkpoints", stop)
+        patch.setattr("kd.common.training.checkpoint_trainer.rotate_checkpoints", stop)
         train(folder, **settings)
 
 
@@ -231,7 +231,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_an_error_of_one_line(tm
         if args[0].name == "checkpoint-12":
             empty(tmp_path / "checkpoint-3" / "model.safetensors")
 
-    monkeypatch.setattr("kd.common.training.checkpoints.rotate_checkpoints", damage)
+    monkeypatch.setattr("kd.common.training.checkpoint_trainer.rotate_checkpoints", damage)
     with pytest.raises(
         UserError, match=r"checkpoint-3/model\.safetensors is damaged; --resume_from_checkpoint"
     ) as line:

@@ -17,7 +17,8 @@ from kd.common.reporting.report import write_report
 from kd.common.reporting.results import validate
 from kd.common.reporting.saved_models import show_metrics
 from kd.common.training.arguments import RunArguments
-from kd.common.training.run import Run, TrainerRun, log_line
+from kd.common.training.run import Run
+from kd.common.training.trainer_run import TrainerRun, log_line
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd_testing.paths import REPO
@@ -152,7 +153,7 @@ import kd.common
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from kd_testing.tiny import Number, Rows, arguments, kd, model
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.devices import end_processes
 folder, sharded = sys.argv[2:]
 args = arguments(folder, per_device_train_batch_size=4, num_train_epochs=2, save_strategy="epoch", optim="adamw_torch",
@@ -219,7 +220,7 @@ def test_each_stage_is_a_run_of_wandb(tmp_path, monkeypatch):
         finish=lambda: RecordedTrainer.runs.append(("wandb", "finished")), __spec__=ModuleSpec("wandb", None)
     )
     monkeypatch.setitem(sys.modules, "wandb", finished)
-    monkeypatch.setattr("kd.common.training.run.KDTrainer", RecordedTrainer)
+    monkeypatch.setattr("kd.common.training.trainer_run.KDTrainer", RecordedTrainer)
     run = TrainerRun(arguments(tmp_path))
     run.args.report_to = ["wandb"]
     for stage in ("control", "student"):

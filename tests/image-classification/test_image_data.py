@@ -229,7 +229,8 @@ def test_cifar(shared: Path) -> None:
     for split, each in {"train": 5, "validation": 3, "test": 3}.items():
         assert torch.bincount(data.splits[split].labels).tolist() == [each] * 100
     assert data.mean == pytest.approx([0.5071, 0.4865, 0.4409], abs=0.02)
-    stored, names, _ = read_images(str(shared / "data" / "cifar100"), label_column="coarse_label")
+    found = read_images(str(shared / "data" / "cifar100"), label_column="coarse_label")
+    stored, names = found.splits, found.label_names
     assert {split: len(images) for split, images in stored.items()} == {"train": 50_000, "test": 10_000}
     assert len(names) == 20
 

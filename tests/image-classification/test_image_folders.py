@@ -134,8 +134,8 @@ def test_errors_explain_folders_that_are_not_datasets(tmp_path: Path) -> None:
     write(tmp_path / "hub" / "data", NAMES, train=(pixels(3, 4, 4), [0, 1, 2]))
     assert f"pass --dataset {tmp_path}/hub/data" in error_of(tmp_path / "hub")
     draw(tmp_path / "listed" / "train" / "1.png", pixels(1, 6, 6)[0])
-    (tmp_path / "listed" / "train.csv").write_text("file,label\n1.png,cat\n")
-    assert "1.png is in no class" in (message := error_of(tmp_path / "listed")) and "train.csv are not read" in message
+    (tmp_path / "listed" / "train.csv").write_text("file,label\n2.png,cat\n")
+    assert "column 'file' of train: 1 row of 1 name no file, such as 2.png" in error_of(tmp_path / "listed")
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "classes")
     assert f"{archive} is a file: unpack it" in error_of(archive)
     assert "File name too long" in error_of("x" * 5000)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from kd.common.utils.files import read_json
+from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.teacher_model.classifier import new_classifier
+from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.image_files import write
 from kd_testing.image_pairs import noise
 from kd_testing.other_projects import ResNet
@@ -124,6 +127,46 @@ def test_refusals_name_the_flag_that_resolves_them(here: Path, capsys: pytest.Ca
         ([*resnet8, "--teacher_epochs", 3], "--teacher_epochs has no effect"),
     ):
         assert expected in error_of(capsys, *words), words
+
+
+def test_labels_of_weights_in_another_order_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of the perfect classifier are in the order blue, red, green."""
+    state = torch.load("colours.pth", weights_only=True)
+    state["fc.weight"] = state["fc.weight"][[2, 0, 1]]
+    torch.save(state, "other.pth")
+    words = [word if word != "colours.pth" else "other.pth" for word in TEACHER] + ["--student", "resnet8"]
+    assert "another order of the labels (--label_names)" in error_of(capsys, *words)
+    message = error_of(capsys, *words, "--label_names", "blue", "red", "pink")
+    assert "--label_names are not the 3 classes of data, red, green, blue: correct them" in message
+    names = ["--label_names", "Blue", "Red", "Green", "--teacher_accuracy", 1]
+    for script, more in ((STUDENT, []), (SIMKD, ["--projector_factor", 1])):
+        run_script(script, *words, *names, *more, *QUICK, "--output_dir", Path(script).stem)
+        results = read_json(Path(Path(script).stem, "results.json"))
+        assert results["models"]["teacher"]["metrics"]["test"]["accuracy"] == 1
+        assert "the labels of other.pth were matched by name" in results["data_notes"]
+
+
+def test_a_trained_classifier_of_labels_in_another_order_is_put_in_order(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its logits are those of its own order, permuted; also next to a teacher of the data's order."""
+    data = replace(load_image_data("data", validation_share=0.25), mean=[0.3] * 3, std=[0.2] * 3)
+    model = new_classifier("resnet8", data.config).eval()
+    model.config.id2label = {0: "Blue", 1: "red", 2: "green"}
+    model.save_pretrained("turned")
+    loaded, ordered = load_trained(Path("turned"), data)
+    images = data.views("test", torch.device("cpu")).__getitems__([0, 1, 2])["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits[:, [1, 2, 0]])
+    assert loaded.config.label_names == ["red", "green", "blue"]
+    assert ordered.notes[-1] == "the labels of turned were matched by name"
+    words = ["--ensemble_teachers", "turned", "--ensemble_weights", 3, 1, "--student", "resnet8"]
+    run_script(STUDENT, *TEACHER, *words, *QUICK, "--output_dir", "both")
+    assert "the labels of turned were matched by name" in read_json(here / "both" / "results.json")["data_notes"]
+    message = error_of(capsys, "--dataset", "data", "--teacher", "turned", "--trust_label_order")
+    assert "because turned names its labels (Blue, red, green): leave them out" in message
+    message = error_of(capsys, "--dataset", "data", "--teacher", "resnet8", "--trust_label_order")
+    assert "because teacher resnet8 is trained on these data: leave them out" in message
 
 
 def test_a_weak_teacher_is_accepted_on_request(here: Path) -> None:

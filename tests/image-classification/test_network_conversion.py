@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,12 @@ def test_networks_of_transformers_keep_their_logits(name: str, tmp_path: Path) -
     data = noise(32)
     network: Any = transformers_networks(32)[name]
     network.save_pretrained(tmp_path / "other")
-    model, normalized = load_transformers(str(tmp_path / "other"), data, Normalization())
+    with pytest.raises(UserError, match="does not name its labels .*--label_names .*--trust_label_order"):
+        load_transformers(str(tmp_path / "other"), data, Normalization())
+    trusting = replace(data, model_labels=data.label_names)
+    model, normalized = load_transformers(str(tmp_path / "other"), trusting, Normalization())
     assert_same_function(model, network, some_images(data))
-    assert any("does not name its labels" in note for note in normalized.notes)
+    assert any("in the data's order" in note for note in normalized.notes)
     model.save_pretrained(tmp_path / "own")
     restored = ImageClassifier.from_pretrained(tmp_path / "own")
     assert_same_function(restored, network, some_images(data))

@@ -488,7 +488,7 @@ def test_pong_from_frames_to_small_students_of_one_teacher():
         assert done.returncode == 0, done.stderr[-2000:]
         student = RUNS / f"pong_{size}_percent" / "student" / "student.zip"
         assert PPO.load(student, device="cpu").predict(frames)[0].shape == (1,)
-    assert [path.parts[-4] for path in RUNS.glob("*/stages/teacher/*")] == ["pong_25_percent"]
+    assert {path.parts[-4] for path in RUNS.glob("*/stages/teacher/*")} == {"pong_25_percent"}
 
 
 def test_size_of_a_pong_student_is_required():

@@ -50,8 +50,8 @@ if __name__ == "__main__":
 from transformers import default_data_collator
 
 from kd.common.methods import labels, labels_and_soft_targets
-from kd.common.training.run import TrainerRun
 from kd.common.training.teacher_outputs import cache_teacher_outputs
+from kd.common.training.trainer_run import TrainerRun
 from kd.example_domain.data.loading import load_data
 from kd.example_domain.student_model.distillation import chance_warning, evaluate, report, train
 from kd.example_domain.teacher_model.classifier import load_trained

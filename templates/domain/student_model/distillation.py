@@ -22,7 +22,7 @@ from kd.common.pretrained import stage_loader
 from kd.common.reporting.model_card import Card
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, run_inference
-from kd.common.training.run import TrainerRun
+from kd.common.training.trainer_run import TrainerRun
 from kd.example_domain.data.loading import KNOWN, LabelledData
 from kd.example_domain.teacher_model.classifier import Classifier, new_classifier
 
