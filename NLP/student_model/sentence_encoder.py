@@ -20,12 +20,20 @@ from kd.common.training.inference import run_inference
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_json
 from kd.nlp.data.loading import Collator
-from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
+from kd.nlp.student_model.pooling import Pooling, pool
 from kd.nlp.teacher_model import TINY_BERT
 from kd.nlp.teacher_model.teacher import NO_DOWNLOAD, max_positions, tiny_config, vocabulary
 
 MODULES, POOLING = "modules.json", "1_Pooling"  # the files of sentence-transformers
-POOLING_NAMES: dict[str, Pooling] = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+# The poolings of sentence-transformers, by the names that all of its versions read.
+POOLINGS: dict[str, Pooling] = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+SHORT_NAMES = {"cls": "cls_token", "mean": "mean_tokens"}  # of newer versions
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "cls_token": "cls",
+    "cls": "cls",
+    "lasttoken": "last",
+}
 SUPPORTED = ("Transformer", "Pooling", "Normalize")  # modules of sentence-transformers
 PACKAGE = "sentence_transformers.models"
 
@@ -68,7 +76,7 @@ class SentenceEncoder:
             {"idx": i, "name": str(i), "path": path, "type": f"{PACKAGE}.{name}"}
             for i, (name, path) in enumerate(places.items())
         ]
-        modes = {"pooling_mode_cls_token": self.pooling == "cls", "pooling_mode_mean_tokens": self.pooling == "mean"}
+        modes = {f"pooling_mode_{name}": self.pooling == pooling for name, pooling in POOLINGS.items()}
         (folder / POOLING).mkdir(exist_ok=True)
         write_json(folder / POOLING / "config.json", {"word_embedding_dimension": width, **modes})
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.tokenizer.model_max_length})
@@ -121,13 +129,13 @@ def _pooling_of(name: str, modules: list[dict[str, Any]], config: dict[str, Any]
     prefix = "pooling_mode_"
     modes = [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True]
     named = config.get("pooling_mode", modes)
-    modes = [named] if isinstance(named, str) else list(named)
-    if len(modes) != 1 or modes[0] not in POOLING_NAMES:
+    modes = [SHORT_NAMES.get(mode, mode) for mode in ([named] if isinstance(named, str) else named)]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
         raise UserError(
-            f"the pooling of {name} is {' and '.join(modes) or 'none'}, and only mean and cls are supported: pass "
-            "another --teacher"
+            f"the pooling of {name} is {' and '.join(modes) or 'none'}, and only {', '.join(POOLINGS)} are supported: "
+            "pass another --teacher"
         )
-    return POOLING_NAMES[modes[0]]
+    return POOLINGS[modes[0]]
 
 
 def tiny_sentence_encoder(texts: Iterable[str], max_length: int) -> SentenceEncoder:

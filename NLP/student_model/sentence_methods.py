@@ -17,7 +17,7 @@ from kd.common.objective import FeatureLoss, FeatureTerm, Term
 from kd.common.outputs import Outputs
 from kd.common.training.inference import Collate
 from kd.nlp.student_model.arguments import SENTENCE_METHODS
-from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
+from kd.nlp.student_model.pooling import Pooling, pool
 
 HIDDEN, EMBEDDING = "hidden", "embedding"  # features of student and teacher
 LAST_HIDDEN = {HIDDEN: ""}  # the output of the encoder itself

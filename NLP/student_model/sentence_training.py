@@ -23,9 +23,9 @@ from kd.nlp.data.loading import KNOWN, TextData
 from kd.nlp.data.sentences import Sentences, load_pairs, load_sentences, tokenize
 from kd.nlp.student_model.layers import (
     alternating_layers,
-    check_cut,
     cut_layers,
     disable_dropout,
+    kept_layers,
     layer_paths,
     set_dropout,
 )
@@ -88,7 +88,7 @@ class SentenceTask:
                 f"--kept_layers must be layers of the teacher in order, from 0 to {layers - 1}, got "
                 f"{' '.join(map(str, kept))}"
             )
-        check_cut(model, len(self.kept))
+        kept_layers(model, len(self.kept))
         if self.args.student_width:
             check_narrow(model, self.args.student_width)
 
