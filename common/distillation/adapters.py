@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from transformers import PreTrainedModel
 
-from kd.common.data.sources import holdout
+from kd.common.data.sources import holdout, labelled
+from kd.common.distillation.row_labels import label_array
 from kd.common.outputs import Outputs
 from kd.common.reporting.model_card import Card
 from kd.common.training.inference import NOT_INPUTS, column_array
@@ -44,7 +45,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     Args:
         rows: Anything with a length and rows: dictionaries, (input, label) tuples, or inputs alone.
-        labels: (rows,), if they are known already.
+        labels: (rows,), if they are known already; see `label_array`.
 
     Raises UserError for other data.
     """
@@ -58,47 +59,52 @@ class Rows(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        columns = self._columns(index)
+        columns.pop(LABELS[0], None)
+        if self.labels is not None:
+            columns[LABELS[0]] = self.labels[index]
+        return columns | {"sample_id": index}
+
+    def _columns(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         if isinstance(row, Mapping):
-            columns = {LABELS[0] if name in LABELS else name: value for name, value in row.items()}
-        elif not isinstance(row, tuple):
-            columns = {INPUT: row}
-        elif len(row) <= 2:
-            columns = dict(zip((INPUT, LABELS[0]), row, strict=False))
-        else:
-            raise UserError(f"a row is a tuple of {len(row)}: make it a dictionary, or (input, label)")
-        return columns | {"sample_id": index}
+            return {LABELS[0] if name in LABELS else name: value for name, value in row.items()}
+        if not isinstance(row, tuple):
+            return {INPUT: row}
+        if len(row) <= 2:
+            return dict(zip((INPUT, LABELS[0]), row, strict=False))
+        raise UserError(f"a row is a tuple of {len(row)}: make it a dictionary, or (input, label)")
 
     @property
     def inputs(self) -> list[str]:
         """The names of the columns that a model may take."""
         return [name for name in self[0] if name not in NOT_INPUTS]
 
+    @property
+    def is_labelled(self) -> np.ndarray:
+        """Mask (rows,) of the rows with a label."""
+        return np.zeros(len(self), dtype=bool) if self.labels is None else labelled(self.labels)
+
     def _read_labels(self) -> np.ndarray | None:
-        """Class ids (int64) or scores (float) (rows,), or 0 and 1 (rows, labels); None without labels."""
-        if "labels" not in self[0]:
+        """Class ids (int64) or scores (float) (rows,), or 0 and 1 (rows, labels); see `label_array`."""
+        if LABELS[0] not in self._columns(0):
             return None
         stored = stored_labels(self.rows)
-        try:
-            labels = np.asarray([self[i]["labels"] for i in range(len(self))] if stored is None else stored)
-        except ValueError:  # of several lengths
-            labels = np.empty((0,), dtype=object)
-        several = labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind == "f"
-        if len(labels) != len(self) or not (labels.ndim == 1 or several) or labels.dtype.kind not in "biuf":
-            raise UserError(
-                f"a label must be one number, or floats of 0 and 1 for several labels, got {self[0]['labels']!r}: "
-                "convert it, or leave it out"
-            )
-        return labels if labels.dtype.kind == "f" else labels.astype(np.int64)
+        return label_array([self._columns(i).get(LABELS[0]) for i in range(len(self))] if stored is None else stored)
 
     def split(self, share: float) -> tuple["Rows", "Rows"]:
-        """Two parts, the second with a `share` of each class: the same in every run."""
+        """Two parts, the second with a `share` of the rows with a label, of each class: the same in every run."""
         assert self.labels is not None
-        chosen = holdout(self.labels, share)
+        known, chosen = self.is_labelled, np.zeros(len(self), dtype=bool)
+        chosen[known] = holdout(self.labels[known], share)
         if not chosen.any():
-            raise UserError(f"{len(self)} training rows are too few to set some aside: pass `validation`")
+            raise UserError(f"{known.sum()} training rows are too few to set some aside: pass `validation`")
         first, second = (np.flatnonzero(mask).tolist() for mask in (~chosen, chosen))
         return self._part(first), self._part(second)
+
+    def labelled_part(self) -> "Rows":
+        """The rows with a label."""
+        return self if self.is_labelled.all() else self._part(np.flatnonzero(self.is_labelled).tolist())
 
     def _part(self, indices: list[int]) -> "Rows":
         assert self.labels is not None

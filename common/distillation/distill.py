@@ -130,8 +130,10 @@ def distill(
         student: A module, of which each seed trains a copy, or a function that creates one for each seed.
         train, validation: Anything with a length and rows: dictionaries of inputs and `labels`, (input, label) tuples,
             or inputs alone. Labels are class ids, floats for regression, or floats of 0 and 1 (rows, labels) for any
-            number of labels per row. Without `validation`, a tenth of `train` is set aside. Without labels, the
-            student is trained on the teacher's outputs, and there is no control.
+            number of labels per row. Without `validation`, a tenth of `train` is set aside. A label that is None, NaN
+            or a negative class id is missing: such a row trains the student by the teacher's outputs and features, and
+            counts in no metric; the control makes as many updates on the other rows. Without labels, there is no
+            control.
         method: A method with its arguments, such as "dkd:beta=2", or a Method.
         seeds: Random seeds for initialization, data order and dropout.
         output_dir: Folder of the run; `resume_from_checkpoint=True` continues it. None: a temporary folder.
@@ -143,7 +145,7 @@ def distill(
 
     Raises UserError for models, data and arguments that do not fit together.
     """
-    data, notes = {"train": Rows(train)}, []
+    data, notes = {"train": Rows(train)}, list[str]()
     if validation is not None:
         data["validation"] = Rows(validation)
     elif data["train"].labels is not None:
@@ -151,6 +153,7 @@ def distill(
         notes.append(f"{len(data['validation'])} of {len(train)} training rows were set aside for validation.")
     with ExitStack() as stack:
         task = Task(teacher, student, data, method, features or {}, feature_weight)
+        notes += task.leave_out_unlabelled()
         stack.enter_context(restored(teacher))
         if output_dir is None and process()[1] > 1:
             raise UserError("several processes need a common folder: pass `output_dir`")
@@ -233,8 +236,9 @@ def train(run: TrainerRun, task: Task, evaluation: Evaluation, stage: str) -> Na
     """Trains the student by the method with its teacher, or the control on the labels alone."""
     model = task.new_student()
     teacher: dict[str, Any] = {}
+    rows = task.data["train"]
     if stage == "control":
-        method = labels(task=task.type)
+        method, rows = labels(task=task.type), rows.labelled_part()
     else:
         method = task.new_method()
         teacher = {"teacher": task.teacher, "teacher_features": task.hooks(method.teacher_features)}
@@ -244,7 +248,8 @@ def train(run: TrainerRun, task: Task, evaluation: Evaluation, stage: str) -> Na
             model,
             {},
             objective=method.objective,
-            train_dataset=task.data["train"],
+            samples=len(task.data["train"]),
+            train_dataset=rows,
             eval_dataset=task.data.get("validation"),
             compute_metrics=lambda prediction: evaluation.metrics(prediction.predictions, prediction.label_ids),
             data_collator=task.collate,

@@ -13,7 +13,9 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from kd.common import losses
+from kd.common.data.sources import labelled
 from kd.common.distillation.adapters import Collator, NamedOutputs, Rows, restored
+from kd.common.distillation.row_labels import as_classes
 from kd.common.methods import (
     METHODS,
     Feature,
@@ -84,8 +86,7 @@ class Task:
         padding = getattr(getattr(teacher, "config", None), "pad_token_id", None) or 0
         self.collate = Collator([*inputs, *(["labels"] if self.labelled else []), "sample_id"], padding)
         rows = data["train"]
-        batch = self.collate([rows[i] for i in range(min(2, len(rows)))])
-        self.sample = {name: batch[name] for name in inputs}
+        self.sample = Collator(inputs, padding)([rows[i] for i in range(min(2, len(rows)))])
         self.classes, self.teacher_shapes = self._probe(self.teacher, list(self.matched.values()))
         classes, self.student_shapes = self._probe(untrained, list(self.matched))
         if classes != self.classes:
@@ -103,7 +104,7 @@ class Task:
 
     @property
     def labelled(self) -> bool:
-        """Whether the training data have labels."""
+        """Whether training rows have labels."""
         return self.data["train"].labels is not None
 
     @property
@@ -123,9 +124,12 @@ class Task:
         return {s: len(self.data[s]) if s in self.data else None for s in ("train", "validation", "test")}
 
     def _check_labels(self) -> None:
+        for rows in self.data.values():
+            if rows.labels is not None and self.type == "classification":
+                rows.labels = as_classes(rows.labels)
         for split, labels in self.labels_by_split.items():
             if self.type == "multi_label":
-                if labels.shape[1:] != (self.classes,) or not np.isin(labels, (0, 1)).all():
+                if labels.shape[1:] != (self.classes,) or not np.isin(labels[labelled(labels)], (0, 1)).all():
                     raise UserError(
                         f"the {split} labels are {labels.shape[-1]} numbers from {labels.min():g} to "
                         f"{labels.max():g}, and the models return {self.classes} logits: use 0 or 1 for each of them"
@@ -136,13 +140,26 @@ class Task:
                     f"the {split} labels are {labels.dtype}, and the models return {self.classes} logits: pass "
                     "integers as classes, or floats with one logit for regression"
                 )
-            if self.type == "classification" and not (0 <= labels.min() and labels.max() < self.classes):
+            if self.type == "classification" and labels.max() >= self.classes:
                 raise UserError(
-                    f"the {split} labels are {labels.min()} to {labels.max()}, and the models return {self.classes} "
-                    f"logits: use 0 to {self.classes - 1}"
+                    f"the {split} labels are up to {labels.max()}, and the models return {self.classes} logits: use 0 "
+                    f"to {self.classes - 1}"
                 )
         if self.labelled and len(self.labels_by_split) < len(self.data):
             raise UserError("the validation data have no labels: add them, or leave `validation` out")
+
+    def leave_out_unlabelled(self) -> list[str]:
+        """Leaves out validation rows without a label. Returns notes on rows without a label."""
+        fates = {"train": "train the student by the teacher's outputs alone", "validation": "are left out"}
+        notes = []
+        for split, fate in fates.items():
+            rows = self.data.get(split)
+            if rows is None or rows.labels is None or (missing := int((~rows.is_labelled).sum())) == 0:
+                continue
+            notes.append(f"{missing} of {len(rows)} rows of {split} have no label and {fate}.")
+            if split == "validation":
+                self.data[split] = rows.labelled_part()
+        return notes
 
     # ---- models ----
 
@@ -178,7 +195,10 @@ class Task:
         return self.method if isinstance(self.method, str) else " + ".join(self.method.terms)
 
     def new_method(self) -> Method:
-        """The method with new auxiliary parameters and the matched features, for the labels that the data have."""
+        """The method with new auxiliary parameters and the matched features, for the labels that the data have.
+
+        Raises UserError if it needs the label of every row and some have none.
+        """
         if isinstance(self.method, Method):
             method, matches = copy.deepcopy(self.method), True
         else:
@@ -191,9 +211,16 @@ class Task:
                 method.terms["task"] = method.terms["task"][0], task_loss(self.type)
         for paths in self.matched.items() if matches else ():
             method += self._match(*paths)
-        if not self.labelled:
+        labels = self.data["train"].labels
+        if labels is None:
             method.terms.pop("task", None)
-        return method
+            return method
+        if not labelled(labels).all() and method.label_terms:
+            raise UserError(
+                f"{' and '.join(method.label_terms)} of {self.method_name} needs the label of every training row, and "
+                'some have none: pass method="kd", or leave these rows out'
+            )
+        return method.for_labels(torch.from_numpy(labels))
 
     def _match(self, student: str, teacher: str) -> Method:
         """The squared difference of two features, through a linear projector where widths differ (arXiv:1412.6550)."""

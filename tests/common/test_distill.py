@@ -172,6 +172,60 @@ def test_unlabelled_training_data_with_labelled_validation_data():
     assert result.verdict is not None and result.verdict["control"] is None
 
 
+HIDDEN: dict[str, Any] = {
+    "None": lambda x, y: [{"input": a, "label": None if i % 4 else int(y[i])} for i, a in enumerate(x)],
+    "NaN": lambda x, y: [(a, float("nan") if i % 4 else float(y[i])) for i, a in enumerate(x)],
+    "-1": lambda x, y: TensorDataset(x, torch.where(torch.arange(len(y)) % 4 == 0, y, -1)),
+    "null": lambda x, y: datasets.Dataset.from_dict(
+        {"input": x.tolist(), "label": [None if i % 4 else b for i, b in enumerate(y.tolist())]}
+    ).with_format("torch"),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_rows_without_a_label_train_the_student_and_count_in_no_metric(kind: str):
+    """The control is that of the labelled rows alone after as many updates; the student learns from all rows."""
+    x, y = table(200).tensors
+    validation = HIDDEN[kind](*table(40, seed=1).tensors)
+    options: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 50, "learning_rate": 0.02}
+    torch.manual_seed(0)
+    student = net()
+    result = distill(knowing(), student, HIDDEN[kind](x, y), validation, **options)
+    assert result.control is not None and result.verdict is not None
+    assert result.notes[0].startswith("150 of 200 rows of train have no label and train the student")
+    assert result.notes[1] == "30 of 40 rows of validation have no label and are left out."
+    known = TensorDataset(x[::4], y[::4])
+    alone = distill(knowing(), student, known, table(40, seed=1), **options | {"num_train_epochs": 8})
+    assert alone.control is not None and same(result.control, alone.control), "as many updates on the same rows"
+    assert not same(result.student, alone.student)
+    inputs, targets = (tensor[::4] for tensor in table(40, seed=1).tensors)
+    right = (result.student(inputs).argmax(1) == targets).float().mean().item()
+    assert result.metrics["student"]["validation"]["accuracy"] == pytest.approx(right)
+    soft = options | {"method": "kd:alpha=0", "control": False}
+    first = distill(knowing(), student, table(200), table(40, seed=1), **soft)
+    second = distill(knowing(), student, HIDDEN[kind](x, y), validation, **soft)
+    assert same(first.student, second.student), "soft targets apply to all rows"
+
+
+def test_missing_scores_missing_sets_of_labels_and_no_label_at_all():
+    x, y = table(60).tensors
+    scores = TensorDataset(x, torch.where(torch.arange(60) % 3 == 0, torch.nan, x[:, 0]))
+    found = distill(nn.Linear(6, 1), net(8, 1), scores, **QUICK)
+    assert found.control is not None and found.results["data"]["validation"] == 4
+    sets = nn.functional.one_hot(y, 3).float()
+    rows = [(a, None if i % 3 == 0 else b.tolist()) for i, (a, b) in enumerate(zip(x, sets, strict=True))]
+    found = distill(knowing(), net(), rows, **QUICK)
+    assert (
+        found.results["primary_metric"]["name"] == "f1_micro"
+        and "20 of 56 rows of train have no label" in found.notes[1]
+    )
+    assert distill(knowing(), net(), [(a, -1) for a in x], **QUICK).control is None
+    with pytest.raises(UserError, match='every training row, and some have none: pass method="kd"'):
+        distill(knowing(), net(), HIDDEN["-1"](x, y), method="dkd", **QUICK)
+    with pytest.raises(UserError, match="-1 and 1, and -1 means that there is no label: use 0 and 1"):
+        distill(net(8, 2), net(8, 2), TensorDataset(x, torch.where(x[:, 0] > 0, 1, -1)), **QUICK)
+
+
 def test_regression():
     x = torch.randn(80, 6)
     data = TensorDataset(x, x.sum(1) + 1)
