@@ -214,7 +214,7 @@ def warnings_of(results: Results) -> list[str]:
 
 
 def _against_teacher(results: Results) -> str:
-    if results["models"]["teacher"] is None:
+    if primary_score(results, "teacher") is None:
         return ""
     score = score_text(results, "teacher")
     if reason := useless_teacher(results):

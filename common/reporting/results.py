@@ -158,7 +158,7 @@ def validate(results: Results) -> None:
         if model and not isinstance(metrics[split].get(name), int | float):
             raise ValueError(f"missing key {place}.{split}.{name}, a number")
     for figure, others in (("retention", ("teacher", "student")), ("gain_over_control", ("control", "student"))):
-        if results[figure] is not None and any(results["models"][role] is None for role in others):
+        if results[figure] is not None and any(primary_score(results, role) is None for role in others):
             raise ValueError(f"results.{figure} must be null where models.{' or models.'.join(others)} is")
     json.dumps(results, allow_nan=False)
 
@@ -167,8 +167,21 @@ def validate(results: Results) -> None:
 
 
 def primary_score(results: Results, stage: str) -> float | None:
-    model, primary = results["models"][stage], results["primary_metric"]
-    return model["metrics"][primary["split"]][primary["name"]] if model else None
+    """The primary metric of a model, or of a teacher that is columns of the data; None if it is not known."""
+    model, split, name = results["models"][stage], *(results["primary_metric"][key] for key in ("split", "name"))
+    if model:
+        return model["metrics"][split][name]
+    return (
+        score_of_outputs(results.get("teacher_outputs"), split, name, results["data"]) if stage == "teacher" else None
+    )
+
+
+def score_of_outputs(
+    measured: Mapping[str, Any] | None, split: str, name: str, sizes: Mapping[str, Any]
+) -> float | None:
+    """The metric of a teacher's outputs in the data, if every row of the split has one; else it is not comparable."""
+    of_split = (measured or {}).get(split)
+    return of_split[name] if of_split and of_split["rows"] == sizes[split] else None
 
 
 def useless_teacher(results: Results) -> str | None:
@@ -267,7 +280,7 @@ def over_seeds(runs: list[Results]) -> Results:
     ]
     merged["standard_deviations"] = _merge(figures, _deviation)
     if all(run.get("verdict") for run in runs):  # not those of earlier versions
-        merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same)
+        merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same or "teacher_outputs" in merged)
     return merged
 
 
