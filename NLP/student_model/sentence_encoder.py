@@ -28,12 +28,6 @@ MODULES, POOLING = "modules.json", "1_Pooling"  # the files of sentence-transfor
 # The poolings of sentence-transformers, by the names that all of its versions read.
 POOLINGS: dict[str, Pooling] = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
 SHORT_NAMES = {"cls": "cls_token", "mean": "mean_tokens"}  # of newer versions
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "cls_token": "cls",
-    "cls": "cls",
-    "lasttoken": "last",
-}
 SUPPORTED = ("Transformer", "Pooling", "Normalize")  # modules of sentence-transformers
 PACKAGE = "sentence_transformers.models"
 
