@@ -95,7 +95,7 @@ def load_corpus(
 
 def _read_corpus(dataset: str, text_column: str | None) -> tuple[Documents, list[str]]:
     """The documents of a dataset that is not embedded, and notes for the report."""
-    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", _read_folder)
+    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", read_folder_of_texts)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
     notes.append(f"column {column!r} contains the texts")
@@ -171,16 +171,16 @@ def split_by_name(documents: dict[str, str]) -> Documents:
     return splits
 
 
-def _read_folder(folder: Path) -> Splits:
+def read_folder_of_texts(folder: Path) -> Splits:
     """Reads SPLIT.txt files if the folder has no other files."""
     inside = list_folder(folder)
     plain = [path for path in inside if path.suffix == TXT and path.stem in SPLIT_NAMES]
     if plain and not any(path.suffix.lower() in READERS and path.suffix.lower() != TXT for path in inside):
-        return {path.stem: _lines(path) for path in plain}
+        return {path.stem: lines_of_text(path) for path in plain}
     return read_folder(folder)
 
 
-def _lines(path: Path) -> datasets.Dataset:
+def lines_of_text(path: Path) -> datasets.Dataset:
     """One row per line with its newline, for any line ending."""
     return datasets.Dataset.from_dict({"text": list(io.StringIO(read_text(path), newline=None))})
 

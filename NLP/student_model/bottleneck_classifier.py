@@ -6,34 +6,16 @@ Importing this module registers the architecture with transformers' Auto classes
     model = BottleneckClassifier.from_pretrained("runs/NLP/keys_carried/student")
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel
 from kd.common.outputs import Outputs
-
-Pooling = Literal["mean", "cls", "tokens"]
-
-
-def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Pools hidden states (batch, positions, hidden) to (batch, hidden) in fp32; `tokens` leaves them unpooled.
-
-    Raises ValueError if `mean` is called without a mask.
-    """
-    hidden = hidden.float()
-    if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "tokens":
-        return hidden
-    if mask is None:
-        raise ValueError("the mean of hidden states needs an attention mask")
-    weights = rearrange(mask, "batch position -> batch position 1").to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
+from kd.nlp.student_model.pooling import Pooling, pool
 
 
 class BottleneckConfig(FrozenEncoderConfig):

@@ -17,6 +17,7 @@ from kd.common.metrics.label_sets import predict_labels
 from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
+from kd.common.training.teacher_columns import has_output
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
@@ -91,6 +92,15 @@ def measure(texts: Texts, logits: Logits) -> Measurement:
     """The measurement of the primary metric on the first validation split."""
     data, split = texts.data, validation_split(texts.splits)
     return data.scores.measure(logits[split], texts.labels(split), data.primary_metric)
+
+
+def measure_columns(texts: Texts) -> dict[str, Measurement]:
+    """The measurement of the teacher in the columns of the data, if all rows have an output."""
+    split = validation_split(texts.splits)
+    if "teacher" not in texts.data.splits[split].column_names:
+        return {}
+    logits = column_array(texts.data.splits[split], "teacher")
+    return {"teacher": measure(texts, {split: logits})} if has_output(logits).all() else {}
 
 
 def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
@@ -172,6 +182,7 @@ def report(
     entry, logits = teacher_results or (None, None)
     models: dict[str, Any] = {"teacher": entry, "control": None}
     measurements = {} if logits is None else {"teacher": measure(inputs.texts, logits)}
+    measurements |= measure_columns(inputs.texts)
     size = student_name or f"{inputs.student_layers} layers"
     for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
         if model is not None:

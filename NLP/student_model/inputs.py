@@ -12,7 +12,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments, TextArguments, TextBottleneckArguments
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.student_model.layers import check_cut, layer_paths
+from kd.nlp.student_model.layers import kept_layers, layer_paths
 from kd.nlp.student_model.methods import (
     PLAIN,
     check_method,
@@ -21,7 +21,7 @@ from kd.nlp.student_model.methods import (
     layer_pairs,
     needs_features,
 )
-from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained
+from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained, number_of_layers
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def load_inputs(
     teacher, student, control_init = load_pretrained(text, pair, training, data, training.seed)
     texts = Texts.of(data, teacher.tokenizer)
     student_texts = Texts.of(data, student.tokenizer) if student else texts
-    layers = pair.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
+    layers = pair.student_layers or max(1, number_of_layers(teacher) // 2)
     return Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
 
 
@@ -125,7 +125,7 @@ def inputs_of_seed(
 def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTrainingArguments) -> None:
     """Raises UserError for arguments of any method that do not fit the models. Called before anything is written."""
     teacher, student, control_init = inputs.teacher, inputs.student, inputs.control_init
-    layers = len(layer_paths(teacher.encoder))
+    layers = number_of_layers(teacher)
     check_smoothing(training, inputs.data.name, inputs.data.num_labels)
     from_scratch = any(model.from_scratch for model in (teacher, student, control_init) if model)
     labelled = len(inputs.student_texts.labelled_train)
@@ -147,7 +147,7 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
                 f"teacher {pair.teacher} is trained already, so a control cut from it would learn from a teacher: "
                 "pass the pretrained encoder of the teacher as --control_init, or pass --no_control"
             )
-        check_cut(teacher.encoder, inputs.student_layers)
+        kept_layers(teacher.encoder, inputs.student_layers)  # raises UserError
         if control_init:
             _validate_control_init(inputs, control_init, pair)
     elif pair.align_epochs:
@@ -156,7 +156,9 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
                 f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so their hidden "
                 "states belong to different tokens: pass --align_epochs 0, or a student with the teacher's vocabulary"
             )
-        layer_pairs("uniform", len(layer_paths(student.encoder)), layers)
+    if pair.align_epochs:
+        kept = len(layer_paths(student.encoder)) if student else inputs.student_layers
+        layer_pairs("uniform", kept, len(layer_paths(teacher.encoder)))
 
 
 def _validate_control_init(inputs: Inputs, control_init: Pretrained, pair: PairArguments) -> None:
@@ -169,12 +171,12 @@ def _validate_control_init(inputs: Inputs, control_init: Pretrained, pair: PairA
             f"--control_init {name} and teacher {teacher} have different vocabularies: pass the pretrained encoder "
             "of the teacher"
         )
-    if (layers := len(layer_paths(control_init.encoder))) < inputs.student_layers:
+    if (layers := number_of_layers(control_init)) < inputs.student_layers:
         raise UserError(
             f"--control_init {name} has fewer layers ({layers}) than the control needs ({inputs.student_layers}): "
             "pass the pretrained encoder of the teacher, or --student_layers"
         )
-    check_cut(control_init.encoder, inputs.student_layers)
+    kept_layers(control_init.encoder, inputs.student_layers)  # raises UserError
 
 
 def validate_matching(

@@ -31,7 +31,7 @@ from kd.nlp.student_model.generation import (
     divergence_of,
     label_tokens,
 )
-from kd.nlp.student_model.layers import check_cut, cut_layers, disable_dropout, layer_paths
+from kd.nlp.student_model.layers import cut_layers, disable_dropout, kept_layers, layer_paths
 from kd.nlp.student_model.methods import hidden_states, layer_pairs, width
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator, byte_level_bpe, load_language_model, random_gpt2
@@ -58,7 +58,7 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
     if args.student == CUT and args.student_layers > layers:
         raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
     if args.student == CUT and teacher:
-        check_cut(teacher.model, args.student_layers)
+        kept_layers(teacher.model, args.student_layers)  # raises UserError
     if args.hidden_weight:
         layer_pairs("uniform", len(layer_paths(student.model)) if student else args.student_layers, layers)
     return teacher, student
@@ -184,7 +184,7 @@ class LanguageTask(GenerationTask):
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
             return str(self.args.teacher)
-        shape = f"{model.config.model_type} {len(layer_paths(model))}x{width(model)}"
+        shape = f"{model.config.model_type} {model.config.num_hidden_layers}x{width(model)}"
         return f"{shape}, labels only" if role == "control" else shape
 
     def report(

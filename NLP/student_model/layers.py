@@ -1,9 +1,9 @@
 """Layers of text encoders and encoder-decoders: their paths, and cuts, which are smaller models with some of them."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
@@ -11,6 +11,8 @@ from transformers import AutoModel, PreTrainedModel
 from kd.common.methods import depth_map
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
+
+SHARED = "albert_layer_groups"  # the list of ALBERT's shared layers
 
 
 def load_encoder(folder: str | Path) -> PreTrainedModel:
@@ -20,79 +22,117 @@ def load_encoder(folder: str | Path) -> PreTrainedModel:
 
 
 def layer_paths(model: PreTrainedModel) -> list[str]:
-    """Paths of the transformer layers, from first to last: `encoder.layer.0`, ... for BERT."""
+    """Paths of the transformer layers, from first to last: `encoder.layer.0`, ... for BERT.
+
+    Raises UserError for a model without a list of its layers: those of ALBERT share their weights, those of Funnel are
+    in blocks, and those of XLM are in several lists.
+    """
     number = model.config.num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return [f"{path}.{i}" for i in range(number)]
-    raise UserError(f"{type(model).__name__} has no list of {number} layers; distilling its layers is not supported")
-
-
-def aligned_layers(kept: int, layers: int) -> list[int]:
-    """Evenly spaced layers (from 0) that end the kept layers at the same relative depth, so that the last one is kept:
-    6 of 12 gives 1, 3, 5, 7, 9, 11. Each is the layer whose output the student's layer is aligned to (`depth_map`).
-    """
-    return [old for _, old in depth_map(kept, layers)]
-
-
-def alternating_layers(kept: int, layers: int) -> list[int]:
-    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5, and 6 of 12 gives 0, 2, 4, 7,
-    9, 11, as in DistilBERT (arXiv:1910.01108, extract_distilbert.py).
-    """
-    return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
-
-
-Choice = Callable[[int, int], list[int]]  # (number of kept layers, number of layers) -> the kept layers, from 0
-
-
-def check_cut(model: PreTrainedModel, layers: int, choose: Choice = aligned_layers) -> None:
-    """Raises UserError if `layers` exceeds the number of layers, or if a kept layer has parameters of other shapes
-    than the layer that it replaces.
-    """
-    paths = layer_paths(model)
-    if not 1 <= layers <= len(paths):
-        raise UserError(f"--student_layers must be between 1 and the teacher's {len(paths)}, got {layers}")
-    built = [{n: w.shape for n, w in model.get_submodule(path).state_dict().items()} for path in paths]
-    if any(built[new] != built[old] for new, old in enumerate(choose(layers, len(paths)))):
+    lists = [path for path, module in model.named_modules() if _is_list(module) and len(module) == number]
+    siblings = [path for path in lists if path.rpartition(".")[0] == lists[0].rpartition(".")[0]]
+    if len(siblings) != 1 or siblings[0].endswith(SHARED):
         raise UserError(
-            f"the layers of {type(model).__name__} differ in shape, so no student with {layers} of its {len(paths)} "
-            "layers can be cut: name a student with --student"
+            f"{type(model).__name__} has no list of {number} layers, so their outputs cannot be matched: pass "
+            "--align_epochs 0, leave --hidden_weight and --attention_weight at 0, and name a student with --student"
         )
+    return [f"{siblings[0]}.{i}" for i in range(number)]
 
 
-def cut_layers(model: PreTrainedModel, layers: int, choose: Choice = aligned_layers) -> PreTrainedModel:
-    """A new model of the same class and weights with `layers` of the layers, by default evenly spaced ones with the
-    last layer, the input of the head. Raises UserError as `check_cut` does.
+def last_layer(model: PreTrainedModel) -> str:
+    """Path of the submodule that outputs the hidden states of the last layer, before a final norm if there is one."""
+    groups = _shared_groups(model)
+    return f"{groups}.{model.config.num_hidden_groups - 1}" if groups else layer_paths(model)[-1]
+
+
+def _shared_groups(model: PreTrainedModel) -> str | None:
+    """Path of ALBERT's groups of layers. The layers of a group share their weights."""
+    return next((path for path, module in model.named_modules() if path.endswith(SHARED) and _is_list(module)), None)
+
+
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
+    return isinstance(module, nn.ModuleList)
+
+
+def kept_layers(model: PreTrainedModel, layers: int) -> list[int]:
+    """The layers, counted from 0, that a cut with `layers` layers keeps. They are evenly spaced and include the last
+    one, the input of the head: 6 of 12 keeps layers 1, 3, 5, 7, 9 and 11.
+
+    If the first layer has other parameters than the rest, as in ModernBERT, it is kept too: 3 of 6 keeps 0, 2 and 5.
+    Raises UserError if `layers` exceeds the number of layers, or if layers that would take another's place differ.
     """
-    check_cut(model, layers, choose)
-    paths = layer_paths(model)
-    chosen = choose(layers, len(paths))
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):  # kinds of attention by layer, in Qwen and Gemma
-        config.layer_types = [config.layer_types[old] for old in chosen]
-    if getattr(config, "attention_types", None):  # the same in GPT-Neo, by groups of layers
-        config.attention_layers = [config.attention_layers[old] for old in chosen]
-        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
-    student = type(model)(config)
+    number = model.config.num_hidden_layers
+    if not 1 <= layers <= number:
+        raise UserError(f"--student_layers must be between 1 and the teacher's {number}, got {layers}")
+    evenly = [old for _, old in depth_map(layers, number)]
+    if _shared_groups(model):
+        groups = model.config.num_hidden_groups
+        shapes: list[Any] = [i * groups // number for i in range(number)]
+        built = [i * groups // layers for i in range(layers)]
+    else:
+        shapes = [_shapes(model.get_submodule(path)) for path in layer_paths(model)]
+        built = shapes
+    for chosen in (evenly, alternating_layers(layers, number)):
+        if all(built[new] == shapes[old] for new, old in enumerate(chosen)):
+            return chosen
+    raise UserError(
+        f"the layers of {type(model).__name__} differ in shape, so no student with {layers} of its {number} layers "
+        "can be cut: pass another --student_layers, or name a student with --student"
+    )
+
+
+def _shapes(layer: nn.Module) -> dict[str, Any]:
+    return {name: weight.shape for name, weight in layer.state_dict().items()}
+
+
+def cut_layers(model: PreTrainedModel, layers: int, kept: Sequence[int] = ()) -> PreTrainedModel:
+    """A new model of the same class and weights with the `kept_layers` of a larger one. Each of them keeps its kind of
+    attention, local or global.
+
+    A layer is initialized from the layer whose output it is aligned to (`depth_map`); DistilBERT keeps layers 0, 2, 4,
+    7, 9 and 11 (arXiv:1910.01108, extract_distilbert.py). A cut of ALBERT applies its shared layer fewer times. Raises
+    UserError as `kept_layers` does.
+
+    `kept`: The numbers of the layers that are kept instead, from 0.
+    """
+    chosen = list(kept) or kept_layers(model, layers)
+    student = type(model)(_cut_config(model.config, chosen))
     if getattr(model, "pooler", student) is None:
         student.pooler = None  # type: ignore[assignment]
-    kept = {paths[old]: paths[new] for new, old in enumerate(chosen)}
+    paths = [] if _shared_groups(model) else layer_paths(model)
+    places = {paths[old]: paths[new] for new, old in enumerate(chosen)} if paths else {}
     weights = {}
     for name, tensor in model.state_dict().items():
         layer = next((path for path in paths if name.startswith(f"{path}.")), None)
         if layer is None:
             weights[name] = tensor
-        elif layer in kept:
-            weights[kept[layer] + name[len(layer) :]] = tensor
+        elif layer in places:
+            weights[places[layer] + name[len(layer) :]] = tensor
     student.load_state_dict(weights)
     return student
 
 
+def _cut_config(config: Any, chosen: list[int]) -> Any:
+    """A copy of a config for the chosen layers, with the entries of lists that describe each layer, such as the kinds
+    of attention (`layer_types`) and of positions (`no_rope_layers`).
+    """
+    config, number = copy.deepcopy(config), config.num_hidden_layers
+    for name, values in list(vars(config).items()):
+        if "layer" in name and isinstance(values, list) and len(values) == number:
+            setattr(config, name, [values[old] for old in chosen])
+    if getattr(config, "attention_types", None):  # those of GPT-Neo, by groups of layers
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
+    config.num_hidden_layers = len(chosen)
+    return config
+
+
 def disable_dropout(model: nn.Module) -> None:
+    set_dropout(model, 0.0)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = probability
 
 
 # ---- encoder-decoders ----
@@ -115,6 +155,13 @@ def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: 
             layer.load_state_dict(_layers(old)[number].state_dict())
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
+
+
+def alternating_layers(kept: int, layers: int) -> list[int]:
+    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5, and 6 of 12 gives 0, 2, 4, 7,
+    9, 11, as in DistilBERT (arXiv:1910.01108, extract_distilbert.py).
+    """
+    return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 
 def number_of_layers(model: PreTrainedModel) -> tuple[int, int]:

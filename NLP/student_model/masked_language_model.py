@@ -30,7 +30,7 @@ from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.cards import card_of
 from kd.nlp.student_model.generation import Splits, check_same_vocabulary, label_tokens
 from kd.nlp.student_model.language_model import LanguageEvaluation, LanguageTask, one_line
-from kd.nlp.student_model.layers import alternating_layers, check_cut, cut_layers, layer_paths
+from kd.nlp.student_model.layers import alternating_layers, cut_layers, kept_layers
 from kd.nlp.student_model.methods import regressor_of, text_features
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator
@@ -62,12 +62,12 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
     for name, model in zip(named.values(), (teacher, student), strict=True):
         if model is not None:
             check_tokenizer(name, model.tokenizer, args.whole_words)
-    layers = len(layer_paths(teacher.model)) if teacher else args.teacher_layers
+    layers = teacher.model.config.num_hidden_layers if teacher else args.teacher_layers
     args.student_layers = args.student_layers or max(1, layers // 2)
     if args.student == CUT and args.student_layers > layers:
         raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
     if args.student == CUT and teacher:
-        check_cut(teacher.model, args.student_layers, alternating_layers)
+        kept_layers(teacher.model, args.student_layers)  # raises UserError for layers of different shapes
     return teacher, student
 
 
@@ -110,7 +110,8 @@ class MaskedLanguageTask(LanguageTask):
         return self.untrained_student(teacher)
 
     def cut(self, source: PreTrainedModel) -> PreTrainedModel:
-        return cut_layers(source, self.args.student_layers, alternating_layers)
+        kept = alternating_layers(self.args.student_layers, source.config.num_hidden_layers)
+        return cut_layers(source, len(kept), kept)
 
     def random_model(self, layers: int, width: int) -> PreTrainedModel:
         args, pretrained = self.args, self.pretrained_teacher

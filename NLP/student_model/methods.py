@@ -33,8 +33,8 @@ from kd.common.training.inference import column_array, run_inference
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.arguments import HiddenLoss, LayerMap
-from kd.nlp.student_model.bottleneck_classifier import Pooling, pool
-from kd.nlp.student_model.layers import layer_paths
+from kd.nlp.student_model.layers import last_layer, layer_paths
+from kd.nlp.student_model.pooling import Pooling, head_pooling, pool
 from kd.nlp.teacher_model.teacher import encoder_of
 
 PLAIN = "kd"
@@ -50,9 +50,9 @@ def text_method(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     texts: Texts,
-    pooling: Pooling,
 ) -> Method:
     """The method NAME[:key=value]... of a student and its teacher. Raises UserError as `check_method` does."""
+    pooling, teacher_pooling = (head_pooling(model, texts.data.task) for model in (student, teacher))
     method: Method = parse_method(spec, METHODS, **kd_flags(spec, training))(
         TaskSpec(
             classes=texts.data.num_labels,
@@ -62,7 +62,7 @@ def text_method(
             pool=partial(pool, pooling=pooling),
             flatten=partial(pool, pooling=pooling),  # before pooling, the size of features differs between batches
             labels=torch.from_numpy(column_array(texts.train, "labels")),
-            teacher_samples=partial(teacher_samples, teacher, texts, pooling, training.precision),
+            teacher_samples=partial(teacher_samples, teacher, texts, teacher_pooling, training.precision),
         )
     )
     return method
@@ -118,9 +118,9 @@ def _without_models(classes: int) -> TaskSpec:
 
 
 def text_features(model: PreTrainedModel) -> ModelFeatures:
-    """The outputs of the layers; those of the last layer precede a final norm, if there is one (ModernBERT, GPT-2)."""
-    layers = [Feature(path, width(model)) for path in layer_paths(model)]
-    return ModelFeatures(layers, head=layers[-1], last=layers[-1])
+    """The output of the last layer, before a final norm if there is one (ModernBERT, GPT-2)."""
+    last = Feature(last_layer(model), width(model))
+    return ModelFeatures([last], head=last, last=last)
 
 
 def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, precision: str) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def teacher_samples(teacher: PreTrainedModel, texts: Texts, pooling: Pooling, pr
     labels = torch.from_numpy(column_array(texts.train, "labels"))
     rows = some_of_each_class(labels, texts.data.num_labels)
     encoder = encoder_of(teacher)
-    hooks = FeatureHooks(encoder, {"last": layer_paths(encoder)[-1]})
+    hooks = FeatureHooks(encoder, {"last": last_layer(encoder)})
 
     def pooled(**batch: Any) -> dict[str, Tensor]:
         encoder(**batch)
@@ -179,7 +179,7 @@ def hidden_states(
     matched too: they are the input of a bottleneck or a head.
     """
     loss = LOSSES[loss_name]
-    layers, teacher_layers = text_features(student).stages, text_features(teacher).stages
+    layers, teacher_layers = layer_outputs(student), layer_outputs(teacher)
     pairs = layer_pairs(layer_map, len(layers), len(teacher_layers))
     method = Method({})
     for i, j in pairs:
@@ -189,6 +189,10 @@ def hidden_states(
         transform = partial(pool, pooling=pooling)
         method += match("hidden_pooled", weight, layers[-1], teacher_layers[-1], loss, transform=transform)
     return method
+
+
+def layer_outputs(model: PreTrainedModel) -> list[Feature]:
+    return [Feature(path, width(model)) for path in layer_paths(model)]
 
 
 def embeddings(student: PreTrainedModel, teacher: PreTrainedModel, weight: float, loss_name: HiddenLoss) -> Method:

@@ -113,7 +113,7 @@ def train_student(
     if matching.method == PLAIN:
         method = labels_and_logits(data, run.args)
     else:
-        method = text_method(matching.method, run.args, student, student, texts, "cls")
+        method = text_method(matching.method, run.args, student, student, texts)
     method = replace(method, terms=where_outputs(method.terms, logits_of(data)))
     rate = matching.student_learning_rate
     return fine_tune(

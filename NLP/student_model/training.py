@@ -15,7 +15,6 @@ from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.trainer_run import TrainerRun
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
-from kd.nlp.student_model.bottleneck_classifier import Pooling
 from kd.nlp.student_model.evaluation import trainer_metrics
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.layers import cut_layers, disable_dropout
@@ -28,6 +27,7 @@ from kd.nlp.student_model.methods import (
     labels_only,
     text_method,
 )
+from kd.nlp.student_model.pooling import Pooling, head_pooling
 from kd.nlp.student_model.teacher_outputs import teacher_kwargs
 from kd.nlp.teacher_model.teacher import Pretrained, auto_class, encoder_of, models_and_tokenizers
 
@@ -142,7 +142,7 @@ def train_student(
     """Aligns the student's encoder with the teacher's, then trains the classifier on labels and teacher outputs."""
     texts = inputs.texts if inputs.same_tokens else inputs.student_texts
     student = initial_student(inputs, teacher, matching.student_from)
-    align(run, encoder_of(student), teacher, inputs, pair, head_pooling(texts))
+    align(run, encoder_of(student), teacher, inputs, pair, head_pooling(student, inputs.data.task))
     method = classifier_method(matching, run.args, student, teacher, inputs.texts)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
     weights = matching.ensemble_weights
@@ -161,11 +161,6 @@ def train_student(
         teacher=outputs,
         tokenizer=inputs.student_texts.collate.tokenizer,
     )
-
-
-def head_pooling(texts: Texts) -> Pooling:
-    """The hidden states that the head of a classifier reads: those of all tokens for token_classification."""
-    return "tokens" if texts.data.task == "token_classification" else "cls"
 
 
 def initial_student(
@@ -194,10 +189,10 @@ def classifier_method(
     if matching.method == PLAIN:
         method = labels_and_logits(texts.data, training)
     else:
-        method = text_method(matching.method, training, student, teacher, texts, "cls")
+        method = text_method(matching.method, training, student, teacher, texts)
     if weight := matching.hidden_weight:
         method += hidden_states(
-            student, teacher, weight, matching.hidden_loss, matching.layer_map, head_pooling(texts)
+            student, teacher, weight, matching.hidden_loss, matching.layer_map, head_pooling(student, texts.data.task)
         )
     if weight := matching.embedding_weight:
         method += embeddings(student, teacher, weight, matching.hidden_loss)

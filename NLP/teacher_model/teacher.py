@@ -22,6 +22,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from kd.common.data.label_names import match_names
 from kd.common.pretrained import load_model, load_tokenizer, reading
@@ -35,6 +39,7 @@ TINY_SIZES: dict[str, Any] = {
 }  # fmt: skip
 NO_DOWNLOAD = f"pass a local folder, or --teacher {TINY_BERT}, which needs no download"
 POSITION_TABLES = ("position_embeddings", "wpe")  # names in BERT and similar encoders, and in GPT-2
+PADDED_LEFT = ("xlnet",)  # its head reads the last position, padding included
 TAGGER = "ForTokenClassification"
 CLASSIFIERS = (
     "ForSequenceClassification",
@@ -84,6 +89,17 @@ def models_and_tokenizers(loaded: Mapping[str, Any]) -> dict[str, PreTrainedMode
 def encoder_of(classifier: PreTrainedModel) -> Any:
     """The encoder of a classifier, without its head or bottleneck."""
     return classifier.base_model
+
+
+def number_of_layers(pretrained: Pretrained) -> int:
+    number: int = pretrained.encoder.config.num_hidden_layers
+    return number
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a model attends to earlier positions alone (or is XLNet, whose classification token is the last)."""
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def max_positions(encoder: nn.Module) -> float:
@@ -143,17 +159,33 @@ def read_config(name: str) -> Any:
 
 
 def set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
-    """Uses the end-of-text token as the padding token of a decoder without one. A classifier with a decoder classifies
-    the last token that is not padding.
+    """Pads the texts of a decoder on the right, with its end-of-text token if it has no padding token. A classifier
+    with a decoder classifies the last token that is not the padding token of its config.
     """
+    found = []
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {name} has neither a padding token nor an end-of-text token: set one")
+            raise UserError(
+                f"the tokenizer of {name} has neither a padding token nor an end-of-text token: set pad_token in its "
+                "tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"{name} has no padding token: texts are padded with its end-of-text token {tokenizer.eos_token}")
-        print(f"note: {notes[-1]}")
-    if getattr(model.config, "pad_token_id", tokenizer.pad_token_id) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        found.append(f"{name} has no padding token: texts are padded with its end-of-text token {tokenizer.eos_token}")
+    config = model.config.get_text_config()
+    if is_decoder(config) and getattr(config, "pad_token_id", None) not in (None, tokenizer.pad_token_id):
+        found.append(
+            f"the padding token of {name} is that of its tokenizer ({tokenizer.pad_token_id}), not that of its "
+            f"config.json ({config.pad_token_id})"
+        )
+        config.pad_token_id = tokenizer.pad_token_id
+    elif getattr(config, "pad_token_id", tokenizer.pad_token_id) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if is_decoder(config) and config.model_type not in PADDED_LEFT and tokenizer.padding_side == "left":
+        tokenizer.padding_side = "right"  # on the left, the absolute positions of GPT-2's tokens would change
+        found.append(f"the texts of {name} are padded on the right instead of the left")
+    for note in found:
+        print(f"note: {note}")
+    notes += found
 
 
 # ---- labels ----
@@ -300,7 +332,14 @@ def tiny_bert(data: TextData) -> Pretrained:
     is_words = data.task == "token_classification"
     texts = [" ".join(words) for words in texts] if is_words else texts
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
-    config = BertConfig(
+    config = tiny_config(tokenizer, **label_config(data))
+    kind = BertForTokenClassification if is_words else BertForSequenceClassification
+    return Pretrained(kind(config), tokenizer, from_scratch=True)
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase, **others: Any) -> BertConfig:
+    """The configuration of a small BERT with random weights; `others` are further entries."""
+    return BertConfig(
         vocab_size=len(tokenizer),
         # BERT's 0.02, scaled from its width of 768 such that the outputs of layers have the same variance. With 0.02,
         # this model needs several times as many epochs.
@@ -308,10 +347,8 @@ def tiny_bert(data: TextData) -> Pretrained:
         hidden_dropout_prob=0.0,  # few epochs do not overfit, and dropout takes a fifth of a step on a CPU
         attention_probs_dropout_prob=0.0,
         **TINY_SIZES,
-        **label_config(data),
+        **others,
     )
-    kind = BertForTokenClassification if is_words else BertForSequenceClassification
-    return Pretrained(kind(config), tokenizer, from_scratch=True)
 
 
 def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:

@@ -110,13 +110,15 @@ def run_inference(
 
 
 def _split(outputs: dict[str, Any], mask: Tensor | None) -> list[dict[str, Tensor]]:
-    """The outputs of a batch by sample, without padding, copied so that no batch stays in memory."""
-    lengths: list[int] = [] if mask is None else mask.sum(1).tolist()
+    """The outputs of a batch by sample, without padding on either side, copied so that no batch stays in memory."""
+    kept = None if mask is None else mask.bool().cpu()
     columns = {}
     for name, values in outputs.items():
         rows = values.cpu() if isinstance(values, Tensor) else [row.cpu() for row in values]
-        padded = lengths and isinstance(rows, Tensor) and rows.dim() > 2
-        columns[name] = [row[: lengths[i]].clone() if padded else row.clone() for i, row in enumerate(rows)]
+        if kept is not None and isinstance(rows, Tensor) and rows.dim() > 2:
+            columns[name] = [row[keep] for row, keep in zip(rows, kept, strict=True)]
+        else:
+            columns[name] = [row.clone() for row in rows]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -80,7 +80,7 @@ def test_a_student_is_distilled_and_reported(method, parts, small, folder, tmp_p
 def test_padding_has_no_effect(name, teacher, texts):
     student = cut_layers(teacher, 1).eval()
     torch.manual_seed(0)
-    found = text_method(name, KDTrainingArguments(output_dir="unused"), student, teacher, texts, "cls")
+    found = text_method(name, KDTrainingArguments(output_dir="unused"), student, teacher, texts)
     assert bool(found.features) == needs_features(name) == (name in RELATION_METHODS)
     assert bool(found.teacher_features) == needs_features(name)
     objective = Objective(**found.terms)

@@ -23,6 +23,8 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
 )
 
 from kd.common.pretrained import load_model, load_tokenizer, reading, stage_loader
@@ -293,6 +295,37 @@ def test_a_decoder_without_a_padding_token_has_the_same_logits_for_padded_texts(
     found.set_max_length(32)
     with pytest.raises(UserError, match="takes at most 1024 tokens"):
         found.set_max_length(2000)
+
+
+def test_the_padding_of_a_decoder_is_that_of_its_tokenizer_on_the_right(tmp_path, capsys):
+    """A head that takes another token for padding would classify the padding; the config of some checkpoints does."""
+    words = byte_level_bpe(TEXTS, 280, 32)
+    words.pad_token = words.convert_ids_to_tokens(5)
+    shape: dict[str, Any] = {"vocab_size": len(words), "hidden_size": 16, "num_attention_heads": 2}
+    config = Qwen2Config(**shape, num_hidden_layers=1, num_key_value_heads=1, intermediate_size=16, pad_token_id=7)
+    config.id2label = LABELS
+    model = Qwen2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}))
+    found = load_classifier(str(tmp_path), two_labels())
+    found.tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "right"
+    assert (found.tokenizer.padding_side, found.model.config.pad_token_id) == ("right", 5)
+    assert [("on the right" in note, "not that of its config.json (7)" in note) for note in found.notes] == [
+        (False, True), (True, False)
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert all(note in printed for note in found.notes)
+    model, texts = found.model.eval(), ["good", "really good food"]
+    logits = []
+    for side in ("left", "right"):  # equal for relative positions
+        batch = found.tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+        logits.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+    single = [model(**found.tokenizer([text], return_tensors="pt")).logits for text in texts]
+    for batched in logits:
+        torch.testing.assert_close(batched, torch.cat(single), atol=1e-5, rtol=1e-4)
 
 
 # ---- labels ----
