@@ -182,7 +182,13 @@ class Parser(ArgumentParser):
         return frozenset(action.dest for action in actions if action is not None)
 
     def nearest(self, word: str) -> str:
-        """The suggestion `; did you mean ...?` for a misspelt key or --flag; empty if no name is similar."""
+        """The suggestion `; did you mean ...?` for a misspelt key or --flag; empty if no name is similar.
+
+        A dataclass may explain flags of other scripts: `elsewhere` = {name: explanation}.
+        """
+        for kind in self.dataclass_types:
+            if explanation := getattr(kind, "elsewhere", {}).get(word.removeprefix("--").replace("-", "_")):
+                return f": {explanation}"
         start = 0 if word.startswith("--") else 2
         names = [name[start:] for name in self._option_string_actions if name.startswith("--")]
         matches = get_close_matches(word.replace("-", "_") if start else word, names, n=1)

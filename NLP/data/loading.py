@@ -36,6 +36,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED, TaskType
 from kd.nlp.data.columns import TASKS, choose_task, known_task
 from kd.nlp.data.entities import load_synthetic_entities
+from kd.nlp.data.intent_pairs import load_intent_pairs
 from kd.nlp.data.intents import load_intents
 from kd.nlp.data.multilabel_intents import load_multilabel_intents
 from kd.nlp.data.rows import label_array, map_labels, select_rows, strata, to_column, with_teacher, without_empty
@@ -45,6 +46,7 @@ EMBEDDED = {
     "intents": load_intents,
     "multilabel_intents": load_multilabel_intents,
     "synthetic_entities": load_synthetic_entities,
+    "intent_pairs": load_intent_pairs,
 }
 KNOWN = {name: task.hub or EMBEDDED[name] for name, task in TASKS.items()}
 NOT_IN_BATCH = ("length", "first_tokens")

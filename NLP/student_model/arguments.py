@@ -3,7 +3,7 @@
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from kd.common.cli import Parser, reject_unused
 from kd.common.training.arguments import (
@@ -14,6 +14,7 @@ from kd.common.training.arguments import (
     TeacherOutputArguments,
     check_ensemble_weights,
     ensemble_weights,
+    only_with,
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, Seed, ShareBelow1
@@ -32,6 +33,7 @@ LABEL_ORDER_HELP = "Such classifiers have the labels of the data, in their order
 COLUMNS_HELP = "Label column, or several of 0 and 1 (default: inferred)."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
+SENTENCE_METHODS = ("embedding", "similarity", "rkd", "sp", "pkt")
 CUT = "cut"  # value of --student for a student with some of the teacher's layers
 MIN_LENGTH = 8  # minimum of --max_length in tokens, of which up to four are special tokens
 
@@ -59,6 +61,7 @@ class BottleneckTrainingArguments(ClassifierTrainingArguments):
 class TextArguments:
     """Data."""
 
+    elsewhere: ClassVar = only_with("distill_classifier.py")
     dataset: str = field(default="intents", metadata={"help": "Embedded dataset, Hub name, folder or file."})
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "Column of texts, or two for text pairs (default: inferred)."}

@@ -17,6 +17,7 @@ from kd.common.metrics.label_sets import predict_labels
 from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import NOT_INPUTS, Collate, column_array, run_inference
+from kd.common.training.teacher_columns import has_output
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.loading import KNOWN, TextData, Texts, load_text_data
@@ -93,6 +94,15 @@ def measure(texts: Texts, logits: Logits) -> Measurement:
     return data.scores.measure(logits[split], texts.labels(split), data.primary_metric)
 
 
+def measure_columns(texts: Texts) -> dict[str, Measurement]:
+    """The measurement of the teacher in the columns of the data, if all rows have an output."""
+    split = validation_split(texts.splits)
+    if "teacher" not in texts.data.splits[split].column_names:
+        return {}
+    logits = column_array(texts.data.splits[split], "teacher")
+    return {"teacher": measure(texts, {split: logits})} if has_output(logits).all() else {}
+
+
 def chance_warning(entry: dict[str, Any], texts: Texts) -> str | None:
     """A warning if a teacher, by its entry in results.json, is no better than chance on validation."""
     data, split = texts.data, validation_split(texts.splits)
@@ -159,18 +169,20 @@ def report(
     student_name: str | None,
     teacher: PreTrainedModel | None,
     teacher_results: Evaluation | None,
-    control: PreTrainedModel | None,
-    student: PreTrainedModel,
+    control: PreTrainedModel | None = None,
+    student: PreTrainedModel | None = None,
     **others: Any,
 ) -> dict[str, Any] | None:
     """Evaluates control and student, writes the report and the student's folder, and prints the table. Returns the
     results in the main process, None in the others.
 
-    `teacher` is None if its outputs come from the data; `others` are further entries of the results.
+    `teacher` is None if its outputs come from the data, control and student if the run has none; `others` are further
+    entries of the results.
     """
     entry, logits = teacher_results or (None, None)
     models: dict[str, Any] = {"teacher": entry, "control": None}
     measurements = {} if logits is None else {"teacher": measure(inputs.texts, logits)}
+    measurements |= measure_columns(inputs.texts)
     size = student_name or f"{inputs.student_layers} layers"
     for role, model, trained_by in (("control", control, "labels only"), ("student", student, method)):
         if model is not None:
@@ -179,7 +191,8 @@ def report(
     if not PartialState().is_main_process:
         return None
     trained = {"teacher": teacher, "control": control, "student": student}
-    teacher_is_shared = run.shared == run.folder / ".."  # the runs of distill_glue.py share other stages
+    # The runs of distill_glue.py share other stages, and those of train_teacher.py none.
+    teacher_is_shared = run.shared == run.folder / ".." and student is not None
     extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_is_shared else {}
     extra |= others
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}

@@ -102,6 +102,23 @@ def load_inputs(
     return Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
 
 
+def load_encoder_inputs(name: str, text: TextArguments, training: KDTrainingArguments, data: TextData) -> Inputs:
+    """The encoder NAME and the tokenized data, for training a classifier on labels alone.
+
+    Raises UserError if the model is trained on these labels already, or if no row of train has a label.
+    """
+    set_seed(training.seed)
+    teacher = load_classifier(name, data)
+    if teacher.trained:
+        raise UserError(f"{name} is a classifier of these labels already: pass an encoder, or use evaluate.py")
+    teacher.set_max_length(text.max_length)
+    texts = Texts.of(data, teacher.tokenizer)
+    if not len(texts.labelled_train):
+        raise UserError("no row of train has a label: add labels")
+    check_smoothing(training, data.name, data.num_labels)
+    return Inputs(data, teacher, None, None, [], texts, texts, student_layers=len(layer_paths(teacher.encoder)))
+
+
 def load_pretrained(
     text: TextArguments, pair: PairArguments, training: KDTrainingArguments, data: TextData, seed: int
 ) -> tuple[Pretrained, Pretrained | None, Pretrained | None]:

@@ -92,15 +92,23 @@ def load_or_train_teacher(
     pretrained = inputs.teacher
     if pretrained.trained:
         return pretrained.model
+    epochs = pair.from_scratch_epochs if pretrained.from_scratch else pair.teacher_epochs
+    return train_teacher(run, inputs, epochs, learning_rate_of(pretrained, pair, run.args), name)
+
+
+def train_teacher(
+    run: TrainerRun, inputs: Inputs, epochs: float, learning_rate: float, name: str = "teacher"
+) -> PreTrainedModel:
+    """The stage `name`: trains the teacher on labels alone."""
     return fine_tune(
         run,
         name,
-        copy.deepcopy(pretrained.model),  # the control is cut from the original
+        copy.deepcopy(inputs.teacher.model),  # the control is cut from the original
         inputs.texts,
         labels_only(inputs.data, run.args),
-        epochs=pair.from_scratch_epochs if pretrained.from_scratch else pair.teacher_epochs,
-        learning_rate=learning_rate_of(pretrained, pair, run.args),
-        freeze_embeddings=not pretrained.from_scratch,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        freeze_embeddings=not inputs.teacher.from_scratch,
     )
 
 

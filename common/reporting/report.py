@@ -179,6 +179,8 @@ def verdict_sentence(results: Results) -> str | None:
     parts = []
     if control:
         parts.append(f"{_compared(control)} the control ({_interval(control)})")
+    for role, other in verdict.get("others", {}).items():
+        parts.append(f"{_compared(other)} the {words(role)} model ({_interval(other)})")
     if teacher:
         parts.append(_not_worse(teacher, verdict.get("shared_teacher", True)))
     return f"Verdict: {'; '.join(parts)}." if parts else None
@@ -214,7 +216,7 @@ def warnings_of(results: Results) -> list[str]:
 
 
 def _against_teacher(results: Results) -> str:
-    if results["models"]["teacher"] is None:
+    if primary_score(results, "teacher") is None:
         return ""
     score = score_text(results, "teacher")
     if reason := useless_teacher(results):

@@ -106,6 +106,7 @@ class Verdict(BaseModel):
 class Verdicts(BaseModel):
     control: Verdict | None
     teacher: Verdict | None  # has also `margin` and `not_worse_by_margin`
+    others: dict[str, Verdict] = {}  # of the student against other models, by role
     shared_teacher: bool = True  # whether one teacher taught the students of all seeds
     warnings: list[str]
 
@@ -158,7 +159,7 @@ def validate(results: Results) -> None:
         if model and not isinstance(metrics[split].get(name), int | float):
             raise ValueError(f"missing key {place}.{split}.{name}, a number")
     for figure, others in (("retention", ("teacher", "student")), ("gain_over_control", ("control", "student"))):
-        if results[figure] is not None and any(results["models"][role] is None for role in others):
+        if results[figure] is not None and any(primary_score(results, role) is None for role in others):
             raise ValueError(f"results.{figure} must be null where models.{' or models.'.join(others)} is")
     json.dumps(results, allow_nan=False)
 
@@ -167,8 +168,21 @@ def validate(results: Results) -> None:
 
 
 def primary_score(results: Results, stage: str) -> float | None:
-    model, primary = results["models"][stage], results["primary_metric"]
-    return model["metrics"][primary["split"]][primary["name"]] if model else None
+    """The primary metric of a model, or of a teacher that is columns of the data; None if it is not known."""
+    model, split, name = results["models"][stage], *(results["primary_metric"][key] for key in ("split", "name"))
+    if model:
+        return model["metrics"][split][name]
+    return (
+        score_of_outputs(results.get("teacher_outputs"), split, name, results["data"]) if stage == "teacher" else None
+    )
+
+
+def score_of_outputs(
+    measured: Mapping[str, Any] | None, split: str, name: str, sizes: Mapping[str, Any]
+) -> float | None:
+    """The metric of a teacher's outputs in the data, if every row of the split has one; else it is not comparable."""
+    of_split = (measured or {}).get(split)
+    return of_split[name] if of_split and of_split["rows"] == sizes[split] else None
 
 
 def useless_teacher(results: Results) -> str | None:
@@ -191,14 +205,14 @@ def verdict_of_run(results: Results, measurements: Mapping[str, Measurement], ma
     """The verdict of one seed.
 
     Args:
-        measurements: By role: the student and, unless there is none, control and teacher.
+        measurements: By role: the student and, unless there is none, control, teacher and any other models.
         margin: What counts as equal to the teacher. None: a share of the teacher's distance from chance.
     """
     student = measurements["student"]
     found = {
         role: verdict_of_one_seed(student.score, other.score, student.examples, results["lower_is_better"])
-        for role in ("control", "teacher")
-        if (other := measurements.get(role)) is not None
+        for role, other in measurements.items()
+        if role != "student"
     }
     if teacher := found.get("teacher"):
         found["teacher"] = with_margin(teacher, _default_margin(results) if margin is None else margin)
@@ -214,9 +228,10 @@ def _default_margin(results: Results) -> float:
 def _verdict_of_runs(runs: list[Results], merged: Results, shared_teacher: bool) -> dict[str, Any]:
     """The verdict over seeds from those of the seeds."""
     verdicts, found = [run["verdict"] for run in runs], {}
-    for role in ("control", "teacher"):
-        of_role = [verdict[role] for verdict in verdicts]
-        if all(of_role):
+    by_role = [verdict | verdict.get("others", {}) for verdict in verdicts]
+    for role in ("control", "teacher", *verdicts[0].get("others", {})):
+        of_role = [verdict[role] for verdict in by_role if verdict.get(role)]
+        if len(of_role) == len(runs):
             found[role] = verdict_over_seeds(of_role)
     if teacher := found.get("teacher"):
         found["teacher"] = with_margin(teacher, statistics.fmean(verdict["teacher"]["margin"] for verdict in verdicts))
@@ -236,7 +251,8 @@ def _with_warnings(results: Results, found: dict[str, Any], constant: bool) -> d
             f"{control['seeds']} seeds are too few to show a gain over the control of this size: about {needed} are "
             "needed for a probability of 80%"
         )
-    return {"control": control, "teacher": found.get("teacher"), "warnings": warnings}
+    others = {role: verdict for role, verdict in found.items() if role not in ("control", "teacher")}
+    return {"control": control, "teacher": found.get("teacher"), "others": others, "warnings": warnings}
 
 
 # ---------------------------------------------------------------- several seeds
@@ -267,7 +283,7 @@ def over_seeds(runs: list[Results]) -> Results:
     ]
     merged["standard_deviations"] = _merge(figures, _deviation)
     if all(run.get("verdict") for run in runs):  # not those of earlier versions
-        merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same)
+        merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same or "teacher_outputs" in merged)
     return merged
 
 

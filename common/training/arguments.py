@@ -211,6 +211,14 @@ def check_ensemble_weights(teachers: list[str], weights: list[float] | None) -> 
         )
 
 
+def only_with(script: str) -> dict[str, str]:
+    """`elsewhere` of the data of scripts that do not have the flags of `TeacherOutputArguments`, as `script` has."""
+    return dict.fromkeys(
+        ("teacher_columns", "teacher_values"),
+        f"only {script} distills from a teacher's outputs in the data; use it, or leave the flag out",
+    )
+
+
 @dataclass
 class TeacherOutputArguments:
     """Data. Its columns with the outputs of a teacher."""

@@ -26,7 +26,7 @@ from kd.common.metrics.quality import normalized_return
 from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.model_card import CARD, Card, Savable, save_student, with_seeds
 from kd.common.reporting.report import print_table, write_report
-from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, verdict_of_run
+from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, score_of_outputs, verdict_of_run
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
 from kd.common.utils.devices import best_device, command, environment
@@ -228,6 +228,8 @@ class Run:
         """
         score = {role: m["metrics"][split][metric] for role, m in models.items() if m}
         student, teacher, control = (score.get(role) for role in ("student", "teacher", "control"))
+        if teacher is None:
+            teacher = score_of_outputs(extra.get("teacher_outputs"), split, metric, data)
         retention = gain = None
         if student is not None and teacher is not None:
             retention = teacher / student if lower_is_better else normalized_return(student, floor, teacher)
@@ -258,12 +260,15 @@ class Run:
             results["verdict"] = verdict_of_run(results, measurements, self.args.margin)
         return results
 
-    def finish(self, results: dict[str, Any], student: Savable, card: Card, processor: Savable | None = None) -> None:
-        """Writes the student's folder and the report, and prints the table, in the main process. See
-        `model_card.save_student` for the arguments.
+    def finish(
+        self, results: dict[str, Any], student: Savable | None, card: Card, processor: Savable | None = None
+    ) -> None:
+        """Writes the student's folder, if there is a student, and the report, and prints the table, in the main
+        process. See `model_card.save_student` for the arguments.
         """
         if PartialState().is_main_process:
-            save_student(self.folder / "student", student, results, card, processor)
+            if student is not None:
+                save_student(self.folder / "student", student, results, card, processor)
             write_report(self.folder, results, self.history if self.plots else None)
             self.show(results)
 

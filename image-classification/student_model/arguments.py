@@ -6,7 +6,7 @@ This module does not import torch or transformers, so that `--help` is fast.
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import (
@@ -18,6 +18,7 @@ from kd.common.training.arguments import (
     TeacherOutputArguments,
     check_ensemble_weights,
     ensemble_weights,
+    only_with,
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, NotNegative, Positive, Seed, Share, ShareAbove0, ShareBelow1, check_declared
@@ -46,6 +47,7 @@ FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
 class DataArguments:
     """Data."""
 
+    elsewhere: ClassVar = only_with("train_student.py")
     dataset: str = field(
         default="distorted_digits",
         metadata={

@@ -34,6 +34,7 @@ from kd.image_classification.student_model.evaluation import (
     evaluate,
     image_processor,
     measure,
+    measure_columns,
     trainer_metrics,
 )
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen
@@ -195,28 +196,30 @@ class ImageRun(TrainerRun):
             others: further entries of the results.
         """
         entries: dict[str, Any] = {} if teacher is None else {"teacher": teacher[0]}
-        measurements = {} if teacher is None else {"teacher": measure(self.data, teacher[1])}
+        measurements = measure_columns(self.data) if teacher is None else {"teacher": measure(self.data, teacher[1])}
         teacher_logits, workers = None if teacher is None else teacher[1], self.args.dataloader_num_workers
         for role, (name, model) in models.items():
             entries[role] = None
             if model is not None:
                 entries[role], logits = evaluate(name, model, self.data, teacher_logits, workers)
                 measurements[role] = measure(self.data, logits)
-        results = self.image_results(method, entries, measurements)
-        results |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only} | others
+        others |= {"auxiliary_parameters": auxiliary_parameters, "labels_only": labels_only}
+        results = self.image_results(method, entries, measurements, **others)
         self.write_results(self.folder, results, models.get("student", ("", None))[1], self.history)
         if PartialState().is_main_process:
             print_table(results)
             print(f"report: {self.folder / 'report.md'}")
 
     def image_results(
-        self, method: str, entries: dict[str, Any], measurements: Mapping[str, Measurement]
+        self, method: str, entries: dict[str, Any], measurements: Mapping[str, Measurement], **others: Any
     ) -> dict[str, Any]:
-        """The content of results.json. `entries`: results of `evaluate` by role, or None without such a model."""
+        """The content of results.json, with `others`. `entries`: results of `evaluate` by role, or None without such a
+        model.
+        """
         data, split = self.data, self.data.selection_split
         parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
         keys = {role: entry["keys"] for role, entry in entries.items() if entry and "keys" in entry}
-        extra: dict[str, Any] = {"keys": keys} if keys else {}
+        extra = others | ({"keys": keys} if keys else {})
         models = {
             role: entry and {name: value for name, value in entry.items() if name not in ("parts", "keys")}
             for role, entry in entries.items()

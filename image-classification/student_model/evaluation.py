@@ -13,6 +13,7 @@ from kd.common.metrics.verdict import Measurement, measure_classes
 from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import identity_collate, run_inference
+from kd.common.training.teacher_columns import has_output
 from kd.image_classification.data.loading import ImageData, LargeImageData
 from kd.image_classification.data.views import shorter_side
 from kd.image_classification.teacher_model.classifier import ImageClassifier
@@ -88,6 +89,14 @@ def measure(data: ImageData, logits: Logits) -> Measurement:
     """The accuracy on the selection split, as a Measurement for bootstrap intervals."""
     split = data.selection_split
     return measure_classes(logits[split], data.splits[split].labels.numpy())
+
+
+def measure_columns(data: ImageData) -> dict[str, Measurement]:
+    """The measurement of the teacher in the columns of the data, if all images of the split have an output."""
+    logits = data.teacher.logits.get(data.selection_split) if data.teacher else None
+    if logits is None or not has_output(logits).all():
+        return {}
+    return {"teacher": measure(data, {data.selection_split: logits})}
 
 
 def cost_of_parts(model: ImageClassifier, image: torch.Tensor) -> dict[str, dict[str, int | None]]:

@@ -179,6 +179,8 @@ def test_a_student_learns_from_a_column_of_answers(answers, tmp_path, capsys):
     assert not (tmp_path / "run" / "stages" / "teacher").exists()
     measured = found["teacher_outputs"]["validation"]
     assert measured["rows"] == 62 and measured["accuracy"] == pytest.approx(51 / 62, abs=0.03)
+    assert found["data"]["validation"] > 62, "some rows have no answer, so that teacher and student are not compared"
+    assert found["retention"] is None and found["verdict"]["teacher"] is None
     notes = found["data_notes"]
     assert "separated by semicolons" in notes and "as hard labels" in notes and "not sure" in notes
     report = (tmp_path / "run" / "report.md").read_text()
@@ -202,6 +204,9 @@ def test_flags_of_a_teacher_model_have_no_effect_next_to_its_outputs(answers, tm
     with pytest.raises(SystemExit):
         script("distill_classifier.py", "--teacher_values", "logits")
     assert "--teacher_values has no effect" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script("distill_bottleneck.py", "--teacher_columns", "model answer")
+    assert "only distill_classifier.py distills from a teacher's outputs" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -52,6 +52,7 @@ def results(path: Path) -> dict:
     return json.loads((path / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_one_table_and_shared_stages_train_once(glue, tmp_path, capsys):
     words = ["--tasks", "rte", "stsb", "--systems", "base", "keys_carried", "--output_dir", tmp_path / "glue"]
     distill(glue, *words)

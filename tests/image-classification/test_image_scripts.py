@@ -354,6 +354,7 @@ def test_a_sweep_accepts_more_seeds_and_shares_its_teacher(tmp_path, capsys):
     assert all(torch.equal(w, before[name]) for name, w in weights(tmp_path / "seed1/students/kd_lr0.1").items())
 
 
+@pytest.mark.slow
 def test_a_diverged_student_is_reported_and_leaves_the_others_unaffected(teacher, tmp_path, capsys):
     words = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", "0,1"]
     methods, infinite = "kd,kd:temperature=2", "fitnet:weight=1e39"  # infinite in single precision

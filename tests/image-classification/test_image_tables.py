@@ -174,6 +174,7 @@ def test_a_student_learns_from_columns_of_a_table(tmp_path: Path, capsys: pytest
         results["teacher_outputs"]["train"]["accuracy"] == 1 and results["teacher_outputs"]["validation"]["rows"] == 5
     )
     report = (run / "report.md").read_text()
+    assert "of the teacher's 1.000" in report
     assert "Teacher outputs" in report and "as probabilities" in report
     assert "12 of 60 rows of train have no label" in report
     run_script("image-classification/scripts/evaluate.py", run, "--json", tmp_path / "metrics.json")
@@ -201,3 +202,12 @@ def test_flags_that_do_not_fit_columns_are_refused(tmp_path: Path, capsys: pytes
         error = capsys.readouterr().err.splitlines()[-1]
         assert exit.value.code == 2 and message in error, (words, error)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train_bottleneck", "train_simkd", "sweep", "distill_bottleneck", "train_teacher"])
+def test_scripts_that_need_more_than_outputs_name_the_one_that_does_not(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run_script(f"image-classification/scripts/{script}.py", "--teacher_columns", "p_*")
+    assert exit.value.code == 2 and "only train_student.py distills from a teacher's" in capsys.readouterr().err
