@@ -303,7 +303,14 @@ class Texts:
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, words: list[list[str]], tags: list[list[int]]) -> dict[str, Any]:
-    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Needs a fast tokenizer."""
+    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Raises UserError for a slow
+    tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} does not map its tokens to words: save a fast tokenizer "
+            "(tokenizer.json) in the folder of --teacher or --student"
+        )
     encoded = tokenizer(words, is_split_into_words=True, truncation=True)
     first_tokens, labels = [], []
     for number, row in enumerate(tags):
