@@ -41,10 +41,10 @@ def _freeze_imported_objects() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_measurements() -> Iterator[None]:
-    """Scripts measure the latency of each model with 3 forward passes instead of 30. The tests of the measurements
-    call the original functions.
+    """Scripts measure the latency of each model with 3 forward passes instead of 30, and compute intervals from 200
+    resamples instead of 1,000. The tests of the measurements call the original functions.
     """
-    from kd.common.metrics import cost
+    from kd.common.metrics import cost, verdict
 
     original, interleaved = cost.latency, cost.interleaved_latency
 
@@ -53,6 +53,7 @@ def _short_measurements() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "latency", latency)
+        patch.setattr(verdict, "RESAMPLES", 200)
         patch.setattr(cost, "interleaved_latency", partial(interleaved, repeats=10))
         yield
 

@@ -42,6 +42,7 @@ def test_help_of_a_module_imports_no_torch_and_is_short(module: str) -> None:
     assert len(output.splitlines()) <= 100 and max(map(len, output.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_help_all_adds_the_flags_of_training_arguments() -> None:
     script = "NLP/scripts/distill_classifier.py"
     output, ending = show_help(f"runpy.run_path('{script}', run_name='__main__')", "--help-all")

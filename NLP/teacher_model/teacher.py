@@ -332,7 +332,14 @@ def tiny_bert(data: TextData) -> Pretrained:
     is_words = data.task == "token_classification"
     texts = [" ".join(words) for words in texts] if is_words else texts
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
-    config = BertConfig(
+    config = tiny_config(tokenizer, **label_config(data))
+    kind = BertForTokenClassification if is_words else BertForSequenceClassification
+    return Pretrained(kind(config), tokenizer, from_scratch=True)
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase, **others: Any) -> BertConfig:
+    """The configuration of a small BERT with random weights; `others` are further entries."""
+    return BertConfig(
         vocab_size=len(tokenizer),
         # BERT's 0.02, scaled from its width of 768 such that the outputs of layers have the same variance. With 0.02,
         # this model needs several times as many epochs.
@@ -340,10 +347,8 @@ def tiny_bert(data: TextData) -> Pretrained:
         hidden_dropout_prob=0.0,  # few epochs do not overfit, and dropout takes a fifth of a step on a CPU
         attention_probs_dropout_prob=0.0,
         **TINY_SIZES,
-        **label_config(data),
+        **others,
     )
-    kind = BertForTokenClassification if is_words else BertForSequenceClassification
-    return Pretrained(kind(config), tokenizer, from_scratch=True)
 
 
 def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:

@@ -77,6 +77,7 @@ print(data_fingerprint([split, rows[:]] for split, rows in load_intents().items(
 """
 
 
+@pytest.mark.slow
 def test_intents_are_the_same_for_the_same_seed_and_in_another_process(capsys: pytest.CaptureFixture[str]) -> None:
     """The other process has other hashes of strings."""
     command, environment = [sys.executable, "-c", INTENTS_FINGERPRINT], os.environ | {"PYTHONHASHSEED": "7"}

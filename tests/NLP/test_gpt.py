@@ -315,8 +315,8 @@ def test_the_saved_student_loads_with_the_code_of_its_model_card(finished, capsy
     [
         ["--method", "reverse_kl", "--hidden_weight", "1", "--alpha", "0", "--load_best_model_at_end",
          "--metric_for_best_model", "perplexity", "--greater_is_better", "false"],
-        ["--method", "js:beta=0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
-         "0.5", "--gradient_accumulation_steps", "2"],
+        pytest.param(["--method", "js:beta=0.1", "--student", "scratch", "--student_width", "64", "--hidden_weight",
+         "0.5", "--gradient_accumulation_steps", "2"], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_other_divergences_and_hidden_states(texts, tmp_path, words):
@@ -340,6 +340,7 @@ def test_a_continued_run_with_a_finished_teacher_gives_the_same_student(finished
     assert all(torch.equal(weight, weights[name]) for name, weight in found.items())
 
 
+@pytest.mark.slow
 def test_several_seeds_share_a_teacher_and_continue(texts, tmp_path):
     found = distill(tmp_path / "run", texts, "--seeds", "0,1", "--num_train_epochs", "1", "--teacher_epochs", "1")
     assert found["seeds"] == [0, 1]

@@ -110,7 +110,8 @@ def test_a_language_model_generates_as_transformers(texts, tmp_path, capsys, for
     assert capsys.readouterr().out.strip() == tokenizer.decode(expected[0]).strip()
 
 
-@pytest.mark.parametrize("format", ["onnx", pytest.param("torch.export", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
 def test_a_translator_generates_as_transformers(texts, tmp_path, format):
     tokenizer = joint_bpe(texts, 200, 32)
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}

@@ -321,6 +321,7 @@ def test_a_run_is_complete(finished):
         assert (finished / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["scratch", "cut"])
 def test_the_control_starts_like_the_student_but_without_trained_weights(without_test, tmp_path, student):
     """With a learning rate too small for fp32, students keep their initial weights."""
@@ -376,6 +377,7 @@ def test_the_code_of_the_model_card_runs(finished, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
     """The run continues after the teacher's stage, without the files of later stages."""
     run = tmp_path / "run"
@@ -389,6 +391,7 @@ def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
         assert all(torch.equal(whole[weight], continued[weight]) for weight in whole)
 
 
+@pytest.mark.slow
 def test_several_seeds_share_a_teacher_and_its_translations(without_test, tmp_path):
     words = ["--seeds", "0,1", "--method", "sequence_kd", "--num_train_epochs", 1, "--teacher_epochs", 1]
     distill("--dataset", without_test, "--output_dir", tmp_path, *words)
@@ -439,12 +442,13 @@ def t5(small, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "kind"),
     [
         ("cut", "t5"),
-        pytest.param("scratch", "marian", marks=pytest.mark.slow),
-        pytest.param("by name", "t5", marks=pytest.mark.slow),
+        ("scratch", "marian"),
+        ("by name", "t5"),
     ],
 )
 def test_a_t5_as_teacher(without_test, t5, tmp_path, student, kind):

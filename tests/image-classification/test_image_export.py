@@ -45,9 +45,9 @@ def student_of(kind: str, data: Any) -> Any:
     ("kind", "format", "large"),
     [
         ("plain", "onnx", True),
-        ("simkd", "onnx", False),
+        pytest.param("simkd", "onnx", False, marks=pytest.mark.slow),
         pytest.param("simkd", "torch.export", False, marks=pytest.mark.slow),
-        ("bottleneck", "torch.export", False),
+        pytest.param("bottleneck", "torch.export", False, marks=pytest.mark.slow),
         ("probe", "torch.export", True),
     ],
 )

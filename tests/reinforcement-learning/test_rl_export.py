@@ -127,6 +127,7 @@ def test_export_of_a_bottleneck_and_the_code_of_its_readme(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(found["actions"])
 
 
+@pytest.mark.slow
 def test_frames(tmp_path):
     environment = "ALE/Pong-v5"
     args = StudentArguments(student=[16], channels=[4, 4, 4])

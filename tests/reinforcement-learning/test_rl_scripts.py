@@ -163,6 +163,7 @@ def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
     assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
 
 
+@pytest.mark.slow
 def test_the_verdict_over_seeds(cart_pole):
     distill("--teacher", cart_pole, "--seeds", "0,1", "--output_dir", "runs")
     runs = [read_json(f"runs/seed{seed}/results.json") for seed in (0, 1)]
@@ -200,6 +201,7 @@ def test_proximal_policy_distillation(cart_pole):
     PPO.load(RUNS / "ppd_CartPole-v1" / "student" / "student.zip", device="cpu")
 
 
+@pytest.mark.slow
 def test_normalized_continuous_teacher_and_student_for_raw_observations():
     """The teacher was trained with VecNormalize; the student takes raw observations."""
     hopper = ["--environment", "Hopper-v5", "--teacher_steps", 600, "--episodes", 3]
@@ -218,7 +220,9 @@ def test_normalized_continuous_teacher_and_student_for_raw_observations():
     assert read_json("raw/results.json")["models"]["teacher"]["metrics"] != results["models"]["teacher"]["metrics"]
 
 
-@pytest.mark.parametrize(("algorithm", "environment"), [("dqn", "CartPole-v1"), ("sac", "Pendulum-v1")])
+@pytest.mark.parametrize(
+    ("algorithm", "environment"), [("dqn", "CartPole-v1"), pytest.param("sac", "Pendulum-v1", marks=pytest.mark.slow)]
+)
 def test_teachers_of_other_algorithms(algorithm, environment):
     settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
     run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
@@ -234,6 +238,7 @@ def test_teachers_of_other_algorithms(algorithm, environment):
         assert student["return_mean"] < 0 and results["retention"] in (None, student["normalized_return"])
 
 
+@pytest.mark.slow
 def test_several_environments_share_one_body(capsys):
     teachers = []
     for name in ("CartPole-v1", "MountainCar-v0"):

@@ -98,6 +98,7 @@ for number in range(3):
 """
 
 
+@pytest.mark.slow
 def test_saved_students_load_without_this_project(tmp_path):
     expected = []
     for number, environment in enumerate(["CartPole-v1", "Pendulum-v1", "ALE/Pong-v5"]):
