@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from kd.common.data.readers import reason_of
@@ -63,7 +64,7 @@ def load_student(name: str, data: TextData, teacher: Pretrained | None) -> Pretr
         for setting, value in label_config(data).items():
             setattr(config, setting, value)
         model = auto_class(data).from_config(config)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"--student {shorten(name)}: {reason_of(error)}") from error
     origin = "the tokenizer of its folder" if own_tokenizer else "the tokenizer of the teacher"
     note = (
@@ -104,8 +105,8 @@ def _value(text: str) -> Any:
 
 
 def set_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, shrink: bool) -> None:
-    """Sets the ids of special tokens to those of the tokenizer. Sets the size of the vocabulary to that of the tokenizer
-    if it is smaller, or larger and should `shrink`.
+    """Sets the ids of special tokens to the tokenizer's, and the size of the vocabulary if that is smaller than the
+    tokenizer's, or should `shrink`.
     """
     size = max(tokenizer.get_vocab().values()) + 1
     config.vocab_size = size if shrink else max(size, config.vocab_size)
