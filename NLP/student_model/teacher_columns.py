@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def distill_from_columns(
             inputs = load_inputs(text, pair, data, run.args.seed)
         control = None if training.no_control else train_control(run, inputs, pair, training.num_train_epochs)
         student = train_student(run, inputs, pair, matching, outputs)
-        report(run, inputs, matching.method, pair.student, None, None, control, student, teacher_outputs=measured)
+        report(run, inputs, matching.method, pair.student, None, None, control, student, **measured)
     parent_run.summarize()
 
 
@@ -92,15 +93,16 @@ def logits_of(data: TextData, split: str = "train") -> np.ndarray:
     return column_array(data.splits[split], "teacher")
 
 
-def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, dict[str, float]]:
-    """See `measure_outputs`."""
+def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, Any]:
+    """The teacher's description and metrics (see `measure_outputs`) for the results."""
     assert data.teacher is not None
     splits = {
         split: (column_array(rows, "label"), logits_of(data, split))
         for split, rows in data.splits.items()
         if "teacher" in rows.column_names
     }
-    return measure_outputs(run, data.teacher, data.scores, data.primary_metric, splits)
+    measured = measure_outputs(run, data.teacher, data.scores, data.primary_metric, splits)
+    return {"teacher_columns": data.teacher.description, "teacher_outputs": measured}
 
 
 def train_student(

@@ -178,6 +178,8 @@ def test_a_student_learns_from_columns_of_a_table(tmp_path: Path, capsys: pytest
     )
     report = (run / "report.md").read_text()
     assert "of the teacher's 1.000" in report
+    card = (run / "student" / "README.md").read_text()
+    assert "distilled from the outputs of a teacher in the data (columns 'p_cat'" in card
     assert "Teacher outputs" in report and "as probabilities" in report
     assert "12 of 60 rows of train have no label" in report
     run_script("image-classification/scripts/evaluate.py", run, "--json", tmp_path / "metrics.json")
