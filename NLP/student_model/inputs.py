@@ -25,6 +25,7 @@ from kd.nlp.student_model.methods import (
 )
 from kd.nlp.student_model.pooling import Pooling, head_pooling
 from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained, number_of_layers
+from kd.nlp.teacher_model.untrained import load_student
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def load_pretrained(
     """Loads teacher, student and the control's initial model. The seed sets random weights."""
     set_seed(seed)
     teacher = load_classifier(pair.teacher, data)
-    student = load_classifier(pair.student, data) if pair.student else None
+    student = load_student(pair.student, data, teacher) if pair.student else None
     has_control_init = pair.control_init and not (pair.student or training.no_control)
     control_init = load_classifier(str(pair.control_init), data) if has_control_init else None
     for model in filter(None, (teacher, student, control_init)):

@@ -31,7 +31,7 @@ from kd.nlp.student_model.methods import (
 )
 from kd.nlp.student_model.training import fine_tune, learning_rate_of, open_run, train_control
 from kd.nlp.teacher_model import TINY_BERT
-from kd.nlp.teacher_model.teacher import load_classifier
+from kd.nlp.teacher_model.untrained import load_student
 
 
 def distill_from_columns(
@@ -43,14 +43,14 @@ def distill_from_columns(
     check_smoothing(training, data.name, data.num_labels)
     check_method(matching.method, training, data.name, data.num_labels)
     pair.student = pair.student or TINY_BERT
-    inputs = load_student(text, pair, data, training.seed)
+    inputs = load_inputs(text, pair, data, training.seed)
     validate(inputs, matching, training)
     parent_run = open_run(inputs, training, text, pair, matching)
     outputs = outputs_of_columns(logits_of(data))
     measured = measure_teacher(parent_run, data)
     for run in parent_run.each_seed():
         if run.args.seed != training.seed:
-            inputs = load_student(text, pair, data, run.args.seed)
+            inputs = load_inputs(text, pair, data, run.args.seed)
         control = None if training.no_control else train_control(run, inputs, pair, training.num_train_epochs)
         student = train_student(run, inputs, pair, matching, outputs)
         report(run, inputs, matching.method, pair.student, None, None, control, student, **measured)
@@ -66,12 +66,12 @@ def reject_unused_flags(pair: PairArguments, matching: MatchingArguments) -> Non
     reject_unused(reason, matching, "ensemble_teachers", "ensemble_weights", "student_from", *for_features)
 
 
-def load_student(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:
+def load_inputs(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:
     """The data and the initial student, which stands in for the teacher that the data replace. The seed sets random
     weights.
     """
     set_seed(seed)
-    student = load_classifier(str(pair.student), data)
+    student = load_student(str(pair.student), data, None)
     student.set_max_length(text.max_length)
     texts = Texts.of(data, student.tokenizer)
     return Inputs(data, student, student, None, [], texts, texts, 0)

@@ -126,15 +126,26 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     notes: list[str] = []
     trained = is_trained(name, read_config(name), data)
     with reading(name, "a text encoder", NO_DOWNLOAD):
-        tokenizer = load_tokenizer(AutoTokenizer, name)
+        tokenizer = read_tokenizer(name, data)
         labels = {} if trained else label_config(data)
-        if data.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
-            tokenizer = load_tokenizer(AutoTokenizer, name, add_prefix_space=True)  # words of a list have a space
         model = load_model(auto_class(data), name, whole=trained, notes=notes, **labels)
+    return fitted(name, Pretrained(model, tokenizer, trained=trained, notes=notes))
+
+
+def read_tokenizer(name: str, data: TextData) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(AutoTokenizer, name)
+    if data.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+        tokenizer = load_tokenizer(AutoTokenizer, name, add_prefix_space=True)  # words of a list have a space
+    return tokenizer
+
+
+def fitted(name: str, pretrained: Pretrained) -> Pretrained:
+    """The model NAME with a tokenizer of the columns that it takes, and with padding."""
+    model, tokenizer = pretrained.model, pretrained.tokenizer
     accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
     tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
-    set_padding(name, model, tokenizer, notes)
-    return Pretrained(model, tokenizer, trained=trained, notes=notes)
+    set_padding(name, model, tokenizer, pretrained.notes)
+    return pretrained
 
 
 def auto_class(data: TextData) -> Any:
