@@ -2,9 +2,9 @@
 
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10
 
-The teacher's bottleneck is trained on its frozen backbone. The student's maps match the teacher's as in SimKD. Its keys
-are carried from the teacher, fitted to its embeddings (`new`) or random, and its values are trained; `--keys reused`
-takes both. The control has new keys and no teacher.
+The teacher's bottleneck is trained on its frozen backbone. The student's maps match the teacher's as in SimKD. Its
+keys are carried from the teacher, fitted to its embeddings (`new`) or random, and its values are trained;
+`--keys reused` takes both. The control has new keys and no teacher.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
