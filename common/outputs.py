@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 @dataclass
 class Outputs(ModelOutput):
     """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are not
-    padding, sample_id (batch,) of the training samples, for terms with a memory.
+    padding and have features, sample_id (batch,) of the training samples, for terms with a memory.
 
     It is a ModelOutput because accelerate casts the bf16 tensors of an autocast forward back to fp32 only inside one.
     """

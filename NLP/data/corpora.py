@@ -2,7 +2,8 @@
 
 The embedded corpus `python` is English text of the Python installation: the language reference for `help()`
 (`pydoc_data.topics`) and the docstrings of the standard library, about 1.7 MB without repeated paragraphs. It is under
-the Python Software Foundation License and differs slightly between Python versions.
+the Python Software Foundation License and differs slightly between Python versions. `intents` are the texts of the
+embedded classification data.
 """
 
 import ast
@@ -11,6 +12,7 @@ import platform
 import re
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -35,9 +37,10 @@ from kd.common.data.sources import (
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
+from kd.nlp.data.intents import load_intents
 
 EMBEDDED = "python"
-KNOWN: KnownDatasets = {EMBEDDED: dict}  # load_corpus makes its documents
+KNOWN: KnownDatasets = {EMBEDDED: dict, "intents": load_intents}  # load_corpus makes the documents of `python`
 DOCUMENTS_PER_CALL = 1000  # tokenized by one call of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
@@ -74,7 +77,8 @@ def load_corpus(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> Corpus:
-    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub.
+    """Loads `python`, the texts of `intents`, a folder (one parquet, CSV, JSON or .txt file per split) or
+    owner/name[:config] of the Hub.
 
     `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of each other split.
     """
@@ -106,7 +110,7 @@ def _at_most(documents: list[str], most: int | None, split: str, notes: list[str
     if most is None or most >= len(documents):
         return documents
     notes.append(f"{most:,} of {len(documents):,} documents of {split}")
-    if any(map(_is_line, documents)):
+    if any(map(is_line, documents)):
         return documents[:most]
     return [documents[number * len(documents) // most] for number in range(most)]
 
@@ -232,11 +236,9 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     """
     end = tokenizer.eos_token_id
     pieces = [torch.tensor([end])]
-    for start in range(0, len(documents), DOCUMENTS_PER_CALL):
-        chunk = documents[start : start + DOCUMENTS_PER_CALL]
-        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for document, ids in zip(chunk, encoded, strict=True):
-            pieces.append(torch.tensor(ids if _is_line(document) else [*ids, end], dtype=torch.long))
+    for document, encoding in encode_documents(documents, tokenizer):
+        ids = encoding["input_ids"]
+        pieces.append(torch.tensor(ids if is_line(document) else [*ids, end], dtype=torch.long))
     stream = torch.cat(pieces)
     missing = -(len(stream) - 1) % block_size
     inputs = F.pad(stream[:-1], (0, missing), value=end).view(-1, block_size)
@@ -245,7 +247,21 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
-def _is_line(document: str) -> bool:
+def encode_documents(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, words: bool = False
+) -> Iterator[tuple[str, dict[str, list[int]]]]:
+    """Yields each document with its `input_ids`, without special tokens, and with `words`, the number of the word of
+    each token; the latter needs a fast tokenizer.
+    """
+    for start in range(0, len(documents), DOCUMENTS_PER_CALL):
+        chunk = documents[start : start + DOCUMENTS_PER_CALL]
+        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for number, document in enumerate(chunk):
+            encoding = {"input_ids": encoded["input_ids"][number]}
+            yield document, encoding | ({"words": encoded.word_ids(number)} if words else {})
+
+
+def is_line(document: str) -> bool:
     return document.find("\n") == len(document) - 1
 
 

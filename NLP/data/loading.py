@@ -149,8 +149,9 @@ def load_text_data(
     if task == "regression" and known_labels:
         raise UserError(f"{name} has scores, not classes: the classifier cannot be evaluated on it")
     spec = known_task(columns, known_labels or labels.names, task)
-    # F1 is computed for class 1, so the label order of a known task also applies to a local file.
-    names = known_labels or (list(spec.label_names) if spec else []) or labels.names
+    # F1 is computed for class 1, so the label order of a known task also applies to a local file, and to a classifier.
+    by_position = spec is not None and spec.metric == "f1"
+    names = (known_labels if not by_position else None) or (list(spec.label_names) if spec else []) or labels.names
     ids = map_labels(task, name, labels.values, labels.names, names)
     notes += [note, *labels.notes]
     splits = {split: select_rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}
@@ -303,7 +304,14 @@ class Texts:
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, words: list[list[str]], tags: list[list[int]]) -> dict[str, Any]:
-    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Needs a fast tokenizer."""
+    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Raises UserError for a slow
+    tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} does not map its tokens to words: save a fast tokenizer "
+            "(tokenizer.json) in the folder of --teacher or --student"
+        )
     encoded = tokenizer(words, is_split_into_words=True, truncation=True)
     first_tokens, labels = [], []
     for number, row in enumerate(tags):

@@ -170,7 +170,7 @@ class PairArguments:
     )
     teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
     student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the student (default: a cut of the teacher)."}
+        default=None, metadata={"help": "Hub name, folder or TYPE:key=value:... (default: cut from teacher)."}
     )
     student_layers: Count | None = field(
         default=None, metadata={"help": "Number of the teacher's layers that a cut keeps (default: half)."}

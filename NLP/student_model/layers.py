@@ -158,7 +158,9 @@ def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: 
 
 
 def alternating_layers(kept: int, layers: int) -> list[int]:
-    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5."""
+    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5, and 6 of 12 gives 0, 2, 4, 7,
+    9, 11, as in DistilBERT (arXiv:1910.01108, extract_distilbert.py).
+    """
     return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 

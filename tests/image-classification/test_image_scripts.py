@@ -21,7 +21,9 @@ from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.data.sources import embedded_digits
-from kd.image_classification.student_model.arguments import DataArguments
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
+)
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.sweep import Student
 from kd.image_classification.student_model.sweep_report import compare_students
@@ -256,6 +258,7 @@ def test_two_processes_train_one_student(teacher, tmp_path):
     assert results_of(tmp_path / "run")["models"]["student"]["metrics"]["test"]["accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_share_the_teacher(tmp_path, capsys):
     words = [*SHORT, *PAIR, "--teacher", "resnet8"]
     script("train_student.py", *words, "--seeds", "3,4", "--output_dir", tmp_path / "several")
@@ -307,6 +310,7 @@ def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
     assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     common = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", 0, "--output_dir", tmp_path / "s"]
     words = [*common, "--projectors", "single", "all-layer"]
