@@ -205,7 +205,7 @@ def validate_matching(
     has_bottleneck = isinstance(teacher.model, BottleneckClassifier)
     logits_only = "set --hidden_weight, --embedding_weight and --attention_weight to 0, and use a --method on logits"
     if reads_features or pair.align_epochs:
-        _validate_alignment(inputs, pair, matching)
+        validate_alignment(inputs, pair, matching)
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
@@ -237,7 +237,7 @@ def validate_matching(
         raise UserError("--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it")
 
 
-def _validate_alignment(inputs: Inputs, pair: PairArguments, matching: MatchingArguments) -> None:
+def validate_alignment(inputs: Inputs, pair: PairArguments, matching: MatchingArguments) -> None:
     """Raises UserError for features that cannot be matched between different tokens."""
     if not inputs.student or (inputs.same_tokens and inputs.pooling[0] == inputs.pooling[1]):
         return
