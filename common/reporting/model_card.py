@@ -136,9 +136,8 @@ def _origins(licences: dict[str, Licence]) -> list[str]:
     """The section on the pretrained models and their licences, if there are any models."""
     if not licences:
         return []
-    lines = [
-        f"- {code(_last_part(Path(n)) if is_local(n) else n)}: {describe_licence(x)}" for n, x in licences.items()
-    ]
+    names = {name: _last_part(Path(name)) if is_local(name) else name for name in licences}
+    lines = [f"- {code(names[name])}: {escaped(describe_licence(licence))}" for name, licence in licences.items()]
     if not common_licence(licences).get("license"):
         lines.append("- Their licences differ or are not known, so this card states none for the student.")
     return ["## Pretrained models", "\n".join(lines)]

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,9 +27,13 @@ from kd.common.losses import feature_l2
 from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.utils.errors import UserError
+from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import teacher_outputs
 from kd.nlp.student_model.alignment import AlignedOutputs, LiveOutputs, match_pooled, overlap, token_spans
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
+from kd.nlp.student_model.inputs import validate_alignment
 from kd.nlp.teacher_model.generative import byte_level_bpe
 from kd.nlp.teacher_model.teacher import vocabulary
 from kd_testing.scripts import run_script
@@ -205,6 +211,34 @@ def test_a_decoder_teaches_an_encoder_of_another_vocabulary(
     )
 
 
+def test_a_continued_run_reads_the_cached_states(small: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--teacher", models["gpt"], "--student", models["bert"], "--align_epochs", 0, "--hidden_weight", 1]
+    distill(small, *words, "--output_dir", folder)
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    cached = {path: path.stat().st_mtime_ns for path in folder.glob("teacher_outputs/**/*.arrow")}
+    assert cached
+    for name in ("stages/student", "student"):
+        shutil.rmtree(folder / name)
+    (folder / "results.json").unlink()
+    distill(small, *words, "--output_dir", folder, "--resume_from_checkpoint")
+    assert (folder / "student" / "model.safetensors").read_bytes() == weights
+    assert {path: path.stat().st_mtime_ns for path in cached} == cached
+
+
+def test_tags_and_hidden_states_of_another_tokenizer(tmp_path: Path, narrow_bert: None) -> None:
+    splits = load_synthetic_entities()
+    for split, size in (("train", 60), ("validation", 20)):
+        splits[split].select(range(size)).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    texts = [" ".join(words) for words in splits["train"]["tokens"][:60]]
+    pieces = BertTokenizer(vocab=vocabulary(texts, 20), model_max_length=128)
+    shape: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    student = saved(tmp_path / "bert", BertModel(BertConfig(vocab_size=len(pieces), hidden_size=16, **shape)), pieces)
+    words = ["--student", student, "--align_epochs", 0, "--hidden_weight", 1, "--from_scratch_epochs", 0.5]
+    losses = distill(tmp_path / "data", *words, "--output_dir", tmp_path / "run")
+    assert losses["loss_hidden_0"] > 0 and losses["loss_soft_targets"] > 0
+
+
 def test_an_encoder_teaches_a_decoder_by_pooled_features(small: Path, models: dict[str, Path], tmp_path: Path) -> None:
     words = ["--student", models["gpt"], "--method", "sp", "--from_scratch_epochs", 0.2, "--align_epochs", 0.1]
     losses = distill(small, *words, "--output_dir", tmp_path / "run")
@@ -212,7 +246,8 @@ def test_an_encoder_teaches_a_decoder_by_pooled_features(small: Path, models: di
     aligned = json.loads((tmp_path / "run" / "stages" / "student_encoder" / "stage.json").read_text())["history"]
     assert {"loss_hidden_0", "loss_hidden_1"} <= next(entry for entry in aligned if "loss" in entry).keys()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "padded with its end-of-text token" in results["model_notes"]
+    notes = results["model_notes"]
+    assert "padded with its end-of-text token" in notes and "read texts in different tokens" in notes
 
 
 @pytest.mark.parametrize(
@@ -231,3 +266,30 @@ def test_what_needs_equal_tokens_is_refused(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and re.search(message, error), error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "message"),
+    [
+        ({"is_fast": False}, "kd", "S has no character offsets .*tokenizer.json.*, or pass --align_epochs 0"),
+        ({"padding_side": "left"}, "kd", "S pads texts on the left: pass --align_epochs 0"),
+        ({"classifier_pooling": "mean"}, "sp", '--method on logits, or set "classifier_pooling": "cls"'),
+        ({"classifier_pooling": "mean"}, "kd", None),
+        ({}, "sp", None),
+    ],
+)
+def test_features_of_other_tokens_that_cannot_be_matched(change: Any, method: str, message: str | None) -> None:
+    tokenizer = {"is_fast": True, "padding_side": "right"}
+    tokenizer |= {name: value for name, value in change.items() if name in tokenizer}
+    config = {"model_type": "modernbert"} | {name: x for name, x in change.items() if name not in tokenizer}
+    good = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=True, padding_side="right"))
+    student = SimpleNamespace(
+        tokenizer=SimpleNamespace(**tokenizer), model=SimpleNamespace(config=SimpleNamespace(**config))
+    )
+    inputs: Any = SimpleNamespace(student=student, teacher=good, same_tokens=False, data=data_of(TEXTS))
+    pair = PairArguments(teacher="T", student="S")
+    matching = MatchingArguments(method=method, hidden_weight=1.0)
+    if message is None:
+        return validate_alignment(inputs, pair, matching)
+    with pytest.raises(UserError, match=message):
+        validate_alignment(inputs, pair, matching)
