@@ -203,7 +203,8 @@ class FeatureTerm(nn.Module):
 
     Args:
         student, teacher: Name of a feature, or several names for a loss that takes several tensors of each model.
-        loss: (student features, teacher features, mask=mask) -> scalar; called without `mask` if there is none.
+        loss: (student features, teacher features, mask=mask) -> scalar; called without `mask` if there is none. The
+            mask keeps the positions that the masks of both models keep.
         projector: Applied to the student's features first. Its parameters are auxiliary parameters.
         transform: (feature, mask (batch, positions) or None) -> tensor, applied to the features of both models, such
             as pooling. The loss is then called without a mask of positions.
@@ -235,6 +236,8 @@ class FeatureTerm(nn.Module):
             names = " and ".join(str(sorted(named) or "none") for named in outputs)
             raise UserError(f"the objective needs feature {error}; student and teacher output {names}") from None
         mask = student.mask
+        if self.transform is None and teacher is not None and teacher.mask is not None:
+            mask = teacher.mask if mask is None else mask * teacher.mask
         if self.projector is not None:
             features = [self.projector(feature) for feature in features]
         if self.transform is not None:

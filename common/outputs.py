@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 @dataclass
 class Outputs(ModelOutput):
     """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are not
-    padding, sample_id (batch,) of the training samples, for terms with a memory.
+    padding and have features, sample_id (batch,) of the training samples, for terms with a memory.
 
     It is a ModelOutput because accelerate casts the bf16 tensors of an autocast forward back to fp32 only inside one.
     """
@@ -25,7 +25,8 @@ class Outputs(ModelOutput):
 
 
 class FeatureHooks:
-    """Records the outputs of submodules by name: `FeatureHooks(bert, {"layer_2": "encoder.layer.1"})`.
+    """Records the outputs of submodules by name: `FeatureHooks(bert, {"layer_2": "encoder.layer.1"})`. Of several
+    outputs it is the first; that of the model itself, at the path "", is the last hidden state of an encoder.
 
     Call the model, then `take()` the features of that call. Raises ValueError for a path that the model lacks.
     """
@@ -40,7 +41,7 @@ class FeatureHooks:
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._features[name] = output[0] if isinstance(output, tuple) else output
+            self._features[name] = output[0] if isinstance(output, tuple | ModelOutput) else output
 
         return record
 

@@ -19,7 +19,9 @@ TRAINED = [  # scripts that train with KDTrainer, and the flags that they requir
     ("NLP/scripts/distill_bottleneck.py", []),
     ("NLP/scripts/distill_glue.py", []),
     ("NLP/scripts/distill_gpt.py", []),
+    ("NLP/scripts/distill_mlm.py", []),
     ("NLP/scripts/distill_translation.py", []),
+    ("NLP/scripts/train_teacher.py", []),
     ("NLP/scripts/search.py", ["--teacher", "nowhere"]),
     ("image-classification/scripts/train_teacher.py", []),
     ("image-classification/scripts/train_student.py", []),
@@ -85,8 +87,10 @@ INVALID_TRAINING_FLAGS = [
     (f"{'long' * 500}.yaml", "File name too long"),
 ]
 CLASSIFY, BOTTLENECK = "NLP/scripts/distill_classifier.py", "NLP/scripts/distill_bottleneck.py"
-GPT, TRANSLATE, GLUE = (f"NLP/scripts/distill_{name}.py" for name in ("gpt", "translation", "glue"))
-SEARCH, NLP_EXPORT, NLP_EVALUATE = (f"NLP/scripts/{name}.py" for name in ("search", "export", "evaluate"))
+GPT, MLM, TRANSLATE, GLUE = (f"NLP/scripts/distill_{name}.py" for name in ("gpt", "mlm", "translation", "glue"))
+SEARCH, NLP_EXPORT, NLP_EVALUATE, NLP_TEACHER = (
+    f"NLP/scripts/{name}.py" for name in ("search", "export", "evaluate", "train_teacher")
+)
 STUDY = "benchmarks/key_study.py"
 IMAGES = "image-classification/scripts/"
 POLICY, RL_TEACHER, RL_EVALUATE = (
@@ -124,6 +128,16 @@ INVALID_SCRIPT_FLAGS = [
     (GLUE, "--seeds", "--seeds must name at least one seed"),
     (GLUE, "--dataset rte", "--dataset has no effect"),
     (GLUE, "--keys new", "--keys has no effect"),
+    (MLM, "--alpha 0.5", "--alpha has no effect"),
+    (MLM, "--alpha_ce 0 --temperature 3", "--temperature has no effect"),
+    (MLM, "--alpha_ce 0 --soft_target_positions masked", "--soft_target_positions has no effect"),
+    (MLM, "--alpha_cos -1", "--alpha_cos must be at least 0"),
+    (MLM, "--mask_share 1", "--mask_share must be above 0 and below 1"),
+    (MLM, "--student_width 33", "--student_width must be a multiple of 32"),
+    (MLM, "--learning_rate 1", "--learning_rate has no effect"),
+    (NLP_TEACHER, "--alpha 0.5", "--alpha has no effect"),
+    (NLP_TEACHER, "--learning_rate 1", "--learning_rate has no effect"),
+    (NLP_TEACHER, "--teacher nowhere --from_scratch_learning_rate 1", "--from_scratch_learning_rate has no effect"),
     (GPT, "--block_size 1", "--block_size must be at least 2"),
     (GPT, "--block_size 99999999999999999999", "--block_size must be at most 2147483647"),
     (GPT, "--method js:beta=1", "method js: beta must be above 0 and below 1"),
@@ -262,7 +276,9 @@ def argument_types() -> list[type[Any]]:
         "kd.nlp.student_model.arguments",
         "kd.nlp.student_model.search_arguments",
         "kd.nlp.scripts.distill_gpt",
+        "kd.nlp.scripts.distill_mlm",
         "kd.nlp.scripts.distill_translation",
+        "kd.nlp.scripts.train_teacher",
         "kd.image_classification.student_model.arguments",
         *(f"kd.image_classification.scripts.{name}" for name in ("train_teacher", "prepare_data")),
         "kd.reinforcement_learning.student_model.arguments",
@@ -313,12 +329,9 @@ def types_of(recipe: Path) -> list[type[Any]]:
             images.DataArguments,
             images.ImageTrainingArguments,
         ]
-    if recipe.stem in ("gpt", "translation", "multi30k"):
-        gpt, translation = (
-            importlib.import_module(f"kd.nlp.scripts.distill_{name}") for name in ("gpt", "translation")
-        )
-        of_gpt = [gpt.Arguments, gpt.LanguageTrainingArguments]
-        return of_gpt if recipe.stem == "gpt" else [translation.Arguments, translation.TranslationTrainingArguments]
+    if recipe.stem in ("gpt", "mlm", "translation", "multi30k"):
+        name = "translation" if recipe.stem == "multi30k" else recipe.stem
+        return list(importlib.import_module(f"kd.nlp.scripts.distill_{name}").ARGUMENTS)
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]
     glue = [texts.GlueArguments] if recipe.stem == "glue" else []

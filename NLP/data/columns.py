@@ -48,6 +48,7 @@ TASKS: dict[str, TaskSpec] = {
     "qnli": TaskSpec(f"{GLUE}:qnli", ("question", "sentence"), "label", "accuracy", ENTAILMENT),
     "rte": TaskSpec(f"{GLUE}:rte", SENTENCES, "label", "accuracy", ENTAILMENT),
     "stsb": TaskSpec(f"{GLUE}:stsb", SENTENCES, "label", "spearman", task="regression"),
+    "intent_pairs": TaskSpec("", ("text1", "text2"), "score", "spearman", labelled_test=True, task="regression"),
 }
 TASKS |= {
     "go_emotions": TaskSpec(

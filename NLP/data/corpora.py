@@ -2,7 +2,8 @@
 
 The embedded corpus `python` is English text of the Python installation: the language reference for `help()`
 (`pydoc_data.topics`) and the docstrings of the standard library, about 1.7 MB without repeated paragraphs. It is under
-the Python Software Foundation License and differs slightly between Python versions.
+the Python Software Foundation License and differs slightly between Python versions. `intents` are the texts of the
+embedded classification data.
 """
 
 import ast
@@ -11,6 +12,7 @@ import platform
 import re
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -35,9 +37,10 @@ from kd.common.data.sources import (
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
+from kd.nlp.data.intents import load_intents
 
 EMBEDDED = "python"
-KNOWN: KnownDatasets = {EMBEDDED: dict}  # load_corpus makes its documents
+KNOWN: KnownDatasets = {EMBEDDED: dict, "intents": load_intents}  # load_corpus makes the documents of `python`
 DOCUMENTS_PER_CALL = 1000  # tokenized by one call of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
@@ -74,7 +77,8 @@ def load_corpus(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> Corpus:
-    """Loads `python`, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of the Hub.
+    """Loads `python`, the texts of `intents`, a folder (one parquet, CSV, JSON or .txt file per split) or
+    owner/name[:config] of the Hub.
 
     `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of each other split.
     """
@@ -91,7 +95,7 @@ def load_corpus(
 
 def _read_corpus(dataset: str, text_column: str | None) -> tuple[Documents, list[str]]:
     """The documents of a dataset that is not embedded, and notes for the report."""
-    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", _read_folder)
+    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", read_folder_of_texts)
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     column = _text_column(raw, text_column)
     notes.append(f"column {column!r} contains the texts")
@@ -106,7 +110,7 @@ def _at_most(documents: list[str], most: int | None, split: str, notes: list[str
     if most is None or most >= len(documents):
         return documents
     notes.append(f"{most:,} of {len(documents):,} documents of {split}")
-    if any(map(_is_line, documents)):
+    if any(map(is_line, documents)):
         return documents[:most]
     return [documents[number * len(documents) // most] for number in range(most)]
 
@@ -167,16 +171,16 @@ def split_by_name(documents: dict[str, str]) -> Documents:
     return splits
 
 
-def _read_folder(folder: Path) -> Splits:
+def read_folder_of_texts(folder: Path) -> Splits:
     """Reads SPLIT.txt files if the folder has no other files."""
     inside = list_folder(folder)
     plain = [path for path in inside if path.suffix == TXT and path.stem in SPLIT_NAMES]
     if plain and not any(path.suffix.lower() in READERS and path.suffix.lower() != TXT for path in inside):
-        return {path.stem: _lines(path) for path in plain}
+        return {path.stem: lines_of_text(path) for path in plain}
     return read_folder(folder)
 
 
-def _lines(path: Path) -> datasets.Dataset:
+def lines_of_text(path: Path) -> datasets.Dataset:
     """One row per line with its newline, for any line ending."""
     return datasets.Dataset.from_dict({"text": list(io.StringIO(read_text(path), newline=None))})
 
@@ -232,11 +236,9 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     """
     end = tokenizer.eos_token_id
     pieces = [torch.tensor([end])]
-    for start in range(0, len(documents), DOCUMENTS_PER_CALL):
-        chunk = documents[start : start + DOCUMENTS_PER_CALL]
-        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for document, ids in zip(chunk, encoded, strict=True):
-            pieces.append(torch.tensor(ids if _is_line(document) else [*ids, end], dtype=torch.long))
+    for document, encoding in encode_documents(documents, tokenizer):
+        ids = encoding["input_ids"]
+        pieces.append(torch.tensor(ids if is_line(document) else [*ids, end], dtype=torch.long))
     stream = torch.cat(pieces)
     missing = -(len(stream) - 1) % block_size
     inputs = F.pad(stream[:-1], (0, missing), value=end).view(-1, block_size)
@@ -245,7 +247,21 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
-def _is_line(document: str) -> bool:
+def encode_documents(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, words: bool = False
+) -> Iterator[tuple[str, dict[str, list[int]]]]:
+    """Yields each document with its `input_ids`, without special tokens, and with `words`, the number of the word of
+    each token; the latter needs a fast tokenizer.
+    """
+    for start in range(0, len(documents), DOCUMENTS_PER_CALL):
+        chunk = documents[start : start + DOCUMENTS_PER_CALL]
+        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for number, document in enumerate(chunk):
+            encoding = {"input_ids": encoded["input_ids"][number]}
+            yield document, encoding | ({"words": encoded.word_ids(number)} if words else {})
+
+
+def is_line(document: str) -> bool:
     return document.find("\n") == len(document) - 1
 
 

@@ -36,6 +36,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED, TaskType
 from kd.nlp.data.columns import TASKS, choose_task, known_task
 from kd.nlp.data.entities import load_synthetic_entities
+from kd.nlp.data.intent_pairs import load_intent_pairs
 from kd.nlp.data.intents import load_intents
 from kd.nlp.data.multilabel_intents import load_multilabel_intents
 from kd.nlp.data.rows import label_array, map_labels, select_rows, strata, to_column, with_teacher, without_empty
@@ -45,6 +46,7 @@ EMBEDDED = {
     "intents": load_intents,
     "multilabel_intents": load_multilabel_intents,
     "synthetic_entities": load_synthetic_entities,
+    "intent_pairs": load_intent_pairs,
 }
 KNOWN = {name: task.hub or EMBEDDED[name] for name, task in TASKS.items()}
 NOT_IN_BATCH = ("length", "first_tokens")
@@ -301,7 +303,14 @@ class Texts:
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, words: list[list[str]], tags: list[list[int]]) -> dict[str, Any]:
-    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Needs a fast tokenizer."""
+    """Tokenizes words, with the columns labels and first_tokens; see `Texts`. Raises UserError for a slow
+    tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} does not map its tokens to words: save a fast tokenizer "
+            "(tokenizer.json) in the folder of --teacher or --student"
+        )
     encoded = tokenizer(words, is_split_into_words=True, truncation=True)
     first_tokens, labels = [], []
     for number, row in enumerate(tags):

@@ -1,4 +1,4 @@
-"""Evaluates the student of a run, or any saved classifier, on every labelled split but train.
+"""Evaluates the student of a run, or any saved classifier or sentence encoder, on every labelled split but train.
 
     python NLP/scripts/evaluate.py runs/NLP/keys_carried
     python NLP/scripts/evaluate.py runs/NLP/keys_carried --dataset new.csv --predictions predictions.csv
@@ -6,7 +6,7 @@
 
 Without --dataset, the data are those of the run, and the metrics those of its report. Of several seeds, the student of
 the first one is evaluated; RUN/seed1 names that of another. The dataset may be a single file, or have only a test
-split.
+split. A sentence encoder is evaluated on pairs of texts with scores; train is then a test split too.
 """
 
 from kd.common.cli import Parser, run, show_help
@@ -14,7 +14,9 @@ from kd.common.training.arguments import add_evaluation_arguments
 from kd.nlp.student_model.arguments import DATA_ARGUMENTS, add_data_arguments
 
 PARSER = Parser(description=__doc__)
-add_evaluation_arguments(PARSER, "a folder or Hub name of a classifier", "the row, label, prediction and probability")
+add_evaluation_arguments(
+    PARSER, "a folder or Hub name of a classifier or a sentence encoder", "the row, label, prediction and probability"
+)
 add_data_arguments(PARSER)
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
@@ -27,12 +29,17 @@ from kd.common.reporting.saved_models import (
 )
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.evaluation import evaluate, load_data_of, prediction_columns
+from kd.nlp.student_model.sentence_evaluation import evaluate_pairs, is_sentence_encoder
 from kd.nlp.teacher_model.teacher import load_trained
 
 
 def main() -> None:
     args = parse_with_recipe(PARSER, DATA_ARGUMENTS)
     model = saved_model(args.model)
+    if is_sentence_encoder(model):
+        entry, predictions = evaluate_pairs(model, args)
+        show_metrics(model, entry, args.json)
+        return write_predictions(args.predictions, predictions)
     data = load_data_of(model, args)
     classifier = load_trained(model, data)
     texts = Texts.of(data, classifier.tokenizer)

@@ -32,10 +32,10 @@ from kd.nlp.student_model.training import set_trainable
 from kd.nlp.teacher_model.teacher import (
     Pretrained,
     in_label_order,
-    load_classifier,
     load_trained,
     models_and_tokenizers,
 )
+from kd.nlp.teacher_model.untrained import load_student
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     search_run.warn(chance_warning(entry, teacher_texts))
     outputs = cached_outputs(search_run, teacher.model, teacher_texts)
     disable_dropout(student.model)
-    set_trainable(student.model)  # except its embeddings, as in distill_classifier.py
+    set_trainable(student.model, freeze_embeddings=not student.from_scratch)  # as in distill_classifier.py
     inputs = student.model, texts, outputs
     control = None
     if not training.no_control:
@@ -82,7 +82,7 @@ def main() -> None:
 
 def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) -> Pretrained:
     """The initial student of every trial: the model of --student, or a cut of the teacher."""
-    pretrained = load_classifier(args.student, data) if args.student else teacher
+    pretrained = load_student(args.student, data, teacher) if args.student else teacher
     if isinstance(pretrained.model, BottleneckClassifier):
         raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")
     if args.student:

@@ -33,6 +33,7 @@ LABEL_ORDER_HELP = "Such classifiers have the labels of the data, in their order
 COLUMNS_HELP = "Label column, or several of 0 and 1 (default: inferred)."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
+SENTENCE_METHODS = ("embedding", "similarity", "rkd", "sp", "pkt")
 CUT = "cut"  # value of --student for a student with some of the teacher's layers
 MIN_LENGTH = 8  # minimum of --max_length in tokens, of which up to four are special tokens
 
@@ -169,7 +170,7 @@ class PairArguments:
     )
     teacher_epochs: Positive = field(default=6, metadata={"help": "Epochs of fine-tuning a pretrained teacher."})
     student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the student (default: a cut of the teacher)."}
+        default=None, metadata={"help": "Hub name, folder or TYPE:key=value:... (default: cut from teacher)."}
     )
     student_layers: Count | None = field(
         default=None, metadata={"help": "Number of the teacher's layers that a cut keeps (default: half)."}

@@ -58,7 +58,7 @@ def train_bottleneck_student(
     """Aligns the student's encoder with the teacher's, then trains the values on labels and the teacher's logits."""
     keys = bottleneck.keys
     student = initial_student(inputs, encoder_of(teacher))
-    encoder = align(run, encoder_of(student), teacher, inputs, pair, bottleneck.pooling)
+    encoder = align(run, encoder_of(student), teacher, inputs, pair, (bottleneck.pooling, bottleneck.pooling))
     return add_bottleneck(
         run,
         "student",

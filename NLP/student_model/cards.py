@@ -9,6 +9,7 @@ from kd.common.utils.tasks import TaskType
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.teacher_model import SCRATCH, TINY_BERT
+from kd.nlp.teacher_model.untrained import has_no_weights
 
 CLASSIFIER_USAGE = """{imports}
 
@@ -57,5 +58,5 @@ def card_of(run: Run, usage: str, pipeline_tag: str, known: KnownDatasets) -> Ca
         library_name=None if "from kd." in usage else "transformers",
         pipeline_tag=pipeline_tag,
         dataset=hub_dataset(run.argument("dataset"), known),
-        origins=[name for name in names if name not in (None, TINY_BERT, SCRATCH, CUT)],
+        origins=[name for name in names if name not in (None, TINY_BERT, SCRATCH, CUT) and not has_no_weights(name)],
     )

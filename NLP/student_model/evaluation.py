@@ -169,14 +169,15 @@ def report(
     student_name: str | None,
     teacher: PreTrainedModel | None,
     teacher_results: Evaluation | None,
-    control: PreTrainedModel | None,
-    student: PreTrainedModel,
+    control: PreTrainedModel | None = None,
+    student: PreTrainedModel | None = None,
     **others: Any,
 ) -> dict[str, Any] | None:
     """Evaluates control and student, writes the report and the student's folder, and prints the table. Returns the
     results in the main process, None in the others.
 
-    `teacher` is None if its outputs come from the data; `others` are further entries of the results.
+    `teacher` is None if its outputs come from the data, control and student if the run has none; `others` are further
+    entries of the results.
     """
     entry, logits = teacher_results or (None, None)
     models: dict[str, Any] = {"teacher": entry, "control": None}
@@ -190,7 +191,8 @@ def report(
     if not PartialState().is_main_process:
         return None
     trained = {"teacher": teacher, "control": control, "student": student}
-    teacher_is_shared = run.shared == run.folder / ".."  # the runs of distill_glue.py share other stages
+    # The runs of distill_glue.py share other stages, and those of train_teacher.py none.
+    teacher_is_shared = run.shared == run.folder / ".." and student is not None
     extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_is_shared else {}
     extra |= others
     keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}

@@ -1,4 +1,5 @@
-"""Text students for `python -m kd.common.export`: classifiers of texts and tokens, language models and translators.
+"""Text students for `python -m kd.common.export`: classifiers of texts and tokens, sentence encoders, language models
+and translators.
 
 Exports are compared with the students on the embedded intents.
 """
@@ -6,12 +7,13 @@ Exports are compared with the students on the embedded intents.
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +31,8 @@ from kd.common.pretrained import load_model, load_tokenizer, reading
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
+from kd.nlp.student_model.sentence_encoder import SentenceEncoder, load_sentence_encoder
+from kd.nlp.student_model.sentence_evaluation import is_sentence_encoder
 from kd.nlp.teacher_model.teacher import MULTI_LABEL, encoder_of, is_tagger
 
 CLASSIFY = """import json
@@ -44,6 +48,17 @@ columns = {{"input_ids": text.ids, "attention_mask": text.attention_mask, "token
 inputs = {{name: np.array([columns[name]], dtype=np.int64) for name in {names}}}
 logits = model(inputs)
 print({prediction})"""
+
+EMBED = """import numpy as np
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
+embeddings = []
+for text in ("cancel my meeting", "call off the meeting", "how far is the moon"):
+    found = tokenizer.encode(text)
+    columns = {{"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}}
+    embeddings.append(model({{name: np.array([columns[name]], dtype=np.int64) for name in {names}}})[0])
+print(np.array(embeddings) @ np.array(embeddings).T)  # cosine similarities"""
 
 CONTINUE = """import numpy as np
 from tokenizers import Tokenizer
@@ -71,6 +86,8 @@ print(tokenizer.decode(ids, skip_special_tokens=True))"""
 
 def load(name: str, task: str | None) -> Exportable:
     """Loads the student in a folder or on the Hub; `task` is not used. Raises UserError if there is none."""
+    if is_sentence_encoder(name):
+        return _sentence_encoder(load_sentence_encoder(name))
     with reading(name, "a text model"):
         kind, describe = _kind(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, tokenizer = load_model(kind, name), load_tokenizer(AutoTokenizer, name)
@@ -89,7 +106,8 @@ def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTr
     if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return AutoModelForCausalLM, _language_model
     raise UserError(
-        f"{name} is a {architecture or config.model_type}: pass a classifier, a translator or a language model"
+        f"{name} is a {architecture or config.model_type}: pass a classifier, a sentence encoder, a translator or a "
+        "language model"
     )
 
 
@@ -119,6 +137,27 @@ def _classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> E
         axes={0: "batch", 1: "position"},
         usage=classifier_usage(model, tokenizer),
         write_files=_files(model, tokenizer),
+    )
+
+
+class _Embedding(nn.Module):
+    """The embeddings (batch, width) of an encoder, of length 1."""
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        super().__init__()
+        self.model, self.embedding = encoder.model.eval(), encoder.embedding
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.embedding(**inputs)
+
+
+def _sentence_encoder(encoder: SentenceEncoder) -> Exportable:
+    model, tokenizer = encoder.model, encoder.tokenizer
+    return replace(
+        _classifier(model, tokenizer),
+        model=_Embedding(encoder),
+        usage=EMBED.format(names=json.dumps(_inputs_of(model, tokenizer))),
+        output="sentence_embedding",
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from transformers import set_seed
 
@@ -18,10 +19,13 @@ from kd.nlp.student_model.methods import (
     check_method,
     check_needs_no_labels,
     check_smoothing,
+    check_submodules,
     layer_pairs,
     needs_features,
 )
+from kd.nlp.student_model.pooling import Pooling, head_pooling
 from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained, number_of_layers
+from kd.nlp.teacher_model.untrained import load_student
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,29 @@ class Inputs:
         models = [self.teacher, *self.ensemble, self.student, self.control_init]
         return [note for model in models if model for note in model.notes]
 
-    @property
+    @cached_property
     def same_tokens(self) -> bool:
-        """Whether teacher and student have the same vocabulary."""
+        """Whether teacher and student read the training texts in the same tokens."""
         student = self.student
-        return not student or student.tokenizer.get_vocab() == self.teacher.tokenizer.get_vocab()
+        if not student or student.tokenizer is self.teacher.tokenizer:
+            return True
+        both = (self.texts.train, self.student_texts.train)
+        ids, student_ids = (rows.select_columns("input_ids").with_format("arrow")[:] for rows in both)
+        return ids.equals(student_ids) and student.tokenizer.get_vocab() == self.teacher.tokenizer.get_vocab()
+
+    @property
+    def matched_texts(self) -> Texts:
+        """The texts in the tokens of the student; the columns of the teacher if the tokens are the same."""
+        return self.texts if self.same_tokens else self.student_texts
+
+    @property
+    def pooling(self) -> tuple[Pooling, Pooling]:
+        """The hidden states that the heads of student and teacher read. A student's mean over other tokens than the
+        teacher's has no counterpart: `tokens`.
+        """
+        models = (self.student or self.teacher).model, self.teacher.model
+        student, teacher = (head_pooling(model, self.data.task) for model in models)
+        return "tokens" if student == "mean" and not self.same_tokens else student, teacher
 
 
 def load_inputs(
@@ -81,13 +103,30 @@ def load_inputs(
     return Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
 
 
+def load_encoder_inputs(name: str, text: TextArguments, training: KDTrainingArguments, data: TextData) -> Inputs:
+    """The encoder NAME and the tokenized data, for training a classifier on labels alone.
+
+    Raises UserError if the model is trained on these labels already, or if no row of train has a label.
+    """
+    set_seed(training.seed)
+    teacher = load_classifier(name, data)
+    if teacher.trained:
+        raise UserError(f"{name} is a classifier of these labels already: pass an encoder, or use evaluate.py")
+    teacher.set_max_length(text.max_length)
+    texts = Texts.of(data, teacher.tokenizer)
+    if not len(texts.labelled_train):
+        raise UserError("no row of train has a label: add labels")
+    check_smoothing(training, data.name, data.num_labels)
+    return Inputs(data, teacher, None, None, [], texts, texts, student_layers=len(layer_paths(teacher.encoder)))
+
+
 def load_pretrained(
     text: TextArguments, pair: PairArguments, training: KDTrainingArguments, data: TextData, seed: int
 ) -> tuple[Pretrained, Pretrained | None, Pretrained | None]:
     """Loads teacher, student and the control's initial model. The seed sets random weights."""
     set_seed(seed)
     teacher = load_classifier(pair.teacher, data)
-    student = load_classifier(pair.student, data) if pair.student else None
+    student = load_student(pair.student, data, teacher) if pair.student else None
     has_control_init = pair.control_init and not (pair.student or training.no_control)
     control_init = load_classifier(str(pair.control_init), data) if has_control_init else None
     for model in filter(None, (teacher, student, control_init)):
@@ -133,12 +172,6 @@ def validate_arguments(inputs: Inputs, pair: PairArguments, training: KDTraining
         kept_layers(teacher.encoder, inputs.student_layers)  # raises UserError
         if control_init:
             _validate_control_init(inputs, control_init, pair)
-    elif pair.align_epochs:
-        if not inputs.same_tokens:
-            raise UserError(
-                f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so their hidden "
-                "states belong to different tokens: pass --align_epochs 0, or a student with the teacher's vocabulary"
-            )
     if pair.align_epochs:
         kept = len(layer_paths(student.encoder)) if student else inputs.student_layers
         layer_pairs("uniform", kept, len(layer_paths(teacher.encoder)))
@@ -171,11 +204,8 @@ def validate_matching(
     reads_features = bool(weights) or needs_features(matching.method)
     has_bottleneck = isinstance(teacher.model, BottleneckClassifier)
     logits_only = "set --hidden_weight, --embedding_weight and --attention_weight to 0, and use a --method on logits"
-    if reads_features and not inputs.same_tokens:
-        raise UserError(
-            f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so no features can be "
-            f"matched: {logits_only}"
-        )
+    if reads_features or pair.align_epochs:
+        _validate_alignment(inputs, pair, matching)
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
@@ -194,6 +224,8 @@ def validate_matching(
         reject_unused(
             "models without pretrained weights train at --from_scratch_learning_rate", training, "learning_rate"
         )
+    for model in filter(None, (teacher, student)):
+        check_submodules(model.model, matching.embedding_weight, matching.attention_weight)
     if matching.hidden_weight or matching.attention_weight:
         layers = len(layer_paths(student.encoder)) if student else inputs.student_layers
         layer_pairs(matching.layer_map, layers, len(layer_paths(teacher.encoder)))
@@ -205,6 +237,32 @@ def validate_matching(
         raise UserError("--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it")
 
 
+def _validate_alignment(inputs: Inputs, pair: PairArguments, matching: MatchingArguments) -> None:
+    """Raises UserError for features that cannot be matched between different tokens."""
+    if not inputs.student or (inputs.same_tokens and inputs.pooling[0] == inputs.pooling[1]):
+        return
+    differ = f"student {pair.student} and teacher {pair.teacher} read a text in different tokens"
+    logits_only = "pass --align_epochs 0 and a --method on logits, and set --hidden_weight and --embedding_weight to 0"
+    if matching.attention_weight:
+        raise UserError(
+            f"{differ}, so their attention distributions cannot be matched: set --attention_weight to 0, or pass a "
+            "student with the teacher's tokenizer"
+        )
+    for name, one in ((pair.teacher, inputs.teacher), (pair.student, inputs.student)):
+        if not one.tokenizer.is_fast:
+            raise UserError(
+                f"{differ}, and the tokenizer of {name} has no character offsets to match them: save it as a fast "
+                f"tokenizer (tokenizer.json), or {logits_only}"
+            )
+        if one.tokenizer.padding_side == "left":
+            raise UserError(f"{differ}, and {name} pads texts on the left: {logits_only}")
+    if head_pooling(inputs.student.model, inputs.data.task) == "mean" and needs_features(matching.method):
+        raise UserError(
+            f"{differ}, so the mean of the hidden states that {pair.student} classifies has no counterpart: use a "
+            '--method on logits, or set "classifier_pooling": "cls" in its config.json'
+        )
+
+
 def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBottleneckArguments) -> None:
     """Raises UserError for a bottleneck that does not fit the data, or teacher and student."""
     if inputs.data.task in ("multi_label", "token_classification"):
@@ -213,6 +271,11 @@ def validate_bottleneck(inputs: Inputs, pair: PairArguments, bottleneck: TextBot
             "use distill_classifier.py"
         )
     teacher, student = inputs.teacher, inputs.student
+    if pair.align_epochs and not inputs.same_tokens:
+        raise UserError(
+            f"student {pair.student} and teacher {pair.teacher} have different vocabularies, so the inputs of their "
+            "bottlenecks cannot be matched: pass --align_epochs 0, or a student with the teacher's vocabulary"
+        )
     if teacher.trained:
         reject_unused(f"teacher {pair.teacher} is trained already", bottleneck, "freeze_teacher_encoder")
     elif bottleneck.freeze_teacher_encoder:

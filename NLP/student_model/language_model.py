@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kd.common.methods import Method
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import language_metrics, token_agreement, token_counts, unigram_perplexity
+from kd.common.metrics.quality import language_metrics, token_counts, unigram_perplexity
 from kd.common.metrics.verdict import Measurement, measure_perplexity
 from kd.common.objective import Divergence
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.training.inference import run_inference
+from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.corpora import KNOWN, Corpus, pack, stack
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.cards import card_of
@@ -64,8 +65,8 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
 
 
 class LanguageEvaluation(NamedTuple):
-    """A model's entry in results.json, its most probable next tokens (blocks, positions) by split, and the measurement
-    of its validation perplexity.
+    """A model's entry in results.json, its most probable tokens (labels,) by split, and the measurement of the primary
+    metric on validation.
     """
 
     entry: dict[str, Any]
@@ -76,7 +77,7 @@ class LanguageEvaluation(NamedTuple):
 class LanguageTask(GenerationTask):
     """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
-    auto_class = AutoModelForCausalLM
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
     training_arguments = {"train_sampling_strategy": "random"}  # all blocks have the same length
 
     @staticmethod
@@ -92,30 +93,34 @@ class LanguageTask(GenerationTask):
     def initial_teacher(self) -> PreTrainedModel:
         if self.pretrained_teacher is not None:
             return copy.deepcopy(self.pretrained_teacher)  # the control is cut from the original
-        return self._random_model(self.args.teacher_layers, self.args.teacher_width)
+        return self.random_model(self.args.teacher_layers, self.args.teacher_width)
 
     def initial_control(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        return self._untrained_student(self.pretrained_teacher)
+        return self.untrained_student(self.pretrained_teacher)
 
     def initial_student(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        student = self._untrained_student(teacher)
+        student = self.untrained_student(teacher)
         disable_dropout(student)
         return student
 
-    def _untrained_student(self, source: PreTrainedModel | None) -> PreTrainedModel:
+    def untrained_student(self, source: PreTrainedModel | None) -> PreTrainedModel:
         """The student before training. A cut has layers of `source`, or random weights if `source` is None."""
         args = self.args
         if self.pretrained_student is not None:
             return copy.deepcopy(self.pretrained_student)
         if args.student == CUT and source is not None:
-            student = cut_layers(source, args.student_layers)
-            student.generation_config = copy.deepcopy(source.generation_config)
-            return student
-        return self._random_model(
+            return self.cut(source)
+        return self.random_model(
             args.student_layers, args.teacher_width if args.student == CUT else args.student_width
         )
 
-    def _random_model(self, layers: int, width: int) -> PreTrainedModel:
+    def cut(self, source: PreTrainedModel) -> PreTrainedModel:
+        """A student with layers of `source`."""
+        student = cut_layers(source, self.args.student_layers)
+        student.generation_config = copy.deepcopy(source.generation_config)
+        return student
+
+    def random_model(self, layers: int, width: int) -> PreTrainedModel:
         args, pretrained = self.args, self.pretrained_teacher
         vocabulary = len(self.tokenizer) if pretrained is None else pretrained.config.vocab_size
         return random_gpt2(vocabulary, self.tokenizer.eos_token_id, layers, width, args.block_size, args.dropout)
@@ -151,27 +156,35 @@ class LanguageTask(GenerationTask):
         self, run: TrainerRun, role: str, model: PreTrainedModel, teacher: LanguageEvaluation | None = None
     ) -> LanguageEvaluation:
         """Evaluates a model on every split but train. With the evaluation of the `teacher`, this includes the share of
-        positions where both predict the same token. Warns if the teacher is no better than chance.
+        labels for which both predict the same token. Warns if the teacher is no better than chance.
         """
-        metrics, choices, counts = {}, {}, {}
-        for split, blocks in self.splits.items():
+        collate, metrics, choices, counts = self.collator(model), {}, {}, {}
+        for split, rows in self.splits.items():
             if split == "train":
                 continue
-            counts[split], choices[split] = predict_tokens(model, blocks, run.args.per_device_eval_batch_size)
-            metrics[split] = language_metrics(counts[split], self.data.size(split))
+            counts[split], choices[split] = predict_tokens(model, rows, collate, run.args.per_device_eval_batch_size)
+            metrics[split] = self.split_metrics(split, counts[split])
             if teacher is not None:
-                labels = np.asarray(blocks.with_format("numpy")[:]["labels"])
-                metrics[split]["agreement"] = token_agreement(choices[split], teacher.choices[split], labels)
-        block = {"input_ids": self.splits["validation"][:1]["input_ids"].to(model.device)}
-        entry = {"name": self._name(role, model), **cost(model, block), "metrics": metrics}
+                metrics[split]["agreement"] = float((choices[split] == teacher.choices[split]).mean())
+        row = collate([self.splits["validation"][0]])
+        inputs = {name: value.to(model.device) for name, value in row.items() if name not in NOT_INPUTS}
+        entry = {"name": self._name(role, model), **cost(model, inputs), "metrics": metrics}
         if role == "teacher":
             self.warn_if_at_chance(run, entry, model.config.vocab_size)
-        return LanguageEvaluation(entry, choices, measure_perplexity(counts["validation"], choices["validation"]))
+        return LanguageEvaluation(entry, choices, self.measure(counts["validation"], choices["validation"]))
+
+    def split_metrics(self, split: str, counts: np.ndarray) -> dict[str, float]:
+        """The metrics of `token_counts` (rows, 3) of a split."""
+        return language_metrics(counts, self.data.size(split))
+
+    def measure(self, counts: np.ndarray, choices: np.ndarray) -> Measurement:
+        """The measurement of the primary metric from the validation split's counts and most probable tokens."""
+        return measure_perplexity(counts, choices)
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
             return str(self.args.teacher)
-        shape = f"{model.config.model_type} {len(layer_paths(model))}x{width(model)}"
+        shape = f"{model.config.model_type} {model.config.num_hidden_layers}x{width(model)}"
         return f"{shape}, labels only" if role == "control" else shape
 
     def report(
@@ -203,19 +216,28 @@ class LanguageTask(GenerationTask):
         run.finish(results, models["student"], card, self.tokenizer)
 
 
-def predict_tokens(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`token_counts` (blocks, 3) and the most probable next tokens (blocks, positions).
+def predict_tokens(
+    model: PreTrainedModel, rows: Dataset, collate: Collate, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`token_counts` (rows, 3), and the most probable token of each label (labels,).
 
     Always in fp32, the precision of a model that a user loads.
     """
 
-    def call(input_ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        logits = model(input_ids).logits
-        return {"counts": token_counts(logits, targets), "choices": logits.argmax(-1)}
+    def with_targets(rows: Any) -> dict[str, Tensor]:
+        batch = collate(rows)
+        return batch | {"targets": batch["labels"]}  # labels are not passed to models
 
-    targets = blocks.rename_column("labels", "targets")  # labels are not passed to models
-    outputs = run_inference(model, call, targets, stack, batch_size=batch_size, description="evaluating")
-    return torch.stack(outputs["counts"]).numpy(), torch.stack(outputs["choices"]).numpy()
+    def call(targets: Tensor, **inputs: Tensor) -> dict[str, Any]:
+        logits = model(**inputs).logits
+        choices = zip(logits.argmax(-1), targets, strict=True)
+        return {
+            "counts": token_counts(logits, targets),
+            "choices": [chosen[labels != IGNORED] for chosen, labels in choices],
+        }
+
+    outputs = run_inference(model, call, rows, with_targets, batch_size=batch_size, description="evaluating")
+    return torch.stack(outputs["counts"]).numpy(), torch.cat(outputs["choices"]).numpy()
 
 
 def first_words(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:

@@ -1,6 +1,7 @@
 """Layers of text encoders and encoder-decoders: their paths, and cuts, which are smaller models with some of them."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -83,27 +84,29 @@ def _shapes(layer: nn.Module) -> dict[str, Any]:
     return {name: weight.shape for name, weight in layer.state_dict().items()}
 
 
-def cut_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+def cut_layers(model: PreTrainedModel, layers: int, kept: Sequence[int] = ()) -> PreTrainedModel:
     """A new model of the same class and weights with the `kept_layers` of a larger one. Each of them keeps its kind of
     attention, local or global.
 
     A layer is initialized from the layer whose output it is aligned to (`depth_map`); DistilBERT keeps layers 0, 2, 4,
     7, 9 and 11 (arXiv:1910.01108, extract_distilbert.py). A cut of ALBERT applies its shared layer fewer times. Raises
     UserError as `kept_layers` does.
+
+    `kept`: The numbers of the layers that are kept instead, from 0.
     """
-    chosen = kept_layers(model, layers)
+    chosen = list(kept) or kept_layers(model, layers)
     student = type(model)(_cut_config(model.config, chosen))
     if getattr(model, "pooler", student) is None:
         student.pooler = None  # type: ignore[assignment]
     paths = [] if _shared_groups(model) else layer_paths(model)
-    kept = {paths[old]: paths[new] for new, old in enumerate(chosen)} if paths else {}
+    places = {paths[old]: paths[new] for new, old in enumerate(chosen)} if paths else {}
     weights = {}
     for name, tensor in model.state_dict().items():
         layer = next((path for path in paths if name.startswith(f"{path}.")), None)
         if layer is None:
             weights[name] = tensor
-        elif layer in kept:
-            weights[kept[layer] + name[len(layer) :]] = tensor
+        elif layer in places:
+            weights[places[layer] + name[len(layer) :]] = tensor
     student.load_state_dict(weights)
     return student
 
@@ -123,9 +126,13 @@ def _cut_config(config: Any, chosen: list[int]) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
+    set_dropout(model, 0.0)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = probability
 
 
 # ---- encoder-decoders ----
@@ -151,7 +158,9 @@ def cut_translator(model: PreTrainedModel, encoder_layers: int, decoder_layers: 
 
 
 def alternating_layers(kept: int, layers: int) -> list[int]:
-    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5."""
+    """Evenly spaced layers (from 0) with the first and the last: 3 of 6 gives 0, 2, 5, and 6 of 12 gives 0, 2, 4, 7,
+    9, 11, as in DistilBERT (arXiv:1910.01108, extract_distilbert.py).
+    """
     return [round(i * (layers - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 

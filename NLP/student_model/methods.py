@@ -175,8 +175,8 @@ def hidden_states(
 ) -> Method:
     """Hidden states of matched layers, averaged over the layers, through linear regressors if the widths differ.
 
-    With a `pooling` other than tokens, equal widths and a uniform layer map, the pooled states of the last layers are
-    matched too: they are the input of a bottleneck or a head.
+    With a `pooling` of the student other than tokens, equal widths and a uniform layer map, the pooled states of the
+    last layers are matched too: they are the input of a bottleneck or a head.
     """
     loss = LOSSES[loss_name]
     layers, teacher_layers = layer_outputs(student), layer_outputs(teacher)
@@ -219,8 +219,7 @@ def attentions(student: PreTrainedModel, teacher: PreTrainedModel, weight: float
     method = Method({})
     for i, j in pairs:
         paths, teacher_paths = (
-            [_first_named(model, names, layer) for names in (QUERIES, KEYS)]
-            for model, layer in ((student, layers[i]), (teacher, teacher_layers[j]))
+            _queries_and_keys(model, layer) for model, layer in ((student, layers[i]), (teacher, teacher_layers[j]))
         )
         term = FeatureTerm(paths, teacher_paths, partial(attention_kl, heads=heads))
         method += Method(
@@ -248,18 +247,30 @@ def width(model: PreTrainedModel) -> int:
     return int(encoder_of(model).config.hidden_size)
 
 
+def check_submodules(model: PreTrainedModel, embedding_weight: float, attention_weight: float) -> None:
+    """Raises UserError if a model lacks the submodules that these weights match."""
+    if embedding_weight:
+        _embeddings(model)
+    if attention_weight:
+        _queries_and_keys(model, layer_paths(model)[-1])
+
+
+def _queries_and_keys(model: PreTrainedModel, layer: str) -> list[str]:
+    return [_first_named(model, names, "--attention_weight", layer) for names in (QUERIES, KEYS)]
+
+
 def _embeddings(model: PreTrainedModel) -> str:
     """The path of the submodule whose output enters the first layer. ELECTRA projects its embeddings to its width."""
     projected = [path for path, _ in model.named_modules() if path.split(".")[-1] == "embeddings_project"]
-    return projected[0] if projected else _first_named(model, ("embeddings",))
+    return projected[0] if projected else _first_named(model, ("embeddings",), "--embedding_weight")
 
 
-def _first_named(model: PreTrainedModel, names: tuple[str, ...], below: str = "") -> str:
+def _first_named(model: PreTrainedModel, names: tuple[str, ...], flag: str, below: str = "") -> str:
     """The path of the first submodule with one of these names, under the path `below`."""
     for path, _ in model.named_modules():
         if path.startswith(f"{below}." if below else "") and path.split(".")[-1] in names:
             return path
-    raise UserError(f"{type(model).__name__} has no submodule {' or '.join(names)}: leave this weight at 0")
+    raise UserError(f"{type(model).__name__} has no submodule {' or '.join(names)}: leave {flag} at 0")
 
 
 # ---- labels and logits ----

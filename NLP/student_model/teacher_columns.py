@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from kd.nlp.student_model.methods import (
 )
 from kd.nlp.student_model.training import fine_tune, learning_rate_of, open_run, train_control
 from kd.nlp.teacher_model import TINY_BERT
-from kd.nlp.teacher_model.teacher import load_classifier
+from kd.nlp.teacher_model.untrained import load_student
 
 
 def distill_from_columns(
@@ -42,17 +43,17 @@ def distill_from_columns(
     check_smoothing(training, data.name, data.num_labels)
     check_method(matching.method, training, data.name, data.num_labels)
     pair.student = pair.student or TINY_BERT
-    inputs = load_student(text, pair, data, training.seed)
+    inputs = load_inputs(text, pair, data, training.seed)
     validate(inputs, matching, training)
     parent_run = open_run(inputs, training, text, pair, matching)
     outputs = outputs_of_columns(logits_of(data))
     measured = measure_teacher(parent_run, data)
     for run in parent_run.each_seed():
         if run.args.seed != training.seed:
-            inputs = load_student(text, pair, data, run.args.seed)
+            inputs = load_inputs(text, pair, data, run.args.seed)
         control = None if training.no_control else train_control(run, inputs, pair, training.num_train_epochs)
         student = train_student(run, inputs, pair, matching, outputs)
-        report(run, inputs, matching.method, pair.student, None, None, control, student, teacher_outputs=measured)
+        report(run, inputs, matching.method, pair.student, None, None, control, student, **measured)
     parent_run.summarize()
 
 
@@ -65,12 +66,12 @@ def reject_unused_flags(pair: PairArguments, matching: MatchingArguments) -> Non
     reject_unused(reason, matching, "ensemble_teachers", "ensemble_weights", "student_from", *for_features)
 
 
-def load_student(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:
+def load_inputs(text: TeacherColumnArguments, pair: PairArguments, data: TextData, seed: int) -> Inputs:
     """The data and the initial student, which stands in for the teacher that the data replace. The seed sets random
     weights.
     """
     set_seed(seed)
-    student = load_classifier(str(pair.student), data)
+    student = load_student(str(pair.student), data, None)
     student.set_max_length(text.max_length)
     texts = Texts.of(data, student.tokenizer)
     return Inputs(data, student, student, None, [], texts, texts, 0)
@@ -92,15 +93,16 @@ def logits_of(data: TextData, split: str = "train") -> np.ndarray:
     return column_array(data.splits[split], "teacher")
 
 
-def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, dict[str, float]]:
-    """See `measure_outputs`."""
+def measure_teacher(run: TrainerRun, data: TextData) -> dict[str, Any]:
+    """The teacher's description and metrics (see `measure_outputs`) for the results."""
     assert data.teacher is not None
     splits = {
         split: (column_array(rows, "label"), logits_of(data, split))
         for split, rows in data.splits.items()
         if "teacher" in rows.column_names
     }
-    return measure_outputs(run, data.teacher, data.scores, data.primary_metric, splits)
+    measured = measure_outputs(run, data.teacher, data.scores, data.primary_metric, splits)
+    return {"teacher_columns": data.teacher.description, "teacher_outputs": measured}
 
 
 def train_student(

@@ -11,8 +11,9 @@ from kd.common.training.teacher_outputs import JoinedOutputs, TeacherOutputs, ca
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import Texts
+from kd.nlp.student_model.alignment import AlignedOutputs, LiveOutputs
 from kd.nlp.student_model.methods import width
-from kd.nlp.student_model.words import WordOutputs
+from kd.nlp.student_model.pooling import Pooling
 
 FEATURE_BYTES = 4 * 2**30  # hidden states above this size are not cached; the teacher then runs in every step
 
@@ -27,6 +28,7 @@ def teacher_kwargs(
     ensemble: Sequence[tuple[PreTrainedModel, Texts]] = (),
     ensemble_weights: Sequence[float] | None = None,
     student_texts: Texts | None = None,
+    pooling: tuple[Pooling, Pooling] = ("tokens", "tokens"),
 ) -> dict[str, Any]:
     """The arguments of KDTrainer for a frozen teacher: its cached outputs, or the model itself if the features of
     `method` exceed FEATURE_BYTES. Both record features with hooks on the same submodules.
@@ -36,27 +38,30 @@ def teacher_kwargs(
         ensemble: Further teachers, each with the texts tokenized for it. Their logits are averaged with the teacher's,
             which is the geometric mean of the distributions (arXiv:1503.02531).
         ensemble_weights: One weight for the teacher and for each of the ensemble (default: equal).
-        student_texts: The texts in the student's tokens, if these may differ: the logits of words are then moved to
-            them.
+        student_texts: The texts in the student's tokens, if these may differ: features, and the logits of words, are
+            then moved to them (`AlignedOutputs`).
+        pooling: What the heads of student and teacher read.
 
     Raises UserError if an ensemble would have to run in every step.
     """
-    paths = method.teacher_features
-    if column_array(texts.train, "length").sum() * len(paths) * width(teacher) * 2 > FEATURE_BYTES:
-        if ensemble:
-            raise UserError(
-                "an ensemble needs cached hidden states, and these are too large to cache: use one teacher"
-            )
+    paths, student_texts = method.teacher_features, student_texts or texts
+    is_large = column_array(texts.train, "length").sum() * len(paths) * width(teacher) * 2 > FEATURE_BYTES
+    moves_features = bool(paths) and (student_texts is not texts or pooling[0] != pooling[1])
+    if is_large and ensemble:
+        raise UserError("an ensemble needs cached hidden states, and these are too large to cache: use one teacher")
+    if is_large and not moves_features:
         return {"teacher": teacher, "teacher_features": paths}
-    caches = [cached_outputs(run, teacher, texts, paths, logits)]
-    caches += [cached_outputs(run, model, tokens) for model, tokens in ensemble]
-    if texts.data.task == "token_classification" and student_texts:
-        sources = [texts, *(tokens for _, tokens in ensemble)]
-        caches = [
-            cache if source is student_texts else WordOutputs(cache, source, student_texts)
-            for cache, source in zip(caches, sources, strict=True)
-        ]
-    return {"teacher_outputs": JoinedOutputs(caches, ensemble_weights) if ensemble else caches[0]}
+
+    def aligned(outputs: TeacherOutputs, tokens: Texts, features: bool = False) -> TeacherOutputs:
+        moves_words = texts.data.task == "token_classification" and tokens is not student_texts
+        if not (features or moves_words):
+            return outputs
+        return AlignedOutputs(outputs, student_texts, tokens, pooling if features else None)
+
+    first = LiveOutputs(teacher, texts, paths) if is_large else cached_outputs(run, teacher, texts, paths, logits)
+    found = [aligned(first, texts, moves_features)]
+    found += [aligned(cached_outputs(run, model, tokens), tokens) for model, tokens in ensemble]
+    return {"teacher_outputs": JoinedOutputs(found, ensemble_weights) if ensemble else found[0]}
 
 
 def cached_outputs(

@@ -27,7 +27,7 @@ from kd.nlp.student_model.methods import (
     labels_only,
     text_method,
 )
-from kd.nlp.student_model.pooling import Pooling, head_pooling
+from kd.nlp.student_model.pooling import Pooling
 from kd.nlp.student_model.teacher_outputs import teacher_kwargs
 from kd.nlp.teacher_model.teacher import Pretrained, auto_class, encoder_of, models_and_tokenizers
 
@@ -92,15 +92,23 @@ def load_or_train_teacher(
     pretrained = inputs.teacher
     if pretrained.trained:
         return pretrained.model
+    epochs = pair.from_scratch_epochs if pretrained.from_scratch else pair.teacher_epochs
+    return train_teacher(run, inputs, epochs, learning_rate_of(pretrained, pair, run.args), name)
+
+
+def train_teacher(
+    run: TrainerRun, inputs: Inputs, epochs: float, learning_rate: float, name: str = "teacher"
+) -> PreTrainedModel:
+    """The stage `name`: trains the teacher on labels alone."""
     return fine_tune(
         run,
         name,
-        copy.deepcopy(pretrained.model),  # the control is cut from the original
+        copy.deepcopy(inputs.teacher.model),  # the control is cut from the original
         inputs.texts,
         labels_only(inputs.data, run.args),
-        epochs=pair.from_scratch_epochs if pretrained.from_scratch else pair.teacher_epochs,
-        learning_rate=learning_rate_of(pretrained, pair, run.args),
-        freeze_embeddings=not pretrained.from_scratch,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        freeze_embeddings=not inputs.teacher.from_scratch,
     )
 
 
@@ -132,15 +140,24 @@ def train_student(
     teacher: PreTrainedModel,
 ) -> PreTrainedModel:
     """Aligns the student's encoder with the teacher's, then trains the classifier on labels and teacher outputs."""
-    texts = inputs.texts if inputs.same_tokens else inputs.student_texts
+    texts = inputs.matched_texts
     student = initial_student(inputs, teacher, matching.student_from)
-    align(run, encoder_of(student), teacher, inputs, pair, head_pooling(student, inputs.data.task))
-    method = classifier_method(matching, run.args, student, teacher, inputs.texts)
+    align(run, encoder_of(student), teacher, inputs, pair, inputs.pooling)
+    method = classifier_method(matching, run.args, student, teacher, inputs)
     ensemble = [(other.model, Texts.of(inputs.data, other.tokenizer)) for other in inputs.ensemble]
     weights = matching.ensemble_weights
     outputs = teacher_kwargs(
-        run, teacher, inputs.texts, method, ensemble=ensemble, ensemble_weights=weights, student_texts=texts
+        run,
+        teacher,
+        inputs.texts,
+        method,
+        ensemble=ensemble,
+        ensemble_weights=weights,
+        student_texts=texts,
+        pooling=inputs.pooling,
     )
+    pretrained = inputs.student or inputs.teacher
+    starts_random = pretrained.from_scratch and bool(inputs.student or matching.student_from == "pretrained")
     rate = matching.student_learning_rate
     return fine_tune(
         run,
@@ -149,7 +166,8 @@ def train_student(
         texts,
         method,
         epochs=run.args.num_train_epochs,
-        learning_rate=learning_rate_of(inputs.student or inputs.teacher, pair, run.args) if rate is None else rate,
+        learning_rate=learning_rate_of(pretrained, pair, run.args) if rate is None else rate,
+        freeze_embeddings=not starts_random,
         teacher=outputs,
         tokenizer=inputs.student_texts.collate.tokenizer,
     )
@@ -174,18 +192,17 @@ def classifier_method(
     training: KDTrainingArguments,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    texts: Texts,
+    inputs: Inputs,
 ) -> Method:
     """The method of a plain student. The seed determines the initial weights of auxiliary modules."""
     set_seed(training.seed)
+    texts = inputs.texts
     if matching.method == PLAIN:
         method = labels_and_logits(texts.data, training)
     else:
         method = text_method(matching.method, training, student, teacher, texts)
     if weight := matching.hidden_weight:
-        method += hidden_states(
-            student, teacher, weight, matching.hidden_loss, matching.layer_map, head_pooling(student, texts.data.task)
-        )
+        method += hidden_states(student, teacher, weight, matching.hidden_loss, matching.layer_map, inputs.pooling[0])
     if weight := matching.embedding_weight:
         method += embeddings(student, teacher, weight, matching.hidden_loss)
     if weight := matching.attention_weight:
@@ -199,24 +216,29 @@ def align(
     teacher: PreTrainedModel,
     inputs: Inputs,
     pair: PairArguments,
-    pooling: Pooling,
+    pooling: tuple[Pooling, Pooling],
 ) -> PreTrainedModel:
     """The stage `student_encoder`: trains the student's encoder, in place, to match the hidden states of the teacher's
     layers at the same relative depth. It uses no labels and no dropout. --align_epochs 0 skips the stage.
 
-    The weights of a pooler do not change, because some of the systems that share this stage have no pooler.
+    `pooling` is what the heads of student and teacher read. The weights of a pooler do not change, because some of the
+    systems that share this stage have no pooler.
     """
-    name, texts = "student_encoder", inputs.texts
+    name, texts = "student_encoder", inputs.matched_texts
+    has_embeddings = not (inputs.student and inputs.student.from_scratch)
     if not pair.align_epochs:
         return encoder
 
     def train() -> PreTrainedModel:
         disable_dropout(encoder)
-        for part in (encoder.get_input_embeddings(), getattr(encoder, "pooler", None)):
-            if part is not None:
-                part.requires_grad_(False)  # copied from the teacher, or without effect on the hidden states
+        encoder.get_input_embeddings().requires_grad_(not has_embeddings)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler.requires_grad_(False)  # without effect on the hidden states
         teacher_encoder = encoder_of(teacher)
-        method = hidden_states(encoder, teacher_encoder, 1.0, pooling=pooling)
+        method = hidden_states(encoder, teacher_encoder, 1.0, pooling=pooling[0])
+        outputs = teacher_kwargs(
+            run, teacher_encoder, inputs.texts, method, logits=False, student_texts=texts, pooling=pooling
+        )
         return run.train(
             name,
             encoder,
@@ -226,7 +248,7 @@ def align(
             train_dataset=texts.train.remove_columns("labels"),
             data_collator=texts.collate,
             not_for_student=texts.unused_inputs(encoder),
-            **teacher_kwargs(run, teacher_encoder, texts, method, logits=False),
+            **outputs,
         )
 
     def load(stage: str) -> PreTrainedModel:

@@ -3,12 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
-
-from kd.common.outputs import Outputs
-from kd.common.training.teacher_outputs import TeacherOutputs
-from kd.nlp.data.loading import Texts
 
 Places = Sequence[Sequence[int]]  # by row: the place of the first token of each word; -1 for words that were cut off
 
@@ -27,26 +22,14 @@ def word_logits(logits: Sequence[Tensor], first_tokens: Places, outside: int = 0
     return words
 
 
-class WordOutputs(TeacherOutputs):
-    """The outputs of a teacher with another tokenizer: its logits of each word, at the student's first token of the
-    word, and zeros elsewhere. `teacher` and `student` are the same rows in the tokens of either model.
+def move_to_words(logits: Tensor, sources: Places, targets: Places, positions: int) -> Tensor:
+    """Moves the logits of each word from a place in `logits` (batch, positions, tags) to its place in the tokens of
+    another tokenizer (batch, `positions`, tags). Words that either tokenizer cut off, and other tokens, have zeros.
     """
-
-    def __init__(self, cache: TeacherOutputs, teacher: Texts, student: Texts) -> None:
-        self.cache = cache
-        self.places: list[Places] = [texts.train["first_tokens"][:] for texts in (teacher, student)]
-
-    def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
-        logits = self.cache.batch(sample_ids, device=device).logits
-        assert logits is not None
-        places = [[rows[sample] for sample in sample_ids.tolist()] for rows in self.places]
-        length = positions or 1 + max(max(row) for row in places[1])
-        moved = logits.new_zeros(len(logits), length, logits.shape[-1])
-        for new, old, sources, targets in zip(moved, logits, *places, strict=True):
-            pairs = [
-                (source, target) for source, target in zip(sources, targets, strict=True) if min(source, target) >= 0
-            ]
-            if pairs:
-                rows, columns = zip(*pairs, strict=True)
-                new[list(columns)] = old[list(rows)]
-        return Outputs(logits=moved, features={})
+    moved = logits.new_zeros(len(logits), positions, logits.shape[-1])
+    for new, old, places, new_places in zip(moved, logits, sources, targets, strict=True):
+        pairs = [pair for pair in zip(places, new_places, strict=True) if min(pair) >= 0]
+        if pairs:
+            rows, columns = zip(*pairs, strict=True)
+            new[list(columns)] = old[list(rows)]
+    return moved

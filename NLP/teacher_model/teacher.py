@@ -126,15 +126,26 @@ def load_classifier(name: str, data: TextData) -> Pretrained:
     notes: list[str] = []
     trained = is_trained(name, read_config(name), data)
     with reading(name, "a text encoder", NO_DOWNLOAD):
-        tokenizer = load_tokenizer(AutoTokenizer, name)
+        tokenizer = read_tokenizer(name, data)
         labels = {} if trained else label_config(data)
-        if data.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
-            tokenizer = load_tokenizer(AutoTokenizer, name, add_prefix_space=True)  # words of a list have a space
         model = load_model(auto_class(data), name, whole=trained, notes=notes, **labels)
+    return fitted(name, Pretrained(model, tokenizer, trained=trained, notes=notes))
+
+
+def read_tokenizer(name: str, data: TextData) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(AutoTokenizer, name)
+    if data.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+        tokenizer = load_tokenizer(AutoTokenizer, name, add_prefix_space=True)  # words of a list have a space
+    return tokenizer
+
+
+def fitted(name: str, pretrained: Pretrained) -> Pretrained:
+    """The model NAME with a tokenizer of the columns that it takes, and with padding."""
+    model, tokenizer = pretrained.model, pretrained.tokenizer
     accepted = inspect.signature(encoder_of(model).forward).parameters  # DistilBERT takes no token_type_ids
     tokenizer.model_input_names = [column for column in tokenizer.model_input_names if column in accepted]
-    set_padding(name, model, tokenizer, notes)
-    return Pretrained(model, tokenizer, trained=trained, notes=notes)
+    set_padding(name, model, tokenizer, pretrained.notes)
+    return pretrained
 
 
 def auto_class(data: TextData) -> Any:
@@ -332,7 +343,14 @@ def tiny_bert(data: TextData) -> Pretrained:
     is_words = data.task == "token_classification"
     texts = [" ".join(words) for words in texts] if is_words else texts
     tokenizer = BertTokenizer(vocab=vocabulary(texts), do_lower_case=True, model_max_length=512)
-    config = BertConfig(
+    config = tiny_config(tokenizer, **label_config(data))
+    kind = BertForTokenClassification if is_words else BertForSequenceClassification
+    return Pretrained(kind(config), tokenizer, from_scratch=True)
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase, **others: Any) -> BertConfig:
+    """The configuration of a small BERT with random weights; `others` are further entries."""
+    return BertConfig(
         vocab_size=len(tokenizer),
         # BERT's 0.02, scaled from its width of 768 such that the outputs of layers have the same variance. With 0.02,
         # this model needs several times as many epochs.
@@ -340,10 +358,8 @@ def tiny_bert(data: TextData) -> Pretrained:
         hidden_dropout_prob=0.0,  # few epochs do not overfit, and dropout takes a fifth of a step on a CPU
         attention_probs_dropout_prob=0.0,
         **TINY_SIZES,
-        **label_config(data),
+        **others,
     )
-    kind = BertForTokenClassification if is_words else BertForSequenceClassification
-    return Pretrained(kind(config), tokenizer, from_scratch=True)
 
 
 def vocabulary(texts: Iterable[str], most: int = 4000) -> dict[str, int]:

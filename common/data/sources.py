@@ -43,6 +43,7 @@ def read_splits(
     read: Callable[[Path], Splits] | None = None,
     needs_train: bool = True,
     with_unlabelled: bool = False,
+    flag: str = "--dataset",
 ) -> tuple[Splits, list[str]]:
     """Reads the splits of a dataset. Returns the splits, and notes on splits that are not used.
 
@@ -54,10 +55,11 @@ def read_splits(
         read: reads a folder; default: `read_folder`.
         needs_train: whether a missing train split is an error.
         with_unlabelled: whether to return a split `unlabelled`, which then may replace train.
+        flag: the flag that names the dataset, for messages.
     """
     source, notes = known.get(dataset, dataset), list[str]()
     embedded = " or ".join(name for name, where in known.items() if callable(where))
-    instead = f"pass --dataset FOLDER with {contents}, or --dataset {embedded}, without a download"
+    instead = f"pass {flag} FOLDER with {contents}, or {flag} {embedded}, without a download"
     if not isinstance(source, str):
         found = dict(source())
     elif dataset not in known and _exists(dataset):

@@ -244,6 +244,17 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean()
 
 
+def similarity_l2(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosine similarities of all pairs of samples, (batch, batch).
+
+    Unlike in `similarity_preserving`, the rows of similarities are not normalized, so their absolute size is matched
+    too. That of a sample with itself is 1 in both. Raises ValueError for batches of different size.
+    """
+    student, teacher = (_gram(unit(x.float())) for x in (student, teacher.detach()))
+    same_shape(student, teacher)
+    return (student - teacher).square().mean()
+
+
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 between relative distances, RKD-D (arXiv:1904.05068, eq. 6): |x_i - x_j| over the batch's mean.
 
@@ -306,6 +317,21 @@ def noise_contrastive(log_scores: Tensor, samples: int) -> Tensor:
         negatives / samples
     )  # log odds that a sample is the positive and not noise
     return -(F.logsigmoid(log_odds[:, 0]) + F.logsigmoid(-log_odds[:, 1:]).sum(1)).mean()
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Mean over i of -log softmax(cos(first_i, second) / temperature)[i], over the samples of a batch (InfoNCE,
+    arXiv:1807.03748).
+
+    `first` and `second` (batch, width) are two views of the same samples; both have gradients. With two dropout masks
+    as views it is the loss of unsupervised SimCSE (arXiv:2104.08821). Raises ValueError for a temperature that is not
+    positive and for shapes that differ.
+    """
+    same_shape(first, second)
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, got {temperature}")
+    similarities = product(unit(first.float()), rearrange(unit(second.float()), "j width -> width j")) / temperature
+    return F.cross_entropy(similarities, torch.arange(len(first), device=first.device))
 
 
 def _gram(vectors: Tensor) -> Tensor:

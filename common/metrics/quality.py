@@ -189,13 +189,6 @@ def language_metrics(counts: np.ndarray, size: int) -> dict[str, float]:
     return {**token_metrics(counts), "bits_per_byte": nats / (math.log(2) * size)}
 
 
-def token_agreement(choices: np.ndarray, teacher_choices: np.ndarray, labels: np.ndarray) -> float:
-    """Share of positions, without IGNORED labels, at which student and teacher predict the same token; all arguments
-    are (sequences, positions).
-    """
-    return float((choices == teacher_choices)[labels != IGNORED].mean())
-
-
 # ---------------------------------------------------------------- translation
 
 

@@ -182,6 +182,17 @@ def measure_perplexity(counts: np.ndarray, choices: np.ndarray | None = None) ->
     return Measurement(score, len(counts), constant)
 
 
+def measure_token_accuracy(counts: np.ndarray, choices: np.ndarray | None = None) -> Measurement:
+    """The share of correct tokens from `token_counts` (sequences, 3). `choices` are the most probable tokens."""
+    constant = choices is not None and is_constant(choices)
+
+    def score(rows: np.ndarray) -> float:
+        _, right, number = counts[rows].sum(axis=0, dtype=np.float64)
+        return float(right / max(number, 1))
+
+    return Measurement(score, len(counts), constant)
+
+
 def measure_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Measurement:
     """The corpus BLEU from the statistics of the sentences, one reference per hypothesis."""
     from sacrebleu.metrics import BLEU  # imported here: domains without texts do not need it

@@ -86,6 +86,8 @@ def model_card(results: Results, card: Card) -> str:
     results = without_local_paths(results, card.origins)
     student, teacher, environment = results["models"]["student"], results["models"]["teacher"], results["environment"]
     source = f" from the teacher {code(teacher['name'])}" if teacher else ""
+    if outputs := results.get("teacher_columns"):
+        source = f" from the outputs of a teacher in the data ({escaped(outputs)})"
     training = f"distilled{source} with the method {code(results['method'])}"
     if results.get("labels_only"):
         training = "trained on the labels alone, as a control of distillation"

@@ -179,6 +179,8 @@ def verdict_sentence(results: Results) -> str | None:
     parts = []
     if control:
         parts.append(f"{_compared(control)} the control ({_interval(control)})")
+    for role, other in verdict.get("others", {}).items():
+        parts.append(f"{_compared(other)} the {words(role)} model ({_interval(other)})")
     if teacher:
         parts.append(_not_worse(teacher, verdict.get("shared_teacher", True)))
     return f"Verdict: {'; '.join(parts)}." if parts else None

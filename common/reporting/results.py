@@ -106,6 +106,7 @@ class Verdict(BaseModel):
 class Verdicts(BaseModel):
     control: Verdict | None
     teacher: Verdict | None  # has also `margin` and `not_worse_by_margin`
+    others: dict[str, Verdict] = {}  # of the student against other models, by role
     shared_teacher: bool = True  # whether one teacher taught the students of all seeds
     warnings: list[str]
 
@@ -204,14 +205,14 @@ def verdict_of_run(results: Results, measurements: Mapping[str, Measurement], ma
     """The verdict of one seed.
 
     Args:
-        measurements: By role: the student and, unless there is none, control and teacher.
+        measurements: By role: the student and, unless there is none, control, teacher and any other models.
         margin: What counts as equal to the teacher. None: a share of the teacher's distance from chance.
     """
     student = measurements["student"]
     found = {
         role: verdict_of_one_seed(student.score, other.score, student.examples, results["lower_is_better"])
-        for role in ("control", "teacher")
-        if (other := measurements.get(role)) is not None
+        for role, other in measurements.items()
+        if role != "student"
     }
     if teacher := found.get("teacher"):
         found["teacher"] = with_margin(teacher, _default_margin(results) if margin is None else margin)
@@ -227,9 +228,10 @@ def _default_margin(results: Results) -> float:
 def _verdict_of_runs(runs: list[Results], merged: Results, shared_teacher: bool) -> dict[str, Any]:
     """The verdict over seeds from those of the seeds."""
     verdicts, found = [run["verdict"] for run in runs], {}
-    for role in ("control", "teacher"):
-        of_role = [verdict[role] for verdict in verdicts]
-        if all(of_role):
+    by_role = [verdict | verdict.get("others", {}) for verdict in verdicts]
+    for role in ("control", "teacher", *verdicts[0].get("others", {})):
+        of_role = [verdict[role] for verdict in by_role if verdict.get(role)]
+        if len(of_role) == len(runs):
             found[role] = verdict_over_seeds(of_role)
     if teacher := found.get("teacher"):
         found["teacher"] = with_margin(teacher, statistics.fmean(verdict["teacher"]["margin"] for verdict in verdicts))
@@ -249,7 +251,8 @@ def _with_warnings(results: Results, found: dict[str, Any], constant: bool) -> d
             f"{control['seeds']} seeds are too few to show a gain over the control of this size: about {needed} are "
             "needed for a probability of 80%"
         )
-    return {"control": control, "teacher": found.get("teacher"), "warnings": warnings}
+    others = {role: verdict for role, verdict in found.items() if role not in ("control", "teacher")}
+    return {"control": control, "teacher": found.get("teacher"), "others": others, "warnings": warnings}
 
 
 # ---------------------------------------------------------------- several seeds

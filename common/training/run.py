@@ -260,12 +260,15 @@ class Run:
             results["verdict"] = verdict_of_run(results, measurements, self.args.margin)
         return results
 
-    def finish(self, results: dict[str, Any], student: Savable, card: Card, processor: Savable | None = None) -> None:
-        """Writes the student's folder and the report, and prints the table, in the main process. See
-        `model_card.save_student` for the arguments.
+    def finish(
+        self, results: dict[str, Any], student: Savable | None, card: Card, processor: Savable | None = None
+    ) -> None:
+        """Writes the student's folder, if there is a student, and the report, and prints the table, in the main
+        process. See `model_card.save_student` for the arguments.
         """
         if PartialState().is_main_process:
-            save_student(self.folder / "student", student, results, card, processor)
+            if student is not None:
+                save_student(self.folder / "student", student, results, card, processor)
             write_report(self.folder, results, self.history if self.plots else None)
             self.show(results)
 

@@ -99,7 +99,8 @@ class JoinedOutputs(TeacherOutputs):
     def batch(self, sample_ids: Tensor, positions: int | None = None, device: torch.device | None = None) -> Outputs:
         outputs = [cache.batch(sample_ids, positions, device) for cache in self.caches]
         features = {name: feature for one in outputs for name, feature in (one.features or {}).items()}
-        return Outputs(logits=mean_logits(outputs, self.weights), features=features)
+        mask = next((one.mask for one in outputs if one.mask is not None), None)
+        return Outputs(logits=mean_logits(outputs, self.weights), features=features, mask=mask)
 
 
 def _batched(column: Column, rows: list[int], positions: int | None = None) -> Tensor:

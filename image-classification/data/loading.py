@@ -241,7 +241,9 @@ def _make_validation(
     """Moves a share of train to a missing validation split."""
     train = splits.get("train")
     if train is not None and "validation" not in splits and share > 0:
-        chosen = choose_validation(train.labels.numpy(), notes, share, " or pass another --validation_share")
+        chosen = choose_validation(
+            train.labels.numpy(), notes, share, " or pass another --validation_share (0 to report test)"
+        )
         splits["validation"], train = (train[torch.from_numpy(part)] for part in (chosen, ~chosen))
     if train is not None and not {"validation", "test"} & splits.keys():
         raise UserError(f"{dataset} has neither validation nor test images: pass a --validation_share above 0")

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from kd.common.data.label_names import shorten_list
+from kd.common.data.label_sets import is_list
 from kd.common.data.labels import read_labels
 from kd.common.data.readers import READERS
 from kd.common.data.sources import (
@@ -311,6 +312,11 @@ def _choose_columns(raw: Splits, image: str | None, label: str | None, notes: li
             "labels: pass --label_column" if images else "images, or of local paths of images: pass --image_column"
         )
         raise UserError(f"no column of {missing}; the columns are {', '.join(labelled)}")
+    if is_list(labelled[labels[0]]):
+        raise UserError(
+            f"column {labels[0]!r} holds several labels per image, and image classifiers have one: pass another "
+            "--label_column, or use kd.common.distill"
+        )
     if label is None:
         classes = [name for name, kind in labelled.items() if isinstance(kind, datasets.ClassLabel)]
         labels += [name for name in classes if name not in labels]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd.common.cli import reject_unused
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kd.image_classification.student_model.arguments import ImageTrainingArguments, PairArguments
 
 ROUNDING = 0.005  # of published accuracies, and between platforms
+WEIGHTS = {".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors"}  # suffixes of files of weights
 WEAK = 0.15  # share of the way from chance to 1; right weights in a wrong network reach less
 VALIDATION_FROM_TRAIN = (
     "the validation images were set aside from train, which the teacher was probably trained on: its validation "
@@ -64,6 +66,8 @@ class LoadedTeacher(NamedTuple):
 def _name_and_weights(pair: "PairArguments") -> tuple[str, str | None]:
     """The architecture, folder or Hub name of the teacher, and a file with its weights."""
     if not os.path.isfile(pair.teacher):
+        if Path(pair.teacher).suffix in WEIGHTS:
+            raise UserError(f"there is no file {pair.teacher}: pass the file of the weights as --teacher")
         if pair.teacher_architecture is not None:
             raise UserError(
                 f"--teacher_architecture is that of weights in --teacher FILE, but {pair.teacher} is no file: pass "

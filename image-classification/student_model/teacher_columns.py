@@ -4,6 +4,7 @@ The outputs of an image apply to all of its augmented views, since the teacher p
 """
 
 from dataclasses import replace
+from typing import Any
 
 from transformers import set_seed
 
@@ -67,7 +68,7 @@ def distill_from_columns(
             "control": (f"{pair.student}, labels only", control),
             "student": (f"{pair.student}, {args.method}", student),
         }
-        seed_run.report(args.method, models, None, auxiliary_parameters, teacher_outputs=measured)
+        seed_run.report(args.method, models, None, auxiliary_parameters, **measured)
     run.summarize()
 
 
@@ -84,10 +85,11 @@ def check_flags(args: MethodArguments, pair: PairArguments) -> None:
         raise UserError(f"--method {PLAIN} does not use a teacher: leave out --teacher_columns, or pass --method kd")
 
 
-def measure_teacher(run: TrainerRun, data: ImageData) -> dict[str, dict[str, float]]:
-    """See `measure_outputs`."""
+def measure_teacher(run: TrainerRun, data: ImageData) -> dict[str, Any]:
+    """The teacher's description and metrics (see `measure_outputs`) for the results."""
     assert data.teacher is not None
     logits = data.teacher.logits
     splits = {split: (data.splits[split].labels.numpy(), logits[split]) for split in logits}
     scores = task_metrics("classification", data.label_names)
-    return measure_outputs(run, data.teacher, scores, "accuracy", splits)
+    measured = measure_outputs(run, data.teacher, scores, "accuracy", splits)
+    return {"teacher_columns": data.teacher.description, "teacher_outputs": measured}

@@ -80,7 +80,9 @@ def _load_strictly(network: nn.Module, state: State, path: str, architecture: st
     try:
         network.load_state_dict(state)
     except Exception as error:  # a hook of the user's code may raise any
-        raise UserError(f"the weights of {path} do not fit {architecture}: {reason_of(error)}") from error
+        raise UserError(
+            f"the weights of {path} do not fit {architecture} ({reason_of(error)}): pass the network of these weights"
+        ) from error
 
 
 # ---- transformers ----

@@ -153,7 +153,10 @@ def rename(state: State, target: State, architecture: str) -> tuple[State, str]:
     for how, found in ("name", renamed), ("order", order):
         if len(found) == len(state) and _shapes(found) == _shapes(wanted):
             return target | found, how
-    raise UserError(f"the weights do not fit {architecture}: {_misfit(renamed, state, wanted)}")
+    raise UserError(
+        f"the weights do not fit {architecture}: {_misfit(renamed, state, wanted)}; pass another "
+        "--teacher_architecture, or the network of your code, package.module:factory"
+    )
 
 
 def _rename(name: str, architecture: str) -> str:

@@ -114,7 +114,8 @@ def load_timm_weights(name: str, path: str, classes: int, image_size: int) -> nn
     except UserError as error:
         reason = textwrap.shorten(str(error.__cause__ or error), 300)
         raise UserError(
-            f"{path} holds no weights of {name} with {classes} classes for images of {image_size} pixels ({reason})"
+            f"{path} holds no weights of {name} with {classes} classes for images of {image_size} pixels "
+            f"({reason}): pass the network and the --image_size of these weights"
         ) from error
 
 

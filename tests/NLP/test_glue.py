@@ -94,6 +94,7 @@ def test_one_table_and_shared_stages_train_once(glue, tmp_path, capsys):
     assert stopped.value.code == 2 and "alpha (was 0.5, now 0.9)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_student_does_not_depend_on_the_system_that_aligned_its_encoder(glue, tmp_path):
     """A student with a bottleneck has no pooler, but a plain student has one."""
     students = []
@@ -107,6 +108,7 @@ def test_the_student_does_not_depend_on_the_system_that_aligned_its_encoder(glue
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
 
 
+@pytest.mark.slow
 def test_more_seeds_train_only_the_missing_ones(glue, tmp_path):
     words = ["--tasks", "rte", "--systems", "base", "--no_control", "--output_dir", tmp_path / "glue"]
     system = tmp_path / "glue" / "rte" / "base"

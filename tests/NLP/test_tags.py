@@ -19,8 +19,9 @@ from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.columns import TASKS
 from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.loading import Texts, load_text_data, with_label_order
+from kd.nlp.student_model.alignment import AlignedOutputs
 from kd.nlp.student_model.evaluation import evaluate
-from kd.nlp.student_model.words import WordOutputs, word_logits
+from kd.nlp.student_model.words import word_logits
 from kd.nlp.teacher_model.teacher import load_classifier, load_trained, vocabulary
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
@@ -193,7 +194,7 @@ def test_logits_of_words_move_to_the_tokens_of_another_tokenizer(data: Any) -> N
     teacher, student = Texts.of(data, tokenizer(["x"])), Texts.of(data, tokenizer(["ann ann flew flew to to new new"]))
     ids = torch.arange(len(data.splits["train"]))
     logits = [torch.randn(len(row["input_ids"]), 4) for row in teacher.train]
-    moved = WordOutputs(TeacherOutputs(ids, logits), teacher, student)
+    moved = AlignedOutputs(TeacherOutputs(ids, logits), student, teacher, None)
     batch = student.collate([student.train[i] for i in (1, 0)])
     outputs = moved.batch(batch["sample_id"], batch["input_ids"].shape[1])
     assert outputs.logits is not None

@@ -377,6 +377,7 @@ def test_the_code_of_the_model_card_runs(finished, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_a_continued_run_gives_the_same_student(finished, small, tmp_path):
     """The run continues after the teacher's stage, without the files of later stages."""
     run = tmp_path / "run"

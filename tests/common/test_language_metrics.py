@@ -2,12 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kd.common.metrics.quality import language_metrics, token_agreement, token_counts
+from kd.common.metrics.quality import language_metrics, token_counts
 from kd.common.utils.tasks import IGNORED
 
 
@@ -39,9 +38,3 @@ def test_a_uniform_model_needs_eight_bits_per_byte():
     found = language_metrics(token_counts(torch.zeros(4, 9, 256), labels).numpy(), size=labels.numel())
     assert found["perplexity"] == pytest.approx(256, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(8, rel=1e-5)
-
-
-def test_agreement_skips_ignored_labels():
-    labels = np.array([[3, IGNORED, 5], [IGNORED, 1, 1]])
-    choices, teacher = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[1, 9, 9], [9, 5, 6]])
-    assert token_agreement(choices, teacher, labels) == 3 / 4

@@ -15,6 +15,7 @@ RELATIONS = {  # losses that do not depend on the scale of the features
     "rkd_distance": losses.rkd_distance,
     "rkd_angle": losses.rkd_angle,
     "pkt": losses.pkt,
+    "similarity_l2": losses.similarity_l2,
 }
 ALL = RELATIONS | {"correlation_congruence": losses.correlation_congruence}
 
@@ -38,6 +39,25 @@ def test_similarities_by_hand():
     a, b = 5**-0.5, 2 * 5**-0.5
     expected = ((1 - a) ** 2 + b**2 + a**2 + (1 - b) ** 2) / 4
     assert losses.similarity_preserving(pred, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_cosine_similarities_by_hand():
+    pred = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # cosine 0
+    target = torch.tensor([[1.0, 0.0, 0.0], [3.0, 4.0, 0.0]])  # cosine 3/5
+    assert losses.similarity_l2(pred, target).item() == pytest.approx(2 * 0.6**2 / 4)
+
+
+def test_info_nce_is_the_cross_entropy_of_cosines():
+    first, second = features().requires_grad_(), features(seed=1).requires_grad_()
+    cosines = torch.nn.functional.cosine_similarity(first[:, None], second[None], dim=-1)
+    loss = losses.info_nce(first, second, temperature=0.5)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(cosines / 0.5, torch.arange(len(first))))
+    loss.backward()
+    assert first.grad.abs().sum() > 0 and second.grad.abs().sum() > 0
+    assert losses.info_nce(first, first, temperature=1e-3).item() == pytest.approx(0)
+    for temperature, other in ((0, second), (1, second[:3])):
+        with pytest.raises(ValueError):
+            losses.info_nce(first, other, temperature)
 
 
 def test_relative_distances_by_hand():

@@ -256,6 +256,7 @@ def test_two_processes_train_one_student(teacher, tmp_path):
     assert results_of(tmp_path / "run")["models"]["student"]["metrics"]["test"]["accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_share_the_teacher(tmp_path, capsys):
     words = [*SHORT, *PAIR, "--teacher", "resnet8"]
     script("train_student.py", *words, "--seeds", "3,4", "--output_dir", tmp_path / "several")
@@ -307,6 +308,7 @@ def test_a_killed_run_resumes_to_the_same_student(teacher, tmp_path):
     assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
     common = [*SHORT, *PAIR, "--teacher", teacher, "--seeds", 0, "--output_dir", tmp_path / "s"]
     words = [*common, "--projectors", "single", "all-layer"]

@@ -90,6 +90,9 @@ def test_errors_name_the_files_that_are_missing_and_the_columns(tmp_path: Path) 
     assert "is an address: download the image" in error_of(path)
     path.write_text(text.replace(".png", ""))
     assert "of local paths of images: pass --image_column; the columns are file, label" in error_of(path)
+    several = [json.dumps({"file": "files/1.png", "label": ["cat", "Bed"]})] * 3
+    (tmp_path / "several.jsonl").write_text("\n".join(several))
+    assert "holds several labels per image" in error_of(tmp_path / "several.jsonl")
     path.write_text(text.replace("label", "species"))
     assert "no column of labels: pass --label_column" in error_of(path)
     draw(tmp_path / "train" / "1.png", pixels(1, 6, 6)[0])
@@ -175,6 +178,8 @@ def test_a_student_learns_from_columns_of_a_table(tmp_path: Path, capsys: pytest
     )
     report = (run / "report.md").read_text()
     assert "of the teacher's 1.000" in report
+    card = (run / "student" / "README.md").read_text()
+    assert "distilled from the outputs of a teacher in the data (columns 'p_cat'" in card
     assert "Teacher outputs" in report and "as probabilities" in report
     assert "12 of 60 rows of train have no label" in report
     run_script("image-classification/scripts/evaluate.py", run, "--json", tmp_path / "metrics.json")

@@ -117,7 +117,8 @@ def test_refusals_name_the_flag_that_resolves_them(here: Path, capsys: pytest.Ca
     message = error_of(capsys, *resnet8, "--teacher_accuracy", 0.9)
     assert "not 0.9" in message and message.endswith("or pass a lower --teacher_accuracy")
     for words, expected in (
-        ([*random, "--teacher_architecture", "resnet14"], "the file has"),
+        ([*random, "--teacher_architecture", "resnet14"], "pass another --teacher_architecture"),
+        ([*data, "--teacher", "absent.pth", "--teacher_architecture", "resnet8"], "there is no file absent.pth"),
         ([*resnet8, "--teacher_weights", "random.pth"], "leave out --teacher_weights"),
         ([*data, "--teacher", "resnet8", "--teacher_architecture", "resnet8"], "--teacher_weights FILE"),
         ([*data, "--teacher", "resnet8", "--teacher_accuracy", 0.5], "--teacher_accuracy has no effect"),

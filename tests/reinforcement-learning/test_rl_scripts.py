@@ -163,6 +163,7 @@ def test_several_seeds_are_ordinary_runs_with_one_teacher(cart_pole, capsys):
     assert not same_policy(Path("runs/seed0/student/student.zip"), Path("alone/student/student.zip"))
 
 
+@pytest.mark.slow
 def test_the_verdict_over_seeds(cart_pole):
     distill("--teacher", cart_pole, "--seeds", "0,1", "--output_dir", "runs")
     runs = [read_json(f"runs/seed{seed}/results.json") for seed in (0, 1)]
