@@ -149,8 +149,9 @@ def load_text_data(
     if task == "regression" and known_labels:
         raise UserError(f"{name} has scores, not classes: the classifier cannot be evaluated on it")
     spec = known_task(columns, known_labels or labels.names, task)
-    # F1 is computed for class 1, so the label order of a known task also applies to a local file.
-    names = known_labels or (list(spec.label_names) if spec else []) or labels.names
+    # F1 is computed for class 1, so the label order of a known task also applies to a local file, and to a classifier.
+    by_position = spec is not None and spec.metric == "f1"
+    names = (known_labels if not by_position else None) or (list(spec.label_names) if spec else []) or labels.names
     ids = map_labels(task, name, labels.values, labels.names, names)
     notes += [note, *labels.notes]
     splits = {split: select_rows(split, raw[split], columns, rows, ids[split]) for split, rows in labels.rows.items()}

@@ -33,6 +33,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import TaskType
 from kd.nlp.data.loading import TextData, with_label_order
 from kd.nlp.teacher_model import TINY_BERT
+from kd.nlp.teacher_model.heads import reorder_outputs
 
 TINY_SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256
@@ -118,17 +119,23 @@ def max_positions(encoder: nn.Module) -> float:
 def load_classifier(name: str, data: TextData) -> Pretrained:
     """The model NAME (Hub name, folder, or `tiny-bert`) in fp32, with a head for the labels of `data`.
 
-    Raises UserError if the model cannot be read, if its weights do not fit its config, or if it is a classifier of
-    other labels or of another label order; see `in_label_order`.
+    The outputs of a classifier of these labels in another order are reordered; `in_label_order` makes the data follow
+    the teacher instead. Raises UserError if the model cannot be read, if its weights do not fit its config, or if it
+    is a classifier of other labels.
     """
     if name == TINY_BERT:
         return tiny_bert(data)
     notes: list[str] = []
-    trained = is_trained(name, read_config(name), data)
+    places = output_places(name, read_config(name), data)
+    trained = places is not None
     with reading(name, "a text encoder", NO_DOWNLOAD):
         tokenizer = read_tokenizer(name, data)
         labels = {} if trained else label_config(data)
         model = load_model(auto_class(data), name, whole=trained, notes=notes, **labels)
+    if places and places != sorted(places):
+        reorder_outputs(name, model, places, data.label_names)
+        notes.append(f"the outputs of {name} are reordered to the labels of the data: {_shortened(data.label_names)}")
+        print(f"note: {notes[-1]}")
     return fitted(name, Pretrained(model, tokenizer, trained=trained, notes=notes))
 
 
@@ -212,16 +219,16 @@ def label_config(data: TextData) -> dict:
     } | ({"problem_type": MULTI_LABEL} if data.task == "multi_label" else {})
 
 
-def is_trained(name: str, config: Any, data: TextData) -> bool:
-    """Whether the checkpoint NAME is a classifier of the labels of `data`, in the same order.
+def output_places(name: str, config: Any, data: TextData) -> list[int] | None:
+    """The output of the checkpoint NAME for each label of `data`; None if it is not a classifier of their task.
 
-    Raises UserError if it is a classifier of other labels or of another order.
+    Raises UserError if it is a classifier of other labels.
     """
     if not is_classifier(config) or is_tagger(config) != (data.task == "token_classification"):
-        return False
+        return None
     if data.task == "regression" or config.num_labels == 1:
         if data.task == "regression" and config.num_labels == 1:
-            return True
+            return [0]
         raise UserError(f"{name} has {config.num_labels} outputs, {data.name} needs {data.num_labels}")
     if config.problem_type == MULTI_LABEL and data.task == "classification":
         raise UserError(f"{name} assigns several labels to a text, {data.name} has one per text: use another model")
@@ -231,18 +238,13 @@ def is_trained(name: str, config: Any, data: TextData) -> bool:
             f'"problem_type": "{MULTI_LABEL}" in its config.json if it was trained on them'
         )
     labels = _checked_labels(name, config, data)
-    ids = match_names(labels, data.label_names)
-    if ids == list(range(len(data.label_names))):
-        return True
-    if sorted(ids) == list(range(len(data.label_names))):
-        first = next(i for i, place in enumerate(ids) if place != i)
-        raise UserError(
-            f"the label order of {name} differs: label {first} is {labels[first]!r} for this model and "
-            f"{data.label_names[first]!r} for the data and the other models: reorder its head and its id2label"
-        )
+    ids = match_names(data.label_names, labels)
+    if sorted(ids) == list(range(len(labels))):
+        return ids
     raise UserError(
         f"{name} classifies {len(labels)} labels ({_shortened(labels)}), {data.name} has {len(data.label_names)} "
-        f"({_shortened(data.label_names)}): name a classifier of the same labels, or an encoder without a head"
+        f"({_shortened(data.label_names)}): pass a classifier of the same labels, or an encoder without a head, as "
+        "--teacher or --student"
     )
 
 
@@ -250,7 +252,7 @@ def in_label_order(name: str, data: TextData) -> TextData:
     """The data with the class ids of NAME, if that is a classifier of the same labels in another order; otherwise the
     data unchanged.
 
-    Raises UserError if the primary metric is F1, which would then count another class as positive.
+    F1 counts label 1 as positive, so data whose primary metric it is keep their order.
     """
     if name == TINY_BERT or data.task == "regression" or not is_classifier(config := read_config(name)):
         return data
@@ -263,10 +265,7 @@ def in_label_order(name: str, data: TextData) -> TextData:
     if -1 in ids or labels == data.label_names or ids == list(range(len(labels))):
         return data
     if data.primary_metric == "f1" and data.task == "classification":
-        raise UserError(
-            f"{name} has the labels of {data.name} in another order ({_shortened(labels)} instead of "
-            f"{_shortened(data.label_names)}), and F1 counts label 1 as positive: reorder its head and its id2label"
-        )
+        return data
     note = f"class ids follow {name}: {_shortened(labels)}"
     if len(labels) > len(data.label_names):
         note += f"; {len(labels) - len(data.label_names)} of its classes have no rows"

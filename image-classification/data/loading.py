@@ -1,6 +1,6 @@
 """Loads image datasets: small images into one uint8 tensor in memory, large ones as files that views decode."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -156,6 +156,7 @@ def load_image_data(
     trust_label_order: bool = False,
     teacher_columns: list[str] | None = None,
     teacher_values: Values | None = None,
+    unlabelled_label: Sequence[str] | None = None,
 ) -> ImageData:
     """Loads `dataset`, and moves a stratified share of train to a missing validation split.
 
@@ -170,11 +171,13 @@ def load_image_data(
         model_labels: the labels, by id, of a teacher and of teacher outputs that do not name theirs.
         trust_label_order: these have the labels of the data, in their order.
         teacher_columns, teacher_values: see `read_teacher_columns`.
+        unlabelled_label: placeholders for a missing label.
     """
     outputs = None
     if teacher_columns:
         outputs = OutputColumns(teacher_columns, teacher_values, model_labels, trust_label_order)
-    read = read_images(dataset, image_column, label_column, label_names, keep_unlabelled, outputs)
+    no_label = unlabelled_label or ()
+    read = read_images(dataset, image_column, label_column, label_names, keep_unlabelled, outputs, no_label)
     splits, class_names, notes = read.splits, read.label_names, read.notes
     if read.teacher:
         splits = _without_useless(splits, read.teacher, notes)

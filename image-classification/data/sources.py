@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -212,11 +212,13 @@ def read_images(
     known: list[str] | None = None,
     keep_unlabelled: bool = False,
     outputs: OutputColumns | None = None,
+    no_label: Sequence[str] = (),
 ) -> LabelledFiles:
     """Reads the images of `dataset`.
 
     known: the class names of a model to evaluate on the dataset, which then needs no train split.
     keep_unlabelled: whether train has the images without a label, and those of a split `unlabelled`, as IGNORED.
+    no_label: placeholders for a missing label.
     """
     raw, notes = read_image_splits(dataset, known is None, keep_unlabelled)
     columns = expand_columns(raw, outputs.columns) if outputs else []
@@ -225,7 +227,7 @@ def read_images(
     image, label = _choose_columns(raw, image_column, label_column, notes)
     raw = join_unlabelled({split: _joined(rows, of_teacher[split]) for split, rows in raw.items()}, label, notes)
     try:
-        labels = read_labels(raw, label, "ids", known, keep_unlabelled=keep_unlabelled)
+        labels = read_labels(raw, label, "ids", known, no_label, keep_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     splits = {}

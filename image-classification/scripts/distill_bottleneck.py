@@ -2,9 +2,9 @@
 
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10
 
-The teacher's bottleneck is trained on its frozen backbone. The student's backbone and projector match the teacher's
-maps as in SimKD. The keys of its bottleneck are carried from the teacher, fitted to its embeddings (`new`) or random,
-and its values are trained; `--keys reused` takes both. The control has new keys and is trained on labels alone.
+The teacher's bottleneck is trained on its frozen backbone. The student's maps match the teacher's as in SimKD. Its
+keys are carried from the teacher, fitted to its embeddings (`new`) or random, and its values are trained;
+`--keys reused` takes both. The control has new keys and no teacher.
 """
 
 from kd.common.cli import parse, reject_unused, run, show_help
@@ -12,8 +12,10 @@ from kd.image_classification.student_model.arguments import (
     BottleneckTrainingArguments,
     ImageBottleneckArguments,
     PairArguments,
-    PairDataArguments,
     SimKDArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
+    PairDataArguments,
 )
 
 ARGUMENTS = ImageBottleneckArguments, PairArguments, SimKDArguments, PairDataArguments, BottleneckTrainingArguments

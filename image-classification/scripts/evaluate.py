@@ -14,7 +14,10 @@ from dataclasses import fields
 
 from kd.common.cli import Parser, run, show_help
 from kd.common.training.arguments import add_evaluation_arguments
-from kd.image_classification.student_model.arguments import EVALUATION_DATA, DataArguments
+from kd.image_classification.student_model.data_arguments import (
+    EVALUATION_DATA,
+    DataArguments,
+)
 
 PARSER = Parser([DataArguments], description=__doc__)
 add_evaluation_arguments(PARSER, "or the folder of a classifier", "the row, file, label, prediction and probability")

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd.common.cli import parse, run, show_help
-from kd.image_classification.student_model.arguments import DataArguments
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
+)
 
 
 @dataclass

@@ -11,9 +11,11 @@ from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
     ImageTrainingArguments,
     PairArguments,
-    PairDataArguments,
     SimKDWeights,
     SweepArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
+    PairDataArguments,
 )
 
 ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, PairDataArguments, ImageTrainingArguments

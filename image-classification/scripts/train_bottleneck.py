@@ -11,7 +11,12 @@ on another dataset, because an encoder trained on this one has seen the labels o
 
 from kd.common.cli import parse, run, show_help
 from kd.common.training.arguments import RunArguments
-from kd.image_classification.student_model.arguments import DataArguments, IncrementalArguments
+from kd.image_classification.student_model.arguments import (
+    IncrementalArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
+)
 
 ARGUMENTS = IncrementalArguments, DataArguments, RunArguments
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
     ImageTrainingArguments,
     PairArguments,
-    PairDataArguments,
     SimKDArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
+    PairDataArguments,
 )
 
 ARGUMENTS = PairArguments, SimKDArguments, PairDataArguments, ImageTrainingArguments

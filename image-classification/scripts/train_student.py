@@ -19,6 +19,8 @@ from kd.image_classification.student_model.arguments import (
     MethodArguments,
     PairArguments,
     SimKDWeights,
+)
+from kd.image_classification.student_model.data_arguments import (
     TeacherColumnArguments,
 )
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.common.utils.ranges import Positive
-from kd.image_classification.student_model.arguments import TEACHER_EPOCHS, DataArguments, ImageTrainingArguments
+from kd.image_classification.student_model.arguments import (
+    TEACHER_EPOCHS,
+    ImageTrainingArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
+)
 
 
 @dataclass

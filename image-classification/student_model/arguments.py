@@ -6,7 +6,7 @@ This module does not import torch or transformers, so that `--help` is fast.
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import (
@@ -15,13 +15,12 @@ from kd.common.training.arguments import (
     CodebookArguments,
     CodebookSize,
     KDTrainingArguments,
-    TeacherOutputArguments,
     check_ensemble_weights,
     ensemble_weights,
-    only_with,
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, NotNegative, Positive, Seed, Share, ShareAbove0, ShareBelow1, check_declared
+from kd.image_classification.student_model.data_arguments import DataArguments
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, learning_rate
 
 if TYPE_CHECKING:
@@ -35,106 +34,12 @@ IMAGE_METHODS = (
     *METHOD_NAMES,
     *("fitnet", "attention", "nst", "vid", "srrl", "catkd", "norm", "ofd", "reviewkd", "semckd", "crd"),
 )
-METHOD_HELP = f"NAME or NAME:argument=value:...; NAME is {PLAIN} (labels only), {SIMKD}, {', '.join(IMAGE_METHODS)}."
+METHOD_HELP = f"NAME[:argument=value:...]: {PLAIN}, {SIMKD}, {', '.join(IMAGE_METHODS)}."
 SGD_ARGS = "momentum=0.9,nesterov=true"
 TEACHER_EPOCHS = 3  # times the epochs of a student
 PIXELS = "pixels"  # no encoder: the pixels are the embedding
 Variant = Literal["single", "multi", "all-layer"]
 FeatureLossName = Literal["l2", "kl-channel", "kl-spatial", "cosine"]
-
-
-@dataclass
-class DataArguments:
-    """Data."""
-
-    elsewhere: ClassVar = only_with("train_student.py")
-    dataset: str = field(
-        default="distorted_digits",
-        metadata={
-            "help": "Dataset: distorted_digits, digits, cifar10, cifar100, mnist, imagenet, a name on the Hub or a "
-            "folder."
-        },
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Name of the column with the images."})
-    label_column: str | None = field(default=None, metadata={"help": "Name of the column with the labels."})
-    image_size: Count | None = field(
-        default=None,
-        metadata={"help": "Size of the images; above 64, training uses random crops."},
-    )
-    validation_share: ShareBelow1 = field(
-        default=0.1, metadata={"help": "Share of train for a missing validation split."}
-    )
-    max_train_samples: Count | None = field(default=None, metadata={"help": "Maximum number of training images."})
-    max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of validation and of test images."}
-    )
-    drop_unlabelled: bool = field(default=False, metadata={"help": "Leave out training images without a label."})
-
-    def load(self, label_names: list[str] | None = None, keep_unlabelled: bool = True) -> "ImageData":
-        """Loads the data and prints notes on what was left out or inferred.
-
-        Args:
-            label_names: the classes, by id, of a model to evaluate.
-            keep_unlabelled: whether training images without a label may be kept. Raises UserError for an unused flag.
-        """
-        if not keep_unlabelled:
-            reject_unused("images without a label are always left out here", self, "drop_unlabelled")
-        from kd.common.data.sources import print_notes
-        from kd.image_classification.data.loading import load_image_data
-
-        data = load_image_data(
-            self.dataset,
-            self.image_column,
-            self.label_column,
-            self.image_size,
-            self.validation_share,
-            self.max_train_samples,
-            label_names,
-            self.max_eval_samples,
-            keep_unlabelled and not self.drop_unlabelled and label_names is None,
-            **self.teacher_options,
-        )
-        print_notes(data.name, data.notes)
-        return data
-
-    @property
-    def teacher_options(self) -> dict[str, Any]:
-        """Further arguments of `load_image_data`."""
-        return {}
-
-
-@dataclass
-class PairDataArguments(DataArguments):
-    """Data."""
-
-    label_names: list[str] | None = field(
-        default=None, metadata={"help": "Labels, by id, of a teacher that does not name them."}
-    )
-    trust_label_order: bool = field(
-        default=False, metadata={"help": "Such a teacher has the labels of the data, in their order."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.label_names and self.trust_label_order:
-            raise ValueError("--label_names and --trust_label_order both order the labels: pass one of them")
-
-    @property
-    def teacher_options(self) -> dict[str, Any]:
-        return {"model_labels": self.label_names, "trust_label_order": self.trust_label_order}
-
-
-@dataclass
-class TeacherColumnArguments(TeacherOutputArguments, PairDataArguments):
-    """Data."""
-
-    @property
-    def teacher_options(self) -> dict[str, Any]:
-        columns = {"teacher_columns": self.teacher_columns, "teacher_values": self.teacher_values}
-        return super().teacher_options | columns
-
-
-# The arguments with which the data of a run are evaluated; the model has the size of the images.
-EVALUATION_DATA = ("dataset", "image_column", "label_column", "validation_share", "max_eval_samples")
 
 
 @dataclass

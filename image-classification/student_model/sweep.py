@@ -35,11 +35,13 @@ from kd.image_classification.student_model.arguments import (
     CONTROLS,
     PLAIN,
     SIMKD,
-    DataArguments,
     ImageTrainingArguments,
     PairArguments,
     SimKDArguments,
     SimKDWeights,
+)
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
 )
 from kd.image_classification.student_model.distillation import ImageRun, read_stage, validate_teacher_views
 from kd.image_classification.student_model.evaluation import (

@@ -20,6 +20,8 @@ from kd.image_classification.student_model.arguments import (
     ImageTrainingArguments,
     MethodArguments,
     PairArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
     TeacherColumnArguments,
 )
 from kd.image_classification.student_model.distillation import ImageRun

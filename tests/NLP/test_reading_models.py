@@ -1,6 +1,7 @@
 """Loading models that were saved elsewhere: in fp32, with matching weights and labels, or with a one-line error."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertTokenizer,
+    DistilBertConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -334,15 +336,44 @@ def test_the_padding_of_a_decoder_is_that_of_its_tokenizer_on_the_right(tmp_path
 def test_data_follow_the_label_order_of_the_model(tmp_path, capsys):
     folder = str(saved(tmp_path, bert({0: "POSITIVE", 1: "NEGATIVE"})))
     data = two_labels()
-    with pytest.raises(UserError, match="label order of .* differs: label 0 is 'POSITIVE'"):
-        load_trained(folder, data)
     ordered = in_label_order(folder, data)
     assert ordered.label_names == ["POSITIVE", "NEGATIVE"]
     assert ordered.splits["train"]["label"][:] == [0, 1, 0, 1]
     assert load_trained(folder, ordered).trained and in_label_order(folder, ordered) is ordered
     assert "class ids follow" in capsys.readouterr().out and "class ids follow" in ordered.notes[-1]
-    with pytest.raises(UserError, match="F1 counts label 1"):
-        in_label_order(folder, two_labels(metric="f1"))
+
+
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2", "DistilBERT", "bottleneck"])
+def test_the_outputs_of_a_classifier_follow_the_labels_of_the_data(tmp_path, capsys, kind):
+    """F1 counts label 1 as positive, so the data keep their order. A student may have another than its teacher."""
+    names = ["sour", "negative", "positive"]
+    data = replace(two_labels(metric="f1"), label_names=["negative", "positive", "sour"])
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    size = len(tokenizer())
+    if kind == "GPT-2":
+        config = GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2, pad_token_id=0, **labels)
+        model: Any = GPT2ForSequenceClassification(config)
+    elif kind == "DistilBERT":
+        model = AutoModelForSequenceClassification.from_config(
+            DistilBertConfig(vocab_size=size, dim=3, n_layers=1, n_heads=1, hidden_dim=3, **labels)
+        )  # the head is not its only layer of three outputs
+    elif kind == "bottleneck":
+        shape: dict[str, Any] = {"codebooks": 2, "codebook_size": 4}
+        model = BottleneckClassifier.from_encoder(bert().bert, labels["id2label"], "mean", **shape)
+    else:
+        model = BertForSequenceClassification(BertConfig(vocab_size=size, **SHAPE, **labels))
+    folder = str(saved(tmp_path, model))
+    assert in_label_order(folder, data) is data
+    found = load_classifier(folder, data)
+    assert found.trained and "reordered to the labels of the data: negative, positive, sour" in found.notes[0]
+    assert found.notes[0] in capsys.readouterr().out
+    assert found.model.config.id2label == dict(enumerate(data.label_names))
+    batch = found.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        before, after = (one.eval()(**inputs).logits for one in (model, found.model))
+    assert not torch.allclose(before[:, 0], before[:, 1])
+    torch.testing.assert_close(after, before[:, [1, 2, 0]])
 
 
 def test_unnamed_labels_are_an_error(tmp_path):

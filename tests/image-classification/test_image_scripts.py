@@ -21,7 +21,9 @@ from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.data.sources import embedded_digits
-from kd.image_classification.student_model.arguments import DataArguments
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
+)
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.sweep import Student
 from kd.image_classification.student_model.sweep_report import compare_students

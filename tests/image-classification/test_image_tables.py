@@ -149,6 +149,16 @@ def test_top_k_in_metadata_of_images_in_folders(tmp_path: Path) -> None:
     assert "column 'label' of metadata.jsonl is not used, since folders name the classes" in notes
 
 
+def test_a_placeholder_is_no_label(tmp_path: Path) -> None:
+    path = table(tmp_path, 24)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([line.replace("cat", "unknown") if i % 2 else line for i, line in enumerate(lines)]))
+    assert small(path).label_names == ["Bed", "cat", "sea_horse", "unknown"]
+    data = small(path, unlabelled_label=["unknown"], keep_unlabelled=True)
+    assert data.label_names == ["Bed", "cat", "sea_horse"] and (data.splits["train"].labels == IGNORED).sum() == 4
+    assert "correct --unlabelled_label" in error_of(path, unlabelled_label=["unknwon"])
+
+
 def test_metadata_name_the_classes_of_images_outside_of_class_folders(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for number, picture in enumerate(pixels(6, 8, 8, 3)):

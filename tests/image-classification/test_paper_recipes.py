@@ -9,7 +9,13 @@ import yaml
 from kd.common.cli import parse
 from kd.common.methods import fill_arguments, parse_method
 from kd.common.utils.files import read_json
-from kd.image_classification.student_model.arguments import DataArguments, ImageTrainingArguments, PairArguments
+from kd.image_classification.student_model.arguments import (
+    ImageTrainingArguments,
+    PairArguments,
+)
+from kd.image_classification.student_model.data_arguments import (
+    DataArguments,
+)
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME
 from kd.image_classification.teacher_model.backbones import known_weights
