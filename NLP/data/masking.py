@@ -81,7 +81,8 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Rows with the masks of an epoch: `input_ids` and `labels` (tokens,). `rows` are those of `token_rows`."""
 
     def __init__(self, rows: datasets.Dataset, masking: Masking, seed: int) -> None:
-        self.rows, self.masking, self.seed, self.epoch = rows, masking, seed, 0
+        self.rows, self.masking, self.seed = rows, masking, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # with persistent workers
         self.column_names = rows.column_names
         self.ends = np.cumsum(column_array(rows, "length"))
         self.ids = _joined(rows, "input_ids")
@@ -89,7 +90,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the masks. The trainer calls it before each epoch."""
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def select_columns(self, names: list[str]) -> datasets.Dataset:
         """The columns of all rows without masks, such as `length`."""
@@ -105,7 +106,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
         """One call of `mask` for the tokens of all these rows takes a fraction of the time of one call per row."""
         places = [slice(self.ends[n - 1] if n else 0, self.ends[n]) for n in numbers]
         sizes = [int(place.stop - place.start) for place in places]
-        generators = (np.random.default_rng([self.seed, self.epoch, number]) for number in numbers)
+        generators = (np.random.default_rng([self.seed, int(self.epoch), number]) for number in numbers)
         draws = np.concatenate([g.random((3, size)) for g, size in zip(generators, sizes, strict=True)], axis=1)
         ids, starts = np.concatenate([self.ids[place] for place in places]), None
         if self.starts is not None:
@@ -175,8 +176,9 @@ def _packed(pieces: Iterator[Piece], separator: int, room: int) -> list[np.ndarr
     for piece, is_complete in pieces:
         joined += [piece, np.array([[separator], [piece[1, -1] + 1]])] if is_complete else [piece]
     stream = np.concatenate(joined, axis=1)
-    rows = [stream[:, start : start + room] for start in range(0, stream.shape[1], room)]
-    return rows if rows[-1].shape[1] > 1 else rows[:-1]  # a last row of one token is the last separator, or too short
+    if is_complete:
+        stream = stream[:, :-1]
+    return [stream[:, start : start + room] for start in range(0, stream.shape[1], room)]
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, whole_words: bool) -> None:

@@ -136,6 +136,9 @@ class MaskedLanguageTask(LanguageTask):
         return super().train(run, role, model, teacher, masked, train_sampling_strategy=sampling, **training_arguments)
 
     def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:
+        """The loss of DistilBERT's distiller.py, or the masked tokens alone without a teacher. With gradient
+        accumulation, a micro-batch counts in all terms by its number of masked tokens.
+        """
         smoothing, args = training.label_smoothing_factor, self.args
         if teacher is None:
             return labels(smoothing=smoothing)

@@ -2,18 +2,21 @@
 
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import huggingface_hub
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from kd.common.data.sources import offline_if_unreachable
+from kd.common.reporting.origins import (
+    CARD,
+    Licence,
+    common_licence,
+    describe_licence,
+    hub_names,
+    is_local,
+    licence_of,
+)
 from kd.common.reporting.report import (
     headline,
     metric_name,
@@ -28,9 +31,7 @@ from kd.common.reporting.results import Results
 from kd.common.reporting.tables import code, escaped, fenced, markdown, number, words
 from kd.common.utils.files import write_text, writing_folder
 
-CARD = "README.md"
 TAG = "knowledge-distillation"
-LICENCE = ("license", "license_name", "license_link")  # entries of the metadata of a card
 HUB_METRICS = {  # the metrics of the Hub, by ours; the others are in the card's tables alone
     **{name: name for name in ("accuracy", "f1", "mse", "perplexity", "bleu", "chrf")},
     "f1_macro": "f1",
@@ -84,6 +85,7 @@ def save_student(
 def model_card(results: Results, card: Card) -> str:
     """The README.md of a student. It contains no local path, and shows names that contain markup as they are."""
     results = without_local_paths(results, card.origins)
+    licences = {name: licence_of(name) or {"license": card.licence} for name in card.origins}
     student, teacher, environment = results["models"]["student"], results["models"]["teacher"], results["environment"]
     source = f" from the teacher {code(teacher['name'])}" if teacher else ""
     if outputs := results.get("teacher_columns"):
@@ -92,7 +94,7 @@ def model_card(results: Results, card: Card) -> str:
     if results.get("labels_only"):
         training = "trained on the labels alone, as a control of distillation"
     sections = [
-        f"---\n{metadata(results, card)}\n---",
+        f"---\n{metadata(results, card, licences)}\n---",
         f"# {escaped(results['task'])}: {escaped(results['method'])}",
         f"{code(student['name'])}, a student of {student['parameters']:,} parameters for {escaped(results['task'])}, "
         f"{training}.",
@@ -108,6 +110,7 @@ def model_card(results: Results, card: Card) -> str:
         f"{samples(results)} Trained in {environment['precision']} on {escaped(environment['device'])} "
         f"({_counted(environment['threads'], 'thread')}) with torch {environment['torch']} in "
         f"{number(results['seconds']['total'])} seconds.",
+        *_origins(licences),
         "## Limitations",
         "\n".join(f"- {escaped(line)}" for line in _limitations(results)),
     ]
@@ -127,6 +130,17 @@ def _requirements(usage: str) -> list[str]:
     if not re.search(r"^(from|import) kd\.", usage, re.MULTILINE):
         return []
     return ["The code needs `kd`, the package of the project that trained this student."]
+
+
+def _origins(licences: dict[str, Licence]) -> list[str]:
+    """The section on the pretrained models and their licences, if there are any models."""
+    if not licences:
+        return []
+    names = {name: _last_part(Path(name)) if is_local(name) else name for name in licences}
+    lines = [f"- {code(names[name])}: {escaped(describe_licence(licence))}" for name, licence in licences.items()]
+    if not common_licence(licences).get("license"):
+        lines.append("- Their licences differ or are not known, so this card states none for the student.")
+    return ["## Pretrained models", "\n".join(lines)]
 
 
 def _limitations(results: Results) -> list[str]:
@@ -162,18 +176,21 @@ def _seeds(results: Results) -> str:
 # ---------------------------------------------------------------- metadata
 
 
-def metadata(results: Results, card: Card) -> ModelCardData:
-    """The metadata of a card for the Hub, with the metrics of validation and test as `model-index`."""
-    hub_names = [name for name in card.origins if is_hub_name(name)]
+def metadata(results: Results, card: Card, licences: dict[str, Licence]) -> ModelCardData:
+    """The metadata of a card for the Hub, with the metrics of validation and test as `model-index`.
+
+    `licences`: Those of the pretrained models, by name.
+    """
+    based_on = list(dict.fromkeys(name for origin in card.origins for name in hub_names(origin)))
     evaluations = _evaluations(results, card)
-    licence = _common_licence(card.origins) or {"license": card.licence}
+    licence = common_licence(licences) or {"license": None}
     return ModelCardData(
         license=licence["license"],
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
         library_name=card.library_name,
         pipeline_tag=card.pipeline_tag,
-        base_model=hub_names[0] if hub_names else None,
+        base_model=based_on or None,
         datasets=[card.dataset.partition(":")[0]] if card.dataset else None,
         metrics=list(dict.fromkeys(result.metric_type for result in evaluations)) or None,
         tags=[TAG, *card.tags],
@@ -207,50 +224,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a model is one of the Hub, because no local file or folder has its name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not _is_local(name)
-
-
-def _common_licence(origins: list[str]) -> dict[str, str | None]:
-    """The licence that the cards of all models state; empty if one states none, or another one."""
-    found = [licence_of(name) for name in origins]
-    return found[0] if found and all(licence == found[0] for licence in found) else {}
-
-
-def licence_of(model: str) -> dict[str, str | None]:
-    """The entries LICENCE of a model's card, or of the config.json next to it; empty without one.
-
-    `model`: A name on the Hub, a local folder, or a file in one.
-    """
-    folder = None
-    if _is_local(model):
-        folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    with offline_if_unreachable(str(folder or "")):
-        for file in (CARD, "config.json"):
-            found = _entries(model, folder, file)
-            if isinstance(found.get("license"), str):
-                return {name: found[name] for name in LICENCE if isinstance(found.get(name), str)}
-    return {}
-
-
-def _entries(model: str, folder: Path | None, file: str) -> Mapping[str, Any]:
-    """The metadata of a card, or the entries of a configuration, in a folder or on the Hub; empty if the file is
-    missing or damaged.
-    """
-    try:
-        path = folder / file if folder else Path(huggingface_hub.hf_hub_download(model, file))
-        text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text if file != CARD else text.split("---\n")[1] if text.startswith("---\n") else "")
-    except Exception:  # a model without a card, a Hub that cannot be reached, a damaged file: no licence is stated
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 # ---------------------------------------------------------------- paths
 
 
@@ -260,17 +233,10 @@ def without_local_paths(results: Results, names: list[str]) -> Results:
     """
     models = [part for model in results["models"].values() if model for part in model["name"].split(" + ")]
     arguments = [word.partition("=")[2] if word.startswith("--") else word for word in results["command"]]
-    found = {text for text in (*arguments, *models, *names) if "/" in text and (text[0] == "/" or _is_local(text))}
+    found = {text for text in (*arguments, *models, *names) if "/" in text and (text[0] == "/" or is_local(text))}
     paths = {text: _last_part(Path(text)) for text in sorted(found, key=len, reverse=True)}
     public: Results = _replaced(results, paths)
     return public
-
-
-def _is_local(name: str) -> bool:
-    try:
-        return bool(name) and Path(name).exists()
-    except (OSError, ValueError):  # too long, or with a null character
-        return False
 
 
 def _last_part(path: Path) -> str:

@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 from kd.common.data.fingerprints import model_fingerprint
 from kd.common.metrics.quality import normalized_return
 from kd.common.metrics.verdict import Measurement
-from kd.common.reporting.model_card import CARD, Card, Savable, save_student, with_seeds
+from kd.common.reporting.model_card import Card, Savable, save_student, with_seeds
+from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import print_table, write_report
 from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, score_of_outputs, verdict_of_run
 from kd.common.training.arguments import RunArguments

@@ -119,20 +119,27 @@ def join_metadata(splits: Splits, files: list[Path], notes: list[str]) -> Splits
     """Adds the columns of tables of metadata to images in folders. The column `file_name` (or another of PATH_COLUMNS)
     has their paths, relative to the table's folder.
 
-    An image that no table names has no values. Images outside of class folders have the table's labels.
+    An image that no table names has no values. Images outside of class folders have the table's labels. A table that
+    cannot be used is noted if folders name the classes, and otherwise causes a UserError.
     """
-    cells = _cells_by_file(files)
-    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
+    in_classes = any(rows.features[LABEL].names for rows in splits.values())
     stored = {split: [image["path"] for image in _files(rows)] for split, rows in splits.items()}
     known = {path for paths in stored.values() for path in paths}
     names = ", ".join(sorted({path.name for path in files}))
-    if not known & cells.keys():
-        raise UserError(f"{names} names none of the images: paths are relative to its folder")
+    try:
+        cells = _cells_by_file(files)
+        if not known & cells.keys():
+            raise UserError(f"{names} names none of the images: paths are relative to its folder")
+    except UserError as error:
+        if not in_classes:
+            raise
+        notes.append(f"{names} is not used: {error}")
+        return splits
+    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
     if unknown := len(cells.keys() - known):
         notes.append(f"{count_rows(unknown)} of {names} name no image of a split")
     if unnamed := len(known - cells.keys()):
         notes.append(f"images that {names} does not name: {unnamed:,}")
-    in_classes = any(rows.features[LABEL].names for rows in splits.values())
     if in_classes and LABEL in columns:
         notes.append(f"column {LABEL!r} of {names} is not used, since folders name the classes")
         columns.remove(LABEL)

@@ -19,8 +19,7 @@ class DataArguments:
     dataset: str = field(
         default="distorted_digits",
         metadata={
-            "help": "Dataset: distorted_digits, digits, cifar10, cifar100, mnist, imagenet, a name on the Hub or a "
-            "folder."
+            "help": "Dataset: distorted_digits, digits, cifar10, cifar100, mnist, imagenet, Hub name, folder or file."
         },
     )
     image_column: str | None = field(default=None, metadata={"help": "Name of the column with the images."})

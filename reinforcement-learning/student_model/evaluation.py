@@ -15,7 +15,8 @@ from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
 from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
 from kd.common.outputs import EnsembleTeacher
-from kd.common.reporting.model_card import CARD, Card, model_card
+from kd.common.reporting.model_card import Card, model_card
+from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import write_report
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environments import fingerprint, registration_code

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kd.common.losses import feature_l2
 from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import teacher_outputs
 from kd.nlp.student_model.alignment import AlignedOutputs, LiveOutputs, match_pooled, overlap, token_spans
@@ -203,6 +205,34 @@ def test_a_decoder_teaches_an_encoder_of_another_vocabulary(
     assert (
         AutoTokenizer.from_pretrained(student).get_vocab() == AutoTokenizer.from_pretrained(models["bert"]).get_vocab()
     )
+
+
+def test_a_continued_run_reads_the_cached_states(small: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--teacher", models["gpt"], "--student", models["bert"], "--align_epochs", 0, "--hidden_weight", 1]
+    distill(small, *words, "--output_dir", folder)
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    cached = {path: path.stat().st_mtime_ns for path in folder.glob("teacher_outputs/**/*.arrow")}
+    assert cached
+    for name in ("stages/student", "student"):
+        shutil.rmtree(folder / name)
+    (folder / "results.json").unlink()
+    distill(small, *words, "--output_dir", folder, "--resume_from_checkpoint")
+    assert (folder / "student" / "model.safetensors").read_bytes() == weights
+    assert {path: path.stat().st_mtime_ns for path in cached} == cached
+
+
+def test_tags_and_hidden_states_of_another_tokenizer(tmp_path: Path, narrow_bert: None) -> None:
+    splits = load_synthetic_entities()
+    for split, size in (("train", 60), ("validation", 20)):
+        splits[split].select(range(size)).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    texts = [" ".join(words) for words in splits["train"]["tokens"][:60]]
+    pieces = BertTokenizer(vocab=vocabulary(texts, 20), model_max_length=128)
+    shape: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    student = saved(tmp_path / "bert", BertModel(BertConfig(vocab_size=len(pieces), hidden_size=16, **shape)), pieces)
+    words = ["--student", student, "--align_epochs", 0, "--hidden_weight", 1, "--from_scratch_epochs", 0.5]
+    losses = distill(tmp_path / "data", *words, "--output_dir", tmp_path / "run")
+    assert losses["loss_hidden_0"] > 0 and losses["loss_soft_targets"] > 0
 
 
 def test_an_encoder_teaches_a_decoder_by_pooled_features(small: Path, models: dict[str, Path], tmp_path: Path) -> None:

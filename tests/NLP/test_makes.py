@@ -28,14 +28,18 @@ from transformers import (
     SmolLM3Config,
     XLMConfig,
     XLMRobertaConfig,
+    pipeline,
 )
 
 from kd.common.outputs import FeatureHooks
 from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import load_text_data
 from kd.nlp.student_model.layers import cut_layers, kept_layers, last_layer, layer_paths
 from kd.nlp.student_model.methods import hidden_states
 from kd.nlp.student_model.pooling import head_pooling, pool
+from kd.nlp.teacher_model.generative import byte_level_bpe
 from kd.nlp.teacher_model.teacher import encoder_of, is_decoder
+from kd_testing.scripts import run_script
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16,
@@ -195,6 +199,36 @@ def test_the_pooled_feature_is_the_input_of_the_head(kind: str) -> None:
 def test_the_pooling_of_other_heads() -> None:
     model = classifier(ModernBertConfig(**SHAPE, classifier_pooling="mean"))
     assert head_pooling(model, "classification") == "mean" and head_pooling(model, "token_classification") == "tokens"
+
+
+@pytest.mark.parametrize("kind", ["ModernBERT", "GPT-2"])
+def test_the_script_cuts_a_model_of_another_make(kind: str, small: Path, tmp_path: Path) -> None:
+    """A trained teacher and a cut of it, with hidden states; the student loads with transformers alone."""
+    data = load_text_data(str(small))
+    words = byte_level_bpe(data.splits["train"]["text"][:], 400, 64)
+    config = copy.deepcopy(CONFIGS[kind])
+    config.vocab_size, config.id2label = len(words), dict(enumerate(data.label_names))
+    config.label2id = {name: i for i, name in enumerate(data.label_names)}
+    set_token_ids(config, words)
+    classifier(config).save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    fixed = ["--dataset", small, "--teacher", tmp_path / "teacher", "--no_control", "--report_to", "none"]
+    run_script("NLP/scripts/distill_classifier.py", *fixed, "--student_layers", 2, "--align_epochs", 0.1,
+               "--num_train_epochs", 0.2, "--hidden_weight", 1, "--output_dir", tmp_path / "run")  # fmt: skip
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
+    assert student.config.num_hidden_layers == 2 and student.config.model_type == config.model_type
+    if kind == "ModernBERT":
+        assert student.config.layer_types == ["full_attention", "full_attention"]
+    classify = pipeline("text-classification", model=str(tmp_path / "run" / "student"), device="cpu")
+    texts = data.splits["validation"]["text"][:4]
+    alone = [classify(text)[0]["score"] for text in texts]
+    assert alone == pytest.approx([found["score"] for found in classify(texts, batch_size=4)], abs=1e-4)
+
+
+def set_token_ids(config: Any, tokenizer: Any) -> None:
+    for token in ("pad", "bos", "eos", "cls", "sep"):
+        if hasattr(config, f"{token}_token_id"):
+            setattr(config, f"{token}_token_id", tokenizer.eos_token_id)
 
 
 def test_the_last_token_is_found_with_padding_on_either_side() -> None:

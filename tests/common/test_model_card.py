@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 
 from kd.common.data.sources import KnownDatasets, hub_dataset
-from kd.common.reporting.model_card import Card, is_hub_name, licence_of, model_card, with_seeds
+from kd.common.reporting.model_card import Card, model_card, with_seeds
+from kd.common.reporting.origins import is_hub_name, licence_of
 from kd.common.reporting.tables import code, escaped, fenced, markdown
 from kd_testing.results import model, results
 
@@ -42,7 +43,7 @@ def test_the_hub_reads_the_metadata() -> None:
         origins=["distilbert-base-uncased", "owner/teacher"],
     )
     assert (found.library_name, found.pipeline_tag) == ("transformers", "text-classification")
-    assert found.base_model == "distilbert-base-uncased" and found.datasets == ["clinc/clinc_oos"]
+    assert found.base_model == ["distilbert-base-uncased", "owner/teacher"] and found.datasets == ["clinc/clinc_oos"]
     assert found.tags == ["knowledge-distillation"] and found.metrics == ["accuracy", "f1"]
     assert found.license is None
     place = ("text-classification", "clinc/clinc_oos", "clinc150")
@@ -129,6 +130,27 @@ def test_the_licence_is_that_of_all_models_or_none(tmp_path: Path) -> None:
     for origins in ([apache, other], [apache, damaged], [damaged], []):
         assert parsed(origins=origins).license is None
     assert parsed(origins=["timm/x"], licence="cc-by-nc-4.0").license == "cc-by-nc-4.0"
+
+
+def test_the_names_and_licences_of_all_models_are_kept(tmp_path: Path) -> None:
+    """Those of the student's initial weights and of the teacher; a folder names the models that it is based on."""
+    student = write_card(tmp_path / "student", "license: mit\nbase_model: owner/small")
+    teacher = write_card(tmp_path / "teacher", "license: apache-2.0\nbase_model: [owner/large, ../x, owner/small]")
+    text = model_card(results(), Card("load()", origins=[student, teacher, "owner/other"]))
+    assert metadata(text).base_model == ["owner/small", "owner/large", "owner/other"]
+    assert metadata(text).license is None and str(tmp_path) not in text
+    lines = text.split("## Pretrained models\n\n")[1].split("\n\n")[0].splitlines()
+    assert lines == [
+        "- `student`: mit",
+        "- `teacher`: apache-2.0",
+        "- `owner/other`: no licence is stated",
+        "- Their licences differ or are not known, so this card states none for the student.",
+    ]
+    same = model_card(results(), Card("load()", origins=[student]))
+    assert metadata(same).license == "mit" and "- `student`: mit\n\n" in same
+    other = write_card(tmp_path / "named", "license: other\nlicense_name: mine\nlicense_link: LICENSE")
+    assert "- `named`: other, mine, LICENSE" in model_card(results(), Card("load()", origins=[other]))
+    assert "Pretrained models" not in model_card(results(), Card("load()"))
 
 
 def test_the_licence_of_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,7 +271,7 @@ def test_errors_of_columns(tmp_path: Path) -> None:
     (tmp_path / "listed").mkdir()
     pq.write_table(listed, tmp_path / "listed" / "train.parquet")
     message = error_of(tmp_path / "listed")
-    assert "'label' holds no labels" in message and "--label_column names another" in message
+    assert "'label' holds several labels per image" in message and "pass another --label_column" in message
     pq.write_table(pa.table({"image": [png(p) for p in rows[0]]}), tmp_path / "validation.parquet")
     assert "the validation split lacks column 'label'" in error_of(folder)
     pq.write_table(pa.table({"label": rows[1]}), tmp_path / "train.parquet")

@@ -174,6 +174,16 @@ def test_metadata_name_the_classes_of_images_outside_of_class_folders(tmp_path: 
     assert "has no column file_name" in error_of(tmp_path)
 
 
+def test_other_tables_next_to_class_folders_are_noted(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for number, picture in enumerate(pixels(6, 8, 8, 3)):
+            draw(tmp_path / split / NAMES[number % 3] / f"{number}.png", picture)
+    (tmp_path / "metadata.csv").write_text("title,year\nMy photos,2020\n")
+    data = small(tmp_path, validation_share=0)
+    assert sizes(data) == {"train": 6, "test": 6}
+    assert any(note.startswith("metadata.csv is not used") and "no column file_name" in note for note in data.notes)
+
+
 def test_a_student_learns_from_columns_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No teacher model is loaded; the report names the outputs and their metrics; `evaluate.py` repeats its own."""
     path, run = outputs(tmp_path / "data", 60), tmp_path / "run"
