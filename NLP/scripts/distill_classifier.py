@@ -6,10 +6,11 @@
         --student distilbert-base-uncased --align_epochs 0 --hidden_weight 1 --temperature 4
     python NLP/scripts/distill_classifier.py NLP/scripts/multilabel.yaml
     python NLP/scripts/distill_classifier.py --dataset synthetic_entities --from_scratch_epochs 6
+    python NLP/scripts/distill_classifier.py --teacher gpt2 --student distilbert-base-uncased
     python NLP/scripts/distill_classifier.py --dataset answers.csv --teacher_columns "p_*"
 
 The label column determines the task: one class or score per text, any number of labels per text (multi-label), or a
-tag for each word (token classification).
+tag for each word (token classification). Teacher and student may have different tokenizers.
 
 `distill_base.sh`, `distill_clinc.sh` and `distill_sentiment.sh` run it with the recipes of these names.
 """

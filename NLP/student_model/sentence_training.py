@@ -26,7 +26,6 @@ from kd.nlp.student_model.layers import (
     cut_layers,
     disable_dropout,
     kept_layers,
-    layer_paths,
     set_dropout,
 )
 from kd.nlp.student_model.narrow import channel_importance, check_narrow, narrow
@@ -82,7 +81,7 @@ class SentenceTask:
     def _check_student(self) -> None:
         """Raises UserError for a student that cannot be cut from the teacher."""
         model, kept = self.teacher.model, self.args.kept_layers
-        layers = len(layer_paths(model))
+        layers = model.config.num_hidden_layers
         if kept and (sorted(set(kept)) != kept or kept[-1] >= layers):
             raise UserError(
                 f"--kept_layers must be layers of the teacher in order, from 0 to {layers - 1}, got "
@@ -106,7 +105,7 @@ class SentenceTask:
     @property
     def kept(self) -> Sequence[int]:
         """The layers of the teacher that the student starts from."""
-        layers = len(layer_paths(self.teacher.model))
+        layers = self.teacher.model.config.num_hidden_layers
         return self.args.kept_layers or alternating_layers(self.args.student_layers, layers)
 
     @property

@@ -21,6 +21,7 @@ from kd.common.reporting.model_card import Card
 from kd.common.training.inference import NOT_INPUTS, column_array
 from kd.common.utils.errors import UserError
 
+TEACHER = "teacher_"  # prefix of the columns that are inputs of the teacher alone
 INPUT = "input"  # the column of rows that are no dictionaries
 LABELS = ("labels", "label")
 WEIGHTS = "model.safetensors"
@@ -141,10 +142,10 @@ class Collator:
     """Batches of some columns: tensors of one shape are stacked, sequences of several lengths padded.
 
     Args:
-        padding: Token id for the padding of `input_ids`. Other columns are padded with 0.
+        padding: Token ids for the padding of columns of tokens. Other columns are padded with 0.
     """
 
-    def __init__(self, columns: Iterable[str], padding: int) -> None:
+    def __init__(self, columns: Iterable[str], padding: Mapping[str, int]) -> None:
         self.columns, self.padding = tuple(columns), padding
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -166,9 +167,10 @@ class Collator:
             return torch.stack(tensors)
         if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
             raise UserError(f"rows of column {name!r} have shapes {shapes[0]} and {shapes[1]}: make them equal")
-        if name == "input_ids" and "attention_mask" not in self.columns:
-            raise UserError("input_ids of several lengths need an attention_mask: add it to the rows")
-        return pad_sequence(tensors, batch_first=True, padding_value=self.padding if name == "input_ids" else 0)
+        mask = name.replace("input_ids", "attention_mask")
+        if name in self.padding and mask not in self.columns:
+            raise UserError(f"{name} of several lengths need an {mask}: add it to the rows")
+        return pad_sequence(tensors, batch_first=True, padding_value=self.padding.get(name, 0))
 
 
 class NamedOutputs(nn.Module):
@@ -176,29 +178,38 @@ class NamedOutputs(nn.Module):
 
     Args:
         columns: The columns of the data that are no labels. The module gets those that are parameters of its forward,
-            or the only one as its first argument.
+            or the only one as its first argument. Columns with the prefix TEACHER are not for the student.
+        is_teacher: Whether the module gets the column TEACHER + name in place of the column `name`, if there is one.
 
     Raises UserError if the module takes none of several columns.
     """
 
-    def __init__(self, module: nn.Module, columns: list[str]) -> None:
+    def __init__(self, module: nn.Module, columns: list[str], is_teacher: bool = False) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise UserError(f"a model must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module
+        sources = {name: name for name in columns if not name.startswith(TEACHER)}
+        if is_teacher:
+            sources |= {name.removeprefix(TEACHER): name for name in columns if name.startswith(TEACHER)}
         parameters = inspect.signature(module.forward).parameters
-        found = [name for name in columns if name in parameters]
+        found = [name for name in sources if name in parameters]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self.by_name = bool(found) or len(columns) > 1
-        self.columns = found or columns
+        self.by_name = bool(found) or len(sources) > 1
+        self.sources = {name: sources[name] for name in found or sources}
         if self.by_name and not found and not takes_any:
             raise UserError(
                 f"{type(module).__name__} takes {', '.join(parameters)}, and the rows have {', '.join(columns)}: "
                 "rename the columns"
             )
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the data that the module gets."""
+        return list(self.sources.values())
+
     def forward(self, **batch: Tensor) -> Outputs:
-        inputs = {name: batch[name] for name in self.columns}
+        inputs = {name: batch[column] for name, column in self.sources.items()}
         output = self.module(**inputs) if self.by_name else self.module(*inputs.values())
         if isinstance(output, Tensor):
             output = Outputs(logits=output)

@@ -128,6 +128,8 @@ def distill(
     Args:
         teacher: A trained module that returns logits (batch, classes), or `logits` by name. It is not changed.
         student: A module, of which each seed trains a copy, or a function that creates one for each seed.
+            If it reads other tokens than the teacher, the rows have the teacher's as teacher_input_ids and
+            teacher_attention_mask.
         train, validation: Anything with a length and rows: dictionaries of inputs and `labels`, (input, label) tuples,
             or inputs alone. Labels are class ids, floats for regression, or floats of 0 and 1 (rows, labels) for any
             number of labels per row. Without `validation`, a tenth of `train` is set aside. A label that is None, NaN

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kd.common import losses
 from kd.common.data.sources import labelled
-from kd.common.distillation.adapters import Collator, NamedOutputs, Rows, restored
+from kd.common.distillation.adapters import TEACHER, Collator, NamedOutputs, Rows, restored
 from kd.common.distillation.row_labels import as_classes
 from kd.common.methods import (
     METHODS,
@@ -54,6 +54,7 @@ METHODS_OF: dict[TaskType, Mapping[str, Callable[..., Method]]] = {
     "regression": {"kd": regression_kd} | RELATION_METHODS,
     "multi_label": {"kd": multi_label_kd} | RELATION_METHODS,
 }
+TOKENS = "input_ids"
 FEATURE_METHODS = {*RELATION_METHODS, "wkd"}
 
 
@@ -77,13 +78,19 @@ class Task:
     ) -> None:
         self.data, self.method, self.matched, self.feature_weight = data, method, dict(features), feature_weight
         self.columns = data["train"].inputs
-        self.teacher = NamedOutputs(teacher, self.columns)
+        self.teacher = NamedOutputs(teacher, self.columns, is_teacher=True)
         self.make_student = (lambda: student) if isinstance(student, nn.Module) else student
         untrained = self.new_student()
         self.is_transformers = isinstance(untrained.module, PreTrainedModel)
         self.pretrained = {"teacher": teacher} | ({"student": student} if isinstance(student, nn.Module) else {})
         inputs = [name for name in self.columns if name in {*self.teacher.columns, *untrained.columns}]
-        padding = getattr(getattr(teacher, "config", None), "pad_token_id", None) or 0
+        other_tokens = TOKENS in untrained.columns and TOKENS not in self.teacher.columns
+        if other_tokens and (self.matched or (isinstance(method, str) and method.split(":")[0] in FEATURE_METHODS)):
+            raise UserError("teacher and student read other tokens, so only logits are compared: pass no features")
+        padding = {
+            TOKENS: _padding(untrained.module if other_tokens else teacher),
+            TEACHER + TOKENS: _padding(teacher),
+        }
         self.collate = Collator([*inputs, *(["labels"] if self.labelled else []), "sample_id"], padding)
         rows = data["train"]
         self.sample = Collator(inputs, padding)([rows[i] for i in range(min(2, len(rows)))])
@@ -280,6 +287,10 @@ class Task:
     def hooks(self, paths: dict[str, str]) -> dict[str, str]:
         """{name: path inside NamedOutputs}."""
         return {name: f"module.{path}" for name, path in paths.items()}
+
+
+def _padding(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
 
 
 def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:

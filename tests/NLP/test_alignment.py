@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,10 +27,13 @@ from kd.common.losses import feature_l2
 from kd.common.objective import FeatureTerm
 from kd.common.outputs import Outputs
 from kd.common.training.teacher_outputs import TeacherOutputs
+from kd.common.utils.errors import UserError
 from kd.nlp.data.entities import load_synthetic_entities
 from kd.nlp.data.loading import TextData, Texts, load_text_data
 from kd.nlp.student_model import teacher_outputs
 from kd.nlp.student_model.alignment import AlignedOutputs, LiveOutputs, match_pooled, overlap, token_spans
+from kd.nlp.student_model.arguments import MatchingArguments, PairArguments
+from kd.nlp.student_model.inputs import validate_alignment
 from kd.nlp.teacher_model.generative import byte_level_bpe
 from kd.nlp.teacher_model.teacher import vocabulary
 from kd_testing.scripts import run_script
@@ -242,7 +246,8 @@ def test_an_encoder_teaches_a_decoder_by_pooled_features(small: Path, models: di
     aligned = json.loads((tmp_path / "run" / "stages" / "student_encoder" / "stage.json").read_text())["history"]
     assert {"loss_hidden_0", "loss_hidden_1"} <= next(entry for entry in aligned if "loss" in entry).keys()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "padded with its end-of-text token" in results["model_notes"]
+    notes = results["model_notes"]
+    assert "padded with its end-of-text token" in notes and "read texts in different tokens" in notes
 
 
 @pytest.mark.parametrize(
@@ -261,3 +266,30 @@ def test_what_needs_equal_tokens_is_refused(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and re.search(message, error), error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "message"),
+    [
+        ({"is_fast": False}, "kd", "S has no character offsets .*tokenizer.json.*, or pass --align_epochs 0"),
+        ({"padding_side": "left"}, "kd", "S pads texts on the left: pass --align_epochs 0"),
+        ({"classifier_pooling": "mean"}, "sp", '--method on logits, or set "classifier_pooling": "cls"'),
+        ({"classifier_pooling": "mean"}, "kd", None),
+        ({}, "sp", None),
+    ],
+)
+def test_features_of_other_tokens_that_cannot_be_matched(change: Any, method: str, message: str | None) -> None:
+    tokenizer = {"is_fast": True, "padding_side": "right"}
+    tokenizer |= {name: value for name, value in change.items() if name in tokenizer}
+    config = {"model_type": "modernbert"} | {name: x for name, x in change.items() if name not in tokenizer}
+    good = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=True, padding_side="right"))
+    student = SimpleNamespace(
+        tokenizer=SimpleNamespace(**tokenizer), model=SimpleNamespace(config=SimpleNamespace(**config))
+    )
+    inputs: Any = SimpleNamespace(student=student, teacher=good, same_tokens=False, data=data_of(TEXTS))
+    pair = PairArguments(teacher="T", student="S")
+    matching = MatchingArguments(method=method, hidden_weight=1.0)
+    if message is None:
+        return validate_alignment(inputs, pair, matching)
+    with pytest.raises(UserError, match=message):
+        validate_alignment(inputs, pair, matching)

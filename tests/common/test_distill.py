@@ -16,10 +16,14 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
 )
 
 import kd.common
 from kd.common import Method, distill, losses
+from kd.common.distillation.adapters import Rows
+from kd.common.distillation.task import Task
 from kd.common.objective import FeatureTerm, logit_term, soft_targets, task_loss
 from kd.common.outputs import Outputs
 from kd.common.training.trainer_run import TrainerRun
@@ -456,6 +460,41 @@ def test_matched_hidden_states_without_the_padding(width: int):
     features = {"distilbert.transformer.layer.0": "bert.encoder.layer.1", "pre_classifier": "bert.pooler.dense"}
     result = distill(bert(2), distilbert(width), texts(), texts(8), features=features, **QUICK)
     assert result.results["method"] == "kd"
+
+
+def test_a_student_that_reads_other_tokens_than_its_teacher():
+    """A decoder as the student of an encoder: each model gets its own tokens, with its own padding."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    teacher = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, pad_token_id=3, **shape))
+    student = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=90, n_embd=8, n_layer=1, n_head=1, num_labels=3, pad_token_id=50, bos_token_id=50,
+                   eos_token_id=50)
+    )  # fmt: skip
+    rows = []
+    for number in range(12):
+        ids, own = [5 + number, 7, 9][: 2 + number % 2], [60 + number] * (1 + number % 4)
+        rows.append({
+            "input_ids": own, "attention_mask": [1] * len(own), "labels": number % 3,
+            "teacher_input_ids": ids, "teacher_attention_mask": [1] * len(ids),
+        })  # fmt: skip
+    task = Task(teacher, student, {"train": Rows(rows)}, "kd", {}, 1.0)
+    batch = task.collate([Rows(rows)[i] for i in range(4)])
+    assert batch["input_ids"][0].tolist() == [60, 50, 50, 50] and batch["teacher_input_ids"][0].tolist() == [5, 7, 3]
+    with torch.no_grad():
+        expected = teacher.eval()(batch["teacher_input_ids"], batch["teacher_attention_mask"]).logits
+        torch.testing.assert_close(task.teacher(**batch).logits, expected)
+        expected = student.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(task.new_student().eval()(**batch).logits, expected)
+    result = distill(teacher, student, rows, rows, num_train_epochs=1, precision="fp32")
+    assert isinstance(result.student, GPT2ForSequenceClassification) and result.control is not None
+    with pytest.raises(UserError, match="read other tokens, so only logits are compared"):
+        distill(teacher, student, rows, method="rkd", features={"transformer.h.0": "bert.encoder.layer.0"})
 
 
 def test_a_method_object():
