@@ -24,7 +24,7 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
 from kd.nlp.student_model.evaluation import chance_warning, evaluate
-from kd.nlp.student_model.layers import cut_layers, disable_dropout, layer_paths
+from kd.nlp.student_model.layers import cut_layers, disable_dropout
 from kd.nlp.student_model.methods import check_smoothing
 from kd.nlp.student_model.search import SearchRun, run_trials, write_search_report
 from kd.nlp.student_model.teacher_outputs import cached_outputs
@@ -34,6 +34,7 @@ from kd.nlp.teacher_model.teacher import (
     in_label_order,
     load_trained,
     models_and_tokenizers,
+    number_of_layers,
 )
 from kd.nlp.teacher_model.untrained import load_student
 
@@ -87,7 +88,7 @@ def plain_student(args: SearchArguments, data: TextData, teacher: Pretrained) ->
         raise UserError(f"{args.student or args.teacher} has a bottleneck: name a plain student with --student")
     if args.student:
         return pretrained
-    layers = args.student_layers or max(1, len(layer_paths(teacher.encoder)) // 2)
+    layers = args.student_layers or max(1, number_of_layers(teacher) // 2)
     return Pretrained(cut_layers(teacher.model, layers), teacher.tokenizer)
 
 

@@ -38,7 +38,7 @@ def token_spans(texts: Texts) -> list[np.ndarray]:
     for number, encoding in enumerate(encoded.encodings or []):
         sources = encoded.word_ids(number) if is_words else encoded.sequence_ids(number)
         numbers = [SPECIAL if source is None else source for source in sources]
-        found.append(np.column_stack([numbers, np.array(encoding.offsets).reshape(-1, 2)]))
+        found.append(np.column_stack([numbers, np.reshape(encoding.offsets, (-1, 2))]).astype(np.int32))
     return found
 
 

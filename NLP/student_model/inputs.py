@@ -27,6 +27,8 @@ from kd.nlp.student_model.pooling import Pooling, head_pooling
 from kd.nlp.teacher_model.teacher import Pretrained, in_label_order, load_classifier, load_trained, number_of_layers
 from kd.nlp.teacher_model.untrained import load_student
 
+OTHER_TOKENS = "teacher and student read texts in different tokens: features are matched through characters"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -59,7 +61,9 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         models = [self.teacher, *self.ensemble, self.student, self.control_init]
-        return [note for model in models if model for note in model.notes]
+        return [note for model in models if model for note in model.notes] + (
+            [] if self.same_tokens else [OTHER_TOKENS]
+        )
 
     @cached_property
     def same_tokens(self) -> bool:
@@ -100,7 +104,10 @@ def load_inputs(
     texts = Texts.of(data, teacher.tokenizer)
     student_texts = Texts.of(data, student.tokenizer) if student else texts
     layers = pair.student_layers or max(1, number_of_layers(teacher) // 2)
-    return Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
+    inputs = Inputs(data, teacher, student, control_init, others, texts, student_texts, layers)
+    if not inputs.same_tokens:
+        print(f"note: {OTHER_TOKENS}")
+    return inputs
 
 
 def load_encoder_inputs(name: str, text: TextArguments, training: KDTrainingArguments, data: TextData) -> Inputs:
@@ -205,7 +212,7 @@ def validate_matching(
     has_bottleneck = isinstance(teacher.model, BottleneckClassifier)
     logits_only = "set --hidden_weight, --embedding_weight and --attention_weight to 0, and use a --method on logits"
     if reads_features or pair.align_epochs:
-        _validate_alignment(inputs, pair, matching)
+        validate_alignment(inputs, pair, matching)
     if needs_features(matching.method) and inputs.ensemble:
         raise UserError(f"--method {matching.method} needs a single teacher: leave out --ensemble_teachers")
     check_method(matching.method, training, inputs.data.name, inputs.data.num_labels)
@@ -237,7 +244,7 @@ def validate_matching(
         raise UserError("--student_from pretrained needs a teacher that is fine-tuned here and a student cut from it")
 
 
-def _validate_alignment(inputs: Inputs, pair: PairArguments, matching: MatchingArguments) -> None:
+def validate_alignment(inputs: Inputs, pair: PairArguments, matching: MatchingArguments) -> None:
     """Raises UserError for features that cannot be matched between different tokens."""
     if not inputs.student or (inputs.same_tokens and inputs.pooling[0] == inputs.pooling[1]):
         return
