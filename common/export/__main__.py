@@ -39,7 +39,7 @@ from kd.common.utils.files import read_json
 from kd.common.utils.modules import import_named
 
 # Of an environment or one of its wrappers; owner/name:config is a dataset.
-MODULE_TASK = re.compile(r"(.*\+)?[\w.]+:.*", re.DOTALL)
+MODULE_TASK = re.compile(r"(.*\+)?(?!gymnasium\.wrappers:)[\w.]+:.*", re.DOTALL)
 
 
 def main() -> None:

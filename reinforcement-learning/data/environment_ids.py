@@ -28,8 +28,9 @@ class EnvironmentId(NamedTuple):
 
     @property
     def modules(self) -> list[str]:
-        """Modules that are imported because the id names them."""
-        return [name.partition(":")[0] for name in (self.name, *(name for name, _ in self.wrappers)) if ":" in name]
+        """Modules, except Gymnasium's, that are imported because the id names them."""
+        names = (self.name, *(name for name, _ in self.wrappers))
+        return [name.partition(":")[0] for name in names if ":" in name and not name.startswith("gymnasium.wrappers:")]
 
 
 def parse_id(id: str) -> EnvironmentId:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
@@ -108,6 +108,11 @@ class Environments:
             self.close()
             raise UserError(f"environment {id} has {fault}; {SUPPORTED}")
         self.reset(seed)
+
+    @property
+    def has_action_masks(self) -> bool:
+        """Whether the environment has the method `action_masks`, from which MaskablePPO takes its masks."""
+        return isinstance(self.vector, SyncVectorEnv) and self.vector.envs[0].has_wrapper_attr("action_masks")
 
     def reset(self, seed: int | None = None) -> None:
         """Restarts all environments; without a seed their random generators continue."""

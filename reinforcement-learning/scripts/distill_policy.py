@@ -113,6 +113,9 @@ def settle_environments(args: PolicyArguments) -> tuple[str, ...]:
     import_modules(args.import_module)
     chosen: Sequence[str | None] = args.environment or [None] * len(args.teacher)
     found = [environment_of(name, one, args) for name, one in zip(args.teacher, chosen, strict=True)]
+    for name, one, (environment, _) in zip(args.teacher, chosen, found, strict=True):
+        if one is None and environment is not None:
+            require_module_on_command_line(environment, f"the training of {name}")
     args.environment = [environment or "CartPole-v1" for environment, _ in found]
     if len(set(args.environment)) != len(args.environment):
         raise UserError(f"several teachers have the environment {args.environment[0]}: pass --ensemble_teachers")

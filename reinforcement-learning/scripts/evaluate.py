@@ -95,6 +95,7 @@ def settle_environment(args: Namespace) -> str:
         raise UserError(
             f"the environment of {args.model} is unknown: pass --environment, such as --environment CartPole-v1"
         )
+    require_module_on_command_line(environment, f"the training of {args.model}")
     for note in notes:
         print(f"note: {note}")
     return environment

@@ -162,6 +162,7 @@ def report(
     last = run.history[student_stage][-1] if student_stage else {}
     work = {name: last[name] for name in ("environment_steps", "observations", "cpu_seconds") if name in last}
     extra: dict[str, Any] = {"work_of_the_student": work} if work else {}
+    statistics = models["teacher"]["observation_statistics"]
     if run.notes:
         extra["environment_notes"] = "; ".join(run.notes)
     results = run.results(
@@ -184,7 +185,7 @@ def report(
         return_of_random_actions=random,
         selection="the policy after the last update; no evaluation chose anything",
         **extra,
-        teacher_observation_statistics=models["teacher"]["observation_statistics"],
+        teacher_observation_statistics=statistics if statistics != "none" else "observations are not normalized",
     )
     if student_stage:
         _save_student(run, student_stage, folder / "student", results)

@@ -129,6 +129,11 @@ def load_agent(
         raise UserError(f"only --teacher of distill_policy.py accepts {name}: pass a file or folder")
     with closing(Environments(environment, 1)) as environments:
         agent = Agent.load(files, environments.observation_space, environments.action_space, trust_pickle)
+        if agent.name.startswith("maskable") and environments.has_action_masks:
+            raise UserError(
+                f"{files.policy} was trained by MaskablePPO with the action masks of {environment}, which are not "
+                "applied here: pass a teacher that needs no masks, such as one of PPO"
+            )
     print(f"{files.policy}: statistics of observations: {agent.source}")
     return agent
 

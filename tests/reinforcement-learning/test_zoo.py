@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.wrappers import TimeFeatureWrapper
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
@@ -68,6 +70,7 @@ def test_text_of_another_form_is_an_unknown_environment() -> None:
 def test_parts_of_an_id() -> None:
     id = 'my_package:Mine-v0{"a": 1}+other.module:Wrapper+time_feature'
     assert parse_id(id).modules == ["my_package", "other.module"]
+    assert parse_id("CartPole-v1+gymnasium.wrappers:FlattenObservation").modules == []
     assert base_id(id) == "Mine-v0"
     assert folder_name(id) == "my_package-Mine-v0-a-1-other.module-Wrapper-time_feature"
     assert folder_name("ALE/Pong-v5") == "ALE-Pong-v5"
@@ -270,6 +273,45 @@ def test_agent_of_the_zoo_needs_no_environment(
     run_script(f"{SCRIPTS}/evaluate.py", "r", "--episodes", 1)
     run_script(f"{SCRIPTS}/evaluate.py", folder, "--episodes", 1)
     run_script("common/export/__main__.py", "r")
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "distill_policy.py"])
+def test_settings_of_an_agent_import_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, own_module: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = agent(
+        tmp_path / "ppo" / "Own-v0_1", "Own-v0", "env_wrapper: own_module.Negated", "env: own_module:Own-v0"
+    )
+    model = [folder] if script == "evaluate.py" else ["--teacher", folder]
+    with pytest.raises(SystemExit) as stop:
+        run_script(f"{SCRIPTS}/{script}", *model)
+    assert stop.value.code == 2 and own_module not in sys.modules
+    assert "importing own_module would run its code" in capsys.readouterr().err
+
+
+class Masked(gym.Wrapper[Any, Any, Any, Any]):
+    def action_masks(self) -> np.ndarray:
+        return np.ones(2, bool)
+
+
+def test_masks_of_an_environment_are_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MaskablePPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(path := tmp_path / "a.zip")
+    assert load_agent(str(path), "CartPole-v1").name == "maskable ppo a"
+    (module := ModuleType("masked")).Masked = Masked  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "masked", module)
+    with pytest.raises(UserError, match="with the action masks of .*Masked, which are not applied here: pass"):
+        load_agent(str(path), "CartPole-v1+masked:Masked")
+
+
+def test_recurrent_teacher_is_refused(tmp_path: Path) -> None:
+    RecurrentPPO("MlpLstmPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(
+        path := tmp_path / "a.zip"
+    )
+    with pytest.raises(
+        UserError, match="trained by RecurrentPPO of sb3-contrib, which is not supported: supported are"
+    ):
+        load_agent(str(path), "CartPole-v1")
 
 
 # Published agents: environment, mean and standard deviation of the returns in ../shared/agents/README.md
