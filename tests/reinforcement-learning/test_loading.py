@@ -648,6 +648,15 @@ def test_statistics_whose_name_does_not_match_need_a_flag(tmp_path: Path) -> Non
     assert "8_steps.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
 
 
+def test_other_statistics_next_to_those_in_use_give_a_warning(tmp_path: Path) -> None:
+    touch(policy := tmp_path / "ppo.zip")
+    normalizing(tmp_path / "vecnormalize.pkl")
+    normalizing(tmp_path / "my_norm.pkl")
+    files = find_teacher(str(policy), "Pendulum-v1")
+    assert files is not None and files.statistics == tmp_path / "vecnormalize.pkl"
+    assert [warning.partition(" is not used")[0] for warning in files.warnings] == [str(tmp_path / "my_norm.pkl")]
+
+
 def test_pickle_without_statistics_is_ignored_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path / "ppo.zip", tmp_path / "replay_buffer.pkl")
     (tmp_path / "else.pkl").write_bytes(pickle.dumps({"rows": 3}))
