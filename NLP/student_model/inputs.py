@@ -61,7 +61,7 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         models = [self.teacher, *self.ensemble, self.student, self.control_init]
-        notes = [note for model in models if model for note in model.notes]
+        notes = list(dict.fromkeys(note for model in models if model for note in model.notes))
         return notes if self.same_tokens else [*notes, OTHER_TOKENS]
 
     @cached_property
