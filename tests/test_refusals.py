@@ -329,7 +329,7 @@ def types_of(recipe: Path) -> list[type[Any]]:
             images.DataArguments,
             images.ImageTrainingArguments,
         ]
-    if recipe.stem in ("gpt", "mlm", "translation", "multi30k"):
+    if recipe.stem in ("gpt", "mlm", "sentence_encoder", "translation", "multi30k"):
         name = "translation" if recipe.stem == "multi30k" else recipe.stem
         return list(importlib.import_module(f"kd.nlp.scripts.distill_{name}").ARGUMENTS)
     if recipe.stem == "search":

@@ -21,7 +21,7 @@ from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, ProperSha
 from kd.nlp.student_model.arguments import CUT, MIN_LENGTH, GenerativePairArguments
 from kd.nlp.teacher_model import SCRATCH
 
-SCRATCH_EPOCHS = 4
+SCRATCH_EPOCHS = 8
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Arguments(GenerativePairArguments):
         default=None,
         metadata={"help": f"Epochs of training the teacher (default: 0; scratch: {SCRATCH_EPOCHS})."},
     )
+    teacher_layers: Count = 2
     vocabulary_size: Count = field(
         default=1000, metadata={"help": "Number of word pieces of a teacher with random weights."}
     )

@@ -61,9 +61,8 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         models = [self.teacher, *self.ensemble, self.student, self.control_init]
-        return [note for model in models if model for note in model.notes] + (
-            [] if self.same_tokens else [OTHER_TOKENS]
-        )
+        notes = list(dict.fromkeys(note for model in models if model for note in model.notes))
+        return notes if self.same_tokens else [*notes, OTHER_TOKENS]
 
     @cached_property
     def same_tokens(self) -> bool:

@@ -77,8 +77,9 @@ def cost_of(encoder: SentenceEncoder, pairs: TextData) -> dict[str, Any]:
 
 
 def is_sentence_encoder(name: str) -> bool:
-    """Whether the model NAME is an encoder without a head, such as BertModel."""
-    return str((read_config(name).architectures or [""])[0]).endswith("Model")
+    """Whether the model NAME is an encoder without a head, such as BertModel, unlike GPT2LMHeadModel."""
+    architecture = str((read_config(name).architectures or [""])[0])
+    return architecture.endswith("Model") and "Head" not in architecture
 
 
 def evaluate_pairs(name: str, args: Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

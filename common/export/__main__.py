@@ -38,7 +38,8 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.common.utils.modules import import_named
 
-MODULE_TASK = re.compile(r"[^/:]+:.*", re.DOTALL)  # owner/name:config is a dataset
+# Of an environment or one of its wrappers; owner/name:config is a dataset.
+MODULE_TASK = re.compile(r"(.*\+)?(?!gymnasium\.wrappers:)[\w.]+:.*", re.DOTALL)
 
 
 def main() -> None:

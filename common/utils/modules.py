@@ -15,7 +15,7 @@ def import_named(module: str, purpose: str) -> None:
     Args:
         purpose: what needs it, for the message.
     """
-    with _working_directory():
+    with working_directory():
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -32,7 +32,7 @@ def import_named(module: str, purpose: str) -> None:
 
 
 @contextmanager
-def _working_directory() -> Iterator[None]:
+def working_directory() -> Iterator[None]:
     """Modules of the working directory are importable, after all installed ones."""
     here = os.getcwd()
     sys.path.append(here)

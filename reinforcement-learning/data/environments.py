@@ -1,10 +1,9 @@
-"""Gymnasium environments: specifications, vector environments and their adapter to Stable-Baselines3.
+"""Vector environments of Gymnasium, and their adapter to Stable-Baselines3.
 
 The transitions do not depend on the vector environment or the autoreset mode: they are the steps in which `acting` is
 True.
 """
 
-import hashlib
 import inspect
 import os
 import sys
@@ -12,8 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
@@ -21,98 +18,19 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.specs import environment_error, find_spec, time_limit
 
-EPISODE_STEPS = 10_000  # maximum length of an episode, for environments without a time limit
-MODULES = {"ALE/": "ale_py"}  # modules that register environments when they are imported, by prefix of the id
 SUPPORTED = (
     "supported are Box observations (frames: channels first) and Discrete (from 0) or bounded one-dimensional Box "
     "actions"
 )
-
-# ---- specifications ----
-
-
-def find_spec(id: str) -> EnvSpec:
-    """The specification of a registered environment. `module:id` imports the module first, as in gym.make."""
-    module, _, name = id.rpartition(":")
-    module = module or _registering_module(name)
-    try:
-        if module:
-            import_module(module)
-    except ImportError as error:
-        raise environment_error(id, error) from error
-    if name not in gym.registry:
-        raise UserError(f"unknown environment {id}{_did_you_mean(name)}")
-    return gym.registry[name]
-
-
-def environment_error(id: str, error: Exception) -> UserError:
-    """The error for an environment that cannot be made, with a hint if the reason is known."""
-    hint = ""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        hint = f"; try pip install {error.name.split('.')[0]}"
-    elif isinstance(error, ImportError):  # Hopper-v3 is registered only to raise that it has moved
-        hint = _did_you_mean(id)
-    elif isinstance(error, OSError) and id.startswith("ALE/"):
-        hint = "; the ROM files are part of pip install ale_py"
-    reason = f"{error or type(error).__name__}{hint}"
-    return UserError(" ".join(f"environment {id} cannot be made: {reason}".split()))
-
-
-def _did_you_mean(name: str) -> str:
-    """The most similar id; among equally similar ones the highest version."""
-    matches = get_close_matches(name, [other for other in gym.registry if other != name], n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def time_limit(spec: EnvSpec) -> dict[str, Any]:
-    """Arguments of gym.make that limit the episodes of an environment without a time limit."""
-    limited = spec.max_episode_steps is not None or "max_episode_steps" in spec.kwargs or spec.namespace == "ALE"
-    return {} if limited else {"max_episode_steps": EPISODE_STEPS}
-
-
-def time_limit_warning(id: str) -> str | None:
-    if not time_limit(find_spec(id)):
-        return None
-    return (
-        f"environment {id} has no time limit: its episodes are cut after {EPISODE_STEPS:,} steps; register it with "
-        "max_episode_steps for another limit"
-    )
-
-
-def registration_code(id: str) -> str:
-    """The line of code that registers an environment from outside Gymnasium; empty for Gymnasium's environments."""
-    module = _registering_module(id)
-    return f"import {module}  # registers the environment\n" if module else ""
-
-
-def _registering_module(id: str) -> str:
-    return next((module for prefix, module in MODULES.items() if id.startswith(prefix)), "")
-
-
-def fingerprint(id: str) -> str:
-    """Hash of the environment's specification and Gymnasium's version."""
-    spec = f"{gym.__version__} {gym.spec(id.rpartition(':')[2])}"
-    return hashlib.sha256(spec.encode()).hexdigest()[:12]
-
-
-def require_module_on_command_line(id: str, source: str) -> None:
-    """Raises UserError if the file `source` has an environment `module:id` that the command line does not have,
-    because importing the module runs its code.
-    """
-    module, _, name = id.rpartition(":")
-    if module and not any(id in word for word in sys.argv[1:]):
-        raise UserError(
-            f"{source} names the environment {id}, and importing {module} would run its code: pass "
-            f"--environment {id} if you trust it, or the registered {name} alone"
-        )
 
 
 def require_single_process() -> None:
@@ -122,9 +40,6 @@ def require_single_process() -> None:
             f"policies are trained and evaluated in one process, not in {processes}: start the script with python "
             "instead of torchrun or accelerate launch"
         )
-
-
-# ---- vectors of environments ----
 
 
 @dataclass
@@ -193,6 +108,11 @@ class Environments:
             self.close()
             raise UserError(f"environment {id} has {fault}; {SUPPORTED}")
         self.reset(seed)
+
+    @property
+    def has_action_masks(self) -> bool:
+        """Whether the environment has the method `action_masks`, from which MaskablePPO takes its masks."""
+        return isinstance(self.vector, SyncVectorEnv) and self.vector.envs[0].has_wrapper_attr("action_masks")
 
     def reset(self, seed: int | None = None) -> None:
         """Restarts all environments; without a seed their random generators continue."""

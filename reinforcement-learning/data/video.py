@@ -13,8 +13,9 @@ from einops import rearrange, repeat
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, write_bytes
-from kd.reinforcement_learning.data.environments import Environments, find_spec, time_limit, to_environment
+from kd.reinforcement_learning.data.environments import Environments, to_environment
 from kd.reinforcement_learning.data.rollouts import Act
+from kd.reinforcement_learning.data.specs import find_spec, time_limit
 
 SCALE = 4  # the frames of an Atari game are 84 pixels wide
 MAX_FRAMES = 3_000  # they are in memory until the video is written

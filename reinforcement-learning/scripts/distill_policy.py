@@ -3,6 +3,7 @@
     python reinforcement-learning/scripts/distill_policy.py
     python reinforcement-learning/scripts/distill_policy.py --student 7 --student_value --seeds 0 1 2 3 4
     python reinforcement-learning/scripts/distill_policy.py --environment LunarLander-v3 --teacher lander.zip
+    python reinforcement-learning/scripts/distill_policy.py --teacher zoo/tqc/Hopper-v3_1
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The teacher is trained in the run, in OUTPUT_DIR/stages/teacher, unless --teacher names one. The control is the same
@@ -27,12 +28,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
 from kd.common.training.run_folder import check_is_run_or_empty
-from kd.reinforcement_learning.data.environments import (
-    Environments,
-    choose_threads,
+from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.environments import Environments, choose_threads, require_single_process
+from kd.reinforcement_learning.data.specs import (
     fingerprint,
+    import_modules,
     require_module_on_command_line,
-    require_single_process,
     time_limit_warning,
 )
 from kd.reinforcement_learning.student_model.distillation import Distillation
@@ -42,9 +43,11 @@ from kd.reinforcement_learning.student_model.evaluation import (
     random_metrics,
     random_warning,
     report,
+    return_warning,
 )
 from kd.reinforcement_learning.student_model.matching import check_loss
 from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
+from kd.reinforcement_learning.teacher_model.files import environment_of
 from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
 from kd.reinforcement_learning.teacher_model.teacher import (
     Agent,
@@ -61,6 +64,7 @@ from kd.reinforcement_learning.teacher_model.training import new_teacher
 def main() -> None:
     require_single_process()
     args, student_args, distill_args, training = parse(*ARGUMENTS)
+    notes = settle_environments(args)
     args.output_dir = args.output_dir or str(args.default_folder())
     check_is_run_or_empty(Path(args.output_dir))  # all checks precede the training of a teacher
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
@@ -71,6 +75,7 @@ def main() -> None:
     loaded, untrained = load_teachers(args, loss), untrained_teachers(args, training)
 
     run = PolicyRun(args.environment, args, student_args, distill_args, training)
+    run.notes = notes
     networks = {
         f"teacher of {name}": nn.ModuleList(one.network() for one in agents) for name, agents in loaded.items()
     }
@@ -79,6 +84,8 @@ def main() -> None:
         loaded[environment].insert(0, agent)
     teachers = [soft_teacher(name, loaded[name], args) for name in args.environment]
     measured = [measure_teacher(run, teacher, args, distill_args.steps) for teacher in teachers]
+    for (evaluation, chance), stated in zip(measured, args.teacher_return or [], strict=False):
+        run.warn(return_warning(evaluation.entry["name"], stated, evaluation.entry["metrics"]["test"], chance))
 
     specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
     for seed_run in run.each_seed():
@@ -97,6 +104,25 @@ def main() -> None:
                 evaluations[role] = evaluate([agent], environment, args.episodes, teacher=teacher.network)
             report(seed_run, args.method, environment, evaluations, random, "student", seed_run.folder / folder)
     run.summarize()
+
+
+def settle_environments(args: PolicyArguments) -> tuple[str, ...]:
+    """Sets the environments to those of the teachers unless --environment names them, with arguments and wrappers.
+    Returns notes about what was inferred, and prints them.
+    """
+    import_modules(args.import_module)
+    chosen: Sequence[str | None] = args.environment or [None] * len(args.teacher)
+    found = [environment_of(name, one, args) for name, one in zip(args.teacher, chosen, strict=True)]
+    for name, one, (environment, _) in zip(args.teacher, chosen, found, strict=True):
+        if one is None and environment is not None:
+            require_module_on_command_line(environment, f"the training of {name}")
+    args.environment = [environment or "CartPole-v1" for environment, _ in found]
+    if len(set(args.environment)) != len(args.environment):
+        raise UserError(f"several teachers have the environment {args.environment[0]}: pass --ensemble_teachers")
+    notes = tuple(note for _, notes in found for note in notes)
+    for note in notes:
+        print(f"note: {note}")
+    return notes
 
 
 def check_environment(environment: str, student: StudentArguments, loss: Loss) -> None:

@@ -11,19 +11,21 @@ several seeds, the student of the first one is evaluated; RUN/seed1 names that o
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from kd.common.cli import Parser, run, show_help
 from kd.common.training.arguments import add_evaluation_arguments
 from kd.common.utils.ranges import MOST, Range
+from kd.reinforcement_learning.teacher_model.recipes import EnvironmentArguments
 
-PARSER = Parser(description=__doc__)
+PARSER = Parser([EnvironmentArguments], description=__doc__)
 add_evaluation_arguments(
     PARSER,
     "a zip of Stable-Baselines3, a folder with one, or owner/name on the Hub",
     "the return and length of each episode",
 )
-PARSER.add_argument("--environment", help="Gymnasium id of the environment (default: that of the run).")
+PARSER.add_argument("--environment", help="Gymnasium id of the environment (default: that of the run or agent).")
 PARSER.add_argument("--teacher", help="Policy to compare with, in the states that the model visits.")
 PARSER.add_argument(
     "--vecnormalize",
@@ -47,15 +49,12 @@ from kd.common.reporting.results import RESULTS
 from kd.common.reporting.saved_models import check_files, print_seeds, show_metrics, write_predictions
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.reinforcement_learning.data.environments import (
-    choose_threads,
-    require_module_on_command_line,
-    require_single_process,
-    time_limit_warning,
-)
+from kd.reinforcement_learning.data.environments import choose_threads, require_single_process
 from kd.reinforcement_learning.data.rollouts import TEST_SEED
+from kd.reinforcement_learning.data.specs import import_modules, require_module_on_command_line, time_limit_warning
 from kd.reinforcement_learning.data.video import check_video, write_video
 from kd.reinforcement_learning.student_model.evaluation import evaluate
+from kd.reinforcement_learning.teacher_model.files import environment_of
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.teacher import load_agent
 
@@ -66,7 +65,7 @@ def main() -> None:
     check_files(args)
     if args.video:
         check_video(args.video)
-    environment = args.environment or environment_of(Path(args.model))
+    environment = settle_environment(args)
     choose_threads(environment)
     agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
     teacher = None
@@ -86,7 +85,23 @@ def main() -> None:
         print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
 
 
-def environment_of(folder: Path) -> str:
+def settle_environment(args: Namespace) -> str:
+    """The environment of --environment, of a run, or of the training of the model, with arguments and wrappers."""
+    import_modules(args.import_module)
+    chosen = args.environment or environment_of_run(Path(args.model))
+    arguments = EnvironmentArguments(args.import_module, args.env_kwargs, args.wrapper)
+    environment, notes = environment_of(args.model, chosen, arguments)
+    if environment is None:
+        raise UserError(
+            f"the environment of {args.model} is unknown: pass --environment, such as --environment CartPole-v1"
+        )
+    require_module_on_command_line(environment, f"the training of {args.model}")
+    for note in notes:
+        print(f"note: {note}")
+    return environment
+
+
+def environment_of_run(folder: Path) -> str | None:
     """The environment of a run of this project. Raises UserError if results.json names a module to import."""
     for place in (folder, folder.parent):
         if (place / RESULTS).exists():
@@ -96,7 +111,7 @@ def environment_of(folder: Path) -> str:
                 raise UserError(f"{place / RESULTS} is damaged: pass --environment, such as --environment CartPole-v1")
             require_module_on_command_line(task, str(place / RESULTS))
             return task
-    raise UserError(f"the environment of {folder} is unknown: pass --environment, such as --environment CartPole-v1")
+    return None
 
 
 if __name__ == "__main__":

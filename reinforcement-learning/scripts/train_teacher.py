@@ -15,14 +15,15 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.environments import (
-    choose_threads,
+from kd.reinforcement_learning.data.environments import choose_threads, require_single_process
+from kd.reinforcement_learning.data.specs import (
     fingerprint,
+    import_modules,
     require_module_on_command_line,
-    require_single_process,
     time_limit_warning,
 )
 from kd.reinforcement_learning.student_model.evaluation import evaluate, random_metrics, random_warning, report
+from kd.reinforcement_learning.teacher_model.files import environment_of
 from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import train_teachers
 from kd.reinforcement_learning.teacher_model.training import new_teacher
@@ -34,13 +35,18 @@ def main() -> None:
     if args.seeds:
         raise UserError("train_teacher.py trains a single teacher: pass --seed instead of --seeds")
     reject_unused("train_teacher.py trains no student", args, "margin")
-    environment = task.environment
+    import_modules(args.import_module)
+    found, notes = environment_of("train", task.environment, args)
+    environment = task.environment = found or task.environment
+    for note in notes:
+        print(f"note: {note}")
     require_module_on_command_line(environment, "the recipe")
     args.output_dir = args.output_dir or str(training.folder(environment))
     choose_threads(environment)
 
     model = new_teacher(environment, training.recipe(environment), args.seed)  # fails before the folder is made
     run = PolicyRun([environment], args, task, training)
+    run.notes = tuple(notes)
     run.check_inputs(fingerprint(environment))
     teacher = train_teachers(run, {environment: model}, training)[environment]
 

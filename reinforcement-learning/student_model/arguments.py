@@ -95,21 +95,23 @@ class PolicyArguments(PolicyRunArguments):
     """Environment, teacher and method."""
 
     environment: list[str] = field(
-        default_factory=lambda: ["CartPole-v1"],
-        metadata={"help": "Gymnasium ids of environments; for several, the student has one body and a head for each."},
+        default_factory=list,
+        metadata={
+            "help": "Gymnasium ids; several give a student with a head for each (default: the teachers', or "
+            "CartPole-v1)."
+        },
     )
     teacher: list[str] = field(
         default_factory=lambda: ["train"],
         metadata={
             "help": "Teacher of each environment: a .zip of Stable-Baselines3, a folder, owner/name on the Hub, or "
-            "`train` to train one."
+            "`train`."
         },
     )
     ensemble_teachers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Further teachers of a single environment; their action distributions and values are averaged "
-            "with those of --teacher."
+            "help": "Further teachers of a single environment, whose outputs are averaged with the first one's."
         },
     )
     ensemble_weights: list[Positive] | None = ensemble_weights()
@@ -119,6 +121,9 @@ class PolicyArguments(PolicyRunArguments):
             "help": "VecNormalize file, or none, for each --teacher, then for each of --ensemble_teachers (default: "
             "the file named like the teacher)."
         },
+    )
+    teacher_return: list[float] | None = field(
+        default=None, metadata={"help": "Published return of each --teacher, to compare."}
     )
     teacher_temperature: Positive | None = field(
         default=None,
@@ -148,15 +153,18 @@ class PolicyArguments(PolicyRunArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.teacher) == 1:
-            self.teacher = self.teacher * len(self.environment)
-        if not self.environment or len(self.teacher) != len(self.environment):
+            self.teacher = self.teacher * max(len(self.environment), 1)
+        count = len(self.environment or self.teacher)
+        if len(self.teacher) != count:
             raise ValueError(f"pass one --teacher per --environment, got {len(self.teacher)}")
-        if self.ensemble_teachers and len(self.environment) > 1:
+        if self.teacher_return is not None and len(self.teacher_return) != count:
+            raise ValueError(f"pass one --teacher_return per --environment, got {len(self.teacher_return)}")
+        if self.ensemble_teachers and count > 1:
             raise ValueError("--ensemble_teachers supports a single --environment: leave it out for several")
         if self.ensemble_teachers and self.method == "ppd":
             raise ValueError("--method ppd needs a single teacher: leave out --ensemble_teachers")
         check_ensemble_weights(self.ensemble_teachers, self.ensemble_weights)
-        statistics = len(self.environment) + len(self.ensemble_teachers)
+        statistics = count + len(self.ensemble_teachers)
         if self.vecnormalize is not None and len(self.vecnormalize) != statistics:
             further = " and one for each of --ensemble_teachers" if self.ensemble_teachers else ""
             raise ValueError(f"pass one --vecnormalize for each --environment{further}, got {len(self.vecnormalize)}")
@@ -166,7 +174,7 @@ class PolicyArguments(PolicyRunArguments):
             )
         if len(set(self.environment)) != len(self.environment):
             raise ValueError("--environment has the same id twice: name each environment once")
-        if self.method == "ppd" and len(self.environment) > 1:
+        if self.method == "ppd" and count > 1:
             raise ValueError("--method ppd distills one --environment at a time")
 
     def check_unused_flags(self) -> None:

@@ -19,8 +19,8 @@ from kd.common.reporting.model_card import Card, model_card
 from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import write_report
 from kd.common.utils.files import write_text, writing_folder
-from kd.reinforcement_learning.data.environments import fingerprint, registration_code
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in, predict, random_actions, returns_of
+from kd.reinforcement_learning.data.specs import environment_code, fingerprint, registration_code
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
@@ -33,7 +33,7 @@ from stable_baselines3 import PPO
 
 folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")
 model = PPO.load(f"{{folder}}/student.zip")
-environments = gymnasium.make_vec("{environment}", num_envs=1)
+environments = gymnasium.make_vec({environment}, num_envs=1)
 observations, _ = environments.reset(seed=0)
 actions, _ = model.predict(observations, deterministic=True)"""
 
@@ -120,6 +120,20 @@ def random_warning(name: str, teacher: dict[str, Any], random: dict[str, Any]) -
     )
 
 
+def return_warning(name: str, stated: float, teacher: dict[str, Any], random: float) -> str | None:
+    """The warning for a teacher whose mean return differs from `stated` by more than a tenth of the distance to random
+    actions and by more than two standard errors.
+    """
+    difference = abs(teacher["return_mean"] - stated)
+    error = teacher["return_std"] / teacher["episodes"] ** 0.5
+    if difference <= max(abs(stated - random) / 10, 2 * error):
+        return None
+    return (
+        f"teacher {name} has a mean return of {teacher['return_mean']:.4g} here, and --teacher_return is {stated:g}: "
+        "check --environment and its version, --vecnormalize, --env_kwargs and --wrapper"
+    )
+
+
 def report(
     run: PolicyRun,
     method: str,
@@ -148,6 +162,9 @@ def report(
     last = run.history[student_stage][-1] if student_stage else {}
     work = {name: last[name] for name in ("environment_steps", "observations", "cpu_seconds") if name in last}
     extra: dict[str, Any] = {"work_of_the_student": work} if work else {}
+    statistics = models["teacher"]["observation_statistics"]
+    if run.notes:
+        extra["environment_notes"] = "; ".join(run.notes)
     results = run.results(
         domain="reinforcement-learning",
         task=environment,
@@ -168,7 +185,7 @@ def report(
         return_of_random_actions=random,
         selection="the policy after the last update; no evaluation chose anything",
         **extra,
-        teacher_observation_statistics=models["teacher"]["observation_statistics"],
+        teacher_observation_statistics=statistics if statistics != "none" else "observations are not normalized",
     )
     if student_stage:
         _save_student(run, student_stage, folder / "student", results)
@@ -188,7 +205,7 @@ def _card_of(run: PolicyRun, environment: str) -> Card:
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
     names = [teachers[environment], *run.argument("ensemble_teachers")]
     return Card(
-        USAGE.format(imports=imports, environment=environment),
+        USAGE.format(imports=imports, environment=environment_code(environment)),
         library_name="stable-baselines3",
         pipeline_tag="reinforcement-learning",
         origins=[name for name in names if name != "train"],

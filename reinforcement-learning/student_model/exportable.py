@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kd.common.export.exportable import Exportable
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.environments import Environments, registration_code
+from kd.reinforcement_learning.data.environments import Environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Recorder
+from kd.reinforcement_learning.data.specs import environment_code, registration_code
 from kd.reinforcement_learning.teacher_model.policies import (
     ObservationStatistics,
     PolicyNetwork,
@@ -26,7 +27,7 @@ from kd.reinforcement_learning.teacher_model.teacher import load_agent
 TOLERANCE = 1e-4  # in the units of the actions; Discrete actions must be equal
 USAGE = """{register}import gymnasium
 
-environments = gymnasium.make_vec("{environment}", num_envs=2)
+environments = gymnasium.make_vec({environment}, num_envs=2)
 observations, _ = environments.reset(seed=0)
 for _ in range(10):
     actions = model({{"observations": observations}})
@@ -71,7 +72,7 @@ def load(name: str, task: str | None, vecnormalize: str | None = None) -> Export
         inputs={"observations": observations[:2]},
         test_inputs=[{"observations": observations[:1]}, {"observations": observations}],
         axes={0: "batch"},
-        usage=USAGE.format(environment=task, register=registration_code(task)),
+        usage=USAGE.format(environment=environment_code(task), register=registration_code(task)),
         output="actions",
         reference=lambda observations: torch.as_tensor(_predict(policy, agent.statistics, observations.numpy())),
         tolerance=TOLERANCE,

@@ -1,27 +1,35 @@
 """The files of a teacher: a zip of Stable-Baselines3, its VecNormalize statistics and its settings.
 
 A teacher is a zip, a folder of this project or of rl_zoo3, or a repository on the Hub. Nothing in the files is
-executed: tagged YAML values in the settings of rl_zoo3 (config.yml and args.yml) are read as plain values, and each
-class or function in the pickle of VecNormalize is replaced by an object that only stores its arguments.
+executed: each class or function in the pickle of VecNormalize is replaced by an object that only stores its arguments.
 """
 
 import pickle
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
 import numpy as np
-import yaml
 from gymnasium import spaces
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kd.common.data.sources import offline_if_unreachable
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.environment_ids import base_id
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
-from kd.reinforcement_learning.teacher_model.recipes import folder_name
+from kd.reinforcement_learning.teacher_model.recipes import EnvironmentArguments, folder_name
+from kd.reinforcement_learning.teacher_model.zoo import (
+    ARGS,
+    CONFIG,
+    UNTRAINED,
+    Training,
+    check_wrappers,
+    matching_environment,
+    read_training,
+    training_warnings,
+)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ZIPS_OF_A_RUN = (  # of a student or its run, then of a teacher's run or its stage
@@ -32,8 +40,6 @@ METRICS_ZIP = "train_eval_metrics.zip"  # rl_zoo3 uploads it with every model; i
 STATISTICS_NAMES = ("vecnormalize.pkl", "vec_normalize.pkl")  # of rl_zoo3, locally and on the Hub
 NO_STATISTICS = "none"  # value of --vecnormalize
 OTHER_PICKLES = re.compile(r"replay_buffer|demonstrations|study", re.IGNORECASE)  # of Stable-Baselines3 and rl_zoo3
-CONFIG, ARGS = "config.yml", "args.yml"
-ATARI_WRAPPER = "AtariWrapper"  # the Atari environments of this project preprocess in the same way
 INSTEAD = "pass --teacher a local .zip that Stable-Baselines3 saved, a folder with one, or owner/name on the Hub"
 
 
@@ -41,13 +47,15 @@ INSTEAD = "pass --teacher a local .zip that Stable-Baselines3 saved, a folder wi
 class TeacherFiles:
     """A zip of Stable-Baselines3 and its VecNormalize statistics, if any.
 
-    `raw`: whether --vecnormalize is `none`. `warnings`: possible problems with the files.
+    `raw`: whether --vecnormalize is `none`. `warnings`: possible problems with the files. `training`: how the policy
+    was trained.
     """
 
     policy: Path
     statistics: Path | None
     raw: bool = False
     warnings: tuple[str, ...] = ()
+    training: Training = field(default=UNTRAINED, compare=False)
 
 
 def find_teacher(
@@ -59,20 +67,36 @@ def find_teacher(
     """
     if name == "train":
         return None
-    path, agent_folder = Path(name), environment.replace("/", "-")  # rl_zoo3 writes ALE/Pong-v5 as ALE-Pong-v5
+    policy, folders, training = _find_policy(name, environment)
+    check_wrappers(policy, training, environment)
+    statistics, warnings = _find_statistics(policy, folders, vecnormalize, flag, training.normalized)
+    warnings += training_warnings(policy, training, environment)
+    return TeacherFiles(policy, statistics, vecnormalize == NO_STATISTICS, tuple(warnings), training)
+
+
+def environment_of(name: str, chosen: str | None, args: EnvironmentArguments) -> tuple[str | None, list[str]]:
+    """The environment of the teacher `name`, and notes about what was inferred (see `matching_environment`). `chosen`:
+    the value of --environment.
+    """
+    training = UNTRAINED if name == "train" else _find_policy(name, chosen or "")[2]
+    return matching_environment(training, chosen, args.environment_arguments(), args.wrapper)
+
+
+def _find_policy(name: str, environment: str) -> tuple[Path, list[Path], Training]:
+    """The zip of a teacher, the folders that may contain its other files, and its training. An empty `environment`
+    stands for any.
+    """
+    path, id = Path(name), base_id(environment)
     if path.is_file():
         policy = path
     elif path.is_dir():
-        policy = _find_zip(path, name, agent_folder)
+        policy = _find_zip(path, name, environment)
     elif HUB_ID.fullmatch(name) and path.suffix != ".zip":
-        policy = _find_zip(_download(name), name, agent_folder)
+        policy = _find_zip(_download(name), name, environment)
     else:
         raise UserError(f"there is no teacher at {name}: {INSTEAD}")
-    folders = _search_folders(policy, agent_folder)
-    _check_wrappers(policy, folders, atari=environment.startswith("ALE/"))
-    statistics, warnings = _find_statistics(policy, folders, vecnormalize, flag)
-    warnings += _training_warnings(policy, folders, environment)
-    return TeacherFiles(policy, statistics, vecnormalize == NO_STATISTICS, tuple(warnings))
+    folders = _search_folders(policy, id.replace("/", "-"))  # rl_zoo3 writes ALE/Pong-v5 as ALE-Pong-v5
+    return policy, folders, read_training(policy, folders, atari=id.startswith("ALE/"))
 
 
 def _search_folders(policy: Path, environment: str) -> list[Path]:
@@ -87,10 +111,10 @@ def _search_folders(policy: Path, environment: str) -> list[Path]:
 
 
 def _find_zip(folder: Path, name: str, environment: str) -> Path:
-    in_runs = [usual.format(environment=folder_name(environment)) for usual in ZIPS_OF_A_RUN]
-    for usual in (*in_runs, f"{environment}.zip", "best_model.zip"):
-        if (folder / usual).is_file():
-            return folder / usual
+    in_runs = [usual.format(environment=folder_name(environment) or "*") for usual in ZIPS_OF_A_RUN]
+    for usual in (*in_runs, f"{base_id(environment).replace('/', '-')}.zip", "best_model.zip"):
+        if len(matches := sorted(folder.glob(usual))) == 1:
+            return matches[0]
     found = sorted(path for path in folder.glob("*.zip") if path.name != METRICS_ZIP)
     if not found:
         raise UserError(f"there is no zip in {name}: {INSTEAD}")
@@ -118,87 +142,16 @@ def _download(name: str) -> Path:
         raise UserError(f"cannot load {name} from the Hub ({' '.join(str(error).split())}): {INSTEAD}") from None
 
 
-def _files(folders: Iterable[Path], name: str) -> list[Path]:
-    return [folder / name for folder in folders if (folder / name).is_file()]
-
-
-# ---- settings of rl_zoo3 ----
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Reads a tagged value as the plain value."""
-
-
-def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return node.value
-
-
-_PlainLoader.add_multi_constructor("", _plain)
-
-
-def _read_settings(path: Path) -> dict[Any, Any]:
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-        if isinstance(settings, list):  # the arguments of an OrderedDict; the first is a list of keys and values
-            settings = dict(settings[0])
-        if isinstance(settings, dict):
-            return settings
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError):
-        pass
-    raise UserError(f"{path} is damaged, so the settings of the agent's training are unknown: remove it")
-
-
-def _normalizes_observations(config: Path) -> bool:
-    """Whether `normalize` in a config.yml, `true` or arguments of VecNormalize, includes observations."""
-    normalize = _read_settings(config).get("normalize", False)
-    return bool(normalize) and not re.search(r"norm_obs\W+False", str(normalize))
-
-
-def _check_wrappers(policy: Path, folders: Iterable[Path], atari: bool) -> None:
-    """Raises UserError if the agent was trained in a wrapper that this project does not apply."""
-    for config in _files(folders, CONFIG):
-        settings = _read_settings(config)
-        named = re.findall(r"[A-Za-z_][\w.]*\.\w+", f"{settings.get('env_wrapper')} {settings.get('vec_env_wrapper')}")
-        wrappers = [name for name in named if not (atari and name.endswith(ATARI_WRAPPER))]
-        if settings.get("frame_stack") and not atari:
-            wrappers.append(f"VecFrameStack of {settings['frame_stack']}")
-        if wrappers:
-            raise UserError(
-                f"{policy} was trained in {', '.join(wrappers)}, according to {config}, but wrappers "
-                "of environments are not supported: pass a teacher that was trained without them"
-            )
-
-
-def _training_warnings(policy: Path, folders: Iterable[Path], environment: str) -> list[str]:
-    """Warns if args.yml contains another environment, or arguments of the environment that are not used here."""
-    warnings = []
-    for args in _files(folders, ARGS):
-        settings = _read_settings(args)
-        trained, keywords = settings.get("env"), settings.get("env_kwargs")
-        if trained and str(trained).rpartition(":")[2] != environment.rpartition(":")[2]:
-            warnings.append(f"{policy} was trained on {trained} ({args}), and its returns on {environment} may differ")
-        if keywords:
-            warnings.append(
-                f"{policy} was trained with the arguments {keywords} of its environment ({args}), which are not used "
-                "here: its returns may differ"
-            )
-    return warnings
-
-
 # ---- statistics of observations ----
 
 
 def _find_statistics(
-    policy: Path, folders: list[Path], chosen: str | None, flag: str
+    policy: Path, folders: list[Path], chosen: str | None, flag: str, normalized: Path | None
 ) -> tuple[Path | None, list[str]]:
     """Returns the file of the `chosen` statistics, or of those in `folders`, or None; and warnings.
 
-    Raises UserError if the only statistics do not match the model by name, or if the settings of rl_zoo3 require
-    statistics and there are none.
+    `normalized`: the settings that require statistics, if any. Raises UserError if there are none then, or if the only
+    statistics do not match the model by name.
     """
     if chosen == NO_STATISTICS:
         return None, []
@@ -211,24 +164,23 @@ def _find_statistics(
     names = [folder / name for folder in folders for name in STATISTICS_NAMES]
     if step := re.fullmatch(r"(.+)_(\d+_steps)\.zip", policy.name):  # of Stable-Baselines3's CheckpointCallback
         names.insert(0, policy.with_name(f"{step[1]}_vecnormalize_{step[2]}.pkl"))
-    if found := next((file for file in names if file.is_file()), None):
-        return found, []
     others = [
         file for folder in folders for file in sorted(folder.glob("*.pkl")) if not OTHER_PICKLES.search(file.name)
     ]
+    if found := next((file for file in names if file.is_file()), None):
+        unused = [file for file in others if file not in names and "_vecnormalize_" not in file.name]
+        return found, [f"{file} is not used: the statistics of observations are {found}" for file in unused]
     for file in others:
         if _has_statistics(file):
             raise UserError(
                 f"{file} has statistics of observations, but its name does not match {policy}: pass "
                 f"{flag} {file} to use them, or {flag} {NO_STATISTICS}"
             )
-    for config in _files(folders, CONFIG):
-        if _normalizes_observations(config):
-            raise UserError(
-                f"{policy} was trained on normalized observations, according to {config}, but its statistics "
-                f"are missing: put the file that VecNormalize saved at {policy.parent / STATISTICS_NAMES[0]}, or pass "
-                f"{flag}"
-            )
+    if normalized is not None:
+        raise UserError(
+            f"{policy} was trained on normalized observations, according to {normalized}, but its statistics are "
+            f"missing: put the file that VecNormalize saved at {policy.parent / STATISTICS_NAMES[0]}, or pass {flag}"
+        )
     return None, [f"{file} is not used: it has no statistics of observations" for file in others]
 
 

@@ -11,14 +11,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
@@ -74,17 +76,21 @@ class FrameFeatures(BaseFeaturesExtractor):
 
 
 class ActorCritic(nn.Module):
-    """PPO and A2C: a categorical or a diagonal Gaussian distribution. `value=False` skips the critic."""
+    """PPO, A2C and TRPO: a categorical or a diagonal Gaussian distribution, with the standard deviation of gSDE if the
+    policy explores with it. `value=False` skips the critic.
+    """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
         self.policy = policy
+        self.squash = Squash(policy.action_space) if policy.squash_output else None
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
         policy = self.policy
         prepared = _preprocess(policy, observations)
         actor = policy.pi_features_extractor(prepared)
-        output = policy.action_net(policy.mlp_extractor.forward_actor(actor))  # (batch, actions)
+        latent = policy.mlp_extractor.forward_actor(actor)
+        output = policy.action_net(latent)  # (batch, actions)
         features: dict[str, Tensor] = {}
         if value:
             critic = actor if policy.share_features_extractor else policy.vf_features_extractor(prepared)
@@ -92,7 +98,9 @@ class ActorCritic(nn.Module):
             features["value"] = rearrange(value_output, "batch 1 -> batch")
         if isinstance(policy.action_space, spaces.Discrete):
             return Outputs(logits=output, features=features)
-        return Outputs(features=features | {"mean": output, "log_std": policy.log_std + torch.zeros_like(output)})
+        log_std = _log_std(policy.action_dist, policy.log_std, latent) + torch.zeros_like(output)
+        actions = {"mean": output, "log_std": log_std} if self.squash is None else self.squash(output, log_std)
+        return Outputs(features=features | actions)
 
 
 class QValues(nn.Module):
@@ -108,36 +116,57 @@ class QValues(nn.Module):
 
 
 class SquashedGaussian(nn.Module):
-    """SAC: a Gaussian followed by tanh, approximated by a Gaussian, since the forward KL to a Gaussian student depends
-    only on mean and variance.
+    """SAC and TQC: a Gaussian followed by tanh, approximated by a Gaussian (see `Squash`)."""
+
+    def __init__(self, policy: SACPolicy) -> None:
+        super().__init__()
+        self.actor, self.critic, self.squash = policy.actor, policy.critic, Squash(policy.action_space)
+
+    def forward(self, observations: Tensor, value: bool = True) -> Outputs:
+        mean, log_std, noise = self.actor.get_action_dist_params(observations)
+        if noise:  # gSDE
+            log_std = _log_std(self.actor.action_dist, log_std, noise["latent_sde"])
+        features = self.squash(mean, log_std)
+        if value:
+            features["value"] = _min_value(self.critic(observations, torch.tanh(mean)))
+        return Outputs(features=features)
+
+
+class Squash(nn.Module):
+    """A Gaussian followed by tanh, as a Gaussian in the units of the environment's actions: the forward KL to a
+    Gaussian student depends only on mean and variance.
 
     The mean is the action of the deterministic policy; the standard deviation is that of tanh(u), by Gauss-Hermite
     quadrature.
     """
 
-    def __init__(self, policy: SACPolicy) -> None:
-        super().__init__()
-        self.actor, self.critic = policy.actor, policy.critic
-        nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
-        self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32))
-        self.register_buffer("weights", torch.tensor(weights / weights.sum(), dtype=torch.float32))
-        self.units = ActionUnits(policy.action_space)
-
     nodes: Tensor
     weights: Tensor
 
-    def forward(self, observations: Tensor, value: bool = True) -> Outputs:
-        mean, log_std, _ = self.actor.get_action_dist_params(observations)
+    def __init__(self, space: spaces.Space) -> None:
+        super().__init__()
+        nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
+        self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32))
+        self.register_buffer("weights", torch.tensor(weights / weights.sum(), dtype=torch.float32))
+        self.units = ActionUnits(space)
+
+    def forward(self, mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
         center, spread = (rearrange(x, "batch action -> batch action 1") for x in (mean, log_std.exp()))
         squashed = torch.tanh(center + spread * self.nodes)  # (batch, actions, nodes)
         average = (squashed * self.weights).sum(-1, keepdim=True)
         variance = ((squashed - average).square() * self.weights).sum(-1)
-        action = torch.tanh(mean)
         std = variance.clamp(min=1e-8).sqrt() * self.units.half_range
-        features = {"mean": self.units(action), "log_std": std.log()}
-        if value:
-            features["value"] = _min_value(self.critic(observations, action))
-        return Outputs(features=features)
+        return {"mean": self.units(torch.tanh(mean)), "log_std": std.log()}
+
+
+def _log_std(distribution: Distribution, log_std: Tensor, latent: Tensor) -> Tensor:
+    """The logarithm of the standard deviation of actions. With gSDE (Raffin et al., arXiv:2005.05719) the noise is a
+    linear function of `latent` (batch, width).
+    """
+    if not isinstance(distribution, StateDependentNoiseDistribution):
+        return log_std
+    variance = latent.square() @ distribution.get_std(log_std).square()  # (batch, width) @ (width, actions)
+    return (variance + distribution.epsilon).log() / 2
 
 
 class Deterministic(nn.Module):
@@ -153,6 +182,52 @@ class Deterministic(nn.Module):
         if value:
             features["value"] = _min_value(self.critic(observations, action))
         return Outputs(features=features)
+
+
+class DirectPolicy(BasePolicy):
+    """The policy of ARS: one network from observations to actions, or to scores of Discrete actions."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Any = None,
+        *,
+        net_arch: list[int],
+        activation_fn: type[nn.Module],
+        with_bias: bool,
+        squash_output: bool,
+        normalize_images: bool = True,
+    ) -> None:
+        squash = squash_output and isinstance(action_space, spaces.Box)
+        super().__init__(observation_space, action_space, squash_output=squash, normalize_images=normalize_images)
+        self.activation_fn, self.features_extractor = activation_fn, self.make_features_extractor()
+        outputs = int(action_space.n) if isinstance(action_space, spaces.Discrete) else get_action_dim(action_space)
+        width = self.features_extractor.features_dim
+        layers = create_mlp(width, outputs, net_arch, activation_fn, squash, with_bias)
+        self.action_net = nn.Sequential(*layers)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.action_net(self.extract_features(observations, self.features_extractor))
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        outputs = self(observation)
+        return outputs.argmax(-1) if isinstance(self.action_space, spaces.Discrete) else outputs
+
+
+class DirectActions(nn.Module):
+    """ARS: softmax(scores / temperature) or one action; no value."""
+
+    def __init__(self, policy: DirectPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.units = ActionUnits(policy.action_space) if policy.squash_output else nn.Identity()
+
+    def forward(self, observations: Tensor, value: bool = True) -> Outputs:
+        outputs = self.policy(observations)
+        if isinstance(self.policy.action_space, spaces.Discrete):
+            return Outputs(logits=outputs)
+        return Outputs(features={"mean": self.units(outputs)})
 
 
 class ActionUnits(nn.Module):
@@ -188,7 +263,9 @@ NETWORKS: dict[type[BasePolicy], type[nn.Module]] = {
     DQNPolicy: QValues,
     SACPolicy: SquashedGaussian,
     TD3Policy: Deterministic,
+    DirectPolicy: DirectActions,
 }
+UNSCALED = (QValues, DirectActions)  # their logits have the units of returns or none, so they need a temperature
 
 
 class PolicyNetwork(nn.Module):

@@ -6,6 +6,7 @@ imported inside of functions, so that `--help` is fast.
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from kd.common.training.arguments import RunArguments
 from kd.common.training.trackers import check_trackers
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Range
+from kd.reinforcement_learning.data.environment_ids import parse_id
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -68,9 +70,7 @@ class TeacherArguments:
         self.recipe("CartPole-v1")  # raises for malformed values
 
     def recipe(self, environment: str) -> "TrainingRecipe":
-        changes: Any = {} if self.hyperparameters is None else json.loads(self.hyperparameters)
-        if not isinstance(changes, dict):
-            raise ValueError(f"--hyperparameters must be a JSON object, such as '{{\"gamma\": 0.99}}', got {changes}")
+        changes = json_object("--hyperparameters", self.hyperparameters) or {}
         if self.teacher_steps is not None:
             changes["steps"] = self.teacher_steps
         return training_recipe(self.algorithm, environment, changes)
@@ -88,7 +88,26 @@ class TeacherTask:
 
 
 @dataclass
-class PolicyRunArguments(RunArguments):
+class EnvironmentArguments:
+    """Environment."""
+
+    import_module: list[str] = field(default_factory=list, metadata={"help": "Modules that register environments."})
+    env_kwargs: str | None = field(default=None, metadata={"help": "JSON object of the environment's arguments."})
+    wrapper: list[str] = field(
+        default_factory=list,
+        metadata={"help": 'Wrappers: time_feature, frame_stack{"n": 4}, or module:Class.'},
+    )
+
+    def __post_init__(self) -> None:
+        self.environment_arguments()  # raises for malformed values
+
+    def environment_arguments(self) -> dict[str, Any] | None:
+        """The value of --env_kwargs. Raises ValueError unless it is a JSON object."""
+        return json_object("--env_kwargs", self.env_kwargs)
+
+
+@dataclass
+class PolicyRunArguments(EnvironmentArguments, RunArguments):
     """Run."""
 
     episodes: Count = field(default=100, metadata={"help": "Number of episodes of the final evaluation."})
@@ -101,7 +120,16 @@ class PolicyRunArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        RunArguments.__post_init__(self)
         check_trackers(self.report_to)
+
+
+def json_object(flag: str, text: str | None) -> dict[str, Any] | None:
+    """The JSON object that a flag takes; None without one. Raises ValueError for other values."""
+    value = None if text is None else json.loads(text)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{flag} must be a JSON object, such as '{{\"gamma\": 0.99}}', got {value}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -126,7 +154,7 @@ def algorithm_class(algorithm: str) -> "type[BaseAlgorithm]":
 
 def folder_name(environment: str) -> str:
     """The id of an environment as part of a path."""
-    return environment.replace("/", "-").replace(":", "-")
+    return re.sub(r"[^\w.-]+", "-", environment).strip("-")
 
 
 @cache
@@ -140,7 +168,7 @@ def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | 
 
     Raises ValueError for unknown and unsupported hyper-parameters, and for values out of range.
     """
-    rows = _table()[algorithm]
+    rows, environment = _table()[algorithm], parse_id(environment).name
     family = "ALE" if environment.startswith("ALE/") else "default"
     row = deepcopy(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
     _check(algorithm, row)

@@ -17,9 +17,13 @@ from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, 
 
 
 class PolicyRun(Run):
-    """A run with a report for each environment; reports for several environments are in subfolders."""
+    """A run with a report for each environment; reports for several environments are in subfolders.
+
+    `notes`: what was inferred about the environments, for the report.
+    """
 
     args: PolicyRunArguments
+    notes: tuple[str, ...] = ()
 
     def __init__(self, environments: list[str], args: PolicyRunArguments, *instances: Any) -> None:
         if len(environments) > 1:

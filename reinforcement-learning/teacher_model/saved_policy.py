@@ -15,65 +15,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gymnasium import spaces
-from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.dqn.policies import DQNPolicy
-from stable_baselines3.sac.policies import SACPolicy
-from stable_baselines3.td3.policies import TD3Policy
+from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.teacher_model.algorithms import (
+    ACTOR_CRITIC,
+    ALGORITHMS,
+    DIRECT,
+    GAUSSIAN,
+    Q_VALUES,
+    REFUSED,
+    SUPPORTED,
+    Layout,
+    Weights,
+)
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import FrameFeatures
 
 SAVED = "pass the zip that Stable-Baselines3 wrote with model.save"
-
-
-class _Layout(NamedTuple):
-    """A standard policy, its default activation, and the prefixes of its parts in the state dict."""
-
-    policy: type[BasePolicy]
-    activation: type[nn.Module]
-    extractor: str
-    actor: tuple[str, ...]
-    critic: tuple[str, ...]
-
-
-_TO_ACTIONS, _TO_VALUE = ("mlp_extractor.policy_net", "action_net"), ("mlp_extractor.value_net", "value_net")
-ACTOR_CRITIC = _Layout(ActorCriticPolicy, nn.Tanh, "features_extractor", _TO_ACTIONS, _TO_VALUE)
-Q_VALUES = _Layout(DQNPolicy, nn.ReLU, "q_net.features_extractor", ("q_net.q_net",), ())
-GAUSSIAN = _Layout(SACPolicy, nn.ReLU, "actor.features_extractor", ("actor.latent_pi", "actor.mu"), ("critic.qf0",))
-DETERMINISTIC = _Layout(TD3Policy, nn.ReLU, "actor.features_extractor", ("actor.mu",), ("critic.qf0",))
-
-# The class that unpickles an algorithm, its layout, and a setting that the algorithms below do not have (PPO has all
-# settings of A2C).
-ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], _Layout, str]] = {
-    "ppo": (PPO, ACTOR_CRITIC, "clip_range"),
-    "trpo": (A2C, ACTOR_CRITIC, "cg_max_steps"),  # of sb3-contrib; its policy is that of A2C
-    "a2c": (A2C, ACTOR_CRITIC, "gae_lambda"),
-    "dqn": (DQN, Q_VALUES, "exploration_fraction"),
-    "sac": (SAC, GAUSSIAN, "target_entropy"),
-    "td3": (TD3, DETERMINISTIC, "target_policy_noise"),
-    "ddpg": (DDPG, DETERMINISTIC, "target_policy_noise"),
-}
-# Algorithms of sb3-contrib: part of the module of their policy, name, and a setting that only they have.
-CONTRIB = {
-    "tqc": ("TQC", "top_quantiles_to_drop_per_net"),
-    "qrdqn": ("QR-DQN", "n_quantiles"),
-    "ars": ("ARS", "alive_bonus_offset"),
-    "recurrent": ("RecurrentPPO", "_last_lstm_states"),
-    "maskable": ("MaskablePPO", ""),
-    "crossq": ("CrossQ", ""),
-}
-TEACHERS = "supported are PPO, A2C, DQN, SAC, TD3, DDPG, and TRPO of sb3-contrib"
 EXTRACTORS = {str(FrameFeatures), str(BottleneckFeatures)}  # of this project
-
-Weights = dict[str, Tensor]
 
 
 def load_policy(
@@ -87,11 +53,13 @@ def load_policy(
     """
     data, weights = read_model(path)
     name = _algorithm(path, data)
-    _check_supported(path, data, weights)
+    if "Dict" in str(_description(data, "observation_space").get(":type:")):
+        raise UserError(f"{path} was trained on Dict observations, which are not supported: flatten them to one Box")
     _check_space(path, "observations", _description(data, "observation_space"), observation_space)
     _check_space(path, "actions", _description(data, "action_space"), action_space)
-    if trust_pickle:
-        policy = _unpickled_policy(path, ALGORITHMS[name][0], observation_space, action_space)
+    unpickles = ALGORITHMS[name].unpickles
+    if trust_pickle and unpickles is not None:
+        policy = _unpickled_policy(path, unpickles, observation_space, action_space)
     else:
         policy = _build_policy(path, name, data, weights, observation_space, action_space)
     policy.set_training_mode(False)
@@ -101,7 +69,7 @@ def load_policy(
 def trained_with_vec_normalize(path: Path) -> bool:
     """Whether the zip of an on-policy algorithm records that it was trained with VecNormalize."""
     data, _ = read_model(path)
-    return ALGORITHMS[_algorithm(path, data)][1] is ACTOR_CRITIC and data.get("_last_original_obs") is not None
+    return ALGORITHMS[_algorithm(path, data)].layout is ACTOR_CRITIC and data.get("_last_original_obs") is not None
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
@@ -140,27 +108,16 @@ def _description(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _algorithm(path: Path, data: dict[str, Any]) -> str:
     module = str(_description(data, "policy_class").get("__module__"))
-    for part, (contrib, setting) in CONTRIB.items():
-        if setting in data or (module.startswith("sb3_contrib") and part in module):
-            raise UserError(f"{path} was trained by {contrib} of sb3-contrib, which is not supported yet: {TEACHERS}")
-    name = next((name for name, (_, _, setting) in ALGORITHMS.items() if setting in data), None)
-    if name is None or module.startswith("sb3_contrib"):
-        raise UserError(f"{path} was trained by an unknown algorithm: {TEACHERS}")
+    contrib = module if module.startswith("sb3_contrib") else ""
+    for part, (name, setting) in REFUSED.items():
+        if setting in data or part in contrib:
+            raise UserError(f"{path} was trained by {name} of sb3-contrib, which is not supported: {SUPPORTED}")
+    rows = ALGORITHMS.items()
+    found = next((name for name, row in rows if row.setting in data or (row.module and row.module in contrib)), None)
+    if found is None or (contrib and not ALGORITHMS[found].module):
+        raise UserError(f"{path} was trained by an unknown algorithm: {SUPPORTED}")
     without_tricks = data.get("policy_delay") == 1 and data.get("target_noise_clip") == 0
-    return "ddpg" if name == "td3" and without_tricks else name
-
-
-def _check_supported(path: Path, data: dict[str, Any], weights: Weights) -> None:
-    log_std = weights.get("log_std", weights.get("actor.log_std"))
-    if log_std is not None and log_std.ndim == 2:
-        raise UserError(f"{path} explores with gSDE, which is not supported: train a teacher with use_sde=False")
-    if any(name.startswith("mlp_extractor.shared_net.") for name in weights):
-        raise UserError(
-            f"{path} shares layers between actor and critic, which Stable-Baselines3 removed in 1.8: "
-            "train a teacher with net_arch=dict(pi=[...], vf=[...])"
-        )
-    if "Dict" in str(_description(data, "observation_space").get(":type:")):
-        raise UserError(f"{path} was trained on Dict observations, which are not supported: flatten them to one Box")
+    return "ddpg" if found == "td3" and without_tricks else found
 
 
 def _check_space(path: Path, part: str, saved: dict[str, Any], space: spaces.Space) -> None:
@@ -180,37 +137,44 @@ def _check_space(path: Path, part: str, saved: dict[str, Any], space: spaces.Spa
 # ---- a policy from its weights ----
 
 
-def _build_policy(path: Path, name: str, data: dict[str, Any], weights: Weights, *both: spaces.Space) -> BasePolicy:
-    layout = ALGORITHMS[name][1]
+def _build_policy(path: Path, name: str, data: dict[str, Any], saved: Weights, *both: spaces.Space) -> BasePolicy:
+    algorithm = ALGORITHMS[name]
     try:
-        policy = layout.policy(*both, lr_schedule=_zero, **_arguments(layout, data, weights))
-        policy.load_state_dict(_with_both_extractors(weights) if layout is ACTOR_CRITIC else weights)
+        weights = algorithm.convert(saved, both[1])
+        arguments = _arguments(algorithm.layout, data, weights)
+        policy = algorithm.layout.policy(*both, lr_schedule=_zero, **arguments)
+        policy.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        custom = f"{path} contains a custom policy, whose weights do not fit the standard policy of {name.upper()}"
+        if algorithm.unpickles is None:
+            raise UserError(f"{custom}: pass a teacher with a standard policy") from None
         raise UserError(
-            f"{path} contains a custom policy, whose weights do not fit the standard policy of {name.upper()}: pass "
-            "--trust_pickle if you trust the file; Stable-Baselines3 then unpickles it, which can run any code"
+            f"{custom}: pass --trust_pickle if you trust the file; Stable-Baselines3 then unpickles it, which can run "
+            "any code"
         ) from None
     return policy
 
 
-def _arguments(layout: _Layout, data: dict[str, Any], weights: Weights) -> dict[str, Any]:
+def _arguments(layout: Layout, data: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """The policy's constructor arguments. Raises an error for classes from outside Stable-Baselines3, torch and this
     project, which may use weights of the same shapes differently.
     """
     chosen = _description(data, "policy_kwargs")
     extractor = str(chosen.get("features_extractor_class", "stable_baselines3."))
     classes = _description(data, "policy_class")["__module__"], extractor
-    if not all("stable_baselines3." in name or name in EXTRACTORS for name in classes):
+    if not all(re.search(r"\b(stable_baselines3|sb3_contrib)\.", name) or name in EXTRACTORS for name in classes):
         raise ValueError("a custom class")
+    if "batch_norm_eps" in chosen:
+        raise ValueError("a normalization with another epsilon than the default")
     activation = layout.activation
     if "activation_fn" in chosen:
         written = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", str(chosen["activation_fn"]))
         activation = getattr(nn, written[1] if written else "")
     arguments = {"activation_fn": activation, "normalize_images": chosen.get("normalize_images", True)}
-    return arguments | _extractor(layout, weights) | _networks(layout, weights)
+    return arguments | _extractor(layout, weights) | _networks(layout, weights) | _actions(layout, chosen, weights)
 
 
-def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
+def _extractor(layout: Layout, weights: Weights) -> dict[str, Any]:
     """The features extractor of frames or of a bottleneck; vectors have none. FrameFeatures also loads the weights of
     Stable-Baselines3's NatureCNN, which has the same layers.
     """
@@ -228,9 +192,9 @@ def _extractor(layout: _Layout, weights: Weights) -> dict[str, Any]:
     return {}
 
 
-def _networks(layout: _Layout, weights: Weights) -> dict[str, Any]:
+def _networks(layout: Layout, weights: Weights) -> dict[str, Any]:
     actor, critic = _hidden_widths(weights, layout.actor), _hidden_widths(weights, layout.critic)
-    if layout is Q_VALUES:
+    if layout in (Q_VALUES, DIRECT):
         return {"net_arch": actor}
     if layout is ACTOR_CRITIC:
         extractors = [name for name in weights if name.startswith("vf_features_extractor.")]
@@ -246,10 +210,19 @@ def _hidden_widths(weights: Weights, parts: tuple[str, ...]) -> list[int]:
     return [len(weight) for name, weight in weights.items() if re.fullmatch(pattern, name)][:-1]
 
 
-def _with_both_extractors(weights: Weights) -> Weights:
-    """Adds the two names under which Stable-Baselines3 saves the extractor of actor-critic policies since 1.7."""
-    shared = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
-    return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in shared.items()} | weights
+def _actions(layout: Layout, chosen: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """How the outputs of the last layer become actions: gSDE, squashing by tanh, and for ARS the bias."""
+    if layout is DIRECT:
+        hidden = len(_hidden_widths(weights, layout.actor)) > 0  # the defaults of ARS for MLPs and linear policies
+        return {"with_bias": "action_net.0.bias" in weights, "squash_output": chosen.get("squash_output", hidden)}
+    log_std = weights.get("log_std", weights.get("actor.log_std"))
+    if log_std is None or log_std.ndim == 1:
+        return {}
+    sde = {"use_sde": True, "use_expln": chosen.get("use_expln", False)}
+    if layout is GAUSSIAN:
+        return sde | {"clip_mean": chosen.get("clip_mean", 2.0) if "actor.mu.0.weight" in weights else 0.0}
+    full = log_std.shape[1] == len(weights["action_net.weight"])
+    return sde | {"full_std": full, "squash_output": chosen.get("squash_output", False)}
 
 
 # ---- a policy from its pickles, with --trust_pickle ----

@@ -22,9 +22,10 @@ from kd.reinforcement_learning.data.environments import Environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
 from kd.reinforcement_learning.teacher_model.policies import (
+    UNSCALED,
+    DirectPolicy,
     ObservationStatistics,
     PolicyNetwork,
-    QValues,
     greedy,
     temperature_for_entropy,
 )
@@ -97,8 +98,8 @@ class Agent:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the policy has no action distribution, as in TD3 and DDPG."""
-        return isinstance(self.policy, TD3Policy)
+        """Whether the policy has no distribution of Box actions, as in TD3, DDPG and ARS."""
+        return isinstance(self.policy, TD3Policy | DirectPolicy) and isinstance(self.policy.action_space, spaces.Box)
 
     def network(self) -> PolicyNetwork:
         """The network of the policy, which shares its weights, in eval mode on its device."""
@@ -128,6 +129,11 @@ def load_agent(
         raise UserError(f"only --teacher of distill_policy.py accepts {name}: pass a file or folder")
     with closing(Environments(environment, 1)) as environments:
         agent = Agent.load(files, environments.observation_space, environments.action_space, trust_pickle)
+        if agent.name.startswith("maskable") and environments.has_action_masks:
+            raise UserError(
+                f"{files.policy} was trained by MaskablePPO with the action masks of {environment}, which are not "
+                "applied here: pass a teacher that needs no masks, such as one of PPO"
+            )
     print(f"{files.policy}: statistics of observations: {agent.source}")
     return agent
 
@@ -201,15 +207,15 @@ def average_policies(networks: Sequence[PolicyNetwork], weights: Sequence[float]
 
 
 def soft_network(agent: Agent, environment: str, temperature: float | None, entropy: float) -> PolicyNetwork:
-    """The network of an agent at `temperature`. If it is None, a DQN has the temperature at which the mean entropy of
-    its actions, in the states of its greedy policy, is `entropy` times the maximum.
+    """The network of an agent at `temperature`. If it is None, a DQN, QR-DQN or ARS has the temperature at which the
+    mean entropy of its actions, in the states of its greedy policy, is `entropy` times the maximum.
     """
     network = agent.network()
     if temperature is not None:
         network.temperature = temperature
-    elif isinstance(network.network, QValues):
+    elif isinstance(network.network, UNSCALED) and not agent.deterministic:
         _, states = returns_of(greedy(network), environment, CALIBRATION_EPISODES, VALIDATION_SEED)
         with torch.no_grad():
-            q_values = network(states.to(network.device)).logits
-        network.temperature = temperature_for_entropy(q_values, entropy)
+            scores = network(states.to(network.device)).logits
+        network.temperature = temperature_for_entropy(scores, entropy)
     return network

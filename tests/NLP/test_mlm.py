@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -247,6 +249,24 @@ def test_a_named_teacher_stays_as_it_is_and_a_student_of_another_width_is_distil
     assert (config.hidden_size, config.num_hidden_layers) == (64, 1)
     weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert not [name for name in weights if "projector" in name or "regressor" in name]
+
+
+@pytest.mark.slow
+def test_a_named_student_of_another_architecture_learns_from_a_teacher_with_its_vocabulary(finished, texts, tmp_path):
+    teacher = finished / "stages" / "teacher"
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "distilbert")
+    vocabulary = AutoModelForMaskedLM.from_pretrained(teacher).config.vocab_size
+    config = DistilBertConfig(
+        vocab_size=vocabulary, dim=32, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=16
+    )
+    DistilBertForMaskedLM(config).save_pretrained(tmp_path / "distilbert")
+    words = "--teacher", teacher, "--student", tmp_path / "distilbert"
+    found = distill(tmp_path / "run", texts, *words)
+    assert found["models"]["student"]["name"] == "distilbert 1x32"
+    weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    control = load_file(tmp_path / "run" / "stages" / "control" / "model.safetensors")
+    assert weights.keys() == control.keys()
+    run_readme(tmp_path / "run" / "student")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     BertTokenizer,
     DistilBertConfig,
+    DistilBertForMaskedLM,
     DistilBertForSequenceClassification,
     DistilBertModel,
 )
@@ -130,8 +131,8 @@ def test_a_translator_generates_as_transformers(texts, tmp_path, format):
 
 def test_a_model_without_logits_is_an_error(texts, tmp_path):
     tokenizer = BertTokenizer(vocab=vocabulary(texts))
-    saved(tmp_path, DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **SIZES)), tokenizer)
-    with pytest.raises(UserError, match="is a DistilBertModel: pass a classifier, a translator or a language model"):
+    saved(tmp_path, DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(tokenizer), **SIZES)), tokenizer)
+    with pytest.raises(UserError, match="is a DistilBertForMaskedLM: pass a classifier, a sentence encoder, a transl"):
         load(str(tmp_path / "student"), None)
     with pytest.raises(UserError, match="no model in .* it has no config.json"):
         load(str(tmp_path), None)

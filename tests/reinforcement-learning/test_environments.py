@@ -17,15 +17,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data import environments as environments_module
-from kd.reinforcement_learning.data import rollouts
-from kd.reinforcement_learning.data.environments import (
-    Environments,
-    SB3Environments,
-    Step,
-    registration_code,
-    time_limit_warning,
-    training_environments,
-)
+from kd.reinforcement_learning.data import rollouts, specs
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments, Step, training_environments
+from kd.reinforcement_learning.data.specs import registration_code, time_limit_warning
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd_testing import known_answer
@@ -167,7 +161,7 @@ def test_nothing_is_rendered_by_default(registry):
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
 def test_missing_time_limit_is_added_with_a_warning(registry, monkeypatch, mode):
-    monkeypatch.setattr(environments_module, "EPISODE_STEPS", 7)
+    monkeypatch.setattr(specs, "EPISODE_STEPS", 7)
     gym.register("Endless-v0", KnownAnswer)
     environments = Environments("Endless-v0", 2, autoreset=mode)
     found, rows, _ = rollouts.play(

@@ -9,7 +9,8 @@ import torch
 from stable_baselines3 import PPO
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.environments import choose_threads, require_module_on_command_line
+from kd.reinforcement_learning.data.environments import choose_threads
+from kd.reinforcement_learning.data.specs import require_module_on_command_line
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 

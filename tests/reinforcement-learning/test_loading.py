@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -25,8 +26,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.environments import to_environment
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
-from kd.reinforcement_learning.teacher_model.policies import FrameFeatures, ObservationStatistics
+from kd.reinforcement_learning.teacher_model.policies import (
+    FrameFeatures,
+    ObservationStatistics,
+    PolicyNetwork,
+    greedy_actions,
+)
 from kd.reinforcement_learning.teacher_model.saved_policy import legacy_gym, load_policy
 from kd.reinforcement_learning.teacher_model.teacher import Agent, load_agent
 
@@ -63,7 +70,7 @@ class MakesFolder:
 def saved(folder: Path, algorithm: type[BaseAlgorithm], env: Any = "CartPole-v1", **arguments: Any) -> Path:
     """The zip of an untrained model."""
     policy = arguments.pop("policy", "MlpPolicy")
-    if algorithm in (DQN, SAC, TD3, DDPG):
+    if algorithm in (DQN, SAC, TD3, DDPG, TQC, QRDQN, CrossQ):
         arguments["buffer_size"] = 1
     algorithm(policy, env, device="cpu", **arguments).save(folder / "teacher.zip")
     return folder / "teacher.zip"
@@ -160,6 +167,15 @@ ROUND_TRIPS: dict[str, tuple[type[BaseAlgorithm], Any, dict[str, Any]]] = {
         Frames(ONE_ACTION),
         {"policy": "CnnPolicy", "policy_kwargs": {"net_arch": [16], "share_features_extractor": True}},
     ),
+    "ppo gSDE": (PPO, "Pendulum-v1", {"use_sde": True, "policy_kwargs": {"net_arch": [16]}}),
+    "ppo gSDE squashed": (
+        PPO,
+        "Pendulum-v1",
+        {"use_sde": True, "policy_kwargs": {"squash_output": True, "full_std": False, "use_expln": True}},
+    ),
+    "a2c gSDE": (A2C, "Pendulum-v1", {"use_sde": True}),
+    "sac gSDE": (SAC, "Pendulum-v1", {"use_sde": True, "policy_kwargs": {"clip_mean": 0.1}}),
+    "sac gSDE unclipped": (SAC, "Pendulum-v1", {"use_sde": True, "policy_kwargs": {"clip_mean": 0.0}}),
     "td3": (TD3, "Pendulum-v1", {}),
     "ddpg": (DDPG, "Pendulum-v1", {}),
 }
@@ -297,14 +313,92 @@ def test_policy_of_other_spaces_raises_an_error(tmp_path: Path) -> None:
     assert "[84, 84, 4]" in error_of(load_policy, path, last, spaces.Discrete(3))
 
 
+CONTRIB: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "tqc": (TQC, "Pendulum-v1", {"policy_kwargs": {"n_critics": 3, "n_quantiles": 7}}),
+    "tqc gSDE": (TQC, "Pendulum-v1", {"use_sde": True, "policy_kwargs": {"net_arch": [16]}}),
+    "qrdqn": (QRDQN, "CartPole-v1", {"policy_kwargs": {"n_quantiles": 9, "net_arch": [16, 8]}}),
+    "trpo": (TRPO, "Pendulum-v1", {}),
+    "ars": (ARS, "Pendulum-v1", {}),
+    "ars linear": (ARS, "Pendulum-v1", {"policy": "LinearPolicy"}),
+    "ars bias": (ARS, "Pendulum-v1", {"policy": "LinearPolicy", "policy_kwargs": {"with_bias": True}}),
+    "ars discrete": (ARS, "CartPole-v1", {"policy_kwargs": {"net_arch": [8], "activation_fn": nn.Tanh}}),
+    "crossq": (CrossQ, "Pendulum-v1", {"policy_kwargs": {"net_arch": [8, 6], "activation_fn": nn.Tanh}}),
+    "crossq plain": (CrossQ, "Pendulum-v1", {"policy_kwargs": {"batch_norm": False}}),
+    "maskable ppo": (MaskablePPO, "CartPole-v1", {"policy_kwargs": {"net_arch": [12]}}),
+}
+
+
+@pytest.mark.parametrize("case", CONTRIB)
+def test_loaded_policy_matches_sb3_contrib(tmp_path: Path, case: str) -> None:
+    algorithm, env, arguments = CONTRIB[case]
+
+    def move_statistics(_: Any, weights: dict[str, torch.Tensor]) -> None:
+        """Those of an untrained CrossQ are 0 and 1."""
+        for name, weight in weights.items():
+            if name.endswith(("ra_mean", "ra_var", "scale")):
+                weight += torch.rand(weight.shape)
+
+    path = edited(saved(tmp_path, algorithm, env, **arguments), move_statistics)
+    theirs = algorithm.load(path, device="cpu").policy
+    theirs.set_training_mode(False)
+    observations = observations_of(spaces_of(env)[0])
+    name, ours = load_policy(path, *spaces_of(env))
+    assert case.startswith(name)
+    expected = theirs.predict(observations, deterministic=True)[0]
+    np.testing.assert_allclose(ours.predict(observations, deterministic=True)[0], expected, atol=1e-6)
+    with torch.no_grad():
+        rows = torch.as_tensor(observations)
+        outputs = PolicyNetwork(ours)(rows)
+        np.testing.assert_allclose(to_environment(greedy_actions(outputs), ours.action_space), expected, atol=1e-5)
+        if algorithm is QRDQN:
+            torch.testing.assert_close(outputs.logits, theirs.quantile_net(rows).mean(1))
+        if algorithm is CrossQ:
+            values = torch.cat(theirs.critic(rows, torch.as_tensor(expected) / 2), dim=1)
+            torch.testing.assert_close(outputs.features["value"], values.amin(1), rtol=1e-4, atol=1e-5)
+        if algorithm is TQC:
+            means = theirs.critic(rows, torch.as_tensor(expected) / 2).mean(2)  # (batch, critics); actions in +-2
+            torch.testing.assert_close(outputs.features["value"], means.amin(1), rtol=1e-4, atol=1e-5)
+
+
+def test_linear_policy_of_old_sb3_contrib_loads(tmp_path: Path) -> None:
+    def one_layer(_: Any, weights: dict[str, torch.Tensor]) -> None:
+        weights["action_net.weight"] = weights.pop("action_net.0.weight")
+
+    path = saved(tmp_path, ARS, "Pendulum-v1", policy="LinearPolicy")
+    rows = observations_of(spaces_of("Pendulum-v1")[0])
+    expected = ARS.load(path, device="cpu").predict(rows, deterministic=True)[0]
+    policy = load_policy(edited(path, one_layer), *spaces_of("Pendulum-v1"))[1]
+    np.testing.assert_array_equal(policy.predict(rows, deterministic=True)[0], expected)
+
+
+def test_layers_that_actor_and_critic_share_load(tmp_path: Path) -> None:
+    """Stable-Baselines3 before 1.8 has `shared_net`; the same function has equal first layers in both networks."""
+    model = PPO("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": {"pi": [8, 6, 5], "vf": [8, 6]}}, device="cpu")
+    nets = model.policy.mlp_extractor
+    nets.value_net[0].load_state_dict(nets.policy_net[0].state_dict())
+    nets.value_net[2].load_state_dict(nets.policy_net[2].state_dict())
+    model.save(path := tmp_path / "old.zip")
+
+    def share(_: Any, weights: dict[str, torch.Tensor]) -> None:
+        for layer in ("0", "2"):
+            for part in ("weight", "bias"):
+                weights[f"mlp_extractor.shared_net.{layer}.{part}"] = weights.pop(
+                    f"mlp_extractor.policy_net.{layer}.{part}"
+                )
+                del weights[f"mlp_extractor.value_net.{layer}.{part}"]
+        for part in ("weight", "bias"):
+            weights[f"mlp_extractor.policy_net.0.{part}"] = weights.pop(f"mlp_extractor.policy_net.4.{part}")
+
+    rows = torch.as_tensor(observations_of(spaces_of("CartPole-v1")[0]))
+    policy = load_policy(edited(path, share), *spaces_of("CartPole-v1"))[1]
+    assert isinstance(policy, ActorCriticPolicy)
+    torch.testing.assert_close(PolicyNetwork(policy)(rows).logits, PolicyNetwork(model.policy)(rows).logits)
+    torch.testing.assert_close(policy.predict_values(rows), model.policy.predict_values(rows))
+
+
 def test_unsupported_policies_raise_an_error(tmp_path: Path) -> None:
-    for algorithm in (PPO, SAC):
-        path = saved(tmp_path, algorithm, "Pendulum-v1", use_sde=True)
-        assert "gSDE" in error_of(load_policy, path, *spaces_of("Pendulum-v1"))
     both = spaces_of("CartPole-v1")
     path = saved(tmp_path, A2C)
-    edited(path, lambda _, weights: weights.update({"mlp_extractor.shared_net.0.weight": torch.zeros(2, 2)}))
-    assert "1.8" in error_of(load_policy, path, *both)
     edited(path, lambda data, _: data.pop("gae_lambda"))
     assert "unknown algorithm" in error_of(load_policy, path, *both)
     words = {":type:": "<class 'gymnasium.spaces.dict.Dict'>"}
@@ -317,11 +411,6 @@ def test_unsupported_policies_raise_an_error(tmp_path: Path) -> None:
     [
         ("RecurrentPPO", "sb3_contrib.ppo_recurrent.policies", {}),
         ("RecurrentPPO", "sb3_contrib.common.recurrent.policies", {}),
-        ("MaskablePPO", "sb3_contrib.common.maskable.policies", {}),
-        ("CrossQ", "sb3_contrib.crossq.policies", {}),
-        ("TQC", "mine", {"top_quantiles_to_drop_per_net": 2}),
-        ("QR-DQN", "mine", {"n_quantiles": 50}),
-        ("ARS", "mine", {"alive_bonus_offset": 0}),
     ],
 )
 def test_error_names_the_algorithm_of_sb3_contrib(tmp_path: Path, algorithm: str, module: str, setting: dict) -> None:
@@ -330,23 +419,14 @@ def test_error_names_the_algorithm_of_sb3_contrib(tmp_path: Path, algorithm: str
         data.update(setting)
 
     message = error_of(load_policy, edited(saved(tmp_path, PPO), change), *spaces_of("CartPole-v1"))
-    assert f"was trained by {algorithm} of sb3-contrib, which is not supported yet" in message
-    assert "PPO, A2C, DQN, SAC, TD3, DDPG" in message
-
-
-def test_trpo_of_sb3_contrib_loads(tmp_path: Path) -> None:
-    path = edited(saved(tmp_path, A2C), lambda data, _: data.update(cg_max_steps=15))
-    assert load_policy(path, *spaces_of("CartPole-v1"))[0] == "trpo"
+    assert f"was trained by {algorithm} of sb3-contrib, which is not supported" in message
+    assert "PPO, A2C, DQN, SAC, TD3 and DDPG" in message
 
 
 @pytest.mark.parametrize(
     ("agent", "environment", "expected"),
     [
-        ("tqc/Hopper-v3_1", "Hopper-v5", "TQC of sb3-contrib"),
-        ("qrdqn/CartPole-v1_1", "CartPole-v1", "QR-DQN of sb3-contrib"),
-        ("ars/Swimmer-v3_1", "Swimmer-v5", "ARS of sb3-contrib"),
-        ("sac/Pendulum-v1_1", "Pendulum-v1", "gSDE"),
-        ("ppo/Swimmer-v3_1", "Swimmer-v5", "trained in sb3_contrib.common.wrappers.TimeFeatureWrapper"),
+        ("ppo/Swimmer-v3_1", "Swimmer-v5", "trained in time_feature: pass --environment Swimmer-v5+time_feature"),
         ("ppo/Hopper-v3_1", "Hopper-v3", "did you mean Hopper-v5?"),
         ("trpo/Swimmer-v3_1", "Swimmer-v5", ""),
         ("ppo/MountainCar-v0_1", "MountainCar-v0", ""),
@@ -580,6 +660,15 @@ def test_statistics_whose_name_does_not_match_need_a_flag(tmp_path: Path) -> Non
     assert "8_steps.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
 
 
+def test_other_statistics_next_to_those_in_use_give_a_warning(tmp_path: Path) -> None:
+    touch(policy := tmp_path / "ppo.zip")
+    normalizing(tmp_path / "vecnormalize.pkl")
+    normalizing(tmp_path / "my_norm.pkl")
+    files = find_teacher(str(policy), "Pendulum-v1")
+    assert files is not None and files.statistics == tmp_path / "vecnormalize.pkl"
+    assert [warning.partition(" is not used")[0] for warning in files.warnings] == [str(tmp_path / "my_norm.pkl")]
+
+
 def test_pickle_without_statistics_is_ignored_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path / "ppo.zip", tmp_path / "replay_buffer.pkl")
     (tmp_path / "else.pkl").write_bytes(pickle.dumps({"rows": 3}))
@@ -603,25 +692,6 @@ def test_missing_statistics_of_vec_normalize_give_a_warning(tmp_path: Path) -> N
     assert warnings_of(path) == ""
     DQN("MlpPolicy", "CartPole-v1", learning_starts=2, buffer_size=9, device="cpu").learn(8).save(path)
     assert Agent.load(TeacherFiles(path, None), *spaces_of("CartPole-v1")).warnings == ()
-
-
-def test_settings_of_rl_zoo3_with_wrappers_or_another_environment(tmp_path: Path) -> None:
-    touch(tmp_path / "CartPole-v1.zip", tmp_path / "CartPole-v1" / "config.yml")
-    config, args = (tmp_path / "CartPole-v1" / name for name in ("config.yml", "args.yml"))
-    for setting in ("env_wrapper: [{a.b.Wrapper: {c: 0.5}}]", "vec_env_wrapper: a.b.Wrapper"):
-        config.write_text(setting)
-        assert "trained in a.b.Wrapper, according to" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
-    config.write_text("frame_stack: 4\nenv_wrapper: stable_baselines3.common.atari_wrappers.AtariWrapper")
-    assert "VecFrameStack of 4" in error_of(find_teacher, str(tmp_path), "CartPole-v1")
-    touch(tmp_path / "atari" / "ALE-Pong-v5.zip", tmp_path / "atari" / "ALE-Pong-v5" / "config.yml")
-    (tmp_path / "atari" / "ALE-Pong-v5" / "config.yml").write_text(config.read_text())
-    assert find_teacher(str(tmp_path / "atari"), "ALE/Pong-v5") is not None
-    config.write_text("n_envs: 1")
-    args.write_text("env: CartPole-v1\nenv_kwargs: null")
-    assert find_teacher(str(tmp_path), "CartPole-v1") == TeacherFiles(tmp_path / "CartPole-v1.zip", None)
-    args.write_text("env: CartPole-v0\nenv_kwargs: {gravity: 5}")
-    files = find_teacher(str(tmp_path), "CartPole-v1")
-    assert files is not None and "trained on CartPole-v0" in files.warnings[0] and "gravity" in files.warnings[1]
 
 
 def test_usual_names_are_preferred(tmp_path: Path) -> None:

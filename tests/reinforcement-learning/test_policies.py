@@ -78,6 +78,22 @@ def test_squashed_gaussian_has_the_deterministic_action_and_the_sampled_deviatio
     assert torch.allclose(features["value"], torch.cat(critics, 1).amin(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("squash", [False, True])
+def test_actor_critic_with_gsde_has_the_deviation_of_its_noise(squash):
+    policy = {"log_std_init": -1.0, "squash_output": squash}
+    model = PPO("MlpPolicy", "Pendulum-v1", use_sde=True, policy_kwargs=policy, device="cpu")
+    rows = observations(model, 5)
+    features = outputs_of(model, rows).features
+    assert np.allclose(features["mean"].numpy(), model.predict(rows, deterministic=True)[0], atol=1e-5)
+    drawn = []
+    for _ in range(4000):
+        model.policy.reset_noise()
+        with torch.no_grad():
+            action = model.policy.get_distribution(torch.as_tensor(rows)).sample().numpy()
+        drawn.append(model.policy.unscale_action(action) if squash else action)
+    assert np.allclose(features["log_std"].exp().numpy(), np.std(drawn, axis=0), rtol=0.05)
+
+
 def test_deterministic_policy_has_no_log_std():
     model = TD3("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")
     rows = observations(model)
