@@ -5,7 +5,7 @@ This module does not import torch, so that `--help` is fast.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from kd.common.cli import reject_unused
 from kd.common.training.arguments import (
@@ -15,6 +15,7 @@ from kd.common.training.arguments import (
     ensemble_weights,
 )
 from kd.common.utils.ranges import (
+    FINITE,
     Count,
     CountOrZero,
     NotNegative,
@@ -122,7 +123,7 @@ class PolicyArguments(PolicyRunArguments):
             "the file named like the teacher)."
         },
     )
-    teacher_return: list[float] | None = field(
+    teacher_return: list[Annotated[float, FINITE]] | None = field(
         default=None, metadata={"help": "Published return of each --teacher, to compare."}
     )
     teacher_temperature: Positive | None = field(
