@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from einops import reduce
 from gymnasium import spaces
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from kd.reinforcement_learning.teacher_model.policies import DirectPolicy
 
 Weights = dict[str, Tensor]
+BATCH_RENORM_EPSILON = 1e-3  # the default of CrossQ
 
 
 class Layout(NamedTuple):
@@ -82,6 +84,34 @@ def _mean_of_critics(weights: Weights, _: spaces.Space) -> Weights:
     return {name: weight.mean(0, keepdim=True) if name in last else weight for name, weight in weights.items()}
 
 
+def _without_batch_renorm(weights: Weights, _: spaces.Space) -> Weights:
+    """CrossQ: a normalization in eval mode is an affine map, which is folded into the linear layer after it."""
+    folded: Weights = {}
+    for network in sorted({name.rsplit(".", 2)[0] for name in weights} - {"actor"}):  # sequences of layers
+        pattern = re.compile(rf"{re.escape(network)}\.(\d+)\.")
+        scale, shift, layers = torch.ones(()), torch.zeros(()), 0
+        for index in sorted({int(found[1]) for name in weights if (found := pattern.match(name))}):
+            layer = f"{network}.{index}"
+            if f"{layer}.scale" in weights:
+                scale = weights[f"{layer}.scale"] / (weights[f"{layer}.ra_var"] + BATCH_RENORM_EPSILON).sqrt()
+                shift = weights[f"{layer}.bias"] - scale * weights[f"{layer}.ra_mean"]
+                continue
+            folded |= _folded(weights, layer, f"{network}.{2 * layers}", scale, shift)
+            scale, shift, layers = torch.ones(()), torch.zeros(()), layers + 1
+        if network == "actor.latent_pi":  # the last normalization precedes two layers
+            for head in ("actor.mu", "actor.log_std"):
+                folded |= _folded(weights, head, head, scale, shift)
+    targets = {name.replace("critic.", "critic_target."): w for name, w in folded.items() if "critic." in name}
+    return folded | targets
+
+
+def _folded(weights: Weights, layer: str, name: str, scale: Tensor, shift: Tensor) -> Weights:
+    """The weights, under `name`, of a linear layer that is applied to scale * x + shift."""
+    weight = weights[f"{layer}.weight"]
+    bias = weights[f"{layer}.bias"] + weight @ shift.expand(weight.shape[1])
+    return {f"{name}.weight": weight * scale, f"{name}.bias": bias}
+
+
 def _last_layers(weights: Weights, network: str) -> list[str]:
     """Names of the weights and biases of the last layers of the networks, sequences, that match a pattern."""
     ends: dict[str, int] = {}
@@ -118,6 +148,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "tqc": Algorithm(GAUSSIAN, "top_quantiles_to_drop_per_net", "tqc", convert=_mean_of_critics),
     "qrdqn": Algorithm(Q_VALUES, "n_quantiles", "qrdqn", convert=_mean_of_quantiles),
     "ars": Algorithm(DIRECT, "alive_bonus_offset", "ars", convert=_linear),
+    "crossq": Algorithm(GAUSSIAN, "", "crossq", convert=_without_batch_renorm),
     "maskable ppo": Algorithm(ACTOR_CRITIC, "", "maskable", convert=_actor_critic),
     "ppo": Algorithm(ACTOR_CRITIC, "clip_range", "", PPO, _actor_critic),
     "trpo": Algorithm(ACTOR_CRITIC, "cg_max_steps", "", A2C, _actor_critic),  # its policy is that of A2C
@@ -127,6 +158,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "td3": Algorithm(DETERMINISTIC, "target_policy_noise", "", TD3),
     "ddpg": Algorithm(DETERMINISTIC, "target_policy_noise", "", DDPG),
 }
-SUPPORTED = "supported are PPO, A2C, DQN, SAC, TD3 and DDPG, and TQC, QR-DQN, TRPO, ARS and MaskablePPO of sb3-contrib"
+SUPPORTED = (
+    "supported are PPO, A2C, DQN, SAC, TD3 and DDPG, and TQC, QR-DQN, TRPO, ARS, CrossQ and MaskablePPO of sb3-contrib"
+)
 # Algorithms of sb3-contrib that are not supported: part of the module of their policy, name, and a setting.
-REFUSED = {"recurrent": ("RecurrentPPO", "_last_lstm_states"), "crossq": ("CrossQ", "")}
+REFUSED = {"recurrent": ("RecurrentPPO", "_last_lstm_states")}

@@ -164,6 +164,8 @@ def _arguments(layout: Layout, data: dict[str, Any], weights: Weights) -> dict[s
     classes = _description(data, "policy_class")["__module__"], extractor
     if not all(re.search(r"\b(stable_baselines3|sb3_contrib)\.", name) or name in EXTRACTORS for name in classes):
         raise ValueError("a custom class")
+    if "batch_norm_eps" in chosen:
+        raise ValueError("a normalization with another epsilon than the default")
     activation = layout.activation
     if "activation_fn" in chosen:
         written = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", str(chosen["activation_fn"]))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from sb3_contrib import ARS, QRDQN, TQC, TRPO, MaskablePPO
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -70,7 +70,7 @@ class MakesFolder:
 def saved(folder: Path, algorithm: type[BaseAlgorithm], env: Any = "CartPole-v1", **arguments: Any) -> Path:
     """The zip of an untrained model."""
     policy = arguments.pop("policy", "MlpPolicy")
-    if algorithm in (DQN, SAC, TD3, DDPG, TQC, QRDQN):
+    if algorithm in (DQN, SAC, TD3, DDPG, TQC, QRDQN, CrossQ):
         arguments["buffer_size"] = 1
     algorithm(policy, env, device="cpu", **arguments).save(folder / "teacher.zip")
     return folder / "teacher.zip"
@@ -322,6 +322,8 @@ CONTRIB: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "ars linear": (ARS, "Pendulum-v1", {"policy": "LinearPolicy"}),
     "ars bias": (ARS, "Pendulum-v1", {"policy": "LinearPolicy", "policy_kwargs": {"with_bias": True}}),
     "ars discrete": (ARS, "CartPole-v1", {"policy_kwargs": {"net_arch": [8], "activation_fn": nn.Tanh}}),
+    "crossq": (CrossQ, "Pendulum-v1", {"policy_kwargs": {"net_arch": [8, 6], "activation_fn": nn.Tanh}}),
+    "crossq plain": (CrossQ, "Pendulum-v1", {"policy_kwargs": {"batch_norm": False}}),
     "maskable ppo": (MaskablePPO, "CartPole-v1", {"policy_kwargs": {"net_arch": [12]}}),
 }
 
@@ -329,8 +331,16 @@ CONTRIB: dict[str, tuple[Any, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CONTRIB)
 def test_loaded_policy_matches_sb3_contrib(tmp_path: Path, case: str) -> None:
     algorithm, env, arguments = CONTRIB[case]
-    path = saved(tmp_path, algorithm, env, **arguments)
+
+    def move_statistics(_: Any, weights: dict[str, torch.Tensor]) -> None:
+        """Those of an untrained CrossQ are 0 and 1."""
+        for name, weight in weights.items():
+            if name.endswith(("ra_mean", "ra_var", "scale")):
+                weight += torch.rand(weight.shape)
+
+    path = edited(saved(tmp_path, algorithm, env, **arguments), move_statistics)
     theirs = algorithm.load(path, device="cpu").policy
+    theirs.set_training_mode(False)
     observations = observations_of(spaces_of(env)[0])
     name, ours = load_policy(path, *spaces_of(env))
     assert case.startswith(name)
@@ -342,6 +352,9 @@ def test_loaded_policy_matches_sb3_contrib(tmp_path: Path, case: str) -> None:
         np.testing.assert_allclose(to_environment(greedy_actions(outputs), ours.action_space), expected, atol=1e-5)
         if algorithm is QRDQN:
             torch.testing.assert_close(outputs.logits, theirs.quantile_net(rows).mean(1))
+        if algorithm is CrossQ:
+            values = torch.cat(theirs.critic(rows, torch.as_tensor(expected) / 2), dim=1)
+            torch.testing.assert_close(outputs.features["value"], values.amin(1), rtol=1e-4, atol=1e-5)
         if algorithm is TQC:
             means = theirs.critic(rows, torch.as_tensor(expected) / 2).mean(2)  # (batch, critics); actions in +-2
             torch.testing.assert_close(outputs.features["value"], means.amin(1), rtol=1e-4, atol=1e-5)
@@ -398,7 +411,6 @@ def test_unsupported_policies_raise_an_error(tmp_path: Path) -> None:
     [
         ("RecurrentPPO", "sb3_contrib.ppo_recurrent.policies", {}),
         ("RecurrentPPO", "sb3_contrib.common.recurrent.policies", {}),
-        ("CrossQ", "sb3_contrib.crossq.policies", {}),
     ],
 )
 def test_error_names_the_algorithm_of_sb3_contrib(tmp_path: Path, algorithm: str, module: str, setting: dict) -> None:
@@ -646,6 +658,15 @@ def test_statistics_whose_name_does_not_match_need_a_flag(tmp_path: Path) -> Non
     assert "my_norm.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
     other.write_bytes(other.read_bytes()[:200])
     assert "8_steps.pkl" in error_of(find_teacher, str(policy), "Pendulum-v1")
+
+
+def test_other_statistics_next_to_those_in_use_give_a_warning(tmp_path: Path) -> None:
+    touch(policy := tmp_path / "ppo.zip")
+    normalizing(tmp_path / "vecnormalize.pkl")
+    normalizing(tmp_path / "my_norm.pkl")
+    files = find_teacher(str(policy), "Pendulum-v1")
+    assert files is not None and files.statistics == tmp_path / "vecnormalize.pkl"
+    assert [warning.partition(" is not used")[0] for warning in files.warnings] == [str(tmp_path / "my_norm.pkl")]
 
 
 def test_pickle_without_statistics_is_ignored_with_a_warning(tmp_path: Path) -> None:
