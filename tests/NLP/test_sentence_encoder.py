@@ -356,7 +356,7 @@ def test_the_exported_student_computes_its_embeddings(
         (["--teacher", "owner/no-such-encoder"], "--teacher tiny-bert, which needs no download"),
         (["--texts", "owner/no-such-texts"], "pass --texts FOLDER with lines"),
         (["--dataset", "owner/no-such-pairs"], "pass --dataset FOLDER"),
-        (["--method", "embeding"], "did you mean embedding"),
+        (["--method", "embed"], "did you mean embedding"),
         (["--student_layers", "9"], "--student_layers must be between 1 and the teacher's 4"),
         (["--kept_layers", "2", "1"], "--kept_layers must be layers of the teacher in order, from 0 to 3"),
         (["--student_width", "20"], "--student_width must be a multiple of 16"),

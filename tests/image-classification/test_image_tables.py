@@ -156,7 +156,7 @@ def test_a_placeholder_is_no_label(tmp_path: Path) -> None:
     assert small(path).label_names == ["Bed", "cat", "sea_horse", "unknown"]
     data = small(path, unlabelled_label=["unknown"], keep_unlabelled=True)
     assert data.label_names == ["Bed", "cat", "sea_horse"] and (data.splits["train"].labels == IGNORED).sum() == 4
-    assert "correct --unlabelled_label" in error_of(path, unlabelled_label=["unknwon"])
+    assert "correct --unlabelled_label" in error_of(path, unlabelled_label=["unknown2"])
 
 
 def test_metadata_name_the_classes_of_images_outside_of_class_folders(tmp_path: Path) -> None:
