@@ -17,7 +17,7 @@ from kd.common.objective import Objective
 from kd.common.outputs import EnsembleTeacher
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.model_card import save_student
-from kd.common.reporting.report import print_table, write_report
+from kd.common.reporting.report import write_report
 from kd.common.training.inference import identity_collate
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
@@ -207,8 +207,7 @@ class ImageRun(TrainerRun):
         results = self.image_results(method, entries, measurements, **others)
         self.write_results(self.folder, results, models.get("student", ("", None))[1], self.history)
         if PartialState().is_main_process:
-            print_table(results)
-            print(f"report: {self.folder / 'report.md'}")
+            self.show(results)
 
     def image_results(
         self, method: str, entries: dict[str, Any], measurements: Mapping[str, Measurement], **others: Any

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from kd.common.bottleneck.training import embed_samples
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
-from kd.common.reporting.report import print_table, write_report
+from kd.common.reporting.report import write_report
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import Run
 from kd.common.utils.devices import best_device
@@ -205,10 +205,10 @@ def report(
     results = incremental_results(run, method, data, heads, models)
     plot_forgetting(run.folder / "forgetting.png", results)
     write_report(run.folder, results, {stage: run.history[stage] for stage in heads})
-    print_table(results)
     for name, scores in results["accuracy"].items():
         print(f"{name}: {', '.join(f'{split} accuracy {score:.4f}' for split, score in scores.items())}")
-    print(f"report: {run.folder / 'report.md'}, plot: {run.folder / 'forgetting.png'}")
+    run.show(results)
+    print(f"plot:    {run.folder / 'forgetting.png'}")
 
 
 def incremental_results(

@@ -198,6 +198,7 @@ def test_the_logits_of_ensemble_teachers_are_averaged(teacher, tmp_path, capsys)
     """The same teacher twice equals that teacher at twice the cost; methods with features reject ensembles."""
     words = [*SHORT, *PAIR, "--no_control", "--teacher", teacher]
     script("train_student.py", *words, "--method", "kd", "--output_dir", tmp_path / "one")
+    assert f"student: {tmp_path / 'one' / 'student'}\nreport:  " in capsys.readouterr().out
     script(
         "train_student.py", *words, "--method", "kd", "--ensemble_teachers", teacher, "--ensemble_weights", 2, 2,
         "--output_dir", tmp_path / "two",

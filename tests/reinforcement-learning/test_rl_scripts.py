@@ -484,6 +484,7 @@ def test_evaluate_needs_the_environment(cart_pole, capsys):
 @pytest.mark.slow
 def test_pong_from_frames_to_small_students_of_one_teacher():
     short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--eval_episodes", 1]
+    short += ["--env_kwargs", json.dumps({"max_num_frames_per_episode": 400})]
     frames = np.zeros((1, 4, 84, 84), np.uint8)
     of_first = ["--teacher", RUNS / "pong_25_percent" / "stages" / "teacher", "--no_control"]
     for size, words in ((25, ["--teacher_steps", 1024]), (7, of_first), (4, of_first)):
