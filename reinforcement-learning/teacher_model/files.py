@@ -111,7 +111,8 @@ def _search_folders(policy: Path, environment: str) -> list[Path]:
 
 
 def _find_zip(folder: Path, name: str, environment: str) -> Path:
-    in_runs = [usual.format(environment=folder_name(environment) or "*") for usual in ZIPS_OF_A_RUN]
+    folder_names = (folder_name(environment) or "*", f"{folder_name(environment)}-*")  # the id, or it with arguments
+    in_runs = list(dict.fromkeys(usual.format(environment=name) for name in folder_names for usual in ZIPS_OF_A_RUN))
     for usual in (*in_runs, f"{base_id(environment).replace('/', '-')}.zip", "best_model.zip"):
         if len(matches := sorted(folder.glob(usual))) == 1:
             return matches[0]

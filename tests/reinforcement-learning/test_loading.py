@@ -617,6 +617,7 @@ def test_teacher_to_train_has_no_files() -> None:
         ("model.zip", None),
         ("model.zip", "vec_normalize.pkl"),
         ("stages/teacher/model.zip", "stages/teacher/vecnormalize.pkl"),
+        ("stages/teacher/ALE-Pong-v5-difficulty-1/model.zip", None),  # trained with arguments of the environment
         ("student.zip", "vecnormalize.pkl"),
         ("student/student.zip", "student/vec_normalize.pkl"),
         ("ALE-Pong-v5.zip", "ALE-Pong-v5/vecnormalize.pkl"),
