@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 import numpy as np
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
@@ -77,9 +78,8 @@ def cost_of(encoder: SentenceEncoder, pairs: TextData) -> dict[str, Any]:
 
 
 def is_sentence_encoder(name: str) -> bool:
-    """Whether the model NAME is an encoder without a head, such as BertModel, unlike GPT2LMHeadModel."""
-    architecture = str((read_config(name).architectures or [""])[0])
-    return architecture.endswith("Model") and "Head" not in architecture
+    """Whether the model NAME has no head, such as BertModel, unlike GPT2LMHeadModel and MarianMTModel."""
+    return (read_config(name).architectures or [""])[0] in MODEL_MAPPING_NAMES.values()
 
 
 def evaluate_pairs(name: str, args: Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

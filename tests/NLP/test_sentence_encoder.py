@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    GPT2Config,
+    MarianConfig,
 )
 
 from kd.common.outputs import Outputs
@@ -27,6 +29,7 @@ from kd.nlp.data.sentences import load_pairs, load_sentences, tokenize
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.narrow import channel_importance, check_narrow, narrow
 from kd.nlp.student_model.sentence_encoder import SentenceEncoder, load_sentence_encoder, tiny_sentence_encoder
+from kd.nlp.student_model.sentence_evaluation import is_sentence_encoder
 from kd.nlp.student_model.sentence_methods import METHODS, EmbeddingPair, parse_methods, simcse, two_views
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import run_script
@@ -52,6 +55,24 @@ pytestmark = pytest.mark.usefixtures("narrow_bert")
 def encoder(narrow_bert: None) -> SentenceEncoder:
     torch.manual_seed(0)
     return tiny_sentence_encoder(TEXTS * 2, max_length=32)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "expected"),
+    [
+        (BertConfig(), "BertModel", True),
+        (BertConfig(), "BertForMaskedLM", False),
+        (GPT2Config(), "GPT2LMHeadModel", False),
+        (MarianConfig(), "MarianMTModel", False),
+        (BertConfig(), None, False),
+    ],
+)
+def test_a_model_without_a_head_is_a_sentence_encoder(
+    config: Any, architecture: str | None, expected: bool, tmp_path: Path
+) -> None:
+    config.architectures = architecture and [architecture]
+    config.save_pretrained(tmp_path)
+    assert is_sentence_encoder(str(tmp_path)) == expected
 
 
 # ---- data ----
