@@ -88,19 +88,7 @@ def main() -> None:
     print_notes(corpus.name, corpus.notes)
     named_models = load_named_models(args)
     run = open_run(training, args, corpus, *named_models)
-    task = LanguageTask.of(run, args, corpus, *named_models)
-
-    teacher = task.train_teacher(run)
-    measured_teacher = task.evaluate(run, "teacher", teacher)
-    for seed_run in run.each_seed():
-        models, evaluations = {"teacher": teacher}, {"teacher": measured_teacher}
-        if not training.no_control:
-            models["control"] = task.train_control(seed_run, teacher)
-            evaluations["control"] = task.evaluate(seed_run, "control", models["control"], measured_teacher)
-        models["student"] = task.train_student(seed_run, teacher)
-        evaluations["student"] = task.evaluate(seed_run, "student", models["student"], measured_teacher)
-        task.report(seed_run, evaluations, models)
-    run.summarize()
+    LanguageTask.of(run, args, corpus, *named_models).distill(run)
 
 
 if __name__ == "__main__":

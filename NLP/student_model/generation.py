@@ -68,7 +68,6 @@ class GenerationTask(ABC):
     pretrained_student: PreTrainedModel | None
 
     auto_class: ClassVar[Any]  # loads a finished stage
-    training_arguments: ClassVar[dict[str, Any]] = {}  # of all stages
 
     @classmethod
     def of(cls, run: TrainerRun, args: Any, data: Any, teacher: Generator | None, student: Generator | None) -> Self:
@@ -122,6 +121,15 @@ class GenerationTask(ABC):
 
     def divergence(self, training: KDTrainingArguments) -> Divergence:
         return divergence_of("kd", training.temperature)
+
+    @property
+    def common_arguments(self) -> dict[str, Any]:
+        """Training arguments of all stages."""
+        return {}
+
+    def training_rows(self, run: TrainerRun, rows: Dataset) -> Any:
+        """The rows of a stage as the trainer reads them."""
+        return rows
 
     # ---- stages ----
 
@@ -178,12 +186,12 @@ class GenerationTask(ABC):
         return run.train(
             role,
             model,
-            {"learning_rate": self.learning_rate(run.args, role)} | self.training_arguments | training_arguments,
+            {"learning_rate": self.learning_rate(run.args, role)} | self.common_arguments | training_arguments,
             objective=method.objective,
             features=method.features,
             teacher=teacher,
             teacher_features=method.teacher_features,
-            train_dataset=self.splits["train"] if rows is None else rows,
+            train_dataset=self.training_rows(run, self.splits["train"] if rows is None else rows),
             eval_dataset=self.splits["validation"],
             data_collator=self.collator(model),
             preprocess_logits_for_metrics=token_counts,

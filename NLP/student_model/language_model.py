@@ -78,7 +78,6 @@ class LanguageTask(GenerationTask):
     """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
-    training_arguments = {"train_sampling_strategy": "random"}  # all blocks have the same length
 
     @staticmethod
     def learn_tokenizer(args: Any, data: Corpus) -> PreTrainedTokenizerBase:
@@ -87,6 +86,20 @@ class LanguageTask(GenerationTask):
     @staticmethod
     def tokenize(args: Any, data: Corpus, tokenizer: PreTrainedTokenizerBase) -> Splits:
         return {split: pack(texts, tokenizer, args.block_size) for split, texts in data.splits.items()}
+
+    def distill(self, run: TrainerRun) -> None:
+        """Trains and evaluates the teacher, then control and student for each seed, and writes the reports."""
+        teacher = self.train_teacher(run)
+        measured_teacher = self.evaluate(run, "teacher", teacher)
+        for seed_run in run.each_seed():
+            models, evaluations = {"teacher": teacher}, {"teacher": measured_teacher}
+            if not run.args.no_control:
+                models["control"] = self.train_control(seed_run, teacher)
+                evaluations["control"] = self.evaluate(seed_run, "control", models["control"], measured_teacher)
+            models["student"] = self.train_student(seed_run, teacher)
+            evaluations["student"] = self.evaluate(seed_run, "student", models["student"], measured_teacher)
+            self.report(seed_run, evaluations, models)
+        run.summarize()
 
     # ---- models ----
 
@@ -126,6 +139,10 @@ class LanguageTask(GenerationTask):
         return random_gpt2(vocabulary, self.tokenizer.eos_token_id, layers, width, args.block_size, args.dropout)
 
     # ---- training ----
+
+    @property
+    def common_arguments(self) -> dict[str, Any]:
+        return {"train_sampling_strategy": "random"}  # all blocks have the same length
 
     def learning_rate(self, training: KDTrainingArguments, role: str) -> float:
         """--from_scratch_learning_rate for random weights, otherwise --learning_rate."""

@@ -121,19 +121,13 @@ class MaskedLanguageTask(LanguageTask):
 
     # ---- training ----
 
-    def train(
-        self,
-        run: TrainerRun,
-        role: str,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        rows: Dataset | None,
-        **training_arguments: Any,
-    ) -> PreTrainedModel:
-        """Trains on rows that are masked anew in each epoch. The masks of control and student are the same."""
-        masked: Any = MaskedRows(self.splits["train"] if rows is None else rows, self.masking, run.args.seed)
-        sampling = "random" if self.args.pack else "group_by_length"
-        return super().train(run, role, model, teacher, masked, train_sampling_strategy=sampling, **training_arguments)
+    @property
+    def common_arguments(self) -> dict[str, Any]:
+        return {"train_sampling_strategy": "random" if self.args.pack else "group_by_length"}
+
+    def training_rows(self, run: TrainerRun, rows: Dataset) -> MaskedRows:
+        """Rows that are masked anew in each epoch. The masks of control and student are the same."""
+        return MaskedRows(rows, self.masking, run.args.seed)
 
     def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:
         """The loss of DistilBERT's distiller.py, or the masked tokens alone without a teacher. With gradient
