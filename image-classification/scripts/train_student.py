@@ -136,21 +136,12 @@ def distill_student(
     names = " + ".join([pair.teacher, *args.ensemble_teachers])
     teacher_results = run.evaluate_teacher(names, outputs, None if others else known)
 
-    for seed_run in run.each_seed():
-        control = None
-        if not training.no_control:
-            set_seed(seed_run.args.seed)
-            control = seed_run.train_on_labels("control", new_classifier(pair.student, data.config))
-
-        set_seed(seed_run.args.seed)
-        student = new_classifier(pair.student, data.config)
+    def distilled(run: ImageRun, student: ImageClassifier) -> ImageClassifier:
         method = method_for(task_spec(student, teacher, data, training.views))
-        student = seed_run.distill("student", student, method, outputs, args.teacher_views)
+        return run.distill("student", student, method, outputs, args.teacher_views)
 
-        models = {
-            "control": (f"{pair.student}, labels only", control),
-            "student": (f"{pair.student}, {args.method}", student),
-        }
+    for seed_run in run.each_seed():
+        models = seed_run.train_pair(pair.student, args.method, distilled)
         seed_run.report(args.method, models, teacher_results, auxiliary_parameters)
     run.summarize()
 

@@ -1,13 +1,14 @@
 """The run of image classifiers: training on labels alone or with a teacher, evaluation and report."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers import set_seed
 
 from kd.common.data.fingerprints import outputs_key
 from kd.common.methods import Method, labels
@@ -37,9 +38,10 @@ from kd.image_classification.student_model.evaluation import (
     measure_columns,
     trainer_metrics,
 )
-from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen
+from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
 Model = TypeVar("Model", bound=nn.Module)
+Models = Mapping[str, tuple[str, ImageClassifier | None]]  # name and model by role
 read_stage = stage_loader(ImageClassifier)
 
 
@@ -116,6 +118,23 @@ class ImageRun(TrainerRun):
 
         return self.stage(stage, train, read_stage, image_processor(self.data))
 
+    def train_pair(
+        self, name: str, description: str, distilled: Callable[["ImageRun", ImageClassifier], ImageClassifier]
+    ) -> Models:
+        """The control, on labels alone (None with --no_control), and the student, by `distilled`. Both start from the
+        same weights of the architecture NAME.
+        """
+
+        def initial() -> ImageClassifier:
+            set_seed(self.args.seed)
+            return new_classifier(name, self.data.config)
+
+        control = None if self.args.no_control else self.train_on_labels("control", initial())
+        return {
+            "control": (f"{name}, labels only", control),
+            "student": (f"{name}, {description}", distilled(self, initial())),
+        }
+
     def fit(
         self,
         stage: str,
@@ -180,7 +199,7 @@ class ImageRun(TrainerRun):
     def report(
         self,
         method: str,
-        models: Mapping[str, tuple[str, ImageClassifier | None]],
+        models: Models,
         teacher: tuple[dict[str, Any], Logits] | None = None,
         auxiliary_parameters: int = 0,
         labels_only: bool = False,

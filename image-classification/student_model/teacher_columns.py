@@ -6,8 +6,6 @@ The outputs of an image apply to all of its augmented views, since the teacher p
 from dataclasses import replace
 from typing import Any
 
-from transformers import set_seed
-
 from kd.common.cli import reject_unused
 from kd.common.metrics.tasks import task_metrics
 from kd.common.training.teacher_columns import check_method, measure_outputs, outputs_of_columns, where_outputs
@@ -27,7 +25,7 @@ from kd.image_classification.student_model.data_arguments import (
 from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
-from kd.image_classification.teacher_model.classifier import new_classifier
+from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 
 OF_TEACHERS = (
     *("teacher", "teacher_architecture", "teacher_weights", "teacher_mean", "teacher_std", "teacher_accuracy"),
@@ -54,22 +52,14 @@ def distill_from_columns(
 
     run = ImageRun(args.method, training, data, args, pair, data_args)
     measured = measure_teacher(run, data)
-    for seed_run in run.each_seed():
-        control = None
-        if not training.no_control:
-            set_seed(seed_run.args.seed)
-            control = seed_run.train_on_labels("control", new_classifier(pair.student, data.config))
 
-        set_seed(seed_run.args.seed)
-        student = new_classifier(pair.student, data.config)
+    def distilled(run: ImageRun, student: ImageClassifier) -> ImageClassifier:
         method = method_for(task_spec(student, student, data, training.views))
         method = replace(method, terms=where_outputs(method.terms, logits))
-        student = seed_run.distill("student", student, method, outputs_of_columns(logits))
+        return run.distill("student", student, method, outputs_of_columns(logits))
 
-        models = {
-            "control": (f"{pair.student}, labels only", control),
-            "student": (f"{pair.student}, {args.method}", student),
-        }
+    for seed_run in run.each_seed():
+        models = seed_run.train_pair(pair.student, args.method, distilled)
         seed_run.report(args.method, models, None, auxiliary_parameters, **measured)
     run.summarize()
 
