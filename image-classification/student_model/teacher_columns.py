@@ -1,6 +1,6 @@
 """Distillation from the outputs of a teacher that are columns of the data. No teacher model is loaded.
 
-The outputs of an image apply to all of its augmented views, since the teacher predicted the image as it is.
+The outputs of an image apply to all of its augmented views, since the teacher predicted the original image.
 """
 
 from dataclasses import replace

@@ -8,25 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from kd.common.utils.tasks import IGNORED
-from kd.nlp.data.intents import load_intents
 from kd.nlp.data.masking import MaskedRows, Masking, fixed_masks, token_rows
 from kd.nlp.teacher_model.generative import byte_level_bpe
-from kd.nlp.teacher_model.masked import SPECIAL, word_pieces
+from kd.nlp.teacher_model.masked import SPECIAL
 from kd_testing.paths import REPO
-
-
-@pytest.fixture(scope="session")
-def sentences() -> list[str]:
-    return load_intents()["train"]["text"][:200]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(sentences) -> PreTrainedTokenizerBase:
-    return word_pieces(sentences, 200, 16)
-
 
 # ---- rows ----
 

@@ -19,7 +19,6 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
-    PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForMaskedLM,
     pipeline,
@@ -28,13 +27,12 @@ from transformers import (
 from kd.common.methods import Method
 from kd.common.outputs import Outputs
 from kd.common.utils.tasks import IGNORED
-from kd.nlp.data.intents import load_intents
 from kd.nlp.data.masking import MaskedRows, Masking, fixed_masks, token_rows
 from kd.nlp.scripts.distill_mlm import Arguments, MaskedTrainingArguments
 from kd.nlp.student_model.layers import alternating_layers, cut_layers, layer_paths
 from kd.nlp.student_model.masked_language_model import MaskedLanguageTask, token_soft_targets
 from kd.nlp.teacher_model.generative import byte_level_bpe
-from kd.nlp.teacher_model.masked import random_bert, word_pieces
+from kd.nlp.teacher_model.masked import random_bert
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict
@@ -44,16 +42,6 @@ TINY = (
     "--teacher_layers 3 --teacher_width 32 --block_size 16 --vocabulary_size 300 "
     "--num_train_epochs 2 --report_to none --precision fp32 --per_device_train_batch_size 8"
 ).split()
-
-
-@pytest.fixture(scope="session")
-def sentences() -> list[str]:
-    return load_intents()["train"]["text"][:200]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(sentences) -> PreTrainedTokenizerBase:
-    return word_pieces(sentences, 200, 16)
 
 
 @pytest.fixture(scope="session")

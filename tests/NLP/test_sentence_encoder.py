@@ -390,9 +390,9 @@ def test_refusals_are_one_line(
 ) -> None:
     flags_of_tiny = dict(zip(TINY[::2], TINY[1::2], strict=True))
     kept = {flag: value for flag, value in flags_of_tiny.items() if flag != "--student_layers" and flag not in flags}
-    given = [word for pair in kept.items() for word in pair]
+    words = [word for pair in kept.items() for word in pair]
     with pytest.raises(SystemExit) as stopped:
-        run_script(SCRIPT, *given, *flags, "--output_dir", tmp_path / "run")
+        run_script(SCRIPT, *words, *flags, "--output_dir", tmp_path / "run")
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and message in error[-1]
     assert not (tmp_path / "run").exists()

@@ -365,6 +365,6 @@ def test_published_agent_has_its_return(shared: Path, name: str) -> None:
     environment, mean, std = AGENTS[name]
     torch.set_num_threads(1)
     network = load_agent(str(shared / "agents" / name), environment).network()
-    returns, _ = returns_of(greedy(network), environment, 3, TEST_SEED)
-    # Some agents fall in a part of their episodes, so that only the nearest of a few episodes is reliable.
-    assert np.abs(returns - mean).min() <= max(std, 0.05 * abs(mean)), returns
+    returns, _ = returns_of(greedy(network), environment, 20, TEST_SEED)
+    # The median, because some agents fall in a part of their episodes.
+    assert abs(np.median(returns) - mean) <= max(std, 0.05 * abs(mean)), returns
