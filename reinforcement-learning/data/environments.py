@@ -110,8 +110,9 @@ class Environments:
             raise environment_error(id, error) from error
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
-        synchronous = isinstance(self.vector, SyncVectorEnv)
-        self.original_space = original_space(self.vector.envs[0]) if synchronous else self.observation_space
+        self.original_space = self.observation_space
+        if isinstance(self.vector, SyncVectorEnv):
+            self.original_space = original_space(self.vector.envs[0])
         if fault := _unsupported(self.observation_space, self.action_space):
             self.close()
             raise UserError(f"environment {id} has {fault}")
@@ -171,7 +172,8 @@ def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[
     with _quiet_mujoco():
         # For an id instead of a spec Gymnasium warns about every version but the newest.
         if not vectorized:
-            return gym.make_vec(spec, count, "sync", vector_kwargs, [with_box_observations], **env_kwargs)
+            wrappers: Any = [with_box_observations]
+            return gym.make_vec(spec, count, "sync", vector_kwargs, wrappers, **env_kwargs)
         vector = gym.make_vec(spec, count, "vector_entry_point", **env_kwargs)
     if is_box(vector.single_observation_space) or spec.entry_point is None:
         return vector
