@@ -316,8 +316,8 @@ def test_policy_of_other_spaces_raises_an_error(tmp_path: Path) -> None:
             caught = pytest.raises(UserError, load_policy, path, observed, space, trust_pickle=trust)
             assert caught.match(f"actions Discrete 2, but the environment has {described}")
     path = saved(tmp_path, PPO, Frames(), policy="CnnPolicy")
-    last = spaces.Box(0, 255, (84, 84, 4), np.uint8)
-    assert "[84, 84, 4]" in error_of(load_policy, path, last, spaces.Discrete(3))
+    last = spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    assert "[84, 84, 3]" in error_of(load_policy, path, last, spaces.Discrete(3))
 
 
 CONTRIB: dict[str, tuple[Any, str, dict[str, Any]]] = {
