@@ -13,15 +13,21 @@ from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import maybe_transpose, preprocess_obs
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from torch.distributions import kl_divergence as kl
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, to_environment, training_environments
 from kd.reinforcement_learning.data.observations import BoxObservation, box_space
+from kd.reinforcement_learning.student_model.evaluation import policy_agreement
+from kd.reinforcement_learning.student_model.matching import joint
+from kd.reinforcement_learning.student_model.ppd import _distribution
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampled_actions
 from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd_testing.known_answer import KnownAnswerSpaces
 
@@ -157,6 +163,11 @@ def load(path: Path, kind: str, actions: str, statistics: Path | None = None) ->
         ("sac", "Dict", "Box"),
         ("td3", "Dict", "Box"),
         ("ppo", "frames", "Discrete"),
+        *(
+            (algorithm, "Dict", actions)
+            for algorithm in ("ppo", "a2c")
+            for actions in ("MultiDiscrete", "MultiBinary")
+        ),
     ],
 )
 def test_loaded_policy_acts_as_in_stable_baselines3(algorithm, kind, actions, tmp_path):
@@ -220,3 +231,73 @@ def test_saved_models_act_on_the_original_observations(kind, tmp_path):
     before = loaded.policy.state_dict()["action_net.weight"].clone()
     loaded.learn(16)
     assert not torch.equal(loaded.policy.state_dict()["action_net.weight"], before)
+
+
+# Actions of several components
+
+
+COMPONENTS = ("MultiDiscrete", "MultiBinary")
+
+
+def policies(actions: str, *seeds: int) -> list[ActorCriticPolicy]:
+    """Untrained policies with clear preferences."""
+    space = KnownAnswerSpaces.ACTIONS[actions]
+    found = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        policy = ActorCriticPolicy(box_space(SPACES["Discrete"]), space, lambda _: 0.0)
+        torch.nn.init.normal_(policy.action_net.get_parameter("weight"))
+        found.append(policy)
+    return found
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    return torch.eye(6).repeat(5, 1) + torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) / 4
+
+
+@pytest.mark.parametrize("actions", COMPONENTS)
+def test_distribution_is_that_of_stable_baselines3(actions, rows):
+    """Probabilities, entropy and KL of the joint distribution."""
+    first, second = policies(actions, 0, 1)
+    ours, other = (PolicyNetwork(policy)(rows) for policy in (first, second))
+    theirs, their_other = (policy.get_distribution(rows) for policy in (first, second))
+    sampled = theirs.sample()
+    with torch.no_grad():
+        torch.testing.assert_close(_distribution(ours).log_prob(sampled), theirs.log_prob(sampled))
+        torch.testing.assert_close(_distribution(ours).entropy(), theirs.entropy())
+        expected = kl_divergence(their_other, theirs)
+        expected = expected if expected.dim() == 1 else expected.sum(-1)
+        torch.testing.assert_close(kl(_distribution(other), _distribution(ours)), expected)
+        torch.testing.assert_close(joint("kl", ours.logits, other.logits), expected.mean())
+        greedy_ones = their_other.mode()
+        torch.testing.assert_close(joint("nll", ours.logits, other.logits), -theirs.log_prob(greedy_ones).mean())
+        same = (first._predict(rows, True) == greedy_ones).all(1).float().mean()
+    metrics = policy_agreement(*({"logits": outputs.logits.detach()} for outputs in (ours, other)), first.action_space)
+    assert metrics == pytest.approx({"agreement": same.item(), "kl": expected.mean().item()})
+    assert 0 < same < 1
+
+
+@pytest.mark.parametrize("actions", COMPONENTS)
+def test_sampled_actions_have_the_probabilities_of_the_components(actions, rows):
+    (policy,) = policies(actions, 0)
+    outputs = PolicyNetwork(policy)(rows[:1].repeat(20_000, 1))
+    found = sampled_actions(outputs, torch.Generator().manual_seed(0))
+    expected = policy.get_distribution(rows[:1])
+    assert len(np.unique(found.numpy(), axis=0)) > 3
+    for action in KnownAnswerSpaces.ACTIONS[actions].sample()[None], *found[:3, None].numpy():
+        share = (found == torch.as_tensor(action)).all(1).float().mean()
+        probability = expected.log_prob(torch.as_tensor(action).float()).exp()[0]
+        assert share == pytest.approx(probability.item(), abs=0.015)
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_padding_and_temperature_do_not_change_the_regression_of_logits(loss, rows):
+    """Components have 3 and 2 categories."""
+    first, second = policies("MultiDiscrete", 0, 1)
+    teacher = PolicyNetwork(second)
+    teacher.temperature = 3.0
+    found = joint(loss, PolicyNetwork(first)(rows).logits, teacher(rows).logits)
+    plain = [policy.action_net(policy.mlp_extractor.forward_actor(rows)) for policy in (first, second)]
+    function = torch.nn.functional.mse_loss if loss == "mse" else torch.nn.functional.huber_loss
+    torch.testing.assert_close(found, function(plain[0], plain[1] / 3))
