@@ -90,7 +90,7 @@ class KnownAnswerSpaces(_Questions):
         "Box": Box(-1, 1, (2,), np.float32),
     }
 
-    def __init__(self, observations: str = "Dict", actions: str = "MultiDiscrete") -> None:
+    def __init__(self, observations: str, actions: str) -> None:
         self.kind, self.actions = observations, actions
         self.observation_space, self.action_space = self.OBSERVATIONS[observations], self.ACTIONS[actions]
 
@@ -122,6 +122,15 @@ class KnownAnswerSpaces(_Questions):
         return float(1 - (error if self.actions == "Box" else error > 0).mean())
 
 
-for _class in KnownAnswer, KnownAnswerBox, KnownAnswerSpaces:
-    if (_id := f"{_class.__name__}-v0") not in gym.registry:
-        gym.register(_id, f"{__name__}:{_class.__name__}", max_episode_steps=10)
+_SPACES = [(kind, actions) for kind in KnownAnswerSpaces.OBSERVATIONS for actions in KnownAnswerSpaces.ACTIONS]
+_ENVIRONMENTS: dict[str, tuple[type[gym.Env], dict[str, str]]] = {  # id -> class, arguments
+    "KnownAnswer-v0": (KnownAnswer, {}),
+    "KnownAnswerBox-v0": (KnownAnswerBox, {}),
+    **{
+        f"{kind}{actions}-v0": (KnownAnswerSpaces, {"observations": kind, "actions": actions})
+        for kind, actions in _SPACES
+    },
+}
+for _id, (_class, _arguments) in _ENVIRONMENTS.items():
+    if _id not in gym.registry:
+        gym.register(_id, f"{__name__}:{_class.__name__}", max_episode_steps=10, kwargs=_arguments)
