@@ -1,10 +1,14 @@
-"""Wrappers of environments with which agents of rl-baselines3-zoo were trained."""
+"""Wrappers of environments: those with which agents of rl-baselines3-zoo were trained, and those of students that
+observe otherwise than their teachers.
+"""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
+from gymnasium.spaces.utils import flatten, flatten_space
 
 from kd.common.utils.errors import UserError
 
@@ -37,24 +41,97 @@ class TimeFeature(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
 
 
 class FrameStack(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
-    """The last `n` observations, oldest first, in one vector (n * size,), or in the channels of frames; zeros before
-    the start of an episode. It equals VecFrameStack of Stable-Baselines3.
+    """The last `n` observations, oldest first, in one vector (n * size,), or in the channels of frames.
+
+    Before the start of an episode they are zeros, as in VecFrameStack of Stable-Baselines3 (`padding` zero), or the
+    first observation (reset), as if the environment had been at rest.
     """
 
-    def __init__(self, env: gym.Env, n: int) -> None:
+    def __init__(self, env: gym.Env, n: int, padding: Literal["zero", "reset"] = "zero") -> None:
         super().__init__(env)
+        if n < 1 or padding not in ("zero", "reset"):
+            raise UserError(f"frame_stack needs n of 1 or more and padding zero or reset, not {n} and {padding}")
         space = _box(env, "frame_stack", 1, 3)
         low, high = (np.concatenate([bound] * n) for bound in (space.low, space.high))
         self.observation_space = Box(low, high, dtype=_float(space))
-        self.size, self.stack = len(space.low), np.zeros_like(low)
+        self.n, self.padding = n, padding
 
     def reset(self, **keywords: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        self.stack = np.zeros_like(self.stack)
-        return super().reset(**keywords)
+        observation, info = self.env.reset(**keywords)
+        before = observation if self.padding == "reset" else np.zeros_like(observation)
+        self.stack = np.concatenate([before] * self.n)
+        return self.observation(observation), info
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        self.stack = np.concatenate([self.stack[self.size :], observation])
+        self.stack = np.concatenate([self.stack[len(observation) :], observation])
         return self.stack
+
+
+class Select(gym.ObservationWrapper[Any, Any, Any]):
+    """Some `indices` of a vector, or some `keys` of a Dict: several values as one vector, a single one as it is."""
+
+    def __init__(self, env: gym.Env, indices: Sequence[int] = (), keys: Sequence[str] = ()) -> None:
+        super().__init__(env)
+        if bool(indices) == bool(keys):
+            raise UserError("select needs either indices or keys")
+        self.indices, self.keys = list(indices), list(keys)
+        self.observation_space = self._of_keys(env) if keys else self._of_indices(env)
+
+    def _of_keys(self, env: gym.Env) -> gym.Space:
+        spaces = env.observation_space
+        if not isinstance(spaces, Dict):
+            raise UserError(f"there are no keys to select, such as {self.keys[0]}, in observations that are {spaces}")
+        if unknown := [key for key in self.keys if key not in spaces.spaces]:
+            raise UserError(f"there is no observation {unknown[0]} to select: choose of {', '.join(spaces.spaces)}")
+        if len(self.keys) == 1:
+            return spaces[self.keys[0]]
+        self.selected = Dict({key: spaces[key] for key in self.keys})
+        return flatten_space(self.selected)
+
+    def _of_indices(self, env: gym.Env) -> gym.Space:
+        space = _box(env, "the selection of indices", 1)
+        if outside := [index for index in self.indices if not 0 <= index < len(space.low)]:
+            raise UserError(
+                f"there is no observation {outside[0]} to select: the observations are {len(space.low)} numbers, 0 to "
+                f"{len(space.low) - 1}"
+            )
+        return Box(space.low[self.indices], space.high[self.indices], dtype=_float(space))
+
+    def observation(self, observation: Any) -> Any:
+        if self.indices:
+            return observation[self.indices]
+        if len(self.keys) == 1:
+            return observation[self.keys[0]]
+        return flatten(self.selected, {key: observation[key] for key in self.keys})
+
+
+class TeacherPart(gym.ObservationWrapper[Any, Any, Any]):
+    """Keeps the observation of the teacher, around which further wrappers make that of the student."""
+
+    def observation(self, observation: Any) -> Any:
+        self.newest = observation
+        return observation
+
+
+class StudentPart(gym.ObservationWrapper[np.ndarray, Any, Any]):
+    """The observation that TeacherPart keeps and that of this wrapper's environment, flattened, in one vector."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        inner = env
+        while not isinstance(inner, TeacherPart):
+            assert isinstance(inner, gym.Wrapper), "student_part needs teacher_part"
+            inner = inner.env
+        self.teacher, self.parts = inner, (inner.observation_space, env.observation_space)
+        spaces = [flatten_space(space) for space in self.parts]
+        if not all(isinstance(space, Box) for space in spaces):
+            raise UserError(f"observations that are {self.parts[0]} or {self.parts[1]} are not supported")
+        low, high = (np.concatenate([getattr(space, bound) for space in spaces]) for bound in ("low", "high"))
+        self.observation_space = Box(low, high, dtype=np.result_type(low).type)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        both = zip(self.parts, (self.teacher.newest, observation), strict=True)
+        return np.concatenate([flatten(space, value) for space, value in both])
 
 
 def _float(space: Box) -> Any:
