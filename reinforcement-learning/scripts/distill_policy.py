@@ -8,7 +8,7 @@
 
 The teacher is trained in the run, in OUTPUT_DIR/stages/teacher, unless --teacher names one. The control is the same
 student trained by PPO from reward alone, with as many environment steps, rounded up to whole rollouts. For several
-environments, the student has one body and a head for each, and each has a report and a student.
+environments, the student has a head for each.
 """
 
 from collections.abc import Sequence
