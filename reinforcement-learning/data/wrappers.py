@@ -8,9 +8,9 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict
-from gymnasium.spaces.utils import flatten, flatten_space
 
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.observations import as_box, box_space, with_box_observations
 
 
 class TimeFeature(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
@@ -41,13 +41,15 @@ class TimeFeature(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
 
 
 class FrameStack(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
-    """The last `n` observations, oldest first, in one vector (n * size,), or in the channels of frames.
+    """The last `n` observations, oldest first, in one vector (n * size,), or in the channels of frames. Observations
+    of other spaces become vectors first (see `observations`).
 
     Before the start of an episode they are zeros, as in VecFrameStack of Stable-Baselines3 (`padding` zero), or the
     first observation (reset), as if the environment had been at rest.
     """
 
     def __init__(self, env: gym.Env, n: int, padding: Literal["zero", "reset"] = "zero") -> None:
+        env = with_box_observations(env)
         super().__init__(env)
         if n < 1 or padding not in ("zero", "reset"):
             raise UserError(f"frame_stack needs n of 1 or more and padding zero or reset, not {n} and {padding}")
@@ -68,7 +70,7 @@ class FrameStack(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
 
 
 class Select(gym.ObservationWrapper[Any, Any, Any]):
-    """Some `indices` of a vector, or some `keys` of a Dict: several values as one vector, a single one as it is."""
+    """Some `indices` of a vector, or some `keys` of a Dict: a Dict again, or the value of a single key."""
 
     def __init__(self, env: gym.Env, indices: Sequence[int] = (), keys: Sequence[str] = ()) -> None:
         super().__init__(env)
@@ -83,10 +85,7 @@ class Select(gym.ObservationWrapper[Any, Any, Any]):
             raise UserError(f"there are no keys to select, such as {self.keys[0]}, in observations that are {spaces}")
         if unknown := [key for key in self.keys if key not in spaces.spaces]:
             raise UserError(f"there is no observation {unknown[0]} to select: choose of {', '.join(spaces.spaces)}")
-        if len(self.keys) == 1:
-            return spaces[self.keys[0]]
-        self.selected = Dict({key: spaces[key] for key in self.keys})
-        return flatten_space(self.selected)
+        return spaces[self.keys[0]] if len(self.keys) == 1 else Dict({key: spaces[key] for key in self.keys})
 
     def _of_indices(self, env: gym.Env) -> gym.Space:
         space = _box(env, "the selection of indices", 1)
@@ -102,7 +101,7 @@ class Select(gym.ObservationWrapper[Any, Any, Any]):
             return observation[self.indices]
         if len(self.keys) == 1:
             return observation[self.keys[0]]
-        return flatten(self.selected, {key: observation[key] for key in self.keys})
+        return {key: observation[key] for key in self.keys}
 
 
 class TeacherPart(gym.ObservationWrapper[Any, Any, Any]):
@@ -114,7 +113,9 @@ class TeacherPart(gym.ObservationWrapper[Any, Any, Any]):
 
 
 class StudentPart(gym.ObservationWrapper[np.ndarray, Any, Any]):
-    """The observation that TeacherPart keeps and that of this wrapper's environment, flattened, in one vector."""
+    """The observation that TeacherPart keeps and that of this wrapper's environment, both as a Box (see
+    `observations`), in one vector.
+    """
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
@@ -123,15 +124,13 @@ class StudentPart(gym.ObservationWrapper[np.ndarray, Any, Any]):
             assert isinstance(inner, gym.Wrapper), "student_part needs teacher_part"
             inner = inner.env
         self.teacher, self.parts = inner, (inner.observation_space, env.observation_space)
-        spaces = [flatten_space(space) for space in self.parts]
-        if not all(isinstance(space, Box) for space in spaces):
-            raise UserError(f"observations that are {self.parts[0]} or {self.parts[1]} are not supported")
-        low, high = (np.concatenate([getattr(space, bound) for space in spaces]) for bound in ("low", "high"))
-        self.observation_space = Box(low, high, dtype=np.result_type(low).type)
+        boxes = [box_space(space) for space in self.parts]
+        low, high = (np.concatenate([getattr(box, end).ravel() for box in boxes]) for end in ("low", "high"))
+        self.observation_space = Box(low, high, dtype=low.dtype.type)
 
     def observation(self, observation: Any) -> np.ndarray:
         both = zip(self.parts, (self.teacher.newest, observation), strict=True)
-        return np.concatenate([flatten(space, value) for space, value in both])
+        return np.concatenate([as_box(space, value).ravel() for space, value in both])
 
 
 def _float(space: Box) -> Any:

@@ -55,9 +55,7 @@ class StudentArguments(CodebookArguments):
     codebook_size: CodebookSize = 64
     student_observation: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Indices (0 2-5), keys or wrappers of the student's observations (default: all)."
-        },
+        metadata={"help": "Indices (0 2-5), keys or wrappers of the student's observations (default: all)."},
     )
     frame_stack: Count = field(default=1, metadata={"help": "Number of last observations that it gets."})
 

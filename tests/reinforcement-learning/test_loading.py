@@ -27,7 +27,7 @@ from torch import nn
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import to_environment
-from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
+from kd.reinforcement_learning.teacher_model.files import TeacherFiles, box_statistics, find_teacher, read_statistics
 from kd.reinforcement_learning.teacher_model.policies import (
     FrameFeatures,
     ObservationStatistics,
@@ -535,12 +535,17 @@ def test_statistics_of_other_observations_raise_an_error(tmp_path: Path) -> None
     env = normalizing(path)
     statistics = read_statistics(path)
     assert statistics is not None
-    check_statistics(statistics, env.observation_space, path)
-    message = error_of(check_statistics, statistics, spaces_of("CartPole-v1")[0], path)
+    box_statistics(statistics, env.observation_space, path)
+    message = error_of(box_statistics, statistics, spaces_of("CartPole-v1")[0], path)
     assert "(3,)" in message and "(4,)" in message and str(path) in message
     env.obs_rms = {"position": env.obs_rms}
     path.write_bytes(pickle.dumps(env))
-    assert "Dict" in error_of(read_statistics, path)
+    by_key = read_statistics(path)
+    for space in env.observation_space, spaces.Dict({"speed": env.observation_space}):
+        assert "has statistics of the keys position, but" in error_of(box_statistics, by_key, space, path)
+    assert "of key position of shape (3,)" in error_of(
+        box_statistics, by_key, spaces.Dict({"position": spaces.Discrete(3)}), path
+    )
 
 
 def malicious_pickles(mark: Path) -> dict[str, bytes]:
