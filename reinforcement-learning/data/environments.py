@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.specs import environment_error, find_spec, time_limit
+from kd.reinforcement_learning.data.wrappers import SeededEpisodes
 
 SUPPORTED = (
     "supported are Box observations (frames: channels first) and Discrete (from 0) or bounded one-dimensional Box "
@@ -73,9 +74,10 @@ def choose_threads(*ids: str) -> None:
 class Environments:
     """`count` copies of one Gymnasium environment, which are stepped together and restart automatically.
 
-    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). The
-    caller clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time
-    limit are truncated after EPISODE_STEPS.
+    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). With
+    `seeded_episodes` its episode k has the seed `seed + i + k * count`, except in vector entry points. The caller
+    clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time limit
+    are truncated after EPISODE_STEPS.
 
     Atari games (ALE/...) return four 84x84 grey frames and use the sticky actions of their id. `training` clips their
     rewards to -1, 0, 1 and ends an episode at the loss of a life. The whole game then restarts, unlike in
@@ -89,6 +91,7 @@ class Environments:
         seed: int = 0,
         training: bool = False,
         autoreset: AutoresetMode | None = None,
+        seeded_episodes: bool = False,
         **env_kwargs: Any,
     ) -> None:
         if count < 1:
@@ -107,6 +110,8 @@ class Environments:
         if fault := _unsupported(self.observation_space, self.action_space):
             self.close()
             raise UserError(f"environment {id} has {fault}; {SUPPORTED}")
+        if seeded_episodes and isinstance(self.vector, SyncVectorEnv):
+            self.vector.envs = [SeededEpisodes(one, count) for one in self.vector.envs]
         self.reset(seed)
 
     @property
