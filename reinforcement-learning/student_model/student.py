@@ -129,7 +129,7 @@ class StudentNetwork(PolicyNetwork):
         if isinstance(policy.features_extractor, BottleneckFeatures):
             statistics = None  # the bottleneck standardizes observations
         super().__init__(policy, statistics)
-        self.clip = float("inf")
+        self.clip.fill_(float("inf"))
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_std", torch.ones(()))
 

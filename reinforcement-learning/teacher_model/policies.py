@@ -36,12 +36,14 @@ QUADRATURE_NODES = 16
 
 @dataclass(frozen=True)
 class ObservationStatistics:
-    """Statistics of VecNormalize: observations become (o - mean) / sqrt(var + epsilon), clipped to +-clip."""
+    """Statistics of VecNormalize: observations become (o - mean) / sqrt(var + epsilon), clipped to +-clip. `clip` is
+    one number, or one for each number of an observation, infinity where VecNormalize normalizes only other keys.
+    """
 
     mean: np.ndarray
     var: np.ndarray
     epsilon: float
-    clip: float
+    clip: float | np.ndarray
 
     @property
     def std(self) -> np.ndarray:
@@ -275,6 +277,7 @@ class PolicyNetwork(nn.Module):
 
     mean: Tensor | None
     std: Tensor | None
+    clip: Tensor
 
     def __init__(self, policy: BasePolicy, statistics: ObservationStatistics | None = None) -> None:
         super().__init__()
@@ -282,7 +285,8 @@ class PolicyNetwork(nn.Module):
         if network is None:
             raise TypeError(f"no network for a {type(policy).__name__}")
         self.network, self.temperature = network(policy), 1.0
-        self.clip = float("inf") if statistics is None else statistics.clip
+        clip = float("inf") if statistics is None else statistics.clip
+        self.register_buffer("clip", torch.as_tensor(clip, dtype=torch.float32), persistent=False)
         for name in ("mean", "std"):
             value = None if statistics is None else torch.as_tensor(getattr(statistics, name), dtype=torch.float32)
             self.register_buffer(name, value)
