@@ -1,5 +1,5 @@
-"""Wrappers of environments: those with which agents of rl-baselines3-zoo were trained, and those of students that
-observe otherwise than their teachers.
+"""Wrappers of environments: those of agents of rl-baselines3-zoo, of evaluations, and of students that observe
+otherwise than their teachers.
 """
 
 from collections.abc import Sequence
@@ -135,6 +135,21 @@ class StudentPart(gym.ObservationWrapper[np.ndarray, Any, Any]):
 
 def _float(space: Box) -> Any:
     return space.dtype.type if space.dtype is not None else np.float32
+
+
+class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
+    """Starts the episode k after `reset(seed=s)` with the seed s + k * stride. So neither its start nor its random
+    events depend on the steps of earlier episodes, as they do in LunarLander, whose engines are random.
+    """
+
+    def __init__(self, env: gym.Env, stride: int) -> None:
+        super().__init__(env)
+        self.stride, self.next_seed = stride, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        seed = self.next_seed if seed is None else seed
+        self.next_seed = seed + self.stride
+        return self.env.reset(seed=seed, options=options)
 
 
 def _box(env: gym.Env, wrapper: str, *dimensions: int) -> Box:

@@ -428,7 +428,7 @@ def test_unknown_arguments_of_the_environment_raise_an_error():
     [
         (Tuple([Discrete(2), Discrete(3)]), f"Tuple observations: {FLATTEN}"),
         (Discrete(3, start=1), f"Discrete observations that do not start from 0: {FLATTEN}"),
-        (MultiDiscrete([[2, 3]]), f"MultiDiscrete observations of shape (1, 2): {FLATTEN}"),
+        (MultiDiscrete(np.array([[2, 3]])), f"MultiDiscrete observations of shape (1, 2): {FLATTEN}"),
         (Dict({"a": Dict({"b": Discrete(2)})}), f"Dict observations at key a of its Dict observations: {FLATTEN}"),
         (Dict({"a": Box(0, 1, ())}), f"a single number at key a of its Dict observations: {FLATTEN}"),
         (Dict({"a.b": Discrete(2)}), f"a dot in the name at key a.b of its Dict observations: {FLATTEN}"),
