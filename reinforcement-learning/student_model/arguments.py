@@ -23,6 +23,7 @@ from kd.common.utils.ranges import (
     ProperShare,
     check_declared,
 )
+from kd.reinforcement_learning.data.environment_ids import Part, student_wrappers
 from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
 
 Loss = Literal["kl", "nll", "mse", "huber"]
@@ -52,11 +53,21 @@ class StudentArguments(CodebookArguments):
         metadata={"help": "Number of codebooks of the student's bottleneck; 0 for a plain MLP."},
     )
     codebook_size: CodebookSize = 64
+    student_observation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Indices (0 2-5), keys or wrappers of the student's observations (default: all)."},
+    )
+    frame_stack: Count = field(default=1, metadata={"help": "Number of last observations that it gets."})
 
     def __post_init__(self) -> None:
         check_declared(self)
+        self.view()  # raises for malformed values
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
+
+    def view(self) -> tuple[Part, ...]:
+        """The wrappers that make the student's observations of the teacher's."""
+        return student_wrappers(self.student_observation, self.frame_stack)
 
     def check_unused_flags(self) -> None:
         if not self.codebooks:
@@ -196,6 +207,7 @@ class PolicyArguments(PolicyRunArguments):
             reject_unused("--method is not ppd", self, "teacher_weight")
         super().check_unused_flags()
 
-    def default_folder(self) -> Path:
+    def default_folder(self, environments: list[str]) -> Path:
+        """`environments`: those of the students."""
         name = "distill" if self.method == "kd" else self.method
-        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, self.environment))}")
+        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, environments))}")

@@ -196,8 +196,9 @@ class Distillation:
         """
 
         def build(spec: StudentSpec) -> PPO:
-            environment, raw = spec.teacher.environment, spec.args.codebooks > 0
-            return spec.new(self._seed, recipe_environments(environment, spec.recipe, self._seed, norm_obs=not raw))
+            raw = spec.args.codebooks > 0
+            environments = recipe_environments(spec.environment, spec.recipe, self._seed, norm_obs=not raw)
+            return spec.new(self._seed, environments)
 
         return self._from_reward("control", "PPO from reward", build)
 
@@ -233,8 +234,8 @@ class Distillation:
         def load(folder: str) -> Agents:
             agents = Agents()
             for spec in self.specs:
-                environment = spec.teacher.environment
-                agents[environment] = spec.load(name, Path(folder, folder_name(environment)), self._seed)
+                folder_of_one = Path(folder, folder_name(spec.environment))
+                agents[spec.environment] = spec.load(name, folder_of_one, self._seed)
             return agents
 
         return self.run.stage(stage, build, load)
@@ -243,11 +244,11 @@ class Distillation:
         def build() -> Agents:
             agents = Agents()
             for spec in self.specs:
-                environment, model = spec.teacher.environment, untrained(spec)
+                model = untrained(spec)
                 self._fit_bottleneck(spec, model)
-                train_from_reward(self.run, stage, environment, model, self._steps)
+                train_from_reward(self.run, stage, spec.environment, model, self._steps)
                 statistics = Agent.trained(name, model).statistics
-                agents[environment] = spec.with_policy(name, self._seed, model.policy, statistics)
+                agents[spec.environment] = spec.with_policy(name, self._seed, model.policy, statistics)
             return agents
 
         return self._stage(stage, name, build)
@@ -256,17 +257,16 @@ class Distillation:
         """Fits the keys of a bottleneck to observations of the teacher, as many as in one round of distillation."""
         if spec.args.codebooks:
             rollout_policy = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
-            with closing(Environments(spec.teacher.environment, self.args.num_envs, self._seed)) as environments:
+            with closing(Environments(spec.teacher.shared, self.args.num_envs, self._seed)) as environments:
                 observations = Recorder(environments).collect(rollout_policy, self._steps // self.args.rounds)
-            StudentNetwork(model.policy, None).prepare(observations)
+            StudentNetwork(model.policy, None, spec.columns).prepare(observations)
 
     def _distilled(self, stage: str, name: str, args: DistillArguments) -> Agents:
         def build() -> Agents:
             models = [spec.new(self._seed) for spec in self.specs]
             share_bodies([model.policy for model in models])
             tasks = {
-                spec.teacher.environment: self._task(spec, model)
-                for spec, model in zip(self.specs, models, strict=True)
+                spec.teacher.shared: self._task(spec, model) for spec, model in zip(self.specs, models, strict=True)
             }
             networks: dict[str, nn.Module] = {environment: task.student for environment, task in tasks.items()}
 
@@ -275,21 +275,21 @@ class Distillation:
                 evaluate = partial(self.run.mean_returns, networks)
                 self.run.history[stage] = distiller.learn(evaluate, stage, trackers)
             agents = Agents()
-            for spec, (environment, task) in zip(self.specs, tasks.items(), strict=True):
+            for spec, task in zip(self.specs, tasks.values(), strict=True):
                 task.recorder.environments.close()
-                agents[environment] = spec.with_policy(name, self._seed, task.student.folded_policy())
+                agents[spec.environment] = spec.with_policy(name, self._seed, task.student.folded_policy())
             return agents
 
         return self._stage(stage, name, build)
 
     def _task(self, spec: StudentSpec, model: PPO) -> DistillationTask:
-        environments = Environments(spec.teacher.environment, self.args.num_envs, self._seed)
+        environments = Environments(spec.teacher.shared, self.args.num_envs, self._seed)
         space = environments.observation_space
         dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
         rows = min(self.args.buffer_size, self._steps + self.args.num_envs * self.args.rounds)
         return DistillationTask(
             Recorder(environments),
             spec.teacher.network,
-            StudentNetwork(model.policy, spec.teacher.agent.statistics).to(model.device),
+            StudentNetwork(model.policy, spec.teacher.agent.statistics, spec.columns).to(model.device),
             Observations(rows, space.shape or (), dtype),
         )
