@@ -186,9 +186,9 @@ def transport_term(spec: TaskSpec, temperature: float) -> Term:
 def rld(
     spec: TaskSpec, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
 ) -> Method:
-    """Refined logits (RLD, Sun et al., ICCV 2025, arXiv:2408.07703), plus the labels' cross-entropy. alpha is the weight
-    of the teacher's confidence, beta of the distribution over the classes that it ranks below the label. Both weights
-    warm up as in `dkd`. The arguments are those of the command in the authors' README.
+    """Refined logits (RLD, Sun et al., ICCV 2025, arXiv:2408.07703), plus the labels' cross-entropy. alpha is the
+    weight of the teacher's confidence, beta of the distribution over the classes that it ranks below the label. Both
+    weights warm up as in `dkd`. The arguments are those of the command in the authors' README.
     """
     _needs_classes(spec, "rld", 2)
     loss = partial(losses.refined_kd, alpha=alpha, beta=beta, temperature=temperature)
