@@ -89,7 +89,7 @@ class Distiller:
             check_finite_weights(self.students, when=f"after round {number + 1}")
             self.cpu_seconds += time.process_time() - started
             work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-            measured = means | evaluate()
+            measured = means | {"learning_rate": self.optimizer.param_groups[0]["lr"]} | evaluate()
             self.history.append({"environment_steps": self._steps(number + 1)} | work | measured)
             trackers.log(tracked(measured), self._steps(number + 1))
             save_checkpoint(self.folder, number + 1, self._write)
