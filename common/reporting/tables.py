@@ -19,6 +19,7 @@ WORDS = {
     "chrf": "chrF",
     "chrf_beam": "chrF, beam search",
     "ece": "expected calibration error",
+    "control_cpu_time": "equal-CPU-time control",
     "cpu_seconds": "CPU seconds",
     "f1": "F1",
     "exact_match_threshold": "exact match with threshold",

@@ -1,9 +1,8 @@
 """Distills a Stable-Baselines3 teacher into a small PPO student, with a control and a behaviour-cloning baseline.
 
     python reinforcement-learning/scripts/distill_policy.py
-    python reinforcement-learning/scripts/distill_policy.py --student 7 --student_value --seeds 0 1 2 3 4
-    python reinforcement-learning/scripts/distill_policy.py --environment LunarLander-v3 --teacher lander.zip
-    python reinforcement-learning/scripts/distill_policy.py --teacher zoo/tqc/Hopper-v3_1
+    python reinforcement-learning/scripts/distill_policy.py --student 7 --student_value --seeds 0 1
+    python reinforcement-learning/scripts/distill_policy.py --teacher zoo/tqc/Hopper-v3_1 --steps 50000
     python reinforcement-learning/scripts/distill_policy.py --environment CartPole-v1 Acrobot-v1
 
 The teacher is trained in the run, in OUTPUT_DIR/stages/teacher, unless --teacher names one. The control is the same
@@ -14,6 +13,7 @@ without the others.
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from kd.common.cli import parse, run, show_help
@@ -24,12 +24,19 @@ ARGUMENTS = (PolicyArguments, StudentArguments, DistillArguments, TeacherArgumen
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from kd.common.training.run_folder import check_is_run_or_empty
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.environments import Environments, choose_threads, require_single_process
+from kd.reinforcement_learning.data.environments import (
+    Environments,
+    choose_threads,
+    require_single_process,
+    training_environments,
+)
 from kd.reinforcement_learning.data.specs import (
     fingerprint,
     import_modules,
@@ -39,6 +46,7 @@ from kd.reinforcement_learning.data.specs import (
 from kd.reinforcement_learning.student_model.distillation import Distillation
 from kd.reinforcement_learning.student_model.evaluation import (
     PolicyEvaluation,
+    actor_parameters,
     evaluate,
     random_metrics,
     random_warning,
@@ -46,8 +54,14 @@ from kd.reinforcement_learning.student_model.evaluation import (
     return_warning,
 )
 from kd.reinforcement_learning.student_model.matching import check_loss
-from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
+from kd.reinforcement_learning.student_model.student import (
+    StudentSpec,
+    new_student,
+    validate_student,
+    widths_of_share,
+)
 from kd.reinforcement_learning.teacher_model.files import environment_of
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
 from kd.reinforcement_learning.teacher_model.teacher import (
     Agent,
@@ -65,6 +79,8 @@ def main() -> None:
     require_single_process()
     args, student_args, distill_args, training = parse(*ARGUMENTS)
     notes = settle_environments(args)
+    if len(args.environment) > 1 and student_args.student_share is not None:
+        raise UserError("--student_share supports a single --environment: pass --student for several")
     args.output_dir = args.output_dir or str(args.default_folder())
     check_is_run_or_empty(Path(args.output_dir))  # all checks precede the training of a teacher
     loss: Loss = "kl" if args.method == "ppd" else distill_args.loss
@@ -73,6 +89,11 @@ def main() -> None:
 
     choose_threads(*args.environment)
     loaded, untrained = load_teachers(args, loss), untrained_teachers(args, training)
+    first = args.environment[0]
+    sized = args_of_share(student_args, first, loaded[first][0].policy if loaded[first] else untrained[first].policy)
+    if sized != student_args:
+        notes += (f"--student_share {student_args.student_share:g}: the student has hidden layers of {sized.student}",)
+        print(f"note: {notes[-1]}")
 
     run = PolicyRun(args.environment, args, student_args, distill_args, training)
     run.notes = notes
@@ -87,7 +108,7 @@ def main() -> None:
     for (evaluation, chance), stated in zip(measured, args.teacher_return or [], strict=False):
         run.warn(return_warning(evaluation.entry["name"], stated, evaluation.entry["metrics"]["test"], chance))
 
-    specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
+    specs = [StudentSpec(teacher, sized, training_recipe("ppo", teacher.environment)) for teacher in teachers]
     for seed_run in run.each_seed():
         train = Distillation(seed_run, specs, distill_args)
         agents: dict[str, Agents] = {}  # by role
@@ -96,6 +117,8 @@ def main() -> None:
         agents["student"] = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
         if not args.no_control:
             agents["behaviour_cloning"] = train.behaviour_cloning()
+        if args.control_cpu_time:
+            agents["control_cpu_time"] = train.control_of_equal_cpu_time()
 
         for teacher, (teacher_evaluation, random), folder in zip(teachers, measured, seed_run.reports, strict=True):
             environment, evaluations = teacher.environment, {"teacher": teacher_evaluation}
@@ -188,6 +211,19 @@ def measure_teacher(
     entry = evaluation.entry
     run.warn(random_warning(entry["name"], entry["metrics"]["test"], random))
     return evaluation, random["return_mean"]
+
+
+def args_of_share(args: StudentArguments, environment: str, teacher: BasePolicy) -> StudentArguments:
+    """The arguments with the widths of --student_share, if it is set."""
+    if args.student_share is None:
+        return args
+    with closing(training_environments(environment, 1, 0)) as environments:
+        student = new_student(environments, args, training_recipe("ppo", environment), seed=0).policy
+        observations = torch.as_tensor(environments.reset())
+    assert isinstance(student.action_net, nn.Linear)
+    size = actor_parameters(PolicyNetwork(teacher), observations)
+    widths = widths_of_share(args.student_share, size, student.features_dim, student.action_net.out_features)
+    return replace(args, student=widths, student_share=None)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ class StudentArguments(CodebookArguments):
         default_factory=lambda: [16, 16],
         metadata={"help": "Widths of the hidden layers; for frames, the first is the layer after the convolutions."},
     )
+    student_share: ProperShare | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --student: two hidden layers of equal width, with at most this share of the "
+            "parameters of the teacher's actor."
+        },
+    )
     student_value: list[Count] | None = field(
         default=None,
         metadata={
@@ -45,11 +52,11 @@ class StudentArguments(CodebookArguments):
     )
     channels: list[Count] = field(
         default_factory=lambda: [16, 16, 16],
-        metadata={"help": "Numbers of channels of the three convolutions, for frames."},
+        metadata={"help": "Channels of the convolutions, for frames."},
     )
     codebooks: CountOrZero = field(
         default=0,
-        metadata={"help": "Number of codebooks of the student's bottleneck; 0 for a plain MLP."},
+        metadata={"help": "Number of codebooks of the bottleneck; 0 for a plain MLP."},
     )
     codebook_size: CodebookSize = 64
 
@@ -59,6 +66,8 @@ class StudentArguments(CodebookArguments):
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
 
     def check_unused_flags(self) -> None:
+        if self.student_share is not None:
+            reject_unused("--student_share sets the widths of an MLP", self, "student", "codebooks")
         if not self.codebooks:
             reject_unused("--codebooks is 0", self, "codebook_size", "key_dim")
 
@@ -80,7 +89,7 @@ class DistillArguments:
     updates: Count = field(default=100, metadata={"help": "Number of update steps per round."})
     batch_size: Count = field(default=256, metadata={"help": "Number of observations per update step."})
     learning_rate: Positive = field(
-        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
+        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls to 0."}
     )
     value_weight: NotNegative = field(
         default=0.5, metadata={"help": "Weight of the loss between the teacher's and the student's values."}
@@ -147,6 +156,9 @@ class PolicyArguments(PolicyRunArguments):
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, trained from reward alone, and behaviour cloning."}
     )
+    control_cpu_time: bool = field(
+        default=False, metadata={"help": "Also train a control for as much CPU time as the student."}
+    )
     trust_pickle: bool = field(
         default=False, metadata={"help": "Let Stable-Baselines3 unpickle the teacher, which can run any code."}
     )
@@ -181,6 +193,8 @@ class PolicyArguments(PolicyRunArguments):
     def check_unused_flags(self) -> None:
         if "train" not in self.teacher:
             reject_unused("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
+        if self.no_control:
+            reject_unused("--no_control leaves out every control", self, "control_cpu_time")
         if self.teacher_temperature is not None:
             reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":

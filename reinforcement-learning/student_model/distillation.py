@@ -8,7 +8,7 @@ round and the student afterwards (dagger), or a mixture in which the share of th
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +36,7 @@ from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
 from kd.reinforcement_learning.teacher_model.policies import sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.run import PolicyRun
+from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
 from kd.reinforcement_learning.teacher_model.teacher import Agent, Agents, train_from_reward
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
@@ -194,12 +194,18 @@ class Distillation:
         """Trains the control, the same network, by PPO from reward alone, with as many environment steps, rounded up
         to whole rollouts.
         """
+        return self._from_reward("control", "PPO from reward", self._untrained_control)
 
-        def build(spec: StudentSpec) -> PPO:
-            environment, raw = spec.teacher.environment, spec.args.codebooks > 0
-            return spec.new(self._seed, recipe_environments(environment, spec.recipe, self._seed, norm_obs=not raw))
-
-        return self._from_reward("control", "PPO from reward", build)
+    def control_of_equal_cpu_time(self) -> Agents:
+        """Trains a control with as many environment steps as PPO takes in the CPU time of the student. The times are
+        those in the logs of student and control, without evaluations.
+        """
+        log = self.run.history["control"]
+        names = [spec.teacher.environment for spec in self.specs]
+        control = {name: next(entry for entry in reversed(log) if curve_name(name) in entry) for name in names}
+        share = self.run.history["student"][-1]["cpu_seconds"] / sum(one["cpu_seconds"] for one in control.values())
+        steps = {name: max(1, round(share * one["environment_steps"])) for name, one in control.items()}
+        return self._from_reward("control_cpu_time", "PPO from reward, equal CPU time", self._untrained_control, steps)
 
     def ppd_student(self, teacher_weight: float) -> Agents:
         """Trains a student by proximal policy distillation."""
@@ -220,6 +226,10 @@ class Distillation:
         args = replace(self.args, rollout_policy="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
         return self._distilled("behaviour_cloning", "behaviour cloning", args)
 
+    def _untrained_control(self, spec: StudentSpec) -> PPO:
+        environment, raw = spec.teacher.environment, spec.args.codebooks > 0
+        return spec.new(self._seed, recipe_environments(environment, spec.recipe, self._seed, norm_obs=not raw))
+
     @property
     def _seed(self) -> int:
         return self.run.args.seed
@@ -239,13 +249,20 @@ class Distillation:
 
         return self.run.stage(stage, build, load)
 
-    def _from_reward(self, stage: str, name: str, untrained: Callable[[StudentSpec], PPO]) -> Agents:
+    def _from_reward(
+        self,
+        stage: str,
+        name: str,
+        untrained: Callable[[StudentSpec], PPO],
+        steps: Mapping[str, int] | None = None,  # by environment
+    ) -> Agents:
         def build() -> Agents:
             agents = Agents()
             for spec in self.specs:
                 environment, model = spec.teacher.environment, untrained(spec)
                 self._fit_bottleneck(spec, model)
-                train_from_reward(self.run, stage, environment, model, self._steps)
+                count = self._steps if steps is None else steps[environment]
+                train_from_reward(self.run, stage, environment, model, count)
                 statistics = Agent.trained(name, model).statistics
                 agents[environment] = spec.with_policy(name, self._seed, model.policy, statistics)
             return agents

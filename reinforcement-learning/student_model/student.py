@@ -102,9 +102,25 @@ def new_student(
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
 
 
+def widths_of_share(share: float, parameters: int, inputs: int, outputs: int) -> list[int]:
+    """The equal widths of two hidden layers, as large as possible with at most `share` of `parameters`, those of the
+    teacher's actor. Raises UserError if a width of 1 has more.
+    """
+    linear, room = inputs + outputs + 2, share * parameters - outputs
+    width = int((linear**2 / 4 + max(room, 0)) ** 0.5 - linear / 2)  # of width^2 + linear * width <= room
+    if not width:
+        raise UserError(
+            f"--student_share {share:g} of {parameters:,} parameters is not enough for two hidden layers: raise it "
+            "or pass --student"
+        )
+    return [width, width]
+
+
 def validate_student(args: StudentArguments, environment: str, observations: spaces.Space) -> None:
     """Raises UserError for a student that does not fit the observations of an environment."""
     frames = is_image_space(observations)
+    if frames and args.student_share is not None:
+        raise UserError(f"{environment} has frames: pass --student and --channels instead of --student_share")
     if not frames:
         reject_unused(f"{environment} has no frames", args, "channels")
     if frames and not args.student:
