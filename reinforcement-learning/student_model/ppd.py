@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal, kl_divergence
@@ -58,7 +59,11 @@ class DistillationRollouts(RolloutBuffer):
 
 
 class PPD(PPO):
-    """PPO with a teacher: a network for the observations of the environments, which is not saved."""
+    """PPO with a teacher: a network for the observations of the environments, which is not saved.
+
+    All hyper-parameters of PPO apply, also `clip_range_vf` and `target_kl`. It logs what PPO logs, as means over the
+    minibatches, and the distillation loss.
+    """
 
     def __init__(self, *args: Any, teacher: nn.Module, teacher_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **({"rollout_buffer_class": DistillationRollouts} | kwargs))
@@ -77,6 +82,19 @@ class PPD(PPO):
                 break
         for name in logs[0]:
             self.logger.record(f"train/{name}", torch.stack([log[name] for log in logs]).mean().item())
+        self._log_state()
+
+    def _log_state(self) -> None:
+        rollout = self.rollout_buffer
+        explained = explained_variance(rollout.values.flatten(), rollout.returns.flatten())
+        state = {"explained_variance": explained, "clip_range": self._now(self.clip_range)}
+        if self.clip_range_vf is not None:
+            state["clip_range_vf"] = self._now(self.clip_range_vf)
+        if isinstance(self.action_space, spaces.Box):
+            state["std"] = self.policy.log_std.exp().mean().item()
+        for name, value in state.items():
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _train_epoch(self, logs: list[dict[str, Tensor]]) -> bool:
         """Updates the policy once on each minibatch, and appends the parts of each loss to `logs`. Like PPO it stops,
@@ -115,7 +133,8 @@ class PPD(PPO):
         loss = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
         loss = loss + self.teacher_weight * remaining * distillation
         parts = {"policy_gradient_loss": -reward, "value_loss": value, "distillation_loss": distillation, "loss": loss}
-        parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
+        parts |= {"entropy_loss": -entropy.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
+        parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _value_loss(self, samples: DistillationSamples) -> Tensor:

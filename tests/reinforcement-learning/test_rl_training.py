@@ -157,15 +157,18 @@ def test_every_row_of_the_table_is_consistent():
 
 
 class Expert(nn.Module):
-    """The optimal policy of KnownAnswer-v0."""
+    """The optimal policy of a known-answer environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: str = "KnownAnswer-v0") -> None:
         super().__init__()
-        self.scale, self.calls = nn.Parameter(torch.tensor(5.0)), 0
+        self.discrete, self.scale, self.calls = environment == "KnownAnswer-v0", nn.Parameter(torch.tensor(5.0)), 0
 
     def forward(self, observations: torch.Tensor, value: bool = True) -> Outputs:
         self.calls += 1
-        return Outputs(logits=self.scale * observations, features={})
+        if self.discrete:
+            return Outputs(logits=self.scale * observations, features={})
+        mean = torch.stack([observations[:, 0], -observations[:, 1]], 1)
+        return Outputs(features={"mean": mean, "log_std": torch.full_like(mean, -1.0)})
 
 
 SETTINGS: dict[str, Any] = {
@@ -178,8 +181,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def proximal(weight: float, teacher: nn.Module, **changes: Any) -> PPD:
-    environments = training_environments("KnownAnswer-v0", 4, 0)
+def proximal(weight: float, teacher: nn.Module, environment: str = "KnownAnswer-v0", **changes: Any) -> PPD:
+    environments = training_environments(environment, 4, 0)
     return PPD("MlpPolicy", environments, teacher=teacher, teacher_weight=weight, **(SETTINGS | changes))
 
 
@@ -188,14 +191,25 @@ def differs(one: PPO, other: PPO) -> bool:
     return any(not torch.allclose(value, states[1][name], atol=1e-4) for name, value in states[0].items())
 
 
-@pytest.mark.parametrize("changes", [{}, {"clip_range_vf": 0.05}, {"target_kl": 1e-5}], ids=str)
-def test_ppd_without_teacher_weight_is_ppo(changes):
-    environments = training_environments("KnownAnswer-v0", 4, 0)
+@pytest.mark.parametrize("environment", ["KnownAnswer-v0", "KnownAnswerBox-v0"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"clip_range_vf": 0.05}, {"target_kl": 1e-5}, {"target_kl": 1e-5, "clip_range_vf": 0.05}],
+    ids=str,
+)
+def test_ppd_without_teacher_weight_is_ppo(environment, changes):
+    """The same weights, early stops and log as PPO after four rollouts."""
+    environments = training_environments(environment, 4, 0)
     ppo = PPO("MlpPolicy", environments, **SETTINGS | changes).learn(512)
-    ppd = proximal(0.0, Expert(), **changes).learn(512)
-    assert ppo._n_updates == ppd._n_updates and (not changes or differs(ppo, proximal(0.0, Expert()).learn(512)))
+    ppd = proximal(0.0, Expert(environment), environment, **changes).learn(512)
+    assert ppo._n_updates == ppd._n_updates and (ppo._n_updates < 12) == ("target_kl" in changes)
+    assert not changes or differs(ppo, proximal(0.0, Expert(environment), environment).learn(512))
     for name, value in ppo.policy.state_dict().items():
-        assert torch.allclose(value, ppd.policy.state_dict()[name], atol=1e-5), name
+        assert torch.allclose(value, ppd.policy.state_dict()[name], rtol=0, atol=1e-6), name
+    logged, expected = ppd.logger.name_to_value, ppo.logger.name_to_value
+    assert logged.keys() >= expected.keys()
+    for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "clip_fraction", "explained_variance"):
+        assert logged[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-4, abs=1e-6), name
 
 
 def test_teacher_runs_once_per_rollout_and_is_not_trained():
