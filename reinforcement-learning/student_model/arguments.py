@@ -88,9 +88,7 @@ class DistillArguments:
     )
     updates: Count = field(default=100, metadata={"help": "Number of update steps per round."})
     batch_size: Count = field(default=256, metadata={"help": "Number of observations per update step."})
-    learning_rate: Positive = field(
-        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls to 0."}
-    )
+    learning_rate: Positive = field(default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls to 0."})
     value_weight: NotNegative = field(
         default=0.5, metadata={"help": "Weight of the loss between the teacher's and the student's values."}
     )
