@@ -21,6 +21,7 @@ WORDS = {
     "ece": "expected calibration error",
     "control_cpu_time": "equal-CPU-time control",
     "cpu_seconds": "CPU seconds",
+    "episodes_sampled": "episodes with sampled actions",
     "f1": "F1",
     "exact_match_threshold": "exact match with threshold",
     "f1_conll": "F1 as of conlleval",

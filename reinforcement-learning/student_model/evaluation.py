@@ -28,6 +28,7 @@ from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
 
 WORK = ("environment_steps", "observations", "cpu_seconds")  # of a training, in its log
+SAMPLED_EPISODES = 20  # with sampled actions; the verdict is on greedy actions
 STATES = 20_000  # maximum number of states for the agreement of student and teacher
 BOTTLENECK_IMPORT = "import kd.reinforcement_learning.teacher_model.bottleneck  # a part of the student\n"
 USAGE = """{imports}import gymnasium
@@ -55,8 +56,8 @@ def evaluate(
     network: PolicyNetwork | EnsembleTeacher | None = None,
     teacher: nn.Module | None = None,
 ) -> PolicyEvaluation:
-    """Evaluates a model: the returns of greedy actions, the mean return of sampled actions, the cost of an action and,
-    with a teacher, the agreement with it in the states that the model visits.
+    """Evaluates a model: the returns of greedy actions, the mean return of sampled actions in up to SAMPLED_EPISODES
+    of the episodes, the cost of an action and, with a teacher, the agreement with it in the states that the model visits.
 
     Args:
         agents: one agent, or those of an ensemble.
@@ -66,8 +67,9 @@ def evaluate(
     played = play_in(environment, greedy(network), episodes, TEST_SEED)
     returns, observations = played.returns, played.observations
     generator = torch.Generator().manual_seed(0)
-    sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
+    sampled, _ = returns_of(sampling(network, generator), environment, min(episodes, SAMPLED_EPISODES), TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
+    metrics["episodes_sampled"] = len(sampled)
     constant = False
     if teacher is not None:
         states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
