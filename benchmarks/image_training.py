@@ -34,7 +34,7 @@ from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.trainer import KDTrainer
 from kd.common.utils.devices import AUTOCAST, resolve_precision
 from kd.common.utils.ranges import Range
-from kd.image_classification.data.loading import Images, SmallImageData
+from kd.image_classification.data.image_data import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments, SimKDArguments
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.student_model.methods import METHODS

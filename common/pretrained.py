@@ -16,9 +16,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from kd.common.data.readers import reason_of
 from kd.common.data.sources import offline_if_unreachable, shorten
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 from kd.common.utils.finite import non_finite_tensor
 
 WRAPPERS = re.compile(r"((?:module\.|_orig_mod\.|model\.)+)")  # DataParallel, torch.compile, attributes of a wrapper

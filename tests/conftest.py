@@ -88,21 +88,22 @@ def small(narrow_bert: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_once() -> Iterator[None]:
     """Decodes the embedded digits once. Otherwise each script would encode and decode them: half a CPU-second."""
     from kd.image_classification.data import loading, sources
+    from kd.image_classification.data.image_data import Images
 
     digits, decode = cache(sources.embedded_digits), loading._decode
-    decoded: dict[tuple[str, bytes, int | None], loading.Images] = {}
+    decoded: dict[tuple[str, bytes, int | None], Images] = {}
 
     @cache
     def fingerprints() -> set[str]:
         return {sources.image_files(split, raw, "image")._fingerprint for split, raw in digits().items()}
 
-    def decode_once(split: sources.StoredImages, size: int | None) -> loading.Images:
+    def decode_once(split: sources.StoredImages, size: int | None) -> Images:
         if split.source._fingerprint not in fingerprints():
             return decode(split, size)
         key = split.source._fingerprint, split.indices.numpy().tobytes(), size
         if key not in decoded:
             decoded[key] = decode(split, size)
-        return loading.Images(decoded[key].pixels.clone(), split.labels)
+        return Images(decoded[key].pixels.clone(), split.labels)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sources.KNOWN, "digits", digits)

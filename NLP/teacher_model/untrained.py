@@ -13,10 +13,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
-from kd.common.data.readers import reason_of
 from kd.common.data.sources import shorten
 from kd.common.pretrained import reading
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 from kd.nlp.data.loading import TextData
 from kd.nlp.teacher_model.teacher import (
     Pretrained,

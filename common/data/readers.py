@@ -11,10 +11,9 @@ import pyarrow.parquet
 
 from kd.common.data.conll import parse_conll
 from kd.common.data.csv_files import check_unique, decode, read_csv
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 
 VALUES = "use as many values in each row as column names, and quote texts that contain the delimiter"
-MAX_REASON = 300  # characters of a parser's message, which may quote a whole row
 TXT = ".txt"  # of CoNLL-2003; any other text file next to files of data is not read
 SCALARS = str | int | float | bool | None
 
@@ -38,17 +37,6 @@ def read_text(path: Path) -> str:
         return decode(path)
     except OSError as error:
         raise UserError(f"cannot read {path} ({reason_of(error)})") from None
-
-
-def reason_of(error: Exception) -> str:
-    """The message of an exception in one line of bounded length."""
-    reason = (
-        getattr(error, "strerror", None)
-        or getattr(error, "msg", None)
-        or " ".join(str(error).split())
-        or type(error).__name__
-    )
-    return reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
 
 
 def _read_parquet(path: Path, notes: list[str]) -> pa.Table:

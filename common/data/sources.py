@@ -15,9 +15,9 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 
-from kd.common.data.readers import READERS, TXT, read_rows, reason_of
+from kd.common.data.readers import READERS, TXT, read_rows
 from kd.common.utils.devices import process
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 from kd.common.utils.tasks import IGNORED
 
 Splits = dict[str, datasets.Dataset]

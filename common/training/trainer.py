@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,10 +37,12 @@ from kd.common.training.checkpoint_trainer import CheckpointTrainer
 from kd.common.training.checkpoints import last_checkpoint, without_sharing
 from kd.common.training.inference import LengthGroupedSampler, column_array
 from kd.common.training.side_by_side import SideBySideObjective
-from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
 from kd.common.utils.errors import UserError, recording_interrupts
 from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
 from kd.common.utils.tasks import IGNORED
+
+if TYPE_CHECKING:
+    from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
 
 OBJECTIVE_FILE = "objective.safetensors"
 
@@ -68,8 +70,8 @@ class KDTrainer(CheckpointTrainer):
         *args: Any,
         objective: Objective | SideBySideObjective,
         teacher: nn.Module | None = None,
-        teacher_outputs: TeacherOutputs | None = None,
-        teacher_views: TeacherViews | None = None,
+        teacher_outputs: "TeacherOutputs | None" = None,
+        teacher_views: "TeacherViews | None" = None,
         features: dict[str, str] | None = None,
         teacher_features: dict[str, str] | None = None,
         not_for_student: Sequence[str] = (),

@@ -43,6 +43,7 @@ MESSAGES = {  # part of the message of a library that is not written in Python -
     "DataLoader worker (pid": "a process that loads data was killed, probably because the memory is full: pass "
     "--dataloader_num_workers 0",
 }
+MAX_REASON = 300  # characters of a parser's message, which may quote a whole row
 PATIENCE = 5.0  # seconds that processes of rank > 0 wait for torchrun to end them before they print their error
 RECIPES = ("recipe.yaml", "*/recipe.yaml", "*/*/*/recipe.yaml")  # in the folder of a run, a seed run, or a GLUE system
 parsed: list[Any] = []  # the arguments of the running script
@@ -57,6 +58,17 @@ class Terminated(KeyboardInterrupt):
 
 
 # ---- one line for an exception ----
+
+
+def reason_of(error: Exception) -> str:
+    """The message of an exception in one line of bounded length."""
+    reason = (
+        getattr(error, "strerror", None)
+        or getattr(error, "msg", None)
+        or " ".join(str(error).split())
+        or type(error).__name__
+    )
+    return reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
 
 
 def explained(error: BaseException) -> str | None:

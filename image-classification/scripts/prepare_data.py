@@ -49,7 +49,8 @@ from kd.common.reporting.plots import save_figure
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import added_files, writing_folder
-from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, channel_statistics
+from kd.image_classification.data.image_data import ImageData, LargeImageData, SmallImageData
+from kd.image_classification.data.loading import channel_statistics
 
 CHUNK = 500  # images per write
 CLASSES_SHOWN, VIEWS_SHOWN = 6, 6  # in views.png

@@ -24,7 +24,7 @@ from kd.image_classification.student_model.data_arguments import DataArguments
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME, learning_rate
 
 if TYPE_CHECKING:
-    from kd.image_classification.data.loading import ImageData
+    from kd.image_classification.data.image_data import ImageData
     from kd.image_classification.student_model.loaded_teacher import LoadedTeacher
 
 PLAIN, CONTROL, SIMKD = "none", "control", "simkd"  # other values of --method and --methods

@@ -23,7 +23,7 @@ from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.arguments import PIXELS, ImageBottleneckArguments
 from kd.image_classification.student_model.distillation import ImageRun, read_stage
 from kd.image_classification.student_model.evaluation import image_processor, trainer_metrics

@@ -6,8 +6,7 @@ from kd.common.data.sources import hub_dataset
 from kd.common.reporting.model_card import Card
 from kd.common.training.run import Run
 from kd.image_classification.data.sources import KNOWN
-from kd.image_classification.teacher_model.backbones import known_weights
-from kd.image_classification.teacher_model.backbones.factories import TIMM, is_factory
+from kd.image_classification.teacher_model.backbones.names import TIMM, is_factory
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import HUB_NAME, IMAGENET_CLASSES, trained_folder
 
@@ -74,6 +73,8 @@ def _origins(run: Run, classes: int) -> tuple[list[str], str | None]:
     if trained_folder(teacher) or HUB_NAME.fullmatch(teacher):
         return [teacher, *others], None
     if teacher.startswith(TIMM) and classes == IMAGENET_CLASSES:
+        from kd.image_classification.teacher_model.backbones.timm_networks import known_weights
+
         weights = known_weights(teacher.removeprefix(TIMM))
         return [f"timm/{weights.architecture}.{weights.tag}", *others], weights.license
     return others, None

@@ -8,7 +8,7 @@ from kd.common.training.arguments import TeacherOutputArguments, only_with
 from kd.common.utils.ranges import Count, ShareBelow1
 
 if TYPE_CHECKING:
-    from kd.image_classification.data.loading import ImageData
+    from kd.image_classification.data.image_data import ImageData
 
 
 @dataclass

@@ -26,7 +26,7 @@ from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable
-from kd.image_classification.data.loading import ImageData, LargeImageData
+from kd.image_classification.data.image_data import ImageData, LargeImageData
 from kd.image_classification.data.views import ImageViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.cards import card_of

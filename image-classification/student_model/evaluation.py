@@ -14,8 +14,7 @@ from kd.common.outputs import EnsembleTeacher
 from kd.common.reporting.saved_models import class_predictions
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_columns import has_output
-from kd.image_classification.data.loading import ImageData, LargeImageData
-from kd.image_classification.data.views import shorter_side
+from kd.image_classification.data.image_data import ImageData, LargeImageData
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 Logits = dict[str, np.ndarray]  # {split: (images, classes)}
@@ -117,6 +116,8 @@ def image_processor(data: ImageData) -> BaseImageProcessor:
     size: dict[str, Any] = {"height": data.size, "width": data.size}
     channels: dict[str, Any] = {"image_mean": (data.mean * 3)[:3], "image_std": (data.std * 3)[:3]}  # grey: one value
     if isinstance(data, LargeImageData):
+        from kd.image_classification.data.large_views import shorter_side
+
         shorter = {"shortest_edge": shorter_side(data.size)}
         return CLIPImageProcessor(size=shorter, crop_size=size, resample=Image.Resampling.BILINEAR, **channels)
     return ViTImageProcessor(size=size, resample=Image.Resampling.BILINEAR, **channels)

@@ -30,7 +30,7 @@ from kd.common.training.run import Run
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import writing_folder
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.arguments import IncrementalArguments
 from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import evaluate, image_processor, measure

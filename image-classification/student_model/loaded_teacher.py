@@ -10,7 +10,7 @@ from kd.common.data.sources import print_notes
 from kd.common.metrics.quality import constant_score
 from kd.common.utils.devices import process
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.evaluation import Logits, evaluate
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.published import Normalization

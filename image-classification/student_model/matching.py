@@ -14,7 +14,7 @@ from kd.common.outputs import FeatureHooks
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.teacher_model.backbones.base import PreActivation
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 

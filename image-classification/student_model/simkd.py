@@ -16,7 +16,7 @@ from kd.common.methods import Feature, Method, depth_map, labels, match
 from kd.common.objective import FeatureLoss, soft_targets, teacher_is_right
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.arguments import FeatureLossName, SimKDArguments
 from kd.image_classification.student_model.matching import image_features
 from kd.image_classification.teacher_model.classifier import ImageClassifier, Projector, new_classifier

@@ -29,7 +29,7 @@ from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_json
 from kd.common.utils.finite import non_finite_tensor
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.arguments import (
     CONTROL,
     CONTROLS,

@@ -11,7 +11,7 @@ from kd.common.metrics.tasks import task_metrics
 from kd.common.training.teacher_columns import check_method, measure_outputs, outputs_of_columns, where_outputs
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.arguments import (
     PLAIN,
     SIMKD,

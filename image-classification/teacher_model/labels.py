@@ -5,7 +5,7 @@ from torch import nn
 
 from kd.common.data.label_names import match_names, shorten_list
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
+from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
 FLAGS = "--label_names with its labels by id, or --trust_label_order if they are in the order of the data"

@@ -7,17 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from kd.common.data.readers import reason_of
 from kd.common.pretrained import load_model, reading
-from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
-from kd.image_classification.teacher_model.backbones.factories import (
-    TIMM,
-    TRANSFORMERS,
-    call_factory,
-    import_factory,
-    is_factory,
-)
+from kd.common.utils.errors import UserError, reason_of
+from kd.image_classification.data.image_data import ImageData
+from kd.image_classification.teacher_model.backbones.factories import call_factory, import_factory
+from kd.image_classification.teacher_model.backbones.names import TIMM, TRANSFORMERS, is_factory
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.conversion import from_network
 from kd.image_classification.teacher_model.labels import label_order, reorder

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kd.common.data.readers import reason_of
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 from kd.image_classification.teacher_model.backbones.mobile import STAGES
 
 State = dict[str, Tensor]

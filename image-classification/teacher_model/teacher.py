@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 from kd.common.data.sources import print_notes, shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData
-from kd.image_classification.teacher_model.backbones.factories import TIMM, TRANSFORMERS
+from kd.image_classification.data.image_data import ImageData
+from kd.image_classification.teacher_model.backbones.names import TIMM, TRANSFORMERS
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
 from kd.image_classification.teacher_model.labels import label_order, reorder
 from kd.image_classification.teacher_model.published import Normalization, load_transformers, load_weights

@@ -12,8 +12,8 @@ from torch import nn
 
 from kd.common.data.sources import offline_if_unreachable
 from kd.common.utils.errors import UserError
-from kd.image_classification.teacher_model.backbones import known_weights, needs_structure
-from kd.image_classification.teacher_model.backbones.factories import TIMM, timm_network
+from kd.image_classification.teacher_model.backbones.names import TIMM
+from kd.image_classification.teacher_model.backbones.timm_networks import known_weights, needs_structure, timm_network
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd.image_classification.teacher_model.conversion import TOLERANCE, from_network
 from kd.image_classification.teacher_model.state_dicts import read_state_dict

@@ -104,9 +104,11 @@ def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np
 
 
 def play_in(environment: str, act: Act, episodes: int, seed: int) -> Episodes:
-    """`play` in new environments."""
+    """`play` in new environments. The episodes, with seeds from `seed` on, start alike for all policies; those of a
+    vector entry point do if each environment plays one.
+    """
     count = min(episodes, VECTORIZED_ENVIRONMENTS if is_vectorized(environment) else PARALLEL_ENVIRONMENTS)
-    with closing(Environments(environment, count, seed)) as environments:
+    with closing(Environments(environment, count, seed, seeded_episodes=True)) as environments:
         return play(act, environments, episodes)
 
 

@@ -2,9 +2,9 @@
 
     python reinforcement-learning/scripts/table.py runs/reinforcement-learning/zoo --markdown zoo.md
 
-Finds all finished runs in and below the folders. Runs of several seeds have one row: means, standard deviations over the
-seeds, and the normalized return (student - random) / (teacher - random) with its 95% interval. The parameters are those
-of the actors. The CPU seconds are those of the student's distillation, without evaluations.
+Finds all finished runs in and below the folders. Runs of several seeds have one row: means, standard deviations over
+the seeds, and the normalized return (student - random) / (teacher - random) with its 95% interval. The parameters are
+those of the actors. The CPU seconds are those of the student's distillation, without evaluations.
 """
 
 import statistics
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_runs(places: Iterable[str | Path]) -> list[Results]:
-    """The results of the runs in and below `places`, without the single seeds of runs of several seeds. Raises UserError
-    if there are none.
+    """The results of the runs in and below `places`, without the single seeds of runs of several seeds. Raises
+    UserError if there are none.
     """
     found: dict[Path, Results] = {}
     folders, problems = find_runs(places)

@@ -23,6 +23,7 @@ from kd.common.utils.ranges import (
     ProperShare,
     check_declared,
 )
+from kd.reinforcement_learning.data.environment_ids import Part, student_wrappers
 from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
 
 Loss = Literal["kl", "nll", "mse", "huber"]
@@ -59,11 +60,21 @@ class StudentArguments(CodebookArguments):
         metadata={"help": "Number of codebooks of the bottleneck; 0 for a plain MLP."},
     )
     codebook_size: CodebookSize = 64
+    student_observation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Indices (0 2-5), keys or wrappers of the student's observations (default: all)."},
+    )
+    frame_stack: Count = field(default=1, metadata={"help": "Number of last observations that it gets."})
 
     def __post_init__(self) -> None:
         check_declared(self)
+        self.view()  # raises for malformed values
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
+
+    def view(self) -> tuple[Part, ...]:
+        """The wrappers that make the student's observations of the teacher's."""
+        return student_wrappers(self.student_observation, self.frame_stack)
 
     def check_unused_flags(self) -> None:
         if self.student_share is not None:
@@ -79,13 +90,12 @@ class DistillArguments:
     rollout_policy: RolloutPolicy = field(
         default="dagger", metadata={"help": "Policy that selects the actions while observations are collected."}
     )
-    loss: Loss = field(
-        default="kl", metadata={"help": "Loss between the teacher's and the student's action distributions."}
+    greedy_rollouts: bool = field(
+        default=False, metadata={"help": "Let the student collect with greedy instead of sampled actions."}
     )
+    loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
     steps: Count = field(default=20_000, metadata={"help": "Total number of environment steps."})
-    rounds: Count = field(
-        default=10, metadata={"help": "Number of rounds, each of collecting observations and training."}
-    )
+    rounds: Count = field(default=10, metadata={"help": "Number of rounds of collecting and training."})
     updates: Count = field(default=100, metadata={"help": "Number of update steps per round."})
     batch_size: Count = field(default=256, metadata={"help": "Number of observations per update step."})
     learning_rate: Positive = field(default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls to 0."})
@@ -93,9 +103,7 @@ class DistillArguments:
         default=0.5, metadata={"help": "Weight of the loss between the teacher's and the student's values."}
     )
     num_envs: Count = field(default=8, metadata={"help": "Number of parallel environments."})
-    buffer_size: Count = field(
-        default=1_000_000, metadata={"help": "Maximum number of observations to keep; the oldest are dropped."}
-    )
+    buffer_size: Count = field(default=1_000_000, metadata={"help": "Maximum number of observations to keep."})
 
 
 @dataclass
@@ -196,9 +204,8 @@ class PolicyArguments(PolicyRunArguments):
         if self.teacher_temperature is not None:
             reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":
-            reject_unused(
-                "--method ppd sets its loss and rollout policy", self, "loss", "rollout_policy", "value_weight"
-            )
+            names = ("loss", "rollout_policy", "greedy_rollouts", "value_weight")
+            reject_unused("--method ppd sets its loss and rollout policy", self, *names)
             if self.no_control:
                 reason = (
                     "--method ppd trains with PPO's hyper-parameters, and --no_control leaves out behaviour cloning"
@@ -208,6 +215,7 @@ class PolicyArguments(PolicyRunArguments):
             reject_unused("--method is not ppd", self, "teacher_weight")
         super().check_unused_flags()
 
-    def default_folder(self) -> Path:
+    def default_folder(self, environments: list[str]) -> Path:
+        """`environments`: those of the students."""
         name = "distill" if self.method == "kd" else self.method
-        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, self.environment))}")
+        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, environments))}")

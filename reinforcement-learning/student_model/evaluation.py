@@ -20,6 +20,7 @@ from kd.common.reporting.model_card import Card, model_card
 from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import write_report
 from kd.common.utils.files import write_text, writing_folder
+from kd.reinforcement_learning.data.environment_ids import view
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in, predict, random_actions, returns_of
 from kd.reinforcement_learning.data.specs import environment_code, fingerprint, registration_code
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
@@ -57,7 +58,7 @@ def evaluate(
     teacher: nn.Module | None = None,
 ) -> PolicyEvaluation:
     """Evaluates a model: the returns of greedy actions, the mean return of sampled actions in up to SAMPLED_EPISODES
-    of the episodes, the cost of an action and, with a teacher, the agreement with it in the states that the model visits.
+    of the episodes, the cost of an action and, with a teacher, the agreement with it in states that the model visits.
 
     Args:
         agents: one agent, or those of an ensemble.
@@ -159,6 +160,7 @@ def report(
     random: float,
     student_stage: str | None = None,
     folder: Path | None = None,
+    teacher_environment: str | None = None,
 ) -> None:
     """Writes the report for one environment to `folder` (default: that of the run) and prints its table.
 
@@ -167,6 +169,7 @@ def report(
             is added as the split `validation`.
         random: mean return of random actions.
         student_stage: the stage of the student, which is copied to `folder/student`.
+        teacher_environment: the environment of the teacher, if the student observes otherwise.
     """
     folder, models = folder or run.folder, {role: evaluation.entry for role, evaluation in evaluations.items()}
     history = _history(run, environment)
@@ -185,6 +188,8 @@ def report(
     statistics = models["teacher"]["observation_statistics"]
     if run.notes:
         extra["inferred"] = "; ".join(run.notes)
+    if teacher_environment and (observed := view(teacher_environment, environment)):
+        extra |= {"teacher_environment": teacher_environment, "student_observation": observed}
     results = run.results(
         domain="reinforcement-learning",
         task=environment,
@@ -217,13 +222,15 @@ def _save_student(run: PolicyRun, stage: str, folder: Path, results: dict[str, A
     environment = results["task"]
     with writing_folder(folder) as partial:
         shutil.copy(run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
-        write_text(partial / CARD, model_card(results, _card_of(run, environment)))
+        taught = results.get("teacher_environment", environment)
+        write_text(partial / CARD, model_card(results, _card_of(run, environment, taught)))
 
 
-def _card_of(run: PolicyRun, environment: str) -> Card:
+def _card_of(run: PolicyRun, environment: str, taught: str) -> Card:
+    """`environment` of the student and `taught` of its teacher."""
     imports = registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
-    names = [teachers[environment], *run.argument("ensemble_teachers")]
+    names = [teachers[taught], *run.argument("ensemble_teachers")]
     return Card(
         USAGE.format(imports=imports, environment=environment_code(environment)),
         library_name="stable-baselines3",

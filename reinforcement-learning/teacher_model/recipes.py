@@ -21,7 +21,7 @@ from kd.common.training.arguments import RunArguments
 from kd.common.training.trackers import check_trackers
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Range
-from kd.reinforcement_learning.data.environment_ids import parse_id
+from kd.reinforcement_learning.data.environment_ids import parse_id, parse_wrappers
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -100,6 +100,7 @@ class EnvironmentArguments:
 
     def __post_init__(self) -> None:
         self.environment_arguments()  # raises for malformed values
+        parse_wrappers("--wrapper", self.wrapper)
 
     def environment_arguments(self) -> dict[str, Any] | None:
         """The value of --env_kwargs. Raises ValueError unless it is a JSON object."""

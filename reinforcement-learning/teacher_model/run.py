@@ -11,6 +11,7 @@ from kd.common.reporting.results import RESULTS
 from kd.common.training.run import Run
 from kd.common.training.run_folder import REPORT_FILES
 from kd.common.training.trackers import Trackers
+from kd.reinforcement_learning.data.environment_ids import student_environment
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
@@ -55,8 +56,10 @@ class PolicyRun(Run):
 
 
 def curve_name(environment: str) -> str:
-    """The name of an environment's mean return in the log of a stage."""
-    return f"eval_return_mean {environment}"
+    """The name of an environment's mean return in the log of a stage: that of the student, if it observes otherwise
+    than its teacher.
+    """
+    return f"eval_return_mean {student_environment(environment)}"
 
 
 class LogWriter(KVWriter):

@@ -61,7 +61,8 @@ def recipe_environments(
     )
     if fixed is not None:
         normalizer.obs_rms = _FixedMoments(fixed)  # type: ignore[assignment]
-        normalizer.epsilon, normalizer.clip_obs = fixed.epsilon, fixed.clip
+        normalizer.epsilon = fixed.epsilon
+        normalizer.clip_obs = fixed.clip  # type: ignore[assignment]  # numpy clips by arrays, too
     return normalizer
 
 

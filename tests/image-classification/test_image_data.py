@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 
 from kd.common.data.sources import stratified
 from kd.image_classification.data import distorted_digits, loading
-from kd.image_classification.data.loading import LargeImageData, SmallImageData, channel_statistics, load_image_data
+from kd.image_classification.data.image_data import LargeImageData, SmallImageData
+from kd.image_classification.data.loading import channel_statistics, load_image_data
 from kd.image_classification.data.sources import read_images
 from kd_testing.image_files import NAMES, draw, error_of, in_colour, pixels, png, sizes, small, write
 

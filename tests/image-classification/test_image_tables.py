@@ -11,7 +11,8 @@ from scipy.special import softmax
 
 from kd.common.utils.files import read_json
 from kd.common.utils.tasks import IGNORED
-from kd.image_classification.data.loading import SmallImageData, load_image_data
+from kd.image_classification.data.image_data import SmallImageData
+from kd.image_classification.data.loading import load_image_data
 from kd_testing.image_files import draw, error_of, pixels, sizes, small
 from kd_testing.scripts import run_script
 

@@ -13,7 +13,8 @@ from transformers import BertConfig
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.reporting.results import validate
-from kd.image_classification.data.loading import Images, SmallImageData, load_image_data
+from kd.image_classification.data.image_data import Images, SmallImageData
+from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.bottleneck import BottleneckProbe
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.incremental import (

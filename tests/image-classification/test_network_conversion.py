@@ -149,7 +149,7 @@ def test_a_student_with_the_configuration_of_transformers_is_saved_without_its_f
 
 @pytest.mark.parametrize("name", [VIT, DEIT, SWIN, CONVNEXT])
 def test_networks_of_timm_load_from_a_file(name: str, tmp_path: Path) -> None:
-    from kd.image_classification.teacher_model.backbones.factories import timm_network
+    from kd.image_classification.teacher_model.backbones.timm_networks import timm_network
 
     data = noise(32)
     network = timm_network(name, 5, 32)

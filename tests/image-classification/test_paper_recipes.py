@@ -18,7 +18,7 @@ from kd.image_classification.student_model.data_arguments import (
 )
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.student_model.pairs import PAIRS, PAIRS_BY_NAME
-from kd.image_classification.teacher_model.backbones import known_weights
+from kd.image_classification.teacher_model.backbones.timm_networks import known_weights
 from kd_testing.image_files import pixels, write
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script

@@ -9,9 +9,10 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.image_classification.data import views as views_module
+from kd.image_classification.data import strong_views as views_module
 from kd.image_classification.data.loading import load_image_data
-from kd.image_classification.data.views import AUGMENTATIONS, StrongViews, Views, cut_out, draw_operations
+from kd.image_classification.data.strong_views import AUGMENTATIONS, StrongViews, cut_out, draw_operations
+from kd.image_classification.data.views import Views
 from kd_testing.image_files import large, photos_in, pixels
 from kd_testing.scripts import run_script
 

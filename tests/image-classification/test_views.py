@@ -12,9 +12,10 @@ from kd.common.training.inference import identity_collate, run_inference
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.image_classification.data import sources
+from kd.image_classification.data.large_views import LargeViews
 from kd.image_classification.data.loading import IMAGENET_MEAN as MEAN
 from kd.image_classification.data.loading import IMAGENET_STD as STD
-from kd.image_classification.data.views import ImageViews, LargeViews, Views
+from kd.image_classification.data.views import ImageViews, Views
 from kd.image_classification.student_model.arguments import ImageTrainingArguments
 from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from kd.common.utils.errors import UserError
-from kd.image_classification.data.loading import ImageData, LargeImageData, SmallImageData, load_image_data
+from kd.image_classification.data.image_data import ImageData, LargeImageData, SmallImageData
+from kd.image_classification.data.loading import load_image_data
 
 NAMES = ["cat", "ant", "bee"]  # not sorted
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd.common.methods import Method, TaskSpec
 from kd.common.outputs import FeatureHooks, Outputs
-from kd.image_classification.data.loading import ImageData, Images, SmallImageData
+from kd.image_classification.data.image_data import ImageData, Images, SmallImageData
 from kd.image_classification.student_model.matching import task_spec
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 

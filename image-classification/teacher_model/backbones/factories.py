@@ -5,29 +5,20 @@ timm:NAME, timm:NAME:key=value   timm's network NAME, with arguments of that net
 transformers:NAME                an image classifier of transformers, with the configuration of a folder or Hub name
 """
 
-import ast
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from kd.common.data.readers import reason_of
 from kd.common.pretrained import reading
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 from kd.common.utils.modules import import_named
+from kd.image_classification.teacher_model.backbones.names import TIMM, TRANSFORMERS
 
-TIMM, TRANSFORMERS = "timm:", "transformers:"
-NOT_OF_THE_NETWORK = {  # arguments of timm.create_model that load weights or files
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"),
-    *("num_classes", "img_size", "scriptable", "exportable", "no_jit"),
-}
-FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 CLASSES = ("num_classes", "n_classes", "classes", "num_labels")  # parameters of a factory, by their usual names
 SIZES = ("image_size", "img_size", "input_size")
 
@@ -39,6 +30,8 @@ def build_network(name: str, classes: int, image_size: int, config: dict[str, An
     """
     with torch.device("cpu"):
         if name.startswith(TIMM):
+            from kd.image_classification.teacher_model.backbones.timm_networks import timm_network
+
             return timm_network(name, classes, image_size)
         if name.startswith(TRANSFORMERS):
             settings = AutoConfig.for_model(**(config or {}))
@@ -46,44 +39,7 @@ def build_network(name: str, classes: int, image_size: int, config: dict[str, An
         return call_factory(name, classes, image_size)
 
 
-# ---- timm and transformers ----
-
-
-def timm_arguments(name: str) -> tuple[str, dict[str, Any]]:
-    """`timm:NAME:key=value:...` -> NAME, {key: value}."""
-    network, *words = name.removeprefix(TIMM).split(":")
-    if words and not timm.is_model(network.partition(".")[0]):
-        raise UserError(f"timm has no model {network!r}")
-    arguments = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not key.isidentifier() or not equals or key in NOT_OF_THE_NETWORK:
-            raise UserError(f"{name} has {word!r}: pass arguments of timm's network as {TIMM}{network}:key=value")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            arguments[key] = value
-    return network, arguments
-
-
-def timm_network(name: str, classes: int, image_size: int, **options: Any) -> nn.Module:
-    """`timm:NAME` for images of this size. Raises UserError if timm cannot build it."""
-    network, arguments = timm_arguments(name)
-    arguments = {"num_classes": classes} | options | arguments
-    try:
-        try:
-            return timm.create_model(network, img_size=image_size, **arguments)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return timm.create_model(network, **arguments)  # takes images of any size
-    except UserError:
-        raise
-    except Exception as error:  # timm checks arguments with asserts, and modules raise others
-        raise UserError(
-            f"timm cannot build {name} for images of {image_size} pixels ({_in_one_line(error)}): pass another "
-            f"--image_size, or arguments such as {TIMM}{network}:patch_size=4"
-        ) from error
+# ---- transformers ----
 
 
 def transformers_config(name: str, classes: int, image_size: int) -> dict[str, Any]:
@@ -101,11 +57,6 @@ def transformers_config(name: str, classes: int, image_size: int) -> dict[str, A
 
 
 # ---- a user's module ----
-
-
-def is_factory(architecture: str) -> bool:
-    """Whether the name is `package.module:factory`."""
-    return FACTORY.fullmatch(architecture) is not None
 
 
 def import_factory(architecture: str) -> None:
@@ -138,7 +89,7 @@ def call_factory(architecture: str, classes: int, image_size: int) -> nn.Module:
     try:
         network = factory(**_arguments(factory, classes, image_size))
     except Exception as error:  # of the user's code
-        raise UserError(f"{architecture} cannot be built: {_in_one_line(error)}") from error
+        raise UserError(f"{architecture} cannot be built: {in_one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{architecture} returns a {type(network).__name__}, not a torch.nn.Module")
     return network
@@ -155,5 +106,6 @@ def _arguments(factory: Callable[..., Any], classes: int, image_size: int) -> di
     return names
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """The type and the message of an exception in one line of bounded length."""
     return f"{type(error).__name__}: {reason_of(error).rstrip('.')}"

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.common.data.readers import reason_of
-from kd.common.utils.errors import UserError
+from kd.common.utils.errors import UserError, reason_of
 from kd.image_classification.teacher_model.backbones.network import (
     Grid,
     Layout,
