@@ -159,12 +159,13 @@ class StudentNetwork(PolicyNetwork):
     def __init__(
         self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None, columns: slice | None = None
     ) -> None:
-        if columns is not None:
-            shape = policy.observation_space.shape or ()
-            fits = not is_image_space(policy.observation_space)
-            statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf) if fits else None
-        if isinstance(policy.features_extractor, BottleneckFeatures):
-            statistics = None  # the bottleneck standardizes observations
+        space, shape = policy.observation_space, policy.observation_space.shape or ()
+        if columns is not None or not isinstance(space, spaces.Box) or is_image_space(space):
+            statistics = None  # those of the teacher are for other observations
+        bottleneck = isinstance(policy.features_extractor, BottleneckFeatures)  # standardizes observations itself
+        self.fits = statistics is None and isinstance(space, spaces.Box) and not (bottleneck or is_image_space(space))
+        if self.fits:
+            statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf)
         super().__init__(policy, statistics, columns)
         self.clip.fill_(float("inf"))
         self.register_buffer("value_mean", torch.zeros(()))
@@ -176,13 +177,13 @@ class StudentNetwork(PolicyNetwork):
         return self.network.policy
 
     def prepare(self, observations: Tensor) -> None:
-        """Fits the keys of a bottleneck, or the statistics of a student that observes otherwise than its teacher, to
-        the first observations (rows, ...).
+        """Fits the keys of a bottleneck, or the statistics of a student that has none of its teacher, to the first
+        observations (rows, ...).
         """
         observations = self.part(observations).to(self.device)
         if isinstance(self.policy.features_extractor, BottleneckFeatures):
             self.policy.features_extractor.fit(observations)
-        elif self.columns is not None and self.mean is not None and self.std is not None:
+        elif self.fits and self.mean is not None and self.std is not None:
             for statistic, value in zip((self.mean, self.std), moments(observations), strict=True):
                 statistic.copy_(value)
 
