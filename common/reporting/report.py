@@ -205,7 +205,7 @@ def _interval(verdict: dict[str, Any]) -> str:
     seeds = "one seed" if verdict["seeds"] == 1 else f"{verdict['seeds']} seeds"
     gain = f"gain {number(verdict['gain'])}"
     if verdict["interval"] is None:
-        return f"{gain}, {seeds}, too few evaluation examples for an interval"
+        return f"{gain}, {seeds}, {verdict['method']}"
     low, high = map(number, verdict["interval"])
     return f"{gain}, {verdict['confidence']:.0%} interval {low} to {high}, {seeds}, {verdict['method']}"
 

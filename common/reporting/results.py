@@ -200,7 +200,7 @@ def useless_teacher(results: Results) -> str | None:
 
 # ---------------------------------------------------------------- verdicts
 
-CONSTANT = "the student predicts the same for every evaluation example"
+CONSTANT = "the student predicts the same for all inputs of the evaluation"
 
 
 def verdict_of_run(results: Results, measurements: Mapping[str, Measurement], margin: float | None) -> dict[str, Any]:
@@ -260,14 +260,15 @@ def _with_warnings(results: Results, found: dict[str, Any], constant: bool) -> d
         warnings.append("the teacher is no better than the control: check it before distilling from it")
     if constant:
         warnings.append(CONSTANT)
-    control = found.get("control")
-    if control and (needed := seeds_needed(control)):
+    if (control := found.get("control")) and (needed := seeds_needed(control)):
         warnings.append(
             f"{control['seeds']} seeds are too few to show a gain over the control of this size: about {needed} are "
             "needed for a probability of 80%"
         )
+    unit = results["data"].get("units", {}).get(results["primary_metric"]["split"], "examples")
+    found = {role: one | {"method": one["method"].replace("examples", unit)} for role, one in found.items()}
     others = {role: verdict for role, verdict in found.items() if role not in ("control", "teacher")}
-    return {"control": control, "teacher": found.get("teacher"), "others": others, "warnings": warnings}
+    return {"control": found.get("control"), "teacher": found.get("teacher"), "others": others, "warnings": warnings}
 
 
 # ---------------------------------------------------------------- several seeds

@@ -229,7 +229,7 @@ def test_the_verdict_warns_of_a_useless_teacher_and_a_constant_student(tmp_path)
     validate(results)
     assert results["verdict"]["warnings"] == [
         "the teacher is no better than the control: check it before distilling from it",
-        "the student predicts the same for every evaluation example",
+        "the student predicts the same for all inputs of the evaluation",
     ]
     assert results["verdict"]["teacher"]["margin"] == 7
     assert "not worse than the teacher by more than 7.000." in headline(results)

@@ -105,6 +105,7 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
     report = (run / "report.md").read_text()
     assert re.search(r"Data: train \d+ observations, validation 2 episodes, test 12 episodes\.", report)
+    assert "paired bootstrap over the evaluation episodes" in report and "examples" not in report
     episodes = pandas.read_csv("p.csv")
     assert episodes.columns.tolist() == ["split", "episode", "return", "length"]
     assert episodes["return"].mean() == test["return_mean"] and episodes.episode.tolist() == list(range(12))
