@@ -93,8 +93,8 @@ def main() -> None:
 
     choose_threads(*args.environment, *students)
     loaded, untrained = load_teachers(args, loss), untrained_teachers(args, training)
-    teacher = (loaded[args.environment[0]] or list(untrained.values()))[0].policy
-    sized = args_of_share(student_args, args.environment[0], students[0], teacher)
+    policies = [one[0].policy if (one := loaded[name]) else untrained[name].policy for name in args.environment]
+    sized = args_of_share(student_args, args.environment[0], students[0], policies[0])
     if sized != student_args:
         notes += (f"--student_share {student_args.student_share:g}: the student has hidden layers of {sized.student}",)
         print(f"note: {notes[-1]}")
