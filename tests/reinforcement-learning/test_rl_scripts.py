@@ -90,7 +90,7 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     check_verdict(results)
     assert test["episodes"] == 12 and 0 <= test["agreement"] <= 1 and test["kl"] >= 0
     assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
-    assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
+    assert results["data"]["train"] >= 400 and results["work"]["student"]["cpu_seconds"] > 0
     teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
     share = (test["return_mean"] - random) / (teacher - random)
     assert results["retention"] == (pytest.approx(share) if teacher > random else None)
@@ -137,6 +137,31 @@ def test_trackers_get_losses_and_returns(cart_pole):
     assert {"rollout/ep_rew_mean", "eval/return_mean"} <= set(events["control"].Tags()["scalars"])
     distill(*words, "run", "--overwrite_output_dir", "--report_to", "none", "--no_control")
     assert not Path("run/tensorboard").exists()
+
+
+def test_a_control_of_equal_cpu_time_and_a_student_of_a_share_of_the_teachers_actor(cart_pole):
+    """The actor of the teacher has 4 * 64 + 64, 64 * 64 + 64 and 64 * 2 + 2 parameters, that of a student of width w
+    4w + w + w^2 + w + 2w + 2.
+    """
+    words = ["--teacher", cart_pole, "--control_cpu_time", "--student_share", 0.05, "--output_dir", "run"]
+    distill(*words)
+    results = read_json("run/results.json")
+    work, actors = results["work"], results["actors"]
+    per_step = work["control"]["cpu_seconds"] / work["control"]["environment_steps"]
+    steps = work["student"]["cpu_seconds"] / per_step
+    rollout = 256  # of 8 environments and 32 steps
+    assert steps <= work["control_cpu_time"]["environment_steps"] < steps + rollout + 1
+    assert results["models"]["control_cpu_time"]["metrics"]["test"]["episodes"] == 12
+    assert "control_cpu_time" in results["verdict"]["others"]
+    assert actors["teacher"]["parameters"] == 4610 and 0.05 * 4610 == 230.5
+    assert {role: one["parameters"] for role, one in actors.items() if role != "teacher"} == dict.fromkeys(
+        ("control", "student", "behaviour_cloning", "control_cpu_time"), 11**2 + 8 * 11 + 2
+    )
+    assert 12**2 + 8 * 12 + 2 > 230.5
+    assert "hidden layers of [11, 11]" in Path("run/report.md").read_text()
+    Path("run/results.json").unlink()
+    distill(*words, "--resume_from_checkpoint")  # the steps follow from the logs of the finished stages
+    assert read_json("run/results.json")["work"] == work
 
 
 @pytest.mark.slow
@@ -405,6 +430,11 @@ def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monke
         (["--teacher_weight", "-1"], "--teacher_weight must be at least 0"),
         (["--teacher", "{cart_pole}", "--output_dir", "{cart_pole}/run"], "Not a directory"),
         (["--channels", "8"], "three convolutions"),
+        (["--teacher", "{cart_pole}", "--student_share", "0.001"], "is not enough for two hidden layers"),
+        (["--student_share", "0.05", "--student", "8"], "--student_share sets the widths"),
+        (["--environment", "CartPole-v1", "Acrobot-v1", "--student_share", "0.1"], "supports a single --environment"),
+        (["--environment", "ALE/Pong-v5", "--student_share", "0.1"], "pass --student and --channels"),
+        (["--no_control", "--control_cpu_time"], "--no_control leaves out every control"),
         (["--teacher_temperature", "0"], "--teacher_temperature must be above 0"),
         (["--report_to", "foo"], "--report_to foo is unknown or not installed"),
         (["--report_to", "none", "tensorboard"], "leave out none or the others"),
