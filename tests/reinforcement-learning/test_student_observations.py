@@ -186,7 +186,7 @@ def test_a_run_whose_student_has_no_velocities(cart_pole, capsys, monkeypatch):
     results = read_json(folder / "results.json")
     assert (results["task"], results["teacher_environment"]) == (student, "CartPole-v1")
     assert results["student_observation"] == student.removeprefix("CartPole-v1+")
-    assert "of shape (6,); the teacher CartPole-v1, of shape (4,)" in results["environment_notes"]
+    assert "of shape (6,); the teacher CartPole-v1, of shape (4,)" in results["inferred"]
     sizes = {role: model["parameters"] for role, model in results["models"].items()}
     assert sizes["student"] == sizes["control"] == sizes["behaviour_cloning"] == 755 + 2 * 2 * 16  # 6 inputs, not 4
     assert all("validation" in model["metrics"] for model in results["models"].values())
