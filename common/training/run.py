@@ -287,4 +287,6 @@ class Run:
             print_table(results)
             if (folder / "student").exists():
                 print(f"student: {folder / 'student'}")
+            elif results["models"]["student"] is None and (self.folder / "stages" / "teacher").exists():
+                print(f"teacher: {self.folder / 'stages' / 'teacher'}")
             print(f"report:  {folder / 'report.md'}")

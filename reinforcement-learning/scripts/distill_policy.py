@@ -63,7 +63,7 @@ from kd.reinforcement_learning.student_model.student import (
 )
 from kd.reinforcement_learning.teacher_model.files import environment_of
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
-from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import (
     Agent,
     Agents,
@@ -245,7 +245,7 @@ def measure_teacher(
     ensemble = teacher.network if len(teacher.agents) > 1 else None
     evaluation = evaluate(teacher.agents, environment, args.episodes, ensemble)
     log = run.history.setdefault("teacher", [])
-    if not any(curve_name(environment) in entry for entry in log):
+    if not any(run.curve_name(environment) in entry for entry in log):
         validation = run.mean_returns({environment: teacher.network})
         log.extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)

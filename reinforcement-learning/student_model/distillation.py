@@ -36,7 +36,7 @@ from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
 from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import Agent, Agents, train_from_reward
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
@@ -89,7 +89,7 @@ class Distiller:
             check_finite_weights(self.students, when=f"after round {number + 1}")
             self.cpu_seconds += time.process_time() - started
             work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-            measured = means | evaluate()
+            measured = means | {"learning_rate": self.optimizer.param_groups[0]["lr"]} | evaluate()
             self.history.append({"environment_steps": self._steps(number + 1)} | work | measured)
             trackers.log(tracked(measured), self._steps(number + 1))
             save_checkpoint(self.folder, number + 1, self._write)
@@ -204,7 +204,9 @@ class Distillation:
         """
         log = self.run.history["control"]
         names = [spec.environment for spec in self.specs]
-        control = {name: next(entry for entry in reversed(log) if curve_name(name) in entry) for name in names}
+        control = {
+            name: next(entry for entry in reversed(log) if self.run.curve_name(name) in entry) for name in names
+        }
         share = self.run.history["student"][-1]["cpu_seconds"] / sum(one["cpu_seconds"] for one in control.values())
         steps = {name: max(1, round(share * one["environment_steps"])) for name, one in control.items()}
         return self._from_reward("control_cpu_time", "PPO from reward, equal CPU time", self._untrained_control, steps)

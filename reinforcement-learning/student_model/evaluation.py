@@ -25,7 +25,7 @@ from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in
 from kd.reinforcement_learning.data.specs import environment_code, fingerprint, registration_code
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
 
 WORK = ("environment_steps", "observations", "cpu_seconds")  # of a training, in its log
@@ -242,6 +242,6 @@ def _card_of(run: PolicyRun, environment: str, taught: str) -> Card:
 
 def _history(run: PolicyRun, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return as `eval_return_mean`, which is plotted."""
-    name = curve_name(environment)
+    name = run.curve_name(environment)
     logs = {stage: [entry for entry in log if name in entry] for stage, log in run.history.items()}
     return {stage: [entry | {"eval_return_mean": entry[name]} for entry in log] for stage, log in logs.items() if log}

@@ -129,10 +129,12 @@ def test_trackers_get_losses_and_returns(cart_pole):
     history = read_json("run/stages/student/stage.json")["history"]
     events = {stage.name: EventAccumulator(str(stage)).Reload() for stage in Path("run/tensorboard").iterdir()}
     assert events.keys() == {"control", "student", "behaviour_cloning"}
-    for tag, name in {"train/loss": "loss", "eval/return_mean CartPole-v1": "eval_return_mean CartPole-v1"}.items():
+    for tag in ("loss", "loss_policy", "loss_value", "learning_rate"):
+        assert f"train/{tag}" in events["student"].Tags()["scalars"]
+    for tag, name in {"train/loss": "loss", "eval/return_mean": "eval_return_mean"}.items():
         logged = [(event.step, event.value) for event in events["student"].Scalars(tag)]
         assert logged == [(row["environment_steps"], pytest.approx(row[name])) for row in history]
-    assert {"rollout/ep_rew_mean", "eval/return_mean CartPole-v1"} <= set(events["control"].Tags()["scalars"])
+    assert {"rollout/ep_rew_mean", "eval/return_mean"} <= set(events["control"].Tags()["scalars"])
     distill(*words, "run", "--overwrite_output_dir", "--report_to", "none", "--no_control")
     assert not Path("run/tensorboard").exists()
 
@@ -256,13 +258,14 @@ def test_normalized_continuous_teacher_and_student_for_raw_observations():
 @pytest.mark.parametrize(
     ("algorithm", "environment"), [("dqn", "CartPole-v1"), pytest.param("sac", "Pendulum-v1", marks=pytest.mark.slow)]
 )
-def test_teachers_of_other_algorithms(algorithm, environment):
+def test_teachers_of_other_algorithms(algorithm, environment, capsys):
     settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
     run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
                "--teacher_steps", 150, "--hyperparameters", json.dumps(settings),
                "--episodes", 2, "--eval_episodes", 1)  # fmt: skip
     folder = RUNS / f"teacher_{environment}_{algorithm}"
     assert read_json(folder / "results.json")["models"]["student"] is None
+    assert f"teacher: {folder}/stages/teacher\nreport:  {folder}/report.md" in capsys.readouterr().out
     distill("--environment", environment, "--teacher", folder, "--no_control", "--episodes", 3)
     results = read_json(RUNS / f"distill_{environment}" / "results.json")
     assert results["models"]["teacher"]["name"].startswith(algorithm)
@@ -284,9 +287,14 @@ def test_several_environments_share_one_body(capsys):
     pole, car = (student.mlp_extractor.policy_net for student in students)
     assert torch.equal(pole[2].weight, car[2].weight) and pole[0].weight.shape != car[0].weight.shape
     assert [student.action_net.out_features for student in students] == [2, 3]
+    history = read_json("both/stages/student/stage.json")["history"]
     for name in names:
-        assert read_json(f"both/{name}/results.json")["task"] == name
-    capsys.readouterr()
+        results = read_json(f"both/{name}/results.json")
+        assert results["task"] == name
+        last = history[-1][f"eval_return_mean/{name}"]
+        assert last == results["models"]["student"]["metrics"]["validation"]["return_mean"]
+    printed = capsys.readouterr().out
+    assert all(f"student: both/{name}/student\n" in printed for name in names)
     words = ["--environment", "CartPole-v1", "MountainCar-v0", "--output_dir", "both"]
     assert "contains a finished run" in error_line(capsys, *words, "--teacher", *teachers)
 
