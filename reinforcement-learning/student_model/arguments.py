@@ -158,7 +158,7 @@ class PolicyArguments(PolicyRunArguments):
     )
     teacher_weight: NotNegative = field(
         default=1.0,
-        metadata={"help": "Initial weight of the teacher with --method ppd; it falls linearly to 0."},
+        metadata={"help": "Initial weight of the teacher with ppd; it falls to 0."},
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, trained from reward alone, and behaviour cloning."}
