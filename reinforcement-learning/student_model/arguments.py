@@ -21,6 +21,7 @@ from kd.common.utils.ranges import (
     NotNegative,
     Positive,
     ProperShare,
+    Share,
     check_declared,
 )
 from kd.reinforcement_learning.data.environment_ids import Part, student_wrappers
@@ -90,8 +91,8 @@ class DistillArguments:
     rollout_policy: RolloutPolicy = field(
         default="dagger", metadata={"help": "Policy that selects the actions while observations are collected."}
     )
-    greedy_rollouts: bool = field(
-        default=False, metadata={"help": "Let the student collect with greedy instead of sampled actions."}
+    greedy_share: Share = field(
+        default=0.0, metadata={"help": "Share of the environments where the student acts greedily."}
     )
     loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
     steps: Count = field(default=20_000, metadata={"help": "Total number of environment steps."})
@@ -157,7 +158,7 @@ class PolicyArguments(PolicyRunArguments):
     )
     teacher_weight: NotNegative = field(
         default=1.0,
-        metadata={"help": "Initial weight of the teacher with --method ppd; it falls linearly to 0."},
+        metadata={"help": "Initial weight of the teacher with ppd; it falls to 0."},
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, trained from reward alone, and behaviour cloning."}
@@ -204,7 +205,7 @@ class PolicyArguments(PolicyRunArguments):
         if self.teacher_temperature is not None:
             reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":
-            names = ("loss", "rollout_policy", "greedy_rollouts", "value_weight")
+            names = ("loss", "rollout_policy", "greedy_share", "value_weight")
             reject_unused("--method ppd sets its loss and rollout policy", self, *names)
             if self.no_control:
                 reason = (

@@ -29,7 +29,7 @@ from kd.common.training.trackers import Trackers, tracked
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.reinforcement_learning.data.environments import Environments
-from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, mixture
+from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, in_parts, mixture
 from kd.reinforcement_learning.student_model.arguments import DistillArguments
 from kd.reinforcement_learning.student_model.matching import policy_and_value
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
@@ -113,8 +113,8 @@ class Distiller:
 
     def _rollout_policy(self, task: DistillationTask, number: int) -> Act:
         teacher, student = sampling(task.teacher, self.generator), sampling(task.student, self.generator)
-        if self.args.greedy_rollouts:
-            student = greedy(task.student)
+        if number_of_greedy := round(self.args.greedy_share * self.args.num_envs):
+            student = in_parts(greedy(task.student), student, number_of_greedy)
         teacher_share = {
             "teacher": 1.0,
             "student": 0.0,
@@ -230,7 +230,6 @@ class Distillation:
         args = replace(
             self.args,
             rollout_policy="teacher",
-            greedy_rollouts=False,
             loss="nll" if discrete else "mse",
             value_weight=0.0,
         )

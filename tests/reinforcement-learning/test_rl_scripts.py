@@ -159,6 +159,11 @@ def test_a_control_of_equal_cpu_time_and_a_student_of_a_share_of_the_teachers_ac
     )
     assert 12**2 + 8 * 12 + 2 > 230.5
     assert "hidden layers of [11, 11]" in Path("run/report.md").read_text()
+    run_script(f"{SCRIPTS}/table.py", ".", "--markdown", "table.md")
+    header, _, row, *_ = Path("table.md").read_text().splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
+    assert (cells["environment"], cells["actor"], cells["student's actor"]) == ("CartPole-v1", "4,610", "211 (4.6%)")
+    assert cells["normalized return"].startswith(f"{results['retention']:.3f} (" if results["retention"] else "–")
     Path("run/results.json").unlink()
     distill(*words, "--resume_from_checkpoint")  # the steps follow from the logs of the finished stages
     assert read_json("run/results.json")["work"] == work
