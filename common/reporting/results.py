@@ -127,6 +127,8 @@ class Schema(BaseModel):
     primary_metric: PrimaryMetric
     # (student - floor) / (teacher - floor) of the primary metric, or teacher / student if `lower_is_better`
     retention: float | None
+    # of retention, from that of the verdict on the teacher; null where teachers differ by seed or `lower_is_better`
+    retention_interval: list[float] | None = None
     gain_over_control: float | None  # student - control, or control - student if `lower_is_better`
     floor: float = 0.0  # the metric without any skill
     chance: float | None = None  # the metric of a constant prediction, of token frequencies or of random actions
@@ -239,6 +241,19 @@ def _verdict_of_runs(runs: list[Results], merged: Results, shared_teacher: bool)
     return _with_warnings(merged, found, constant) | {"shared_teacher": shared_teacher}
 
 
+def retention_interval(results: Results) -> list[float] | None:
+    """The interval of (student - floor) / (teacher - floor), from that of student - teacher, which is paired: it
+    contains the variation of the teacher over the evaluation examples. None if there is no interval, if lower is
+    better, or if each seed has another teacher.
+    """
+    verdict, score = results.get("verdict") or {}, primary_score(results, "teacher")
+    interval = (verdict.get("teacher") or {}).get("interval")
+    same = "seeds" not in results or verdict.get("shared_teacher")
+    if interval is None or score is None or not same or results["retention"] is None or results.get("lower_is_better"):
+        return None
+    return [1 + bound / (score - results["floor"]) for bound in interval]
+
+
 def _with_warnings(results: Results, found: dict[str, Any], constant: bool) -> dict[str, Any]:
     warnings = [text for text in results["warnings"] if AT_CHANCE in text]
     if useless_teacher(results) == "the control":
@@ -285,6 +300,7 @@ def over_seeds(runs: list[Results]) -> Results:
     merged["standard_deviations"] = _merge(figures, _deviation)
     if all(run.get("verdict") for run in runs):  # not those of earlier versions
         merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same or "teacher_outputs" in merged)
+    merged["retention_interval"] = retention_interval(merged)
     return merged
 
 

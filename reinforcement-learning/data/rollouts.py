@@ -31,6 +31,16 @@ def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -
     return act
 
 
+def in_parts(first: Act, second: Act, number: int) -> Act:
+    """`first` in the first `number` environments, `second` in the others."""
+
+    def act(observations: Tensor) -> Tensor:
+        parts = ((first, observations[:number]), (second, observations[number:]))
+        return torch.cat([act(part) for act, part in parts if len(part)])
+
+    return act
+
+
 def random_actions(space: spaces.Space) -> Act:
     """Actions drawn uniformly from the action space, with a fixed seed."""
     space.seed(0)

@@ -13,6 +13,7 @@ environments, the student has a head for each.
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from kd.common.cli import parse, run, show_help
@@ -23,13 +24,20 @@ ARGUMENTS = (PolicyArguments, StudentArguments, DistillArguments, TeacherArgumen
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from kd.common.training.run_folder import check_is_run_or_empty
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environment_ids import of_both, wrapped
-from kd.reinforcement_learning.data.environments import Environments, choose_threads, require_single_process
+from kd.reinforcement_learning.data.environments import (
+    Environments,
+    choose_threads,
+    require_single_process,
+    training_environments,
+)
 from kd.reinforcement_learning.data.specs import (
     fingerprint,
     import_modules,
@@ -39,6 +47,7 @@ from kd.reinforcement_learning.data.specs import (
 from kd.reinforcement_learning.student_model.distillation import Distillation
 from kd.reinforcement_learning.student_model.evaluation import (
     PolicyEvaluation,
+    actor_parameters,
     evaluate,
     random_metrics,
     random_warning,
@@ -46,9 +55,15 @@ from kd.reinforcement_learning.student_model.evaluation import (
     return_warning,
 )
 from kd.reinforcement_learning.student_model.matching import check_loss
-from kd.reinforcement_learning.student_model.student import StudentSpec, validate_student
+from kd.reinforcement_learning.student_model.student import (
+    StudentSpec,
+    new_student,
+    validate_student,
+    widths_of_share,
+)
 from kd.reinforcement_learning.teacher_model.files import environment_of
-from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import (
     Agent,
     Agents,
@@ -66,6 +81,8 @@ def main() -> None:
     require_single_process()
     args, student_args, distill_args, training = parse(*ARGUMENTS)
     notes = settle_environments(args)
+    if len(args.environment) > 1 and student_args.student_share is not None:
+        raise UserError("--student_share supports a single --environment: pass --student for several")
     students = settle_students(args, student_args)
     args.output_dir = args.output_dir or str(args.default_folder(students))
     check_is_run_or_empty(Path(args.output_dir))  # all checks precede the training of a teacher
@@ -76,6 +93,11 @@ def main() -> None:
 
     choose_threads(*args.environment, *students)
     loaded, untrained = load_teachers(args, loss), untrained_teachers(args, training)
+    policies = [one[0].policy if (one := loaded[name]) else untrained[name].policy for name in args.environment]
+    sized = args_of_share(student_args, args.environment[0], students[0], policies[0])
+    if sized != student_args:
+        notes += (f"--student_share {student_args.student_share:g}: the student has hidden layers of {sized.student}",)
+        print(f"note: {notes[-1]}")
 
     run = PolicyRun(args.environment, args, student_args, distill_args, training)
     run.notes = notes
@@ -93,7 +115,7 @@ def main() -> None:
     for (evaluation, chance), stated in zip(measured, args.teacher_return or [], strict=False):
         run.warn(return_warning(evaluation.entry["name"], stated, evaluation.entry["metrics"]["test"], chance))
 
-    specs = [StudentSpec(teacher, student_args, training_recipe("ppo", teacher.environment)) for teacher in teachers]
+    specs = [StudentSpec(teacher, sized, training_recipe("ppo", teacher.environment)) for teacher in teachers]
     for seed_run in run.each_seed():
         train = Distillation(seed_run, specs, distill_args)
         agents: dict[str, Agents] = {}  # by role
@@ -102,6 +124,8 @@ def main() -> None:
         agents["student"] = train.ppd_student(args.teacher_weight) if args.method == "ppd" else train.student()
         if not args.no_control:
             agents["behaviour_cloning"] = train.behaviour_cloning()
+        if args.control_cpu_time:
+            agents["control_cpu_time"] = train.control_of_equal_cpu_time()
 
         for spec, (teacher_evaluation, random), folder in zip(specs, measured, seed_run.reports, strict=True):
             teacher, evaluations = spec.teacher, {"teacher": teacher_evaluation}
@@ -221,7 +245,7 @@ def measure_teacher(
     ensemble = teacher.network if len(teacher.agents) > 1 else None
     evaluation = evaluate(teacher.agents, environment, args.episodes, ensemble)
     log = run.history.setdefault("teacher", [])
-    if not any(curve_name(environment) in entry for entry in log):
+    if not any(run.curve_name(environment) in entry for entry in log):
         validation = run.mean_returns({environment: teacher.network})
         log.extend({"environment_steps": step} | validation for step in (0, steps))
     random = random_metrics(environment, teacher.agent.policy.action_space, args.episodes)
@@ -232,6 +256,19 @@ def measure_teacher(
     entry = evaluation.entry
     run.warn(random_warning(entry["name"], entry["metrics"]["test"], random))
     return evaluation, random["return_mean"]
+
+
+def args_of_share(args: StudentArguments, environment: str, observed: str, teacher: BasePolicy) -> StudentArguments:
+    """The arguments with the widths of --student_share, if it is set. `observed`: the environment of the student."""
+    if args.student_share is None:
+        return args
+    with closing(Environments(environment, 1)) as environments:
+        size = actor_parameters(PolicyNetwork(teacher), torch.as_tensor(environments.observations))
+    with closing(training_environments(observed, 1, 0)) as environments:
+        student = new_student(environments, args, training_recipe("ppo", environment), seed=0).policy
+    assert isinstance(student.action_net, nn.Linear)
+    widths = widths_of_share(args.student_share, size, student.features_dim, student.action_net.out_features)
+    return replace(args, student=widths, student_share=None)
 
 
 if __name__ == "__main__":

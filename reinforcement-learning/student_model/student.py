@@ -115,9 +115,25 @@ def new_student(
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
 
 
+def widths_of_share(share: float, parameters: int, inputs: int, outputs: int) -> list[int]:
+    """The equal widths of two hidden layers, as large as possible with at most `share` of `parameters`, those of the
+    teacher's actor. Raises UserError if a width of 1 has more.
+    """
+    linear, room = inputs + outputs + 2, share * parameters - outputs
+    width = int((linear**2 / 4 + max(room, 0)) ** 0.5 - linear / 2)  # of width^2 + linear * width <= room
+    if not width:
+        raise UserError(
+            f"--student_share {share:g} of {parameters:,} parameters is not enough for two hidden layers: raise it "
+            "or pass --student"
+        )
+    return [width, width]
+
+
 def validate_student(args: StudentArguments, environment: str, observations: spaces.Space) -> None:
     """Raises UserError for a student that does not fit the observations of an environment."""
     frames = is_image_space(observations)
+    if frames and args.student_share is not None:
+        raise UserError(f"{environment} has frames: pass --student and --channels instead of --student_share")
     if not frames:
         reject_unused(f"{environment} has no frames", args, "channels")
     if frames and not args.student:
@@ -143,12 +159,13 @@ class StudentNetwork(PolicyNetwork):
     def __init__(
         self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None, columns: slice | None = None
     ) -> None:
-        if columns is not None:
-            shape = policy.observation_space.shape or ()
-            fits = not is_image_space(policy.observation_space)
-            statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf) if fits else None
-        if isinstance(policy.features_extractor, BottleneckFeatures):
-            statistics = None  # the bottleneck standardizes observations
+        space, shape = policy.observation_space, policy.observation_space.shape or ()
+        if columns is not None or not isinstance(space, spaces.Box) or is_image_space(space):
+            statistics = None  # those of the teacher are for other observations
+        bottleneck = isinstance(policy.features_extractor, BottleneckFeatures)  # standardizes observations itself
+        self.fits = statistics is None and isinstance(space, spaces.Box) and not (bottleneck or is_image_space(space))
+        if self.fits:
+            statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf)
         super().__init__(policy, statistics, columns)
         self.clip.fill_(float("inf"))
         self.register_buffer("value_mean", torch.zeros(()))
@@ -160,13 +177,13 @@ class StudentNetwork(PolicyNetwork):
         return self.network.policy
 
     def prepare(self, observations: Tensor) -> None:
-        """Fits the keys of a bottleneck, or the statistics of a student that observes otherwise than its teacher, to
-        the first observations (rows, ...).
+        """Fits the keys of a bottleneck, or the statistics of a student that has none of its teacher, to the first
+        observations (rows, ...).
         """
         observations = self.part(observations).to(self.device)
         if isinstance(self.policy.features_extractor, BottleneckFeatures):
             self.policy.features_extractor.fit(observations)
-        elif self.columns is not None and self.mean is not None and self.std is not None:
+        elif self.fits and self.mean is not None and self.std is not None:
             for statistic, value in zip((self.mean, self.std), moments(observations), strict=True):
                 statistic.copy_(value)
 

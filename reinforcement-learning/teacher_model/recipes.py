@@ -165,13 +165,16 @@ def _table() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
-    """The row of an environment, or of ALE for an Atari game, or the default; `changes` override it.
+    """The row of an environment or of another version of it, of ALE for an Atari game, or the default; `changes`
+    override it.
 
     Raises ValueError for unknown and unsupported hyper-parameters, and for values out of range.
     """
     rows, environment = _table()[algorithm], parse_id(environment).name
     family = "ALE" if environment.startswith("ALE/") else "default"
-    row = deepcopy(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
+    versions = {re.sub(r"-v\d+$", "", name): row for name, row in rows.items()}
+    found = rows.get(environment) or versions.get(re.sub(r"-v\d+$", "", environment)) or rows.get(family)
+    row = deepcopy(found or rows["default"]) | (changes or {})
     _check(algorithm, row)
     keywords = {name: _value(name, value) for name, value in row.items()}
     steps, count, normalize = keywords.pop("steps"), keywords.pop("environments"), keywords.pop("normalize", False)

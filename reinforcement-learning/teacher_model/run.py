@@ -37,11 +37,18 @@ class PolicyRun(Run):
         """Mean returns of greedy actions by environment, for the curves. Their time is not part of the stage's."""
         with self.timed("evaluation"):
             return {
-                curve_name(environment): float(
+                self.curve_name(environment): float(
                     returns_of(greedy(net), environment, self.args.eval_episodes, VALIDATION_SEED)[0].mean()
                 )
                 for environment, net in networks.items()
             }
+
+    def curve_name(self, environment: str) -> str:
+        """The name of the mean return in the log of a stage; with the environment, that of the student, if there are
+        several.
+        """
+        several = f"/{folder_name(student_environment(environment))}" if len(self.reports) > 1 else ""
+        return f"eval_return_mean{several}"
 
     @contextmanager
     def trackers(self, stage: str, environment: str | None = None) -> Iterator[Trackers]:
@@ -53,13 +60,6 @@ class PolicyRun(Run):
             yield trackers
         finally:
             trackers.finish()
-
-
-def curve_name(environment: str) -> str:
-    """The name of an environment's mean return in the log of a stage: that of the student, if it observes otherwise
-    than its teacher.
-    """
-    return f"eval_return_mean {student_environment(environment)}"
 
 
 class LogWriter(KVWriter):

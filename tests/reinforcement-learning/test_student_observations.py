@@ -78,6 +78,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *words: object, script: str =
         (["position", "speed"], 2, '+select{"keys": ["position", "speed"]}+frame_stack{"n": 2, "padding": "reset"}'),
         (['frame_stack{"n": 3}'], 1, '+frame_stack{"n": 3}'),
         (["my.module:Blur", "time_feature"], 1, "+my.module:Blur+time_feature"),
+        (["1", 'frame_stack{"n": 3}'], 1, '+select{"indices": [1]}+frame_stack{"n": 3}'),
     ],
 )
 def test_the_environment_of_a_student(words, frames, written):
@@ -185,7 +186,7 @@ def test_a_run_whose_student_has_no_velocities(cart_pole, capsys, monkeypatch):
     results = read_json(folder / "results.json")
     assert (results["task"], results["teacher_environment"]) == (student, "CartPole-v1")
     assert results["student_observation"] == student.removeprefix("CartPole-v1+")
-    assert "of shape (6,); the teacher CartPole-v1, of shape (4,)" in results["environment_notes"]
+    assert "of shape (6,); the teacher CartPole-v1, of shape (4,)" in results["inferred"]
     sizes = {role: model["parameters"] for role, model in results["models"].items()}
     assert sizes["student"] == sizes["control"] == sizes["behaviour_cloning"] == 755 + 2 * 2 * 16  # 6 inputs, not 4
     assert all("validation" in model["metrics"] for model in results["models"].values())
