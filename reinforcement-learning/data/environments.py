@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -19,18 +19,22 @@ import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.specs import environment_error, find_spec, time_limit
-
-SUPPORTED = (
-    "supported are Box observations (frames: channels first) and Discrete (from 0) or bounded one-dimensional Box "
-    "actions"
+from kd.reinforcement_learning.data.observations import (
+    is_box,
+    original_space,
+    unsupported_observations,
+    with_box_observations,
 )
+from kd.reinforcement_learning.data.specs import environment_error, find_spec, time_limit
+from kd.reinforcement_learning.data.wrappers import SeededEpisodes
+
+SUPPORTED = "supported are Discrete (from 0) and bounded one-dimensional Box actions"
 
 
 def require_single_process() -> None:
@@ -73,9 +77,13 @@ def choose_threads(*ids: str) -> None:
 class Environments:
     """`count` copies of one Gymnasium environment, which are stepped together and restart automatically.
 
-    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). The
-    caller clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time
-    limit are truncated after EPISODE_STEPS.
+    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). With
+    `seeded_episodes` its episode k has the seed `seed + i + k * count`, except in vector entry points. The caller
+    clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time limit
+    are truncated after EPISODE_STEPS.
+
+    Observations are those of one Box (see `observations`), `observation_space`; `original_space` is the space of the
+    environment itself.
 
     Atari games (ALE/...) return four 84x84 grey frames and use the sticky actions of their id. `training` clips their
     rewards to -1, 0, 1 and ends an episode at the loss of a life. The whole game then restarts, unlike in
@@ -89,6 +97,7 @@ class Environments:
         seed: int = 0,
         training: bool = False,
         autoreset: AutoresetMode | None = None,
+        seeded_episodes: bool = False,
         **env_kwargs: Any,
     ) -> None:
         if count < 1:
@@ -104,9 +113,14 @@ class Environments:
             raise environment_error(id, error) from error
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
+        self.original_space = self.observation_space
+        if isinstance(self.vector, SyncVectorEnv):
+            self.original_space = original_space(self.vector.envs[0])
         if fault := _unsupported(self.observation_space, self.action_space):
             self.close()
-            raise UserError(f"environment {id} has {fault}; {SUPPORTED}")
+            raise UserError(f"environment {id} has {fault}")
+        if seeded_episodes and isinstance(self.vector, SyncVectorEnv):
+            self.vector.envs = [SeededEpisodes(one, count) for one in self.vector.envs]
         self.reset(seed)
 
     @property
@@ -145,7 +159,10 @@ def _atari_kwargs(training: bool, env_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[str, Any]) -> VectorEnv:
-    """Uses the environment's vector entry point if it has one that supports the autoreset mode."""
+    """Uses the environment's vector entry point if it has one that supports the autoreset mode and has Box
+    observations.
+    """
+    given = env_kwargs
     env_kwargs = time_limit(spec) | env_kwargs
     vectorized = spec.vector_entry_point
     if vectorized and "max_episode_steps" in env_kwargs and "max_episode_steps" not in _parameters(vectorized):
@@ -158,9 +175,15 @@ def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[
     if "render_mode" in _parameters(vectorized or spec.entry_point):
         env_kwargs = {"render_mode": None} | env_kwargs  # the default halves the speed of LunarLander
     with _quiet_mujoco():
-        mode = "vector_entry_point" if vectorized else "sync"
         # For an id instead of a spec Gymnasium warns about every version but the newest.
-        return gym.make_vec(spec, count, mode, vector_kwargs, **env_kwargs)
+        if not vectorized:
+            wrappers: Any = [with_box_observations]
+            return gym.make_vec(spec, count, "sync", vector_kwargs, wrappers, **env_kwargs)
+        vector = gym.make_vec(spec, count, "vector_entry_point", **env_kwargs)
+    if is_box(vector.single_observation_space) or spec.entry_point is None:
+        return vector
+    vector.close()
+    return _make(replace(spec, vector_entry_point=None), count, autoreset, given)
 
 
 def _parameters(entry_point: Any) -> set[str]:
@@ -190,18 +213,25 @@ def _quiet_mujoco() -> Iterator[None]:
 
 
 def _unsupported(observation_space: gym.Space, action_space: gym.Space) -> str:
-    """Describes a space that is not supported; empty if both are."""
-    if not isinstance(observation_space, Box):
-        return f"{type(observation_space).__name__} observations"
-    if is_image_space(observation_space) and not is_image_space_channels_first(observation_space):
-        return f"frames of shape {observation_space.shape}, whose channels come last"
-    if isinstance(action_space, Discrete):
-        return "" if action_space.start == 0 else f"Discrete actions from {action_space.start}"
-    if not isinstance(action_space, Box):
-        return f"{type(action_space).__name__} actions"
-    if len(action_space.shape) != 1:
-        return f"Box actions of shape {action_space.shape}"
-    return "" if action_space.is_bounded() else "unbounded Box actions"
+    """Describes a space that is not supported, and what helps; empty if both are."""
+    if fault := unsupported_observations(observation_space):
+        return fault
+    if not is_box(observation_space):
+        return (
+            f"{type(observation_space).__name__} observations and only a vector entry point: register an entry point"
+        )
+    fault = _unsupported_actions(action_space)
+    return f"{fault}; {SUPPORTED}" if fault else ""
+
+
+def _unsupported_actions(space: gym.Space) -> str:
+    if isinstance(space, Discrete):
+        return "" if space.start == 0 else f"Discrete actions from {space.start}"
+    if not isinstance(space, Box):
+        return f"{type(space).__name__} actions"
+    if len(space.shape) != 1:
+        return f"Box actions of shape {space.shape}"
+    return "" if space.is_bounded() else "unbounded Box actions"
 
 
 def to_environment(actions: Tensor, space: gym.Space) -> np.ndarray:

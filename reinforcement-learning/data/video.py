@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import check_writable, write_bytes
 from kd.reinforcement_learning.data.environments import Environments, to_environment
+from kd.reinforcement_learning.data.observations import with_box_observations
 from kd.reinforcement_learning.data.rollouts import Act
 from kd.reinforcement_learning.data.specs import find_spec, time_limit
 
@@ -83,7 +84,7 @@ def _frames(act: Act, environment: str, seed: int) -> tuple[np.ndarray, float]:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no screen
     try:
         spec = find_spec(environment)
-        one: gymnasium.Env[Any, Any] = gymnasium.make(spec, render_mode="rgb_array", **time_limit(spec))
+        one = with_box_observations(gymnasium.make(spec, render_mode="rgb_array", **time_limit(spec)))
         observation, _ = one.reset(seed=seed)
         frames, ended = [one.render()], False
     except Exception as error:

@@ -5,6 +5,7 @@ The classes of policies.py are pickled by value instead, which is why this one i
 """
 
 import torch
+from einops import rearrange
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
@@ -15,7 +16,8 @@ VALUE_DIM = 4  # with 16, policies agree in at most 0.5 % more states, for four 
 
 
 class BottleneckFeatures(BaseFeaturesExtractor):
-    """Observations (batch, width) -> features (batch, features_dim): standardized, looked up, decoded.
+    """Observations (batch, width), or their parts by key -> features (batch, features_dim): standardized, looked up,
+    decoded.
 
     Mean, standard deviation and keys are fitted once, without labels, to the first observations. After that only the
     values are trained. The heads are random projections, because an observation has few numbers.
@@ -23,14 +25,14 @@ class BottleneckFeatures(BaseFeaturesExtractor):
 
     def __init__(
         self,
-        observation_space: spaces.Box,
+        observation_space: spaces.Space,
         features_dim: int,
         codebooks: int,
         codebook_size: int,
         key_dim: int | None = None,
     ) -> None:
         super().__init__(observation_space, features_dim)
-        (width,) = observation_space.shape
+        width = spaces.flatdim(observation_space)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         self.bottleneck = DiscreteKeyValueBottleneck(
@@ -43,13 +45,23 @@ class BottleneckFeatures(BaseFeaturesExtractor):
     @torch.no_grad()
     def fit(self, observations: Tensor) -> None:
         """Fits mean, standard deviation and keys to observations (rows, width), and freezes the keys."""
-        std, mean = torch.std_mean(observations, dim=0, correction=0)
+        mean, std = moments(observations)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a constant dimension keeps its scale
+        self.std.copy_(std)
         self.bottleneck.fit_keys(self._standardized(observations))
 
-    def forward(self, observations: Tensor) -> Tensor:
+    def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
+        if isinstance(observations, dict):
+            observations = torch.cat(
+                [rearrange(part, "batch ... -> batch (...)") for part in observations.values()], 1
+            )
         return self.bottleneck(self._standardized(observations))
 
     def _standardized(self, observations: Tensor) -> Tensor:
         return (observations - self.mean) / self.std
+
+
+def moments(observations: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (...) of observations (rows, ...); a constant dimension keeps its scale."""
+    std, mean = torch.std_mean(observations, dim=0, correction=0)
+    return mean, torch.where(std > 1e-6, std, 1.0)

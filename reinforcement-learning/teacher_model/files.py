@@ -18,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from kd.common.data.sources import offline_if_unreachable
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environment_ids import base_id
+from kd.reinforcement_learning.data.observations import box_space
 from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
 from kd.reinforcement_learning.teacher_model.recipes import EnvironmentArguments, folder_name
 from kd.reinforcement_learning.teacher_model.zoo import (
@@ -41,6 +42,8 @@ STATISTICS_NAMES = ("vecnormalize.pkl", "vec_normalize.pkl")  # of rl_zoo3, loca
 NO_STATISTICS = "none"  # value of --vecnormalize
 OTHER_PICKLES = re.compile(r"replay_buffer|demonstrations|study", re.IGNORECASE)  # of Stable-Baselines3 and rl_zoo3
 INSTEAD = "pass --teacher a local .zip that Stable-Baselines3 saved, a folder with one, or owner/name on the Hub"
+
+Statistics = ObservationStatistics | dict[str, ObservationStatistics]  # of a Box, or of the normalized keys of a Dict
 
 
 @dataclass(frozen=True)
@@ -192,17 +195,16 @@ def _has_statistics(file: Path) -> bool:
         return False
 
 
-def read_statistics(path: Path) -> ObservationStatistics | None:
-    """The statistics in a file that VecNormalize.save wrote, or None if it does not normalize observations.
+def read_statistics(path: Path) -> Statistics | None:
+    """The statistics in a file that VecNormalize.save wrote, by key for Dict observations, or None if it does not
+    normalize observations.
 
     Unlike VecNormalize.load, this calls no class or function of the pickle, and needs neither the gym nor the numpy
     version with which the file was saved.
     """
     try:
         with open(path, "rb") as file:
-            return _statistics_in(_InertUnpickler(file).load().state, path)
-    except UserError:
-        raise
+            return _statistics_in(_InertUnpickler(file).load().state)
     except Exception as error:  # damaged or malicious bytes raise any exception
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UserError(
@@ -211,12 +213,16 @@ def read_statistics(path: Path) -> ObservationStatistics | None:
         ) from None
 
 
-def _statistics_in(saved: dict[str, Any], path: Path) -> ObservationStatistics | None:
+def _statistics_in(saved: dict[str, Any]) -> Statistics | None:
     if not saved["norm_obs"]:
         return None
-    if isinstance(saved["obs_rms"], dict):
-        raise UserError(f"{path} normalizes Dict observations, which are not supported: flatten them to one Box")
-    moments = saved["obs_rms"].state
+    moments = saved["obs_rms"]
+    if isinstance(moments, dict):  # of the normalized keys
+        return {str(key): _moments(saved, part.state) for key, part in moments.items()}
+    return _moments(saved, moments.state)
+
+
+def _moments(saved: dict[str, Any], moments: dict[str, Any]) -> ObservationStatistics:
     mean, var = _array(moments["mean"]), _array(moments["var"])
     if mean.shape != var.shape:
         raise ValueError("mean and variance differ in shape")
@@ -226,13 +232,41 @@ def _statistics_in(saved: dict[str, Any], path: Path) -> ObservationStatistics |
     return found
 
 
-def check_statistics(statistics: ObservationStatistics, observation_space: spaces.Space, path: Path) -> None:
-    """Raises UserError if statistics, read from `path`, do not fit the observations of an environment."""
-    if statistics.mean.shape != observation_space.shape:
+def box_statistics(statistics: Statistics, space: spaces.Space, path: Path) -> ObservationStatistics:
+    """Statistics, read from `path`, of the Box that `space`, the observations of an environment, becomes. Keys of a
+    Dict without statistics keep their values. Raises UserError for statistics of other observations.
+    """
+    if isinstance(statistics, ObservationStatistics):
+        _check_shape(statistics, box_space(space), path, "observations")
+        return statistics
+    if not isinstance(space, spaces.Dict) or statistics.keys() - space.keys():
         raise UserError(
-            f"{path} has statistics of observations of shape {statistics.mean.shape}, but the environment's have "
-            f"shape {observation_space.shape}: pass the statistics that were saved with this teacher"
+            f"{path} has statistics of the keys {', '.join(statistics)}, but the environment has the observations "
+            f"{_keys(space)}: pass the statistics that were saved with this teacher"
         )
+    epsilon, clip = next(((one.epsilon, one.clip) for one in statistics.values()), (1e-8, float("inf")))
+    parts = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()  # mean, variance and clip of each key
+    for key, part in space.items():
+        size = spaces.flatdim(part)
+        if (found := statistics.get(key)) is None:
+            parts.append((np.zeros(size), np.full(size, 1 - epsilon), np.full(size, float("inf"))))
+        else:
+            _check_shape(found, part, path, f"key {key}")
+            parts.append((found.mean.flatten(), found.var.flatten(), np.full(size, clip)))
+    mean, var, clips = map(np.concatenate, zip(*parts, strict=True))
+    return ObservationStatistics(mean, var, epsilon, clips)
+
+
+def _check_shape(statistics: ObservationStatistics, space: spaces.Space, path: Path, part: str) -> None:
+    if statistics.mean.shape != space.shape:
+        raise UserError(
+            f"{path} has statistics of {part} of shape {statistics.mean.shape}, but the environment's have "
+            f"shape {space.shape}: pass the statistics that were saved with this teacher"
+        )
+
+
+def _keys(space: spaces.Space) -> str:
+    return ", ".join(space) if isinstance(space, spaces.Dict) else str(space)
 
 
 class _Inert:

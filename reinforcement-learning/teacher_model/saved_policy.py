@@ -24,6 +24,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.observations import box_space
 from kd.reinforcement_learning.teacher_model.algorithms import (
     ACTOR_CRITIC,
     ALGORITHMS,
@@ -46,22 +47,22 @@ def load_policy(
     path: Path, observation_space: spaces.Space, action_space: spaces.Space, trust_pickle: bool = False
 ) -> tuple[str, BasePolicy]:
     """Loads a zip that Stable-Baselines3 saved, for the spaces of an environment. Returns the algorithm, and the
-    policy in eval mode on the CPU. With `trust_pickle` Stable-Baselines3 unpickles the zip, which can run any code.
+    policy for the Box of the observations (see `box_space`), in eval mode on the CPU. With `trust_pickle`
+    Stable-Baselines3 unpickles the zip, which can run any code, unless the environment has Dict observations.
 
     Raises UserError if the zip cannot be read, was trained for other spaces, or does not have the weights of a
     standard policy.
     """
     data, weights = read_model(path)
     name = _algorithm(path, data)
-    if "Dict" in str(_description(data, "observation_space").get(":type:")):
-        raise UserError(f"{path} was trained on Dict observations, which are not supported: flatten them to one Box")
-    _check_space(path, "observations", _description(data, "observation_space"), observation_space)
+    box = box_space(observation_space)
+    _check_space(path, "observations", _description(data, "observation_space"), observation_space, box)
     _check_space(path, "actions", _description(data, "action_space"), action_space)
-    unpickles = ALGORITHMS[name].unpickles
+    unpickles = None if isinstance(observation_space, spaces.Dict) else ALGORITHMS[name].unpickles
     if trust_pickle and unpickles is not None:
-        policy = _unpickled_policy(path, unpickles, observation_space, action_space)
+        policy = _unpickled_policy(path, unpickles, box, action_space)
     else:
-        policy = _build_policy(path, name, data, weights, observation_space, action_space)
+        policy = _build_policy(path, name, data, weights, unpickles is not None, box, action_space)
     policy.set_training_mode(False)
     return name, policy
 
@@ -120,24 +121,39 @@ def _algorithm(path: Path, data: dict[str, Any]) -> str:
     return "ddpg" if found == "td3" and without_tricks else found
 
 
-def _check_space(path: Path, part: str, saved: dict[str, Any], space: spaces.Space) -> None:
-    """Raises UserError if the description of a saved space differs from the environment's space."""
+def _check_space(path: Path, part: str, saved: dict[str, Any], *possible: spaces.Space) -> None:
+    """Raises UserError if the description of a saved space differs from all `possible` spaces."""
     kind = re.sub(r".*\.|'>", "", str(saved.get(":type:")))  # of <class 'gymnasium.spaces.box.Box'>
     size = saved.get("n", saved.get("nvec", saved.get("_shape", saved.get("shape"))))
-    trained = " ".join(f"{kind} {size}".split())
-    size = getattr(space, "n", getattr(space, "nvec", list(space.shape or ())))
-    needed = " ".join(f"{type(space).__name__} {size}".split())
-    if saved and trained != needed:
+    trained = _parts(str(saved.get("spaces"))) if kind == "Dict" else f"{kind} {size}"
+    needed = [_written(space) for space in possible]
+    if saved and " ".join(trained.split()) not in needed:
         raise UserError(
-            f"{path} was trained for {part} {trained}, but the environment has {needed}: pass a teacher of this "
+            f"{path} was trained for {part} {trained}, but the environment has {needed[0]}: pass a teacher of this "
             "environment and version (Ant-v4 has observations of 27 numbers, Ant-v5 of 105)"
         )
+
+
+def _written(space: spaces.Space) -> str:
+    if isinstance(space, spaces.Dict):
+        return _parts(str(dict(space.items())))
+    size = getattr(space, "n", getattr(space, "nvec", list(space.shape or ())))
+    return " ".join(f"{type(space).__name__} {size}".split())
+
+
+def _parts(text: str) -> str:
+    """The keys, kinds and sizes of the spaces in a written dict or OrderedDict, without the bounds of a Box."""
+    text = re.sub(r"Box\([^'\"]*?(\([\d, ]*\)), \w+\)", r"Box\1", " ".join(text.split()))
+    parts = re.findall(r"['\"]([^'\"]+)['\"][:,] (Box\([\d, ]*\)|\w+\([^)]*\))", text)
+    return "Dict " + ", ".join(f"{key}: {part}" for key, part in parts)
 
 
 # ---- a policy from its weights ----
 
 
-def _build_policy(path: Path, name: str, data: dict[str, Any], saved: Weights, *both: spaces.Space) -> BasePolicy:
+def _build_policy(
+    path: Path, name: str, data: dict[str, Any], saved: Weights, can_unpickle: bool, *both: spaces.Space
+) -> BasePolicy:
     algorithm = ALGORITHMS[name]
     try:
         weights = algorithm.convert(saved, both[1])
@@ -146,7 +162,7 @@ def _build_policy(path: Path, name: str, data: dict[str, Any], saved: Weights, *
         policy.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         custom = f"{path} contains a custom policy, whose weights do not fit the standard policy of {name.upper()}"
-        if algorithm.unpickles is None:
+        if not can_unpickle:
             raise UserError(f"{custom}: pass a teacher with a standard policy") from None
         raise UserError(
             f"{custom}: pass --trust_pickle if you trust the file; Stable-Baselines3 then unpickles it, which can run "

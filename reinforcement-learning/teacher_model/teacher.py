@@ -1,7 +1,9 @@
 """Teachers: agents that are loaded from files, or trained from reward once and reused by later runs."""
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights, non_finite_tensor
-from kd.reinforcement_learning.data.environments import Environments
+from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
+from kd.reinforcement_learning.teacher_model.files import TeacherFiles, box_statistics, find_teacher, read_statistics
 from kd.reinforcement_learning.teacher_model.policies import (
     UNSCALED,
     DirectPolicy,
@@ -46,7 +48,8 @@ class Agent:
     """A policy of Stable-Baselines3 with the statistics of its observations: a teacher, control or student.
 
     `model`: the algorithm of the policy; None if only the policy was loaded. `source`: origin of the statistics, for
-    the report. `warnings`: possible problems of a loaded policy.
+    the report. `warnings`: possible problems of a loaded policy. `columns`: those that the policy uses of observations
+    that are a teacher's and a student's; None for its observations alone.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Agent:
     model: BaseAlgorithm | None = None
     source: str = "none"
     warnings: tuple[str, ...] = ()
+    columns: slice | None = None
 
     @classmethod
     def load(
@@ -64,9 +68,11 @@ class Agent:
         action_space: spaces.Space,
         trust_pickle: bool = False,
     ) -> "Agent":
-        """Loads a policy and its statistics. Raises UserError for damaged files, and for a policy of other spaces."""
+        """Loads a policy and its statistics, for the Box of the observations of an environment. Raises UserError for
+        damaged files, and for a policy of other spaces.
+        """
         algorithm, policy = load_policy(files.policy, observation_space, action_space, trust_pickle)
-        if is_image_space(observation_space):
+        if is_image_space(policy.observation_space):
             policy.to(best_device())  # smaller networks are faster on the CPU
         if (weight := non_finite_tensor(policy)) is not None:
             raise UserError(f"{files.policy} has weights that are not finite ({weight}): its training diverged")
@@ -79,11 +85,10 @@ class Agent:
                     "--vecnormalize",
                 )
             return cls(name, policy, warnings=warnings)
-        statistics, source = read_statistics(files.statistics), str(files.statistics)
-        if statistics is None:
+        saved, source = read_statistics(files.statistics), str(files.statistics)
+        if saved is None:
             source += " (does not normalize observations)"
-        else:
-            check_statistics(statistics, observation_space, files.statistics)
+        statistics = None if saved is None else box_statistics(saved, observation_space, files.statistics)
         return cls(name, policy, statistics, source=source, warnings=warnings)
 
     @classmethod
@@ -103,17 +108,43 @@ class Agent:
 
     def network(self) -> PolicyNetwork:
         """The network of the policy, which shares its weights, in eval mode on its device."""
-        return PolicyNetwork(self.policy, self.statistics).to(self.policy.device).eval()
+        return PolicyNetwork(self.policy, self.statistics, self.columns).to(self.policy.device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.zip, as Stable-Baselines3 saves it, and vecnormalize.pkl."""
+        """Writes model.zip, as Stable-Baselines3 saves it, and vecnormalize.pkl. A model with statistics is saved for
+        the Box to which they belong, any other for the observations of its environment.
+        """
         assert self.model is not None, "only a whole model can be saved"
         check_finite_weights(self.policy, when=f"at the end of the training of {self.name}")
-        self.model.save(Path(folder, MODEL))
+        model = _for_original_observations(self.model) if self.statistics is None else self.model
+        model.save(Path(folder, MODEL))
         if self.statistics is not None:
             normalizer = self.model.get_vec_normalize_env()
             assert normalizer is not None
             normalizer.save(str(Path(folder, STATISTICS)))
+
+
+def columns_of_both(teacher: Agent) -> tuple[slice, slice]:
+    """The columns of a teacher and of its student in observations that are those of both."""
+    size = math.prod(teacher.policy.observation_space.shape or ())
+    return slice(0, size), slice(size, None)
+
+
+def _for_original_observations(model: BaseAlgorithm) -> BaseAlgorithm:
+    """A copy that is saved as a model of the environment's observations. Its policy has the same weights, because
+    Stable-Baselines3 converts vectors without weights. It converts frames with the channels last itself.
+    """
+    environments = model.get_env()
+    unwrapped = None if environments is None else environments.unwrapped
+    if not isinstance(unwrapped, SB3Environments) or isinstance(unwrapped.environments.original_space, spaces.Box):
+        return model
+    model = copy(model)
+    model.observation_space = unwrapped.environments.original_space
+    if isinstance(model.observation_space, spaces.Dict):
+        model.policy_class = model.policy_aliases["MultiInputPolicy"]
+        for buffer in {"rollout_buffer_class", "replay_buffer_class"} & vars(model).keys():
+            setattr(model, buffer, None)  # the default for the observations
+    return model
 
 
 def load_agent(
@@ -128,7 +159,7 @@ def load_agent(
     if files is None:
         raise UserError(f"only --teacher of distill_policy.py accepts {name}: pass a file or folder")
     with closing(Environments(environment, 1)) as environments:
-        agent = Agent.load(files, environments.observation_space, environments.action_space, trust_pickle)
+        agent = Agent.load(files, environments.original_space, environments.action_space, trust_pickle)
         if agent.name.startswith("maskable") and environments.has_action_masks:
             raise UserError(
                 f"{files.policy} was trained by MaskablePPO with the action masks of {environment}, which are not "
@@ -185,11 +216,15 @@ def train_from_reward(run: PolicyRun, stage: str, environment: str, model: BaseA
 class Teacher:
     """The teacher of one environment. The outputs of `network` are the students' targets: those of the agent at its
     temperature or, for several agents, their average, each at its temperature and with its statistics.
+
+    `shared`: the environment in which teacher and student are compared. It differs from `environment` if the student
+    observes otherwise: its observations are then those of both (see `environment_ids.of_both`).
     """
 
     environment: str
     agents: tuple[Agent, ...]
     network: PolicyNetwork | EnsembleTeacher
+    shared: str
 
     @property
     def agent(self) -> Agent:

@@ -1,4 +1,4 @@
-"""Two tiny environments with a known optimal policy, `right_action`, whose return is exactly 10 per episode.
+"""Tiny environments with a known optimal policy, `right_action`, whose return is exactly 10 per episode.
 
 Importing this module registers them.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
 
 
 class _Questions(gym.Env):
@@ -64,6 +64,64 @@ class KnownAnswerBox(_Questions):
         return float(1 - np.abs(action - self.right_action(self._observation)).mean())
 
 
-for _id, _name in {"KnownAnswer-v0": "KnownAnswer", "KnownAnswerBox-v0": "KnownAnswerBox"}.items():
-    if _id not in gym.registry:
-        gym.register(_id, f"{__name__}:{_name}", max_episode_steps=10)
+class KnownAnswerSpaces(_Questions):
+    """Each observation encodes a number from 0 to 5, high * 2 + low, which the action repeats. Reward: the share of
+    right components, or 1 minus the mean absolute error of Box actions.
+    """
+
+    OBSERVATIONS: dict[str, Space] = {
+        "Dict": Dict(
+            {
+                "position": Box(-2, 2, (1, 2), np.float64),
+                "high": Discrete(3),
+                "noise": MultiDiscrete([4, 2]),
+                "low": MultiBinary(1),
+            }
+        ),
+        "Discrete": Discrete(6),
+        "MultiDiscrete": MultiDiscrete([3, 2]),
+        "MultiBinary": MultiBinary(3),
+        "frames": Box(0, 255, (40, 36, 3), np.uint8),
+    }
+    ACTIONS: dict[str, Space] = {
+        "Discrete": Discrete(3),
+        "MultiDiscrete": MultiDiscrete([3, 2]),
+        "MultiBinary": MultiBinary(3),
+        "Box": Box(-1, 1, (2,), np.float32),
+    }
+
+    def __init__(self, observations: str = "Dict", actions: str = "MultiDiscrete") -> None:
+        self.kind, self.actions = observations, actions
+        self.observation_space, self.action_space = self.OBSERVATIONS[observations], self.ACTIONS[actions]
+
+    def right_action(self) -> Any:
+        high, low = divmod(self._number, 2)
+        bits = [high == 1, high == 2, low]
+        return {"Discrete": high, "MultiDiscrete": [high, low], "MultiBinary": bits, "Box": [high - 1, low]}[
+            self.actions
+        ]
+
+    def _draw(self) -> Any:
+        self._number = int(self.np_random.integers(6))
+        high, low = divmod(self._number, 2)
+        noise = self.np_random.integers([4, 2])
+        if self.kind == "Dict":
+            position = self.np_random.uniform(-2, 2, (1, 2))
+            return {"position": position, "high": np.int64(high), "noise": noise, "low": np.array([low], np.int8)}
+        if self.kind == "frames":
+            frame = np.zeros((40, 36, 3), np.uint8)
+            frame[:, 12 * high : 12 * high + 12, low], frame[..., 2] = 255, noise[0]
+            return frame
+        bits = np.array([high == 1, high == 2, low], np.int8)
+        return {"Discrete": np.int64(self._number), "MultiDiscrete": np.array([high, low]), "MultiBinary": bits}[
+            self.kind
+        ]
+
+    def _reward(self, action: Any) -> float:
+        error = np.abs(action - np.asarray(self.right_action()))
+        return float(1 - (error if self.actions == "Box" else error > 0).mean())
+
+
+for _class in KnownAnswer, KnownAnswerBox, KnownAnswerSpaces:
+    if (_id := f"{_class.__name__}-v0") not in gym.registry:
+        gym.register(_id, f"{__name__}:{_class.__name__}", max_episode_steps=10)

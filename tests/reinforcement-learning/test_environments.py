@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Sequence, Tuple
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -17,8 +17,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data import environments as environments_module
+from kd.reinforcement_learning.data import observations as observations_module
 from kd.reinforcement_learning.data import rollouts, specs
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments, Step, training_environments
+from kd.reinforcement_learning.data.observations import FILTER, FLATTEN
 from kd.reinforcement_learning.data.specs import registration_code, time_limit_warning
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.teacher import Agent
@@ -421,15 +423,24 @@ def test_unknown_arguments_of_the_environment_raise_an_error():
     assert "use episodic_life=True" in error_of("ALE/Breakout-v5", 1, life_loss_info=True)
 
 
-@pytest.mark.parametrize(("id", "fault"), [("FrozenLake-v1", "Discrete"), ("Blackjack-v1", "Tuple")])
-def test_non_box_observations_raise_an_error(id, fault):
-    message = error_of(id, 2)
-    assert message == f"environment {id} has {fault} observations; {environments_module.SUPPORTED}"
-
-
-def test_channels_last_frames_raise_an_error(monkeypatch):
-    monkeypatch.setattr(KnownAnswer, "observation_space", Box(0, 255, (96, 96, 3), np.uint8))
-    assert "has frames of shape (96, 96, 3), whose channels come last; supported are" in error_of("KnownAnswer-v0", 2)
+@pytest.mark.parametrize(
+    ("space", "fault"),
+    [
+        (Tuple([Discrete(2), Discrete(3)]), f"Tuple observations: {FLATTEN}"),
+        (Discrete(3, start=1), f"Discrete observations that do not start from 0: {FLATTEN}"),
+        (MultiDiscrete(np.array([[2, 3]])), f"MultiDiscrete observations of shape (1, 2): {FLATTEN}"),
+        (Dict({"a": Dict({"b": Discrete(2)})}), f"Dict observations at key a of its Dict observations: {FLATTEN}"),
+        (Dict({"a": Box(0, 1, ())}), f"a single number at key a of its Dict observations: {FLATTEN}"),
+        (Dict({"a.b": Discrete(2)}), f"a dot in the name at key a.b of its Dict observations: {FLATTEN}"),
+        (Dict({"eye": Box(0, 255, (9, 9, 3), np.uint8)}), f"frames at key eye of its Dict observations: {FILTER}"),
+        (Graph(Discrete(2), None), f"Graph observations; {observations_module.SUPPORTED}"),
+        (Dict({"a": Sequence(Discrete(2))}), "Sequence observations at key a of its Dict observations; supported are"),
+    ],
+)  # fmt: skip
+def test_unsupported_observations_raise_an_error(space, fault, monkeypatch):
+    monkeypatch.setattr(KnownAnswer, "observation_space", space)
+    monkeypatch.setattr(KnownAnswer, "_draw", lambda self: space.sample())
+    assert fault in error_of("KnownAnswer-v0", 2)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,13 @@ from torch import nn
 
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import to_environment
-from kd.reinforcement_learning.teacher_model.files import TeacherFiles, check_statistics, find_teacher, read_statistics
+from kd.reinforcement_learning.teacher_model.files import (
+    Statistics,
+    TeacherFiles,
+    box_statistics,
+    find_teacher,
+    read_statistics,
+)
 from kd.reinforcement_learning.teacher_model.policies import (
     FrameFeatures,
     ObservationStatistics,
@@ -187,19 +193,20 @@ def test_loaded_policy_matches_stable_baselines(tmp_path: Path, case: str) -> No
     path = saved(tmp_path, algorithm, env, **arguments)
     theirs = algorithm.load(path, device="cpu").policy
     observations = observations_of(spaces_of(env)[0]) if env != "FrozenLake-v1" else np.arange(16)
+    rows = observations if env != "FrozenLake-v1" else np.eye(16, dtype=np.float32)
     expected = theirs.predict(observations, deterministic=True)[0]
     for trust in (False, True):
         name, ours = load_policy(path, *spaces_of(env), trust_pickle=trust)
         assert name == case.split()[0] and not ours.training
-        np.testing.assert_array_equal(ours.predict(observations, deterministic=True)[0], expected)
+        np.testing.assert_array_equal(ours.predict(rows, deterministic=True)[0], expected)
         assert {n: w.shape for n, w in ours.state_dict().items()} == {
             n: w.shape for n, w in theirs.state_dict().items()
         }
         for setting in ("activation_fn", "normalize_images"):
             assert vars(ours)[setting] == vars(theirs)[setting]
         if isinstance(ours, ActorCriticPolicy) and isinstance(theirs, ActorCriticPolicy):
-            observed = theirs.obs_to_tensor(observations)[0]
-            torch.testing.assert_close(ours.predict_values(observed), theirs.predict_values(observed), rtol=0, atol=0)
+            values = theirs.predict_values(theirs.obs_to_tensor(observations)[0])
+            torch.testing.assert_close(ours.predict_values(torch.as_tensor(rows)), values, rtol=0, atol=0)
 
 
 def test_zip_of_old_gym_loads(tmp_path: Path) -> None:
@@ -309,8 +316,8 @@ def test_policy_of_other_spaces_raises_an_error(tmp_path: Path) -> None:
             caught = pytest.raises(UserError, load_policy, path, observed, space, trust_pickle=trust)
             assert caught.match(f"actions Discrete 2, but the environment has {described}")
     path = saved(tmp_path, PPO, Frames(), policy="CnnPolicy")
-    last = spaces.Box(0, 255, (84, 84, 4), np.uint8)
-    assert "[84, 84, 4]" in error_of(load_policy, path, last, spaces.Discrete(3))
+    last = spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    assert "[84, 84, 3]" in error_of(load_policy, path, last, spaces.Discrete(3))
 
 
 CONTRIB: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -481,8 +488,8 @@ def normalizing(path: Path, **arguments: Any) -> Any:
     return env
 
 
-def expected_of(statistics: ObservationStatistics | None, observations: np.ndarray) -> np.ndarray:
-    assert statistics is not None
+def expected_of(statistics: Statistics | None, observations: np.ndarray) -> np.ndarray:
+    assert isinstance(statistics, ObservationStatistics)
     scaled = (observations - statistics.mean) / np.sqrt(statistics.var + statistics.epsilon)
     return np.clip(scaled, -statistics.clip, statistics.clip).astype(np.float32)
 
@@ -501,7 +508,7 @@ def test_statistics_normalize_as_vec_normalize(tmp_path: Path) -> None:
     env.obs_rms.var = np.arange(6.0).reshape(3, 2).T.reshape(3, 2, order="F")[:, :1]
     path.write_bytes(pickle.dumps(env))
     statistics = read_statistics(path)
-    assert statistics is not None and statistics.epsilon == 0.5
+    assert isinstance(statistics, ObservationStatistics) and statistics.epsilon == 0.5
     np.testing.assert_array_equal(statistics.mean, env.obs_rms.mean)
     np.testing.assert_array_equal(statistics.var, env.obs_rms.var)
 
@@ -535,12 +542,17 @@ def test_statistics_of_other_observations_raise_an_error(tmp_path: Path) -> None
     env = normalizing(path)
     statistics = read_statistics(path)
     assert statistics is not None
-    check_statistics(statistics, env.observation_space, path)
-    message = error_of(check_statistics, statistics, spaces_of("CartPole-v1")[0], path)
+    box_statistics(statistics, env.observation_space, path)
+    message = error_of(box_statistics, statistics, spaces_of("CartPole-v1")[0], path)
     assert "(3,)" in message and "(4,)" in message and str(path) in message
     env.obs_rms = {"position": env.obs_rms}
     path.write_bytes(pickle.dumps(env))
-    assert "Dict" in error_of(read_statistics, path)
+    by_key = read_statistics(path)
+    for space in env.observation_space, spaces.Dict({"speed": env.observation_space}):
+        assert "has statistics of the keys position, but" in error_of(box_statistics, by_key, space, path)
+    assert "of key position of shape (3,)" in error_of(
+        box_statistics, by_key, spaces.Dict({"position": spaces.Discrete(3)}), path
+    )
 
 
 def malicious_pickles(mark: Path) -> dict[str, bytes]:
