@@ -38,6 +38,7 @@ zoo="${1%/}"
 shift
 chosen=()
 while [ $# -gt 0 ] && [[ "$1" != --* ]]; do
+  grep -q "^$1 " <<< "$agents" || { echo "error: $1 is none of the agents of ${BASH_SOURCE[0]##*/}" >&2; exit 2; }
   chosen+=("$1")
   shift
 done
