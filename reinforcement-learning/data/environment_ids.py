@@ -108,28 +108,31 @@ def student_environment(id: str) -> str:
 
 
 def student_wrappers(words: Sequence[str], frames: int) -> tuple[Part, ...]:
-    """The wrappers of --student_observation (indices, keys or wrappers) and --frame_stack. Raises ValueError for
-    malformed indices.
+    """The wrappers of --student_observation (indices or keys, then wrappers) and --frame_stack. Raises ValueError for
+    malformed words.
     """
-    stack: tuple[Part, ...] = (("frame_stack", {"n": frames, "padding": "reset"}),) if frames > 1 else ()
-    if not words:
-        return stack
-    if any(re.search("[:{]", word) or word in WRAPPERS for word in words):
-        return (*parse_wrappers("--student_observation", words), *stack)
+    wrappers = [word for word in words if re.search("[:{]", word) or word in WRAPPERS]
+    selected = [word for word in words if word not in wrappers]
+    parts = [*_selection(selected), *parse_wrappers("--student_observation", wrappers)]
+    if frames > 1:
+        parts.append(("frame_stack", {"n": frames, "padding": "reset"}))
+    return tuple(parts)
+
+
+def _selection(words: list[str]) -> list[Part]:
+    """The wrapper that selects indices and ranges, or keys; none without words."""
     if not any(word[:1].isdigit() for word in words):
-        return (("select", {"keys": list(words)}), *stack)
+        return [("select", {"keys": words})] if words else []
     indices = [index for word in words for index in _indices(word)]
     if len(set(indices)) < len(indices):
         raise ValueError(f"--student_observation names an index twice: {' '.join(words)}")
-    return (("select", {"indices": indices}), *stack)
+    return [("select", {"indices": indices})]
 
 
 def _indices(word: str) -> range:
     found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
     if found is None or int(found[1]) > int(found[2] or found[1]):
-        raise ValueError(
-            f"--student_observation takes indices and ranges such as 0 2-5, or keys, or a wrapper, got {word}"
-        )
+        raise ValueError(f"--student_observation takes indices and ranges such as 0 2-5, or keys, got {word}")
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 

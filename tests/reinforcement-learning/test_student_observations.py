@@ -78,6 +78,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *words: object, script: str =
         (["position", "speed"], 2, '+select{"keys": ["position", "speed"]}+frame_stack{"n": 2, "padding": "reset"}'),
         (['frame_stack{"n": 3}'], 1, '+frame_stack{"n": 3}'),
         (["my.module:Blur", "time_feature"], 1, "+my.module:Blur+time_feature"),
+        (["1", 'frame_stack{"n": 3}'], 1, '+select{"indices": [1]}+frame_stack{"n": 3}'),
     ],
 )
 def test_the_environment_of_a_student(words, frames, written):
