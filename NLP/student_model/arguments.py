@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LayerMap = Literal["uniform", "last", "skip"]
 HiddenLoss = Literal["l2", "cosine", "both"]
-METHOD_HELP = f"NAME or NAME:key=value:...; one of {', '.join(METHOD_NAMES)}."
+METHOD_HELP = f"NAME[:key=value:...]: {', '.join(METHOD_NAMES)}."
 SEPARATOR_HELP = "Separator of several labels in the label column, such as a comma."
 PLACEHOLDER_HELP = "Placeholders in the label column for a missing label."
 LABEL_NAMES_HELP = "Labels, by id, of classifiers that name theirs LABEL_0, LABEL_1, ..."

@@ -27,7 +27,7 @@ import numpy as np
 from kd.common.data.label_names import count_rows, is_number, match_names, shorten_list
 from kd.common.data.sources import Splits
 from kd.common.data.teacher_rows import FLAG, Row, parse_rows
-from kd.common.losses.predictions import LOG_ZERO
+from kd.common.losses.shared import LOG_ZERO
 from kd.common.utils.errors import UserError
 
 Values = Literal["probabilities", "percentages", "log_probabilities", "logits"]

@@ -1,5 +1,18 @@
 """Distillation losses: pure functions from tensors to a scalar, computed in fp32. Teacher tensors are detached."""
 
+from kd.common.losses.classifiers import (
+    class_directions,
+    class_relations,
+    class_similarity,
+    correlation_loss,
+    decoupled_kd,
+    label_probability,
+    refined_kd,
+    sample_directions,
+    sample_relations,
+    standardized,
+    transport,
+)
 from kd.common.losses.features import (
     attended_mean,
     attention_kl,
@@ -24,31 +37,26 @@ from kd.common.losses.features import (
     variational,
 )
 from kd.common.losses.predictions import (
+    alpha_beta,
     binary_cross_entropy,
     binary_soft_target_kl,
-    class_relations,
-    class_similarity,
-    correlation_loss,
-    decoupled_kd,
     gaussian_kl,
     hard_targets,
     jensen_shannon,
-    label_probability,
     regression_huber,
     regression_mse,
-    sample_relations,
     soft_target_kl,
-    standardized,
-    transport,
 )
 
 __all__ = [
+    "alpha_beta",
     "attended_mean",
     "attention_kl",
     "attention_transfer",
     "binary_cross_entropy",
     "binary_soft_target_kl",
     "channel_kl",
+    "class_directions",
     "class_relations",
     "class_similarity",
     "correlation_congruence",
@@ -67,10 +75,12 @@ __all__ = [
     "nst",
     "partial_l2",
     "pkt",
+    "refined_kd",
     "regression_huber",
     "regression_mse",
     "rkd_angle",
     "rkd_distance",
+    "sample_directions",
     "sample_relations",
     "similarity_l2",
     "similarity_preserving",

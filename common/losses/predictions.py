@@ -1,21 +1,17 @@
 """Losses between predictions: distributions over classes or tokens, labels, Gaussian policies, and numbers.
 
 Logits are (batch, classes), or (batch, positions, vocabulary) if a docstring lists that shape; labels are (batch,).
+Those of published methods for classifiers are in `classifiers.py`.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
-from kd.common.losses.shared import einsum, kl, same_shape, unit, weighted_mean
-
-LOG_ZERO = -1e9  # log of a probability of zero; minus infinity would have no gradient
-
-
-# ---- soft targets, hard targets, labels, numbers and Gaussians ----
+from kd.common.losses.shared import kl, same_shape, weighted_mean
 
 
 def soft_target_kl(
@@ -70,6 +66,47 @@ def jensen_shannon(
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
     divergence = beta * kl(teacher, mixture, dim=-1) + (1 - beta) * kl(student, mixture, dim=-1)
     return temperature**2 * weighted_mean(divergence, sample_weights)
+
+
+def alpha_beta(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    alpha: float = 0.8,
+    beta: float = 0.3,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
+    """Alpha-beta divergence (ABKD, arXiv:2505.04560, definition 4.1), scaled by temperature^2.
+
+    D(p || q) = sum_c [alpha p^s + beta q^s - s p^alpha q^beta] / (alpha beta s), with s = alpha + beta, the teacher's
+    distribution p and the student's q, both at `temperature`. beta = 0 is its limit, sum_c [p^alpha log(p^alpha /
+    q^alpha) - p^alpha + q^alpha] / alpha^2, and alpha = 0 the same with p and q exchanged. So (1, 0) is the forward KL
+    of `soft_target_kl`, (0, 1) the reverse KL, and (1, 1) half the squared distance of p and q. (The published code
+    divides the limits by alpha instead of alpha^2.) Shapes and averages as in soft_target_kl. Raises ValueError for a
+    negative alpha or beta, if both are zero, and as soft_target_kl does.
+    """
+    if temperature <= 0 or min(alpha, beta) < 0 or alpha + beta == 0:
+        found = f"{temperature}, {alpha} and {beta}"
+        raise ValueError(f"need a positive temperature, and alpha and beta of at least 0, not both 0: got {found}")
+    same_shape(student_logits, teacher_logits)
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    if beta == 0:
+        divergence = _power_kl(teacher, student, alpha)
+    elif alpha == 0:
+        divergence = _power_kl(student, teacher, beta)
+    else:
+        total = alpha + beta
+        both = alpha * (total * teacher).exp() + beta * (total * student).exp()
+        mixed = total * (alpha * teacher + beta * student).exp()
+        divergence = (both - mixed).sum(dim=-1) / (alpha * beta * total)
+    return temperature**2 * weighted_mean(divergence.clamp(min=0), sample_weights)
+
+
+def _power_kl(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
+    """The alpha-beta divergence with alpha = `power` and beta = 0, summed over the last dimension."""
+    log_p, log_q = power * log_p, power * log_q
+    return (log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp()).sum(dim=-1) / power**2
 
 
 def hard_targets(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -183,168 +220,3 @@ def _expanded(log_std: Tensor, mean: Tensor) -> Tensor:
 def _check_direction(direction: str) -> None:
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
-
-
-# ---- decoupled, standardized, relational, and by optimal transport ----
-
-
-def standardized(logits: Tensor) -> Tensor:
-    """(logits - mean) / (standard deviation + 1e-7) of each sample, in fp32, as in LSKD (arXiv:2403.01427).
-
-    The standard deviation is the unbiased one. The result does not depend on shift and scale of a sample's logits.
-    Raises ValueError for a single class, which has no deviation.
-    """
-    if logits.shape[-1] < 2:
-        raise ValueError("standardized logits need at least 2 classes, got 1")
-    logits = logits.float()
-    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
-
-
-def decoupled_kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
-) -> Tensor:
-    """DKD (arXiv:2203.08679): T^2 [alpha KL(b_t || b_s) + beta KL(q_t || q_s)], averaged over the batch.
-
-    b = (p_label, 1 - p_label) of the softmax p at T, q the softmax at T over the other classes. With alpha = 1 and
-    beta = 1 - p_label of the teacher it is Hinton's KL. Computed in log space. Raises ValueError for fewer than three
-    classes, which leave no distribution over the others, and for shapes that differ.
-    """
-    same_shape(student_logits, teacher_logits)
-    if student_logits.shape[1] < 3:
-        raise ValueError(f"decoupled KD needs at least 3 classes, got {student_logits.shape[1]}")
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    (student_binary, student_others), (binary, others) = _decoupled(student, labels), _decoupled(teacher, labels)
-    divergence = alpha * kl(binary, student_binary, dim=1) + beta * kl(others, student_others, dim=1)  # (batch,)
-    return temperature**2 * divergence.mean()
-
-
-def correlation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 4.0
-) -> Tensor:
-    """DIST (arXiv:2205.10536): T^2 [beta (1 - mean_i r(p_i^s, p_i^t)) + gamma (1 - mean_c r(p_c^s, p_c^t))].
-
-    r is Pearson's correlation, p the softmax at T: over the classes of each sample (rows p_i), and over the samples of
-    the batch for each class (columns p_c). The correlation with a constant counts as 0. Raises ValueError for shapes
-    that differ.
-    """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
-    between = 1 - _correlations(student, teacher).mean()
-    within = 1 - _correlations(student.T, teacher.T).mean()
-    return temperature**2 * (beta * between + gamma * within)
-
-
-def class_relations(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """||P_t^T P_t - P_s^T P_s||_F^2 / classes, P (batch, classes) being the softmax at T (MLKD, CVPR 2023).
-
-    Raises ValueError for shapes that differ.
-    """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
-    pattern = "sample i, sample j -> i j"
-    return (einsum(teacher, teacher, pattern) - einsum(student, student, pattern)).square().sum() / student.shape[1]
-
-
-def sample_relations(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """||P_t P_t^T - P_s P_s^T||_F^2 / batch, otherwise as `class_relations` (MLKD, CVPR 2023)."""
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
-    pattern = "i c, j c -> i j"
-    return (einsum(teacher, teacher, pattern) - einsum(student, student, pattern)).square().sum() / student.shape[0]
-
-
-def label_probability(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """-p_t log p_s of the label, at temperature 1, averaged over the batch: the label's term in WKD-L
-    (arXiv:2412.08139). Raises ValueError for shapes that differ.
-    """
-    same_shape(student_logits, teacher_logits)
-    probabilities = F.softmax(teacher_logits.detach().float(), dim=1)
-    weight = probabilities[torch.arange(len(labels), device=labels.device), labels]  # (batch,)
-    return (weight * F.cross_entropy(student_logits.float(), labels, reduction="none")).mean()
-
-
-def transport(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    cost: Tensor,
-    temperature: float = 8.0,
-    regularization: float = 0.05,
-    iterations: int = 10,
-) -> Tensor:
-    """Cost of transporting the student's distribution over the classes other than the label to the teacher's.
-
-    WKD-L (arXiv:2412.08139): both are softmaxes at T without the label; `cost` (classes, classes) is the cost of
-    moving probability between two classes. The plan of entropic optimal transport comes from Sinkhorn `iterations` in
-    log space, which is finite for any logits. Averaged over the batch; needs batch * classes^2 floats per iteration.
-    The loss is not zero for equal logits, because the entropy spreads the plan. Raises ValueError for fewer than three
-    classes and for shapes that differ.
-    """
-    same_shape(student_logits, teacher_logits)
-    if student_logits.shape[1] < 3:
-        raise ValueError(
-            f"transport between the other classes needs at least 3 classes, got {student_logits.shape[1]}"
-        )
-    is_label = F.one_hot(labels, student_logits.shape[1]).bool()
-    student, teacher = (
-        F.log_softmax((x.float() / temperature).masked_fill(is_label, LOG_ZERO), dim=1)
-        for x in (student_logits, teacher_logits.detach())
-    )
-    kernel = -cost.float() / regularization  # (classes, classes)
-    start = torch.full_like(
-        student, -math.log(student.shape[1] - 1)
-    )  # uniform over the other classes, as in the authors' code
-    rows = rearrange(start.masked_fill(is_label, LOG_ZERO), "batch row -> batch row 1")
-    for _ in range(iterations):
-        columns = rearrange(teacher - torch.logsumexp(kernel + rows, dim=1), "batch column -> batch 1 column")
-        rows = rearrange(student - torch.logsumexp(kernel + columns, dim=2), "batch row -> batch row 1")
-    plan = (rows + kernel + columns).exp()  # (batch, row, column)
-    return reduce(plan * cost.float(), "batch row column -> batch", "sum").mean()
-
-
-def class_similarity(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Similarity (classes, classes) of the covariances of the features (samples, width) of two classes, from 0 to 1.
-
-    Linear centred kernel alignment (arXiv:1905.00414): tr(G_i G_j) / sqrt(tr(G_i^2) tr(G_j^2)), G = X^T X (width,
-    width) of the centred features of a class. Kernels are between features, because samples of two classes do not
-    correspond (the generator of WKD's authors pairs them by their order). A class with fewer than two samples has
-    similarity 0 to all other classes.
-    """
-    features = features.float()
-    sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
-    counts = rearrange(labels.bincount(minlength=classes).clamp(min=1), "c -> c 1")
-    centred = features - (sums / counts)[labels]
-    zeros = features.new_zeros(classes)
-    alignment = torch.stack(  # (classes, classes); tr(G_i G_j) is the sum of the squares of X_i X_j^T
-        [
-            zeros.index_add(0, labels, einsum(centred[labels == c], centred, "i w, j w -> i j").square().sum(0))
-            for c in range(classes)
-        ]
-    )
-    lengths = alignment.diagonal().sqrt()
-    scale = einsum(lengths, lengths, "i, j -> i j").clamp(min=torch.finfo(torch.float32).tiny)
-    return (alignment / scale).clamp(max=1).fill_diagonal_(1.0)
-
-
-def _decoupled(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (p_label, 1 - p_label) (batch, 2), and of the softmax over the others (batch, classes - 1)."""
-    labels = rearrange(labels, "batch -> batch 1")
-    before = torch.arange(log_p.shape[1] - 1, device=log_p.device)
-    others = log_p.gather(1, before + (before >= labels))  # all but the label
-    no_label = torch.logsumexp(others, dim=1, keepdim=True)
-    return torch.cat([log_p.gather(1, labels), no_label], dim=1), others - no_label
-
-
-def _correlations(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's correlation of each row; 0 if a row is constant."""
-    first, second = (unit(x - x.mean(1, keepdim=True)) for x in (first, second))
-    return (first * second).sum(1)
-
-
-def _probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    same_shape(student_logits, teacher_logits)
-    student = F.softmax(student_logits.float() / temperature, dim=1)
-    return student, F.softmax(teacher_logits.detach().float() / temperature, dim=1)

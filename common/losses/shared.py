@@ -4,6 +4,8 @@ import einops
 import torch
 from torch import Tensor
 
+LOG_ZERO = -1e9  # log of a probability of zero; minus infinity would have no gradient
+
 
 def kl(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
     """KL(p || q) along `dim`, of log-probabilities; negative rounding errors are clamped to zero."""

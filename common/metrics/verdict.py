@@ -29,7 +29,7 @@ MIN_EXAMPLES = 10
 MARGIN = 0.01  # share of the teacher's distance from chance that still counts as equal
 POWER = 0.8
 OVER_EXAMPLES = "paired bootstrap over the evaluation examples"
-TOO_FEW_EXAMPLES = f"none, because there are fewer than {MIN_EXAMPLES} evaluation examples"
+TOO_FEW_EXAMPLES = f"no interval, because there are fewer than {MIN_EXAMPLES} evaluation examples"
 OVER_SEEDS = "paired t over the seeds"
 AT_LEAST = "paired t over the seeds, widened to the bootstrap over the evaluation examples"
 

@@ -205,7 +205,7 @@ def _interval(verdict: dict[str, Any]) -> str:
     seeds = "one seed" if verdict["seeds"] == 1 else f"{verdict['seeds']} seeds"
     gain = f"gain {number(verdict['gain'])}"
     if verdict["interval"] is None:
-        return f"{gain}, {seeds}, too few evaluation examples for an interval"
+        return f"{gain}, {seeds}, {verdict['method']}"
     low, high = map(number, verdict["interval"])
     return f"{gain}, {verdict['confidence']:.0%} interval {low} to {high}, {seeds}, {verdict['method']}"
 
@@ -224,9 +224,10 @@ def _against_teacher(results: Results) -> str:
     if results["retention"] is None or results.get("lower_is_better"):
         return f"; the teacher's is {score}"
     share, floor = f"{results['retention']:.1%}", results.get("floor", 0.0)
-    return (
-        f", {share} of " + (f"the way from {number(floor)} (no skill) to " if floor else "") + f"the teacher's {score}"
-    )
+    way = f"the way from {number(floor)} (no skill) to " if floor else ""
+    interval = results.get("retention_interval")
+    bounds = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+    return f", {share} of {way}the teacher's {score}{bounds}"
 
 
 def _size(results: Results) -> str:

@@ -127,6 +127,8 @@ class Schema(BaseModel):
     primary_metric: PrimaryMetric
     # (student - floor) / (teacher - floor) of the primary metric, or teacher / student if `lower_is_better`
     retention: float | None
+    # of retention, from that of the verdict on the teacher; null where teachers differ by seed or `lower_is_better`
+    retention_interval: list[float] | None = None
     gain_over_control: float | None  # student - control, or control - student if `lower_is_better`
     floor: float = 0.0  # the metric without any skill
     chance: float | None = None  # the metric of a constant prediction, of token frequencies or of random actions
@@ -198,7 +200,7 @@ def useless_teacher(results: Results) -> str | None:
 
 # ---------------------------------------------------------------- verdicts
 
-CONSTANT = "the student predicts the same for every evaluation example"
+CONSTANT = "the student predicts the same for all inputs of the evaluation"
 
 
 def verdict_of_run(results: Results, measurements: Mapping[str, Measurement], margin: float | None) -> dict[str, Any]:
@@ -239,20 +241,34 @@ def _verdict_of_runs(runs: list[Results], merged: Results, shared_teacher: bool)
     return _with_warnings(merged, found, constant) | {"shared_teacher": shared_teacher}
 
 
+def retention_interval(results: Results) -> list[float] | None:
+    """The interval of (student - floor) / (teacher - floor), from that of student - teacher, which is paired: it
+    contains the variation of the teacher over the evaluation examples. None if there is no interval, if lower is
+    better, or if each seed has another teacher.
+    """
+    verdict, score = results.get("verdict") or {}, primary_score(results, "teacher")
+    interval = (verdict.get("teacher") or {}).get("interval")
+    same = "seeds" not in results or verdict.get("shared_teacher")
+    if interval is None or score is None or not same or results["retention"] is None or results.get("lower_is_better"):
+        return None
+    return [1 + bound / (score - results["floor"]) for bound in interval]
+
+
 def _with_warnings(results: Results, found: dict[str, Any], constant: bool) -> dict[str, Any]:
     warnings = [text for text in results["warnings"] if AT_CHANCE in text]
     if useless_teacher(results) == "the control":
         warnings.append("the teacher is no better than the control: check it before distilling from it")
     if constant:
         warnings.append(CONSTANT)
-    control = found.get("control")
-    if control and (needed := seeds_needed(control)):
+    if (control := found.get("control")) and (needed := seeds_needed(control)):
         warnings.append(
             f"{control['seeds']} seeds are too few to show a gain over the control of this size: about {needed} are "
             "needed for a probability of 80%"
         )
+    unit = results["data"].get("units", {}).get(results["primary_metric"]["split"], "examples")
+    found = {role: one | {"method": one["method"].replace("examples", unit)} for role, one in found.items()}
     others = {role: verdict for role, verdict in found.items() if role not in ("control", "teacher")}
-    return {"control": control, "teacher": found.get("teacher"), "others": others, "warnings": warnings}
+    return {"control": found.get("control"), "teacher": found.get("teacher"), "others": others, "warnings": warnings}
 
 
 # ---------------------------------------------------------------- several seeds
@@ -284,6 +300,7 @@ def over_seeds(runs: list[Results]) -> Results:
     merged["standard_deviations"] = _merge(figures, _deviation)
     if all(run.get("verdict") for run in runs):  # not those of earlier versions
         merged["verdict"] = _verdict_of_runs(runs, merged, "teacher" in same or "teacher_outputs" in merged)
+    merged["retention_interval"] = retention_interval(merged)
     return merged
 
 

@@ -16,7 +16,11 @@ else:
     TrainingArguments = object
 
 # The names in kd.common.methods.METHODS, which imports torch.
-METHOD_NAMES = ("kd", "dkd", "dist", "lskd", "dkd_ls", "mlkd", "mlkd_ls", "ctkd", "wkd", "rkd", "sp", "pkt", "cc")
+METHOD_NAMES = (
+    *("kd", "dkd", "dist", "lskd", "dkd_ls", "mlkd", "mlkd_ls", "ctkd", "wkd", "rld", "abkd", "vrm"),
+    *("rkd", "sp", "pkt", "cc"),
+)
+LABELS = "task"  # the part of an objective that compares with the labels
 Keys = Literal["carried", "new", "random", "reused"]
 CodebookSize = Annotated[int, Range(1, 2**16)]
 Strategy = Literal["no", "steps", "epoch"]
@@ -86,6 +90,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     alpha: Share = field(default=0.5, metadata={"help": "Weight of the labels; soft targets have 1 - alpha."})
     temperature: Positive = field(default=2.0, metadata={"help": "Temperature of the soft targets."})
     value_learning_rate: Positive | None = None  # of a bottleneck's values; None: --learning_rate
+    dot_delta: NotNegative | None = field(default=None, init=False)  # of DistillationOrientedSGD, instead of SGD
     label_smoothing_factor: ShareBelow1 = field(
         default=0.0, metadata={"help": "Label smoothing factor; 0 for no smoothing."}
     )
@@ -128,7 +133,13 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
     def __post_init__(self) -> None:
         from transformers import TrainingArguments
 
-        from kd.common.training.checks import check_optimizer, check_report_to, check_supported, resolve_device
+        from kd.common.training.checks import (
+            check_dot,
+            check_optimizer,
+            check_report_to,
+            check_supported,
+            resolve_device,
+        )
 
         super().__post_init__()
         if self.lr_milestones is not None and self.max_steps > 0:
@@ -142,6 +153,7 @@ class KDTrainingArguments(RunArguments, TrainingArguments):  # type: ignore[misc
         self.do_eval = False  # the parent derives it, and no code here reads it
         check_report_to(self)
         check_optimizer(self)
+        check_dot(self)
         if self.load_best_model_at_end and str(self.metric_for_best_model).endswith("loss"):
             raise ValueError(
                 "--load_best_model_at_end needs --metric_for_best_model with a metric of the report (and "

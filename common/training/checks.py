@@ -111,6 +111,30 @@ def check_optimizer(args: TrainingArguments) -> None:
         ) from error
 
 
+def check_dot(args: TrainingArguments) -> None:
+    """Raises ValueError if --dot_delta is set, and other flags do not allow separate gradients and momentums."""
+    delta: float | None = args.dot_delta  # type: ignore[attr-defined]
+    if delta is None:
+        return
+    kind, keywords = _optimizer_class(args, args.optim_args)
+    momentum = keywords.get("momentum", 0.0)
+    if kind is not torch.optim.SGD or not momentum or keywords.get("dampening"):
+        raise ValueError("--dot_delta needs --optim sgd with --optim_args momentum=0.9 and without dampening")
+    if delta > momentum or momentum + delta >= 1:
+        raise ValueError(
+            f"--dot_delta must be at most {momentum:g} and below {1 - momentum:g}, because momentum is {momentum:g}, "
+            f"got {delta:g}"
+        )
+    unsupported = {
+        "--max_grad_norm": (args.max_grad_norm, "pass --max_grad_norm 0"),
+        "--precision fp16": (args.fp16, "pass --precision fp32 or bf16"),
+        "a run of several processes": (args.world_size > 1 or args.fsdp, "start one process"),
+    }
+    for name, (is_set, remedy) in unsupported.items():
+        if is_set:
+            raise ValueError(f"--dot_delta separates two gradients, which {name} does not support: {remedy}")
+
+
 def _name(choice: Any) -> str:
     return str(choice.value)
 

@@ -27,7 +27,14 @@ from kd.common.metrics.verdict import Measurement
 from kd.common.reporting.model_card import Card, Savable, save_student, with_seeds
 from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import print_table, write_report
-from kd.common.reporting.results import RECIPE, RESULTS, over_seeds, score_of_outputs, verdict_of_run
+from kd.common.reporting.results import (
+    RECIPE,
+    RESULTS,
+    over_seeds,
+    retention_interval,
+    score_of_outputs,
+    verdict_of_run,
+)
 from kd.common.training.arguments import RunArguments
 from kd.common.training.run_folder import RUN_FILES, RunFolder, read_mark
 from kd.common.utils.devices import best_device, command, environment
@@ -259,7 +266,7 @@ class Run:
         }
         if measurements and "student" in measurements:
             results["verdict"] = verdict_of_run(results, measurements, self.args.margin)
-        return results
+        return results | {"retention_interval": retention_interval(results)}
 
     def finish(
         self, results: dict[str, Any], student: Savable | None, card: Card, processor: Savable | None = None
@@ -280,4 +287,6 @@ class Run:
             print_table(results)
             if (folder / "student").exists():
                 print(f"student: {folder / 'student'}")
+            elif results["models"]["student"] is None and (self.folder / "stages" / "teacher").exists():
+                print(f"teacher: {self.folder / 'stages' / 'teacher'}")
             print(f"report:  {folder / 'report.md'}")

@@ -36,6 +36,7 @@ from kd.common.training.batch_norm import (
 from kd.common.training.checkpoint_trainer import CheckpointTrainer
 from kd.common.training.checkpoints import last_checkpoint, without_sharing
 from kd.common.training.inference import LengthGroupedSampler, column_array
+from kd.common.training.optimizers import DistillationOrientedSGD, milestone_schedule, parameter_groups
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.utils.errors import UserError, recording_interrupts
 from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
@@ -101,7 +102,7 @@ class KDTrainer(CheckpointTrainer):
         self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
-        self._interrupted, self._step_of_gradients = threading.Event(), -1
+        self._interrupted, self._first_step, self._step_of_gradients = threading.Event(), -1, -1
         if self.args.world_size > 1:
             synchronize_batch_norms(self.model, objective)
 
@@ -114,7 +115,9 @@ class KDTrainer(CheckpointTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._interrupted.is_set():
             raise KeyboardInterrupt
-        is_first = self.state.global_step == self._initial_global_step
+        if self._step_of_gradients < 0:
+            self._first_step = self.state.global_step
+        is_first = self.state.global_step == self._first_step
         if self.state.global_step != self._step_of_gradients:  # the parent clears the gradients of the model alone
             self.objective.zero_grad()
             self._step_of_gradients = self.state.global_step
@@ -154,7 +157,7 @@ class KDTrainer(CheckpointTrainer):
         self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
         parts = self.objective_in_step(student, teacher, labels)
         loss, parts = self._divergence.drop_diverged(self.state.global_step + 1, parts)
-        loss = loss * share
+        loss = loss * share if self._dot is None else self._dot.separated(parts, share)
         if self.args.device.type == "cpu" or self.state.global_step % CHECK_EVERY == 0:
             self._check_finite()
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
@@ -256,9 +259,18 @@ class KDTrainer(CheckpointTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """The parent's choice; SGD in one pass over the weights (on a CPU, torch would take several)."""
+        """The parent's choice; SGD in one pass over the weights (on a CPU, torch would take several), or DOT."""
         kind, keywords = CheckpointTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return kind, keywords | {"fused": True} if kind is torch.optim.SGD else keywords
+        if kind is not torch.optim.SGD:
+            return kind, keywords
+        if args.dot_delta is not None:
+            kind, keywords = DistillationOrientedSGD, keywords | {"delta": args.dot_delta}
+        return kind, keywords | {"fused": True}
+
+    @property
+    def _dot(self) -> DistillationOrientedSGD | None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        return optimizer if isinstance(optimizer, DistillationOrientedSGD) else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's optimizer, with the parameter groups of submodules and the auxiliary parameters added."""
@@ -291,13 +303,9 @@ class KDTrainer(CheckpointTrainer):
         """The parent's schedule, or a tenth of the learning rate after each of `lr_milestones` (in epochs)."""
         if self.args.lr_milestones is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        steps_per_epoch = num_training_steps / self.args.num_train_epochs
-        milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
-        optimizer = optimizer or self.optimizer
+        optimizer, epochs = optimizer or self.optimizer, self.args.lr_milestones
         assert optimizer is not None, "create the optimizer before its schedule"
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.1 ** sum(step >= milestone for milestone in milestones)
-        )
+        self.lr_scheduler = milestone_schedule(optimizer, epochs, num_training_steps / self.args.num_train_epochs)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -309,9 +317,10 @@ class KDTrainer(CheckpointTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Skipped when several students train side by side: one gradient norm over all of them is meaningless, and in
-        the parent's computation one diverged student would make the gradients of all students NaN.
+        the parent's computation one diverged student would make the gradients of all students NaN. Skipped with DOT
+        too, where the gradient is in two parts.
         """
-        if isinstance(self.objective, SideBySideObjective):
+        if isinstance(self.objective, SideBySideObjective) or self._dot is not None:
             return grad_norm
         return super()._get_grad_norm(model, grad_norm)
 
@@ -368,27 +377,12 @@ class KDTrainer(CheckpointTrainer):
         self._hooks.remove()
         if self._teacher_hooks is not None:
             self._teacher_hooks.remove()
-        for model in (
-            m for m in (self.model_wrapped, self.teacher) if m is not None
-        ):  # bool() of a compiled model fails
+        for model in [m for m in (self.model_wrapped, self.teacher) if m is not None]:  # no bool() if compiled
             unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             # accelerate leaves these; with the first, the next trainer would not autocast the model or its copies.
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
-
-
-def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameter groups that submodules define by a method `parameter_groups() -> {name: parameters}`.
-
-    If --NAME_learning_rate is set, the group NAME trains with that learning rate and without weight decay.
-    """
-    groups: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for module in model.modules():
-        named: dict[str, list[nn.Parameter]] = getattr(module, "parameter_groups", dict)()
-        for name, parameters in named.items():
-            groups[name] += parameters
-    return groups
 
 
 def _items(batch: dict[str, Any], labels: Tensor | None) -> int:

@@ -22,6 +22,11 @@ OPERATIONS = 2  # on each image
 CUT_OUT = 0.5  # maximum side, as a share of the width
 
 
+def _solarize(image: Tensor, threshold: float) -> Tensor:
+    """Inverts the values (0 to 255) that reach the threshold; torchvision rejects thresholds above 255."""
+    return image if threshold > 255 else F.solarize(image, threshold)
+
+
 def _shear_x(image: Tensor, shear: float) -> Tensor:
     return F.affine(image, 0.0, [0, 0], 1.0, [math.degrees(math.atan(shear)), 0.0], center=[0, 0])
 
@@ -52,7 +57,7 @@ AUGMENTATIONS: tuple[tuple[Callable[[Tensor, float], Tensor], float, float], ...
     (F.adjust_sharpness, 0.05, 0.95),
     (_shear_x, -0.3, 0.3),
     (_shear_y, -0.3, 0.3),
-    (F.solarize, 0.0, 256.0),
+    (_solarize, 0.0, 256.0),
     (_translate_x, -0.3, 0.3),
     (_translate_y, -0.3, 0.3),
 )

@@ -9,16 +9,16 @@ The result is one table and one plot. Running the command again, also with more 
 
 from kd.common.cli import parse, reject_unused, run, show_help
 from kd.image_classification.student_model.arguments import (
-    ImageTrainingArguments,
     PairArguments,
     SimKDWeights,
+    StudentTrainingArguments,
     SweepArguments,
 )
 from kd.image_classification.student_model.data_arguments import (
     PairDataArguments,
 )
 
-ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, PairDataArguments, ImageTrainingArguments
+ARGUMENTS = SweepArguments, PairArguments, SimKDWeights, PairDataArguments, StudentTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 

@@ -1,11 +1,9 @@
 """Distills a teacher into a student whose architecture the method does not change, with a control.
 
-    python image-classification/scripts/train_student.py --method kd
     python image-classification/scripts/train_student.py --methods kd,dkd --seeds 0,1,2
     python image-classification/scripts/train_student.py --dataset my.csv --teacher_columns "p_*"
 
-`--method none` trains on the labels alone, like the control of the other methods. Several `--methods` are trained side
-by side on the same batches, with one forward pass of the teacher.
+`--method none` trains on the labels alone. Several `--methods` share batches and teacher outputs.
 """
 
 from dataclasses import fields
@@ -15,16 +13,16 @@ from kd.image_classification.student_model.arguments import (
     CONTROL,
     PLAIN,
     SIMKD,
-    ImageTrainingArguments,
     MethodArguments,
     PairArguments,
     SimKDWeights,
+    StudentTrainingArguments,
 )
 from kd.image_classification.student_model.data_arguments import (
     TeacherColumnArguments,
 )
 
-ARGUMENTS = MethodArguments, PairArguments, SimKDWeights, TeacherColumnArguments, ImageTrainingArguments
+ARGUMENTS = MethodArguments, PairArguments, SimKDWeights, TeacherColumnArguments, StudentTrainingArguments
 if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
@@ -36,7 +34,7 @@ from kd.common.outputs import EnsembleTeacher
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.distillation import ImageRun, validate_teacher_views
 from kd.image_classification.student_model.matching import image_features, task_spec
-from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
+from kd.image_classification.student_model.methods import check_dot, check_kd_flags, image_method, with_pair_arguments
 from kd.image_classification.student_model.sweep import students_of, sweep
 from kd.image_classification.student_model.sweep_report import write_sweep_report
 from kd.image_classification.student_model.teacher_columns import distill_from_columns
@@ -71,7 +69,7 @@ def train_side_by_side(
     pair: PairArguments,
     weights: SimKDWeights,
     data_args: TeacherColumnArguments,
-    training: ImageTrainingArguments,
+    training: StudentTrainingArguments,
 ) -> None:
     """Trains the students of several methods and their controls side by side, at one learning rate."""
     reject_unused("students train side by side", args, "ensemble_teachers", "ensemble_weights")
@@ -87,14 +85,14 @@ def train_side_by_side(
 
 
 def train_plain_student(
-    args: MethodArguments, pair: PairArguments, data_args: TeacherColumnArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: TeacherColumnArguments, training: StudentTrainingArguments
 ) -> None:
     """Trains the student on the labels alone, as the control of the other methods, for each seed."""
     check_kd_flags([PLAIN], training)
     reject_unused(
         f"--method {PLAIN} has no teacher", pair, "teacher", "teacher_epochs", "ensemble_teachers", "teacher_views"
     )
-    reject_unused(f"--method {PLAIN} has no teacher", training, "no_control", "margin")
+    reject_unused(f"--method {PLAIN} has no teacher", training, "no_control", "margin", "dot_delta")
     data = data_args.load()
     new_classifier(pair.student, data.config)  # raises UserError before anything is written
 
@@ -108,7 +106,7 @@ def train_plain_student(
 
 
 def distill_student(
-    args: MethodArguments, pair: PairArguments, data_args: TeacherColumnArguments, training: ImageTrainingArguments
+    args: MethodArguments, pair: PairArguments, data_args: TeacherColumnArguments, training: StudentTrainingArguments
 ) -> None:
     """Trains a student and its control, for each seed."""
     args.method = with_pair_arguments(args.method, pair)
@@ -123,6 +121,7 @@ def distill_student(
     method = method_for(task_spec(student, teacher, data, training.views))
     method.for_labels(data.splits["train"].labels)  # raises UserError if it needs labels that the data lack
     auxiliary_parameters = method.auxiliary_parameters  # raises UserError if the method has no term
+    check_dot(training, method)
     check_compatible(args, method, student, teacher)
 
     run = ImageRun(

@@ -297,6 +297,15 @@ class ImageTrainingArguments(KDTrainingArguments):
 
 
 @dataclass
+class StudentTrainingArguments(ImageTrainingArguments):
+    """Training of students by any method."""
+
+    dot_delta: NotNegative | None = field(
+        default=None, metadata={"help": "DOT: momentum + this for the teacher's gradient, - for the labels'."}
+    )
+
+
+@dataclass
 class BottleneckTrainingArguments(ImageTrainingArguments):
     """Training with a bottleneck."""
 

@@ -52,7 +52,7 @@ from kd.image_classification.student_model.evaluation import (
     predict,
 )
 from kd.image_classification.student_model.matching import task_spec
-from kd.image_classification.student_model.methods import check_kd_flags, image_method
+from kd.image_classification.student_model.methods import check_dot, check_kd_flags, image_method
 from kd.image_classification.student_model.simkd import simkd, simkd_student
 from kd.image_classification.teacher_model.classifier import ImageClassifier, frozen, new_classifier
 
@@ -141,10 +141,11 @@ def sweep(
     training = shared_arguments(training)
     teacher, data, pretrained, known = pair.load_teacher(data, training)
     build = partial(build_student, architecture=pair.student, data=data, args=training, weights=weights)
-    auxiliary_parameters = {  # raises UserError if the networks do not fit
-        key: build(student, teacher)[1].auxiliary_parameters
-        for key, student in {student.key: student for student in students}.items()
+    methods = {  # raises UserError if the networks do not fit
+        key: build(student, teacher)[1] for key, student in {student.key: student for student in students}.items()
     }
+    check_dot(training, *methods.values())
+    auxiliary_parameters = {key: method.auxiliary_parameters for key, method in methods.items()}
 
     start = teacher if pretrained else None
     run = SweepRun("sweep", training, data, pair, weights, data_args, teacher=start)

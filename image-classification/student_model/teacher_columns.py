@@ -24,7 +24,7 @@ from kd.image_classification.student_model.data_arguments import (
 )
 from kd.image_classification.student_model.distillation import ImageRun
 from kd.image_classification.student_model.matching import task_spec
-from kd.image_classification.student_model.methods import check_kd_flags, image_method, with_pair_arguments
+from kd.image_classification.student_model.methods import check_dot, check_kd_flags, image_method, with_pair_arguments
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 
 OF_TEACHERS = (
@@ -49,6 +49,7 @@ def distill_from_columns(
     check_method(args.method, bool(method.teacher_features), data.teacher, logits)
     method.for_labels(data.splits["train"].labels)  # raises UserError if it needs labels that the data lack
     auxiliary_parameters = method.auxiliary_parameters
+    check_dot(training, method)
 
     run = ImageRun(args.method, training, data, args, pair, data_args)
     measured = measure_teacher(run, data)

@@ -32,6 +32,7 @@ from kd.reinforcement_learning.data.observations import (
     with_box_observations,
 )
 from kd.reinforcement_learning.data.specs import environment_error, find_spec, time_limit
+from kd.reinforcement_learning.data.wrappers import SeededEpisodes
 
 SUPPORTED = "supported are Discrete and MultiDiscrete actions from 0, MultiBinary, and bounded Box of one dimension"
 
@@ -76,9 +77,10 @@ def choose_threads(*ids: str) -> None:
 class Environments:
     """`count` copies of one Gymnasium environment, which are stepped together and restart automatically.
 
-    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). The
-    caller clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time
-    limit are truncated after EPISODE_STEPS.
+    Environment i has the seed `seed + i`, unless all share one generator (the vector entry point of CartPole). With
+    `seeded_episodes` its episode k has the seed `seed + i + k * count`, except in vector entry points. The caller
+    clips actions to the bounds of a Box with `to_environment`. Environments that are registered without a time limit
+    are truncated after EPISODE_STEPS.
 
     Observations are those of one Box (see `observations`), `observation_space`; `original_space` is the space of the
     environment itself.
@@ -95,6 +97,7 @@ class Environments:
         seed: int = 0,
         training: bool = False,
         autoreset: AutoresetMode | None = None,
+        seeded_episodes: bool = False,
         **env_kwargs: Any,
     ) -> None:
         if count < 1:
@@ -116,6 +119,8 @@ class Environments:
         if fault := _unsupported(self.observation_space, self.action_space):
             self.close()
             raise UserError(f"environment {id} has {fault}")
+        if seeded_episodes and isinstance(self.vector, SyncVectorEnv):
+            self.vector.envs = [SeededEpisodes(one, count) for one in self.vector.envs]
         self.reset(seed)
 
     @property

@@ -70,10 +70,14 @@ class BoxObservation(gym.ObservationWrapper[np.ndarray, Any, Any]):
         self.observation_space = box_space(env.observation_space)
 
     def observation(self, observation: Any) -> np.ndarray:
-        original = self.env.observation_space
-        if isinstance(original, Box):
-            return np.moveaxis(observation, -1, 0)
-        return np.asarray(flatten(original, observation), np.float32)
+        return as_box(self.env.observation_space, observation)
+
+
+def as_box(space: Space, observation: Any) -> np.ndarray:
+    """An observation of a supported space as one of `box_space`."""
+    if not isinstance(space, Box):
+        return np.asarray(flatten(space, observation), np.float32)
+    return np.moveaxis(observation, -1, 0) if _has_channels_last(space) else observation
 
 
 def with_box_observations(env: gym.Env) -> gym.Env:

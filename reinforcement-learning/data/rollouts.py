@@ -31,6 +31,16 @@ def mixture(first: Act, second: Act, share: float, generator: torch.Generator) -
     return act
 
 
+def in_parts(first: Act, second: Act, number: int) -> Act:
+    """`first` in the first `number` environments, `second` in the others."""
+
+    def act(observations: Tensor) -> Tensor:
+        parts = ((first, observations[:number]), (second, observations[number:]))
+        return torch.cat([act(part) for act, part in parts if len(part)])
+
+    return act
+
+
 def random_actions(space: spaces.Space) -> Act:
     """Actions drawn uniformly from the action space, with a fixed seed."""
     space.seed(0)
@@ -104,9 +114,11 @@ def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np
 
 
 def play_in(environment: str, act: Act, episodes: int, seed: int) -> Episodes:
-    """`play` in new environments."""
+    """`play` in new environments. The episodes, with seeds from `seed` on, start alike for all policies; those of a
+    vector entry point do if each environment plays one.
+    """
     count = min(episodes, VECTORIZED_ENVIRONMENTS if is_vectorized(environment) else PARALLEL_ENVIRONMENTS)
-    with closing(Environments(environment, count, seed)) as environments:
+    with closing(Environments(environment, count, seed, seeded_episodes=True)) as environments:
         return play(act, environments, episodes)
 
 

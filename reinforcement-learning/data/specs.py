@@ -15,12 +15,10 @@ from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
 from kd.common.utils.errors import UserError
 from kd.common.utils.modules import import_named, working_directory
-from kd.reinforcement_learning.data.environment_ids import EnvironmentId, parse_id
+from kd.reinforcement_learning.data.environment_ids import ENTRY_POINTS, WRAPPERS, EnvironmentId, parse_id
 
 EPISODE_STEPS = 10_000  # maximum length of an episode, for environments without a time limit
 MODULES = {"ALE/": "ale_py"}  # modules that register environments when they are imported, by prefix of the id
-_HERE = "kd.reinforcement_learning.data.wrappers"
-WRAPPERS = {"time_feature": f"{_HERE}:TimeFeature", "frame_stack": f"{_HERE}:FrameStack"}
 # Version 4 differs from versions 2 and 3 only in the bindings of MuJoCo.
 MUJOCO = {"Ant", "HalfCheetah", "Hopper", "Humanoid", "Pusher", "Reacher", "Swimmer", "Walker2d", "HumanoidStandup"}
 MUJOCO |= {"InvertedPendulum", "InvertedDoublePendulum"}
@@ -47,7 +45,10 @@ def find_spec(id: str) -> EnvSpec:
         return spec
     atari = spec.namespace == "ALE"
     if parsed.wrappers and atari:
-        raise UserError(f"{id}: Atari games are preprocessed already and take no wrappers: leave out --wrapper")
+        raise UserError(
+            f"{id}: Atari games are preprocessed already and take no wrappers: leave out --wrapper, "
+            "--student_observation and --frame_stack"
+        )
     wrappers = (*spec.additional_wrappers, *(_wrapper_spec(*wrapper) for wrapper in parsed.wrappers))
     vectorized = spec.vector_entry_point if atari else None  # other vector environments have no wrappers
     kwargs = spec.kwargs | parsed.kwargs
@@ -55,7 +56,7 @@ def find_spec(id: str) -> EnvSpec:
 
 
 def _wrapper_spec(name: str, kwargs: dict[str, Any]) -> WrapperSpec:
-    entry_point = WRAPPERS.get(name, name)
+    entry_point = ENTRY_POINTS.get(name, name)
     module, colon, attribute = entry_point.partition(":")
     if not colon:
         raise UserError(f"unknown wrapper {name}: pass {', '.join(WRAPPERS)} or package.module:Class")
@@ -136,17 +137,18 @@ def fingerprint(id: str) -> str:
     return hashlib.sha256(spec.encode()).hexdigest()[:12]
 
 
-def require_module_on_command_line(id: str, source: str) -> None:
+def require_module_on_command_line(id: str, source: str, cure: str = "") -> None:
     """Raises UserError if the file `source` has an environment that names a module, `module:id` or a wrapper
-    `module:Class`, and the command line does not name the module, because importing it runs its code.
+    `module:Class`, and the command line does not name the module, because importing it runs its code. `cure`: what to
+    pass, for the message (default: --environment).
     """
     parsed = parse_id(id)
     for module in parsed.modules:
         if not any(re.search(rf"(^|[=+]){re.escape(module)}:", word) for word in sys.argv[1:]):
             plain = EnvironmentId(parsed.name.rpartition(":")[2], parsed.kwargs)
+            cure = cure or f"--environment {shlex.quote(id)} if you trust it, or the registered {plain} alone"
             raise UserError(
-                f"{source} names the environment {id}, and importing {module} would run its code: pass "
-                f"--environment {shlex.quote(id)} if you trust it, or the registered {plain} alone"
+                f"{source} names the environment {id}, and importing {module} would run its code: pass {cure}"
             )
 
 

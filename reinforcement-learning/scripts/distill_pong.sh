@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ALE/Pong-v5 from frames: students of 25, 7 or 4 % of the DQN network (Rusu et al., arXiv:1511.06295).
 # Usage: bash distill_pong.sh 25|7|4 [flags of distill_policy.py]
-# To train the teacher once: --teacher runs/reinforcement-learning/pong_25_percent/stages/teacher for the other sizes.
+# The teacher is downloaded; offline pass --teacher FILE.zip of a trained agent, or --teacher train --teacher_steps
+# 10_000_000, which takes many hours on a CPU.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 case "${1:-}" in

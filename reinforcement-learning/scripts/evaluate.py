@@ -49,6 +49,7 @@ from kd.common.reporting.results import RESULTS
 from kd.common.reporting.saved_models import check_files, print_seeds, show_metrics, write_predictions
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
+from kd.reinforcement_learning.data.environment_ids import of_both
 from kd.reinforcement_learning.data.environments import choose_threads, require_single_process
 from kd.reinforcement_learning.data.rollouts import TEST_SEED
 from kd.reinforcement_learning.data.specs import import_modules, require_module_on_command_line, time_limit_warning
@@ -56,7 +57,7 @@ from kd.reinforcement_learning.data.video import check_video, write_video
 from kd.reinforcement_learning.student_model.evaluation import evaluate
 from kd.reinforcement_learning.teacher_model.files import environment_of
 from kd.reinforcement_learning.teacher_model.policies import greedy
-from kd.reinforcement_learning.teacher_model.teacher import load_agent
+from kd.reinforcement_learning.teacher_model.teacher import columns_of_both, load_agent
 
 
 def main() -> None:
@@ -65,30 +66,34 @@ def main() -> None:
     check_files(args)
     if args.video:
         check_video(args.video)
-    environment = settle_environment(args)
+    environment, taught = settle_environments(args)
     choose_threads(environment)
     agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
-    teacher = None
+    teacher, shared = None, environment
     if args.teacher:
         flag = "--teacher_vecnormalize"
-        teacher = load_agent(args.teacher, environment, args.trust_pickle, args.teacher_vecnormalize, flag)
+        teacher = load_agent(args.teacher, taught, args.trust_pickle, args.teacher_vecnormalize, flag)
+        if (shared := of_both(taught, environment)) != environment:
+            teacher.columns, agent.columns = columns_of_both(teacher)
     for warning in (time_limit_warning(environment), *agent.warnings, *(teacher.warnings if teacher else ())):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
 
     print_seeds(Path(args.model))
-    entry, _, played = evaluate([agent], environment, args.episodes, teacher=teacher.network() if teacher else None)
+    entry, _, played = evaluate([agent], shared, args.episodes, teacher=teacher.network() if teacher else None)
     show_metrics(args.model, entry, args.json)
     rows = {"episode": range(args.episodes), "return": played.returns.tolist(), "length": played.lengths.tolist()}
     write_predictions(args.predictions, {"test": rows})
     if args.video:
-        print(f"video: {write_video(greedy(agent.network()), environment, args.video, TEST_SEED)}")
+        print(f"video: {write_video(greedy(agent.network()), shared, args.video, TEST_SEED)}")
 
 
-def settle_environment(args: Namespace) -> str:
-    """The environment of --environment, of a run, or of the training of the model, with arguments and wrappers."""
+def settle_environments(args: Namespace) -> tuple[str, str]:
+    """The environment of --environment, of a run, or of the training of the model, with arguments and wrappers; and
+    that of its teacher, which differs if the run has a student that observes otherwise.
+    """
     import_modules(args.import_module)
-    chosen = args.environment or environment_of_run(Path(args.model))
+    chosen, taught = (args.environment, None) if args.environment else environments_of_run(Path(args.model))
     arguments = EnvironmentArguments(args.import_module, args.env_kwargs, args.wrapper)
     environment, notes = environment_of(args.model, chosen, arguments)
     if environment is None:
@@ -98,11 +103,13 @@ def settle_environment(args: Namespace) -> str:
     require_module_on_command_line(environment, f"the training of {args.model}")
     for note in notes:
         print(f"note: {note}")
-    return environment
+    return environment, taught if taught and chosen == environment else environment
 
 
-def environment_of_run(folder: Path) -> str | None:
-    """The environment of a run of this project. Raises UserError if results.json names a module to import."""
+def environments_of_run(folder: Path) -> tuple[str | None, str | None]:
+    """The environment of a run of this project, and that of its teacher if it differs. Raises UserError if
+    results.json names a module to import.
+    """
     for place in (folder, folder.parent):
         if (place / RESULTS).exists():
             results = read_json(place / RESULTS)
@@ -110,8 +117,8 @@ def environment_of_run(folder: Path) -> str | None:
             if not isinstance(task, str):
                 raise UserError(f"{place / RESULTS} is damaged: pass --environment, such as --environment CartPole-v1")
             require_module_on_command_line(task, str(place / RESULTS))
-            return task
-    return None
+            return task, results.get("teacher_environment")
+    return None, None
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from kd.common.utils.ranges import (
     NotNegative,
     Positive,
     ProperShare,
+    Share,
     check_declared,
 )
+from kd.reinforcement_learning.data.environment_ids import Part, student_wrappers
 from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
 
 Loss = Literal["kl", "nll", "mse", "huber"]
@@ -37,6 +39,13 @@ class StudentArguments(CodebookArguments):
         default_factory=lambda: [16, 16],
         metadata={"help": "Widths of the hidden layers; for frames, the first is the layer after the convolutions."},
     )
+    student_share: ProperShare | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --student: two hidden layers of equal width, with at most this share of the "
+            "parameters of the teacher's actor."
+        },
+    )
     student_value: list[Count] | None = field(
         default=None,
         metadata={
@@ -45,20 +54,32 @@ class StudentArguments(CodebookArguments):
     )
     channels: list[Count] = field(
         default_factory=lambda: [16, 16, 16],
-        metadata={"help": "Numbers of channels of the three convolutions, for frames."},
+        metadata={"help": "Channels of the convolutions, for frames."},
     )
     codebooks: CountOrZero = field(
         default=0,
-        metadata={"help": "Number of codebooks of the student's bottleneck; 0 for a plain MLP."},
+        metadata={"help": "Number of codebooks of the bottleneck; 0 for a plain MLP."},
     )
     codebook_size: CodebookSize = 64
+    student_observation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Indices (0 2-5), keys or wrappers of the student's observations (default: all)."},
+    )
+    frame_stack: Count = field(default=1, metadata={"help": "Number of last observations that it gets."})
 
     def __post_init__(self) -> None:
         check_declared(self)
+        self.view()  # raises for malformed values
         if len(self.channels) != 3:
             raise ValueError(f"--channels takes the widths of three convolutions, got {self.channels}")
 
+    def view(self) -> tuple[Part, ...]:
+        """The wrappers that make the student's observations of the teacher's."""
+        return student_wrappers(self.student_observation, self.frame_stack)
+
     def check_unused_flags(self) -> None:
+        if self.student_share is not None:
+            reject_unused("--student_share sets the widths of an MLP", self, "student", "codebooks")
         if not self.codebooks:
             reject_unused("--codebooks is 0", self, "codebook_size", "key_dim")
 
@@ -70,25 +91,20 @@ class DistillArguments:
     rollout_policy: RolloutPolicy = field(
         default="dagger", metadata={"help": "Policy that selects the actions while observations are collected."}
     )
-    loss: Loss = field(
-        default="kl", metadata={"help": "Loss between the teacher's and the student's action distributions."}
+    greedy_share: Share = field(
+        default=0.0, metadata={"help": "Share of the environments where the student acts greedily."}
     )
+    loss: Loss = field(default="kl", metadata={"help": "Loss between the action distributions."})
     steps: Count = field(default=20_000, metadata={"help": "Total number of environment steps."})
-    rounds: Count = field(
-        default=10, metadata={"help": "Number of rounds, each of collecting observations and training."}
-    )
+    rounds: Count = field(default=10, metadata={"help": "Number of rounds of collecting and training."})
     updates: Count = field(default=100, metadata={"help": "Number of update steps per round."})
     batch_size: Count = field(default=256, metadata={"help": "Number of observations per update step."})
-    learning_rate: Positive = field(
-        default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls linearly to 0."}
-    )
+    learning_rate: Positive = field(default=3e-3, metadata={"help": "Initial learning rate of Adam; it falls to 0."})
     value_weight: NotNegative = field(
         default=0.5, metadata={"help": "Weight of the loss between the teacher's and the student's values."}
     )
     num_envs: Count = field(default=8, metadata={"help": "Number of parallel environments."})
-    buffer_size: Count = field(
-        default=1_000_000, metadata={"help": "Maximum number of observations to keep; the oldest are dropped."}
-    )
+    buffer_size: Count = field(default=1_000_000, metadata={"help": "Maximum number of observations to keep."})
 
 
 @dataclass
@@ -142,10 +158,13 @@ class PolicyArguments(PolicyRunArguments):
     )
     teacher_weight: NotNegative = field(
         default=1.0,
-        metadata={"help": "Initial weight of the teacher with --method ppd; it falls linearly to 0."},
+        metadata={"help": "Initial weight of the teacher with ppd; it falls to 0."},
     )
     no_control: bool = field(
         default=False, metadata={"help": "Skip the control, trained from reward alone, and behaviour cloning."}
+    )
+    control_cpu_time: bool = field(
+        default=False, metadata={"help": "Also train a control for as much CPU time as the student."}
     )
     trust_pickle: bool = field(
         default=False, metadata={"help": "Let Stable-Baselines3 unpickle the teacher, which can run any code."}
@@ -181,12 +200,13 @@ class PolicyArguments(PolicyRunArguments):
     def check_unused_flags(self) -> None:
         if "train" not in self.teacher:
             reject_unused("no --teacher is trained here", self, "algorithm", "teacher_steps", "hyperparameters")
+        if self.no_control:
+            reject_unused("--no_control leaves out every control", self, "control_cpu_time")
         if self.teacher_temperature is not None:
             reject_unused("--teacher_temperature is set", self, "teacher_entropy")
         if self.method == "ppd":
-            reject_unused(
-                "--method ppd sets its loss and rollout policy", self, "loss", "rollout_policy", "value_weight"
-            )
+            names = ("loss", "rollout_policy", "greedy_share", "value_weight")
+            reject_unused("--method ppd sets its loss and rollout policy", self, *names)
             if self.no_control:
                 reason = (
                     "--method ppd trains with PPO's hyper-parameters, and --no_control leaves out behaviour cloning"
@@ -196,6 +216,7 @@ class PolicyArguments(PolicyRunArguments):
             reject_unused("--method is not ppd", self, "teacher_weight")
         super().check_unused_flags()
 
-    def default_folder(self) -> Path:
+    def default_folder(self, environments: list[str]) -> Path:
+        """`environments`: those of the students."""
         name = "distill" if self.method == "kd" else self.method
-        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, self.environment))}")
+        return Path("runs/reinforcement-learning", f"{name}_{'+'.join(map(folder_name, environments))}")

@@ -8,7 +8,7 @@ round and the student afterwards (dagger), or a mixture in which the share of th
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,12 +29,12 @@ from kd.common.training.trackers import Trackers, tracked
 from kd.common.utils.errors import UserError
 from kd.common.utils.finite import check_finite_weights
 from kd.reinforcement_learning.data.environments import Environments
-from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, mixture
+from kd.reinforcement_learning.data.rollouts import Act, Observations, Recorder, in_parts, mixture
 from kd.reinforcement_learning.student_model.arguments import DistillArguments
 from kd.reinforcement_learning.student_model.matching import policy_and_value
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
-from kd.reinforcement_learning.teacher_model.policies import sampling
+from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import Agent, Agents, train_from_reward
@@ -89,7 +89,7 @@ class Distiller:
             check_finite_weights(self.students, when=f"after round {number + 1}")
             self.cpu_seconds += time.process_time() - started
             work = {"observations": sum(task.buffer.seen for task in self.tasks), "cpu_seconds": self.cpu_seconds}
-            measured = means | evaluate()
+            measured = means | {"learning_rate": self.optimizer.param_groups[0]["lr"]} | evaluate()
             self.history.append({"environment_steps": self._steps(number + 1)} | work | measured)
             trackers.log(tracked(measured), self._steps(number + 1))
             save_checkpoint(self.folder, number + 1, self._write)
@@ -113,6 +113,8 @@ class Distiller:
 
     def _rollout_policy(self, task: DistillationTask, number: int) -> Act:
         teacher, student = sampling(task.teacher, self.generator), sampling(task.student, self.generator)
+        if number_of_greedy := round(self.args.greedy_share * self.args.num_envs):
+            student = in_parts(greedy(task.student), student, number_of_greedy)
         teacher_share = {
             "teacher": 1.0,
             "student": 0.0,
@@ -194,12 +196,20 @@ class Distillation:
         """Trains the control, the same network, by PPO from reward alone, with as many environment steps, rounded up
         to whole rollouts.
         """
+        return self._from_reward("control", "PPO from reward", self._untrained_control)
 
-        def build(spec: StudentSpec) -> PPO:
-            environment, raw = spec.teacher.environment, spec.args.codebooks > 0
-            return spec.new(self._seed, recipe_environments(environment, spec.recipe, self._seed, norm_obs=not raw))
-
-        return self._from_reward("control", "PPO from reward", build)
+    def control_of_equal_cpu_time(self) -> Agents:
+        """Trains a control with as many environment steps as PPO takes in the CPU time of the student. The times are
+        those in the logs of student and control, without evaluations.
+        """
+        log = self.run.history["control"]
+        names = [spec.environment for spec in self.specs]
+        control = {
+            name: next(entry for entry in reversed(log) if self.run.curve_name(name) in entry) for name in names
+        }
+        share = self.run.history["student"][-1]["cpu_seconds"] / sum(one["cpu_seconds"] for one in control.values())
+        steps = {name: max(1, round(share * one["environment_steps"])) for name, one in control.items()}
+        return self._from_reward("control_cpu_time", "PPO from reward, equal CPU time", self._untrained_control, steps)
 
     def ppd_student(self, teacher_weight: float) -> Agents:
         """Trains a student by proximal policy distillation."""
@@ -217,8 +227,18 @@ class Distillation:
     def behaviour_cloning(self) -> Agents:
         """Trains a baseline: the teacher is the rollout policy, and its greedy actions are the targets."""
         discrete = not any(isinstance(spec.teacher.agent.policy.action_space, spaces.Box) for spec in self.specs)
-        args = replace(self.args, rollout_policy="teacher", loss="nll" if discrete else "mse", value_weight=0.0)
+        args = replace(
+            self.args,
+            rollout_policy="teacher",
+            loss="nll" if discrete else "mse",
+            value_weight=0.0,
+        )
         return self._distilled("behaviour_cloning", "behaviour cloning", args)
+
+    def _untrained_control(self, spec: StudentSpec) -> PPO:
+        raw = spec.args.codebooks > 0
+        environments = recipe_environments(spec.environment, spec.recipe, self._seed, norm_obs=not raw)
+        return spec.new(self._seed, environments)
 
     @property
     def _seed(self) -> int:
@@ -233,21 +253,28 @@ class Distillation:
         def load(folder: str) -> Agents:
             agents = Agents()
             for spec in self.specs:
-                environment = spec.teacher.environment
-                agents[environment] = spec.load(name, Path(folder, folder_name(environment)), self._seed)
+                folder_of_one = Path(folder, folder_name(spec.environment))
+                agents[spec.environment] = spec.load(name, folder_of_one, self._seed)
             return agents
 
         return self.run.stage(stage, build, load)
 
-    def _from_reward(self, stage: str, name: str, untrained: Callable[[StudentSpec], PPO]) -> Agents:
+    def _from_reward(
+        self,
+        stage: str,
+        name: str,
+        untrained: Callable[[StudentSpec], PPO],
+        steps: Mapping[str, int] | None = None,  # by environment
+    ) -> Agents:
         def build() -> Agents:
             agents = Agents()
             for spec in self.specs:
-                environment, model = spec.teacher.environment, untrained(spec)
+                model = untrained(spec)
                 self._fit_bottleneck(spec, model)
-                train_from_reward(self.run, stage, environment, model, self._steps)
+                count = self._steps if steps is None else steps[spec.environment]
+                train_from_reward(self.run, stage, spec.environment, model, count)
                 statistics = Agent.trained(name, model).statistics
-                agents[environment] = spec.with_policy(name, self._seed, model.policy, statistics)
+                agents[spec.environment] = spec.with_policy(name, self._seed, model.policy, statistics)
             return agents
 
         return self._stage(stage, name, build)
@@ -256,17 +283,16 @@ class Distillation:
         """Fits the keys of a bottleneck to observations of the teacher, as many as in one round of distillation."""
         if spec.args.codebooks:
             rollout_policy = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
-            with closing(Environments(spec.teacher.environment, self.args.num_envs, self._seed)) as environments:
+            with closing(Environments(spec.teacher.shared, self.args.num_envs, self._seed)) as environments:
                 observations = Recorder(environments).collect(rollout_policy, self._steps // self.args.rounds)
-            StudentNetwork(model.policy, None).prepare(observations)
+            StudentNetwork(model.policy, None, spec.columns).prepare(observations)
 
     def _distilled(self, stage: str, name: str, args: DistillArguments) -> Agents:
         def build() -> Agents:
             models = [spec.new(self._seed) for spec in self.specs]
             share_bodies([model.policy for model in models])
             tasks = {
-                spec.teacher.environment: self._task(spec, model)
-                for spec, model in zip(self.specs, models, strict=True)
+                spec.teacher.shared: self._task(spec, model) for spec, model in zip(self.specs, models, strict=True)
             }
             networks: dict[str, nn.Module] = {environment: task.student for environment, task in tasks.items()}
 
@@ -275,21 +301,21 @@ class Distillation:
                 evaluate = partial(self.run.mean_returns, networks)
                 self.run.history[stage] = distiller.learn(evaluate, stage, trackers)
             agents = Agents()
-            for spec, (environment, task) in zip(self.specs, tasks.items(), strict=True):
+            for spec, task in zip(self.specs, tasks.values(), strict=True):
                 task.recorder.environments.close()
-                agents[environment] = spec.with_policy(name, self._seed, task.student.folded_policy())
+                agents[spec.environment] = spec.with_policy(name, self._seed, task.student.folded_policy())
             return agents
 
         return self._stage(stage, name, build)
 
     def _task(self, spec: StudentSpec, model: PPO) -> DistillationTask:
-        environments = Environments(spec.teacher.environment, self.args.num_envs, self._seed)
+        environments = Environments(spec.teacher.shared, self.args.num_envs, self._seed)
         space = environments.observation_space
         dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
         rows = min(self.args.buffer_size, self._steps + self.args.num_envs * self.args.rounds)
         return DistillationTask(
             Recorder(environments),
             spec.teacher.network,
-            StudentNetwork(model.policy, spec.teacher.agent.statistics).to(model.device),
+            StudentNetwork(model.policy, spec.teacher.agent.statistics, spec.columns).to(model.device),
             Observations(rows, space.shape or (), dtype),
         )

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kd.common import losses
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import chance_warning, normalized_return, return_metrics
 from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
-from kd.common.outputs import EnsembleTeacher
+from kd.common.outputs import EnsembleTeacher, Outputs
 from kd.common.reporting.model_card import Card, model_card
 from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import write_report
 from kd.common.utils.files import write_text, writing_folder
+from kd.reinforcement_learning.data.environment_ids import view
 from kd.reinforcement_learning.data.rollouts import (
     TEST_SEED,
     Episodes,
@@ -32,9 +34,11 @@ from kd.reinforcement_learning.data.specs import environment_code, fingerprint, 
 from kd.reinforcement_learning.student_model.matching import joint, same_actions
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, greedy_actions, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
-from kd.reinforcement_learning.teacher_model.run import PolicyRun, curve_name
+from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
 
+WORK = ("environment_steps", "observations", "cpu_seconds")  # of a training, in its log
+SAMPLED_EPISODES = 20  # with sampled actions; the verdict is on greedy actions
 STATES = 20_000  # maximum number of states for the agreement of student and teacher
 BOTTLENECK_IMPORT = "import kd.reinforcement_learning.teacher_model.bottleneck  # a part of the student\n"
 USAGE = """{imports}import gymnasium
@@ -62,8 +66,8 @@ def evaluate(
     network: PolicyNetwork | EnsembleTeacher | None = None,
     teacher: nn.Module | None = None,
 ) -> PolicyEvaluation:
-    """Evaluates a model: the returns of greedy actions, the mean return of sampled actions, the cost of an action and,
-    with a teacher, the agreement with it in the states that the model visits.
+    """Evaluates a model: the returns of greedy actions, the mean return of sampled actions in up to SAMPLED_EPISODES
+    of the episodes, the cost of an action and, with a teacher, the agreement with it in states that the model visits.
 
     Args:
         agents: one agent, or those of an ensemble.
@@ -73,8 +77,9 @@ def evaluate(
     played = play_in(environment, greedy(network), episodes, TEST_SEED)
     returns, observations = played.returns, played.observations
     generator = torch.Generator().manual_seed(0)
-    sampled, _ = returns_of(sampling(network, generator), environment, episodes, TEST_SEED)
+    sampled, _ = returns_of(sampling(network, generator), environment, min(episodes, SAMPLED_EPISODES), TEST_SEED)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
+    metrics["episodes_sampled"] = len(sampled)
     constant = False
     if teacher is not None:
         states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
@@ -85,9 +90,22 @@ def evaluate(
         "name": " + ".join(agent.name for agent in agents),
         "observation_statistics": " + ".join(agent.source for agent in agents),
         **cost(network, {"observations": observations[:1].to(network.device), "value": False}),
+        "actor_parameters": actor_parameters(network, observations[:1].to(network.device)),
         "metrics": {"test": metrics},
     }
     return PolicyEvaluation(entry, measure_mean(returns, constant), played)
+
+
+def actor_parameters(network: nn.Module, observations: Tensor) -> int:
+    """Number of parameters that the greedy action depends on: without critics, value network and standard deviations
+    of actions.
+    """
+    weights = {name: weight.detach().requires_grad_() for name, weight in network.named_parameters()}
+    outputs: Outputs = functional_call(network, weights, (observations,), {"value": False})
+    named = {"logits": outputs.logits} | (outputs.features or {})
+    actions = [values.sum() for name, values in named.items() if values is not None and name != "log_std"]
+    gradients = torch.autograd.grad(torch.stack(actions).sum(), list(weights.values()), allow_unused=True)
+    return sum(weight.numel() for weight, used in zip(weights.values(), gradients, strict=True) if used is not None)
 
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
@@ -149,6 +167,7 @@ def report(
     random: float,
     student_stage: str | None = None,
     folder: Path | None = None,
+    teacher_environment: str | None = None,
 ) -> None:
     """Writes the report for one environment to `folder` (default: that of the run) and prints its table.
 
@@ -157,6 +176,7 @@ def report(
             is added as the split `validation`.
         random: mean return of random actions.
         student_stage: the stage of the student, which is copied to `folder/student`.
+        teacher_environment: the environment of the teacher, if the student observes otherwise.
     """
     folder, models = folder or run.folder, {role: evaluation.entry for role, evaluation in evaluations.items()}
     history = _history(run, environment)
@@ -166,18 +186,23 @@ def report(
     for entry in models.values():
         metrics = entry["metrics"]["test"]
         metrics["normalized_return"] = normalized_return(metrics["return_mean"], random, teacher["return_mean"])
-    last = run.history[student_stage][-1] if student_stage else {}
-    work = {name: last[name] for name in ("environment_steps", "observations", "cpu_seconds") if name in last}
-    extra: dict[str, Any] = {"work_of_the_student": work} if work else {}
+    work = {role: {name: log[-1][name] for name in WORK if name in log[-1]} for role, log in history.items()}
+    extra: dict[str, Any] = {"work": {role: done for role, done in work.items() if role in models and done}}
+    sizes = {role: entry["actor_parameters"] for role, entry in models.items()}
+    extra["actors"] = {
+        role: {"parameters": size, "share_of_the_teacher": size / sizes["teacher"]} for role, size in sizes.items()
+    }
     statistics = models["teacher"]["observation_statistics"]
     if run.notes:
-        extra["environment_notes"] = "; ".join(run.notes)
+        extra["inferred"] = "; ".join(run.notes)
+    if teacher_environment and (observed := view(teacher_environment, environment)):
+        extra |= {"teacher_environment": teacher_environment, "student_observation": observed}
     results = run.results(
         domain="reinforcement-learning",
         task=environment,
         method=method,
         data={
-            "train": work.get("observations"),
+            "train": work.get("student", {}).get("observations"),
             "validation": run.args.eval_episodes,
             "test": teacher["episodes"],
             "fingerprint": fingerprint(environment),
@@ -204,13 +229,15 @@ def _save_student(run: PolicyRun, stage: str, folder: Path, results: dict[str, A
     environment = results["task"]
     with writing_folder(folder) as partial:
         shutil.copy(run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
-        write_text(partial / CARD, model_card(results, _card_of(run, environment)))
+        taught = results.get("teacher_environment", environment)
+        write_text(partial / CARD, model_card(results, _card_of(run, environment, taught)))
 
 
-def _card_of(run: PolicyRun, environment: str) -> Card:
+def _card_of(run: PolicyRun, environment: str, taught: str) -> Card:
+    """`environment` of the student and `taught` of its teacher."""
     imports = registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
-    names = [teachers[environment], *run.argument("ensemble_teachers")]
+    names = [teachers[taught], *run.argument("ensemble_teachers")]
     return Card(
         USAGE.format(imports=imports, environment=environment_code(environment)),
         library_name="stable-baselines3",
@@ -222,6 +249,6 @@ def _card_of(run: PolicyRun, environment: str) -> Card:
 
 def _history(run: PolicyRun, environment: str) -> dict[str, list[dict[str, Any]]]:
     """The logs of one environment, with its mean return as `eval_return_mean`, which is plotted."""
-    name = curve_name(environment)
+    name = run.curve_name(environment)
     logs = {stage: [entry for entry in log if name in entry] for stage, log in run.history.items()}
     return {stage: [entry | {"eval_return_mean": entry[name]} for entry in log] for stage, log in logs.items() if log}

@@ -6,11 +6,13 @@ bottleneck standardizes observations itself, and needs this project.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -22,14 +24,15 @@ from torch import Tensor, nn
 from kd.common.cli import reject_unused
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
+from kd.reinforcement_learning.data.environment_ids import student_environment
 from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.teacher_model import policies
-from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
+from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures, moments
 from kd.reinforcement_learning.teacher_model.policies import ActorCritic, ObservationStatistics, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
 from kd.reinforcement_learning.teacher_model.saved_policy import read_model
-from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher
+from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, columns_of_both
 
 FEATURES = 16  # width of the output of a bottleneck
 
@@ -44,10 +47,20 @@ class StudentSpec:
     args: StudentArguments
     recipe: TrainingRecipe
 
+    @property
+    def environment(self) -> str:
+        """The environment of the students, which differs from the teacher's if they observe otherwise."""
+        return student_environment(self.teacher.shared)
+
+    @property
+    def columns(self) -> slice | None:
+        """The student's part of the observations of `teacher.shared`."""
+        return columns_of_both(self.teacher.agent)[1] if self.environment != self.teacher.environment else None
+
     def new(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
         """An untrained student, initialized with `seed`, in `environments` (default: those of its recipe)."""
         if environments is None:
-            environments = training_environments(self.teacher.environment, self.recipe.environments, seed)
+            environments = training_environments(self.environment, self.recipe.environments, seed)
         return new_student(environments, self.args, self.recipe, seed, **keywords)
 
     def load(self, name: str, folder: Path, seed: int) -> Agent:
@@ -60,7 +73,7 @@ class StudentSpec:
             raise UserError(
                 f"{folder / MODEL} is not the student of this run: start over with --overwrite_output_dir"
             ) from None
-        return Agent(name, model.policy, model=model)
+        return Agent(name, model.policy, model=model, columns=self.columns)
 
     def with_policy(
         self, name: str, seed: int, policy: ActorCriticPolicy, folded: ObservationStatistics | None = None
@@ -70,7 +83,7 @@ class StudentSpec:
         model.policy.load_state_dict(policy.state_dict())
         if folded is not None:
             fold_input(model.policy, torch.as_tensor(folded.mean), torch.as_tensor(folded.std))
-        return Agent(name, model.policy, model=model)
+        return Agent(name, model.policy, model=model, columns=self.columns)
 
 
 def new_student(
@@ -102,9 +115,25 @@ def new_student(
     return algorithm(kind, environments, policy_kwargs=policy, seed=seed, device=device, **keywords)
 
 
+def widths_of_share(share: float, parameters: int, inputs: int, outputs: int) -> list[int]:
+    """The equal widths of two hidden layers, as large as possible with at most `share` of `parameters`, those of the
+    teacher's actor. Raises UserError if a width of 1 has more.
+    """
+    linear, room = inputs + outputs + 2, share * parameters - outputs
+    width = int((linear**2 / 4 + max(room, 0)) ** 0.5 - linear / 2)  # of width^2 + linear * width <= room
+    if not width:
+        raise UserError(
+            f"--student_share {share:g} of {parameters:,} parameters is not enough for two hidden layers: raise it "
+            "or pass --student"
+        )
+    return [width, width]
+
+
 def validate_student(args: StudentArguments, environment: str, observations: spaces.Space) -> None:
     """Raises UserError for a student that does not fit the observations of an environment."""
     frames = is_image_space(observations)
+    if frames and args.student_share is not None:
+        raise UserError(f"{environment} has frames: pass --student and --channels instead of --student_share")
     if not frames:
         reject_unused(f"{environment} has no frames", args, "channels")
     if frames and not args.student:
@@ -119,16 +148,25 @@ def validate_student(args: StudentArguments, environment: str, observations: spa
 class StudentNetwork(PolicyNetwork):
     """The student during distillation: its value is value_std * output of the value network + value_mean.
 
-    Unlike VecNormalize it does not clip observations, because clipping cannot be folded into a layer.
+    Observations are standardized with the teacher's statistics, if any; those of a student that observes otherwise
+    (`columns`), unless they are frames, with their mean and standard deviation in the first round. Unlike VecNormalize
+    it does not clip observations, because clipping cannot be folded into a layer.
     """
 
     value_mean: Tensor
     value_std: Tensor
 
-    def __init__(self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None) -> None:
-        if isinstance(policy.features_extractor, BottleneckFeatures):
-            statistics = None  # the bottleneck standardizes observations
-        super().__init__(policy, statistics)
+    def __init__(
+        self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None, columns: slice | None = None
+    ) -> None:
+        space, shape = policy.observation_space, policy.observation_space.shape or ()
+        if columns is not None or not isinstance(space, spaces.Box) or is_image_space(space):
+            statistics = None  # those of the teacher are for other observations
+        bottleneck = isinstance(policy.features_extractor, BottleneckFeatures)  # standardizes observations itself
+        self.fits = statistics is None and isinstance(space, spaces.Box) and not (bottleneck or is_image_space(space))
+        if self.fits:
+            statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf)
+        super().__init__(policy, statistics, columns)
         self.clip.fill_(float("inf"))
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_std", torch.ones(()))
@@ -139,9 +177,15 @@ class StudentNetwork(PolicyNetwork):
         return self.network.policy
 
     def prepare(self, observations: Tensor) -> None:
-        """Fits the keys of a bottleneck to the first observations (rows, ...)."""
+        """Fits the keys of a bottleneck, or the statistics of a student that has none of its teacher, to the first
+        observations (rows, ...).
+        """
+        observations = self.part(observations).to(self.device)
         if isinstance(self.policy.features_extractor, BottleneckFeatures):
-            self.policy.features_extractor.fit(observations.to(self.device))
+            self.policy.features_extractor.fit(observations)
+        elif self.fits and self.mean is not None and self.std is not None:
+            for statistic, value in zip((self.mean, self.std), moments(observations), strict=True):
+                statistic.copy_(value)
 
     @torch.no_grad()
     def set_value_scale(self, values: Tensor, preserve: bool) -> None:

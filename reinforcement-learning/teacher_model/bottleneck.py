@@ -45,9 +45,9 @@ class BottleneckFeatures(BaseFeaturesExtractor):
     @torch.no_grad()
     def fit(self, observations: Tensor) -> None:
         """Fits mean, standard deviation and keys to observations (rows, width), and freezes the keys."""
-        std, mean = torch.std_mean(observations, dim=0, correction=0)
+        mean, std = moments(observations)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a constant dimension keeps its scale
+        self.std.copy_(std)
         self.bottleneck.fit_keys(self._standardized(observations))
 
     def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
@@ -59,3 +59,9 @@ class BottleneckFeatures(BaseFeaturesExtractor):
 
     def _standardized(self, observations: Tensor) -> Tensor:
         return (observations - self.mean) / self.std
+
+
+def moments(observations: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (...) of observations (rows, ...); a constant dimension keeps its scale."""
+    std, mean = torch.std_mean(observations, dim=0, correction=0)
+    return mean, torch.where(std > 1e-6, std, 1.0)

@@ -288,15 +288,19 @@ UNSCALED = (QValues, DirectActions)  # their logits have the units of returns or
 
 class PolicyNetwork(nn.Module):
     """The network of a policy for raw observations (batch, ...), which shares the weights of the policy. Logits are
-    divided by `temperature`. Raises TypeError for an unknown kind of policy.
+    divided by `temperature`. With `columns` it uses only these of the observations, (batch, all columns). Raises
+    TypeError for an unknown kind of policy.
     """
 
     mean: Tensor | None
     std: Tensor | None
     clip: Tensor
 
-    def __init__(self, policy: BasePolicy, statistics: ObservationStatistics | None = None) -> None:
+    def __init__(
+        self, policy: BasePolicy, statistics: ObservationStatistics | None = None, columns: slice | None = None
+    ) -> None:
         super().__init__()
+        self.columns, self.shape = columns, policy.observation_space.shape or ()
         network = next((network for kind, network in NETWORKS.items() if isinstance(policy, kind)), None)
         if network is None:
             raise TypeError(f"no network for a {type(policy).__name__}")
@@ -311,7 +315,12 @@ class PolicyNetwork(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def part(self, observations: Tensor) -> Tensor:
+        """The observations of this policy in those of a teacher and a student (see `StudentPart`)."""
+        return observations if self.columns is None else observations[:, self.columns].reshape(-1, *self.shape)
+
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
+        observations = self.part(observations)
         if self.mean is not None and self.std is not None:
             observations = ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
         outputs: Outputs = self.network(observations, value=value)

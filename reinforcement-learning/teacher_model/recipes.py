@@ -21,7 +21,7 @@ from kd.common.training.arguments import RunArguments
 from kd.common.training.trackers import check_trackers
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Count, Range
-from kd.reinforcement_learning.data.environment_ids import parse_id
+from kd.reinforcement_learning.data.environment_ids import parse_id, parse_wrappers
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -100,6 +100,7 @@ class EnvironmentArguments:
 
     def __post_init__(self) -> None:
         self.environment_arguments()  # raises for malformed values
+        parse_wrappers("--wrapper", self.wrapper)
 
     def environment_arguments(self) -> dict[str, Any] | None:
         """The value of --env_kwargs. Raises ValueError unless it is a JSON object."""
@@ -164,13 +165,16 @@ def _table() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def training_recipe(algorithm: str, environment: str, changes: dict[str, Any] | None = None) -> TrainingRecipe:
-    """The row of an environment, or of ALE for an Atari game, or the default; `changes` override it.
+    """The row of an environment or of another version of it, of ALE for an Atari game, or the default; `changes`
+    override it.
 
     Raises ValueError for unknown and unsupported hyper-parameters, and for values out of range.
     """
     rows, environment = _table()[algorithm], parse_id(environment).name
     family = "ALE" if environment.startswith("ALE/") else "default"
-    row = deepcopy(rows.get(environment) or rows.get(family) or rows["default"]) | (changes or {})
+    versions = {re.sub(r"-v\d+$", "", name): row for name, row in rows.items()}
+    found = rows.get(environment) or versions.get(re.sub(r"-v\d+$", "", environment)) or rows.get(family)
+    row = deepcopy(found or rows["default"]) | (changes or {})
     _check(algorithm, row)
     keywords = {name: _value(name, value) for name, value in row.items()}
     steps, count, normalize = keywords.pop("steps"), keywords.pop("environments"), keywords.pop("normalize", False)

@@ -11,6 +11,7 @@ from kd.common.reporting.results import RESULTS
 from kd.common.training.run import Run
 from kd.common.training.run_folder import REPORT_FILES
 from kd.common.training.trackers import Trackers
+from kd.reinforcement_learning.data.environment_ids import student_environment
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.policies import greedy
 from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
@@ -36,11 +37,18 @@ class PolicyRun(Run):
         """Mean returns of greedy actions by environment, for the curves. Their time is not part of the stage's."""
         with self.timed("evaluation"):
             return {
-                curve_name(environment): float(
+                self.curve_name(environment): float(
                     returns_of(greedy(net), environment, self.args.eval_episodes, VALIDATION_SEED)[0].mean()
                 )
                 for environment, net in networks.items()
             }
+
+    def curve_name(self, environment: str) -> str:
+        """The name of the mean return in the log of a stage; with the environment, that of the student, if there are
+        several.
+        """
+        several = f"/{folder_name(student_environment(environment))}" if len(self.reports) > 1 else ""
+        return f"eval_return_mean{several}"
 
     @contextmanager
     def trackers(self, stage: str, environment: str | None = None) -> Iterator[Trackers]:
@@ -52,11 +60,6 @@ class PolicyRun(Run):
             yield trackers
         finally:
             trackers.finish()
-
-
-def curve_name(environment: str) -> str:
-    """The name of an environment's mean return in the log of a stage."""
-    return f"eval_return_mean {environment}"
 
 
 class LogWriter(KVWriter):

@@ -1,5 +1,6 @@
 """Teachers: agents that are loaded from files, or trained from reward once and reused by later runs."""
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from copy import copy
@@ -47,7 +48,8 @@ class Agent:
     """A policy of Stable-Baselines3 with the statistics of its observations: a teacher, control or student.
 
     `model`: the algorithm of the policy; None if only the policy was loaded. `source`: origin of the statistics, for
-    the report. `warnings`: possible problems of a loaded policy.
+    the report. `warnings`: possible problems of a loaded policy. `columns`: those that the policy uses of observations
+    that are a teacher's and a student's; None for its observations alone.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Agent:
     model: BaseAlgorithm | None = None
     source: str = "none"
     warnings: tuple[str, ...] = ()
+    columns: slice | None = None
 
     @classmethod
     def load(
@@ -105,7 +108,7 @@ class Agent:
 
     def network(self) -> PolicyNetwork:
         """The network of the policy, which shares its weights, in eval mode on its device."""
-        return PolicyNetwork(self.policy, self.statistics).to(self.policy.device).eval()
+        return PolicyNetwork(self.policy, self.statistics, self.columns).to(self.policy.device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.zip, as Stable-Baselines3 saves it, and vecnormalize.pkl. A model with statistics is saved for
@@ -119,6 +122,12 @@ class Agent:
             normalizer = self.model.get_vec_normalize_env()
             assert normalizer is not None
             normalizer.save(str(Path(folder, STATISTICS)))
+
+
+def columns_of_both(teacher: Agent) -> tuple[slice, slice]:
+    """The columns of a teacher and of its student in observations that are those of both."""
+    size = math.prod(teacher.policy.observation_space.shape or ())
+    return slice(0, size), slice(size, None)
 
 
 def _for_original_observations(model: BaseAlgorithm) -> BaseAlgorithm:
@@ -207,11 +216,15 @@ def train_from_reward(run: PolicyRun, stage: str, environment: str, model: BaseA
 class Teacher:
     """The teacher of one environment. The outputs of `network` are the students' targets: those of the agent at its
     temperature or, for several agents, their average, each at its temperature and with its statistics.
+
+    `shared`: the environment in which teacher and student are compared. It differs from `environment` if the student
+    observes otherwise: its observations are then those of both (see `environment_ids.of_both`).
     """
 
     environment: str
     agents: tuple[Agent, ...]
     network: PolicyNetwork | EnsembleTeacher
+    shared: str
 
     @property
     def agent(self) -> Agent:

@@ -5,6 +5,7 @@ segment starts with a checkpoint of the model, new seeds for all random generato
 because the state of most environments cannot be saved. The rest of the training depends only on that checkpoint.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def train(
     trackers: Trackers | None = None,
 ) -> History:
     """Trains `model` for `steps` environment steps, and continues from the last checkpoint in `folder`, if any.
-    Returns the log: `environment_steps` and `evaluate(model)` at the end of each segment. `trackers` get it too.
+    Returns the log: `environment_steps`, `cpu_seconds` of the training alone, and `evaluate(model)` at the end of each
+    segment. `trackers` get it too.
     """
     segments = Segments(steps, folder, seed, evaluate, description, trackers)
     checkpoint = newest_checkpoint(folder)
@@ -139,10 +141,12 @@ class Segments(BaseCallback):
         self.length, self.folder, self.seed, self.evaluate = max(1, -(-steps // SEGMENTS)), folder, seed, evaluate
         self.bar = tqdm(total=steps, desc=description, unit="step", unit_scale=True, leave=False)
         self.begun, self.history, self.arrays = -1, History(), dict[str, np.ndarray]()
+        self.cpu_seconds = 0.0
 
     def _on_training_start(self) -> None:
         if self.arrays:
             _restore_arrays(self.model, self.arrays)  # the reset at the start of `learn` has changed them
+        self.started = time.process_time()
 
     def _on_step(self) -> bool:
         self.bar.update(self.model.num_timesteps - self.bar.n)
@@ -157,14 +161,17 @@ class Segments(BaseCallback):
             save_checkpoint(self.folder, self.model.num_timesteps, self.write)
         self.begun = segment
         self.restart(self.seed + 1000 * segment)
+        self.started = time.process_time()
 
     def check(self) -> None:
         check_finite_weights(self.model.policy, when=f"after {self.model.num_timesteps} environment steps")
 
     def log(self) -> None:
+        self.cpu_seconds += time.process_time() - self.started
         self.check()
         measured = self.evaluate(self.model)
-        self.history.append({"environment_steps": self.model.num_timesteps} | measured)
+        work = {"environment_steps": self.model.num_timesteps, "cpu_seconds": self.cpu_seconds}
+        self.history.append(work | measured)
         self.trackers.log(tracked(measured), self.model.num_timesteps)
 
     def restart(self, seed: int) -> None:
@@ -195,6 +202,7 @@ class Segments(BaseCallback):
         with np.load(folder / "arrays.npz") as arrays:
             self.arrays = dict(arrays)
         self.history = state["history"]
+        self.cpu_seconds = self.history[-1]["cpu_seconds"]
         return int(state["counters"]["num_timesteps"])
 
 

@@ -17,7 +17,7 @@ import yaml
 from kd.common.reporting.results import RESULTS
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
-from kd.reinforcement_learning.data.environment_ids import EnvironmentId, Part, parse_id
+from kd.reinforcement_learning.data.environment_ids import EnvironmentId, Part, parse_id, parse_wrappers
 from kd.reinforcement_learning.data.specs import current_id
 
 CONFIG, ARGS = "config.yml", "args.yml"
@@ -73,7 +73,8 @@ def _named_environment(policy: Path) -> tuple[str | None, dict[str, Any], str]:
         if (folder / RESULTS).is_file():
             results = read_json(folder / RESULTS)
             if isinstance(results, dict) and results.get("domain") == "reinforcement-learning":
-                return str(results.get("task")), {}, str(folder / RESULTS)
+                taught = results.get("teacher_environment") if "stages/teacher" in policy.as_posix() else None
+                return str(taught or results.get("task")), {}, str(folder / RESULTS)
     for name in (policy.stem, policy.parent.name):
         if found := ID.fullmatch(name):
             return re.sub(r"^ALE-", "ALE/", found[1]), {}, f"the name {name}"
@@ -103,7 +104,7 @@ def matching_environment(
     if kwargs is not None:
         arguments = kwargs
     if wrappers:
-        applied = parse_id("+".join(["-", *wrappers])).wrappers
+        applied = parse_wrappers("--wrapper", wrappers)
     id = str(EnvironmentId(name, arguments, applied))
     if id != name and chosen != id:
         notes.append(f"the environment is {id}, with the arguments and wrappers of the flags or of the training")

@@ -29,11 +29,15 @@ UNLABELLED: dict[str, Callable[..., torch.Tensor]] = {
     "class_relations": losses.class_relations,
     "sample_relations": losses.sample_relations,
     "lskd": lambda s, t: losses.soft_target_kl(losses.standardized(s), losses.standardized(t), 2.0),
+    "abkd": losses.alpha_beta,
+    "sample_directions": losses.sample_directions,
+    "class_directions": losses.class_directions,
 }
 LABELLED: dict[str, Callable[..., torch.Tensor]] = {
     "dkd": losses.decoupled_kd,
     "label_probability": losses.label_probability,
     "transport": partial(losses.transport, cost=COST),
+    "rld": losses.refined_kd,
 }
 NAMES = [*UNLABELLED, *LABELLED]
 
@@ -68,7 +72,7 @@ def test_gradient_is_the_slope_and_reaches_only_the_student(name):
     assert slope == pytest.approx((student.grad * direction).sum().item(), rel=2e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dkd", "dist", "class_relations", "sample_relations", "lskd"])
+@pytest.mark.parametrize("name", ["dkd", *UNLABELLED])
 def test_zero_at_equality_and_above_zero_elsewhere(name):
     student, _ = pair()
     assert value_of(name, student, student).item() == pytest.approx(0, abs=1e-5)
@@ -126,17 +130,19 @@ def test_decoupled_methods_need_three_classes():
             LOGIT_METHODS[name](task_of(2))
 
 
-def test_standardized_methods_need_two_classes():
-    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
-        losses.standardized(torch.zeros(4, 1))
-    for name in ("lskd", "mlkd_ls"):
+def test_standardized_and_refined_methods_need_two_classes():
+    one = torch.zeros(4, 1)
+    for loss in (partial(losses.refined_kd, labels=torch.zeros(4).long()), losses.sample_directions):
+        with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+            loss(one, one)
+    for name in ("lskd", "mlkd_ls", "rld", "vrm"):
         with pytest.raises(UserError, match=f"method {name} needs at least 2 classes"):
             LOGIT_METHODS[name](task_of(1))
 
 
 @pytest.mark.parametrize("name", LOGIT_METHODS)
 def test_a_batch_of_one_with_the_fewest_classes_is_finite(name):
-    classes = {"dkd": 3, "dkd_ls": 3, "wkd": 3, "lskd": 2, "mlkd_ls": 2}.get(name, 1)
+    classes = {"dkd": 3, "dkd_ls": 3, "wkd": 3, "lskd": 2, "mlkd_ls": 2, "rld": 2, "vrm": 2}.get(name, 1)
     student, teacher = torch.randn(1, classes, requires_grad=True), torch.randn(1, classes)
     task = replace(task_of(classes), teacher_samples=lambda: (torch.randn(9, 6), torch.arange(9) % classes))
     objective = LOGIT_METHODS[name](task).objective
@@ -354,5 +360,8 @@ def test_a_method_is_the_weighted_sum_of_its_losses(name):
             losses.label_probability(student, teacher, LABELS),
             600 * losses.transport(student, teacher, LABELS, COST),
         ],
+        "rld": [losses.refined_kd(student, teacher, LABELS, 1.0, 8.0, 4.0)],
+        "abkd": [2 * losses.alpha_beta(student, teacher, 4.0, 0.8, 0.3)],
+        "vrm": [4 * losses.sample_directions(student, teacher), 4 * losses.class_directions(student, teacher)],
     }[name]
     assert [part.item() for part in parts.values()] == pytest.approx([float(x) for x in expected], rel=1e-4)

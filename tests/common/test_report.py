@@ -415,9 +415,7 @@ def test_the_headline_ends_with_the_verdict() -> None:
         sentence(better, worse)
     )
     few = verdict_with(0.5, 0, 0, "no difference shown (one seed)")
-    assert sentence(few, None) == (
-        "no difference shown to the control (gain 0.5000, one seed, too few evaluation examples for an interval)."
-    )
+    assert sentence(few, None) == ("no difference shown to the control (gain 0.5000, one seed, M).")
     assert sentence(None, None) == ""
 
 

@@ -15,7 +15,7 @@ from kd.common.metrics.verdict import AT_LEAST, OVER_SEEDS, measure_mean
 from kd.common.reporting.__main__ import read_runs
 from kd.common.reporting.model_card import Card
 from kd.common.reporting.report import headline
-from kd.common.reporting.results import over_seeds, validate
+from kd.common.reporting.results import over_seeds, retention_interval, validate
 from kd.common.training.arguments import KDTrainingArguments, RunArguments
 from kd.common.training.run import Run
 from kd.common.utils.errors import UserError
@@ -183,6 +183,22 @@ def test_the_verdict_over_seeds_is_that_of_a_paired_t_test(tmp_path, capsys):
         assert found["word"] == "better (one seed)" and found["interval"][0] < found["gain"] < found["interval"][1]
 
 
+def test_the_interval_of_the_retention_is_that_of_the_verdict_on_the_teacher(tmp_path):
+    """Students 43, 40 and 44, teacher 80: the differences have the mean -37.667 and the deviation 2.0817. The t of two
+    degrees of freedom is 4.3027, so that the half width is 4.3027 * 2.0817 / sqrt(3) = 5.1713.
+    """
+    distill(tmp_path, [3, 0, 4])
+    results, seed = read_json(tmp_path / "results.json"), read_json(tmp_path / "seed3" / "results.json")
+    low, high = 1 + (-37.6667 - 5.1713) / 80, 1 + (-37.6667 + 5.1713) / 80
+    assert results["retention_interval"] == pytest.approx([low, high], abs=1e-5)
+    assert f"{results['retention']:.1%} of the teacher's 80.00 (95% interval 46.5% to 59.4%)" in headline(results)
+    assert seed["retention_interval"] == pytest.approx([1 - 37 / 80] * 2), "the examples vary alike in both"
+    results["verdict"]["teacher"]["interval"], results["floor"] = [-9.0, 3.6], -100.0
+    assert retention_interval(results) == pytest.approx([0.95, 1.02])
+    results["verdict"]["shared_teacher"] = False
+    assert retention_interval(results) is None
+
+
 def test_the_interval_over_seeds_is_not_narrower_than_over_examples(tmp_path):
     distill(tmp_path, [3, 103])
     runs = [read_json(tmp_path / f"seed{seed}" / "results.json") for seed in (3, 103)]
@@ -213,7 +229,7 @@ def test_the_verdict_warns_of_a_useless_teacher_and_a_constant_student(tmp_path)
     validate(results)
     assert results["verdict"]["warnings"] == [
         "the teacher is no better than the control: check it before distilling from it",
-        "the student predicts the same for every evaluation example",
+        "the student predicts the same for all inputs of the evaluation",
     ]
     assert results["verdict"]["teacher"]["margin"] == 7
     assert "not worse than the teacher by more than 7.000." in headline(results)

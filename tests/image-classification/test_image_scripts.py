@@ -194,6 +194,17 @@ def test_methods_train_a_plain_student(method, teacher, tmp_path):
     assert (tmp_path / "views").exists() == (method == "kd")
 
 
+def test_two_momentums_train_another_student_and_the_same_control(teacher, tmp_path):
+    for name, words in (("sgd", []), ("dot", ["--dot_delta", 0.075])):
+        script("train_student.py", *SHORT, *PAIR, "--teacher", teacher, *words, "--output_dir", tmp_path / name)
+    differs = []
+    for stage in ("control", "student"):
+        sgd, dot = (load_file(tmp_path / run / "stages" / stage / "model.safetensors") for run in ("sgd", "dot"))
+        differs.append(any(not torch.equal(weight, dot[key]) for key, weight in sgd.items()))
+    assert differs == [False, True]
+    assert "dot_delta: 0.075" in (tmp_path / "dot" / "recipe.yaml").read_text()
+
+
 def test_the_logits_of_ensemble_teachers_are_averaged(teacher, tmp_path, capsys):
     """The same teacher twice equals that teacher at twice the cost; methods with features reject ensembles."""
     words = [*SHORT, *PAIR, "--no_control", "--teacher", teacher]
@@ -499,6 +510,8 @@ def test_several_methods_share_a_table_of_views_and_end_in_one_table(teacher, tm
         ("sweep.py", ["--learning_rates", "0.1", "0.1"], "none twice"),
         ("sweep.py", ["--methods", "kdd"], "there is no method 'kdd'"),
         ("sweep.py", ["--max_grad_norm", "1"], "leave --max_grad_norm at 0"),
+        ("train_student.py", ["--dot_delta", "0.2"], "--dot_delta must be at most 0.9 and below 0.1"),
+        ("train_student.py", ["--dot_delta", "0.05", "--method", "kd:alpha=0"], "or give the labels a weight"),
         ("train_teacher.py", ["--lerning_rate", "1"], "did you mean --learning_rate?"),
         ("evaluate.py", ["nowhere"], "no folder nowhere"),
     ],

@@ -69,7 +69,8 @@ def test_command_line_flags_override_those_of_a_pair(tmp_path):
 
 # Arguments of the runs with the published figures. KD and MLKD with logit standardization: (temperature, weight), the
 # authors' logs; DKD with it: (temperature, weight, beta), the same; DKD: beta, mdistiller's configurations; ReviewKD:
-# weight, the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations.
+# weight, the authors' script; CAT-KD: (weight, size, normalized), the authors' configurations; RLD: (alpha, beta,
+# temperature), and ABKD: (alpha, beta, weight * temperature^2), the authors' READMEs.
 PUBLISHED: dict[str, dict[str, tuple]] = {
     "resnet32x4_resnet8x4": {"dkd": (8,), "lskd": (2, 9), "dkd_ls": (2, 9, 8), "mlkd_ls": (2, 9), "reviewkd": (5,),
                              "catkd": (15, 2, False)},
@@ -82,13 +83,14 @@ PUBLISHED: dict[str, dict[str, tuple]] = {
                           "catkd": (1.5, 2, False)},
     "wrn_40_2_resnet8x4": {"lskd": (2, 9), "dkd_ls": (2, 18, 2), "mlkd_ls": (2, 9)},
     "wrn_40_2_shufflenetv1": {"dkd": (8,), "reviewkd": (5,), "catkd": (80, 4, True)},
-    "vgg13_vgg8": {"dkd": (6,), "lskd": (3, 9), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 6), "catkd": (4.5, 2, False)},
+    "vgg13_vgg8": {"dkd": (6,), "lskd": (3, 9), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 6), "catkd": (4.5, 2, False),
+                   "rld": (1, 8, 4)},
     "vgg13_mobilenetv2": {"dkd": (6,), "lskd": (3, 9), "dkd_ls": (3, 9, 2), "mlkd_ls": (2, 6),
                           "catkd": (15, 2, True)},
     "resnet50_mobilenetv2": {"dkd": (8,), "lskd": (3, 1), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 9),
                              "catkd": (40, 2, True)},
     "resnet56_resnet20": {"dkd": (2,), "lskd": (2, 9), "dkd_ls": (3, 18, 2), "reviewkd": (0.6,),
-                          "catkd": (0.7, 2, False)},
+                          "catkd": (0.7, 2, False), "abkd": (0.8, 0.3, 32)},
     "resnet110_resnet32": {"dkd": (2,), "lskd": (2, 9), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 9), "reviewkd": (1,),
                            "catkd": (1.8, 2, False)},
     "resnet110_resnet20": {"lskd": (4, 12), "dkd_ls": (2, 15, 2), "mlkd_ls": (2, 9)},
@@ -102,7 +104,14 @@ def as_published(name: str, arguments: dict) -> tuple:
     """The arguments of a method in the form in which its authors publish them."""
     if name == "dkd_ls":  # alpha and beta are DKD's, 1 and beta, times the weight
         return arguments["temperature"], arguments["alpha"], arguments["beta"] / arguments["alpha"]
-    words = {"dkd": ["beta"], "reviewkd": ["weight"], "catkd": ["weight", "size", "normalized"]}
+    if name == "abkd":  # its divergence is not scaled by T^2
+        return arguments["alpha"], arguments["beta"], arguments["weight"] * arguments["temperature"] ** 2
+    words = {
+        "dkd": ["beta"],
+        "reviewkd": ["weight"],
+        "catkd": ["weight", "size", "normalized"],
+        "rld": ["alpha", "beta", "temperature"],
+    }
     return tuple(arguments[word] for word in words.get(name, ["temperature", "weight"]))
 
 

@@ -120,6 +120,17 @@ def test_each_operation_matches_pillow():
             assert (gap > 2).mean() < 0.15, (name, magnitude)
 
 
+def test_each_operation_runs_at_both_ends_of_its_range():
+    image = torch.from_numpy(pixels(1, 16, 16, 3)[0]).permute(2, 0, 1)
+    for operation, *ends in AUGMENTATIONS:
+        for magnitude in (*ends, ends[1] - 0.5 * (ends[1] > 1)):
+            found = operation(image, magnitude)
+            assert found.dtype == torch.uint8 and found.shape == image.shape
+    solarize = next(operation for operation, _, high in AUGMENTATIONS if high == 256)
+    assert torch.equal(solarize(image, 255.5), image), "no value reaches this threshold"
+    assert torch.equal(solarize(image, 0.0), 255 - image)
+
+
 def test_cutout_is_a_square_of_up_to_half_the_width_that_may_exceed_the_border():
     generator, sides, cut = torch.Generator().manual_seed(0), set(), 0
     for _ in range(300):

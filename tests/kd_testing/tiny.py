@@ -51,6 +51,7 @@ def model(seed: int = 0, **kwargs: Any) -> TinyClassifier:
 
 
 def arguments(folder: str | Path, **kwargs: Any) -> KDTrainingArguments:
+    kind: type[KDTrainingArguments] = kwargs.pop("kind", KDTrainingArguments)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "precision": "fp32",
@@ -67,7 +68,7 @@ def arguments(folder: str | Path, **kwargs: Any) -> KDTrainingArguments:
         "disable_tqdm": True,
         "report_to": "none",
     }
-    return KDTrainingArguments(**(defaults | kwargs))
+    return kind(**(defaults | kwargs))
 
 
 def kd(alpha: float = 0.5) -> Objective:

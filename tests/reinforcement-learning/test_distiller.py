@@ -1,5 +1,6 @@
 """The Distiller: solvable environments, collected observations, resumed distillations."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch import nn
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
-from kd.reinforcement_learning.data.rollouts import Observations, Recorder, mixture, play, random_actions, returns_of
+from kd.reinforcement_learning.data.rollouts import (
+    Observations,
+    Recorder,
+    mixture,
+    play,
+    play_in,
+    random_actions,
+    returns_of,
+)
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement, random_metrics
@@ -277,6 +286,19 @@ def test_returns_are_in_the_order_of_the_environments():
 
     first, all_three = returns(20), returns(60)  # of 20 environments
     assert np.array_equal(all_three[::3], first) and (np.diff(first) < 0).any()
+
+
+@pytest.mark.parametrize("environment", ["LunarLander-v3", "CartPole-v1"])
+def test_all_policies_play_the_same_episodes(environment):
+    """Every episode starts in the same state, although episodes before it had other lengths and random events."""
+
+    def observed(action: int) -> set[tuple[float, ...]]:
+        played = play_in(environment, lambda rows: torch.full((len(rows),), action), 30, seed=5)
+        return set(map(tuple, played.observations.tolist()))
+
+    with closing(Environments(environment, 30, seed=5)) as environments:
+        starts = set(map(tuple, environments.observations.tolist()))
+    assert starts <= observed(0) and starts <= observed(1)
 
 
 def test_policy_agreement():

@@ -52,7 +52,7 @@ def spec(args: StudentArguments = BOTTLENECK) -> StudentSpec:
     with torch.no_grad():
         cast(nn.Linear, teacher.policy.action_net).weight.copy_(6 * torch.eye(4))
     agent = Agent("teacher", teacher.policy, ObservationStatistics(np.full(4, 5.0), np.full(4, 4.0), 0.0, 10.0))
-    return StudentSpec(Teacher(ENVIRONMENT, (agent,), agent.network().cpu()), args, RECIPE)
+    return StudentSpec(Teacher(ENVIRONMENT, (agent,), agent.network().cpu(), ENVIRONMENT), args, RECIPE)
 
 
 def task(one: StudentSpec, seed: int = 0) -> DistillationTask:

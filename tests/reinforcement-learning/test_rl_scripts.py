@@ -90,7 +90,7 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     check_verdict(results)
     assert test["episodes"] == 12 and 0 <= test["agreement"] <= 1 and test["kl"] >= 0
     assert test["return_ci95"][0] <= test["return_mean"] <= test["return_ci95"][1]
-    assert results["data"]["train"] >= 400 and results["work_of_the_student"]["cpu_seconds"] > 0
+    assert results["data"]["train"] >= 400 and results["work"]["student"]["cpu_seconds"] > 0
     teacher, random = models["teacher"]["metrics"]["test"]["return_mean"], results["return_of_random_actions"]
     share = (test["return_mean"] - random) / (teacher - random)
     assert results["retention"] == (pytest.approx(share) if teacher > random else None)
@@ -105,6 +105,7 @@ def test_default_run_from_teacher_training_to_a_student_that_stable_baselines_lo
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == test["return_mean"]
     report = (run / "report.md").read_text()
     assert re.search(r"Data: train \d+ observations, validation 2 episodes, test 12 episodes\.", report)
+    assert "paired bootstrap over the evaluation episodes" in report and "examples" not in report
     episodes = pandas.read_csv("p.csv")
     assert episodes.columns.tolist() == ["split", "episode", "return", "length"]
     assert episodes["return"].mean() == test["return_mean"] and episodes.episode.tolist() == list(range(12))
@@ -128,12 +129,44 @@ def test_trackers_get_losses_and_returns(cart_pole):
     history = read_json("run/stages/student/stage.json")["history"]
     events = {stage.name: EventAccumulator(str(stage)).Reload() for stage in Path("run/tensorboard").iterdir()}
     assert events.keys() == {"control", "student", "behaviour_cloning"}
-    for tag, name in {"train/loss": "loss", "eval/return_mean CartPole-v1": "eval_return_mean CartPole-v1"}.items():
+    for tag in ("loss", "loss_policy", "loss_value", "learning_rate"):
+        assert f"train/{tag}" in events["student"].Tags()["scalars"]
+    for tag, name in {"train/loss": "loss", "eval/return_mean": "eval_return_mean"}.items():
         logged = [(event.step, event.value) for event in events["student"].Scalars(tag)]
         assert logged == [(row["environment_steps"], pytest.approx(row[name])) for row in history]
-    assert {"rollout/ep_rew_mean", "eval/return_mean CartPole-v1"} <= set(events["control"].Tags()["scalars"])
+    assert {"rollout/ep_rew_mean", "eval/return_mean"} <= set(events["control"].Tags()["scalars"])
     distill(*words, "run", "--overwrite_output_dir", "--report_to", "none", "--no_control")
     assert not Path("run/tensorboard").exists()
+
+
+def test_a_control_of_equal_cpu_time_and_a_student_of_a_share_of_the_teachers_actor(cart_pole):
+    """The actor of the teacher has 4 * 64 + 64, 64 * 64 + 64 and 64 * 2 + 2 parameters, that of a student of width w
+    4w + w + w^2 + w + 2w + 2.
+    """
+    words = ["--teacher", cart_pole, "--control_cpu_time", "--student_share", 0.05, "--output_dir", "run"]
+    distill(*words)
+    results = read_json("run/results.json")
+    work, actors = results["work"], results["actors"]
+    per_step = work["control"]["cpu_seconds"] / work["control"]["environment_steps"]
+    steps = work["student"]["cpu_seconds"] / per_step
+    rollout = 256  # of 8 environments and 32 steps
+    assert steps <= work["control_cpu_time"]["environment_steps"] < steps + rollout + 1
+    assert results["models"]["control_cpu_time"]["metrics"]["test"]["episodes"] == 12
+    assert "control_cpu_time" in results["verdict"]["others"]
+    assert actors["teacher"]["parameters"] == 4610 and 0.05 * 4610 == 230.5
+    assert {role: one["parameters"] for role, one in actors.items() if role != "teacher"} == dict.fromkeys(
+        ("control", "student", "behaviour_cloning", "control_cpu_time"), 11**2 + 8 * 11 + 2
+    )
+    assert 12**2 + 8 * 12 + 2 > 230.5
+    assert "hidden layers of [11, 11]" in Path("run/report.md").read_text()
+    run_script(f"{SCRIPTS}/table.py", ".", "--markdown", "table.md")
+    header, _, row, *_ = Path("table.md").read_text().splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
+    assert (cells["environment"], cells["actor"], cells["student's actor"]) == ("CartPole-v1", "4,610", "211 (4.6%)")
+    assert cells["normalized return"].startswith(f"{results['retention']:.3f} (" if results["retention"] else "–")
+    Path("run/results.json").unlink()
+    distill(*words, "--resume_from_checkpoint")  # the steps follow from the logs of the finished stages
+    assert read_json("run/results.json")["work"] == work
 
 
 @pytest.mark.slow
@@ -223,13 +256,14 @@ def test_normalized_continuous_teacher_and_student_for_raw_observations():
 @pytest.mark.parametrize(
     ("algorithm", "environment"), [("dqn", "CartPole-v1"), pytest.param("sac", "Pendulum-v1", marks=pytest.mark.slow)]
 )
-def test_teachers_of_other_algorithms(algorithm, environment):
+def test_teachers_of_other_algorithms(algorithm, environment, capsys):
     settings = {"buffer_size": 500, "learning_starts": 50, "batch_size": 32}
     run_script(f"{SCRIPTS}/train_teacher.py", "--environment", environment, "--algorithm", algorithm,
                "--teacher_steps", 150, "--hyperparameters", json.dumps(settings),
                "--episodes", 2, "--eval_episodes", 1)  # fmt: skip
     folder = RUNS / f"teacher_{environment}_{algorithm}"
     assert read_json(folder / "results.json")["models"]["student"] is None
+    assert f"teacher: {folder}/stages/teacher\nreport:  {folder}/report.md" in capsys.readouterr().out
     distill("--environment", environment, "--teacher", folder, "--no_control", "--episodes", 3)
     results = read_json(RUNS / f"distill_{environment}" / "results.json")
     assert results["models"]["teacher"]["name"].startswith(algorithm)
@@ -251,9 +285,14 @@ def test_several_environments_share_one_body(capsys):
     pole, car = (student.mlp_extractor.policy_net for student in students)
     assert torch.equal(pole[2].weight, car[2].weight) and pole[0].weight.shape != car[0].weight.shape
     assert [student.action_net.out_features for student in students] == [2, 3]
+    history = read_json("both/stages/student/stage.json")["history"]
     for name in names:
-        assert read_json(f"both/{name}/results.json")["task"] == name
-    capsys.readouterr()
+        results = read_json(f"both/{name}/results.json")
+        assert results["task"] == name
+        last = history[-1][f"eval_return_mean/{name}"]
+        assert last == results["models"]["student"]["metrics"]["validation"]["return_mean"]
+    printed = capsys.readouterr().out
+    assert all(f"student: both/{name}/student\n" in printed for name in names)
     words = ["--environment", "CartPole-v1", "MountainCar-v0", "--output_dir", "both"]
     assert "contains a finished run" in error_line(capsys, *words, "--teacher", *teachers)
 
@@ -396,6 +435,11 @@ def test_teacher_no_better_than_random_gives_a_warning_before_distillation(monke
         (["--teacher_weight", "-1"], "--teacher_weight must be at least 0"),
         (["--teacher", "{cart_pole}", "--output_dir", "{cart_pole}/run"], "Not a directory"),
         (["--channels", "8"], "three convolutions"),
+        (["--teacher", "{cart_pole}", "--student_share", "0.001"], "is not enough for two hidden layers"),
+        (["--student_share", "0.05", "--student", "8"], "--student_share sets the widths"),
+        (["--environment", "CartPole-v1", "Acrobot-v1", "--student_share", "0.1"], "supports a single --environment"),
+        (["--environment", "ALE/Pong-v5", "--student_share", "0.1"], "pass --student and --channels"),
+        (["--no_control", "--control_cpu_time"], "--no_control leaves out every control"),
         (["--teacher_temperature", "0"], "--teacher_temperature must be above 0"),
         (["--report_to", "foo"], "--report_to foo is unknown or not installed"),
         (["--report_to", "none", "tensorboard"], "leave out none or the others"),
@@ -481,13 +525,42 @@ def test_evaluate_needs_the_environment(cart_pole, capsys):
     )
 
 
+def zoo(*words: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(REPO / SCRIPTS / "distill_zoo.sh"), *map(str, words)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "error: pass the folder of the agents first"),
+        (["zoo", "ppo/Hoper-v3_1"], "error: ppo/Hoper-v3_1 is none of the agents of distill_zoo.sh"),
+    ],
+)
+def test_agents_of_the_zoo_are_named(words, expected):
+    done = zoo(*words)
+    assert done.returncode == 2 and done.stderr.startswith(expected) and not RUNS.exists()
+
+
+@pytest.mark.slow
+def test_a_run_and_a_row_of_the_table_for_each_agent_of_the_zoo(shared):
+    words = [shared / "agents", "qrdqn/CartPole-v1_1", "ppo/CartPole-v1_1", *SHORT, "--seeds", 0]
+    assert "is none of the agents" in zoo(*words).stderr
+    words.remove("ppo/CartPole-v1_1")
+    assert (done := zoo(*words)).returncode == 0, done.stderr[-2000:]
+    table = (RUNS / "zoo" / "table.md").read_text()
+    assert "| qrdqn CartPole-v1 | CartPole-v1 | 67,586 | 3,350 (5.0%) | 500.0 |" in table
+    assert "finished: " in zoo(*words).stdout, "a second command only writes the table"
+
+
 @pytest.mark.slow
 def test_pong_from_frames_to_small_students_of_one_teacher():
     short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--eval_episodes", 1]
     short += ["--env_kwargs", json.dumps({"max_num_frames_per_episode": 400})]
     frames = np.zeros((1, 4, 84, 84), np.uint8)
     of_first = ["--teacher", RUNS / "pong_25_percent" / "stages" / "teacher", "--no_control"]
-    for size, words in ((25, ["--teacher_steps", 1024]), (7, of_first), (4, of_first)):
+    for size, words in ((25, ["--teacher", "train", "--teacher_steps", 1024]), (7, of_first), (4, of_first)):
         command = ["bash", REPO / SCRIPTS / "distill_pong.sh", size, *short, *words]
         environment = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
@@ -502,6 +575,17 @@ def test_size_of_a_pong_student_is_required():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: pass the size of the student first")
     assert not RUNS.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["distill_hopper.sh", "distill_pong.sh 7"])
+def test_recipes_with_a_published_teacher_need_the_hub_or_a_teacher(script):
+    """They do not continue with a weak teacher."""
+    name, *words = script.split()
+    environment = os.environ | {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "HF_HOME": "hub"}
+    command = ["bash", str(REPO / SCRIPTS / name), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and "pass --teacher" in done.stderr.splitlines()[-1] and not RUNS.exists()
 
 
 @pytest.mark.slow

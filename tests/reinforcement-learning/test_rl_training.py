@@ -93,7 +93,7 @@ def test_recipes():
     assert (recipe.steps, recipe.environments, recipe.normalize) == (7, 8, False)
     assert recipe.keywords["gamma"] == 0.5 and recipe.keywords["learning_rate"](0.25) == pytest.approx(0.00025)
     assert training_recipe("ppo", "ALE/Breakout-v5").keywords["n_steps"] == 128
-    assert training_recipe("ppo", "Swimmer-v5").keywords == {}
+    assert training_recipe("ppo", "Swimmer-v5").keywords == {"gamma": 0.9999}
     assert training_recipe("ppo", "Hopper-v5").keywords["policy_kwargs"]["activation_fn"] is nn.ReLU
     with pytest.raises(ValueError, match="no activation function Bent"):
         training_recipe("ppo", "CartPole-v1", {"policy_kwargs": {"activation_fn": "Bent"}})
@@ -249,3 +249,14 @@ def test_distillation_term_matches_its_formula(ratio, factor, remaining, weight)
 def test_linear_schedule_ends_at_zero():
     schedule = linear(0.1)
     assert [schedule(remaining) for remaining in (1.0, 0.5, 0.0, -0.6)] == [0.1, 0.05, 0.0, 0.0]
+
+
+def test_every_version_of_an_environment_has_its_tuned_row():
+    for old, new in (
+        ("Hopper-v4", "Hopper-v5"),
+        ("Walker2d-v4+time_feature", "Walker2d-v5"),
+        ("Swimmer-v3", "Swimmer-v5"),
+    ):
+        assert training_recipe("ppo", old) == training_recipe("ppo", new) != training_recipe("ppo", "Other-v0")
+    assert training_recipe("ppo", "Hopper-v4").keywords["vf_coef"] == 0.835671
+    assert training_recipe("ppo", "mine:Hopper-v4") == training_recipe("ppo", "Other-v0")

@@ -61,6 +61,18 @@ def test_folding_preserves_outputs(sizes):
     assert before.features["value"].std() > 0
 
 
+def test_a_student_without_statistics_of_its_teacher_standardizes_by_the_first_observations():
+    network = StudentNetwork(student().policy, None)
+    rows = torch.tensor([[1.0, -4.0, 0.0, 7.0], [3.0, 4.0, 0.5, 7.0]])
+    network.prepare(rows)
+    assert torch.equal(network.mean, torch.tensor([2.0, 0.0, 0.25, 7.0]))
+    assert torch.equal(network.std, torch.tensor([1.0, 4.0, 0.25, 1.0])), "a constant keeps its scale"
+    with torch.no_grad():
+        expected = StudentNetwork(network.policy, None)((rows - network.mean) / network.std)
+        for found in (network(rows), StudentNetwork(network.folded_policy(), None)(rows)):
+            assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+
+
 def test_new_value_scale_can_preserve_values():
     network, rows = StudentNetwork(student().policy, None), torch.randn(64, 4)
     network.set_value_scale(torch.tensor([0.0, 10.0]), preserve=False)

@@ -242,7 +242,7 @@ def test_environment_and_wrapper_of_the_user(
     assert "note: the environment is Own-v0+own_module:Negated" in output.out
     assert "--teacher_return is 100: check" in output.err
     results = read_json(Path("r/results.json"))
-    assert results["task"] == "Own-v0+own_module:Negated" and "Negated" in results["environment_notes"]
+    assert results["task"] == "Own-v0+own_module:Negated" and "Negated" in results["inferred"]
     observation = Environments("Own-v0", 1, 5).observations
     np.testing.assert_array_equal(Environments(results["task"], 1, 5).observations, -observation)
     with pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kd.common.methods import METHODS as METHODS_OF_ALL_DOMAINS
 from kd.common.methods import Method, TaskSpec, fill_arguments, kd_flags, parse_method
+from kd.common.training.arguments import LABELS
 from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.arguments import CONTROLS, SIMKD, ImageTrainingArguments, PairArguments
 from kd.image_classification.student_model.methods.all_stages import reviewkd, semckd
@@ -37,6 +38,16 @@ def image_method(spec: str, args: ImageTrainingArguments) -> Callable[[TaskSpec]
     """The method NAME[:argument=value]..., with the batch size for methods that depend on it."""
     batch = args.per_device_train_batch_size * args.views
     return parse_method(spec, METHODS, batch=batch, **kd_flags(spec, args))
+
+
+def check_dot(args: ImageTrainingArguments, *methods: Method) -> None:
+    """Raises UserError for a --dot_delta if none of the methods has a loss of the labels and another one."""
+    both = any(LABELS in method.objective.terms and len(method.objective.terms) > 1 for method in methods)
+    if args.dot_delta is not None and not both:
+        raise UserError(
+            "--dot_delta separates the gradients of the labels and of the teacher, which this run does not have both: "
+            "leave it out, or give the labels a weight"
+        )
 
 
 def check_kd_flags(methods: list[str], args: ImageTrainingArguments) -> None:
