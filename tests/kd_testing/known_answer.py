@@ -90,7 +90,7 @@ class KnownAnswerSpaces(_Questions):
         "Box": Box(-1, 1, (2,), np.float32),
     }
 
-    def __init__(self, observations: str, actions: str) -> None:
+    def __init__(self, observations: str = "Dict", actions: str = "MultiDiscrete") -> None:
         self.kind, self.actions = observations, actions
         self.observation_space, self.action_space = self.OBSERVATIONS[observations], self.ACTIONS[actions]
 
@@ -126,6 +126,7 @@ _SPACES = [(kind, actions) for kind in KnownAnswerSpaces.OBSERVATIONS for action
 _ENVIRONMENTS: dict[str, tuple[type[gym.Env], dict[str, str]]] = {  # id -> class, arguments
     "KnownAnswer-v0": (KnownAnswer, {}),
     "KnownAnswerBox-v0": (KnownAnswerBox, {}),
+    "KnownAnswerSpaces-v0": (KnownAnswerSpaces, {}),
     **{
         f"{kind}{actions}-v0": (KnownAnswerSpaces, {"observations": kind, "actions": actions})
         for kind, actions in _SPACES
