@@ -186,9 +186,9 @@ def transport_term(spec: TaskSpec, temperature: float) -> Term:
 def rld(
     spec: TaskSpec, *, alpha: float = 1.0, beta: float = 8.0, temperature: Positive = 4.0, warmup: Share = 20 / 240
 ) -> Method:
-    """Refined logits (RLD, Sun et al., arXiv:2408.07703), plus the labels' cross-entropy. alpha is the weight of the
-    teacher's confidence, beta of the distribution over the classes that it ranks below the label. Both weights warm up
-    as in `dkd`. The arguments are those of the command in the authors' README.
+    """Refined logits (RLD, Sun et al., ICCV 2025, arXiv:2408.07703), plus the labels' cross-entropy. alpha is the
+    weight of the teacher's confidence, beta of the distribution over the classes that it ranks below the label. Both
+    weights warm up as in `dkd`. The arguments are those of the command in the authors' README.
     """
     _needs_classes(spec, "rld", 2)
     loss = partial(losses.refined_kd, alpha=alpha, beta=beta, temperature=temperature)
@@ -198,9 +198,9 @@ def rld(
 def abkd(
     spec: TaskSpec, *, alpha: float = 0.8, beta: float = 0.3, weight: float = 2.0, temperature: Positive = 4.0
 ) -> Method:
-    """Alpha-beta divergence (ABKD, Wang et al., arXiv:2505.04560): labels + weight * T^2 * D(teacher || student). Less
-    alpha emphasizes classes with large errors, more beta those of which the student is confident. (1, 0) is the
-    forward KL of `kd`, (0, 1) the reverse KL.
+    """Alpha-beta divergence (ABKD, Wang et al., ICML 2025, arXiv:2505.04560): labels + weight * T^2 * D(teacher ||
+    student). Less alpha emphasizes classes with large errors, more beta those of which the student is confident.
+    (1, 0) is the forward KL of `kd`, (0, 1) the reverse KL.
 
     alpha, beta and weight are those of the authors' README for ResNet56 -> ResNet20, whose weight of 32 is for D
     without T^2. It lists no temperature; 4 is that of `kd`.
@@ -212,8 +212,8 @@ def abkd(
 
 
 def vrm(spec: TaskSpec, *, sample_weight: float = 4.0, class_weight: float = 4.0, keep: ShareAbove0 = 0.5) -> Method:
-    """Virtual relations (VRM, Zhang et al., arXiv:2502.20760): directions of the differences between samples and
-    between classes, plus the labels' cross-entropy.
+    """Virtual relations (VRM, Zhang et al., ICCV 2025, arXiv:2502.20760): directions of the differences between
+    samples and between classes, plus the labels' cross-entropy of all views.
 
     Samples are related across two views of each image (`--strong_augmentation`), as in the paper, and with one view
     among themselves. `keep` is the share of these relations that is not pruned: those with the smallest joint entropy.

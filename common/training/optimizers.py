@@ -11,7 +11,7 @@ from kd.common.training.arguments import LABELS
 
 
 class DistillationOrientedSGD(torch.optim.SGD):
-    """SGD with a momentum of its own for the gradient of the distillation (DOT, Zhao et al., arXiv:2307.08436).
+    """SGD with separate momentums of labels and distillation (DOT, Zhao et al., ICCV 2023, arXiv:2307.08436).
 
         v_labels  = (momentum - delta) * v_labels  + gradient of the labels' loss + weight_decay * p
         v_teacher = (momentum + delta) * v_teacher + gradient of all other losses

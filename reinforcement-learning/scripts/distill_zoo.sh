@@ -8,7 +8,8 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out=runs/reinforcement-learning/zoo
 
 # The share of the teacher's actor that the student may have: 5 % if the actor has more than 5,000 parameters, else 10 %.
-# The policy of ARS is linear, so its student is linear, too.
+# The policy of ARS is linear, so its student is linear, too. Robots need more steps and updates than the other tasks.
+robot="--steps 50_000 --updates 800"
 agents="
 qrdqn/CartPole-v1_1            --student_share 0.05
 ppo/Acrobot-v1_1               --student_share 0.1
@@ -21,15 +22,15 @@ ppo/LunarLander-v2_1           --student_share 0.1
 a2c/LunarLander-v2_1           --student_share 0.1
 dqn/LunarLander-v2_1           --student_share 0.05
 trpo/LunarLanderContinuous-v2_1 --student_share 0.1
-ppo/BipedalWalker-v3_1         --student_share 0.05
-ars/Swimmer-v3_1               --student --loss mse
-trpo/Swimmer-v3_1              --student_share 0.1
-tqc/Hopper-v3_1                --student_share 0.05
-ppo/Hopper-v3_1                --student_share 0.05
-tqc/HalfCheetah-v3_1           --student_share 0.05
-sac/HalfCheetah-v3_1           --student_share 0.05
-trpo/Walker2d-v3_1             --student_share 0.05
-ppo/Walker2d-v3_1              --student_share 0.05
+ppo/BipedalWalker-v3_1         --student_share 0.05 $robot
+ars/Swimmer-v3_1               --student --loss mse $robot
+trpo/Swimmer-v3_1              --student_share 0.1 $robot
+tqc/Hopper-v3_1                --student_share 0.05 $robot
+ppo/Hopper-v3_1                --student_share 0.05 $robot
+tqc/HalfCheetah-v3_1           --student_share 0.05 $robot
+sac/HalfCheetah-v3_1           --student_share 0.05 $robot
+trpo/Walker2d-v3_1             --student_share 0.05 $robot
+ppo/Walker2d-v3_1              --student_share 0.05 $robot
 "
 
 [ $# -gt 0 ] || { echo "error: pass the folder of the agents first, a clone of rl-trained-agents" >&2; exit 2; }
@@ -37,6 +38,7 @@ zoo="${1%/}"
 shift
 chosen=()
 while [ $# -gt 0 ] && [[ "$1" != --* ]]; do
+  grep -q "^$1 " <<< "$agents" || { echo "error: $1 is none of the agents of ${BASH_SOURCE[0]##*/}" >&2; exit 2; }
   chosen+=("$1")
   shift
 done

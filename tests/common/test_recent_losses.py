@@ -37,12 +37,12 @@ def spec(classes: int = 4, views: int = 1) -> TaskSpec:
 
 
 def test_refined_kd_by_hand():
-    """Two divergences for each sample, over lists of classes, as in equations of the paper."""
+    """Two divergences for each sample, over lists of classes."""
     student = logits()
     total = 0.0
     for s, t, label in zip(student.double().numpy(), TEACHER.double().numpy(), LABELS.tolist(), strict=True):
-        confidence, own = softmax(t / 3).max(), softmax(s / 3)[label]
-        total += 0.5 * entropy([confidence, 1 - confidence], [own, 1 - own])
+        confidence, found = softmax(t / 3).max(), softmax(s / 3)[label]
+        total += 0.5 * entropy([confidence, 1 - confidence], [found, 1 - found])
         below = [c for c in range(4) if t[c] < t[label]]
         if below:
             total += 2.0 * entropy(softmax(t[below] / 3), softmax(s[below] / 3))
@@ -56,9 +56,9 @@ def test_refined_kd_is_decoupled_kd_where_the_teacher_is_right():
     assert found.item() == pytest.approx(losses.decoupled_kd(student, teacher, labels, 1.0, 8.0, 4.0).item(), rel=1e-5)
 
 
-def test_refined_kd_does_not_teach_a_wrong_class():
-    """If the teacher is wrong, DKD asks for less probability of the label than the teacher's confidence, RLD does not;
-    the distribution over the classes that the teacher ranks higher has no effect.
+def test_refined_kd_matches_no_wrong_class():
+    """Where the teacher is wrong, the target for the label's probability is the teacher's confidence, unlike in DKD,
+    and the logits of classes that the teacher ranks above the label have no effect on the second divergence.
     """
     teacher, label = TEACHER[2:3], LABELS[2:3]
     student = torch.tensor([[-1.0, 4.0, -2.0, -1.0]])

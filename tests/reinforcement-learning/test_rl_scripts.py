@@ -525,13 +525,42 @@ def test_evaluate_needs_the_environment(cart_pole, capsys):
     )
 
 
+def zoo(*words: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(REPO / SCRIPTS / "distill_zoo.sh"), *map(str, words)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "error: pass the folder of the agents first"),
+        (["zoo", "ppo/Hoper-v3_1"], "error: ppo/Hoper-v3_1 is none of the agents of distill_zoo.sh"),
+    ],
+)
+def test_agents_of_the_zoo_are_named(words, expected):
+    done = zoo(*words)
+    assert done.returncode == 2 and done.stderr.startswith(expected) and not RUNS.exists()
+
+
+@pytest.mark.slow
+def test_a_run_and_a_row_of_the_table_for_each_agent_of_the_zoo(shared):
+    words = [shared / "agents", "qrdqn/CartPole-v1_1", "ppo/CartPole-v1_1", *SHORT, "--seeds", 0]
+    assert "is none of the agents" in zoo(*words).stderr
+    words.remove("ppo/CartPole-v1_1")
+    assert (done := zoo(*words)).returncode == 0, done.stderr[-2000:]
+    table = (RUNS / "zoo" / "table.md").read_text()
+    assert "| qrdqn CartPole-v1 | CartPole-v1 | 67,586 | 3,350 (5.0%) | 500.0 |" in table
+    assert "finished: " in zoo(*words).stdout, "a second command only writes the table"
+
+
 @pytest.mark.slow
 def test_pong_from_frames_to_small_students_of_one_teacher():
     short = ["--steps", 256, "--rounds", 2, "--updates", 2, "--batch_size", 32, "--episodes", 1, "--eval_episodes", 1]
     short += ["--env_kwargs", json.dumps({"max_num_frames_per_episode": 400})]
     frames = np.zeros((1, 4, 84, 84), np.uint8)
     of_first = ["--teacher", RUNS / "pong_25_percent" / "stages" / "teacher", "--no_control"]
-    for size, words in ((25, ["--teacher_steps", 1024]), (7, of_first), (4, of_first)):
+    for size, words in ((25, ["--teacher", "train", "--teacher_steps", 1024]), (7, of_first), (4, of_first)):
         command = ["bash", REPO / SCRIPTS / "distill_pong.sh", size, *short, *words]
         environment = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
@@ -546,6 +575,17 @@ def test_size_of_a_pong_student_is_required():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: pass the size of the student first")
     assert not RUNS.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["distill_hopper.sh", "distill_pong.sh 7"])
+def test_recipes_with_a_published_teacher_need_the_hub_or_a_teacher(script):
+    """They do not continue with a weak teacher."""
+    name, *words = script.split()
+    environment = os.environ | {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "HF_HOME": "hub"}
+    command = ["bash", str(REPO / SCRIPTS / name), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and "pass --teacher" in done.stderr.splitlines()[-1] and not RUNS.exists()
 
 
 @pytest.mark.slow
