@@ -414,8 +414,8 @@ def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words
     """In Stable-Baselines3, by the code of its model card, and in evaluate.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
-    environment = f"kd_testing.known_answer:{kind}{actions}-v0"
-    results = distill("--environment", environment, *TEACHER, *words)
+    environment, modules = f"{kind}{actions}-v0", ["--import_module", "kd_testing.known_answer"]
+    results = distill("--environment", environment, *modules, *TEACHER, *words)
     test = results["models"]["student"]["metrics"]["test"]
     assert 0 < test["agreement"] <= 1 and (test["kl"] >= 0 or actions == "Box")
     student = PPO.load("run/student/student.zip", original(kind, actions), device="cpu")
@@ -428,7 +428,7 @@ def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words
     mean, _ = evaluate_policy(student, VecMonitor(original(kind, actions)), n_eval_episodes=80)
     assert mean == pytest.approx(test["return_mean"], abs=1.5)
     evaluate = "reinforcement-learning/scripts/evaluate.py"
-    run_script(evaluate, "run", "--environment", environment, "--episodes", 10, "--json", "again.json")
+    run_script(evaluate, "run", *modules, "--episodes", 10, "--json", "again.json")
     assert read_json("again.json")["metrics"]["test"]["return_mean"] == pytest.approx(test["return_mean"])
     if "--method" in words:  # in a new process
         run_readme_alone(Path("run/student"), f"assert actions.shape == {(1, *acting.shape[1:])}")
