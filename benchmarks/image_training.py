@@ -32,7 +32,7 @@ from kd.common.methods import Method, parse_method
 from kd.common.training.inference import identity_collate
 from kd.common.training.side_by_side import SideBySide, SideBySideObjective
 from kd.common.training.trainer import KDTrainer
-from kd.common.utils.devices import AUTOCAST, resolve_precision
+from kd.common.utils.devices import AUTOCAST, resolve_precision, synchronize
 from kd.common.utils.ranges import Range
 from kd.image_classification.data.image_data import Images, SmallImageData
 from kd.image_classification.student_model.arguments import ImageTrainingArguments, SimKDArguments
@@ -46,17 +46,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock(TrainerCallback):
-    """Records the end of each step."""
+    """The mean time of all steps but the first."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            synchronize(DEVICE)
+            self.started = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-    @property
-    def seconds_per_step(self) -> float:
-        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize(DEVICE)
+        self.seconds_per_step = (time.perf_counter() - self.started) / (state.global_step - 1)
 
 
 def random_data(samples: int) -> SmallImageData:
@@ -68,14 +67,14 @@ def random_data(samples: int) -> SmallImageData:
 
 
 def seconds_per_step(
-    model: nn.Module, objective: nn.Module, paths: tuple[dict[str, str], dict[str, str]], teacher: ImageClassifier,
-    data: SmallImageData, args: Namespace, **training: Any,
+    model: nn.Module, objective: nn.Module, paths: tuple[dict[str, str], dict[str, str]],
+    teacher: ImageClassifier | None, data: SmallImageData, args: Namespace, epochs: int = 1, **training: Any,
 ) -> float:  # fmt: skip
-    """Trains `model` for an epoch with KDTrainer. `paths`: feature paths of student and teacher."""
+    """Trains `model` with KDTrainer. `paths`: feature paths of student and teacher."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         training_args = ImageTrainingArguments(
-            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=args.batch_size,
+            output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=args.batch_size,
             precision=args.precision, save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none",
             disable_tqdm=True, **training,
         )  # fmt: skip
@@ -84,7 +83,7 @@ def seconds_per_step(
             args=training_args,
             objective=objective,
             features=paths[0],
-            teacher=frozen(teacher, training_args.precision),
+            teacher=teacher and frozen(teacher, training_args.precision),
             teacher_features=paths[1],
             train_dataset=data.views("train", DEVICE, augment=True),
             data_collator=identity_collate,
@@ -92,6 +91,7 @@ def seconds_per_step(
         )
         trainer.pop_callback(PrinterCallback)
         trainer.train()
+        trainer.finish()
     return clock.seconds_per_step
 
 
@@ -109,29 +109,36 @@ class PlainImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image = self.images.pixels[i].permute(2, 0, 1).float() / 255
-        image = F.pad(image, (PADDING,) * 4)
+        size, image = image.shape[-1], F.pad(image, (PADDING,) * 4)
         top, left = (int(torch.randint(2 * PADDING + 1, ())) for _ in range(2))
-        image = image[:, top : top + SIZE, left : left + SIZE]
+        image = image[:, top : top + size, left : left + size]
         image = image.flip(-1) if torch.rand(()) < 0.5 else image
         return (image - 0.5) / 0.25, self.images.labels[i]
 
 
-def plain_seconds(student: ImageClassifier, teacher: ImageClassifier, data: SmallImageData, batch: int) -> float:
-    """Seconds per step over one epoch of plain PyTorch."""
-    loader = torch.utils.data.DataLoader(PlainImages(data), batch, shuffle=True, drop_last=True)
+def plain_seconds(
+    student: ImageClassifier, teacher: ImageClassifier, data: SmallImageData, batch: int, workers: int = 0
+) -> float:
+    """Seconds per step over one epoch of plain PyTorch, without the first step. `workers`: of the DataLoader."""
+    loader = torch.utils.data.DataLoader(
+        PlainImages(data), batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=DEVICE.type == "cuda"
+    )
     assert student.projector is not None
-    backbone, projector, features = student.backbone.train(), student.projector.train(), teacher.backbone.eval()
+    student, features = student.to(DEVICE).train(), teacher.to(DEVICE).backbone.eval()  # type: ignore[arg-type]
+    backbone, projector = student.backbone, student.projector
     optimizer = torch.optim.SGD([*backbone.parameters(), *projector.parameters()], 0.05, 0.9, weight_decay=5e-4)
-    total, started = 0.0, time.perf_counter()
+    total = started = 0.0
     for images, _ in loader:
+        images = images.to(DEVICE, non_blocking=True)
         with torch.no_grad():
             target = features(images.contiguous())
         loss = F.mse_loss(projector(backbone(images)), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item()
-    return (time.perf_counter() - started) / len(loader)
+        total += loss.item()  # waits for a GPU
+        started = started or time.perf_counter()
+    return (time.perf_counter() - started) / (len(loader) - 1)
 
 
 def convolution_rate(dtype: torch.dtype) -> float:
@@ -146,8 +153,7 @@ def convolution_rate(dtype: torch.dtype) -> float:
 def timed(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(DEVICE)
     return time.perf_counter() - started
 
 

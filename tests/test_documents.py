@@ -17,7 +17,11 @@ FILE = re.compile(
     r"(?<![\w/.-])(?:NLP|image-classification|reinforcement-learning|benchmarks|common|tests)/[\w./-]+\.\w+"
 )
 SCRIPTS = sorted(path for path in REPO.glob("*/scripts/[!_]*.py"))
-BENCHMARKS = sorted(path for path in REPO.glob("benchmarks/*.py") if not path.stem.startswith("imitation"))
+BENCHMARKS = sorted(
+    path
+    for path in REPO.glob("benchmarks/*.py")
+    if "__main__" in path.read_text() and not path.stem.endswith("worker")  # workers need other environments
+)
 
 
 def anchors(document: Path) -> set[str]:

@@ -102,7 +102,7 @@ class KDTrainer(CheckpointTrainer):
         self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
-        self._interrupted, self._step_of_gradients = threading.Event(), -1
+        self._interrupted, self._first_step, self._step_of_gradients = threading.Event(), -1, -1
         if self.args.world_size > 1:
             synchronize_batch_norms(self.model, objective)
 
@@ -115,7 +115,9 @@ class KDTrainer(CheckpointTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._interrupted.is_set():
             raise KeyboardInterrupt
-        is_first = self.state.global_step == self._initial_global_step
+        if self._step_of_gradients < 0:
+            self._first_step = self.state.global_step
+        is_first = self.state.global_step == self._first_step
         if self.state.global_step != self._step_of_gradients:  # the parent clears the gradients of the model alone
             self.objective.zero_grad()
             self._step_of_gradients = self.state.global_step

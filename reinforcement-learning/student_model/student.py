@@ -148,8 +148,8 @@ def validate_student(args: StudentArguments, environment: str, observations: spa
 class StudentNetwork(PolicyNetwork):
     """The student during distillation: its value is value_std * output of the value network + value_mean.
 
-    Observations are standardized with the teacher's statistics, if any; those of a student that observes otherwise
-    (`columns`), unless they are frames, with their mean and standard deviation in the first round. Unlike VecNormalize
+    Vectors are standardized with the teacher's statistics. If it has none, or if the student observes otherwise
+    (`columns`), they are standardized with their mean and standard deviation in the first round. Unlike VecNormalize
     it does not clip observations, because clipping cannot be folded into a layer.
     """
 
