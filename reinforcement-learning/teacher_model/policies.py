@@ -3,9 +3,11 @@
 `network(observations) -> Outputs` returns the parameters of the action distribution and a value:
 
 - Discrete actions: `logits` (batch, actions).
+- MultiDiscrete and MultiBinary actions: `logits` (batch, components, categories), of independent components. Where a
+  component has fewer categories than others the logits are PADDING; a binary one has the logits (0, z).
 - Box actions: features `mean` and, unless the policy is deterministic, `log_std`, both (batch, actions), in the units
   of the environment's actions.
-- Both: feature `value` (batch,), the expected return.
+- All: feature `value` (batch,), the expected return.
 """
 
 import math
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
@@ -30,6 +33,7 @@ from kd.common.outputs import Outputs
 
 KERNELS = ((8, 4), (4, 2), (3, 1))  # sizes and strides of Mnih et al. 2015
 QUADRATURE_NODES = 16
+PADDING = -1e9  # the logit of a category that a component of an action does not have
 
 # ---- observations ----
 
@@ -92,17 +96,29 @@ class ActorCritic(nn.Module):
         prepared = _preprocess(policy, observations)
         actor = policy.pi_features_extractor(prepared)
         latent = policy.mlp_extractor.forward_actor(actor)
-        output = policy.action_net(latent)  # (batch, actions)
+        output = policy.action_net(latent)  # (batch, logits or actions)
         features: dict[str, Tensor] = {}
         if value:
             critic = actor if policy.share_features_extractor else policy.vf_features_extractor(prepared)
             value_output = policy.value_net(policy.mlp_extractor.forward_critic(critic))
             features["value"] = rearrange(value_output, "batch 1 -> batch")
-        if isinstance(policy.action_space, spaces.Discrete):
-            return Outputs(logits=output, features=features)
+        if not isinstance(policy.action_space, spaces.Box):
+            return Outputs(logits=_logits(output, policy.action_space), features=features)
         log_std = _log_std(policy.action_dist, policy.log_std, latent) + torch.zeros_like(output)
         actions = {"mean": output, "log_std": log_std} if self.squash is None else self.squash(output, log_std)
         return Outputs(features=features | actions)
+
+
+def _logits(output: Tensor, space: spaces.Space) -> Tensor:
+    """The logits of Discrete actions (batch, actions), or of each component (batch, components, categories), from the
+    output of the last layer (batch, all logits).
+    """
+    if isinstance(space, spaces.MultiBinary):
+        return torch.stack([torch.zeros_like(output), output], -1)
+    if not isinstance(space, spaces.MultiDiscrete):
+        return output
+    most, components = int(space.nvec.max()), output.split(space.nvec.tolist(), dim=-1)
+    return torch.stack([F.pad(one, (0, most - one.shape[-1]), value=PADDING) for one in components], 1)
 
 
 class QValues(nn.Module):
@@ -342,7 +358,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def greedy_actions(outputs: Outputs) -> Tensor:
-    """The most probable actions: (batch,) of Discrete, (batch, actions) of Box."""
+    """The most probable actions: (batch,) of Discrete, (batch, components) of the other spaces."""
     return outputs.logits.argmax(-1) if outputs.logits is not None else _features(outputs)["mean"]
 
 
